@@ -1,0 +1,64 @@
+# make, and what can be made. Everything happens in .venv, which is made where it is missing.
+
+PYTHON ?= python3
+JOBS   ?= 2
+
+BIN   := .venv/bin
+READY := .venv/.ready
+
+# Pyright runs the version in constraints.txt; whether a newer one exists is not its business here.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help demo test check format bench clean
+
+help:
+	@echo "make demo     see what nnsplice does, on a model that needs no download"
+	@echo "make test     everything that CI runs: make check, then the tests"
+	@echo "make check    style, floors and types"
+	@echo "make format   repair the style"
+	@echo "make bench    measure, and print a table"
+	@echo "make clean    remove caches, builds and demo output (.venv stays)"
+	@echo
+	@echo "PYTHON=python3.12 chooses the Python that .venv is made with, JOBS=8 how many tests run side by side."
+
+demo: $(READY)
+	@echo "== the demo"
+	@$(BIN)/python examples/demo.py
+
+test: check
+	@echo "== the tests"
+	@# By file: the examples of one docstring build on each other, so they run in one place.
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+check: $(READY)
+	@echo "== style"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo "'make format' puts these files in order:"; $(BIN)/ruff format --check; exit 1; }
+	@echo "== floors: who imports whom"
+	@$(BIN)/lint-imports --no-logo
+	@echo "== types"
+	@$(BIN)/pyright
+
+format: $(READY)
+	@echo "== style, repaired"
+	@$(BIN)/ruff check --quiet --fix
+	@$(BIN)/ruff format
+
+bench: $(READY)
+	@echo "== benchmarks"
+	@$(BIN)/python -m bench
+
+clean:
+	@echo "== removing caches, builds and demo output"
+	@rm -rf build dist demo .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find src tests examples notebooks bench -name __pycache__ -o -name .ipynb_checkpoints 2>/dev/null | xargs rm -rf
+
+# The stamp is older than these two files when they changed since the installation.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "nnsplice needs Python 3.11 or newer; choose one with 'make PYTHON=python3.12 ...'"; exit 1; }
+	@test -x $(BIN)/python || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "== installing into .venv (the first time takes some minutes: torch is large)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]" --group tests --group dev
+	@touch $@
