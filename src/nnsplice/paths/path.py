@@ -1,0 +1,181 @@
+"""The value that a path's text becomes: frozen, hashable, printing back to its canonical text."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from nnsplice.errors import PathError
+
+#: The names a value can have, in the order of the language's table. `weight` and `bias` are views of parameters.
+ACTIVATION_VALUES = ("output", "input", "mid", "q", "k", "v", "pattern")
+WEIGHT_VALUES = ("weight", "bias")
+
+#: Names that are a value (or mean one) where a native path ends. An attribute of that name is written with nnsight's
+#: prefix there: `model.bert.encoder.layer[0].attention.E_output` is the module, `...attention.output` is a value.
+NATIVE_VALUES = ("input", "inputs", "output", "weight", "bias")
+ATTRIBUTE_PREFIX = "E_"
+
+#: What a backslash and a letter stand for in a span's name; the quotes and the backslash stand for themselves.
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+_ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", **{control: f"\\{letter}" for letter, control in ESCAPES.items()}})
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A hashable slice (Python 3.11's own is not)."""
+
+    start: int | None = None
+    stop: int | None = None
+    step: int | None = None
+
+    def __str__(self) -> str:
+        text = f"{'' if self.start is None else self.start}:{'' if self.stop is None else self.stop}"
+        return text if self.step is None else f"{text}:{self.step}"
+
+    def range(self, length: int) -> range:
+        """The indices it means in a sequence of this length."""
+        return range(*slice(self.start, self.stop, self.step).indices(length))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A named stretch of tokens, or with `token` one token of it (counted inside the span)."""
+
+    name: str
+    token: int | None = None
+
+    def __str__(self) -> str:
+        escaped = self.name.translate(_ESCAPED)
+        return f'"{escaped}"' if self.token is None else f'"{escaped}"][{self.token}'
+
+
+Index = int | Slice | tuple[int, ...]
+Position = int | Slice | tuple[int, ...] | Span
+
+
+def index_text(index: Index | Position) -> str:
+    """What stands between the brackets."""
+    return ",".join(map(str, index)) + ("," if len(index) == 1 else "") if isinstance(index, tuple) else str(index)
+
+
+def position_rank(position: Position | None) -> tuple[Any, ...]:
+    """The order of positions of one place: none, from the start, from the end, slices and lists, spans."""
+    if position is None:
+        return (0,)
+    if isinstance(position, int):
+        return (1, position < 0, position)
+    if isinstance(position, Span):
+        return (3, position.name, position.token is not None, (position.token or 0) < 0, position.token or 0)
+    return (2, index_text(position))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One name of a path with what stands in the brackets after it."""
+
+    name: str
+    index: Index | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.index is None else f"{self.name}[{index_text(self.index)}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """An address of a part of a transformer, as `parse_path` reads it.
+
+    >>> from nnsplice import parse_path
+    >>> path = parse_path("L5H3.output[-1]")
+    >>> str(path)
+    'layers[5].heads[3].output[-1]'
+    >>> path.position
+    -1
+
+    Two parsed paths are equal when their texts are. A path that `expand` returned knows its `site`, the place in one
+    model; two of those are equal when they are the same place at the same position, however each was spelled.
+    """
+
+    #: Names from the root down: roles for a portable path, attributes of the model for a native one (without `model`).
+    steps: tuple[Step, ...]
+    #: Whether it follows the model's own attributes.
+    native: bool = False
+    #: `"encoder"` or `"decoder"` where the text says so (portable paths only).
+    tower: str | None = None
+    #: What of the place: one of `ACTIVATION_VALUES` or `WEIGHT_VALUES`; None where the text leaves it open.
+    value: str | None = None
+    #: Which element of a container value (native paths only: `attn.output[0][-1]` has item 0).
+    item: int | None = None
+    #: Which tokens; None where the text leaves it open.
+    position: Position | None = None
+    #: The place in one model, set by `expand`; the identity of the path once it is there.
+    site: Any = field(default=None, repr=False)
+
+    @cached_property
+    def _identity(self) -> tuple[Hashable, ...]:
+        if self.site is not None:
+            return (self.site, self.position)
+        return (self.native, self.tower, self.steps, self.value, self.item, self.position)
+
+    @cached_property
+    def _text(self) -> str:
+        names = ["model"] if self.native else [self.tower] if self.tower else []
+        names += [str(step) for step in self.steps]
+        if self.value is not None:
+            names.append(self.value)
+        elif self.native and self.steps and self.steps[-1].name in NATIVE_VALUES:
+            names[-1] = ATTRIBUTE_PREFIX + names[-1]
+        brackets = "".join(f"[{index_text(i)}]" for i in (self.item, self.position) if i is not None)
+        # One bracket alone is a position, so an item without one says that the position is open.
+        return ".".join(names) + brackets + ("[]" if self.item is not None and self.position is None else "")
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._identity)
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Path({self._text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Path):
+            return NotImplemented
+        return self is other or self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Without the cached text and hash: str hashes differ between processes.
+        return (Path, (self.steps, self.native, self.tower, self.value, self.item, self.position, self.site))
+
+    @property
+    def concrete(self) -> bool:
+        """Whether every index of the place is one number (the position may still be open)."""
+        return all(step.index is None or isinstance(step.index, int) for step in self.steps)
+
+    @property
+    def place(self) -> Path:
+        """The same path without its position."""
+        return self if self.position is None else replace(self, position=None)
+
+    def at(self, position: Position | None) -> Path:
+        """The same place at another position; where the path leaves the value open, a position means its output.
+
+        >>> from nnsplice import parse_path
+        >>> str(parse_path("layers[2].output").at(-1))
+        'layers[2].output[-1]'
+        """
+        if position is None:
+            return self.place
+        if self.value in WEIGHT_VALUES:
+            raise PathError(f"{self.value} is a parameter, and parameters have no tokens", path=self)
+        if self.steps == (Step("full"),) and not self.native:
+            raise PathError("full is the whole model, which has no tokens of its own", path=self)
+        if self.value is None and not self.native and self.steps[-1].name == "groups":
+            raise PathError("a group has k and v, and no output of its own", path=self, write=f"{self}.k or {self}.v")
+        return replace(self, position=position, value=self.value or "output")
