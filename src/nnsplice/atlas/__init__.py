@@ -1,0 +1,13 @@
+"""Where a model keeps its parts: names, heads, towers; pure data, read once from the module tree."""
+
+from nnsplice.atlas.atlas import Atlas as Atlas
+from nnsplice.atlas.atlas import fingerprint as fingerprint
+from nnsplice.atlas.block import Block as Block
+from nnsplice.atlas.block import Tower as Tower
+from nnsplice.atlas.layouts import Layout as Layout
+from nnsplice.atlas.order import Order as Order
+from nnsplice.atlas.peel import peel as peel
+from nnsplice.atlas.selection import Selection as Selection
+from nnsplice.atlas.site import Kind as Kind
+from nnsplice.atlas.site import Site as Site
+from nnsplice.atlas.verify import Check as Check

@@ -1,0 +1,107 @@
+"""One layer and one tower of a model, as the names of their parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nnsplice.atlas.layouts import Layout
+
+TowerName = Literal["encoder", "decoder"]
+End = tuple[str, Literal["input", "output"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One layer of a tower: the dotted names of its parts, None for those it has not."""
+
+    index: int
+    module: str
+    #: Which call of the module is this layer, where one module serves several layers.
+    occurrence: int
+    #: The attention module, and the one that returns the probabilities with their place in its output.
+    attn: str | None
+    pattern: tuple[str, int] | None
+    q: str | None
+    k: str | None
+    v: str | None
+    #: The one projection of q, k and v, where they are fused (`q`, `k`, `v` are None then).
+    fused: str | None
+    o: str | None
+    #: How heads lie along those axes; None where the number of heads is unknown.
+    layout: Layout | None
+    #: The module that holds the MLP's layers.
+    mlp: str | None
+    #: Whether the MLP's layers stand in the block, beside the attention, so that `mlp` is no module of its own.
+    mlp_is_bare: bool
+    gate: str | None
+    up: str | None
+    down: str | None
+    #: The one projection of gate and up, where they are fused.
+    gate_up: str | None
+    router: str | None
+    experts: str | None
+    n_experts: int
+    #: Whether each expert is a module of its own, rather than a slice of fused tensors.
+    experts_are_modules: bool
+    #: Width between up and down of a dense MLP.
+    n_neurons: int
+    #: Whether attention and MLP read the same stream, so that nothing lies between them.
+    parallel: bool
+    #: Where the stream between attention and MLP is met: an end of a module.
+    mid: End | None
+    #: `stream` where the module only reads the stream there, beside the skip path; `plain` where all of it passes.
+    mid_kind: Literal["plain", "stream"]
+    #: Modules whose outputs are what is really added to the stream.
+    attn_added: str | None
+    mlp_added: str | None
+    #: Whether the stream itself is normalised after each branch, so that the branches do not simply add up.
+    post_norm: bool
+    #: Whether the block also attends to another tower.
+    has_cross: bool
+    #: A number that scales the branches in code (1.0 in nearly every family).
+    scale: float = 1.0
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads, 0 where unknown."""
+        return self.layout.n_heads if self.layout else 0
+
+    @property
+    def n_kv(self) -> int:
+        """Key/value heads, which the language calls groups."""
+        return self.layout.n_kv if self.layout else 0
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.layout.head_dim if self.layout else 0
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the MLP is a mixture of experts."""
+        return self.experts is not None
+
+    def projection(self, role: str) -> str | None:
+        """The module that computes q, k or v."""
+        return self.fused or {"q": self.q, "k": self.k, "v": self.v}[role]
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """One stack of layers, with what stands before and after it."""
+
+    name: TowerName
+    #: Dotted name of the module that owns the list of blocks (`transformer`, `model.decoder`).
+    prefix: str
+    #: Dotted name of the list.
+    stack: str
+    blocks: tuple[Block, ...]
+    embed: str | None
+    final_norm: str | None
+    unembed: str | None
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers the tower has."""
+        return len(self.blocks)

@@ -1,0 +1,158 @@
+"""Where families of transformers keep their parts, as rows of names. No logic.
+
+Recognition goes by structure: it looks for modules with these names and checks that their shapes fit together. So the
+rows of different families mix, and a decoder that nobody listed is read as long as its parts have known names. The
+config's `model_type` decides only where two families with the same names and shapes differ.
+"""
+
+from __future__ import annotations
+
+from nnsplice.atlas.layouts import Kind
+
+#: Attributes of modules and configs that recognition may ask for.
+FACTS = (
+    "num_heads",
+    "n_heads",
+    "n_head",
+    "num_attention_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "num_layers",
+    "num_hidden_layers",
+    "num_hidden_groups",
+    "inner_group_num",
+    "use_parallel_residual",
+    "parallel_attn",
+    "new_decoder_architecture",
+    "do_layer_norm_before",
+    "residual_multiplier",
+    "multi_query",
+    "model_type",
+    "in_features",
+    "out_features",
+    "num_experts",
+    "num_local_experts",
+)
+
+#: Where an adapter or a compiler keeps the layer that it wraps.
+WRAPPED = ("base_layer", "original_module", "_orig_mod")
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+#: Children of an attention module.
+Q = ("q_proj", "query", "q", "q_lin", "Wq", "wq", "project_q", "to_q", "query_proj")
+K = ("k_proj", "key", "k", "k_lin", "Wk", "wk", "project_k", "to_k", "key_proj")
+V = ("v_proj", "value", "v", "v_lin", "Wv", "wv", "project_v", "to_v", "value_proj")
+#: The output projection, inside the attention module or beside it (BERT).
+O = ("o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "attention_out", "wo", "Wo", "to_out")
+O_BESIDE = ("output.dense", *O)
+
+#: One layer for q, k and v -> how its axis is laid out.
+FUSED: dict[str, Kind] = {
+    "c_attn": "concat",
+    "qkv_proj": "concat",
+    "Wqkv": "concat",
+    "W_pack": "concat",
+    "qkv": "concat",
+    "query_key_value": "grouped",
+}
+#: Where the name alone would be wrong: (class of the attention module starts with, layout).
+FUSED_BY_CLASS: dict[str, Kind] = {"CodeGen": "quartered", "MiniMaxLightning": "interleaved"}
+
+#: Parameters of the attention module with one number per head.
+PER_HEAD = ("sinks",)
+
+#: Attention that reads another tower; it stands beside the block's own and is not `attn`.
+CROSS = frozenset(
+    {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "inter_attention", "cross_attention"}
+)
+
+#: Which element of the attention module's output holds the probabilities.
+PATTERN_ITEM = {"SelfAttention": 2}
+PATTERN_ITEM_DEFAULT = 1
+
+#: Who tells the number of heads: the attention module first, then the config.
+N_HEADS = ("num_heads", "n_heads", "num_attention_heads", "n_head")
+N_HEADS_TOWER = {"encoder": ("encoder_attention_heads",), "decoder": ("decoder_attention_heads",)}
+
+# -- MLP ---------------------------------------------------------------------------------------------------------------
+
+UP = ("up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h", "wi_1", "wi", "intermediate.dense", "ffn", "lin1", "w3", "w1")
+DOWN = ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "wo", "output.dense", "ffn_output", "lin2", "w2", "Wo")
+GATE = ("gate_proj", "wi_0", "w1")
+#: Gate and up in one layer, gate first.
+GATE_UP = ("gate_up_proj", "Wi")
+EXPERTS = ("experts",)
+ROUTER = ("gate", "router")
+#: Parameters of a fused experts module, expert axis first.
+EXPERT_PARTS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
+
+# -- norms -------------------------------------------------------------------------------------------------------------
+
+#: Blocks that normalise what a branch adds: (norm after attention, norm after the MLP). The first pair found wins.
+SANDWICH = (
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_attention_layernorm", "post_mlp_layernorm"),
+)
+#: The norm before the MLP, whose input is the stream; names that a sandwich row already used are passed over.
+PRE_MLP = (
+    "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "post_attention_layernorm",
+    "ln_2",
+    "norm_2",
+    "norm2",
+    "ln2",
+    "ffn_norm",
+    "feedforward_layernorm",
+    "mlp_norm",
+    "final_layer_norm",
+    "post_attention_norm",
+)
+#: Blocks that normalise the stream itself after the branch: the norm after attention (its output is `mid`).
+POST_ATTENTION = ("encoder_attn_layer_norm", "self_attn_layer_norm", "sa_layer_norm", "ln_1")
+#: Same names as the pre-norm families, other order; only the model type tells.
+POST_NORM_TYPES = frozenset(
+    {"bart", "plbart", "mvp", "marian", "blenderbot-small", "trocr", "openai-gpt", "distilbert"}
+)
+#: Norms that make a block parallel by being there together.
+PARALLEL_NORMS = (("ln_attn", "ln_mlp"),)
+
+#: Blocks (start of the class name) that mix stream and branches in a way of their own, so that no module's output is
+#: what is added.
+NOT_ADDITIVE = ("MiniMaxDecoder",)
+
+#: Numbers that scale a branch in code, where no module's output is what is added.
+SCALES = ("residual_multiplier",)
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+#: Relative to the module that holds the list of blocks, or to one of its parents.
+EMBED = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "embeddings.word_embeddings",
+    "tokens_embed",
+    "embeddings.tok_embeddings",
+    "tok_embeddings",
+    "embed",
+    "embedding",
+    "shared",
+)
+FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_final", "final_norm")
+UNEMBED = (
+    "lm_head.decoder",
+    "lm_head",
+    "embed_out",
+    "cls.predictions.decoder",
+    "predictions.decoder",
+    "output_projection",
+    "generator_lm_head",
+    "unembed",
+    "head",
+)
+#: Parts of a prefix that mark a tower for something else than text.
+NOT_TEXT = frozenset({"vision_tower", "vision_model", "visual", "audio_tower", "vision_encoder", "audio_encoder"})

@@ -1,0 +1,56 @@
+"""The order in which a forward pass reaches a model's modules: the recorded sequence, and where a site stands in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nnsplice.atlas.site import Site
+from nnsplice.errors import NeverFired
+
+
+@dataclass(frozen=True)
+class Order:
+    """One forward pass as the sequence of module ends it went through.
+
+    >>> from nnsplice.atlas import Site
+    >>> order = Order.of([("h.0", "input"), ("h.0", "output"), ("h.1", "input"), ("h.1", "output")])
+    >>> order.rank(Site("h.1")) > order.rank(Site("h.0"))
+    True
+    """
+
+    #: (module, end, occurrence) -> place in the sequence.
+    ranks: dict[tuple[str, str, int], int]
+
+    @staticmethod
+    def of(sequence: Iterable[tuple[str, str]]) -> Order:
+        """Number the visits; a module that runs several times is visited as occurrence 0, 1, ..."""
+        ranks: dict[tuple[str, str, int], int] = {}
+        visits: dict[tuple[str, str], int] = {}
+        for module, end in sequence:
+            visit = visits.get((module, end), 0)
+            visits[module, end] = visit + 1
+            ranks[module, end, visit] = len(ranks)
+        return Order(ranks)
+
+    def rank(self, site: Site) -> int:
+        """Where in the pass the site's value is met.
+
+        Raises:
+            NeverFired: the pass does not go through it.
+        """
+        rank = self.ranks.get(site.location)
+        if rank is None:
+            raise self._never_fired(site)
+        return rank
+
+    def _never_fired(self, site: Site) -> NeverFired:
+        name = f"model.{site.module}" if site.module else "model"
+        visits = sum((site.module, site.end, visit) in self.ranks for visit in range(site.occurrence))
+        if visits:
+            return NeverFired(f"{name} runs {visits} times in one forward pass, so there is no call {site.occurrence}")
+        inside = sorted({module for module, _, _ in self.ranks if module.startswith(f"{site.module}.")})
+        return NeverFired(
+            f"{name} is never called as a whole in a forward pass, so it has no {site.end}",
+            expected="a module that runs" + (f", such as model.{inside[0]}" if inside else ""),
+        )

@@ -1,0 +1,51 @@
+"""Take the wrappers off a model until the module that a user would name the parts of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nnsplice.errors import BadType
+
+
+def peel(model: Any) -> nn.Module:
+    """The bare module inside nnsight, `torch.compile`, DDP or PEFT wrappers, in whatever order they were put on.
+
+    Adapter layers that PEFT injected stay: they are parts of the model that runs.
+
+    >>> import torch
+    >>> inner = torch.nn.Linear(2, 2)
+    >>> peel(torch.nn.DataParallel(inner)) is inner
+    True
+    """
+    while True:
+        inner = _inside(model)
+        if inner is None:
+            break
+        model = inner
+    if not isinstance(model, nn.Module):
+        raise BadType(
+            f"a model was expected, not {type(model).__name__}", expected="a torch.nn.Module or an nnsight model"
+        )
+    return model
+
+
+def _inside(model: Any) -> nn.Module | None:
+    if not isinstance(model, nn.Module):
+        # nnsight's wrapper, told by its parts so that this room needs no nnsight.
+        state = getattr(model, "__dict__", {})
+        module = state.get("_module")
+        return module if isinstance(module, nn.Module) and hasattr(model, "interleaver") else None
+    children = model._modules
+    if list(children) == ["_orig_mod"]:
+        return children["_orig_mod"]
+    if list(children) == ["module"] and not model._parameters:
+        # DDP, DataParallel, FSDP and their like hold nothing else.
+        return children["module"]
+    if list(children) == ["base_model"] and hasattr(model, "peft_config"):
+        tuner = children["base_model"]
+        # LoRA-like tuners wrap the model once more; prompt tuning leaves it as it is.
+        wrapped = tuner._modules.get("model") if tuner is not None and hasattr(tuner, "targeted_module_names") else None
+        return wrapped if wrapped is not None else tuner
+    return None

@@ -1,0 +1,251 @@
+"""Find the towers, blocks and parts of a model in its tree, by the names and shapes of `families`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from nnsplice.atlas import families as rows
+from nnsplice.atlas.block import Block, Tower, TowerName
+from nnsplice.atlas.layouts import Kind, Layout, fits
+from nnsplice.atlas.stream import read_stream
+from nnsplice.atlas.tree import Node, Tree, is_norm
+
+
+def find_towers(tree: Tree) -> dict[str, Tower]:
+    """The towers of a model by name; empty where no list of blocks is recognised."""
+    stacks: list[tuple[str, tuple[Block, ...]]] = []
+    for node in tree.nodes.values():
+        inside = any(node.name.startswith(f"{stack}.") for stack, _ in stacks)
+        if node.facts.get("inner_group_num", tree.facts.get("inner_group_num", 1)) != 1:
+            continue  # ALBERT with several layers in a group: none of its modules is one layer
+        if inside or not _numbered(node) or rows.NOT_TEXT & set(node.name.split(".")):
+            continue
+        blocks = [read_block(tree, child, i) for i, child in enumerate(node.children.values())]
+        found = tuple(block for block in blocks if block is not None)
+        # Some layers may do without attention (or with one that has no such heads); all of them may not.
+        if len(found) == len(node.children) and any(block.o for block in found):
+            stacks.append((node.name, found))
+    towers: dict[str, Tower] = {}
+    for stack, blocks in stacks:
+        name = _tower_name(stack, [other for other, _ in stacks])
+        if name not in towers:
+            towers[name] = _tower(tree, name, stack, _unroll(tree, blocks))
+    return towers
+
+
+def _numbered(node: Node) -> bool:
+    return node.indexed and bool(node.children) and all(key.isdigit() for key in node.children)
+
+
+def _tower_name(stack: str, all_stacks: list[str]) -> TowerName:
+    """BERT's only stack is called `encoder` too, but a model with one tower has no need for the word."""
+    decoders = [other for other in all_stacks if "decoder" in other.split(".")]
+    return "encoder" if decoders and stack not in decoders and "encoder" in stack.split(".") else "decoder"
+
+
+def _unroll(tree: Tree, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    """One entry per layer that runs: where a module serves several layers, layer by layer its next call."""
+    layers, groups = (tree.facts.get(key) for key in ("num_hidden_layers", "num_hidden_groups"))
+    if (
+        isinstance(layers, int) and isinstance(groups, int) and groups == len(blocks)
+    ):  # ALBERT: neighbouring layers share one of the groups
+        blocks = tuple(blocks[i * groups // layers] for i in range(layers))
+    calls: dict[str, int] = {}
+    unrolled: list[Block] = []
+    for i, block in enumerate(blocks):
+        calls[block.module] = calls.get(block.module, -1) + 1
+        unrolled.append(replace(block, index=i, occurrence=calls[block.module]))
+    return tuple(unrolled)
+
+
+def _tower(tree: Tree, name: TowerName, stack: str, blocks: tuple[Block, ...]) -> Tower:
+    prefix = stack.rpartition(".")[0]
+    homes = [prefix]
+    while homes[-1]:
+        homes.append(homes[-1].rpartition(".")[0])
+    unembed = None
+    if name == "decoder":
+        unembed = next((home for row in rows.UNEMBED for home in [tree.child("", row)] if _matrix(tree, home)), None)
+    return Tower(
+        name=name,
+        prefix=prefix,
+        stack=stack,
+        blocks=blocks,
+        embed=next((m for home in homes for row in rows.EMBED if _matrix(tree, m := tree.child(home, row))), None),
+        final_norm=next(
+            (m for home in homes for row in rows.FINAL_NORM if (m := tree.child(home, row)) and is_norm(tree, m)), None
+        ),
+        unembed=unembed,
+    )
+
+
+def _matrix(tree: Tree, name: str | None) -> bool:
+    return name is not None and tree.weight(name) is not None
+
+
+def _first(tree: Tree, home: str, names: Iterable[str]) -> str | None:
+    """The first of the names under `home` that is a layer with a matrix."""
+    for name in names:
+        module = tree.child(home, name)
+        if module is not None and tree.weight(module) is not None:
+            return module
+    return None
+
+
+def read_block(tree: Tree, name: str, index: int) -> Block | None:
+    """The parts of one block, or None where it has no MLP that we know; attention may be missing."""
+    attention = _read_attention(tree, name)
+    mlp = _read_mlp(tree, name, attention.get("attn"))
+    if not mlp:
+        return None
+    block = Block(
+        index=index,
+        module=name,
+        occurrence=0,
+        parallel=False,
+        mid=None,
+        mid_kind="plain",
+        mlp_is_bare=_is_bare(name, mlp["mlp"], attention["attn"]),
+        post_norm=False,
+        has_cross=any(child.rpartition(".")[2] in rows.CROSS for child in tree.under(name, 3)),
+        attn_added=None,
+        mlp_added=None,
+        scale=_scale(tree, name),
+        **attention,
+        **mlp,
+    )
+    return replace(block, **read_stream(tree, block))
+
+
+def _is_bare(block: str, mlp: object, attn: object) -> bool:
+    return mlp == block or (isinstance(attn, str) and attn.startswith(f"{mlp}."))
+
+
+def _scale(tree: Tree, name: str) -> float:
+    for key in rows.SCALES:
+        value = tree.nodes[name].facts.get(key, tree.facts.get(key))
+        if value is not None:
+            return float(value)
+    return 1.0
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
+    for home in (block, *tree.under(block, 3)):
+        if rows.CROSS & set(home[len(block) :].split(".")):
+            continue
+        q, k, v = (_first(tree, home, names) for names in (rows.Q, rows.K, rows.V))
+        fused = None if q and k and v else _first(tree, home, rows.FUSED)
+        if not ((q and k and v) or fused):
+            continue
+        attn, o = home, _first(tree, home, rows.O)
+        if o is None and home != block:
+            parent = home.rpartition(".")[0]
+            attn, o = (home, None) if parent == block else (parent, _first(tree, parent, rows.O_BESIDE))
+        if o is None:
+            continue
+        last = home.rpartition(".")[2]
+        # GPT-Neo wraps the module once more, with nothing else inside: users name the outer one.
+        while attn != block and len(tree.nodes[attn.rpartition(".")[0]].children) == 1:
+            attn = attn.rpartition(".")[0]
+        return {
+            "attn": None if attn == block else attn,
+            "pattern": None if home == block else (home, rows.PATTERN_ITEM.get(last, rows.PATTERN_ITEM_DEFAULT)),
+            "q": None if fused else q,
+            "k": None if fused else k,
+            "v": None if fused else v,
+            "fused": fused,
+            "o": o,
+            "layout": _read_layout(tree, home, (q, k, v), fused, o),
+        }
+    return dict.fromkeys(("attn", "pattern", "q", "k", "v", "fused", "o", "layout"))
+
+
+def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused: str | None, o: str) -> Layout | None:
+    """Heads come from the config, every other number from shapes: hidden // heads is wrong in 22 families."""
+    n_heads = _n_heads(tree, home)
+    inner = tree.weight(o)
+    if not n_heads or inner is None or inner[1] % n_heads:
+        return None
+    head_dim = inner[1] // n_heads
+    if fused is None:
+        widths = [shape[0] for name in separate if name and (shape := tree.weight(name))]
+        # A query of another width carries more than queries (a gate, say), and cannot be cut by heads alone.
+        if len(widths) != 3 or widths[0] != inner[1] or widths[1] != widths[2] or widths[1] % head_dim:
+            return None
+        kind: Kind = "separate"
+        n_kv = widths[1] // head_dim
+    else:
+        shape = tree.weight(fused)
+        if shape is None or shape[0] % head_dim:
+            return None
+        n_kv, odd = divmod(shape[0] // head_dim - n_heads, 2)
+        if odd:
+            return None
+        kind = rows.FUSED[fused.rpartition(".")[2]]
+        node = tree.nodes[home]
+        for start, special in rows.FUSED_BY_CLASS.items():
+            kind = special if node.kind.startswith(start) else kind
+        if n_kv == n_heads and "multi_query" in node.facts and kind == "concat":
+            kind = "interleaved"  # GPT-BigCode with as many key/value heads as heads
+    return Layout(kind, n_heads, n_kv, head_dim) if fits(kind, n_heads, n_kv, head_dim) else None
+
+
+def _n_heads(tree: Tree, home: str) -> int:
+    tower = "encoder" if "encoder" in home.split(".") else "decoder"
+    sources: list[Mapping] = [tree.nodes[home].facts, tree.facts]
+    for source in sources:
+        for key in (*rows.N_HEADS_TOWER[tower], *rows.N_HEADS):
+            if isinstance(source.get(key), int):
+                return source[key]
+    return 0
+
+
+# -- MLP ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_mlp(tree: Tree, block: str, attn: str | None) -> dict[str, Any]:
+    for home in (block, *tree.under(block, 3)):
+        if isinstance(attn, str) and (home == attn or home.startswith(f"{attn}.")):
+            continue
+        if rows.CROSS & set(home[len(block) :].split(".")):
+            continue
+        experts = next((m for row in rows.EXPERTS if (m := tree.child(home, row))), None)
+        if experts is not None:
+            count = _n_experts(tree, experts)
+            router = _first(tree, home, rows.ROUTER)
+            if count and home != block:
+                split = bool(tree.nodes[experts].indexed and tree.nodes[experts].children)
+                return _mlp(mlp=home, experts=experts, router=router, n_experts=count, experts_are_modules=split)
+        down = _first(tree, home, rows.DOWN)
+        if down is None:
+            continue
+        inner = tree.weight(down)
+        gate_up, up = _first(tree, home, rows.GATE_UP), _first(tree, home, rows.UP)
+        gate = _first(tree, home, [row for row in rows.GATE if up is None or not up.endswith(f".{row}")])
+        wide = tree.weight(gate_up or up or down)
+        if inner is None or wide is None or wide[0] != inner[1] * (2 if gate_up else 1):
+            continue
+        if gate_up:
+            return _mlp(mlp=home, gate_up=gate_up, down=down, n_neurons=inner[1])
+        if up:
+            return _mlp(mlp=home, gate=gate, up=up, down=down, n_neurons=inner[1])
+    return {}
+
+
+def _mlp(**parts: Any) -> dict[str, Any]:
+    none = dict.fromkeys(("mlp", "gate", "up", "down", "gate_up", "router", "experts"))
+    return {**none, "n_experts": 0, "n_neurons": 0, "experts_are_modules": False, **parts}
+
+
+def _n_experts(tree: Tree, experts: str) -> int:
+    """Experts are numbered modules, or one module whose tensors have them as their first axis."""
+    node = tree.nodes[experts]
+    if node.children and all(key.isdigit() for key in node.children):
+        return len(node.children)
+    sizes = {shape[0] for _, shape in node.params.values() if len(shape) >= 2}
+    return sizes.pop() if len(sizes) == 1 else 0

@@ -1,0 +1,231 @@
+"""Paths -> parameters: which tensors, and which rows or columns of them, belong to a place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nnsplice.atlas import families as rows
+from nnsplice.atlas.block import Block
+from nnsplice.atlas.indices import column, resolve_index
+from nnsplice.atlas.layouts import ROLES, Role
+from nnsplice.atlas.native import follow
+from nnsplice.atlas.selection import Part, Ranges, Selection, join
+from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, take_apart
+from nnsplice.atlas.tree import is_norm
+from nnsplice.errors import PathError, UnknownPath
+from nnsplice.paths.path import Path
+
+if TYPE_CHECKING:
+    from nnsplice.atlas.atlas import Atlas
+
+#: One parameter by its first name, and what of it.
+Piece = tuple[str, Part]
+
+
+def resolve(atlas: Atlas, path: Path) -> Selection:
+    """The parameters of a place. See `Atlas.resolve`."""
+    if path.position is not None:
+        raise PathError(
+            "parameters have no tokens",
+            path=path,
+            column=str(path).rfind("["),
+            write=str(replace(path, position=None, item=None, value=None if path.value == "output" else path.value)),
+        )
+    pieces = _native(atlas, path) if path.native else _portable(atlas, path)
+    shapes = atlas.tree.params
+    found: dict[str, Part] = {}
+    for name, part in pieces:
+        if path.value in ("weight", "bias") and (name.rpartition(".")[2].endswith("bias")) != (path.value == "bias"):
+            continue
+        found[name] = join(name, found[name], part) if name in found else part
+    if not found:
+        what = f"no {path.value}" if path.value in ("weight", "bias") else "no parameters"
+        raise UnknownPath(f"{replace(path, value=None)} has {what} in this model", path=path)
+    order = [name for name in shapes if name in found]
+    return Selection.of({name: found[name] for name in order}, shapes)
+
+
+def _native(atlas: Atlas, path: Path) -> Iterator[Piece]:
+    for found in follow(atlas, path):
+        if found.parameter is not None:
+            yield atlas.tree.nodes[found.module].params[found.parameter][0], None
+            continue
+        # `q_proj.weight` of a layer that an adapter wrapped is the layer's own.
+        owner = atlas.tree.owner(found.module) if path.value in ("weight", "bias") else None
+        entry = owner.params.get(str(path.value)) if owner else None
+        if entry is not None:
+            yield entry[0], None
+        elif path.value not in ("weight", "bias"):
+            yield from whole(atlas, found.module)
+
+
+def _portable(atlas: Atlas, path: Path) -> Iterator[Piece]:
+    place = take_apart(path)
+    if place.role == "full":
+        yield from ((name, None) for name in atlas.tree.params)
+        return
+    if path.value in ("input", "mid", "pattern"):
+        raise PathError(
+            f".{path.value} is an activation: no parameters belong to it",
+            path=path,
+            column=str(path).rfind(path.value),
+            write=str(replace(path, value=None)),
+        )
+    tower = atlas.tower(path)
+    if place.role in ("embed", "final_norm", "unembed"):
+        module = getattr(tower, place.role)
+        if module is None:
+            raise UnknownPath(f"this model has no {place.role}", path=path, column=column(path, 0))
+        yield from whole(atlas, module)
+        return
+    for layer in resolve_index(path, 0, tower.n_layers, "layer", atlas.tower_phrase(tower)):
+        block = tower.blocks[layer]
+        if place.counted is None:
+            yield from _part(atlas, path, block, place.role)
+            continue
+        name = path.steps[1].name
+        shown = f"layers[{layer}].{name}"
+        length = count(path, block, name)
+        for index in resolve_index(path, 1, length, COUNTED[name], f"layer {layer}", shown):
+            yield from _COUNTED[name](atlas, block, index, place.value)
+
+
+def whole(atlas: Atlas, module: str) -> Iterator[Piece]:
+    """Every parameter at and below a module."""
+    for name in (module, *atlas.tree.under(module)):
+        yield from ((full, None) for full, _ in atlas.tree.nodes[name].params.values())
+
+
+def _part(atlas: Atlas, path: Path, block: Block, role: str) -> Iterator[Piece]:
+    if role == "layers":
+        yield from whole(atlas, block.module)
+    elif role in ("attn", *ROLES, "o") and block.o is None:
+        raise no_attention(path, block)
+    elif role == "attn":
+        for module in dict.fromkeys((block.q, block.k, block.v, block.fused, block.o)):
+            if module is not None:
+                yield from whole(atlas, module)
+        yield from _per_head(atlas, block, None)
+    elif role == "mlp":
+        yield from _mlp(atlas, block)
+    elif role in ROLES and block.fused is not None:
+        if block.layout is None:
+            raise UnknownPath(f"{role} cannot be told apart in {block.fused}", path=path, column=column(path, 2))
+        yield from _out(atlas, block.fused, block.layout.whole(role))
+    elif role in ("gate", "up") and block.gate_up is not None:
+        half = block.n_neurons
+        yield from _out(atlas, block.gate_up, ((0, half),) if role == "gate" else ((half, 2 * half),))
+    else:
+        module = getattr(block, role)
+        if module is None:
+            raise missing_part(path, block, role)
+        yield from whole(atlas, module)
+
+
+def _mlp(atlas: Atlas, block: Block) -> Iterator[Piece]:
+    if block.mlp is not None and not block.mlp_is_bare:
+        for name in (block.mlp, *atlas.tree.under(block.mlp)):
+            if not is_norm(atlas.tree, name):
+                yield from ((full, None) for full, _ in atlas.tree.nodes[name].params.values())
+        return
+    for role in ("gate", "up", "down", "gate_up"):
+        module = getattr(block, role)
+        if module is not None:
+            yield from whole(atlas, module)
+
+
+# -- slices of layers --------------------------------------------------------------------------------------------------
+
+
+def _out(atlas: Atlas, module: str, ranges: Ranges) -> Iterator[Piece]:
+    """The slices of a layer's parameters that make some of its output columns."""
+    tree = atlas.tree
+    owner = tree.owner(module)
+    for attribute, (full, shape) in owner.params.items():
+        if attribute == "weight":
+            yield full, (1 if tree.transposed(module) else 0, ranges)
+        elif attribute == "bias" and len(shape) == 1:
+            yield full, (0, ranges)
+    yield from _adapter(atlas, module, ("lora_B", "lora_magnitude_vector"), 0, ranges)
+
+
+def _in(atlas: Atlas, module: str, ranges: Ranges) -> Iterator[Piece]:
+    """The slices of a layer's weight that read some of its input columns; its bias belongs to none of them."""
+    entry = atlas.tree.owner(module).params.get("weight")
+    if entry is not None:
+        yield entry[0], (0 if atlas.tree.transposed(module) else 1, ranges)
+    yield from _adapter(atlas, module, ("lora_A",), 1, ranges)
+
+
+def _adapter(atlas: Atlas, module: str, kinds: Iterable[str], axis: int, ranges: Ranges) -> Iterator[Piece]:
+    """Slices of the adapter factors that share the layer's axis; the other factor serves all heads alike."""
+    for kind in kinds:
+        home = atlas.tree.child(module, kind)
+        for name, _ in whole(atlas, home) if home else ():
+            if len(atlas.tree.params[name]) > axis:
+                yield name, (axis, ranges)
+
+
+def _per_head(atlas: Atlas, block: Block, heads: Ranges | None) -> Iterator[Piece]:
+    """Parameters with one number per head, such as GPT-OSS's sinks."""
+    node = atlas.tree.nodes.get(block.pattern[0] if block.pattern else "")
+    for attribute in rows.PER_HEAD if node else ():
+        entry = node.params.get(attribute) if node else None
+        if entry is not None:
+            yield entry[0], None if heads is None else (0, heads)
+
+
+def _heads(atlas: Atlas, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
+    layout = block.layout
+    assert layout is not None and block.o is not None
+    wanted: dict[Role, Iterable[int]] = {"q": heads, "k": (group,), "v": (group,)}
+    for role in ROLES:
+        module = block.projection(role)
+        if module is not None and value in (None, "output", "weight", "bias", role):
+            yield from _out(atlas, module, tuple(layout.range(role, i) for i in wanted[role]))
+    if value not in ROLES:
+        d = layout.head_dim
+        yield from _in(atlas, block.o, ((heads.start * d, heads.stop * d),))
+        yield from _per_head(atlas, block, ((heads.start, heads.stop),))
+
+
+def _head(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+    assert block.layout is not None
+    return _heads(atlas, block, range(index, index + 1), block.layout.group_of(index), value)
+
+
+def _group(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+    assert block.layout is not None
+    return _heads(atlas, block, block.layout.heads_of(index), index, value)
+
+
+def _expert(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+    node = atlas.tree.nodes[str(block.experts)]
+    if block.experts_are_modules:
+        yield from whole(atlas, list(node.children.values())[index])
+        return
+    for name, _ in whole(atlas, node.name):
+        shape = atlas.tree.params[name]
+        if shape and shape[0] == block.n_experts:
+            yield name, (0, ((index, index + 1),))
+
+
+def _neuron(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+    for role in ("gate", "up"):
+        module = getattr(block, role)
+        if module is not None:
+            yield from _out(atlas, module, ((index, index + 1),))
+    if block.gate_up is not None:
+        yield from _out(atlas, block.gate_up, tuple((i, i + 1) for i in (index, index + block.n_neurons)))
+    if block.down is not None:
+        yield from _in(atlas, block.down, ((index, index + 1),))
+
+
+_COUNTED: dict[str, Callable[..., Iterator[Piece]]] = {
+    "heads": _head,
+    "groups": _group,
+    "experts": _expert,
+    "neurons": _neuron,
+}

@@ -1,0 +1,41 @@
+"""A site: one place of one model whose activation can be read and written, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+End = Literal["input", "output"]
+#: How a value is met. `plain`: it stands in a tensor, and a write replaces the tensor. `stream`: it stands in a tensor
+#: that a skip path carries on beside the module, so a write must reach both. `pattern` and `expert` are derived from
+#: several values (`activations/derived.py`).
+Kind = Literal["plain", "stream", "pattern", "expert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a value is met during the forward pass, and which part of it is meant.
+
+    The identity of a place: two paths that name the same site are the same place, however they are spelled.
+    """
+
+    #: The module's dotted name under the root (`transformer.h.3.attn.c_proj`; empty for the root itself).
+    module: str
+    #: Which end of it: its first input or its output.
+    end: End = "output"
+    #: Which element of a container; None takes the first of a tuple and a tensor as it is.
+    item: int | None = None
+    #: The columns of the last axis that are meant; None for all.
+    columns: tuple[int, int] | None = None
+    #: Which call of a module that runs several times in one pass.
+    occurrence: int = 0
+    kind: Kind = "plain"
+    #: The head of a pattern, or the number of an expert.
+    index: int | None = None
+    #: Which tower's tokens the positions count.
+    tower: Literal["encoder", "decoder"] = "decoder"
+
+    @property
+    def location(self) -> tuple[str, str, int]:
+        """What one access serves: every site with this location is read and written together."""
+        return (self.module, self.end, self.occurrence)

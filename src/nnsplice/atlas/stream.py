@@ -1,0 +1,70 @@
+"""What the branches of a block add to the residual stream, and where the stream is met between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnsplice.atlas import families as rows
+from nnsplice.atlas.block import Block, End
+from nnsplice.atlas.tree import Tree, is_norm
+
+
+def read_stream(tree: Tree, block: Block) -> dict[str, Any]:
+    """What is added to the stream, and where the stream is met between attention and MLP."""
+    home, attn, mlp = block.module, block.attn, block.mlp
+    norms = {a: c for a, c in tree.nodes[home].children.items() if c not in (attn, mlp) and is_norm(tree, c)}
+    inner_norm = next((c for c in tree.under(attn) if c.rpartition(".")[2] == "LayerNorm"), None) if attn else None
+    sandwich = next((pair for pair in rows.SANDWICH if pair[0] in norms and pair[1] in norms), None)
+    # A module that is handed the stream adds to it itself: then its last projection is what is added.
+    adds = {m for m in (attn, mlp) if m is not None and "residual" in tree.nodes[m].arguments}
+    attn_added = block.o if attn is None or attn in adds or inner_norm else attn
+    bare = block.mlp_is_bare
+    mlp_added = block.down if bare or mlp in adds else mlp
+    if sandwich:
+        attn_added, mlp_added = norms[sandwich[0]], norms[sandwich[1]]
+    parallel = _is_parallel(tree, block, norms, bare)
+    mid: End | None
+    mid, whole = None, True
+    wrapper = mlp.rpartition(".")[0] if mlp and not bare else home
+    if not parallel:
+        if inner_norm:  # BERT: the stream leaves the attention module normalised
+            mid = (inner_norm.rpartition(".")[0], "output")
+        elif attn in adds and attn is not None:  # BLOOM
+            mid = (attn, "output")
+        elif wrapper != home:  # T5: the sub-layer is handed the stream
+            mid = (wrapper, "input")
+        elif _post_norm(tree, block):
+            after = next((norms[row] for row in rows.POST_ATTENTION if row in norms), None)
+            mid = (after, "output") if after else None
+        else:
+            used = sandwich or ()
+            before = next((norms[row] for row in rows.PRE_MLP if row in norms and row not in used), None)
+            first = block.up or block.gate_up if bare else mlp
+            mid = (before, "input") if before else (first, "input") if first else None
+            whole = False
+    if tree.nodes[home].kind.startswith(rows.NOT_ADDITIVE):
+        attn_added = mlp_added = mid = None
+    return {
+        "parallel": parallel,
+        "mid": mid,
+        "mid_kind": "plain" if whole else "stream",
+        "post_norm": inner_norm is not None or _post_norm(tree, block),
+        "attn_added": attn_added,
+        "mlp_added": mlp_added,
+    }
+
+
+def _post_norm(tree: Tree, block: Block) -> bool:
+    before = tree.nodes[block.module].facts.get("do_layer_norm_before", tree.facts.get("do_layer_norm_before"))
+    return before is False or tree.facts.get("model_type") in rows.POST_NORM_TYPES
+
+
+def _is_parallel(tree: Tree, block: Block, norms: Mapping[str, str], bare: bool) -> bool:
+    flag = tree.nodes[block.module].facts.get("use_parallel_residual", tree.facts.get("use_parallel_residual"))
+    if flag is not None:
+        return bool(flag)
+    if any(all(name in norms for name in row) for row in rows.PARALLEL_NORMS):
+        return True
+    # One norm in front of both branches: they read the same thing. (Norms inside a branch are not counted.)
+    return len(norms) == 1 and not bare

@@ -1,0 +1,164 @@
+"""A module tree as plain data: names, shapes and the few attributes that recognition asks for. No tensors are kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from nnsplice.atlas.families import FACTS, WRAPPED
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One module."""
+
+    #: Dotted name under the root; the first one where several lead here.
+    name: str
+    #: Name of its class.
+    kind: str
+    #: Attribute -> dotted name of the child (a shared child has the name of its first place).
+    children: Mapping[str, str]
+    #: Parameter attribute -> (its first name in the whole model, its shape).
+    params: Mapping[str, tuple[str, tuple[int, ...]]]
+    buffers: tuple[str, ...]
+    #: A list or dict of modules, never called itself.
+    container: bool
+    #: Whether the children are numbered.
+    indexed: bool
+    #: Numbers and flags that the module keeps about itself (see `families.FACTS`).
+    facts: Mapping[str, Any]
+    #: Names of the arguments of its forward.
+    arguments: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All modules of a root, in the order of `named_modules`."""
+
+    nodes: Mapping[str, Node]
+    #: First name of every parameter -> its shape, in the model's order.
+    params: Mapping[str, tuple[int, ...]]
+    #: Every other name a parameter has -> its first name.
+    aliases: Mapping[str, str]
+    buffers: frozenset[str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def child(self, name: str, *path: str) -> str | None:
+        """The module at a relative path under `name`, or None."""
+        for attribute in path:
+            for part in attribute.split("."):
+                found = self.nodes[name].children.get(part)
+                if found is None:
+                    return None
+                name = found
+        return name
+
+    def under(self, name: str, depth: int = 99) -> Iterator[str]:
+        """The modules below `name` in order, without `name` itself."""
+        if depth > 0:
+            for child in self.nodes[name].children.values():
+                yield child
+                yield from self.under(child, depth - 1)
+
+    def owner(self, name: str) -> Node:
+        """The module that holds the weights of a layer: itself, or what an adapter wrapped in it."""
+        node = self.nodes[name]
+        while "weight" not in node.params:
+            inner = next((node.children[part] for part in WRAPPED if part in node.children), None)
+            if inner is None:
+                break
+            node = self.nodes[inner]
+        return node
+
+    def weight(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a layer's weight as `(out, in)`, whichever way it is stored; None where it has no matrix."""
+        node = self.owner(name)
+        entry = node.params.get("weight")
+        if entry is not None and len(entry[1]) != 2:
+            return None
+        # Quantised weights have other shapes than the layer or are no parameter at all; the layer still says its own.
+        if "out_features" in node.facts and "in_features" in node.facts:
+            return node.facts["out_features"], node.facts["in_features"]
+        if entry is None:
+            return None
+        return entry[1][::-1] if self.transposed(name) else entry[1]
+
+    def transposed(self, name: str) -> bool:
+        """Whether the layer stores `(in, out)`, as GPT-2's Conv1D does."""
+        return self.owner(name).kind == "Conv1D"
+
+
+def is_norm(tree: Tree, name: str) -> bool:
+    """Whether a module normalises, by the name of its class or its own."""
+    kind = tree.nodes[name].kind.lower()
+    last = name.rpartition(".")[2]
+    return "norm" in kind or "norm" in last.lower() or last.startswith("ln_")
+
+
+@cache
+def _arguments(forward: Any) -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+def read_tree(root: nn.Module) -> Tree:
+    """Read a module tree once; everything later works on the result."""
+    names = {id(module): name for name, module in root.named_modules()}
+    params: dict[str, tuple[int, ...]] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    nodes: dict[str, Node] = {}
+    buffers: set[str] = set()
+    for name, module in root.named_modules():
+        dot = f"{name}." if name else ""
+        own: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for attribute, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            full = first.setdefault(id(tensor), dot + attribute)
+            if full == dot + attribute:
+                params[full] = tuple(tensor.shape)
+            else:
+                aliases[dot + attribute] = full
+            own[attribute] = (full, tuple(tensor.shape))
+        held = tuple(attribute for attribute, tensor in module._buffers.items() if tensor is not None)
+        buffers.update(dot + attribute for attribute in held)
+        facts = {key: module.__dict__[key] for key in FACTS if isinstance(module.__dict__.get(key), (int, float))}
+        nodes[name] = Node(
+            name=name,
+            kind=type(module).__name__,
+            children={a: names[id(m)] for a, m in module._modules.items() if m is not None},
+            params=own,
+            buffers=held,
+            container=isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)),
+            indexed=isinstance(module, (nn.ModuleList, nn.Sequential)),
+            facts=facts or _EMPTY,
+            arguments=_arguments(type(module).forward),
+        )
+    return Tree(nodes, params, aliases, frozenset(buffers), _config_facts(root))
+
+
+def _config_facts(root: nn.Module) -> dict[str, Any]:
+    """The numbers that a transformers config keeps; those of the text part where there are several."""
+    config: Any = getattr(root, "config", None)
+    if config is None:
+        return {}
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    facts: dict[str, Any] = {}
+    for source in (config, inner):
+        for key in FACTS:
+            value = getattr(source, key, None)
+            if isinstance(value, (int, float, str)):
+                facts[key] = value
+    return facts
