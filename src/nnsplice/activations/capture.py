@@ -1,0 +1,213 @@
+"""Reading a run: `save_activations` inside a trace, `capture` around one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations import derived
+from nnsplice.activations import remote as remote_runs
+from nnsplice.activations.access import Access, accesses, hold, keys_of, require_positions, site_of
+from nnsplice.activations.packs import Pack, Provenance
+from nnsplice.activations.prompts import Prompts, SpanTexts, encode
+from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.paths import Path
+from nnsplice.tokens import Rows, Spans, columns, concrete
+
+Paths = str | Path | Iterable[str | Path]
+
+
+@engine.only_local
+def save_activations(model: Any, paths: Paths, *, keep_graph: bool = False) -> SavedActivation:
+    """Inside a trace: capture places of this run.
+
+    Paths may be native or portable, with slices and lists anywhere, in any order. The result is kept past the trace.
+
+    >>> with model.trace("w3 w4 w5"):
+    ...     saved = ns.save_activations(model, ["layers[:].mlp.output[-1]", "layers[0].heads[1].output[0:2]"])
+    >>> len(saved)
+    5
+
+    Args:
+        keep_graph: leave the values in the autograd graph instead of copying them out of it.
+    """
+    model = engine.as_model(model)
+    mediator = engine.worker(model, "ns.save_activations")
+    wanted = _wanted(model, paths)
+    batch = engine.batch_of(model, mediator)
+    packs = gather(model, mediator, wanted, batch, keep_graph=keep_graph)
+    name, revision = engine.name_of(model)
+    return SavedActivation._new(packs, Provenance(name, revision, tokens=_tokens(batch)), engine.known(model))
+
+
+def capture(
+    model: Any,
+    prompts: Any,
+    paths: Paths,
+    *,
+    spans: SpanTexts | None = None,
+    batch_size: int | None = None,
+    keep_graph: bool = False,
+    progress: bool = False,
+    remote: bool | str = False,
+) -> SavedActivation:
+    """Run prompts through the model and capture places of the run.
+
+    Prompts of one length run together, so nothing is padded; the pass stops after the last place that is needed.
+
+    >>> ns.capture(model, ["w3 w4 w5", "w6 w7"], "layers[:].output[-1]")
+    SavedActivation: 3 sites, 1 position each, 2 rows, float32, 384 B
+      layers[0..2].output  [-1]  width 16
+
+    Args:
+        prompts: a text, a list of texts, token ids (list, list of lists, tensor), an encoding, or for a plain module
+            its values `[prompt, token, width]`.
+        paths: places with token positions; `layers[2].output["subject"][-1]` for a span.
+        spans: where named spans stand: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
+        batch_size: at most so many prompts in one pass.
+        keep_graph: leave the values in the autograd graph.
+        progress: show a bar over the batches.
+        remote: run on nnsight's remote service.
+    """
+    model = engine.as_model(model)
+    if batch_size is not None and batch_size < 1:
+        raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
+    with circumstances("ns.capture"):
+        given = encode(model, prompts, spans)
+        wanted = _wanted(model, paths, probe=given.values)
+        _check_positions(wanted, given)
+    batches = given.batches(batch_size)
+    parts: list[list[Pack]] = []
+    for rows in _bar(batches, progress):
+        inputs, batch, found = given.inputs(rows, model.device), given.batch(rows), given.spans_of(rows)
+        if remote:
+            parts.append(remote_runs.read(model, wanted, inputs, batch, found, remote))
+        else:
+            parts.append(_local(model, wanted, inputs, batch, found, keep_graph))
+    name, revision = engine.name_of(model)
+    origin = Provenance(name, revision, given.texts, _ids(given, wanted), given.spans)
+    return SavedActivation._new(_joined(parts, batches), origin, engine.known(model))
+
+
+def _wanted(model: engine.Model, paths: Paths, probe: Any = None) -> list[Path]:
+    wanted = engine.expand(model, paths, probe=probe)
+    if not wanted:
+        raise BadArgument("no paths, so there is nothing to capture", expected="at least one path")
+    require_positions(wanted)
+    return wanted
+
+
+def gather(
+    model: engine.Model,
+    mediator: Any,
+    paths: Sequence[Path],
+    batch: engine.Batch,
+    *,
+    keep_graph: bool = False,
+    spans: Spans | None = None,
+) -> list[Pack]:
+    """Read the places, given in execution order, out of the run that this block belongs to."""
+    plan = accesses(model, paths)
+    for access in plan:
+        access.check_ahead(mediator)
+        if access.kind == "pattern":
+            derived.require_eager(model, access.paths[0])
+    packs: list[Pack] = []
+    for access in plan:
+        rows = batch.rows(access.tower)
+        values = _values(access, mediator, rows)
+        for keys in keys_of(access.paths, rows, next(iter(values.values())).shape[1], spans):
+            value = values[site_of(keys[0]).index]
+            packs.append(Pack(keys, _picked(value if keep_graph else value.detach(), keys, rows, spans)))
+    return packs
+
+
+def _values(access: Access, mediator: Any, rows: Rows) -> Mapping[int | None, Tensor]:
+    """`[prompt, token, width]` of one value of the run, by the number of the head or expert where those differ."""
+    if access.kind == "pattern":
+        return derived.patterns(access, mediator, rows)
+    if access.kind == "expert":
+        return derived.experts(access, mediator, rows)
+    return {None: hold(access, mediator, rows).tensor}
+
+
+def _picked(values: Tensor, keys: Sequence[Path], rows: Rows, spans: Spans | None) -> Tensor:
+    positions = [key.position for key in keys]
+    where = columns(positions, rows, values.shape[1], spans)  # type: ignore[arg-type]  # concrete() made them single
+    everything = isinstance(where, list) and where == list(range(values.shape[1]))
+    return wire.pick(values, None if everything else where, site_of(keys[0]).columns)
+
+
+def _check_positions(paths: Sequence[Path], given: Prompts) -> None:
+    """Find a position that a prompt does not have before any forward pass."""
+    for path in paths:
+        rows = given.rows(site_of(path).tower)
+        assert path.position is not None and rows.width is not None
+        with circumstances(str(path)):
+            columns(concrete(path.position, rows, rows.width, given.spans), rows, rows.width, given.spans)
+
+
+def _local(
+    model: engine.Model,
+    wanted: Sequence[Path],
+    inputs: Mapping[str, Tensor] | Tensor,
+    batch: engine.Batch,
+    spans: Spans | None,
+    keep_graph: bool,
+) -> list[Pack]:
+    packs: list[Pack] = []
+
+    def body() -> None:
+        mediator = engine.worker(model, "ns.capture")
+        packs.extend(gather(model, mediator, wanted, batch, keep_graph=keep_graph, spans=spans))
+
+    with torch.set_grad_enabled(keep_graph):
+        engine.run(model, inputs, body, last=True)
+    return packs
+
+
+def _joined(parts: Sequence[Sequence[Pack]], batches: Sequence[Sequence[int]]) -> list[Pack]:
+    """The batches' packs as one, rows in the order of the prompts."""
+    if len(parts) == 1 and list(batches[0]) == sorted(batches[0]):
+        return list(parts[0])
+    order = torch.tensor([row for rows in batches for row in rows]).argsort()
+    joined: list[Pack] = []
+    for packs in zip(*parts, strict=True):
+        tensor = torch.cat([pack.tensor for pack in packs])
+        joined.append(packs[0].with_tensor(tensor[order.to(tensor.device)]))
+    return joined
+
+
+def _tokens(batch: engine.Batch) -> tuple[tuple[int, ...], ...] | None:
+    if batch.ids is None:
+        return None
+    rows = batch.decoder
+    if rows.starts is None or rows.lengths is None:
+        return tuple(tuple(row) for row in batch.ids.tolist())
+    return tuple(
+        tuple(row[start : start + length])
+        for row, start, length in zip(batch.ids.tolist(), rows.starts, rows.lengths, strict=True)
+    )
+
+
+def _ids(given: Prompts, wanted: Sequence[Path]) -> tuple[tuple[int, ...], ...] | None:
+    if given.values is not None:
+        return None
+    if given.decoder_ids is None:
+        return given.ids
+    # The tokens that the positions count, which are not one row where places of both towers were captured.
+    towers = {site_of(path).tower for path in wanted}
+    return None if len(towers) > 1 else given.decoder_ids if towers == {"decoder"} else given.ids
+
+
+def _bar(batches: list[list[int]], progress: bool) -> Iterable[list[int]]:
+    if not progress:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="capture", unit="batch")

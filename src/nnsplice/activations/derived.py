@@ -1,0 +1,165 @@
+"""Values that stand in no tensor of their own: an attention pattern as it is written, one expert's contribution.
+
+A **pattern** is read where the attention module returns its probabilities. By then it has been used, so writing one
+means computing what it would have mixed: the head's slice before the output projection is `pattern @ v`, and that is
+written.
+
+One **expert** has no module: its contribution is what the experts' own code makes of the same tokens when every other
+expert's weight is zero. Writing it adds the difference to what all experts make together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations.access import Access, site_of
+from nnsplice.atlas import Block, Site
+from nnsplice.errors import RefusedPlace, ShapeError, UnknownPath
+from nnsplice.paths import Path
+from nnsplice.tokens import Rows
+
+
+def block_of(model: engine.Model, site: Site) -> Block:
+    """The layer that a pattern or an expert belongs to."""
+    for tower in engine.known(model).atlas.towers.values():
+        for block in tower.blocks:
+            homes = (block.pattern and block.pattern[0], block.experts, block.mlp)
+            if tower.name == site.tower and site.module in homes and site.occurrence == block.occurrence:
+                return block
+    raise UnknownPath(f"no layer of this model has {site.module}")
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+def require_eager(model: engine.Model, path: Path) -> None:
+    """Raise where the model's attention never makes the probabilities."""
+    used = engine.attention_of(model)
+    if used not in (None, "eager"):
+        raise RefusedPlace(
+            f"this model computes attention with {used!r}, which never makes the probabilities",
+            path=path,
+            expected="eager attention",
+            write='model.set_attn_implementation("eager"), or ns.load(name, attn_implementation="eager")',
+        )
+
+
+def patterns(access: Access, mediator: Any, rows: Rows) -> dict[int | None, Tensor]:
+    """Each wanted head's probabilities `[prompt, query, key]`, the keys counted from each prompt's first own token."""
+    site = site_of(access.paths[0])
+    raw = access.place.read(mediator)
+    try:
+        weights = wire.unpack(raw, site.item)
+    except (ValueError, IndexError):
+        weights = None
+    if weights is None or weights.dim() != 4:
+        raise RefusedPlace(
+            "the attention module returned no probabilities",
+            path=access.name,
+            expected="eager attention, and an attention module that returns what it computed",
+        )
+    return {
+        index: _from_own_start(weights[:, index], rows)
+        for index in sorted({site_of(path).index or 0 for path in access.paths})
+    }
+
+
+def _from_own_start(pattern: Tensor, rows: Rows) -> Tensor:
+    """Key 0 becomes the prompt's first own token; what lies past its last is zero."""
+    if rows.starts is None or not any(rows.starts):
+        return pattern
+    shifted = torch.zeros_like(pattern)
+    for row, start in enumerate(rows.starts):
+        shifted[row, :, : pattern.shape[-1] - start] = pattern[row, :, start:]
+    return shifted
+
+
+def mixed(pattern: Tensor, values: Tensor, rows: Rows) -> Tensor:
+    """What queries with these probabilities read from a head's values.
+
+    Args:
+        pattern: `[prompt or 1, position, key]`, keys counted from each prompt's first own token.
+        values: `[prompt, token, head width]`, padding included.
+    """
+    keys = values.shape[1]
+    pattern = pattern.to(values)
+    if pattern.shape[-1] > keys:
+        if bool((pattern[..., keys:] != 0).any()):
+            raise ShapeError(
+                f"a pattern over {pattern.shape[-1]} keys, where the run has {keys}", expected="prompts as long"
+            )
+        pattern = pattern[..., :keys]
+    if pattern.shape[-1] < keys:
+        pattern = torch.nn.functional.pad(pattern, (0, keys - pattern.shape[-1]))
+    if rows.starts is not None and any(rows.starts):
+        pattern = torch.stack(
+            [p.roll(start, -1) for p, start in zip(pattern.expand(values.shape[0], -1, -1), rows.starts, strict=True)]
+        )
+    return pattern @ values
+
+
+def pattern_places(model: engine.Model, path: Path) -> tuple[Path, Path]:
+    """For a pattern to be written: the values that it mixes, and the head's slice that it decides."""
+    site = site_of(path)
+    block = block_of(model, site)
+    layout = block.layout
+    assert layout is not None and block.o is not None and site.index is not None
+    module = block.projection("v")
+    assert module is not None
+    group = layout.group_of(site.index)
+    common: dict[str, Any] = {"occurrence": site.occurrence, "tower": site.tower}
+    read = Site(module, "output", columns=layout.range("v", group), **common)
+    width = layout.head_dim
+    written = Site(block.o, "input", columns=(site.index * width, (site.index + 1) * width), **common)
+    return replace(path, site=read, position=None), replace(path, site=written)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def experts(access: Access, mediator: Any, rows: Rows) -> dict[int | None, Tensor]:
+    """Each wanted expert's contribution `[prompt, token, width]`, computed from what the experts are given."""
+    args, kwargs = access.place.read(mediator)
+    wanted = sorted({site_of(path).index or 0 for path in access.paths})
+    return {index: _contribution(access, mediator, args, kwargs, index, rows.batch) for index in wanted}
+
+
+def _contribution(access: Access, mediator: Any, args: tuple, kwargs: dict, expert: int, batch: int | None) -> Tensor:
+    given = [*args, *kwargs.values()]
+    chosen = [value for value in given if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)]
+    if len(given) != 3 or len(chosen) != 1 or not isinstance(given[2], Tensor) or chosen[0] is not given[1]:
+        raise RefusedPlace(
+            "these experts are not given the chosen experts and their weights, so one cannot be told apart",
+            path=access.name,
+            write=f"{access.name.split('.experts')[0]}.mlp.output",
+        )
+    tokens, numbers, weights = given
+    # The experts' own code, with the weights of all others at zero: right for every activation, limit and layout.
+    alone = access.place.envoy(tokens, numbers, torch.where(numbers == expert, weights, torch.zeros_like(weights)))
+    scope = engine.scope_of(mediator)
+    if scope is not None and alone.shape[0] >= scope.total:
+        return alone.unflatten(0, (scope.total, -1))[scope.start : scope.start + scope.size]
+    return wire.as_rows(alone, batch)
+
+
+def expert_output(path: Path) -> Path:
+    """Where the difference of a written expert is added: what all experts make together."""
+    site = site_of(path)
+    return replace(path, site=replace(site, end="output", kind="plain", index=None))
+
+
+def refuse_router(model: engine.Model, path: Path) -> None:
+    """Raise for a write to what a router returns first: the model goes on with the choice that was made inside it."""
+    site = site_of(path)
+    routers = {block.router for tower in engine.known(model).atlas.towers.values() for block in tower.blocks}
+    if site.module in routers and site.end == "output" and not site.item:
+        raise RefusedPlace(
+            "the experts are chosen inside the router, so writing its logits would change nothing",
+            path=path,
+            write=f"layers[{path.steps[0].index}].experts[0].output, or the router's input",
+        )

@@ -1,0 +1,190 @@
+"""Which entries of a capture a path means.
+
+A key is found by its text, and by its place where the capture knows the model: `layers[-1]`, `layers[2]` and
+`model.transformer.h[2]` are then one place. A position is found as it was asked for: `[-1]` and `[4]` are two keys.
+
+A slice selects what is there; every number of a list has to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import product
+
+from nnsplice.activations.packs import Pack
+from nnsplice.atlas import Atlas
+from nnsplice.errors import PathError, UnknownPath, closest
+from nnsplice.paths import Path, Position, Slice, Span, Step, parse_path
+
+#: (number of the pack, number of the position in it)
+Entry = tuple[int, int]
+
+
+class Index:
+    """Which entry a concrete key is: by its text, and by its place where a model has ranked the keys."""
+
+    def __init__(self, packs: Sequence[Pack]) -> None:
+        entries = [(key, (p, n)) for p, pack in enumerate(packs) for n, key in enumerate(pack.keys)]
+        self.packs = packs
+        self.by_text: dict[str, Entry] = {str(key): entry for key, entry in entries}
+        self.by_site: dict[Path, Entry] = {key: entry for key, entry in entries if key.site is not None}
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The text of every place, in each of its spellings -> the number of its pack."""
+        return {str(key.place): number for number, pack in enumerate(self.packs) for key in pack.keys}
+
+    def same(self, key: Path) -> Entry | None:
+        """The entry at the same place and position, however it is spelled."""
+        return self.by_text.get(str(key)) or (None if key.site is None else self.by_site.get(key))
+
+
+def find(index: Index, path: str | Path, atlas: Atlas | None, length: int | None = None) -> list[Entry]:
+    """The entries that a path with any slices and lists stands for.
+
+    Args:
+        length: how many tokens each prompt has, where that is one known number.
+
+    Raises:
+        UnknownPath: there is none, or one that a list names is not there.
+    """
+    pattern = parse_path(path)
+    entries, missing = match(index, pattern, atlas, length)
+    if missing is None:
+        return entries
+    keys = [str(key) for pack in index.packs for key in pack.keys]
+    from_end = atlas is None and any(map(_counts_from_end, pattern.steps))
+    raise UnknownPath(
+        "not in this capture" if missing == pattern else f"{missing} is not in this capture",
+        path=path,
+        expected=f"one of its keys: {closest(str(missing), keys)}" if keys else "nothing: this capture is empty",
+        write=f"ns.expand(model, {str(path)!r}), as this capture does not know how many its model has"
+        if from_end
+        else None,
+    )
+
+
+def match(index: Index, pattern: Path, atlas: Atlas | None, length: int | None) -> tuple[list[Entry], Path | None]:
+    """The entries of a path, and the part of it that has none."""
+    exact = index.same(pattern)
+    if exact is not None:
+        return [exact], None
+    entries: list[Entry] = []
+    seen: set[int] = set()
+    for single in _singles(pattern):
+        places = _places(index, single, atlas)
+        if places and seen.issuperset(places):  # a number twice in a list
+            continue
+        seen.update(places)
+        held = {place: {key.position: n for n, key in enumerate(index.packs[place].keys)} for place in places}
+        wanted = single.position
+        for position in wanted if isinstance(wanted, tuple) else ():
+            if not any(position in positions for positions in held.values()):
+                return [], single.at(position)
+        found = [(place, n) for place in places for n in _positions(held[place], wanted, single, length)]
+        if not found:
+            return [], single
+        entries += found
+    return entries, None
+
+
+def located(packs: Sequence[Pack], atlas: Atlas) -> list[Pack]:
+    """The packs with the site of every key that a model can tell and nobody had told."""
+    found: list[Pack] = []
+    for pack in packs:
+        sites: set = set() if pack.keys[0].site is not None else _sites(atlas, pack.keys[0].place)
+        keys = tuple(replace(key, site=site) for site in sites for key in pack.keys)
+        found.append(Pack(keys, pack.tensor) if len(sites) == 1 else pack)
+    return found
+
+
+def _sites(atlas: Atlas, place: Path) -> set:
+    try:
+        return {path.site for path in atlas.expand(place)}
+    except (PathError, UnknownPath):
+        return set()
+
+
+def _singles(pattern: Path) -> Iterator[Path]:
+    """A path with lists of layers, heads and so on as paths with one number each."""
+    choices = [step.index if isinstance(step.index, tuple) else (step.index,) for step in pattern.steps]
+    for chosen in product(*choices):
+        steps = tuple(replace(step, index=index) for step, index in zip(pattern.steps, chosen, strict=True))
+        yield pattern if steps == pattern.steps else replace(pattern, steps=steps, site=None)
+
+
+def _places(index: Index, pattern: Path, atlas: Atlas | None) -> list[int]:
+    wanted = pattern.place
+    number = index.places.get(str(wanted))
+    if number is not None:
+        return [number]
+    if atlas is not None:
+        sites = _sites(atlas, wanted)
+        found = [number for number, pack in enumerate(index.packs) if pack.keys[0].site in sites]
+        if found:
+            return found
+    # The texts alone, for captures whose model is not known.
+    return list(dict.fromkeys(number for text, number in index.places.items() if _fits(wanted, parse_path(text))))
+
+
+def _fits(pattern: Path, key: Path) -> bool:
+    """Whether the text of a key's place fits a pattern."""
+    if (pattern.native, pattern.tower, len(pattern.steps)) != (key.native, key.tower, len(key.steps)):
+        return False
+    if (pattern.value or "output", pattern.item) != (key.value or "output", key.item):
+        return False
+    for wanted, held in zip(pattern.steps, key.steps, strict=True):
+        if wanted == held:
+            continue
+        if wanted.name != held.name or not isinstance(wanted.index, Slice) or not isinstance(held.index, int):
+            return False
+        if held.index < 0 or _counts_from_end(wanted) or held.index not in wanted.index.range(held.index + 1):
+            return False
+    return True
+
+
+def _counts_from_end(step: Step) -> bool:
+    """Whether an index means one thing or another by how many the model has."""
+    index = step.index
+    if isinstance(index, Slice):
+        return any(bound is not None and bound < 0 for bound in (index.start, index.stop, index.step))
+    return any(number < 0 for number in ((index,) if isinstance(index, int) else index or ()))
+
+
+def _positions(
+    held: Mapping[Position | None, int], position: Position | None, path: Path, length: int | None
+) -> list[int]:
+    """Which of the positions of one place are meant."""
+    if position is None or position == Slice():
+        return list(held.values())
+    if isinstance(position, tuple):
+        return [held[p] for p in position if p in held]
+    if isinstance(position, Slice):
+        return _sliced(held, position, path, length)
+    if isinstance(position, Span) and position.token is None and position not in held:
+        return [n for p, n in held.items() if isinstance(p, Span) and p.name == position.name]
+    return [held[position]] if position in held else []
+
+
+def _sliced(held: Mapping[Position | None, int], wanted: Slice, path: Path, length: int | None) -> list[int]:
+    numbers = [p for p in held if isinstance(p, int)]
+    if not numbers:
+        return []
+    if length is None or not all(-length <= p < length for p in numbers):
+        # Keys and bounds that count from the same end can be compared without it.
+        given = [*numbers, *(bound for bound in (wanted.start, wanted.stop) if bound is not None)]
+        if min(given) >= 0 and (wanted.step or 1) > 0:
+            length = 1 + max(numbers)
+        elif max(given) < 0 and wanted.step in (None, 1):
+            length = -min(numbers)
+        else:
+            raise UnknownPath(
+                f"[{wanted}] depends on how many tokens the prompts have, which this capture does not know",
+                path=path,
+                expected=f"some of its positions: {', '.join(map(str, numbers[:8]))}{', ...' * (len(numbers) > 8)}",
+            )
+    order = {token: rank for rank, token in enumerate(wanted.range(length))}
+    ranked = [(order[token], held[p]) for p in numbers if (token := p % length) in order]
+    return [n for _, n in sorted(ranked)]

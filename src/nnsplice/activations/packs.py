@@ -1,0 +1,144 @@
+"""What a capture holds: one tensor per site, the keys of its positions, and where it all comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nnsplice.errors import DuplicatePath, MissingPosition, PathError, ShapeError
+from nnsplice.paths import Path, Span
+from nnsplice.tokens import absolute
+
+#: The name that the mean over positions has in the place of a position.
+MEAN = "mean"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pack:
+    """One site: a key for each position, and `[prompt, position, width]`."""
+
+    keys: tuple[Path, ...]
+    tensor: Tensor
+
+    def take(self, indices: Sequence[int]) -> Pack:
+        """Only these of its positions; in one piece where they stand side by side."""
+        keys = tuple(self.keys[i] for i in indices)
+        if list(indices) == list(range(indices[0], indices[0] + len(indices))):
+            return Pack(keys, self.tensor[:, indices[0] : indices[0] + len(indices)])
+        return Pack(keys, self.tensor[:, list(indices)])
+
+    def with_tensor(self, tensor: Tensor) -> Pack:
+        """The same keys with other values."""
+        return Pack(self.keys, tensor)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a capture comes from; None where nobody knows."""
+
+    model: str | None = None
+    revision: str | None = None
+    prompts: tuple[str, ...] | None = None
+    tokens: tuple[tuple[int, ...], ...] | None = None
+    spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
+
+    def rows(self, rows: Sequence[int]) -> Provenance:
+        """The provenance of these rows only."""
+        return replace(
+            self,
+            prompts=None if self.prompts is None else tuple(self.prompts[row] for row in rows),
+            tokens=None if self.tokens is None else tuple(self.tokens[row] for row in rows),
+            spans=None
+            if self.spans is None
+            else {name: tuple(bounds[row] for row in rows) for name, bounds in self.spans.items()},
+        )
+
+    def without_rows(self) -> Provenance:
+        """What is left when the rows were merged into one."""
+        return Provenance(self.model, self.revision)
+
+    def joined(self, other: Provenance) -> Provenance:
+        """What two captures have in common, for a result made of both."""
+        return Provenance(
+            self.model if self.model == other.model else None,
+            self.revision if self.revision == other.revision else None,
+            self.prompts if self.prompts == other.prompts else None,
+            self.tokens if self.tokens == other.tokens else None,
+            self.spans if self.spans == other.spans else None,
+        )
+
+
+def lengths(packs: Sequence[Pack], origin: Provenance) -> list[int] | None:
+    """How many tokens each prompt has; None where nobody knows, or where places of two towers count different ones."""
+    towers = {getattr(pack.keys[0].site, "tower", pack.keys[0].tower or "decoder") for pack in packs}
+    return None if origin.tokens is None or len(towers) > 1 else [len(row) for row in origin.tokens]
+
+
+def common_length(packs: Sequence[Pack], origin: Provenance) -> int | None:
+    """How many tokens every prompt has, where that is one known number."""
+    found = set(lengths(packs, origin) or ())
+    return found.pop() if len(found) == 1 else None
+
+
+def positions(packs: Sequence[Pack], origin: Provenance) -> dict[str, list[int] | None]:
+    """Which own token of each prompt an entry stands at; None where nobody knows."""
+    known = lengths(packs, origin)
+    found: dict[str, list[int] | None] = {}
+    for key in (key for pack in packs for key in pack.keys):
+        if known is not None and isinstance(key.position, int | Span):
+            found[str(key)] = absolute(key.position, known, origin.spans)
+        else:
+            found[str(key)] = None
+    return found
+
+
+def from_entries(entries: Iterable[tuple[Path, Tensor]]) -> list[Pack]:
+    """Packs of single entries `[prompt, width]`, in the order in which their places come first."""
+    groups: dict[object, list[tuple[Path, Tensor]]] = {}
+    seen: set[Path] = set()
+    rows: int | None = None
+    for key, tensor in entries:
+        check_key(key)
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2:
+            found = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            raise ShapeError(f"an entry of {found} is not [prompt, width]", path=key)
+        if not tensor.shape[0]:
+            raise ShapeError("an entry without rows", path=key, expected="[prompt, width] of at least one prompt")
+        if rows is not None and tensor.shape[0] != rows:
+            raise ShapeError(f"{tensor.shape[0]} rows where the entries before have {rows}", path=key)
+        rows = tensor.shape[0]
+        if key in seen:
+            raise DuplicatePath("the same place and position twice", path=key)
+        seen.add(key)
+        # Entries of one site share the site where a model has ranked the key, else the text of the place.
+        groups.setdefault(key.site or str(key.place), []).append((key, tensor))
+    return [_stack(group) for group in groups.values()]
+
+
+def _stack(entries: list[tuple[Path, Tensor]]) -> Pack:
+    widths = {tensor.shape[1] for _, tensor in entries}
+    if len(widths) > 1:
+        raise ShapeError(f"positions of one place have widths {sorted(widths)}", path=entries[0][0].place)
+    return Pack(tuple(key for key, _ in entries), torch.stack([tensor for _, tensor in entries], dim=1))
+
+
+def check_key(key: Path) -> None:
+    """Raise for a path that does not name one token position of one place."""
+    if not key.concrete:
+        raise PathError("a key names one place", path=key, expected="a number in every bracket")
+    if key.position is None:
+        raise MissingPosition("a key names one token position", path=key, write=str(key.at(-1)))
+    if not isinstance(key.position, int | Span):
+        raise PathError("a key names one token position", path=key, write=str(key.at(-1)))
+
+
+def ranked(packs: Sequence[Pack], rank: Callable[[Path], tuple]) -> list[Pack]:
+    """Packs in the order of the forward pass, and the positions of each in order."""
+    inside = []
+    for pack in packs:
+        indices = sorted(range(len(pack.keys)), key=lambda n: rank(pack.keys[n]))
+        inside.append(pack if indices == list(range(len(indices))) else pack.take(indices))
+    return sorted(inside, key=lambda pack: rank(pack.keys[0]))

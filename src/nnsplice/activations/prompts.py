@@ -1,0 +1,200 @@
+"""Prompts as token ids, in batches of one length, with their named spans found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.errors import BadArgument, BadType, SpanError
+from nnsplice.tokens import Rows, Spans
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a run is given: token ids per prompt, or the values themselves for a module without tokens."""
+
+    ids: tuple[tuple[int, ...], ...] = ()
+    texts: tuple[str, ...] | None = None
+    #: Decoder token ids per prompt, for models with two towers.
+    decoder_ids: tuple[tuple[int, ...], ...] | None = None
+    #: `[prompt, token, width]` for a plain module.
+    values: Tensor | None = None
+    spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids) if self.values is None else self.values.shape[0]
+
+    def lengths(self, tower: str) -> list[int]:
+        """How many tokens each prompt has in this tower."""
+        if self.values is not None:
+            return [self.values.shape[1] if self.values.dim() > 1 else 1] * len(self)
+        rows = self.decoder_ids if self.decoder_ids is not None and tower == "decoder" else self.ids
+        return [len(row) for row in rows]
+
+    def take(self, rows: Sequence[int]) -> Prompts:
+        """Only these prompts, in this order."""
+        return Prompts(
+            tuple(self.ids[row] for row in rows) if self.values is None else (),
+            None if self.texts is None else tuple(self.texts[row] for row in rows),
+            None if self.decoder_ids is None else tuple(self.decoder_ids[row] for row in rows),
+            None if self.values is None else self.values[list(rows)],
+            None if self.spans is None else {n: tuple(bounds[row] for row in rows) for n, bounds in self.spans.items()},
+        )
+
+    def rows(self, tower: str) -> Rows:
+        """All prompts as if they stood in one batch, padded on the right: what positions are checked against."""
+        lengths = self.lengths(tower)
+        if len(set(lengths)) == 1:
+            return Rows(len(self), lengths[0])
+        return Rows(len(self), max(lengths), (0,) * len(lengths), tuple(lengths))
+
+    def batches(self, size: int | None) -> list[list[int]]:
+        """Row numbers in batches of prompts of one length, so that none needs padding."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, lengths in enumerate(zip(self.lengths("encoder"), self.lengths("decoder"), strict=True)):
+            groups.setdefault(lengths, []).append(row)
+        step = size or len(self)
+        return [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
+
+    def inputs(self, rows: Sequence[int], device: torch.device | None) -> Mapping[str, Tensor] | Tensor:
+        """What a forward pass over these rows takes."""
+        if self.values is not None:
+            return self.values[list(rows)]
+        ids = torch.tensor([self.ids[row] for row in rows], device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.decoder_ids is not None:
+            inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
+        return inputs
+
+    def batch(self, rows: Sequence[int]) -> engine.Batch:
+        """Where the tokens of these rows, all of one length, stand in such a pass."""
+        decoder, encoder = (self.lengths(tower)[rows[0]] for tower in ("decoder", "encoder"))
+        return engine.Batch(Rows(len(rows), decoder, new=decoder), Rows(len(rows), encoder, new=encoder))
+
+    def spans_of(self, rows: Sequence[int]) -> Spans | None:
+        """The spans of these rows."""
+        return None if self.spans is None else {name: [all_[r] for r in rows] for name, all_ in self.spans.items()}
+
+
+SpanTexts = Mapping[str, Sequence[str | tuple[int, int]] | str | tuple[int, int]]
+
+
+def encode(model: engine.Model, prompts: Any, spans: SpanTexts | None = None) -> Prompts:
+    """Prompts in any of their forms, checked."""
+    if isinstance(prompts, Prompts):
+        return prompts
+    if isinstance(prompts, Tensor) and prompts.is_floating_point():
+        if spans:
+            raise BadArgument("spans are stretches of tokens, and these prompts are values, not tokens")
+        return Prompts(values=prompts)
+    texts, ids, decoder_ids = _ids(model, prompts)
+    if not ids:
+        raise BadArgument("no prompts", expected="at least one prompt")
+    for row, tokens in enumerate(ids):
+        if not tokens:
+            raise BadArgument(f"prompt {row} has no tokens", expected="at least one token in every prompt")
+    found = None if spans is None else {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in spans.items()}
+    if engine.is_encoder_decoder(model) and decoder_ids is None:
+        decoder_ids = ((engine.decoder_start(model),),) * len(ids)
+    return Prompts(ids, texts, decoder_ids, None, found)
+
+
+Ids = tuple[tuple[int, ...], ...]
+
+
+def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids, Ids | None]:
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
+        decoder = prompts.get("decoder_input_ids")
+        ids = _unpadded(prompts["input_ids"], prompts.get("attention_mask"))
+        return None, ids, None if decoder is None else _unpadded(decoder, prompts.get("decoder_attention_mask"))
+    if isinstance(prompts, Tensor):
+        return None, _unpadded(prompts, None), None
+    if not isinstance(prompts, Sequence):
+        raise BadType(
+            f"a {type(prompts).__name__} is no prompt",
+            expected="a text, a list of texts, token ids (a list, a list of lists, a tensor), or an encoding",
+        )
+    if all(isinstance(prompt, str) for prompt in prompts):
+        texts = tuple(prompts)
+        tokenizer = engine.tokenizer_of(model)
+        if tokenizer is None:
+            raise BadArgument(
+                "this model has no tokenizer, so prompts cannot be texts",
+                expected="token ids, or a model with a tokenizer",
+                write="ns.load(module, tokenizer=tokenizer)",
+            )
+        return texts, tuple(tuple(row) for row in tokenizer(list(texts))["input_ids"]) if texts else (), None
+    if all(isinstance(token, int) for token in prompts):
+        return None, (tuple(prompts),), None
+    if all(isinstance(row, Sequence) and all(isinstance(t, int) for t in row) for row in prompts):
+        return None, tuple(tuple(row) for row in prompts), None
+    raise BadType("prompts of mixed kinds", expected="all texts, or all lists of token ids")
+
+
+def _unpadded(ids: Any, mask: Any) -> Ids:
+    rows = torch.as_tensor(ids)
+    rows = rows[None] if rows.dim() == 1 else rows
+    if rows.dim() != 2 or rows.is_floating_point():
+        raise BadType(f"token ids of shape {list(rows.shape)} and {rows.dtype}", expected="integers [prompt, token]")
+    if mask is None:
+        return tuple(tuple(row) for row in rows.tolist())
+    own = torch.as_tensor(mask).bool()
+    return tuple(tuple(row[kept].tolist()) for row, kept in zip(rows, own, strict=True))
+
+
+# --- spans ------------------------------------------------------------------------------------------------------------
+
+
+def _bounds(
+    model: engine.Model, name: str, given: Any, texts: tuple[str, ...] | None, ids: Ids
+) -> Iterator[tuple[int, int]]:
+    one_for_all = isinstance(given, str) or (isinstance(given, tuple) and all(isinstance(n, int) for n in given))
+    each = [given] * len(ids) if one_for_all else list(given)
+    if len(each) != len(ids):
+        raise SpanError(f'span "{name}" is given {len(each)} times for {len(ids)} prompts', expected="one per prompt")
+    for row, span in enumerate(each):
+        if isinstance(span, str):
+            yield _of_text(model, name, span, row, texts)
+        elif isinstance(span, tuple | list) and len(span) == 2 and all(isinstance(n, int) for n in span):
+            start, stop = span
+            if not 0 <= start < stop <= len(ids[row]):
+                raise SpanError(
+                    f'span "{name}" of row {row} is tokens {start} to {stop}, and the prompt has {len(ids[row])}',
+                    expected="0 <= start < stop <= number of tokens",
+                )
+            yield start, stop
+        else:
+            raise BadType(f'span "{name}" of row {row} is {span!r}', expected="a text, or (start, stop) in tokens")
+
+
+def _of_text(model: engine.Model, name: str, span: str, row: int, texts: tuple[str, ...] | None) -> tuple[int, int]:
+    if texts is None:
+        raise SpanError(
+            f'span "{name}" is a text, and the prompts are token ids',
+            expected="(start, stop) in tokens, or text prompts",
+        )
+    text = texts[row]
+    places = [start for start in range(len(text)) if span and text.startswith(span, start)]
+    if len(places) != 1:
+        found = "does not occur" if not places else f"occurs {len(places)} times"
+        raise SpanError(f'span "{name}": {span!r} {found} in row {row}: {text!r}', expected="a text that occurs once")
+    first, last = places[0], places[0] + len(span)
+    tokenizer = engine.tokenizer_of(model)
+    if not getattr(tokenizer, "is_fast", False):
+        raise SpanError(
+            f'span "{name}" cannot be found: this tokenizer does not say where its tokens stand in the text',
+            expected="(start, stop) in tokens, or a fast tokenizer",
+        )
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    # A token belongs to the span when they share a character; one that holds no character (a special one) never does.
+    inside = [n for n, (start, stop) in enumerate(offsets) if start < last and stop > first and stop > start]
+    if not inside:
+        raise SpanError(f'span "{name}": no token of row {row} stands for {span!r}')
+    return inside[0], inside[-1] + 1

@@ -1,0 +1,403 @@
+"""`SavedActivation`: an immutable mapping from places and positions to tensors, with algebra.
+
+The class is the face; the work stands beside it: `lookup` (which entries a path means), `tree` (the attribute view),
+`algebra`, `rows`, `writing` (runs), `storage` (files), `display` (what a notebook shows).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations import algebra, display, lookup, packs, storage, tree, writing
+from nnsplice.activations.packs import MEAN, Pack, Provenance
+from nnsplice.activations.rows import RowSlicer
+from nnsplice.atlas import Atlas
+from nnsplice.errors import BadArgument, BadType, DuplicatePath, PathError, ShapeError, UnknownPath
+from nnsplice.paths import Path, Span, parse_path
+
+
+class SavedActivation:
+    """Pieces of a run by address: paths go in as text or `Path`, come out as text; a tensor is `[prompt, width]`.
+
+    >>> saved = ns.capture(model, ["w3 w4 w5", "w6 w7 w8"], ["layers[1].output[-1]", "layers[0].output[-1]"])
+    >>> list(saved)
+    ['layers[0].output[-1]', 'layers[1].output[-1]']
+    >>> saved["layers[1].output[-1]"].shape
+    torch.Size([2, 16])
+
+    A capture never shares memory with the run it came from. What is taken out of a capture may share memory with it, as
+    slices of tensors do: `clone()` before changing a tensor in place.
+    """
+
+    parse_path = staticmethod(parse_path)
+
+    # Arithmetic with a tensor or an array on the left asks the capture, which refuses clearly, instead of the array.
+    __array_ufunc__ = None
+
+    def __init__(self, tree_of_tensors: Mapping[Any, Any] = {}) -> None:  # never changed
+        """From a nested mapping: attribute names and indices down to token positions and tensors.
+
+        >>> ns.SavedActivation({"transformer": {"h": {2: {"output": {10: torch.zeros(1, 4)}}}}}).keys()
+        ['model.transformer.h[2].output[10]']
+        """
+        if not isinstance(tree_of_tensors, Mapping):
+            raise BadType(f"a {type(tree_of_tensors).__name__} is no nested mapping", expected='{"layers": {0: {...}}}')
+        self._fill(packs.from_entries(tree.flatten(tree_of_tensors)), Provenance(), None)
+
+    @classmethod
+    def from_pairs(cls, *pairs: tuple[str | Path, Tensor]) -> SavedActivation:
+        """From `(path, tensor)` pairs; a place that is given twice raises `ValueError`.
+
+        >>> ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.zeros(1, 4)))
+        SavedActivation: 1 site, 1 position each, 1 row, float32, 16 B
+          layers[0].output  [-1]  width 4
+        """
+        for pair in pairs:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise BadType(
+                    f"a {type(pair).__name__} is no pair", expected="(path, tensor)", write="from_pairs(*pairs)"
+                )
+        return cls._new(packs.from_entries((parse_path(path), tensor) for path, tensor in pairs), Provenance(), None)
+
+    @classmethod
+    def _new(cls, of: Sequence[Pack], provenance: Provenance, known: engine.Known | None) -> SavedActivation:
+        saved = cls.__new__(cls)
+        saved._fill(of, provenance, known)
+        # Made inside a trace, it outlives the trace without a further save(); outside this does nothing.
+        return engine.keep(saved)
+
+    def _fill(self, of: Sequence[Pack], provenance: Provenance, known: engine.Known | None) -> None:
+        engine.only_local(self)
+        self._packs = tuple(of)
+        self._provenance = provenance
+        #: Where a model keeps its parts and in which order, if one has ranked the keys: other spellings are then known.
+        self._known = known
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The map of a whole model stays behind; the keys keep their places.
+        return {"_packs": self._packs, "_provenance": self._provenance, "_known": None}
+
+    def __copy__(self) -> SavedActivation:
+        return self._like(self._packs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavedActivation:
+        return self.clone()
+
+    def _like(self, of: Sequence[Pack], provenance: Provenance | None = None) -> SavedActivation:
+        return self._new(of, self._provenance if provenance is None else provenance, self._known)
+
+    # ------------------------------------------------------------------------------------------------------ a mapping
+
+    @cached_property
+    def _index(self) -> lookup.Index:
+        return lookup.Index(self._packs)
+
+    @property
+    def _entries(self) -> dict[str, lookup.Entry]:
+        return self._index.by_text
+
+    def keys(self) -> list[str]:
+        """The paths, canonical, in the order of the forward pass."""
+        return list(self._entries)
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Every path with its tensor `[prompt, width]`."""
+        return [(key, self._packs[p].tensor[:, n]) for key, (p, n) in self._entries.items()]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, path: object) -> bool:
+        if not isinstance(path, str | Path):
+            return False
+        try:
+            return lookup.match(self._index, parse_path(path), *self._context)[1] is None
+        except (UnknownPath, PathError):
+            return False
+
+    def __getitem__(self, path: str | Path) -> Tensor:
+        return self.get(path)
+
+    def get(self, path: str | Path) -> Tensor:
+        """The tensor at a path: `[prompt, width]`, or `[prompt, position, width]` for a slice or list of positions.
+
+        Raises:
+            KeyError: not captured; names the closest keys.
+        """
+        known = self._entries.get(path) if isinstance(path, str) else None
+        if known is not None:
+            return self._packs[known[0]].tensor[:, known[1]]
+        wanted = parse_path(path)
+        entries = self._find(wanted)
+        places = {place for place, _ in entries}
+        if len(places) > 1:
+            raise BadArgument(
+                f"this path stands for {len(places)} places, and get() returns the tensor of one",
+                path=path,
+                write=f"saved.subset({str(path)!r}), or saved.stack('layer') for one tensor over the layers",
+            )
+        pack = self._packs[entries[0][0]].take([index for _, index in entries])
+        single = isinstance(wanted.position, int) or (isinstance(wanted.position, Span) and len(entries) == 1)
+        return pack.tensor[:, 0] if single else pack.tensor
+
+    def _find(self, path: str | Path) -> list[lookup.Entry]:
+        return lookup.find(self._index, path, *self._context)
+
+    @cached_property
+    def _context(self) -> tuple[Atlas | None, int | None]:
+        """What is known of the model, and of how many tokens each prompt has."""
+        return self._known.atlas if self._known else None, packs.common_length(self._packs, self._provenance)
+
+    @property
+    def values(self) -> tree.Tree:
+        """The same tensors as a tree that follows the paths: `saved.values.transformer.h[2].output[10]`."""
+        return tree.grow((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
+
+    def subset(self, paths: str | Path | Iterable[str | Path]) -> SavedActivation:
+        """Only these places and positions, in the capture's own order; slices and lists are allowed anywhere.
+
+        >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[:]")
+        >>> saved.subset("layers[0:2].output[-1:]").keys()
+        ['layers[0].output[2]', 'layers[1].output[2]']
+        """
+        wanted = engine.listed(paths)
+        chosen = {entry for path in wanted for entry in self._find(path)}
+        kept: list[Pack] = []
+        for number, pack in enumerate(self._packs):
+            indices = [index for index in range(len(pack.keys)) if (number, index) in chosen]
+            if indices:
+                kept.append(pack.take(indices))
+        return self._like(kept)
+
+    def union(self, other: SavedActivation) -> SavedActivation:
+        """Both captures in one; a key that stands in both raises `ValueError`."""
+        mine, theirs = self._beside(other)
+        index = lookup.Index(mine)
+        shared = [str(key) for pack in theirs for key in pack.keys if index.same(key) is not None]
+        if shared:
+            raise DuplicatePath(
+                f"{len(shared)} path{'s' * (len(shared) != 1)} in both captures: {', '.join(shared[:5])}"
+                + (", ..." if len(shared) > 5 else ""),
+                expected="captures of different places or positions",
+                write="a | b.subset([...])",
+            )
+        if self._packs and other._packs and self.rows != other.rows:
+            raise ShapeError(f"one capture has {self.rows} rows, the other {other.rows}", expected="the same prompts")
+        merged = algebra.merged([*mine, *theirs])
+        known = self._known or other._known
+        if known is not None and all(pack.keys[0].site is not None for pack in merged):
+            merged = packs.ranked(merged, known.rank)
+        origins = [capture._provenance for capture in (self, other) if capture._packs]
+        return self._new(merged, origins[0].joined(origins[-1]) if origins else Provenance(), known)
+
+    def __or__(self, other: SavedActivation) -> SavedActivation:
+        return self.union(other) if isinstance(other, SavedActivation) else NotImplemented
+
+    # ----------------------------------------------------------------------------------------------------------- rows
+
+    @property
+    def rows(self) -> int:
+        """How many prompts it holds."""
+        return self._packs[0].tensor.shape[0] if self._packs else 0
+
+    @property
+    def slice(self) -> RowSlicer[SavedActivation]:
+        """Rows of the batch: `slice[0:4]`, `slice[3]`, `slice[0:2, 5, 7:9]`, `slice[range(3)]`."""
+        return RowSlicer(self.rows, self._take_rows)
+
+    def _take_rows(self, rows: Sequence[int]) -> SavedActivation:
+        whole = list(rows) == list(range(rows[0], rows[0] + len(rows))) if rows else False
+        taken = [
+            pack.with_tensor(pack.tensor[rows[0] : rows[0] + len(rows)] if whole else pack.tensor[list(rows)])
+            for pack in self._packs
+        ]
+        return self._like(taken, self._provenance.rows(rows))
+
+    # -------------------------------------------------------------------------------------------------------- algebra
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> SavedActivation:
+        """The function applied to every site's tensor `[prompt, position, width]`."""
+        made = algebra.mapped(self._packs, fn)
+        same = not made or made[0].tensor.shape[0] == self.rows
+        return self._like(made, None if same else self._provenance.without_rows())
+
+    def mean(self, over: str = "prompt") -> SavedActivation:
+        """The mean over the prompts (one row is kept), or over the `"position"`s of each site.
+
+        After `mean("position")` a key's position is `["mean"]`, and a replay needs `at=` a position.
+        """
+        if over == "prompt":
+            return self.map(lambda tensor: tensor.mean(0, keepdim=True))
+        if over != "position":
+            raise BadArgument(f"there is no mean over {over!r}", expected='"prompt" or "position"')
+        return self._like(
+            [Pack((pack.keys[0].at(Span(MEAN)),), pack.tensor.mean(1, keepdim=True)) for pack in self._packs]
+        )
+
+    def _beside(self, other: SavedActivation) -> tuple[Sequence[Pack], Sequence[Pack]]:
+        """The packs of both; where one of them knows the model, the other's keys are found in it too."""
+        if not isinstance(other, SavedActivation):
+            raise BadType(f"{type(other).__name__} is no capture", expected="a SavedActivation")
+        mine, theirs = self._packs, other._packs
+        if self._known and not other._known:
+            return mine, lookup.located(theirs, self._known.atlas)
+        if other._known and not self._known:
+            return lookup.located(mine, other._known.atlas), theirs
+        return mine, theirs
+
+    def _with(self, other: SavedActivation, fn: Callable[[Tensor, Tensor], Tensor]) -> SavedActivation:
+        """Combined with another capture of the same places."""
+        made = algebra.combined(*self._beside(other), fn)
+        if self.rows == other.rows:
+            origin = self._provenance.joined(other._provenance)
+        else:
+            # One row that served every prompt: the prompts are those of the longer one.
+            origin = (self if self.rows > other.rows else other)._provenance
+        return self._new(made, origin, self._known or other._known)
+
+    def __add__(self, other: SavedActivation) -> SavedActivation:
+        return self._with(other, torch.add) if isinstance(other, SavedActivation) else NotImplemented
+
+    def __sub__(self, other: SavedActivation) -> SavedActivation:
+        return self._with(other, torch.sub) if isinstance(other, SavedActivation) else NotImplemented
+
+    def __neg__(self) -> SavedActivation:
+        return self.map(torch.neg)
+
+    def __mul__(self, factor: float) -> SavedActivation:
+        return self.map(lambda tensor: tensor * factor) if _is_number(factor) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> SavedActivation:
+        return self.map(lambda tensor: tensor / divisor) if _is_number(divisor) else NotImplemented
+
+    def norm(self) -> dict[str, Tensor]:
+        """The Euclidean norm of every entry: `{path: [prompt]}`."""
+        return {key: tensor.norm(dim=-1) for key, tensor in self.items()}
+
+    def dot(self, other: SavedActivation) -> dict[str, Tensor]:
+        """The inner product with another capture of the same places: `{path: [prompt]}`."""
+        return self._with(other, algebra.dot)._flat()
+
+    def cosine(self, other: SavedActivation) -> dict[str, Tensor]:
+        """The cosine with another capture of the same places: `{path: [prompt]}`; NaN where one of them is zero."""
+        return self._with(other, algebra.cosine)._flat()
+
+    def project_out(self, direction: SavedActivation) -> SavedActivation:
+        """Without the part that lies along a direction (one row, or one for each prompt)."""
+        return self._with(direction, algebra.without)
+
+    def _flat(self) -> dict[str, Tensor]:
+        return {key: tensor[:, 0] for key, tensor in self.items()}
+
+    def stack(self, axis: str = "layer") -> Tensor:
+        """One tensor over the layers (or heads, groups, neurons, experts) of a place, for plain torch work.
+
+        `[layer, prompt, width]`, or `[layer, prompt, position, width]` where sites hold several positions.
+
+        >>> ns.capture(model, "w3 w4 w5", "layers[:].mlp.output[-1]").stack("layer").shape
+        torch.Size([3, 1, 16])
+        """
+        return algebra.stacked(self._packs, axis)
+
+    # -------------------------------------------------------------------------------------------------- as torch does
+
+    def to(self, device_or_dtype: torch.device | torch.dtype | str) -> SavedActivation:
+        """On another device, or in another dtype."""
+        return self.map(lambda tensor: tensor.to(device_or_dtype))
+
+    def detach(self) -> SavedActivation:
+        """Without the graph."""
+        return self.map(torch.Tensor.detach)
+
+    def clone(self) -> SavedActivation:
+        """In memory of its own."""
+        return self.map(torch.Tensor.clone)
+
+    def allclose(self, other: SavedActivation, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> bool:
+        """Whether two captures of the same places hold the same values."""
+        mine, theirs = self._beside(other)
+        for pack, tensor in zip(mine, algebra.aligned(mine, theirs), strict=True):
+            dtype = torch.promote_types(pack.tensor.dtype, tensor.dtype)
+            a, b = pack.tensor.to(dtype), tensor.to(pack.tensor.device, dtype)
+            if a.shape != b.shape or not torch.allclose(a, b, rtol, atol, equal_nan):
+                return False
+        return True
+
+    def save(self) -> SavedActivation:
+        """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway."""
+        return engine.keep(self)
+
+    # ----------------------------------------------------------------------------------------------------------- runs
+
+    def apply(self, model: Any, *, at: int | Sequence[int] | None = None) -> None:
+        """Inside a trace: write every entry into the current run, in place of what it computes there.
+
+        Args:
+            at: write at this position (or one for each row) instead of the keys' own.
+        """
+        writing.write(model, self._packs, None, at=at)
+
+    def add_to(
+        self, model: Any, coefficient: float | Sequence[float] | Tensor = 1.0, *, at: int | Sequence[int] | None = None
+    ) -> None:
+        """Inside a trace: add every entry, times a number or one for each row, to what the run computes there."""
+        writing.write(model, self._packs, coefficient, at=at)
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with the provenance in its header; whole, or not at all."""
+        storage.write(path, self._packs, self._provenance)
+
+    @classmethod
+    def from_file(
+        cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None
+    ) -> SavedActivation:
+        """Read a capture, or with `paths` only these of its places and positions."""
+        of, provenance = storage.read(path, paths)
+        return cls._new(of, provenance, None)
+
+    # ----------------------------------------------------------------------------------------------------- provenance
+
+    @property
+    def model(self) -> str | None:
+        """The name of the model it was captured from."""
+        return self._provenance.model
+
+    @property
+    def prompts(self) -> tuple[str, ...] | None:
+        """The prompts, where they were texts."""
+        return self._provenance.prompts
+
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...] | None:
+        """The token ids of each prompt, padding left out."""
+        return self._provenance.tokens
+
+    @property
+    def positions(self) -> dict[str, list[int] | None]:
+        """Which own token of each prompt an entry stands at; None where nobody knows."""
+        return packs.positions(self._packs, self._provenance)
+
+    def __repr__(self) -> str:
+        return display.text(self._packs, self.rows)
+
+    def _repr_html_(self) -> str:
+        return display.html(self._packs, self.rows)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,207 @@
+"""Captures on disk: a safetensors file, its keys and provenance as JSON in the header.
+
+Each site is one tensor named by its place, so single places are read without the rest. Nothing is ever unpickled. A
+file is written under another name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations import lookup
+from nnsplice.activations.packs import Pack, Provenance, check_key, common_length
+from nnsplice.errors import BadType, FileError, PathError
+from nnsplice.paths import Path, parse_path
+
+HEADER = "nnsplice"
+KIND = "SavedActivation"
+FORMAT = 1
+
+
+def write(path: str | os.PathLike[str], packs: Sequence[Pack], provenance: Provenance) -> None:
+    """Write packs to a file: the whole of it, or nothing, and then the file that was there stays."""
+    from safetensors.torch import save_file
+
+    target = FilePath(path)
+    tensors: dict[str, Tensor] = {}
+    keys: dict[str, list[str]] = {}
+    for pack in packs:
+        name = str(pack.keys[0].place)
+        # safetensors takes neither shared nor strided memory; a view of a larger tensor would be both.
+        tensors[name] = pack.tensor.detach().clone(memory_format=torch.contiguous_format)
+        keys[name] = [str(key) for key in pack.keys]
+    header = {"kind": KIND, "format": FORMAT, "version": version("nnsplice"), "keys": keys, **_plain(provenance)}
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what every new file gets here; safetensors would let nobody else read it
+        save_file(tensors, temporary, metadata={HEADER: json.dumps(header)})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(mode)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(
+    path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None
+) -> tuple[list[Pack], Provenance]:
+    """The packs of a file, or with `paths` only these of its places and positions, and where they come from."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_kind(path)
+    before, problem = _stamp(path), None
+    packs, provenance = [], Provenance()
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            header = _header(path, file.metadata())
+            keys, rows = _keys(path, header, file)
+            provenance = _provenance(path, header, rows)
+            chosen = _everything(keys) if paths is None else _chosen(keys, engine.listed(paths), provenance)
+            packs = [_pack(file, name, keys[name], numbers) for name, numbers in chosen.items()]
+    except (SafetensorError, RuntimeError) as error:
+        problem = f"{path} is damaged or no safetensors file: {error}"
+    # safetensors opens a file twice, and may have met two.
+    if _stamp(path) != before:
+        raise FileError(f"{path} was replaced while it was read", expected="a file that nobody writes meanwhile")
+    if problem is not None:
+        raise FileError(problem, expected="a file that SavedActivation.to_file wrote")
+    return packs, provenance
+
+
+def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """What another file of the same name would have otherwise."""
+    found = FilePath(path).stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _check_kind(path: str | os.PathLike[str]) -> None:
+    """Say what a pickle is, which safetensors would only call damaged."""
+    with FilePath(path).open("rb") as file:
+        start = file.read(9)
+    # The length of a safetensors header can begin with the very bytes of a pickle; the header itself begins with {.
+    if start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise FileError(
+            f"{path} looks like a pickle (torch.save), which can run any code when it is opened",
+            expected="a safetensors file that SavedActivation.to_file wrote",
+            write="load it with torch.load(..., weights_only=True) yourself, then SavedActivation.from_pairs(...)",
+        )
+
+
+def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
+    text = (metadata or {}).get(HEADER)
+    if text is None:
+        raise FileError(f"{path} is a safetensors file without nnsplice's header, so no capture")
+    try:
+        header = json.loads(text)
+        known = header["kind"] == KIND and isinstance(header["keys"], dict) and isinstance(header["format"], int)
+    except (ValueError, TypeError, KeyError):
+        known = False
+    if not known:
+        raise FileError(f"the header of {path} is damaged, or of another kind", expected=f'"kind": "{KIND}"')
+    if header["format"] > FORMAT:
+        raise FileError(f"{path} has format {header['format']}; this nnsplice reads up to {FORMAT}")
+    return header
+
+
+def _keys(path: str | os.PathLike[str], header: dict[str, Any], file: Any) -> tuple[dict[str, tuple[Path, ...]], int]:
+    """The keys of every tensor, checked against its shape, and how many rows there are; no tensor is read for it."""
+    held = set(file.keys())
+    if held != set(header["keys"]):
+        names = ", ".join(sorted(held.symmetric_difference(header["keys"]))[:5])
+        raise FileError(f"the header of {path} and the tensors in it do not agree on {names}")
+    keys: dict[str, tuple[Path, ...]] = {}
+    counts: set[int] = set()
+    for name, texts in header["keys"].items():
+        shape = file.get_slice(name).get_shape()
+        if not isinstance(texts, list) or len(shape) != 3 or len(texts) != shape[1] or not texts:
+            listed = len(texts) if isinstance(texts, list) else "no"
+            raise FileError(
+                f"{name} in {path} has shape {shape}, and the header lists {listed} positions",
+                expected="[prompt, position, width]",
+            )
+        keys[name] = tuple(_parsed(path, text) for text in texts)
+        counts.add(shape[0])
+    if len({key for of in keys.values() for key in of}) < sum(map(len, keys.values())):
+        raise FileError(f"the header of {path} names a key twice")
+    if len(counts) > 1:
+        raise FileError(
+            f"the tensors in {path} have {' and '.join(map(str, sorted(counts)))} rows", expected="one number"
+        )
+    return keys, counts.pop() if counts else 0
+
+
+def _everything(keys: Mapping[str, Sequence[Path]]) -> dict[str, list[int]]:
+    return {name: list(range(len(of))) for name, of in keys.items()}
+
+
+def _chosen(
+    keys: Mapping[str, tuple[Path, ...]], paths: Iterable[str | Path], provenance: Provenance
+) -> dict[str, list[int]]:
+    """Which tensors of the file, and which of their positions."""
+    # Lookup needs keys, not values: empty tensors stand in for what is not read yet.
+    empty = [Pack(of, torch.empty(0, len(of), 0)) for of in keys.values()]
+    index, length = lookup.Index(empty), common_length(empty, provenance)
+    entries = sorted({entry for path in paths for entry in lookup.find(index, path, None, length)})
+    chosen: dict[str, list[int]] = {}
+    for number, position in entries:
+        chosen.setdefault(list(keys)[number], []).append(position)
+    return chosen
+
+
+def _pack(file: Any, name: str, keys: Sequence[Path], numbers: Sequence[int]) -> Pack:
+    first = numbers[0]
+    tensor = file.get_slice(name)[:, first : numbers[-1] + 1]
+    if len(numbers) < tensor.shape[1]:
+        tensor = tensor[:, [number - first for number in numbers]]
+    return Pack(tuple(keys[number] for number in numbers), tensor)
+
+
+def _parsed(path: str | os.PathLike[str], text: object) -> Path:
+    try:
+        key = parse_path(text)  # type: ignore[arg-type]  # whatever the file says
+        check_key(key)
+    except (PathError, BadType) as error:
+        raise FileError(f"a key in {path} is no path of one token: {error}") from None
+    return key
+
+
+def _plain(provenance: Provenance) -> dict[str, Any]:
+    return {
+        "model": provenance.model,
+        "revision": provenance.revision,
+        "prompts": provenance.prompts,
+        "tokens": provenance.tokens,
+        "spans": None if provenance.spans is None else dict(provenance.spans),
+    }
+
+
+def _provenance(path: str | os.PathLike[str], header: dict[str, Any], rows: int) -> Provenance:
+    try:
+        prompts, tokens, spans = header["prompts"], header["tokens"], header["spans"]
+        found = Provenance(
+            header["model"],
+            header["revision"],
+            None if prompts is None else tuple(prompts),
+            None if tokens is None else tuple(tuple(row) for row in tokens),
+            None if spans is None else {name: tuple((a, b) for a, b in of) for name, of in spans.items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise FileError(f"the header of {path} is damaged: its provenance cannot be read") from None
+    per_row = [of for of in (found.prompts, found.tokens, *(found.spans or {}).values()) if of is not None]
+    if rows and any(len(of) != rows for of in per_row):
+        raise FileError(f"{path} holds {rows} rows, and its header tells of another number of prompts")
+    return found

@@ -1,0 +1,136 @@
+"""Captures as trees that follow their paths: `values.transformer.h[2].output[10]`, and back from nested mappings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath, closest
+from nnsplice.paths import Path, Span, parse_path
+
+
+class Tree:
+    """A part of a capture, by attribute and index; its leaves are tensors `[prompt, width]`.
+
+    Names and numbers stand as in the paths, so a notebook completes them with the tab key.
+    """
+
+    __slots__ = ("_children", "_name")
+
+    def __init__(self, name: str, children: Mapping[str | int, Any]) -> None:
+        self._name = name
+        self._children = dict(children)
+
+    def __getattr__(self, name: str) -> Any:
+        # Names with an underscore are asked for by copying, pickling and notebooks, also before there are children.
+        if name.startswith("_"):
+            raise AttributeError(f"{name} is no place of a model")
+        if name not in self._children:
+            raise AttributeError(
+                f"nothing captured at {self._name}.{name}; there is {closest(name, map(str, self._children))}"
+            )
+        return self._children[name]
+
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, slice | tuple | list):
+            raise BadType(
+                f"{self._name} goes down by one name or number at a time",
+                expected="saved.get(path) or saved.subset(path), which take slices and lists",
+            )
+        if index not in self._children:
+            raise UnknownPath(
+                f"nothing captured at {self._name}[{index}]",
+                expected=closest(str(index), map(str, self._children)),
+            )
+        return self._children[index]
+
+    def __dir__(self) -> list[str]:
+        return [name for name in self._children if isinstance(name, str)]
+
+    def _ipython_key_completions_(self) -> list[str | int]:
+        return [name for name in self._children if isinstance(name, int)]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._children)
+
+    def __len__(self) -> int:
+        return len(self._children)
+
+    def __repr__(self) -> str:
+        return f"<{self._name}: {', '.join(str(name) for name in self._children)}>"
+
+
+def grow(entries: Iterable[tuple[Path, Tensor]]) -> Tree:
+    """The tree of these entries."""
+    root: dict[str | int, Any] = {}
+    for path, tensor in entries:
+        *branches, leaf = _names(path)
+        node: Any = root
+        for name in branches:
+            node = node.setdefault(name, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf in node:
+            raise BadArgument(
+                "two keys stand at one branch of the tree", path=path, write=f"saved[{str(path)!r}], without the tree"
+            )
+        node[leaf] = tensor
+    return _wrap("values", root)
+
+
+def _wrap(name: str, node: dict[str | int, Any]) -> Tree:
+    def child(key: str | int, value: Any) -> Any:
+        inner = f"{name}[{key}]" if isinstance(key, int) else f"{name}.{key}"
+        return _wrap(inner, value) if isinstance(value, dict) else value
+
+    return Tree(name, {key: child(key, value) for key, value in node.items()})
+
+
+def _names(path: Path) -> list[str | int]:
+    names: list[str | int] = [path.tower] if path.tower else []
+    for step in path.steps:
+        names.append(step.name)
+        if isinstance(step.index, int):
+            names.append(step.index)
+    names.append(path.value or "output")
+    if path.item is not None:
+        names.append(path.item)
+    position = path.position
+    if isinstance(position, Span):
+        names.append(position.name)
+        if position.token is not None:
+            names.append(position.token)
+    elif isinstance(position, int):
+        names.append(position)
+    return names
+
+
+def flatten(tree: Mapping[Any, Any]) -> Iterator[tuple[Path, Tensor]]:
+    """The entries of a nested mapping: attribute names and indices down to token positions and tensors."""
+    for names, tensor in _leaves(tree, ()):
+        yield _path(names), tensor
+
+
+def _leaves(tree: Mapping[Any, Any], names: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Tensor]]:
+    for name, child in tree.items():
+        if isinstance(name, bool) or not isinstance(name, str | int):
+            raise BadType(
+                f"a {type(name).__name__} cannot be a key of the tree: {name!r}",
+                expected="attribute names (str), indices and token positions (int)",
+            )
+        if isinstance(child, Mapping):
+            yield from _leaves(child, (*names, name))
+        elif isinstance(child, Tensor):
+            yield (*names, name), child
+        else:
+            raise BadType(f"a leaf of the tree is a tensor, not a {type(child).__name__}", expected="{10: tensor}")
+
+
+def _path(names: tuple[str | int, ...]) -> Path:
+    text = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names)
+    # A tree may spell roles or the model's own attributes, one of which may be called `model`. Roles win.
+    try:
+        path = parse_path(text[1:])
+    except PathError:
+        return parse_path(f"model{text}")
+    return parse_path(f"model{text}") if path.native else path

@@ -1,0 +1,109 @@
+"""`updates`: walk through places of a run, each with its value and a way to change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations import derived
+from nnsplice.activations.access import Access, accesses, hold, require_positions, site_of
+from nnsplice.activations.writing import Entry, Read, written
+from nnsplice.errors import BadArgument, DuplicatePath, LateUpdate, PathError, RefusedPlace, ShapeError
+from nnsplice.paths import Path, parse_path
+from nnsplice.tokens import Rows, columns
+
+Update = Callable[[Tensor], None]
+
+
+@engine.only_local
+def updates(model: Any, paths: str | Path | Iterable[str | Path]) -> Iterator[tuple[str, Tensor, Update]]:
+    """Inside a trace: walk through places in the order of the forward pass, each with its value and a way to change it.
+
+    Yields `(key, current, update)`: the path as it was asked for, a copy of the current value `[prompt, width]` that
+    keeps the graph, and a function that writes another value at once.
+
+    >>> with model.trace("w3 w4 w5"):
+    ...     for key, current, update in ns.updates(model, ["layers[2].output[-1]", "layers[0].output[-1]"]):
+    ...         update(current * 0)
+
+    Raises:
+        ValueError: a slice, or the same place twice.
+        LateUpdate: (a RuntimeError) by `update`, once the run has gone past its place.
+    """
+    model = engine.as_model(model)
+    mediator = engine.worker(model, "ns.updates")
+    wanted = engine.listed(paths)
+    if not wanted:
+        raise BadArgument("no paths, so there is nothing to update", expected="at least one path")
+    arranged = engine.known(model).arrange(wanted)
+    require_positions([path for path, _ in arranged])
+    seen: dict[Path, int] = {}
+    for path, number in arranged:
+        if path in seen or not isinstance(path.position, int) or [n for _, n in arranged].count(number) > 1:
+            kind = DuplicatePath if path in seen else PathError
+            raise kind(
+                "the same place twice" if path in seen else "updates go through single places and positions",
+                path=wanted[number],
+                expected="a number in every bracket, each place once",
+                write="for key, current, update in ns.updates(model, saved.keys())",
+            )
+        seen[path] = number
+    batch = engine.batch_of(model, mediator)
+    plan = accesses(model, [path for path, _ in arranged])
+    for access in plan:
+        access.check_ahead(mediator)
+    for path, _ in arranged:
+        derived.refuse_router(model, path)
+        if site_of(path).kind == "pattern":
+            raise RefusedPlace(
+                "when a pattern can be read it has already been used, so it cannot be updated in the same run",
+                path=path,
+                write="saved = ns.capture(...); then saved.map(...).apply(model) in another run",
+            )
+    names = {path: str(parse_path(wanted[number])) for path, number in arranged}
+    return _walk(model, plan, mediator, batch, names)
+
+
+def _walk(
+    model: engine.Model, plan: Sequence[Access], mediator: Any, batch: engine.Batch, names: dict[Path, str]
+) -> Iterator[tuple[str, Tensor, Update]]:
+    for access in plan:
+        rows = batch.rows(access.tower)
+        made = derived.experts(access, mediator, rows) if access.kind == "expert" else None
+        for path in access.paths:
+            # Read anew for each position: the block may have changed the value since.
+            values = hold(access, mediator, rows).tensor if made is None else made[site_of(path).index]
+            position = path.position
+            assert isinstance(position, int)
+            where = columns((position,), rows, values.shape[1])
+            current = wire.pick(values, where, site_of(path).columns)[:, 0]
+            read = None if made is None else Read({path.site: values})
+            yield names[path], current, _updater(model, mediator, path, rows, read)
+
+
+def _updater(model: engine.Model, mediator: Any, path: Path, rows: Rows, read: Read | None) -> Update:
+    position = path.position
+    assert isinstance(position, int)
+    target = path if read is None else derived.expert_output(path)
+    (access,) = accesses(model, [target])
+    visits = mediator.occurrence(access.place.key)
+
+    def update(new: Tensor) -> None:
+        engine.worker(model, "update")
+        if mediator.occurrence(access.place.key) != visits:
+            raise LateUpdate(
+                "the run has already gone past this place, so the update would change nothing",
+                path=path,
+                expected="update(...) inside the loop, before the next key is asked for",
+            )
+        if not isinstance(new, Tensor) or new.dim() != 2:
+            found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"type {type(new).__name__}"
+            raise ShapeError(f"an update of {found}", path=path, expected="a tensor [prompt, width]")
+        entry = Entry(path, target, (position,), new[:, None], None if read is None else path)
+        held = hold(access, mediator, rows)
+        held.write(written(held.tensor, [entry], rows, read=read))
+
+    return update

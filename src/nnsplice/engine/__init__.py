@@ -1,0 +1,79 @@
+"""The engine: the one room that knows nnsight.
+
+tracing     the only file that imports it: wrap, run, wait for a value, write a value, remote runs
+models      what is asked of a model as a whole
+recording   the order of its modules, recorded once
+places      paths -> places of the model, in that order
+batch       where the prompts' own tokens stand in a run
+"""
+
+from nnsplice.engine.batch import Batch, batch_of
+from nnsplice.engine.models import (
+    after_last_attention,
+    as_model,
+    attention_of,
+    decoder_start,
+    in_training,
+    is_causal,
+    is_encoder_decoder,
+    keeps_logits,
+    name_of,
+    tokenizer_of,
+    weights_digest,
+)
+from nnsplice.engine.places import Known, expand, known, listed
+from nnsplice.engine.recording import order_of, record
+from nnsplice.engine.tracing import (
+    ONLY_LOCAL,
+    Model,
+    Place,
+    Scope,
+    first_input,
+    keep,
+    only_local,
+    place,
+    read_remote,
+    run,
+    scope_of,
+    with_first_input,
+    worker,
+    wrap,
+    write_remote,
+)
+
+__all__ = [
+    "ONLY_LOCAL",
+    "Batch",
+    "Known",
+    "Model",
+    "Place",
+    "Scope",
+    "after_last_attention",
+    "as_model",
+    "attention_of",
+    "batch_of",
+    "decoder_start",
+    "expand",
+    "first_input",
+    "in_training",
+    "is_causal",
+    "is_encoder_decoder",
+    "keep",
+    "keeps_logits",
+    "known",
+    "listed",
+    "name_of",
+    "only_local",
+    "order_of",
+    "place",
+    "read_remote",
+    "record",
+    "run",
+    "scope_of",
+    "tokenizer_of",
+    "weights_digest",
+    "with_first_input",
+    "worker",
+    "wrap",
+    "write_remote",
+]

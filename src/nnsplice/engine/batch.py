@@ -1,0 +1,92 @@
+"""Inside a trace: where the prompts' own tokens stand, read from the model's own call."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from nnsplice.atlas import peel
+from nnsplice.engine.models import is_encoder_decoder, tokenizer_of
+from nnsplice.engine.tracing import Mediator, Model, call_of
+from nnsplice.tokens import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens that a run was given: where each row's own stand, by tower, and their ids where they were given."""
+
+    decoder: Rows
+    encoder: Rows
+    ids: Tensor | None = None
+
+    def rows(self, tower: str) -> Rows:
+        """The rows of one tower; a model with one has the same for both."""
+        return self.encoder if tower == "encoder" else self.decoder
+
+
+_batches: weakref.WeakKeyDictionary[Mediator, dict[int, Batch]] = weakref.WeakKeyDictionary()
+
+
+def batch_of(model: Model, mediator: Mediator) -> Batch:
+    """The tokens of the forward pass that this block is in.
+
+    The model's own call tells them, as long as it has not begun; once asked for they are remembered for the block.
+    Later, only the end that carries no padding can be counted from, unless there is a single row, which nobody pads.
+    """
+    key = f"{model.path}.input"
+    seen = mediator.occurrence(key)
+    step = mediator.iteration if mediator.iteration is not None else max(seen - 1, 0)
+    known = _batches.setdefault(mediator, {})
+    if step in known:
+        return known[step]
+    if seen <= step:
+        known[step] = _batch(model, *call_of(model))
+        return known[step]
+    if _single_row(mediator):
+        return Batch(Rows(1), Rows(1))
+    left = getattr(tokenizer_of(model), "padding_side", "left") == "left"
+    unknown = Rows(None, known=False, pads_left=left and not is_encoder_decoder(model))
+    return Batch(unknown, unknown)
+
+
+def _single_row(mediator: Mediator) -> bool:
+    batcher = None if mediator.interleaver is None else mediator.interleaver.batcher
+    if batcher is None or batcher.total != 1:
+        return False
+    (inputs, kwargs) = batcher.invokes[0]
+    return "attention_mask" not in kwargs and not any(isinstance(value, Mapping) for value in inputs)
+
+
+def _batch(model: Model, args: tuple, kwargs: dict) -> Batch:
+    module = peel(model)
+    given = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
+    # A decode step computes the newest token; the ones before it stand in the cache.
+    cache: Any = given.get("past_key_values")
+    cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    if not is_encoder_decoder(model):
+        rows, ids = _rows(given, "", cached), given.get("input_ids")
+        return Batch(rows, rows, ids if isinstance(ids, Tensor) else None)
+    ids = given.get("decoder_input_ids")
+    return Batch(_rows(given, "decoder_", cached), _rows(given, "", 0), ids if isinstance(ids, Tensor) else None)
+
+
+def _rows(given: Mapping[str, Any], prefix: str, cached: int) -> Rows:
+    mask = given.get(f"{prefix}attention_mask")
+    ids = given.get(f"{prefix}input_ids")
+    ids = ids if isinstance(ids, Tensor) else given.get(f"{prefix}inputs_embeds")
+    batch, new = ids.shape[:2] if isinstance(ids, Tensor) and ids.dim() > 1 else (None, None)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        rows = Rows.from_mask(mask)
+        return replace(rows, batch=batch or rows.batch, new=new)
+    return Rows(batch, None if new is None else cached + new, new=new)
+
+
+@lru_cache(maxsize=256)
+def _parameters(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]

@@ -1,0 +1,110 @@
+"""What nnsplice asks of a model as a whole: its name, its tokenizer, its towers, what its tokens depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from nnsplice.atlas import Atlas, Site, peel
+from nnsplice.engine.tracing import Model
+from nnsplice.errors import BadArgument, BadType
+
+
+def as_model(model: object) -> Model:
+    """The nnsight model, or an error that says how to make one."""
+    if not isinstance(model, Model):
+        raise BadType(
+            f"a {type(model).__name__} is not wrapped for tracing",
+            expected="an nnsight model",
+            write="model = ns.load(module, tokenizer=tokenizer)",
+        )
+    if model.parent is not None:
+        raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")
+    return model
+
+
+def tokenizer_of(model: Model) -> Any:
+    """The model's tokenizer, or None."""
+    return model.__dict__.get("tokenizer")
+
+
+def is_encoder_decoder(model: Model) -> bool:
+    """Whether the model has two towers."""
+    return bool(getattr(getattr(peel(model), "config", None), "is_encoder_decoder", False))
+
+
+def is_causal(model: Model) -> bool:
+    """Whether a token's values depend on the tokens before it alone."""
+    module = peel(model)
+    generates = getattr(module, "can_generate", None)
+    if generates is None or is_encoder_decoder(model) or not generates():
+        return False
+    config: Any = module.config
+    return not getattr(config, "use_bidirectional_attention", False) and getattr(config, "is_causal", True) is not False
+
+
+def in_training(model: Model) -> bool:
+    """Whether any part of the model is in train mode."""
+    return any(module.training for module in peel(model).modules())
+
+
+def keeps_logits(model: Model) -> bool:
+    """Whether the model can be asked for the logits of its last tokens only."""
+    return "logits_to_keep" in inspect.signature(type(peel(model)).forward).parameters
+
+
+def after_last_attention(model: Model, site: Site) -> bool:
+    """Whether no token reads another token's value of this site: it stands behind the last attention's mixing."""
+    towers = Atlas.of(model).towers
+    if site.tower not in towers:
+        return False
+    last = towers[site.tower].blocks[-1]
+    behind = {
+        (last.module, "output"), (last.mlp_added, "output"), (last.attn_added, "output"), (last.o, "input"),
+        (last.o, "output"), (last.mlp, "output"), (last.down, "input"), (last.attn, "output"), last.mid,
+    }  # fmt: skip
+    return site.occurrence == last.occurrence and site.kind in ("plain", "stream") and (site.module, site.end) in behind
+
+
+def weights_digest(model: Model) -> str:
+    """A short digest that tells two models of one name apart: the first numbers of some of its parameters."""
+    parameters = list(peel(model).named_parameters())
+    summed = hashlib.sha256(str([(name, tuple(p.shape)) for name, p in parameters]).encode())
+    for _, parameter in parameters[:: max(len(parameters) // 16, 1)]:
+        for plain in _stored(parameter.detach()):
+            if not plain.is_meta:
+                summed.update(plain.flatten()[:16].double().cpu().numpy().tobytes())
+    return summed.hexdigest()[:16]
+
+
+def _stored(tensor: Any) -> Iterator[Any]:
+    """The plain tensors that hold a tensor's numbers: itself, or the parts of a quantised one, which cannot be cut."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _stored(getattr(tensor, name))
+
+
+def attention_of(model: Model) -> str | None:
+    """Which implementation of attention the model runs with, where transformers says so."""
+    return getattr(getattr(peel(model), "config", None), "_attn_implementation", None)
+
+
+def decoder_start(model: Model) -> int:
+    """The token that the decoder of a model with two towers begins with."""
+    config = peel(model).config
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            return token
+    raise BadArgument("this model's config names no token for its decoder to start with", expected="decoder_input_ids")
+
+
+def name_of(model: Model) -> tuple[str, str | None]:
+    """What a result says it was made with: the checkpoint's name or the class, and the revision."""
+    module = peel(model)
+    name = getattr(getattr(module, "config", None), "_name_or_path", "") or type(module).__name__
+    return name, model.__dict__.get("revision")

@@ -1,0 +1,83 @@
+"""Paths -> places of one model, in the order of its forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nnsplice.atlas import Atlas, Order, fingerprint, peel
+from nnsplice.engine.recording import order_of
+from nnsplice.errors import BadType
+from nnsplice.paths import Path, parse_path, position_rank
+
+
+def expand(model: object, paths: str | Path | Iterable[str | Path], *, probe: Any = None) -> list[Path]:
+    """The single places that paths stand for: negative numbers, slices and lists resolved against the model.
+
+    Positions stay as they are written; a place that is named twice comes once; the order is that of the forward pass.
+
+    >>> [str(path) for path in ns.expand(model, ["layers[-1].output[-1]", "layers[0:2].mlp.output[3]"])]
+    ['layers[0].mlp.output[3]', 'layers[1].mlp.output[3]', 'layers[2].output[-1]']
+
+    Args:
+        probe: an input to run a model with once, where nnsplice cannot know one (a plain `NNsight(module)`).
+    """
+    found = known(model, probe).arrange(listed(paths))
+    return list(dict.fromkeys(path for path, _ in found))
+
+
+def listed(paths: str | Path | Iterable[str | Path]) -> tuple[str | Path, ...]:
+    """One path or several, as a tuple."""
+    if isinstance(paths, str | Path):
+        return (paths,)
+    several = tuple(paths) if isinstance(paths, Iterable) else (paths,)
+    for path in several:
+        if not isinstance(path, str | Path):
+            raise BadType(f"a path is a text or a Path, not a {type(path).__name__}", expected="'layers[2].output[-1]'")
+    return several
+
+
+#: A path that was asked for becomes places, each with the number of the path that named it.
+Arranged = list[tuple[Path, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a model, as plain data that a capture may keep: where its parts are, in which order they run."""
+
+    atlas: Atlas
+    order: Order
+    _plans: dict[tuple[str | Path, ...], Arranged] = field(default_factory=dict, repr=False)
+
+    def rank(self, path: Path) -> tuple:
+        """Where an expanded path stands: by the forward pass, then within one value, then by position."""
+        site = path.site
+        within = (site.item or 0, site.columns or (-1, -1), -1 if site.index is None else site.index)
+        return (self.order.rank(site), *within, position_rank(path.position))
+
+    def arrange(self, paths: tuple[str | Path, ...]) -> Arranged:
+        """The places of these paths in execution order; a place that is named twice comes twice."""
+        if paths not in self._plans:
+            expanded = [self.atlas.expand(parse_path(path)) for path in paths]
+            found = [(place, number) for number, places in enumerate(expanded) for place in places]
+            if len(self._plans) > 512:  # a sweep asks for thousands of lists; the last few are asked for again
+                self._plans.clear()
+            self._plans[paths] = sorted(found, key=lambda pair: self.rank(pair[0]))
+        return self._plans[paths]
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[int, Known]] = weakref.WeakKeyDictionary()
+
+
+def known(model: object, probe: Any = None) -> Known:
+    """The model's map and order, read again when its structure has changed."""
+    root = peel(model)
+    now = fingerprint(root)
+    found = _known.get(root)
+    if found is None or found[0] != now:
+        found = _known[root] = (now, Known(Atlas.of(root), order_of(model, probe)))
+    return found[1]

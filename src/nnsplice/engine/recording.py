@@ -1,0 +1,120 @@
+"""The order in which a model reaches its modules: one short real forward under torch's module hooks, kept per model."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsplice.atlas import Order, fingerprint, peel
+from nnsplice.engine.tracing import Model
+from nnsplice.errors import NeedsProbe
+
+_orders: weakref.WeakKeyDictionary[nn.Module, tuple[int, Order]] = weakref.WeakKeyDictionary()
+
+
+def order_of(model: object, probe: Any = None) -> Order:
+    """The order in which the model reaches its modules, recorded once and kept until the structure changes.
+
+    Args:
+        probe: an input for models whose inputs are not known: a tensor, a tuple of arguments or a dict of keywords.
+    """
+    root = peel(model)
+    now = fingerprint(root)
+    known = _orders.get(root)
+    if known is not None and known[0] == now:
+        return known[1]
+    runnable = root
+    if any(parameter.is_meta for parameter in root.parameters()):
+        runnable = _twin(root)
+    args, kwargs = _probe(runnable, probe)
+    order = Order.of(record(model if runnable is root else runnable, args, kwargs))
+    _orders[root] = (now, order)
+    return order
+
+
+def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The module ends that one forward pass goes through, in order; nothing of the model is changed."""
+    root = peel(model)
+    names = {id(module): name for name, module in root.named_modules()}
+    sequence: list[tuple[str, str]] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        if id(module) in names:
+            sequence.append((names[id(module)], "input"))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in names:
+            sequence.append((names[id(module)], "output"))
+
+    registry = nn.modules.module
+    hooks = [registry.register_module_forward_pre_hook(before), registry.register_module_forward_hook(after)]
+    training = [module for module in root.modules() if module.training]
+    devices = [parameter.device for parameter in root.parameters() if parameter.is_cuda][:1]
+    # Called through the envoy, so that a trace that is running now stands aside and counts none of this.
+    call = model if isinstance(model, Model) else root
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            call(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    return sequence
+
+
+def _probe(root: nn.Module, probe: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if probe is not None:
+        if isinstance(probe, Mapping):
+            return (), dict(probe)
+        return (probe if isinstance(probe, tuple) else (probe,)), {}
+    config = getattr(root, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if config is None or vocabulary is None:
+        raise NeedsProbe(
+            f"the order of {type(root).__name__} is learned from one short run, and its inputs are not known",
+            expected="an input to run it with, once",
+            write="ns.expand(model, paths, probe=example_input)",
+        )
+    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
+    ids = torch.tensor([[min(3, vocabulary - 1), min(4, vocabulary - 1)]], device=device)
+    return (), {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+
+
+#: What of a config sets the width of a model; made small in a twin, which keeps every module and its order.
+_WIDTHS = {
+    "vocab_size": 16, "intermediate_size": 16, "ffn_dim": 16, "n_inner": 16, "d_ff": 16, "moe_intermediate_size": 16,
+    "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "shared_expert_intermediate_size": 16, "head_dim": 8, "d_kv": 8,
+    "rotary_dim": 4,
+}  # fmt: skip
+
+
+def _twin(root: nn.Module) -> nn.Module:
+    """A small model of the same class and depth with real weights, for a model whose own are not here."""
+    try:
+        config: Any = copy.deepcopy(root.config)
+        heads = getattr(config, "num_attention_heads", None) or getattr(config, "encoder_attention_heads")  # noqa: B009
+        widths = _WIDTHS | {"hidden_size": 8 * heads, "n_embd": 8 * heads, "d_model": 8 * heads}
+        widths["word_embed_proj_dim"] = 8 * heads
+        # A config answers to several names for one setting; only those it holds itself are set.
+        held = config.to_dict()
+        for name, width in widths.items():
+            if isinstance(held.get(name), int):
+                setattr(config, name, width)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+            if isinstance(held.get(name), int):
+                setattr(config, name, 1)
+        return type(root)(config).eval()
+    except Exception as error:
+        raise NeedsProbe(
+            f"the weights of {type(root).__name__} are not here, and no small twin of it could be built: {error}",
+            expected="a model whose weights are loaded",
+            write="model.dispatch()",
+        ) from None

@@ -1,0 +1,209 @@
+"""The only file that imports nnsight: wrap, run, wait for a value, write a value.
+
+What of nnsight is private is used here alone, and `tests/engine/test_tracing.py` fails when nnsight changes it: a
+worker's `Mediator` (which visit of a place it waits for, which rows are its own) and the names of submodules that
+nnsight moves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import nnsight
+import torch
+from nnsight.intervention.interleaver import Mediator as Mediator
+from torch import Tensor, nn
+
+from nnsplice.atlas import Site
+from nnsplice.errors import OutsideTrace
+from nnsplice.wire import Stop, logits_of, read_all, write_all
+
+Model = nnsight.Envoy
+
+
+def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Model:
+    """nnsight's own wrapper of a Hugging Face model; one that is named is loaded at once."""
+    from nnsight.modeling.transformers import TransformersModel
+
+    if isinstance(name_or_module, str):
+        kwargs.setdefault("dispatch", True)
+    return TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs)
+
+
+def keep(value: Any) -> Any:
+    """Let a value outlive the trace that it is made in; outside a trace it lives anyway."""
+    try:
+        return nnsight.save(value)
+    except ValueError:
+        return value
+
+
+def worker(model: Model, what: str) -> Mediator:
+    """The worker that runs the trace's block now.
+
+    Raises:
+        OutsideTrace: there is none.
+    """
+    try:
+        mediator = Mediator.current(what)
+    except ValueError:
+        mediator = None
+    if mediator is None or mediator.interleaver is not model.interleaver:
+        raise OutsideTrace(
+            f"{what} works inside a trace of this model",
+            write="with model.trace(prompt): ...   (with several invokes: inside `with tracer.invoke(prompt):`)",
+        )
+    return mediator
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One end of one module of a model under trace: what a single access serves."""
+
+    envoy: Any
+    #: The attributes that lead to it from the model.
+    names: tuple[str, ...]
+    end: str
+    #: nnsight's name of it.
+    key: str
+    occurrence: int
+
+    def is_past(self, mediator: Mediator) -> bool:
+        """Whether the run has gone by; nnsight itself would say so after the whole pass."""
+        return mediator.occurrence(self.key) > (self.occurrence or mediator.wanted(self.key))
+
+    def read(self, mediator: Mediator) -> Any:
+        """The value, as the model holds it: not a copy."""
+        with _visit(mediator, self.occurrence):
+            return self.envoy.inputs if self.end == "input" else self.envoy.output
+
+    def write(self, mediator: Mediator, value: Any) -> None:
+        """Let the model go on with another value."""
+        with _visit(mediator, self.occurrence):
+            setattr(self.envoy, "inputs" if self.end == "input" else "output", value)
+
+
+class _visit:
+    """Wait for a later call of a module that runs several times in one pass; for most modules it does nothing."""
+
+    __slots__ = ("before", "mediator", "occurrence")
+
+    def __init__(self, mediator: Mediator, occurrence: int) -> None:
+        self.mediator, self.occurrence = mediator, occurrence
+
+    def __enter__(self) -> None:
+        self.before = self.mediator.iteration
+        if self.occurrence:
+            self.mediator.iteration = self.occurrence
+
+    def __exit__(self, *error: object) -> None:
+        if self.occurrence:
+            self.mediator.iteration = self.before
+
+
+def place(model: Model, site: Site) -> Place:
+    """Where the site's value is served in this model."""
+    envoy = model
+    names = tuple(_attribute(name) for name in site.module.split(".")) if site.module else ()
+    for name in names:
+        envoy = getattr(envoy, name)
+    return Place(envoy, names, site.end, f"{envoy.path}.{site.end}", site.occurrence)
+
+
+@lru_cache(maxsize=4096)
+def _attribute(name: str) -> str:
+    # A submodule named like a value that nnsight serves (BERT's `output`) stands under another attribute.
+    return f"{Model.OVERLOAD_PREFIX}{name}" if inspect.isdatadescriptor(getattr(Model, name, None)) else name
+
+
+def call_of(model: Any) -> tuple[tuple, dict]:
+    """The arguments of the model's own call; nnsight serves them as a run's first value, before anything else."""
+    return model.inputs
+
+
+def first_input(value: tuple[tuple, dict]) -> Any:
+    """The first argument of a call, as nnsight's `.input` names it."""
+    args, kwargs = value
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def with_first_input(value: tuple[tuple, dict], new: Any) -> tuple[tuple, dict]:
+    """The call with another first argument."""
+    args, kwargs = value
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which rows of the whole batch an invoke's block sees."""
+
+    start: int
+    size: int
+    total: int
+
+
+def scope_of(mediator: Mediator) -> Scope | None:
+    """The rows of this block where several invokes share one forward pass, else None: then it sees all of them."""
+    batcher = None if mediator.interleaver is None else mediator.interleaver.batcher
+    if batcher is None or not batcher.batching or mediator.batch_group is None:
+        return None
+    start, size = mediator.batch_group
+    return Scope(start, size, batcher.total)
+
+
+def run(model: Model, inputs: Mapping[str, Any] | Tensor, body: Callable[[], None], *, last: bool = False) -> None:
+    """One forward pass with `body` as the trace's block.
+
+    Args:
+        last: the body is done with its last request when it returns, so the rest of the pass need not run.
+    """
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+    tracer: Any
+    with model.trace(*args, **kwargs) as tracer:
+        body()
+        if last:
+            tracer.stop()
+
+
+# --- remote runs ---
+
+#: What nnsight's pickler finds on an object of ours in the block of a remote trace. It takes the text for the name of
+#: an object that the server holds, and the server, which holds none of that name, answers with the text.
+ONLY_LOCAL = (
+    "nnsplice does not run inside a remote trace: the server does not have it. "
+    "Write ns.capture(model, prompts, paths, remote=True) to read, "
+    "ns.patched_logits(model, prompts, saved, remote=True) to write."
+)
+
+
+def only_local(function: Any) -> Any:
+    """Mark a function or object that must not be sent to a server."""
+    function._persistent_id = ONLY_LOCAL
+    return function
+
+
+def read_remote(model: Model, inputs: Any, recipe: Sequence[Stop], remote: bool | str) -> dict[str, Tensor]:
+    """A remote run that reads the recipe's parts; only plain data is named by the traced block."""
+    nnsight.register("nnsplice.wire")
+    found: dict[str, Tensor] = {}
+    tracer: Any
+    with model.trace(**inputs, remote=remote) as tracer:
+        found = nnsight.save(read_all(model, recipe))
+        tracer.stop()
+    return found
+
+
+def write_remote(
+    model: Model, inputs: Any, recipe: Sequence[Stop], tensors: Mapping[str, Tensor], add: bool, remote: bool | str
+) -> Tensor:
+    """A remote run with tensors put into the recipe's parts: its logits."""
+    nnsight.register("nnsplice.wire")
+    logits = torch.empty(0)
+    with model.trace(**inputs, remote=remote):
+        write_all(model, recipe, tensors, add)
+        logits = nnsight.save(logits_of(model).detach().cpu())
+    return logits  # noqa: RET504  # assigned inside the block, which runs elsewhere

@@ -1,0 +1,80 @@
+"""What of nnsight is private and used here: these fail when nnsight changes it."""
+
+from __future__ import annotations
+
+import inspect
+import io
+
+import pytest
+import torch
+from nnsight.intervention.interleaver import Mediator
+
+import nnsplice as ns
+from nnsplice import engine
+from nnsplice.errors import OutsideTrace
+from zoo import wrap
+
+
+def test_a_worker_knows_its_visits_its_iteration_and_its_rows() -> None:
+    model = wrap("gpt2")
+    seen = {}
+    with torch.no_grad():
+        with model.trace() as tracer:
+            with tracer.invoke(["w3 w4", "w5 w6"]):
+                mediator = Mediator.current("test")
+                before = mediator.occurrence("model.transformer.h.0.output")
+                model.transformer.h[1].output.save()
+                seen["first"] = (before, mediator.occurrence("model.transformer.h.0.output"), mediator.iteration)
+                scope = engine.scope_of(mediator)
+                assert scope is not None
+                seen["scope"] = (scope.start, scope.size, scope.total)
+            with tracer.invoke("w7 w8"):
+                model.output.save()
+    assert seen["first"] == (0, 1, 0)
+    assert seen["scope"] == (0, 2, 3)
+
+
+def test_a_lone_invoke_sees_the_whole_batch() -> None:
+    model = wrap("gpt2")
+    seen = []
+    with torch.no_grad(), model.trace(["w3 w4", "w5 w6"]):
+        seen.append(engine.scope_of(engine.worker(model, "test")))
+        model.output.save()
+    assert seen == [None]
+
+
+def test_the_batcher_tells_the_rows_and_inputs_of_a_run() -> None:
+    from nnsight.intervention.batching import Batcher
+
+    parameters = inspect.signature(Batcher.__init__).parameters
+    assert "envoy" in parameters
+    batcher = Batcher(wrap("gpt2"))
+    batcher.add("w3 w4")
+    assert (batcher.total, batcher.batching, len(batcher.invokes)) == (1, False, 1)
+
+
+def test_modules_named_like_a_value_of_nnsight_are_reached() -> None:
+    model = wrap("bert")
+    (path,) = ns.expand(model, "model.bert.encoder.layer[0].attention.output.dense.output[1]")
+    place = engine.place(model, path.site)
+    assert place.names[-2:] == ("E_output", "dense")
+    assert place.key == "model.bert.encoder.layer.0.attention.output.dense.output"
+
+
+def test_an_object_can_be_kept_from_crossing_the_wire() -> None:
+    from nnsight.intervention.serialization import CustomCloudPickler
+
+    class Thing:
+        pass
+
+    pickler = CustomCloudPickler(io.BytesIO())
+    assert pickler.persistent_id(engine.only_local(Thing())) == engine.ONLY_LOCAL
+    assert pickler.persistent_id(ns.save_activations) == engine.ONLY_LOCAL
+    assert pickler.persistent_id(ns) == engine.ONLY_LOCAL
+
+
+def test_a_model_of_another_trace_is_not_this_one() -> None:
+    model, other = wrap("gpt2"), wrap("llama")
+    with pytest.raises(OutsideTrace, match="inside a trace of this model"):
+        with model.trace("w3 w4"):
+            ns.save_activations(other, "layers[0].output[-1]")
