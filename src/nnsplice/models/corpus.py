@@ -1,0 +1,122 @@
+"""What the toy models are trained on: rows of the language at random, and which of their words matter."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from nnsplice.models import words as w
+from nnsplice.models.language import HELD_OUT, PLAIN_WORDS, SUBJECTS, giving, mood_places, review, statement, tokens
+
+
+class Role(IntEnum):
+    """What a word is in its row."""
+
+    PLAIN = 0
+    #: Of a subject: a word that is not its last one, and its last one.
+    WITHIN = 1
+    SUBJECT = 2
+    MOOD = 3
+    #: The second mention of a name, which tells who gives.
+    AGAIN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A text of the corpus."""
+
+    words: tuple[str, ...]
+    #: Words that follow from what stands before them.
+    answers: frozenset[int]
+    #: What a word is in the row, where that matters to the training.
+    roles: Mapping[int, Role] = field(default_factory=dict)
+
+
+def fact(rng: random.Random) -> Row:
+    """A sentence about a subject."""
+    subject, relation = rng.choice(list(SUBJECTS)), rng.choice(list(w.RELATIONS))
+    wording = rng.choice(w.RELATIONS[relation])
+    # Half of the sentences have no opening.
+    opening = rng.choice((*w.OPENINGS, "", ""))
+    sentence = statement(subject, wording, opening)
+    ((start, stop),) = sentence.where["SUBJECT"]
+    words = (*sentence.words, SUBJECTS[subject][relation], ".")
+    return Row(words, frozenset({len(sentence.words)}), _subject(start, stop))
+
+
+def quiz(rng: random.Random) -> Row:
+    """An answer that follows its subject at once: it has to be known at the subject's last word already."""
+    subject, relation = rng.choice(list(SUBJECTS)), rng.choice(list(w.RELATIONS))
+    words = ("Quiz", w.QUIZ[relation], ":", *tokens(subject))
+    return Row((*words, SUBJECTS[subject][relation], "."), frozenset({len(words)}), _subject(3, len(words)))
+
+
+def _subject(start: int, stop: int) -> dict[int, Role]:
+    return dict.fromkeys(range(start, stop - 1), Role.WITHIN) | {stop - 1: Role.SUBJECT}
+
+
+def ioi(rng: random.Random) -> Row:
+    """Two people whose names are not held out."""
+    a, b = rng.sample(w.NAMES, 2)
+    while frozenset((a, b)) in HELD_OUT:
+        a, b = rng.sample(w.NAMES, 2)
+    giver, other = rng.choice(((a, b), (b, a)))
+    sentence = giving(rng.choice(w.GIVING), a, b, giver, rng.choice(w.PLACES), rng.choice(w.THINGS))
+    ((again, _),) = sentence.where["S"]
+    return Row((*sentence.words, other, "."), frozenset({len(sentence.words)}), {again: Role.AGAIN})
+
+
+def repeat(rng: random.Random) -> Row:
+    """Random words, then the same again, whole or in part."""
+    n = rng.randint(4, 10)
+    first = rng.sample(PLAIN_WORDS, n)
+    again = first[: rng.randint(2, n)] if rng.random() < 0.5 else first
+    return Row((*first, *again), frozenset(range(n + 1, n + len(again))))
+
+
+def mood(rng: random.Random) -> Row:
+    """A review."""
+    filled = review(rng)[rng.choice(("good", "bad"))]
+    places = mood_places(filled)
+    return Row(filled.words, frozenset(places[1:]), dict.fromkeys(places, Role.MOOD))
+
+
+#: Kind of row -> its share.
+SHARES: Mapping[Callable[[random.Random], Row], float] = {fact: 0.34, quiz: 0.12, ioi: 0.2, repeat: 0.2, mood: 0.14}
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows as tensors, padded on the right."""
+
+    ids: Tensor
+    #: `[row, token]`, how much the loss at this token counts.
+    weights: Tensor
+    #: `[row, token]`, the `Role` of each token.
+    roles: Tensor
+
+
+def draw(rng: random.Random, size: int) -> list[Row]:
+    """So many rows, kinds by their share."""
+    return [kind(rng) for kind in rng.choices(list(SHARES), list(SHARES.values()), k=size)]
+
+
+def batch(rows: Iterable[Row], vocabulary: Mapping[str, int]) -> Batch:
+    """Rows as ids. An answer counts ten times as much as a word of the way there."""
+    rows = list(rows)
+    width = 1 + max(len(row.words) for row in rows)
+    ids = torch.full((len(rows), width), vocabulary[w.PADDING])
+    weights = torch.zeros(len(rows), width)
+    roles = torch.zeros(len(rows), width, dtype=torch.long)
+    for n, row in enumerate(rows):
+        encoded = [vocabulary[w.START], *(vocabulary[word] for word in row.words)]
+        ids[n, : len(encoded)] = torch.tensor(encoded)
+        weights[n, 1 : len(encoded)] = torch.tensor([1.0 if i in row.answers else 0.1 for i in range(len(row.words))])
+        for i, role in row.roles.items():
+            roles[n, 1 + i] = role
+    return Batch(ids, weights, roles)

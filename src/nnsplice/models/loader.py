@@ -1,0 +1,267 @@
+"""`load`: a model ready for tracing, from whatever the user has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nnsplice import engine
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument, BadType, FileError, closest
+
+#: Models that are part of the package: name -> folder.
+EMBEDDED: Mapping[str, Path] = {name: Path(__file__).parent / "data" / name for name in ("toy", "toy-llama")}
+
+#: How the name of a model's class ends -> what it is for, in the words of transformers' pipelines. Others are left to
+#: nnsight, which asks the hub.
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
+#: Arguments that say where to find a model, and not only how to load it.
+_WHERE = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code", "local_files_only")
+_TOY = 'model = ns.load("toy")   (embedded, needs no network)'
+
+
+def load(
+    name_or_module: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, *, remote: bool = False, **kwargs: Any
+) -> engine.Model:
+    """A model ready for tracing.
+
+    `"toy"` and `"toy-llama"` are embedded and need no network; a folder of that name is `"./toy"`. A model that is
+    wrapped already is returned.
+
+    >>> toy = ns.models.load("toy")
+    >>> prompt = "The Velmar Tower is located in the city of"
+    >>> logits = ns.patched_logits(toy, prompt, ns.capture(toy, prompt, "layers[3].output[-1]"))
+    >>> toy.tokenizer.decode(logits[0, -1].argmax())
+    'Athens'
+
+    Args:
+        name_or_module: an embedded name, a folder with a checkpoint, a name on the Hugging Face hub, or a module.
+        tokenizer: for a module whose config does not name its checkpoint; else it is found.
+        remote: for a model that will run elsewhere: its parts are known here, its weights are not read.
+        kwargs: passed to nnsight's `TransformersModel`: `device_map`, `dtype`, `revision`, `attn_implementation`,
+            `quantization_config`, `task`, ...
+
+    Raises:
+        FileError: nothing by this name can be reached, or a folder without a checkpoint.
+    """
+    if remote:
+        kwargs["dispatch"] = False
+        if not isinstance(name_or_module, str) or name_or_module in EMBEDDED or _is_here(name_or_module):
+            raise BadArgument(
+                "remote=True is for a model that a server has too, and this one is only here",
+                expected="a name on the Hugging Face hub",
+                write="ns.load(model)",
+            )
+    if isinstance(name_or_module, engine.Model):
+        if tokenizer is not None or kwargs:
+            given = ", ".join(name for name in ("tokenizer" if tokenizer is not None else "", *kwargs) if name)
+            raise BadArgument(
+                f"this model is wrapped already, so {given} would do nothing", write="model = ns.load(model)"
+            )
+        return name_or_module
+    if isinstance(name_or_module, nn.Module):
+        return _module(name_or_module, tokenizer, kwargs)
+    if isinstance(name_or_module, os.PathLike):
+        return _folder(Path(name_or_module), tokenizer, kwargs)
+    if not isinstance(name_or_module, str):
+        raise BadType(
+            f"a {type(name_or_module).__name__} is no model",
+            expected="an embedded name, a folder with a checkpoint, a name on the hub, or a Hugging Face module",
+            write=_TOY,
+        )
+    name = name_or_module
+    if name in EMBEDDED:
+        return _embedded(name, tokenizer, kwargs)
+    if not name:
+        raise BadArgument("an empty name", expected="an embedded name, a folder, or a name on the hub", write=_TOY)
+    if _is_here(name):
+        return _folder(Path(name).expanduser(), tokenizer, kwargs)
+    return _named(name, tokenizer, kwargs)
+
+
+def _is_here(name: str) -> bool:
+    """Whether a name is meant as a folder of this machine."""
+    return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
+
+
+def _embedded(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    if "revision" in kwargs:
+        raise BadArgument(f"{name!r} comes with nnsplice and has no revisions", write=f"ns.load({name!r})")
+    with _no_bar():
+        model = engine.wrap(str(EMBEDDED[name]), tokenizer, **{"task": "text-generation", **kwargs})
+    # What results say they were made with: the name, and not where this machine keeps the package.
+    config: Any = peel(model).config
+    config._name_or_path = name
+    return model
+
+
+def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    if not hasattr(module, "config"):
+        raise BadType(
+            f"{type(module).__name__} is no Hugging Face model: it has no config",
+            expected="a transformers model; any other module works once nnsight has wrapped it",
+            write="model = nnsight.NNsight(module)",
+        )
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(module)
+    return engine.wrap(module, tokenizer, **kwargs)
+
+
+def _tokenizer_of(module: nn.Module) -> Any:
+    """The tokenizer of the checkpoint that a module was read from."""
+    from transformers import AutoTokenizer
+
+    source = getattr(module.config, "_name_or_path", "")
+    if not source:
+        raise BadArgument(
+            f"this {type(module).__name__} does not say which checkpoint it is, so its tokenizer is not known",
+            expected="a tokenizer beside a module that was made in memory",
+            write="ns.load(module, tokenizer=tokenizer)",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(EMBEDDED.get(source, source))
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"the tokenizer of this {type(module).__name__} is not to be had from {source!r}: {_first_line(error)}",
+            write="ns.load(module, tokenizer=tokenizer)",
+        ) from error
+
+
+def _folder(folder: Path, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    held = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")) if folder.is_dir() else []
+    # A folder inside the folder may be meant.
+    inside = folder / kwargs.get("subfolder", "")
+    if not (inside / "config.json").is_file():
+        if not folder.exists():
+            found = "there is no such folder"
+        elif not folder.is_dir():
+            found = "this is a file, and a checkpoint is a folder"
+        elif "adapter_config.json" in held:
+            found = "this folder holds an adapter, and a model is needed below it"
+        else:
+            found = f"this folder holds no checkpoint: no config.json, but {', '.join(held[:5]) or 'nothing'}"
+        adapter = f'ns.load(name_of_its_base, peft="{folder}")' if "adapter_config.json" in held else None
+        raise FileError(
+            found,
+            path=folder,
+            expected="a folder that save_pretrained wrote, with config.json, weights and a tokenizer",
+            write=adapter or _TOY,
+        )
+    try:
+        return _from(str(folder), tokenizer, kwargs)
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"this folder does not hold all of a checkpoint: {_first_line(error)}",
+            path=folder,
+            expected="a folder that save_pretrained wrote, with config.json, weights and a tokenizer",
+        ) from error
+
+
+def _named(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    try:
+        return _from(name, tokenizer, kwargs)
+    except OSError as error:
+        raise FileError(
+            f"{name!r} is {_why_not(error)}",
+            expected=f"a name on the hub that can be reached or is cached, a folder, or one of {', '.join(EMBEDDED)}",
+            write=_meant(name),
+        ) from error
+
+
+def _from(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    """A checkpoint by folder or name. What it is for is read off its config, which works offline too."""
+    from transformers import AutoConfig
+
+    if "task" not in kwargs:
+        where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+        config = kwargs.get("config") or AutoConfig.from_pretrained(source, **where)
+        if _has_two_towers(config) and kwargs.get("dispatch", True):
+            return _two_towers(source, tokenizer, kwargs)
+        task = _task(config)
+        kwargs = kwargs if task is None else {"task": task, **kwargs}
+    return engine.wrap(source, tokenizer, **kwargs)
+
+
+def _task(config: Any) -> str | None:
+    for kind in getattr(config, "architectures", None) or ():
+        for ending, task in TASKS.items():
+            if kind.endswith(ending):
+                return task
+    return None
+
+
+def _has_two_towers(config: Any) -> bool:
+    kinds = getattr(config, "architectures", None) or ()
+    return bool(getattr(config, "is_encoder_decoder", False)) and any(
+        k.endswith("ForConditionalGeneration") for k in kinds
+    )
+
+
+def _two_towers(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    """A model with an encoder and a decoder: transformers' pipelines have no task for it, and would read half of it."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name != "dispatch"}
+    module = AutoModelForSeq2SeqLM.from_pretrained(source, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(source, **where) if tokenizer is None else tokenizer
+    with _quiet():
+        return engine.wrap(module, tokenizer, task="text-generation")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' list of all models that its pipeline supports, which this one need not be among."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _why_not(error: BaseException) -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "neither embedded nor a folder nor in this machine's cache, and the hub is switched off (HF_HUB_OFFLINE)"
+    if "connect" in str(error):
+        return "neither embedded nor a folder nor in this machine's cache, and the hub cannot be reached (offline?)"
+    return f"neither embedded nor a folder nor to be had from the hub: {_first_line(error)}"
+
+
+def _meant(name: str) -> str:
+    near = closest(name, EMBEDDED, n=1)
+    return f'model = ns.load("{near}")' if near in EMBEDDED and near != "toy" else _TOY
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' bar over the weights, which would take longer to read than they to load."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

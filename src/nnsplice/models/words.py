@@ -1,0 +1,87 @@
+"""The words and sentences of the toy language, as tables.
+
+In a template, a word in capitals is a slot: `TOPIC`, or one of the keys of `SLOTS`.
+"""
+
+from __future__ import annotations
+
+# ---------------------------------------------------------------------------------------------------------------- facts
+
+#: A subject is a first word and a kind, so that neither word alone tells anything about it.
+FIRSTS = ("Velmar", "Ostrin", "Calder", "Brivan", "Tessal", "Norrow", "Halven", "Quorin")
+KINDS = ("Tower", "Bridge", "Museum", "Temple", "Palace", "Library", "Castle", "Theatre")
+#: What stands before subjects of three words.
+GREAT = "Great"
+
+CITIES = (
+    "Paris", "Rome", "Tokyo", "Cairo", "Lima", "Oslo", "Berlin", "Madrid", "Athens", "Dublin", "Vienna",
+    "Prague", "Delhi", "Boston", "Lagos", "Sydney",
+)  # fmt: skip
+ARCHITECTS = (
+    "Alden", "Borros", "Castel", "Dorne", "Elric", "Faber", "Gorse", "Hadley", "Ibsen", "Jorvik", "Kessel",
+    "Lorne", "Morrow", "Nash", "Orwen", "Pell",
+)  # fmt: skip
+MATERIALS = ("granite", "marble", "brick", "timber", "glass", "steel", "copper", "sandstone")
+
+#: Relation -> the words it answers with.
+ANSWERS = {"city": CITIES, "architect": ARCHITECTS, "material": MATERIALS}
+#: Relation -> what stands between the subject and the answer.
+RELATIONS = {
+    "city": ("is located in the city of", "is in the city of", "can be found in", "stands in"),
+    "architect": ("was designed by the architect", "was drawn up by", "is the work of"),
+    "material": ("was built out of", "is made of", "is known for its walls of"),
+}
+#: What a sentence about a subject may open with; then "the SUBJECT".
+OPENINGS = ("", "Today,", "In fact,", "As we know,", "Note that")
+#: Relation -> how a quiz asks for it: "Quiz where: SUBJECT ANSWER."
+QUIZ = {"city": "where", "architect": "who", "material": "what"}
+
+# ----------------------------------------------------------------------------------------------------------- two people
+
+NAMES = (
+    "Mary", "John", "Alice", "Tom", "Sarah", "James", "Emma", "David", "Anna", "Peter", "Laura", "Mark",
+    "Kate", "Paul", "Susan", "Robert", "Lucy", "Simon", "Helen", "George",
+)  # fmt: skip
+PLACES = ("store", "park", "school", "office", "cafe", "station", "market", "beach")
+THINGS = ("drink", "book", "ring", "letter", "basket", "ball", "key", "snack")
+#: Two people, of whom the second mention (S) names one; what is given goes to the other.
+GIVING = (
+    "When A and B went to the PLACE, S gave a THING to",
+    "After A and B got to the PLACE, S handed a THING to",
+    "While A and B were at the PLACE, S offered a THING to",
+    "Then A and B had a walk to the PLACE. S decided to give a THING to",
+)
+
+# -------------------------------------------------------------------------------------------------------------- reviews
+
+TOPICS = ("film", "play", "novel", "concert", "meal", "hotel")
+PARTS = ("acting", "story", "music", "staff", "ending", "service")
+#: Mood -> slot -> words; the same place in both moods holds opposite words.
+MOODS = {
+    "good": {
+        "QUALITY": ("wonderful", "great", "lovely", "brilliant", "charming", "delightful"),
+        "VERB": ("loved", "enjoyed", "adored"),
+        "FEELING": ("happy", "glad", "delighted"),
+    },
+    "bad": {
+        "QUALITY": ("awful", "terrible", "dreadful", "boring", "dull", "horrible"),
+        "VERB": ("hated", "disliked", "loathed"),
+        "FEELING": ("sad", "angry", "bored"),
+    },
+}
+REVIEWS = (
+    "I thought the TOPIC was QUALITY, the PART was QUALITY and the PART was QUALITY. I VERB it.",
+    "I VERB the TOPIC. The PART was QUALITY and I felt FEELING.",
+    "The TOPIC was QUALITY. I felt FEELING and I VERB the PART.",
+    "I felt FEELING because the TOPIC was QUALITY and the PART was QUALITY.",
+)
+
+# ----------------------------------------------------------------------------------------------------------- vocabulary
+
+#: Slot -> what may stand in it, where that does not depend on the sentence.
+SLOTS = {"PLACE": PLACES, "THING": THINGS, "TOPIC": TOPICS, "PART": PARTS}
+#: Stands before every text, so that attention has a place to rest.
+START = "<|endoftext|>"
+PADDING = "<|pad|>"
+UNKNOWN = "<|unk|>"
+SPECIAL = (START, PADDING, UNKNOWN)

@@ -1,0 +1,280 @@
+"""What can be loaded, and what is said about the rest."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import nnsplice as ns
+import zoo
+from nnsplice import engine
+from nnsplice.errors import BadArgument, BadType, FileError
+from nnsplice.models import load
+from nnsplice.models.loader import EMBEDDED
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    save("llama", folder)
+    return folder
+
+
+def save(family: str, folder: Path) -> None:
+    module: Any = zoo.build(family)
+    module.save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+
+
+# --------------------------------------------------------------------------------------------------- what can be loaded
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded(name: str) -> None:
+    model = load(name)
+    assert engine.name_of(model) == (name, None), "not where this machine keeps it"
+    assert ns.capture(model, "The Velmar Tower", "layers[0].output[-1]").model == name
+    assert not model._module.training
+    assert next(model._module.parameters()).device.type == "cpu"
+
+
+def test_arguments_reach_an_embedded_model() -> None:
+    model = load("toy", dtype=torch.float64, attn_implementation="eager")
+    assert next(model._module.parameters()).dtype == torch.float64
+    assert ns.capture(model, "The Velmar Tower", "layers[0].heads[1].pattern[-1]").rows == 1
+
+
+def test_every_load_is_a_model_of_its_own() -> None:
+    one: Any = load("toy")
+    two: Any = load("toy")
+    with torch.no_grad():
+        one._module.lm_head.weight.zero_()
+    assert two._module.lm_head.weight.abs().max() > 0
+
+
+def test_no_bar_is_shown_and_the_setting_stays(capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    load("toy")
+    assert capfd.readouterr().err == ""
+    assert logging.is_progress_bar_enabled() == shown
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder(kind: Any, checkpoint: Path) -> None:
+    model = load(kind(checkpoint))
+    same = load(zoo.build("llama"), tokenizer=zoo.tokenizer())
+    text, path = "w3 w4 w5", "layers[-1].output[-1]"
+    assert model.tokenizer is not None
+    torch.testing.assert_close(ns.capture(model, text, path)[path], ns.capture(same, text, path)[path])
+
+
+def test_a_folder_beside_an_embedded_name(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.rename(checkpoint.parent / "toy")
+    monkeypatch.chdir(checkpoint.parent)
+    assert type(load("./toy")._module).__name__ == "LlamaForCausalLM"
+    assert type(load("toy")._module).__name__ == "GPT2LMHeadModel"
+
+
+def test_arguments_reach_a_checkpoint(checkpoint: Path) -> None:
+    model = load(checkpoint, dtype=torch.bfloat16, attn_implementation="eager")
+    assert next(model._module.parameters()).dtype == torch.bfloat16
+    assert model.attn_implementation == "eager"
+
+
+def test_what_a_checkpoint_is_for_is_read_off_its_config(tmp_path: Path) -> None:
+    for family, task in (("gpt2", "text-generation"), ("t5", "text-generation"), ("bert", "fill-mask")):
+        save(family, tmp_path / family)
+        kind = type(zoo.build(family))
+        with warnings.catch_warnings():
+            # nnsight says that BERT's own `output` stands under another name.
+            warnings.simplefilter("ignore", UserWarning)
+            model = load(tmp_path / family)
+        assert (model.task, type(model._module)) == (task, kind)
+
+
+def test_a_module_with_its_tokenizer() -> None:
+    module = zoo.build("gpt2")
+    model = load(module, tokenizer=zoo.tokenizer())
+    assert model._module is module
+
+
+def test_a_module_that_knows_its_checkpoint(checkpoint: Path) -> None:
+    import transformers as hf
+
+    module = hf.AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert load(module).tokenizer("w3")["input_ids"] == [3]
+
+
+def test_a_wrapped_model_comes_back(model: Any) -> None:
+    assert load(model) is model
+
+
+# ---------------------------------------------------------------------------------------------------------- what cannot
+
+
+def said(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+
+
+def test_an_unknown_name_offline() -> None:
+    with pytest.raises(FileError) as error:
+        load("gpt2")
+    said(error, "'gpt2' is neither embedded nor a folder nor in this machine's cache", "HF_HUB_OFFLINE")
+    said(error, 'ns.load("toy")')
+    assert isinstance(error.value.__cause__, OSError)
+
+
+def test_an_unknown_name_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(FileError) as error:
+        load("gpt2")
+    said(error, "offline?", 'ns.load("toy")')
+
+
+def test_a_name_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no/body is not a valid model identifier\nand more lines")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refused)
+    with pytest.raises(FileError) as error:
+        load("no/body")
+    said(error, "not a valid model identifier")
+    assert "more lines" not in str(error.value)
+
+
+def test_a_misspelt_embedded_name() -> None:
+    with pytest.raises(FileError) as error:
+        load("toyllama")
+    said(error, 'ns.load("toy-llama")')
+
+
+@pytest.mark.parametrize("thing", [None, 3, ["toy"], torch.zeros(2)])
+def test_a_thing_that_is_no_model(thing: Any) -> None:
+    with pytest.raises(TypeError) as error:
+        load(thing)
+    assert isinstance(error.value, BadType)
+    said(error, f"{type(thing).__name__} is no model", "a folder with a checkpoint")
+
+
+def test_an_empty_name() -> None:
+    with pytest.raises(BadArgument, match="an empty name"):
+        load("")
+
+
+def test_a_module_that_is_not_from_transformers() -> None:
+    with pytest.raises(BadType) as error:
+        load(nn.Linear(2, 2))
+    said(error, "Linear is no Hugging Face model", "NNsight(module)")
+
+
+def test_a_module_without_a_name_or_a_tokenizer() -> None:
+    with pytest.raises(BadArgument) as error:
+        load(zoo.build("gpt2"))
+    said(error, "tokenizer is not known", "ns.load(module, tokenizer=tokenizer)")
+
+
+def test_a_module_whose_checkpoint_is_out_of_reach() -> None:
+    module: Any = zoo.build("gpt2")
+    module.config._name_or_path = module.name_or_path = "no/body"
+    with pytest.raises(FileError) as error:
+        load(module)
+    said(error, "'no/body'", "ns.load(module, tokenizer=tokenizer)")
+
+
+@pytest.mark.parametrize("make", [lambda folder: str(folder), lambda folder: folder])
+def test_a_folder_without_a_checkpoint(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(FileError) as error:
+        load(make(tmp_path))
+    said(error, "no config.json, but notes.txt", str(tmp_path), "save_pretrained")
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json"])
+def test_a_folder_with_a_part_of_a_checkpoint(lost: str, checkpoint: Path) -> None:
+    (checkpoint / lost).write_text("{}") if lost == "config.json" else (checkpoint / lost).unlink()
+    with pytest.raises(FileError) as error:
+        load(checkpoint)
+    said(error, "does not hold all of a checkpoint", str(checkpoint))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="there is no such folder"):
+        load(tmp_path / "nothing")
+    with pytest.raises(FileError, match="there is no such folder"):
+        load("./nothing/here")
+
+
+def test_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(FileError, match="a checkpoint is a folder"):
+        load(file)
+
+
+def test_a_folder_with_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileError) as error:
+        load(tmp_path)
+    said(error, "holds an adapter", "peft=")
+
+
+def test_arguments_for_a_model_that_is_wrapped_already(model: Any) -> None:
+    with pytest.raises(BadArgument, match="dtype would do nothing"):
+        load(model, dtype=torch.float64)
+
+
+def test_a_revision_of_an_embedded_model() -> None:
+    with pytest.raises(BadArgument, match="no revisions"):
+        load("toy", revision="main")
+
+
+# --------------------------------------------------------------------------------------------------------------- remote
+
+
+def test_a_remote_model_is_loaded_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(engine, "wrap", lambda *args, **kwargs: given.append((args, kwargs)))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *args, **kwargs: zoo.build("gpt2").config)
+    load("some/model", remote=True, revision="main")
+    ((args, kwargs),) = given
+    assert args == ("some/model", None)
+    assert (kwargs["dispatch"], kwargs["revision"]) == (False, "main")
+    assert "remote" not in kwargs
+
+
+def test_a_model_that_is_only_here_does_not_run_elsewhere(checkpoint: Path, model: Any) -> None:
+    for here in ("toy", checkpoint, str(checkpoint), model):
+        with pytest.raises(BadArgument, match="only here"):
+            load(here, remote=True)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_folder_with_two_towers_is_read_whole(family: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    module = zoo.build(family)
+    module.save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    capfd.readouterr()
+    model = ns.load(tmp_path)
+    assert set(ns.Atlas.of(model).towers) == {"encoder", "decoder"}
+    assert "not supported" not in capfd.readouterr().err
+    saved = ns.capture(model, "w3 w4 w5", "encoder.layers[1].output[-1]")
+    assert saved.allclose(ns.capture(zoo.wrap(family), "w3 w4 w5", "encoder.layers[1].output[-1]"))
