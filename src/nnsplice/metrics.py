@@ -1,0 +1,274 @@
+"""Metrics: from the logits of a run to one number for each row.
+
+    logit_diff          the answer's logit less the wrong one's
+    probability         of the answer
+    log_probability     of the answer
+    rank                how many tokens stand before the answer
+    kl_divergence       of a reference distribution (in a sweep: the clean run's) from this one
+    Metric              any of them, or one made of your own function `logits[row, vocab] -> [row]`
+
+A metric is a value: it says which tokens it asks about, and at which position of the prompt it reads. Answers are token
+texts or ids, one for all prompts or one for each. It can be called as it is on logits, inside a trace too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nnsplice.errors import BadArgument, BadType
+
+#: One token for all prompts, or one for each: as text or as id.
+Answer = str | int | Sequence[str | int]
+#: `(logits, named token ids [row], reference)` -> `[row]`
+Rule = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for each row of logits.
+
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    >>> ns.logit_diff(1, 0)(logits)
+    tensor([ 2., -3.])
+    >>> ns.Metric.of(lambda logits: logits.max(-1).values)(logits)
+    tensor([2., 3.])
+    """
+
+    name: str
+    rule: Rule = field(repr=False)
+    #: What it asks about: the rule's argument -> the token or tokens.
+    answers: Mapping[str, Answer] = field(default_factory=dict)
+    #: The position of the prompt whose logits it reads.
+    position: int = -1
+    #: Whether it compares with the logits of another run.
+    compares: bool = False
+
+    @classmethod
+    def of(cls, metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
+        """A metric, or a metric made of a function `logits[row, vocab] -> [row]`."""
+        if isinstance(metric, Metric):
+            return metric
+        if not callable(metric):
+            raise BadType(
+                f"a {type(metric).__name__} is no metric",
+                expected="ns.logit_diff(answer, wrong) or another metric, or a function logits[row, vocab] -> [row]",
+            )
+        return cls(getattr(metric, "__name__", type(metric).__name__), metric)
+
+    def at(self, position: int) -> Metric:
+        """The same metric, read at another position of the prompt."""
+        return replace(self, position=position)
+
+    def __call__(self, logits: Float[Tensor, "row vocab"], reference: Tensor | None = None) -> Tensor:
+        """The number for each row; with answers as texts, bind the metric to a model first."""
+        return self.bind(None, logits.shape[0])(logits, range(logits.shape[0]), reference)
+
+    def bind(self, tokenizer: Any, prompts: int) -> Bound:
+        """The metric with its answers as token ids, one for each prompt.
+
+        Raises:
+            BadArgument: a text that is not one token, or another number of answers than prompts.
+        """
+        ids = {name: _ids(self, name, answer, tokenizer, prompts) for name, answer in self.answers.items()}
+        return Bound(self, ids)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A metric that knows its token ids."""
+
+    metric: Metric
+    ids: Mapping[str, tuple[int, ...]]
+
+    def __call__(
+        self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int], reference: Tensor | None = None
+    ) -> Tensor:
+        """The number for each row, whose prompts are given by their numbers.
+
+        Args:
+            reference: for a metric that compares, the other run's logits of the same rows.
+        """
+        for name, ids in self.ids.items():
+            wrong = next((i for i in ids if not 0 <= i < logits.shape[-1]), None)
+            if wrong is not None:
+                raise BadArgument(
+                    f"{self.metric.name} was given {wrong} as {name}=",
+                    expected=f"a token id from 0 to {logits.shape[-1] - 1}",
+                )
+        chosen = {
+            name: torch.tensor([ids[prompt] for prompt in prompts], device=logits.device)
+            for name, ids in self.ids.items()
+        }
+        if self.metric.compares:
+            if reference is None:
+                raise BadArgument(
+                    f"{self.metric.name} compares two runs, and there is one", expected="reference= the other's logits"
+                )
+            chosen["reference"] = reference.to(logits)
+        value = self.metric.rule(logits, **chosen)
+        if not isinstance(value, Tensor) or value.shape != (logits.shape[0],):
+            found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise BadArgument(
+                f"{self.metric.name} made {found} of logits {list(logits.shape)}", expected="one number for each row"
+            )
+        return value
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two metrics the same, as plain data."""
+        told = {
+            "name": self.metric.name,
+            "position": self.metric.position,
+            "ids": {k: list(v) for k, v in self.ids.items()},
+        }
+        return told if self.metric.rule in _OWN else {**told, "source": function_digest(self.metric.rule)}
+
+
+def logit_diff(answer: Answer, wrong: Answer, *, position: int = -1) -> Metric:
+    """The answer's logit less the wrong one's.
+
+    >>> ns.logit_diff(" Paris", " Rome").name
+    'logit_diff'
+    """
+    return Metric("logit_diff", _logit_diff, {"answer": answer, "wrong": wrong}, position)
+
+
+def probability(answer: Answer, *, position: int = -1) -> Metric:
+    """The probability of the answer."""
+    return Metric("probability", _probability, {"answer": answer}, position)
+
+
+def log_probability(answer: Answer, *, position: int = -1) -> Metric:
+    """The logarithm of the answer's probability."""
+    return Metric("log_probability", _log_probability, {"answer": answer}, position)
+
+
+def rank(answer: Answer, *, position: int = -1) -> Metric:
+    """How many tokens have a higher logit than the answer: 0 is the top."""
+    return Metric("rank", _rank, {"answer": answer}, position)
+
+
+def kl_divergence(*, position: int = -1) -> Metric:
+    """How far the distribution has moved from that of a reference run: KL(reference, this); 0 is not at all.
+
+    In a sweep the reference is the clean run.
+    """
+    return Metric("kl_divergence", _kl_divergence, {}, position, compares=True)
+
+
+def _logit_diff(logits: Tensor, answer: Tensor, wrong: Tensor) -> Tensor:
+    return _of(logits, answer) - _of(logits, wrong)
+
+
+def _probability(logits: Tensor, answer: Tensor) -> Tensor:
+    return _of(logits.softmax(-1), answer)
+
+
+def _log_probability(logits: Tensor, answer: Tensor) -> Tensor:
+    return _of(logits.log_softmax(-1), answer)
+
+
+def _rank(logits: Tensor, answer: Tensor) -> Tensor:
+    return (logits > _of(logits, answer)[:, None]).sum(-1).to(logits)
+
+
+def _kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    there, here = reference.log_softmax(-1), logits.log_softmax(-1)
+    return (there.exp() * (there - here)).sum(-1)
+
+
+_OWN = (_logit_diff, _probability, _log_probability, _rank, _kl_divergence)
+
+
+def _of(values: Tensor, token: Tensor) -> Tensor:
+    return values.gather(-1, token[:, None])[:, 0]
+
+
+def _ids(metric: Metric, name: str, answer: Answer, tokenizer: Any, prompts: int) -> tuple[int, ...]:
+    if not isinstance(answer, str | int | Sequence):
+        raise BadType(
+            f"{metric.name} was given {answer!r} as {name}=", expected="a token's text or id, or one for each prompt"
+        )
+    each = [answer] * prompts if isinstance(answer, str | int) else list(answer)
+    if len(each) != prompts:
+        raise BadArgument(
+            f"{metric.name} was given {len(each)} tokens as {name}=, and there are {prompts} prompts",
+            expected="one token for all prompts, or one for each",
+        )
+    return tuple(_id(metric, name, token, tokenizer) for token in each)
+
+
+def _id(metric: Metric, name: str, token: str | int, tokenizer: Any) -> int:
+    if isinstance(token, int) and not isinstance(token, bool):
+        return token
+    if not isinstance(token, str):
+        raise BadType(f"{metric.name} was given {token!r} as {name}=", expected="a token's text or id")
+    if tokenizer is None:
+        raise BadArgument(
+            f"{metric.name} was given {token!r} as {name}=, and there is no tokenizer to read it",
+            expected="a token id, or a model with a tokenizer",
+        )
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        shown = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "none"
+        raise BadArgument(
+            f"{token!r}, given to {metric.name} as {name}=, is {len(ids)} tokens: {shown}",
+            expected="a text that is one token; in many vocabularies a word has its leading space",
+            write=f"{name}={' ' + token.strip()!r}, or {name}={tokenizer.decode(ids[:1])!r}" if ids else None,
+        )
+    if ids[0] == tokenizer.unk_token_id:
+        raise BadArgument(f"{token!r}, given to {metric.name} as {name}=, is not in this model's vocabulary")
+    return ids[0]
+
+
+def function_digest(rule: Any) -> str:
+    """A function's identity: its code and what it was made with, so that a changed function is another metric."""
+    return hashlib.sha256(repr(_made_of(rule)).encode()).hexdigest()[:16]
+
+
+def _made_of(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """A value as plain data that is the same in every process; what cannot be told apart is its type's name."""
+    if value is None or isinstance(value, str | int | float | complex | bytes):
+        return value
+    if id(value) in within:  # a function that speaks of itself
+        return "itself"
+    inner = (*within, id(value))
+    if isinstance(value, Tensor):
+        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), list(value.shape), hashlib.sha256(numbers).hexdigest()
+    if isinstance(value, list | tuple | set | frozenset):
+        made = [_made_of(one, inner) for one in value]
+        return made if isinstance(value, list | tuple) else sorted(made, key=repr)
+    if isinstance(value, Mapping):
+        return [(_made_of(key, inner), _made_of(one, inner)) for key, one in value.items()]
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, [_made_of(one, inner) for one in value.co_consts]
+    if isinstance(value, partial):
+        return [_made_of(one, inner) for one in (value.func, value.args, value.keywords)]
+    if isinstance(value, MethodType):
+        return _made_of(value.__func__, inner), _made_of(value.__self__, inner)
+    if isinstance(value, FunctionType):
+        cells = [_made_of(cell.cell_contents, inner) for cell in value.__closure__ or () if _is_filled(cell)]
+        return [_made_of(one, inner) for one in (value.__code__, value.__defaults__, value.__kwdefaults__)], cells
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    call = vars(type(value)).get("__call__")  # an object that is called like a function
+    own = _made_of(call, inner) if isinstance(call, FunctionType) else None
+    return type(value).__qualname__, own, _made_of(vars(value), inner)
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

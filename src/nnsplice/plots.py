@@ -1,0 +1,175 @@
+"""Labelled arrays in, matplotlib axes out.
+
+    heatmap    a grid of numbers with names on both sides
+    save       write the figure of some axes to a file
+
+The only file that imports matplotlib, and only when a figure is drawn. It knows no other room: what the numbers mean is
+said by the caller. Nothing here calls `show`; a notebook displays the figure by itself, a script saves it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnsplice.errors import BadArgument, MissingPackage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
+DIVERGING = "RdBu_r"
+SEQUENTIAL = "viridis"
+
+# More labels than this on one side would be printed over each other, so every second, third, ... is shown.
+MOST_TICKS = 48
+
+
+def heatmap(
+    values: ArrayLike,
+    *,
+    rows: Sequence[object],
+    columns: Sequence[object],
+    row_label: str,
+    column_label: str,
+    title: str | None = None,
+    value_label: str | None = None,
+    centre: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a grid of numbers, one cell per row and column, the first row on top.
+
+    The axes count 0, 1, 2, ...; the names are only the text of the ticks, so a token that occurs twice keeps both its
+    columns. All text is taken literally: a `$` is a dollar and starts no formula. Cells that are NaN stay hatched.
+
+    Args:
+        values: numbers, [row, column].
+        rows: the name of each row, for example layer numbers.
+        columns: the name of each column, for example tokens.
+        row_label: what the rows are.
+        column_label: what the columns are.
+        title: a line above the figure.
+        value_label: what the numbers are, written along the colour bar.
+        centre: the number that gets the neutral colour, with as much room above as below. Left out, it is zero where
+            the numbers have both signs; numbers of one sign get a scale without a neutral colour.
+        ax: axes to draw on; a new figure when left out.
+
+    Returns:
+        The axes; the figure is `axes.figure`.
+    """
+    grid = np.asarray(values, dtype=float)
+    _check(grid, rows, columns)
+    if ax is None:
+        ax = _new_axes(grid.shape)
+
+    low, high, colours = _scale(grid, centre)
+    image = ax.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    # NaN is drawn transparent, so whatever is empty shows the ground.
+    ax.patch.set(facecolor="0.88", edgecolor="0.6", hatch="///", linewidth=0)
+
+    across, names = _ticks(columns)
+    slanted = max(map(len, names)) > 2
+    ax.set_xticks(across, names, rotation=60 if slanted else 0, ha="right" if slanted else "center")
+    if slanted:
+        for label in ax.get_xticklabels():
+            label.set_rotation_mode("anchor")  # the end of the word, not the middle of its box, stands at the tick
+    ax.set_yticks(*_ticks(rows))
+    ax.set_xlabel(_literal(column_label))
+    ax.set_ylabel(_literal(row_label))
+    if title is not None:
+        ax.set_title(_literal(title))
+
+    bar = ax.figure.colorbar(image, ax=ax, extend=_beyond(grid, low, high))
+    if value_label is not None:
+        bar.set_label(_literal(value_label))
+    return ax
+
+
+def save(axes: Axes, path: str | os.PathLike[str], *, close: bool = False, **options: Any) -> Path:
+    """Write the whole figure that `axes` belong to; the ending of `path` chooses the format.
+
+    The file appears at once and complete. `close=True` also lets go of the figure, for a script that draws many.
+    `options` go to matplotlib's `savefig` (`dpi=`, `transparent=`, ...).
+    """
+    path = Path(path)
+    figure: Figure = axes.figure.figure  # through a subfigure to the real one
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(temporary, **options)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if close:
+        _pyplot().close(figure)
+    return path
+
+
+def _check(grid: np.ndarray, rows: Sequence[object], columns: Sequence[object]) -> None:
+    if grid.ndim != 2 or grid.size == 0:
+        raise BadArgument(
+            f"a heatmap cannot be drawn from values of shape {list(grid.shape)}",
+            expected="[row, column], at least one of each",
+        )
+    if grid.shape != (len(rows), len(columns)):
+        raise BadArgument(
+            f"values of shape {list(grid.shape)} do not fit {len(rows)} rows and {len(columns)} columns",
+            expected="one name for each row and each column",
+        )
+
+
+def _scale(grid: np.ndarray, centre: float | None) -> tuple[float, float, str]:
+    """The numbers at both ends of the colour scale, and the scale's name."""
+    finite = grid[np.isfinite(grid)]
+    if finite.size == 0:
+        finite = np.zeros(1) if centre is None else np.full(1, centre)
+    low, high = float(finite.min()), float(finite.max())
+    if centre is None and low < 0 < high:
+        centre = 0.0
+    if centre is not None:
+        # The `or` keeps a scale when every number is the centre.
+        reach = max(abs(low - centre), abs(high - centre)) or 1.0
+        return centre - reach, centre + reach, DIVERGING
+    return (low, high, SEQUENTIAL) if low < high else (low, low + 1.0, SEQUENTIAL)
+
+
+def _beyond(grid: np.ndarray, low: float, high: float) -> str:
+    """At which ends the colour bar gets an arrow: infinite values are off the scale."""
+    below, above = bool((grid < low).any()), bool((grid > high).any())
+    return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
+
+
+def _ticks(names: Sequence[object]) -> tuple[list[int], list[str]]:
+    step = ceil(len(names) / MOST_TICKS)
+    shown = list(range(0, len(names), step))
+    return shown, [_literal(names[i]) for i in shown]
+
+
+def _literal(text: object) -> str:
+    """Text that matplotlib prints as it is: one line, and no formula between two dollars."""
+    shown = str(text).replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return shown.replace("$", r"\$")
+
+
+def _new_axes(shape: tuple[int, ...]) -> Axes:
+    height, width = shape
+    size = (min(max(2.5 + 0.35 * width, 4.5), 16.0), min(max(1.5 + 0.28 * height, 3.0), 12.0))
+    _, ax = _pyplot().subplots(figsize=size, layout="constrained")
+    return ax
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise  # matplotlib is there, and something that it needs is not
+        raise MissingPackage(
+            "figures need matplotlib, which is not installed", write="pip install nnsplice[plots]"
+        ) from None
+    return plt

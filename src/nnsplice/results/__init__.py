@@ -1,0 +1,19 @@
+"""Results: what a sweep returns.
+
+table           the measured values as plain arrays: Cell, Run, Table
+result          SweepResult: everything below as methods of one value
+kinds           which kind of place is meant
+labelled        grid with named axes, rows, effects
+figure          which plane of a grid a figure shows
+page            a page that stands by itself; page.html is how it looks
+display         what a notebook shows
+files           a result on disk, and the digest that is its identity
+merging         shards put together
+journal, lock   what is appended while a sweep runs, so that it can go on after a stop
+"""
+
+from nnsplice.results.journal import Journal
+from nnsplice.results.result import SweepResult
+from nnsplice.results.table import AXES, Cell, Run, Table
+
+__all__ = ["AXES", "Cell", "Journal", "Run", "SweepResult", "Table"]

@@ -1,0 +1,44 @@
+"""What a result shows of itself: how much was measured, its kinds of place, its scale, what it cost."""
+
+from __future__ import annotations
+
+import html as escape
+
+import numpy as np
+
+from nnsplice.results import labelled
+from nnsplice.results.kinds import kinds_of
+from nnsplice.results.table import Table
+
+SHOWN = 8
+
+
+def text(table: Table, metric: str) -> str:
+    """A line for the whole, one for each kind of place, one for the ends, one for the run."""
+    first, *others = _lines(table, metric)
+    return "\n".join([f"SweepResult: {first}", *(f"  {line}" for line in others)])
+
+
+def html(table: Table, metric: str) -> str:
+    """The same for a notebook."""
+    first, *others = (escape.escape(line) for line in _lines(table, metric))
+    return f"<div><b>SweepResult</b>: {first}" + "".join(f"<br>&emsp;{line}" for line in others) + "</div>"
+
+
+def _lines(table: Table, metric: str) -> list[str]:
+    kinds, prompts = kinds_of(table.cells), len(table.clean)
+    part = " (a part)" if (table.exists & ~table.done).any() else ""
+    lines = [f"{int(table.done.sum())} cells, {prompts} prompt{'s' * (prompts != 1)}, {metric}{part}", *kinds[:SHOWN]]
+    if len(kinds) > SHOWN:
+        lines.append(f"... and {len(kinds) - SHOWN} more kinds of place")
+    lines.append(f"clean {_ends(table.clean)}, corrupted {_ends(table.corrupted)}")
+    run = table.run
+    if run.executor:
+        lines.append(f"{run.executor}, {run.seconds:.2f} s" + (f", {run.known} known without" if run.known else ""))
+    return [*lines, run.note] if run.note else lines
+
+
+def _ends(values: np.ndarray) -> str:
+    if not len(values):
+        return "nothing"
+    return f"{values[0]:.4g}" if len(values) == 1 else f"{labelled.mean(values):.4g} in the mean"

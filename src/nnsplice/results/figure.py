@@ -1,0 +1,108 @@
+"""Which plane of a result a figure shows, and what its two sides are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnsplice.errors import BadArgument
+from nnsplice.results import labelled
+from nnsplice.results.table import AXES, Table
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclass(frozen=True)
+class Plane:
+    """What `plots.heatmap` takes."""
+
+    values: np.ndarray
+    rows: list[str]
+    columns: list[str]
+    row_label: str
+    column_label: str
+
+
+def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
+    """Layers downwards; across are the tokens, or the heads where there is one position.
+
+    Args:
+        prompt: which prompt; left out, the mean over all of them.
+    """
+    prompts = grid.sizes["prompt"]
+    if prompt is not None and (isinstance(prompt, bool) or not -prompts <= prompt < prompts):
+        raise BadArgument(f"prompt={prompt}", expected=f"a number below {prompts}, or nothing for the mean over them")
+    if prompt is None and (problem := no_mean(table, grid.attrs["component"])):
+        raise BadArgument(problem, expected="one prompt", write="plot(prompt=0)")
+    values = labelled.mean(grid.values) if prompt is None else grid.values[prompt]
+    axes = [str(axis) for axis in grid.dims[1:]]
+    down, across = sides(axes, [grid.sizes[axis] for axis in axes])
+    labels = {axis: _labels(grid, axis, prompt) for axis in axes}
+    order = [axes.index(axis) for axis in down + across]
+    rows = _joined(labels, down) or [grid.attrs["component"]]
+    columns = _joined(labels, across) or ["all tokens"]
+    return Plane(
+        values.transpose(order).reshape(len(rows), len(columns)),
+        rows,
+        columns,
+        ".".join(down) or "place",
+        across[0] if len(across) > 1 and grid.sizes["position"] == 1 else ".".join(across) or "position",
+    )
+
+
+def sides(axes: list[str], sizes: list[int]) -> tuple[list[str], list[str]]:
+    """Which axes go down and which across: parts of a layer leave the width to the tokens where there are several."""
+    parts = [axis for axis in axes if axis in AXES[1:]]
+    tokens = "position" in axes and (sizes[axes.index("position")] > 1 or not parts)
+    across = ["position"] if tokens else parts
+    # An axis that is on neither side has one label.
+    return [axis for axis in axes if axis == "layer" or (tokens and axis in parts)], [
+        *across,
+        *(["position"] if "position" in axes and not tokens else []),
+    ]
+
+
+def no_mean(table: Table, kind: str) -> str | None:
+    """Why a mean over prompts would mix unlike things, where it would."""
+    of_kind = [n for n, cell in enumerate(table.cells) if cell.component == kind]
+    exists = table.exists[:, of_kind]
+    if (exists == exists[:1]).all():
+        return None
+    lengths = sorted({len(row) for row in table.tokens}) or ["different numbers of"]
+    counts = " and ".join(map(str, lengths)) if len(lengths) < 5 else f"{lengths[0]} to {lengths[-1]}"
+    return f"the prompts have {counts} tokens, so a column would be the mean of some of them only"
+
+
+def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:
+    if not axes:
+        return []
+    # Heads at one position are labelled by their heads.
+    shown = [axis for axis in axes if len(labels[axis]) > 1] or axes[:1]
+    found = [""]
+    for axis in shown:
+        found = [f"{before}.{label}" if before else label for before in found for label in labels[axis]]
+    return found
+
+
+def _labels(grid: xr.DataArray, axis: str, prompt: int | None) -> list[str]:
+    """The texts along an axis: tokens for positions, where all prompts that are shown have the same."""
+    numbers = [str(label) for label in grid.coords[axis].values]
+    if axis != "position" or "token" not in grid.coords:
+        return numbers
+    texts: Any = grid.coords["token"].values
+    if texts.ndim == 2:
+        texts = texts if prompt is None else texts[prompt][None]
+    else:
+        texts = texts[None]
+    return [
+        visible(column[0]) if len(set(column)) == 1 and column[0] else n
+        for n, column in zip(numbers, texts.T, strict=True)
+    ]
+
+
+def visible(text: str) -> str:
+    """A token of blanks as something that can be seen."""
+    return str(text) if text.strip(" ") else "␣" * len(text)

@@ -1,0 +1,175 @@
+"""Results on disk: a safetensors file of the arrays, and all that is text as JSON in its header.
+
+Nothing is ever unpickled. A file is written under another name and renamed when it is whole, and it holds its own
+digest, so that damage to a number is found as surely as damage to the form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnsplice.errors import BadType, FileError, NnspliceError
+from nnsplice.results.table import Cell, Run, Table, settled
+
+HEADER = "nnsplice"
+KIND = "SweepResult"
+FORMAT = 1
+WRITTEN = "a file that SweepResult.to_file wrote"
+
+_ARRAYS = {"values": "F64", "done": "BOOL", "exists": "BOOL", "clean": "F64", "corrupted": "F64"}
+
+
+def digest(table: Table) -> str:
+    """What was asked and what was measured, as one number; what running cost is left out."""
+    summed = hashlib.sha256(canonical(_texts(table)).encode())
+    for name in _ARRAYS:
+        found = getattr(table, name)
+        summed.update(repr(found.shape).encode())
+        summed.update(np.ascontiguousarray(found).tobytes())
+    return summed.hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """One text for equal values: plain data as JSON, its keys in order.
+
+    Raises:
+        BadType: what was asked is not plain data.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_number)
+    except (TypeError, ValueError) as error:
+        raise BadType(
+            f"what was asked of a sweep has to be plain data: {error}", expected="numbers, texts, lists, dictionaries"
+        ) from None
+
+
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value as JSON gives it back: tuples are lists there, and every key a text."""
+    return json.loads(canonical(dict(value)))
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], names: tuple[str, str] = ("there", "here")
+) -> list[str]:
+    """A line for each key in which two asks differ."""
+    a, b = plain(there), plain(here)
+    return [
+        f"{key}: {_short(a.get(key))} {names[0]}, {_short(b.get(key))} {names[1]}"
+        for key in dict.fromkeys([*b, *a])
+        if canonical(a.get(key)) != canonical(b.get(key))
+    ]
+
+
+def write(path: str | os.PathLike[str], table: Table) -> None:
+    """Write a table: the whole of it, or nothing, and then the file that was there stays."""
+    from safetensors.numpy import save_file
+
+    header = {
+        "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": digest(table),
+        "run": dataclasses.asdict(table.run), **_texts(table),
+    }  # fmt: skip
+    arrays = {name: np.ascontiguousarray(getattr(table, name)) for name in _ARRAYS}
+    with whole(path) as temporary:
+        save_file(arrays, temporary, metadata={HEADER: canonical(header)})
+
+
+def read(path: str | os.PathLike[str]) -> Table:
+    """Read a table.
+
+    Raises:
+        FileError: another file, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    _check_kind(path)
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            header = _header(path, file.metadata())
+            held = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if held != _ARRAYS:
+                raise FileError(f"{path} is damaged: it holds {held}", expected=WRITTEN)
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        table = settled(
+            Table(
+                tuple(Cell(*row) for row in header["cells"]),
+                **arrays,
+                tokens=tuple(tuple(row) for row in header["tokens"]),
+                asked=header["asked"],
+                run=Run(**header["run"]),
+            )
+        )
+        same = digest(table) == header["digest"]
+    except FileError:
+        raise
+    except (SafetensorError, NnspliceError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} is damaged or no safetensors file: {error}", expected=WRITTEN) from None
+    if not same:
+        raise FileError(f"{path} is damaged: what it holds is not what was written", expected=WRITTEN)
+    return table
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` to write under; the file takes its place when the block ends well."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_kind(path: str | os.PathLike[str]) -> None:
+    """Say what a pickle is, which safetensors would only call damaged."""
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    # The length of a safetensors header can begin with the very bytes of a pickle; the header itself begins with {.
+    if start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise FileError(
+            f"{path} looks like a pickle, which can run any code when it is opened; it is left closed",
+            expected=WRITTEN,
+        )
+
+
+def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
+    header = json.loads((metadata or {}).get(HEADER, "null"))
+    kind = header.get("kind") if isinstance(header, dict) else None
+    if kind != KIND:
+        found = f"a {kind}" if isinstance(kind, str) else "a safetensors file of something else"
+        raise FileError(f"{path} holds no result of a sweep, but {found}", expected=WRITTEN)
+    if header["format"] > FORMAT:
+        raise FileError(f"{path} has format {header['format']}; this nnsplice reads up to {FORMAT}")
+    return header
+
+
+def _texts(table: Table) -> dict[str, Any]:
+    # Rows and not dictionaries: the names of a cell's fields would be most of the header.
+    cells = [dataclasses.astuple(cell) for cell in table.cells]
+    return {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,194 @@
+"""A sweep's journal: every finished chunk is a line, so that the same call goes on after a stop.
+
+The first line says what was asked; a journal of another question is refused and left as it is. A last line that was
+cut off by a stop is dropped; a damaged line before it is an error. Numbers are written in hexadecimal, so that they
+come back to the bit. One process at a time writes a journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from nnsplice.errors import BadArgument, FileError
+from nnsplice.results.files import canonical, differences, plain
+from nnsplice.results.lock import Lock
+
+KIND = "nnsplice sweep journal"
+FORMAT = 1
+WRITTEN = "a new file, or the journal of the same sweep"
+
+Records = dict[tuple[int, int], float]
+
+
+class Journal:
+    """An open journal; a context manager that closes it and gives its lock back.
+
+    >>> from nnsplice.results import Journal
+    >>> from tempfile import TemporaryDirectory
+    >>> asked = {"model": "toy", "metric": "rank"}
+    >>> with TemporaryDirectory() as folder:
+    ...     with Journal.open(f"{folder}/run.jsonl", asked, total=3) as journal:
+    ...         journal.append([0, 0], [0, 2], [0.5, 0.25])
+    ...     with Journal.open(f"{folder}/run.jsonl", asked, total=3) as journal:
+    ...         print(journal.done())
+    {(0, 0): 0.5, (0, 2): 0.25}
+    """
+
+    def __init__(self, path: Path, lock: Lock, records: Records, chunks: int) -> None:
+        """Use `Journal.open`."""
+        self.path = path
+        self._lock, self._records, self._chunks = lock, records, chunks
+        self._file = path.open("ab")
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], asked: Mapping[str, Any], total: int) -> Journal:
+        """Begin a journal, or go on with one about the same question.
+
+        Args:
+            asked: the identity of the sweep, plain data.
+            total: how many values there will be; a note for who reads the file, and no part of the identity: the
+                journal of a shard goes on as the journal of the whole.
+
+        Raises:
+            FileError: the file is about another question, is damaged, is no journal, or is being written.
+        """
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
+        header = _line({"kind": KIND, "format": FORMAT, "asked": plain(asked), "total": int(total)})
+        lock = Lock(target)
+        try:
+            raw = target.read_bytes() if target.exists() else b""
+            if b"\n" not in raw and header.startswith(raw[: header.rindex(b'"total"')]):
+                _begin(target, header)  # nothing is there, or the beginning of the same first line
+                return cls(target, lock, {}, 0)
+            records, chunks, whole = _read(target, raw, asked)
+            if whole < len(raw):  # the line that a stop cut off
+                with target.open("r+b") as file:
+                    file.truncate(whole)
+                    os.fsync(file.fileno())
+            return cls(target, lock, records, chunks)
+        except BaseException:
+            lock.release()
+            raise
+
+    def done(self) -> Records:
+        """(prompt, cell) -> value, of everything that stands in the journal."""
+        return dict(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def append(self, prompts: Sequence[int], cells: Sequence[int], values: Sequence[float]) -> None:
+        """Write a finished chunk, and have it on the disk before going on.
+
+        Raises:
+            BadArgument: the lists are of different length, or a cell was written before with another value.
+        """
+        if self._file.closed:
+            raise BadArgument(f"{self.path} is closed", write="with Journal.open(...) as journal:")
+        record = {
+            "n": self._chunks,
+            "prompt": [int(prompt) for prompt in prompts],
+            "cell": [int(cell) for cell in cells],
+            "value": [float(value).hex() for value in values],
+        }
+        if not len(record["prompt"]) == len(record["cell"]) == len(record["value"]):
+            raise BadArgument(
+                f"{len(prompts)} prompts, {len(cells)} cells and {len(values)} values", expected="a value for each pair"
+            )
+        new = _values(record)
+        if problem := _conflict(self._records, new):
+            raise BadArgument(problem, expected="each cell once")
+        self._file.write(_line(record))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._chunks += 1
+        self._records.update(new)
+
+    def close(self) -> None:
+        """Close the file and let another process write it."""
+        self._file.close()
+        self._lock.release()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps({**record, "sum": _sum(record)}, separators=(",", ":")) + "\n").encode()
+
+
+def _sum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(record).encode()).hexdigest()[:12]
+
+
+def _begin(path: Path, header: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(header)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, raw: bytes, asked: Mapping[str, Any]) -> tuple[Records, int, int]:
+    """The records, how many chunks they are, and how many bytes of the file are whole lines."""
+    first, *lines = raw.split(b"\n")
+    header = _parsed(first)
+    if header is None or header.get("kind") != KIND or not lines:
+        kind = "is no journal of a sweep" if not first.startswith(b'{"kind":"' + KIND.encode()) else "is damaged"
+        raise FileError(f"{path} {kind}", expected=WRITTEN)
+    if header.get("format") != FORMAT:
+        raise FileError(f"{path} has format {header.get('format')}; this nnsplice reads {FORMAT}")
+    if other := differences(header["asked"], asked):
+        shown = "\n".join(f"  {line}" for line in other)
+        raise FileError(f"{path} is the journal of another sweep\n{shown}", expected=WRITTEN)
+    *complete, rest = lines
+    records: Records = {}
+    for number, line in enumerate(complete):
+        record = _parsed(line)
+        new = None if record is None or record.get("n") != number else _values(record)
+        if new is None or _conflict(records, new):
+            raise FileError(
+                f"line {number + 2} of {path} is damaged, and there are {len(complete) - number - 1} lines after it",
+                expected="a journal as a sweep wrote it",
+                write=f"head -n {number + 1} {path} > repaired.jsonl   (keeps what stands before it)",
+            )
+        records.update(new)
+    return records, len(complete), len(raw) - len(rest)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line whose sum is right, else None."""
+    try:
+        record = json.loads(line)
+        told = record.pop("sum")
+        return record if told == _sum(record) else None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
+
+
+def _values(record: Mapping[str, Any]) -> Records:
+    values = [float.fromhex(value) for value in record["value"]]
+    return dict(zip(zip(record["prompt"], record["cell"], strict=True), values, strict=True))
+
+
+def _conflict(records: Records, new: Records) -> str | None:
+    """What is in both with different values."""
+    for key, value in new.items():
+        if key in records and not np.array_equal(records[key], value, equal_nan=True):
+            prompt, cell = key
+            return f"cell {cell} of prompt {prompt} is there with {records[key]!r}, and now with {value!r}"
+    return None

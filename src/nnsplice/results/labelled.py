@@ -1,0 +1,168 @@
+"""Results with names: a grid with named axes, rows, and the measures that are made of the metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnsplice.errors import BadArgument
+from nnsplice.results.table import AXES, Cell, Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+#: Where clean and corrupted run differ by less of their size, a share of their difference means nothing.
+TINY = 1e-6
+
+#: What an axis counts: numbers, or names of spans; None is every token at once.
+Label = int | str | None
+
+
+def quiet() -> np.errstate:
+    """Sums past the largest number are infinite, and infinity less infinity is no number; no warning about either."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
+def spanless(table: Table) -> np.ndarray:
+    """`[prompt]`: whether the clean and the corrupted run have no difference to take a share of."""
+    with quiet():
+        span = np.abs(table.clean - table.corrupted)
+        enough = span >= TINY * np.maximum(np.abs(table.clean), np.abs(table.corrupted))
+    return ~(enough & (span > 0) & np.isfinite(span))
+
+
+def change(table: Table) -> np.ndarray:
+    """`[prompt, cell]`: how far the metric moved from the corrupted run's."""
+    with quiet():
+        return table.values - table.corrupted[:, None]
+
+
+def effect(table: Table) -> np.ndarray:
+    """`[prompt, cell]`: the share of the way from the corrupted to the clean run; NaN where there is no way."""
+    usable = ~spanless(table)
+    share = np.full(table.values.shape, np.nan)
+    with quiet():
+        share[usable] = change(table)[usable] / (table.clean - table.corrupted)[usable, None]
+    return share + 0.0  # and no minus zero, where nothing changed and the way goes down
+
+
+def token(table: Table, prompt: int, position: Label) -> str:
+    """The text of a prompt's token, or the name of a span; empty where a position is not one of its tokens."""
+    if isinstance(position, str):
+        return position
+    row = table.tokens[prompt] if table.tokens else ()
+    return row[position] if isinstance(position, int) and -len(row) <= position < len(row) else ""
+
+
+def array(table: Table, values: np.ndarray, kind: str, name: str) -> xr.DataArray:
+    """The values of one kind of place on named axes, NaN where a cell is missing."""
+    import xarray as xr
+
+    numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
+    labels, at = points([table.cells[n] for n in numbers])
+    whole = np.full((len(table.clean), *map(len, labels.values())), np.nan)
+    whole[(slice(None), *at.T)] = values[:, numbers]
+    coordinates: dict[str, Any] = {"prompt": np.arange(len(table.clean))}
+    for axis, of in labels.items():
+        numbered = all(isinstance(one, int) for one in of)
+        coordinates[axis] = np.array(of if numbered else [label_text(one) for one in of])
+    positions = labels.get("position", [])
+    if table.tokens and positions:
+        texts = [[token(table, prompt, position) for position in positions] for prompt in range(len(table.clean))]
+        # Along the positions alone where that says it all: such a coordinate also outlives a mean over prompts.
+        same = all(row == texts[0] for row in texts)
+        coordinates["token"] = ("position", texts[0]) if same else (("prompt", "position"), texts)
+    return xr.DataArray(whole, dims=("prompt", *labels), coords=coordinates, name=name, attrs={"component": kind})
+
+
+def frame(table: Table) -> pd.DataFrame:
+    """A row for each prompt and cell that was measured."""
+    import pandas as pd
+
+    prompts, numbers = np.nonzero(table.done)
+    cells = [table.cells[n] for n in numbers]
+    columns: dict[str, Any] = {"prompt": prompts, "component": [cell.component for cell in cells], **_columns(cells)}
+    columns["token"] = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
+    columns["value"] = table.values[prompts, numbers]
+    columns["effect"] = effect(table)[prompts, numbers]
+    columns["clean"], columns["corrupted"] = table.clean[prompts], table.corrupted[prompts]
+    columns["path"] = [cell.path for cell in cells]
+    return pd.DataFrame(columns)
+
+
+def best(table: Table, n: int) -> pd.DataFrame:
+    """The cells that move most, in the mean over the prompts that have them, with the signed means."""
+    import pandas as pd
+
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise BadArgument(f"best({n!r})", expected="how many cells to show, at least 1")
+    measures = {"value": table.values, "change": change(table), "effect": effect(table)}
+    size = mean(np.abs(measures["effect"]))
+    if np.isnan(size).all():  # an ablation: the clean run is the one that is edited, so there are changes and no shares
+        size = mean(np.abs(measures["change"]))
+    order = np.argsort(-size, kind="stable")[:n]  # NaN comes last
+    order = order[~np.isnan(size[order])]
+    cells = [table.cells[number] for number in order]
+    columns: dict[str, Any] = {"component": [cell.component for cell in cells]}
+    used = {axis for axis in (*AXES, "position") if any(getattr(cell, axis) is not None for cell in table.cells)}
+    columns |= {axis: column for axis, column in _columns(cells).items() if axis in used}
+    if len(table.clean) == 1:
+        columns["token"] = [token(table, 0, cell.position) for cell in cells]
+    columns |= {name: mean(values)[order] for name, values in measures.items()}
+    return pd.DataFrame({**columns, "path": [cell.path for cell in cells]})
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the first axis of what is there, and NaN where nothing is; no warning about that."""
+    there = ~np.isnan(values)
+    with quiet():
+        return np.where(there, values, 0.0).sum(0) / np.where(there.any(0), there.sum(0), np.nan)
+
+
+def _columns(cells: Sequence[Cell]) -> dict[str, Any]:
+    """A cell's numbers as columns; head and the like are whole numbers also where some rows have none."""
+    import pandas as pd
+
+    columns: dict[str, Any] = {axis: pd.array([getattr(c, axis) for c in cells], dtype="Int64") for axis in AXES}
+    positions = [cell.position for cell in cells]
+    spans = any(isinstance(position, str) for position in positions)
+    columns["position"] = pd.array(positions, dtype="object" if spans else "Int64")
+    return columns
+
+
+def points(cells: Sequence[Cell]) -> tuple[dict[str, list[Label]], np.ndarray]:
+    """The axes that cells of one kind have, with their labels, and `[cell, axis]`: where on them each cell stands.
+
+    Raises:
+        BadArgument: two cells stand at one point, where one of them would be lost.
+    """
+    labels = {axis: found for axis in (*AXES, "position") if (found := _labels([getattr(c, axis) for c in cells]))}
+    places = {axis: {label: n for n, label in enumerate(of)} for axis, of in labels.items()}
+    taken: dict[tuple[int, ...], Cell] = {}
+    for cell in cells:
+        at = tuple(places[axis][getattr(cell, axis)] for axis in labels)
+        other = taken.setdefault(at, cell)
+        if other is not cell:
+            raise BadArgument(
+                f"{other.path} and {cell.path} have the same numbers, so a grid has one place for both",
+                expected="places that differ in " + (", ".join(labels) or "layer, head or position"),
+                write="result.frame()   (a row for each)",
+            )
+    return labels, np.array(list(taken), dtype=int).reshape(len(cells), len(labels))
+
+
+def label_text(label: Label) -> str:
+    """What a label is called where an axis has names: a number, a span, or all tokens at once."""
+    return ":" if label is None else str(label)
+
+
+def _labels(found: Sequence[Label]) -> list[Label]:
+    """The labels of an axis, none where there is no such axis: numbers upwards, those from the end last, then spans."""
+    unique = dict.fromkeys(found)
+    if set(unique) <= {None}:
+        return []
+    numbers = sorted((n for n in unique if isinstance(n, int)), key=lambda n: (n < 0, n))
+    return [*numbers, *(text for text in unique if not isinstance(text, int))]

@@ -1,0 +1,150 @@
+"""One process at a time: a file beside the journal that says who is writing it.
+
+The file outlives a process that was killed, so it says enough to be judged by the next one: the process number, the
+machine, and when the process began, since numbers come again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nnsplice.errors import FileError
+
+#: The locks of this process.
+_held: set[str] = set()
+
+
+class Lock:
+    """The lock of one file; `release` gives it back."""
+
+    def __init__(self, of: Path) -> None:
+        """Take the lock, if need be from a process that is gone.
+
+        Raises:
+            FileError: another process holds it.
+        """
+        self.path = of.with_name(f"{of.name}.lock")
+        self._words, self._process = _words(), os.getpid()
+        for _ in range(8):
+            _held.add(self._words)  # before it is there, so that no other thread takes it for a dead one's
+            if _made(self.path, self._words):
+                return
+            _held.discard(self._words)
+            self._take_over(of)
+        raise FileError(f"{of} is being opened by several processes", expected="one process at a time")
+
+    def release(self) -> None:
+        """Let the next one write."""
+        if self._words in _held and self._process == os.getpid():  # a fork has not taken what its parent holds
+            _held.discard(self._words)
+            if _read(self.path) == self._words:
+                self.path.unlink(missing_ok=True)
+
+    def _take_over(self, of: Path) -> None:
+        # Two that judge the same dead lock at once would remove each other's new one.
+        with _alone(self.path.parent):
+            there = _read(self.path)
+            if there is None:
+                return  # given back just now
+            if holder := _holder(there):
+                raise FileError(
+                    f"{of} is being written by {holder}",
+                    expected="one process at a time",
+                    write=f"rm {self.path}   (when that process is gone)",
+                )
+            self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One at a time on this machine, and nothing that a killed process leaves behind; where the system can do it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _words() -> str:
+    own = os.getpid()
+    return json.dumps({"pid": own, "host": platform.node(), "began": _began(own), "lock": uuid.uuid4().hex})
+
+
+def _made(path: Path, words: str) -> bool:
+    """Make the lock, complete at once; False where there is one."""
+    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with os.fdopen(os.open(own, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w", encoding="utf-8") as file:
+        file.write(words)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(own, path)  # fails where the lock is there, and nobody ever sees half of it
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links; there the lock is empty for a moment
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(words)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _holder(words: str) -> str | None:
+    """Who holds a lock, or None for a process that is gone."""
+    try:
+        told = json.loads(words)
+        process, host, began = int(told["pid"]), str(told["host"]), told["began"]
+    except (ValueError, TypeError, KeyError):
+        return None  # a lock is never seen half written
+    if host != platform.node():
+        return f"process {process} on {host}"  # which cannot be asked from here
+    if process == os.getpid():
+        return f"process {process}, this one" if words in _held else None
+    return f"process {process}" if _lives(process) and began == _began(process) else None
+
+
+def _lives(process: int) -> bool:
+    if os.name == "nt":
+        return True  # asking with a signal would end it there
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _began(process: int) -> str | None:
+    """When a process began, in the system's own count; None where the system does not tell."""
+    try:
+        # The name in brackets may hold blanks and brackets of its own.
+        return (
+            Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        )
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,69 @@
+"""Shards of one sweep put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from nnsplice.errors import BadArgument, KeyMismatch
+from nnsplice.results import files
+from nnsplice.results.table import Run, Table
+
+SHARDS = "the results of one plan's shards"
+
+
+def merge(tables: Sequence[Table]) -> Table:
+    """Every cell that one of the tables has; a cell that several have must be the same in all."""
+    if not tables:
+        raise BadArgument("nothing to merge", expected=SHARDS)
+    first = tables[0]
+    values, done = first.values.copy(), first.done.copy()
+    for number, other in enumerate(tables[1:], 1):
+        _check_same(first, other, number)
+        both = done & other.done
+        differ = both & (values != other.values) & ~(np.isnan(values) & np.isnan(other.values))
+        if differ.any():
+            prompt, cell = (int(found[0]) for found in np.nonzero(differ))
+            raise KeyMismatch(
+                f"prompt {prompt} was measured differently: "
+                f"{float(values[prompt, cell])!r}, and {float(other.values[prompt, cell])!r} in result {number}",
+                path=first.cells[cell].path,
+                expected="shards that agree exactly where they overlap",
+            )
+        new = other.done & ~done
+        values[new] = other.values[new]
+        done |= new
+    return replace(first, values=values, done=done, run=_together([table.run for table in tables]))
+
+
+def _check_same(first: Table, other: Table, number: int) -> None:
+    names = ("in result 0", f"in result {number}")
+    if different := files.differences(first.asked, other.asked, names):
+        keys = ", ".join(line.partition(":")[0] for line in different)
+        lines = [f"these are results of different sweeps: {keys} differ", *(f"  {line}" for line in different)]
+        raise KeyMismatch("\n".join(lines), expected=SHARDS)
+    for name in ("cells", "tokens"):
+        if getattr(first, name) != getattr(other, name):
+            raise KeyMismatch(f"these results have different {name}: result {number} and result 0", expected=SHARDS)
+    for name in ("clean", "corrupted", "exists"):
+        a, b = getattr(first, name), getattr(other, name)
+        if not np.array_equal(a, b, equal_nan=name != "exists"):
+            raise KeyMismatch(
+                f"result {number} has other values of {name} than result 0, so their runs were not the same",
+                expected=SHARDS,
+            )
+
+
+def _together(runs: Sequence[Run]) -> Run:
+    return Run(
+        executor=", ".join(dict.fromkeys(run.executor for run in runs if run.executor)),
+        seconds=sum(run.seconds for run in runs),
+        forwards=sum(run.forwards for run in runs),
+        block_calls=sum(run.block_calls for run in runs),
+        tokens=sum(run.tokens for run in runs),
+        flops=sum(run.flops for run in runs),
+        known=sum(run.known for run in runs),
+        note="; ".join(dict.fromkeys(run.note for run in runs if run.note)),
+    )

@@ -1,0 +1,110 @@
+"""A result as one page that needs nothing else: point at a cell to see what it is.
+
+The page is `page.html`, which draws what stands in it as JSON. All texts reach the page as text, so a token can say
+whatever it likes, and the page's own policy forbids it to load anything.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from nnsplice.results import figure, files, labelled
+from nnsplice.results.kinds import kinds_of
+from nnsplice.results.table import Table
+
+#: Digits of a number on the page; the file has all of them.
+DIGITS = 7
+
+
+def write(path: str | os.PathLike[str], table: Table, metric: str, shown: str) -> None:
+    """Write the page: the whole of it, or nothing."""
+    text = page(table, metric, shown)
+    with files.whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def page(table: Table, metric: str, shown: str) -> str:
+    """The page's text.
+
+    Args:
+        metric: its name.
+        shown: what is drawn first: `"effect"`, `"value"` or `"change"`.
+    """
+    template = resources.files("nnsplice.results").joinpath("page.html").read_text(encoding="utf-8")
+    before, between, after = template.split("@@")
+    model = table.asked.get("model")
+    title = f"{metric}, {model}" if isinstance(model, str) else metric
+    # `<` could end the script that the data stands in; as an escape it is the same JSON.
+    data = json.dumps(_data(table, metric, shown), separators=(",", ":"), allow_nan=False)
+    escaped = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return before + html.escape(title) + between + escaped + after
+
+
+def _data(table: Table, metric: str, shown: str) -> dict[str, Any]:
+    measures = {"effect": labelled.effect(table), "change": labelled.change(table), "value": table.values}
+    prompts = [
+        {
+            "tokens": list(table.tokens[n]) if table.tokens else [],
+            "clean": _number(clean),
+            "corrupted": _number(corrupted),
+        }
+        for n, (clean, corrupted) in enumerate(zip(table.clean, table.corrupted, strict=True))
+    ]
+    return {
+        "metric": metric,
+        "model": _told(table.asked, "model"),
+        "operation": _told(table.asked, "operation"),
+        "shown": shown,
+        "prompts": prompts,
+        "kinds": [_kind(table, kind, measures) for kind in kinds_of(table.cells)],
+    }
+
+
+def _kind(table: Table, kind: str, measures: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """One kind of place as the page draws it: its cells in rows and columns, and what each is."""
+    numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
+    labels, at = labelled.points([table.cells[n] for n in numbers])
+    axes = list(labels)
+    down, across = figure.sides(axes, [len(of) for of in labels.values()])
+    return {
+        "name": kind,
+        "axes": axes,
+        # Positions that are numbers stay numbers: the page takes their tokens from the prompt.
+        "labels": [
+            [label if isinstance(label, int) else labelled.label_text(label) for label in of] for of in labels.values()
+        ],
+        "down": [axes.index(axis) for axis in down],
+        "across": [axes.index(axis) for axis in across],
+        "at": at.tolist(),
+        "paths": [table.cells[n].path for n in numbers],
+        # A mean is offered where it mixes nothing unlike.
+        "mean": len(table.clean) > 1 and figure.no_mean(table, kind) is None,
+        **{
+            name: [
+                [_number(value) if done else None for value, done in zip(row, has, strict=True)]
+                for row, has in zip(values[:, numbers].tolist(), table.done[:, numbers], strict=True)
+            ]
+            for name, values in measures.items()
+        },
+    }
+
+
+def _number(value: float) -> float | str:
+    """A number that JSON has, else its name: infinite and undefined ones are no JSON."""
+    value = float(value)
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)
+
+
+def _told(asked: Mapping[str, Any], key: str) -> str:
+    told = asked.get(key)
+    if isinstance(told, Mapping):
+        told = told.get("name", "")
+    return told if isinstance(told, str) else ""

@@ -1,0 +1,258 @@
+"""`SweepResult`: what a sweep measured, as a grid, a frame, a figure, a page and a file."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnsplice import plots
+from nnsplice.errors import BadArgument, BadType
+from nnsplice.paths import Path
+from nnsplice.results import display, figure, files, labelled, merging, page
+from nnsplice.results.kinds import kind_named, kinds_of
+from nnsplice.results.table import Cell, Run, Table, settled
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SweepResult:
+    """The metric of every cell, with the two ends of its scale.
+
+    `grid()` has named axes (`prompt`, `layer`, then `head`, `group`, `neuron` or `expert`, then `position`), `frame()`
+    a row for each cell, `effect()` the share of the way from the corrupted to the clean run.
+
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", metric, progress=False)
+    >>> result.grid().dims
+    ('prompt', 'layer', 'position')
+    >>> [str(text).strip() for text in result.grid().token.values]
+    ['w3', 'w6', 'w5']
+    >>> result.effect().sel(prompt=0, position=0).values.tolist()  # before the first token that differs
+    [0.0, 0.0, 0.0]
+
+    Two results are equal when the same was asked and the same measured, whatever it cost. A result does not change:
+    its arrays are read-only.
+    """
+
+    table: Table
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.table, Table):
+            raise BadType(f"a {type(self.table).__name__} is no table of a sweep", expected="what ns.sweep returns")
+        object.__setattr__(self, "table", settled(self.table))
+
+    # --- what it is
+
+    @property
+    def clean(self) -> np.ndarray:
+        """The metric of each prompt's clean run."""
+        return self.table.clean
+
+    @property
+    def corrupted(self) -> np.ndarray:
+        """The metric of each prompt's corrupted run: the one that was edited, without the edit."""
+        return self.table.corrupted
+
+    @property
+    def total_effect(self) -> np.ndarray:
+        """What the corruption costs: clean less corrupted, per prompt."""
+        with labelled.quiet():
+            return self.table.clean - self.table.corrupted
+
+    @property
+    def run(self) -> Run:
+        """What running cost, and which executor ran; no part of the result's identity."""
+        return self.table.run
+
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """What was asked: model, prompts, sites, metric, operation, seed."""
+        return copy.deepcopy(dict(self.table.asked))
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every cell, in execution order."""
+        return self.table.cells
+
+    @property
+    def tokens(self) -> tuple[tuple[str, ...], ...]:
+        """The texts of each edited prompt's tokens."""
+        return self.table.tokens
+
+    @property
+    def metric(self) -> str:
+        """The metric's name."""
+        told = self.table.asked.get("metric")
+        return str((told.get("name") if isinstance(told, Mapping) else told) or "value")
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The kinds of place that were changed."""
+        return kinds_of(self.cells)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every cell that a prompt has was measured; a shard's are not."""
+        return bool((self.table.done | ~self.table.exists).all())
+
+    @cached_property
+    def digest(self) -> str:
+        """The identity of the result: what was asked and measured, timings left out."""
+        return files.digest(self.table)
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, SweepResult) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    # --- numbers
+
+    def grid(self, component: str | Path | None = None) -> xr.DataArray:
+        """The raw metric with named axes, NaN where a cell was not measured.
+
+        Positions are numbers (or the names of spans), and the tokens' texts ride along them as the coordinate `token`:
+        by prompt and position, or by position alone where all prompts have the same.
+
+        Args:
+            component: which kind of place, where several were changed: `"layers[:].mlp.output"`, or any path to one of
+                its places.
+        """
+        return self._array("value", component)
+
+    def effect(self, component: str | Path | None = None) -> xr.DataArray:
+        """The share of the way back: 0 where nothing was gained on the corrupted run, 1 where the clean is reached."""
+        self._warn_of_no_span()
+        return self._array("effect", component)
+
+    def change(self, component: str | Path | None = None) -> xr.DataArray:
+        """How far the metric moved from the corrupted run's: what an ablation asks."""
+        return self._array("change", component)
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each prompt and cell that was measured, with the ends of its scale as columns."""
+        return labelled.frame(self.table)
+
+    def best(self, n: int = 10) -> pd.DataFrame:
+        """The cells that matter most: by the size of their effect in the mean over prompts, shown with its sign.
+
+        Where clean and corrupted runs are the same, as in an ablation, the change of the metric stands for the effect.
+        """
+        if not self._is_flat:
+            self._warn_of_no_span()
+        return labelled.best(self.table, n)
+
+    # --- to look at
+
+    def plot(
+        self,
+        component: str | Path | None = None,
+        *,
+        prompt: int | None = None,
+        of: str | None = None,
+        ax: Any = None,
+    ) -> Any:
+        """A heatmap: layer by token, or layer by head, the mean over prompts unless one is chosen.
+
+        Args:
+            component: which kind of place, where several were changed.
+            prompt: its number.
+            of: `"effect"`, `"value"` or `"change"`; the effect where there is one.
+            ax: axes to draw on; a new figure when left out.
+        """
+        chosen = of or self.shown
+        if chosen not in ("effect", "value", "change"):
+            raise BadArgument(f"of={of!r}", expected='"effect", "value" or "change"')
+        if chosen == "effect":
+            self._warn_of_no_span()
+        array = self._array(chosen, component)
+        plane = figure.plane(self.table, array, prompt)
+        labels = {"effect": "share of the effect restored", "value": self.metric, "change": f"change of {self.metric}"}
+        prompts = len(self.clean)
+        which = "" if prompts == 1 else f", mean of {prompts} prompts" if prompt is None else f", prompt {prompt}"
+        return plots.heatmap(
+            plane.values,
+            rows=plane.rows,
+            columns=plane.columns,
+            row_label=plane.row_label,
+            column_label=plane.column_label,
+            title=array.attrs["component"] + which,
+            value_label=labels[chosen],
+            centre=None if chosen == "value" else 0.0,
+            ax=ax,
+        )
+
+    @property
+    def shown(self) -> str:
+        """What a figure shows by itself: `"effect"`, or `"change"` where no prompt has one."""
+        return "change" if self._is_flat else "effect"
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that stands by itself: pointing at a cell shows its address, token and numbers."""
+        page.write(path, self.table, self.metric, self.shown)
+
+    # --- files and shards
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        files.write(path, self.table)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> SweepResult:
+        """Read a result; its numbers are the same to the bit.
+
+        Raises:
+            FileError: the file is no result, or damaged.
+        """
+        return cls(files.read(path))
+
+    @classmethod
+    def merge(cls, results: Iterable[SweepResult]) -> SweepResult:
+        """The shards of one sweep as one result.
+
+        Raises:
+            KeyMismatch: they are of different sweeps, or differ where they overlap.
+        """
+        if isinstance(results, SweepResult):
+            raise BadType("merge takes a list of results", write="SweepResult.merge([first, second])")
+        return cls(merging.merge([result.table for result in results]))
+
+    def __repr__(self) -> str:
+        return display.text(self.table, self.metric)
+
+    def _repr_html_(self) -> str:
+        return display.html(self.table, self.metric)
+
+    # --- inside
+
+    def _array(self, of: str, component: str | Path | None) -> xr.DataArray:
+        kind = kind_named(self.cells, component)
+        if of == "value":
+            return labelled.array(self.table, self.table.values, kind, self.metric)
+        if of == "effect":
+            return labelled.array(self.table, labelled.effect(self.table), kind, "effect")
+        return labelled.array(self.table, labelled.change(self.table), kind, f"change of {self.metric}")
+
+    @property
+    def _is_flat(self) -> bool:
+        return bool(labelled.spanless(self.table).all())
+
+    def _warn_of_no_span(self) -> None:
+        flat = np.flatnonzero(labelled.spanless(self.table))
+        if len(flat):
+            numbers = ", ".join(map(str, flat[:8])) + (f", ... ({len(flat)} in all)" if len(flat) > 8 else "")
+            warnings.warn(
+                f"{self.metric} of clean and corrupted runs is the same for prompt {numbers}, so there is no share of "
+                "their difference: NaN there; change() has the differences themselves",
+                stacklevel=3,
+            )

@@ -1,0 +1,107 @@
+"""What a sweep measured, as plain arrays: one value for each prompt and cell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from nnsplice.errors import BadArgument
+
+#: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them, `position` after).
+AXES = ("layer", "head", "group", "neuron", "expert")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One thing that was changed: a place at some tokens, by its address and by its numbers."""
+
+    #: The address with its position: `layers[3].heads[1].output[7]`.
+    path: str
+    #: The kind of place: `layers[:].heads[:].output`. A grid shows one kind.
+    component: str
+    layer: int | None = None
+    head: int | None = None
+    group: int | None = None
+    neuron: int | None = None
+    expert: int | None = None
+    #: A token of the prompt, a span's name (`"subject"`, `"subject"[-1]`), or None for all tokens at once.
+    position: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What running cost; no part of a result's identity."""
+
+    executor: str = ""
+    seconds: float = 0.0
+    forwards: float = 0.0
+    block_calls: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    #: Cells whose value was known without computing.
+    known: int = 0
+    #: Why another executor than the fastest was used, where that is so.
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The measured values and the two ends of their scale."""
+
+    cells: tuple[Cell, ...]
+    #: `[prompt, cell]`, float64; NaN where a prompt has no such cell, or it was not measured.
+    values: np.ndarray
+    #: `[prompt, cell]`: measured, or known without measuring. A shard of a sweep holds a part.
+    done: np.ndarray
+    #: `[prompt, cell]`: whether the prompt has such a cell at all; a shorter prompt lacks the last positions.
+    exists: np.ndarray
+    #: `[prompt]`: the metric of the clean and of the corrupted run.
+    clean: np.ndarray
+    corrupted: np.ndarray
+    #: The texts of each prompt's tokens, as the positions count them.
+    tokens: tuple[tuple[str, ...], ...] = ()
+    #: What was asked: model, prompts, sites, metric, operation, seed; plain data, the identity of the sweep.
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    run: Run = field(default_factory=Run)
+
+
+def settled(table: Table) -> Table:
+    """A copy that nobody can change any more, with NaN for all that was not measured.
+
+    Raises:
+        BadArgument: the arrays do not fit each other.
+    """
+    clean, corrupted = _vector(table.clean, "clean"), _vector(table.corrupted, "corrupted")
+    prompts, cells = len(clean), tuple(table.cells)
+    expected = {"corrupted": (prompts,), **dict.fromkeys(("values", "done", "exists"), (prompts, len(cells)))}
+    for name, shape in expected.items():
+        found = np.shape(getattr(table, name))
+        if found != shape:
+            raise BadArgument(
+                f"{name} has shape {list(found)}, for {prompts} prompts and {len(cells)} cells",
+                expected=f"{list(shape)}",
+            )
+    if table.tokens and len(table.tokens) != prompts:
+        raise BadArgument(f"the tokens are of {len(table.tokens)} prompts, the values of {prompts}")
+    exists = np.array(table.exists, dtype=bool)
+    done = np.array(table.done, dtype=bool) & exists
+    # `where` and not a product: what was not measured may be any number, and NaN is one value, not many.
+    values = np.where(done, np.asarray(table.values, dtype=np.float64), np.nan)
+    values[np.isnan(values)] = np.nan
+    for array in (values, done, exists, clean, corrupted):
+        array.setflags(write=False)
+    return replace(
+        table, cells=cells, values=values, done=done, exists=exists, clean=clean, corrupted=corrupted,
+        tokens=tuple(tuple(row) for row in table.tokens), asked=copy.deepcopy(dict(table.asked)),
+    )  # fmt: skip
+
+
+def _vector(values: np.ndarray, name: str) -> np.ndarray:
+    array = np.array(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise BadArgument(f"{name} has shape {list(array.shape)}", expected="one number for each prompt")
+    return array

@@ -1,0 +1,217 @@
+"""A metric is a number for each row of logits: against plain torch, with answers that are checked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nnsplice as ns
+from nnsplice.errors import BadArgument, BadType
+from zoo import tokenizer
+
+LOGITS = torch.randn(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+OTHER = torch.randn(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+ROWS = torch.arange(3)
+ANSWER, WRONG = [4, 5, 11], [0, 7, 3]
+
+
+def test_each_metric_is_what_torch_makes() -> None:
+    probabilities = torch.softmax(LOGITS, -1)
+    expected = {
+        "logit_diff": LOGITS[ROWS, ANSWER] - LOGITS[ROWS, WRONG],
+        "probability": probabilities[ROWS, ANSWER],
+        "log_probability": probabilities[ROWS, ANSWER].log(),
+        "rank": (LOGITS.argsort(-1, descending=True) == torch.tensor(ANSWER)[:, None]).int().argmax(-1).double(),
+    }
+    metrics = [ns.logit_diff(ANSWER, WRONG), ns.probability(ANSWER), ns.log_probability(ANSWER), ns.rank(ANSWER)]
+    for metric in metrics:
+        torch.testing.assert_close(metric(LOGITS), expected[metric.name])
+        assert metric.bind(None, 3).identity["name"] == metric.name
+    kl = torch.nn.functional.kl_div(LOGITS.log_softmax(-1), OTHER.log_softmax(-1), log_target=True, reduction="none")
+    torch.testing.assert_close(ns.kl_divergence()(LOGITS, OTHER), kl.sum(-1))
+    assert ns.kl_divergence()(LOGITS, LOGITS).abs().max() < 1e-15
+    assert (ns.kl_divergence()(LOGITS, OTHER) > 0).all()
+
+
+def test_the_top_token_has_rank_zero_and_equals_share_a_rank() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0]])
+    assert [int(ns.rank(n)(logits)) for n in range(4)] == [3, 0, 2, 0]
+
+
+def test_an_answer_that_is_sure_has_a_finite_logarithm() -> None:
+    logits = torch.tensor([[1000.0, 0.0]])
+    assert ns.log_probability(1)(logits).tolist() == [-1000.0]
+    assert ns.probability(1)(logits).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_metric_keeps_the_dtype_and_the_gradient(dtype: torch.dtype) -> None:
+    logits = LOGITS.to(dtype).requires_grad_()
+    for metric in (ns.logit_diff(1, 2), ns.probability(1), ns.log_probability(1), ns.rank(1)):
+        value = metric(logits)
+        assert value.dtype == dtype and value.shape == (3,)
+        assert value.requires_grad is (metric.name != "rank")
+    (gradient,) = torch.autograd.grad(ns.logit_diff(1, 2)(logits).sum(), logits)
+    assert gradient.sum(0).tolist() == [0, 3, -3] + [0] * 9
+
+
+def test_answers_are_one_for_all_or_one_for_each() -> None:
+    assert torch.equal(ns.probability(4)(LOGITS), ns.probability([4, 4, 4])(LOGITS))
+    assert torch.equal(ns.logit_diff(ANSWER, 7)(LOGITS), ns.logit_diff(ANSWER, (7, 7, 7))(LOGITS))
+    bound = ns.logit_diff(ANSWER, WRONG).bind(None, 3)
+    # Rows may come in any order, and a prompt in many rows.
+    order = [2, 0, 0]
+    expected = LOGITS[ROWS, [11, 4, 4]] - LOGITS[ROWS, [3, 0, 0]]
+    torch.testing.assert_close(bound(LOGITS, order), expected)
+
+
+def test_texts_are_read_by_the_tokenizer() -> None:
+    bound = ns.logit_diff(["w7", 9], "w8").bind(tokenizer(), 2)
+    assert bound.ids == {"answer": (7, 9), "wrong": (8, 8)}
+    assert bound.identity == {"name": "logit_diff", "position": -1, "ids": {"answer": [7, 9], "wrong": [8, 8]}}
+    assert bound.identity == ns.logit_diff([7, 9], 8).bind(None, 2).identity
+    assert ns.logit_diff("w7", "w8").at(2).bind(tokenizer(), 1).identity["position"] == 2
+    assert ns.probability("w7", position=3).position == 3
+
+
+def _bad() -> list[tuple[Callable[[], Any], type[Exception], str]]:
+    anything: Any = None
+    half: Any = 0.5
+    words = tokenizer()
+    return [
+        (lambda: ns.probability("w7 w8").bind(words, 1), BadArgument, r"is 2 tokens: 'w7', 'w8'[\s\S]*one token"),
+        (lambda: ns.probability("").bind(words, 1), BadArgument, "is 0 tokens: none"),
+        (lambda: ns.probability("Paris").bind(words, 1), BadArgument, "'Paris'[\\s\\S]*not in this model's vocabulary"),
+        (
+            lambda: ns.logit_diff("w7", ["w8", "Rome"]).bind(words, 2),
+            BadArgument,
+            "'Rome', given to logit_diff as wrong",
+        ),
+        (lambda: ns.logit_diff(["w7", "w8"], "w9").bind(words, 3), BadArgument, r"2 tokens as answer=[\s\S]*3 prompts"),
+        (lambda: ns.logit_diff("w7", []).bind(words, 1), BadArgument, "0 tokens as wrong="),
+        (lambda: ns.probability("w7")(LOGITS), BadArgument, r"no tokenizer[\s\S]*token id"),
+        (lambda: ns.probability(anything)(LOGITS), BadType, "None as answer="),
+        (lambda: ns.probability([1, anything, 2])(LOGITS), BadType, "None as answer="),
+        (lambda: ns.probability(True)(LOGITS), BadType, "True as answer="),
+        (lambda: ns.probability(half)(LOGITS), BadType, "0.5 as answer="),
+        (lambda: ns.probability(12)(LOGITS), BadArgument, r"given 12 as answer=[\s\S]*0 to 11"),
+        (lambda: ns.rank(-1)(LOGITS), BadArgument, "given -1 as answer="),
+        (lambda: ns.kl_divergence()(LOGITS), BadArgument, r"compares two runs, and there is one[\s\S]*reference="),
+        (lambda: ns.Metric.of(anything), BadType, "NoneType is no metric"),
+        (lambda: ns.Metric.of(lambda logits: logits)(LOGITS), BadArgument, r"shape \[3, 12\] of logits \[3, 12\]"),
+        (lambda: ns.Metric.of(lambda logits: logits.mean())(LOGITS), BadArgument, r"shape \[\] of logits"),
+        (lambda: ns.Metric.of(lambda logits: anything)(LOGITS), BadArgument, "a NoneType of logits"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(18))
+def test_what_makes_no_sense_is_refused(number: int) -> None:
+    call, kind, message = _bad()[number]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+# --- functions of one's own
+
+
+def entropy(logits: Tensor) -> Tensor:
+    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+
+def test_a_function_is_a_metric() -> None:
+    metric = ns.Metric.of(entropy)
+    assert metric.name == "entropy" and ns.Metric.of(metric) is metric
+    torch.testing.assert_close(metric(LOGITS), entropy(LOGITS))
+    assert metric.at(2).position == 2
+    assert ns.Metric.of(partial(torch.amax, dim=-1))(LOGITS).tolist() == LOGITS.amax(-1).tolist()
+
+
+def _identity(rule: Any) -> Any:
+    return ns.Metric("mine", rule).bind(None, 1).identity
+
+
+def _of_token(token: Any, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    return lambda logits, scale=scale: logits[:, token] * scale
+
+
+def _compiled(source: str) -> Any:
+    """A function whose source stands in no file."""
+    space: dict[str, Any] = {}
+    exec(source, space)
+    return space["rule"]
+
+
+class Scaled:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits[:, 0] * self.scale
+
+    def method(self, logits: Tensor) -> Tensor:
+        return logits[:, 1] * self.scale
+
+
+def test_the_identity_of_a_function_is_what_it_does() -> None:
+    # Two on one line, and the same text with other values inside.
+    first, second = (lambda logits: logits[:, 0]), (lambda logits: logits[:, 1])
+    different = [
+        first,
+        second,
+        entropy,
+        _of_token(3),
+        _of_token(4),
+        _of_token(3, 2.0),
+        _of_token(torch.tensor([3])),
+        _of_token(torch.tensor([4])),
+        _of_token([3]),
+        _compiled("rule = lambda logits: logits[:, 5]"),
+        _compiled("rule = lambda logits: logits[:, 6]"),
+        _compiled("rule = lambda logits: logits.max(-1).values"),
+        _compiled("rule = lambda logits: logits.min(-1).values"),
+        partial(torch.amax, dim=-1),
+        partial(torch.amin, dim=-1),
+        partial(torch.amax, dim=1),
+        Scaled(1.0),
+        Scaled(2.0),
+        Scaled(1.0).method,
+        Scaled(2.0).method,
+    ]
+    identities = [_identity(rule)["source"] for rule in different]
+    assert len(set(identities)) == len(different)
+    assert _identity(_of_token(3)) == _identity(_of_token(3))
+    assert _identity(Scaled(1.0)) == _identity(Scaled(1.0))
+    assert _identity(_compiled("rule = lambda logits: logits[:, 5]")) == _identity(
+        _compiled("rule = lambda logits: logits[:, 5]")
+    )
+    assert "source" not in ns.probability(1).bind(None, 1).identity
+
+
+def test_a_function_that_speaks_of_itself_has_an_identity() -> None:
+    def falls(logits: Tensor, depth: int = 2) -> Tensor:
+        return logits[:, 0] if depth == 0 else falls(logits, depth - 1)
+
+    assert _identity(falls)["source"]
+
+
+def test_the_identity_is_the_same_in_another_process() -> None:
+    code = (
+        "import nnsplice as ns\nfrom functools import partial\nimport torch\n"
+        "def make(k):\n    return lambda logits: logits[:, k] if k in {'a', 'b', 3} else logits[:, 0]\n"
+        "for rule in (make(3), partial(torch.amax, dim=-1)):\n"
+        "    print(ns.Metric('mine', rule).bind(None, 1).identity)\n"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(told) == 1 and "source" in told.pop()

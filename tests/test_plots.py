@@ -1,0 +1,220 @@
+"""Figures: what stands on the axes, what the colours mean, and what is left visible."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgba
+
+from nnsplice import plots
+from nnsplice.errors import BadArgument, MissingPackage
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def draw(values, rows=None, columns=None, **options):
+    grid = np.asarray(values, dtype=float)
+    return plots.heatmap(
+        values,
+        rows=range(grid.shape[0]) if rows is None else rows,
+        columns=range(grid.shape[1]) if columns is None else columns,
+        **{"row_label": "layer", "column_label": "token", **options},
+    )
+
+
+def image(ax) -> Any:
+    """What was drawn; its `.colorbar` stands beside it."""
+    return ax.images[0]
+
+
+def tick_texts(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def pixels(ax):
+    """The drawn figure as [height, width, 3], and where data coordinates fall in it."""
+    canvas = ax.figure.canvas
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
+
+    def at(column, row):
+        x, y = ax.transData.transform((column, row))
+        return drawn[round(drawn.shape[0] - y), round(x)]
+
+    def cell(column, row):
+        left, top = ax.transData.transform((column - 0.4, row - 0.4))
+        right, bottom = ax.transData.transform((column + 0.4, row + 0.4))
+        height = drawn.shape[0]
+        return drawn[round(height - top) : round(height - bottom), round(left) : round(right)]
+
+    return at, cell
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_and_column_is_named_at_its_number():
+    ax = draw(
+        np.arange(6).reshape(2, 3), rows=[4, 5], columns=["The", "cat", "sat"], title="a title", value_label="effect"
+    )
+    assert tick_texts(ax.xaxis) == ["The", "cat", "sat"]
+    assert tick_texts(ax.yaxis) == ["4", "5"]
+    assert list(ax.get_xticks()) == [0, 1, 2]
+    assert list(ax.get_yticks()) == [0, 1]
+    assert (ax.get_ylabel(), ax.get_xlabel(), ax.get_title()) == ("layer", "token", "a title")
+    assert image(ax).colorbar.ax.get_ylabel() == "effect"
+
+
+def test_first_row_is_on_top():
+    at, _ = pixels(draw([[0.0], [1.0]]))
+    colours = mpl.colormaps[plots.SEQUENTIAL]
+    assert at(0, 0) == pytest.approx(np.array(colours(0.0)[:3]) * 255, abs=1)
+    assert at(0, 1) == pytest.approx(np.array(colours(1.0)[:3]) * 255, abs=1)
+
+
+def test_repeated_tokens_keep_their_columns():
+    ax = draw([[1.0, 2.0, 3.0, 4.0]], columns=["the", "cat", "the", "the"])
+    assert tick_texts(ax.xaxis) == ["the", "cat", "the", "the"]
+    assert image(ax).get_array().shape == (1, 4)
+    at, _ = pixels(ax)
+    assert len({tuple(at(column, 0)) for column in range(4)}) == 4
+
+
+def test_many_columns_are_all_drawn_and_named_in_steps():
+    names = [f"t{i}" for i in range(500)]
+    ax = draw(np.arange(500.0)[None], columns=names)
+    shown = [int(tick) for tick in ax.get_xticks()]
+    assert len(shown) <= plots.MOST_TICKS
+    assert tick_texts(ax.xaxis) == [names[i] for i in shown]
+    assert image(ax).get_array().shape == (1, 500)
+
+
+@pytest.mark.parametrize("token", ["$x$", "costs $5 or $6", r"a\$b$", "$"])
+def test_dollars_start_no_formula(token):
+    ax = draw([[1.0, 2.0]], columns=[token, "b"], title=token, value_label=token)
+    ax.figure.canvas.draw()
+    for text in (ax.get_xticklabels()[0], ax.title, image(ax).colorbar.ax.yaxis.label):
+        # What the text becomes just before it is drawn; there is no public way to ask.
+        cleaned, mathtext = text._preprocess_math(text.get_text())  # pyright: ignore[reportAttributeAccessIssue]
+        assert (cleaned, mathtext) == (token, False)
+
+
+def test_a_broken_formula_is_only_text():
+    ax = draw([[1.0]], columns=[r"$\frac{$"])
+    ax.figure.canvas.draw()  # mathtext would raise here
+
+
+def test_line_breaks_in_tokens_stay_on_one_line():
+    assert tick_texts(draw([[1.0, 2.0]], columns=["\n", "a\tb"]).xaxis) == ["\\n", "a\\tb"]
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "centre", "limits", "colours"),
+    [
+        ([[-1.0, 3.0]], None, (-3, 3), plots.DIVERGING),
+        ([[-5.0, np.nan, 3.0]], None, (-5, 5), plots.DIVERGING),
+        ([[1.0, 3.0]], None, (1, 3), plots.SEQUENTIAL),
+        ([[-4.0, -1.0]], None, (-4, -1), plots.SEQUENTIAL),
+        ([[0.0, 3.0]], None, (0, 3), plots.SEQUENTIAL),
+        ([[1.0, 3.0]], 0, (-3, 3), plots.DIVERGING),
+        ([[0.0, 0.8]], 0.5, (0, 1), plots.DIVERGING),
+        ([[2.0, 2.0]], 2, (1, 3), plots.DIVERGING),
+        ([[2.0, 2.0]], None, (2, 3), plots.SEQUENTIAL),
+        ([[np.nan, np.nan]], None, (0, 1), plots.SEQUENTIAL),
+    ],
+)
+def test_colour_limits(values, centre, limits, colours):
+    drawn = image(draw(values, centre=centre))
+    assert drawn.get_clim() == pytest.approx(limits)
+    assert drawn.get_cmap().name == colours
+
+
+def test_infinite_values_are_marked_as_beyond_the_scale():
+    drawn = image(draw([[-np.inf, -2.0, -1.0]]))
+    assert drawn.get_clim() == (-2, -1)
+    assert drawn.colorbar.extend == "min"
+    assert image(draw([[-2.0, -1.0]])).colorbar.extend == "neither"
+
+
+def test_nan_is_hatched_and_no_colour_of_the_scale():
+    ax = draw([[np.nan, -1.0, 1.0]])
+    _, cell = pixels(ax)
+    ground = np.array(to_rgba("0.88")[:3]) * 255
+    empty = cell(0, 0).reshape(-1, 3)
+    assert (np.abs(empty - ground).max(axis=1) <= 1).any(), "the grey ground shows"
+    assert len(np.unique(empty, axis=0)) > 1, "and so does the hatching"
+    assert np.ptp(empty, axis=1).max() <= 2, "in greys only"
+    assert len(np.unique(cell(1, 0).reshape(-1, 3), axis=0)) == 1, "a cell with a number has one colour"
+
+
+# --- axes and files --------------------------------------------------------------------------------------------------
+
+
+def test_given_axes_are_drawn_on_and_returned():
+    _, (left, right) = plt.subplots(1, 2)
+    assert draw([[1.0]], ax=right) is right
+    assert not left.images
+    assert len(plt.get_fignums()) == 1
+
+
+def test_nothing_is_shown(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda *args, **kwargs: pytest.fail("a library does not call show"))
+    draw([[1.0]])
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_save_writes_the_figure_and_nothing_else(tmp_path, ending):
+    path = plots.save(draw([[1.0, 2.0]]), tmp_path / f"figure.{ending}")
+    assert path.stat().st_size > 1000
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(plt.get_fignums()) == 1
+
+
+def test_save_leaves_no_half_file(tmp_path):
+    with pytest.raises(ValueError, match="not supported"):
+        plots.save(draw([[1.0]]), tmp_path / "figure.nonsense")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_can_close(tmp_path):
+    plots.save(draw([[1.0]]), str(tmp_path / "figure.png"), close=True)
+    assert not plt.get_fignums()
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "rows", "columns", "message"),
+    [
+        (np.zeros(3), [0], [0, 1, 2], r"shape \[3\]"),
+        (np.zeros((2, 0)), [0, 1], [], r"shape \[2, 0\]"),
+        (np.zeros((2, 3)), [0, 1], ["a", "b"], r"shape \[2, 3\] do not fit 2 rows and 2 columns"),
+    ],
+)
+def test_values_and_names_that_do_not_fit(values, rows, columns, message):
+    with pytest.raises(BadArgument, match=message):
+        plots.heatmap(values, rows=rows, columns=columns, row_label="", column_label="")
+    assert not plt.get_fignums()
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(MissingPackage, match=r"pip install nnsplice\[plots\]"):
+        draw([[1.0]])
