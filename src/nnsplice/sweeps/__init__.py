@@ -1,0 +1,16 @@
+"""Sweeps: one causal question asked of every site.
+
+plan          what will be run, as pure data: plan_sweep, Plan
+running       run, sweep: chunks, journal, bar
+executors     the same numbers at different cost
+operations    what is done to a place
+sources       where the values come from
+recipes       ablate, causal_trace
+identity      what makes two sweeps the same
+"""
+
+from nnsplice.sweeps.plan import Plan, plan_sweep
+from nnsplice.sweeps.recipes import ablate, causal_trace
+from nnsplice.sweeps.running import run, sweep
+
+__all__ = ["Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep"]

@@ -1,0 +1,91 @@
+"""Which executor runs a plan: the fastest that gives the right numbers on this very model."""
+
+from __future__ import annotations
+
+import math
+import random
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import fingerprint, peel
+from nnsplice.errors import BadArgument
+from nnsplice.sweeps.executors import Executor, Work, batched, reference
+from nnsplice.sweeps.packed import packed
+
+EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
+#: How far two ways of computing one number may lie apart, in the model's dtype, before one of them is wrong.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+#: Cells that are computed both ways before packed is trusted.
+PROBES = 4
+
+_trusted: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[str, str]]] = weakref.WeakKeyDictionary()
+
+
+def choose(name: str, work: Work) -> tuple[str, str]:
+    """The executor's name, and why it is not the fastest where that is so."""
+    if name not in (*EXECUTORS, "auto"):
+        raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
+    targets = work.plan.targets
+    derived = [t.cell.path for t in targets if any(site_of(p).kind in ("pattern", "expert") for p in t.places)]
+    if derived and name != "reference":
+        note = f"{derived[0]} is derived from several values of a run, so each cell runs by itself"
+        if name != "auto":
+            raise BadArgument(note, expected='executor="reference" or "auto"')
+        return "reference", note
+    if name != "auto":
+        return name, ""
+    if not work.plan.jobs:
+        return "batched", ""
+    return _probe(work)
+
+
+def _probe(work: Work) -> tuple[str, str]:
+    """The fastest that is right for this model and these kinds of site, and why no faster. Asked once of a model."""
+    root = peel(work.model)
+    kinds = frozenset(target.cell.component for target in work.plan.targets)
+    window = max(len(target.places) for target in work.plan.targets)
+    question = (fingerprint(root), kinds, work.plan.operation.way, window > 1, work.plan.corruption is not None)
+    known = _trusted.setdefault(root, {})
+    if question not in known:
+        known[question] = _compare(work)
+    return known[question]
+
+
+def _compare(work: Work) -> tuple[str, str]:
+    """All ways on a few cells of one prompt, one of each kind of site where there are that many."""
+    chosen = random.Random(0)
+    prompt = work.plan.jobs[0][0]
+    kinds: dict[str, list] = {}
+    for job in work.plan.jobs:
+        if job[0] == prompt:
+            kinds.setdefault(work.plan.targets[job[1]].cell.component, []).append(job)
+    jobs = [chosen.choice(members) for members in kinds.values()]
+    others = [job for members in kinds.values() for job in members if job not in jobs]
+    jobs = sorted([*jobs, *chosen.sample(others, min(len(others), max(PROBES - len(jobs), 0)))])
+    alone, _ = reference(work, jobs)
+    try:
+        fast, _ = packed(work, jobs)
+        refused = _difference(work, jobs, fast, alone)
+    except NotImplementedError as reason:
+        refused = str(reason)
+    if not refused:
+        return "packed", ""
+    rows, _ = batched(work, jobs)
+    # Where numbers are rounded by a whole batch's largest (dynamic int8), the rows beside a cell change it.
+    mixed = _difference(work, jobs, rows, alone)
+    return ("reference", f"not batched: {mixed}") if mixed else ("batched", f"not packed: {refused}")
+
+
+def _difference(work: Work, jobs: list, values: Sequence[float], alone: Sequence[float]) -> str:
+    """The first cell whose value is not that of a run of its own, in words; empty where all are."""
+    dtype = next((p.dtype for p in peel(work.model).parameters() if p.is_floating_point()), torch.float32)
+    allowed = TOLERANCE.get(dtype, 2e-1)
+    for job, a, b in zip(jobs, values, alone, strict=True):
+        if not math.isclose(a, b, rel_tol=allowed, abs_tol=allowed) and not (math.isnan(a) and math.isnan(b)):
+            path = work.plan.targets[job[1]].cell.path
+            return f"{path} came out as {a:.6g}, and {b:.6g} in a run of its own"
+    return ""

@@ -1,0 +1,236 @@
+"""Running a plan's jobs: the same numbers at different cost.
+
+reference    one trace for each job, written with `SavedActivation`'s own means: slow, and the oracle of the tests
+batched      one nnsight trace for many jobs, a row for each: any architecture
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations.access import Access, accesses, hold, site_of
+from nnsplice.activations.packs import Pack
+from nnsplice.activations.updates import updates
+from nnsplice.activations.writing import write
+from nnsplice.paths import Path
+from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.sources import Source
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an executor needs beside the jobs."""
+
+    model: engine.Model
+    plan: Plan
+    source: Source
+    #: The clean run's logits where the metric reads, `[prompt, vocab]`, for metrics that compare.
+    clean_logits: Tensor | None
+    #: What an executor keeps from chunk to chunk.
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a chunk cost."""
+
+    tokens: int = 0
+    forwards: int = 0
+    block_calls: int = 0
+    #: The most tokens that were in memory at once.
+    peak: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.tokens + other.tokens,
+            self.forwards + other.forwards,
+            self.block_calls + other.block_calls,
+            max(self.peak, other.peak),
+        )
+
+
+#: Jobs whose prompts have one length -> the metric of each, and what it cost.
+Executor = Callable[[Work, Sequence[Job]], tuple[list[float], Cost]]
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+    """One trace for each job."""
+    values: list[float] = []
+    cost = Cost()
+    for job in jobs:
+        values += measured(work, _one(work, job), [job])
+        tokens = len(work.plan.corrupted.ids[job[0]])
+        cost += Cost(tokens, forwards=1, peak=tokens)
+    return values, cost
+
+
+def _one(work: Work, job: Job) -> Tensor:
+    plan, model = work.plan, work.model
+    inputs = plan.corrupted.inputs([job[0]], model.device)
+    found: list[Tensor] = []
+
+    def body() -> None:
+        # What follows asks how the prompt was padded, which the run tells before its first value and never after.
+        engine.batch_of(model, engine.worker(model, "a sweep"))
+        _corrupt(model, plan, [job[0]])
+        if plan.operation.way == "compute" or plan.operation.name == "noise":
+            _updated(work, job)
+        else:
+            write(model, _packs(work, job), 1.0 if plan.operation.way == "add" else None)
+        found.append(_read(work, job[0]).clone())
+
+    with torch.no_grad():
+        engine.run(model, inputs, body)
+    return found[0]
+
+
+def _packs(work: Work, job: Job) -> list[Pack]:
+    packs: list[Pack] = []
+    target = work.plan.targets[job[1]]
+    positions = work.plan.positions(target, job[0])
+    for place in target.places:
+        rows = [work.source.value(job, place, order, p, 0) for order, p in enumerate(positions)]
+        keys = tuple(place.at(position) for position in positions)
+        packs.append(Pack(keys, torch.stack([row for row in rows if row is not None])[None]))
+    return packs
+
+
+def _updated(work: Work, job: Job) -> None:
+    target = work.plan.targets[job[1]]
+    positions = work.plan.positions(target, job[0])
+    where = {str(place.at(p)): (place, order, p) for place in target.places for order, p in enumerate(positions)}
+    for key, current, update in updates(work.model, list(where)):
+        place, order, position = where[key]
+        value = work.source.value(job, place, order, position, current.shape[-1])
+        update(work.plan.operation.apply(current, value))
+
+
+# --- batched ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One number of the batch to change: a row, a token, and what is written there."""
+
+    row: int
+    job: Job
+    place: Path
+    order: int
+    position: int
+
+
+def batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+    """One trace, a row for each job, every value visited once in execution order."""
+    plan, model = work.plan, work.model
+    writes: dict[Path, list[Write]] = {}
+    for row, job in enumerate(jobs):
+        target = plan.targets[job[1]]
+        for place in target.places:
+            for order, position in enumerate(plan.positions(target, job[0])):
+                writes.setdefault(place.place, []).append(Write(row, job, place, order, position))
+    known = engine.known(model)
+    stops = accesses(model, sorted(writes, key=known.rank))
+    prompts = [prompt for prompt, _ in jobs]
+    inputs = plan.corrupted.inputs(prompts, model.device)
+    assert isinstance(inputs, Mapping)
+    batch = plan.corrupted.batch(prompts)
+    found: list[Tensor] = []
+
+    def body() -> None:
+        mediator = engine.worker(model, "a sweep")
+        _corrupt(model, plan, prompts)
+        for access in stops:
+            held = hold(access, mediator, batch.rows(access.tower))
+            held.write(_changed(work, access, held.tensor, writes))
+        found.append(_read(work, prompts[0]).clone())
+
+    with torch.no_grad():
+        engine.run(model, {**inputs, **_kept(work, prompts[0])}, body)
+    tokens = inputs["input_ids"].numel()
+    return measured(work, found[0], jobs), Cost(tokens, forwards=1, peak=tokens)
+
+
+def _changed(work: Work, access: Access, tensor: Tensor, writes: dict[Path, list[Write]]) -> Tensor:
+    new = tensor.clone()
+    for path in access.paths:
+        start, stop = site_of(path).columns or (0, tensor.shape[-1])
+        here = writes[path.place]
+        rows = torch.tensor([w.row for w in here], device=tensor.device)
+        tokens = torch.tensor([w.position for w in here], device=tensor.device)
+        current = tensor[rows, tokens, start:stop]
+        values = [work.source.value(w.job, w.place, w.order, w.position, stop - start) for w in here]
+        value = None if values[0] is None else torch.stack([v.to(current) for v in values if v is not None])
+        new[rows, tokens, start:stop] = work.plan.operation.apply(current, value)
+    return new
+
+
+def _corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
+    """Inside a trace whose rows are these prompts: do to the embeddings what the plan says."""
+    corruption = plan.corruption
+    if corruption is None:
+        return
+    mediator = engine.worker(model, "a sweep")
+    (access,) = accesses(model, [corruption.place])
+    held = hold(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
+    new = held.tensor.clone()
+    for row, prompt in enumerate(prompts):
+        tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(new)
+        new[row, tokens] = value if corruption.overwrites else new[row, tokens] + value
+    held.write(new)
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+def _kept(work: Work, prompt: int) -> dict[str, Any]:
+    """Have only the logits computed that the metric reads, where the model can be asked for that."""
+    if not engine.keeps_logits(work.model):
+        return {}
+    length = work.plan.corrupted.lengths("decoder")[prompt]
+    return {"logits_to_keep": length - work.plan.metric.metric.position % length}
+
+
+def _read(work: Work, prompt: int) -> Tensor:
+    """Inside a trace: the logits at the position that the metric reads, `[row, vocab]`."""
+    logits = wire.logits_of(work.model)
+    length = work.plan.corrupted.lengths("decoder")[prompt]
+    return logits[:, work.plan.metric.metric.position % length - length]
+
+
+def measured(work: Work, logits: Tensor, jobs: Sequence[Job]) -> list[float]:
+    """The metric of each job, from the logits that it reads."""
+    prompts = [prompt for prompt, _ in jobs]
+    reference_logits = None if work.clean_logits is None else work.clean_logits[prompts]
+    return work.plan.metric(logits, prompts, reference_logits).double().tolist()
+
+
+def baseline(model: engine.Model, plan: Plan, *, clean: bool) -> Tensor:
+    """The logits that the metric reads in the unedited runs, `[prompt, vocab]`."""
+    prompts = plan.clean if clean and plan.clean is not None else plan.corrupted
+    logits: list[Tensor | None] = [None] * len(prompts)
+    for rows in prompts.batches(None):
+        length = prompts.lengths("decoder")[rows[0]]
+        # The position is the edited prompt's; in a pair aligned at the end the clean one counts from there.
+        edited = plan.corrupted.lengths("decoder")[rows[0]]
+        at = plan.metric.metric.position % edited - edited if plan.align == "end" else plan.metric.metric.position
+        found: list[Tensor] = []
+
+        def body(at: int = at, length: int = length, found: list[Tensor] = found, rows: list[int] = rows) -> None:
+            if not clean:
+                _corrupt(model, plan, rows)
+            found.append(wire.logits_of(model)[:, at % length - length].clone())
+
+        with torch.no_grad():
+            engine.run(model, prompts.inputs(rows, model.device), body)
+        for row, line in zip(rows, found[0], strict=True):
+            logits[row] = line
+    return torch.stack([line for line in logits if line is not None])

@@ -1,0 +1,76 @@
+"""What makes two sweeps the same: everything that was asked, as plain data that goes into results and journals."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.prompts import Prompts
+from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.metrics import Bound
+from nnsplice.sweeps.operations import Operation
+from nnsplice.sweeps.targets import Corruption, Target
+
+
+def asked_of(
+    model: engine.Model,
+    corrupted: Prompts,
+    clean: Prompts | None,
+    targets: Sequence[Target],
+    metric: Bound,
+    operation: Operation,
+    reference: SavedActivation | None,
+    window: int,
+    align: str,
+    seed: int,
+    corruption: Corruption | None,
+) -> dict[str, Any]:
+    """The sweep's identity. Timings, executors and versions are no part of it: the same ask has the same numbers."""
+    name, revision = engine.name_of(model)
+    return {
+        "model": name,
+        "revision": revision,
+        "weights": engine.weights_digest(model),
+        "clean": None if clean is None else _prompts(clean),
+        "corrupted": _prompts(corrupted),
+        "sites": [target.cell.path for target in targets],
+        "metric": metric.identity,
+        "operation": operation.identity,
+        "reference": None if reference is None else _digest(dict(reference.items())),
+        "corruption": None if corruption is None else _corruption(corruption),
+        "window": window,
+        "align": align,
+        "seed": seed,
+    }
+
+
+def _prompts(prompts: Prompts) -> dict[str, Any]:
+    plain: dict[str, Any] = {"tokens": [list(row) for row in prompts.ids]}
+    if prompts.texts is not None:
+        plain["texts"] = list(prompts.texts)
+    if prompts.decoder_ids is not None:
+        plain["decoder"] = [list(row) for row in prompts.decoder_ids]
+    if prompts.spans is not None:
+        plain["spans"] = {name: [list(bounds) for bounds in rows] for name, rows in prompts.spans.items()}
+    return plain
+
+
+def _corruption(corruption: Corruption) -> dict[str, Any]:
+    values = {str(row): value for row, value in enumerate(corruption.values)}
+    return {
+        "positions": [list(row) for row in corruption.positions],
+        "values": _digest(values),
+        "overwrites": corruption.overwrites,
+    }
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    summed = hashlib.sha256()
+    for name, tensor in tensors.items():
+        summed.update(name.encode())
+        summed.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
+    return summed.hexdigest()[:16]

@@ -1,0 +1,207 @@
+"""Attention for packed tokens: Hugging Face's blocks as they are, with one function of theirs exchanged.
+
+Transformers looks its attention function up by name, in a public registry. Under the name registered here a function
+runs that the caller has chosen for the time being: one that records the keys and values of a whole run, or one that
+lets each packed row attend to the recorded prefix and its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME = "nnsplice_packed"
+#: `(attention module, query, key, value, variant)` -> `[batch, token, head, width]`; heads first in what comes in.
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, "Variant"], Tensor]
+_active: ContextVar[Attend | None] = ContextVar("nnsplice_attention", default=None)
+
+#: What attention modules pass along that changes nothing here, or is None or zero outside of training.
+_HARMLESS = {
+    "attention_mask", "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions",
+    "past_key_values", "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How this attention differs from the plain one."""
+
+    scaling: float
+    #: A query sees this many tokens back, itself included; None for all.
+    window: int | None = None
+    softcap: float | None = None
+    #: A logit for each head that takes its share of the probability and gives nothing.
+    sinks: Tensor | None = None
+
+
+@contextmanager
+def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
+    """Let every attention of the model run `attend`; the model's own choice is back afterwards, whatever happens."""
+    _register()
+    configs = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
+    configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation")}
+    before = {i: c._attn_implementation for i, c in configs.items()}
+    token = _active.set(attend)
+    try:
+        for config in configs.values():
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for i, config in configs.items():
+            config._attn_implementation = before[i]
+        _active.reset(token)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _dispatch)
+    # Which token sees which is decided here, so no mask need be made.
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _dispatch(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **more: Any
+) -> tuple[Tensor, None]:
+    attend = _active.get()
+    assert attend is not None, "packed attention was left switched on"
+    scaling = more.pop("scaling", None)
+    variant = Variant(
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        more.pop("sliding_window", None), more.pop("softcap", None), more.pop("s_aux", None),
+    )  # fmt: skip
+    unknown = [
+        name for name, given in more.items() if name not in _HARMLESS and given is not None and given is not False
+    ]
+    if unknown:
+        raise NotImplementedError(f"its attention is given {', '.join(unknown)}, which packed rows do not handle")
+    return attend(module, query, key, value, variant), None
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, variant: Variant) -> Tensor:
+    """Attention of `[row, head, query, width]` over `[row, group, key, width]`: `[row, query, head, width]`.
+
+    Args:
+        sees: `[query, key]`, which token sees which; None for all.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if variant.softcap is None and variant.sinks is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=sees, scale=variant.scaling)
+        return out.transpose(1, 2)
+    scores = query @ key.transpose(-1, -2) * variant.scaling
+    if variant.softcap is not None:
+        scores = (scores / variant.softcap).tanh() * variant.softcap
+    if sees is not None:
+        scores = scores.masked_fill(~sees, float("-inf"))
+    if variant.sinks is not None:
+        sinks = variant.sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    else:
+        # Transformers' own code for capped scores takes the softmax in float32, whatever the model's dtype.
+        weights = scores.softmax(-1, dtype=torch.float32).to(scores)
+    return (weights @ value).transpose(1, 2)
+
+
+def visible(queries: Tensor, keys: int, window: int | None) -> Tensor | None:
+    """`[query, key]`: a token sees itself and those before it, no further back than the window; None for all."""
+    at = torch.arange(keys, device=queries.device)
+    sees = at[None] <= queries[:, None]
+    if window is not None and window < keys:
+        sees &= at[None] > queries[:, None] - window
+    return None if bool(sees.all()) else sees
+
+
+# --- the two uses -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class KeysAndValues:
+    """Keys and values of a whole run, by attention module: `[prompt, group, token, width]`."""
+
+    of: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+        """Plain causal attention that keeps what it is given."""
+        if module in self.of:
+            raise NotImplementedError("one attention module runs several times in a pass")
+        self.of[module] = (key, value)
+        length = key.shape[2]
+        return attended(
+            query, key, value, visible(torch.arange(length, device=key.device), length, variant.window), variant
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a pack that are about the same prompt and the same tokens, so that one call attends for all of them."""
+
+    #: The number of the prompt among the recorded ones.
+    prompt: int
+    #: Which tokens ask: the same for every row, `[query]`.
+    queries: Tensor
+    #: Where they stand in the pack: `[row, query]`.
+    where: Tensor
+    #: The first token whose keys and values are the row's own; those before, or all where None, are the recorded ones.
+    own_from: int | None
+
+
+@dataclass
+class Packed:
+    """Attention of packed rows over the recorded prefix and their own tokens."""
+
+    recorded: Mapping[nn.Module, tuple[Tensor, Tensor]]
+    groups: Sequence[Group]
+    #: Own keys and values that an earlier pass through this block has left, by the number of the group.
+    left: dict[int, tuple[Tensor, Tensor]] | None = None
+    #: Leave the own keys and values here and do not attend at all.
+    leave: dict[int, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+        """`[1, token, head, width]` for the packed tokens."""
+        if module not in self.recorded:
+            raise NotImplementedError("an attention module runs that the recorded pass did not run")
+        keys, values = self.recorded[module]
+        if self.leave is not None:
+            for number, group in enumerate(self.groups):
+                if group.own_from is not None:
+                    self.leave[number] = (
+                        key[0][:, group.where].transpose(0, 1),
+                        value[0][:, group.where].transpose(0, 1),
+                    )
+            raise Left
+        out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+        for number, group in enumerate(self.groups):
+            rows = group.where.shape[0]
+            asks = query[0][:, group.where].transpose(0, 1)
+            if group.own_from is None:
+                last = int(group.queries.max()) + 1
+                k, v = (t[group.prompt, :, :last].expand(rows, -1, -1, -1) for t in (keys, values))
+            else:
+                own = self._own(number, group, key, value)
+                before = (t[group.prompt, :, : group.own_from].expand(rows, -1, -1, -1) for t in (keys, values))
+                k, v = (torch.cat([a, b], 2) for a, b in zip(before, own, strict=True))
+            sees = visible(group.queries, k.shape[2], variant.window)
+            out[0, group.where] = attended(asks, k, v, sees, variant)
+        return out
+
+    def _own(self, number: int, group: Group, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.left is not None:
+            return self.left[number]
+        return key[0][:, group.where].transpose(0, 1), value[0][:, group.where].transpose(0, 1)
+
+
+class Left(Exception):  # no error: the way out of a block that was entered for its keys and values alone
+    """A pass through a block ended where its keys and values were known."""

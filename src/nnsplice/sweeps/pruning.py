@@ -1,0 +1,68 @@
+"""Which cells need not run: those whose change cannot reach the logits that the metric reads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nnsplice import engine
+from nnsplice.activations.access import site_of
+from nnsplice.errors import ShortRow
+from nnsplice.paths import Span
+from nnsplice.sweeps.targets import Target
+
+if TYPE_CHECKING:
+    from nnsplice.sweeps.plan import Job, Plan
+
+
+def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
+    """The cells to compute, and those that cannot differ from the corrupted run."""
+    jobs: list[Job] = []
+    known: list[Job] = []
+    causal = engine.is_causal(model)
+    after = 0
+    for number, target in enumerate(plan.targets):
+        for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
+            position = target.position
+            if isinstance(position, int) and not -length <= position < length:
+                continue  # this prompt has no such cell
+            if not causal:
+                jobs.append((prompt, number))
+                continue
+            where = plan.positions(target, prompt)
+            read = plan.metric.metric.position % length
+            late = min(where) > read
+            after += late
+            cannot = late or _equal_before(plan, target, prompt, max(where)) or _unread(model, target, where, read)
+            (known if cannot else jobs).append((prompt, number))
+    if not jobs and after and after == len(known):
+        raise ShortRow(
+            f"every site stands after the position [{plan.metric.metric.position}] that the metric reads, so none can "
+            "change it",
+            expected="sites at or before that position, or a metric read later",
+        )
+    if after:
+        warnings.warn(
+            f"{after} cells stand after the position that the metric reads: their value is that of the corrupted run",
+            stacklevel=4,
+        )
+    return tuple(jobs), tuple(known)
+
+
+def _equal_before(plan: Plan, target: Target, prompt: int, last: int) -> bool:
+    """Whether the two runs agree up to this token, so that patching one into the other changes nothing."""
+    if plan.operation.name != "patch" or plan.clean is None or plan.align != "position":
+        return False
+    if isinstance(target.position, Span) and plan.clean.spans != plan.corrupted.spans:
+        return False
+    if plan.corruption is not None and min(plan.corruption.positions[prompt], default=last + 1) <= last:
+        return False
+    return plan.clean.ids[prompt][: last + 1] == plan.corrupted.ids[prompt][: last + 1]
+
+
+def _unread(model: engine.Model, target: Target, where: Sequence[int], read: int) -> bool:
+    """Whether nothing after the changed places moves between tokens, and the metric reads another token."""
+    if read in where:
+        return False
+    return all(engine.after_last_attention(model, site_of(place)) for place in target.places)

@@ -1,0 +1,214 @@
+"""Questions that are asked often: ablation, and causal tracing with noise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace as replaced
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.capture import capture
+from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.atlas import Atlas
+from nnsplice.errors import BadArgument, ShapeError, circumstances
+from nnsplice.metrics import probability
+from nnsplice.paths import Path, parse_path
+from nnsplice.results import SweepResult
+from nnsplice.sweeps.plan import Plan, Sites, plan_sweep
+from nnsplice.sweeps.running import run
+from nnsplice.sweeps.targets import Corruption
+
+#: What a causal trace restores: its kind -> the sites.
+KINDS = {"residual": "layers[:].output", "mlp": "layers[:].mlp.output", "attn": "layers[:].attn.output"}
+
+
+def ablate(
+    model: Any, prompts: Any, sites: Sites, metric: Any, *, with_: Any = "zero", reference: Any = None, **options: Any
+) -> SweepResult:
+    """Take every site out of the run by itself: what does the metric lose?
+
+    A site without positions is taken out at all tokens at once.
+
+    >>> result = ns.ablate(model, "w3 w4 w5", "layers[:].heads[:]", ns.logit_diff("w7", "w8"), progress=False)
+    >>> result.grid().sizes
+    Frozen({'prompt': 1, 'layer': 3, 'head': 4})
+
+    Args:
+        with_: `"zero"`, `"mean"` or `"resample"` (of `reference`, or of these prompts), or a function of the value.
+        reference: the capture that means and samples are taken from.
+        options: those of `ns.plan_sweep` and `ns.run`.
+    """
+    running = {name: options.pop(name) for name in _RUNNING if name in options}
+    if with_ in ("mean", "resample") and reference is None:
+        everywhere = [parse_path(path).place for path in engine.listed(sites)]
+        reference = _all_tokens(engine.as_model(model), prompts, everywhere)
+    plan = plan_sweep(
+        model, prompts, None, sites, metric, operation=with_, reference=reference, together=True, **options
+    )
+    return run(plan, model, **running)
+
+
+_RUNNING = ("executor", "max_tokens", "journal", "progress")
+
+
+def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:
+    """The mean over its tokens of each prompt's values at these places, a row for each prompt."""
+    given = encode(model, prompts)
+    rows: list[Any] = []
+    for batch in given.batches(None):
+        saved = capture(model, given.take(batch), [place.at(parse_path("embed[:]").position) for place in places])
+        rows.append((batch, saved.mean("position")))
+    merged = None
+    for batch, saved in rows:
+        for number, _ in enumerate(batch):
+            one = saved.slice[number]
+            merged = one if merged is None else _below(merged, one)
+    return merged
+
+
+def _below(a: Any, b: Any) -> Any:
+    """The rows of two captures of the same places, one under the other."""
+    from nnsplice.activations.saved_activation import SavedActivation
+
+    return SavedActivation.from_pairs(*((key, torch.cat([a[key], b[key]])) for key in a))
+
+
+def causal_trace(
+    model: Any,
+    prompts: Any,
+    subject: Any,
+    *,
+    kind: str = "residual",
+    window: int = 1,
+    noise: float | Tensor = 3.0,
+    samples: int = 10,
+    replace: bool = False,
+    answer: Any = None,
+    seed: int = 1,
+    **options: Any,
+) -> SweepResult:
+    """Trace where a fact passes: drown the subject in noise, restore one state at a time, see if the answer is back.
+
+    The grid is the mean probability of the answer over the noised samples after restoring; `clean` and `corrupted`
+    are its ends, without noise and without restoring; their difference is `total_effect`.
+
+    >>> result = ns.causal_trace(model, "w3 w4 w5 w6", "w4 w5", samples=2, progress=False)
+    >>> result.grid().sizes
+    Frozen({'prompt': 1, 'layer': 3, 'position': 4})
+
+    Args:
+        subject: the subject in each prompt: one text, one for each prompt, or (start, stop) in tokens.
+        kind: what is restored: the stream after each layer, or what its MLP or its attention adds.
+        window: how many neighbouring layers are restored together.
+        noise: its standard deviation, in those of the subject's token embeddings; or the noise itself,
+            `[sample, token, width]`. A prompt's noise is the same whatever other prompts are traced beside it.
+        samples: how many noised runs each number is the mean of; they share their noise across cells.
+        replace: put the noise in the place of the embeddings instead of adding it.
+        answer: a token for each prompt; the one that the clean run puts first, if left out.
+        options: those of `ns.run`.
+    """
+    model = engine.as_model(model)
+    if kind not in KINDS:
+        raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))
+    if isinstance(noise, Tensor):
+        samples = noise.shape[0]
+    if samples < 1:
+        raise BadArgument(f"samples={samples}", expected="at least 1")
+    with circumstances("ns.causal_trace"):
+        given = encode(model, prompts, {"subject": subject})
+        answers = _top(model, given) if answer is None else answer
+        each = [answers] * len(given) if isinstance(answers, str | int) else list(answers)
+        if len(each) != len(given):
+            raise ShapeError(f"{len(each)} answers for {len(given)} prompts", expected="one for each")
+        repeated = [row for row in range(len(given)) for _ in range(samples)]
+        corruption = _noised(model, given, noise, samples, replace, seed)
+    sites, metric = f"{_read_by(model)}{KINDS[kind]}[:]", probability([each[row] for row in repeated])
+    plan = plan_sweep(model, given.take(repeated), None, sites, metric, window=window, corruption=corruption)
+    return _averaged(run(plan, model, **options), plan, samples)
+
+
+def _read_by(model: engine.Model) -> str:
+    """What the paths of the tower that reads the prompt start with: of two towers it is the encoder."""
+    return "encoder." if "encoder" in Atlas.of(model).towers and engine.is_encoder_decoder(model) else ""
+
+
+def _top(model: engine.Model, given: Prompts) -> list[int]:
+    from nnsplice.activations.patched import patched_logits
+
+    # A run with its own embeddings written back in is the run itself.
+    saved = [capture(model, given.take([row]), "embed.output[-1]") for row in range(len(given))]
+    return [int(patched_logits(model, given.take([row]), own)[0, -1].argmax()) for row, own in enumerate(saved)]
+
+
+def _noised(
+    model: engine.Model, given: Prompts, noise: float | Tensor, samples: int, overwrites: bool, seed: int
+) -> Corruption:
+    assert given.spans is not None
+    (place,) = engine.expand(model, f"{_read_by(model)}embed.output")
+    bounds = given.spans["subject"]
+    width = capture(model, given.take([0]), [place.at(0)]).get(place.at(0)).shape[-1]
+    positions: list[tuple[int, ...]] = []
+    values: list[Tensor] = []
+    for row, (start, stop) in enumerate(bounds):
+        drawn = _drawn(noise, samples, stop - start, width, f"{seed} {given.ids[row]} {start} {stop}")
+        scale = 1.0 if isinstance(noise, Tensor) else noise * _spread(model, given.take([row]))
+        for sample in range(samples):
+            positions.append(tuple(range(start, stop)))
+            values.append(drawn[sample] * scale)
+    return Corruption(place, tuple(positions), tuple(values), overwrites)
+
+
+def _drawn(noise: float | Tensor, samples: int, tokens: int, width: int, seed: str) -> Tensor:
+    if isinstance(noise, Tensor):
+        if noise.dim() != 3 or tuple(noise.shape[1:]) != (tokens, width):
+            raise ShapeError(
+                f"noise of shape {list(noise.shape)} for a subject of {tokens} tokens and width {width}",
+                expected=f"[sample, {tokens}, {width}]",
+            )
+        return noise
+    # Seeded by the prompt's tokens: the noise of one is the same whatever other prompts are traced beside it.
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(samples, tokens, width, generator=generator, dtype=torch.float64)
+
+
+def _spread(model: engine.Model, given: Prompts) -> float:
+    """The standard deviation of the numbers in the subject's token embeddings, of one prompt."""
+    start_of = _read_by(model)
+    embed = Atlas.of(model).tower(parse_path(f"{start_of}embed.output")).embed
+    place = f"{start_of}embed.output" if embed is None else f"model.{_native(embed)}.output"
+    assert given.spans is not None
+    ((start, stop),) = given.spans["subject"]
+    saved = capture(model, given, f"{place}[{','.join(map(str, range(start, stop)))},]")
+    return float(torch.cat([tensor.flatten() for _, tensor in saved.items()]).double().std())
+
+
+def _native(module: str) -> str:
+    return "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in module.split(".")).removeprefix(".")
+
+
+def _averaged(result: SweepResult, plan: Plan, samples: int) -> SweepResult:
+    """The mean over the samples of each prompt, which the plan held as prompts of their own."""
+    table = result.table
+    prompts = len(plan.corrupted) // samples
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return values.reshape(prompts, samples, *values.shape[1:]).mean(1)
+
+    return SweepResult(
+        replaced(
+            table,
+            values=mean(table.values),
+            done=table.done.reshape(prompts, samples, -1).all(1),
+            exists=table.exists[::samples],
+            clean=mean(table.clean),
+            corrupted=mean(table.corrupted),
+            tokens=table.tokens[::samples],
+            asked={**table.asked, "samples": samples},
+        )
+    )

@@ -1,0 +1,201 @@
+"""`run`: a plan's jobs in chunks, with a bar, a journal, and less at once when memory is short."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnsplice import engine
+from nnsplice.errors import BadArgument, BadType, NnspliceError
+from nnsplice.results import Journal, Run, SweepResult, Table
+from nnsplice.sweeps.choosing import EXECUTORS, choose
+from nnsplice.sweeps.executors import Cost, Executor, Work, baseline
+from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.sources import source_of
+
+#: Tokens at once, where nothing says how many fit.
+TOKENS_ON_CPU = 4096
+TOKENS_ON_GPU = 65536
+
+
+def run(
+    plan: Plan,
+    model: Any,
+    *,
+    executor: str = "auto",
+    max_tokens: int | None = None,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = True,
+) -> SweepResult:
+    """Run a plan.
+
+    Args:
+        executor: `"packed"` (the tokens that can differ, side by side), `"batched"` (a row for each cell, one trace
+            for many), `"reference"` (one trace for each cell), or `"auto"`: the first of these that gives a few cells
+            of this model the values that they have in a run of their own; `result.run` says which, and why.
+        max_tokens: how many tokens run at once; less is tried when memory is short.
+        journal: a file that every finished chunk is appended to; the same call after a stop goes on from there.
+        progress: show a bar.
+    """
+    model = engine.as_model(model)
+    if not isinstance(plan, Plan):
+        raise BadType(f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns")
+    _check_runnable(model, plan)
+    start = time.perf_counter()
+    clean_logits, corrupted_logits = baseline(model, plan, clean=True), baseline(model, plan, clean=False)
+    prompts = range(len(plan.corrupted))
+    compares = clean_logits if plan.metric.metric.compares else None
+    clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
+    corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
+    _check_baselines(plan, clean, corrupted)
+    work = Work(model, plan, source_of(plan, model), compares)
+    name, note = choose(executor, work)
+    execute = EXECUTORS[name]
+
+    values = np.full((len(plan.corrupted), len(plan.targets)), np.nan)
+    done = np.zeros(values.shape, dtype=bool)
+    for prompt, target in plan.known:
+        values[prompt, target], done[prompt, target] = corrupted[prompt], True
+    cost = Cost()
+    with ExitStack() as stack:
+        log = None if journal is None else stack.enter_context(Journal.open(journal, plan.asked, len(plan.jobs)))
+        if log is not None:
+            for (prompt, target), value in log.done().items():
+                values[prompt, target], done[prompt, target] = value, True
+        left = [job for job in plan.jobs if not done[job]]
+        bar = stack.enter_context(_bar(len(plan.jobs), len(plan.jobs) - len(left), progress))
+        for jobs, found, spent in _chunks(work, execute, left, max_tokens or _room(model)):
+            for job, value in zip(jobs, found, strict=True):
+                values[job], done[job] = value, True
+            if log is not None:
+                log.append([job[0] for job in jobs], [job[1] for job in jobs], found)
+            cost += spent
+            bar.update(len(jobs))
+    if np.isnan(values[done]).any():
+        warnings.warn(f"the metric was NaN in {int(np.isnan(values[done]).sum())} cells", stacklevel=2)
+    about = Run(
+        name,
+        time.perf_counter() - start,
+        forwards=cost.forwards,
+        block_calls=cost.block_calls,
+        tokens=cost.tokens,
+        known=len(plan.known),
+        note=note,
+    )
+    cells = tuple(target.cell for target in plan.targets)
+    return SweepResult(Table(cells, values, done, plan.exists(), clean, corrupted, plan.tokens, plan.asked, about))
+
+
+def sweep(
+    model: Any,
+    clean: Any,
+    corrupted: Any,
+    sites: Any,
+    metric: Any,
+    *,
+    operation: Any = "patch",
+    reference: Any = None,
+    window: int = 1,
+    spans: Any = None,
+    align: str = "position",
+    executor: str = "auto",
+    max_tokens: int | None = None,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> SweepResult:
+    """Patch every site by itself: run `corrupted` with the value from `clean` written there, record the metric.
+
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", metric, progress=False)
+    >>> result.grid().sizes
+    Frozen({'prompt': 1, 'layer': 3, 'position': 3})
+
+    The arguments are those of `ns.plan_sweep` and `ns.run`, which this puts together.
+    """
+    from nnsplice.sweeps.plan import plan_sweep
+
+    plan = plan_sweep(
+        model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
+        align=align, seed=seed,
+    )  # fmt: skip
+    return run(plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_runnable(model: engine.Model, plan: Plan) -> None:
+    if engine.in_training(model):
+        raise BadArgument(
+            "the model is in train mode, so dropout would make every run another one", write="model.eval()"
+        )
+    digest = engine.weights_digest(model)
+    if plan.asked.get("weights") != digest:
+        raise BadArgument(
+            f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
+            expected="the model that the plan was made with",
+        )
+
+
+def _check_baselines(plan: Plan, clean: np.ndarray, corrupted: np.ndarray) -> None:
+    for name, values in (("clean", clean), ("corrupted", corrupted)):
+        bad = np.flatnonzero(np.isnan(values))
+        if len(bad):
+            raise BadArgument(
+                f"{plan.metric.metric.name} of the {name} run is NaN for prompt {', '.join(map(str, bad[:5]))}",
+                expected="a metric that is a number for the unedited runs",
+            )
+
+
+# --- chunks -----------------------------------------------------------------------------------------------------------
+
+
+def _chunks(
+    work: Work, execute: Executor, jobs: Sequence[Job], room: int
+) -> Iterator[tuple[Sequence[Job], list[float], Cost]]:
+    """Jobs of one length together, at most `room` tokens at once, and half of it after running out of memory."""
+    groups: dict[tuple[int, int], list[Job]] = {}
+    encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
+    for job in jobs:
+        groups.setdefault((encoder[job[0]], decoder[job[0]]), []).append(job)
+    for members in groups.values():
+        members.sort()  # by prompt, so that a chunk is about few of them
+    for (length, more), members in groups.items():
+        rows = max(room // max(length, more), 1)
+        at = 0
+        while at < len(members):
+            chunk = members[at : at + rows]
+            try:
+                values, cost = execute(work, chunk)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if rows == 1 or isinstance(error, NnspliceError) or not _is_memory(error):
+                    raise
+                rows = max(rows // 2, 1)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            yield chunk, values, cost
+            at += len(chunk)
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+
+
+def _room(model: engine.Model) -> int:
+    device = model.device
+    return TOKENS_ON_GPU if device is not None and device.type == "cuda" else TOKENS_ON_CPU
+
+
+def _bar(total: int, done: int, progress: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, initial=done, desc="sweep", unit="site", disable=not progress)

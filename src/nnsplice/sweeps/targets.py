@@ -1,0 +1,139 @@
+"""From sites to targets: every cell of a sweep with the places that it changes, in execution order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import Prompts
+from nnsplice.errors import BadArgument, ShortRow, circumstances
+from nnsplice.paths import Path, Slice, Span, parse_path
+from nnsplice.results import AXES, Cell
+from nnsplice.tokens import Rows, columns, concrete
+
+
+@dataclass(frozen=True)
+class Target:
+    """One cell of the result: the places that are changed together, and where."""
+
+    cell: Cell
+    #: Several for a window of layers, in execution order.
+    places: tuple[Path, ...]
+    #: None for every token at once.
+    position: int | Span | None
+
+    @property
+    def tower(self) -> str:
+        """Which tower's tokens the position counts."""
+        return site_of(self.places[0]).tower
+
+
+@dataclass(frozen=True, eq=False)
+class Corruption:
+    """What is done to every edited run first: chosen tokens of the stream that enters the first layer are changed."""
+
+    place: Path
+    #: Per prompt: which own tokens, and `[token, width]`.
+    positions: tuple[tuple[int, ...], ...]
+    values: tuple[Tensor, ...]
+    #: Whether the values take the place of what is there, or are added to it.
+    overwrites: bool = False
+
+
+def targets_of(
+    model: engine.Model, paths: Sequence[str | Path], edited: Prompts, window: int, together: bool
+) -> tuple[Target, ...]:
+    wanted = [parse_path(path) for path in paths]
+    if not wanted:
+        raise BadArgument("no sites, so there is nothing to sweep", expected="at least one path")
+    if window < 1:
+        raise BadArgument(f"window={window}", expected="at least 1")
+    targets: dict[Path, Target] = {}
+    for pattern in wanted:
+        open_ = pattern.position is None
+        places = engine.expand(model, pattern.place)
+        for place in places:
+            tower = site_of(place).tower
+            written = _window(places, place, window)
+            for position in [None] if open_ and together else _positions(pattern, edited, tower):
+                key = place.at(Slice() if position is None else position)
+                targets.setdefault(key, Target(_cell(place, position), written, position))
+    known = engine.known(model)
+    ordered = sorted(targets, key=lambda path: known.rank(path))
+    return tuple(targets[path] for path in ordered)
+
+
+def _positions(pattern: Path, edited: Prompts, tower: str) -> list[int | Span]:
+    """The positions of a sweep, each a column of its own; those that every prompt lacks are an error."""
+    lengths = edited.lengths(tower)
+    position = pattern.position
+    if position is None or isinstance(position, Slice):
+        found = list((position or Slice()).range(max(lengths)))
+        if not found:
+            raise ShortRow(f"[{position}] selects none of at most {max(lengths)} tokens", path=pattern)
+        return list(found)
+    if isinstance(position, tuple):
+        each: list[int | Span] = list(dict.fromkeys(position))
+    else:
+        each = [position]
+    for one in each:
+        if isinstance(one, Span):
+            _check_span(one, edited, pattern)
+        elif not any(-length <= one < length for length in lengths):
+            raise ShortRow(f"no prompt has a position [{one}]: the longest has {max(lengths)} tokens", path=pattern)
+    return each
+
+
+def _check_span(span: Span, edited: Prompts, pattern: Path) -> None:
+    lengths = edited.lengths("encoder")
+    rows = Rows(len(edited), max(lengths), (0,) * len(lengths), tuple(lengths))
+    with circumstances(str(pattern)):
+        # Raises for a span that nobody gave, or a token past its end; one cell may hold spans of different length.
+        whole = [span] if span.token is not None else [Span(span.name, 0)]
+        columns(concrete(whole[0], rows, max(lengths), edited.spans), rows, max(lengths), edited.spans)
+
+
+def _window(places: Sequence[Path], place: Path, window: int) -> tuple[Path, ...]:
+    """The neighbouring layers of a place, itself in the middle; at the ends there are fewer."""
+    if window == 1:
+        return (place,)
+    layer = _number(place, "layer")
+    if layer is None:
+        raise BadArgument("a window is of neighbouring layers, and this place has no layer", path=place)
+    low, high = layer - window // 2, layer + (window + 1) // 2
+    same = [other for other in places if _without_layer(other) == _without_layer(place)]
+    return tuple(other for other in same if low <= (_number(other, "layer") or 0) < high)
+
+
+def _without_layer(place: Path) -> str:
+    return str(
+        replace(
+            place, site=None, steps=tuple(replace(s, index=None) if n == 0 else s for n, s in enumerate(place.steps))
+        )
+    )
+
+
+def _number(place: Path, axis: str) -> int | None:
+    for step in place.steps:
+        if step.name == f"{axis}s" and isinstance(step.index, int):
+            return step.index
+    if axis == "layer" and place.native:  # a native path counts its layers by whatever list they stand in
+        return next((step.index for step in place.steps if isinstance(step.index, int)), None)
+    return None
+
+
+def _cell(place: Path, position: int | Span | None) -> Cell:
+    numbers = {axis: _number(place, axis) for axis in AXES}
+    open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
+    component = str(replace(place, steps=open_, site=None))
+    shown: int | str | None
+    if isinstance(position, Span):
+        shown = f'"{position.name}"' + ("" if position.token is None else f"[{position.token}]")
+    else:
+        shown = position
+    path = place.at(Slice() if position is None else position)
+    return Cell(str(path), component, **numbers, position=shown)

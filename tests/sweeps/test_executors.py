@@ -1,0 +1,228 @@
+"""Every executor gives the numbers of one trace per cell, which is written with means that torch hooks have checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import nnsplice as ns
+from nnsplice.sweeps import Plan, plan_sweep, run
+from zoo import FAMILIES, SEQ2SEQ, build, wrap
+
+CLEAN = ["w3 w4 w5 w6 w7", "w13 w14 w15"]
+CORRUPTED = ["w3 w9 w5 w6 w7", "w13 w24 w15"]
+SITES = (
+    "embed.output",
+    "layers[:].output",
+    "layers[:].attn.output",
+    "layers[:].mlp.output",
+    "layers[:].heads[:].output[-1]",
+    "layers[:].heads[0,2].q",
+    "layers[:].groups[:].k[1]",
+    "layers[:].groups[:].v",
+    "layers[:].neurons[3,5].output[-1]",
+)
+METRIC = ns.logit_diff("w7", "w8")
+
+
+def _double(family: str, **config: Any):
+    model = wrap(family, **config)
+    model._module.double()
+    return model
+
+
+def _sites(model: Any, family: str) -> list[str]:
+    """The sites of the list that this family has; those of an encoder-decoder stand in its encoder."""
+    prefix = "encoder." if family in SEQ2SEQ else ""
+    found = []
+    for site in SITES:
+        try:
+            ns.expand(model, prefix + site)
+        except ns.errors.NnspliceError:
+            continue
+        found.append(prefix + site)
+    return [*found, "layers[:].output"] if prefix else found
+
+
+def _values(plan: Plan, model: Any, executor: str, **options: Any) -> np.ndarray:
+    return run(plan, model, executor=executor, progress=False, **options).table.values
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_equals_one_trace_per_cell(family: str) -> None:
+    model = _double(family)
+    plan = plan_sweep(model, CLEAN, CORRUPTED, _sites(model, family), METRIC)
+    assert len(plan) > 140
+    batched, reference = _values(plan, model, "batched"), _values(plan, model, "reference")
+    assert np.nanmax(np.abs(batched - reference)) < 1e-12
+    assert np.isfinite(batched[run(plan, model, progress=False).table.done]).all()
+    assert np.nanstd(batched[0]) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cells_known_without_computing_are_what_computing_gives(family: str) -> None:
+    model = _double(family)
+    plan = plan_sweep(model, CLEAN, CORRUPTED, _sites(model, family), METRIC)
+    pruned = _values(plan, model, "reference")
+    everything = replace(plan, jobs=tuple(sorted({*plan.jobs, *plan.known})), known=())
+    assert np.nanmax(np.abs(_values(everything, model, "reference") - pruned)) < 1e-12
+    assert bool(plan.known) is (family not in (*SEQ2SEQ, "bert"))
+
+
+@pytest.mark.parametrize("operation", ["zero", "noise", "mean", "resample", "add", lambda value: value.flip(-1) * 2])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mixtral"])
+def test_every_operation_is_the_same_in_every_executor(family: str, operation: Any) -> None:
+    model = _double(family)
+    sites = ["layers[:].output", "layers[:].heads[:].output[1]", "layers[1].mid[-1]"]
+    needs = operation in ("mean", "resample", "add")
+    reference = ns.capture(model, ["w20 w21 w22", "w23 w24 w25"], [s if "[" in s[-4:] else f"{s}[:]" for s in sites])
+    plan = plan_sweep(
+        model, CLEAN, CORRUPTED, sites, METRIC, operation=operation, reference=reference if needs else None, seed=3
+    )
+    batched, one = _values(plan, model, "batched"), _values(plan, model, "reference")
+    assert np.nanmax(np.abs(batched - one)) < 1e-11
+    assert np.nanmax(np.abs(batched - batched[:, :1])) > 1e-4
+
+
+@pytest.mark.parametrize("window", [2, 3, 10])
+def test_windows_of_layers_are_clipped_at_the_ends(window: int) -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].mlp.output", METRIC, window=window)
+    assert np.nanmax(np.abs(_values(plan, model, "batched") - _values(plan, model, "reference"))) < 1e-12
+    layers = {t.cell.layer: [p.steps[0].index for p in t.places] for t in plan.targets}
+    expected = {i: [j for j in range(3) if i - window // 2 <= j < i + (window + 1) // 2] for i in range(3)}
+    assert layers == expected
+    # ... against hooks: the window around layer 1 at token 1.
+    module = build("llama").double()
+    clean, corrupted = (torch.tensor([[int(w[1:]) for w in side[0].split()]]) for side in (CLEAN, CORRUPTED))
+    kept: dict[int, torch.Tensor] = {}
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _m, _a, out, n=n: kept.__setitem__(n, out.clone()))
+        for n, layer in enumerate(module.model.layers)
+    ]
+    with torch.no_grad():
+        module(clean)
+    for hook in hooks:
+        hook.remove()
+
+    def patch(n: int):
+        def hook(_module, _args, out):
+            out = out.clone()
+            out[:, 1] = kept[n][:, 1]
+            return out
+
+        return hook
+
+    for n in expected[1]:
+        module.model.layers[n].mlp.register_forward_hook(patch(n))
+    with torch.no_grad():
+        logits = module(corrupted).logits[0, -1]
+    number = next(i for i, t in enumerate(plan.targets) if (t.cell.layer, t.cell.position) == (1, 1))
+    assert np.isclose(_values(plan, model, "batched")[0, number], float(logits[7] - logits[8]), atol=1e-12)
+
+
+def test_the_residual_sweep_against_torch_hooks_alone() -> None:
+    model, module = _double("gpt2"), build("gpt2").double()
+    clean, corrupted = (torch.tensor([[int(w[1:]) for w in side[0].split()]]) for side in (CLEAN, CORRUPTED))
+    plan = plan_sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output", METRIC)
+    values = _values(plan, model, "batched")[0]
+    with torch.no_grad():
+        states = module(clean, output_hidden_states=True).hidden_states
+    for number, target in enumerate(plan.targets):
+        layer, position = target.cell.layer, target.cell.position
+        assert layer is not None
+        if layer == 2:
+            continue  # the last hidden state that transformers returns is after the final norm
+
+        def patch(_module, _args, out, layer=layer, position=position):
+            out = out.clone()
+            out[:, position] = states[layer + 1][:, position]
+            return out
+
+        hook = module.transformer.h[layer].register_forward_hook(patch)
+        with torch.no_grad():
+            logits = module(corrupted).logits[0, -1]
+        hook.remove()
+        assert np.isclose(values[number], float(logits[7] - logits[8]), atol=1e-12)
+
+
+def test_patterns_and_experts_are_swept_cell_by_cell() -> None:
+    model = _double("mixtral", attn_implementation="eager")
+    sites = ["layers[1].heads[:].pattern[-1]", "layers[1].experts[:].output"]
+    result = run(plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC), model, progress=False)
+    assert result.run.executor == "reference"
+    assert "derived from several values" in result.run.note
+    assert np.nanstd(result.table.values[0]) > 1e-6
+
+
+def test_pairs_of_different_length_are_aligned_at_the_end_or_by_spans() -> None:
+    model = _double("llama")
+    clean, corrupted = "w3 w4 w5 w6 w7", "w9 w5 w6 w7"
+    by_end = plan_sweep(model, clean, corrupted, "layers[1].output", METRIC, align="end")
+    values = _values(by_end, model, "batched")
+    assert np.nanmax(np.abs(values - _values(by_end, model, "reference"))) < 1e-12
+    source = ns.capture(model, clean, "layers[1].output[:]")
+    for number, target in enumerate(by_end.targets):
+        saved = ns.SavedActivation.from_pairs(
+            (target.cell.path, source[f"layers[1].output[{int(target.cell.position or 0) + 1}]"])
+        )
+        logits = ns.patched_logits(model, corrupted, saved)[0, -1]
+        assert np.isclose(values[0, number], float(logits[7] - logits[8]), atol=1e-12)
+    spans = {"clean": {"s": "w4 w5"}, "corrupted": {"s": "w9"}}
+    with pytest.raises(ValueError, match="5 tokens, the corrupted one 4"):
+        plan_sweep(model, clean, corrupted, 'layers[1].output["s"][-1]', METRIC, spans=spans)
+    spanned = plan_sweep(model, clean, corrupted, 'layers[:].output["s"][-1]', METRIC, spans=spans, align="end")
+    saved = ns.SavedActivation.from_pairs(("layers[1].output[0]", source["layers[1].output[2]"]))
+    logits = ns.patched_logits(model, corrupted, saved)[0, -1]
+    assert np.isclose(_values(spanned, model, "batched")[0, 1], float(logits[7] - logits[8]), atol=1e-12)
+
+
+def test_a_metric_may_read_another_position() -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output[0:3]", METRIC.at(2))
+    assert np.nanmax(np.abs(_values(plan, model, "batched") - _values(plan, model, "reference"))) < 1e-12
+    saved = ns.capture(model, CLEAN[0], "layers[0].output[1]")
+    logits = ns.patched_logits(model, CORRUPTED[0], saved)[0, 2]
+    number = next(i for i, t in enumerate(plan.targets) if (t.cell.layer, t.cell.position) == (0, 1))
+    assert np.isclose(_values(plan, model, "batched")[0, number], float(logits[7] - logits[8]), atol=1e-12)
+
+
+def test_small_chunks_give_the_same_numbers() -> None:
+    model = _double("gpt2")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    whole = _values(plan, model, "batched")
+    assert np.nanmax(np.abs(_values(plan, model, "batched", max_tokens=7) - whole)) < 1e-12
+
+
+def test_a_chunk_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnsplice.sweeps import choosing
+
+    model = _double("gpt2")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    whole = _values(plan, model, "batched")
+    sizes: list[int] = []
+    batched = choosing.EXECUTORS["batched"]
+
+    def narrow(work: Any, jobs: Any):
+        sizes.append(len(jobs))
+        if len(jobs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batched(work, jobs)
+
+    monkeypatch.setitem(choosing.EXECUTORS, "batched", narrow)
+    assert np.nanmax(np.abs(_values(plan, model, "batched") - whole)) < 1e-12
+    assert max(sizes) > 2 >= sizes[-1]
+
+
+def test_bfloat16_agrees_within_its_own_precision() -> None:
+    model = wrap("llama")
+    exact = _values(plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC), model, "batched")
+    model._module.bfloat16()
+    rough = _values(plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC), model, "batched")
+    scale = np.nanmax(np.abs(exact))
+    assert np.nanmax(np.abs(exact - rough)) < 0.05 * scale
+    assert np.nanmax(np.abs(exact - rough)) > 0
