@@ -1,0 +1,6 @@
+"""Run every benchmark."""
+
+from bench import activations, loading, sweeps
+
+for benchmark in (loading, activations, sweeps):
+    benchmark.main([])

@@ -1,0 +1,169 @@
+"""What an exhaustive patching sweep costs: every block output at every position, one pair of prompts.
+
+    python -m bench.sweeps                 the table: GPT-2-small's shape and a Llama-like one, 20 tokens
+    python -m bench.sweeps --tokens 192    a long prompt
+
+Naive ways run one forward for each cell, so a sample of cells is timed and scaled; nnsplice's sweeps run whole, with
+everything that `ns.sweep` does: plan, clean and corrupted runs, metric, result. With a GPU the same is timed there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+
+import nnsplice as ns
+from bench.activations import tokenizer
+from bench.timing import machine
+
+METRIC = ns.logit_diff(5, 7)
+
+
+def gpt2() -> Any:
+    """GPT-2-small's shape."""
+    return hf.GPT2LMHeadModel(hf.GPT2Config(bos_token_id=1, eos_token_id=1))
+
+
+def llama() -> Any:
+    """A Llama-like decoder of 67M parameters with grouped queries."""
+    config = hf.LlamaConfig(
+        vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return hf.LlamaForCausalLM(config)
+
+
+def cells(layers: int, tokens: int, sample: int) -> list[tuple[int, int]]:
+    """Some of the cells, spread over the grid."""
+    every = [(layer, position) for layer in range(layers) for position in range(tokens)]
+    return every[:: max(len(every) // sample, 1)][:sample]
+
+
+def by_hooks(model: Any, clean: torch.Tensor, corrupted: torch.Tensor, sample: int) -> float:
+    """Torch hooks, one forward for each cell; seconds for the whole grid."""
+    module, blocks = model._module, _blocks(model)
+    kept: dict[int, torch.Tensor] = {}
+    hooks = [
+        b.register_forward_hook(lambda _m, _a, o, n=n: kept.__setitem__(n, _first(o))) for n, b in enumerate(blocks)
+    ]
+    module(clean)
+    for hook in hooks:
+        hook.remove()
+
+    def one(layer: int, position: int) -> None:
+        def patch(_module: Any, _args: Any, out: Any) -> Any:
+            new = _first(out).clone()
+            new[:, position] = kept[layer][:, position]
+            return (new, *out[1:]) if isinstance(out, tuple) else new
+
+        hook = blocks[layer].register_forward_hook(patch)
+        METRIC(module(corrupted).logits[:, -1])
+        hook.remove()
+
+    return _scaled(one, len(blocks), clean.shape[1], sample)
+
+
+def by_nnsight(model: Any, clean: torch.Tensor, corrupted: torch.Tensor, sample: int) -> float:
+    """nnsight, one trace for each cell; seconds for the whole grid."""
+    saved = ns.capture(model, clean, "layers[:].output[:]")
+    stack = [saved[f"layers[{layer}].output[:]"] for layer in range(len(_blocks(model)))]
+    envoys = [_envoy(model, layer) for layer in range(len(stack))]
+
+    def one(layer: int, position: int) -> None:
+        envoy = envoys[layer]
+        with model.trace(input_ids=corrupted):
+            new = envoy.output.clone()
+            new[:, position] = stack[layer][:, position]
+            envoy.output = new
+            logits = model.output.logits[:, -1].save()
+        METRIC(logits)
+
+    return _scaled(one, len(stack), clean.shape[1], sample)
+
+
+def _scaled(one: Callable[[int, int], None], layers: int, tokens: int, sample: int) -> float:
+    chosen = cells(layers, tokens, sample)
+    one(*chosen[0])
+    start = _clock()
+    for layer, position in chosen:
+        one(layer, position)
+    return (_clock() - start) / len(chosen) * layers * tokens
+
+
+def by_sweep(model: Any, clean: torch.Tensor, corrupted: torch.Tensor, executor: str) -> float:
+    """`ns.sweep`, whole; seconds."""
+    start = _clock()
+    ns.sweep(model, clean, corrupted, "layers[:].output[:]", METRIC, executor=executor, progress=False)
+    return _clock() - start
+
+
+def _clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def _blocks(model: Any) -> list[Any]:
+    return [model._module.get_submodule(block.module) for block in ns.Atlas.of(model).towers["decoder"].blocks]
+
+
+def _envoy(model: Any, layer: int) -> Any:
+    name = ns.Atlas.of(model).towers["decoder"].blocks[layer].module
+    return model.get(name)
+
+
+def _first(value: Any) -> torch.Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def table(build: Callable[[], Any], tokens: int, rounds: int, sample: int) -> None:
+    """Time every way `rounds` times in turn, and print medians and ratios."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ns.load(build().eval().to(device), tokenizer=tokenizer(256))
+    vocabulary = model._module.config.vocab_size
+    clean, corrupted = (torch.randint(10, vocabulary, (1, tokens), device=device) for _ in range(2))
+    ways: dict[str, Callable[[], float]] = {
+        "nnsight, one trace per cell": lambda: by_nnsight(model, clean, corrupted, sample),
+        "torch hooks, one forward per cell": lambda: by_hooks(model, clean, corrupted, sample),
+        "ns.sweep, batched": lambda: by_sweep(model, clean, corrupted, "batched"),
+        "ns.sweep, packed": lambda: by_sweep(model, clean, corrupted, "packed"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.no_grad():
+        ns.sweep(model, clean, corrupted, "layers[:].output[:]", METRIC, progress=False)  # probed and warm
+        for _ in range(rounds):
+            for name, way in ways.items():
+                seconds[name].append(way())
+    base = seconds["nnsight, one trace per cell"]
+    parameters = sum(parameter.numel() for parameter in model._module.parameters())
+    name, count = type(model._module).__name__, len(_blocks(model)) * tokens
+    print(f"\n{name}, {parameters / 1e6:.0f}M, {tokens} tokens, {count} cells")
+    print(f"{'':36}{'seconds':>9}{'times faster':>14}")
+    for name, spent in seconds.items():
+        gain = statistics.median(a / b for a, b in zip(base, spent, strict=True))
+        print(f"{name:36}{statistics.median(spent):9.2f}{gain:14.2f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sample", type=int, default=12, help="cells that the naive ways are timed on")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print(machine())
+    for build in (gpt2, llama):
+        table(build, chosen.tokens, chosen.rounds, chosen.sample)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Checks: what can be addressed in a model, and whether what nnsplice promises holds on it.
+
+outline     the places of a model as plain data, read without running it
+finding     what a check found, the model it looks at, and the sum of many findings
+structure   are the parts recognised, does every place fire
+replay      does a run stay what it is when its own pieces are written into it, and only then
+streams     do heads make what attention adds; do patches stay causal; does padding stay outside
+run         all of them, in order
+"""
+
+from nnsplice.checks.finding import Finding as Finding
+from nnsplice.checks.finding import Subject as Subject
+from nnsplice.checks.finding import subject_of as subject_of
+from nnsplice.checks.finding import summary as summary
+from nnsplice.checks.outline import Layers as Layers
+from nnsplice.checks.outline import Outline as Outline
+from nnsplice.checks.outline import Part as Part
+from nnsplice.checks.outline import Value as Value
+from nnsplice.checks.outline import narrow as narrow
+from nnsplice.checks.outline import outline as outline
+from nnsplice.checks.run import CHECKS as CHECKS
+from nnsplice.checks.run import run_checks as run_checks

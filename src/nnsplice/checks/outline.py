@@ -1,0 +1,212 @@
+"""What can be addressed in a model, read off its atlas: no forward pass, no weights.
+
+The words come from the language's own tables, so a place that the language learns is listed here too. A place that does
+not exist in a model (the gate of an MLP without one) is left out; one that has no honest value is kept, with the reason
+why it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from nnsplice.atlas import Atlas, Block, Site, Tower
+from nnsplice.atlas.sites import COUNTED, INSIDE_ATTN, INSIDE_LAYER, INSIDE_MLP, VALUES, count
+from nnsplice.errors import RefusedPlace, UnknownPath
+from nnsplice.paths import Index, Path, Step
+
+#: What a part of a layer has inside.
+_INSIDE = {"attn": INSIDE_ATTN, "mlp": INSIDE_MLP}
+#: What may follow `layers[i]`: nothing, a part, a part of that.
+IN_LAYER: tuple[tuple[str, ...], ...] = (
+    (),
+    *(names for part in INSIDE_LAYER for names in ((part,), *((part, inner) for inner in _INSIDE.get(part, ())))),
+)
+#: What stands before and after the layers.
+BEFORE, AFTER = (("embed",),), (("final_norm",), ("unembed",))
+#: Places that are the output of one matrix; the others are as wide as the residual stream.
+_PROJECTIONS = frozenset((*INSIDE_ATTN, *INSIDE_MLP, "unembed"))
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of a place."""
+
+    name: str
+    #: Numbers per token; None for an attention pattern, which is as wide as the prompt is long, and where unknown.
+    width: int | None = None
+    #: Why it is refused; empty where it can be read.
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One place, by the names that follow `layers[i]`, or its own name outside of the layers."""
+
+    names: tuple[str, ...]
+    values: tuple[Value, ...]
+    #: How many there are of what is counted: heads, groups, neurons, experts.
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Layers with equal parts."""
+
+    numbers: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """One tower."""
+
+    name: str
+    before: tuple[Part, ...]
+    layers: tuple[Layers, ...]
+    after: tuple[Part, ...]
+
+
+def outline(atlas: Atlas, *, collapse: bool = True) -> tuple[Outline, ...]:
+    """The places of a model, tower by tower.
+
+    >>> from nnsplice.checks import outline
+    >>> (tower,) = outline(ns.Atlas.of(model))
+    >>> [(layers.numbers, layers.parts[0].values[0].width) for layers in tower.layers]
+    [((0, 1, 2), 16)]
+
+    Args:
+        collapse: put layers with equal parts together.
+
+    Raises:
+        UnrecognisedModel: the parts of the model cannot be told apart.
+    """
+    atlas.tower()
+    return tuple(_outline(atlas, tower, collapse) for tower in atlas.towers.values())
+
+
+def _outline(atlas: Atlas, tower: Tower, collapse: bool) -> Outline:
+    groups: dict[object, Layers] = {}
+    for block in tower.blocks:
+        parts = tuple(_parts(atlas, tower, block, IN_LAYER))
+        key = parts if collapse else block.index
+        before = groups[key].numbers if key in groups else ()
+        groups[key] = Layers((*before, block.index), parts)
+    ends = (tuple(_parts(atlas, tower, None, names)) for names in (BEFORE, AFTER))
+    return Outline(tower.name, next(ends), tuple(groups.values()), next(ends))
+
+
+def place_of(tower: str, names: tuple[str, ...], value: str, layers: Index | None, inner: Index = 0) -> Path:
+    """The path of one value of a part.
+
+    Args:
+        layers: the layers; None for a part outside of them.
+        inner: which of the heads, groups, neurons or experts, where the part is counted.
+    """
+    steps = [Step(name, inner if name in COUNTED else None) for name in names]
+    front = () if layers is None else (Step("layers", layers),)
+    return Path((*front, *steps), tower="encoder" if tower == "encoder" else None, value=value)
+
+
+def _parts(atlas: Atlas, tower: Tower, block: Block | None, every: Iterable[tuple[str, ...]]) -> Iterator[Part]:
+    for names in every:
+        role = names[-1] if names else "layers"
+        found = [_value(atlas, tower, block, names, value) for value in VALUES.get(role, ("output",))]
+        values = tuple(value for value in found if value is not None)
+        if values:
+            yield Part(names, values, _count(tower, block, names))
+
+
+def _count(tower: Tower, block: Block | None, names: tuple[str, ...]) -> int | None:
+    if block is None or not names or names[0] not in COUNTED:
+        return None
+    try:
+        return count(place_of(tower.name, names, "output", block.index), block, names[0])
+    except RefusedPlace:
+        return None
+
+
+def _value(atlas: Atlas, tower: Tower, block: Block | None, names: tuple[str, ...], name: str) -> Value | None:
+    """A value of a place with its width; None where the model has no such place."""
+    try:
+        (path,) = atlas.expand(place_of(tower.name, names, name, None if block is None else block.index))
+    except UnknownPath:
+        return None
+    except RefusedPlace as error:
+        return Value(name, refused=_brief(str(error).splitlines()[0], block))
+    assert isinstance(path.site, Site)
+    return Value(name, _width(atlas, tower, path.site, names[-1] if names else "layers"))
+
+
+def _brief(reason: str, block: Block | None) -> str:
+    """The reason without the number of the layer, so that equal layers have equal reasons."""
+    if block is None:
+        return reason
+    return (
+        reason.replace(f" of layer {block.index} ", " ")
+        .replace(f"layer {block.index} ", "")
+        .replace(f"{block.module}.", "")
+    )
+
+
+def _width(atlas: Atlas, tower: Tower, site: Site, role: str) -> int | None:
+    if site.kind == "pattern":
+        return None
+    if site.columns is not None:
+        return site.columns[1] - site.columns[0]
+    if role in _PROJECTIONS:
+        shape = atlas.tree.weight(site.module)
+        return shape[0] if shape else None
+    return stream_width(atlas, tower)
+
+
+def stream_width(atlas: Atlas, tower: Tower) -> int | None:
+    """The width of a tower's residual stream: what its attention writes."""
+    shapes = (atlas.tree.weight(block.o) for block in tower.blocks if block.o is not None)
+    return next((shape[0] for shape in shapes if shape), None)
+
+
+def narrow(atlas: Atlas, outlines: Iterable[Outline], path: Path) -> tuple[Outline, ...]:
+    """What of the outlines lies under a portable path.
+
+    Raises:
+        UnknownPath, PathError: nothing does.
+    """
+    wanted = atlas.tower(path).name
+    names = tuple(step.name for step in path.steps)
+    found = tuple(_narrowed(atlas, tower, path, names) for tower in outlines if tower.name == wanted)
+    if not any(tower.before or tower.layers or tower.after for tower in found):
+        atlas.expand(path)  # says what is wrong with it
+        raise UnknownPath("nothing is here", path=path)
+    return found
+
+
+def _narrowed(atlas: Atlas, tower: Outline, path: Path, names: tuple[str, ...]) -> Outline:
+    if names[0] != "layers":
+        ends = (tuple(_values_of(parts, path, names)) for parts in (tower.before, tower.after))
+        return Outline(tower.name, next(ends), (), next(ends))
+    chosen = {place.steps[0].index for place in atlas.expand(place_of(tower.name, (), "output", path.steps[0].index))}
+    layers: list[Layers] = []
+    for group in tower.layers:
+        numbers = tuple(number for number in group.numbers if number in chosen)
+        parts = tuple(_values_of(group.parts, path, names[1:]))
+        if numbers and parts:
+            _check_inner(atlas, tower, numbers[0], parts[0], path)
+            layers.append(Layers(numbers, parts))
+    return Outline(tower.name, (), tuple(layers), ())
+
+
+def _values_of(parts: Iterable[Part], path: Path, names: tuple[str, ...]) -> Iterator[Part]:
+    for part in parts:
+        if part.names[: len(names)] != names:
+            continue
+        values = tuple(value for value in part.values if path.value in (None, value.name))
+        if path.value is None or (values and part.names == names):
+            yield Part(part.names, values, part.count)
+
+
+def _check_inner(atlas: Atlas, tower: Outline, layer: int, part: Part, path: Path) -> None:
+    """Raise for a head, group, neuron or expert that does not exist."""
+    if part.count is not None and path.steps[-1].index is not None:
+        value = next((value.name for value in part.values if not value.refused), part.values[0].name)
+        atlas.expand(place_of(tower.name, part.names, value, layer, path.steps[-1].index))

@@ -1,0 +1,53 @@
+"""All checks, in the order in which one leans on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nnsplice.checks.finding import Finding, Subject, reason_of, subject_of
+from nnsplice.checks.replay import replay
+from nnsplice.checks.streams import causal, heads, layouts, padding
+from nnsplice.checks.structure import order, parts, places
+from nnsplice.paths import Slice
+
+Check = Callable[[Subject], Iterator[Finding]]
+
+#: Name -> check.
+CHECKS: dict[str, Check] = {
+    "parts": parts,
+    "order": order,
+    "places": places,
+    "replay": replay,
+    "heads": heads,
+    "layouts": layouts,
+    "causal": causal,
+    "padding": padding,
+}
+
+
+def run_checks(model: Any, layers: Slice | tuple[int, ...] | int | None = None, *, seed: int = 0) -> Iterator[Finding]:
+    """Everything that nnsplice promises, tried on one model; each finding as soon as it is there.
+
+    >>> from nnsplice.checks import run_checks
+    >>> {finding.state for finding in run_checks(model, layers=0) if finding.check == "layouts"}
+    {'ok'}
+
+    Args:
+        layers: which layers to look at; None for all.
+        seed: which random tokens the prompts are made of.
+    """
+    subject = subject_of(model, layers, seed)
+    for name, check in CHECKS.items():
+        if name != "parts" and not subject.atlas.towers:
+            yield Finding(name, "the parts of this model", "skipped", detail="they are not recognised")
+            continue
+        yield from _guarded(name, check, subject)
+
+
+def _guarded(name: str, check: Check, subject: Subject) -> Iterator[Finding]:
+    """A check's findings. A check is there to show what does not work, so whatever it meets is a finding too."""
+    try:
+        yield from check(subject)
+    except Exception as error:
+        yield Finding(name, "the check itself", "FAILED", detail=reason_of(error))

@@ -1,0 +1,111 @@
+"""Are the parts of the model recognised, is their order known, and does every place fire?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nnsplice import engine
+from nnsplice.activations import capture
+from nnsplice.atlas import Tower
+from nnsplice.checks.finding import Finding, Kind, Subject, attempt, kinds
+from nnsplice.checks.outline import place_of, stream_width
+from nnsplice.errors import RefusedPlace
+
+#: What the atlas found -> the names under which a config may say the same; the first that is there counts.
+CONFIG = {
+    "layers": ("{tower}_layers", "num_{tower}_layers", "num_hidden_layers"),
+    "heads": ("{tower}_attention_heads", "num_attention_heads"),
+    "groups": ("num_key_value_heads",),
+    "wide": ("hidden_size", "d_model"),
+}
+
+
+def parts(subject: Subject) -> Iterator[Finding]:
+    """Towers, layers and heads are recognised, and are those that the model's config speaks of."""
+    yield from _another_class(subject)
+    subject.atlas.tower()  # raises where nothing was recognised
+    for tower, _ in subject.towers():
+        yield from _recognised(subject, tower)
+
+
+def _another_class(subject: Subject) -> Iterator[Finding]:
+    """A checkpoint that was read into a class of another shape has new weights, or leaves some out."""
+    import transformers
+
+    said = getattr(getattr(subject.root, "config", None), "architectures", None) or ()
+    # Names of older versions are no classes any more, and say nothing.
+    classes = [name for name in said if hasattr(transformers, name)]
+    found = type(subject.root).__name__
+    if classes and found not in classes and hasattr(transformers, found):
+        yield Finding("parts", f"read as {found}", "FAILED", detail=f"the checkpoint is a {' or '.join(classes)}")
+
+
+def _recognised(subject: Subject, tower: Tower) -> Iterator[Finding]:
+    unclear = [block.index for block in tower.blocks if block.o is not None and block.layout is None]
+    if unclear:
+        what = f"{tower.name}: heads of layers {', '.join(map(str, unclear))}"
+        yield Finding("parts", what, "FAILED", detail="their number is unknown, or does not fit the projections")
+    found = {
+        "layers": {tower.n_layers},
+        "heads": {block.n_heads for block in tower.blocks if block.layout},
+        "groups": {block.n_kv for block in tower.blocks if block.layout},
+        "wide": {stream_width(subject.atlas, tower)},
+    }
+    texts = [f"{'/'.join(map(str, sorted(filter(None, numbers)))) or 'no'} {what}" for what, numbers in found.items()]
+    # Layers may differ, and a config then says what holds for some of them.
+    said = {what: _said(subject, tower, CONFIG[what]) for what in found}
+    wrong = [f"{number} {what}" for what, number in said.items() if number is not None and number not in found[what]]
+    detail = f"the config says {', '.join(wrong)}" if wrong else ""
+    yield Finding("parts", f"{tower.name}: {', '.join(texts)}", "FAILED" if wrong else "ok", detail=detail)
+
+
+def _said(subject: Subject, tower: Tower, names: tuple[str, ...]) -> int | None:
+    config: Any = getattr(subject.root, "config", None)
+    if config is None:
+        return None
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = (getattr(config, name.format(tower=tower.name), None) for name in names)
+    return next((number for number in found if isinstance(number, int)), None)
+
+
+def order(subject: Subject) -> Iterator[Finding]:
+    """The order of the modules is recorded, and layers run one after the other in it."""
+    for tower, layers in subject.towers():
+        what = f"{tower.name}: layer after layer"
+        yield attempt("order", what, lambda t=tower, ls=layers, w=what: _order(subject, t, ls, w))
+
+
+def _order(subject: Subject, tower: Tower, layers: tuple[int, ...], what: str) -> Finding:
+    stream = [place_of(tower.name, (), value, layer) for layer in layers for value in ("input", "output")]
+    known = engine.known(subject.model)
+    ranks = [known.rank(path) for text in stream for path in subject.atlas.expand(text)]
+    if ranks != sorted(ranks):
+        return Finding("order", what, "FAILED", detail="they do not run one after the other")
+    return Finding("order", what, "ok")
+
+
+def places(subject: Subject) -> Iterator[Finding]:
+    """Every place fires, and is as wide as the outline says."""
+    for kind in kinds(subject):
+        yield attempt("places", str(kind.path), lambda kind=kind: _fires(subject, kind))
+
+
+def _fires(subject: Subject, kind: Kind) -> Finding:
+    require_eager(subject, kind)
+    wanted = engine.expand(subject.model, kind.path)
+    saved = capture(subject.model, subject.inputs, kind.path.at(-1))
+    if len(saved) != len(wanted):
+        return Finding("places", str(kind.path), "FAILED", detail=f"{len(wanted)} places, and {len(saved)} values")
+    widths = {tensor.shape[-1] for _, tensor in saved.items()}
+    if kind.value.width is not None and widths != {kind.value.width}:
+        found = ", ".join(map(str, sorted(widths)))
+        return Finding("places", str(kind.path), "FAILED", detail=f"width {found}, not {kind.value.width}")
+    return Finding("places", str(kind.path), "ok")
+
+
+def require_eager(subject: Subject, kind: Kind) -> None:
+    """Raise for a pattern where the model never makes one."""
+    used = engine.attention_of(subject.model)
+    if kind.value.name == "pattern" and used not in (None, "eager"):
+        raise RefusedPlace(f"{used} attention makes no probabilities; load the model with eager attention")

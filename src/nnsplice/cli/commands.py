@@ -1,0 +1,273 @@
+"""The commands. Whatever needs torch is imported by the function that needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from importlib.metadata import version as version_of
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from nnsplice.errors import BadArgument, NnspliceError
+
+if TYPE_CHECKING:
+    from nnsplice.checks import Finding
+    from nnsplice.paths import Index, Path
+
+#: What typer raises for wrong usage. It keeps a click of its own and does not offer the name; a bad parameter is one.
+WrongUsage: Any = typer.BadParameter.__bases__[0]
+
+
+class Commands(TyperGroup):
+    """The commands, with errors that help: a wrong call is answered with its help, a mistake with what to write."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command and leave with 0 for success, 1 for an error or a failed check, 2 for wrong usage."""
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except WrongUsage as error:
+            _explain(error)
+            code = 2
+        except NnspliceError as error:
+            typer.echo(str(error), err=True)
+            code = 1
+        except typer.Abort:
+            typer.echo("stopped", err=True)
+            code = 130
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Any) -> None:
+    # Called without anything, a command's error is its help already.
+    message = error.format_message()
+    help_text = error.ctx.get_help() if error.ctx is not None else ""
+    if message not in ("", help_text):
+        typer.echo(f"{help_text}\n", err=True)
+        typer.echo(f"Error: {message}", err=True)
+    else:
+        typer.echo(help_text, err=True)
+
+
+app = typer.Typer(
+    name="nnsplice",
+    cls=Commands,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="toy, toy-llama, a folder with a checkpoint, or a name on the Hugging Face hub."
+    ),
+]
+
+
+class TowerName(StrEnum):
+    """A stack of layers."""
+
+    decoder = "decoder"
+    encoder = "encoder"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nnsplice {version_of('nnsplice')}")
+        raise typer.Exit
+
+
+@app.callback()
+def nnsplice(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Which places a transformer has, whether nnsplice reads and writes them rightly, and which of them matter.
+
+    \b
+    nnsplice paths gpt2          what can be addressed in GPT-2
+    nnsplice check gpt2          capture, replay, heads and padding, tried on GPT-2
+    nnsplice trace sweep.toml    every place changed by itself: which one decides the answer
+
+    A model that needs no network is called toy.
+    """
+
+
+@app.command()
+def paths(
+    model: Model,
+    under: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Only what lies under a path: 'layers[3].attn', l5h3, 'model.lm_head'."),
+    ] = None,
+    tower: Annotated[TowerName | None, typer.Option(help="Only one tower of a model with two.")] = None,
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="Each layer by itself, equal ones too.")] = False,
+    native: Annotated[
+        bool, typer.Option("--native", help="The model's own modules, each with the portable place that it is.")
+    ] = False,
+) -> None:
+    """What can be addressed in MODEL: places, their values, and how wide each is. Nothing is run.
+
+    \b
+    nnsplice paths toy
+    nnsplice paths toy --under 'layers[2:4].attn'
+    nnsplice paths toy --native --under 'model.transformer.h[0]'
+
+    A row `heads[0..3]  .output .q  16` under `layers[0..5]` means that `layers[5].heads[3].q[-1]` is an address: 16
+    numbers for the last token. A value that has no honest meaning in this model is listed as refused, with the reason.
+    """
+    from nnsplice.paths import parse_path
+
+    path = None if under is None else parse_path(under)
+    if path is not None and path.position is not None:
+        raise BadArgument("tokens are no part of a place", path=path, write=f"--under '{path.place}'")
+    if native or (path is not None and path.native):
+        _show_native(model, path, tower, all_layers)
+    else:
+        _show_portable(model, path, tower, all_layers)
+
+
+def _show_native(model: str, path: Path | None, tower: TowerName | None, all_layers: bool) -> None:
+    from nnsplice import Atlas
+    from nnsplice.cli import native
+    from nnsplice.cli.table import aligned, show
+
+    if path is not None and not path.native:
+        raise typer.BadParameter("with --native, --under takes a path of the model's own, starting with model.")
+    if tower is not None:
+        raise typer.BadParameter("--tower is about portable places; write --under model.encoder, for instance")
+    rows = native.rows(Atlas.of(_blueprint(model)), path, collapse=not all_layers)
+    show(aligned(rows, native.HEAD))
+
+
+def _show_portable(model: str, path: Path | None, tower: TowerName | None, all_layers: bool) -> None:
+    from nnsplice import Atlas, engine
+    from nnsplice.checks import narrow, outline
+    from nnsplice.cli import listing
+    from nnsplice.cli.table import aligned, show
+    from nnsplice.paths import Path, Step, index_text
+
+    found = _blueprint(model)
+    atlas = Atlas.of(found)
+    outlines = outline(atlas, collapse=not all_layers)
+    if tower is not None:
+        wanted = atlas.tower(Path((Step("layers"),), tower=tower.value)).name
+        outlines = tuple(one for one in outlines if one.name == wanted)
+    inner = None
+    if path is not None:
+        outlines = narrow(atlas, outlines, path)
+        index = path.steps[1].index if len(path.steps) > 1 else None
+        inner = None if index is None else index_text(index)
+    show(aligned(listing.rows(outlines, attention=engine.attention_of(found), inner=inner), listing.HEAD))
+
+
+@app.command()
+def check(
+    model: Model,
+    layers: Annotated[
+        str | None, typer.Option(metavar="INDEX", help="Which layers, as in a path: 0:2, -1, 0,5,11. Default: all.")
+    ] = None,
+    attn: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Attention to load the model with: eager (which patterns need), sdpa, ..."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which random tokens the prompts are made of.")] = 0,
+    each: Annotated[
+        bool, typer.Option("--each", help="A row for each place, instead of one for all that agree.")
+    ] = False,
+) -> None:
+    """Try on MODEL what nnsplice promises, and show what was measured.
+
+    \b
+    nnsplice check toy
+    nnsplice check gpt2 --layers 0:2 --attn eager
+    nnsplice check ./my-checkpoint --each
+
+    \b
+    parts      towers, layers and heads are recognised, and are those that the config speaks of
+    order      the order of the modules is recorded, and layers run one after the other in it
+    places     every place fires, and is as wide as `nnsplice paths` says
+    replay     a run's own values written into it leave its logits equal, bit for bit; other values do not
+    heads      the heads' own slices through the output projection are what attention adds
+    layouts    gradients find each head's columns of q, k and v, and its parameters
+    causal     a patch at one token changes nothing at earlier tokens, and moves later ones
+    padding    a short prompt in a padded batch holds what it holds alone
+
+    The difference is the largest one, relative to the largest number that was expected. Leaves with 1 when a check
+    fails.
+    """
+    from nnsplice.checks import run_checks, summary
+    from nnsplice.cli.table import aligned, show
+
+    index = None if layers is None else _index(layers)
+    findings = list(_with_bar(run_checks(_load(model, attn), index, seed=seed)))
+    shown = findings if each else summary(findings)
+    show(aligned([_row(finding) for finding in shown], ("check", "looked at", "difference", "result", "")))
+    failed = sum(finding.state == "FAILED" for finding in findings)
+    skipped = sum(finding.state == "skipped" for finding in findings)
+    typer.echo(f"\n{len(findings)} looked at: {failed} failed, {skipped} skipped")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _row(finding: Finding) -> tuple[str, ...]:
+    number = "" if finding.number is None else f"{finding.number:.1e}" if finding.number else "0"
+    return finding.check, finding.what, number, finding.state, finding.detail
+
+
+def _index(text: str) -> Index:
+    from nnsplice.paths import parse_path
+
+    try:
+        (step,) = parse_path(f"layers[{text}]").steps
+    except (NnspliceError, ValueError) as error:
+        raise typer.BadParameter(f"{text!r} is no index of layers; write 0:2, -1 or 0,5,11") from error
+    if step.index is None:
+        raise typer.BadParameter("an empty index; write 0:2, -1 or 0,5,11")
+    return step.index
+
+
+def _load(name: str, attn: str | None) -> Any:
+    from nnsplice import load
+
+    if attn is None:
+        return load(name)
+    try:
+        return load(name, attn_implementation=attn)
+    except (ValueError, ImportError) as error:
+        if isinstance(error, NnspliceError):
+            raise
+        raise BadArgument(
+            f"{name} cannot be loaded with {attn} attention",
+            expected="an attention that transformers has for this model and this machine, such as eager or sdpa",
+        ) from error
+
+
+def _blueprint(name: str) -> Any:
+    """The model without its weights where they would have to be fetched: its places need none."""
+    from nnsplice import load
+
+    try:
+        return load(name, remote=True)
+    except BadArgument:  # it is here, weights and all
+        return load(name)
+
+
+def _with_bar(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Show on a terminal what is being looked at."""
+    from tqdm.auto import tqdm
+
+    from nnsplice.checks import CHECKS
+
+    names = list(CHECKS)
+    with tqdm(total=len(names), unit="check", leave=False, disable=None) as bar:
+        for finding in findings:
+            bar.n = names.index(finding.check)
+            bar.set_postfix_str(f"{finding.check}: {finding.what}")
+            yield finding

@@ -1,0 +1,80 @@
+"""The places of a model as rows: place, values, width, and why a value is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from nnsplice.checks import Outline, Part, Value
+from nnsplice.cli.table import Row
+
+HEAD: Row = ("place", "values", "width", "")
+
+
+def rows(outlines: Sequence[Outline], *, attention: str | None, inner: str | None = None) -> list[Row]:
+    """What can be addressed.
+
+    Args:
+        attention: which attention the model runs with; only eager attention makes patterns.
+        inner: which heads, groups, neurons or experts were asked for; all where None.
+    """
+    several = len(outlines) > 1 or any(tower.name == "encoder" for tower in outlines)
+    found: list[Row] = []
+    for tower in outlines:
+        depth = int(several)
+        if several:
+            found.append((tower.name, "", "", ""))
+        for part in tower.before:
+            found += _part(part, depth, part.names[-1], attention)
+        for layers in tower.layers:
+            found += _layers(f"layers[{ranges(layers.numbers)}]", layers.parts, depth, attention, inner)
+        for part in tower.after:
+            found += _part(part, depth, part.names[-1], attention)
+    return found
+
+
+def _layers(name: str, parts: Iterable[Part], depth: int, attention: str | None, inner: str | None) -> Iterator[Row]:
+    # A part that stands without the one it belongs to is named with it.
+    shown: list[tuple[str, ...]] = []
+    for part in parts:
+        above = next((len(names) for names in reversed(shown) if part.names[: len(names)] == names), None)
+        label = ".".join(part.names if above is None else part.names[above:])
+        if part.count is not None:
+            label += f"[{inner if inner is not None else ranges(range(part.count))}]"
+        if above is None:
+            label = f"{name}.{label}" if label else name
+        shown.append(part.names)
+        yield from _part(part, depth + (0 if above is None else 1 + above), label, attention)
+
+
+def _part(part: Part, depth: int, label: str, attention: str | None) -> Iterator[Row]:
+    """A row for each width and each reason, the first with the place's name."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for value in part.values:
+        groups.setdefault(_width(value, attention), []).append(f".{value.name}")
+    for number, ((width, note), names) in enumerate(groups.items()):
+        yield ("  " * depth + label if number == 0 else "", " ".join(names), width, note)
+
+
+def _width(value: Value, attention: str | None) -> tuple[str, str]:
+    if value.refused:
+        return "refused", value.refused
+    if value.name == "pattern":
+        note = "" if attention in (None, "eager") else f"with eager attention; now it is {attention}"
+        return "tokens", note
+    return "?" if value.width is None else str(value.width), ""
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers in order, as few stretches as there are.
+
+    >>> from nnsplice.cli.listing import ranges
+    >>> ranges([0, 1, 2, 5])
+    '0..2,5'
+    """
+    stretches: list[list[int]] = []
+    for number in numbers:
+        if stretches and number == stretches[-1][1] + 1:
+            stretches[-1][1] = number
+        else:
+            stretches.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}..{last}" for first, last in stretches)

@@ -1,0 +1,250 @@
+"""`nnsplice trace`: a sweep from a shell, with everything that it finds in one folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nnsplice.cli import settings as given
+from nnsplice.cli.commands import WrongUsage, app
+from nnsplice.cli.table import Row, aligned, show
+from nnsplice.errors import FileError, NnspliceError
+
+if TYPE_CHECKING:
+    from nnsplice.results import SweepResult
+    from nnsplice.sweeps import Plan
+
+RESULT, FIGURE, PAGE, JOURNAL = "result.safetensors", "figure.png", "page.html", "journal.jsonl"
+
+
+def _choice(name: str) -> str:
+    return "|".join(given.CHOICES[name])
+
+
+@app.command()
+def trace(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="SWEEP.TOML", help="A file with options as keys; options win over it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="toy, a folder with a checkpoint, or a name on the hub.")
+    ] = None,
+    clean: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="The run that values come from. Once for each prompt.")
+    ] = None,
+    corrupted: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="The run that is edited; left out, the clean run is edited."),
+    ] = None,
+    sites: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="What is changed, each by itself. May be given often.")
+    ] = None,
+    answer: Annotated[
+        list[str] | None, typer.Option(metavar="TOKEN", help="The right token: one for all prompts, or one for each.")
+    ] = None,
+    wrong: Annotated[
+        list[str] | None, typer.Option(metavar="TOKEN", help="The wrong token, for logit_diff, in the same way.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="The folder for all that is found.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in DIR.")] = False,
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{_choice('metric')}. Default: logit_diff.")
+    ] = None,
+    operation: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{_choice('operation')}. Default: patch.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A capture on disk, which mean, resample and add take values from."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(metavar="N", help="How many neighbouring layers are changed together.")
+    ] = None,
+    align: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{_choice('align')}: how two prompts' tokens correspond.")
+    ] = None,
+    executor: Annotated[str | None, typer.Option(metavar="NAME", help=f"{_choice('executor')}. Default: auto.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="How many tokens run at once.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of noise and resample.")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Show what would be computed, and leave.")] = False,
+) -> None:
+    """Change every site by itself, and see what the model then says: causal tracing, exact.
+
+    \b
+    nnsplice trace --model toy --out velmar \\
+        --clean 'The Velmar Tower is located in the city of' \\
+        --corrupted 'The Ostrin Bridge is located in the city of' \\
+        --sites 'layers[:].output' --answer Athens --wrong Dublin
+    nnsplice trace sweep.toml --out velmar
+
+    \b
+    DIR/result.safetensors   the numbers, for ns.SweepResult.from_file
+    DIR/figure.png           a heatmap; one for each kind of place
+    DIR/page.html            a page for a browser
+    DIR/journal.jsonl        what a stopped run goes on from, with --resume
+
+    In a TOML file the keys are the options without dashes before them, and several prompts or sites are a list.
+    Effect: 0 where the change gained nothing on the corrupted run, 1 where the clean run is reached.
+    """
+    typed = {
+        "model": model, "clean": clean, "corrupted": corrupted, "sites": sites, "answer": answer, "wrong": wrong,
+        "out": out, "metric": metric, "operation": operation, "reference": reference, "window": window, "align": align,
+        "executor": executor, "max-tokens": max_tokens, "seed": seed,
+    }  # fmt: skip
+    typed = {name: value for name, value in typed.items() if value not in (None, [])}
+    asked = {**({} if file is None else given.read(file)), **typed}
+    given.check(asked)
+    _check_complete(asked, typed, plan_only)
+    with _plain_warnings():
+        _trace(asked, resume, plan_only)
+
+
+def _check_complete(asked: dict[str, Any], typed: dict[str, Any], plan_only: bool) -> None:
+    uses = given.METRICS[asked.get("metric", "logit_diff")]
+    needed = ["model", "clean", "sites", *uses, *([] if plan_only else ["out"])]
+    if asked.get("operation", "patch") == "patch":
+        needed.insert(2, "corrupted")
+    missing = [f"--{name}" for name in needed if name not in asked]
+    if missing:
+        raise WrongUsage(f"Missing: {', '.join(missing)}; as an option, or as a key of a TOML file")
+    for name in ("answer", "wrong"):
+        if name in typed and name not in uses:
+            raise WrongUsage(f"--{name} says nothing to {asked['metric']}")
+
+
+def _trace(asked: dict[str, Any], resume: bool, plan_only: bool) -> None:
+    from nnsplice import load, run
+
+    folder = None if plan_only else Path(asked["out"])
+    if folder is not None:
+        _check_folder(folder, resume)
+    model = load(asked["model"])
+    plan = _plan(model, asked)
+    if folder is None:
+        typer.echo(plan.preview())
+        return
+    typer.echo(plan.preview(0).splitlines()[0])
+    result = _finished(folder, plan) if resume else None
+    if result is not None:
+        typer.echo("finished already; this is what was found")
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"{folder} cannot be made: {error.strerror}", expected="--out with a folder") from error
+        try:
+            result = run(
+                plan, model, executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
+                journal=folder / JOURNAL, progress=sys.stderr.isatty(),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            typer.echo(f"stopped; what is finished stands in {folder / JOURNAL}; --resume goes on", err=True)
+            raise
+        result.to_file(folder / RESULT)
+    written = _draw(result, folder)
+    show(_ends(result))
+    typer.echo()
+    show(aligned(*_best(result)))
+    typer.echo()
+    show(aligned([(str(folder / name), about) for name, about in written]))
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder} is a file", expected="--out with a folder")
+    there = [name for name in (JOURNAL, RESULT, FIGURE, PAGE) if (folder / name).exists()]
+    if there and not resume:
+        raise FileError(
+            f"{folder} holds {', '.join(there)} of an earlier run",
+            expected="--resume to go on with it, or another --out",
+        )
+    if there and JOURNAL not in there:
+        raise FileError(f"{folder} holds {', '.join(there)}, and no {JOURNAL} to go on from", expected="another --out")
+
+
+def _plan(model: Any, asked: dict[str, Any]) -> Plan:
+    import nnsplice as ns
+
+    name = asked.get("metric", "logit_diff")
+    answers = {key: _single(asked[key]) for key in given.METRICS[name]}
+    reference = asked.get("reference")
+    return ns.plan_sweep(
+        model, asked["clean"], asked.get("corrupted"), asked["sites"], getattr(ns, name)(**answers),
+        operation=asked.get("operation", "patch"), window=asked.get("window", 1), align=asked.get("align", "position"),
+        reference=None if reference is None else ns.SavedActivation.from_file(reference), seed=asked.get("seed", 0),
+    )  # fmt: skip
+
+
+def _single(answer: Any) -> Any:
+    """One token is meant for all prompts, however many there are."""
+    return answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+
+
+def _finished(folder: Path, plan: Plan) -> SweepResult | None:
+    """The result of this very sweep, if it is complete; of another one, the journal will say what differs."""
+    from nnsplice import SweepResult
+
+    if not (folder / RESULT).exists():
+        return None
+    result = SweepResult.from_file(folder / RESULT)
+    same = json.loads(json.dumps(dict(plan.asked))) == json.loads(json.dumps(dict(result.asked)))
+    return result if same and result.is_complete else None
+
+
+# --- what is shown and written ----------------------------------------------------------------------------------------
+
+
+def _draw(result: SweepResult, folder: Path) -> list[Row]:
+    """Write the figures and the page: what there is, each with a word about it."""
+    from nnsplice import plots
+
+    written: list[Row] = [(RESULT, "the numbers, for ns.SweepResult.from_file")]
+    for kind in result.components:
+        try:
+            name = FIGURE if len(result.components) == 1 else f"figure.{kind.replace('[:]', '')}.png"
+            plots.save(result.plot(kind), folder / name, close=True, bbox_inches="tight")
+            written.append((name, f"{kind}, as a heatmap"))
+        except NnspliceError as error:
+            typer.echo(f"no figure of {kind}: {error}", err=True)
+    try:
+        result.to_html(folder / PAGE)
+        written.append((PAGE, "the same for a browser"))
+    except NnspliceError as error:
+        typer.echo(f"no page: {error}", err=True)
+    return [*written, (JOURNAL, "what --resume goes on from")]
+
+
+def _ends(result: SweepResult) -> list[str]:
+    many = f", in the mean of {len(result.clean)} prompts" if len(result.clean) > 1 else ""
+    ran = f"{result.run.executor}, {result.run.seconds:.2f} s"
+    return [
+        f"{result.metric}: clean {result.clean.mean():.4g}, corrupted {result.corrupted.mean():.4g}{many}",
+        f"{ran}; {result.run.note}" if result.run.note else ran,
+    ]
+
+
+def _best(result: SweepResult) -> tuple[list[Row], Row]:
+    best = result.best(10)
+    by = "change" if bool(best["effect"].isna().to_numpy().all()) else "effect"
+    frame = result.frame()
+    tokens = {path: set(texts) for path, texts in frame.groupby("path")["token"]}
+    rows: list[Row] = []
+    for path, value, share in zip(best["path"], best["value"], best[by], strict=True):
+        texts = tokens[path]
+        rows.append((path, texts.pop().strip() if len(texts) == 1 else "", f"{value: .4g}", f"{share: .3f}"))
+    return rows, ("site", "token", f" {result.metric}", f" {by}")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning as its message; which line of nnsplice gave it says nothing to a reader in a shell."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: typer.echo(str(message), err=True)
+        yield

@@ -1,0 +1,23 @@
+"""Every example runs as a reader would run it, and has something to show."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_there_are_examples():
+    assert list(EXAMPLES.glob("*.py")), f"no example in {EXAMPLES}, so none was tested"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_runs(path, tmp_path):
+    # In an empty folder, where it may write what it likes.
+    run = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, f"{path.name} failed\n{run.stdout}\n{run.stderr}"
+    assert run.stdout.strip(), f"{path.name} printed nothing"
