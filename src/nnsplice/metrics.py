@@ -51,6 +51,8 @@ class Metric:
     position: int = -1
     #: Whether it compares with the logits of another run.
     compares: bool = False
+    #: Whether it reads the logits of its answers alone, so that no others need be computed.
+    local: bool = False
 
     @classmethod
     def of(cls, metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
@@ -122,6 +124,15 @@ class Bound:
             )
         return value
 
+    def tokens(self, prompts: Sequence[int]) -> Tensor:
+        """`[row, answer]`, the token ids that it asks about."""
+        return torch.tensor([[ids[prompt] for ids in self.ids.values()] for prompt in prompts])
+
+    def of_tokens(self, logits: Float[Tensor, "row answer"], prompts: Sequence[int]) -> Tensor:
+        """The number for each row of a local metric, from the logits of just those tokens."""
+        columns = {name: (column,) * len(prompts) for column, name in enumerate(self.ids)}
+        return Bound(self.metric, columns)(logits, range(len(prompts)))
+
     @property
     def identity(self) -> dict[str, Any]:
         """What makes two metrics the same, as plain data."""
@@ -139,7 +150,7 @@ def logit_diff(answer: Answer, wrong: Answer, *, position: int = -1) -> Metric:
     >>> ns.logit_diff(" Paris", " Rome").name
     'logit_diff'
     """
-    return Metric("logit_diff", _logit_diff, {"answer": answer, "wrong": wrong}, position)
+    return Metric("logit_diff", _logit_diff, {"answer": answer, "wrong": wrong}, position, local=True)
 
 
 def probability(answer: Answer, *, position: int = -1) -> Metric:

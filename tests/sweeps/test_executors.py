@@ -213,7 +213,7 @@ def test_a_chunk_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
             raise torch.OutOfMemoryError("CUDA out of memory")
         return batched(work, jobs)
 
-    monkeypatch.setitem(choosing.EXECUTORS, "batched", narrow)
+    monkeypatch.setitem(choosing.EXECUTORS, "batched", replace(batched, run=narrow))
     assert np.nanmax(np.abs(_values(plan, model, "batched") - whole)) < 1e-12
     assert max(sizes) > 2 >= sizes[-1]
 

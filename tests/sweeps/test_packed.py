@@ -21,8 +21,11 @@ SITES = (
     "layers[:].groups[:].v", "layers[:].neurons[3]", "layers[:].mlp.up", "layers[:].attn.q", "layers[:].attn.o",
 )  # fmt: skip
 METRIC = ns.logit_diff("w7", "w8")
-#: Families whose attention is code of their own, or that are no causal decoders.
-NOT_COVERED = {
+#: No causal decoders.
+NOT_COVERED = {"t5", "bart", "bert"}
+#: Families whose attention is code of their own.
+OWN_CODE = {"gptj", "gpt_neo", "bloom", "falcon", "falcon_mqa", "falcon_mha", "codegen"}
+COVERED = {
     "gptj", "gpt_neo", "bloom", "falcon", "falcon_mqa", "falcon_mha", "codegen", "t5", "bart", "bert",
 }  # fmt: skip
 COVERED = [family for family in FAMILIES if family not in NOT_COVERED]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def _counted(model: Any, plan: ns.Plan, journal: Path) -> tuple[SweepResult, lis
         computed.extend(jobs)
         return execute(work, jobs)
 
-    choosing.EXECUTORS["batched"] = counts
+    choosing.EXECUTORS["batched"] = replace(execute, run=counts)
     try:
         return _run(model, plan, journal), computed
     finally:

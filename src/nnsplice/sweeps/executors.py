@@ -18,6 +18,7 @@ from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
+from nnsplice.atlas import Atlas
 from nnsplice.paths import Path
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.sources import Source
@@ -55,14 +56,32 @@ class Cost:
         )
 
 
-#: Jobs whose prompts have one length -> the metric of each, and what it cost.
-Executor = Callable[[Work, Sequence[Job]], tuple[list[float], Cost]]
+@dataclass(frozen=True, slots=True)
+class Executor:
+    """A way to run jobs."""
+
+    #: Jobs -> the metric of each, and what it cost.
+    run: Callable[[Work, Sequence[Job]], tuple[list[float], Cost]]
+    #: How many tokens each of these jobs runs.
+    tokens: Callable[[Work, Sequence[Job]], list[int]]
+    #: Whether the jobs of one run may be about prompts of different length.
+    mixed: bool = False
+
+    def __call__(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+        """Run jobs."""
+        return self.run(work, jobs)
+
+
+def whole_prompts(work: Work, jobs: Sequence[Job]) -> list[int]:
+    """The tokens of jobs that run their whole prompts."""
+    encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
+    return [max(encoder[prompt], decoder[prompt]) for prompt, _ in jobs]
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
-def reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+def _reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     """One trace for each job."""
     values: list[float] = []
     cost = Cost()
@@ -81,7 +100,7 @@ def _one(work: Work, job: Job) -> Tensor:
     def body() -> None:
         # What follows asks how the prompt was padded, which the run tells before its first value and never after.
         engine.batch_of(model, engine.worker(model, "a sweep"))
-        _corrupt(model, plan, [job[0]])
+        corrupt(model, plan, [job[0]])
         if plan.operation.way == "compute" or plan.operation.name == "noise":
             _updated(work, job)
         else:
@@ -128,7 +147,7 @@ class Write:
     position: int
 
 
-def batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     """One trace, a row for each job, every value visited once in execution order."""
     plan, model = work.plan, work.model
     writes: dict[Path, list[Write]] = {}
@@ -147,14 +166,15 @@ def batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
 
     def body() -> None:
         mediator = engine.worker(model, "a sweep")
-        _corrupt(model, plan, prompts)
+        corrupt(model, plan, prompts)
         for access in stops:
             held = hold(access, mediator, batch.rows(access.tower))
             held.write(_changed(work, access, held.tensor, writes))
         found.append(_read(work, prompts[0]).clone())
 
     with torch.no_grad():
-        engine.run(model, {**inputs, **_kept(work, prompts[0])}, body)
+        length = plan.corrupted.lengths("decoder")[prompts[0]]
+        engine.run(model, {**inputs, **kept(model, plan, length, plan.metric.metric.position)}, body)
     tokens = inputs["input_ids"].numel()
     return measured(work, found[0], jobs), Cost(tokens, forwards=1, peak=tokens)
 
@@ -173,7 +193,7 @@ def _changed(work: Work, access: Access, tensor: Tensor, writes: dict[Path, list
     return new
 
 
-def _corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
+def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
     """Inside a trace whose rows are these prompts: do to the embeddings what the plan says."""
     corruption = plan.corruption
     if corruption is None:
@@ -188,15 +208,20 @@ def _corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
     held.write(new)
 
 
+reference = Executor(_reference, whole_prompts)
+batched = Executor(_batched, whole_prompts)
+
+
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 
-def _kept(work: Work, prompt: int) -> dict[str, Any]:
-    """Have only the logits computed that the metric reads, where the model can be asked for that."""
-    if not engine.keeps_logits(work.model):
-        return {}
-    length = work.plan.corrupted.lengths("decoder")[prompt]
-    return {"logits_to_keep": length - work.plan.metric.metric.position % length}
+def kept(model: engine.Model, plan: Plan, length: int, position: int) -> dict[str, Any]:
+    """Have only the logits computed from this position on, where the model can be asked for that."""
+    towers = Atlas.of(model).towers
+    unembed = towers["decoder"].unembed if "decoder" in towers else None
+    # With fewer logits, a position of the unembedding is another row of it.
+    touched = any(site_of(place).module == unembed for target in plan.targets for place in target.places)
+    return {} if touched or not engine.keeps_logits(model) else {"logits_to_keep": length - position % length}
 
 
 def _read(work: Work, prompt: int) -> Tensor:
@@ -211,26 +236,3 @@ def measured(work: Work, logits: Tensor, jobs: Sequence[Job]) -> list[float]:
     prompts = [prompt for prompt, _ in jobs]
     reference_logits = None if work.clean_logits is None else work.clean_logits[prompts]
     return work.plan.metric(logits, prompts, reference_logits).double().tolist()
-
-
-def baseline(model: engine.Model, plan: Plan, *, clean: bool) -> Tensor:
-    """The logits that the metric reads in the unedited runs, `[prompt, vocab]`."""
-    prompts = plan.clean if clean and plan.clean is not None else plan.corrupted
-    logits: list[Tensor | None] = [None] * len(prompts)
-    for rows in prompts.batches(None):
-        length = prompts.lengths("decoder")[rows[0]]
-        # The position is the edited prompt's; in a pair aligned at the end the clean one counts from there.
-        edited = plan.corrupted.lengths("decoder")[rows[0]]
-        at = plan.metric.metric.position % edited - edited if plan.align == "end" else plan.metric.metric.position
-        found: list[Tensor] = []
-
-        def body(at: int = at, length: int = length, found: list[Tensor] = found, rows: list[int] = rows) -> None:
-            if not clean:
-                _corrupt(model, plan, rows)
-            found.append(wire.logits_of(model)[:, at % length - length].clone())
-
-        with torch.no_grad():
-            engine.run(model, prompts.inputs(rows, model.device), body)
-        for row, line in zip(rows, found[0], strict=True):
-            logits[row] = line
-    return torch.stack([line for line in logits if line is not None])

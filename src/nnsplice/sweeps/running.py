@@ -16,9 +16,9 @@ from nnsplice import engine
 from nnsplice.errors import BadArgument, BadType, NnspliceError
 from nnsplice.results import Journal, Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
-from nnsplice.sweeps.executors import Cost, Executor, Work, baseline
+from nnsplice.sweeps.executors import Cost, Executor, Work, whole_prompts
 from nnsplice.sweeps.plan import Job, Plan
-from nnsplice.sweeps.sources import source_of
+from nnsplice.sweeps.unedited import clean_run, corrupted_run
 
 #: Tokens at once, where nothing says how many fit.
 TOKENS_ON_CPU = 4096
@@ -49,13 +49,15 @@ def run(
         raise BadType(f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns")
     _check_runnable(model, plan)
     start = time.perf_counter()
-    clean_logits, corrupted_logits = baseline(model, plan, clean=True), baseline(model, plan, clean=False)
+    room = max_tokens or _room(model)
+    clean_logits, source = clean_run(model, plan, room)
+    corrupted_logits = corrupted_run(model, plan, room)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
     clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
     corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
     _check_baselines(plan, clean, corrupted)
-    work = Work(model, plan, source_of(plan, model), compares)
+    work = Work(model, plan, source, compares)
     name, note = choose(executor, work)
     execute = EXECUTORS[name]
 
@@ -71,7 +73,7 @@ def run(
                 values[prompt, target], done[prompt, target] = value, True
         left = [job for job in plan.jobs if not done[job]]
         bar = stack.enter_context(_bar(len(plan.jobs), len(plan.jobs) - len(left), progress))
-        for jobs, found, spent in _chunks(work, execute, left, max_tokens or _room(model)):
+        for jobs, found, spent in _chunks(work, execute, left, room):
             for job, value in zip(jobs, found, strict=True):
                 values[job], done[job] = value, True
             if log is not None:
@@ -159,31 +161,47 @@ def _check_baselines(plan: Plan, clean: np.ndarray, corrupted: np.ndarray) -> No
 
 
 def _chunks(
-    work: Work, execute: Executor, jobs: Sequence[Job], room: int
+    work: Work, executor: Executor, jobs: Sequence[Job], room: int
 ) -> Iterator[tuple[Sequence[Job], list[float], Cost]]:
-    """Jobs of one length together, at most `room` tokens at once, and half of it after running out of memory."""
-    groups: dict[tuple[int, int], list[Job]] = {}
-    encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
-    for job in jobs:
-        groups.setdefault((encoder[job[0]], decoder[job[0]]), []).append(job)
-    for members in groups.values():
-        members.sort()  # by prompt, so that a chunk is about few of them
-    for (length, more), members in groups.items():
-        rows = max(room // max(length, more), 1)
+    """Jobs that run together, at most `room` tokens at once, and half of it after running out of memory."""
+    for members in _together(work, executor, jobs):
+        sizes, prompts = executor.tokens(work, members), whole_prompts(work, members)
         at = 0
         while at < len(members):
-            chunk = members[at : at + rows]
+            chunk = members[at : at + _fitting(members[at:], sizes[at:], prompts[at:], room)]
             try:
-                values, cost = execute(work, chunk)
+                values, cost = executor(work, chunk)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if rows == 1 or isinstance(error, NnspliceError) or not _is_memory(error):
+                if len(chunk) == 1 or isinstance(error, NnspliceError) or not _is_memory(error):
                     raise
-                rows = max(rows // 2, 1)
+                room = min(room, sum(sizes[at : at + len(chunk)])) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
             yield chunk, values, cost
             at += len(chunk)
+
+
+def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs by the length of their prompts, where that matters; sorted by prompt, so that a chunk is about few."""
+    encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
+    groups: dict[tuple[int, int], list[Job]] = {}
+    for job in sorted(jobs):
+        groups.setdefault((0, 0) if executor.mixed else (encoder[job[0]], decoder[job[0]]), []).append(job)
+    return list(groups.values())
+
+
+def _fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int) -> int:
+    """How many of these jobs fit: their own tokens, and those of the prompts that they are about."""
+    own = whole = 0
+    seen: set[int] = set()
+    for number, (job, size, prompt) in enumerate(zip(jobs, sizes, prompts, strict=True)):
+        own += size
+        whole += 0 if job[0] in seen else prompt
+        seen.add(job[0])
+        if max(own, whole) > room:
+            return max(number, 1)
+    return len(jobs)
 
 
 def _is_memory(error: BaseException) -> bool:

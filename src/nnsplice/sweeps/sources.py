@@ -9,9 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnsplice import engine
-from nnsplice.activations.capture import capture
-from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import UnknownPath
 from nnsplice.paths import Path
@@ -80,38 +77,3 @@ def _rows_at(reference: SavedActivation, place: Path, position: int) -> Tensor:
     except UnknownPath as error:
         raise UnknownPath(f"the reference does not hold this site\n{error}", path=place.place) from None
     return held.flatten(0, 1) if held.dim() == 3 else held
-
-
-def source_of(plan: Plan, model: engine.Model) -> Source:
-    """Run what has to be run before the sweep: for a patch, the clean prompts once."""
-    if plan.operation.name != "patch" or not plan.jobs:
-        return Source(plan)
-    assert plan.clean is not None
-    needed: dict[int, dict[Path, set[int]]] = {}
-    for prompt, number in plan.jobs:
-        target = plan.targets[number]
-        for place in target.places:
-            positions = needed.setdefault(prompt, {}).setdefault(place.place, set())
-            positions.update(plan.positions(target, prompt, of_clean=True))
-    return Source(plan, captured(model, plan.clean, needed))
-
-
-def captured(model: engine.Model, prompts: Prompts, needed: Mapping[int, Mapping[Path, set[int]]]) -> Captured:
-    """Capture places at the positions that are needed of each prompt; prompts of one length share a run."""
-    values: dict[object, dict[int, tuple[dict[int, int], Tensor]]] = {}
-    for batch in prompts.batches(None):
-        rows = [row for row in batch if row in needed]
-        wanted: dict[Path, set[int]] = {}
-        for row in rows:
-            for place, positions in needed[row].items():
-                wanted.setdefault(place, set()).update(positions)
-        if not wanted:
-            continue
-        orders = {place: tuple(sorted(positions)) for place, positions in wanted.items()}
-        saved = capture(model, prompts.take(rows), [place.at(order) for place, order in orders.items()])
-        for place, order in orders.items():
-            tensor = saved.get(place.at(order))
-            index = {position: number for number, position in enumerate(order)}
-            for number, row in enumerate(rows):
-                values.setdefault(place.site, {})[row] = (index, tensor[number])
-    return Captured(values)

@@ -17,9 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnsplice.sweeps.packed.layout import Group, visible
+
 NAME = "nnsplice_packed"
 #: `(attention module, query, key, value, variant)` -> `[batch, token, head, width]`; heads first in what comes in.
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, "Variant"], Tensor]
+#: `[group, token, width]` each.
+KeyValue = tuple[Tensor, Tensor]
 _active: ContextVar[Attend | None] = ContextVar("nnsplice_attention", default=None)
 
 #: What attention modules pass along that changes nothing here, or is None or zero outside of training.
@@ -93,7 +97,7 @@ def attended(query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, var
     """Attention of `[row, head, query, width]` over `[row, group, key, width]`: `[row, query, head, width]`.
 
     Args:
-        sees: `[query, key]`, which token sees which; None for all.
+        sees: `[row or 1, 1, query, key]`, which token sees which; None for all.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -115,15 +119,6 @@ def attended(query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, var
     return (weights @ value).transpose(1, 2)
 
 
-def visible(queries: Tensor, keys: int, window: int | None) -> Tensor | None:
-    """`[query, key]`: a token sees itself and those before it, no further back than the window; None for all."""
-    at = torch.arange(keys, device=queries.device)
-    sees = at[None] <= queries[:, None]
-    if window is not None and window < keys:
-        sees &= at[None] > queries[:, None] - window
-    return None if bool(sees.all()) else sees
-
-
 # --- the two uses -----------------------------------------------------------------------------------------------------
 
 
@@ -139,69 +134,41 @@ class KeysAndValues:
             raise NotImplementedError("one attention module runs several times in a pass")
         self.of[module] = (key, value)
         length = key.shape[2]
-        return attended(
-            query, key, value, visible(torch.arange(length, device=key.device), length, variant.window), variant
-        )
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows of a pack that are about the same prompt and the same tokens, so that one call attends for all of them."""
-
-    #: The number of the prompt among the recorded ones.
-    prompt: int
-    #: Which tokens ask: the same for every row, `[query]`.
-    queries: Tensor
-    #: Where they stand in the pack: `[row, query]`.
-    where: Tensor
-    #: The first token whose keys and values are the row's own; those before, or all where None, are the recorded ones.
-    own_from: int | None
+        sees = visible(torch.arange(length, device=key.device)[None], length, variant.window)
+        return attended(query, key, value, sees, variant)
 
 
 @dataclass
 class Packed:
     """Attention of packed rows over the recorded prefix and their own tokens."""
 
-    recorded: Mapping[nn.Module, tuple[Tensor, Tensor]]
+    #: Of all recorded tokens, by attention module.
+    recorded: Mapping[nn.Module, KeyValue]
     groups: Sequence[Group]
-    #: Own keys and values that an earlier pass through this block has left, by the number of the group.
-    left: dict[int, tuple[Tensor, Tensor]] | None = None
-    #: Leave the own keys and values here and do not attend at all.
-    leave: dict[int, tuple[Tensor, Tensor]] | None = None
+    #: Own keys and values from an earlier pass through this block, whose queries were not asked.
+    own: KeyValue | None = None
+    #: Whether this is such an earlier pass.
+    leaves: bool = False
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         """`[1, token, head, width]` for the packed tokens."""
         if module not in self.recorded:
             raise NotImplementedError("an attention module runs that the recorded pass did not run")
-        keys, values = self.recorded[module]
-        if self.leave is not None:
-            for number, group in enumerate(self.groups):
-                if group.own_from is not None:
-                    self.leave[number] = (
-                        key[0][:, group.where].transpose(0, 1),
-                        value[0][:, group.where].transpose(0, 1),
-                    )
-            raise Left
+        if self.leaves:
+            raise Left((key[0], value[0]))
+        own = self.own or (key[0], value[0])
+        keys, values = (torch.cat(pair, 1) for pair in zip(self.recorded[module], own, strict=True))
         out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-        for number, group in enumerate(self.groups):
-            rows = group.where.shape[0]
-            asks = query[0][:, group.where].transpose(0, 1)
-            if group.own_from is None:
-                last = int(group.queries.max()) + 1
-                k, v = (t[group.prompt, :, :last].expand(rows, -1, -1, -1) for t in (keys, values))
-            else:
-                own = self._own(number, group, key, value)
-                before = (t[group.prompt, :, : group.own_from].expand(rows, -1, -1, -1) for t in (keys, values))
-                k, v = (torch.cat([a, b], 2) for a, b in zip(before, own, strict=True))
-            sees = visible(group.queries, k.shape[2], variant.window)
-            out[0, group.where] = attended(asks, k, v, sees, variant)
+        for group in self.groups:
+            asks = query[0][:, group.asks].transpose(0, 1)
+            k, v = (t[:, group.keys].transpose(0, 1) for t in (keys, values))
+            out[0, group.asks] = attended(asks, k, v, group.sees(variant.window), variant)
         return out
-
-    def _own(self, number: int, group: Group, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.left is not None:
-            return self.left[number]
-        return key[0][:, group.where].transpose(0, 1), value[0][:, group.where].transpose(0, 1)
 
 
 class Left(Exception):  # no error: the way out of a block that was entered for its keys and values alone
     """A pass through a block ended where its keys and values were known."""
+
+    def __init__(self, own: KeyValue) -> None:
+        super().__init__("a block was left early")
+        self.own = own

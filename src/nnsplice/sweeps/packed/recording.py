@@ -1,9 +1,13 @@
-"""One pass of the corrupted prompts, kept: what enters every block, how blocks are called, keys and values."""
+"""One pass of the corrupted prompts, kept: what enters every block, how blocks are called, what attention needs.
+
+Prompts of one length run together; what is kept of them is flat, prompt after prompt, whatever their lengths.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +17,9 @@ from torch import Tensor, nn
 from nnsplice import engine
 from nnsplice.atlas import Atlas, Tower, peel
 from nnsplice.sweeps.executors import Work
-from nnsplice.sweeps.packed.attention import KeysAndValues, attention
+from nnsplice.sweeps.packed import heads
+from nnsplice.sweeps.packed.attention import KeysAndValues, KeyValue, attention
+from nnsplice.sweeps.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
 _DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "layer_past", "head_mask"}
@@ -21,24 +27,44 @@ _DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value"
 
 @dataclass(frozen=True)
 class Recording:
-    """A pass over prompts of one length."""
+    """A pass over prompts; tensors hold the tokens of all of them, one prompt after another."""
 
-    #: Prompt -> its number in what follows.
-    number: Mapping[int, int]
+    prompts: tuple[int, ...]
+    #: Prompt -> where its tokens begin.
+    bases: Mapping[int, int]
     tower: Tower
     blocks: tuple[nn.Module, ...]
-    #: What enters each block, and after the last what leaves it: `[prompt, token, width]`.
+    #: What enters each block, and after the last what leaves it: `[token, width]`.
     entering: tuple[Tensor, ...]
     #: How each block was called, by the names of its arguments, without the first.
     calls: tuple[Mapping[str, Any], ...]
-    #: Keys and values, by attention module.
-    attended: Mapping[nn.Module, tuple[Tensor, Tensor]]
-    #: What the model without its head returns; its type carries hidden states into the head.
-    returned: Any
+    #: Keys and values, by attention module: `[group, token, width]`.
+    attended: Mapping[nn.Module, KeyValue]
+    #: How attention modules were called, where they run code of their own; else empty.
+    whole: Whole
+    #: The model's own head.
+    head: heads.Head
 
-    def arguments(self, layer: int, positions: Tensor) -> dict[str, Any]:
-        """The arguments of a block for packed tokens that stand at these positions."""
-        return {name: _at(name, value, positions) for name, value in self.calls[layer].items()}
+    @property
+    def total(self) -> int:
+        """How many tokens are recorded."""
+        return self.entering[0].shape[0]
+
+    def arguments(self, layer: int, tokens: Tensor) -> dict[str, Any]:
+        """The arguments of a block for packed tokens, given by their numbers among the recorded ones."""
+        return {name: _at(value, tokens) for name, value in self.calls[layer].items()}
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one batch left, `[prompt, token, ...]`."""
+
+    entering: list[Tensor]
+    calls: list[dict[str, Any]]
+    attended: dict[nn.Module, KeyValue]
+    attention_calls: dict[nn.Module, Call]
+    #: What the model without its head returned.
+    returned: Any
 
 
 def record(work: Work, prompts: Sequence[int]) -> Recording:
@@ -54,25 +80,59 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
     tower = towers["decoder"]
     if any(block.occurrence for block in tower.blocks) or tower.unembed is None:
         raise NotImplementedError("its layers share modules, or it has no unembedding")
-    blocks = tuple(root.get_submodule(block.module) for block in tower.blocks)
     if not tower.prefix:
         raise NotImplementedError("its head is no part of its own")
+    batches = work.plan.corrupted.take(prompts).batches(None)
+    batches = [[prompts[row] for row in rows] for rows in batches]
+    whole = work.memo.get("whole", False)
+    if not whole:
+        try:
+            passes = [_run(work, root, tower, rows, whole=False) for rows in batches]
+        except NotImplementedError:
+            whole = work.memo["whole"] = True
+    if whole:
+        passes = [_run(work, root, tower, rows, whole=True) for rows in batches]
+    bases, at = {}, 0
+    lengths = work.plan.corrupted.lengths("decoder")
+    for prompt in (prompt for rows in batches for prompt in rows):
+        bases[prompt], at = at, at + lengths[prompt]
+    entering = tuple(
+        torch.cat([tensor.flatten(0, 1) for tensor in column])
+        for column in zip(*(one.entering for one in passes), strict=True)
+    )
+    return Recording(
+        prompts=tuple(prompts),
+        bases=bases,
+        tower=tower,
+        blocks=tuple(root.get_submodule(block.module) for block in tower.blocks),
+        entering=entering,
+        calls=tuple(_joined(column) for column in zip(*(one.calls for one in passes), strict=True)),
+        attended={module: _flat([one.attended[module] for one in passes]) for module in passes[0].attended},
+        whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
+        head=heads.Head.of(root, tower, entering[-1], passes),
+    )
+
+
+def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> _Pass:
+    blocks = [root.get_submodule(block.module) for block in tower.blocks]
     backbone = root.get_submodule(tower.prefix)
     entering: list[Tensor] = []
-    calls: list[Mapping[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     ends: list[Any] = []
-    hooks = [block.register_forward_pre_hook(_keeper(entering, calls), with_kwargs=True) for block in blocks]
+    kept = KeysAndValues()
+    heard: dict[nn.Module, Call] = {}
+    hooks = [block.register_forward_pre_hook(_keeper(entering, calls, whole), with_kwargs=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
     if work.plan.corruption is not None:
         hooks.insert(0, _corruption(work, blocks[0], prompts))
-    kept = KeysAndValues()
     inputs = work.plan.corrupted.inputs(prompts, work.model.device)
-    assert isinstance(inputs, dict)
+    assert isinstance(inputs, Mapping)
+    fewer = {"logits_to_keep": 1} if engine.keeps_logits(work.model) else {}
     try:
-        with torch.no_grad(), attention(root, kept):
-            root(**inputs, use_cache=False)
-    except NotImplementedError:
+        with torch.no_grad(), _hearing(root, tower, kept, heard, whole):
+            root(**inputs, **fewer, use_cache=False)
+    except (torch.OutOfMemoryError, NotImplementedError):
         raise
     except Exception as error:
         # A model with attention code of its own may fail in any way when it is told another name for it.
@@ -80,51 +140,94 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
     finally:
         for hook in hooks:
             hook.remove()
-    if len(entering) != len(blocks) + 1 or len(kept.of) != len(blocks) or len(ends) != 1:
-        raise NotImplementedError("its attention does not go through transformers' registry, or a layer has none")
-    recording = Recording(
-        number={prompt: number for number, prompt in enumerate(prompts)},
-        tower=tower,
-        blocks=blocks,
-        entering=tuple(entering),
-        calls=tuple(calls),
-        attended=kept.of,
-        returned=ends[0],
-    )
-    _check_end(root, recording)
-    return recording
+    attention_runs = heard if whole else kept.of
+    if len(entering) != len(blocks) + 1 or len(attention_runs) != len(blocks) or len(ends) != 1:
+        raise NotImplementedError("a layer of it has no attention, or more than one")
+    return _Pass(entering, calls, kept.of, heard, ends[0])
 
 
-def _keeper(entering: list[Tensor], calls: list[Mapping[str, Any]]) -> Any:
+@contextmanager
+def _hearing(
+    root: nn.Module, tower: Tower, kept: KeysAndValues, heard: dict[nn.Module, Call], whole: bool
+) -> Iterator[None]:
+    """Keep what every attention needs: keys and values, or how the module was called."""
+    if not whole:
+        with attention(root, kept):
+            yield
+        return
+    if any(block.attn is None for block in tower.blocks):
+        raise NotImplementedError("a layer of it has no attention module")
+    with listening([root.get_submodule(block.attn) for block in tower.blocks if block.attn], heard):
+        yield
+
+
+def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], whole: bool) -> Any:
     def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:
         names = list(inspect.signature(type(block).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
         states = given.pop(names[0])
         entering.append(states)
-        calls.append({name: _checked(name, value, states.shape[1]) for name, value in given.items()})
+        calls.append({name: _checked(name, value, states, whole) for name, value in given.items()})
 
     return keep
 
 
-def _checked(name: str, value: Any, length: int) -> Any:
+def _checked(name: str, value: Any, states: Tensor, whole: bool) -> Any:
     """An argument that can be given for single tokens: by its name, never by a size that may fit by chance."""
     if name in _DROPPED or value is None:
         return None
+    prompts, length = states.shape[:2]
     if "position" in name:
         parts = value if isinstance(value, tuple) else (value,)
         if all(isinstance(p, Tensor) and length in (p.shape[0] if p.dim() == 1 else p.shape[1],) for p in parts):
-            return value
+            flat = tuple(_tokens(part, prompts) for part in parts)
+            return flat if isinstance(value, tuple) else flat[0]
     elif not isinstance(value, Tensor | tuple | list | dict):
         return value
+    if whole:  # what only attention reads is kept with the call of the attention itself
+        return None
     raise NotImplementedError(f"its blocks are given {name}, which is not known to belong to single tokens")
 
 
-def _at(name: str, value: Any, positions: Tensor) -> Any:
-    if "position" not in name or value is None:
-        return value
+def _tokens(part: Tensor, prompts: int) -> Tensor:
+    """`[token]` or `[1, token, ...]`, for the tokens of all prompts, of what is given per position."""
+    if part.dim() == 1:
+        return part.repeat(prompts)
+    return part.expand(prompts, *part.shape[1:]).reshape(1, -1, *part.shape[2:])
+
+
+def _joined(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The arguments of one block in several passes."""
+    joined: dict[str, Any] = {}
+    for name, value in calls[0].items():
+        each = [call.get(name) for call in calls]
+        if isinstance(value, Tensor):
+            joined[name] = _side_by_side(each)
+        elif isinstance(value, tuple):
+            joined[name] = tuple(_side_by_side(parts) for parts in zip(*each, strict=True))
+        elif any(other != value for other in each):
+            raise NotImplementedError(f"its blocks are given another {name} for prompts of another length")
+        else:
+            joined[name] = value
+    return joined
+
+
+def _side_by_side(parts: Sequence[Any]) -> Tensor:
+    return torch.cat(list(parts), dim=0 if parts[0].dim() == 1 else 1)
+
+
+def _flat(parts: Sequence[KeyValue]) -> KeyValue:
+    columns = zip(*parts, strict=True)
+    keys, values = (torch.cat([part.transpose(0, 1).flatten(1, 2) for part in column], 1) for column in columns)
+    return keys, values
+
+
+def _at(value: Any, tokens: Tensor) -> Any:
     if isinstance(value, tuple):
-        return tuple(_at(name, part, positions) for part in value)
-    return value[positions] if value.dim() == 1 else value[:1, positions]
+        return tuple(_at(part, tokens) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    return value[tokens] if value.dim() == 1 else value[:, tokens]
 
 
 def _corruption(work: Work, block: nn.Module, prompts: Sequence[int]) -> Any:
@@ -139,36 +242,6 @@ def _corruption(work: Work, block: nn.Module, prompts: Sequence[int]) -> Any:
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): states})
 
     return block.register_forward_pre_hook(corrupt, with_kwargs=True)
-
-
-def _check_end(root: nn.Module, recording: Recording) -> None:
-    """That nothing but the final norm stands between the last block and the head."""
-    normed = final(root, recording.tower, recording.entering[-1])
-    last = recording.returned.last_hidden_state
-    if normed.shape != last.shape or not torch.allclose(normed, last, rtol=1e-3, atol=1e-3):
-        raise NotImplementedError("more than a norm stands between its last layer and its head")
-
-
-def final(root: nn.Module, tower: Tower, states: Tensor) -> Tensor:
-    """The final norm, where the model has one."""
-    return states if tower.final_norm is None else root.get_submodule(tower.final_norm)(states)
-
-
-def logits_of(root: nn.Module, recording: Recording, states: Tensor) -> Tensor:
-    """The logits of final states `[row, width]`: the model's own head, with whatever it does after the unembedding."""
-    backbone: Any = root.get_submodule(recording.tower.prefix)
-    returned = type(recording.returned)(last_hidden_state=final(root, recording.tower, states)[:, None])
-    # The head is code of the model's forward, so that runs, with the rest of the model standing still.
-    before = backbone.__dict__.get("forward")
-    backbone.forward = lambda *_, **__: returned
-    try:
-        ids = torch.zeros(states.shape[0], 1, dtype=torch.long, device=states.device)
-        return root(input_ids=ids, use_cache=False).logits[:, -1]
-    finally:
-        if before is None:
-            del backbone.forward
-        else:
-            backbone.forward = before
 
 
 def first(value: Any) -> Tensor:

@@ -33,37 +33,56 @@ class Row:
     #: The first block that runs for it, and the first token that does.
     layer: int
     start: int
+    #: The token that the metric reads; nothing after it runs.
+    read: int
+    #: Where its prompt begins among the recorded tokens.
+    base: int
     #: Whether that block runs for the changed tokens alone: the others come out of it as they were recorded.
     alone: bool
 
     @property
+    def length(self) -> int:
+        """How many tokens run."""
+        return self.read + 1 - self.start
+
+    @property
     def changed(self) -> tuple[int, ...]:
-        """The tokens that its first edit changes."""
-        return self.edits[0].positions
+        """The tokens that its first edit changes, as far as they can matter."""
+        return tuple(position for position in self.edits[0].positions if position <= self.read)
 
 
-def rows_of(work: Work, jobs: Sequence[Job], tower: Tower) -> list[Row]:
+def rows_of(
+    work: Work, jobs: Sequence[Job], tower: Tower, bases: Mapping[int, int], *, alone: bool = True
+) -> list[Row]:
     """The rows of these jobs.
+
+    Args:
+        bases: prompt -> where it begins among the recorded tokens.
+        alone: whether a block can run for some tokens of a prompt alone.
 
     Raises:
         NotImplementedError: a site that stands in no block.
     """
-    homes = _homes(tower)
-    return [_row(work, job, tower, homes) for job in jobs]
-
-
-def _homes(tower: Tower) -> Mapping[str, int]:
-    return {block.module: block.index for block in tower.blocks}
-
-
-def _row(work: Work, job: Job, tower: Tower, homes: Mapping[str, int]) -> Row:
-    target = work.plan.targets[job[1]]
-    positions = tuple(work.plan.positions(target, job[0]))
-    edits = tuple(_edit(place, tower, homes, positions) for place in target.places)
-    first = edits[0]
-    # What leaves a layer enters the next.
-    layer = first.layer + (first.where == "output")
-    return Row(job, edits, layer, min(positions), first.where == "point")
+    homes = {block.module: block.index for block in tower.blocks}
+    lengths = work.plan.corrupted.lengths("decoder")
+    rows = []
+    for job in jobs:
+        prompt, target = job[0], work.plan.targets[job[1]]
+        positions = tuple(work.plan.positions(target, prompt))
+        edits = tuple(_edit(place, tower, homes, positions) for place in target.places)
+        first = edits[0]
+        rows.append(
+            Row(
+                job,
+                edits,
+                layer=first.layer + (first.where == "output"),  # what leaves a layer enters the next
+                start=min(positions),
+                read=work.plan.metric.metric.position % lengths[prompt],
+                base=bases[prompt],
+                alone=alone and first.where == "point",
+            )
+        )
+    return rows
 
 
 def _edit(place: Path, tower: Tower, homes: Mapping[str, int], positions: tuple[int, ...]) -> Edit:

@@ -1,0 +1,83 @@
+"""From the states that leave the last block to what the metric reads.
+
+The head is code of the model's own forward (norms, scales, caps), so that is what runs, with the rest of the model
+standing still. A metric that asks for the logits of two tokens needs two columns of the unembedding, though, and where
+those alone give the logits that the head gives, the others are not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.atlas import Tower
+
+#: Logits that are in memory at once; more rows are measured in turns.
+LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands between the last block and the logits."""
+
+    root: nn.Module
+    tower: Tower
+    #: What the model without its head returns, to carry hidden states into the head.
+    carrier: type
+    #: Whether a logit is nothing but its column of the unembedding times the normed state.
+    plain: bool
+    vocabulary: int = 0
+
+    @classmethod
+    def of(cls, root: nn.Module, tower: Tower, states: Tensor, passes: Sequence[Any]) -> Head:
+        """The head of a model, tried on the states that left its last block.
+
+        Raises:
+            NotImplementedError: more than a norm stands there.
+        """
+        last = torch.cat([one.returned.last_hidden_state.flatten(0, 1) for one in passes])
+        head = cls(root, tower, type(passes[0].returned), plain=False)
+        normed = head._normed(states)
+        if normed.shape != last.shape or not torch.allclose(normed, last, rtol=1e-3, atol=1e-3):
+            raise NotImplementedError("more than a norm stands between its last layer and its head")
+        logits = head.logits(states[-1:])
+        some = torch.linspace(0, logits.shape[-1] - 1, 5, device=states.device).long()[None]
+        unembed = root.get_submodule(tower.unembed or "")
+        plain = type(unembed) is nn.Linear and torch.allclose(
+            _columns(unembed, normed[-1:], some), logits.gather(1, some), rtol=1e-4, atol=1e-4
+        )
+        return cls(root, tower, head.carrier, plain, logits.shape[-1])
+
+    @torch.no_grad()
+    def _normed(self, states: Tensor) -> Tensor:
+        return states if self.tower.final_norm is None else self.root.get_submodule(self.tower.final_norm)(states)
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """`[row, vocab]` of states that left the last block, `[row, width]`."""
+        backbone: Any = self.root.get_submodule(self.tower.prefix)
+        returned = self.carrier(last_hidden_state=self._normed(states)[:, None])
+        before = backbone.__dict__.get("forward")
+        backbone.forward = lambda *_, **__: returned
+        try:
+            ids = torch.zeros(states.shape[0], 1, dtype=torch.long, device=states.device)
+            return self.root(input_ids=ids, use_cache=False).logits[:, -1]
+        finally:
+            if before is None:
+                del backbone.forward
+            else:
+                backbone.forward = before
+
+    @torch.no_grad()
+    def logits_of(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """The logits of a few tokens for each row: `[row, token]`."""
+        return _columns(self.root.get_submodule(self.tower.unembed or ""), self._normed(states), tokens)
+
+
+def _columns(unembed: Any, normed: Tensor, tokens: Tensor) -> Tensor:
+    logits = torch.einsum("rd,rtd->rt", normed, unembed.weight[tokens])
+    return logits if unembed.bias is None else logits + unembed.bias[tokens]

@@ -1,0 +1,153 @@
+"""Where every token stands: in a pack, in its prompt, and among the recorded tokens.
+
+Recorded tokens are kept flat, prompt after prompt, so that prompts of different length need no padding. A pack is flat
+too. Attention sees both as one long list, recorded tokens first, and a row of it is a list of numbers into that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnsplice.sweeps.packed.rows import Row
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens stand side by side in one call of a block.
+
+    Attributes:
+        long: rows with every token from their first changed one to the one that is read.
+        short: rows with their changed tokens alone, which attend to nothing but recorded tokens.
+    """
+
+    rows: Sequence[Row]
+    long: Sequence[int]
+    short: Sequence[int] = ()
+
+    @cached_property
+    def offsets(self) -> dict[int, int]:
+        """Row -> where its first token stands in the pack."""
+        sizes = [self.rows[n].length for n in self.long] + [len(self.rows[n].changed) for n in self.short]
+        ends = np.cumsum([0, *sizes])
+        return {n: int(end) for n, end in zip((*self.long, *self.short), ends[:-1], strict=True)}
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """`[token]`, the position of every packed token in its prompt."""
+        long = [np.arange(self.rows[n].start, self.rows[n].read + 1) for n in self.long]
+        return np.concatenate([np.empty(0, int), *long, *(np.array(self.rows[n].changed) for n in self.short)])
+
+    @cached_property
+    def recorded(self) -> np.ndarray:
+        """`[token]`, the number of every packed token among the recorded ones."""
+        rows = [self.rows[n] for n in (*self.long, *self.short)]
+        sizes = [self.rows[n].length for n in self.long] + [len(self.rows[n].changed) for n in self.short]
+        return self.positions + np.repeat(np.array([row.base for row in rows], int), sizes)
+
+    @cached_property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return len(self.positions)
+
+    def find(self, number: int, position: int) -> int | None:
+        """Where a row's token stands in the pack; None where it does not."""
+        row = self.rows[number]
+        if number in self._short:
+            return self.offsets[number] + row.changed.index(position) if position in row.changed else None
+        return self.offsets[number] + position - row.start if row.start <= position <= row.read else None
+
+    @cached_property
+    def _short(self) -> frozenset[int]:
+        return frozenset(self.short)
+
+    def ends(self) -> list[int]:
+        """Where the token that is read stands in the pack, of every long row."""
+        return [self.offsets[n] + self.rows[n].length - 1 for n in self.long]
+
+    def groups(self, total: int, grain: int, device: torch.device, *, thin: bool = False) -> list[Group]:
+        """Rows that attend together.
+
+        Args:
+            total: how many recorded tokens there are.
+            grain: numbers of queries and keys are rounded up to a multiple of this, and rows that are then alike share
+                a call: 1 for no padding at all.
+            thin: only the token that is read asks, of a pack that holds one token of each row; keys and values are
+                those of this layout.
+        """
+        alike: dict[tuple[int, int], list[int]] = {}
+        for n in self.long:
+            row = self.rows[n]
+            asks = 1 if thin else _up(row.length, grain)
+            alike.setdefault((asks, _up(row.read + 1, grain)), []).append(n)
+        order = {n: place for place, n in enumerate(self.long)}
+        groups = []
+        for (queries, keys), members in alike.items():
+            rows = [self.rows[n] for n in members]
+            start, read, base = (
+                np.array([getattr(row, name) for row in rows])[:, None] for name in ("start", "read", "base")
+            )
+            offset = np.array([self.offsets[n] for n in members])[:, None]
+            at = np.minimum(np.arange(keys), read)
+            held = np.where(at < start, base + at, total + offset + at - start)
+            asked = read if thin else np.minimum(start + np.arange(queries), read)
+            where = np.array([order[n] for n in members])[:, None] if thin else offset + asked - start
+            groups.append(Group.of(where, held, asked, device))
+        return groups + self._shorts(device, thin)
+
+    def _shorts(self, device: torch.device, thin: bool) -> list[Group]:
+        """Rows of changed tokens alone: all of one prompt ask the same keys, in one call."""
+        prompts: dict[int, list[tuple[int, int]]] = {}
+        for order, n in enumerate(self.short):
+            row = self.rows[n]
+            asking = [(len(self.long) + order, row.read)] if thin else enumerate(row.changed, self.offsets[n])
+            prompts.setdefault(row.base, []).extend(asking)
+        groups = []
+        for base, members in prompts.items():
+            where, asked = (np.array(column)[None] for column in zip(*members, strict=True))
+            groups.append(Group.of(where, base + np.arange(asked.max() + 1)[None], asked, device))
+        return groups
+
+
+def _up(number: int, grain: int) -> int:
+    return -(-number // grain) * grain
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Rows of one shape, which one call attends for. What pads a row repeats its last token."""
+
+    #: `[row, query]`, which tokens of the pack ask.
+    asks: Tensor
+    #: `[row, key]`, which tokens may be seen, in the order of their positions: recorded ones, then those of the pack.
+    keys: Tensor
+    #: `[row, query]`, where in its prompt each asking token stands; one row where that is the same for all.
+    positions: Tensor
+    _seen: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, asks: np.ndarray, keys: np.ndarray, positions: np.ndarray, device: torch.device) -> Group:
+        """A group of arrays, on the device."""
+        same = positions[:1] if (positions == positions[:1]).all() else positions
+        a, k, p = (torch.as_tensor(array).to(device) for array in (asks, keys, same))
+        return cls(a, k, p)
+
+    def sees(self, window: int | None) -> Tensor | None:
+        """`[row or 1, 1, query, key]`, which token sees which; None for all."""
+        if window not in self._seen:
+            self._seen[window] = visible(self.positions, self.keys.shape[1], window)
+        return self._seen[window]
+
+
+def visible(positions: Tensor, keys: int, window: int | None) -> Tensor | None:
+    """`[row, 1, query, key]`: a token sees itself and those before it, as far as the window; None: all."""
+    at = torch.arange(keys, device=positions.device)
+    sees = at <= positions[..., None]
+    if window is not None and window < keys:
+        sees &= at > positions[..., None] - window
+    return None if bool(sees.all()) else sees[:, None]

@@ -1,0 +1,175 @@
+"""Attention modules that run code of their own (GPT-J, GPT-Neo, BLOOM, Falcon, CodeGen, and whoever comes next).
+
+Nothing is known about what happens inside, so nothing inside can be exchanged. But it is a function of all tokens of a
+prompt, and those are known: the recorded ones before a row begins, its own after. So the module runs whole prompts, one
+for each row, with the arguments that it was recorded with, and what it returns for a row's own tokens goes back into
+the pack. Everything around it, two thirds of a block, stays packed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnsplice.sweeps.packed.layout import Layout
+
+#: The arguments of an attention module that belong to the run, not to the prompt: its tokens, and the stream that some
+#: add in the module.
+_LIVE = ("hidden_states", "residual")
+#: Those that stand for prompt and head on one axis.
+_BY_HEAD = ("alibi",)
+#: How a call is cut: at most this many times the pack's own tokens at once.
+TIMES = 4
+Find = Callable[[int, int], int | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How an attention module was called for prompts of one length, by the names of its arguments."""
+
+    #: `[prompt, token, width]`
+    live: Mapping[str, Tensor]
+    given: Mapping[str, Any]
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return next(iter(self.live.values())).shape[0]
+
+    @property
+    def length(self) -> int:
+        """How many tokens each has."""
+        return next(iter(self.live.values())).shape[1]
+
+
+@contextmanager
+def listening(modules: Sequence[nn.Module], heard: dict[nn.Module, Call]) -> Iterator[None]:
+    """Write down how attention modules are called."""
+
+    def listen(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module in heard:
+            raise NotImplementedError("one attention module runs several times in a pass")
+        names = _arguments(module)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        live = {name: given.pop(name) for name in (names[0], *_LIVE) if name in given}
+        heard[module] = Call(live, given)
+
+    hooks = [module.register_forward_pre_hook(listen, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The recorded calls of every attention module, one for each length of prompts; empty where none is needed."""
+
+    calls: Mapping[nn.Module, Sequence[Call]]
+    #: Where a prompt begins among the recorded tokens -> (which of the calls holds it, its number there).
+    homes: Mapping[int, tuple[int, int]]
+
+    @classmethod
+    def of(cls, passes: Sequence[Mapping[nn.Module, Call]], bases: Sequence[Sequence[int]]) -> Whole:
+        """The calls of several passes, whose prompts begin at `bases`."""
+        homes = {base: (one, row) for one, members in enumerate(bases) for row, base in enumerate(members)}
+        return cls({module: [calls[module] for calls in passes] for module in passes[0]}, homes)
+
+    @contextmanager
+    def running(self, layout: Layout, finds: Callable[[Find | None], None]) -> Iterator[None]:
+        """While this lasts, attention modules take and return packed tokens, and run whole prompts.
+
+        Args:
+            finds: told before each run where a row's token stands in what the module's own layers see, and None after.
+        """
+        before = {module: module.__dict__.get("forward") for module in self.calls}
+        for module in self.calls:
+            module.forward = self._packed(module, module.forward, layout, finds)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module, own in before.items():
+                if own is None:
+                    del module.forward
+                else:
+                    module.forward = own
+
+    def _packed(
+        self, module: nn.Module, forward: Callable[..., Any], layout: Layout, finds: Callable[[Find | None], None]
+    ) -> Callable[..., Any]:
+        names = _arguments(module)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            out: Any = None
+            parts: list[tuple[Tensor, Tensor]] = []
+            for number, call in enumerate(self.calls[module]):
+                for members in self._turns(layout, number, call):
+                    prompts = [self.homes[layout.rows[n].base][1] for n in members]
+                    own, there = _places(layout, members)
+                    live = {name: tensor[prompts] for name, tensor in call.live.items()}
+                    for name, tensor in live.items():
+                        tensor[there] = given[name][0, own]
+                    finds(_finder(layout, members, call.length))
+                    more = {name: _for(name, value, call, prompts) for name, value in call.given.items()}
+                    out = forward(**live, **more)
+                    finds(None)
+                    parts.append((own, (out[0] if isinstance(out, tuple) else out)[there]))
+            packed = torch.cat([made for _, made in parts])[torch.cat([own for own, _ in parts]).argsort()][None]
+            return (packed, *[None] * (len(out) - 1)) if isinstance(out, tuple) else packed
+
+        return run
+
+    def _turns(self, layout: Layout, number: int, call: Call) -> Iterator[list[int]]:
+        """The rows whose prompts a call holds, some at a time."""
+        members = [n for n in layout.long if self.homes[layout.rows[n].base][0] == number]
+        step = max(TIMES * layout.size // call.length, 1)
+        for start in range(0, len(members), step):
+            yield members[start : start + step]
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _places(layout: Layout, members: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Where the tokens of these rows stand in the pack, and in `[row, token]` of whole prompts."""
+    rows = [layout.rows[n] for n in members]
+    own = np.concatenate([np.arange(row.length) + layout.offsets[n] for n, row in zip(members, rows, strict=True)])
+    at = np.concatenate([np.arange(row.start, row.read + 1) for row in rows])
+    order = np.repeat(np.arange(len(rows)), [row.length for row in rows])
+    return torch.as_tensor(own), (torch.as_tensor(order), torch.as_tensor(at))
+
+
+def _finder(layout: Layout, members: Sequence[int], length: int) -> Find:
+    order = {n: place for place, n in enumerate(members)}
+
+    def find(number: int, position: int) -> int | None:
+        if number not in order or layout.find(number, position) is None:
+            return None
+        return order[number] * length + position
+
+    return find
+
+
+def _for(name: str, value: Any, call: Call, rows: Sequence[int]) -> Any:
+    """An argument for these of the recorded prompts."""
+    if isinstance(value, tuple):
+        return tuple(_for(name, part, call, rows) for part in value)
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return value
+    if name in _BY_HEAD:
+        return value.unflatten(0, (call.prompts, -1))[list(rows)].flatten(0, 1)
+    if value.shape[0] == call.prompts:
+        return value[list(rows)]
+    if value.shape[0] == 1:
+        return value
+    raise NotImplementedError(f"its attention is given {name}, of which it is not known what belongs to a prompt")

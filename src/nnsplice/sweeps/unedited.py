@@ -1,0 +1,100 @@
+"""The runs that a sweep compares with: the clean one, which also gives the values to patch, and the corrupted one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations.capture import gather
+from nnsplice.activations.packs import Pack
+from nnsplice.activations.prompts import Prompts
+from nnsplice.paths import Path
+from nnsplice.sweeps.executors import corrupt, kept
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.sources import Captured, Source
+
+
+def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Source]:
+    """The logits that the metric reads in the clean run, `[prompt, vocab]`, and the values that a patch takes from it.
+
+    Args:
+        room: how many tokens run at once.
+    """
+    prompts = plan.corrupted if plan.clean is None else plan.clean
+    needed = _needed(plan)
+    values: dict[object, dict[int, tuple[dict[int, int], Tensor]]] = {}
+
+    def keep(rows: Sequence[int]) -> Callable[[], None]:
+        wanted: dict[Path, set[int]] = {}
+        for row in rows:
+            for place, positions in needed.get(row, {}).items():
+                wanted.setdefault(place, set()).update(positions)
+        orders = {place: tuple(sorted(positions)) for place, positions in wanted.items()}
+        places = engine.expand(model, [place.at(order) for place, order in orders.items()]) if orders else []
+
+        def inside() -> None:
+            mediator = engine.worker(model, "a sweep")
+            for pack in gather(model, mediator, places, prompts.batch(rows)):
+                _keep(pack, rows, values)
+
+        return inside
+
+    logits = _logits(model, plan, prompts, room, keep)
+    return logits, Source(plan, Captured(values) if plan.operation.name == "patch" else None)
+
+
+def corrupted_run(model: engine.Model, plan: Plan, room: int) -> Tensor:
+    """The logits that the metric reads in the corrupted run, `[prompt, vocab]`."""
+    return _logits(model, plan, plan.corrupted, room, lambda rows: lambda: corrupt(model, plan, rows))
+
+
+def _logits(
+    model: engine.Model,
+    plan: Plan,
+    prompts: Prompts,
+    room: int,
+    before: Callable[[Sequence[int]], Callable[[], None]],
+) -> Tensor:
+    logits: dict[int, Tensor] = {}
+    longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
+    for rows in prompts.batches(max(room // longest, 1)):
+        length = prompts.lengths("decoder")[rows[0]]
+        # The position is the edited prompt's; in a pair aligned at the end the clean one counts from there.
+        edited = plan.corrupted.lengths("decoder")[rows[0]]
+        at = plan.metric.metric.position % edited - edited if plan.align == "end" else plan.metric.metric.position
+        first = before(rows)
+        found: list[Tensor] = []
+
+        def body(at: int = at, length: int = length, found: list[Tensor] = found, first: Callable = first) -> None:
+            first()
+            found.append(wire.logits_of(model)[:, at % length - length].clone())
+
+        inputs = prompts.inputs(rows, model.device)
+        assert isinstance(inputs, Mapping)
+        with torch.no_grad():
+            engine.run(model, {**inputs, **kept(model, plan, length, at)}, body)
+        logits |= dict(zip(rows, found[0], strict=True))
+    return torch.stack([logits[row] for row in range(len(prompts))])
+
+
+def _needed(plan: Plan) -> dict[int, dict[Path, set[int]]]:
+    """Prompt -> place -> the positions that a patch takes from the clean run."""
+    needed: dict[int, dict[Path, set[int]]] = {}
+    if plan.operation.name != "patch":
+        return needed
+    for prompt, number in plan.jobs:
+        target = plan.targets[number]
+        for place in target.places:
+            positions = needed.setdefault(prompt, {}).setdefault(place.place, set())
+            positions.update(plan.positions(target, prompt, of_clean=True))
+    return needed
+
+
+def _keep(pack: Pack, rows: Sequence[int], values: dict[object, dict[int, tuple[dict[int, int], Tensor]]]) -> None:
+    """Note what was captured, by site, prompt and position."""
+    index = {key.position: number for number, key in enumerate(pack.keys)}
+    for number, row in enumerate(rows):
+        values.setdefault(pack.keys[0].site, {})[row] = (index, pack.tensor[number])  # type: ignore[assignment]
