@@ -130,12 +130,32 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bart": ("BartConfig", _BART),
     "bert": ("BertConfig", {**_MHA, "type_vocab_size": 2}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_MODERN,
+            "head_dim": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "mpt": (
+        "MptConfig",
+        {"vocab_size": VOCAB, "d_model": 16, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": 64},
+    ),
+    "cohere": ("CohereConfig", {**_MODERN, "logit_scale": 0.25}),
+    "lfm2": ("Lfm2Config", {**_MODERN, "layer_types": ["full_attention", "conv", "full_attention"]}),
     "granite": ("GraniteConfig", {**_MODERN, "residual_multiplier": 0.5}),
     "albert": ("AlbertConfig", {**_MHA, "embedding_size": 8, "inner_group_num": 1}),
 }
 
 #: Families that every oracle test runs over.
-FAMILIES: tuple[str, ...] = tuple(name for name in _CONFIGS if name not in ("granite", "albert"))
+FAMILIES: tuple[str, ...] = tuple(
+    n for n in _CONFIGS if n not in ("granite", "albert", "gpt_oss", "mpt", "cohere", "lfm2")
+)
 SEQ2SEQ = ("t5", "bart")
 MASKED = ("bert", "albert")
 

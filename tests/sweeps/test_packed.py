@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.sweeps import choosing, plan_sweep, run
-from nnsplice.sweeps.packed import attention, executor, recording
+from nnsplice.sweeps import choosing, plan_sweep, run, running, unedited
+from nnsplice.sweeps.executors import Work
+from nnsplice.sweeps.packed import attention, executor, heads, recording
 from zoo import FAMILIES, wrap
 
 CLEAN = ["w3 w4 w5 w6 w7", "w13 w14 w15", "w3 w4 w5 w6 w17"]
@@ -22,13 +23,9 @@ SITES = (
 )  # fmt: skip
 METRIC = ns.logit_diff("w7", "w8")
 #: No causal decoders.
-NOT_COVERED = {"t5", "bart", "bert"}
-#: Families whose attention is code of their own.
-OWN_CODE = {"gptj", "gpt_neo", "bloom", "falcon", "falcon_mqa", "falcon_mha", "codegen"}
-COVERED = {
-    "gptj", "gpt_neo", "bloom", "falcon", "falcon_mqa", "falcon_mha", "codegen", "t5", "bart", "bert",
-}  # fmt: skip
-COVERED = [family for family in FAMILIES if family not in NOT_COVERED]
+NOT_COVERED = ("t5", "bart", "bert")
+#: gpt_oss has sinks, mpt and bloom ALiBi; gptj, gpt_neo, bloom, falcon, codegen, mpt have attention code of their own.
+COVERED = [family for family in (*FAMILIES, "gpt_oss", "mpt") if family not in NOT_COVERED]
 
 
 def _double(family: str, **config: Any) -> Any:
@@ -76,13 +73,15 @@ def test_what_is_not_covered_is_run_another_way_and_says_why(family: str) -> Non
     assert np.nanmax(np.abs(result.table.values - _values(plan, model, "reference"))) < 1e-12
 
 
-def test_metrics_at_another_position_spans_and_single_positions() -> None:
-    model = _double("qwen3")
+@pytest.mark.parametrize("family", ["qwen3", "gpt_neo", "bloom", "gpt_oss"])
+def test_metrics_at_another_position_spans_and_single_positions(family: str) -> None:
+    model = _double(family)
     spans = {"s": [(1, 3), (0, 2), (3, 5)]}
     for sites, metric in (
         ("layers[:].output[0:3]", METRIC.at(2)),
         ('layers[:].output["s"]', METRIC),
         (["layers[:].heads[:].output[-1]", "layers[1].mlp.output[1]"], METRIC),
+        ('layers[:].mlp.output["s"]', ns.probability("w7")),
     ):
         plan = plan_sweep(model, CLEAN, CORRUPTED, sites, metric, spans=spans, operation="zero")
         assert np.nanmax(np.abs(_values(plan, model, "packed") - _values(plan, model, "reference"))) < 1e-12
@@ -162,15 +161,128 @@ def test_the_tokens_that_run_are_those_of_the_cost_law() -> None:
     assert run(prefixed, model, executor="packed", progress=False).run.tokens < 0.35 * result.run.tokens
 
 
-def test_flops_counted_by_torch_stay_near_the_cost_law() -> None:
+def test_flops_counted_by_torch_are_those_of_the_cost_law() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = wrap("llama", num_hidden_layers=6)
-    clean, corrupted = list(range(3, 23)), list(range(30, 50))
+    layers, length = 6, 20
+    model = wrap("llama", num_hidden_layers=layers, hidden_size=64, intermediate_size=128, head_dim=16)
+    block = model._module.model.layers[0]
+    clean, corrupted = list(range(3, 3 + length)), list(range(30, 30 + length))
     plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
-    with FlopCounterMode(display=False) as one, torch.no_grad():
-        model._module(torch.tensor([corrupted]))
-    with FlopCounterMode(display=False) as many:
-        run(plan, model, executor="packed", progress=False)
-    forwards = many.get_total_flops() / one.get_total_flops()
-    assert forwards < 0.40 * 6 * 20  # (L - 1)(T + 1) / 4 is 0.22 of it, the runs before and small matrices come on top
+    with FlopCounterMode(display=False) as counter:
+        result = run(plan, model, executor="packed", progress=False)
+
+    def per_token(module: Any) -> int:
+        return 2 * sum(p.numel() for p in module.parameters() if p.dim() == 2)
+
+    inputs = per_token(block.self_attn) - per_token(block.self_attn.o_proj)
+    suffixes, below = length * (length + 1) // 2, layers - 1
+    inner = per_token(block) * suffixes * sum(range(1, below))
+    last = inputs * suffixes * below + per_token(block) * length * below
+    before = 3 * per_token(block) * layers * length  # the clean and the corrupted run, and the one that is recorded
+    # What comes on top are the scores of attention and a few logits.
+    assert inner + last + before < counter.get_total_flops() < 1.12 * (inner + last + before)
+    naive = per_token(block) * (layers * length) ** 2
+    assert inner + last < naive * (layers - 1) * (length + 1) / 4 / (layers * length)
+    assert result.run.block_calls == layers
+
+
+def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_on_it() -> None:
+    model = _double("gemma3")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, ["layers[:].output", "layers[:].mlp.output"], METRIC)
+    once = _values(plan, model, "packed")
+    work = _work(model, plan)
+    _, cost = choosing.EXECUTORS["packed"](work, plan.jobs)
+    calls = cost.block_calls
+    assert cost.peak > 30
+    for allowed in (5, 11, 30):
+        chunks = list(running._chunks(work, choosing.EXECUTORS["packed"], plan.jobs, allowed))
+        assert all(spent.peak <= allowed for _, _, spent in chunks)
+        assert all(spent.block_calls <= calls for _, _, spent in chunks)
+        found = {job: value for jobs, values, _ in chunks for job, value in zip(jobs, values, strict=True)}
+        assert max(abs(found[job] - once[job]) for job in plan.jobs) < 1e-12
+
+
+def _work(model: Any, plan: Any) -> Any:
+    logits, source = unedited.clean_run(model, plan, 1000)
+    return Work(model, plan, source, logits)
+
+
+# Gemma 2 takes its softmax in float32, whatever the model's dtype.
+@pytest.mark.parametrize(
+    ("family", "near"), [("llama", 1e-12), ("gemma2", 1e-6), ("mistral", 1e-12), ("gpt_oss", 1e-12)]
+)
+def test_rows_padded_to_share_a_call_of_attention_give_the_same_numbers(
+    family: str, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _double(family)
+    sites = ["layers[:].output", "layers[:].attn.output", "layers[:].groups[:].v", "layers[:].heads[:].output[-1]"]
+    plan = plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC)
+    exact = _values(plan, model, "packed")
+    for grain in (2, 64):
+        monkeypatch.setitem(executor.GRAIN, "cpu", grain)
+        assert np.nanmax(np.abs(_values(plan, model, "packed") - exact)) < near
+
+
+def test_a_padded_pack_calls_attention_once_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    calls: list[int] = []
+    attended = attention.attended
+    monkeypatch.setattr(attention, "attended", lambda *given: (calls.append(1), attended(*given))[1])
+    counts = []
+    for grain in (1, 64):
+        calls.clear()
+        monkeypatch.setitem(executor.GRAIN, "cpu", grain)
+        _values(plan, model, "packed")
+        counts.append(len(calls))
+    recorded = 3 * 2  # three layers, prompts of two lengths
+    assert counts[1] == recorded + 2
+    assert counts[0] > counts[1]
+
+
+def test_only_the_logits_that_the_metric_reads_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _double("llama")
+    asked: list[int] = []
+    logits = heads.Head.logits
+    monkeypatch.setattr(heads.Head, "logits", lambda self, states: (asked.append(len(states)), logits(self, states))[1])
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    two = _values(plan, model, "packed")
+    assert asked == [1]  # the trial of the head
+    whole = ns.Metric.of(lambda logits: logits[:, 7] - logits[:, 8])
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", whole)
+    monkeypatch.setattr(executor, "LOGITS", 128)  # two rows of logits at once
+    assert np.nanmax(np.abs(_values(plan, model, "packed") - two)) < 1e-12
+    assert asked[1:] == [1, *[2] * (len(plan.jobs) // 2), *[1] * (len(plan.jobs) % 2)]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_a_head_that_does_more_than_multiply_is_run_as_it_is(family: str) -> None:
+    model = _double(family)
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    assert not recording.record(_work(model, plan), [0]).head.plain
+    assert np.nanmax(np.abs(_values(plan, model, "packed") - _values(plan, model, "reference"))) < 1e-12
+
+
+def test_left_padded_prompts_are_swept_as_if_they_had_no_padding() -> None:
+    model = _double("gpt2")
+    ids = [[0, 0, 13, 14, 15], [3, 4, 5, 6, 7]]
+    mask = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    padded = [{"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)} for rows in (ids, _other(ids))]
+    plan = plan_sweep(model, padded[0], padded[1], "layers[:].output", METRIC)
+    own = [[rows[0][2:], rows[1]] for rows in (ids, _other(ids))]
+    bare = plan_sweep(model, own[0], own[1], "layers[:].output", METRIC)
+    values = _values(plan, model, "packed")
+    assert np.array_equal(values, _values(bare, model, "packed"), equal_nan=True)
+    assert np.nanmax(np.abs(values - _values(plan, model, "reference"))) < 1e-12
+
+
+def _other(ids: list[list[int]]) -> list[list[int]]:
+    return [[*row[:-2], row[-2] + 9, row[-1]] for row in ids]
+
+
+def test_a_hybrid_model_says_which_layer_is_none_of_attention() -> None:
+    model = _double("lfm2")
+    result = ns.sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output", METRIC, progress=False)
+    assert result.run.executor == "batched"
+    assert "not packed: a layer of it has no attention module" in result.run.note

@@ -23,8 +23,9 @@ from nnsplice.sweeps.packed.layout import Layout
 #: The arguments of an attention module that belong to the run, not to the prompt: its tokens, and the stream that some
 #: add in the module.
 _LIVE = ("hidden_states", "residual")
-#: Those that stand for prompt and head on one axis.
+#: Those that stand for prompt and head on one axis, and those that are the same for every prompt.
 _BY_HEAD = ("alibi",)
+_SHARED = ("position_bias",)
 #: How a call is cut: at most this many times the pack's own tokens at once.
 TIMES = 4
 Find = Callable[[int, int], int | None]
@@ -164,7 +165,7 @@ def _for(name: str, value: Any, call: Call, rows: Sequence[int]) -> Any:
     """An argument for these of the recorded prompts."""
     if isinstance(value, tuple):
         return tuple(_for(name, part, call, rows) for part in value)
-    if not isinstance(value, Tensor) or value.dim() < 2:
+    if not isinstance(value, Tensor) or value.dim() < 2 or name in _SHARED:
         return value
     if name in _BY_HEAD:
         return value.unflatten(0, (call.prompts, -1))[list(rows)].flatten(0, 1)
