@@ -1,16 +1,23 @@
 """What an exhaustive patching sweep costs: every block output at every position, one pair of prompts.
 
-    python -m bench.sweeps                 the table: GPT-2-small's shape and a Llama-like one, 20 tokens
-    python -m bench.sweeps --tokens 192    a long prompt
+    python -m bench.sweeps                        the table: GPT-2-small's shape and a Llama-like one, 20 tokens
+    python -m bench.sweeps --tokens 192           a long prompt
+    python -m bench.sweeps --common 10            pairs that begin with 10 equal tokens
+    python -m bench.sweeps --peers OTHER/bin/python    with packages that live in an environment of their own
 
 Naive ways run one forward for each cell, so a sample of cells is timed and scaled; nnsplice's sweeps run whole, with
 everything that `ns.sweep` does: plan, clean and corrupted runs, metric, result. With a GPU the same is timed there.
+
+The floor is the least work that gives all cells exactly: what a change can reach and nothing else, a clean and a
+corrupted run, at the speed of one large matrix product measured in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -123,7 +130,56 @@ def _first(value: Any) -> torch.Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
-def table(build: Callable[[], Any], tokens: int, rounds: int, sample: int) -> None:
+def floor(model: Any, tokens: int, common: int) -> float:
+    """The fewest operations, in FLOP: of a block's matrices only what a changed token needs.
+
+    A cell at layer l and token p changes p alone in what layer l + 1 computes for its keys and queries, every token from
+    p on behind that, and in the last layer keys and values of those but one token else. The scores of attention and the
+    unembedding are left out, so the true floor is a little higher.
+    """
+    root, (block, *_) = model._module, ns.Atlas.of(model).towers["decoder"].blocks
+    layers, changed = len(_blocks(model)), tokens - common
+
+    def flop(name: str | None) -> int:
+        return 0 if name is None else 2 * sum(p.numel() for p in root.get_submodule(name).parameters() if p.dim() == 2)
+
+    whole = flop(block.module)
+    queries, keys = (flop(n) for n in (block.q, block.k)) if block.q else (flop(block.fused) // 3,) * 2
+    inputs, suffixes = queries + 2 * keys, changed * (changed + 1) // 2
+    cost = 2 * layers * tokens * whole
+    for layer in range(layers - 1):
+        through = layers - 2 - layer  # blocks behind it but the last
+        cost += through * suffixes * whole + (suffixes * 2 * keys + changed * (whole - 2 * keys))
+        cost -= (suffixes - changed) * (inputs if through else 2 * keys)
+    return cost
+
+
+def peak() -> float:
+    """FLOP a second of one large matrix product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2048, 1024, device=device), torch.randn(1024, 4096, device=device)
+    a @ b
+    start = _clock()
+    for _ in range(3):
+        a @ b
+    return 3 * 2 * 2048 * 1024 * 4096 / (_clock() - start)
+
+
+def peers(python: str, tokens: int, rounds: int) -> dict[str, float]:
+    """How many times the time of torch hooks other packages take, measured in their own environment."""
+    command = [python, "bench/peers.py", "--tokens", str(tokens), "--rounds", str(rounds)]
+    told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    print("peers:", ", ".join(f"{name} {version}" for name, version in told["versions"].items()))
+    seconds = told["seconds per cell"]
+    hooks = seconds.pop("hooks")
+    return {
+        name: statistics.median(a / b for a, b in zip(spent, hooks, strict=True)) for name, spent in seconds.items()
+    }
+
+
+def table(
+    build: Callable[[], Any], tokens: int, common: int, rounds: int, sample: int, times: dict[str, float]
+) -> None:
     """Time every way `rounds` times in turn, and print medians and ratios."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,20 +192,32 @@ def table(build: Callable[[], Any], tokens: int, rounds: int, sample: int) -> No
         "ns.sweep, batched": lambda: by_sweep(model, clean, corrupted, "batched"),
         "ns.sweep, packed": lambda: by_sweep(model, clean, corrupted, "packed"),
     }
+    corrupted[:, :common] = clean[:, :common]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    speeds: list[float] = []
     with torch.no_grad():
         ns.sweep(model, clean, corrupted, "layers[:].output[:]", METRIC, progress=False)  # probed and warm
         for _ in range(rounds):
             for name, way in ways.items():
+                speeds.append(peak())
                 seconds[name].append(way())
-    base = seconds["nnsight, one trace per cell"]
+    base, hooks = seconds["nnsight, one trace per cell"], seconds["torch hooks, one forward per cell"]
+    speed = statistics.median(speeds)
+    least = floor(model, tokens, common) / speed
     parameters = sum(parameter.numel() for parameter in model._module.parameters())
     name, count = type(model._module).__name__, len(_blocks(model)) * tokens
-    print(f"\n{name}, {parameters / 1e6:.0f}M, {tokens} tokens, {count} cells")
+    shared = f", the first {common} of a pair equal" if common else ""
+    print(f"\n{name}, {parameters / 1e6:.0f}M, {tokens} tokens{shared}, {count} cells, {speed / 1e9:.0f} GFLOP/s")
     print(f"{'':36}{'seconds':>9}{'times faster':>14}")
+    for peer, ratio in times.items():
+        print(
+            f"{peer:36}{statistics.median(hooks) * ratio:9.2f}{statistics.median(base) / statistics.median(hooks) / ratio:14.2f}"
+        )
     for name, spent in seconds.items():
         gain = statistics.median(a / b for a, b in zip(base, spent, strict=True))
         print(f"{name:36}{statistics.median(spent):9.2f}{gain:14.2f}")
+    packed = statistics.median(seconds["ns.sweep, packed"])
+    print(f"{'the floor':36}{least:9.2f}{statistics.median(base) / least:14.2f}   packed reaches {least / packed:.0%}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -158,11 +226,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sample", type=int, default=12, help="cells that the naive ways are timed on")
+    parser.add_argument("--common", type=int, default=0, help="how many tokens both prompts begin with")
+    parser.add_argument("--peers", help="a Python that has TransformerLens or pyvene")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(machine())
+    # Their shape is GPT-2's; how many times the hooks' time they take is what carries over.
+    times = peers(chosen.peers, chosen.tokens, chosen.rounds) if chosen.peers else {}
     for build in (gpt2, llama):
-        table(build, chosen.tokens, chosen.rounds, chosen.sample)
+        table(build, chosen.tokens, chosen.common, chosen.rounds, chosen.sample, times if build is gpt2 else {})
 
 
 if __name__ == "__main__":
