@@ -133,9 +133,9 @@ def _first(value: Any) -> torch.Tensor:
 def floor(model: Any, tokens: int, common: int) -> float:
     """The fewest operations, in FLOP: of a block's matrices only what a changed token needs.
 
-    A cell at layer l and token p changes p alone in what layer l + 1 computes for its keys and queries, every token from
-    p on behind that, and in the last layer keys and values of those but one token else. The scores of attention and the
-    unembedding are left out, so the true floor is a little higher.
+    A cell at layer l and token p changes p alone in the queries, keys and values of layer l + 1, every token from p on
+    behind that, and in the last layer keys and values of those, and the one token that is read. The scores of attention
+    and the unembedding are left out, so the true floor is a little higher.
     """
     root, (block, *_) = model._module, ns.Atlas.of(model).towers["decoder"].blocks
     layers, changed = len(_blocks(model)), tokens - common
@@ -177,14 +177,14 @@ def peers(python: str, tokens: int, rounds: int) -> dict[str, float]:
     }
 
 
-def table(
-    build: Callable[[], Any], tokens: int, common: int, rounds: int, sample: int, times: dict[str, float]
-) -> None:
-    """Time every way `rounds` times in turn, and print medians and ratios."""
+def table(build: Callable[[], Any], chosen: argparse.Namespace, times: dict[str, float]) -> None:
+    """Time every way in turn, some rounds, and print medians and ratios."""
+    tokens, common, sample = chosen.tokens, chosen.common, chosen.sample
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ns.load(build().eval().to(device), tokenizer=tokenizer(256))
-    vocabulary = model._module.config.vocab_size
+    root: Any = model._module
+    vocabulary = root.config.vocab_size
     clean, corrupted = (torch.randint(10, vocabulary, (1, tokens), device=device) for _ in range(2))
     ways: dict[str, Callable[[], float]] = {
         "nnsight, one trace per cell": lambda: by_nnsight(model, clean, corrupted, sample),
@@ -197,7 +197,7 @@ def table(
     speeds: list[float] = []
     with torch.no_grad():
         ns.sweep(model, clean, corrupted, "layers[:].output[:]", METRIC, progress=False)  # probed and warm
-        for _ in range(rounds):
+        for _ in range(chosen.rounds):
             for name, way in ways.items():
                 speeds.append(peak())
                 seconds[name].append(way())
@@ -210,9 +210,8 @@ def table(
     print(f"\n{name}, {parameters / 1e6:.0f}M, {tokens} tokens{shared}, {count} cells, {speed / 1e9:.0f} GFLOP/s")
     print(f"{'':36}{'seconds':>9}{'times faster':>14}")
     for peer, ratio in times.items():
-        print(
-            f"{peer:36}{statistics.median(hooks) * ratio:9.2f}{statistics.median(base) / statistics.median(hooks) / ratio:14.2f}"
-        )
+        spent = statistics.median(hooks) * ratio
+        print(f"{peer:36}{spent:9.2f}{statistics.median(base) / spent:14.2f}")
     for name, spent in seconds.items():
         gain = statistics.median(a / b for a, b in zip(base, spent, strict=True))
         print(f"{name:36}{statistics.median(spent):9.2f}{gain:14.2f}")
@@ -234,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Their shape is GPT-2's; how many times the hooks' time they take is what carries over.
     times = peers(chosen.peers, chosen.tokens, chosen.rounds) if chosen.peers else {}
     for build in (gpt2, llama):
-        table(build, chosen.tokens, chosen.common, chosen.rounds, chosen.sample, times if build is gpt2 else {})
+        table(build, chosen, times if build is gpt2 else {})
 
 
 if __name__ == "__main__":
