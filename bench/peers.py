@@ -14,7 +14,6 @@ source that is run once a cell (its default) or given as a tensor.
 from __future__ import annotations
 
 # pyright: reportMissingImports=false, reportCallIssue=false
-
 import argparse
 import json
 import sys

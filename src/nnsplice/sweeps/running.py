@@ -17,12 +17,9 @@ from nnsplice.errors import BadArgument, BadType, NnspliceError
 from nnsplice.results import Journal, Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Cost, Executor, Work, whole_prompts
+from nnsplice.sweeps.memory import is_memory, room
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
-
-#: Tokens at once, where nothing says how many fit.
-TOKENS_ON_CPU = 4096
-TOKENS_ON_GPU = 65536
 
 
 def run(
@@ -40,7 +37,7 @@ def run(
         executor: `"packed"` (the tokens that can differ, side by side), `"batched"` (a row for each cell, one trace
             for many), `"reference"` (one trace for each cell), or `"auto"`: the first of these that gives a few cells
             of this model the values that they have in a run of their own; `result.run` says which, and why.
-        max_tokens: how many tokens run at once; less is tried when memory is short.
+        max_tokens: how many tokens run at once, where not as many as suit the machine; less when memory is short.
         journal: a file that every finished chunk is appended to; the same call after a stop goes on from there.
         progress: show a bar.
     """
@@ -49,9 +46,9 @@ def run(
         raise BadType(f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns")
     _check_runnable(model, plan)
     start = time.perf_counter()
-    room = max_tokens or _room(model)
-    clean_logits, source = clean_run(model, plan, room)
-    corrupted_logits = corrupted_run(model, plan, room)
+    at_once = max_tokens or room(model)
+    clean_logits, source = clean_run(model, plan, at_once)
+    corrupted_logits = corrupted_run(model, plan, at_once)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
     clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
@@ -73,7 +70,7 @@ def run(
                 values[prompt, target], done[prompt, target] = value, True
         left = [job for job in plan.jobs if not done[job]]
         bar = stack.enter_context(_bar(len(plan.jobs), len(plan.jobs) - len(left), progress))
-        for jobs, found, spent in _chunks(work, execute, left, room):
+        for jobs, found, spent in _chunks(work, execute, left, at_once):
             for job, value in zip(jobs, found, strict=True):
                 values[job], done[job] = value, True
             if log is not None:
@@ -161,20 +158,20 @@ def _check_baselines(plan: Plan, clean: np.ndarray, corrupted: np.ndarray) -> No
 
 
 def _chunks(
-    work: Work, executor: Executor, jobs: Sequence[Job], room: int
+    work: Work, executor: Executor, jobs: Sequence[Job], at_once: int
 ) -> Iterator[tuple[Sequence[Job], list[float], Cost]]:
-    """Jobs that run together, at most `room` tokens at once, and half of it after running out of memory."""
+    """Jobs that run together, at most so many tokens at once, and half of it after running out of memory."""
     for members in _together(work, executor, jobs):
         sizes, prompts = executor.tokens(work, members), whole_prompts(work, members)
         at = 0
         while at < len(members):
-            chunk = members[at : at + _fitting(members[at:], sizes[at:], prompts[at:], room)]
+            chunk = members[at : at + _fitting(members[at:], sizes[at:], prompts[at:], at_once)]
             try:
                 values, cost = executor(work, chunk)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if len(chunk) == 1 or isinstance(error, NnspliceError) or not _is_memory(error):
+                if len(chunk) == 1 or isinstance(error, NnspliceError) or not is_memory(error):
                     raise
-                room = min(room, sum(sizes[at : at + len(chunk)])) // 2
+                at_once = min(at_once, sum(sizes[at : at + len(chunk)])) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
@@ -202,15 +199,6 @@ def _fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], 
         if max(own, whole) > room:
             return max(number, 1)
     return len(jobs)
-
-
-def _is_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
-
-
-def _room(model: engine.Model) -> int:
-    device = model.device
-    return TOKENS_ON_GPU if device is not None and device.type == "cuda" else TOKENS_ON_CPU
 
 
 def _bar(total: int, done: int, progress: bool) -> Any:

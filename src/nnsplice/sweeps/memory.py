@@ -1,0 +1,49 @@
+"""How much runs at once: by the memory that is free, and less when it was too much."""
+
+from __future__ import annotations
+
+import torch
+
+from nnsplice import engine
+from nnsplice.atlas import Atlas, peel
+
+#: Tokens at once on a CPU, where more is no faster.
+TOKENS_ON_CPU = 4096
+#: The most on a GPU: beyond it, products of matrices are as fast as they get.
+TOKENS_ON_GPU = 131072
+#: Of the free memory, what a sweep may plan with.
+SHARE = 0.5
+#: How many copies of what a block computes are alive at once: before and after an edit, gathered keys and values.
+COPIES = 4
+
+
+def room(model: engine.Model) -> int:
+    """How many tokens may run at once."""
+    device = model.device
+    if device is None or device.type != "cuda":
+        return TOKENS_ON_CPU
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(min(int(free * SHARE) // bytes_per_token(model), TOKENS_ON_GPU), 1)
+
+
+def bytes_per_token(model: engine.Model) -> int:
+    """What one token takes on its way: everything that one block computes of it, some copies of that, and logits."""
+    root = peel(model)
+    towers = Atlas.of(model).towers
+    size = max((p.element_size() for p in root.parameters() if p.is_floating_point()), default=4)
+    if "decoder" not in towers:
+        return size * COPIES * max((p.shape[0] for p in root.parameters() if p.dim() == 2), default=1)
+    tower = towers["decoder"]
+    block = max((_computed(root, block.module) for block in tower.blocks), default=1)
+    vocabulary = _computed(root, tower.unembed) if tower.unembed else 0
+    return size * (COPIES * block + vocabulary)
+
+
+def _computed(root: torch.nn.Module, name: str) -> int:
+    """Numbers that the matrices of a part give for one token, and its norms as many as they have weights."""
+    return sum(max(p.shape) for p in root.get_submodule(name).parameters() if p.dim() in (1, 2))
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
