@@ -10,10 +10,11 @@ One address language for every part of a model, and many views of an address. Th
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, rank, kl_divergence
+    adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
     errors, plots                                 every exception; figures of labelled arrays
 """
 
-from nnsplice import errors, models, plots
+from nnsplice import adapters, errors, models, plots
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
 from nnsplice.atlas import Atlas
 
@@ -34,6 +35,7 @@ __all__ = [
     "SavedActivation",
     "SweepResult",
     "ablate",
+    "adapters",
     "capture",
     "causal_trace",
     "errors",

@@ -22,6 +22,7 @@ Each one is also the builtin that a caller would catch without knowing nnsplice:
     ├── BadArgument (ValueError)            an argument out of its domain
     ├── BadType (TypeError)                 an argument of another type
     ├── MissingPackage (ImportError)        an extra that is not installed
+    ├── ParamMappingError (ValueError)      parameters of an optimizer cannot be given to layers with certainty
     └── FileError (ValueError)              a file that is no capture, or a damaged one
 
 A message says what was found, what was expected and what to write instead. Inner code raises the reason; the public
@@ -154,6 +155,10 @@ class BadType(NnspliceError, TypeError):
 
 class MissingPackage(NnspliceError, ImportError):
     """A package that one of the extras brings is not installed."""
+
+
+class ParamMappingError(NnspliceError, ValueError):
+    """Parameters of an optimizer cannot be given to layers with certainty."""
 
 
 class FileError(NnspliceError, ValueError):

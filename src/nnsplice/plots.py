@@ -1,6 +1,7 @@
 """Labelled arrays in, matplotlib axes out.
 
     heatmap    a grid of numbers with names on both sides
+    bars       a number for each of a list of names
     save       write the figure of some axes to a file
 
 The only file that imports matplotlib, and only when a figure is drawn. It knows no other room: what the numbers mean is
@@ -88,6 +89,46 @@ def heatmap(
     bar = ax.figure.colorbar(image, ax=ax, extend=_beyond(grid, low, high))
     if value_label is not None:
         bar.set_label(_literal(value_label))
+    return ax
+
+
+def bars(
+    values: Sequence[float],
+    *,
+    names: Sequence[object],
+    label: str,
+    value_label: str,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a number for each name as a bar, the first name on top.
+
+    Args:
+        values: one number for each name.
+        names: what they are of, for example layer numbers.
+        label: what the names are.
+        value_label: what the numbers are.
+        title: a line above the figure.
+        ax: axes to draw on; a new figure when left out.
+
+    Returns:
+        The axes; the figure is `axes.figure`.
+    """
+    numbers = np.asarray(values, dtype=float)
+    if numbers.shape != (len(names),) or not len(names):
+        raise BadArgument(
+            f"values of shape {list(numbers.shape)} do not fit {len(names)} names", expected="one number for each name"
+        )
+    if ax is None:
+        ax = _new_axes((len(names), 8))
+    places = range(len(names))
+    ax.barh(places, numbers, color="#3b6ea5", height=0.7)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_yticks(*_ticks(names))
+    ax.set_ylabel(_literal(label))
+    ax.set_xlabel(_literal(value_label))
+    if title is not None:
+        ax.set_title(_literal(title))
     return ax
 
 

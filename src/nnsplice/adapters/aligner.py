@@ -1,0 +1,186 @@
+"""Steps of a training run against adapters: what moved, whether it moved where an adapter points, what that is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from nnsplice.adapters import alignment
+from nnsplice.adapters.domains import DOMAINS, DomainTable
+from nnsplice.adapters.factors import ExpertAdapter, LoRAMatrices, experts_turned, is_transposed
+from nnsplice.adapters.profile import AdapterProfile, profile, where
+from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas.names import layer_of, unwrapped
+from nnsplice.errors import BadArgument, ShapeError
+
+Mode = Literal["cosine", "subspace"]
+MODES = {"cosine": alignment.cosine, "subspace": alignment.inside}
+#: How many layers a model is taken to have that does not say.
+DEFAULT_LAYERS = 12
+
+
+class ExpertManifoldAligner:
+    """Follows a model through training, and compares what changed with adapters.
+
+    >>> aligner = ns.adapters.ExpertManifoldAligner(model)
+    >>> aligner.total_layers
+    3
+    >>> aligner.analyze_layer_profile("transformer.h.2.mlp.c_fc.weight")
+    ('mlp', 'late')
+    """
+
+    def __init__(self, model: Any, *, domains: DomainTable = DOMAINS) -> None:
+        """Read the model's parts and take the first snapshot.
+
+        Args:
+            model: any torch or nnsight model; its parts are named by the atlas, or by their names where it knows none.
+            domains: what energy in which part speaks for.
+        """
+        self.domains = domains
+        self.atlas = Atlas.of(model)
+        root = peel(model)
+        self.total_layers = _count(self.atlas, root)
+        self._turned = frozenset(name for name, _ in root.named_parameters() if is_transposed(root, name))
+        self._turned_experts = frozenset(name for name, module in root.named_modules() if experts_turned(module))
+        self._seen: dict[str, Tensor] = {}
+        self.track_step(model)
+
+    def track_step(self, model: Any, *, merged: bool = False) -> dict[str, Tensor]:
+        """What every trainable matrix changed by since the last call; a matrix that is new is only remembered.
+
+        Args:
+            model: the model that is trained.
+            merged: see the factors of an adapter as the change of the weight that they make: `B A` now less `B A` then,
+                under the weight's own name and stored as it is.
+        """
+        root = _as_named(model)
+        before = self._seen
+        after = {
+            name: p.detach().clone() for name, p in root.named_parameters() if p.requires_grad and p.ndim >= 2
+        }  # fmt: skip
+        extra: dict[str, Tensor] = {}
+        if merged:
+            from nnsplice.adapters.live import merged_steps, vectors
+
+            after |= vectors(root)
+            extra, used = merged_steps(root, before, after)
+        else:
+            used = frozenset()
+        self._seen = {**before, **after}
+        steps = {
+            name: value - before[name]
+            for name, value in after.items()
+            if name in before and name not in used and value.ndim >= 2
+        }
+        return steps | extra
+
+    def compute_subspace_alignment(
+        self, lora: LoRAMatrices, step_update: Tensor, *, mode: Mode = "cosine", name: str | None = None
+    ) -> float:
+        """How far an update of a weight goes where a pair of factors points.
+
+        `cosine` compares it with the one direction `B A`: from -1 to 1. `subspace` asks which share of its energy lies
+        in the columns of B and the rows of A, whatever its direction there: from 0 to 1. Both are 0.0 for another shape
+        and for zero.
+
+        Args:
+            lora: the factors.
+            step_update: a change of the weight, as it is stored.
+            mode: which of the two.
+            name: the weight's name in the aligner's model, which tells how it is stored; else the factors say.
+
+        Raises:
+            ShapeError: an update of several experts at once.
+        """
+        if mode not in MODES:
+            raise BadArgument(f"there is no mode {mode!r}", expected=" or ".join(MODES))
+        if step_update.ndim > 2:
+            raise ShapeError(
+                f"an update of shape {list(step_update.shape)} holds several matrices, and the factors change one",
+                expected="the update of one expert",
+                write="aligner.align(adapter, steps)   (which finds each expert's), or step_update[expert]",
+            )
+        turned = lora.transposed if name is None else self._is_turned(name)
+        update = step_update.mT if turned and step_update.ndim == 2 else step_update
+        if tuple(update.shape) != (lora.lora_B.shape[0], lora.lora_A.shape[1]):
+            return 0.0
+        return MODES[mode](lora.lora_B.to(update.device), lora.lora_A.to(update.device), update)
+
+    def align(self, adapter: ExpertAdapter, steps: Mapping[str, Tensor], *, mode: Mode = "cosine") -> dict[str, float]:
+        """`compute_subspace_alignment` of every weight that both an adapter and a step changed, by name.
+
+        Raises:
+            BadArgument: they have no weight in common.
+        """
+        by_name = {unwrapped(name): step for name, step in steps.items()}
+        found: dict[str, float] = {}
+        for name, pair in adapter.layers.items():
+            step = by_name.get(name)
+            if step is None:
+                step = _expert(by_name, name)
+            if step is not None:
+                found[name] = self.compute_subspace_alignment(pair, step, mode=mode, name=name)
+        if not found:
+            raise BadArgument(
+                f"the adapter changes {next(iter(adapter.layers), 'nothing')}, ..., and the step "
+                f"{next(iter(steps), 'nothing')}, ...: no weight is in both",
+                expected="a step of the weights themselves",
+                write="aligner.track_step(model, merged=True)   (where an adapter is trained)",
+            )
+        return found
+
+    def analyze_layer_profile(self, name: str) -> tuple[str, str]:
+        """The kind of a weight (`embed`, `attn`, `mlp`, `other`) and its depth (`early`, `mid`, `late`)."""
+        found = where(name, self.total_layers, self.atlas)
+        return found.kind, found.depth
+
+    def profile_adapter(self, adapter: ExpertAdapter) -> AdapterProfile:
+        """The share of each domain, which sum to 1, and the energies behind them: a dictionary with tables and a plot.
+
+        Raises:
+            BadArgument: an energy that is not a number.
+        """
+        return profile(adapter, self.domains, self.total_layers, self.atlas)
+
+    def tag_adapter(self, adapter: ExpertAdapter, *, replace: bool = False) -> list[str]:
+        """Name the domains that an adapter acts for: those with a large share, else the one with the largest.
+
+        They are added to the adapter's `domain_tags`, in place of those that were computed before; tags that somebody
+        set stay, unless `replace`. Returned are the domains alone.
+        """
+        scores = self.profile_adapter(adapter)
+        tags = [name for name, score in scores.items() if score >= self.domains.threshold]
+        tags = tags or [max(scores, key=lambda name: scores[name])]
+        kept = [] if replace else [tag for tag in adapter.domain_tags if tag not in adapter.computed_tags]
+        adapter.computed_tags = [tag for tag in tags if tag not in kept]
+        adapter.domain_tags = [*kept, *adapter.computed_tags]
+        return tags
+
+    def _is_turned(self, name: str) -> bool:
+        if name in self._turned:
+            return True
+        module, _, attribute = name.rpartition(".")
+        # `gate_proj.base_layer.weight` where an adapter wrapped the layer, `experts.3.gate_up_proj` for one expert.
+        return f"{module}.base_layer.{attribute}" in self._turned or module.rpartition(".")[0] in self._turned_experts
+
+
+def _as_named(model: Any) -> nn.Module:
+    """The module whose names a user sees: the one that was given, or the one inside an nnsight model."""
+    return model if isinstance(model, nn.Module) else peel(model)
+
+
+def _count(atlas: Atlas, root: nn.Module) -> int:
+    if atlas.towers:
+        return atlas.tower().n_layers
+    numbers = [layer.number for name in root.state_dict() if (layer := layer_of(name)) is not None]
+    return 1 + max(numbers) if numbers else DEFAULT_LAYERS
+
+
+def _expert(steps: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The part of a fused tensor's step that belongs to one expert: `...experts.3.gate_up_proj`."""
+    module, _, attribute = name.rpartition(".")
+    owner, _, number = module.rpartition(".")
+    fused = steps.get(f"{owner}.{attribute}") if number.isdigit() else None
+    return fused[int(number)] if fused is not None and fused.ndim == 3 else None

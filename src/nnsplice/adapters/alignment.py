@@ -1,0 +1,76 @@
+"""Where a change of a matrix points, compared with a pair of low-rank factors; the large product is never made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nnsplice.errors import BadArgument
+
+#: Rounding noise of double precision in what is computed here: a cosine this near to 1 is 1.
+NOISE = 1e-14
+#: Directions of a factor that are smaller than this share of its largest one come from rounding.
+RANK_TOLERANCE = 1e-12
+
+
+def cosine(left: Tensor, right: Tensor, update: Tensor) -> float:
+    """The cosine of `left @ right`, `[out, r] @ [r, in]`, with `update`, `[out, in]`; 0.0 where either is zero.
+
+    Both factors become an orthonormal part and a small triangle first, so that the norm of the product is computed from
+    the product of the triangles: exact also where the factors nearly cancel. Costs O(r · out · in).
+    """
+    b, a, u = (_scaled(x, name) for x, name in ((left, "lora_B"), (right, "lora_A"), (update, "the update")))
+    if b is None or a is None or u is None:
+        return 0.0
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.mT)
+    core = rb @ ra.mT
+    size = float(core.norm() * u.norm())
+    if size == 0.0:
+        return 0.0
+    found = float((core * (qb.mT @ u @ qa)).sum()) / size
+    return _tidy(found, -1.0)
+
+
+def inside(left: Tensor, right: Tensor, update: Tensor) -> float:
+    """The share of the update's energy that lies in the columns of `left` and the rows of `right`: from 0 to 1."""
+    b, a, u = (_scaled(x, name) for x, name in ((left, "lora_B"), (right, "lora_A"), (update, "the update")))
+    if b is None or a is None or u is None:
+        return 0.0
+    projected = _basis(b).mT @ u @ _basis(a.mT)
+    return _tidy(float(projected.square().sum() / u.square().sum()), 0.0)
+
+
+def singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """The singular values of `left @ right`, largest first, as many as the factors have ranks; float64."""
+    b, a = left.detach().double(), right.detach().double()
+    width = min(b.shape[0], b.shape[1], a.shape[1])
+    if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
+        return torch.full((width,), torch.nan, dtype=torch.float64)
+    rb, ra = torch.linalg.qr(b, mode="r")[1], torch.linalg.qr(a.mT, mode="r")[1]
+    return torch.linalg.svdvals(rb @ ra.mT)
+
+
+def _scaled(tensor: Tensor, name: str) -> Tensor | None:
+    """In double precision and with 1 as its largest number, so that squares neither vanish nor overflow."""
+    plain = tensor.detach().double()
+    largest = float(plain.abs().max()) if plain.numel() else 0.0
+    if largest == 0.0:
+        return None
+    if not largest < float("inf"):
+        raise BadArgument(
+            f"{name} holds numbers that are not finite", expected="the factors of a run that did not diverge"
+        )
+    return plain / largest
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    """Orthonormal columns that span those of a matrix."""
+    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, s > RANK_TOLERANCE * s[0]]
+
+
+def _tidy(number: float, least: float) -> float:
+    if number > 1.0 - NOISE:
+        return 1.0
+    return max(number, least)

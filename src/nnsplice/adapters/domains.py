@@ -1,0 +1,74 @@
+"""What the parts of a model are taken to be good for, as a table that a user may replace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from nnsplice.errors import BadArgument
+
+#: What kind of weight a name speaks of, and where in the model it lies.
+Kind = Literal["embed", "attn", "mlp", "other"]
+Depth = Literal["early", "mid", "late"]
+KINDS: tuple[Kind, ...] = ("embed", "attn", "mlp", "other")
+DEPTHS: tuple[Depth, ...] = ("early", "mid", "late")
+
+
+@dataclass(frozen=True)
+class DomainTable:
+    """How much the energy of a weight speaks for each domain, by the weight's kind and depth.
+
+    >>> table = ns.adapters.DomainTable(
+    ...     names=("facts", "rest"), weights={("mlp", "mid"): (1.0, 0.0)}, default=(0.0, 1.0), threshold=0.5
+    ... )
+    >>> table.of("attn", "late")
+    (0.0, 1.0)
+    """
+
+    names: tuple[str, ...]
+    #: (kind, depth) -> a number for each name.
+    weights: Mapping[tuple[str, str], tuple[float, ...]]
+    #: For kinds and depths that are not listed.
+    default: tuple[float, ...] = ()
+    #: A share from which a domain becomes a tag.
+    threshold: float = 0.35
+    #: The share of every domain where an adapter changes nothing.
+    empty: float = field(default=0.33)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+        if not self.names or len(set(self.names)) != len(self.names):
+            raise BadArgument(f"the names of the domains are {', '.join(self.names)}", expected="different ones")
+        for key, row in [*self.weights.items(), *([("default", self.default)] if self.default else [])]:
+            if isinstance(key, tuple) and (key[0] not in KINDS or key[1] not in DEPTHS):
+                raise BadArgument(f"{key} is no kind and depth", expected=f"one of {KINDS} and one of {DEPTHS}")
+            if len(row) != len(self.names) or any(not 0 <= weight < float("inf") for weight in row):
+                raise BadArgument(
+                    f"the row of {key} is {tuple(row)}",
+                    expected=f"{len(self.names)} numbers from 0, for {', '.join(self.names)}",
+                )
+
+    def of(self, kind: str, depth: str) -> tuple[float, ...]:
+        """The weights of one kind at one depth."""
+        return tuple(self.weights.get((kind, depth), self.default or (0.0,) * len(self.names)))
+
+
+_EARLY, _MID_ATTN, _MID = (1.5, 0.5, 0.0), (0.0, 1.5, 0.0), (0.0, 0.8, 1.2)
+_LATE_MLP, _LATE = (0.0, 0.0, 1.8), (0.0, 1.2, 0.5)
+
+#: A rule of thumb, made for adapters on German law: early layers recall, middle attention reasons, late MLPs style.
+DOMAINS = DomainTable(
+    names=("statute_recall", "logic_reasoning", "style_gutachtenstil"),
+    weights={
+        **{(kind, "early"): _EARLY for kind in KINDS},
+        **{("embed", depth): _EARLY for depth in DEPTHS},
+        ("attn", "mid"): _MID_ATTN,
+        ("mlp", "mid"): _MID,
+        ("other", "mid"): _MID,
+        ("mlp", "late"): _LATE_MLP,
+        ("attn", "late"): _LATE,
+        ("other", "late"): _LATE,
+    },
+)

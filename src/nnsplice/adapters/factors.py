@@ -1,0 +1,212 @@
+"""An adapter as pairs of low-rank factors, by the weight that each pair changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.adapters.alignment import singular_values
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument, FileError, ShapeError
+
+
+@dataclass(eq=False)
+class LoRAMatrices:
+    """The change of one matrix as two factors: `lora_B @ lora_A`, `[out, in]`. A scale is part of `lora_B`.
+
+    >>> pair = ns.adapters.LoRAMatrices(lora_A=torch.tensor([[0.0, 2.0]]), lora_B=torch.tensor([[3.0], [0.0]]))
+    >>> pair.delta()
+    tensor([[0., 6.],
+            [0., 0.]])
+    >>> float(pair.energy)
+    36.0
+    """
+
+    #: `[r, in]`.
+    lora_A: Tensor  # noqa: N815 (the papers' name)
+    #: `[out, r]`.
+    lora_B: Tensor  # noqa: N815 (the papers' name)
+    #: Largest first; computed from the factors when not given.
+    singular_values: Tensor = None  # pyright: ignore[reportAssignmentType]
+    #: Whether the model stores the weight as `[in, out]`, as GPT-2's Conv1D and embeddings do.
+    transposed: bool = False
+    #: DoRA's length of each row of the changed weight. The change is then no product of the factors alone.
+    magnitude: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        a, b = self.lora_A, self.lora_B
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise ShapeError(
+                f"lora_A is {list(a.shape)} and lora_B is {list(b.shape)}",
+                expected="lora_A [r, in] and lora_B [out, r]; an expert's factors are a pair of their own",
+            )
+        if self.singular_values is None:
+            self.singular_values = singular_values(b, a)
+
+    @property
+    def rank(self) -> int:
+        """How many columns and rows the factors share."""
+        return self.lora_A.shape[0]
+
+    @property
+    def energy(self) -> Tensor:
+        """The sum of the squared singular values: the squared Frobenius norm of the change."""
+        return torch.as_tensor(self.singular_values).double().square().sum()
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The change itself, `[out, in]`.
+
+        Args:
+            weight: the base model's weight as it is stored, which DoRA's change depends on.
+        """
+        product = self.lora_B @ self.lora_A
+        if self.magnitude is None:
+            return product
+        if weight is None:
+            raise BadArgument(
+                "the change that DoRA makes depends on the weight that it changes", write="pair.delta(weight)"
+            )
+        base = (weight.mT if self.transposed else weight).to(product)
+        changed = base + product
+        return self.magnitude.to(product)[:, None] * changed / changed.norm(dim=1, keepdim=True) - base
+
+    def __repr__(self) -> str:
+        dora = ", DoRA" if self.magnitude is not None else ""
+        return (
+            f"LoRAMatrices({self.lora_B.shape[0]} x {self.lora_A.shape[1]}, rank {self.rank}, "
+            f"energy {float(self.energy):.3g}{dora})"
+        )
+
+
+@dataclass(eq=False)
+class ExpertAdapter:
+    """What an adapter does to each weight, and what it is good for.
+
+    `layers` goes by the names of the base model's own parameters: `model.layers.7.self_attn.q_proj.weight`.
+    """
+
+    layers: dict[str, LoRAMatrices]
+    domain_tags: list[str] = field(default_factory=list)
+    #: Parameters that the adapter replaces as a whole (`modules_to_save`, biases), so that they are no pair of factors.
+    whole: tuple[str, ...] = ()
+    #: The tags that were computed, not set by hand: the next computation replaces them.
+    computed_tags: list[str] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def from_peft(cls, adapter_dir: str | os.PathLike[str], *, base: Any = None) -> ExpertAdapter:
+        """An adapter from the folder that PEFT wrote.
+
+        Scales (alpha/r, rsLoRA, rank and alpha patterns) become part of `lora_B`; fused experts become a pair each.
+
+        Args:
+            adapter_dir: the folder.
+            base: the model that it belongs to. With it, the change that DoRA makes is exact, and the way in which each
+                weight is stored is looked up instead of taken from the config.
+
+        Raises:
+            FileError: no such folder, or a kind of adapter that is no pair of factors.
+        """
+        from nnsplice.adapters.folder import read_folder
+
+        layers, whole = read_folder(adapter_dir, base)
+        return cls(layers, whole=whole)
+
+    @classmethod
+    def from_model_delta(cls, base: Any, tuned: Any, rank: int) -> ExpertAdapter:
+        """The difference of two models, each matrix by its best approximation of this rank.
+
+        Matrices that are equal in both are left out; biases and norms that differ are listed in `whole`.
+        """
+        if rank < 1:
+            raise BadArgument(f"rank is {rank}", expected="at least 1")
+        before, after = peel(base), peel(tuned)
+        others = dict(after.named_parameters())
+        layers: dict[str, LoRAMatrices] = {}
+        whole: list[str] = []
+        for name, parameter in before.named_parameters():
+            if name not in others or others[name].shape != parameter.shape:
+                raise BadArgument(
+                    f"{name} of the base model, {list(parameter.shape)}, is "
+                    + ("missing in" if name not in others else f"{list(others[name].shape)} in")
+                    + " the tuned one",
+                    expected="two models of one shape; merge an adapter first",
+                )
+            change = (others[name].detach().double() - parameter.detach().double()).cpu()
+            if not change.any():
+                continue
+            if change.ndim < 2:
+                whole.append(name)
+                continue
+            for full, matrix, turned in _matrices(before, name, change):
+                layers[full] = _best(matrix, rank, turned)
+        if not layers:
+            raise BadArgument("no matrix differs between the two models", expected="a model and a tuned copy of it")
+        return cls(layers, whole=tuple(whole))
+
+    def __repr__(self) -> str:
+        ranks = sorted({pair.rank for pair in self.layers.values()})
+        tags = f", {', '.join(self.domain_tags)}" if self.domain_tags else ""
+        whole = f", {len(self.whole)} whole parameters" if self.whole else ""
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
+        return f"ExpertAdapter({len(self.layers)} matrices, rank {shown}{whole}{tags})"
+
+
+def is_transposed(root: nn.Module, name: str) -> bool:
+    """Whether a parameter is stored as `[in, out]`: Conv1D, and embeddings, whose input is the token."""
+    module, _, attribute = name.rpartition(".")
+    owner = bare(root, module)
+    return attribute == "weight" and (type(owner).__name__ == "Conv1D" or isinstance(owner, nn.Embedding))
+
+
+def bare(root: nn.Module, name: str) -> nn.Module:
+    """A module of a model, without the adapter's layers around it.
+
+    Raises:
+        FileError: the model has no such module.
+    """
+    try:
+        owner = root.get_submodule(name)
+    except AttributeError:
+        raise FileError(
+            f"the model has no {name}, which the adapter changes", expected="the model that the adapter belongs to"
+        ) from None
+    while isinstance(inner := getattr(owner, "base_layer", None), nn.Module):
+        owner = inner
+    return owner
+
+
+def experts_turned(owner: nn.Module) -> bool:
+    """Whether fused experts are stored as `[expert, in, out]`."""
+    return bool(getattr(owner, "is_transposed", False))
+
+
+def _matrices(root: nn.Module, name: str, change: Tensor) -> Iterator[tuple[str, Tensor, bool]]:
+    """The matrices of a parameter as `[out, in]`: itself, or one for each expert."""
+    if change.ndim == 2:
+        turned = is_transposed(root, name)
+        yield name, change.mT if turned else change, turned
+        return
+    module, _, attribute = name.rpartition(".")
+    if change.ndim != 3:
+        raise ShapeError(f"{name} is {list(change.shape)}, not a matrix", expected="matrices, or one for each expert")
+    turned = experts_turned(bare(root, module))
+    for index, matrix in enumerate(change):
+        if matrix.any():
+            yield expert_name(module, index, attribute), matrix.mT if turned else matrix, turned
+
+
+def expert_name(module: str, index: int, attribute: str) -> str:
+    """How one expert of a fused tensor is called here: `model.layers.0.mlp.experts.3.gate_up_proj`."""
+    return f"{module}.{index}.{attribute}"
+
+
+def _best(matrix: Tensor, rank: int, turned: bool) -> LoRAMatrices:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
+    return LoRAMatrices(right.contiguous(), left.contiguous(), s[:rank].clone(), turned)

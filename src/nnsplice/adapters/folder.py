@@ -1,0 +1,222 @@
+"""A PEFT folder -> factors, with every scale in them. Nothing of PEFT is needed to read it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.adapters.factors import LoRAMatrices, bare, expert_name, experts_turned, is_transposed
+from nnsplice.adapters.header import CONFIG, WEIGHTS, read_config, read_header
+from nnsplice.atlas import peel
+from nnsplice.errors import FileError, ParamMappingError, circumstances
+
+#: Ways to start that change the base model's weights, so that the factors are not what was added to those it came with.
+CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
+#: Options with which the change is no product of two factors.
+NOT_A_PRODUCT = (
+    "use_bdlora",
+    "kasa_config",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "monteclora_config",
+)
+PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+
+Tensors = Mapping[str, Tensor]
+
+
+def read_folder(
+    adapter_dir: str | os.PathLike[str], base: Any = None
+) -> tuple[dict[str, LoRAMatrices], tuple[str, ...]]:  # fmt: skip
+    """The pairs of factors by the weight that they change, and the parameters that are replaced as a whole."""
+    try:
+        entries, config = read_header(adapter_dir), read_config(adapter_dir)
+    except ParamMappingError as error:
+        raise FileError(str(error)) from None
+    with circumstances(f"the adapter in {Path(adapter_dir)}"):
+        if config is None:
+            raise FileError(f"there is no {CONFIG}, which has the scale of the factors")
+        _check_kind(config)
+        tensors = _tensors(Path(adapter_dir) / WEIGHTS, {entry.name for entry in entries})
+        root = None if base is None else peel(base)
+        modules: defaultdict[tuple[str, int], dict[str, Tensor]] = defaultdict(dict)
+        whole: list[str] = []
+        for entry in entries:
+            key = entry.key
+            if key.factor is None or (key.factor == "lora_B" and key.attribute == "bias"):
+                whole.append(f"{key.module}.{key.attribute}")
+            elif key.factor.startswith("trainable_tokens"):
+                whole.append(f"{key.module}.weight")
+            else:
+                modules[key.module, key.depth][key.factor] = tensors[entry.name]
+        layers: dict[str, LoRAMatrices] = {}
+        for (module, depth), factors in modules.items():
+            layers |= _pairs(module, depth, factors, config, root, modules)
+        if not layers:
+            raise FileError("this adapter has no pair of factors", expected="lora_A and lora_B")
+    return layers, tuple(sorted(whole))
+
+
+def _check_kind(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise FileError(
+            f"this is a {kind} adapter, whose change is no product of two factors with a scale",
+            expected="LoRA, or one of its variants",
+            write="ExpertAdapter.from_model_delta(base, tuned, rank)   (with the adapter merged into `tuned`)",
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(CHANGED_BASE):
+        raise FileError(
+            f"this adapter was started by {start}, which moves a part of the base weights into the factors: their "
+            "product is not what training changed",
+            expected="an adapter that was saved with path_initial_model_for_weight_conversion",
+            write="ExpertAdapter.from_model_delta(base, tuned, rank)   (with the adapter merged into `tuned`)",
+        )
+    strange = [name for name in NOT_A_PRODUCT if config.get(name)]
+    if strange:
+        raise FileError(
+            f"this adapter was made with {strange[0]}, with which the change is no product of two factors",
+            write="ExpertAdapter.from_model_delta(base, tuned, rank)   (with the adapter merged into `tuned`)",
+        )
+
+
+def _tensors(path: Path, names: set[str]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _pairs(
+    module: str,
+    depth: int,
+    factors: dict[str, Tensor],
+    config: Mapping[str, Any],
+    root: nn.Module | None,
+    modules: Mapping[tuple[str, int], Tensors],
+) -> dict[str, LoRAMatrices]:
+    first = next((name for name in PAIRS if name in factors), None)
+    if first is None or PAIRS[first] not in factors:
+        raise FileError(f"{module} has {', '.join(factors)}", expected="a pair of lora_A and lora_B")
+    a, b = factors[first], factors[PAIRS[first]]
+    parameter = _parameter(module, depth, config, modules, root)
+    rank = _pattern(config, "rank_pattern", parameter or module, config["r"])
+    alpha = _pattern(config, "alpha_pattern", parameter or module, config["lora_alpha"])
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if parameter is not None:
+        return _experts(parameter, a, b, rank, scale, root)
+    name = f"{module}.weight"
+    if first == "lora_embedding_A":  # the change of [token, width] is (B A)^T
+        return {name: LoRAMatrices(a, b * scale, transposed=True)}
+    if a.ndim != 2 or b.ndim != 2:
+        raise FileError(f"the factors of {module} are {list(a.shape)} and {list(b.shape)}", expected="matrices")
+    if a.shape[0] != rank:
+        raise FileError(
+            f"the factors of {module} have rank {a.shape[0]}, and {CONFIG} says {rank}, so their scale is not known",
+            expected="the config that was saved with these factors",
+        )
+    turned = bool(config.get("fan_in_fan_out")) if root is None else is_transposed(root, name)
+    pair = LoRAMatrices(a, b * scale, transposed=turned, magnitude=_flat(factors.get("lora_magnitude_vector")))
+    if pair.magnitude is not None and root is not None:
+        pair = _exact(pair, bare(root, module))
+    return {name: pair}
+
+
+def _flat(magnitude: Tensor | None) -> Tensor | None:
+    return None if magnitude is None else magnitude.flatten()
+
+
+def _exact(pair: LoRAMatrices, module: nn.Module) -> LoRAMatrices:
+    """DoRA's change with the singular values that it really has, for which the base weight is needed."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise FileError(f"the base model has no weight where the adapter has {type(module).__name__}")
+    change = pair.delta(weight.detach().cpu()).double()
+    values = torch.linalg.svdvals(change)
+    return LoRAMatrices(pair.lora_A, pair.lora_B, values, pair.transposed, pair.magnitude)
+
+
+def _pattern(config: Mapping[str, Any], which: str, name: str, default: float) -> Any:
+    """A module's own rank or alpha: the first pattern that its name ends with, as PEFT reads them."""
+    for pattern, value in (config.get(which) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+# -- fused experts -----------------------------------------------------------------------------------------------------
+
+
+def _parameter(
+    module: str,
+    depth: int,
+    config: Mapping[str, Any],
+    modules: Mapping[tuple[str, int], Tensors],
+    root: nn.Module | None,
+) -> str | None:
+    """The parameter that factors without a layer of their own belong to: `model.layers.0.mlp.experts.gate_up_proj`."""
+    targets = [t for t in config.get("target_parameters") or () if _ends(module, t.rpartition(".")[0])]
+    if not targets:
+        return None
+    names = sorted({target.rpartition(".")[2] for target in targets})
+    if len(names) == 1:
+        return f"{module}.{names[0]}"
+    # Several parameters of one module: the first one that the module registered lies innermost.
+    if root is not None:
+        order = [name for name, _ in bare(root, module).named_parameters(recurse=False) if name in names]
+    else:
+        order = _by_size(names, {d: f for (m, d), f in modules.items() if m == module})
+    if len(order) != len(names):
+        raise FileError(
+            f"which factors of {module} belong to which of {', '.join(names)} is not known without the model",
+            write="ExpertAdapter.from_peft(adapter_dir, base=model)",
+        )
+    return f"{module}.{order[len(order) - 1 - depth]}"
+
+
+def _ends(module: str, target: str) -> bool:
+    return module == target or module.endswith(f".{target}")
+
+
+def _by_size(names: list[str], nested: Mapping[int, Tensors]) -> list[str]:
+    """The order of two fused tensors told by their sizes: gate and up together are twice as wide as what down reads."""
+    if names != ["down_proj", "gate_up_proj"] or sorted(nested) != [0, 1]:
+        return []
+    (inner_in, inner_out), (outer_in, outer_out) = (
+        (nested[d]["lora_A"].shape[1], nested[d]["lora_B"].shape[0]) for d in (1, 0)
+    )
+    if inner_out == 2 * outer_in and outer_out == inner_in:
+        return ["gate_up_proj", "down_proj"]
+    if outer_out == 2 * inner_in and inner_out == outer_in:
+        return ["down_proj", "gate_up_proj"]
+    return []
+
+
+def _experts(
+    parameter: str, a: Tensor, b: Tensor, rank: int, scale: float, root: nn.Module | None
+) -> dict[str, LoRAMatrices]:  # fmt: skip
+    """One pair for each expert: rows of A go expert by expert, columns of B rank by rank."""
+    module, _, attribute = parameter.rpartition(".")
+    count, odd = divmod(a.shape[0], rank)
+    if odd:
+        raise FileError(f"the factors of {parameter} have {a.shape[0]} rows, which is no multiple of the rank {rank}")
+    turned = experts_turned(bare(root, module)) if root is not None else False
+    rows, columns = a.reshape(count, rank, -1), b.reshape(b.shape[0], rank, count)
+    if count == 1:
+        return {parameter: LoRAMatrices(a, b * scale)}
+    return {
+        expert_name(module, i, attribute): LoRAMatrices(
+            rows[i].clone(), (columns[:, :, i] * scale).contiguous(), transposed=turned
+        )
+        for i in range(count)
+    }

@@ -1,0 +1,288 @@
+"""Ids of an optimizer's parameters -> layers of the model."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nnsplice.adapters.header import Entry, read_header, stands
+from nnsplice.adapters.keys import read_key
+from nnsplice.adapters.readings import Layers, read_order
+from nnsplice.adapters.states import Optimizer, as_optimizer
+from nnsplice.atlas import Atlas
+from nnsplice.atlas.names import NamedLayer, layer_of
+from nnsplice.errors import ParamMappingError, UnknownPath, circumstances
+
+#: What to pass where the order of the ids is not known.
+NAMES = 'names=dict(enumerate(name for name, p in model.named_parameters() if p.requires_grad))   (or "param_names")'
+_LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGrouping:
+    """Which of an optimizer's parameters belong to which layer."""
+
+    #: In numeric order.
+    layer_indices: tuple[int, ...]
+    #: 0 where layers have different numbers of parameters.
+    params_per_layer: int
+    #: Id in the optimizer's state -> layer. Ids of parameters outside the layers are absent: use `.get`.
+    layer_of: dict[int, int]
+    #: How it is known: `order`, `names`, `identity` or `shapes`.
+    how: str = field(default="order", compare=False)
+    #: The adapter's tensors, where their order alone was gone by: `layer_health` compares it with the state.
+    header: tuple[Entry, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers have parameters."""
+        return len(self.layer_indices)
+
+
+def map_param_ids_to_layers(
+    adapter_dir: str | os.PathLike[str],
+    num_params: int,
+    *,
+    names: Mapping[int, str] | Sequence[Any] | None = None,
+    state: Mapping[Any, Any] | None = None,
+    tower: str | None = None,
+) -> LayerGrouping:
+    """Give the ids of an optimizer's state to layers, from an adapter's folder; no model is loaded.
+
+    An id is only a place in the order in which the optimizer was given its parameters. With names, nothing has to be
+    inferred. With a state, the known orders are replayed and compared with its shapes, and exactly one has to fit; an
+    order of somebody's own, in which layers are exchanged that have the same shapes, is not to be seen in a state.
+    With neither, the order is taken to be PEFT's own, layer after layer, which is right for an optimizer that was given
+    the trainable parameters of a model in one list.
+
+    Args:
+        adapter_dir: what `save_pretrained` wrote; only the names and shapes in the file's header are read.
+        num_params: how many parameters the optimizer has. More than the adapter has is accepted: they come after it.
+        names: id -> parameter name, or the names in the order of the ids, or the `param_groups` of a `state_dict` whose
+            optimizer was given named parameters.
+        state: an optimizer's `state_dict()`, or its `"state"` alone.
+        tower: `"encoder"` or `"decoder"` where layers of both have factors; ids of the other are left out.
+
+    Raises:
+        ParamMappingError: the ids cannot be given to layers with certainty.
+    """
+    entries = read_header(adapter_dir)
+    with circumstances(f"the adapter in {Path(adapter_dir)}"):
+        layered = _check_header(entries)
+        optimizer = None if state is None else as_optimizer(state)
+        known = _names(names) if names is not None else optimizer.names if optimizer else None
+        if known is None:
+            _check_uniform(layered, state is not None)
+        if num_params < len(layered) and known is None:
+            raise ParamMappingError(
+                f"the optimizer has {num_params} parameters, fewer than the {len(layered)} of this adapter's layers",
+                expected="the optimizer that trained this adapter",
+                write=NAMES,
+            )
+        if known is not None:
+            return _by_names(entries, known, tower)
+        if optimizer is not None:
+            return _by_shapes(entries, optimizer, num_params, tower)
+        return _by_order(entries, layered, num_params)
+
+
+def map_optimizer_to_layers(optimizer: Any, model: Any, *, tower: str | None = None) -> LayerGrouping:
+    """Give the ids of a live optimizer to the layers of its model: parameters are found by identity.
+
+    Works for whatever was trained, adapter or not. Frozen parameters in the optimizer are left out.
+
+    Raises:
+        ParamMappingError: a parameter of the optimizer is none of this model.
+    """
+    root = model if isinstance(model, nn.Module) else getattr(model, "_module", model)
+    atlas = Atlas.of(model)
+    called = {id(p): name for name, p in root.named_parameters(remove_duplicate=False)}
+    found: dict[int, NamedLayer] = {}
+    numbers: dict[int, int] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            number = numbers.setdefault(id(parameter), len(numbers))
+            if not parameter.requires_grad and parameter not in optimizer.state:
+                continue
+            name = called.get(id(parameter))
+            if name is None:
+                raise ParamMappingError(
+                    f"parameter {number} of the optimizer, of shape {list(parameter.shape)}, is none of this model",
+                    expected="the model that the optimizer was made for, not a copy or one that was wrapped later",
+                )
+            layer = _located(atlas, name)
+            if layer is not None:
+                found[number] = layer
+    if not found:
+        raise ParamMappingError("no parameter that this optimizer trains lies in a layer of this model")
+    return _grouping(found, "identity", tower)
+
+
+def _located(atlas: Atlas, name: str) -> NamedLayer | None:
+    """The layer that a parameter of this model lies in, from the atlas; from the name where it knows nothing."""
+    if not atlas.towers:
+        return layer_of(name)
+    try:
+        place = atlas.locate(name)
+    except UnknownPath:
+        return layer_of(name)
+    if place.native:
+        return layer_of(name)
+    step = place.steps[0]
+    if step.name != "layers" or not isinstance(step.index, int):
+        return None
+    return NamedLayer(atlas.tower(place).stack, step.index)
+
+
+# -- the ways to know --------------------------------------------------------------------------------------------------
+
+
+def _check_header(entries: tuple[Entry, ...]) -> list[Entry]:
+    if not entries:
+        raise ParamMappingError("no keys found in the adapter's file", expected="the tensors of an adapter")
+    layered = [entry for entry in entries if entry.layer is not None]
+    if not layered:
+        raise ParamMappingError(
+            f"no keys carry a layer index: {', '.join(entry.name for entry in entries[:3])}",
+            expected="names such as model.layers.7.self_attn.q_proj.lora_A.weight",
+        )
+    return layered
+
+
+def _check_uniform(layered: list[Entry], has_state: bool) -> None:
+    counts = Counter(entry.layer for entry in layered if entry.layer)
+    if len(set(counts.values())) > 1 and not has_state:
+        some = sorted(counts, key=lambda layer: layer.number)[:4]
+        shown = ", ".join(f"{layer.stack}.{layer.number}: {counts[layer]}" for layer in some)
+        raise ParamMappingError(
+            f"the layers are heterogeneous: they have different numbers of parameters ({shown}, ...)", write=NAMES
+        )
+
+
+def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int) -> LayerGrouping:
+    """PEFT's own order: whatever is registered before the layers, the layers by number, the rest."""
+    stacks = sorted({entry.layer.stack for entry in layered if entry.layer})
+    if len(stacks) > 1:
+        raise ParamMappingError(
+            f"layers of {' and '.join(stacks)} have factors, and their numbers repeat; which come first is not known",
+            expected="the names of the optimizer's parameters, or the optimizer itself",
+            write=f"{NAMES}\n     or: {_LIVE}",
+        )
+    prefixed = all(entry.name.startswith("base_model.") for entry in layered)
+    outside = [
+        entry for entry in entries if entry.layer is None and (entry.name.startswith("base_model.") or not prefixed)
+    ]
+    places = {entry: stands(entry, stacks[0]) for entry in outside}
+    unknown = [entry.name for entry, place in places.items() if place == "unknown"]
+    before = [entry for entry, place in places.items() if place == "before"]
+    if unknown:
+        raise ParamMappingError(
+            f"{unknown[0]} lies outside the layers, and whether it comes before or after them is not known",
+            expected="the optimizer's state, or the names of its parameters",
+            write=f"state=optimizer.state_dict()\n     or: {NAMES}",
+        )
+    if before and num_params != len(layered) + len(outside):
+        raise ParamMappingError(
+            f"{before[0].name} is registered before the layers, and the optimizer has {num_params} parameters where "
+            f"the adapter has {len(layered) + len(outside)}, so where the layers begin is not known",
+            expected="the optimizer's state, or the names of its parameters",
+            write=f"state=optimizer.state_dict()\n     or: {NAMES}",
+        )
+    layers = sorted({entry.layer.number for entry in layered if entry.layer})
+    each = len(layered) // len(layers)
+    of = {len(before) + i: layers[i // each] for i in range(len(layered))}
+    return LayerGrouping(tuple(layers), each, of, "order", entries)
+
+
+def _by_names(entries: tuple[Entry, ...], names: Mapping[int, str], tower: str | None) -> LayerGrouping:
+    held = {entry.key.text: entry for entry in entries}
+    found: dict[int, NamedLayer] = {}
+    seen: dict[str, int] = {}
+    for number, name in names.items():
+        # The copy that `modules_to_save` keeps of what it replaces is frozen.
+        entry = None if "original_module" in name.split(".") else held.get(read_key(name).text)
+        if entry is None:
+            continue  # a frozen parameter, or one that was trained and not saved
+        if entry.name in seen:
+            raise ParamMappingError(
+                f"parameters {seen[entry.name]} and {number} are both called {name}",
+                expected="the names of one adapter, each once",
+            )
+        seen[entry.name] = number
+        if entry.layer is not None:
+            found[number] = entry.layer
+    if not found:
+        given = next(iter(names.values()), "no name")
+        raise ParamMappingError(
+            f"none of the {len(names)} names is a key of this adapter with a layer: {given}, ...",
+            expected=f"names such as {next(entry.name for entry in entries if entry.layer)}",
+        )
+    return _grouping(found, "names", tower)
+
+
+def _by_shapes(
+    entries: tuple[Entry, ...], optimizer: Optimizer, num_params: int, tower: str | None
+) -> LayerGrouping:  # fmt: skip
+    total = sum(map(len, optimizer.groups))
+    if optimizer.has_groups and total != num_params:
+        raise ParamMappingError(
+            f"num_params is {num_params}, but the parameter groups of this state have {total}",
+            write=f"map_param_ids_to_layers(adapter_dir, {total}, state=...)",
+        )
+    readings = read_order(entries, optimizer)
+    if len(readings) != 1:
+        raise ParamMappingError(
+            f"{len(readings)} orders of the parameters fit the shapes of this state, so which id is which is not known"
+            if readings
+            else "no known order of the parameters fits the shapes of this state: "
+            f"{len(optimizer.trained)} with a state in groups of {', '.join(str(len(g)) for g in optimizer.groups)}, "
+            f"for {len(entries)} tensors in the adapter's file",
+            expected="the names of the optimizer's parameters, or the optimizer itself",
+            write=f"{NAMES}\n     or: {_LIVE}",
+        )
+    (reading,) = readings
+    return _grouping(reading, "shapes", tower)
+
+
+def _grouping(found: Layers, how: str, tower: str | None) -> LayerGrouping:
+    stacks = sorted({layer.stack for layer in found.values()})
+    if tower is not None:
+        chosen = [stack for stack in stacks if tower in stack.split(".") or tower == stack]
+        if len(chosen) != 1:
+            raise ParamMappingError(f"{tower!r} is none of the towers with factors: {', '.join(stacks)}")
+        found = {number: layer for number, layer in found.items() if layer.stack == chosen[0]}
+    elif len(stacks) > 1:
+        raise ParamMappingError(
+            f"layers of {' and '.join(stacks)} have parameters, and their numbers repeat",
+            write=" or ".join(f'tower="{_short(stack)}"' for stack in stacks),
+        )
+    of = {number: found[number].number for number in sorted(found)}
+    layers = sorted(set(of.values()))
+    counts = set(Counter(of.values()).values())
+    return LayerGrouping(tuple(layers), counts.pop() if len(counts) == 1 else 0, of, how)
+
+
+def _short(stack: str) -> str:
+    return next((word for word in stack.split(".") if word in ("encoder", "decoder")), stack)
+
+
+def _names(given: Mapping[int, str] | Sequence[Any]) -> dict[int, str]:
+    """Names by id, however they were given."""
+    if isinstance(given, Mapping):
+        return {int(number): str(name) for number, name in given.items()}
+    if all(isinstance(one, str) for one in given):
+        return dict(enumerate(given))
+    names = as_optimizer({"state": {}, "param_groups": list(given)}).names
+    if names is None:
+        raise ParamMappingError(
+            "these parameter groups hold no names",
+            expected="groups with param_names, which torch writes for torch.optim.AdamW(model.named_parameters())",
+            write=NAMES,
+        )
+    return dict(names)

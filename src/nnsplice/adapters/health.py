@@ -1,0 +1,156 @@
+"""How training went, layer by layer, from an optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnsplice import plots
+from nnsplice.adapters.grouping import NAMES, LayerGrouping
+from nnsplice.adapters.readings import read_order
+from nnsplice.adapters.states import as_optimizer
+from nnsplice.errors import BadArgument, ParamMappingError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHealth:
+    """One layer's parameters in the optimizer's state; means run over all their numbers."""
+
+    #: Mean of Adam's second moment: how large the gradients are, squared.
+    exp_avg_sq: float
+    #: Mean of Adam's first moment, with its sign.
+    exp_avg: float
+    #: Mean number of steps taken.
+    step: float
+    #: Share of the numbers that have had no gradient.
+    dead_fraction: float
+    #: Mean of |exp_avg| / sqrt(exp_avg_sq) where there is a gradient: 1 where steps agree, near 0 where they cancel.
+    agreement: float
+    #: How many parameters, and how many numbers they hold.
+    params: int
+    numbers: int
+    #: Parameters without a state: they never had a gradient.
+    untouched: int
+
+
+class Health(Mapping[int, LayerHealth]):
+    """Layer -> its `LayerHealth`, in numeric order."""
+
+    def __init__(self, layers: Mapping[int, LayerHealth]) -> None:
+        self._layers = dict(layers)
+
+    def __getitem__(self, layer: int) -> LayerHealth:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def frame(self) -> pd.DataFrame:
+        """A pandas table with a row for each layer."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(one) for one in self.values()], index=pd.Index(list(self), name="layer"))
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """The size of the gradients of each layer, as root mean square."""
+        return plots.bars(
+            [one.exp_avg_sq**0.5 for one in self.values()],
+            names=list(self),
+            label="layer",
+            value_label="root mean square of the gradient",
+            ax=ax,
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"Health: {len(self)} layers"]
+        for layer, one in self.items():
+            lines.append(
+                f"  {layer:>3}  gradient {one.exp_avg_sq**0.5:.2e}  agreement {one.agreement:.2f}  "
+                f"step {one.step:g}  dead {one.dead_fraction:.1%}"
+            )
+        return "\n".join(lines)
+
+
+def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *, dead_below: float = 0.0) -> Health:
+    """What Adam's moments say of each layer.
+
+    Args:
+        optimizer_state: `optimizer.state_dict()`, or its `"state"` alone.
+        grouping: which id belongs to which layer.
+        dead_below: a second moment up to this counts as no gradient.
+
+    Raises:
+        ParamMappingError: the state cannot be the one that the grouping is of.
+        BadArgument: no optimizer of Adam's kind.
+    """
+    optimizer = as_optimizer(optimizer_state)
+    ids: dict[int, list[int]] = {layer: [] for layer in grouping.layer_indices}
+    for number, layer in grouping.layer_of.items():
+        ids[layer].append(number)
+    known = {number for group in optimizer.groups for number in group}
+    guessed = grouping.how == "order"
+    missing = [n for n in grouping.layer_of if n not in optimizer.states and (guessed or n not in known)]
+    if missing:
+        raise ParamMappingError(
+            f"the grouping counts parameter {missing[0]} among the layers, and the state has nothing for it; its ids "
+            f"are {_ids(optimizer.states)}",
+            expected="the optimizer that the grouping is of; ids with gaps are of one that was given frozen parameters",
+            write=f"map_param_ids_to_layers(adapter_dir, num_params, state=optimizer_state)\n     or: {NAMES}",
+        )
+    if guessed and grouping.header:
+        readings = [
+            {number: layer.number for number, layer in reading.items()}
+            for reading in read_order(grouping.header, optimizer)
+        ]
+        if readings != [grouping.layer_of]:
+            raise ParamMappingError(
+                "the grouping takes the parameters to come layer after layer, and the shapes in this state "
+                + ("leave room for another order" if grouping.layer_of in readings else "are in another order"),
+                expected="a grouping that was made with this state, or with the names of the parameters",
+                write=f"map_param_ids_to_layers(adapter_dir, num_params, state=optimizer_state)\n     or: {NAMES}",
+            )
+    return Health({layer: _health(optimizer.states, numbers, dead_below) for layer, numbers in ids.items()})
+
+
+def _health(states: Mapping[int, Mapping[str, Any]], ids: list[int], dead_below: float) -> LayerHealth:
+    numbers, first, second, agreeing, alive, steps = 0, 0.0, 0.0, 0.0, 0, []
+    touched = [states[number] for number in ids if number in states]
+    for state in touched:
+        if not isinstance(state.get("exp_avg"), torch.Tensor) or not isinstance(state.get("exp_avg_sq"), torch.Tensor):
+            raise BadArgument(
+                f"this state has {', '.join(map(str, state)) or 'nothing'}",
+                expected="exp_avg and exp_avg_sq, which Adam and AdamW keep",
+            )
+        m, v = state["exp_avg"].detach().double(), state["exp_avg_sq"].detach().double()
+        living = v > dead_below
+        numbers += v.numel()
+        first += float(m.sum())
+        second += float(v.sum())
+        alive += int(living.sum())
+        agreeing += float((m[living].abs() / v[living].sqrt()).sum())
+        steps.append(float(state.get("step", 0)))
+    return LayerHealth(
+        exp_avg_sq=second / numbers if numbers else 0.0,
+        exp_avg=first / numbers if numbers else 0.0,
+        step=sum(steps) / len(steps) if steps else 0.0,
+        dead_fraction=1 - alive / numbers if numbers else 1.0,
+        agreement=agreeing / alive if alive else 0.0,
+        params=len(ids),
+        numbers=numbers,
+        untouched=len(ids) - len(touched),
+    )
+
+
+def _ids(states: Mapping[int, Any]) -> str:
+    numbers = sorted(states)
+    shown = ", ".join(map(str, numbers[:5]))
+    return f"{shown}, ... {numbers[-1]} ({len(numbers)})" if len(numbers) > 5 else shown or "none"

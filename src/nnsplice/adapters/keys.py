@@ -1,0 +1,129 @@
+"""Names of adapter tensors: in a file, in a live model, and what they belong to.
+
+base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight            in an adapter's file
+base_model.model.model.layers.7.self_attn.q_proj.lora_A.default.weight    in a live model
+model.layers.7.self_attn.q_proj.weight                                    the weight that it changes
+layers[7].attn.q                                                          its address
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nnsplice.atlas import Atlas
+from nnsplice.atlas.names import layer_of, unwrapped
+from nnsplice.errors import UnknownPath
+from nnsplice.paths import Path, parse_path
+
+#: `....lora_A`, `....lora_A.weight`, `....lora_A.default.weight`, and the same for relatives of LoRA.
+_FACTOR = re.compile(
+    r"^(?P<module>.+)\.(?P<factor>(?:lora|vera|hada|lokr|oft|boft|ia3|randlora|ada|hra|miss|road|shira|c3a|fourierft)"
+    r"_\w+?|trainable_tokens_\w+?)(?P<rest>(?:\.[^.]+)*)$"
+)
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+_ATTRIBUTES = ("weight", "bias")
+#: Modules that an adapter puts between a layer and its name.
+_AROUND = frozenset({"base_layer", "original_module", "token_adapter"})
+#: The factors that a file keeps without `.weight`.
+_BARE = frozenset({"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterKey:
+    """The name of one tensor of an adapter, taken apart."""
+
+    #: The module that is changed, without wrappers: `model.layers.7.self_attn.q_proj`.
+    module: str
+    #: `lora_A`, `lora_B`, `lora_embedding_A`, ...; None for a parameter that is trained and kept as a whole.
+    factor: str | None
+    #: `weight` or `bias`, or what else a whole parameter is called.
+    attribute: str
+    #: How many layers of an adapter lie around the module, where several parameters of it are adapted.
+    depth: int = 0
+
+    @property
+    def text(self) -> str:
+        """One spelling for all names of this tensor: the file's, without the prefix."""
+        home = self.module + ".base_layer" * self.depth
+        if self.factor is None:
+            return f"{home}.{self.attribute}"
+        bare = self.factor in _BARE or self.attribute == ""
+        return f"{home}.{self.factor}" if bare else f"{home}.{self.factor}.{self.attribute}"
+
+    @property
+    def kind(self) -> str:
+        """The name without the layer's number, which is the same in every layer."""
+        layer = layer_of(self.module)
+        return self.text if layer is None else self.text.replace(f"{layer.stack}.{layer.number}.", f"{layer.stack}.*.")
+
+
+def read_key(name: str) -> AdapterKey:
+    """Take a name apart, of a file or of a live model.
+
+    >>> from nnsplice.adapters.keys import read_key
+    >>> read_key("base_model.model.model.layers.7.self_attn.q_proj.lora_A.default.weight")
+    AdapterKey(module='model.layers.7.self_attn.q_proj', factor='lora_A', attribute='weight', depth=0)
+    """
+    plain = _SAVED.sub("", unwrapped(name))
+    found = _FACTOR.match(plain)
+    if found is None:
+        module, _, attribute = plain.rpartition(".")
+        home, depth = _bare(module)
+        return AdapterKey(home, None, attribute, depth)
+    # What is left is the adapter's own name (`default`), which a file leaves out, and the attribute.
+    last = found["rest"].rpartition(".")[2]
+    factor = found["factor"]
+    attribute = last if last in _ATTRIBUTES else "weight" if factor in _BARE else ""
+    home, depth = _bare(found["module"])
+    return AdapterKey(home, factor, attribute, depth)
+
+
+def _bare(module: str) -> tuple[str, int]:
+    words = module.split(".")
+    depth = words.count("base_layer")
+    return ".".join(word for word in words if word not in _AROUND), depth
+
+
+def base_name(name: str) -> str:
+    """The parameter of the base model that an adapter's tensor changes.
+
+    >>> ns.adapters.base_name("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight")
+    'model.layers.7.self_attn.q_proj.weight'
+    """
+    key = read_key(name)
+    return f"{key.module}.{key.attribute if key.factor is None else 'weight'}"
+
+
+def address(name: str, model: Any) -> Path:
+    """The place of a model that an adapter's tensor, or a parameter of the base model, belongs to.
+
+    >>> print(ns.adapters.address("base_model.model.transformer.h.2.mlp.c_fc.lora_B.weight", model))
+    layers[2].mlp.up
+    """
+    return Atlas.of(model).locate(name)
+
+
+def factor_keys(path: Path | str, model: Any) -> tuple[str, ...]:
+    """The names that the LoRA factors of a place have in an adapter's file.
+
+    >>> for key in ns.adapters.factor_keys("layers[2].mlp.up", model):
+    ...     print(key)
+    base_model.model.transformer.h.2.mlp.c_fc.lora_A.weight
+    base_model.model.transformer.h.2.mlp.c_fc.lora_B.weight
+
+    Raises:
+        UnknownPath: nothing at this place can carry factors.
+    """
+    atlas = Atlas.of(model)
+    modules: dict[str, None] = {}
+    for name in atlas.resolve(parse_path(path)).names:
+        key = read_key(name)
+        if len(atlas.tree.params[name]) >= 2 or key.factor is not None:
+            modules.setdefault(key.module)
+    if not modules:
+        raise UnknownPath(f"{path} has no matrix, and only a matrix can carry LoRA factors", path=path)
+    embedding = {tower.embed for tower in atlas.towers.values()}
+    factors = {True: ("lora_embedding_A", "lora_embedding_B"), False: ("lora_A.weight", "lora_B.weight")}
+    return tuple(f"base_model.model.{module}.{factor}" for module in modules for factor in factors[module in embedding])

@@ -1,0 +1,265 @@
+"""Where in a model an adapter acts: the kind and depth of every weight, and the energy of its change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnsplice import plots
+from nnsplice.adapters.domains import Depth, DomainTable, Kind
+from nnsplice.adapters.factors import ExpertAdapter
+from nnsplice.atlas import Atlas
+from nnsplice.atlas.names import layer_of, unwrapped
+from nnsplice.errors import BadArgument, NnspliceError
+from nnsplice.paths import Path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: An adapter whose change is smaller than this, over all weights, is no expert for anything.
+NOTHING = 1e-10
+
+#: Modules that make logits, whatever else their names contain.
+_UNEMBED = re.compile(r"(^|\.)(embed_out|unembed|lm_head|output_projection)(\.|$)")
+#: Kind of weight -> parts of names, lower-cased; the first kind that has one wins.
+_RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("embed", ("embed", "wte")),
+    ("attn", ("attn", "query", "key", "value", "q_proj", "k_proj", "v_proj", "out_proj")),
+    ("mlp", ("mlp", "dense_h_to_4h", "dense_4h_to_h", "gate_proj", "up_proj", "down_proj")),
+)
+#: The same for names that are not norms: `post_attention_layernorm` is no attention.
+_MORE: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("attn", ("attention", "wqkv", "qkv_proj", "o_proj")),
+    (
+        "mlp",
+        ("fc1", "fc2", "fc_in", "fc_out", "c_fc", "experts", "intermediate", "feed_forward", "feedforward", "ffn",
+         "moe", "densereludense", "output.dense", "lin1", "lin2"),
+    ),
+)  # fmt: skip
+_NORM = re.compile(r"norm|(^|\.)ln_\w+")
+_OF_PLACE: Mapping[str, Kind] = {"embed": "embed", "attn": "attn", "heads": "attn", "mlp": "mlp", "experts": "mlp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What a weight's name tells of it."""
+
+    kind: Kind
+    depth: Depth
+    #: None outside the layers.
+    layer: int | None
+    #: `encoder` where a model has two towers.
+    tower: str | None
+    #: What of the layer: `attn.q`, `mlp.up`, ...; the kind where that is not known.
+    part: str
+    #: None where the model is not known, or has no such name.
+    address: Path | None = None
+
+
+def where(name: str, total_layers: int, atlas: Atlas | None = None) -> Where:
+    """The kind and depth of a weight: from the model that has it, else from its name."""
+    plain = re.sub(r"\[(\d+)\]", r".\1", name)
+    place = _place(name, atlas)
+    layer = layer_of(plain)
+    number, tower = (layer.number if layer else None), None
+    kind: Kind = kind_of(plain)
+    part = None
+    if place is not None and atlas is not None:
+        tower = place.tower
+        step = place.steps[0]
+        if step.name == "layers" and isinstance(step.index, int):
+            number = step.index
+            total_layers = atlas.tower(place).n_layers
+            part = ".".join(one.name for one in place.steps[1:]) or None
+        else:
+            number = None
+        words = {one.name for one in place.steps}
+        named: list[Kind] = [found for word, found in _OF_PLACE.items() if word in words]
+        if words == {"unembed"}:
+            kind = "other"
+        elif named:
+            kind = named[0]
+    if number is not None:
+        depth = depth_of(number, total_layers)
+    else:
+        lower = plain.lower()
+        late = _UNEMBED.search(lower) is not None or (place is not None and place.steps[0].name == "unembed")
+        depth = (
+            "late" if late else "early" if "embed" in lower or kind == "embed" else "late" if "head" in lower else "mid"
+        )
+    return Where(kind, depth, number, tower, part or kind, place)
+
+
+def _place(name: str, atlas: Atlas | None) -> Path | None:
+    if atlas is None or not atlas.towers:
+        return None
+    try:
+        place = atlas.locate(name)
+    except NnspliceError:
+        return None  # a weight of another model: its name has to do
+    return None if place.native else place
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of a weight by its name alone.
+
+    >>> from nnsplice.adapters.profile import kind_of
+    >>> kind_of("gpt_neox.layers.3.attention.dense.weight"), kind_of("embed_out.weight"), kind_of("model.layers.0.fc1")
+    ('attn', 'other', 'mlp')
+    """
+    lower = unwrapped(name).lower()
+    if _UNEMBED.search(lower):
+        return "other"
+    rules = _RULES if _NORM.search(lower) else (*_RULES, *_MORE)
+    found: list[Kind] = [kind for kind, parts in rules if any(part in lower for part in parts)]
+    return found[0] if found else "other"
+
+
+def depth_of(index: int, total: int) -> Depth:
+    """In which third of the model a layer lies.
+
+    From six layers on a third is a whole number of layers, and the last one has what is left over; in smaller models a
+    layer lies where its middle does, and a single layer is late.
+
+    >>> from nnsplice.adapters.profile import depth_of
+    >>> [depth_of(i, 5) for i in range(5)]
+    ['early', 'early', 'mid', 'late', 'late']
+    """
+    if total <= 1:
+        return "late"
+    if total < 6:
+        middle = (index + 0.5) / total
+        return "early" if middle < 1 / 3 else "mid" if middle < 2 / 3 else "late"
+    third = total // 3
+    return "early" if index < third else "mid" if index < 2 * third else "late"
+
+
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """What an adapter does to one weight."""
+
+    name: str
+    #: Its place in the model; empty where the model is not known.
+    address: str
+    tower: str
+    layer: int | None
+    part: str
+    kind: Kind
+    depth: Depth
+    rank: int
+    #: Sum of the squared singular values of the change.
+    energy: float
+
+
+class AdapterProfile(dict[str, float]):
+    """Domain -> share, and the energies behind it: by weight (`frame`), by layer and part (`grid`, `plot`)."""
+
+    def __init__(self, scores: Mapping[str, float], energies: Iterable[Energy]) -> None:
+        super().__init__(scores)
+        self.energies = tuple(energies)
+
+    @property
+    def total(self) -> float:
+        """The energy of the whole adapter."""
+        return sum(one.energy for one in self.energies)
+
+    def layers(self) -> dict[str, float]:
+        """The energy of each layer, in the model's order; `embed` and `unembed` for what lies outside."""
+        found: dict[str, float] = {}
+        for one in sorted(self.energies, key=_position):
+            found[_row(one)] = found.get(_row(one), 0.0) + one.energy
+        return found
+
+    def frame(self) -> pd.DataFrame:
+        """A pandas table with a row for each weight, and its share of the whole energy."""
+        import pandas as pd
+
+        table = pd.DataFrame([asdict(one) for one in sorted(self.energies, key=_position)])
+        table["layer"] = table["layer"].astype("Int64")
+        table["share"] = table["energy"] / self.total if self.total else 0.0
+        return table
+
+    def grid(self) -> tuple[list[str], list[str], np.ndarray]:
+        """Layers, parts, and the energy of each part of each layer; NaN where the adapter has no factors."""
+        rows = list(self.layers())
+        parts = list(dict.fromkeys(one.part for one in sorted(self.energies, key=_part_order)))
+        values = np.full((len(rows), len(parts)), np.nan)
+        for one in self.energies:
+            at = rows.index(_row(one)), parts.index(one.part)
+            values[at] = np.nansum([values[at], one.energy])
+        return rows, parts, values
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """The energy of each part of each layer as a heatmap."""
+        rows, parts, values = self.grid()
+        return plots.heatmap(
+            values,
+            rows=rows,
+            columns=parts,
+            row_label="layer",
+            column_label="part",
+            value_label="energy of the change",
+            title="What the adapter changed",
+            ax=ax,
+        )
+
+
+def _row(one: Energy) -> str:
+    if one.layer is None:
+        return "embed" if one.depth == "early" else "unembed" if one.depth == "late" else "other"
+    return f"{one.tower} {one.layer}" if one.tower else str(one.layer)
+
+
+def _position(one: Energy) -> tuple:
+    outside = {"early": 0, "mid": 2, "late": 2}[one.depth]
+    return (1 if one.layer is not None else outside, one.tower != "encoder", one.layer or 0)
+
+
+_ORDER = (
+    "embed",
+    "attn",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.o",
+    "mlp",
+    "mlp.gate",
+    "mlp.up",
+    "mlp.down",
+    "mlp.router",
+)
+
+
+def _part_order(one: Energy) -> tuple:
+    return (_ORDER.index(one.part) if one.part in _ORDER else len(_ORDER), one.part)
+
+
+def profile(
+    adapter: ExpertAdapter, table: DomainTable, total_layers: int, atlas: Atlas | None = None
+) -> AdapterProfile:
+    """The energies of an adapter, and what they speak for.
+
+    Raises:
+        BadArgument: an energy that is not a number.
+    """
+    energies: list[Energy] = []
+    sums = [0.0] * len(table.names)
+    for name, pair in adapter.layers.items():
+        energy = float(pair.energy)
+        if not energy < float("inf"):
+            raise BadArgument(
+                f"the energy of {name} is {energy}",
+                expected="the factors of a run that did not diverge; these hold NaN",
+            )
+        at = where(name, total_layers, atlas)
+        address = "" if at.address is None else str(at.address)
+        energies.append(Energy(name, address, at.tower or "", at.layer, at.part, at.kind, at.depth, pair.rank, energy))
+        sums = [s + w * energy for s, w in zip(sums, table.of(at.kind, at.depth), strict=True)]
+    total = sum(sums)
+    nothing = sum(one.energy for one in energies) < NOTHING or total <= 0.0
+    scores = {name: table.empty if nothing else s / total for name, s in zip(table.names, sums, strict=True)}
+    return AdapterProfile(scores, energies)

@@ -1,0 +1,117 @@
+"""An optimizer's state as plain data: read from a file without unpickling, or taken from a `state_dict`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnsplice.errors import BadType, FileError
+
+#: Where checkpoints that hold more than an optimizer keep it.
+_HOMES = ("optimizer", "optimizer_state_dict", "optimizer_states")
+_EXPECTED = "what optimizer.state_dict() returns, or its 'state'"
+#: Entries of a parameter's state that have the parameter's own shape, the likeliest first.
+_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "square_avg")
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """What is known of an optimizer without the optimizer."""
+
+    #: Id -> its state; ids of parameters that never had a gradient are absent.
+    states: Mapping[int, Mapping[str, Any]]
+    #: The ids of each parameter group, empty ones left out.
+    groups: tuple[tuple[int, ...], ...]
+    #: Whether the groups are the optimizer's own; else all ids with a state stand in one.
+    has_groups: bool
+    #: Id -> parameter name, where the optimizer was given named parameters.
+    names: Mapping[int, str] | None = None
+    shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The ids with a state, in the order of the groups."""
+        return tuple(number for group in self.groups for number in group if number in self.states)
+
+
+def as_optimizer(state: Mapping[Any, Any]) -> Optimizer:
+    """A `state_dict`, or its `"state"` alone, as plain data.
+
+    Raises:
+        BadType: something else.
+    """
+    if not isinstance(state, Mapping):
+        raise BadType(f"a {type(state).__name__} is no optimizer's state", expected=_EXPECTED)
+    if "state" not in state:
+        if not all(isinstance(key, int) and isinstance(value, Mapping) for key, value in state.items()):
+            raise BadType(f"a dictionary with {', '.join(map(str, list(state)[:4]))} is no state", expected=_EXPECTED)
+        states, has_groups, names = dict(state), False, {}
+        groups: list[tuple[int, ...]] = [tuple(sorted(states))]
+    else:
+        found = state["state"]
+        states = dict(found)
+        names: dict[int, str] = {}
+        groups, has_groups = [], "param_groups" in state
+        for group in state.get("param_groups", ()):
+            ids = tuple(group["params"])
+            groups.append(ids)
+            names.update(zip(ids, group.get("param_names", ()), strict=False))
+        if not has_groups:
+            groups = [tuple(sorted(states))]
+    shapes = {number: shape for number, one in states.items() if (shape := _shape(one)) is not None}
+    return Optimizer(states, tuple(group for group in groups if group), has_groups, names or None, shapes)
+
+
+def _shape(state: Mapping[str, Any]) -> tuple[int, ...] | None:
+    tensors = [state[key] for key in _SHAPED if isinstance(state.get(key), torch.Tensor)]
+    return tuple(tensors[0].shape) if tensors else None
+
+
+def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `state_dict` of an optimizer in a file that `torch.save` wrote, such as `optimizer.pt` of a checkpoint.
+
+    Only tensors and plain data are read (`weights_only=True`): a file that would run code is refused.
+
+    Raises:
+        FileError: no such file, one that holds more than data, or no optimizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        held = [name for name in ("optimizer.pt", "optimizer.bin") if (path / name).is_file()]
+        raise FileError(
+            "this is a folder, and the state of an optimizer is a file",
+            path=path,
+            write=f"{path / held[0]}" if held else None,
+        )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileError("there is no such file", path=path, expected="a file of torch.save(...)") from None
+    except pickle.UnpicklingError as error:
+        raise FileError(
+            f"this file holds more than tensors and plain data, so it is not opened: {_reason(error)}",
+            path=path,
+            expected="what torch.save(optimizer.state_dict(), path) writes",
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise FileError(
+            f"this file cannot be read: {_reason(error)}", path=path, expected="a file of torch.save(...)"
+        ) from None
+    if isinstance(found, Mapping) and "state" not in found:
+        inner = next((found[key] for key in _HOMES if key in found), found)
+        found = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
+    if not isinstance(found, dict) or not isinstance(found.get("state"), Mapping):
+        what = f"keys {', '.join(map(str, list(found)[:4]))}" if isinstance(found, Mapping) else type(found).__name__
+        raise FileError(f"this file holds no optimizer's state, but {what}", path=path, expected=_EXPECTED)
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0] if lines else "damaged")
