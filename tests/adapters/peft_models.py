@@ -79,8 +79,15 @@ def adapt(name: str, folder: Path, *, random: bool = True, **more: Any) -> Train
                         p.copy_(torch.randn_like(p) * 0.2)
                     elif "magnitude" in key or (p.requires_grad and "delta" not in key):
                         p.mul_(1.1)
-        model.save_pretrained(str(folder))
+    save(model, folder)
     return Trained(name, model, folder)
+
+
+def save(model: Any, folder: Path) -> None:
+    """As PEFT saves it, without what it says of embeddings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(folder))
 
 
 def train(trained: Trained, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:

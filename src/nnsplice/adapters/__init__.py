@@ -22,7 +22,7 @@ from nnsplice.adapters.grouping import LayerGrouping, map_optimizer_to_layers, m
 from nnsplice.adapters.health import Health, LayerHealth, layer_health
 from nnsplice.adapters.keys import address, base_name, factor_keys
 from nnsplice.adapters.live import disabled
-from nnsplice.adapters.profile import AdapterProfile
+from nnsplice.adapters.profile import AdapterProfile, profile
 from nnsplice.adapters.states import read_optimizer
 from nnsplice.errors import ParamMappingError
 
@@ -44,5 +44,6 @@ __all__ = [
     "layer_health",
     "map_optimizer_to_layers",
     "map_param_ids_to_layers",
+    "profile",
     "read_optimizer",
 ]

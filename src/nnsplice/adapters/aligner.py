@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from nnsplice.adapters import alignment
 from nnsplice.adapters.domains import DOMAINS, DomainTable
 from nnsplice.adapters.factors import ExpertAdapter, LoRAMatrices, experts_turned, is_transposed
+from nnsplice.adapters.keys import read_key
+from nnsplice.adapters.live import merged_steps
 from nnsplice.adapters.profile import AdapterProfile, profile, where
 from nnsplice.atlas import Atlas, peel
 from nnsplice.atlas.names import layer_of, unwrapped
@@ -58,16 +60,9 @@ class ExpertManifoldAligner:
         root = _as_named(model)
         before = self._seen
         after = {
-            name: p.detach().clone() for name, p in root.named_parameters() if p.requires_grad and p.ndim >= 2
-        }  # fmt: skip
-        extra: dict[str, Tensor] = {}
-        if merged:
-            from nnsplice.adapters.live import merged_steps, vectors
-
-            after |= vectors(root)
-            extra, used = merged_steps(root, before, after)
-        else:
-            used = frozenset()
+            name: p.detach().clone() for name, p in root.named_parameters() if p.requires_grad and _is_kept(name, p)
+        }
+        extra, used = merged_steps(root, before, after) if merged else ({}, frozenset())
         self._seen = {**before, **after}
         steps = {
             name: value - before[name]
@@ -142,7 +137,7 @@ class ExpertManifoldAligner:
         Raises:
             BadArgument: an energy that is not a number.
         """
-        return profile(adapter, self.domains, self.total_layers, self.atlas)
+        return profile(adapter, self.domains, total_layers=self.total_layers, atlas=self.atlas)
 
     def tag_adapter(self, adapter: ExpertAdapter, *, replace: bool = False) -> list[str]:
         """Name the domains that an adapter acts for: those with a large share, else the one with the largest.
@@ -169,6 +164,11 @@ class ExpertManifoldAligner:
 def _as_named(model: Any) -> nn.Module:
     """The module whose names a user sees: the one that was given, or the one inside an nnsight model."""
     return model if isinstance(model, nn.Module) else peel(model)
+
+
+def _is_kept(name: str, parameter: Tensor) -> bool:
+    """Matrices, and DoRA's magnitudes, which are part of what a weight becomes."""
+    return parameter.ndim >= 2 or read_key(name).factor == "lora_magnitude_vector"
 
 
 def _count(atlas: Atlas, root: nn.Module) -> int:

@@ -11,18 +11,22 @@ import torch
 from nnsplice import plots
 from nnsplice.adapters.grouping import NAMES, LayerGrouping
 from nnsplice.adapters.readings import read_order
-from nnsplice.adapters.states import as_optimizer
+from nnsplice.adapters.states import Optimizer, as_optimizer
 from nnsplice.errors import BadArgument, ParamMappingError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+#: Adam's usual rates, for a state that does not say them.
+BETAS = (0.9, 0.999)
+
+
 @dataclass(frozen=True, slots=True)
 class LayerHealth:
     """One layer's parameters in the optimizer's state; means run over all their numbers."""
 
-    #: Mean of Adam's second moment: how large the gradients are, squared.
+    #: Mean of Adam's second moment, as it is kept.
     exp_avg_sq: float
     #: Mean of Adam's first moment, with its sign.
     exp_avg: float
@@ -30,7 +34,10 @@ class LayerHealth:
     step: float
     #: Share of the numbers that have had no gradient.
     dead_fraction: float
-    #: Mean of |exp_avg| / sqrt(exp_avg_sq) where there is a gradient: 1 where steps agree, near 0 where they cancel.
+    #: Root mean square of the gradient: the second moment without its bias to the zero that it starts from.
+    gradient: float
+    #: Mean of |first moment| / sqrt(second), both without their bias, where there is a gradient: near 1 where gradients
+    #: agree from step to step, near 0 where they cancel.
     agreement: float
     #: How many parameters, and how many numbers they hold.
     params: int
@@ -63,7 +70,7 @@ class Health(Mapping[int, LayerHealth]):
     def plot(self, *, ax: Any = None) -> Any:
         """The size of the gradients of each layer, as root mean square."""
         return plots.bars(
-            [one.exp_avg_sq**0.5 for one in self.values()],
+            [one.gradient for one in self.values()],
             names=list(self),
             label="layer",
             value_label="root mean square of the gradient",
@@ -74,7 +81,7 @@ class Health(Mapping[int, LayerHealth]):
         lines = [f"Health: {len(self)} layers"]
         for layer, one in self.items():
             lines.append(
-                f"  {layer:>3}  gradient {one.exp_avg_sq**0.5:.2e}  agreement {one.agreement:.2f}  "
+                f"  {layer:>3}  gradient {one.gradient:.2e}  agreement {one.agreement:.2f}  "
                 f"step {one.step:g}  dead {one.dead_fraction:.1%}"
             )
         return "\n".join(lines)
@@ -118,13 +125,13 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
                 expected="a grouping that was made with this state, or with the names of the parameters",
                 write=f"map_param_ids_to_layers(adapter_dir, num_params, state=optimizer_state)\n     or: {NAMES}",
             )
-    return Health({layer: _health(optimizer.states, numbers, dead_below) for layer, numbers in ids.items()})
+    return Health({layer: _health(optimizer, numbers, dead_below) for layer, numbers in ids.items()})
 
 
-def _health(states: Mapping[int, Mapping[str, Any]], ids: list[int], dead_below: float) -> LayerHealth:
-    numbers, first, second, agreeing, alive, steps = 0, 0.0, 0.0, 0.0, 0, []
-    touched = [states[number] for number in ids if number in states]
-    for state in touched:
+def _health(optimizer: Optimizer, ids: list[int], dead_below: float) -> LayerHealth:
+    numbers, first, second, squares, agreeing, alive, steps = 0, 0.0, 0.0, 0.0, 0.0, 0, []
+    touched = [number for number in ids if number in optimizer.states]
+    for state, betas in ((optimizer.states[n], optimizer.betas.get(n, BETAS)) for n in touched):
         if not isinstance(state.get("exp_avg"), torch.Tensor) or not isinstance(state.get("exp_avg_sq"), torch.Tensor):
             raise BadArgument(
                 f"this state has {', '.join(map(str, state)) or 'nothing'}",
@@ -132,17 +139,21 @@ def _health(states: Mapping[int, Mapping[str, Any]], ids: list[int], dead_below:
             )
         m, v = state["exp_avg"].detach().double(), state["exp_avg_sq"].detach().double()
         living = v > dead_below
+        step = float(state.get("step", 0))
+        unbiased, unbiased_sq = ((1 - beta**step) if step > 0 and beta < 1 else 1.0 for beta in betas)
         numbers += v.numel()
         first += float(m.sum())
         second += float(v.sum())
         alive += int(living.sum())
-        agreeing += float((m[living].abs() / v[living].sqrt()).sum())
-        steps.append(float(state.get("step", 0)))
+        squares += float(v.sum()) / unbiased_sq
+        agreeing += float((m[living].abs() / v[living].sqrt()).sum()) / unbiased * unbiased_sq**0.5
+        steps.append(step)
     return LayerHealth(
         exp_avg_sq=second / numbers if numbers else 0.0,
         exp_avg=first / numbers if numbers else 0.0,
         step=sum(steps) / len(steps) if steps else 0.0,
         dead_fraction=1 - alive / numbers if numbers else 1.0,
+        gradient=(squares / numbers) ** 0.5 if numbers else 0.0,
         agreement=agreeing / alive if alive else 0.0,
         params=len(ids),
         numbers=numbers,

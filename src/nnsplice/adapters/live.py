@@ -110,15 +110,6 @@ def _is_own(inner: str) -> bool:
 # -- what factors make of a weight -------------------------------------------------------------------------------------
 
 
-def vectors(root: nn.Module) -> dict[str, Tensor]:
-    """DoRA's magnitudes, which are no matrices but part of what a weight becomes."""
-    return {
-        name: p.detach().clone()
-        for name, p in root.named_parameters()
-        if p.ndim < 2 and read_key(name).factor == "lora_magnitude_vector"
-    }
-
-
 def merged_steps(
     root: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], frozenset[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnsplice import plots
-from nnsplice.adapters.domains import Depth, DomainTable, Kind
+from nnsplice.adapters.domains import DOMAINS, Depth, DomainTable, Kind
 from nnsplice.adapters.factors import ExpertAdapter
 from nnsplice.atlas import Atlas
 from nnsplice.atlas.names import layer_of, unwrapped
@@ -154,13 +154,20 @@ class Energy:
     #: Sum of the squared singular values of the change.
     energy: float
 
+    @property
+    def row(self) -> str:
+        """The layer as a text, with its tower where there are two; `embed` and `unembed` for what lies outside."""
+        if self.layer is None:
+            return {"early": "embed", "late": "unembed"}.get(self.depth, "other")
+        return f"{self.tower} {self.layer}" if self.tower else str(self.layer)
+
 
 class AdapterProfile(dict[str, float]):
     """Domain -> share, and the energies behind it: by weight (`frame`), by layer and part (`grid`, `plot`)."""
 
     def __init__(self, scores: Mapping[str, float], energies: Iterable[Energy]) -> None:
         super().__init__(scores)
-        self.energies = tuple(energies)
+        self.energies = tuple(sorted(energies, key=_position))
 
     @property
     def total(self) -> float:
@@ -170,15 +177,15 @@ class AdapterProfile(dict[str, float]):
     def layers(self) -> dict[str, float]:
         """The energy of each layer, in the model's order; `embed` and `unembed` for what lies outside."""
         found: dict[str, float] = {}
-        for one in sorted(self.energies, key=_position):
-            found[_row(one)] = found.get(_row(one), 0.0) + one.energy
+        for one in self.energies:
+            found[one.row] = found.get(one.row, 0.0) + one.energy
         return found
 
     def frame(self) -> pd.DataFrame:
         """A pandas table with a row for each weight, and its share of the whole energy."""
         import pandas as pd
 
-        table = pd.DataFrame([asdict(one) for one in sorted(self.energies, key=_position)])
+        table = pd.DataFrame([asdict(one) for one in self.energies])
         table["layer"] = table["layer"].astype("Int64")
         table["share"] = table["energy"] / self.total if self.total else 0.0
         return table
@@ -189,7 +196,7 @@ class AdapterProfile(dict[str, float]):
         parts = list(dict.fromkeys(one.part for one in sorted(self.energies, key=_part_order)))
         values = np.full((len(rows), len(parts)), np.nan)
         for one in self.energies:
-            at = rows.index(_row(one)), parts.index(one.part)
+            at = rows.index(one.row), parts.index(one.part)
             values[at] = np.nansum([values[at], one.energy])
         return rows, parts, values
 
@@ -206,12 +213,6 @@ class AdapterProfile(dict[str, float]):
             title="What the adapter changed",
             ax=ax,
         )
-
-
-def _row(one: Energy) -> str:
-    if one.layer is None:
-        return "embed" if one.depth == "early" else "unembed" if one.depth == "late" else "other"
-    return f"{one.tower} {one.layer}" if one.tower else str(one.layer)
 
 
 def _position(one: Energy) -> tuple:
@@ -239,13 +240,26 @@ def _part_order(one: Energy) -> tuple:
 
 
 def profile(
-    adapter: ExpertAdapter, table: DomainTable, total_layers: int, atlas: Atlas | None = None
+    adapter: ExpertAdapter,
+    table: DomainTable = DOMAINS,
+    *,
+    total_layers: int | None = None,
+    atlas: Atlas | None = None,
 ) -> AdapterProfile:
-    """The energies of an adapter, and what they speak for.
+    """The energies of an adapter by weight, layer and part, and what they speak for.
+
+    Args:
+        adapter: the factors.
+        table: what energy in which part speaks for.
+        total_layers: of the model; the adapter's own highest one says it where neither this nor the atlas does.
+        atlas: of the model, which knows more than names tell.
 
     Raises:
         BadArgument: an energy that is not a number.
     """
+    if total_layers is None:
+        numbers = [layer.number for name in adapter.layers if (layer := layer_of(name))]
+        total_layers = atlas.tower().n_layers if atlas is not None and atlas.towers else max(numbers, default=0) + 1
     energies: list[Energy] = []
     sums = [0.0] * len(table.names)
     for name, pair in adapter.layers.items():

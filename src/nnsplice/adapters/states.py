@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ class Optimizer:
     #: Id -> parameter name, where the optimizer was given named parameters.
     names: Mapping[int, str] | None = None
     shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    #: Id -> Adam's two rates of forgetting.
+    betas: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -51,21 +54,23 @@ def as_optimizer(state: Mapping[Any, Any]) -> Optimizer:
     if "state" not in state:
         if not all(isinstance(key, int) and isinstance(value, Mapping) for key, value in state.items()):
             raise BadType(f"a dictionary with {', '.join(map(str, list(state)[:4]))} is no state", expected=_EXPECTED)
-        states, has_groups, names = dict(state), False, {}
+        states, has_groups, names, betas = dict(state), False, {}, {}
         groups: list[tuple[int, ...]] = [tuple(sorted(states))]
     else:
         found = state["state"]
         states = dict(found)
         names: dict[int, str] = {}
+        betas: dict[int, tuple[float, float]] = {}
         groups, has_groups = [], "param_groups" in state
         for group in state.get("param_groups", ()):
             ids = tuple(group["params"])
             groups.append(ids)
+            betas.update(dict.fromkeys(ids, tuple(group["betas"])) if "betas" in group else {})
             names.update(zip(ids, group.get("param_names", ()), strict=False))
         if not has_groups:
             groups = [tuple(sorted(states))]
     shapes = {number: shape for number, one in states.items() if (shape := _shape(one)) is not None}
-    return Optimizer(states, tuple(group for group in groups if group), has_groups, names or None, shapes)
+    return Optimizer(states, tuple(group for group in groups if group), has_groups, names or None, shapes, betas)
 
 
 def _shape(state: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -90,7 +95,9 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
             write=f"{path / held[0]}" if held else None,
         )
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles by other hands, which are refused anyway
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileError("there is no such file", path=path, expected="a file of torch.save(...)") from None
     except pickle.UnpicklingError as error:

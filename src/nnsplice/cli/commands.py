@@ -94,6 +94,7 @@ def nnsplice(
     nnsplice paths gpt2          what can be addressed in GPT-2
     nnsplice check gpt2          capture, replay, heads and padding, tried on GPT-2
     nnsplice trace sweep.toml    every place changed by itself: which one decides the answer
+    nnsplice adapter ./my-lora   what an adapter changed, layer by layer
 
     A model that needs no network is called toy.
     """

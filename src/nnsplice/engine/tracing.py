@@ -31,7 +31,11 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
 
     if isinstance(name_or_module, str):
         kwargs.setdefault("dispatch", True)
-    return TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs)
+    model = TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs)
+    if kwargs.get("peft") is not None:
+        # The layers of an adapter come in train mode, into a model that is not.
+        model._module.eval()
+    return model
 
 
 def keep(value: Any) -> Any:
