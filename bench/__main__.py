@@ -1,6 +1,6 @@
 """Run every benchmark."""
 
-from bench import activations, loading, sweeps
+from bench import activations, adapters, loading, sweeps
 
-for benchmark in (loading, activations, sweeps):
+for benchmark in (loading, adapters, activations, sweeps):
     benchmark.main([])

@@ -1,4 +1,4 @@
-"""What did an adapter do, and where? Teach a model other facts with a LoRA; look at its optimizer, its factors, its runs.
+"""What did an adapter do, and where? Teach a model other facts, and look at the optimizer, the factors and the runs.
 
 python examples/05_adapters.py [FOLDER]     (needs peft: pip install nnsplice[peft])
 """
@@ -61,7 +61,7 @@ for step in tqdm(range(160), desc="training", unit="step", leave=False):
     optimizer.step()
     if step % 40 == 39:
         steps.append(aligner.track_step(model, merged=True))  # what the factors made of each weight since the last time
-model.save_pretrained(folder)
+model.save_pretrained(str(folder))
 torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 print(f"wordings never seen: {right():.0%} of the new cities are right\n")
 

@@ -1,4 +1,4 @@
-"""Steps of a training run against adapters: what moved, whether it moved where an adapter points, what that is for."""
+"""Steps of a training run against adapters: what moved, and whether it moved where an adapter points."""
 
 from __future__ import annotations
 

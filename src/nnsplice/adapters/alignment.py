@@ -9,6 +9,8 @@ from nnsplice.errors import BadArgument
 
 #: Rounding noise of double precision in what is computed here: a cosine this near to 1 is 1.
 NOISE = 1e-14
+#: How many numbers of an update are looked at at once: two megabytes in double precision.
+BLOCK = 1 << 18
 #: Directions of a factor that are smaller than this share of its largest one come from rounding.
 RANK_TOLERANCE = 1e-12
 
@@ -19,26 +21,42 @@ def cosine(left: Tensor, right: Tensor, update: Tensor) -> float:
     Both factors become an orthonormal part and a small triangle first, so that the norm of the product is computed from
     the product of the triangles: exact also where the factors nearly cancel. Costs O(r · out · in).
     """
-    b, a, u = (_scaled(x, name) for x, name in ((left, "lora_B"), (right, "lora_A"), (update, "the update")))
-    if b is None or a is None or u is None:
+    b, a = _scaled(left, "lora_B"), _scaled(right, "lora_A")
+    if b is None or a is None:
         return 0.0
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.mT)
     core = rb @ ra.mT
-    size = float(core.norm() * u.norm())
-    if size == 0.0:
-        return 0.0
-    found = float((core * (qb.mT @ u @ qa)).sum()) / size
-    return _tidy(found, -1.0)
+    found, energy = _within(qb, qa, update)
+    size = float(core.norm()) * energy**0.5
+    return _tidy(float((core * found).sum()) / size, -1.0) if size else 0.0
 
 
 def inside(left: Tensor, right: Tensor, update: Tensor) -> float:
     """The share of the update's energy that lies in the columns of `left` and the rows of `right`: from 0 to 1."""
-    b, a, u = (_scaled(x, name) for x, name in ((left, "lora_B"), (right, "lora_A"), (update, "the update")))
-    if b is None or a is None or u is None:
+    b, a = _scaled(left, "lora_B"), _scaled(right, "lora_A")
+    if b is None or a is None:
         return 0.0
-    projected = _basis(b).mT @ u @ _basis(a.mT)
-    return _tidy(float(projected.square().sum() / u.square().sum()), 0.0)
+    found, energy = _within(_basis(b), _basis(a.mT), update)
+    return _tidy(float(found.square().sum()) / energy, 0.0) if energy else 0.0
+
+
+def _within(left: Tensor, right: Tensor, update: Tensor) -> tuple[Tensor, float]:
+    """`left.T @ update @ right` and the update's energy, both of the update divided by its largest number.
+
+    Goes through the update in double precision by some rows at a time, which stay in the cache.
+    """
+    largest = _largest(update, "the update")
+    found = left.new_zeros(left.shape[1], right.shape[1])
+    energy = 0.0
+    if largest == 0.0:
+        return found, energy
+    rows = max(1, BLOCK // max(update.shape[1], 1))
+    for start in range(0, update.shape[0], rows):
+        part = update[start : start + rows].detach().double() / largest
+        found += left[start : start + rows].mT @ (part @ right)
+        energy += float(torch.linalg.vector_norm(part)) ** 2
+    return found, energy
 
 
 def singular_values(left: Tensor, right: Tensor) -> Tensor:
@@ -53,15 +71,15 @@ def singular_values(left: Tensor, right: Tensor) -> Tensor:
 
 def _scaled(tensor: Tensor, name: str) -> Tensor | None:
     """In double precision and with 1 as its largest number, so that squares neither vanish nor overflow."""
-    plain = tensor.detach().double()
-    largest = float(plain.abs().max()) if plain.numel() else 0.0
-    if largest == 0.0:
-        return None
+    largest = _largest(tensor, name)
+    return tensor.detach().double() / largest if largest else None
+
+
+def _largest(tensor: Tensor, name: str) -> float:
+    largest = float(torch.linalg.vector_norm(tensor.detach(), float("inf"))) if tensor.numel() else 0.0
     if not largest < float("inf"):
-        raise BadArgument(
-            f"{name} holds numbers that are not finite", expected="the factors of a run that did not diverge"
-        )
-    return plain / largest
+        raise BadArgument(f"{name} holds numbers that are not finite", expected="a run that did not diverge")
+    return largest
 
 
 def _basis(matrix: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from nnsplice.adapters.header import Entry, read_header, stands
 from nnsplice.adapters.keys import read_key
 from nnsplice.adapters.readings import Layers, read_order
 from nnsplice.adapters.states import Optimizer, as_optimizer
-from nnsplice.atlas import Atlas
+from nnsplice.atlas import Atlas, peel
 from nnsplice.atlas.names import NamedLayer, layer_of
 from nnsplice.errors import ParamMappingError, UnknownPath, circumstances
 
@@ -100,7 +100,7 @@ def map_optimizer_to_layers(optimizer: Any, model: Any, *, tower: str | None = N
     Raises:
         ParamMappingError: a parameter of the optimizer is none of this model.
     """
-    root = model if isinstance(model, nn.Module) else getattr(model, "_module", model)
+    root = model if isinstance(model, nn.Module) else peel(model)
     atlas = Atlas.of(model)
     called = {id(p): name for name, p in root.named_parameters(remove_duplicate=False)}
     found: dict[int, NamedLayer] = {}

@@ -144,8 +144,10 @@ def _arranged(entries: Sequence[Entry], tests: tuple[Test, ...]) -> Iterator[lis
             classes: list[list[_Chunk]] = []
             left = list(entries)
             for test in tests:
-                chosen = [entry for entry in left if test(entry)]
-                left = [entry for entry in left if entry not in chosen]
+                chosen, rest = [], []
+                for entry in left:
+                    (chosen if test(entry) else rest).append(entry)
+                left = rest
                 if chosen:
                     classes.append(_chunks(chosen, places, order))
             yield classes
