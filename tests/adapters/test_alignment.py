@@ -185,6 +185,14 @@ def test_snapshots_are_copies():
     assert torch.allclose(aligner.track_step(model)["weight"], torch.full((2, 3), 5.0), atol=1e-5)
 
 
+def test_a_matrix_that_grew_is_new():
+    model = zoo.build("llama")
+    aligner = ExpertManifoldAligner(model)
+    model.resize_token_embeddings(70)
+    assert "model.embed_tokens.weight" not in aligner.track_step(model)
+    assert "model.embed_tokens.weight" in aligner.track_step(model)
+
+
 def test_an_nnsight_model_has_its_own_names():
     model = ns.load("toy")
     aligner = ExpertManifoldAligner(model)

@@ -11,6 +11,7 @@ import torch
 import nnsplice as ns
 import zoo
 from adapters.peft_models import adapt
+from nnsplice import engine
 from nnsplice.adapters import disabled
 from nnsplice.errors import BadArgument, RefusedPlace, UnknownPath
 from nnsplice.models.loader import EMBEDDED
@@ -39,7 +40,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapted(folder) -> Any:
-    return ns.load("toy-llama", peft=str(folder))
+    model: Any = ns.load("toy-llama", peft=str(folder))
+    assert not any(module.training for module in model._module.modules())  # PEFT's layers come in train mode
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,20 @@ def test_some_places_alone(adapted, plain):
         none = ns.capture(adapted, PROMPT, paths)
     base = ns.capture(plain, PROMPT, paths)
     assert all(torch.equal(none[path], base[path]) for path in base)
+
+
+def test_a_result_knows_whether_the_adapter_was_on(folder):
+    """Two sweeps with and without an adapter are no shards of one, and no journal continues the other's."""
+    model: Any = ns.load("toy-llama", peft=str(folder))
+    on = engine.weights_digest(model)
+    with disabled(model):
+        off = engine.weights_digest(model)
+    with disabled(model, "layers[2].mlp"):
+        some = engine.weights_digest(model)
+    assert engine.weights_digest(model) == on
+    with torch.no_grad():
+        model._module.model.layers[3].mlp.down_proj.lora_B["default"].weight[0, 0] += 1.0
+    assert len({on, off, some, engine.weights_digest(model)}) == 4
 
 
 def test_it_ends_also_when_the_block_raises(adapted):

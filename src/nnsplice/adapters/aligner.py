@@ -67,7 +67,7 @@ class ExpertManifoldAligner:
         steps = {
             name: value - before[name]
             for name, value in after.items()
-            if name in before and name not in used and value.ndim >= 2
+            if name in before and name not in used and value.ndim >= 2 and value.shape == before[name].shape
         }
         return steps | extra
 
