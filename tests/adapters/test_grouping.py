@@ -225,6 +225,57 @@ SURE = {
 }
 
 
+def test_states_without_shapes_or_ids(made):
+    trained = made("plain")
+    optimizer = OPTIMIZERS["trainable"](trained)
+    train(trained, optimizer)
+    state = optimizer.state_dict()
+    folder, total = trained.folder, count(optimizer)
+    factored = {n: {"step": 1, "exp_avg_sq_row": torch.ones(2)} for n in state["state"]}
+    with pytest.raises(ParamMappingError, match="no known order"):
+        adapters.map_param_ids_to_layers(folder, total, state={**state, "state": factored})
+    with pytest.raises(ParamMappingError, match="orders of the parameters fit"):  # never a step: nothing to go by
+        adapters.map_param_ids_to_layers(folder, total, state={**state, "state": {}})
+    with pytest.raises(TypeError, match="kept by name"):
+        adapters.map_param_ids_to_layers(folder, total, state={"state": {"model.weight": {}}, "param_groups": []})
+    with pytest.raises(ParamMappingError, match=f"write: .*{total}, state"):
+        adapters.map_param_ids_to_layers(folder, total + 1, state=state)
+
+
+def test_names_that_cannot_be(made):
+    trained = made("plain")
+    names = dict(enumerate(name for name, _ in trained.trainable))
+    with pytest.raises(ParamMappingError, match="parameter 11, and the optimizer has 11"):
+        adapters.map_param_ids_to_layers(trained.folder, 11, names=names)
+    with pytest.raises(ParamMappingError, match="both called"):
+        adapters.map_param_ids_to_layers(trained.folder, 12, names={**names, 3: names[0]})
+    with pytest.raises(ParamMappingError, match="none of the 1 names"):
+        adapters.map_param_ids_to_layers(trained.folder, 12, names={0: "something.weight"})
+    with pytest.raises(ParamMappingError, match="param_names"):
+        adapters.map_param_ids_to_layers(trained.folder, 12, names=[{"params": [0]}])
+    assert adapters.map_param_ids_to_layers(trained.folder, 12, names=list(names.values())).num_layers == 3
+    half = {n: name for n, name in names.items() if "lora_B" in name}  # LoRA-FA trains B alone
+    assert set(adapters.map_param_ids_to_layers(trained.folder, 12, names=half).layer_of) == set(half)
+
+
+def test_an_optimizer_of_another_model(made):
+    optimizer = OPTIMIZERS["trainable"](made("plain"))
+    with pytest.raises(ParamMappingError, match="none of this model"):
+        adapters.map_optimizer_to_layers(optimizer, made("ranks").model)
+
+
+def test_full_training_has_layers_too():
+    model = ns.load("toy")
+    module = model._module
+    optimizer = torch.optim.AdamW(module.parameters())
+    grouping = adapters.map_optimizer_to_layers(optimizer, model)
+    names = [name for name, _ in module.named_parameters()]
+    assert grouping.num_layers == 6 and grouping.params_per_layer == 12
+    assert {names[i]: layer for i, layer in grouping.layer_of.items()} == {
+        name: int(name.split(".")[2]) for name in names if name.startswith("transformer.h.")
+    }
+
+
 def test_the_towers_of_two(made):
     trained = made("t5")
     optimizer = OPTIMIZERS["trainable"](trained)

@@ -86,7 +86,7 @@ def map_param_ids_to_layers(
                 write=NAMES,
             )
         if known is not None:
-            return _by_names(entries, known, tower)
+            return _by_names(entries, known, num_params, tower)
         if optimizer is not None:
             return _by_shapes(entries, optimizer, num_params, tower)
         return _by_order(entries, layered, num_params)
@@ -200,7 +200,15 @@ def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int)
     return LayerGrouping(tuple(layers), each, of, "order", entries)
 
 
-def _by_names(entries: tuple[Entry, ...], names: Mapping[int, str], tower: str | None) -> LayerGrouping:
+def _by_names(
+    entries: tuple[Entry, ...], names: Mapping[int, str], num_params: int, tower: str | None
+) -> LayerGrouping:  # fmt: skip
+    strange = [number for number in names if not 0 <= number < num_params]
+    if strange:
+        raise ParamMappingError(
+            f"there is a name for parameter {strange[0]}, and the optimizer has {num_params}",
+            expected=f"ids from 0 to {num_params - 1}",
+        )
     held = {entry.key.text: entry for entry in entries}
     found: dict[int, NamedLayer] = {}
     seen: dict[str, int] = {}

@@ -88,6 +88,8 @@ class _Chunk:
 
 def read_order(entries: Sequence[Entry], optimizer: Optimizer) -> list[Layers]:
     """Every way to give the ids to layers that fits the state, each once."""
+    if any(number not in optimizer.shapes for number in optimizer.trained):
+        return []  # moments that are factored or packed have no shape to go by
     found: dict[tuple, Layers] = {}
     for groups in _candidates(len(entries), optimizer):
         shapes = [[optimizer.shapes.get(number) for number in group] for group in groups]

@@ -18,7 +18,7 @@ from nnsplice.errors import BadType, FileError
 _HOMES = ("optimizer", "optimizer_state_dict", "optimizer_states")
 _EXPECTED = "what optimizer.state_dict() returns, or its 'state'"
 #: Entries of a parameter's state that have the parameter's own shape, the likeliest first.
-_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "square_avg")
+_SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "square_avg", "state1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,12 @@ def as_optimizer(state: Mapping[Any, Any]) -> Optimizer:
             groups.append(ids)
             betas.update(dict.fromkeys(ids, tuple(group["betas"])) if "betas" in group else {})
             names.update(zip(ids, group.get("param_names", ()), strict=False))
+        strange = next((n for ids in (states, *groups) for n in ids if not isinstance(n, int)), None)
+        if strange is not None:
+            raise BadType(
+                f"this state is kept by name ({strange}), as sharded training keeps it, and not by number",
+                expected="the state_dict of the optimizer itself; what is kept by name needs no map",
+            )
         if not has_groups:
             groups = [tuple(sorted(states))]
     shapes = {number: shape for number, one in states.items() if (shape := _shape(one)) is not None}
