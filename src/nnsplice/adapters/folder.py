@@ -36,7 +36,7 @@ Tensors = Mapping[str, Tensor]
 
 def read_folder(
     adapter_dir: str | os.PathLike[str], base: Any = None
-) -> tuple[dict[str, LoRAMatrices], tuple[str, ...]]:  # fmt: skip
+) -> tuple[dict[str, LoRAMatrices], tuple[str, ...]]:
     """The pairs of factors by the weight that they change, and the parameters that are replaced as a whole."""
     try:
         entries, config = read_header(adapter_dir), read_config(adapter_dir)
@@ -204,7 +204,7 @@ def _by_size(names: list[str], nested: Mapping[int, Tensors]) -> list[str]:
 
 def _experts(
     parameter: str, a: Tensor, b: Tensor, rank: int, scale: float, root: nn.Module | None
-) -> dict[str, LoRAMatrices]:  # fmt: skip
+) -> dict[str, LoRAMatrices]:
     """One pair for each expert: rows of A go expert by expert, columns of B rank by rank."""
     module, _, attribute = parameter.rpartition(".")
     count, odd = divmod(a.shape[0], rank)

@@ -174,10 +174,7 @@ def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int)
             expected="the names of the optimizer's parameters, or the optimizer itself",
             write=f"{NAMES}\n     or: {_LIVE}",
         )
-    prefixed = all(entry.name.startswith("base_model.") for entry in layered)
-    outside = [
-        entry for entry in entries if entry.layer is None and (entry.name.startswith("base_model.") or not prefixed)
-    ]
+    outside = [entry for entry in entries if entry.layer is None]
     places = {entry: stands(entry, stacks[0]) for entry in outside}
     unknown = [entry.name for entry, place in places.items() if place == "unknown"]
     before = [entry for entry, place in places.items() if place == "before"]
@@ -202,7 +199,7 @@ def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int)
 
 def _by_names(
     entries: tuple[Entry, ...], names: Mapping[int, str], num_params: int, tower: str | None
-) -> LayerGrouping:  # fmt: skip
+) -> LayerGrouping:
     strange = [number for number in names if not 0 <= number < num_params]
     if strange:
         raise ParamMappingError(
@@ -234,9 +231,7 @@ def _by_names(
     return _grouping(found, "names", tower)
 
 
-def _by_shapes(
-    entries: tuple[Entry, ...], optimizer: Optimizer, num_params: int, tower: str | None
-) -> LayerGrouping:  # fmt: skip
+def _by_shapes(entries: tuple[Entry, ...], optimizer: Optimizer, num_params: int, tower: str | None) -> LayerGrouping:
     total = sum(map(len, optimizer.groups))
     if optimizer.has_groups and total != num_params:
         raise ParamMappingError(

@@ -15,6 +15,7 @@ from nnsplice.errors import ParamMappingError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+PREFIX = "base_model."
 
 #: Modules that every family registers before its layers ...
 BEFORE = frozenset(
@@ -67,7 +68,10 @@ def read_header(adapter_dir: str | os.PathLike[str]) -> tuple[Entry, ...]:
         raise ParamMappingError(f"{path} is damaged or no safetensors file: {error}") from None
     entries = tuple(Entry(name, read_key(name), shape, layer_of(name)) for name, shape in shapes.items())
     config = read_config(adapter_dir)
-    return tuple(entry for entry in entries if _trained(entry, config))
+    # Where PEFT's names have its prefix, a name without it is no parameter of the model.
+    layered = [entry.name.startswith(PREFIX) for entry in entries if entry.layer]
+    prefix = PREFIX if layered and all(layered) else ""
+    return tuple(entry for entry in entries if entry.name.startswith(prefix) and _trained(entry, config))
 
 
 def read_config(adapter_dir: str | os.PathLike[str]) -> dict[str, Any] | None:

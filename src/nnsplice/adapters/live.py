@@ -82,7 +82,7 @@ def _configs(model: Any) -> list[Any]:
 
 def _chosen(
     model: Any, layers: list[tuple[str, Any]], paths: str | Path | Iterable[str | Path]
-) -> list[tuple[str, Any]]:  # fmt: skip
+) -> list[tuple[str, Any]]:
     atlas = Atlas.of(model)
     if isinstance(paths, (str, Path)):
         paths = [paths]

@@ -100,9 +100,7 @@ def read_order(entries: Sequence[Entry], optimizer: Optimizer) -> list[Layers]:
 
 def _candidates(count: int, optimizer: Optimizer) -> list[tuple[tuple[int, ...], ...]]:
     """The groups of ids that may be the adapter's: all of them, or those that were trained."""
-    trained = tuple(
-        group for ids in optimizer.groups if (group := tuple(i for i in ids if i in optimizer.states))
-    )  # fmt: skip
+    trained = tuple(group for ids in optimizer.groups if (group := tuple(i for i in ids if i in optimizer.states)))
     if sum(map(len, optimizer.groups)) == count:
         # A parameter that never had a gradient (an expert that was never chosen, say) has its id all the same.
         return [optimizer.groups]
