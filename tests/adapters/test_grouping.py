@@ -46,6 +46,13 @@ def test_a_grouping_is_frozen():
     assert not hasattr(grouping, "__dict__")
 
 
+def test_a_tower_that_has_no_factors(tmp_path):
+    write(tmp_path, keys(range(2)))
+    assert adapters.map_param_ids_to_layers(tmp_path, 8, tower="decoder").num_layers == 2
+    with pytest.raises(ParamMappingError, match="none of the towers"):
+        adapters.map_param_ids_to_layers(tmp_path, 8, tower="encoder")
+
+
 def test_more_parameters_than_keys(tmp_path):
     grouping = adapters.map_param_ids_to_layers(write(tmp_path, keys(range(3))), 20)
     assert max(grouping.layer_of) == 11

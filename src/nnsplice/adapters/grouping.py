@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from nnsplice.adapters.keys import read_key
 from nnsplice.adapters.readings import Layers, read_order
 from nnsplice.adapters.states import Optimizer, as_optimizer
 from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas.families import NOT_TEXT
 from nnsplice.atlas.names import NamedLayer, layer_of
 from nnsplice.errors import ParamMappingError, UnknownPath, circumstances
 
@@ -89,7 +90,7 @@ def map_param_ids_to_layers(
             return _by_names(entries, known, num_params, tower)
         if optimizer is not None:
             return _by_shapes(entries, optimizer, num_params, tower)
-        return _by_order(entries, layered, num_params)
+        return _by_order(entries, layered, num_params, tower)
 
 
 def map_optimizer_to_layers(optimizer: Any, model: Any, *, tower: str | None = None) -> LayerGrouping:
@@ -165,7 +166,7 @@ def _check_uniform(layered: list[Entry], has_state: bool) -> None:
         )
 
 
-def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int) -> LayerGrouping:
+def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int, tower: str | None) -> LayerGrouping:
     """PEFT's own order: whatever is registered before the layers, the layers by number, the rest."""
     stacks = sorted({entry.layer.stack for entry in layered if entry.layer})
     if len(stacks) > 1:
@@ -193,8 +194,8 @@ def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int)
         )
     layers = sorted({entry.layer.number for entry in layered if entry.layer})
     each = len(layered) // len(layers)
-    of = {len(before) + i: layers[i // each] for i in range(len(layered))}
-    return LayerGrouping(tuple(layers), each, of, "order", entries)
+    found = {len(before) + i: NamedLayer(stacks[0], layers[i // each]) for i in range(len(layered))}
+    return replace(_grouping(found, "order", tower), header=entries)
 
 
 def _by_names(
@@ -256,14 +257,15 @@ def _by_shapes(entries: tuple[Entry, ...], optimizer: Optimizer, num_params: int
 def _grouping(found: Layers, how: str, tower: str | None) -> LayerGrouping:
     stacks = sorted({layer.stack for layer in found.values()})
     if tower is not None:
-        chosen = [stack for stack in stacks if tower in stack.split(".") or tower == stack]
+        chosen = [stack for stack in stacks if tower in (_short(stack), stack)]
         if len(chosen) != 1:
             raise ParamMappingError(f"{tower!r} is none of the towers with factors: {', '.join(stacks)}")
         found = {number: layer for number, layer in found.items() if layer.stack == chosen[0]}
     elif len(stacks) > 1:
+        short = sorted({_short(stack) for stack in stacks})
         raise ParamMappingError(
             f"layers of {' and '.join(stacks)} have parameters, and their numbers repeat",
-            write=" or ".join(f'tower="{_short(stack)}"' for stack in stacks),
+            write=" or ".join(f'tower="{name}"' for name in (short if len(short) == len(stacks) else stacks)),
         )
     of = {number: found[number].number for number in sorted(found)}
     layers = sorted(set(of.values()))
@@ -272,7 +274,10 @@ def _grouping(found: Layers, how: str, tower: str | None) -> LayerGrouping:
 
 
 def _short(stack: str) -> str:
-    return next((word for word in stack.split(".") if word in ("encoder", "decoder")), stack)
+    """What `tower` says for a list of layers; a model with one tower calls it the decoder."""
+    if any(word in NOT_TEXT for word in stack.split(".")):
+        return stack
+    return next((word for word in stack.split(".") if word in ("encoder", "decoder")), "decoder")
 
 
 def _names(given: Mapping[int, str] | Sequence[Any]) -> dict[int, str]:
