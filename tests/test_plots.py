@@ -218,3 +218,21 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(MissingPackage, match=r"pip install nnsplice\[plots\]"):
         draw([[1.0]])
+
+
+# -- bars --------------------------------------------------------------------------------------------------------------
+
+
+def test_bars_from_the_top():
+    ax = plots.bars([3.0, 0.0, 1.5], names=["a", "$b", "c"], label="layer", value_label="energy", title="one")
+    assert [bar.get_width() for bar in ax.patches] == [3.0, 0.0, 1.5]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in ax.patches] == pytest.approx([0, 1, 2])
+    assert ax.get_ylim() == (2.5, -0.5)  # the first name on top
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", r"\$b", "c"]
+    assert (ax.get_ylabel(), ax.get_xlabel(), ax.get_title()) == ("layer", "energy", "one")
+
+
+@pytest.mark.parametrize(("values", "names"), [([], []), ([1.0], ["a", "b"]), ([[1.0]], ["a"])])
+def test_bars_that_do_not_fit(values, names):
+    with pytest.raises(BadArgument, match="one number for each name"):
+        plots.bars(values, names=names, label="layer", value_label="energy")
