@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -13,7 +14,7 @@ import zoo
 from adapters.peft_models import adapt
 from nnsplice import engine
 from nnsplice.adapters import disabled
-from nnsplice.errors import BadArgument, RefusedPlace, UnknownPath
+from nnsplice.errors import BadArgument, MissingPackage, RefusedPlace, UnknownPath
 from nnsplice.models.loader import EMBEDDED
 
 PLACES = ["embed.output[-1]", "layers[:].output[-1]", "layers[:].mid[-1]", "layers[:].heads[:].output[-1]",
@@ -163,4 +164,10 @@ def test_what_is_refused(adapted, plain, tmp_path):
         merged = adapt("plain", tmp_path / "plain")
         merged.model.merge_adapter()
     with pytest.raises(BadArgument, match="merged"), disabled(merged.model):
+        pass
+
+
+def test_without_peft(plain, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft.tuners.tuners_utils", None)
+    with pytest.raises(MissingPackage, match=r"nnsplice\[peft\]"), disabled(plain):
         pass
