@@ -225,8 +225,9 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
 
 def test_bars_from_the_top():
     ax = plots.bars([3.0, 0.0, 1.5], names=["a", "$b", "c"], label="layer", value_label="energy", title="one")
-    assert [bar.get_width() for bar in ax.patches] == [3.0, 0.0, 1.5]
-    assert [bar.get_y() + bar.get_height() / 2 for bar in ax.patches] == pytest.approx([0, 1, 2])
+    bars: list[Any] = list(ax.patches)
+    assert [bar.get_width() for bar in bars] == [3.0, 0.0, 1.5]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in bars] == pytest.approx([0, 1, 2])
     assert ax.get_ylim() == (2.5, -0.5)  # the first name on top
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", r"\$b", "c"]
     assert (ax.get_ylabel(), ax.get_xlabel(), ax.get_title()) == ("layer", "energy", "one")
