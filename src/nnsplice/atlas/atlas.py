@@ -17,7 +17,7 @@ from nnsplice.atlas.locate import locate, module_places
 from nnsplice.atlas.native import expand_native
 from nnsplice.atlas.peel import peel
 from nnsplice.atlas.recognise import find_towers
-from nnsplice.atlas.resolve import resolve
+from nnsplice.atlas.resolve import resolve, split
 from nnsplice.atlas.selection import Selection
 from nnsplice.atlas.sites import expand_portable
 from nnsplice.atlas.tree import Tree, read_tree
@@ -117,7 +117,7 @@ class Atlas:
         tower = self.towers.get("decoder")
         if tower is None or tower.embed is None or tower.unembed is None:
             return False
-        ends = [self.tree.owner(module).params.get("weight", ("",))[0] for module in (tower.embed, tower.unembed)]
+        ends = [self.tree.table(module) for module in (tower.embed, tower.unembed)]
         return ends[0] == ends[1]
 
     def expand(self, path: Path | str) -> list[Path]:
@@ -150,6 +150,34 @@ class Atlas:
         if found is None:
             found = self._resolved[path] = resolve(self, path)
         return found
+
+    def split(self, path: Path | str) -> list[Path]:
+        """The single places that a path means where weights are asked for, by number.
+
+        >>> [str(place) for place in ns.Atlas.of(model).split("layers[-2:].attn.q")]
+        ['layers[1].attn.q', 'layers[2].attn.q']
+        """
+        return list(split(self, parse_path(path)))
+
+    def rank(self, name: str) -> tuple[int, int, int]:
+        """Where a parameter stands: in the model's order, and inside a tower layer by layer."""
+        return self._ranks[name]
+
+    @cached_property
+    def _ranks(self) -> dict[str, tuple[int, int, int]]:
+        numbers = {name: n for n, name in enumerate(self.tree.params)}
+        ranks = {name: (n, -1, n) for name, n in numbers.items()}
+        for tower in self.towers.values():
+            inside = {
+                full: block.index
+                for block in reversed(tower.blocks)
+                for module in block.modules
+                for name in (module, *self.tree.under(module))
+                for full, _ in self.tree.nodes[name].params.values()
+            }
+            start = min(map(numbers.__getitem__, inside), default=0)
+            ranks |= {name: (start, layer, numbers[name]) for name, layer in inside.items()}
+        return ranks
 
     @cached_property
     def _resolved(self) -> dict[Path, Selection]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nnsplice.atlas.layouts import Layout
@@ -28,6 +29,8 @@ class Block:
     #: The one projection of q, k and v, where they are fused (`q`, `k`, `v` are None then).
     fused: str | None
     o: str | None
+    #: Layers whose output columns scale the heads' own.
+    head_gates: tuple[str, ...]
     #: How heads lie along those axes; None where the number of heads is unknown.
     layout: Layout | None
     #: The module that holds the MLP's layers.
@@ -61,6 +64,23 @@ class Block:
     has_cross: bool
     #: A number that scales the branches in code (1.0 in nearly every family).
     scale: float = 1.0
+    #: Role -> (parameter, axis of heads or neurons), where projections are parameters of the attention and the MLP.
+    stacked: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict, hash=False)
+    #: Modules of the layer beside `module`, where a layer is no module, and the one whose output is the layer's.
+    beside: tuple[str, ...] = ()
+    end: str | None = None
+    #: Parts of the MLP beside `mlp`.
+    mlp_beside: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that are the layer: one in nearly every family."""
+        return (self.module, *self.beside)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the layer has queries, keys and values."""
+        return self.o is not None or "o" in self.stacked
 
     @property
     def n_heads(self) -> int:

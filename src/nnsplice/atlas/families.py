@@ -61,6 +61,27 @@ FUSED_BY_CLASS: dict[str, Kind] = {"CodeGen": "quartered", "MiniMaxLightning": "
 
 #: Parameters of the attention module with one number per head.
 PER_HEAD = ("sinks",)
+#: Layers of the attention module whose output columns scale the heads' own, one for one.
+HEAD_GATES = ("gate_proj", "output_gate")
+#: The output projection's bias, where the attention module keeps it; it is added outside of that module.
+O_BIAS = ("dense_bias",)
+
+#: Modules that keep their projections as parameters (TransformerLens): role -> (name, axis of heads or neurons).
+STACKED_ATTENTION: dict[str, tuple[tuple[str, int], ...]] = {
+    "q": (("W_Q", 0), ("b_Q", 0)),
+    "k": (("W_K", 0), ("_W_K", 0), ("b_K", 0), ("_b_K", 0)),
+    "v": (("W_V", 0), ("_W_V", 0), ("b_V", 0), ("_b_V", 0)),
+    "o": (("W_O", 0),),
+}
+STACKED_MLP: dict[str, tuple[tuple[str, int], ...]] = {
+    "up": (("W_in", 1), ("b_in", 0)),
+    "gate": (("W_gate", 1),),
+    "down": (("W_out", 0),),
+}
+#: What belongs to these modules as a whole.
+STACKED_BIASES = ("b_O", "b_out")
+#: The matrix of a table or a layer, by the name of its parameter.
+MATRICES = ("weight", "W_E", "W_U")
 
 #: Attention that reads another tower; it stands beside the block's own and is not `attn`.
 CROSS = frozenset(
@@ -77,13 +98,44 @@ N_HEADS_TOWER = {"encoder": ("encoder_attention_heads",), "decoder": ("decoder_a
 
 # -- MLP ---------------------------------------------------------------------------------------------------------------
 
-UP = ("up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h", "wi_1", "wi", "intermediate.dense", "ffn", "lin1", "w3", "w1")
-DOWN = ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "wo", "output.dense", "ffn_output", "lin2", "w2", "Wo")
-GATE = ("gate_proj", "wi_0", "w1")
+UP = (
+    "up_proj",
+    "c_fc",
+    "fc_in",
+    "fc1",
+    "dense_h_to_4h",
+    "wi_1",
+    "wi",
+    "intermediate.dense",
+    "ffn",
+    "lin1",
+    "w3",
+    "w1",
+    "w_in.w_1",
+    "0",
+)
+DOWN = (
+    "down_proj",
+    "c_proj",
+    "fc_out",
+    "fc2",
+    "dense_4h_to_h",
+    "wo",
+    "output.dense",
+    "ffn_output",
+    "lin2",
+    "w2",
+    "Wo",
+    "w_out",
+    "2",
+)
+GATE = ("gate_proj", "wi_0", "w1", "w_in.w_0")
 #: Gate and up in one layer, gate first.
 GATE_UP = ("gate_up_proj", "Wi")
 EXPERTS = ("experts",)
-ROUTER = ("gate", "router")
+ROUTER = ("gate", "router", "router.gate", "gate.wg")
+#: A dense MLP that stands beside the experts and adds to them.
+MLP_BESIDE = ("shared_mlp",)
 #: Parameters of a fused experts module, expert axis first.
 EXPERT_PARTS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 
@@ -102,6 +154,7 @@ PRE_MLP = (
     "post_attention_layernorm",
     "ln_2",
     "norm_2",
+    "layernorm2",
     "norm2",
     "ln2",
     "ffn_norm",
@@ -121,10 +174,15 @@ PARALLEL_NORMS = (("ln_attn", "ln_mlp"),)
 
 #: Blocks (start of the class name) that mix stream and branches in a way of their own, so that no module's output is
 #: what is added.
-NOT_ADDITIVE = ("MiniMaxDecoder",)
+NOT_ADDITIVE = ("MiniMaxDecoder", "Gemma4TextDecoder")
 
 #: Numbers that scale a branch in code, where no module's output is what is added.
 SCALES = ("residual_multiplier",)
+
+# -- models whose layers are no modules ----------------------------------------------------------------------------
+
+#: The list of attentions -> the lists beside it: MLPs, norms after attention, norms after the MLP (XLM).
+SPLIT_STACKS = {"attentions": ("ffns", "layer_norm1", "layer_norm2")}
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
@@ -141,6 +199,9 @@ EMBED = (
     "embed",
     "embedding",
     "shared",
+    "input_embedding",
+    "embeddings",
+    "w",
 )
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_final", "final_norm")
 UNEMBED = (
@@ -151,6 +212,7 @@ UNEMBED = (
     "predictions.decoder",
     "output_projection",
     "generator_lm_head",
+    "pred_layer.proj",
     "unembed",
     "head",
 )

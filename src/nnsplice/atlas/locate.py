@@ -187,7 +187,9 @@ def _block_places(atlas: Atlas, block: Block) -> Iterator[tuple[str, tuple[Step,
         yield block.gate_up, (Step("mlp"),)
     if block.mlp and not block.mlp_is_bare:
         yield block.mlp, (Step("mlp"),)
-    yield block.module, ()
+    yield from ((module, (Step("mlp"),)) for module in block.mlp_beside)
+    yield from ((module, (Step("attn"),)) for module in block.head_gates)
+    yield from ((module, ()) for module in block.modules)
 
 
 def _place(atlas: Atlas, tower: Tower, block: Block, *steps: Step) -> Path:

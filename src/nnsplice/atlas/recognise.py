@@ -9,6 +9,7 @@ from typing import Any
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block, Tower, TowerName
 from nnsplice.atlas.layouts import Kind, Layout, fits
+from nnsplice.atlas.stacked import read_stacked
 from nnsplice.atlas.stream import read_stream
 from nnsplice.atlas.tree import Node, Tree, is_norm
 
@@ -22,10 +23,10 @@ def find_towers(tree: Tree) -> dict[str, Tower]:
             continue  # ALBERT with several layers in a group: none of its modules is one layer
         if inside or not _numbered(node) or rows.NOT_TEXT & set(node.name.split(".")):
             continue
-        blocks = [read_block(tree, child, i) for i, child in enumerate(node.children.values())]
+        blocks = _read_split(tree, node) or [read_block(tree, m, i) for i, m in enumerate(node.children.values())]
         found = tuple(block for block in blocks if block is not None)
         # Some layers may do without attention (or with one that has no such heads); all of them may not.
-        if len(found) == len(node.children) and any(block.o for block in found):
+        if len(found) == len(node.children) and any(block.has_attention for block in found):
             stacks.append((node.name, found))
     towers: dict[str, Tower] = {}
     for stack, blocks in stacks:
@@ -82,7 +83,7 @@ def _tower(tree: Tree, name: TowerName, stack: str, blocks: tuple[Block, ...]) -
 
 
 def _matrix(tree: Tree, name: str | None) -> bool:
-    return name is not None and tree.weight(name) is not None
+    return name is not None and (tree.weight(name) is not None or tree.table(name) is not None)
 
 
 def _first(tree: Tree, home: str, names: Iterable[str]) -> str | None:
@@ -98,6 +99,9 @@ def read_block(tree: Tree, name: str, index: int) -> Block | None:
     """The parts of one block, or None where it has no MLP that we know; attention may be missing."""
     attention = _read_attention(tree, name)
     mlp = _read_mlp(tree, name, attention.get("attn"))
+    stacked = {}
+    if not mlp and attention["attn"] is None:
+        attention, mlp, stacked = read_stacked(tree, name)
     if not mlp:
         return None
     block = Block(
@@ -113,10 +117,46 @@ def read_block(tree: Tree, name: str, index: int) -> Block | None:
         attn_added=None,
         mlp_added=None,
         scale=_scale(tree, name),
+        stacked=stacked,
+        mlp_beside=tuple(m for row in rows.MLP_BESIDE if mlp["experts"] and (m := tree.child(name, row))),
         **attention,
         **mlp,
     )
     return replace(block, **read_stream(tree, block))
+
+
+def _read_split(tree: Tree, node: Node) -> list[Block | None] | None:
+    """The blocks of a model that keeps attentions, MLPs and norms in lists of their own, else None."""
+    home, _, last = node.name.rpartition(".")
+    lists = [tree.child(home, name) for name in rows.SPLIT_STACKS.get(last, ())] if home in tree.nodes else []
+    columns = [tuple(tree.nodes[name].children.values()) for name in lists if name is not None]
+    if len(columns) != 3 or any(len(column) != len(node.children) for column in columns):
+        return None
+    attentions = list(node.children.values())
+    return [_split_block(tree, i, attentions[i], *parts) for i, parts in enumerate(zip(*columns, strict=True))]
+
+
+def _split_block(tree: Tree, index: int, attn: str, mlp: str, mid: str, end: str) -> Block | None:
+    attention, inner = _read_attention(tree, attn), _read_mlp(tree, mlp, None)
+    if attention["o"] is None or not inner:
+        return None
+    return Block(
+        index=index,
+        module=attn,
+        occurrence=0,
+        parallel=False,
+        mid=(mid, "output"),
+        mid_kind="plain",
+        mlp_is_bare=False,
+        post_norm=True,
+        has_cross=False,
+        attn_added=attn,
+        mlp_added=mlp,
+        beside=(mid, mlp, end),
+        end=end,
+        **{**attention, "attn": attn, "pattern": (attn, rows.PATTERN_ITEM_DEFAULT)},
+        **inner,
+    )
 
 
 def _is_bare(block: str, mlp: object, attn: object) -> bool:
@@ -160,9 +200,16 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             "v": None if fused else v,
             "fused": fused,
             "o": o,
+            "head_gates": _head_gates(tree, home, o),
             "layout": _read_layout(tree, home, (q, k, v), fused, o),
         }
-    return dict.fromkeys(("attn", "pattern", "q", "k", "v", "fused", "o", "layout"))
+    return {**dict.fromkeys(("attn", "pattern", "q", "k", "v", "fused", "o", "layout")), "head_gates": ()}
+
+
+def _head_gates(tree: Tree, home: str, o: str) -> tuple[str, ...]:
+    """Layers that give a number to each column that the output projection reads."""
+    inner, gates = tree.weight(o), [tree.child(home, row) for row in rows.HEAD_GATES]
+    return tuple(g for g in gates if g and inner and (shape := tree.weight(g)) and shape[0] == inner[1])
 
 
 def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused: str | None, o: str) -> Layout | None:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block
-from nnsplice.atlas.indices import column, resolve_index
+from nnsplice.atlas.indices import at, column, resolve_index
 from nnsplice.atlas.layouts import ROLES, Role
-from nnsplice.atlas.native import follow
+from nnsplice.atlas.native import Found, follow
 from nnsplice.atlas.selection import Part, Ranges, Selection, join
 from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, take_apart
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import PathError, UnknownPath
-from nnsplice.paths.path import Path
+from nnsplice.paths.path import Path, Step
 
 if TYPE_CHECKING:
     from nnsplice.atlas.atlas import Atlas
@@ -33,7 +33,9 @@ def resolve(atlas: Atlas, path: Path) -> Selection:
             column=str(path).rfind("["),
             write=str(replace(path, position=None, item=None, value=None if path.value == "output" else path.value)),
         )
-    pieces = _native(atlas, path) if path.native else _portable(atlas, path)
+    pieces = (
+        _native(atlas, path) if path.native else (piece for place in split(atlas, path) for piece in _one(atlas, place))
+    )
     shapes = atlas.tree.params
     found: dict[str, Part] = {}
     for name, part in pieces:
@@ -43,8 +45,7 @@ def resolve(atlas: Atlas, path: Path) -> Selection:
     if not found:
         what = f"no {path.value}" if path.value in ("weight", "bias") else "no parameters"
         raise UnknownPath(f"{replace(path, value=None)} has {what} in this model", path=path)
-    order = [name for name in shapes if name in found]
-    return Selection.of({name: found[name] for name in order}, shapes)
+    return Selection.of({name: found[name] for name in sorted(found, key=atlas.rank)}, shapes)
 
 
 def _native(atlas: Atlas, path: Path) -> Iterator[Piece]:
@@ -61,10 +62,14 @@ def _native(atlas: Atlas, path: Path) -> Iterator[Piece]:
             yield from whole(atlas, found.module)
 
 
-def _portable(atlas: Atlas, path: Path) -> Iterator[Piece]:
+def split(atlas: Atlas, path: Path) -> Iterator[Path]:
+    """The single places of a model that a path means. See `Atlas.split`."""
+    if path.native:
+        yield from (replace(path, steps=found.steps + _named(found)) for found in follow(atlas, path))
+        return
     place = take_apart(path)
     if place.role == "full":
-        yield from ((name, None) for name in atlas.tree.params)
+        yield path
         return
     if path.value in ("input", "mid", "pattern"):
         raise PathError(
@@ -75,21 +80,44 @@ def _portable(atlas: Atlas, path: Path) -> Iterator[Piece]:
         )
     tower = atlas.tower(path)
     if place.role in ("embed", "final_norm", "unembed"):
-        module = getattr(tower, place.role)
-        if module is None:
+        if getattr(tower, place.role) is None:
             raise UnknownPath(f"this model has no {place.role}", path=path, column=column(path, 0))
-        yield from whole(atlas, module)
+        yield path
         return
     for layer in resolve_index(path, 0, tower.n_layers, "layer", atlas.tower_phrase(tower)):
-        block = tower.blocks[layer]
+        steps = [at(path.steps[0], layer), *path.steps[1:]]
         if place.counted is None:
-            yield from _part(atlas, path, block, place.role)
+            yield replace(path, steps=tuple(steps))
             continue
         name = path.steps[1].name
         shown = f"layers[{layer}].{name}"
-        length = count(path, block, name)
+        length = count(path, tower.blocks[layer], name)
         for index in resolve_index(path, 1, length, COUNTED[name], f"layer {layer}", shown):
-            yield from _COUNTED[name](atlas, block, index, place.value)
+            yield replace(path, steps=(steps[0], at(path.steps[1], index)))
+
+
+def _named(found: Found) -> tuple[Step, ...]:
+    """The step of a parameter, where a native path leads to one."""
+    return () if found.parameter is None else (Step(found.parameter),)
+
+
+def _one(atlas: Atlas, path: Path) -> Iterator[Piece]:
+    """What belongs to one place."""
+    place = take_apart(path)
+    if place.role == "full":
+        yield from ((name, None) for name in atlas.tree.params)
+        return
+    tower = atlas.tower(path)
+    if place.role in ("embed", "final_norm", "unembed"):
+        yield from whole(atlas, getattr(tower, place.role))
+        return
+    layer, *inner = (step.index for step in path.steps)
+    assert isinstance(layer, int)
+    block = tower.blocks[layer]
+    if place.counted is None:
+        yield from _part(atlas, path, block, place.role)
+    else:
+        yield from _COUNTED[path.steps[1].name](atlas, block, inner[0], place.value)
 
 
 def whole(atlas: Atlas, module: str) -> Iterator[Piece]:
@@ -100,14 +128,19 @@ def whole(atlas: Atlas, module: str) -> Iterator[Piece]:
 
 def _part(atlas: Atlas, path: Path, block: Block, role: str) -> Iterator[Piece]:
     if role == "layers":
-        yield from whole(atlas, block.module)
-    elif role in ("attn", *ROLES, "o") and block.o is None:
+        for module in block.modules:
+            yield from whole(atlas, module)
+    elif role in ("attn", *ROLES, "o") and not block.has_attention:
         raise no_attention(path, block)
     elif role == "attn":
-        for module in dict.fromkeys((block.q, block.k, block.v, block.fused, block.o)):
+        for module in dict.fromkeys((block.q, block.k, block.v, block.fused, block.o, *block.head_gates)):
             if module is not None:
                 yield from whole(atlas, module)
+        yield from _stacked(block, (*ROLES, "o"), None)
+        yield from _own(atlas, block.attn, (*rows.O_BIAS, *rows.STACKED_BIASES))
         yield from _per_head(atlas, block, None)
+    elif role in block.stacked:
+        yield from _stacked(block, (role,), None)
     elif role == "mlp":
         yield from _mlp(atlas, block)
     elif role in ROLES and block.fused is not None:
@@ -126,14 +159,28 @@ def _part(atlas: Atlas, path: Path, block: Block, role: str) -> Iterator[Piece]:
 
 def _mlp(atlas: Atlas, block: Block) -> Iterator[Piece]:
     if block.mlp is not None and not block.mlp_is_bare:
-        for name in (block.mlp, *atlas.tree.under(block.mlp)):
-            if not is_norm(atlas.tree, name):
-                yield from ((full, None) for full, _ in atlas.tree.nodes[name].params.values())
+        for home in (block.mlp, *block.mlp_beside):
+            for name in (home, *atlas.tree.under(home)):
+                if not is_norm(atlas.tree, name):
+                    yield from ((full, None) for full, _ in atlas.tree.nodes[name].params.values())
         return
     for role in ("gate", "up", "down", "gate_up"):
         module = getattr(block, role)
         if module is not None:
             yield from whole(atlas, module)
+
+
+def _own(atlas: Atlas, module: str | None, names: Iterable[str]) -> Iterator[Piece]:
+    """Parameters of a module itself, by name."""
+    params = atlas.tree.nodes[module].params if module is not None else {}
+    yield from ((params[name][0], None) for name in names if name in params)
+
+
+def _stacked(block: Block, roles: Iterable[str], ranges: Ranges | None) -> Iterator[Piece]:
+    """Parameters that a role is, in a block without layers for it; some of their heads or neurons, or all."""
+    for role in roles:
+        for name, axis in block.stacked.get(role, ()):
+            yield name, None if ranges is None else (axis, ranges)
 
 
 # -- slices of layers --------------------------------------------------------------------------------------------------
@@ -179,8 +226,14 @@ def _per_head(atlas: Atlas, block: Block, heads: Ranges | None) -> Iterator[Piec
 
 def _heads(atlas: Atlas, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
     layout = block.layout
-    assert layout is not None and block.o is not None
+    assert layout is not None
     wanted: dict[Role, Iterable[int]] = {"q": heads, "k": (group,), "v": (group,)}
+    if block.stacked:
+        for role, of in {**wanted, "o": heads}.items():
+            if value in (None, "output", "weight", "bias", role):
+                yield from _stacked(block, (role,), tuple((i, i + 1) for i in of))
+        return
+    assert block.o is not None
     for role in ROLES:
         module = block.projection(role)
         if module is not None and value in (None, "output", "weight", "bias", role):
@@ -188,6 +241,8 @@ def _heads(atlas: Atlas, block: Block, heads: range, group: int, value: str | No
     if value not in ROLES:
         d = layout.head_dim
         yield from _in(atlas, block.o, ((heads.start * d, heads.stop * d),))
+        for gate in block.head_gates:
+            yield from _out(atlas, gate, ((heads.start * d, heads.stop * d),))
         yield from _per_head(atlas, block, ((heads.start, heads.stop),))
 
 
@@ -213,6 +268,7 @@ def _expert(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterat
 
 
 def _neuron(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+    yield from _stacked(block, ("gate", "up", "down"), ((index, index + 1),))
     for role in ("gate", "up"):
         module = getattr(block, role)
         if module is not None:

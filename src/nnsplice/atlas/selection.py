@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
 
 import torch
 
+from nnsplice.atlas.drawing import Row, draw
 from nnsplice.atlas.layouts import merge
 from nnsplice.errors import BadArgument
 
 Ranges = tuple[tuple[int, int], ...]
 #: None for the whole parameter, else the axis and the ranges along it.
 Part = tuple[int, Ranges] | None
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
     """Which parameters of a model, and which slices of them.
 
+    `a | b` is what either selects, `a & b` what both do, `a - b` what only the first does, `~a` all the rest of the
+    model. Whatever its size, a selection costs bytes, until `masks` is asked for.
+
     >>> rows = Selection.of({"q.weight": (0, ((8, 16),))}, {"q.weight": (32, 64)})
     >>> len(rows), rows.numel()
     (1, 512)
     >>> int(rows.masks()["q.weight"].sum())
     512
+    >>> (~rows).parts["q.weight"]
+    (0, ((0, 8), (16, 32)))
     """
 
     parts: Mapping[str, Part]
-    shapes: Mapping[str, tuple[int, ...]]
+    #: The shapes of these parameters.
+    shapes: Shapes
+    #: The shapes of all parameters of the model, which `~` is taken in.
+    universe: Shapes = field(repr=False)
 
     @classmethod
-    def of(cls, parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, ...]]) -> Selection:
-        """A selection with ranges in their shortest form, so that equal choices are equal values."""
+    def of(cls, parts: Mapping[str, Part], shapes: Shapes) -> Selection:
+        """A selection with ranges in their shortest form, so that equal choices are equal values.
+
+        Args:
+            parts: name -> None for all of it, or an axis and ranges along it.
+            shapes: the shapes of all parameters of the model.
+        """
         short = {name: _shorten(part, shapes[name]) for name, part in parts.items()}
-        return cls(MappingProxyType(short), MappingProxyType({name: tuple(shapes[name]) for name in short}))
+        kept = {name: part for name, part in short.items() if part is None or part[1]}
+        own = {name: tuple(shapes[name]) for name in kept}
+        return cls(MappingProxyType(kept), MappingProxyType(own), shapes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,7 +61,7 @@ class Selection:
 
     def numel(self) -> int:
         """How many numbers are selected."""
-        return sum(self._numel(name) for name in self.parts)
+        return sum(map(self._numel, self.parts))
 
     def _numel(self, name: str) -> int:
         part, shape = self.parts[name], self.shapes[name]
@@ -70,6 +87,14 @@ class Selection:
             line[start:stop] = True
         return line.view(*(-1 if i == axis else 1 for i in range(len(shape)))).expand(shape)
 
+    def tree(self, *, colour: bool = False) -> str:
+        """What is selected, as a tree of modules with a bar for each parameter.
+
+        Args:
+            colour: with the colours of a terminal.
+        """
+        return draw([Row(name, self._numel(name), prod(self.shapes[name])) for name in self.parts], colour=colour)
+
     def __len__(self) -> int:
         return len(self.parts)
 
@@ -83,11 +108,44 @@ class Selection:
         """Everything that either selects; the names keep the left one's order."""
         if not isinstance(other, Selection):
             return NotImplemented
-        shapes = {**self.shapes, **other.shapes}
         joined = dict(self.parts)
         for name, part in other.parts.items():
             joined[name] = join(name, joined[name], part) if name in joined else part
-        return Selection.of(joined, shapes)
+        return Selection.of(joined, self._shared(other))
+
+    def __and__(self, other: Selection) -> Selection:
+        """What both select."""
+        if not isinstance(other, Selection):
+            return NotImplemented
+        both = {name: _meet(name, part, other.parts[name]) for name, part in self.parts.items() if name in other}
+        return Selection.of(both, self._shared(other))
+
+    def __sub__(self, other: Selection) -> Selection:
+        """What this selects and the other does not."""
+        if not isinstance(other, Selection):
+            return NotImplemented
+        left = {
+            name: _meet(name, part, _rest(other.parts[name], self.shapes[name])) if name in other else part
+            for name, part in self.parts.items()
+        }
+        return Selection.of(left, self._shared(other))
+
+    def __invert__(self) -> Selection:
+        """Everything else of the model."""
+        rest = {n: _rest(self.parts[n], shape) if n in self else None for n, shape in self.universe.items()}
+        return Selection.of(rest, self.universe)
+
+    def _shared(self, other: Selection) -> Shapes:
+        """The shapes of the model that both are of."""
+        if self.universe is other.universe:
+            return self.universe
+        for name, shape in other.universe.items():
+            if tuple(self.universe.get(name, shape)) != tuple(shape):
+                raise BadArgument(
+                    f"{name} has shape {list(self.universe[name])} in one selection and {list(shape)} in the other",
+                    expected="selections of one model",
+                )
+        return {**self.universe, **other.universe}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Selection):
@@ -98,7 +156,7 @@ class Selection:
         return hash(frozenset(self.parts.items()))
 
     def __repr__(self) -> str:
-        total = sum(prod(shape) for shape in self.shapes.values())
+        total = sum(map(prod, self.shapes.values()))
         return f"Selection({len(self)} parameters, {self.numel():,} of {total:,})"
 
 
@@ -113,9 +171,37 @@ def join(name: str, one: Part, other: Part) -> Part:
     """Both of two parts of one parameter."""
     if one is None or other is None:
         return None
+    _check_axes(name, one, other)
+    return one[0], (*one[1], *other[1])
+
+
+#: Nothing of a parameter, along whatever axis.
+_NOTHING: Part = (0, ())
+
+
+def _meet(name: str, one: Part, other: Part) -> Part:
+    """What two parts of one parameter have in common."""
+    if one is None or other is None:
+        return other if one is None else one
+    if not one[1] or not other[1]:
+        return _NOTHING
+    _check_axes(name, one, other)
+    pairs = ((max(a, c), min(b, d)) for a, b in one[1] for c, d in other[1])
+    return one[0], tuple((start, stop) for start, stop in pairs if start < stop)
+
+
+def _rest(part: Part, shape: tuple[int, ...]) -> Part:
+    """What a part leaves of its parameter."""
+    if part is None:
+        return _NOTHING
+    axis, ranges = part
+    edges = [0, *(edge for bounds in ranges for edge in bounds), shape[axis]]
+    return axis, tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
+
+
+def _check_axes(name: str, one: tuple[int, Ranges], other: tuple[int, Ranges]) -> None:
     if one[0] != other[0]:
         raise BadArgument(
             f"{name} is selected along axis {one[0]} and along axis {other[0]}; ranges cannot say both",
             expected="selections that cut a parameter along the same axis",
         )
-    return one[0], (*one[1], *other[1])

@@ -150,7 +150,7 @@ def count(path: Path, block: Block, name: str) -> int:
     """How many heads, groups, experts or neurons a layer has; an error where it cannot have them."""
     at = column(path, 1)
     if name in ("heads", "groups"):
-        if block.o is None:
+        if not block.has_attention:
             raise no_attention(path, block)
         if block.layout is None:
             raise RefusedPlace(
@@ -171,7 +171,7 @@ def count(path: Path, block: Block, name: str) -> int:
             column=at,
             write=f"layers[{block.index}].experts[0]",
         )
-    if block.down is None:
+    if block.down is None and "down" not in block.stacked:
         raise UnknownPath(f"layer {block.index} has no neurons that can be told apart", path=path, column=at)
     return block.n_neurons
 
@@ -181,7 +181,8 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
     common = {"occurrence": block.occurrence, "tower": tower.name}
     if role == "layers":
         if value != "mid":
-            return Site(block.module, value, **common)  # pyright: ignore[reportArgumentType]
+            module = block.end if value == "output" and block.end else block.module
+            return Site(module, value, **common)  # pyright: ignore[reportArgumentType]
         if block.mid is None:
             reason = (
                 f"layer {block.index} runs attention and MLP in parallel: there is no stream between them"
@@ -192,8 +193,10 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
         return Site(*block.mid, kind=block.mid_kind, **common)
     if role in ("attn", "mlp"):
         module = block.attn_added if role == "attn" else block.mlp_added
-        if role == "attn" and block.o is None:
+        if role == "attn" and not block.has_attention:
             raise no_attention(path, block)
+        if role == "mlp" and block.mlp is None:
+            raise UnknownPath(f"layer {block.index} has no MLP", path=path, column=column(path, 1))
         if module is None:
             raise RefusedPlace(
                 f"no module's output is what {role} of layer {block.index} adds to the stream",
@@ -209,8 +212,10 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
                 expected=f"the unscaled value, natively: model.{native_text(module)}.output",
             )
         return Site(module, "output", **common)
+    if role in block.stacked:
+        raise stacked_place(path, block, role)
     columns = None
-    if role in ("q", "k", "v", "o") and block.o is None:
+    if role in ("q", "k", "v", "o") and not block.has_attention:
         raise no_attention(path, block)
     if role in ("q", "k", "v"):
         module, columns = _projected(path, block, role)
@@ -224,6 +229,17 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
     if module is None:
         raise missing_part(path, block, role)
     return Site(module, "output", columns=columns, **common)
+
+
+def stacked_place(path: Path, block: Block, role: str) -> RefusedPlace:
+    """The error for an activation that no layer's output or input holds."""
+    home = block.mlp if role in ("gate", "up", "down", "neurons") else block.attn
+    return RefusedPlace(
+        f"{role} of layer {block.index} are parameters of {home} itself, so no module's output is their value",
+        path=path,
+        column=column(path, 1),
+        expected=f"one of its own modules, natively: model.{native_text(home)}....output",
+    )
 
 
 def no_attention(path: Path, block: Block) -> UnknownPath:
@@ -245,7 +261,7 @@ def missing_part(path: Path, block: Block, role: str) -> UnknownPath:
 
 def has_part(block: Block, name: str) -> bool:
     """Whether a layer's MLP has gate, up, down or router."""
-    return bool(getattr(block, name) or (name in ("gate", "up") and block.gate_up))
+    return bool(getattr(block, name) or name in block.stacked or (name in ("gate", "up") and block.gate_up))
 
 
 def _projected(path: Path, block: Block, role) -> tuple[str | None, tuple[int, int] | None]:
@@ -266,6 +282,8 @@ def _projected(path: Path, block: Block, role) -> tuple[str | None, tuple[int, i
 def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, value: str) -> Site:
     """The site of one head, group, expert or neuron."""
     common = {"occurrence": block.occurrence, "tower": tower.name}
+    if block.stacked:
+        raise stacked_place(path, block, name)
     if name == "neurons":
         assert block.down is not None
         return Site(block.down, "input", columns=(index, index + 1), **common)

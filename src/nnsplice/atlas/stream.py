@@ -18,6 +18,10 @@ def read_stream(tree: Tree, block: Block) -> dict[str, Any]:
     sandwich = next((pair for pair in rows.SANDWICH if pair[0] in norms and pair[1] in norms), None)
     # A module that is handed the stream adds to it itself: then its last projection is what is added.
     adds = {m for m in (attn, mlp) if m is not None and "residual" in tree.nodes[m].arguments}
+    if attn is not None and block.o is not None and block.o.startswith(f"{attn}."):
+        # BERT's spelling: the module around the output projection is handed the stream.
+        around = tree.nodes[block.o.rpartition(".")[0]].arguments
+        adds |= {attn} if around & {"input_tensor", "residual"} else set()
     attn_added = block.o if attn is None or attn in adds or inner_norm else attn
     bare = block.mlp_is_bare
     mlp_added = block.down if bare or mlp in adds else mlp
@@ -43,6 +47,10 @@ def read_stream(tree: Tree, block: Block) -> dict[str, Any]:
             first = block.up or block.gate_up if bare else mlp
             mid = (before, "input") if before else (first, "input") if first else None
             whole = False
+    if attn is not None and set(rows.O_BIAS) & set(tree.nodes[attn].params):
+        attn_added = None  # the bias is added by the block
+    if block.mlp_beside:
+        mlp_added = None
     if tree.nodes[home].kind.startswith(rows.NOT_ADDITIVE):
         attn_added = mlp_added = mid = None
     return {

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas.families import FACTS, WRAPPED
+from nnsplice.atlas.families import FACTS, MATRICES, WRAPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,11 @@ class Tree:
         if entry is None:
             return None
         return entry[1][::-1] if self.transposed(name) else entry[1]
+
+    def table(self, name: str) -> str | None:
+        """The first name of a module's matrix, whatever the module calls it; None where it has none."""
+        params = self.owner(name).params
+        return next((params[row][0] for row in MATRICES if row in params and len(params[row][1]) == 2), None)
 
     def transposed(self, name: str) -> bool:
         """Whether the layer stores `(in, out)`, as GPT-2's Conv1D does."""

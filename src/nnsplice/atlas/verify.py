@@ -179,7 +179,7 @@ def _check_heads(
 ) -> Iterator[Check]:
     layout = block.layout
     if block.o is None:
-        return  # a layer without attention
+        return  # a layer without attention, or one whose heads are an axis of their own
     if layout is None:
         yield Check(tower.name, block.index, "parameters", False, "the number of heads is unknown")
         return
@@ -191,7 +191,7 @@ def _check_heads(
         return
     parameters = {
         name: root.get_parameter(name)
-        for module in projected
+        for module in (*projected, *block.head_gates)
         for name, _ in atlas.tree.owner(module).params.values()
         if root.get_parameter(name).is_floating_point()
     }
