@@ -6,15 +6,16 @@ One address language for every part of a model, and many views of an address. Th
     parse_path, Path, expand, Atlas               the language, and what it means in a model
     SavedActivation, save_activations, capture,   pieces of a run: taken out,
     updates, patched_logits                       and written into another run
-    sweep, causal_trace, ablate,                  one causal question asked of every site,
+    sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
+    weights                                       which parameters a place has; swapped, ablated, frozen, compared
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, rank, kl_divergence
     adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
     errors, plots                                 every exception; figures of labelled arrays
 """
 
-from nnsplice import adapters, errors, models, plots
+from nnsplice import adapters, errors, models, plots, weights
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
 from nnsplice.atlas import Atlas
 
@@ -25,7 +26,7 @@ from nnsplice.metrics import Metric, kl_divergence, log_probability, logit_diff,
 from nnsplice.models import load
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
-from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep
+from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
 
 __all__ = [
     "Atlas",
@@ -54,5 +55,7 @@ __all__ = [
     "run",
     "save_activations",
     "sweep",
+    "sweep_weights",
     "updates",
+    "weights",
 ]

@@ -8,6 +8,7 @@ Each one is also the builtin that a caller would catch without knowing nnsplice:
     │   ├── OutOfRange (+ IndexError)       layer 12 of 12
     │   └── RefusedPlace                    the place exists, but has no honest value
     ├── UnknownPath (KeyError)              no such place in this model, no such key in this capture
+    ├── UnknownParameter (AttributeError)   no such parameter in this model
     ├── UnrecognisedModel (ValueError)      the parts of this model cannot be told apart
     ├── ShortRow (IndexError)               a prompt has no token at this position
     ├── SpanError (ValueError)              a named span cannot be found in a prompt
@@ -99,6 +100,10 @@ class RefusedPlace(PathError):
 
 class UnknownPath(NnspliceError, KeyError):
     """No such place in this model, or no such key in this capture."""
+
+
+class UnknownParameter(NnspliceError, AttributeError):
+    """No such parameter in this model."""
 
 
 class UnrecognisedModel(NnspliceError, ValueError):

@@ -4,10 +4,15 @@ from nnsplice.atlas.atlas import Atlas as Atlas
 from nnsplice.atlas.atlas import fingerprint as fingerprint
 from nnsplice.atlas.block import Block as Block
 from nnsplice.atlas.block import Tower as Tower
+from nnsplice.atlas.drawing import Row as Row
+from nnsplice.atlas.drawing import by_number as by_number
+from nnsplice.atlas.drawing import draw as draw
 from nnsplice.atlas.layouts import Layout as Layout
 from nnsplice.atlas.order import Order as Order
 from nnsplice.atlas.peel import peel as peel
+from nnsplice.atlas.selection import Part as Part
 from nnsplice.atlas.selection import Selection as Selection
+from nnsplice.atlas.selection import rest_of as rest_of
 from nnsplice.atlas.site import Kind as Kind
 from nnsplice.atlas.site import Site as Site
 from nnsplice.atlas.verify import Check as Check

@@ -75,9 +75,10 @@ class Selection:
 
         The masks have the parameter's shape but not its memory: they are expanded from one axis, and are read only.
         """
-        return {name: self._mask(name, device) for name in self.parts}
+        return {name: self.mask(name, device) for name in self.parts}
 
-    def _mask(self, name: str, device: torch.device | str | None) -> torch.Tensor | None:
+    def mask(self, name: str, device: torch.device | str | None = None) -> torch.Tensor | None:
+        """The mask of one parameter, or None for the whole of it."""
         part, shape = self.parts[name], self.shapes[name]
         if part is None:
             return None
@@ -125,14 +126,14 @@ class Selection:
         if not isinstance(other, Selection):
             return NotImplemented
         left = {
-            name: _meet(name, part, _rest(other.parts[name], self.shapes[name])) if name in other else part
+            name: _meet(name, part, rest_of(other.parts[name], self.shapes[name])) if name in other else part
             for name, part in self.parts.items()
         }
         return Selection.of(left, self._shared(other))
 
     def __invert__(self) -> Selection:
         """Everything else of the model."""
-        rest = {n: _rest(self.parts[n], shape) if n in self else None for n, shape in self.universe.items()}
+        rest = {n: rest_of(self.parts[n], shape) if n in self else None for n, shape in self.universe.items()}
         return Selection.of(rest, self.universe)
 
     def _shared(self, other: Selection) -> Shapes:
@@ -190,7 +191,7 @@ def _meet(name: str, one: Part, other: Part) -> Part:
     return one[0], tuple((start, stop) for start, stop in pairs if start < stop)
 
 
-def _rest(part: Part, shape: tuple[int, ...]) -> Part:
+def rest_of(part: Part, shape: tuple[int, ...]) -> Part:
     """What a part leaves of its parameter."""
     if part is None:
         return _NOTHING

@@ -6,11 +6,14 @@ executors     the same numbers at different cost
 operations    what is done to a place
 sources       where the values come from
 recipes       ablate, causal_trace
+weights       sweep_weights: a tuned model's weights in its base, place by place
+prefix        what need not be computed again
 identity      what makes two sweeps the same
 """
 
 from nnsplice.sweeps.plan import Plan, plan_sweep
 from nnsplice.sweeps.recipes import ablate, causal_trace
 from nnsplice.sweeps.running import run, sweep
+from nnsplice.sweeps.weights import sweep_weights
 
-__all__ = ["Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep"]
+__all__ = ["Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"]

@@ -1,0 +1,180 @@
+"""What a user chooses of a model's weights: texts, paths, lists of them, selections and masks -> one selection."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from nnsplice.atlas import Atlas, Selection, peel
+from nnsplice.errors import BadArgument, BadType, NnspliceError, OutOfRange, PathError, UnknownPath
+from nnsplice.paths import Path, parse_path
+
+#: What a restriction may look like, for messages.
+FORMS = (
+    "full, embed, unembed, l<i>, l<i> attn, l<i> mlp, l<i>h<j>, l<i>g<j>, "
+    "an address such as layers[0:3].mlp.up, or a parameter's name"
+)
+_SHORT = re.compile(r"l\d", re.IGNORECASE)
+
+
+def select(model: Any, restriction: Any) -> Selection:
+    """The weights that a restriction means: a value with `|`, `&`, `-`, `~`, `numel()`, `masks()` and `tree()`.
+
+    >>> head = ns.weights.select(model, "l1h2")
+    >>> len(head), head.numel()
+    (3, 268)
+    >>> print((ns.weights.select(model, "l1 attn") - head).tree())
+    transformer.h.1.attn
+    ├── c_attn
+    │   ├── weight  ██████████████████░░░░░░   75.0%  (576 of 768)
+    │   └── bias    ██████████████████░░░░░░   75.0%  (36 of 48)
+    └── c_proj
+        ├── weight  ██████████████████░░░░░░   75.0%  (192 of 256)
+        └── bias    ████████████████████████  100.0%  (16 of 16)
+    4 parameters  (820 of 1,088)
+
+    Args:
+        restriction: an address (`"l5h3"`, `"layers[0:5].attn.q"`), the name of a parameter, `"full"`, a list of these,
+            or a selection.
+    """
+    if isinstance(restriction, Selection):
+        return _of(Atlas.of(model), restriction)
+    if isinstance(restriction, Path):
+        return Atlas.of(model).resolve(restriction)
+    return chosen(model, restriction)
+
+
+def _of(atlas: Atlas, selection: Selection) -> Selection:
+    """The selection, when it fits the model."""
+    for name, shape in selection.shapes.items():
+        if atlas.tree.params.get(name) != shape:
+            found = f"has the shape {list(atlas.tree.params[name])}" if name in atlas.tree.params else "is not there"
+            raise BadArgument(
+                f"this selection is of another model: {name}, of shape {list(shape)}, {found} in this one",
+                expected="a selection of this model",
+                write="ns.weights.select(model, address)",
+            )
+    return selection
+
+
+def chosen(model: Any, restriction: str | list) -> Selection:
+    """The selection that a text or a list of texts means, in the model's order."""
+    atlas = Atlas.of(model)
+    texts = list(_texts(restriction))
+    found = [_one(model, atlas, text) for text in texts]
+    _say_what_is_meant(atlas, texts)
+    if len(found) == 1:
+        return found[0]
+    union = found[0]
+    for selection in found[1:]:
+        union |= selection
+    return Selection.of({name: union.parts[name] for name in sorted(union, key=atlas.rank)}, atlas.tree.params)
+
+
+def _texts(restriction: Any, inside: bool = False) -> Iterator[str]:
+    """The texts of a nested list, stripped."""
+    if isinstance(restriction, str):
+        text = restriction.strip()
+        if inside and text.lower() == "full":
+            raise BadArgument(
+                f"{restriction!r} stands in a list, but it is the whole model, to which nothing can be added",
+                expected='"full" by itself',
+            )
+        yield text
+    elif isinstance(restriction, list):
+        if not restriction:
+            raise BadArgument("an empty list selects nothing", expected=f"at least one of {FORMS}")
+        for one in restriction:
+            yield from _texts(one, inside=True)
+    else:
+        raise BadType(
+            f"a restriction is a str or a list of them, and this is {_a(type(restriction).__name__)}",
+            expected='"l5h3" or ["l5h3", "l6 mlp"]',
+        )
+
+
+def _a(name: str) -> str:
+    return "None" if name == "NoneType" else f"a {name}"
+
+
+def _one(model: Any, atlas: Atlas, text: str) -> Selection:
+    params = atlas.tree.params
+    name = exact(model, atlas, text)
+    if name is not None:
+        return Selection.of({name: None}, params)
+    try:
+        path = parse_path(text)
+    except PathError as error:
+        raise _unknown(atlas, text, error) from None
+    try:
+        return atlas.resolve(path)
+    except OutOfRange as error:
+        raise OutOfRange(f"{text!r} is out of range: {error}") from None
+    except UnknownPath as error:
+        # Of the model's own names one may be mistyped; a place that every model could have is only missing here.
+        raise (_unknown(atlas, text, error) if path.native else BadArgument(str(error))) from None
+
+
+def exact(model: Any, atlas: Atlas, text: str) -> str | None:
+    """The parameter that a text names exactly, as the model or what it is wrapped in calls it."""
+    if text in atlas.tree.params:
+        return text
+    if text in atlas.tree.aliases:
+        return atlas.tree.aliases[text]
+    return {outer: inner for inner, outer in names(model).items()}.get(text)
+
+
+def names(model: Any) -> Mapping[str, str]:
+    """Name of a parameter in the bare model -> its name in `model.named_parameters()`, where wrappers add to it."""
+    root = peel(model)
+    own = [name for name, _ in root.named_parameters()]
+    if model is root or not isinstance(model, nn.Module):
+        return dict(zip(own, own, strict=True))
+    outer = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {name: outer[id(parameter)] for name, parameter in root.named_parameters()}
+
+
+def _unknown(atlas: Atlas, text: str, error: NnspliceError) -> BadArgument:
+    repair = next((line[9:] for line in str(error).splitlines() if line.startswith("  write: ")), None)
+    return BadArgument(
+        f"Unknown restriction {text!r}: {str(error).splitlines()[0]}",
+        expected=FORMS,
+        write=repair or _closest(atlas, text),
+    )
+
+
+def _closest(atlas: Atlas, text: str) -> str | None:
+    layers = max((tower.n_layers for tower in atlas.towers.values()), default=0)
+    short = [f"l{i}{part}" for i in range(layers) for part in ("", " attn", " mlp", "h0", "g0")]
+    near = get_close_matches(text.lower(), ["full", "embed", "unembed", "final_norm", *short], n=1, cutoff=0.5)
+    near += get_close_matches(text, atlas.tree.params, n=1, cutoff=0.5)
+    return " or ".join(near) or None
+
+
+def _say_what_is_meant(atlas: Atlas, texts: Iterable[str]) -> None:
+    """Warn, once for all the texts, where one means something else than a reader may think."""
+    texts = list(texts)
+    if len(atlas.towers) > 1 and any(_SHORT.match(text) for text in texts):
+        warnings.warn(
+            "this model has two towers, and a short form means the decoder; write encoder.l0 for the encoder's",
+            stacklevel=5,
+        )
+    tied = [text for text in texts if _is_unembed(text) or text in atlas.tree.aliases]
+    if tied and (atlas.tied or any(text in atlas.tree.aliases for text in tied)):
+        warnings.warn(
+            f"{tied[0]!r} is tied in this model: it is the same tensor as the embedding, which changes with it",
+            stacklevel=5,
+        )
+
+
+def _is_unembed(text: str) -> bool:
+    try:
+        path = parse_path(text)
+    except PathError:
+        return False
+    return not path.native and path.steps[0].name == "unembed"

@@ -1,0 +1,107 @@
+"""Training that moves a selection and nothing else.
+
+Masking gradients is not enough: weight decay and momentum move a number whose gradient is zero. So
+
+* parameters of which nothing is selected require no gradient and have none, which makes every optimizer pass them over;
+* of parameters that are selected in part, the gradient of the rest is zero (it counts for no clipping and enters no
+  momentum), and after every step of an optimizer the rest is put back to what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.weights.regions import Region, regions
+
+
+@contextmanager
+def freeze_except(model: Any, selection: Any) -> Iterator[list[nn.Parameter]]:
+    """Train nothing but a place: everything else keeps every bit, under weight decay and momentum too.
+
+    >>> import copy
+    >>> tuned = copy.deepcopy(model._module)
+    >>> with ns.weights.freeze_except(tuned, "l1h2") as parameters:
+    ...     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+    ...     for _ in range(3):
+    ...         optimizer.zero_grad()
+    ...         tuned(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    ...         optimizer.step()
+    >>> changed = ns.weights.diff(model, tuned, by="layers[:].heads[:]")
+    >>> changed[changed.norm > 0].index.tolist()
+    ['layers[1].heads[2]']
+
+    The block's value is the list of parameters of which something is trained; an optimizer of all parameters, made
+    before, works as well. When the block ends, also by an exception, the flags and gradients of what was frozen are
+    what they were.
+
+    Args:
+        selection: what `ns.weights.select` takes, or masks. A parameter that is frozen already stays so.
+    """
+    with circumstances("ns.weights.freeze_except"):
+        found = {id(region.tensor): region for region in regions(model, selection)}
+        trained = [region.tensor for region in found.values() if region.tensor.requires_grad]
+        if not trained:
+            raise BadArgument(
+                "nothing of this selection requires a gradient, so nothing would be trained",
+                expected="at least one parameter with requires_grad=True",
+                write="model.requires_grad_(True)",
+            )
+    frozen = [parameter for parameter in peel(model).parameters() if id(parameter) not in found]
+    rests = [rest for region in found.values() if (rest := region.rest()) is not None]
+    with ExitStack() as stack:
+        _without_gradients(frozen, stack)
+        _kept(rests, stack)
+        for rest in rests:
+            if rest.tensor.requires_grad:
+                handle = rest.tensor.register_post_accumulate_grad_hook(_silence(rest))
+                stack.callback(handle.remove)
+        yield trained
+
+
+def _without_gradients(frozen: list[nn.Parameter], stack: ExitStack) -> None:
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in frozen]
+
+    def restore() -> None:
+        for parameter, flag, grad in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+    stack.callback(restore)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _kept(rests: list[Region], stack: ExitStack) -> None:
+    """Put the rests back after every step, and at the end."""
+    before = [(rest, rest.read()) for rest in rests]
+    members = {id(rest.tensor) for rest in rests}
+
+    def restore() -> None:
+        for rest, values in before:
+            rest.write(values)
+
+    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if any(id(parameter) in members for group in optimizer.param_groups for parameter in group["params"]):
+            restore()
+
+    stack.callback(restore)
+    stack.callback(register_optimizer_step_post_hook(after_step).remove)
+
+
+def _silence(rest: Region) -> Any:
+    """A hook that takes the rest's part out of a gradient."""
+
+    def hook(parameter: Tensor) -> None:
+        if parameter.grad is not None and not parameter.grad.is_sparse:
+            rest.write([torch.zeros_like(view) for view in rest.views(parameter.grad)], parameter.grad)
+
+    return hook

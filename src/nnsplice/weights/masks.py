@@ -1,0 +1,47 @@
+"""Addresses -> masks: which numbers of which parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from nnsplice.atlas import peel
+from nnsplice.errors import circumstances
+from nnsplice.weights.chosen import chosen, names
+
+#: Parameter name -> bool mask of its shape, or None for the whole of it. A parameter that is absent is left out.
+ParamMasks = dict[str, Tensor | None]
+
+
+def create_param_masks(model: Any, restriction: str | list) -> ParamMasks:
+    """Which numbers of which parameters belong to a place.
+
+    >>> masks = ns.weights.create_param_masks(model, "l1h2")
+    >>> [(name, int(mask.sum())) for name, mask in masks.items()]   # of 16 columns each q, k, v and o have 4
+    [('transformer.h.1.attn.c_attn.weight', 192), ('transformer.h.1.attn.c_attn.bias', 12),
+     ('transformer.h.1.attn.c_proj.weight', 64)]
+
+    The masks lie on the device of their parameter. They have its shape but not its memory: they are expanded from one
+    axis, so write into a `.clone()`.
+
+    Args:
+        model: any model, in whatever wrapper; names are those of its `named_parameters()`.
+        restriction: `"full"`, `"embed"`, `"unembed"`, `"l5"`, `"l5 attn"`, `"l5 mlp"`, `"l5h3"`, `"l5g1"` (a key/value
+            head with its query heads), any portable address, the name of a parameter, or a list, which is their union.
+
+    Raises:
+        BadType: neither str nor list.
+        BadArgument: an unknown restriction, or a part that this model does not have.
+        OutOfRange: a layer, head or group that does not exist.
+        UnrecognisedModel: the parts of this model cannot be told apart; `"full"` and names of parameters still work.
+    """
+    with circumstances("ns.weights.create_param_masks"):
+        selection = chosen(model, restriction)
+    root, outer = peel(model), names(model)
+    masks: ParamMasks = {}
+    for name in selection:
+        device = root.get_parameter(name).device
+        # A mask is read by code that has to see its numbers, also where the model has none yet.
+        masks[outer[name]] = selection.mask(name, None if device.type == "meta" else device)
+    return masks

@@ -1,0 +1,124 @@
+"""Other weights at a place, for the length of a `with` block; afterwards every number is what it was, to the bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.weights.regions import Region, counterpart, regions
+
+#: The numbers of a region, and their replacement.
+Change = Callable[[Region, list[Tensor]], list[Tensor]]
+
+
+@contextmanager
+def swap(base: Any, other: Any, selection: Any) -> Iterator[Any]:
+    """Give `base` the weights that `other` has at a place: weight patching.
+
+    >>> import copy
+    >>> tuned = copy.deepcopy(model._module)
+    >>> with torch.no_grad():
+    ...     _ = tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
+    >>> weight = model._module.transformer.h[1].attn.c_proj.weight
+    >>> before = weight.detach().clone()
+    >>> with ns.weights.swap(model, tuned, "l1h2"):
+    ...     print((weight != before).any(1).nonzero().flatten().tolist())   # rows of head 2
+    [8, 9, 10, 11]
+    >>> torch.equal(weight, before)
+    True
+
+    Args:
+        base: the model that is changed; optimizers, compiled wrappers and traces see the change, as it is in place.
+        other: a model of the same shape, or a mapping from parameter names to tensors, such as a state dict.
+        selection: what `ns.weights.select` takes, or masks.
+    """
+    with circumstances("ns.weights.swap"):
+        found = regions(base, selection)
+        values = counterpart(base, other, found)
+    with _changed(found, lambda region, own: _as(own, region.views(values[region.name]), region.name)):
+        yield base
+
+
+@contextmanager
+def interpolate(base: Any, other: Any, selection: Any, t: float) -> Iterator[Any]:
+    """Move the weights of `base` at a place a share `t` of the way to `other`'s: 0 is `base`, 1 is `other`.
+
+    Shares below 0 and above 1 go on along the line.
+    """
+    with circumstances("ns.weights.interpolate"):
+        share = float(t)
+        if not math.isfinite(share):
+            raise BadArgument(f"t={t!r}", expected="a number; 0 is base, 1 is other")
+        found = regions(base, selection)
+        values = counterpart(base, other, found)
+        for region in found:
+            if not (region.tensor.is_floating_point() and values[region.name].is_floating_point()):
+                raise BadArgument(f"{region.name} holds no floating point numbers, between which a way would lead")
+    with _changed(found, lambda region, own: _between(own, region.views(values[region.name]), share)):
+        yield base
+
+
+@contextmanager
+def ablate(model: Any, selection: Any, with_: str = "zero") -> Iterator[Any]:
+    """Take the weights of a place out of the model.
+
+    Args:
+        with_: `"zero"`, or `"mean"`: of each parameter the selected numbers all become their own mean.
+    """
+    with circumstances("ns.weights.ablate"):
+        if with_ not in _ABLATIONS:
+            raise BadArgument(f"with_={with_!r}", expected=" or ".join(f'"{name}"' for name in _ABLATIONS))
+        found = regions(model, selection)
+    with _changed(found, lambda region, own: _ABLATIONS[with_](own)):
+        yield model
+
+
+def _zero(own: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(value) for value in own]
+
+
+def _mean(own: list[Tensor]) -> list[Tensor]:
+    mean = torch.cat([value.flatten().double() for value in own]).mean()
+    return [torch.full_like(value, float(mean)) for value in own]
+
+
+_ABLATIONS: Mapping[str, Callable[[list[Tensor]], list[Tensor]]] = {"zero": _zero, "mean": _mean}
+
+
+@contextmanager
+def _changed(found: list[Region], change: Change) -> Iterator[None]:
+    """The regions with other numbers; whatever happens, the old ones come back."""
+    before = [region.read() for region in found]
+    # All of them are made before the first is written, so that an error leaves nothing half done.
+    after = [change(region, own) for region, own in zip(found, before, strict=True)]
+    try:
+        for region, values in zip(found, after, strict=True):
+            region.write(values)
+        yield
+    finally:
+        for region, values in zip(found, before, strict=True):
+            region.write(values)
+
+
+def _as(own: list[Tensor], given: list[Tensor], name: str) -> list[Tensor]:
+    if own[0].dtype != given[0].dtype and not (own[0].is_floating_point() and given[0].is_floating_point()):
+        raise BadArgument(
+            f"{name} is {given[0].dtype} in the other model and {own[0].dtype} in this one",
+            expected="weights of one kind: quantised ones only with the same quantisation",
+        )
+    return [value.to(mine) for mine, value in zip(own, given, strict=True)]
+
+
+def _between(own: list[Tensor], given: list[Tensor], share: float) -> list[Tensor]:
+    # Half precision is widened for the sum; `lerp` reaches both ends exactly.
+    wide = torch.promote_types(own[0].dtype, torch.float32)
+    return [
+        torch.lerp(a.to(wide), b.to(device=a.device, dtype=wide), share).to(a.dtype)
+        for a, b in zip(own, given, strict=True)
+    ]

@@ -1,0 +1,72 @@
+"""Masks as a tree with bars, or as plain names."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nnsplice.atlas import Row, by_number, draw, peel
+from nnsplice.errors import ShapeError, UnknownParameter, closest
+from nnsplice.weights.masks import ParamMasks
+
+
+def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = False) -> None:
+    """Print which parameters a restriction leaves, and how much of each.
+
+    >>> ns.weights.preview_weight_restriction(model, ns.weights.create_param_masks(model, ["l1h2", "l0 mlp"]))
+    transformer.h
+    ├── 0.mlp
+    │   ├── c_fc
+    │   │   ├── weight  ████████████████████████  100.0%  (1,024 of 1,024)
+    │   │   └── bias    ████████████████████████  100.0%  (64 of 64)
+    │   └── c_proj
+    │       ├── weight  ████████████████████████  100.0%  (1,024 of 1,024)
+    │       └── bias    ████████████████████████  100.0%  (16 of 16)
+    └── 1.attn
+        ├── c_attn
+        │   ├── weight  ██████░░░░░░░░░░░░░░░░░░   25.0%  (192 of 768)
+        │   └── bias    ██████░░░░░░░░░░░░░░░░░░   25.0%  (12 of 48)
+        └── c_proj.weight  ██████░░░░░░░░░░░░░░░░░░   25.0%  (64 of 256)
+    7 parameters  (2,396 of 3,200)
+
+    Args:
+        plain: one name per line, and nothing else.
+    """
+    rows = rows_of(model, masks)
+    if plain:
+        text = "\n".join(sorted((row.name for row in rows), key=by_number))
+    else:
+        text = draw(rows, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    print(text)  # noqa: T201 - what it is for
+
+
+def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[Row]:
+    """The parameters of masks, with how many of their numbers are meant."""
+    parameters = dict(peel(model).named_parameters(remove_duplicate=False))
+    if isinstance(model, nn.Module):
+        parameters |= dict(model.named_parameters(remove_duplicate=False))
+    rows: list[Row] = []
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise UnknownParameter(f"this model has no parameter {name}", expected=closest(name, parameters))
+        shape, total = parameters[name].shape, parameters[name].numel()
+        if mask is not None and mask.shape != shape:
+            raise ShapeError(
+                f"the mask of {name} has shape {list(mask.shape)}", expected=f"{list(shape)}, as the parameter"
+            )
+        rows.append(Row(name, total if mask is None else count(mask), total))
+    return rows
+
+
+def count(mask: Tensor) -> int:
+    """How many are true; an expanded mask is counted where it has memory of its own."""
+    times = 1
+    for axis, stride in enumerate(mask.stride()):
+        if stride == 0 and mask.shape[axis] > 1:
+            times *= mask.shape[axis]
+            mask = mask.narrow(axis, 0, 1)
+    return int(mask.sum()) * times

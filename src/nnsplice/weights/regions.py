@@ -1,0 +1,132 @@
+"""The tensors of a model that a selection means, and reading and writing just these numbers of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.atlas import Atlas, Part, peel, rest_of
+from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest
+from nnsplice.weights.chosen import exact, select
+
+
+@dataclass(frozen=True)
+class Region:
+    """Some numbers of one parameter: all of it, ranges along an axis, or where a mask is true."""
+
+    name: str
+    tensor: nn.Parameter
+    part: Part | Tensor
+
+    def views(self, tensor: Tensor) -> list[Tensor]:
+        """These numbers of a tensor of the parameter's shape; views of it where there is no mask."""
+        if self.part is None:
+            return [tensor]
+        if isinstance(self.part, Tensor):
+            return [tensor[self.part.to(tensor.device)]]
+        axis, ranges = self.part
+        return [tensor.narrow(axis, start, stop - start) for start, stop in ranges]
+
+    def read(self, tensor: Tensor | None = None) -> list[Tensor]:
+        """A copy of these numbers, of the parameter or of another tensor of its shape."""
+        source = self.tensor if tensor is None else tensor
+        return [view.detach().clone() for view in self.views(source.detach())]
+
+    def write(self, values: Sequence[Tensor], tensor: Tensor | None = None) -> None:
+        """Put numbers in their place, in the parameter or in another tensor of its shape."""
+        target = (self.tensor if tensor is None else tensor).detach()
+        with torch.no_grad():
+            if isinstance(self.part, Tensor):
+                target[self.part.to(target.device)] = values[0].to(target)
+                return
+            for view, value in zip(self.views(target), values, strict=True):
+                view.copy_(value)
+
+    def rest(self) -> Region | None:
+        """All other numbers of the parameter; None where there are none."""
+        if isinstance(self.part, Tensor):
+            return Region(self.name, self.tensor, ~self.part)
+        left = rest_of(self.part, tuple(self.tensor.shape))
+        return Region(self.name, self.tensor, left) if left is not None and left[1] else None
+
+
+def regions(model: Any, what: Any) -> list[Region]:
+    """The tensors of a model that a restriction, a selection or masks mean.
+
+    Raises:
+        BadArgument: nothing is selected, or the model has no weights to read.
+    """
+    root = peel(model)
+    if isinstance(what, Mapping):
+        found = list(_masked(model, root, what))
+    else:
+        selection = select(model, what)
+        found = [Region(name, root.get_parameter(name), part) for name, part in selection.parts.items()]
+    if not found:
+        raise BadArgument("this selects no parameter, so it would do nothing", expected="at least one place")
+    for region in found:
+        if region.tensor.is_meta:
+            raise BadArgument(f"{region.name} is on the meta device: this model has no weights yet")
+    return found
+
+
+def _masked(model: Any, root: nn.Module, masks: Mapping[Any, Any]) -> Iterator[Region]:
+    atlas = Atlas.of(model)
+    for given, mask in masks.items():
+        name = exact(model, atlas, given) if isinstance(given, str) else None
+        if name is None:
+            raise UnknownParameter(
+                f"this model has no parameter {given}", expected=closest(str(given), atlas.tree.params)
+            )
+        tensor = root.get_parameter(name)
+        if mask is None:
+            yield Region(name, tensor, None)
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tensor.shape:
+            shown = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise ShapeError(f"the mask of {name} is {shown}", expected=f"None, or a bool tensor {list(tensor.shape)}")
+        if not mask.any():
+            raise BadArgument(f"the mask of {name} selects nothing of it", expected="at least one number")
+        yield Region(name, tensor, mask)
+
+
+def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, Tensor]:
+    """The tensors of another model by the names of this one.
+
+    Args:
+        other: a model of the same shape in whatever wrapper, or a mapping from names to tensors.
+
+    Raises:
+        BadArgument: the same model, or one that lacks a parameter, shapes it otherwise, or ties others.
+    """
+    own = Atlas.of(model).tree
+    if isinstance(other, Mapping):
+        held: dict[str, Tensor] = dict(other)
+    else:
+        if peel(other) is peel(model):
+            raise BadArgument("both are the same model, so nothing would change", expected="two models")
+        held = dict(peel(other).named_parameters(remove_duplicate=False))
+    for region in wanted:
+        tensor = held.get(region.name)
+        if tensor is None:
+            raise BadArgument(
+                f"the other model has no {region.name}", expected=f"its names: {closest(region.name, held)}"
+            )
+        if tensor.shape != region.tensor.shape:
+            raise BadArgument(
+                f"{region.name} has shape {list(tensor.shape)} in the other model",
+                expected=f"{list(region.tensor.shape)}, as here",
+            )
+        if tensor.is_meta:
+            raise BadArgument(f"{region.name} of the other model is on the meta device: it has no weights")
+        for alias, first in own.aliases.items():
+            if first == region.name and alias in held and not torch.equal(held[alias], tensor):
+                raise BadArgument(
+                    f"{alias} is tied to {first} in this model, and the other model has different weights there",
+                    expected="two models that tie the same parameters",
+                )
+    return {region.name: held[region.name].detach() for region in wanted}
