@@ -118,7 +118,7 @@ ROWS: Mapping[str, dict[str, Any]] = {
         "hidden_size": 24,
         "dim_head": 6,
         "dim_ff": 24,
-        "prompt_types": 2,
+        "prompt_types": 4,
         "prompt_length": 2,
         "segment_types": 4,
     },

@@ -213,6 +213,7 @@ UNEMBED = (
     "output_projection",
     "generator_lm_head",
     "pred_layer.proj",
+    "proj_out",
     "unembed",
     "head",
 )

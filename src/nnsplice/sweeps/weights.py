@@ -28,6 +28,7 @@ from nnsplice.paths import Path, Slice, parse_path
 from nnsplice.results import AXES, Cell, Journal, Run, SweepResult, Table
 from nnsplice.sweeps.prefix import Prefix
 from nnsplice.weights import swap
+from nnsplice.weights.regions import counterpart, regions
 
 Sites = str | Path | Iterable[str | Path]
 
@@ -73,6 +74,8 @@ def sweep_weights(
             raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
         places = _places(base, sites)
         _check_modes(base, tuned)
+        for selection in places.values():
+            counterpart(base, tuned, regions(base, selection))  # raises where the two do not fit
         runs = _Runs.of(base, prompts, metric, batch_size)
         clean_logits = _tuned_logits(runs, tuned, base)
         clean = runs.measured(range(len(runs.given)), clean_logits, clean_logits)
@@ -236,7 +239,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     summed = hashlib.sha256()
     for tensor in tensors:
         summed.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        summed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        summed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return summed.hexdigest()[:16]
 
 

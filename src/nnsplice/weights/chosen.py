@@ -140,20 +140,32 @@ def names(model: Any) -> Mapping[str, str]:
 
 
 def _unknown(atlas: Atlas, text: str, error: NnspliceError) -> BadArgument:
-    repair = next((line[9:] for line in str(error).splitlines() if line.startswith("  write: ")), None)
     return BadArgument(
         f"Unknown restriction {text!r}: {str(error).splitlines()[0]}",
         expected=FORMS,
-        write=repair or _closest(atlas, text),
+        write=_near(text, atlas.tree.params, 0.9) or _repaired(atlas, error) or _closest(atlas, text),
     )
+
+
+def _near(text: str, options: Iterable[str], cutoff: float) -> str | None:
+    return next(iter(get_close_matches(text, list(options), n=1, cutoff=cutoff)), None)
+
+
+def _repaired(atlas: Atlas, error: NnspliceError) -> str | None:
+    """What the language would have one write, where this model has it."""
+    repair = next((line[9:] for line in str(error).splitlines() if line.startswith("  write: ")), "")
+    try:
+        atlas.resolve(repair)
+    except NnspliceError:
+        return None
+    return repair
 
 
 def _closest(atlas: Atlas, text: str) -> str | None:
     layers = max((tower.n_layers for tower in atlas.towers.values()), default=0)
     short = [f"l{i}{part}" for i in range(layers) for part in ("", " attn", " mlp", "h0", "g0")]
-    near = get_close_matches(text.lower(), ["full", "embed", "unembed", "final_norm", *short], n=1, cutoff=0.5)
-    near += get_close_matches(text, atlas.tree.params, n=1, cutoff=0.5)
-    return " or ".join(near) or None
+    found = _near(text.lower(), ["full", "embed", "unembed", "final_norm", *short], 0.5)
+    return found or _near(text, atlas.tree.params, 0.5)
 
 
 def _say_what_is_meant(atlas: Atlas, texts: Iterable[str]) -> None:

@@ -1,0 +1,206 @@
+"""`sweep_weights`: the same result as every other sweep, and the same numbers as copying weights by hand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import nnsplice as ns
+import zoo
+from nnsplice.sweeps import prefix
+
+PROMPTS = ["w3 w4 w5", "w6 w7 w8 w9", "w10 w11 w12"]
+METRIC = ns.logit_diff("w13", "w14")
+
+
+def tuned_of(model: Any, seed: int = 5, size: float = 0.1) -> Any:
+    """The same module with every parameter moved."""
+    tuned = copy.deepcopy(model._module)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * size)
+    return tuned
+
+
+def pair(name: str) -> tuple[Any, Any]:
+    model = zoo.wrap(name)
+    model._module.double()
+    return model, tuned_of(model)
+
+
+def by_hand(model: Any, tuned: Any, place: str, prompt: str) -> float:
+    """Copy the module, copy the weights where the mask says so, run it: nothing of sweeps is used."""
+    module = copy.deepcopy(model._module)
+    own, other = dict(module.named_parameters()), dict(tuned.named_parameters())
+    masks = ns.weights.create_param_masks(module, place)
+    ids = torch.tensor(model.tokenizer([prompt])["input_ids"])
+    with torch.no_grad():
+        for name, mask in masks.items():
+            own[name].copy_(other[name] if mask is None else torch.where(mask, other[name], own[name]))
+        inputs = (
+            {"decoder_input_ids": ids.new_full((1, 1), module.config.decoder_start_token_id)}
+            if module.config.is_encoder_decoder
+            else {}
+        )
+        logits = module(input_ids=ids, **inputs).logits[0, -1]
+    answer, wrong = (model.tokenizer.convert_tokens_to_ids(word) for word in ("w13", "w14"))
+    return float(logits[answer] - logits[wrong])
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_numbers_are_those_of_copied_weights(name):
+    model, tuned = pair(name)
+    sites = ["layers[:].heads[1]", "layers[:].mlp", "embed"]
+    if name in zoo.SEQ2SEQ:
+        sites.append("encoder.layers[:].attn")
+    before = {n: t.clone() for n, t in model._module.state_dict().items()}
+    result = ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False)
+    assert all(torch.equal(t, before[n]) for n, t in model._module.state_dict().items())
+    frame = result.frame()
+    for prompt, path, value in zip(frame.prompt, frame.path, frame.value, strict=True):
+        assert value == pytest.approx(by_hand(model, tuned, path, PROMPTS[prompt]), abs=1e-12), path
+    for prompt, text in enumerate(PROMPTS):
+        assert result.clean[prompt] == pytest.approx(by_hand(model, tuned, "full", text), abs=1e-12)
+    assert np.ptp(frame.value) > 1e-3
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_leaving_out_layers_changes_no_bit(name, monkeypatch):
+    model, tuned = pair(name)
+    fast = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
+    monkeypatch.setattr(prefix.Prefix, "of", classmethod(lambda cls, model, run: cls()))
+    slow = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
+    assert fast == slow and fast.digest == slow.digest
+    towers = 2 if name in zoo.SEQ2SEQ else 1
+    assert slow.run.block_calls == 2 * 3 * 3 * towers  # two lengths, three cells, all layers
+    # Layers 0, 1, 2 need 3, 2 and 1 of three; an encoder that is left alone needs none.
+    assert fast.run.block_calls == 2 * (3 + 2 + 1)
+
+
+def test_the_grid_is_layer_by_head_and_can_be_plotted(tmp_path):
+    model, tuned = pair("llama")
+    result = ns.sweep_weights(model, tuned, "layers[:].heads[:]", METRIC, PROMPTS, progress=False)
+    assert result.grid().dims == ("prompt", "layer", "head") and result.grid().shape == (3, 3, 4)
+    assert result.components == ("layers[:].heads[:]",) and result.is_complete
+    axes = result.plot()
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("layer", "head")
+    result.to_file(tmp_path / "r.safetensors")
+    assert ns.SweepResult.from_file(tmp_path / "r.safetensors") == result
+    result.to_html(tmp_path / "r.html")
+    assert "layers[2].heads[3]" in (tmp_path / "r.html").read_text()
+
+
+def test_only_what_was_tuned_has_an_effect():
+    model = zoo.wrap("gpt2")
+    tuned = copy.deepcopy(model._module)
+    with ns.weights.freeze_except(tuned, "l1h2") as parameters:
+        optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            ids = torch.tensor([[3, 4, 5, 6]])
+            tuned(ids, labels=ids).loss.backward()
+            optimizer.step()
+    effect = ns.sweep_weights(model, tuned, "layers[:].heads[:]", METRIC, PROMPTS, progress=False).effect()
+    expected = np.zeros((3, 3, 4))
+    expected[:, 1, 2] = 1.0
+    assert np.array_equal(effect.values, expected)
+
+
+def test_metrics_that_compare_are_compared_with_the_tuned_model():
+    model, tuned = pair("gpt2")
+    result = ns.sweep_weights(model, tuned, ["layers[1]", "full"], ns.kl_divergence(), PROMPTS, progress=False)
+    everything = result.frame().set_index("path").loc["full"]
+    assert np.allclose(everything.value, 0, atol=1e-12) and np.allclose(result.clean, 0, atol=1e-12)
+    assert (result.corrupted > 1e-6).all()
+
+
+def test_a_state_dict_is_taken_and_batches_do_not_matter():
+    model, tuned = pair("llama")
+    whole = ns.sweep_weights(model, tuned, "layers[:].groups[:]", METRIC, PROMPTS, progress=False)
+    again = ns.sweep_weights(
+        model, tuned.state_dict(), "layers[:].groups[:]", METRIC, PROMPTS, batch_size=1, progress=False
+    )
+    assert np.allclose(whole.grid(), again.grid(), atol=1e-12) and np.allclose(whole.clean, again.clean, atol=1e-12)
+    assert whole.asked == again.asked and whole.grid().dims == ("prompt", "layer", "group")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 4, 7])
+def test_a_journal_goes_on_after_a_stop(after, tmp_path, monkeypatch):
+    from nnsplice.sweeps import weights as room
+
+    model, tuned = pair("gpt2")
+    before = {n: t.clone() for n, t in model._module.state_dict().items()}
+    sites = "layers[:].mlp"
+    expected = ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False)
+    calls = 0
+    swap = room.swap
+
+    def stopping(*args):
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise Stop
+        return swap(*args)
+
+    journal = tmp_path / "journal.jsonl"
+    monkeypatch.setattr(room, "swap", stopping)
+    with pytest.raises(Stop) if after < 7 else pytest.MonkeyPatch.context():
+        ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False, journal=journal)
+    assert all(torch.equal(t, before[n]) for n, t in model._module.state_dict().items())
+    monkeypatch.setattr(room, "swap", swap)
+    result = ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False, journal=journal)
+    assert result == expected and result.run.forwards == 6 - min(after - 1, 6)
+    other = tuned_of(model, seed=6)
+    with pytest.raises(ValueError, match="another sweep"):
+        ns.sweep_weights(model, other, sites, METRIC, PROMPTS, progress=False, journal=journal)
+
+
+def test_one_changed_number_anywhere_is_another_sweep():
+    """The identity of a result covers all that is swapped: tuned models may differ in few numbers."""
+    model, tuned = pair("gpt2")
+    first = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
+    with torch.no_grad():
+        tuned.transformer.h[2].mlp.c_proj.weight[17, 3] += 1e-3
+    second = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
+    assert first.asked["to"] != second.asked["to"] and first.asked["from"] == second.asked["from"]
+
+
+MISTAKES: Any = [
+    ({"sites": []}, ValueError, "no sites"),
+    ({"sites": "layers[9]"}, IndexError, "layer"),
+    ({"sites": "layers[0].mid"}, ValueError, "activation"),
+    ({"sites": "layers[0][-1]"}, ValueError, "no tokens"),
+    ({"batch_size": 0}, ValueError, "batch_size=0"),
+    ({"prompts": []}, ValueError, "no prompts"),
+    ({"metric": ns.logit_diff("w13", "nonsense")}, ValueError, "vocabulary"),
+    ({"metric": lambda logits: logits[:, 0] * float("nan")}, ValueError, "NaN"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), MISTAKES)
+def test_mistakes(change, error, message):
+    model, tuned = pair("gpt2")
+    arguments = {"sites": "layers[:]", "metric": METRIC, "prompts": PROMPTS, **change}
+    with pytest.raises(error, match=message):
+        ns.sweep_weights(model, tuned, **arguments, progress=False)
+
+
+def test_models_are_checked():
+    model, tuned = pair("gpt2")
+    with pytest.raises(TypeError, match="not wrapped"):
+        ns.sweep_weights(model._module, tuned, "layers[:]", METRIC, PROMPTS, progress=False)
+    with pytest.raises(ValueError, match="same model"):
+        ns.sweep_weights(model, model._module, "layers[:]", METRIC, PROMPTS, progress=False)
+    with pytest.raises(ValueError, match="tuned model is in train mode"):
+        ns.sweep_weights(model, tuned.train(), "layers[:]", METRIC, PROMPTS, progress=False)
+    with pytest.raises(ValueError, match="has no transformer"):
+        ns.sweep_weights(model, zoo.build("llama"), "layers[:]", METRIC, PROMPTS, progress=False)
