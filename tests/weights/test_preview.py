@@ -59,12 +59,10 @@ def test_numbers_are_those_of_the_masks(name, shown):
         masks = w.create_param_masks(model, restriction)
         parameters = dict(model.named_parameters())
         lines = shown(model, masks).splitlines()
-        found = [tuple(int(n.replace(",", "")) for n in re.findall(r"[\d,]+", line.rpartition("(")[2])) for line in lines
-                 if "of" in line]  # fmt: skip
-        expected = [
-            (parameters[n].numel() if m is None else int(m.clone().sum()), parameters[n].numel())
-            for n, m in masks.items()
-        ]
+        counts = [line.rpartition("(")[2].replace(",", "") for line in lines if " of " in line]
+        found = [tuple(map(int, re.findall(r"\d+", count))) for count in counts]
+        sizes = {name: parameters[name].numel() for name in masks}
+        expected = [(sizes[n] if m is None else int(m.clone().sum()), sizes[n]) for n, m in masks.items()]
         assert sorted(found[:-1]) == sorted(expected)
         assert found[-1] == tuple(map(sum, zip(*expected, strict=True)))
         bars = [re.findall("[█░]+", line) for line in lines]

@@ -1,4 +1,4 @@
-"""The command line: `nnsplice paths MODEL`, `nnsplice check MODEL`, `nnsplice trace` and `nnsplice adapter DIR`.
+"""The command line: `nnsplice paths`, `nnsplice check`, `nnsplice trace`, `nnsplice adapter` and `nnsplice mask`.
 
 adapter     the command that shows what an adapter changed
 commands    the commands, and what their errors look like
@@ -7,8 +7,10 @@ native      its module tree as rows
 settings    what a sweep is asked for, from a file and from options
 table       rows as aligned text
 tracing     the command that sweeps
+weights     the command that shows which weights belong to a place
 """
 
 from nnsplice.cli import adapter as adapter
 from nnsplice.cli import tracing as tracing
+from nnsplice.cli import weights as weights
 from nnsplice.cli.commands import app as app

@@ -95,6 +95,7 @@ def nnsplice(
     nnsplice check gpt2          capture, replay, heads and padding, tried on GPT-2
     nnsplice trace sweep.toml    every place changed by itself: which one decides the answer
     nnsplice adapter ./my-lora   what an adapter changed, layer by layer
+    nnsplice mask gpt2 l5h3      which weights belong to a place
 
     A model that needs no network is called toy.
     """
@@ -143,7 +144,7 @@ def _show_native(model: str, path: Path | None, tower: TowerName | None, all_lay
         raise typer.BadParameter("with --native, --under takes a path of the model's own, starting with model.")
     if tower is not None:
         raise typer.BadParameter("--tower is about portable places; write --under model.encoder, for instance")
-    rows = native.rows(Atlas.of(_blueprint(model)), path, collapse=not all_layers)
+    rows = native.rows(Atlas.of(blueprint(model)), path, collapse=not all_layers)
     show(aligned(rows, native.HEAD))
 
 
@@ -154,7 +155,7 @@ def _show_portable(model: str, path: Path | None, tower: TowerName | None, all_l
     from nnsplice.cli.table import aligned, show
     from nnsplice.paths import Path, Step, index_text
 
-    found = _blueprint(model)
+    found = blueprint(model)
     atlas = Atlas.of(found)
     outlines = outline(atlas, collapse=not all_layers)
     if tower is not None:
@@ -250,7 +251,7 @@ def _load(name: str, attn: str | None) -> Any:
         ) from error
 
 
-def _blueprint(name: str) -> Any:
+def blueprint(name: str) -> Any:
     """The model without its weights where they would have to be fetched: its places need none."""
     from nnsplice import load
 

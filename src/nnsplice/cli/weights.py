@@ -1,0 +1,39 @@
+"""`nnsplice mask`: which weights belong to a place."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated
+
+import typer
+
+from nnsplice.cli.commands import Model, app, blueprint
+
+
+@app.command()
+def mask(
+    model: Model,
+    restriction: Annotated[
+        list[str],
+        typer.Argument(metavar="PLACE...", help="l5h3, 'l5 mlp', 'layers[0:5].attn.q', full, a parameter's name."),
+    ],
+    plain: Annotated[bool, typer.Option("--plain", help="One parameter's name per line, and nothing else.")] = False,
+) -> None:
+    """Which parameters of MODEL belong to a place, and how much of each. Nothing is run.
+
+    \b
+    nnsplice mask toy l1h0
+    nnsplice mask toy "l1 mlp" l2h3
+    nnsplice mask toy 'layers[0:3].attn.q' --plain
+
+    Several places are shown together. A key/value head that several heads share is shown with each of them.
+    """
+    from nnsplice.weights import create_param_masks, preview_weight_restriction
+
+    found = blueprint(model)
+    with warnings.catch_warnings():
+        # Always, and as a line: which line of nnsplice gave it says nothing to a reader in a shell.
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: typer.echo(str(message), err=True)
+        masks = create_param_masks(found, restriction[0] if len(restriction) == 1 else restriction)
+    preview_weight_restriction(found, masks, plain=plain)
