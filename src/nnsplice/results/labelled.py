@@ -64,7 +64,8 @@ def array(table: Table, values: np.ndarray, kind: str, name: str) -> xr.DataArra
     numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
     labels, at = points([table.cells[n] for n in numbers])
     whole = np.full((len(table.clean), *map(len, labels.values())), np.nan)
-    whole[(slice(None), *at.T)] = values[:, numbers]
+    # A place without numbers, such as an embedding's weights, is one cell on no axis.
+    whole[(slice(None), *at.T)] = values[:, numbers] if labels else values[:, numbers[0]]
     coordinates: dict[str, Any] = {"prompt": np.arange(len(table.clean))}
     for axis, of in labels.items():
         numbered = all(isinstance(one, int) for one in of)
