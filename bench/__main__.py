@@ -1,6 +1,6 @@
 """Run every benchmark."""
 
-from bench import activations, adapters, loading, sweeps
+from bench import activations, adapters, loading, sweeps, weights
 
-for benchmark in (loading, adapters, activations, sweeps):
+for benchmark in (loading, adapters, activations, sweeps, weights):
     benchmark.main([])

@@ -176,7 +176,10 @@ def build(name: str, **overrides: Any) -> Any:
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = kind(**{**_COMMON, **ROWS[name], **overrides})
+            given = {**_COMMON, **ROWS[name], **overrides}
+            if not hasattr(kind(), "num_key_value_heads"):
+                del given["num_key_value_heads"]  # a family without shared heads
+            config = kind(**given)
             model = hf.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
         with torch.no_grad():
             for parameter in model.parameters():
