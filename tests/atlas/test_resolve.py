@@ -328,3 +328,36 @@ def test_masks_cost_one_axis():
     mask = huge.masks()["w"]
     assert mask is not None and mask.shape == (1_000_000, 4096) and mask.untyped_storage().nbytes() == 1_000_000
     assert huge.numel() == 2 * 4096 and mask[5:7].all() and not mask[4].any() and not mask[7].any()
+
+
+# -- one place after another -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layers[:].heads[:]",
+        "layers[1:].attn.k",
+        "layers[0,2].neurons[3:5]",
+        "embed",
+        "full",
+        "layers[-1].groups[:].v",
+        "model.model.layers[:].mlp.up_proj",
+        "model.model.layers[:].mlp.up_proj.weight",
+    ],
+)
+def test_a_path_is_the_union_of_its_single_places(text):
+    model = zoo.build("llama")
+    atlas = Atlas.of(model)
+    places = atlas.split(text)
+    assert all(place.concrete for place in places) and len(set(places)) == len(places)
+    assert union(atlas, *places) == atlas.resolve(text)
+    assert [place for one in places for place in atlas.split(one)] == places
+
+
+def test_a_parameter_by_its_native_path_is_one_place():
+    model = zoo.build("gpt_neox")
+    model.sinks = torch.nn.Parameter(torch.zeros(3))
+    atlas = Atlas.of(model)
+    assert [str(place) for place in atlas.split("model.sinks")] == ["model.sinks"]
+    assert atlas.resolve("model.sinks").names == ("sinks",)

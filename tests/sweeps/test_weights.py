@@ -11,10 +11,11 @@ import torch
 
 import nnsplice as ns
 import zoo
-from nnsplice.sweeps import prefix
 
 PROMPTS = ["w3 w4 w5", "w6 w7 w8 w9", "w10 w11 w12"]
 METRIC = ns.logit_diff("w13", "w14")
+#: The names that the function itself sees, whoever else imports its module.
+ROOM: dict[str, Any] = ns.sweep_weights.__globals__
 
 
 def tuned_of(model: Any, seed: int = 5, size: float = 0.1) -> Any:
@@ -73,7 +74,7 @@ def test_numbers_are_those_of_copied_weights(name):
 def test_leaving_out_layers_changes_no_bit(name, monkeypatch):
     model, tuned = pair(name)
     fast = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
-    monkeypatch.setattr(prefix.Prefix, "of", classmethod(lambda cls, model, run: cls()))
+    monkeypatch.setattr(ROOM["Prefix"], "of", classmethod(lambda cls, model, run: cls()))
     slow = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
     assert fast == slow and fast.digest == slow.digest
     towers = 2 if name in zoo.SEQ2SEQ else 1
@@ -93,6 +94,14 @@ def test_the_grid_is_layer_by_head_and_can_be_plotted(tmp_path):
     assert ns.SweepResult.from_file(tmp_path / "r.safetensors") == result
     result.to_html(tmp_path / "r.html")
     assert "layers[2].heads[3]" in (tmp_path / "r.html").read_text()
+
+
+def test_one_place_without_a_number_has_a_grid_and_a_picture(tmp_path):
+    model, tuned = pair("gpt2")
+    result = ns.sweep_weights(model, tuned, "embed", METRIC, PROMPTS, progress=False)
+    assert result.grid().dims == ("prompt",) and np.array_equal(result.grid().values, result.frame().value)
+    assert result.plot().get_images()[0].get_array().shape == (1, 1)
+    result.to_html(tmp_path / "r.html")
 
 
 def test_only_what_was_tuned_has_an_effect():
@@ -135,14 +144,12 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("after", [1, 4, 7])
 def test_a_journal_goes_on_after_a_stop(after, tmp_path, monkeypatch):
-    from nnsplice.sweeps import weights as room
-
     model, tuned = pair("gpt2")
     before = {n: t.clone() for n, t in model._module.state_dict().items()}
     sites = "layers[:].mlp"
     expected = ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False)
     calls = 0
-    swap = room.swap
+    swap = ROOM["swap"]
 
     def stopping(*args):
         nonlocal calls
@@ -152,11 +159,11 @@ def test_a_journal_goes_on_after_a_stop(after, tmp_path, monkeypatch):
         return swap(*args)
 
     journal = tmp_path / "journal.jsonl"
-    monkeypatch.setattr(room, "swap", stopping)
+    monkeypatch.setitem(ROOM, "swap", stopping)
     with pytest.raises(Stop) if after < 7 else pytest.MonkeyPatch.context():
         ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False, journal=journal)
     assert all(torch.equal(t, before[n]) for n, t in model._module.state_dict().items())
-    monkeypatch.setattr(room, "swap", swap)
+    monkeypatch.setitem(ROOM, "swap", swap)
     result = ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False, journal=journal)
     assert result == expected and result.run.forwards == 6 - min(after - 1, 6)
     other = tuned_of(model, seed=6)

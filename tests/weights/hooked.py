@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,10 @@ class Table(nn.Module):
         super().__init__()
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.randn(shape) * 0.5))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 class Norm(Table):
@@ -81,7 +85,7 @@ class HookedTransformer(nn.Module):
         self.ln_final, self.unembed = Norm(), Table(W_U=(WIDTH, VOCAB), b_U=(VOCAB,))
 
     def forward(self, ids):
-        x = self.embed.W_E[ids] + self.pos_embed.W_pos[: ids.shape[1]]
+        x: Any = self.embed.W_E[ids] + self.pos_embed.W_pos[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
         return self.ln_final(x) @ self.unembed.W_U + self.unembed.b_U

@@ -44,12 +44,28 @@ def support(value: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dict
     }
 
 
-def read_by(projection: nn.Module, columns: slice, width: int) -> torch.Tensor:
+def read_by(projection: Any, columns: slice, width: int) -> torch.Tensor:
     """Which numbers of a projection's weight meet some columns of its input."""
     inputs = torch.zeros(3, width).to(projection.weight)
     inputs[:, columns] = torch.randn(3, columns.stop - columns.start).to(inputs)
     (grad,) = torch.autograd.grad(projection(inputs).square().sum(), [projection.weight])
     return grad.ne(0)
+
+
+def same(one: Mapping[str, torch.Tensor | None], other: Mapping[str, torch.Tensor | None]) -> bool:
+    """Whether two answers are equal, in the order of their names too."""
+    return list(one) == list(other) and all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """Every number of a model, to the bit."""
+    return {
+        name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def dense(masks: Mapping[str, torch.Tensor | None], parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

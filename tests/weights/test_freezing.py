@@ -10,8 +10,7 @@ import torch
 
 import zoo
 from nnsplice import weights as w
-from weights.oracle import IDS, dense
-from weights.test_patching import bits
+from weights.oracle import IDS, bits, dense
 
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),

@@ -13,6 +13,8 @@ import zoo
 from nnsplice import weights as w
 from nnsplice.errors import NnspliceError
 from nnsplice.paths import parse_path
+from weights import long_table
+from weights.oracle import same
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +25,6 @@ def gpt2() -> Any:
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return zoo.build("llama")
-
-
-def same(one: w.ParamMasks, other: w.ParamMasks) -> bool:
-    return list(one) == list(other) and all(
-        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in zip(one.values(), other.values(), strict=True)
-    )
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
@@ -237,8 +232,6 @@ def test_parts_that_a_model_does_not_have(llama, text, said):
 
 
 def test_heads_of_a_layer_without_attention():
-    from weights import long_table
-
     model = long_table.build("lfm2")
     with pytest.raises(ValueError, match="layer 0 has no attention"):
         w.create_param_masks(model, "l0h1")

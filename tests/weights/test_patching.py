@@ -14,8 +14,9 @@ from torch import nn
 
 import zoo
 from nnsplice import weights as w
+from nnsplice.atlas import Atlas
 from nnsplice.errors import NnspliceError
-from weights.oracle import IDS, dense
+from weights.oracle import IDS, bits, dense
 
 #: Fused and separate layouts, shared key/value heads, experts, two towers, transposed weights.
 NAMES = ("gpt2", "llama", "qwen3_moe", "falcon", "bart")
@@ -24,13 +25,6 @@ PLACES = ("layers[1].heads[2]", "layers[0].mlp", ["layers[1].groups[0]", "embed"
 
 def pair(name: str, **overrides: Any) -> tuple[Any, Any]:
     return zoo.build(name, seed=1, **overrides), zoo.build(name, seed=2, **overrides)
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    return {
-        name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        for name, tensor in model.state_dict().items()
-    }
 
 
 def places(name: str) -> tuple[Any, ...]:
@@ -86,8 +80,6 @@ def test_interpolation_of_half_precision_is_summed_in_single(dtype):
 @pytest.mark.parametrize("name", ["gpt2", "opt", "falcon_mha", "codegen"])
 def test_zero_ablation_of_a_head_is_a_run_without_its_slice(name):
     model = zoo.build(name).double()
-    from nnsplice.atlas import Atlas
-
     block = Atlas.of(model).towers["decoder"].blocks[1]
     assert block.o is not None and block.layout is not None
     start, stop = 2 * block.head_dim, 3 * block.head_dim

@@ -12,7 +12,7 @@ import zoo
 from nnsplice import weights as w
 from nnsplice.atlas import Atlas
 from weights.hooked import HEADS, HookedTransformer
-from weights.oracle import dense, support
+from weights.oracle import dense, same, support
 
 # -- wrappers ----------------------------------------------------------------------------------------------------------
 
@@ -56,9 +56,7 @@ def test_names_are_those_of_the_wrapped_model(wrapper, restriction):
     parameters = dict(model.named_parameters())
     assert masks.keys() <= parameters.keys()
     bare = {name.replace("_orig_mod.", "").replace("module.", ""): mask for name, mask in masks.items()}
-    assert list(bare) == list(plain)
-    for name, mask in bare.items():
-        assert (mask is None) == (plain[name] is None) and (mask is None or torch.equal(mask, plain[name]))
+    assert same(bare, plain)
     assert all(mask is None or mask.shape == parameters[name].shape for name, mask in masks.items())
 
 
@@ -107,11 +105,7 @@ def test_bare_backbones(name):
     for restriction in ("l1h2", "l1g0", "l2 attn", "l0 mlp", "l1", "embed"):
         inside = w.create_param_masks(bare, restriction)
         outside = w.create_param_masks(whole, restriction)
-        assert [f"{prefix}.{name}" for name in inside] == list(outside)
-        assert all(
-            a is None if b is None else torch.equal(a, b)  # pyright: ignore[reportArgumentType]
-            for a, b in zip(inside.values(), outside.values(), strict=True)
-        )
+        assert same({f"{prefix}.{name}": mask for name, mask in inside.items()}, outside)
     if prefix != "bert":
         with pytest.raises(ValueError, match="no unembed"):
             w.create_param_masks(bare, "unembed")

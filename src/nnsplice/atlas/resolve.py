@@ -10,12 +10,12 @@ from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block
 from nnsplice.atlas.indices import at, column, resolve_index
 from nnsplice.atlas.layouts import ROLES, Role
-from nnsplice.atlas.native import Found, follow
+from nnsplice.atlas.native import follow
 from nnsplice.atlas.selection import Part, Ranges, Selection, join
 from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, take_apart
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import PathError, UnknownPath
-from nnsplice.paths.path import Path, Step
+from nnsplice.paths.path import Path
 
 if TYPE_CHECKING:
     from nnsplice.atlas.atlas import Atlas
@@ -65,7 +65,7 @@ def _native(atlas: Atlas, path: Path) -> Iterator[Piece]:
 def split(atlas: Atlas, path: Path) -> Iterator[Path]:
     """The single places of a model that a path means. See `Atlas.split`."""
     if path.native:
-        yield from (replace(path, steps=found.steps + _named(found)) for found in follow(atlas, path))
+        yield from (replace(path, steps=found.steps) for found in follow(atlas, path))
         return
     place = take_apart(path)
     if place.role == "full":
@@ -94,11 +94,6 @@ def split(atlas: Atlas, path: Path) -> Iterator[Path]:
         length = count(path, tower.blocks[layer], name)
         for index in resolve_index(path, 1, length, COUNTED[name], f"layer {layer}", shown):
             yield replace(path, steps=(steps[0], at(path.steps[1], index)))
-
-
-def _named(found: Found) -> tuple[Step, ...]:
-    """The step of a parameter, where a native path leads to one."""
-    return () if found.parameter is None else (Step(found.parameter),)
 
 
 def _one(atlas: Atlas, path: Path) -> Iterator[Piece]:

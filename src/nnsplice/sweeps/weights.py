@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -73,18 +73,16 @@ def sweep_weights(
         if batch_size is not None and batch_size < 1:
             raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
         places = _places(base, sites)
-        _check_modes(base, tuned)
-        for selection in places.values():
-            counterpart(base, tuned, regions(base, selection))  # raises where the two do not fit
+        _check_pair(base, tuned, places.values())
         runs = _Runs.of(base, prompts, metric, batch_size)
-        clean_logits = _tuned_logits(runs, tuned, base)
-        clean = runs.measured(range(len(runs.given)), clean_logits, clean_logits)
-        corrupted = runs.measured(range(len(runs.given)), runs.all_logits(peel(base)), clean_logits)
+        clean_logits, every = _tuned_logits(runs, tuned), range(len(runs.given))
+        clean = runs.measured(every, clean_logits, clean_logits)
+        corrupted = runs.measured(every, runs.all_logits(peel(base)), clean_logits)
         _check_ends(runs.metric, clean, corrupted)
     cells = tuple(_cell(place) for place in places)
-    values = np.full((len(runs.given), len(cells)), np.nan)
+    asked = _asked(tuned, runs, places, cells)
+    values = np.full((len(every), len(cells)), np.nan)
     done = np.zeros(values.shape, dtype=bool)
-    asked = _asked(base, tuned, runs, places, cells)
     forwards = block_calls = 0
     with ExitStack() as stack:
         log = None if journal is None else stack.enter_context(Journal.open(journal, asked, values.size))
@@ -92,34 +90,46 @@ def sweep_weights(
             values[at], done[at] = value, True
         bar = stack.enter_context(_bar(values.size, int(done.sum()), progress))
         stack.enter_context(torch.no_grad())
-        for rows in runs.batches():
-            if done[rows].all():
-                continue
-            prefix = Prefix.of(base, lambda rows=rows: runs.logits(peel(base), rows))
-            for number, selection in enumerate(places.values()):
-                left = [row for row in rows if not done[row, number]]
-                if not left:
-                    continue
-                with swap(base, tuned, selection), prefix.before(selection) as skipped:
-                    logits = runs.logits(peel(base), rows)
-                found = dict(zip(rows, runs.measured(rows, logits, clean_logits).tolist(), strict=True))
-                for row in left:
-                    values[row, number], done[row, number] = found[row], True
-                if log is not None:
-                    log.append(left, [number] * len(left), [found[row] for row in left])
-                forwards, block_calls = forwards + 1, block_calls + runs.n_blocks - skipped
-                bar.update(len(left))
+        for rows, number, found, blocks in _measured(runs, tuned, list(places.values()), clean_logits, done):
+            values[rows, number], done[rows, number] = found, True
+            if log is not None:
+                log.append(rows, [number] * len(rows), found)
+            forwards, block_calls = forwards + 1, block_calls + blocks
+            bar.update(len(rows))
     about = Run("weights", time.perf_counter() - start, forwards=forwards, block_calls=block_calls)
     exists = np.ones(values.shape, dtype=bool)
-    return SweepResult(Table(cells, values, done, exists, clean, corrupted, runs.tokens(base), asked, about))
+    return SweepResult(Table(cells, values, done, exists, clean, corrupted, runs.tokens, asked, about))
 
 
+def _measured(
+    runs: _Runs, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
+) -> Iterator[tuple[list[int], int, list[float], int]]:
+    """What is not done: prompts, the number of the place, their values, and how many blocks ran for that."""
+    module = peel(runs.base)
+    for rows in runs.batches():
+        if done[rows].all():
+            continue
+        prefix = Prefix.of(runs.base, lambda rows=rows: runs.logits(module, rows))
+        for number, selection in enumerate(places):
+            left = [row for row in rows if not done[row, number]]
+            if not left:
+                continue
+            with swap(runs.base, tuned, selection), prefix.before(selection) as skipped:
+                logits = runs.logits(module, rows)
+            found = dict(zip(rows, runs.measured(rows, logits, clean_logits).tolist(), strict=True))
+            yield left, number, [found[row] for row in left], runs.n_blocks - skipped
+
+
+@dataclass(frozen=True)
 class _Runs:
     """Forward passes of some prompts, and what the metric makes of them."""
 
-    def __init__(self, given: Prompts, metric: Bound, batch_size: int | None, arguments: Mapping[str, Any]) -> None:
-        self.given, self.metric, self.batch_size, self.arguments = given, metric, batch_size, arguments
-        self.n_blocks = 0
+    base: engine.Model
+    given: Prompts
+    metric: Bound
+    batch_size: int | None
+    #: What every call is given beside the prompts.
+    arguments: Mapping[str, Any]
 
     @classmethod
     def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> _Runs:
@@ -128,9 +138,18 @@ class _Runs:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
         bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given))
         taken = inspect.signature(type(peel(base)).forward).parameters
-        runs = cls(given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
-        runs.n_blocks = sum(tower.n_layers for tower in Atlas.of(base).towers.values())
-        return runs
+        return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
+
+    @property
+    def n_blocks(self) -> int:
+        return sum(tower.n_layers for tower in Atlas.of(self.base).towers.values())
+
+    @property
+    def tokens(self) -> tuple[tuple[str, ...], ...]:
+        """The prompts' tokens as texts."""
+        tokenizer = engine.tokenizer_of(self.base)
+        ids = self.given.decoder_ids or self.given.ids
+        return tuple(tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in row) for row in ids)
 
     def batches(self) -> list[list[int]]:
         return self.given.batches(self.batch_size)
@@ -156,19 +175,13 @@ class _Runs:
         compared = reference[list(rows)] if self.metric.metric.compares else None
         return self.metric(logits, rows, compared).double().cpu().numpy()
 
-    def tokens(self, base: engine.Model) -> tuple[tuple[str, ...], ...]:
-        """The prompts' tokens as texts."""
-        tokenizer = engine.tokenizer_of(base)
-        ids = self.given.decoder_ids or self.given.ids
-        return tuple(tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in row) for row in ids)
 
-
-def _tuned_logits(runs: _Runs, tuned: Any, base: engine.Model) -> Tensor:
+def _tuned_logits(runs: _Runs, tuned: Any) -> Tensor:
+    module = peel(runs.base)
     if not isinstance(tuned, Mapping):
-        device = next(peel(base).parameters()).device
-        return runs.all_logits(peel(tuned)).to(device)
-    with swap(base, tuned, "full"):
-        return runs.all_logits(peel(base))
+        return runs.all_logits(peel(tuned)).to(next(module.parameters()).device)
+    with swap(runs.base, tuned, "full"):
+        return runs.all_logits(module)
 
 
 def _places(base: engine.Model, sites: Sites) -> dict[Path, Selection]:
@@ -190,7 +203,7 @@ def _cell(place: Path) -> Cell:
     return Cell(str(place), str(replace(place, steps=open_)), **known)
 
 
-def _check_modes(base: engine.Model, tuned: Any) -> None:
+def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> None:
     models = {"base": base} if isinstance(tuned, Mapping) else {"base": base, "tuned": tuned}
     for name, model in models.items():
         if any(module.training for module in peel(model).modules()):
@@ -198,6 +211,8 @@ def _check_modes(base: engine.Model, tuned: Any) -> None:
                 f"the {name} model is in train mode, so dropout would make every run another one",
                 write=f"{name}.eval()",
             )
+    for selection in places:
+        counterpart(base, tuned, regions(base, selection))  # raises where the two do not fit
 
 
 def _check_ends(metric: Bound, clean: np.ndarray, corrupted: np.ndarray) -> None:
@@ -210,11 +225,9 @@ def _check_ends(metric: Bound, clean: np.ndarray, corrupted: np.ndarray) -> None
             )
 
 
-def _asked(
-    base: engine.Model, tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Sequence[Cell]
-) -> dict[str, Any]:
+def _asked(tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Sequence[Cell]) -> dict[str, Any]:
+    base, given = runs.base, runs.given
     name, revision = engine.name_of(base)
-    given = runs.given
     held = dict(peel(base).named_parameters(remove_duplicate=False))
     other = dict(tuned) if isinstance(tuned, Mapping) else dict(peel(tuned).named_parameters(remove_duplicate=False))
     touched = list(dict.fromkeys(name for selection in places.values() for name in selection))

@@ -126,15 +126,16 @@ def exact(model: Any, atlas: Atlas, text: str) -> str | None:
         return text
     if text in atlas.tree.aliases:
         return atlas.tree.aliases[text]
+    if not isinstance(model, nn.Module) or peel(model) is model:
+        return None
     return {outer: inner for inner, outer in names(model).items()}.get(text)
 
 
 def names(model: Any) -> Mapping[str, str]:
     """Name of a parameter in the bare model -> its name in `model.named_parameters()`, where wrappers add to it."""
     root = peel(model)
-    own = [name for name, _ in root.named_parameters()]
     if model is root or not isinstance(model, nn.Module):
-        return dict(zip(own, own, strict=True))
+        return {name: name for name in Atlas.of(model).tree.params}
     outer = {id(parameter): name for name, parameter in model.named_parameters()}
     return {name: outer[id(parameter)] for name, parameter in root.named_parameters()}
 
@@ -174,13 +175,13 @@ def _say_what_is_meant(atlas: Atlas, texts: Iterable[str]) -> None:
     if len(atlas.towers) > 1 and any(_SHORT.match(text) for text in texts):
         warnings.warn(
             "this model has two towers, and a short form means the decoder; write encoder.l0 for the encoder's",
-            stacklevel=5,
+            stacklevel=4,
         )
     tied = [text for text in texts if _is_unembed(text) or text in atlas.tree.aliases]
     if tied and (atlas.tied or any(text in atlas.tree.aliases for text in tied)):
         warnings.warn(
             f"{tied[0]!r} is tied in this model: it is the same tensor as the embedding, which changes with it",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
