@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import zoo
-from atlas.helpers import sites
+from atlas.helpers import record, sites, value_at
 from nnsplice.atlas import Atlas, Layout, Site
 
 
@@ -290,3 +290,34 @@ def test_more_families_hold_what_the_atlas_says(kind, changes):
     checks = Atlas.of(model).verify()
     assert {check.role for check in checks} == {"q", "k", "v", "parameters", "stream"}
     assert [check for check in checks if not check.ok] == []
+
+
+# -- families that keep their parts in ways of their own --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["xlm", "ctrl", "cpmant", "megatron-bert", "xlm-roberta-xl", "gemma4_text", "afmoe"])
+def test_the_stream_leaves_one_layer_as_it_enters_the_next(name):
+    from weights import long_table
+
+    model = long_table.build(name)
+    atlas = Atlas.of(model)
+    values = record(model, {"input_ids": torch.tensor([[3, 10, 17, 24, 31]])})
+    for layer in (0, 1):
+        (out,), (into,) = (sites(atlas, f"layers[{i}].{end}") for i, end in ((layer, "output"), (layer + 1, "input")))
+        assert torch.equal(value_at(values, out), value_at(values, into)), layer
+    if name != "gemma4_text":  # gemma4 mixes more into its stream than attention and MLP
+        assert sites(atlas, "layers[1].attn.output") and sites(atlas, "layers[1].mlp.output")
+
+
+def test_a_layer_in_parallel_lists_is_all_of_them():
+    from weights import long_table
+
+    atlas = Atlas.of(long_table.build("xlm"))
+    parts = ("attentions", "layer_norm1", "ffns", "layer_norm2")
+    assert {name.rsplit(".", 3)[0] for name in atlas.resolve("layers[2].attn")} == {"transformer.attentions"}
+    assert {name.split(".")[1] for name in atlas.resolve("layers[2]")} == set(parts)
+    assert {name.split(".")[2] for name in atlas.resolve("layers[2]")} == {"2"}
+    for part, place in zip(parts, ("layers[2].attn", "layers[2]", "layers[2].mlp", "layers[2]"), strict=True):
+        assert str(atlas.locate(f"transformer.{part}.2")) == place
+    layers = [int(name.split(".")[2]) for name in atlas.resolve("layers[:]")]
+    assert layers == sorted(layers)

@@ -58,6 +58,12 @@ def test_heads_are_what_the_gradients_say(family):
                     assert torch.equal(needed[name], mask), f"{name} of layer {layer}, head {head}"
 
 
+def test_the_atlas_agrees_with_the_model(family):
+    """Roles of the columns, and that what the branches add is all that is added to the stream."""
+    layers = {family.layers[0], family.layers[-1], len(family.blocks) - 1}
+    assert [check for check in family.atlas.verify(layers=layers) if not check.ok] == []
+
+
 def test_groups_partition_and_heads_cover(family):
     for layer in family.layers:
         block = family.blocks[layer]

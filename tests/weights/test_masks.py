@@ -256,6 +256,13 @@ def test_a_short_form_means_the_decoder_and_says_so_once(name):
     assert not encoder.keys() & decoder.keys() and all("encoder" in key for key in encoder)
 
 
+@pytest.mark.parametrize("ask", [w.create_param_masks, w.select])
+def test_a_warning_points_at_the_callers_line(ask):
+    with pytest.warns(UserWarning, match="two towers") as caught:
+        ask(zoo.build("t5"), "l1")
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_a_layer_of_t5_is_not_one_of_its_sublayers():
     model = zoo.build("t5")
     masks = w.create_param_masks(model, "decoder.l1")
