@@ -274,6 +274,8 @@ def test_tied_unembed_warns_and_is_the_shared_tensor(gpt2):
         assert w.create_param_masks(gpt2, "unembed") == {"transformer.wte.weight": None}
     with pytest.warns(UserWarning, match="tied"):
         assert w.create_param_masks(gpt2, "lm_head.weight") == {"transformer.wte.weight": None}
+    with pytest.warns(UserWarning, match=r"decoder\.bias' is tied .* same tensor as cls\.predictions\.bias"):
+        w.create_param_masks(zoo.build("bert"), "cls.predictions.decoder.bias")
     loose = zoo.build("gpt2", tie_word_embeddings=False)
     assert w.create_param_masks(loose, "unembed") == {"lm_head.weight": None}
 

@@ -97,6 +97,16 @@ def test_peft_models_have_their_adapters_in_the_masks():
     assert f"{front.replace('self_attn', 'mlp')}up_proj.lora_A.default.weight" in mlp
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+def test_full_has_what_a_wrapper_adds_of_its_own():
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    adapted = get_peft_model(zoo.build("llama"), PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))
+    masks = w.create_param_masks(adapted, "full")
+    assert list(masks) == [name for name, _ in adapted.named_parameters()]
+    assert any("prompt_encoder" in name for name in masks)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "falcon", "gpt_neox", "opt", "bert", "bloom"])
 def test_bare_backbones(name):
     whole = zoo.build(name)

@@ -177,12 +177,13 @@ def _say_what_is_meant(atlas: Atlas, texts: Iterable[str]) -> None:
             "this model has two towers, and a short form means the decoder; write encoder.l0 for the encoder's",
             stacklevel=4,
         )
-    tied = [text for text in texts if _is_unembed(text) or text in atlas.tree.aliases]
-    if tied and (atlas.tied or any(text in atlas.tree.aliases for text in tied)):
-        warnings.warn(
-            f"{tied[0]!r} is tied in this model: it is the same tensor as the embedding, which changes with it",
-            stacklevel=4,
-        )
+    for text in texts:
+        tied = atlas.tree.aliases.get(text) or ("the embedding" if atlas.tied and _is_unembed(text) else None)
+        if tied is not None:
+            warnings.warn(
+                f"{text!r} is tied in this model: it is the same tensor as {tied}, which changes with it", stacklevel=4
+            )
+            return
 
 
 def _is_unembed(text: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsplice.atlas import peel
 from nnsplice.errors import circumstances
@@ -38,6 +38,8 @@ def create_param_masks(model: Any, restriction: str | list) -> ParamMasks:
     """
     with circumstances("ns.weights.create_param_masks"):
         selection = chosen(model, restriction)
+    if isinstance(restriction, str) and restriction.strip().lower() == "full" and isinstance(model, nn.Module):
+        return {name: None for name, _ in model.named_parameters()}  # also what a wrapper adds of its own
     root, outer = peel(model), names(model)
     masks: ParamMasks = {}
     for name in selection:

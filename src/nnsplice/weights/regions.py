@@ -124,7 +124,8 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
         if tensor.is_meta:
             raise BadArgument(f"{region.name} of the other model is on the meta device: it has no weights")
         for alias, first in own.aliases.items():
-            if first == region.name and alias in held and not torch.equal(held[alias], tensor):
+            twin = held.get(alias, tensor) if first == region.name else tensor
+            if twin is not tensor and not torch.equal(twin, tensor):
                 raise BadArgument(
                     f"{alias} is tied to {first} in this model, and the other model has different weights there",
                     expected="two models that tie the same parameters",
