@@ -132,8 +132,11 @@ class Expert(nn.Module):
             setattr(self, name, nn.Linear(*shape, bias=False))
 
 
-SPELLINGS = dict.fromkeys(("qwen2_moe", "qwen3_moe"), ("gate_proj", "up_proj", "down_proj"))
-SPELLINGS["mixtral"] = ("w1", "w3", "w2")
+SPELLINGS: dict[str, tuple[str, str, str]] = {
+    "mixtral": ("w1", "w3", "w2"),
+    "qwen2_moe": ("gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
+}
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
