@@ -12,10 +12,12 @@ One address language for every part of a model, and many views of an address. Th
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, rank, kl_divergence
     adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
+    steering                                      directions fitted, applied, swept and saved
     errors, plots                                 every exception; figures of labelled arrays
 """
 
 from nnsplice import adapters, errors, models, plots, weights
+from nnsplice import adapters, errors, models, plots, steering
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
 from nnsplice.atlas import Atlas
 
@@ -54,6 +56,7 @@ __all__ = [
     "rank",
     "run",
     "save_activations",
+    "steering",
     "sweep",
     "sweep_weights",
     "updates",

@@ -2,6 +2,10 @@
 
     heatmap    a grid of numbers with names on both sides
     bars       a number for each of a list of names
+    return ax
+
+
+    lines      numbers along an axis, a line for each name
     save       write the figure of some axes to a file
 
 The only file that imports matplotlib, and only when a figure is drawn. It knows no other room: what the numbers mean is
@@ -11,7 +15,7 @@ said by the caller. Nothing here calls `show`; a notebook displays the figure by
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +133,51 @@ def bars(
     ax.set_xlabel(_literal(value_label))
     if title is not None:
         ax.set_title(_literal(title))
+    return ax
+
+
+def lines(
+    x: ArrayLike | Mapping[str, ArrayLike],
+    ys: Mapping[str, ArrayLike],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str | None = None,
+    level: float | None = None,
+    ordered: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw lines over one axis, with a legend where there are several. All text is taken literally.
+
+    Args:
+        x: where the points stand: for all lines, or for each its own, by name.
+        ys: the numbers of each line by its name; a line has a gap where one is NaN.
+        level: a number that is marked across the figure, such as chance.
+        ordered: the names have an order (layers), which the colours then show.
+        ax: axes to draw on; a new figure when left out.
+    """
+    places = x if isinstance(x, Mapping) else dict.fromkeys(ys, x)
+    for name, values in ys.items():
+        if np.shape(values) != np.shape(places[name]) or np.ndim(values) != 1 or not np.size(values):
+            raise BadArgument(
+                f"{name} has values of shape {list(np.shape(values))} at {list(np.shape(places[name]))} places",
+                expected="one number for each place, at least one",
+            )
+    pyplot = _pyplot()
+    ax = pyplot.subplots(figsize=(6.0, 3.6), layout="constrained")[1] if ax is None else ax
+    assert ax is not None
+    colours = pyplot.get_cmap(SEQUENTIAL)(np.linspace(0, 0.92, len(ys))) if ordered else [None] * len(ys)
+    for (name, values), colour in zip(ys.items(), colours, strict=True):
+        numbers = np.asarray(values, dtype=float)
+        ax.plot(np.asarray(places[name], dtype=float), numbers, marker="o", ms=4, label=_literal(name), color=colour)
+    if level is not None:
+        ax.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=0)
+    ax.set_xlabel(_literal(x_label))
+    ax.set_ylabel(_literal(y_label))
+    if title is not None:
+        ax.set_title(_literal(title))
+    if len(ys) > 1:
+        ax.legend(frameon=False, fontsize="small")
     return ax
 
 

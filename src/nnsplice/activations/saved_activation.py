@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class SavedActivation:
         self._fill(packs.from_entries(tree.flatten(tree_of_tensors)), Provenance(), None)
 
     @classmethod
-    def from_pairs(cls, *pairs: tuple[str | Path, Tensor]) -> SavedActivation:
+    def from_pairs(cls, *pairs: tuple[str | Path, Tensor]) -> Self:
         """From `(path, tensor)` pairs; a place that is given twice raises `ValueError`.
 
         >>> ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.zeros(1, 4)))
@@ -68,7 +68,7 @@ class SavedActivation:
         return cls._new(packs.from_entries((parse_path(path), tensor) for path, tensor in pairs), Provenance(), None)
 
     @classmethod
-    def _new(cls, of: Sequence[Pack], provenance: Provenance, known: engine.Known | None) -> SavedActivation:
+    def _new(cls, of: Sequence[Pack], provenance: Provenance, known: engine.Known | None) -> Self:
         saved = cls.__new__(cls)
         saved._fill(of, provenance, known)
         # Made inside a trace, it outlives the trace without a further save(); outside this does nothing.
@@ -85,13 +85,13 @@ class SavedActivation:
         # The map of a whole model stays behind; the keys keep their places.
         return {"_packs": self._packs, "_provenance": self._provenance, "_known": None}
 
-    def __copy__(self) -> SavedActivation:
+    def __copy__(self) -> Self:
         return self._like(self._packs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavedActivation:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self.clone()
 
-    def _like(self, of: Sequence[Pack], provenance: Provenance | None = None) -> SavedActivation:
+    def _like(self, of: Sequence[Pack], provenance: Provenance | None = None) -> Self:
         return self._new(of, self._provenance if provenance is None else provenance, self._known)
 
     # ------------------------------------------------------------------------------------------------------ a mapping
@@ -164,7 +164,7 @@ class SavedActivation:
         """The same tensors as a tree that follows the paths: `saved.values.transformer.h[2].output[10]`."""
         return tree.grow((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
 
-    def subset(self, paths: str | Path | Iterable[str | Path]) -> SavedActivation:
+    def subset(self, paths: str | Path | Iterable[str | Path]) -> Self:
         """Only these places and positions, in the capture's own order; slices and lists are allowed anywhere.
 
         >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[:]")
@@ -180,7 +180,7 @@ class SavedActivation:
                 kept.append(pack.take(indices))
         return self._like(kept)
 
-    def union(self, other: SavedActivation) -> SavedActivation:
+    def union(self, other: SavedActivation) -> Self:
         """Both captures in one; a key that stands in both raises `ValueError`."""
         mine, theirs = self._beside(other)
         index = lookup.Index(mine)
@@ -201,7 +201,7 @@ class SavedActivation:
         origins = [capture._provenance for capture in (self, other) if capture._packs]
         return self._new(merged, origins[0].joined(origins[-1]) if origins else Provenance(), known)
 
-    def __or__(self, other: SavedActivation) -> SavedActivation:
+    def __or__(self, other: SavedActivation) -> Self:
         return self.union(other) if isinstance(other, SavedActivation) else NotImplemented
 
     # ----------------------------------------------------------------------------------------------------------- rows
@@ -216,7 +216,7 @@ class SavedActivation:
         """Rows of the batch: `slice[0:4]`, `slice[3]`, `slice[0:2, 5, 7:9]`, `slice[range(3)]`."""
         return RowSlicer(self.rows, self._take_rows)
 
-    def _take_rows(self, rows: Sequence[int]) -> SavedActivation:
+    def _take_rows(self, rows: Sequence[int]) -> Self:
         whole = list(rows) == list(range(rows[0], rows[0] + len(rows))) if rows else False
         taken = [
             pack.with_tensor(pack.tensor[rows[0] : rows[0] + len(rows)] if whole else pack.tensor[list(rows)])
@@ -226,13 +226,13 @@ class SavedActivation:
 
     # -------------------------------------------------------------------------------------------------------- algebra
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> SavedActivation:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """The function applied to every site's tensor `[prompt, position, width]`."""
         made = algebra.mapped(self._packs, fn)
         same = not made or made[0].tensor.shape[0] == self.rows
         return self._like(made, None if same else self._provenance.without_rows())
 
-    def mean(self, over: str = "prompt") -> SavedActivation:
+    def mean(self, over: str = "prompt") -> Self:
         """The mean over the prompts (one row is kept), or over the `"position"`s of each site.
 
         After `mean("position")` a key's position is `["mean"]`, and a replay needs `at=` a position.
@@ -256,7 +256,7 @@ class SavedActivation:
             return lookup.located(mine, other._known.atlas), theirs
         return mine, theirs
 
-    def _with(self, other: SavedActivation, fn: Callable[[Tensor, Tensor], Tensor]) -> SavedActivation:
+    def _with(self, other: SavedActivation, fn: Callable[[Tensor, Tensor], Tensor]) -> Self:
         """Combined with another capture of the same places."""
         made = algebra.combined(*self._beside(other), fn)
         if self.rows == other.rows:
@@ -266,22 +266,26 @@ class SavedActivation:
             origin = (self if self.rows > other.rows else other)._provenance
         return self._new(made, origin, self._known or other._known)
 
-    def __add__(self, other: SavedActivation) -> SavedActivation:
+    def __add__(self, other: SavedActivation) -> Self:
         return self._with(other, torch.add) if isinstance(other, SavedActivation) else NotImplemented
 
-    def __sub__(self, other: SavedActivation) -> SavedActivation:
+    def __sub__(self, other: SavedActivation) -> Self:
         return self._with(other, torch.sub) if isinstance(other, SavedActivation) else NotImplemented
 
-    def __neg__(self) -> SavedActivation:
+    def __neg__(self) -> Self:
         return self.map(torch.neg)
 
-    def __mul__(self, factor: float) -> SavedActivation:
-        return self.map(lambda tensor: tensor * factor) if _is_number(factor) else NotImplemented
+    def __mul__(self, factor: float) -> Self:
+        if not _is_number(factor):
+            return NotImplemented
+        return self.map(lambda tensor: tensor * factor)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> SavedActivation:
-        return self.map(lambda tensor: tensor / divisor) if _is_number(divisor) else NotImplemented
+    def __truediv__(self, divisor: float) -> Self:
+        if not _is_number(divisor):
+            return NotImplemented
+        return self.map(lambda tensor: tensor / divisor)
 
     def norm(self) -> dict[str, Tensor]:
         """The Euclidean norm of every entry: `{path: [prompt]}`."""
@@ -295,7 +299,7 @@ class SavedActivation:
         """The cosine with another capture of the same places: `{path: [prompt]}`; NaN where one of them is zero."""
         return self._with(other, algebra.cosine)._flat()
 
-    def project_out(self, direction: SavedActivation) -> SavedActivation:
+    def project_out(self, direction: SavedActivation) -> Self:
         """Without the part that lies along a direction (one row, or one for each prompt)."""
         return self._with(direction, algebra.without)
 
@@ -314,15 +318,15 @@ class SavedActivation:
 
     # -------------------------------------------------------------------------------------------------- as torch does
 
-    def to(self, device_or_dtype: torch.device | torch.dtype | str) -> SavedActivation:
+    def to(self, device_or_dtype: torch.device | torch.dtype | str) -> Self:
         """On another device, or in another dtype."""
         return self.map(lambda tensor: tensor.to(device_or_dtype))
 
-    def detach(self) -> SavedActivation:
+    def detach(self) -> Self:
         """Without the graph."""
         return self.map(torch.Tensor.detach)
 
-    def clone(self) -> SavedActivation:
+    def clone(self) -> Self:
         """In memory of its own."""
         return self.map(torch.Tensor.clone)
 
@@ -336,7 +340,7 @@ class SavedActivation:
                 return False
         return True
 
-    def save(self) -> SavedActivation:
+    def save(self) -> Self:
         """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway."""
         return engine.keep(self)
 
@@ -363,9 +367,7 @@ class SavedActivation:
         storage.write(path, self._packs, self._provenance)
 
     @classmethod
-    def from_file(
-        cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None
-    ) -> SavedActivation:
+    def from_file(cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None) -> Self:
         """Read a capture, or with `paths` only these of its places and positions."""
         of, provenance = storage.read(path, paths)
         return cls._new(of, provenance, None)

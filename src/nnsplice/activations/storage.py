@@ -28,8 +28,14 @@ KIND = "SavedActivation"
 FORMAT = 1
 
 
-def write(path: str | os.PathLike[str], packs: Sequence[Pack], provenance: Provenance) -> None:
-    """Write packs to a file: the whole of it, or nothing, and then the file that was there stays."""
+def write(
+    path: str | os.PathLike[str], packs: Sequence[Pack], provenance: Provenance, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write packs to a file: the whole of it, or nothing, and then the file that was there stays.
+
+    Args:
+        notes: more texts for the header, for whoever knows their names.
+    """
     from safetensors.torch import save_file
 
     target = FilePath(path)
@@ -47,7 +53,7 @@ def write(path: str | os.PathLike[str], packs: Sequence[Pack], provenance: Prove
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what every new file gets here; safetensors would let nobody else read it
-        save_file(tensors, temporary, metadata={HEADER: json.dumps(header)})
+        save_file(tensors, temporary, metadata={HEADER: json.dumps(header), **(notes or {})})
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.chmod(mode)
@@ -80,6 +86,14 @@ def read(
     if problem is not None:
         raise FileError(problem, expected="a file that SavedActivation.to_file wrote")
     return packs, provenance
+
+
+def note(path: str | os.PathLike[str], name: str) -> str | None:
+    """A further text of the header."""
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="pt") as file:
+        return (file.metadata() or {}).get(name)
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int]:

@@ -5,9 +5,13 @@ models      what is asked of a model as a whole
 recording   the order of its modules, recorded once
 places      paths -> places of the model, in that order
 batch       where the prompts' own tokens stand in a run
+calls       the same outside a trace, from pass to pass of a generation
+intercept   change a value wherever the model is called from
 """
 
 from nnsplice.engine.batch import Batch, batch_of
+from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
+from nnsplice.engine.intercept import Interception
 from nnsplice.engine.models import (
     after_last_attention,
     as_model,
@@ -44,10 +48,14 @@ from nnsplice.engine.tracing import (
 __all__ = [
     "ONLY_LOCAL",
     "Batch",
+    "Call",
+    "Interception",
     "Known",
     "Model",
     "Place",
     "Scope",
+    "Sequence",
+    "Watch",
     "after_last_attention",
     "as_model",
     "attention_of",
@@ -71,6 +79,8 @@ __all__ = [
     "run",
     "scope_of",
     "tokenizer_of",
+    "unwatch",
+    "watch",
     "weights_digest",
     "with_first_input",
     "worker",

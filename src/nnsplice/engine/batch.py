@@ -65,7 +65,7 @@ def _single_row(mediator: Mediator) -> bool:
 
 def _batch(model: Model, args: tuple, kwargs: dict) -> Batch:
     module = peel(model)
-    given = dict(zip(_parameters(type(module)), args, strict=False)) | kwargs
+    given = dict(zip(parameters_of(type(module)), args, strict=False)) | kwargs
     # A decode step computes the newest token; the ones before it stand in the cache.
     cache: Any = given.get("past_key_values")
     cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
@@ -88,5 +88,6 @@ def _rows(given: Mapping[str, Any], prefix: str, cached: int) -> Rows:
 
 
 @lru_cache(maxsize=256)
-def _parameters(kind: type) -> tuple[str, ...]:
+def parameters_of(kind: type) -> tuple[str, ...]:
+    """The names of what a module's call takes."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]

@@ -1,8 +1,8 @@
 """The only file that imports nnsight: wrap, run, wait for a value, write a value.
 
 What of nnsight is private is used here alone, and `tests/engine/test_tracing.py` fails when nnsight changes it: a
-worker's `Mediator` (which visit of a place it waits for, which rows are its own) and the names of submodules that
-nnsight moves.
+worker's `Mediator` (which visit of a place it waits for, which rows are its own), the names of submodules that nnsight
+moves, and the body that a module's controller calls.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import nnsight
 import torch
 from nnsight.intervention.interleaver import Mediator as Mediator
+from nnsight.intervention.source import STATE
 from torch import Tensor, nn
 
 from nnsplice.atlas import Site
-from nnsplice.errors import OutsideTrace
+from nnsplice.errors import BadArgument, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
 
 Model = nnsight.Envoy
@@ -139,6 +140,27 @@ def with_first_input(value: tuple[tuple, dict], new: Any) -> tuple[tuple, dict]:
     """The call with another first argument."""
     args, kwargs = value
     return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
+
+
+class Body:
+    """What a module computes, as nnsight's controller calls it: a function of the module and the call's arguments."""
+
+    def __init__(self, module: nn.Module) -> None:
+        state = module.__dict__.get(STATE)
+        if state is None:
+            raise BadArgument(
+                f"this {type(module).__name__} is not part of the wrapped model", expected="a module nnsight has seen"
+            )
+        self.state = state
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The body."""
+        return self.state.body
+
+    @function.setter
+    def function(self, body: Callable[..., Any]) -> None:
+        self.state.body = body
 
 
 @dataclass(frozen=True, slots=True)

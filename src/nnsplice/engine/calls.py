@@ -1,0 +1,237 @@
+"""Outside a trace: which tokens a forward pass computes, read from the calls of the model's own modules.
+
+A pass of a decoder with a cache computes the newest tokens only, a padded batch holds columns that are no tokens, and
+`generate` runs the model many times for one prompt. `Watch` listens to the calls and says for each pass which columns
+of the run it computes, which of them are padding, and where the prompt ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.atlas import Atlas, peel
+from nnsplice.engine.batch import parameters_of
+from nnsplice.errors import BadArgument
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The rows of one prompt batch, from the prompt to the last token that is generated."""
+
+    #: How many columns the prompt takes; None where that was before anybody listened.
+    prompt: int | None = None
+    #: How many rows were given; a beam search runs several for each.
+    rows: int | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One pass of one tower: the columns `cached` to `cached + new` of its rows."""
+
+    sequence: Sequence
+    rows: int
+    new: int
+    cached: int
+    device: torch.device
+    #: `[row, column]`, whether a token stands there; None where no row is padded.
+    mask: Tensor | None
+    #: How often a module ran in this pass.
+    visits: dict[Any, int] = field(default_factory=dict)
+
+    def visit(self, key: Any) -> int:
+        """Which call of a module this is."""
+        number = self.visits.get(key, 0)
+        self.visits[key] = number + 1
+        return number
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """`[row or 1, new]`: which own token of its row each column is; -1 for padding."""
+        if self.mask is None:
+            return torch.arange(self.cached, self.cached + self.new, device=self.device)[None]
+        counted = self.mask.long().cumsum(-1) - 1
+        return counted.masked_fill(~self.mask, -1)[:, self.cached :]
+
+    @cached_property
+    def prompt_lengths(self) -> Tensor:
+        """`[row or 1]`: how many tokens of its own each row's prompt has."""
+        columns = self.prompt_columns
+        if self.mask is None:
+            return torch.tensor([columns], device=self.device)
+        return self.mask[:, :columns].long().sum(-1)
+
+    @property
+    def prompt_columns(self) -> int:
+        """How many columns the prompt takes.
+
+        Raises:
+            BadArgument: nobody listened when the prompt ran.
+        """
+        if self.sequence.prompt is None:
+            raise BadArgument(
+                "this run goes on with a cache that was filled before, so where its prompt ends is unknown",
+                expected="the prompt and what follows it in one steering block",
+                write='where="all", or from_token(p) with p counted from the first token',
+            )
+        return self.sequence.prompt
+
+
+class Watch:
+    """Listens to a model: `current(tower)` is the pass that runs now."""
+
+    def __init__(self, model: Any) -> None:
+        self.root = peel(model)
+        self._current: dict[str, tuple[nn.Module, Call]] = {}
+        self._generation: Sequence | None = None
+        self._caches: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
+        self.before_pass: list[Callable[[], None]] = []
+        self.users = 0
+
+    def current(self, tower: str) -> Call | None:
+        """The pass of this tower that runs now; None where a module is called by itself."""
+        found = self._current.get(tower)
+        return None if found is None else found[1]
+
+    # --- coming and going
+
+    def start(self) -> None:
+        """Listen."""
+        towers = Atlas.of(self.root).towers
+        self._two = len(towers) > 1
+        names: dict[str, set[str]] = {"": set(towers) or {"decoder"}}
+        for name, tower in towers.items():
+            parts = tower.prefix.split(".")
+            for n in range(1, len(parts) + 1):
+                names.setdefault(".".join(parts[:n]), set()).add(name)
+        self._hooks: list[Any] = []
+        for name, of in names.items():
+            module = self.root.get_submodule(name)
+            own = len(of) == 1 and len(towers) > 1
+            self._hooks.append(module.register_forward_pre_hook(self._before(of, own), with_kwargs=True, prepend=True))
+            self._hooks.append(module.register_forward_hook(self._after, always_call=True))
+        self._patched = "generate" not in self.root.__dict__ and hasattr(self.root, "generate")
+        if self._patched:
+            self.root.generate = self._listening(self.root.generate)
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._patched:
+            del self.root.generate
+
+    def _listening(self, generate: Any) -> Any:
+        @wraps(generate)
+        def listening(*args: Any, **kwargs: Any) -> Any:
+            before, self._generation = self._generation, _begun(args, kwargs, self._two)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self._generation = before
+
+        return listening
+
+    # --- passes
+
+    def _before(self, towers: set[str], own: bool) -> Any:
+        """
+        Args:
+            own: whether the module is a tower of its own, so that its arguments have no prefix.
+        """
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            for tower in towers:
+                if tower not in self._current:
+                    call = self._read(module, tower, args, kwargs, "" if own else None)
+                    if call is not None:
+                        self._current[tower] = (module, call)
+                        for told in self.before_pass:
+                            told()
+
+        return begin
+
+    def _after(self, module: nn.Module, _args: Any, output: Any) -> None:
+        for tower, (owner, call) in list(self._current.items()):
+            if owner is module:
+                del self._current[tower]
+                self._remember(getattr(output, "past_key_values", None), call.sequence)
+
+    def _remember(self, cache: Any, sequence: Sequence) -> None:
+        if hasattr(cache, "get_seq_length"):
+            self._caches[cache] = sequence
+
+    def _read(self, module: nn.Module, tower: str, args: tuple, kwargs: dict, prefix: str | None) -> Call | None:
+        given = dict(zip(parameters_of(type(module)), args, strict=False)) | kwargs
+        two = prefix is None and "decoder_input_ids" in parameters_of(type(module))
+        before = "decoder_" if two and tower == "decoder" else ""
+        tokens = (given.get(before + name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
+        ids = next((value for value in tokens if isinstance(value, Tensor)), None)
+        if ids is None or ids.dim() < 2:
+            return None
+        cache: Any = None if tower == "encoder" else given.get("past_key_values")
+        cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        rows, new = ids.shape[:2]
+        mask = _mask(given.get(f"{before}attention_mask"), cached + new)
+        return Call(self._sequence(tower, cache, cached, rows, new), rows, new, cached, ids.device, mask)
+
+    def _sequence(self, tower: str, cache: Any, cached: int, rows: int, new: int) -> Sequence:
+        if tower == "encoder":
+            return Sequence(new, rows)
+        if self._generation is not None:
+            if self._generation.prompt is None:
+                self._generation.prompt = cached + new
+            return self._generation
+        if cached:
+            return self._caches.get(cache) or Sequence(None, rows)
+        sequence = Sequence(new, rows)
+        self._remember(cache, sequence)
+        return sequence
+
+
+def _begun(args: tuple, kwargs: Mapping[str, Any], two_towers: bool) -> Sequence:
+    """What a call of `generate` tells about its prompts; the rest its first pass does."""
+    given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    ids = next((value for value in given if isinstance(value, Tensor)), None)
+    # A long prompt may come in several passes, so its width is known from here where it can be; a decoder that reads
+    # an encoder begins with a prompt of its own, which its first pass tells.
+    return Sequence(None if ids is None or two_towers else ids.shape[1], None if ids is None else ids.shape[0])
+
+
+def _mask(mask: Any, width: int) -> Tensor | None:
+    if isinstance(mask, Mapping):  # one for each kind of attention, made by `generate` for caches of a fixed size
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 4:  # the newest token sees every token of its row
+        last = mask[:, 0, -1, :width]
+        return last if last.dtype == torch.bool else last == 0
+    return mask[:, :width] != 0 if mask.dim() == 2 else None
+
+
+_watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+
+
+def watch(model: Any) -> Watch:
+    """The listener of a model; it is the same for all who ask, and goes with the last of them (`unwatch`)."""
+    root = peel(model)
+    found = _watches.get(root)
+    if found is None:
+        found = _watches[root] = Watch(model)
+        found.start()
+    found.users += 1
+    return found
+
+
+def unwatch(found: Watch) -> None:
+    """Stop listening, if nobody else does."""
+    found.users -= 1
+    if not found.users:
+        found.stop()
+        del _watches[found.root]

@@ -1,0 +1,89 @@
+"""Change a value wherever the model is called from: by hand, in `generate`, in a trace.
+
+An nnsight edit is passed by when somebody calls the Hugging Face module itself, and what a torch hook makes of an
+output is not seen inside a trace. So an output is changed in the body that nnsight's controller calls, which every way
+of calling the model goes through; and an input in a torch hook, which comes before the controller.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from nnsplice.engine.tracing import Body
+
+#: What a module holds at one of its ends -> what the run goes on with. An input is the call's `(args, kwargs)`.
+Change = Callable[[Any], Any]
+
+
+class _Tap:
+    """The changes at one end of one module, in the order in which they were asked for."""
+
+    def __init__(self, module: nn.Module, end: str) -> None:
+        self.end = end
+        self.changes: list[Change] = []
+        if end == "output":
+            self.body = Body(module)
+            self.inner = self.body.function
+            self.attach()
+        else:
+            self.hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def attach(self) -> None:
+        """Stand in the way again where another took the place (`.source` builds a module's body anew)."""
+        if self.end == "output" and self.body.function is not self._call:
+            self.inner = self.body.function
+            self._call = _around(self.inner, self.changes)
+            self.body.function = self._call
+
+    _call: Any = None
+
+    def _before(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        value: Any = (args, kwargs)
+        for change in self.changes:
+            value = change(value)
+        return value
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        if self.end == "input":
+            self.hook.remove()
+        elif self.body.function is self._call:
+            self.body.function = self.inner
+
+
+def _around(inner: Callable[..., Any], changes: list[Change]) -> Callable[..., Any]:
+    def body(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        value = inner(module, *args, **kwargs)
+        for change in changes:
+            value = change(value)
+        return value
+
+    return body
+
+
+_taps: weakref.WeakKeyDictionary[nn.Module, dict[str, _Tap]] = weakref.WeakKeyDictionary()
+
+
+class Interception:
+    """One change that stands in a model until it is removed; several may stand at one place, whatever their order."""
+
+    def __init__(self, module: nn.Module, end: str, change: Change) -> None:
+        self.module, self.end, self.change = module, end, change
+        taps = _taps.setdefault(module, {})
+        self.tap = taps.get(end) or taps.setdefault(end, _Tap(module, end))
+        self.tap.changes.append(change)
+
+    def attach(self) -> None:
+        """See to it that the change is met, whatever happened to the module meanwhile."""
+        self.tap.attach()
+
+    def remove(self) -> None:
+        """Take the change out; the module is as it was when no other is left."""
+        self.tap.changes.remove(self.change)
+        if not self.tap.changes:
+            self.tap.remove()
+            del _taps[self.module][self.end]

@@ -1,0 +1,106 @@
+"""`steer`: rules as a value that can be shown, added up and put into a model for the length of a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from nnsplice import engine
+from nnsplice.activations import SavedActivation
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.steering.operators import Operator
+from nnsplice.steering.rules import Condition, Rule, rules_of
+from nnsplice.steering.session import Session
+from nnsplice.steering.where import Where, read
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Steering:
+    """What will be steered: a value, and a block that does it.
+
+    Inside the block `model.generate`, `model.trace` and calls of the wrapped Hugging Face module are all steered; after
+    it the model is exactly as it was, also when the block raised. `a + b` does both, `a` first where they meet.
+    """
+
+    model: engine.Model
+    rules: tuple[Rule, ...]
+    _open: list[Session] = field(default_factory=list)
+
+    def __add__(self, other: Steering) -> Steering:
+        if not isinstance(other, Steering):
+            return NotImplemented
+        if peel(other.model) is not peel(self.model):
+            raise BadArgument("two models cannot be steered as one", expected="two steerings of the same model")
+        return Steering(self.model, self.rules + other.rules)
+
+    def __enter__(self) -> Steering:
+        session = Session(self.model, self.rules)
+        session.start()
+        self._open.append(session)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session = self._open.pop()
+        session.stop()
+        if error is None:
+            with circumstances("ns.steering.steer"):
+                session.check_fired()
+
+    def show(self, model: Any, prompt: Any = None) -> Any:
+        """Run prompts once, and show which of their tokens are touched and how strongly.
+
+        Args:
+            prompt: a text or several; `show(prompt)` alone is enough.
+        """
+        from nnsplice.steering.show import shown
+
+        return shown(self, prompt if prompt is not None else model)
+
+    def __repr__(self) -> str:
+        return "\n".join(["Steering:", *(f"  {rule}" for rule in self.rules)])
+
+
+def steer(
+    model: Any,
+    vector: SavedActivation,
+    coefficient: Any = 1.0,
+    *,
+    operator: str | Operator = "add",
+    where: str | Where = "all",
+    when: Condition | None = None,
+    plane: SavedActivation | None = None,
+) -> Steering:
+    """Steer a model for the length of a `with` block.
+
+    >>> acts = ns.capture(model, ["w3 w4", "w5 w6"], "layers[1].output[-1]")
+    >>> vector = ns.steering.fit(acts.slice[0], acts.slice[1])
+    >>> before = ns.patched_logits(model, "w7 w8", ns.capture(model, "w7 w8", "layers[0].output[-1]"))
+    >>> with ns.steering.steer(model, vector, 2.0) as steering:
+    ...     after = model._module(torch.tensor([[7, 8]])).logits
+    >>> bool((before - after).abs().max() > 0), steering
+    (True, Steering:
+      layers[1].output  add 2, where all)
+
+    Args:
+        vector: a direction for each place that is steered: `vector.at(3)` for one layer.
+        coefficient: a number, or one for each row of the runs in the block.
+        operator: `"add"`, `"project_out"`, `"clamp"`, `"scale"`, `"rotate"`, or a function `f(h, v, c) -> h`.
+        where: which tokens: `"all"`, `"prompt"`, `"generated"`, `ns.steering.from_token(p)`, `span(...)`, `mask(...)`.
+        when: a condition for each row: `ns.steering.similar(direction, path, above=0.2)`.
+        plane: for `"rotate"`: a second direction; the state turns in the plane of both.
+
+    Raises:
+        OutOfRange: the model has no such layer.
+        NeverFired: at the end of a block in which a rule met no token.
+    """
+    model = engine.as_model(model)
+    with circumstances("ns.steering.steer"):
+        root = peel(model)
+        # What is offloaded comes when it is needed; what was never read does not.
+        if any(p.is_meta for p in root.parameters()) and not any(hasattr(m, "_hf_hook") for m in root.modules()):
+            raise BadArgument("the weights of this model are not here, so nothing can run", write="model.dispatch()")
+        return Steering(model, rules_of(model, vector, coefficient, operator, read(where), when, plane))

@@ -1,0 +1,157 @@
+"""Two groups of states -> a steering vector, with its quality on prompts that it was not fitted on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nnsplice import engine
+from nnsplice.activations import SavedActivation, capture
+from nnsplice.activations.capture import Paths
+from nnsplice.activations.packs import Pack
+from nnsplice.errors import BadArgument, BadType, circumstances
+from nnsplice.steering.directions import checked, direction
+from nnsplice.steering.quality import held_out
+from nnsplice.steering.vector import About, SteeringVector, model_type_of
+
+
+def fit(
+    positive: SavedActivation,
+    negative: SavedActivation,
+    *,
+    method: str = "mean_difference",
+    folds: int = 5,
+    seed: int = 0,
+    **options: Any,
+) -> SteeringVector:
+    """The direction from the negative states to the positive ones, for every place of two captures.
+
+    Whatever the method, a vector is as long as the two means lie apart along it, so that a coefficient of 1.0 goes from
+    the one to the other; `vector.in_residual_norms()` has another unit.
+
+    Args:
+        positive: states of prompts with what is wanted, a row each.
+        negative: states of prompts without it; row i belongs to row i where there are as many.
+        method: `"mean_difference"`; `"pca"` (`centring="pair"` or `"global"`); `"logistic"` (`ridge=`); `"lda"`
+            (`shrinkage=`).
+        folds: into how many parts the rows are cut for the held-out quality.
+        seed: of that cutting.
+        options: those of the method.
+
+    Raises:
+        BadArgument: an option that the method does not have; states that do not differ.
+    """
+    with circumstances("ns.steering.fit"):
+        for name, saved in (("positive", positive), ("negative", negative)):
+            if not isinstance(saved, SavedActivation):
+                raise BadType(
+                    f"{name} is a {type(saved).__name__}",
+                    expected="a capture",
+                    write="ns.steering.fit_from_prompts(model, positive, negative) for prompts",
+                )
+        if not isinstance(folds, int) or folds < 2:
+            raise BadArgument(f"folds={folds}", expected="2 or more")
+        chosen = checked(method, options)
+        both = positive.mean() - negative.mean()  # finds out whether the two hold the same places
+        if not len(both):
+            raise BadArgument("these captures are empty, so there is nothing to fit")
+        aligned = negative.subset(positive.keys()) if positive.keys() == negative.keys() else negative
+        packs, quality, norms = _places(positive, aligned, method, chosen, folds, seed)
+    made = SteeringVector._new(packs, both._provenance.without_rows(), both._known)
+    return made._with_about(
+        About(
+            method=method,
+            options=chosen,
+            quality=quality,
+            norms=norms,
+            rows=(positive.rows, negative.rows),
+            unit="from the negative mean to the positive",
+            model_type=model_type_of(both._known),
+        )
+    )
+
+
+def _places(
+    positive: SavedActivation, negative: SavedActivation, method: str, options: dict[str, Any], folds: int, seed: int
+) -> tuple[list[Pack], dict[str, float], dict[str, float]]:
+    def find(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return direction(a, b, method, options)
+
+    packs: list[Pack] = []
+    quality: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    for pack in positive._packs:
+        found = []
+        for n, key in enumerate(pack.keys):
+            a, b = pack.tensor[:, n].double(), negative[key].to(pack.tensor.device).double()
+            if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise BadArgument("a state is infinite or not a number", path=key)
+            vector = find(a, b)
+            if not bool(torch.isfinite(vector).all()) or not bool(vector.norm() > 0):
+                raise BadArgument(
+                    "the positive and the negative states have the same mean here, so there is no direction",
+                    path=key,
+                    expected="prompts that differ before the position that was captured",
+                )
+            score = held_out(a, b, find, folds, seed)
+            if score is not None:
+                quality[str(key)] = score
+            norms[str(key)] = torch.cat([a, b]).norm(dim=-1).mean().item()
+            found.append(vector)
+        dtype = pack.tensor.dtype if pack.tensor.dtype in (torch.float32, torch.float64) else torch.float32
+        packs.append(pack.with_tensor(torch.stack(found)[None].to(dtype)))
+    return packs, quality, norms
+
+
+def fit_from_prompts(
+    model: Any,
+    positive: Sequence[Any],
+    negative: Sequence[Any],
+    paths: Paths = "layers[:].output[-1]",
+    *,
+    method: str = "mean_difference",
+    chat: bool = False,
+    spans: Any = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+    folds: int = 5,
+    seed: int = 0,
+    **options: Any,
+) -> SteeringVector:
+    """Run two groups of prompts, and fit a direction at every place.
+
+    >>> ns.steering.fit_from_prompts(model, ["w3 w4", "w5 w6"], ["w3 w7", "w5 w7"], "layers[1].output[-1]").layers
+    [1]
+
+    Args:
+        paths: places with the position that is read; after `[:]` over several tokens take their mean yourself.
+        chat: put each prompt through the tokenizer's chat template, as what the user says.
+        spans: where named spans stand, first in the positive, then in the negative prompts.
+        batch_size: at most so many prompts in one pass.
+        progress: show a bar.
+    """
+    model = engine.as_model(model)
+    positive, negative = (([one] if isinstance(one, str) else list(one)) for one in (positive, negative))
+    with circumstances("ns.steering.fit_from_prompts"):
+        checked(method, options)
+        if not positive or not negative:
+            raise BadArgument("no prompts on one side", expected="positive and negative prompts")
+        prompts, template = _templated(model, [*positive, *negative]) if chat else ([*positive, *negative], None)
+    saved = capture(model, prompts, paths, spans=spans, batch_size=batch_size, progress=progress)
+    n = len(positive)
+    vector = fit(saved.slice[0:n], saved.slice[n : n + len(negative)], method=method, folds=folds, seed=seed, **options)
+    return vector if template is None else vector._with_about(replace(vector.about, template=template))
+
+
+def _templated(model: engine.Model, prompts: Sequence[Any]) -> tuple[list[list[int]], str]:
+    tokenizer = engine.tokenizer_of(model)
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise BadArgument("this model's tokenizer has no chat template", expected="chat=False, or a tokenizer with one")
+    told = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    ids = [tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in told]
+    return ids, hashlib.sha256(str(template).encode()).hexdigest()[:16]

@@ -1,0 +1,104 @@
+"""Prompts in, continuations out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations import SavedActivation
+from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.steering.block import steer
+from nnsplice.steering.rules import Condition
+from nnsplice.steering.where import Where
+
+
+def generate(
+    model: Any,
+    prompts: Any,
+    vector: SavedActivation | None = None,
+    coefficient: Any = 1.0,
+    *,
+    operator: Any = "add",
+    where: str | Where = "all",
+    when: Condition | None = None,
+    plane: SavedActivation | None = None,
+    **generate_kwargs: Any,
+) -> list[str]:
+    """The continuations of prompts, steered or not: texts without the prompts.
+
+    Each is what the prompt alone would get, however many run together. Inside a `steer` block it is that which steers.
+
+    >>> ns.steering.generate(model, ["w3 w4 w5", "w6"], max_new_tokens=2)
+    ['...', '...']
+
+    Args:
+        prompts: a text, a list of texts, or token ids.
+        vector: a direction for each place to steer; left out, nothing is steered here.
+        coefficient: a number, or one for each prompt.
+        operator, where, when, plane: as in `ns.steering.steer`.
+        generate_kwargs: for transformers' `generate`: `max_new_tokens=40`, `do_sample=True`, `num_beams=3`, ...
+    """
+    model = engine.as_model(model)
+    with circumstances("ns.steering.generate"):
+        if vector is None:
+            idle = [n for n, given, default in (
+                ("coefficient", coefficient, 1.0), ("operator", operator, "add"), ("where", where, "all"),
+                ("when", when, None), ("plane", plane, None),
+            ) if given is not default and given != default]  # fmt: skip
+            if idle:
+                raise BadArgument(f"{', '.join(idle)} without a vector would have no effect", expected="a vector")
+        given = encode(model, prompts)
+        if given.values is not None:
+            raise BadArgument("prompts to generate from are tokens, and these are values")
+        tokenizer = engine.tokenizer_of(model)
+        if tokenizer is None:
+            raise BadArgument("without a tokenizer there are no texts", write="ns.load(module, tokenizer=tokenizer)")
+    block = nullcontext() if vector is None else steer(
+        model, vector, coefficient, operator=operator, where=where, when=when, plane=plane
+    )  # fmt: skip
+    with block:
+        new = continued(model, given, generate_kwargs)
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def continued(model: engine.Model, given: Prompts, kwargs: dict[str, Any]) -> Tensor:
+    """The new tokens of each prompt, `[row, token]`, as the Hugging Face module itself generates them."""
+    root: Any = peel(model)
+    two_towers = engine.is_encoder_decoder(model)
+    ids, mask = padded(given.ids, _padding(model), left=not two_towers)
+    if given.decoder_ids is not None and len({len(row) for row in given.decoder_ids}) == 1:
+        begun = len(given.decoder_ids[0])
+    else:
+        begun = 1
+    with torch.no_grad():
+        out = root.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+            **{"pad_token_id": _padding(model), **kwargs},
+        )  # fmt: skip
+    out = out if isinstance(out, Tensor) else out.sequences
+    return out[:, begun if two_towers else ids.shape[1] :]
+
+
+def padded(rows: Sequence[Sequence[int]], token: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of one width, and the mask that tells tokens from padding."""
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        fill, none, own = [token] * (width - len(row)), [0] * (width - len(row)), [1] * len(row)
+        ids.append([*fill, *row] if left else [*row, *fill])
+        mask.append([*none, *own] if left else [*own, *none])
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _padding(model: engine.Model) -> int:
+    """What padded columns hold: nobody reads it, but it has to be a token."""
+    known = (engine.tokenizer_of(model), getattr(peel(model), "config", None))
+    named = (getattr(one, name, None) for name in ("pad_token_id", "eos_token_id") for one in known)
+    return next((token for token in named if isinstance(token, int)), 0)

@@ -1,0 +1,247 @@
+"""A rule: what is done at one place of the model, to which tokens, under which condition. Plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations import SavedActivation
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Site
+from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath
+from nnsplice.paths import Path, parse_path
+from nnsplice.steering.operators import OPERATORS, Operator, rotation
+from nnsplice.steering.vector import vectors_of
+from nnsplice.steering.where import Where
+
+#: A number for every row, or one for each.
+Coefficients = float | tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A question to each row of a run, asked at its prompt; the answer holds for all that the row goes on with.
+
+    Made by `similar`; the place is found in a model when a rule is made with it.
+    """
+
+    path: Path
+    direction: Tensor = field(repr=False)
+    above: float | None
+    below: float | None
+
+    def __str__(self) -> str:
+        named = (("above", self.above), ("below", self.below))
+        bounds = [f"{name}={value:g}" for name, value in named if value is not None]
+        return f"similar(direction, {str(self.path)!r}, {', '.join(bounds)})"
+
+    def holds(self, states: Tensor) -> Tensor:
+        """Whether it holds for each of `[row, width]`."""
+        if states.shape[-1] != self.direction.shape[-1]:
+            raise ShapeError(
+                f"the condition's direction is {self.direction.shape[-1]} wide, the place {states.shape[-1]}",
+                path=self.path,
+            )
+        cosine = torch.nn.functional.cosine_similarity(states.float(), self.direction.to(states.device).float(), dim=-1)
+        answer = torch.ones_like(cosine, dtype=torch.bool)
+        if self.above is not None:
+            answer = answer & (cosine > self.above)
+        return answer if self.below is None else answer & (cosine < self.below)
+
+
+def similar(
+    direction: SavedActivation | Tensor, path: str | Path, *, above: float | None = None, below: float | None = None
+) -> Condition:
+    """A condition for `steer(..., when=)`: whether a row's state is like a direction, as a cosine.
+
+    It is read at the prompt, as the run has it there, and then kept for everything that is generated.
+
+    >>> probe = torch.ones(16)
+    >>> str(ns.steering.similar(probe, "layers[0].output[-1]", above=0.2))
+    "similar(direction, 'layers[0].output[-1]', above=0.2)"
+
+    Args:
+        direction: `[width]`, or a capture that holds the place.
+        path: where the state is read; `[-1]` when no position is given.
+        above, below: the cosine has to be above, or below.
+    """
+    place = parse_path(path)
+    place = place.at(-1) if place.position is None else place
+    if above is None and below is None:
+        raise BadArgument("a condition without a bound always holds", expected="above= or below=, a cosine")
+    for name, bound in (("above", above), ("below", below)):
+        if bound is not None and not -1 <= bound <= 1:
+            raise BadArgument(f"{name}={bound}", expected="a cosine, from -1 to 1")
+    if not isinstance(place.position, int):
+        raise BadArgument(
+            "a condition is read at one token", path=place, expected="one position", write=str(place.at(-1))
+        )
+    if isinstance(direction, SavedActivation):
+        direction = _held(direction, place)
+    if not isinstance(direction, Tensor):
+        raise BadType(f"a direction of type {type(direction).__name__}", expected="a tensor [width], or a capture")
+    direction = direction.detach().flatten(0, -2) if direction.dim() > 1 else direction.detach()[None]
+    if direction.shape[0] != 1:
+        raise ShapeError(f"{direction.shape[0]} directions", expected="one", write="direction.mean()")
+    if not bool(direction.norm() > 0):
+        raise BadArgument("a zero vector is similar to nothing")
+    return Condition(place, direction.clone(), above, below)
+
+
+def _held(saved: SavedActivation, place: Path) -> Tensor:
+    """The capture's entry of the place, whatever its position."""
+    if place in saved:
+        return saved[place]
+    try:
+        (key,) = saved.subset(place.place).keys()
+    except (ValueError, UnknownPath):
+        raise UnknownPath(
+            "the direction holds nothing of this place", path=place, expected=f"one of {', '.join(saved.keys()[:5])}"
+        ) from None
+    return saved[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One place, and what is done there."""
+
+    path: Path
+    vector: Tensor = field(repr=False)
+    coefficient: Coefficients
+    name: str
+    operator: Operator = field(repr=False)
+    where: Where
+    when: Condition | None = None
+    #: Only these rows of the run, for a sweep that runs many cells side by side.
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def site(self) -> Site:
+        """Where the value is met."""
+        return site_of(self.path)
+
+    def __str__(self) -> str:
+        c = self.coefficient
+        told = f"[{', '.join(f'{one:g}' for one in c)}]" if isinstance(c, tuple) else f"{c:g}"
+        condition = "" if self.when is None else f", when {self.when}"
+        return f"{self.path.place}  {self.name} {told}, where {self.where}{condition}"
+
+
+def rules_of(
+    model: engine.Model,
+    vector: SavedActivation,
+    coefficient: Any,
+    operator: str | Operator,
+    where: Where,
+    when: Condition | None,
+    plane: SavedActivation | None,
+) -> tuple[Rule, ...]:
+    """A rule for each place of a vector, in the order of the forward pass.
+
+    Raises:
+        OutOfRange: the vector is of a layer that the model does not have.
+        RefusedPlace: the place is derived from several values.
+        BadArgument: an operator that is not there, an option without effect.
+    """
+    if not isinstance(vector, SavedActivation):
+        raise BadType(
+            f"a {type(vector).__name__} is no vector", expected="what ns.steering.fit returns, or a capture of one row"
+        )
+    if vector.rows != 1:
+        raise ShapeError(
+            f"a capture of {vector.rows} rows is no one direction",
+            expected="one row; rows may have coefficients of their own",
+            write="saved.mean()",
+        )
+    if when is not None and not isinstance(when, Condition):
+        raise BadType(f"when is a {type(when).__name__}", expected="ns.steering.similar(direction, path, above=0.2)")
+    name, function = _named(operator)
+    if plane is not None and name != "rotate":
+        raise BadArgument(f"{name} turns nothing, so plane= would have no effect", write='operator="rotate"')
+    condition = None if when is None else _found(model, when)
+    known = engine.known(model)
+    rules: list[Rule] = []
+    for key, direction in vectors_of(vector):
+        (path,) = known.atlas.expand(key.place)
+        site = site_of(path)
+        if site.kind in ("pattern", "expert"):
+            raise RefusedPlace(
+                f"a {site.kind} is derived from several values, so there is no one state to steer",
+                path=path,
+                expected="the residual stream, what a branch adds to it, a head or a neuron",
+                write="layers[i].output",
+            )
+        if not bool(direction.norm() > 0):
+            raise BadArgument("a zero vector, so steering with it would do nothing", path=key)
+        if plane is not None:
+            function = rotation(_second(plane, key, direction))
+        if condition is not None:
+            _check_order(known, condition, path, where)
+        rules.append(Rule(path, direction.detach(), coefficients(coefficient), name, function, where, condition))
+    return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
+
+
+def _named(operator: str | Operator) -> tuple[str, Operator]:
+    if callable(operator):
+        return getattr(operator, "__name__", "function"), operator
+    if operator not in OPERATORS:
+        raise BadArgument(
+            f"there is no operator {operator!r}", expected=f"{', '.join(OPERATORS)}, or a function f(h, v, c) -> h"
+        )
+    return operator, OPERATORS[operator]
+
+
+def coefficients(value: Any) -> Coefficients:
+    """A number, or one for each row.
+
+    Raises:
+        BadType: something else.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() > 1:
+            raise ShapeError(f"a coefficient of shape {list(value.shape)}", expected="a number, or one for each row")
+        value = value.tolist()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        numbers = [float(value)]
+    elif isinstance(value, Sequence) and not isinstance(value, str) and value:
+        numbers = [float(one) for one in value]
+    else:
+        raise BadType(f"a coefficient {value!r}", expected="a number, or one for each row")
+    if not all(-float("inf") < number < float("inf") for number in numbers):
+        raise BadArgument(f"a coefficient {value!r}", expected="finite numbers")
+    return numbers[0] if isinstance(value, int | float) else tuple(numbers)
+
+
+def _second(plane: SavedActivation, key: Path, direction: Tensor) -> Tensor:
+    second = _held(plane, key)[0].detach()
+    if second.shape != direction.shape:
+        raise ShapeError(f"the plane's second direction is {second.shape[-1]} wide, the first {direction.shape[-1]}")
+    cosine = torch.nn.functional.cosine_similarity(second.double(), direction.double(), dim=-1).abs()
+    if not bool(cosine < 1 - 1e-9):
+        raise BadArgument("two vectors on one line span no plane", path=key, expected="another direction as plane=")
+    return second
+
+
+def _found(model: engine.Model, when: Condition) -> Condition:
+    found = engine.expand(model, when.path)
+    if len(found) != 1:
+        raise BadArgument(f"a condition reads one place, and this is {len(found)}", path=when.path)
+    if site_of(found[0]).kind in ("pattern", "expert"):
+        raise RefusedPlace("a condition reads a state, and this is derived from several values", path=when.path)
+    return Condition(found[0], when.direction, when.above, when.below)
+
+
+def _check_order(known: engine.Known, condition: Condition, path: Path, where: Where) -> None:
+    """That the answer is there when the rule needs it."""
+    after = known.rank(condition.path)[0] > known.rank(path)[0]
+    if after and where.kind != "generated":
+        raise BadArgument(
+            f"the condition is read at {condition.path.place}, after {path.place} has already run",
+            expected="a condition at the same place or before it",
+            write='where="generated", which is decided when the prompt has run',
+        )

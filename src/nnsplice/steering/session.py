@@ -1,0 +1,277 @@
+"""Rules at work in a model: what happens at every pass while a steering block is open."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Site, peel
+from nnsplice.errors import BadArgument, NeverFired, ShapeError
+from nnsplice.paths import Path
+from nnsplice.steering.rules import Condition, Rule
+from nnsplice.steering.where import Chosen, spread
+
+
+class Decision:
+    """The answers to one condition, one for each prompt batch that ran."""
+
+    def __init__(self, condition: Condition) -> None:
+        self.condition = condition
+        self.answers: weakref.WeakKeyDictionary[engine.Sequence, Tensor] = weakref.WeakKeyDictionary()
+
+    def read(self, states: Tensor, call: engine.Call) -> None:
+        """Decide for the rows of a pass, if its prompt's token is in it and nobody has decided yet."""
+        if call.sequence in self.answers or call.cached >= call.prompt_columns:
+            return
+        position = self.condition.path.position
+        assert isinstance(position, int)
+        wanted = position if position >= 0 else call.prompt_lengths[:, None] + position
+        here = (call.positions == wanted).expand(call.rows, -1)
+        if not bool(here.any(-1).all()):  # a long prompt that comes in parts
+            return
+        found = states[torch.arange(call.rows, device=states.device), here.long().argmax(-1).to(states.device)]
+        self.answers[call.sequence] = self.condition.holds(found)
+
+    def of(self, call: engine.Call) -> Tensor:
+        """`[row]`: what was decided at the prompt."""
+        answer = self.answers.get(call.sequence)
+        if answer is None:
+            raise BadArgument(
+                f"{self.condition.path} was not met before it was needed: the prompt is shorter, comes in several "
+                "parts, or ran before this steering block",
+                expected="a position that every prompt has, and the whole prompt in one pass",
+            )
+        return spread(answer, call, "a condition's answer")
+
+
+class Work:
+    """One rule at work: its tensors on the device where they are needed, and whether it ever fired."""
+
+    def __init__(self, rule: Rule, decision: Decision | None) -> None:
+        self.rule, self.decision = rule, decision
+        self.fired: bool | Tensor = False
+        #: The states before and after, with their pass, where somebody wants to see them.
+        self.seen: list[tuple[Tensor, Tensor, engine.Call]] | None = None
+        self._tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Any]] = {}
+        self._steps: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, states: Tensor, call: engine.Call) -> Tensor:
+        """`[row, token, width]` as the rule leaves it."""
+        rule = self.rule
+        if rule.vector.shape[-1] != states.shape[-1]:
+            raise ShapeError(
+                f"the vector is {rule.vector.shape[-1]} wide, the place {states.shape[-1]}", path=rule.path.place
+            )
+        chosen = self._chosen(call)
+        if chosen is False:
+            return states
+        self.fired = True if chosen is True else _any(self.fired, chosen)
+        if rule.rows is not None:
+            return self._some_rows(states, chosen, call)
+        new = self._changed(states, call)
+        return new if chosen is True else torch.where(chosen.to(states.device)[..., None], new, states)
+
+    def _chosen(self, call: engine.Call) -> Chosen:
+        chosen = self.rule.where.chosen(call)
+        if chosen is False or self.decision is None:
+            return chosen
+        answer = self.decision.of(call)
+        self.fired = True  # it was asked, and its answer may be no
+        whole = torch.ones(1, call.new, dtype=torch.bool, device=answer.device) if chosen is True else chosen
+        return whole.to(answer.device) & answer[:, None]
+
+    def _changed(self, states: Tensor, call: engine.Call) -> Tensor:
+        rule = self.rule
+        if rule.name == "add" and isinstance(rule.coefficient, float):
+            # The step is made once, in full precision, and rounded once: what is added is the same at every token.
+            return states + self._step(states, rule.coefficient)
+        vector, coefficient = self._ready(states)
+        if isinstance(coefficient, Tensor):
+            coefficient = spread(coefficient, call, "the coefficient")[:, None, None]
+        if rule.name == "add":
+            return states + (coefficient * vector).to(states.dtype)
+        return _checked(rule, rule.operator(_wide(states), vector, coefficient), states)
+
+    def _some_rows(self, states: Tensor, chosen: Chosen, call: engine.Call) -> Tensor:
+        """A sweep's rule: other rows belong to other cells."""
+        rule = self.rule
+        assert rule.rows is not None and isinstance(rule.coefficient, tuple)
+        rows = torch.tensor(rule.rows, device=states.device)
+        vector, coefficient = self._ready(states)
+        part = states[rows]
+        if rule.name == "add":
+            new = part + (coefficient[:, None, None] * vector).to(states.dtype)
+        else:
+            new = _checked(rule, rule.operator(_wide(part), vector, coefficient[:, None, None]), part)
+        if isinstance(chosen, Tensor):
+            own = chosen.to(states.device)
+            own = own if own.shape[0] == 1 else own[rows]
+            new = torch.where(own[..., None], new, part)
+        return states.index_copy(0, rows, new)
+
+    def _step(self, states: Tensor, coefficient: float) -> Tensor:
+        key = (states.device, states.dtype)
+        if key not in self._steps:
+            vector, _ = self._ready(states)
+            self._steps[key] = (coefficient * vector).to(states.dtype)
+        return self._steps[key]
+
+    def _ready(self, states: Tensor) -> tuple[Tensor, Any]:
+        """The vector `[1, 1, width]` and the coefficients, where the states are and no less precise than single."""
+        key = (states.device, states.dtype)
+        if key not in self._tensors:
+            wide = torch.promote_types(states.dtype, torch.float32)
+            vector = self.rule.vector.to(states.device, wide)[None, None]
+            coefficient = self.rule.coefficient
+            if isinstance(coefficient, tuple):
+                coefficient = torch.tensor(coefficient, device=states.device, dtype=wide)
+            self._tensors[key] = (vector, coefficient)
+        return self._tensors[key]
+
+
+class Session:
+    """Rules in a model, from `start` to `stop`."""
+
+    def __init__(self, model: engine.Model, rules: Sequence[Rule]) -> None:
+        self.model, self.rules = model, rules
+        decisions: dict[int, Decision] = {}
+        for rule in rules:
+            if rule.when is not None:
+                decisions.setdefault(id(rule.when), Decision(rule.when))
+        self.works = [Work(rule, None if rule.when is None else decisions[id(rule.when)]) for rule in rules]
+        self._places: dict[tuple, list[tuple[Path, Any]]] = {}
+        for decision in decisions.values():  # asked before anything is changed at the same place
+            self._add(decision.condition.path, decision.read)
+        for work in self.works:
+            self._add(work.rule.path, work)
+        self.passes = 0
+
+    def _add(self, path: Path, what: Any) -> None:
+        site = site_of(path)
+        self._places.setdefault((site.module, site.end, site.tower), []).append((path, what))
+
+    def start(self) -> None:
+        """Stand in the way of the model's values."""
+        root = peel(self.model)
+        self.watch = engine.watch(self.model)
+        self.watch.before_pass.append(self._begun)
+        self._standing: list[engine.Interception] = []
+        try:
+            for (module, end, tower), members in self._places.items():
+                change = _Change(self.watch, tower, (module, end), members)
+                self._standing.append(engine.Interception(root.get_submodule(module), end, change))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        for one in self._standing:
+            one.remove()
+        self.watch.before_pass.remove(self._begun)
+        engine.unwatch(self.watch)
+
+    def _begun(self) -> None:
+        self.passes += 1
+        for one in self._standing:
+            one.attach()
+
+    def check_fired(self) -> None:
+        """Raise for a rule that never met a token."""
+        for work in self.works:
+            if bool(work.fired):
+                continue
+            if not self.passes:
+                raise NeverFired(
+                    "nothing ran in this steering block, so nothing was steered",
+                    expected="model.generate, model.trace or a call of the model inside the block",
+                )
+            raise NeverFired(
+                f"no token of {self.passes} pass{'es' * (self.passes != 1)} was steered by this rule",
+                path=work.rule,
+                expected=_EXPECTED.get(work.rule.where.kind, "a run that reaches the place"),
+            )
+
+
+_EXPECTED = {
+    "generated": "a generation of two tokens or more: the first one is predicted by the prompt's last token",
+    "from": "a run that is so long, or from_token with a smaller number",
+    "span": "a run with these tokens",
+    "mask": "a run with these tokens",
+}
+
+
+class _Change:
+    """What happens to the value at one end of one module."""
+
+    def __init__(
+        self, watch: engine.Watch, tower: str, key: tuple[str, str], members: Sequence[tuple[Path, Any]]
+    ) -> None:
+        self.watch, self.tower, self.key = watch, tower, key
+        self.members = [(site_of(path), what) for path, what in members]
+
+    def __call__(self, value: Any) -> Any:
+        call = self.watch.current(self.tower)
+        if call is None:
+            raise BadArgument(
+                f"{self.key[0]} was called by itself, outside a run of the model, so its tokens are unknown",
+                expected="calls of the whole model inside a steering block",
+            )
+        visit = call.visit(self.key)
+        for site, what in self.members:
+            if site.occurrence == visit:
+                value = _met(site, value, what, call)
+        return value
+
+
+def _met(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
+    """One rule or condition at a value."""
+    inner = engine.first_input(value) if site.end == "input" else value
+    held = wire.unpack(inner, site.item)
+    states = held if held.dim() == 3 else wire.as_rows(held, call.rows)
+    start, stop = site.columns or (0, states.shape[-1])
+    whole = site.columns is None
+    part = states if whole else states[..., start:stop]
+    if isinstance(what, Work):
+        new = what(part, call)
+        if what.seen is not None:
+            what.seen.append((part, new, call))
+        if new is part:
+            return value
+    else:
+        what(part, call)
+        return value
+    if not whole:
+        new = torch.cat([states[..., :start], new, states[..., stop:]], dim=-1)
+    new = new if held.dim() == 3 else new.flatten(0, 1)
+    if site.kind == "stream":
+        # The stream itself, which the skip path carries on beside the module that reads it.
+        held.copy_(new)
+        return value
+    packed = wire.repack(inner, site.item, new)
+    return engine.with_first_input(value, packed) if site.end == "input" else packed
+
+
+def _any(fired: bool | Tensor, chosen: Tensor) -> bool | Tensor:
+    # Kept on the device: asking for it at every token would make a GPU wait.
+    return fired if fired is True else chosen.any() if fired is False else fired | chosen.any()
+
+
+def _wide(states: Tensor) -> Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def _checked(rule: Rule, new: Any, states: Tensor) -> Tensor:
+    if not isinstance(new, Tensor) or new.shape != states.shape:
+        found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+        raise ShapeError(
+            f"the operator {rule.name} made {found} of states {list(states.shape)}",
+            expected="f(h, v, c) -> h: the new states, not what is added to them, in the same shape",
+        )
+    return new.to(states.dtype)

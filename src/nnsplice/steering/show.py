@@ -1,0 +1,95 @@
+"""What a steering touches: prompts run once, and every token marked that a rule changes."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nnsplice import engine
+from nnsplice.activations.prompts import encode
+from nnsplice.atlas import peel
+from nnsplice.steering.generate import padded
+from nnsplice.steering.session import Session, Work
+
+
+@dataclass(frozen=True, eq=False)
+class Touched:
+    """One rule on some prompts: the tokens it changes, and by how much of their norm."""
+
+    rule: Any
+    #: For each prompt its tokens' texts, and the share of the state's norm by which each was moved.
+    tokens: tuple[tuple[str, ...], ...]
+    shares: tuple[tuple[float, ...], ...]
+
+    def lines(self, mark: str = "[{}]") -> list[str]:
+        """A line for the rule, and one for each prompt, with its changed tokens marked."""
+        found = [str(self.rule)]
+        for texts, shares in zip(self.tokens, self.shares, strict=True):
+            pairs = zip((text.strip() for text in texts), shares, strict=True)
+            words = [mark.format(text) if share else text for text, share in pairs]
+            moved = [share for share in shares if share]
+            told = f"by {min(moved):.2f} to {max(moved):.2f} of the norm" if moved else "none of the prompt"
+            found.append(f"  {' '.join(words)}   ({len(moved)} of {len(texts)} tokens, {told})")
+        return found
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Shown:
+    """What `Steering.show` returns: text, or a table in a notebook."""
+
+    rules: tuple[Touched, ...]
+
+    def __repr__(self) -> str:
+        return "\n".join(line for rule in self.rules for line in rule.lines())
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for touched in self.rules:
+            first, *rest = (html.escape(line) for line in touched.lines("\x01{}\x02"))
+            marked = (line.replace("\x01", "<mark>").replace("\x02", "</mark>") for line in rest)
+            parts.append(f"<b>{first}</b>" + "".join(f"<br>&emsp;{line}" for line in marked))
+        return f"<div>{'<br>'.join(parts)}</div>"
+
+
+def shown(steering: Any, prompts: Any) -> Shown:
+    """Run prompts once, and compare the states before and after each rule."""
+    model = steering.model
+    given = encode(model, prompts)
+    tokenizer = engine.tokenizer_of(model)
+    texts = _texts(tokenizer, given.ids)
+    ids, mask = padded(given.ids, 0, left=not engine.is_encoder_decoder(model))
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    if given.decoder_ids is not None:
+        inputs["decoder_input_ids"] = torch.tensor(given.decoder_ids, device=model.device)
+        texts = texts if steering.rules[0].site.tower == "encoder" else _texts(tokenizer, given.decoder_ids)
+    session = Session(model, steering.rules)
+    for work in session.works:
+        work.seen = []
+    session.start()
+    try:
+        with torch.no_grad():
+            peel(model)(**inputs)
+    finally:
+        session.stop()
+    return Shown(
+        tuple(Touched(work.rule, texts, tuple(_shares(work, row, len(texts[row])) for row in range(len(texts))))
+        for work in session.works)
+    )  # fmt: skip
+
+
+def _texts(tokenizer: Any, rows: Any) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(str(t) if tokenizer is None else tokenizer.decode([t]) for t in row) for row in rows)
+
+
+def _shares(work: Work, row: int, count: int) -> tuple[float, ...]:
+    """By how much of its norm a rule moved each of the row's own tokens."""
+    shares = [0.0] * count
+    for before, after, call in work.seen or ():
+        moved = (after[row] - before[row]).norm(dim=-1) / before[row].norm(dim=-1).clamp(min=1e-30)
+        for position, share in zip(call.positions.expand(call.rows, -1)[row].tolist(), moved.tolist(), strict=True):
+            if position >= 0:
+                shares[position] = share
+    return tuple(shares)

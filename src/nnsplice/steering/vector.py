@@ -1,0 +1,338 @@
+"""`SteeringVector`: a capture of one row that knows how it was found, how good it is and what its unit is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations import SavedActivation, storage
+from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath
+from nnsplice.paths import Path, parse_path
+
+HEADER = "nnsplice.steering"
+
+
+@dataclass(frozen=True)
+class About:
+    """Where a vector comes from and what was measured when it was fitted; None or empty where nobody knows."""
+
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    #: The AUC on held-out prompts, by place.
+    quality: Mapping[str, float] = field(default_factory=dict)
+    #: The mean norm of the states it was fitted on, by place.
+    norms: Mapping[str, float] = field(default_factory=dict)
+    #: How many positive and negative rows.
+    rows: tuple[int, ...] | None = None
+    #: What a coefficient of 1.0 is.
+    unit: str = "as given"
+    model_type: str | None = None
+    #: A digest of the chat template that the prompts went through.
+    template: str | None = None
+    #: The coefficient that was found to work, as a note for who uses the vector.
+    coefficient: float | None = None
+
+
+class SteeringVector(SavedActivation):
+    """One direction for each place: a `SavedActivation` of one row, with all its algebra.
+
+    >>> words = ["w3 w4 w5", "w6 w7 w8", "w9 w10 w11"]
+    >>> acts = ns.capture(model, words + [text + " w12" for text in words], "layers[:].output[-1]")
+    >>> vector = ns.steering.fit(acts.slice[0:3], acts.slice[3:6])
+    >>> vector.layers
+    [0, 1, 2]
+    >>> vector.at(1).keys()
+    ['layers[1].output[-1]']
+    >>> vector.in_residual_norms().about.unit
+    'residual norm'
+
+    Subsets, copies and multiples keep what was measured of the direction; sums and differences are directions of their
+    own, which nothing is known of.
+    """
+
+    about: About = About()
+
+    @classmethod
+    def of(cls, saved: SavedActivation, **about: Any) -> SteeringVector:
+        """A capture of one row as a vector, for directions that were found elsewhere.
+
+        >>> ns.steering.SteeringVector.of(ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, 16))))
+        SteeringVector: 1 place, width 16, method given, unit as given
+          layers[1].output
+        """
+        if not isinstance(saved, SavedActivation):
+            raise BadType(
+                f"a {type(saved).__name__} is no capture",
+                expected="a SavedActivation of one row",
+                write='SteeringVector.of(ns.SavedActivation.from_pairs(("layers[3].output[-1]", tensor)))',
+            )
+        if saved.rows != 1:
+            raise ShapeError(f"a capture of {saved.rows} rows is no one direction", write="saved.mean()")
+        made = cls._new(saved._packs, saved._provenance.without_rows(), saved._known)
+        return made._with_about(About(**{"method": "given", **about}))
+
+    def _with_about(self, about: About) -> SteeringVector:
+        self.about = about
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "about": self.about}
+
+    # ------------------------------------------------------------------------------------------------------ what it is
+
+    @property
+    def method(self) -> str | None:
+        """How it was found."""
+        return self.about.method
+
+    @property
+    def quality(self) -> dict[str, float]:
+        """The AUC on held-out prompts, by place: 1.0 tells them apart, 0.5 is chance."""
+        return dict(self.about.quality)
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """The mean norm of the states at each place: of the residual stream, where that is steered."""
+        return dict(self.about.norms)
+
+    @property
+    def coefficient(self) -> float | None:
+        """The coefficient that was written down with it."""
+        return self.about.coefficient
+
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of its layers."""
+        return list(dict.fromkeys(number for key in self.keys() if (number := layer_of(parse_path(key))) is not None))
+
+    def at(self, layer: int | Iterable[int]) -> SteeringVector:
+        """Only this layer's vector, or only these.
+
+        Raises:
+            UnknownPath: there is none of this layer.
+        """
+        wanted = [layer] if isinstance(layer, int) else list(layer)
+        held = self.layers
+        for number in wanted:
+            if number not in held:
+                raise UnknownPath(
+                    f"there is no vector of layer {number}",
+                    expected=f"one of {', '.join(map(str, held))}" if held else "a vector of layers",
+                )
+        return self.subset([key for key in self.keys() if layer_of(parse_path(key)) in wanted])
+
+    # --------------------------------------------------------------------------------------------------------- its unit
+
+    def in_residual_norms(self) -> SteeringVector:
+        """The same directions, so long that a coefficient of 1.0 is the mean norm of the states at each place."""
+        return self._lengths(self._known_norms(), "residual norm")
+
+    def normalised(self) -> SteeringVector:
+        """The same directions with length one."""
+        return self._lengths(dict.fromkeys(self.keys(), 1.0), "length one")
+
+    def _known_norms(self) -> dict[str, float]:
+        norms = self.norms
+        missing = [key for key in self.keys() if key not in norms]
+        if missing:
+            raise BadArgument(
+                f"nobody measured the norm of the states at {missing[0]}",
+                expected="a vector that ns.steering.fit made, or its multiple",
+                write="SteeringVector.of(saved, norms={...})",
+            )
+        return norms
+
+    def _lengths(self, lengths: Mapping[str, float], unit: str) -> SteeringVector:
+        packs = []
+        for pack in self._packs:
+            scale = torch.tensor([lengths[str(key)] for key in pack.keys]).to(pack.tensor)[:, None]
+            length = pack.tensor.norm(dim=-1, keepdim=True)
+            if not bool((length > 0).all()):
+                raise BadArgument("a zero vector has no direction", path=pack.keys[0])
+            packs.append(pack.with_tensor(pack.tensor / length * scale))
+        return self._like(packs)._with_about(replace(self.about, unit=unit))
+
+    # ---------------------------------------------------------------------------------------- what keeps what is known
+
+    def _kept(self, made: SteeringVector, about: About | None = None) -> SteeringVector:
+        keys = set(made.keys())
+        about = about or self.about
+        return made._with_about(
+            replace(
+                about,
+                quality={key: value for key, value in about.quality.items() if key in keys},
+                norms={key: value for key, value in about.norms.items() if key in keys},
+            )
+        )
+
+    def subset(self, paths: str | Path | Iterable[str | Path]) -> SteeringVector:
+        """Only these places."""
+        return self._kept(super().subset(paths))
+
+    def __mul__(self, factor: float) -> SteeringVector:
+        made = super().__mul__(factor)
+        return made if made is NotImplemented else self._scaled(made, factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> SteeringVector:
+        made = super().__truediv__(divisor)
+        return made if made is NotImplemented else self._scaled(made, divisor)
+
+    def __neg__(self) -> SteeringVector:
+        return self._scaled(super().__neg__(), -1.0)
+
+    def _scaled(self, made: SteeringVector, factor: float) -> SteeringVector:
+        quality = self.about.quality
+        if factor < 0:  # what told the groups apart tells them apart the other way round
+            quality = {key: 1 - value for key, value in quality.items()}
+        unit = self.about.unit if factor == 1 else f"{self.about.unit}, times a number"
+        return self._kept(made, replace(self.about, quality=quality, unit=unit, coefficient=None))
+
+    def to(self, device_or_dtype: torch.device | torch.dtype | str) -> SteeringVector:
+        """On another device, or in another dtype."""
+        return self._kept(super().to(device_or_dtype))
+
+    def detach(self) -> SteeringVector:
+        """Without the graph."""
+        return self._kept(super().detach())
+
+    def clone(self) -> SteeringVector:
+        """In memory of its own."""
+        return self._kept(super().clone())
+
+    def __copy__(self) -> SteeringVector:
+        return self._kept(super().__copy__())
+
+    # ------------------------------------------------------------------------------------------------------------ files
+
+    def to_file(self, path: str | os.PathLike[str], *, coefficient: float | None = None) -> None:
+        """Write a safetensors file with all that is known of the vector; `SavedActivation.from_file` reads it too.
+
+        Args:
+            coefficient: one that was found to work, written down with it.
+        """
+        about = self.about if coefficient is None else replace(self.about, coefficient=float(coefficient))
+        storage.write(path, self._packs, self._provenance, {HEADER: json.dumps(asdict(about))})
+
+    @classmethod
+    def from_file(
+        cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None
+    ) -> SteeringVector:
+        """Read a vector, or with `paths` only these of its places.
+
+        Raises:
+            FileError: the file is no steering vector, or damaged.
+        """
+        packs, provenance = storage.read(path, paths)
+        about = _about(path, storage.note(path, HEADER))
+        made = cls._new(packs, provenance, None)
+        return made._kept(made, about)
+
+    # ---------------------------------------------------------------------------------------------------------- to look
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        import html
+
+        first, *rest = (html.escape(line) for line in self._lines())
+        kind, _, told = first.partition(":")
+        return f"<div><b>{kind}</b>:{told}" + "".join(f"<br>&emsp;{line.strip()}" for line in rest) + "</div>"
+
+    def _lines(self) -> list[str]:
+        about, keys = self.about, self.keys()
+        widths = sorted({pack.tensor.shape[-1] for pack in self._packs})
+        options = "".join(f", {name}={value!r}" for name, value in about.options.items())
+        found = f"{about.method or 'made of others'}{options}"
+        width = "/".join(map(str, widths)) or "0"
+        head = f"{len(keys)} place{'s' * (len(keys) != 1)}, width {width}, method {found}, unit {about.unit}"
+        lines = [f"SteeringVector: {head}"]
+        if about.rows is not None:
+            lines[0] += f", from {' and '.join(map(str, about.rows))} rows"
+        shown = keys if len(keys) <= 12 else [*keys[:6], "...", *keys[-5:]]
+        for key in shown:
+            told = f"  {parse_path(key).place}" if key != "..." else "  ..."
+            if key in about.norms:
+                share = self[key].norm().item() / about.norms[key]
+                told += f"  {share:.2f} of the states' norm"
+            if key in about.quality:
+                told += f", AUC {about.quality[key]:.2f} held out"
+            lines.append(told)
+        return lines
+
+    def plot(self, ax: Any = None) -> Any:
+        """The held-out AUC by layer, a line for each kind of place."""
+        from nnsplice import plots
+
+        if not self.about.quality:
+            raise BadArgument(
+                "there is no quality to draw: it was not measured", expected="a vector fitted on two pairs or more"
+            )
+        kinds: dict[str, dict[int, float]] = {}
+        for key, value in self.about.quality.items():
+            path = parse_path(key)
+            kinds.setdefault(str(path).replace(f"[{layer_of(path)}]", "[:]", 1), {})[layer_of(path) or 0] = value
+        layers = sorted({layer for values in kinds.values() for layer in values})
+        return plots.lines(
+            layers,
+            {kind: [values.get(layer, float("nan")) for layer in layers] for kind, values in kinds.items()},
+            x_label="layer",
+            y_label="AUC, held out",
+            title=self.about.method,
+            level=0.5,
+            ax=ax,
+        )
+
+
+def layer_of(path: Path) -> int | None:
+    """The layer that a place belongs to: the first number in its address."""
+    return next((step.index for step in path.steps if isinstance(step.index, int)), None)
+
+
+def vectors_of(vector: SavedActivation) -> list[tuple[Path, Tensor]]:
+    """Every place with its direction `[width]`.
+
+    Raises:
+        BadArgument: several positions of one place, of which none is the place's direction; or nothing at all.
+    """
+    found: list[tuple[Path, Tensor]] = []
+    for pack in vector._packs:
+        if len(pack.keys) > 1:
+            raise BadArgument(
+                f"{len(pack.keys)} positions of one place, and it is steered by one direction",
+                path=pack.keys[0].place,
+                write="vector.subset('layers[:].output[-1]') or vector.mean('position')",
+            )
+        found.append((pack.keys[0], pack.tensor[0, 0]))
+    if not found:
+        raise BadArgument("this vector is empty, so steering with it would do nothing")
+    return found
+
+
+def model_type_of(known: engine.Known | None) -> str | None:
+    """What the config calls the model's architecture."""
+    return None if known is None else known.atlas.tree.facts.get("model_type")
+
+
+def _about(path: str | os.PathLike[str], text: str | None) -> About:
+    if text is None:
+        raise FileError(
+            f"{path} holds a capture, and nothing about a steering vector",
+            expected="a file that SteeringVector.to_file wrote",
+            write="SteeringVector.of(SavedActivation.from_file(path))",
+        )
+    try:
+        held = json.loads(text)
+        rows = held.pop("rows")
+        return About(**held, rows=None if rows is None else tuple(map(int, rows)))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        raise FileError(f"what {path} says about its steering vector is damaged") from None

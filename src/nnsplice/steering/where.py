@@ -1,0 +1,186 @@
+"""Which tokens are steered: counted from each prompt's first token, however a batch is padded and a run is cached.
+
+"all"                  every token (padding too, which nobody reads)
+"prompt"               the prompt's tokens
+"generated"            those after it
+from_token(p)          token p and all after it; from_token(-1) is the prompt's last and all after it
+span(start, stop)      a stretch, the same in every row or one for each
+mask(rows)             any tokens, as booleans for each row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice.engine import Call
+from nnsplice.errors import BadArgument, BadType, ShapeError
+
+#: What of a pass is meant: everything, nothing, or `[row or 1, token]`.
+Chosen = bool | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A rule for tokens, as a value; `str()` is how it is written."""
+
+    kind: str
+    start: tuple[int, ...] = ()
+    stop: tuple[int, ...] = ()
+    mask: tuple[tuple[bool, ...], ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind == "from":
+            return f"from_token({self.start[0]})"
+        if self.kind == "span":
+            pairs = [f"({a}, {b})" for a, b in zip(self.start, self.stop, strict=True)]
+            return f"span{pairs[0]}" if len(pairs) == 1 else f"span([{', '.join(pairs)}])"
+        return f"mask({len(self.mask)} rows)" if self.kind == "mask" else self.kind
+
+    def chosen(self, call: Call) -> Chosen:
+        """The tokens of a pass that are meant."""
+        return _CHOOSE[self.kind](self, call)
+
+    @property
+    def rows(self) -> int | None:
+        """For how many rows it speaks, where that is one for each."""
+        count = len(self.mask) if self.kind == "mask" else len(self.start)
+        return count if count > 1 else None
+
+
+#: Those that need no number.
+NAMED = {name: Where(name) for name in ("all", "prompt", "generated")}
+
+
+def from_token(position: int) -> Where:
+    """Token `position` of each row and every later one; a negative one counts from the prompt's end.
+
+    `from_token(-1)` also decides the first generated token, which the prompt's last token predicts.
+
+    >>> str(ns.steering.from_token(-1))
+    'from_token(-1)'
+    """
+    if not isinstance(position, int) or isinstance(position, bool):
+        raise BadType(f"from_token({position!r})", expected="the number of a token")
+    return Where("from", (position,))
+
+
+def span(start: int | Sequence[tuple[int, int]], stop: int | None = None) -> Where:
+    """Tokens `start` to `stop` (not included), or with a list of pairs one stretch for each row.
+
+    Negative numbers count from the prompt's end.
+    """
+    pairs: list[tuple[Any, Any]] = [(start, stop)] if isinstance(start, int) else list(start)
+    if not pairs or any(not isinstance(n, int) or isinstance(n, bool) for pair in pairs for n in pair):
+        raise BadType(f"a span of {start!r}, {stop!r}", expected="span(2, 5), or span([(2, 5), (3, 4)]) for two rows")
+    for a, b in pairs:
+        if (a < 0) == (b < 0) and a >= b:
+            raise BadArgument(f"tokens {a} to {b} are none", expected="start < stop")
+    return Where("span", tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
+
+
+def mask(rows: Any) -> Where:
+    """The tokens at which `rows[row][token]` is true; one row serves every prompt, and later tokens are left alone."""
+    found = torch.as_tensor(rows)
+    found = found[None] if found.dim() == 1 else found
+    if found.dim() != 2 or found.dtype != torch.bool:
+        raise ShapeError(
+            f"a mask of shape {list(found.shape)} and {found.dtype}", expected="booleans [token] or [row, token]"
+        )
+    if not bool(found.any()):
+        raise BadArgument("this mask chooses no token", expected="at least one")
+    return Where("mask", mask=tuple(tuple(row) for row in found.tolist()))
+
+
+def read(where: str | Where) -> Where:
+    """A name, or a rule as it is."""
+    if isinstance(where, Where):
+        return where
+    if where not in NAMED:
+        raise BadArgument(
+            f"where={where!r}",
+            expected=f"{', '.join(map(repr, NAMED))}, or ns.steering.from_token(p), span(start, stop), mask(rows)",
+        )
+    return NAMED[where]
+
+
+# --- one function for each kind ---------------------------------------------------------------------------------------
+
+
+def _prompt(_where: Where, call: Call) -> Chosen:
+    begun = call.prompt_columns - call.cached
+    return begun >= call.new or (begun > 0 and _columns(call) < begun)
+
+
+def _generated(_where: Where, call: Call) -> Chosen:
+    begun = call.prompt_columns - call.cached
+    return begun <= 0 or (begun < call.new and _columns(call) >= begun)
+
+
+def _columns(call: Call) -> Tensor:
+    return torch.arange(call.new, device=call.device)[None]
+
+
+def _from(where: Where, call: Call) -> Chosen:
+    (start,) = where.start
+    return (call.positions >= _counted(start, call)) & (call.positions >= 0)
+
+
+def _span(where: Where, call: Call) -> Chosen:
+    start, stop = (torch.tensor(numbers, device=call.device)[:, None] for numbers in (where.start, where.stop))
+    lengths = call.prompt_lengths[:, None] if min(where.start + where.stop) < 0 else torch.zeros_like(start[:1])
+    start, stop = (_of_row(numbers, call) for numbers in (start, stop))
+    start, stop = (torch.where(numbers < 0, numbers + lengths, numbers) for numbers in (start, stop))
+    return (call.positions >= start) & (call.positions < stop) & (call.positions >= 0)
+
+
+def _mask(where: Where, call: Call) -> Chosen:
+    width = max(map(len, where.mask))
+    rows = torch.tensor([[*row, *[False] * (width - len(row) + 1)] for row in where.mask], device=call.device)
+    positions = call.positions.expand(call.rows, -1)
+    # Padding (-1) and what comes after the mask meet the column that was added, which is false.
+    return (
+        _of_row(rows, call)
+        .expand(call.rows, -1)
+        .gather(1, positions.masked_fill(positions < 0, width).clamp(max=width))
+    )
+
+
+def _counted(position: int, call: Call) -> int | Tensor:
+    return position if position >= 0 else call.prompt_lengths[:, None] + position
+
+
+def _of_row(values: Tensor, call: Call) -> Tensor:
+    """Values for the rows of a run, one for each: those of a beam search have the values of their prompt."""
+    return spread(values, call, "where")
+
+
+def spread(values: Tensor, call: Call, what: str) -> Tensor:
+    """Values `[given row or 1, ...]` as `[row or 1, ...]` of a pass.
+
+    Raises:
+        ShapeError: another number of rows than the run has.
+    """
+    given = values.shape[0]
+    if given in (1, call.rows):
+        return values
+    if call.sequence.rows == given and call.rows % given == 0:
+        return values.repeat_interleave(call.rows // given, 0)
+    raise ShapeError(
+        f"{what} is given for {given} rows, and the run has {call.rows}",
+        expected="one for all rows, or one for each prompt of the batch",
+    )
+
+
+_CHOOSE = {
+    "all": lambda _where, _call: True,
+    "prompt": _prompt,
+    "generated": _generated,
+    "from": _from,
+    "span": _span,
+    "mask": _mask,
+}
