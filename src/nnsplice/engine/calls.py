@@ -65,7 +65,8 @@ class Call:
         columns = self.prompt_columns
         if self.mask is None:
             return torch.tensor([columns], device=self.device)
-        return self.mask[:, :columns].long().sum(-1)
+        # Not the tokens are counted but the padding: of a long prompt only a part may have come so far.
+        return columns - (~self.mask[:, :columns]).long().sum(-1)
 
     @property
     def prompt_columns(self) -> int:

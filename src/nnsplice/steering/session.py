@@ -73,7 +73,7 @@ class Work:
             return states
         self.fired = True if chosen is True else _any(self.fired, chosen)
         if rule.rows is not None:
-            return self._some_rows(states, chosen, call)
+            return self._some_rows(states, chosen)
         new = self._changed(states, call)
         return new if chosen is True else torch.where(chosen.to(states.device)[..., None], new, states)
 
@@ -88,49 +88,46 @@ class Work:
 
     def _changed(self, states: Tensor, call: engine.Call) -> Tensor:
         rule = self.rule
-        if rule.name == "add" and isinstance(rule.coefficient, float):
-            # The step is made once, in full precision, and rounded once: what is added is the same at every token.
-            return states + self._step(states, rule.coefficient)
+        if rule.name == "add":
+            return states + spread(self._step(states), call, "the coefficient")
         vector, coefficient = self._ready(states)
         if isinstance(coefficient, Tensor):
-            coefficient = spread(coefficient, call, "the coefficient")[:, None, None]
-        if rule.name == "add":
-            return states + (coefficient * vector).to(states.dtype)
+            coefficient = spread(coefficient, call, "the coefficient")
         return _checked(rule, rule.operator(_wide(states), vector, coefficient), states)
 
-    def _some_rows(self, states: Tensor, chosen: Chosen, call: engine.Call) -> Tensor:
+    def _some_rows(self, states: Tensor, chosen: Chosen) -> Tensor:
         """A sweep's rule: other rows belong to other cells."""
         rule = self.rule
-        assert rule.rows is not None and isinstance(rule.coefficient, tuple)
         rows = torch.tensor(rule.rows, device=states.device)
-        vector, coefficient = self._ready(states)
         part = states[rows]
         if rule.name == "add":
-            new = part + (coefficient[:, None, None] * vector).to(states.dtype)
+            new = part + self._step(states)
         else:
-            new = _checked(rule, rule.operator(_wide(part), vector, coefficient[:, None, None]), part)
+            new = _checked(rule, rule.operator(_wide(part), *self._ready(states)), part)
         if isinstance(chosen, Tensor):
             own = chosen.to(states.device)
             own = own if own.shape[0] == 1 else own[rows]
             new = torch.where(own[..., None], new, part)
         return states.index_copy(0, rows, new)
 
-    def _step(self, states: Tensor, coefficient: float) -> Tensor:
+    def _step(self, states: Tensor) -> Tensor:
+        """What an add adds, `[given row or 1, 1, width]`: made once, in full precision, and rounded once."""
         key = (states.device, states.dtype)
         if key not in self._steps:
-            vector, _ = self._ready(states)
-            self._steps[key] = (coefficient * vector).to(states.dtype)
+            vector = self.rule.vector.to(torch.promote_types(self.rule.vector.dtype, torch.float32))
+            coefficient = torch.tensor(self.rule.coefficient, dtype=vector.dtype, device=vector.device)
+            self._steps[key] = (coefficient.reshape(-1, 1, 1) * vector).to(states)
         return self._steps[key]
 
     def _ready(self, states: Tensor) -> tuple[Tensor, Any]:
-        """The vector `[1, 1, width]` and the coefficients, where the states are and no less precise than single."""
+        """The vector `[1, 1, width]` and the coefficients, where the states are, in the precision of `_wide`."""
         key = (states.device, states.dtype)
         if key not in self._tensors:
             wide = torch.promote_types(states.dtype, torch.float32)
             vector = self.rule.vector.to(states.device, wide)[None, None]
             coefficient = self.rule.coefficient
             if isinstance(coefficient, tuple):
-                coefficient = torch.tensor(coefficient, device=states.device, dtype=wide)
+                coefficient = torch.tensor(coefficient, device=states.device, dtype=wide)[:, None, None]
             self._tensors[key] = (vector, coefficient)
         return self._tensors[key]
 
@@ -264,6 +261,7 @@ def _any(fired: bool | Tensor, chosen: Tensor) -> bool | Tensor:
 
 
 def _wide(states: Tensor) -> Tensor:
+    """States no less precise than single: an angle or a norm in half precision would be a rough one."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 

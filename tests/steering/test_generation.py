@@ -1,0 +1,198 @@
+"""Greedy generation is the same tokens however it is run: with and without a cache, alone, in a batch, padded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import nnsplice as ns
+from nnsplice.activations.prompts import encode
+from nnsplice.steering.generate import continued, padded
+from steering.oracle import BLOCKS, WHERE, added, block, greedy, policy
+from steering.vectors import PROMPTS, ids, precise, vector
+
+NEW = 6
+
+
+def tokens(model: Any, prompts: Any, **kwargs: Any) -> list[list[int]]:
+    """What the Hugging Face module generates in the block that is open."""
+    given = {"max_new_tokens": NEW, "do_sample": False, **kwargs}
+    return continued(model, encode(model, prompts), given).tolist()
+
+
+@pytest.fixture(scope="module", params=sorted(BLOCKS))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family: str) -> Any:
+    return precise(family)
+
+
+@pytest.mark.parametrize("name", WHERE)
+def test_every_way_of_running_gives_the_tokens_of_a_plain_loop(model, family: str, name: str) -> None:
+    direction, where = vector(1), policy(name)
+    step = 2.0 * direction["layers[1].output[-1]"][0]
+    there = block(model._module, family, 1)
+    expected = [greedy(model._module, row, NEW, there, lambda n: added(step, WHERE[name], n)) for row in ids(model)]
+    with ns.steering.steer(model, direction, 2.0, where=where):
+        together = tokens(model, PROMPTS)
+        uncached = tokens(model, PROMPTS, use_cache=False)
+        alone = [tokens(model, prompt)[0] for prompt in PROMPTS]
+        alone_uncached = [tokens(model, prompt, use_cache=False)[0] for prompt in PROMPTS]
+    assert together == uncached == alone == alone_uncached == expected
+    if name == "all":  # a check that cannot fail otherwise: the steering does something
+        assert expected != tokens(model, PROMPTS)
+
+
+def test_rows_have_coefficients_of_their_own(model) -> None:
+    direction = vector(0, 1)
+    prompts = [PROMPTS[0]] * 4
+    coefficients = [-2.0, 0.0, 1.0, 3.0]
+    with ns.steering.steer(model, direction, coefficients):
+        together = tokens(model, prompts)
+    apart = []
+    for coefficient in coefficients:
+        with ns.steering.steer(model, direction, coefficient):
+            apart += tokens(model, PROMPTS[0])
+    assert together == apart
+    assert together[1] == tokens(model, PROMPTS[0])[0]
+    assert len({tuple(row) for row in together}) > 1
+
+
+def test_a_steered_row_changes_nothing_in_its_neighbours(model) -> None:
+    plain = tokens(model, PROMPTS)
+    with ns.steering.steer(model, vector(1), [0.0, 5.0, 0.0]):
+        steered = tokens(model, PROMPTS)
+    assert (steered[0], steered[2]) == (plain[0], plain[2])
+    rows, mask = padded(ids(model), 0, left=True)
+    with torch.no_grad():
+        before = model._module(rows, attention_mask=mask).logits
+        with ns.steering.steer(model, vector(1), [0.0, 5.0, 0.0]):
+            after = model._module(rows, attention_mask=mask).logits
+    # Bit for bit, except in a mixture, whose experts are fed whatever tokens chose them, from all rows.
+    mixture = hasattr(model._module.config, "num_experts_per_tok")
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=0, atol=1e-12 if mixture else 0)
+    assert not torch.allclose(after[1], before[1])
+
+
+# --- the other ways in which transformers runs a model ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return precise("llama")
+
+
+@pytest.mark.parametrize("name", ["all", "generated", "from_token(4)", "span(-2, -1)"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False, "cache_implementation": None},
+    ],
+    ids=["static cache", "chunked prefill", "prompt lookup", "no cache"],
+)
+def test_other_caches_and_decoders_give_the_same_tokens(llama, name: str, way: dict) -> None:
+    prompts = PROMPTS[:1] if "prompt_lookup_num_tokens" in way else PROMPTS
+    with ns.steering.steer(llama, vector(1), 2.0, where=policy(name)):
+        assert tokens(llama, prompts, **way) == tokens(llama, prompts)
+
+
+def test_beams_have_the_coefficient_of_their_prompt(llama) -> None:
+    direction = vector(1)
+    with ns.steering.steer(llama, direction, [3.0, -2.0, 0.0]):
+        together = tokens(llama, PROMPTS, num_beams=3)
+    apart = []
+    for prompt, coefficient in zip(PROMPTS, [3.0, -2.0, 0.0], strict=True):
+        with ns.steering.steer(llama, direction, coefficient):
+            apart += tokens(llama, prompt, num_beams=3)
+    assert together == apart
+
+
+def test_sequences_that_are_returned_for_one_prompt_are_steered_as_it(llama) -> None:
+    found = ns.steering.generate(llama, PROMPTS[:2], vector(1), [50.0, 0.0], max_new_tokens=3, num_beams=2,
+                                 num_return_sequences=2, where="generated")  # fmt: skip
+    plain = ns.steering.generate(llama, PROMPTS[:2], max_new_tokens=3, num_beams=2, num_return_sequences=2)
+    assert len(found) == 4 and found[2:] == plain[2:] and found[:2] != plain[:2]
+
+
+def test_a_loop_of_ones_own_with_a_cache_is_followed(llama) -> None:
+    (row,) = ids(llama, PROMPTS[:1])
+    for name in ("generated", "prompt", "from_token(7)"):
+        with ns.steering.steer(llama, vector(1), 2.0, where=policy(name)), torch.no_grad():
+            (expected,) = tokens(llama, PROMPTS[0])
+            out = llama._module(torch.tensor([row]), use_cache=True)
+            found = [int(out.logits[0, -1].argmax())]
+            while len(found) < NEW:
+                out = llama._module(torch.tensor([found[-1:]]), past_key_values=out.past_key_values)
+                found.append(int(out.logits[0, -1].argmax()))
+        assert found == expected
+
+
+def test_a_prompt_whose_beginning_is_in_the_cache_already(llama) -> None:
+    (row,) = ids(llama, PROMPTS[:1])
+    for name in ("generated", "prompt", "from_token(4)"):
+        with ns.steering.steer(llama, vector(1), 2.0, where=policy(name)), torch.no_grad():
+            (expected,) = tokens(llama, PROMPTS[0])
+            cache = llama._module(torch.tensor([row[:3]]), use_cache=True).past_key_values
+            out = llama._module.generate(
+                torch.tensor([row]), past_key_values=cache, max_new_tokens=NEW, do_sample=False
+            )
+        assert out[0, len(row) :].tolist() == expected, name
+
+
+def test_embeddings_in_place_of_tokens(llama) -> None:
+    (row,) = ids(llama, PROMPTS[:1])
+    with torch.no_grad():
+        embeds = llama._module.get_input_embeddings()(torch.tensor([row]))
+        for name in ("generated", "from_token(4)"):
+            with ns.steering.steer(llama, vector(1), 2.0, where=policy(name)):
+                (expected,) = tokens(llama, PROMPTS[0])
+                found = llama._module.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False)
+            assert found[0].tolist() == expected
+
+
+def test_a_cache_that_was_filled_before_the_block_says_nothing_about_the_prompt(llama) -> None:
+    (row,) = ids(llama, PROMPTS[:1])
+    with torch.no_grad():
+        cache = llama._module(torch.tensor([row]), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="filled before"):
+            with ns.steering.steer(llama, vector(1), where="generated"):
+                llama._module(torch.tensor([[5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_towers_are_steered_apart(name: str) -> None:
+    model = precise(name)
+    model._module.generation_config.forced_eos_token_id = None
+    (row,) = ids(model, PROMPTS[:1])
+    plain = ns.steering.generate(model, PROMPTS, max_new_tokens=NEW, do_sample=False)
+    for tower, where in (("encoder", "prompt"), ("decoder", "generated"), ("decoder", "all")):
+        drawn = torch.Generator().manual_seed(3)
+        one = torch.randn(1, 16, dtype=torch.float64, generator=drawn)
+        direction = ns.SavedActivation.from_pairs((f"{tower}.layers[1].output[-1]", 40 * one))
+        options: dict[str, Any] = {"where": where, "max_new_tokens": NEW, "do_sample": False}
+        together = ns.steering.generate(model, PROMPTS, direction, **options)
+        alone = [ns.steering.generate(model, prompt, direction, **options)[0] for prompt in PROMPTS]
+        uncached = ns.steering.generate(model, PROMPTS, direction, use_cache=False, **options)
+        assert together == alone == uncached
+        assert together != plain
+    assert row
+
+
+def test_texts_are_what_follows_the_prompt() -> None:
+    toy = ns.load("toy")
+    fact = ns.models.toy_prompts().facts[0]
+    (text,) = ns.steering.generate(toy, fact.prompt, max_new_tokens=2)
+    assert text.split()[0] == fact.answer
+    assert ns.steering.generate(toy, [fact.prompt, "The meal"], max_new_tokens=1)[0] == fact.answer
+    with pytest.raises(ValueError, match="coefficient without a vector"):
+        ns.steering.generate(toy, fact.prompt, coefficient=2.0)
+    with pytest.raises(ValueError, match="tokens"):
+        ns.steering.generate(toy, torch.zeros(1, 2, 64))
