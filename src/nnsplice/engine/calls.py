@@ -42,13 +42,13 @@ class Call:
     device: torch.device
     #: `[row, column]`, whether a token stands there; None where no row is padded.
     mask: Tensor | None
-    #: How often a module ran in this pass.
+    #: How often each listener was met in this pass.
     visits: dict[Any, int] = field(default_factory=dict)
 
-    def visit(self, key: Any) -> int:
-        """Which call of a module this is."""
-        number = self.visits.get(key, 0)
-        self.visits[key] = number + 1
+    def visit(self, listener: Any) -> int:
+        """How often the listener's module ran before in this pass; one module may serve several layers."""
+        number = self.visits.get(listener, 0)
+        self.visits[listener] = number + 1
         return number
 
     @cached_property

@@ -161,7 +161,7 @@ class Session:
         self._standing: list[engine.Interception] = []
         try:
             for (module, end, tower), members in self._places.items():
-                change = _Change(self.watch, tower, (module, end), members)
+                change = _Change(self.watch, tower, module, members)
                 self._standing.append(engine.Interception(root.get_submodule(module), end, change))
         except BaseException:
             self.stop()
@@ -208,19 +208,19 @@ class _Change:
     """What happens to the value at one end of one module."""
 
     def __init__(
-        self, watch: engine.Watch, tower: str, key: tuple[str, str], members: Sequence[tuple[Path, Any]]
+        self, watch: engine.Watch, tower: str, module: str, members: Sequence[tuple[Path, Any]]
     ) -> None:
-        self.watch, self.tower, self.key = watch, tower, key
+        self.watch, self.tower, self.module = watch, tower, module
         self.members = [(site_of(path), what) for path, what in members]
 
     def __call__(self, value: Any) -> Any:
         call = self.watch.current(self.tower)
         if call is None:
             raise BadArgument(
-                f"{self.key[0]} was called by itself, outside a run of the model, so its tokens are unknown",
+                f"{self.module} was called by itself, outside a run of the model, so its tokens are unknown",
                 expected="calls of the whole model inside a steering block",
             )
-        visit = call.visit(self.key)
+        visit = call.visit(self)
         for site, what in self.members:
             if site.occurrence == visit:
                 value = _met(site, value, what, call)
