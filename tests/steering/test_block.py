@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice import engine
+from nnsplice.engine.tracing import Body
 from nnsplice.errors import NeverFired, NnspliceError
 from steering.vectors import PROMPTS, ids, precise, vector
 from zoo import build, tokenizer, wrap
@@ -28,7 +28,7 @@ def state(module: Any) -> dict[str, Any]:
     return {
         name: (
             list(part._forward_hooks), list(part._forward_pre_hooks), sorted(part.__dict__),
-            engine.tracing.Body(part).function,
+            Body(part).function,
         )
         for name, part in module.named_modules()
     }  # fmt: skip

@@ -4,28 +4,43 @@ fit, fit_from_prompts      from two groups of states, or of prompts, to a Steeri
 steer                      a block in which every run of the model is steered; a value that can be shown and added up
 from_token, span, mask     which tokens; similar: under which condition
 generate                   continuations of prompts
+sweep                      layers times coefficients, with a guard: SteeringSweep
+to_gguf, from_gguf         control vectors of llama.cpp; SteeringVector.to_file and from_file for safetensors
+read_evals, read_suffixes, read_pairs    public contrastive sets as a Contrast of prompts
 
 vector        SteeringVector                    directions, quality    how it is found, and how good it is
 operators     what is done to a state           where, rules           to which tokens, at which place
 session       rules at work in a model          block, show            the block, and what it touches
-"""
+sweep, result many cells in one pass"""
 
 from nnsplice.steering.block import Steering, steer
+from nnsplice.steering.datasets import Contrast, read_evals, read_pairs, read_suffixes
 from nnsplice.steering.fit import fit, fit_from_prompts
 from nnsplice.steering.generate import generate
+from nnsplice.steering.gguf import from_gguf, to_gguf
+from nnsplice.steering.result import SteeringSweep
 from nnsplice.steering.rules import similar
+from nnsplice.steering.sweep import sweep
 from nnsplice.steering.vector import SteeringVector
 from nnsplice.steering.where import from_token, mask, span
 
 __all__ = [
+    "Contrast",
     "Steering",
+    "SteeringSweep",
     "SteeringVector",
     "fit",
     "fit_from_prompts",
+    "from_gguf",
     "from_token",
     "generate",
     "mask",
+    "read_evals",
+    "read_pairs",
+    "read_suffixes",
     "similar",
     "span",
     "steer",
+    "sweep",
+    "to_gguf",
 ]

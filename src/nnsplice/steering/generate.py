@@ -72,7 +72,7 @@ def continued(model: engine.Model, given: Prompts, kwargs: dict[str, Any]) -> Te
     """The new tokens of each prompt, `[row, token]`, as the Hugging Face module itself generates them."""
     root: Any = peel(model)
     two_towers = engine.is_encoder_decoder(model)
-    ids, mask = padded(given.ids, _padding(model), left=not two_towers)
+    ids, mask = padded(given.ids, padding_of(model), left=not two_towers)
     if given.decoder_ids is not None and len({len(row) for row in given.decoder_ids}) == 1:
         begun = len(given.decoder_ids[0])
     else:
@@ -80,7 +80,7 @@ def continued(model: engine.Model, given: Prompts, kwargs: dict[str, Any]) -> Te
     with torch.no_grad():
         out = root.generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-            **{"pad_token_id": _padding(model), **kwargs},
+            **{"pad_token_id": padding_of(model), **kwargs},
         )  # fmt: skip
     out = out if isinstance(out, Tensor) else out.sequences
     return out[:, begun if two_towers else ids.shape[1] :]
@@ -97,7 +97,7 @@ def padded(rows: Sequence[Sequence[int]], token: int, *, left: bool) -> tuple[Te
     return torch.tensor(ids), torch.tensor(mask)
 
 
-def _padding(model: engine.Model) -> int:
+def padding_of(model: engine.Model) -> int:
     """What padded columns hold: nobody reads it, but it has to be a token."""
     known = (engine.tokenizer_of(model), getattr(peel(model), "config", None))
     named = (getattr(one, name, None) for name in ("pad_token_id", "eos_token_id") for one in known)

@@ -179,6 +179,13 @@ class Session:
         for one in self._standing:
             one.attach()
 
+    def __enter__(self) -> Session:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
     def check_fired(self) -> None:
         """Raise for a rule that never met a token."""
         for work in self.works:
@@ -207,9 +214,7 @@ _EXPECTED = {
 class _Change:
     """What happens to the value at one end of one module."""
 
-    def __init__(
-        self, watch: engine.Watch, tower: str, module: str, members: Sequence[tuple[Path, Any]]
-    ) -> None:
+    def __init__(self, watch: engine.Watch, tower: str, module: str, members: Sequence[tuple[Path, Any]]) -> None:
         self.watch, self.tower, self.module = watch, tower, module
         self.members = [(site_of(path), what) for path, what in members]
 

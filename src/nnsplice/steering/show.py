@@ -68,12 +68,8 @@ def shown(steering: Any, prompts: Any) -> Shown:
     session = Session(model, steering.rules)
     for work in session.works:
         work.seen = []
-    session.start()
-    try:
-        with torch.no_grad():
-            peel(model)(**inputs)
-    finally:
-        session.stop()
+    with session, torch.no_grad():
+        peel(model)(**inputs)
     return Shown(
         tuple(Touched(work.rule, texts, tuple(_shares(work, row, len(texts[row])) for row in range(len(texts))))
         for work in session.works)

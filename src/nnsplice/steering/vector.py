@@ -306,13 +306,14 @@ def vectors_of(vector: SavedActivation) -> list[tuple[Path, Tensor]]:
     """
     found: list[tuple[Path, Tensor]] = []
     for pack in vector._packs:
-        if len(pack.keys) > 1:
+        key, *more = pack.keys
+        if more:
             raise BadArgument(
                 f"{len(pack.keys)} positions of one place, and it is steered by one direction",
-                path=pack.keys[0].place,
+                path=key.place,
                 write="vector.subset('layers[:].output[-1]') or vector.mean('position')",
             )
-        found.append((pack.keys[0], pack.tensor[0, 0]))
+        found.append((key, pack.tensor[0, 0]))
     if not found:
         raise BadArgument("this vector is empty, so steering with it would do nothing")
     return found
@@ -333,6 +334,6 @@ def _about(path: str | os.PathLike[str], text: str | None) -> About:
     try:
         held = json.loads(text)
         rows = held.pop("rows")
-        return About(**held, rows=None if rows is None else tuple(map(int, rows)))
+        return About(**held, rows=rows and tuple(map(int, rows)))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise FileError(f"what {path} says about its steering vector is damaged") from None

@@ -1,0 +1,161 @@
+"""Public contrastive sets as prompts to fit on: readers of the common formats.
+
+read_evals          A/B questions as JSON lines: the answer that matches a behaviour, and the one that does not
+read_suffixes       a JSON list of texts, put behind two personas
+read_pairs          a JSON list of inputs and outputs, as examples in the prompt: right ones, and shuffled ones
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnsplice.errors import BadArgument, FileError
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Prompts with what is wanted and prompts without it, pair by pair.
+
+    >>> pairs = ns.steering.Contrast(("a b", "c d"), ("a e", "c f"))
+    >>> pairs[:1]
+    Contrast(positive=('a b',), negative=('a e',))
+    """
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.positive) != len(self.negative) or not self.positive:
+            raise BadArgument(
+                f"{len(self.positive)} positive and {len(self.negative)} negative prompts are no pairs",
+                expected="as many of each, at least one",
+            )
+
+    def __len__(self) -> int:
+        return len(self.positive)
+
+    def __getitem__(self, rows: slice) -> Contrast:
+        return Contrast(self.positive[rows], self.negative[rows])
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(zip(self.positive, self.negative, strict=True))
+
+    def shuffled(self, seed: int = 0) -> Contrast:
+        """The pairs in another order, the same for the same seed."""
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        return Contrast(tuple(self.positive[n] for n in order), tuple(self.negative[n] for n in order))
+
+
+def read_evals(path: str | os.PathLike[str], *, template: str = "{question}\n\nAnswer:{answer}") -> Contrast:
+    """Questions with an answer that matches a behaviour and one that does not, a JSON object in each line.
+
+    Args:
+        template: a prompt, with `{question}` and `{answer}` in it; answers bring their leading space.
+    """
+    _check_template(template, "question", "answer")
+    rows = [(number, _json(path, line, number)) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    pairs = []
+    for number, row in rows:
+        names = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in names):
+            raise FileError(f"line {number} of {path} is no question", expected=f"an object with {', '.join(names)}")
+        question, yes, no = (row[name] for name in names)
+        if yes == no:
+            raise FileError(f"line {number} of {path} has the same answer twice: {yes!r}")
+        pairs.append([template.format(question=question, answer=answer) for answer in (yes, no)])
+    return _contrast(path, pairs)
+
+
+def read_suffixes(
+    path: str | os.PathLike[str],
+    positive: str,
+    negative: str,
+    *,
+    template: str = "Pretend you're {persona}. {suffix}",
+) -> Contrast:
+    """Beginnings of texts, each said by two personas.
+
+    Args:
+        positive, negative: what stands for `{persona}`.
+        template: a prompt, with `{persona}` and `{suffix}` in it.
+    """
+    _check_template(template, "persona", "suffix")
+    if positive == negative:
+        raise BadArgument(f"both personas are {positive!r}", expected="two that differ")
+    found = _json(path, "\n".join(_lines(path)), 1)
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise FileError(f"{path} is no list of texts", expected='["That game", "I can see", ...]')
+    pairs = [[template.format(persona=p, suffix=text) for p in (positive, negative)] for text in found if text]
+    return _contrast(path, pairs)
+
+
+def read_pairs(
+    path: str | os.PathLike[str],
+    *,
+    examples: int = 4,
+    prompts: int = 100,
+    seed: int = 0,
+    template: str = "{input}:{output}",
+) -> Contrast:
+    """Inputs and outputs of a function as prompts that show it, and prompts whose outputs were dealt out anew.
+
+    Both end with an input whose output follows; only the positive ones say what the function is.
+
+    Args:
+        examples: how many pairs stand before it.
+        prompts: how many prompts of each kind.
+        seed: of the choice and the dealing.
+        template: one example; what stands after `{output}` is left out where the last output would follow.
+    """
+    _check_template(template, "input", "output")
+    found = _json(path, "\n".join(_lines(path)), 1)
+    good = isinstance(found, list) and all(isinstance(r, dict) and {"input", "output"} <= set(r) for r in found)
+    if not good:
+        raise FileError(f"{path} is no list of inputs and outputs", expected='[{"input": "hot", "output": "cold"}]')
+    if examples < 2 or len(found) <= examples:
+        raise BadArgument(f"examples={examples}, and {path} has {len(found)} pairs", expected="2 or more, and fewer")
+    drawn, pairs = random.Random(seed), []
+    for _ in range(prompts):
+        *shown, asked = drawn.sample(found, examples + 1)
+        outputs = [row["output"] for row in shown]
+        turned = drawn.randrange(1, len(outputs))
+        wrong = outputs[turned:] + outputs[:turned]
+        end = template.format(input=asked["input"], output="\0").partition("\0")[0]
+        pairs.append([])
+        for dealt in (outputs, wrong):
+            lines = [template.format(input=row["input"], output=o) for row, o in zip(shown, dealt, strict=True)]
+            pairs[-1].append("\n".join([*lines, end]))
+    return _contrast(path, pairs)
+
+
+def _contrast(path: Any, pairs: Sequence[Sequence[str]]) -> Contrast:
+    if not pairs:
+        raise FileError(f"{path} holds no pair")
+    return Contrast(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
+
+
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise FileError(f"{path} is not text") from None
+
+
+def _json(path: Any, text: str, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise FileError(f"line {number} of {path} is no JSON: {error}") from None
+
+
+def _check_template(template: str, *names: str) -> None:
+    missing = [name for name in names if f"{{{name}}}" not in template]
+    if missing:
+        raise BadArgument(f"the template has no {{{missing[0]}}}", expected=" and ".join(f"{{{n}}}" for n in names))

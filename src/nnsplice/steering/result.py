@@ -1,0 +1,271 @@
+"""What a sweep of layers and coefficients measured, and which cell to take."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnsplice import plots
+from nnsplice.errors import BadArgument, FileError
+from nnsplice.results.files import canonical, whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+HEADER = "nnsplice"
+KIND = "SteeringSweep"
+FORMAT = 1
+_ARRAYS = ("values", "kl", "baseline")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One cell: where to steer, how strongly, and what that was worth."""
+
+    path: str
+    layer: int
+    coefficient: float
+    #: The metric in the mean over the prompts, and its value without steering.
+    score: float
+    baseline: float
+    #: How far the next token's distribution moves, in the mean over the prompts (or the guard's own).
+    kl: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringSweep:
+    """The metric and the guard of every prompt, layer and coefficient: `ns.steering.sweep` makes it.
+
+    >>> acts = ns.capture(model, ["w3 w4", "w5 w6"], "layers[:].output[-1]")
+    >>> vector = ns.steering.fit(acts.slice[0], acts.slice[1])
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> grid = ns.steering.sweep(model, "w9 w10", vector, coefficients=[-1, 0, 1], metric=metric, progress=False)
+    >>> grid.grid().sizes
+    Frozen({'prompt': 1, 'layer': 3, 'coefficient': 3})
+    >>> best = grid.choose(guard="kl", limit=5.0)
+    >>> best.layer in vector.layers
+    True
+    """
+
+    paths: tuple[str, ...]
+    layers: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    #: `[prompt, layer, coefficient]`.
+    values: np.ndarray
+    kl: np.ndarray
+    #: `[prompt]`: the metric without steering.
+    baseline: np.ndarray
+    prompts: tuple[str, ...] = ()
+    metric: str = "value"
+    #: What was asked beside that: model, operator, where.
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    #: `[prompt][layer][coefficient]`, where texts were generated.
+    texts: tuple[tuple[tuple[str, ...], ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = (len(self.baseline), len(self.layers), len(self.coefficients))
+        for name, array in (("values", self.values), ("kl", self.kl)):
+            if array.shape != shape:
+                raise BadArgument(f"{name} of shape {list(array.shape)}", expected=f"{list(shape)}")
+        for name in _ARRAYS:
+            fixed = np.array(getattr(self, name), dtype=np.float64)
+            fixed.setflags(write=False)
+            object.__setattr__(self, name, fixed)
+
+    # --- numbers
+
+    def grid(self, of: str = "value") -> xr.DataArray:
+        """`"value"`, `"change"` (from the unsteered run) or `"kl"` on named axes."""
+        import xarray as xr
+
+        coordinates = {"prompt": np.arange(len(self.baseline)), "layer": list(self.layers)}
+        return xr.DataArray(
+            self._array(of), dims=("prompt", "layer", "coefficient"),
+            coords={**coordinates, "coefficient": list(self.coefficients)}, name=of,
+        )  # fmt: skip
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each cell of each prompt."""
+        import pandas as pd
+
+        prompt, layer, coefficient = (index.ravel() for index in np.indices(self.values.shape))
+        found = {
+            "prompt": prompt, "layer": np.array(self.layers)[layer], "path": [self.paths[n] for n in layer],
+            "coefficient": np.array(self.coefficients)[coefficient], "value": self.values.ravel(),
+            "change": self._array("change").ravel(), "kl": self.kl.ravel(),
+        }  # fmt: skip
+        if self.texts:
+            found["text"] = [text for rows in self.texts for row in rows for text in row]
+        return pd.DataFrame(found)
+
+    def best(self, n: int = 10, *, want: str = "high") -> pd.DataFrame:
+        """The cells with the highest (or lowest) metric, in the mean over the prompts."""
+        import pandas as pd
+
+        layer, coefficient = (index.ravel() for index in np.indices(self.values.shape[1:]))
+        means = {of: self._array(of).mean(0).ravel() for of in ("value", "change", "kl")}
+        order = np.argsort(means["value"] if _is_low(want) else -means["value"], kind="stable")[:n]
+        columns: dict[str, Any] = {
+            "layer": np.array(self.layers)[layer], "path": np.array(self.paths)[layer],
+            "coefficient": np.array(self.coefficients)[coefficient], **means,
+        }  # fmt: skip
+        return pd.DataFrame({name: column[order] for name, column in columns.items()})
+
+    def choose(self, *, guard: str | None = "kl", limit: float | None = None, want: str = "high") -> Choice:
+        """The cell with the highest (or lowest) metric among those that the guard lets pass.
+
+        Args:
+            guard: `"kl"`, or None for none.
+            limit: the most that the guard may be, in the mean over the prompts.
+            want: `"high"` or `"low"`.
+
+        Raises:
+            BadArgument: no cell that steers stays within the limit.
+        """
+        if guard not in ("kl", None):
+            raise BadArgument(f"there is no guard {guard!r}", expected='"kl", or None')
+        if (guard is None) != (limit is None):
+            idle = "limit= without a guard would have no effect" if guard is None else "a guard without a limit"
+            raise BadArgument(idle, write='choose(guard="kl", limit=0.5), or choose(guard=None)')
+        score, kl = self.values.mean(0), self.kl.mean(0)
+        steers = np.array(self.coefficients) != 0
+        allowed = np.broadcast_to(steers, score.shape) & ~np.isnan(score)
+        if limit is not None:
+            allowed = allowed & (kl <= limit)
+        if not allowed.any():
+            least = float(np.where(steers, kl, np.inf).min()) if steers.any() else float("nan")
+            raise BadArgument(
+                f"no cell stays within a KL of {limit:g}; the least that one has is {least:.3g}",
+                expected="a higher limit, or smaller coefficients in the sweep",
+            )
+        sign = -1.0 if _is_low(want) else 1.0
+        layer, coefficient = np.unravel_index(int(np.where(allowed, sign * score, -np.inf).argmax()), score.shape)
+        return Choice(
+            self.paths[layer], self.layers[layer], self.coefficients[coefficient], float(score[layer, coefficient]),
+            float(self.baseline.mean()), float(kl[layer, coefficient]),
+        )  # fmt: skip
+
+    # --- to look at
+
+    def plot(self, of: str = "value", *, prompt: int | None = None, ax: Any = None) -> Any:
+        """A figure, in the mean over the prompts unless one is chosen.
+
+        Args:
+            of: `"value"`, `"change"` or `"kl"`: a heatmap, layers downwards; `"lines"`: the metric over the
+                coefficient, a line for each layer; `"frontier"`: what each layer gains for the KL that it costs.
+        """
+        if of == "lines":
+            return self._lines(self._chosen("value", prompt), ax)
+        if of == "frontier":
+            return self._frontier(prompt, ax)
+        values = self._chosen(of, prompt)
+        labels = {"value": self.metric, "change": f"change of {self.metric}", "kl": "KL of the next token"}
+        return plots.heatmap(
+            values, rows=self.layers, columns=[f"{c:g}" for c in self.coefficients], row_label="layer",
+            column_label="coefficient", title=labels[of], value_label=labels[of],
+            centre=float(self.baseline.mean()) if of == "value" else 0.0 if of == "change" else None, ax=ax,
+        )  # fmt: skip
+
+    def _lines(self, values: np.ndarray, ax: Any) -> Any:
+        lines = {f"layer {layer}": row for layer, row in zip(self.layers, values, strict=True)}
+        return plots.lines(
+            self.coefficients, lines, x_label="coefficient", y_label=self.metric, level=float(self.baseline.mean()),
+            ordered=True, ax=ax,
+        )  # fmt: skip
+
+    def _frontier(self, prompt: int | None, ax: Any) -> Any:
+        gain, cost = self._chosen("change", prompt), self._chosen("kl", prompt)
+        order = np.argsort(self.coefficients)
+        names = [f"layer {layer}" for layer in self.layers]
+        return plots.lines(
+            {name: row[order] for name, row in zip(names, cost, strict=True)},
+            {name: row[order] for name, row in zip(names, gain, strict=True)},
+            x_label="KL of the next token", y_label=f"change of {self.metric}", level=0.0, ordered=True, ax=ax,
+        )  # fmt: skip
+
+    def _chosen(self, of: str, prompt: int | None) -> np.ndarray:
+        array = self._array(of)
+        if prompt is None:
+            return array.mean(0)
+        if isinstance(prompt, bool) or not -len(array) <= prompt < len(array):
+            raise BadArgument(f"prompt={prompt}", expected=f"a number below {len(array)}, or nothing for the mean")
+        return array[prompt]
+
+    def _array(self, of: str) -> np.ndarray:
+        if of not in ("value", "change", "kl"):
+            raise BadArgument(f"of={of!r}", expected='"value", "change" or "kl"; for figures "lines" or "frontier" too')
+        return {"value": self.values, "change": self.values - self.baseline[:, None, None], "kl": self.kl}[of]
+
+    # --- files
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        from safetensors.numpy import save_file
+
+        told = {
+            "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "paths": self.paths, "layers": self.layers,
+            "coefficients": self.coefficients, "prompts": self.prompts, "metric": self.metric,
+            "asked": dict(self.asked), "texts": self.texts,
+        }  # fmt: skip
+        with whole(path) as temporary:
+            arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+            save_file(arrays, temporary, metadata={HEADER: canonical(told)})
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> SteeringSweep:
+        """Read a sweep.
+
+        Raises:
+            FileError: the file is no sweep of steering, or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), framework="np") as file:
+                told = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+                if told.get("kind") != KIND or told["format"] > FORMAT:
+                    raise FileError(f"{path} holds no sweep of steering", expected="a file of SteeringSweep.to_file")
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            texts = tuple(tuple(tuple(row) for row in rows) for rows in told["texts"])
+            return cls(
+                tuple(told["paths"]), tuple(told["layers"]), tuple(told["coefficients"]), **arrays,
+                prompts=tuple(told["prompts"]), metric=told["metric"], asked=told["asked"], texts=texts,
+            )  # fmt: skip
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, FileError):
+                raise
+            raise FileError(f"{path} is damaged or no safetensors file: {error}") from None
+
+    def __repr__(self) -> str:
+        prompts, layers, coefficients = self.values.shape
+        head = f"SteeringSweep: {self.values.size} cells, {prompts} prompt{'s' * (prompts != 1)}, {self.metric}"
+        asked = ", ".join(f"{name} {value}" for name, value in self.asked.items() if name in ("operator", "where"))
+        best = self.best(1).iloc[0]
+        return "\n".join(
+            [
+                head,
+                f"  {layers} layers {list(self.layers)}, {coefficients} coefficients {list(self.coefficients)}"
+                + (f", {asked}" if asked else ""),
+                f"  unsteered {self.baseline.mean():.4g}, highest {best['value']:.4g} at layer {int(best['layer'])}, "
+                f"coefficient {best['coefficient']:g} with KL {best['kl']:.3g}",
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        import html
+
+        first, *rest = (html.escape(line.strip()) for line in repr(self).splitlines())
+        return f"<div><b>{first}</b>" + "".join(f"<br>&emsp;{line}" for line in rest) + "</div>"
+
+
+def _is_low(want: str) -> bool:
+    if want not in ("high", "low"):
+        raise BadArgument(f"want={want!r}", expected='"high" or "low"')
+    return want == "low"

@@ -1,0 +1,321 @@
+"""Layers times coefficients, a row for each cell: many cells run side by side in one pass, or in one generation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations import SavedActivation
+from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument, NeverFired, circumstances
+from nnsplice.metrics import Metric, function_digest
+from nnsplice.results import Journal
+from nnsplice.steering.generate import padded, padding_of
+from nnsplice.steering.result import SteeringSweep
+from nnsplice.steering.rules import Rule, rules_of
+from nnsplice.steering.session import Session
+from nnsplice.steering.vector import layer_of
+from nnsplice.steering.where import Where, read
+
+#: Tokens at once, where nothing says how many fit.
+TOKENS_ON_CPU = 4096
+TOKENS_ON_GPU = 65536
+
+#: (prompt, layer's place in the list, coefficient's place in the list)
+Job = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of every cell."""
+
+    model: engine.Model
+    prompts: Prompts
+    rules: tuple[Rule, ...]
+    coefficients: tuple[float, ...]
+    #: From a job's row to its metric and its KL, and the text where one was generated.
+    measure: Callable[[Plan, Sequence[Job], Session], list[tuple[float, float, str]]]
+    metric: Any
+    new_tokens: int = 0
+    generate: Mapping[str, Any] | None = None
+
+
+def sweep(
+    model: Any,
+    prompts: Any,
+    vector: SavedActivation,
+    coefficients: Sequence[float],
+    metric: Any,
+    *,
+    operator: Any = "add",
+    where: str | Where = "all",
+    max_new_tokens: int | None = None,
+    max_tokens: int | None = None,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = True,
+    **generate_kwargs: Any,
+) -> SteeringSweep:
+    """Steer every layer of a vector by itself with every coefficient, and measure what it does and what it disturbs.
+
+    Cells share passes, a row for each, and each has the value of a run of its own. The guard is the KL divergence
+    between the next token's distributions, unsteered and steered: where the metric reads, or in the mean over the
+    tokens of a generation.
+
+    Args:
+        prompts: what to measure on.
+        vector: one place for each layer.
+        coefficients: what to multiply it with.
+        metric: a metric of logits, such as `ns.logit_diff(" good", " bad")`; with `max_new_tokens` a function of the
+            generated text, `text -> number`.
+        operator, where: as in `ns.steering.steer`.
+        max_new_tokens: generate so many tokens in every cell, greedily, and keep the texts.
+        max_tokens: how many tokens run at once.
+        journal: a file that finished cells are appended to, so that the same call goes on after a stop.
+        progress: show a bar.
+        generate_kwargs: for transformers' `generate`, with `max_new_tokens`.
+    """
+    model = engine.as_model(model)
+    with circumstances("ns.steering.sweep"):
+        if engine.in_training(model):
+            raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
+        given = encode(model, prompts)
+        chosen, asked_numbers = read(where), _numbers(coefficients)
+        _check(given, chosen, max_new_tokens, generate_kwargs, journal, metric)
+        rules = rules_of(model, vector, 1.0, operator, chosen, None, None)
+        layers = _layers(rules)
+    tokenizer = engine.tokenizer_of(model)
+    if max_new_tokens is None:
+        bound = Metric.of(metric).bind(tokenizer, len(given))
+        plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
+        told: Any = bound.identity
+        name = bound.metric.name
+    else:
+        options = {"do_sample": False, **generate_kwargs}
+        plan = Plan(model, given, rules, asked_numbers, _generated, metric, max_new_tokens, options)
+        name = getattr(metric, "__name__", type(metric).__name__)
+        told = {"name": name}
+    asked = _asked(model, given, rules, asked_numbers, told, chosen)
+    (values, kl), texts = _run(plan, asked, max_tokens or _room(model), journal, progress)
+    shown = {"model": asked["model"], "operator": rules[0].name, "where": str(chosen)}
+    told_texts = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
+    return SteeringSweep(
+        tuple(str(rule.path.place) for rule in rules), layers, asked_numbers, values[..., :-1], kl[..., :-1],
+        values[:, 0, -1], given.texts or (), name, shown, told_texts,
+    )  # fmt: skip
+
+
+def _run(
+    plan: Plan, asked: Mapping[str, Any], room: int, journal: Any, progress: bool
+) -> tuple[np.ndarray, list[list[list[str]]]]:
+    """The metric and the KL, `[2, prompt, layer, coefficient]`, with the unsteered run as a last coefficient."""
+    from tqdm.auto import tqdm
+
+    prompts, layers, count = len(plan.prompts), len(plan.rules), len(plan.coefficients)
+    values = np.full((2, prompts, layers, count + 1), np.nan)
+    texts = [[[""] * (count + 1) for _ in range(layers)] for _ in range(prompts)]
+    jobs = [
+        (prompt, layer, number)
+        for prompt in range(prompts)
+        for layer in range(layers)
+        for number in range(count)
+        # A step of no length is the unsteered run, and that one runs once for each prompt.
+        if plan.coefficients[number] or plan.rules[layer].name != "add"
+    ]
+    jobs += [(prompt, 0, count) for prompt in range(prompts)]
+    fired = False
+    with ExitStack() as stack:
+        log = None if journal is None else stack.enter_context(Journal.open(journal, asked, 2 * len(jobs)))
+        for (prompt, cell), value in ({} if log is None else log.done()).items():
+            values[cell % 2, prompt, cell // 2 // (count + 1), cell // 2 % (count + 1)] = value
+        left = [job for job in jobs if np.isnan(values[(0, *job)])]
+        bar = stack.enter_context(tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="steering", unit="cell",
+                                       disable=not progress))  # fmt: skip
+        for chunk in _chunks(plan, left, room):
+            session = Session(plan.model, _rules(plan, chunk))
+            found = plan.measure(plan, chunk, session)
+            fired = fired or any(bool(work.fired) for work in session.works)
+            for job, (value, kl, text) in zip(chunk, found, strict=True):
+                values[(0, *job)], values[(1, *job)] = value, kl
+                texts[job[0]][job[1]][job[2]] = text
+            if log is not None:
+                cells = [2 * (layer * (count + 1) + number) + half for _, layer, number in chunk for half in (0, 1)]
+                log.append([job[0] for job in chunk for _ in (0, 1)], cells, [x for v in found for x in v[:2]])
+            bar.update(len(chunk))
+    if left and not fired and len(left) > prompts:
+        raise NeverFired(
+            f"no token of any prompt was steered, where {plan.rules[0].where}", expected="prompts that are so long"
+        )
+    values[:, :, :, count] = values[:, :, :1, count]
+    idle = [n for n, c in enumerate(plan.coefficients) if not c] if plan.rules[0].name == "add" else []
+    values[..., idle] = values[..., [count]]
+    for rows in texts:
+        for row in rows:
+            row[count] = rows[0][count]
+            for number in idle:
+                row[number] = row[count]
+    return values, texts
+
+
+def _rules(plan: Plan, chunk: Sequence[Job]) -> list[Rule]:
+    """A rule for each layer of a chunk, for the rows that are its cells."""
+    found = []
+    for number, rule in enumerate(plan.rules):
+        rows = [r for r, (_, layer, n) in enumerate(chunk) if layer == number and n < len(plan.coefficients)]
+        if rows:
+            strengths = tuple(plan.coefficients[chunk[r][2]] for r in rows)
+            found.append(replace(rule, rows=tuple(rows), coefficient=strengths))
+    return found
+
+
+def _chunks(plan: Plan, jobs: Sequence[Job], room: int) -> Iterator[Sequence[Job]]:
+    """Jobs whose prompts have one length, at most `room` tokens at once."""
+    lengths = plan.prompts.lengths("decoder")
+    groups: dict[int, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(lengths[job[0]], []).append(job)
+    for length, members in groups.items():
+        rows = max(room // (length + plan.new_tokens), 1)
+        for start in range(0, len(members), rows):
+            yield members[start : start + rows]
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+class _Logits:
+    """The metric of the logits where it reads, against those of the unsteered prompts, which run once."""
+
+    def __init__(self, model: engine.Model, prompts: Prompts, metric: Any) -> None:
+        self.model, self.prompts, self.metric = model, prompts, metric
+        rows: list[Tensor | None] = [None] * len(prompts)
+        for batch in prompts.batches(None):
+            for row, logits in zip(batch, self._of(batch), strict=True):
+                rows[row] = logits
+        self.unsteered = torch.stack([row for row in rows if row is not None])
+
+    def __call__(self, plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[float, float, str]]:
+        prompts = [prompt for prompt, _, _ in jobs]
+        with session:
+            logits = self._of(prompts)
+        before = self.unsteered[prompts]
+        values = self.metric(logits, prompts, before if self.metric.metric.compares else None)
+        return [(v, k, "") for v, k in zip(values.double().tolist(), _kl(before, logits).tolist(), strict=True)]
+
+    def _of(self, prompts: Sequence[int]) -> Tensor:
+        inputs: Any = self.prompts.inputs(prompts, self.model.device)
+        length = self.prompts.lengths("decoder")[prompts[0]]
+        at = self.metric.metric.position % length - length
+        kept = {"logits_to_keep": -at} if engine.keeps_logits(self.model) else {}
+        with torch.no_grad():
+            return peel(self.model)(**inputs, **kept, use_cache=False).logits[:, at]
+
+
+def _generated(plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[float, float, str]]:
+    """The metric of each generated text, and the KL along it: its tokens are given to the unsteered model."""
+    model, root = plan.model, cast(Any, peel(plan.model))
+    rows = [plan.prompts.ids[prompt] for prompt, _, _ in jobs]
+    ids, mask = (tensor.to(model.device) for tensor in padded(rows, padding_of(model), left=True))
+    asked: Any = {"pad_token_id": padding_of(model), "max_new_tokens": plan.new_tokens, **(plan.generate or {})}
+    with torch.no_grad():
+        with session:
+            out = root.generate(
+                input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **asked
+            )
+        whole, width = out.sequences, ids.shape[1]
+        own = torch.cat([mask, _before_end(whole[:, width:], root).to(mask)], dim=1)
+        kept: Any = {"logits_to_keep": whole.shape[1] - width + 1} if engine.keeps_logits(model) else {}
+        plain = root(input_ids=whole, attention_mask=own, use_cache=False, **kept).logits
+    steered = torch.stack(out.logits, dim=1)
+    counted = own[:, width:].to(steered.dtype)
+    kl = (_kl(plain[:, -steered.shape[1] - 1 : -1], steered) * counted).sum(1) / counted.sum(1)
+    texts = engine.tokenizer_of(model).batch_decode(whole[:, width:], skip_special_tokens=True)
+    return [(float(plan.metric(text)), k, text) for text, k in zip(texts, kl.tolist(), strict=True)]
+
+
+def _before_end(tokens: Tensor, root: Any) -> Tensor:
+    """Which generated tokens are the text's own: those up to the one that ends it."""
+    ends = root.generation_config.eos_token_id
+    if ends is None:
+        return torch.ones_like(tokens)
+    ends_here = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device)).long()
+    return (ends_here.cumsum(1) - ends_here == 0).long()
+
+
+def _kl(before: Tensor, after: Tensor) -> Tensor:
+    """KL(before, after) over the last axis."""
+    there, here = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    return (there.exp() * (there - here)).sum(-1).clamp(min=0)
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, journal: Any, metric: Any) -> None:
+    if given.values is not None:
+        raise BadArgument("prompts are tokens, and these are values")
+    if given.decoder_ids is not None:
+        raise BadArgument("a sweep measures what a causal decoder says next, and this model has two towers")
+    if new is None:
+        if where.kind == "generated":
+            raise BadArgument(
+                'where="generated" changes nothing at the prompt, which is all that runs',
+                write="ns.steering.sweep(..., metric=text_to_number, max_new_tokens=20)",
+            )
+        if kwargs:
+            raise BadArgument(f"{', '.join(kwargs)} would have no effect", write="max_new_tokens=20, to generate")
+        return
+    if new < 1:
+        raise BadArgument(f"max_new_tokens={new}", expected="at least 1")
+    if isinstance(metric, Metric) or not callable(metric):
+        raise BadArgument("with max_new_tokens the metric is of texts", expected="a function text -> number")
+    if journal is not None:
+        raise BadArgument("a journal keeps numbers, and no generated texts", expected="journal= without max_new_tokens")
+
+
+def _numbers(coefficients: Any) -> tuple[float, ...]:
+    found = tuple(float(c) for c in ([coefficients] if isinstance(coefficients, int | float) else coefficients))
+    if not found or len(set(found)) < len(found) or not np.isfinite(found).all():
+        raise BadArgument(f"coefficients={list(found)}", expected="finite numbers, each once, at least one")
+    return found
+
+
+def _layers(rules: Sequence[Rule]) -> tuple[int, ...]:
+    layers = [layer_of(rule.path) for rule in rules]
+    if None in layers or len(set(layers)) < len(layers):
+        raise BadArgument(
+            "a sweep compares layers, and this vector has several places for one, or a place of none",
+            expected="one place for each layer",
+            write="vector.subset('layers[:].output')",
+        )
+    return tuple(layer for layer in layers if layer is not None)
+
+
+def _asked(
+    model: engine.Model, given: Prompts, rules: Sequence[Rule], coefficients: Any, metric: Any, where: Where
+) -> dict[str, Any]:
+    """The identity of a sweep, as plain data."""
+    summed = hashlib.sha256()
+    for rule in rules:
+        summed.update(rule.vector.detach().cpu().double().numpy().tobytes())
+    operator = rules[0].name if rules[0].name in ("add", "project_out", "clamp", "scale", "rotate") else ""
+    return {
+        "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model),
+        "prompts": [list(row) for row in given.ids], "paths": [str(rule.path.place) for rule in rules],
+        "vectors": summed.hexdigest()[:16], "coefficients": list(coefficients), "metric": metric, "where": repr(where),
+        "operator": operator or function_digest(rules[0].operator),
+    }  # fmt: skip
+
+
+def _room(model: engine.Model) -> int:
+    device = model.device
+    return TOKENS_ON_GPU if device is not None and device.type == "cuda" else TOKENS_ON_CPU
