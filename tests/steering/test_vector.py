@@ -25,7 +25,7 @@ def fitted(model) -> Any:
 
 
 def test_it_is_a_capture_of_one_row_that_knows_how_it_was_found(fitted) -> None:
-    assert isinstance(fitted, ns.SavedActivation) and fitted.rows == 1
+    assert issubclass(type(fitted), ns.SavedActivation) and fitted.rows == 1
     assert (fitted.method, fitted.about.options) == ("lda", {"shrinkage": 0.3})
     assert fitted.layers == [0, 1, 2] and list(fitted.quality) == list(fitted.norms) == fitted.keys()
     assert fitted.model and fitted.about.rows == (4, 4) and fitted.about.model_type == "gpt2"

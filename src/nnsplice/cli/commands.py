@@ -96,6 +96,7 @@ def nnsplice(
     nnsplice trace sweep.toml    every place changed by itself: which one decides the answer
     nnsplice adapter ./my-lora   what an adapter changed, layer by layer
     nnsplice mask gpt2 l5h3      which weights belong to a place
+    nnsplice steer fit ...       a steering vector, fitted, swept and used
 
     A model that needs no network is called toy.
     """

@@ -102,7 +102,7 @@ def trace(
     asked = {**({} if file is None else given.read(file)), **typed}
     given.check(asked)
     _check_complete(asked, typed, plan_only)
-    with _plain_warnings():
+    with plain_warnings():
         _trace(asked, resume, plan_only)
 
 
@@ -243,7 +243,7 @@ def _best(result: SweepResult) -> tuple[list[Row], Row]:
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
+def plain_warnings() -> Iterator[None]:
     """Show a warning as its message; which line of nnsplice gave it says nothing to a reader in a shell."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: typer.echo(str(message), err=True)
