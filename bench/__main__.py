@@ -3,4 +3,7 @@
 from bench import activations, adapters, loading, sweeps, weights
 
 for benchmark in (loading, adapters, activations, sweeps, weights):
+from bench import activations, adapters, loading, steering, sweeps
+
+for benchmark in (loading, adapters, activations, sweeps, steering):
     benchmark.main([])

@@ -31,7 +31,8 @@ class Touched:
             pairs = zip((text.strip() for text in texts), shares, strict=True)
             words = [mark.format(text) if share else text for text, share in pairs]
             moved = [share for share in shares if share]
-            told = f"by {min(moved):.2f} to {max(moved):.2f} of the norm" if moved else "none of the prompt"
+            ends = dict.fromkeys(f"{share:.2f}" for share in (min(moved), max(moved))) if moved else ()
+            told = f"by {' to '.join(ends)} of the norm" if moved else "none of the prompt"
             found.append(f"  {' '.join(words)}   ({len(moved)} of {len(texts)} tokens, {told})")
         return found
 
