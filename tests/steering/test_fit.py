@@ -137,6 +137,14 @@ def test_the_held_out_quality_is_that_of_folds_done_by_hand() -> None:
     assert not ns.steering.fit(capture(a[:1]), capture(b[:1])).quality  # one pair leaves nothing to hold out
 
 
+def test_a_vector_is_tried_on_other_states() -> None:
+    vector = ns.steering.fit(*map(capture, groups()))
+    a, b = groups(n=30, seed=1)
+    assert vector.auc(capture(a), capture(b)) == {KEY: auc(a @ vector[KEY][0], b @ vector[KEY][0])}
+    assert 0.6 < vector.auc(capture(a), capture(b))[KEY] < 1
+    assert vector.auc(capture(b), capture(a))[KEY] == pytest.approx(1 - vector.auc(capture(a), capture(b))[KEY])
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.lists(st.integers(0, 5), min_size=1, max_size=8))
 def test_auc_is_the_chance_of_being_higher(a: list[int], b: list[int]) -> None:
     expected = sum((x > y) + 0.5 * (x == y) for x in a for y in b) / (len(a) * len(b))

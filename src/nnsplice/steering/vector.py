@@ -15,6 +15,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation, storage
 from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath
 from nnsplice.paths import Path, parse_path
+from nnsplice.steering.quality import auc
 
 HEADER = "nnsplice.steering"
 
@@ -127,6 +128,14 @@ class SteeringVector(SavedActivation):
                     expected=f"one of {', '.join(map(str, held))}" if held else "a vector of layers",
                 )
         return self.subset([key for key in self.keys() if layer_of(parse_path(key)) in wanted])
+
+    def auc(self, positive: SavedActivation, negative: SavedActivation) -> dict[str, float]:
+        """How well each direction tells other states apart: the chance that a positive one lies further along it."""
+        found: dict[str, float] = {}
+        for key, vector in self.items():
+            scores = [saved[key].double().cpu() @ vector[0].double().cpu() for saved in (positive, negative)]
+            found[key] = auc(*scores)
+        return found
 
     # --------------------------------------------------------------------------------------------------------- its unit
 
