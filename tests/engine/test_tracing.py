@@ -78,3 +78,33 @@ def test_a_model_of_another_trace_is_not_this_one() -> None:
     with pytest.raises(OutsideTrace, match="inside a trace of this model"):
         with model.trace("w3 w4"):
             ns.save_activations(other, "layers[0].output[-1]")
+
+
+def test_a_modules_body_can_be_exchanged_and_every_call_goes_through_it() -> None:
+    """What steering stands on: nnsight's controller calls `body(module, ...)`, inside a trace and outside."""
+    from nnsplice.engine.tracing import Body
+
+    model = wrap("gpt2")
+    module = model._module.transformer.h[1]
+    body, ids = Body(module), torch.tensor([[3, 4]])
+    original, plain = body.function, model._module(ids).logits
+
+    def doubled(of: torch.nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        assert of is module
+        return 2 * original(of, *args, **kwargs)
+
+    body.function = doubled
+    try:
+        with torch.no_grad():
+            called = model._module(ids).logits
+            with model.trace(ids):
+                seen = model.transformer.h[1].output.save()
+                traced = model.output.logits.save()
+    finally:
+        body.function = original
+    assert torch.equal(called, traced) and not torch.allclose(called, plain)
+    with torch.no_grad(), model.trace(ids):
+        once = model.transformer.h[1].output.save()
+    assert torch.equal(seen, 2 * once)
+    with pytest.raises(ValueError, match="not part of the wrapped model"):
+        Body(torch.nn.Linear(2, 2))
