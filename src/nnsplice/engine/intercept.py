@@ -25,6 +25,7 @@ class _Tap:
     def __init__(self, module: nn.Module, end: str) -> None:
         self.end = end
         self.changes: list[Change] = []
+        self._call: Callable[..., Any] | None = None
         if end == "output":
             self.body = Body(module)
             self.inner = self.body.function
@@ -38,8 +39,6 @@ class _Tap:
             self.inner = self.body.function
             self._call = _around(self.inner, self.changes)
             self.body.function = self._call
-
-    _call: Any = None
 
     def _before(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         value: Any = (args, kwargs)

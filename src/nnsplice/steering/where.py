@@ -45,12 +45,6 @@ class Where:
         """The tokens of a pass that are meant."""
         return _CHOOSE[self.kind](self, call)
 
-    @property
-    def rows(self) -> int | None:
-        """For how many rows it speaks, where that is one for each."""
-        count = len(self.mask) if self.kind == "mask" else len(self.start)
-        return count if count > 1 else None
-
 
 #: Those that need no number.
 NAMED = {name: Where(name) for name in ("all", "prompt", "generated")}
