@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"\n{len(layers)} layer{'s' * (len(layers) != 1)} steered")
             print(best(race(ways(model, ids, layers), rounds=rounds, repeats=1), "bare generate"))
         print("\n24 cells, one prompt, generated")
-        print(best(race(sweeping(model, ids[:1]), rounds=max(rounds // 3, 1), repeats=1), "ns.steering.sweep"))
+        print(best(race(sweeping(model, ids[:1]), rounds=max(rounds // 2, 1), repeats=1), "ns.steering.sweep"))
         print("\n24 cells, one prompt, the next token")
         print(best(race(measuring(model, ids[:1]), rounds=rounds, repeats=1), "ns.steering.sweep"))
 

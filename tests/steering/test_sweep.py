@@ -57,8 +57,11 @@ def words(text: str) -> float:
     return float(len(set(text.split())))
 
 
-@pytest.mark.parametrize("where", ["all", "generated"])
-def test_generated_cells_are_generations_of_their_own(model, where: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "where"), [("llama", "all"), ("llama", "generated"), ("mistral", "generated"), ("bloom", "all")]
+)
+def test_generated_cells_are_generations_of_their_own(family: str, where: str) -> None:
+    model = precise(family)
     found = ns.steering.sweep(
         model, PROMPTS, vector(0, 2), NUMBERS, words, where=where, max_new_tokens=5, progress=False, max_tokens=70
     )
@@ -248,6 +251,7 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
         ({"num_beams": 2}, "num_beams would have no effect"),
         ({"max_new_tokens": 0, "metric": words}, "at least 1"),
         ({"max_new_tokens": 2}, "function text -> number"),
+        ({"max_new_tokens": 2, "metric": words, "num_beams": 2}, "several rows of a cell"),
         ({"max_new_tokens": 2, "metric": words, "journal": "j.jsonl"}, "no generated texts"),
         ({"vector": vector(1) | vector(1, site="mlp.output")}, "several places for one"),
         ({"operator": "subtract"}, "no operator"),

@@ -29,6 +29,8 @@ class Sequence:
     prompt: int | None = None
     #: How many rows were given; a beam search runs several for each.
     rows: int | None = None
+    #: Whether the cache that goes on with them is known.
+    cached: bool = False
 
 
 @dataclass(eq=False)
@@ -162,11 +164,12 @@ class Watch:
         for tower, (owner, call) in list(self._current.items()):
             if owner is module:
                 del self._current[tower]
-                self._remember(getattr(output, "past_key_values", None), call.sequence)
+                if not call.sequence.cached:
+                    self._remember(getattr(output, "past_key_values", None), call.sequence)
 
     def _remember(self, cache: Any, sequence: Sequence) -> None:
         if hasattr(cache, "get_seq_length"):
-            self._caches[cache] = sequence
+            self._caches[cache], sequence.cached = sequence, True
 
     def _read(self, module: nn.Module, tower: str, args: tuple, kwargs: dict, prefix: str | None) -> Call | None:
         given = dict(zip(parameters_of(type(module)), args, strict=False)) | kwargs

@@ -20,7 +20,7 @@ from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, NeverFired, circumstances
 from nnsplice.metrics import Metric, function_digest
 from nnsplice.results import Journal
-from nnsplice.steering.generate import padded, padding_of
+from nnsplice.steering.generate import padding_of
 from nnsplice.steering.result import SteeringSweep
 from nnsplice.steering.rules import Rule, rules_of
 from nnsplice.steering.session import Session
@@ -223,23 +223,38 @@ class _Logits:
 def _generated(plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[float, float, str]]:
     """The metric of each generated text, and the KL along it: its tokens are given to the unsteered model."""
     model, root = plan.model, cast(Any, peel(plan.model))
-    rows = [plan.prompts.ids[prompt] for prompt, _, _ in jobs]
-    ids, mask = (tensor.to(model.device) for tensor in padded(rows, padding_of(model), left=True))
+    ids = torch.tensor([plan.prompts.ids[prompt] for prompt, _, _ in jobs], device=model.device)
     asked: Any = {"pad_token_id": padding_of(model), "max_new_tokens": plan.new_tokens, **(plan.generate or {})}
     with torch.no_grad():
         with session:
             out = root.generate(
-                input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **asked
-            )
-        whole, width = out.sequences, ids.shape[1]
-        own = torch.cat([mask, _before_end(whole[:, width:], root).to(mask)], dim=1)
-        kept: Any = {"logits_to_keep": whole.shape[1] - width + 1} if engine.keeps_logits(model) else {}
-        plain = root(input_ids=whole, attention_mask=own, use_cache=False, **kept).logits
+                input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, output_logits=True,
+                **asked,
+            )  # fmt: skip
+        new = out.sequences[:, ids.shape[1] :]
+        plain = _unsteered(root, ids, new, [prompt for prompt, _, _ in jobs])
     steered = torch.stack(out.logits, dim=1)
-    counted = own[:, width:].to(steered.dtype)
-    kl = (_kl(plain[:, -steered.shape[1] - 1 : -1], steered) * counted).sum(1) / counted.sum(1)
-    texts = engine.tokenizer_of(model).batch_decode(whole[:, width:], skip_special_tokens=True)
+    counted = _before_end(new, root).to(steered.dtype)
+    kl = (_kl(plain, steered) * counted).sum(1) / counted.sum(1)
+    texts = engine.tokenizer_of(model).batch_decode(new, skip_special_tokens=True)
     return [(float(plan.metric(text)), k, text) for text, k in zip(texts, kl.tolist(), strict=True)]
+
+
+def _unsteered(root: Any, ids: Tensor, new: Tensor, prompts: Sequence[int]) -> Tensor:
+    """The unsteered logits of every generated token, `[row, new, vocab]`; each prompt runs once for all its rows."""
+    first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
+    numbers = {prompt: n for n, prompt in enumerate(first)}
+    rows = torch.tensor([numbers[prompt] for prompt in prompts], device=ids.device)
+    begun = root(input_ids=ids[list(first.values())], use_cache=True)
+    cache = begun.past_key_values
+    if not hasattr(cache, "batch_select_indices"):
+        whole = root(input_ids=torch.cat([ids, new], dim=1), use_cache=False).logits
+        return whole[:, ids.shape[1] - 1 : -1]
+    last = begun.logits[rows, -1:]
+    if new.shape[1] == 1:
+        return last
+    cache.batch_select_indices(rows)
+    return torch.cat([last, root(input_ids=new[:, :-1], past_key_values=cache, use_cache=True).logits], dim=1)
 
 
 def _before_end(tokens: Tensor, root: Any) -> Tensor:
@@ -276,6 +291,9 @@ def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, journal: 
         return
     if new < 1:
         raise BadArgument(f"max_new_tokens={new}", expected="at least 1")
+    several = [name for name in ("num_beams", "num_return_sequences") if kwargs.get(name, 1) != 1]
+    if several:
+        raise BadArgument(f"{several[0]} makes several rows of a cell", expected="one text for each cell")
     if isinstance(metric, Metric) or not callable(metric):
         raise BadArgument("with max_new_tokens the metric is of texts", expected="a function text -> number")
     if journal is not None:
