@@ -268,8 +268,9 @@ def _before_end(tokens: Tensor, root: Any) -> Tensor:
 
 def _kl(before: Tensor, after: Tensor) -> Tensor:
     """KL(before, after) over the last axis."""
-    there, here = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    return (there.exp() * (there - here)).sum(-1).clamp(min=0)
+    wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    there, here = before.to(wide).log_softmax(-1), after.to(wide).log_softmax(-1)
+    return torch.linalg.vecdot(there.exp(), there - here).clamp(min=0)
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
