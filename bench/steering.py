@@ -146,10 +146,13 @@ def sweeping(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
         grid = ns.steering.sweep(model, ids.tolist(), vector, numbers, len, max_new_tokens=NEW, progress=False)
         texts["together"] = [text for row in grid.texts[0] for text in row]
 
+    def unguarded() -> None:
+        ns.steering.sweep(model, ids.tolist(), vector, numbers, len, max_new_tokens=NEW, guard=False, progress=False)
+
     apart()
     together()
     assert texts["apart"] == texts["together"]
-    return {"24 generations": apart, "ns.steering.sweep": together}
+    return {"24 generations": apart, "ns.steering.sweep": together, "the same, guard=False": unguarded}
 
 
 def measuring(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], object]]:

@@ -238,6 +238,7 @@ def test_bars_that_do_not_fit(values, names):
     with pytest.raises(BadArgument, match="one number for each name"):
         plots.bars(values, names=names, label="layer", value_label="energy")
 
+
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 

@@ -92,6 +92,19 @@ def test_generated_cells_are_generations_of_their_own(family: str, where: str) -
     assert len({text for rows in found.texts for row in rows for text in row}) > len(PROMPTS)
 
 
+def test_a_guard_may_be_left_out_of_generations(model) -> None:
+    given: Any = {"max_new_tokens": 4, "progress": False}
+    whole = ns.steering.sweep(model, PROMPTS, vector(0, 1), NUMBERS, words, **given)
+    found = ns.steering.sweep(model, PROMPTS, vector(0, 1), NUMBERS, words, guard=False, **given)
+    assert found.texts == whole.texts and np.isnan(found.kl).all()
+    free, guarded = found.choose(guard=None), whole.choose(guard=None)
+    assert (free.path, free.coefficient, free.score) == (guarded.path, guarded.coefficient, guarded.score)
+    with pytest.raises(ValueError, match="did not measure its guard"):
+        found.choose(limit=1.0)
+    with pytest.raises(ValueError, match="costs nothing"):
+        ns.steering.sweep(model, PROMPTS, vector(1), NUMBERS, METRIC, guard=False, progress=False)
+
+
 def test_the_guard_of_a_text_that_ends_counts_its_own_tokens_only() -> None:
     model = precise("llama")
     plain = ns.steering.generate(model, PROMPTS[0], max_new_tokens=6, do_sample=False)[0]

@@ -138,6 +138,8 @@ class SteeringSweep:
         steers = np.array(self.coefficients) != 0
         allowed = np.broadcast_to(steers, score.shape) & ~np.isnan(score)
         if limit is not None:
+            if np.isnan(kl).all():
+                raise BadArgument("this sweep did not measure its guard", write="ns.steering.sweep(..., guard=True)")
             allowed = allowed & (kl <= limit)
         if not allowed.any():
             least = float(np.where(steers, kl, np.inf).min()) if steers.any() else float("nan")

@@ -48,6 +48,7 @@ class Plan:
     metric: Any
     new_tokens: int = 0
     generate: Mapping[str, Any] | None = None
+    guard: bool = True
 
 
 def sweep(
@@ -60,6 +61,7 @@ def sweep(
     operator: Any = "add",
     where: str | Where = "all",
     max_new_tokens: int | None = None,
+    guard: bool = True,
     max_tokens: int | None = None,
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
@@ -79,6 +81,7 @@ def sweep(
             generated text, `text -> number`.
         operator, where: as in `ns.steering.steer`.
         max_new_tokens: generate so many tokens in every cell, greedily, and keep the texts.
+        guard: measure the KL; with `max_new_tokens` that is a pass of the unsteered model over all texts.
         max_tokens: how many tokens run at once.
         journal: a file that finished cells are appended to, so that the same call goes on after a stop.
         progress: show a bar.
@@ -91,6 +94,8 @@ def sweep(
         given = encode(model, prompts)
         chosen, asked_numbers = read(where), _numbers(coefficients)
         _check(given, chosen, max_new_tokens, generate_kwargs, journal, metric)
+        if not guard and max_new_tokens is None:
+            raise BadArgument("the guard of logits costs nothing", expected="guard=False with max_new_tokens")
         rules = rules_of(model, vector, 1.0, operator, chosen, None, None)
         layers = _layers(rules)
     tokenizer = engine.tokenizer_of(model)
@@ -101,7 +106,7 @@ def sweep(
         name = bound.metric.name
     else:
         options = {"do_sample": False, **generate_kwargs}
-        plan = Plan(model, given, rules, asked_numbers, _generated, metric, max_new_tokens, options)
+        plan = Plan(model, given, rules, asked_numbers, _generated, metric, max_new_tokens, options, guard)
         name = getattr(metric, "__name__", type(metric).__name__)
         told = {"name": name}
     asked = _asked(model, given, rules, asked_numbers, told, chosen)
@@ -228,14 +233,19 @@ def _generated(plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[
     with torch.no_grad():
         with session:
             out = root.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True, output_logits=True,
+                input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
+                output_logits=plan.guard,
                 **asked,
             )  # fmt: skip
         new = out.sequences[:, ids.shape[1] :]
-        plain = _unsteered(root, ids, new, [prompt for prompt, _, _ in jobs])
-    steered = torch.stack(out.logits, dim=1)
-    counted = _before_end(new, root).to(steered.dtype)
-    kl = (_kl(plain, steered) * counted).sum(1) / counted.sum(1)
+        kl = torch.full((len(jobs),), torch.nan)
+        if plan.guard:
+            plain, steered = (
+                _unsteered(root, ids, new, [prompt for prompt, _, _ in jobs]),
+                torch.stack(out.logits, dim=1),
+            )
+            counted = _before_end(new, root).to(steered.dtype)
+            kl = (_kl(plain, steered) * counted).sum(1) / counted.sum(1)
     texts = engine.tokenizer_of(model).batch_decode(new, skip_special_tokens=True)
     return [(float(plan.metric(text)), k, text) for text, k in zip(texts, kl.tolist(), strict=True)]
 
