@@ -4,6 +4,7 @@ table           the measured values as plain arrays: Cell, Run, Table
 result          SweepResult: everything below as methods of one value
 kinds           which kind of place is meant
 labelled        grid with named axes, rows, effects
+estimates       what estimates are made of, and how far off those were that were checked
 figure          which plane of a grid a figure shows
 page            a page that stands by itself; page.html is how it looks
 display         what a notebook shows
@@ -12,8 +13,10 @@ merging         shards put together
 journal, lock   what is appended while a sweep runs, so that it can go on after a stop
 """
 
+from nnsplice.results.estimates import Miss, Verification
+from nnsplice.results.files import plain
 from nnsplice.results.journal import Journal
 from nnsplice.results.result import SweepResult
 from nnsplice.results.table import AXES, Cell, Run, Table
 
-__all__ = ["AXES", "Cell", "Journal", "Run", "SweepResult", "Table"]
+__all__ = ["AXES", "Cell", "Journal", "Miss", "Run", "SweepResult", "Table", "Verification", "plain"]

@@ -6,7 +6,7 @@ import html as escape
 
 import numpy as np
 
-from nnsplice.results import labelled
+from nnsplice.results import estimates, labelled
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
 
@@ -32,6 +32,11 @@ def _lines(table: Table, metric: str) -> list[str]:
     if len(kinds) > SHOWN:
         lines.append(f"... and {len(kinds) - SHOWN} more kinds of place")
     lines.append(f"clean {_ends(table.clean)}, corrupted {_ends(table.corrupted)}")
+    if method := estimates.method_of(table):
+        edges = "" if table.edges is None else f", of {int((~np.isnan(labelled.mean(table.edges))).sum())} edges"
+        lines.append(f"estimated by {method}{edges}, not measured")
+        if table.exact is not None:
+            lines.append(str(estimates.verification(table)))
     run = table.run
     if run.executor:
         lines.append(f"{run.executor}, {run.seconds:.2f} s" + (f", {run.known} known without" if run.known else ""))

@@ -28,16 +28,24 @@ FORMAT = 1
 WRITTEN = "a file that SweepResult.to_file wrote"
 
 _ARRAYS = {"values": "F64", "done": "BOOL", "exists": "BOOL", "clean": "F64", "corrupted": "F64"}
+#: What only estimates have.
+_MORE = {"edges": "F64", "exact": "F64"}
 
 
 def digest(table: Table) -> str:
     """What was asked and what was measured, as one number; what running cost is left out."""
     summed = hashlib.sha256(canonical(_texts(table)).encode())
-    for name in _ARRAYS:
-        found = getattr(table, name)
+    for name, found in _arrays(table).items():
+        if name in _MORE:
+            summed.update(name.encode())
         summed.update(repr(found.shape).encode())
-        summed.update(np.ascontiguousarray(found).tobytes())
+        summed.update(found.tobytes())
     return summed.hexdigest()
+
+
+def _arrays(table: Table) -> dict[str, np.ndarray]:
+    found = {name: getattr(table, name) for name in (*_ARRAYS, *_MORE)}
+    return {name: np.ascontiguousarray(array) for name, array in found.items() if array is not None}
 
 
 def canonical(value: Any) -> str:
@@ -79,7 +87,7 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
         "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": digest(table),
         "run": dataclasses.asdict(table.run), **_texts(table),
     }  # fmt: skip
-    arrays = {name: np.ascontiguousarray(getattr(table, name)) for name in _ARRAYS}
+    arrays = _arrays(table)
     with whole(path) as temporary:
         save_file(arrays, temporary, metadata={HEADER: canonical(header)})
 
@@ -97,9 +105,9 @@ def read(path: str | os.PathLike[str]) -> Table:
         with safe_open(os.fspath(path), framework="np") as file:
             header = _header(path, file.metadata())
             held = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if held != _ARRAYS:
+            if held != {**_ARRAYS, **{name: kind for name, kind in _MORE.items() if name in held}}:
                 raise FileError(f"{path} is damaged: it holds {held}", expected=WRITTEN)
-            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            arrays = {name: file.get_tensor(name) for name in held}
         table = settled(
             Table(
                 tuple(Cell(*row) for row in header["cells"]),
@@ -107,6 +115,7 @@ def read(path: str | os.PathLike[str]) -> Table:
                 tokens=tuple(tuple(row) for row in header["tokens"]),
                 asked=header["asked"],
                 run=Run(**header["run"]),
+                receivers=tuple(header.get("receivers", ())),
             )
         )
         same = digest(table) == header["digest"]
@@ -161,7 +170,8 @@ def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> di
 def _texts(table: Table) -> dict[str, Any]:
     # Rows and not dictionaries: the names of a cell's fields would be most of the header.
     cells = [dataclasses.astuple(cell) for cell in table.cells]
-    return {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
+    texts: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
+    return {**texts, "receivers": table.receivers} if table.receivers else texts
 
 
 def _number(value: Any) -> Any:

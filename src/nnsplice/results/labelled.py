@@ -49,6 +49,15 @@ def effect(table: Table) -> np.ndarray:
     return share + 0.0  # and no minus zero, where nothing changed and the way goes down
 
 
+def unit(table: Table) -> np.ndarray:
+    """`[prompt]`: what changes are counted in where cells are compared: the whole way, or 1 where no prompt has one."""
+    flat = spanless(table)
+    if flat.all():
+        return np.ones(len(flat))
+    with quiet():
+        return np.where(flat, np.nan, np.abs(table.clean - table.corrupted))
+
+
 def token(table: Table, prompt: int, position: Label) -> str:
     """The text of a prompt's token, or the name of a span; empty where a position is not one of its tokens."""
     if isinstance(position, str):
@@ -88,6 +97,8 @@ def frame(table: Table) -> pd.DataFrame:
     columns: dict[str, Any] = {"prompt": prompts, "component": [cell.component for cell in cells], **_columns(cells)}
     columns["token"] = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
     columns["value"] = table.values[prompts, numbers]
+    if table.exact is not None and table.edges is None:
+        columns["exact"] = table.exact[prompts, numbers]
     columns["effect"] = effect(table)[prompts, numbers]
     columns["clean"], columns["corrupted"] = table.clean[prompts], table.corrupted[prompts]
     columns["path"] = [cell.path for cell in cells]
@@ -101,6 +112,8 @@ def best(table: Table, n: int) -> pd.DataFrame:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise BadArgument(f"best({n!r})", expected="how many cells to show, at least 1")
     measures = {"value": table.values, "change": change(table), "effect": effect(table)}
+    if table.exact is not None and table.edges is None:
+        measures["exact"] = table.exact
     size = mean(np.abs(measures["effect"]))
     if np.isnan(size).all():  # an ablation: the clean run is the one that is edited, so there are changes and no shares
         size = mean(np.abs(measures["change"]))

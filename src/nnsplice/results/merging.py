@@ -44,12 +44,14 @@ def _check_same(first: Table, other: Table, number: int) -> None:
         keys = ", ".join(line.partition(":")[0] for line in different)
         lines = [f"these are results of different sweeps: {keys} differ", *(f"  {line}" for line in different)]
         raise KeyMismatch("\n".join(lines), expected=SHARDS)
-    for name in ("cells", "tokens"):
+    for name in ("cells", "tokens", "receivers"):
         if getattr(first, name) != getattr(other, name):
             raise KeyMismatch(f"these results have different {name}: result {number} and result 0", expected=SHARDS)
-    for name in ("clean", "corrupted", "exists"):
+    for name in ("clean", "corrupted", "exists", "edges", "exact"):
         a, b = getattr(first, name), getattr(other, name)
-        if not np.array_equal(a, b, equal_nan=name != "exists"):
+        if a is None and b is None:
+            continue
+        if a is None or b is None or not np.array_equal(a, b, equal_nan=name != "exists"):
             raise KeyMismatch(
                 f"result {number} has other values of {name} than result 0, so their runs were not the same",
                 expected=SHARDS,

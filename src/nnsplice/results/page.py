@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nnsplice.results import figure, files, labelled
+from nnsplice.results import estimates, figure, files, labelled
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
 
@@ -62,6 +62,7 @@ def _data(table: Table, metric: str, shown: str) -> dict[str, Any]:
         "metric": metric,
         "model": _told(table.asked, "model"),
         "operation": _told(table.asked, "operation"),
+        "method": estimates.method_of(table) or "",
         "shown": shown,
         "prompts": prompts,
         "kinds": [_kind(table, kind, measures) for kind in kinds_of(table.cells)],

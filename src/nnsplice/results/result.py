@@ -15,7 +15,8 @@ import numpy as np
 from nnsplice import plots
 from nnsplice.errors import BadArgument, BadType
 from nnsplice.paths import Path
-from nnsplice.results import display, figure, files, labelled, merging, page
+from nnsplice.results import display, estimates, figure, files, labelled, merging, page
+from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
 from nnsplice.results.table import Cell, Run, Table, settled
 
@@ -101,6 +102,20 @@ class SweepResult:
         return kinds_of(self.cells)
 
     @property
+    def method(self) -> str | None:
+        """The method where the numbers are estimates, as `ns.attribute` makes them; None where they were measured."""
+        return estimates.method_of(self.table)
+
+    @property
+    def verification(self) -> Verification:
+        """What computing some of the estimated cells exactly has shown.
+
+        Raises:
+            BadArgument: none was.
+        """
+        return estimates.verification(self.table)
+
+    @property
     def is_complete(self) -> bool:
         """Whether every cell that a prompt has was measured; a shard's are not."""
         return bool((self.table.done | ~self.table.exists).all())
@@ -152,6 +167,17 @@ class SweepResult:
             self._warn_of_no_span()
         return labelled.best(self.table, n)
 
+    def edges(self, prompt: int | None = None) -> pd.DataFrame:
+        """A row for each edge that `"eap"` scored, the largest first: sender, receiver, score.
+
+        A score is how far the metric moves when the sender's change reaches this receiver alone: the mean over the
+        prompts, or of one of them.
+
+        Raises:
+            BadArgument: this result has no edges.
+        """
+        return estimates.edges(self.table, prompt)
+
     # --- to look at
 
     def plot(
@@ -186,7 +212,7 @@ class SweepResult:
             columns=plane.columns,
             row_label=plane.row_label,
             column_label=plane.column_label,
-            title=array.attrs["component"] + which,
+            title=array.attrs["component"] + which + (f", estimated by {self.method}" if self.method else ""),
             value_label=labels[chosen],
             centre=None if chosen == "value" else 0.0,
             ax=ax,

@@ -67,6 +67,13 @@ class Table:
     #: What was asked: model, prompts, sites, metric, operation, seed; plain data, the identity of the sweep.
     asked: Mapping[str, Any] = field(default_factory=dict)
     run: Run = field(default_factory=Run)
+    #: What the values of a cell are made of, where a method says: `[prompt, cell, receiver]`, how far the metric would
+    #: move if the cell's change reached this receiver alone; NaN where it cannot. And the receivers' paths.
+    edges: np.ndarray | None = None
+    receivers: tuple[str, ...] = ()
+    #: The true metric where an estimate was checked, shaped like the values, or like the edges where there are some;
+    #: NaN where it was not.
+    exact: np.ndarray | None = None
 
 
 def settled(table: Table) -> Table:
@@ -85,6 +92,11 @@ def settled(table: Table) -> Table:
                 f"{name} has shape {list(found)}, for {prompts} prompts and {len(cells)} cells",
                 expected=f"{list(shape)}",
             )
+    scored = (prompts, len(cells)) if table.edges is None else (prompts, len(cells), len(table.receivers))
+    for name in ("edges", "exact"):
+        found = getattr(table, name)
+        if found is not None and np.shape(found) != scored:
+            raise BadArgument(f"{name} has shape {list(np.shape(found))}", expected=f"{list(scored)}")
     if table.tokens and len(table.tokens) != prompts:
         raise BadArgument(f"the tokens are of {len(table.tokens)} prompts, the values of {prompts}")
     exists = np.array(table.exists, dtype=bool)
@@ -92,11 +104,14 @@ def settled(table: Table) -> Table:
     # `where` and not a product: what was not measured may be any number, and NaN is one value, not many.
     values = np.where(done, np.asarray(table.values, dtype=np.float64), np.nan)
     values[np.isnan(values)] = np.nan
-    for array in (values, done, exists, clean, corrupted):
-        array.setflags(write=False)
+    edges, exact = (None if a is None else np.array(a, dtype=np.float64) for a in (table.edges, table.exact))
+    for array in (values, done, exists, clean, corrupted, edges, exact):
+        if array is not None:
+            array.setflags(write=False)
     return replace(
         table, cells=cells, values=values, done=done, exists=exists, clean=clean, corrupted=corrupted,
         tokens=tuple(tuple(row) for row in table.tokens), asked=copy.deepcopy(dict(table.asked)),
+        edges=edges, exact=exact, receivers=tuple(table.receivers),
     )  # fmt: skip
 
 

@@ -1,0 +1,189 @@
+"""Results that are estimates: what the estimate of a cell is made of, and what checking some of them said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnsplice.errors import BadArgument
+from nnsplice.results import labelled
+from nnsplice.results.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """One estimate beside the truth: the metric of the edited run."""
+
+    path: str
+    #: Where an edge was estimated: the place that it ends at.
+    receiver: str | None
+    estimated: float
+    exact: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What computing some cells exactly says about the estimates of all.
+
+    The cells with the largest estimates were computed, and beside them some of the others, drawn at random, because a
+    place that was overlooked is never among the first.
+    """
+
+    #: How many of the largest estimates were computed, and how many of the others.
+    k: int
+    others: int
+    #: Spearman's, between estimated and exact sizes of all that was computed. NaN where there is nothing to rank.
+    rank_correlation: float
+    #: Which share of the truly largest k is among the first k. Exact where everything was computed, else estimated:
+    #: each of the others stands for as many as it was drawn from.
+    recall: float
+    #: The one whose estimate is furthest off.
+    worst: Miss | None
+
+    def __str__(self) -> str:
+        """One line."""
+        if self.worst is None:
+            return "nothing to check: no cell can differ"
+        about = "" if self.others == 0 else f" and {self.others} others"
+        edge = "" if self.worst.receiver is None else f" -> {self.worst.receiver}"
+        return (
+            f"first {self.k}{about} computed exactly: rank correlation {self.rank_correlation:.2f}, "
+            f"recall at {self.k} {self.recall:.0%}; worst {self.worst.path}{edge}: "
+            f"{self.worst.estimated:.4g} estimated, {self.worst.exact:.4g} exact"
+        )
+
+
+def method_of(table: Table) -> str | None:
+    """The method of an estimate; None for what was measured."""
+    method = table.asked.get("method")
+    return method if isinstance(method, str) else None
+
+
+def sizes_of(table: Table) -> np.ndarray:
+    """How large each estimate is, `[cell]` or `[cell, receiver]`: the mean over prompts, as `best` orders them."""
+    return _sizes(table, labelled.change(table) if table.edges is None else table.edges)
+
+
+def _sizes(table: Table, moved: np.ndarray) -> np.ndarray:
+    return labelled.mean(np.abs(moved) / _along(labelled.unit(table), moved))
+
+
+def _along(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A number for each prompt, beside whatever else the values have."""
+    return ends.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def first(sizes: np.ndarray, k: int) -> np.ndarray:
+    """The flat numbers of the k largest, the largest first; never one that is not there."""
+    flat = sizes.reshape(-1)
+    order = np.argsort(-flat, kind="stable")[:k]
+    return order[~np.isnan(flat[order])]
+
+
+def verification(table: Table) -> Verification:
+    """How the estimates stand beside what was computed.
+
+    Raises:
+        BadArgument: nothing was.
+    """
+    if table.exact is None:
+        raise BadArgument(
+            "none of these estimates was computed exactly", write="ns.attribute(..., verify=20)   (the first 20)"
+        )
+    told = table.asked["verify"]
+    moved = table.exact - _along(table.corrupted, table.exact)
+    estimated, exact = sizes_of(table).reshape(-1), _sizes(table, moved).reshape(-1)
+    checked = ~np.isnan(exact)
+    if not checked.any():
+        return Verification(0, 0, float("nan"), float("nan"), None)
+    k = min(told["k"], int(checked.sum()))
+    chosen = np.zeros(len(exact), dtype=bool)
+    chosen[np.flatnonzero(checked)[first(estimated[checked], k)]] = True
+    others = checked & ~chosen
+    weight = np.where(chosen, 1.0, (told["of"] - k) / max(int(others.sum()), 1))[checked]
+    return Verification(
+        k,
+        int(others.sum()),
+        spearman(estimated[checked], exact[checked]),
+        recall(exact[checked], chosen[checked], weight, k),
+        _worst(table, np.flatnonzero(checked)),
+    )
+
+
+def recall(exact: np.ndarray, chosen: np.ndarray, weight: np.ndarray, k: int) -> float:
+    """Which share of the truly largest k was chosen, where each stands for `weight` of them."""
+    order = np.argsort(-exact, kind="stable")
+    room = np.clip(k - np.concatenate([[0.0], np.cumsum(weight[order])[:-1]]), 0.0, weight[order])
+    return float((room * chosen[order]).sum() / room.sum())
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """The correlation of two orders; equal numbers share the mean of their places."""
+    if len(a) < 2:
+        return float("nan")
+    ranks = [_ranks(values) for values in (a, b)]
+    spread = [ranked.std() for ranked in ranks]
+    if not all(spread):
+        return float("nan")
+    both = ((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean()
+    return float(both / (spread[0] * spread[1]))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, number, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[number]
+
+
+def _worst(table: Table, checked: np.ndarray) -> Miss:
+    assert table.exact is not None
+    shape, ends = table.exact.shape[1:], _along(table.corrupted, table.exact)
+    estimated = table.values if table.edges is None else table.edges + ends
+    off = _sizes(table, table.exact - estimated).reshape(-1)
+    number = int(checked[np.argmax(off[checked])])
+    cell, *receiver = (int(at) for at in np.unravel_index(number, shape))
+    means = [float(labelled.mean(values.reshape(len(ends), -1)[:, number])) for values in (estimated, table.exact)]
+    if not receiver:
+        return Miss(table.cells[cell].path, None, *means)
+    return Miss(_sender(table, cell), table.receivers[receiver[0]], *means)
+
+
+def _sender(table: Table, number: int) -> str:
+    """A sender as `path_patch` takes it: all its tokens at once are no positions there, and `[:]` each by itself."""
+    cell = table.cells[number]
+    return cell.path.removesuffix("[:]") if cell.position is None else cell.path
+
+
+def edges(table: Table, prompt: int | None) -> pd.DataFrame:
+    """A row for each edge, the largest first."""
+    import pandas as pd
+
+    if table.edges is None:
+        raise BadArgument(
+            "this result is about places, and has no edges between them",
+            write='ns.attribute(..., method="eap")',
+        )
+    prompts = len(table.edges)
+    if prompt is not None and (isinstance(prompt, bool) or not -prompts <= prompt < prompts):
+        raise BadArgument(f"prompt={prompt}", expected=f"a number below {prompts}, or nothing for the mean over them")
+
+    def of(values: np.ndarray) -> np.ndarray:
+        return labelled.mean(values) if prompt is None else values[prompt]
+
+    scores = of(table.edges)
+    cells, receivers = np.nonzero(~np.isnan(scores))
+    order = np.argsort(-np.abs(scores[cells, receivers]), kind="stable")
+    cells, receivers = cells[order], receivers[order]
+    columns: dict[str, Any] = {
+        "sender": [_sender(table, cell) for cell in cells],
+        "receiver": [table.receivers[receiver] for receiver in receivers],
+        "score": scores[cells, receivers],
+    }
+    if table.exact is not None:
+        columns["exact"] = of(table.exact - table.corrupted[:, None, None])[cells, receivers]
+    return pd.DataFrame(columns)
