@@ -66,6 +66,8 @@ class Executor:
     tokens: Callable[[Work, Sequence[Job]], list[int]]
     #: Whether the jobs of one run may be about prompts of different length.
     mixed: bool = False
+    #: What a result calls it, where it is none of those that have a name of their own.
+    name: str = "own"
 
     def __call__(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         """Run jobs."""

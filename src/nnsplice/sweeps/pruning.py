@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
+from nnsplice.atlas import Site
 from nnsplice.errors import ShortRow
 from nnsplice.paths import Span
 from nnsplice.sweeps.targets import Target
@@ -22,7 +22,13 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
     known: list[Job] = []
     causal = engine.is_causal(model)
     after = 0
+    behind: dict[object, bool] = {}
     for number, target in enumerate(plan.targets):
+        # Asked once of a value, whatever number of heads and tokens of it are cells.
+        for site in map(site_of, target.places):
+            if _value(site) not in behind:
+                behind[_value(site)] = engine.after_last_attention(model, site)
+        unmixed = all(behind[_value(site_of(place))] for place in target.places)
         for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
             position = target.position
             if isinstance(position, int) and not -length <= position < length:
@@ -34,7 +40,7 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             read = plan.metric.metric.position % length
             late = min(where) > read
             after += late
-            cannot = late or _equal_before(plan, target, prompt, max(where)) or _unread(model, target, where, read)
+            cannot = late or _equal_before(plan, target, prompt, max(where)) or (unmixed and read not in where)
             (known if cannot else jobs).append((prompt, number))
     if not jobs and after and after == len(known):
         raise ShortRow(
@@ -50,6 +56,10 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
     return tuple(jobs), tuple(known)
 
 
+def _value(site: Site) -> tuple:
+    return (*site.location, site.kind, site.tower)
+
+
 def _equal_before(plan: Plan, target: Target, prompt: int, last: int) -> bool:
     """Whether the two runs agree up to this token, so that patching one into the other changes nothing."""
     if plan.operation.name != "patch" or plan.clean is None or plan.align != "position":
@@ -59,10 +69,3 @@ def _equal_before(plan: Plan, target: Target, prompt: int, last: int) -> bool:
     if plan.corruption is not None and min(plan.corruption.positions[prompt], default=last + 1) <= last:
         return False
     return plan.clean.ids[prompt][: last + 1] == plan.corrupted.ids[prompt][: last + 1]
-
-
-def _unread(model: engine.Model, target: Target, where: Sequence[int], read: int) -> bool:
-    """Whether nothing after the changed places moves between tokens, and the metric reads another token."""
-    if read in where:
-        return False
-    return all(engine.after_last_attention(model, site_of(place)) for place in target.places)

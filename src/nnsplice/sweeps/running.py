@@ -26,7 +26,7 @@ def run(
     plan: Plan,
     model: Any,
     *,
-    executor: str = "auto",
+    executor: str | Executor = "auto",
     max_tokens: int | None = None,
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
@@ -36,7 +36,8 @@ def run(
     Args:
         executor: `"packed"` (the tokens that can differ, side by side), `"batched"` (a row for each cell, one trace
             for many), `"reference"` (one trace for each cell), or `"auto"`: the first of these that gives a few cells
-            of this model the values that they have in a run of their own; `result.run` says which, and why.
+            of this model the values that they have in a run of their own; `result.run` says which, and why. Or an
+            `Executor`, where jobs mean something of one's own.
         max_tokens: how many tokens run at once, where not as many as suit the machine; less when memory is short.
         journal: a file that every finished chunk is appended to; the same call after a stop goes on from there.
         progress: show a bar.
@@ -44,7 +45,7 @@ def run(
     model = engine.as_model(model)
     if not isinstance(plan, Plan):
         raise BadType(f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns")
-    _check_runnable(model, plan)
+    check_runnable(model, plan)
     start = time.perf_counter()
     at_once = max_tokens or room(model)
     clean_logits, source = clean_run(model, plan, at_once)
@@ -53,10 +54,13 @@ def run(
     compares = clean_logits if plan.metric.metric.compares else None
     clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
     corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
-    _check_baselines(plan, clean, corrupted)
+    check_baselines(plan, clean, corrupted)
     work = Work(model, plan, source, compares)
-    name, note = choose(executor, work)
-    execute = EXECUTORS[name]
+    if isinstance(executor, Executor):
+        name, note, execute = executor.name, "", executor
+    else:
+        name, note = choose(executor, work)
+        execute = EXECUTORS[name]
 
     values = np.full((len(plan.corrupted), len(plan.targets)), np.nan)
     done = np.zeros(values.shape, dtype=bool)
@@ -131,7 +135,8 @@ def sweep(
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_runnable(model: engine.Model, plan: Plan) -> None:
+def check_runnable(model: engine.Model, plan: Plan) -> None:
+    """Raise for a model in train mode, and for a plan of another model."""
     if engine.in_training(model):
         raise BadArgument(
             "the model is in train mode, so dropout would make every run another one", write="model.eval()"
@@ -144,7 +149,8 @@ def _check_runnable(model: engine.Model, plan: Plan) -> None:
         )
 
 
-def _check_baselines(plan: Plan, clean: np.ndarray, corrupted: np.ndarray) -> None:
+def check_baselines(plan: Plan, clean: np.ndarray, corrupted: np.ndarray) -> None:
+    """Raise where the metric of an unedited run is no number."""
     for name, values in (("clean", clean), ("corrupted", corrupted)):
         bad = np.flatnonzero(np.isnan(values))
         if len(bad):

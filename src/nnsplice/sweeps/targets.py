@@ -137,3 +137,23 @@ def _cell(place: Path, position: int | Span | None) -> Cell:
         shown = position
     path = place.at(Slice() if position is None else position)
     return Cell(str(path), component, **numbers, position=shown)
+
+
+def tokens_of(path: Path, prompts: Prompts) -> list[list[int]]:
+    """Which own tokens of each prompt a path means; without a position, all of them.
+
+    Raises:
+        ShortRow: a prompt has no such token.
+    """
+    tower = site_of(path).tower
+    found: list[list[int]] = []
+    for row, length in enumerate(prompts.lengths(tower)):
+        if path.position is None:
+            found.append(list(range(length)))
+            continue
+        one = prompts.take([row])
+        with circumstances(str(path)):
+            rows = one.rows(tower)
+            at = columns(concrete(path.position, rows, length, one.spans), rows, length, one.spans)
+        found.append([int(token) % length for token in (at if isinstance(at, list) else at[0])])
+    return found
