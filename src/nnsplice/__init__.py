@@ -9,6 +9,7 @@ One address language for every part of a model, and many views of an address. Th
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     weights                                       which parameters a place has; swapped, ablated, frozen, compared
+    attribute, path_patch                         estimates by gradients; what a place does through chosen others
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, rank, kl_divergence
     adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
@@ -20,6 +21,7 @@ from nnsplice import adapters, errors, models, plots, weights
 from nnsplice import adapters, errors, models, plots, steering
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
 from nnsplice.atlas import Atlas
+from nnsplice.attribution import attribute, path_patch
 
 # What nnsight answers when a remote trace names this package: see engine/tracing.py.
 from nnsplice.engine import ONLY_LOCAL as _persistent_id  # noqa: N811
@@ -39,6 +41,7 @@ __all__ = [
     "SweepResult",
     "ablate",
     "adapters",
+    "attribute",
     "capture",
     "causal_trace",
     "errors",
@@ -50,6 +53,7 @@ __all__ = [
     "models",
     "parse_path",
     "patched_logits",
+    "path_patch",
     "plan_sweep",
     "plots",
     "probability",

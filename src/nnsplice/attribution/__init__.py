@@ -1,0 +1,16 @@
+"""Attribution: what places and paths are worth, estimated from gradients, and exactly along chosen paths.
+
+attribute       the methods, from a plan to a result
+gradients       one run whose values are tied to its logits
+nodes           atp and ig: scores of places
+star, attention atp*: what its two corrections need
+branches        what reads the stream and what adds to it
+edges           eap and eap-ig: scores between places
+path_patching   what a place does through chosen others, exactly
+verifying       estimates checked against exact values
+"""
+
+from nnsplice.attribution.attribute import asked_of, attribute
+from nnsplice.attribution.path_patching import path_patch
+
+__all__ = ["asked_of", "attribute", "path_patch"]

@@ -1,0 +1,131 @@
+"""Attention with its probabilities in the open: what patching a query or a key does to them can be computed exactly.
+
+Transformers looks its attention function up by name, in a public registry. Under the name registered here stands the
+plain one, scores, softmax, mixture, which keeps what it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "nnsplice_probabilities"
+
+#: What attention modules pass along that changes nothing in the plain form.
+_HARMLESS = {
+    "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "past_key_values",
+    "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep", "sliding_window", "dropout",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one attention module computed with."""
+
+    #: `[prompt, head, token, width]` and `[prompt, group, token, width]`, as they met: rotated and normalised.
+    query: Tensor
+    key: Tensor
+    #: `[prompt, head, query, key]`, tied to the run.
+    probabilities: Tensor
+    scaling: float
+    #: Added to the scores: no number where a query must not look.
+    mask: Tensor | None
+    softcap: float | None
+    #: A logit for each head that takes its share and gives nothing.
+    sinks: Tensor | None
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """How much each query wants each key: `[prompt, head, query, key]`."""
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = query @ key.transpose(-1, -2) * self.scaling
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh() * self.softcap
+        return scores if self.mask is None else scores + self.mask[..., : key.shape[-2]].to(scores)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """The probabilities that scores make."""
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+
+
+Seen = dict[nn.Module, Attended]
+_seen: ContextVar[Seen | None] = ContextVar("nnsplice_probabilities", default=None)
+
+
+@contextmanager
+def probabilities(root: nn.Module) -> Iterator[Seen]:
+    """Let every attention of the model keep what it computed with; its own way is back afterwards."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    configs = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
+    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
+    seen: Seen = {}
+    token = _seen.set(seen)
+    try:
+        for config, _ in before:
+            config._attn_implementation = NAME
+        yield seen
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        _seen.reset(token)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **more: Any
+) -> tuple[Tensor, None]:
+    seen = _seen.get()
+    assert seen is not None, "attention that keeps its probabilities was left switched on"
+    scaling, softcap, sinks = more.pop("scaling", None), more.pop("softcap", None), more.pop("s_aux", None)
+    unknown = [
+        name for name, given in more.items() if name not in _HARMLESS and given is not None and given is not False
+    ]
+    if unknown or module in seen:
+        raise NotImplementedError(
+            f"its attention is given {', '.join(unknown)}" if unknown else "an attention module runs several times"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    plain = Attended(query, key, query, scaling, attention_mask, softcap, sinks)
+    scores = plain.scores(query, key)
+    # In half precision the softmax is taken in single, as everywhere in transformers.
+    weights = plain.softmax(scores if scores.dtype == torch.float64 else scores.float()).to(value)
+    seen[module] = Attended(query.detach(), key.detach(), weights, scaling, attention_mask, softcap, sinks)
+    values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    return (weights @ values).transpose(1, 2), None
+
+
+# --- what a patched query or key does to them -------------------------------------------------------------------------
+
+
+def worth_of_queries(here: Attended, there: Attended, gradient: Tensor) -> Tensor:
+    """`[prompt, head, token]`: what the metric gains by each query of the other run, along the probabilities' gradient.
+
+    The probabilities with the other query are computed, not estimated.
+    """
+    keys = here.key.double()
+    moved = here.softmax(here.scores(there.query.double(), keys)) - here.softmax(here.scores(here.query.double(), keys))
+    return (moved * gradient.double()).sum(-1)
+
+
+def worth_of_keys(here: Attended, there: Attended, gradient: Tensor) -> Tensor:
+    """`[prompt, head, token]`: the same for each key, as each head reads it; a group's is the sum over its heads."""
+    query = here.query.double()
+    scores, other = here.scores(query, here.key.double()), here.scores(query, there.key.double())
+    before, along = here.softmax(scores), gradient.double()
+    worth = torch.zeros_like(query[..., 0])
+    for token in range(scores.shape[-1]):
+        one = scores.clone()
+        one[..., token] = other[..., token]
+        worth[..., token] = ((here.softmax(one) - before) * along).sum((-1, -2))
+    return worth

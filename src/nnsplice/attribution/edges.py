@@ -1,0 +1,277 @@
+"""`eap` and `eap-ig`: what passes from one place straight to another.
+
+A sender's change, as it is added to the stream, times the gradient of the metric at the stream *as one receiver reads
+it*: through that receiver and whatever comes after, but not past it. Summed over all receivers that is the sender's own
+gradient, so the scores of a place are made of the scores of its edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice import engine
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import peel
+from nnsplice.attribution.branches import Branch, Branches, branches_of
+from nnsplice.attribution.gradients import Flow, spot
+from nnsplice.attribution.nodes import Batch, points
+from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
+from nnsplice.paths import Path, parse_path
+from nnsplice.sweeps.plan import Plan, Sites
+from nnsplice.sweeps.targets import tokens_of
+
+#: Receivers whose gradients are held at once.
+TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class Sender:
+    """A place whose change goes to the stream: at once, or through the projection at the end of its branch."""
+
+    place: Path
+    branch: Branch | None
+    #: When its change is there to be read.
+    adds_at: int
+    projection: str | None
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A place that reads the stream, at some tokens."""
+
+    path: Path
+    branch: Branch | None
+    reads: Path
+    reads_at: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Who may send to whom."""
+
+    senders: Mapping[Path, Sender]
+    #: Those that at least one sender reaches.
+    all: tuple[Receiver, ...]
+
+    @staticmethod
+    def of(model: engine.Model, plan: Plan, receivers: Sites | None) -> Graph:
+        """For a plan whose sites are senders, each a place by itself."""
+        branches, known = branches_of(model), engine.known(model)
+        places = dict.fromkeys(place for target in plan.targets for place in target.places)
+        senders = {place: _sender(place, branches) for place in places}
+        wanted = list(_everything(model, branches)) if receivers is None else engine.listed(receivers)
+        if not wanted:
+            raise BadArgument("no receivers, so there are no edges", expected="at least one path")
+        found: dict[Path, Receiver] = {}
+        for pattern in map(parse_path, wanted):
+            for place in engine.expand(model, pattern.place):
+                path = place.at(pattern.position)
+                tokens_of(path, plan.corrupted)
+                found.setdefault(path, _receiver(path, branches))
+        first = min(sender.adds_at for sender in senders.values())
+        reached = [one for path, one in sorted(found.items(), key=lambda pair: known.rank(pair[0]))
+                   if one.reads_at >= first]  # fmt: skip
+        if not reached:
+            raise BadArgument(
+                "no sender comes before a receiver, so there is no edge between them",
+                expected="senders that run before the receivers",
+            )
+        return Graph(senders, tuple(reached))
+
+    @cached_property
+    def receivers(self) -> tuple[str, ...]:
+        """The receivers' paths, in execution order."""
+        return tuple(str(one.path) for one in self.all)
+
+    def joined(self, plan: Plan) -> Tensor:
+        """`[cell, receiver]`: whether there is an edge."""
+        at = torch.tensor([max(self.senders[p].adds_at for p in target.places) for target in plan.targets])
+        return at[:, None] <= torch.tensor([one.reads_at for one in self.all])[None]
+
+    def scores(self, batch: Batch) -> tuple[Flow, Tensor]:
+        """The corrupted run of a batch, and `[row, cell, receiver]`; zero where there is no edge."""
+        reads = [path.place for one in self.all for path in ((one.reads, one.path) if one.branch else (one.reads,))]
+        if not batch.steps:
+            here = batch.run([*batch.paths, *self._ends(batch), *reads])
+            return here, self._along(batch, self._sent(batch, here), [(1.0, here)])
+        here = batch.run([*batch.paths, *self._ends(batch), batch.entry], tied=False)
+        entry = spot(site_of(batch.entry))
+        way = points(batch, here.values[entry], batch.clean[entry])
+        runs = ((weight, batch.run(reads, mixed=mixed)) for weight, mixed in way)
+        return here, self._along(batch, self._sent(batch, here), runs)
+
+    def _along(self, batch: Batch, sent: Mapping[Path, Tensor], runs: Iterable[tuple[float, Flow]]) -> Tensor:
+        """The senders' changes along each receiver's gradient, in the mean over the runs."""
+        scores = torch.zeros(len(batch.rows), len(batch.plan.targets), len(self.all), dtype=torch.float64)
+        # `[row and token, sender, width]`, so that many receivers are one product of matrices.
+        stacked = torch.stack([sent[one.place] for one in batch.wanted], -2).flatten(0, 1)
+        for weight, one in runs:
+            gradients = enumerate(self._read(batch, one))
+            while block := list(islice(gradients, TOGETHER)):
+                read = torch.stack([gradient.to(stacked).flatten(0, 1) for _, gradient in block], -1)
+                worth = (stacked @ read * weight).cpu().unflatten(0, (len(batch.rows), -1))
+                numbers = [number for number, _ in block]
+                at = slice(numbers[0], numbers[-1] + 1)
+                for sender, wanted in enumerate(batch.wanted):
+                    joined = [self.senders[wanted.place].adds_at <= self.all[number].reads_at for number in numbers]
+                    found = worth[wanted.rows, wanted.tokens, sender] * torch.tensor(joined)
+                    scores[..., at].index_put_((wanted.rows, wanted.cells), found, accumulate=True)
+        return scores
+
+    def _read(self, batch: Batch, one: Flow) -> Iterator[Tensor]:
+        """The metric's gradient at the stream as each receiver reads it: `[row, token, width]`."""
+        metric = batch.metric(one)
+        spots = dict.fromkeys(spot(site_of(r.path if r.branch else r.reads)) for r in self.all)
+        gradients = batch.pulled(metric, one, spots, again=True)
+        for receiver in self.all:
+            stream, site = spot(site_of(receiver.reads)), site_of(receiver.path)
+            shape = one.values[stream].shape
+            at = spot(site) if receiver.branch else stream
+            gradient = gradients[at]
+            if gradient is None:  # nothing that the metric reads comes from there
+                yield torch.zeros_like(one.values[stream])
+                continue
+            width = one.values[at].shape
+            masked = torch.zeros_like(gradient).reshape(width)
+            columns = slice(*(site.columns or (0, None))) if receiver.branch else slice(None)
+            for row, prompt in enumerate(batch.rows):
+                tokens = tokens_of(receiver.path, batch.plan.corrupted)[prompt]
+                masked[row, tokens, columns] = gradient.reshape(width)[row, tokens, columns]
+            if receiver.branch:
+                masked = masked.reshape(gradient.shape)
+                (masked,) = torch.autograd.grad(
+                    one.tensors[at], one.tensors[stream], masked, retain_graph=True, allow_unused=True
+                )
+            yield torch.zeros(shape) if masked is None else masked.reshape(shape)
+
+    # --- what is sent
+
+    def _ends(self, batch: Batch) -> list[Path]:
+        """Where the branches of senders inside one add to the stream: what their projections are compared with."""
+        chosen = [self.senders[path] for path in batch.paths]
+        return [one.branch.added for one in chosen if one.projection is not None and one.branch is not None]
+
+    def _sent(self, batch: Batch, here: Flow) -> dict[Path, Tensor]:
+        """What each sender's change adds to the stream: `[row, token, width]`."""
+        sent: dict[Path, Tensor] = {}
+        ends: dict[str, Ends] = {}
+        for wanted in batch.wanted:
+            sender, site = self.senders[wanted.place], site_of(wanted.place)
+            values = here.values[spot(site)]
+            rows, tokens, clean_tokens = (
+                at.to(values.device) for at in (wanted.rows, wanted.tokens, wanted.clean_tokens)
+            )
+            moved = torch.zeros_like(values)
+            columns = slice(*(site.columns or (0, None)))
+            there = batch.clean[spot(site)][rows, clean_tokens, columns]
+            moved[rows, tokens, columns] = there - values[rows, tokens, columns]
+            if sender.projection is not None:
+                if sender.projection not in ends:
+                    ends[sender.projection] = Ends.of(batch, sender, values, here)
+                moved = ends[sender.projection].through(moved)
+            sent[wanted.place] = moved.double().to(batch.model.device)
+        return sent
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How a branch ends: its projection and, in some families, a norm."""
+
+    project: nn.Module
+    norm: nn.Module | None
+    #: What the projection made in the corrupted run, and what it makes of nothing: its bias.
+    before: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def of(batch: Batch, sender: Sender, values: Tensor, here: Flow) -> Ends:
+        """The end of a sender's branch.
+
+        Raises:
+            RefusedPlace: there is more to it.
+        """
+        assert sender.projection is not None and sender.branch is not None
+        root, norm = peel(batch.model), _norm_behind(sender.branch)
+        project = root.get_submodule(sender.projection)
+        with torch.no_grad():
+            found = Ends(
+                project, None if norm is None else root.get_submodule(norm), project(values),
+                project(torch.zeros_like(values[:1, :1])),
+            )  # fmt: skip
+            ends = found.before if found.norm is None else found.norm(found.before)
+        own = here.values[spot(site_of(sender.branch.added))]
+        allowed = 1e-9 if own.dtype == torch.float64 else 1e-3 if own.dtype == torch.float32 else 5e-2
+        if not torch.allclose(ends, own, rtol=allowed, atol=allowed * float(own.abs().max())):
+            raise RefusedPlace(
+                f"more than {sender.projection} stands between this place and the stream",
+                path=sender.place,
+                write=str(sender.branch.added),
+            )
+        return found
+
+    def through(self, moved: Tensor) -> Tensor:
+        """The change of what the branch adds, of the change of what its projection is given."""
+        with torch.no_grad():
+            change = self.project(moved) - self.bias
+            return change if self.norm is None else self.norm(self.before + change) - self.norm(self.before)
+
+
+def _norm_behind(branch: Branch) -> str | None:
+    """The norm that a branch goes through before it is added, where the family has one."""
+    module, block = site_of(branch.added).module, branch.block
+    inner = (block.attn, block.o) if branch.name == "attn" else (block.mlp, block.down)
+    return None if module in inner else module
+
+
+# --- who there is -----------------------------------------------------------------------------------------------------
+
+
+def _sender(place: Path, branches: Branches) -> Sender:
+    branch, site = branches.of(place), site_of(place)
+    if branch is None:
+        at = branches.stream_at(place)
+        assert at is not None
+        return Sender(place, None, at, None)
+    if site == site_of(branch.added):
+        return Sender(place, branch, branch.adds_at, None)
+    last = branch.block.o if branch.name == "attn" else branch.block.down
+    if (site.module, site.end) == (last, "input") and site.kind == "plain":
+        return Sender(place, branch, branch.adds_at, last)
+    raise RefusedPlace(
+        "an edge starts where something is added to the stream, and this place adds nothing by itself",
+        path=place,
+        expected="heads, attn.output, mlp.output, neurons, embed.output, layers[i].output",
+    )
+
+
+def _receiver(path: Path, branches: Branches) -> Receiver:
+    branch = branches.of(path)
+    if site_of(path).kind in ("pattern", "expert"):
+        raise RefusedPlace("this place is derived from several values of a run, so no gradient reaches it", path=path)
+    if branch is not None:
+        return Receiver(path, branch, branch.reads, branch.reads_at)
+    at = branches.stream_at(path)
+    assert at is not None
+    ends = at == branches.ends_at
+    return Receiver(path, None, branches.end if ends else path.place, at)
+
+
+def _everything(model: engine.Model, branches: Branches) -> Iterator[str]:
+    """Every place where a branch reads the stream, once, and the logits."""
+    for block in branches.tower.blocks:
+        start = f"layers[{block.index}]"
+        parts = [f"{start}.heads[:].q", f"{start}.groups[:].k", f"{start}.groups[:].v"]
+        try:
+            for part in parts:
+                engine.expand(model, part)
+        except NnspliceError:  # heads that cannot be told apart
+            parts = [f"{start}.attn"]
+        yield from parts
+        yield f"{start}.mlp"
+    yield "unembed"

@@ -1,0 +1,207 @@
+"""One run with its values still tied to the logits, so that gradients can be asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations.access import accesses, site_of
+from nnsplice.activations.prompts import Prompts
+from nnsplice.atlas import Atlas, Site, peel
+from nnsplice.errors import BadArgument, RefusedPlace
+from nnsplice.paths import Path
+from nnsplice.sweeps.memory import is_memory
+from nnsplice.sweeps.plan import Plan
+
+#: The name of a value of a run: one tensor, whatever number of heads and neurons stands in it.
+Spot = Hashable
+
+
+def spot(site: Site) -> Spot:
+    """The value that a site is a part of."""
+    return (*site.location, site.item)
+
+
+def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:
+    """Where the metric reads, counted from the prompt's end: in the run that is edited, or in the clean one."""
+    edited = plan.corrupted.lengths("decoder")[prompt]
+    position = plan.metric.metric.position
+    length = plan.clean.lengths("decoder")[prompt] if clean and plan.clean is not None else edited
+    # The position is the edited prompt's; in a pair aligned at the end the clean one counts from there.
+    return (position % edited - edited if plan.align == "end" else position) % length - length
+
+
+def only_read(model: engine.Model, at: int, places: Iterable[Path]) -> dict[str, Any]:
+    """Have only the logits computed that the metric reads, where the model can be asked for that.
+
+    Args:
+        at: where it reads, counted from the end.
+        places: what of the run is read or written; where these are the logits themselves, all have to be there.
+    """
+    head = Atlas.of(model).towers.get("decoder")
+    if not engine.keeps_logits(model) or any(head is None or site_of(p).module == head.unembed for p in places):
+        return {}
+    return {"logits_to_keep": -at}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A run over prompts of one length: its values and what it said."""
+
+    rows: tuple[int, ...]
+    #: What flows on in the run, where gradients arrive; its shape is the model's own.
+    tensors: Mapping[Spot, Tensor]
+    #: Copies of the same, `[prompt, token, width]`.
+    values: Mapping[Spot, Tensor]
+    #: The logits that the metric reads, `[prompt, vocab]`.
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What enters the first layer instead of what the run computed: a point on the way between two runs."""
+
+    place: Path
+    #: `[prompt, token, width]`
+    value: Tensor
+
+
+@dataclass
+class Cost:
+    """What has been run so far."""
+
+    forwards: int = 0
+    backwards: int = 0
+    tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def differentiable(model: engine.Model) -> Iterator[None]:
+    """Gradients of values, and none of parameters: those would cost memory and are not asked for. Flags come back."""
+    flags = [(parameter, parameter.requires_grad) for parameter in peel(model).parameters()]
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+def flow(
+    model: engine.Model,
+    plan: Plan,
+    rows: Sequence[int],
+    paths: Sequence[Path],
+    *,
+    clean: bool = False,
+    mixed: Mixed | None = None,
+    tied: bool = True,
+) -> Flow:
+    """Run these prompts and keep the values of these places.
+
+    Args:
+        clean: the plan's clean prompts, not the corrupted ones; the logits are of no use then.
+        mixed: what enters the first layer instead.
+        tied: keep what gradients need; without it, only values.
+    """
+    prompts = plan.clean if clean else plan.corrupted
+    assert prompts is not None
+    known = engine.known(model)
+    wanted = {spot(site_of(path)): path.place for path in paths}
+    if mixed is not None:
+        wanted[spot(site_of(mixed.place))] = mixed.place
+    stops = accesses(model, sorted(wanted.values(), key=known.rank))
+    inputs = prompts.inputs(rows, model.device)
+    assert isinstance(inputs, Mapping)
+    at = read_at(plan, rows[0], clean=clean)
+    kept = only_read(model, at, wanted.values())
+    tensors: dict[Spot, Tensor] = {}
+    values: dict[Spot, Tensor] = {}
+    found: list[Tensor] = []
+
+    def body() -> None:
+        mediator = engine.worker(model, "ns.attribute")
+        for access in stops:
+            key = spot(site_of(access.paths[0]))
+            raw = access.place.read(mediator)
+            inner = engine.first_input(raw) if access.place.end == "input" else raw
+            tensor = wire.unpack(inner, access.item)
+            if mixed is not None and access.paths[0] == mixed.place:
+                tensor = mixed.value.to(tensor).reshape(tensor.shape)
+            if tensor.shape[0] == 1 < len(rows) and tensor.dim() == 3:
+                raise RefusedPlace(
+                    "all prompts of a batch share this value, so it has no gradient of one of them",
+                    path=access.name,
+                    expected="a place with rows of its own",
+                )
+            if tied and not tensor.requires_grad and tensor.is_floating_point():
+                tensor.requires_grad_()  # the first value of the run: what comes after it is tied to it
+            tensors[key] = tensor
+            values[key] = wire.as_rows(tensor.detach().clone(), len(rows))
+            if access.kind != "stream" and (tied or mixed is not None):
+                # The run goes on with a copy, because some blocks add to the very tensor that a branch gave them.
+                packed = wire.repack(inner, access.item, tensor.clone())
+                whole = engine.with_first_input(raw, packed) if access.place.end == "input" else packed
+                access.place.write(mediator, whole)
+        found.append(wire.logits_of(model))
+
+    with torch.set_grad_enabled(tied):
+        engine.run(model, {**inputs, **kept}, body)
+        return Flow(tuple(rows), tensors, values, found[0][:, at])
+
+
+def measured(plan: Plan, one: Flow, clean_logits: Tensor | None) -> Tensor:
+    """The metric of each row, tied to the run.
+
+    Raises:
+        BadArgument: it has no gradient.
+    """
+    value = plan.metric(one.logits, one.rows, clean_logits)
+    if not value.requires_grad or not value.is_floating_point():
+        raise BadArgument(
+            f"{plan.metric.metric.name} has no gradient: it does not move when the logits move a little",
+            expected="a smooth metric, such as ns.logit_diff or ns.log_probability",
+        )
+    return value
+
+
+def pulled(metric: Tensor, tensors: Sequence[Tensor], *, again: bool) -> list[Tensor | None]:
+    """The gradient of each row's metric at each tensor; None where the metric does not depend on it.
+
+    Rows do not mix, so the gradient of their sum is that of each.
+    """
+    usable = [tensor for tensor in tensors if tensor.requires_grad]
+    found = iter(torch.autograd.grad(metric.sum(), usable, retain_graph=again, allow_unused=True) if usable else ())
+    return [next(found) if tensor.requires_grad else None for tensor in tensors]
+
+
+def batches(prompts: Prompts, wanted: Sequence[int], room: int) -> Iterator[list[int]]:
+    """These prompts in batches of one length, at most so many tokens at once."""
+    among = set(wanted)
+    for group in prompts.batches(None):
+        rows = [row for row in group if row in among]
+        step = max(room // max(prompts.lengths("encoder")[group[0]], 1), 1)
+        yield from (rows[start : start + step] for start in range(0, len(rows), step))
+
+
+def halving(batch: list[int], work: Callable[[list[int]], Any]) -> None:
+    """Do the work for a batch, in halves where memory does not hold it whole."""
+    try:
+        work(batch)
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if len(batch) == 1 or not is_memory(error):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        middle = len(batch) // 2
+        halving(batch[:middle], work)
+        halving(batch[middle:], work)

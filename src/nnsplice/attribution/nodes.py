@@ -1,0 +1,163 @@
+"""`atp` and `ig`: what each cell would change if the metric were a straight line, difference times gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.access import site_of
+from nnsplice.attribution.gradients import Cost, Flow, Mixed, Spot, flow, measured, pulled, spot
+from nnsplice.paths import Path
+from nnsplice.sweeps.plan import Plan
+
+#: Where clean values stand: for each value of the run `[row, token, width]`, padded on the right.
+Clean = Mapping[Spot, Tensor]
+Gradients = dict[Spot, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """All that is asked of one place: rows of the batch, their tokens in both runs, and the cells that these are of."""
+
+    place: Path
+    cells: Tensor
+    rows: Tensor
+    tokens: Tensor
+    clean_tokens: Tensor
+
+
+def wanted_of(plan: Plan, rows: Sequence[int]) -> list[Wanted]:
+    """What the plan's jobs ask of each place, for these prompts."""
+    number = {prompt: row for row, prompt in enumerate(rows)}
+    found: dict[Path, list[tuple[int, int, int, int]]] = {}
+    for prompt, cell in plan.jobs:
+        if prompt not in number:
+            continue
+        target = plan.targets[cell]
+        here, there = plan.positions(target, prompt), plan.positions(target, prompt, of_clean=True)
+        for place in target.places:
+            found.setdefault(place.place, []).extend(
+                (cell, number[prompt], a, b) for a, b in zip(here, there, strict=True)
+            )
+    return [Wanted(place, *torch.tensor(entries).T.contiguous().unbind(0)) for place, entries in found.items()]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one length, and what is known of them before the corrupted run."""
+
+    model: engine.Model
+    plan: Plan
+    rows: tuple[int, ...]
+    wanted: Sequence[Wanted]
+    #: The clean run at every place that is asked about, and its logits where the metric reads, `[row, vocab]`.
+    clean: Clean
+    clean_logits: Tensor
+    #: Where the stream enters the first layer.
+    entry: Path
+    #: How many gradients are taken on the way from one run to the other; 0 for one, in the corrupted run.
+    steps: int
+    cost: Cost
+
+    @property
+    def paths(self) -> list[Path]:
+        """The places that are asked about."""
+        return [one.place for one in self.wanted]
+
+    def run(self, paths: Sequence[Path], *, mixed: Mixed | None = None, tied: bool = True) -> Flow:
+        """The corrupted prompts, or a point on their way to the clean ones."""
+        self.cost.forwards += 1
+        return flow(self.model, self.plan, self.rows, paths, mixed=mixed, tied=tied)
+
+    def metric(self, one: Flow) -> Tensor:
+        """The metric of each row of a run, tied to it."""
+        return measured(self.plan, one, self.clean_logits if self.plan.metric.metric.compares else None)
+
+    def pulled(self, metric: Tensor, one: Flow, spots: Iterable[Spot], *, again: bool = False) -> Gradients:
+        """The metric's gradients at values of a run."""
+        self.cost.backwards += 1
+        names = list(spots)
+        found = pulled(metric, [one.tensors[name] for name in names], again=again)
+        return dict(zip(names, found, strict=True))
+
+
+def clean_run(
+    model: engine.Model, plan: Plan, rows: Sequence[int], paths: Sequence[Path], cost: Cost
+) -> tuple[Clean, Tensor]:
+    """The clean prompts' values and the logits that the metric reads; their lengths may differ."""
+    assert plan.clean is not None
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(plan.clean.lengths("encoder")[row], []).append(row)
+    cost.forwards += len(groups)
+    flows = [flow(model, plan, members, paths, clean=True, tied=False) for members in groups.values()]
+    if len(flows) == 1:
+        return flows[0].values, flows[0].logits
+    order = torch.tensor([list(rows).index(row) for one in flows for row in one.rows]).argsort()
+    values: dict[Spot, Tensor] = {}
+    for key in flows[0].values:
+        lines = [line for one in flows for line in one.values[key]]
+        values[key] = torch.nn.utils.rnn.pad_sequence([lines[n] for n in order], batch_first=True)
+    return values, torch.cat([one.logits for one in flows])[order]
+
+
+# --- atp and ig -------------------------------------------------------------------------------------------------------
+
+
+def points(batch: Batch, before: Tensor, after: Tensor) -> Iterator[tuple[float, Mixed]]:
+    """Where on the straight way from one embedding to the other gradients are taken, and what each counts.
+
+    Those of Gauss and Legendre: for so many gradients no others integrate more polynomials exactly.
+    """
+    at, weights = np.polynomial.legendre.leggauss(batch.steps)
+    for x, weight in zip((at + 1) / 2, weights / 2, strict=True):
+        yield float(weight), Mixed(batch.entry, before + (after - before) * float(x))
+
+
+def at_corrupted(batch: Batch) -> tuple[Flow, Tensor]:
+    """`atp`: the gradient where the corrupted run stands."""
+    here = batch.run(batch.paths)
+    gradients = batch.pulled(batch.metric(here), here, here.tensors)
+    return here, lined_up(batch, here, gradients)
+
+
+def along_the_way(batch: Batch) -> tuple[Flow, Tensor]:
+    """`ig`: the mean gradient while the embeddings go from the corrupted to the clean prompt."""
+    here = batch.run([*batch.paths, batch.entry], tied=False)
+    entry = spot(site_of(batch.entry))
+    mean: Gradients = {}
+    for weight, mixed in points(batch, here.values[entry], batch.clean[entry]):
+        one = batch.run(batch.paths, mixed=mixed)
+        for key, gradient in batch.pulled(batch.metric(one), one, one.tensors).items():
+            so_far = mean.get(key)
+            if gradient is not None:
+                mean[key] = gradient * weight if so_far is None else so_far + gradient * weight
+    return here, lined_up(batch, here, mean)
+
+
+def lined_up(batch: Batch, here: Flow, gradients: Gradients, skip: Container[Path] = ()) -> Tensor:
+    """`[row, cell]`: what each cell's difference between the two runs is worth along these gradients."""
+    scores = torch.zeros(len(here.rows), len(batch.plan.targets), dtype=torch.float64)
+    for one in batch.wanted:
+        site = site_of(one.place)
+        gradient = gradients.get(spot(site))
+        if gradient is None or one.place in skip:
+            continue
+        columns = slice(*(site.columns or (0, None)))
+        values = here.values[spot(site)]
+        # To where the layer is, whose values may lie on a device of their own.
+        rows, tokens, clean_tokens = (at.to(values.device) for at in (one.rows, one.tokens, one.clean_tokens))
+        along = gradient.reshape(values.shape)[rows, tokens, columns].double()
+        moved = batch.clean[spot(site)][rows, clean_tokens, columns].double() - values[rows, tokens, columns].double()
+        scores.index_put_((one.rows, one.cells), (moved * along).sum(-1).cpu(), accumulate=True)
+    return scores
+
+
+def places_of(plan: Plan) -> list[Path]:
+    """Every place that a job of the plan changes."""
+    return list(dict.fromkeys(place.place for _, cell in plan.jobs for place in plan.targets[cell].places))

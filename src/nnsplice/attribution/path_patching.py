@@ -1,0 +1,220 @@
+"""Path patching: what a place does through chosen others, and through nothing else. Exact.
+
+Three runs in one pass. Its rows are, for each cell: a run in which the sender has its clean value and every branch
+after it stands still, so that only what the receivers read is changed; and a run in which the receivers have what the
+first run gave them, and everything goes on from there. Beside these each prompt runs once as it is: what the branches
+stand still at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations.access import Access, accesses, hold, site_of
+from nnsplice.attribution.branches import Branch, Branches, branches_of
+from nnsplice.attribution.gradients import only_read, read_at
+from nnsplice.errors import BadArgument, RefusedPlace, circumstances
+from nnsplice.paths import Path, parse_path
+from nnsplice.results import SweepResult
+from nnsplice.sweeps.executors import Cost, Executor, Work, measured, whole_prompts
+from nnsplice.sweeps.plan import Job, Plan, Sites, plan_sweep
+from nnsplice.sweeps.running import run
+from nnsplice.sweeps.targets import tokens_of
+
+_RUNNING = ("executor", "max_tokens", "journal", "progress")
+
+
+def path_patch(
+    model: Any, clean: Any, corrupted: Any, senders: Sites, receivers: Sites, metric: Any, **options: Any
+) -> SweepResult:
+    """Patch every sender by itself, and let its new value reach the receivers alone.
+
+    The corrupted run, with the sender as in the clean one and every attention and MLP behind it held still, tells what
+    the receivers would then read; with that written into the receivers, and everything else free, the metric is taken.
+    Two receivers do not reach each other in the first of these runs: each gets what comes straight from the sender.
+
+    With `"unembed"` as the receiver it is the sender's direct effect on the logits.
+
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> pair = "w3 w4 w5", "w3 w6 w5"
+    >>> ns.path_patch(model, *pair, "layers[0].heads[:]", "layers[2].heads[1].q", metric, progress=False).grid().sizes
+    Frozen({'prompt': 1, 'layer': 1, 'head': 4})
+
+    Args:
+        senders: paths; each place is a cell. Without positions all its tokens are patched at once, with `[:]` each
+            token is a cell of its own.
+        receivers: paths to queries, keys, values, heads, branches or the stream; without positions, at all tokens.
+        options: those of `ns.plan_sweep` (`spans`, `align`) and `ns.run` (`max_tokens`, `journal`, `progress`).
+    """
+    if "executor" in options:
+        raise BadArgument("path_patch has one way of running", expected="no executor=")
+    running = {name: options.pop(name) for name in _RUNNING if name in options}
+    model = engine.as_model(model)
+    with circumstances("ns.path_patch"):
+        plan = plan_sweep(model, clean, corrupted, senders, metric, together=True, **options)
+        return run_paths(model, plan, [receivers] * len(plan.targets), **running)
+
+
+def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Sites], **running: Any) -> SweepResult:
+    """Run a plan whose sites are senders, each with its own receivers."""
+    if plan.operation.name != "patch":
+        raise BadArgument(f"operation={plan.operation.name!r}", expected="patching from the clean run")
+    paths = Paths.of(model, plan, receivers)
+    named = [[str(path) for path in each] for each in paths.receivers]
+    asked = {**plan.asked, "receivers": named[0] if all(names == named[0] for names in named) else named}
+    reached = tuple(job for job in plan.jobs if paths.reached(plan, job))
+    if plan.jobs and not reached:
+        raise BadArgument(
+            "no sender comes before a receiver, so nothing can reach one",
+            expected="senders that run before the receivers",
+        )
+    beside = tuple(job for job in plan.jobs if job not in set(reached))
+    plan = replace(plan, jobs=reached, known=plan.known + beside, asked=asked)
+    return run(plan, model, executor=paths.executor, **running)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """From each sender of a plan to its own receivers."""
+
+    branches: Branches
+    #: For each target of the plan.
+    receivers: tuple[tuple[Path, ...], ...]
+    rank: Mapping[Path, tuple]
+
+    @staticmethod
+    def of(model: engine.Model, plan: Plan, receivers: Sequence[Sites]) -> Paths:
+        """For the receivers of each target; every mistake in them is found here."""
+        branches, known = branches_of(model), engine.known(model)
+        expanded: dict[tuple[str | Path, ...], tuple[Path, ...]] = {}
+        for listed in map(engine.listed, receivers):
+            if listed not in expanded:
+                wanted = [parse_path(path) for path in listed]
+                found = [place.at(path.position) for path in wanted for place in engine.expand(model, path.place)]
+                expanded[listed] = tuple(sorted(dict.fromkeys(found), key=known.rank))
+            if not expanded[listed]:
+                raise BadArgument("no receivers, so nothing is reached", expected="at least one path")
+        senders = [place for target in plan.targets for place in target.places]
+        places = dict.fromkeys([*senders, *(path for paths in expanded.values() for path in paths)])
+        for path in places:
+            _check(path, branches)
+        for path in (path for paths in expanded.values() for path in paths):
+            tokens_of(path, plan.corrupted)
+        each = tuple(expanded[engine.listed(paths)] for paths in receivers)
+        return Paths(branches, each, {path: known.rank(path) for path in places})
+
+    def reached(self, plan: Plan, job: Job) -> bool:
+        """Whether any receiver runs after what the job changes."""
+        first = min(self.rank[place][0] for place in plan.targets[job[1]].places)
+        return any(self.rank[path][0] >= first for path in self.receivers[job[1]])
+
+    @property
+    def executor(self) -> Executor:
+        """As sweeps run it: a cell has two rows, and each prompt may have one more."""
+        return Executor(self.run, lambda work, jobs: [3 * size for size in whole_prompts(work, jobs)], name="paths")
+
+    def run(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+        """Jobs -> the metric of each, and what it cost."""
+        plan, model = work.plan, work.model
+        known = engine.known(model)
+        prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
+        rows = [*prompts, *(prompt for prompt, _ in jobs), *(prompt for prompt, _ in jobs)]
+        still = [branch.added for branch in self.branches.all]
+        senders = list(dict.fromkeys(place for _, cell in jobs for place in plan.targets[cell].places))
+        receivers = [path for _, cell in jobs for path in self.receivers[cell]]
+        stops = sorted(dict.fromkeys(path.place for path in (*senders, *receivers, *still)), key=known.rank)
+        inputs = plan.corrupted.inputs(rows, model.device)
+        assert isinstance(inputs, Mapping)
+        batch = plan.corrupted.batch(rows)
+        pass_, at = _Pass(self, work, jobs, prompts), read_at(plan, prompts[0])
+        found: list[Tensor] = []
+
+        def body() -> None:
+            mediator = engine.worker(model, "ns.path_patch")
+            for access in accesses(model, stops):
+                held = hold(access, mediator, batch.rows(access.tower))
+                held.write(pass_.changed(access, held.tensor))
+            found.append(wire.logits_of(model)[len(prompts) + len(jobs) :, at].clone())
+
+        with torch.no_grad():
+            engine.run(model, {**inputs, **only_read(model, at, stops)}, body)
+        tokens = inputs["input_ids"].numel()
+        return measured(work, found[0], jobs), Cost(tokens, forwards=1, peak=tokens)
+
+
+class _Pass:
+    """What is done at each stop of one pass."""
+
+    def __init__(self, paths: Paths, work: Work, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
+        self.work, self.jobs = work, jobs
+        self.own = [prompts.index(prompt) for prompt, _ in jobs]
+        self.still = slice(len(prompts), len(prompts) + len(jobs))
+        self.free = slice(len(prompts) + len(jobs), None)
+        self.branches = {site_of(branch.added): branch for branch in paths.branches.all}
+        plan = work.plan
+        self.inside = [self._inside(paths.branches, plan.targets[cell].places) for _, cell in jobs]
+        #: Receiver -> the rows that it is one of.
+        self.receivers: dict[Path, dict[Path, list[int]]] = {}
+        for row, (_, cell) in enumerate(jobs):
+            for path in paths.receivers[cell]:
+                self.receivers.setdefault(path.place, {}).setdefault(path, []).append(row)
+
+    @staticmethod
+    def _inside(branches: Branches, places: Iterable[Path]) -> list[Branch | None]:
+        return [branches.of(place) for place in places]
+
+    def changed(self, access: Access, tensor: Tensor) -> Tensor:
+        """The value that the run goes on with."""
+        new = tensor.clone()
+        for path in access.paths:
+            start, stop = site_of(path).columns or (0, tensor.shape[-1])
+            part = new[..., start:stop]
+            self._send(path, part)
+            for receiver, rows in self.receivers.get(path.place, {}).items():
+                self._receive(receiver, rows, part)
+        for path in access.paths:
+            branch = self.branches.get(site_of(path))
+            if branch is not None:
+                self._hold_still(branch, new)
+        return new
+
+    def _send(self, path: Path, part: Tensor) -> None:
+        plan, source = self.work.plan, self.work.source
+        for row, job in enumerate(self.jobs):
+            if path.place not in [place.place for place in plan.targets[job[1]].places]:
+                continue
+            positions = plan.positions(plan.targets[job[1]], job[0])
+            values = [source.value(job, path, order, p, part.shape[-1]) for order, p in enumerate(positions)]
+            part[self.still.start + row, positions] = torch.stack([v for v in values if v is not None]).to(part)
+
+    def _receive(self, receiver: Path, rows: Sequence[int], part: Tensor) -> None:
+        if receiver.position is None:
+            part[[self.free.start + row for row in rows]] = part[[self.still.start + row for row in rows]]
+            return
+        own = tokens_of(receiver, self.work.plan.corrupted)
+        for row in rows:
+            tokens = own[self.jobs[row][0]]
+            part[self.free.start + row, tokens] = part[self.still.start + row, tokens]
+
+    def _hold_still(self, branch: Branch, new: Tensor) -> None:
+        # Not the branch that the sender is in: what it adds is how the sender speaks.
+        rows = [row for row, inside in enumerate(self.inside) if branch not in inside]
+        if rows:
+            new[[self.still.start + row for row in rows]] = new[[self.own[row] for row in rows]]
+
+
+def _check(path: Path, branches: Branches) -> None:
+    site = site_of(path)
+    if site.kind in ("pattern", "expert"):
+        raise RefusedPlace(
+            f"{'a pattern' if site.kind == 'pattern' else 'one expert'} is derived from several values of a run",
+            path=path,
+            expected="a place with a value of its own: queries, keys, values, heads, branches, the stream",
+        )
+    branches.of(path)

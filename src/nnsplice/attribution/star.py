@@ -1,0 +1,190 @@
+"""`atp*`: atp with its two known blind spots seen to (Kramar et al., 2024).
+
+* A softmax that is nearly certain has no gradient, though another query would turn it round. So for queries and keys
+  the new probabilities are computed, and the straight line begins behind them (the QK fix).
+* Effects on two ways through the model may cancel to nothing. So gradients are taken once for each layer with that
+  layer's branches standing still, and the sizes of what each says are averaged (GradDrop). The sign is atp's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Atlas, Site, peel
+from nnsplice.atlas.tree import is_norm
+from nnsplice.attribution.attention import Attended, Seen, probabilities, worth_of_keys, worth_of_queries
+from nnsplice.attribution.branches import Branches, branches_of
+from nnsplice.attribution.gradients import Flow, flow, pulled, spot
+from nnsplice.attribution.nodes import Batch, Gradients, lined_up
+from nnsplice.errors import BadArgument, NnspliceError
+from nnsplice.paths import Path
+
+
+@dataclass(frozen=True)
+class Asks:
+    """A place that holds queries or keys: whose, and of which heads."""
+
+    module: nn.Module
+    role: str
+    heads: tuple[int, ...]
+    #: Whether a norm takes all heads together, so that patching one of them moves the others.
+    mixes: bool
+
+
+def with_both_fixes(batch: Batch) -> tuple[Flow, Tensor]:
+    """The corrupted run and scores `[row, cell]`: sizes with GradDrop, the sign without."""
+    branches = branches_of(batch.model)
+    asks = asks_of(batch, branches)
+    added = [branch.added for branch in branches.all]
+    here, seen, there = _runs(batch, [*batch.paths, *added], bool(asks))
+    drop = _Dropper(here.tensors, branches)
+    metric = batch.metric(here)
+    spots = list(dict.fromkeys(spot(site_of(path)) for path in batch.paths))
+    modules = list(dict.fromkeys(one.module for one in asks.values()))
+    inputs = [here.tensors[name] for name in spots] + [seen[module].probabilities for module in modules]
+    layers = range(branches.tower.n_layers)
+
+    def scores(dropped: int | None) -> Tensor:
+        drop.layer = dropped
+        batch.cost.backwards += 1
+        found = pulled(metric, inputs, again=dropped != layers[-1])
+        gradients: Gradients = dict(zip(spots, found[: len(spots)], strict=True))
+        straight = lined_up(batch, here, gradients, skip=asks)
+        for module, gradient in zip(modules, found[len(spots) :], strict=True):
+            if gradient is not None:
+                straight += _queries_and_keys(batch, asks, module, seen[module], there[module], gradient)
+        return straight
+
+    plain = scores(None)
+    owners = torch.tensor([_layer_inside(batch, branches, cell) for cell in range(len(batch.plan.targets))])
+    sizes, counted = torch.zeros_like(plain), torch.zeros(len(owners))
+    for layer in layers:
+        others = owners != layer
+        sizes += scores(layer).abs() * others
+        counted += others
+    # In a model of one layer nothing can be left out beside the place itself.
+    sizes = torch.where(counted > 0, sizes / counted.clamp_min(1), plain.abs())
+    return here, torch.where(plain < 0, -sizes, sizes)
+
+
+class _Dropper:
+    """Lets one layer's branches pass no gradient back, as if what they add were constant."""
+
+    def __init__(self, tensors: Mapping, branches: Branches) -> None:
+        self.layer: int | None = None
+        for branch in branches.all:
+            tensors[spot(site_of(branch.added))].register_hook(self._for(branch.block.index))
+
+    def _for(self, layer: int):
+        return lambda gradient: torch.zeros_like(gradient) if self.layer == layer else gradient
+
+
+def _layer_inside(batch: Batch, branches: Branches, cell: int) -> int:
+    """The layer whose standing still would silence the cell itself; -1 for places of the stream."""
+    inside = [branches.of(place) for place in batch.plan.targets[cell].places]
+    layers = {branch.block.index for branch in inside if branch is not None}
+    return layers.pop() if len(layers) == 1 and None not in inside else -1
+
+
+# --- queries and keys -------------------------------------------------------------------------------------------------
+
+
+def asks_of(batch: Batch, branches: Branches) -> dict[Path, Asks]:
+    """Which of the places hold queries or keys, however they are spelled."""
+    roles = dict(_roles(batch, branches))
+    found = {path: roles[site_of(path)] for path in batch.paths if site_of(path) in roles}
+    if any(ask.mixes for ask in found.values()):
+        raise _refusal("a norm takes the queries or keys of all heads together")
+    return found
+
+
+def _roles(batch: Batch, branches: Branches) -> Iterator[tuple[Site, Asks]]:
+    root, atlas = peel(batch.model), Atlas.of(batch.model)
+    for block in branches.tower.blocks:
+        home = block.attn or (block.pattern or (None,))[0]
+        layout = block.layout
+        if home is None or layout is None:
+            continue
+        inner = [name for name in atlas.tree.under(home) if name != block.attn_added]
+        mixes = any(_mixes(atlas, name, layout.head_dim) for name in inner)
+        module, start = root.get_submodule(home), f"layers[{block.index}]"
+        places = {f"{start}.heads[{h}].q": ("q", (h,)) for h in range(layout.n_heads)}
+        places |= {f"{start}.groups[{g}].k": ("k", tuple(layout.heads_of(g))) for g in range(layout.n_kv)}
+        places |= {f"{start}.attn.{role}": (role, tuple(range(layout.n_heads))) for role in ("q", "k")}
+        for text, (role, heads) in places.items():
+            try:
+                (path,) = atlas.expand(text)
+            except NnspliceError:  # heads that alternate on one axis have no place for all of them
+                continue
+            yield site_of(path), Asks(module, role, heads, mixes)
+
+
+def _mixes(atlas: Atlas, name: str, head_dim: int) -> bool:
+    return is_norm(atlas.tree, name) and any(
+        shape[0] > head_dim for _, shape in atlas.tree.nodes[name].params.values() if shape
+    )
+
+
+def _queries_and_keys(
+    batch: Batch, asks: Mapping[Path, Asks], module: nn.Module, here: Attended, there: Attended, gradient: Tensor
+) -> Tensor:
+    worth: dict[str, Tensor] = {}
+    scores = torch.zeros(len(batch.rows), len(batch.plan.targets), dtype=torch.float64)
+    for one in batch.wanted:
+        ask = asks.get(one.place)
+        if ask is None or ask.module is not module:
+            continue
+        if ask.role not in worth:
+            of = worth_of_queries if ask.role == "q" else worth_of_keys
+            worth[ask.role] = of(here, there, gradient)
+        per_token = worth[ask.role][:, list(ask.heads)].sum(1)
+        scores.index_put_((one.rows, one.cells), per_token.cpu()[one.rows, one.tokens], accumulate=True)
+    return scores
+
+
+def _runs(batch: Batch, paths: list[Path], asked: bool):
+    """The corrupted run, and the attention of both runs where queries or keys are asked about."""
+    if not asked:
+        return batch.run(paths), {}, {}
+    root = peel(batch.model)
+    if batch.plan.align != "position":
+        raise BadArgument(
+            'atp* computes attention of one run with queries and keys of the other, at the same positions; align="end" '
+            "has others",
+            expected='prompts of one length in a pair, or method="atp"',
+        )
+    try:
+        with probabilities(root) as there:
+            batch.cost.forwards += 1
+            with torch.no_grad():
+                flow(batch.model, batch.plan, batch.rows, batch.paths[:1], clean=True, tied=False)
+        with probabilities(root) as here:
+            one = batch.run(paths)
+    except NotImplementedError as reason:
+        raise _refusal(str(reason)) from None
+    _check_same(batch, one.logits, here, there)
+    return one, here, there
+
+
+def _check_same(batch: Batch, logits: Tensor, here: Seen, there: Seen) -> None:
+    layers = len(batch.wanted) and {one.module for one in asks_of(batch, branches_of(batch.model)).values()}
+    if not layers <= set(here) or not layers <= set(there):  # type: ignore[operator]
+        raise _refusal("its attention does not go through transformers' registry")
+    own = batch.run([], tied=False).logits
+    scale = float(own.abs().max()) or 1.0
+    # Models that are told to use eager attention take its softmax in single precision, whatever their own.
+    allowed = 1e-5 if own.dtype == torch.float64 else 1e-3 if own.dtype == torch.float32 else 5e-2
+    if not float((own - logits.detach()).abs().max()) <= allowed * scale:
+        raise _refusal("its attention is no plain softmax of scores")
+
+
+def _refusal(reason: str) -> BadArgument:
+    return BadArgument(
+        f"atp* has to see the probabilities of this model's attention, and cannot: {reason}",
+        expected='method="atp", or sites other than queries and keys',
+    )

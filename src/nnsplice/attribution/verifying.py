@@ -1,0 +1,76 @@
+"""Estimates checked: the largest computed exactly, and beside them some that the estimate thinks nothing of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from os import PathLike
+
+import numpy as np
+
+from nnsplice import engine
+from nnsplice.attribution.path_patching import run_paths
+from nnsplice.results import SweepResult, estimates
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.running import run
+
+
+def verified(
+    model: engine.Model,
+    plan: Plan,
+    estimated: SweepResult,
+    k: int,
+    *,
+    executor: str,
+    max_tokens: int | None,
+    journal: str | PathLike[str] | None,
+    progress: bool,
+) -> SweepResult:
+    """The estimates with the exact values of the first k, and of as many others."""
+    table = estimated.table
+    can_differ = np.zeros(len(plan.targets), dtype=bool)
+    can_differ[[cell for _, cell in plan.jobs]] = True
+    sizes = estimates.sizes_of(table)
+    sizes = np.where(can_differ if table.edges is None else can_differ[:, None], sizes, np.nan)
+    chosen = np.concatenate([estimates.first(sizes, k), _others(sizes, k, plan.seed)]).astype(int)
+    exact = np.full(table.values.shape if table.edges is None else table.edges.shape, np.nan)
+    running = {"max_tokens": max_tokens, "journal": journal, "progress": progress}
+    if table.edges is None:
+        found = run(_part(plan, chosen), model, executor=executor, **running)
+        exact[:, chosen] = found.table.values[:, chosen]
+    else:
+        cells, receivers = np.unravel_index(chosen, sizes.shape)
+        pairs = [table.receivers[number] for number in receivers]
+        if pairs:
+            found = run_paths(model, _edges(plan, cells), pairs, **running)
+            exact[:, cells, receivers] = found.table.values
+    told = {"k": k, "of": int((~np.isnan(sizes)).sum()), "seed": plan.seed}
+    return SweepResult(replace(table, exact=exact, asked={**table.asked, "verify": told}))
+
+
+def _others(sizes: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """As many of the rest, drawn at random; all of it where there is no more."""
+    flat = sizes.reshape(-1)
+    rest = np.setdiff1d(np.flatnonzero(~np.isnan(flat)), estimates.first(sizes, k))
+    return np.sort(np.random.default_rng(seed).permutation(rest)[:k])
+
+
+def _part(plan: Plan, cells: np.ndarray) -> Plan:
+    """Only these cells of a plan."""
+    chosen = set(cells.tolist())
+    return replace(
+        plan,
+        jobs=tuple(job for job in plan.jobs if job[1] in chosen),
+        known=tuple(job for job in plan.known if job[1] in chosen),
+    )
+
+
+def _edges(plan: Plan, cells: np.ndarray) -> Plan:
+    """A target for each edge: its sender."""
+    numbers: dict[int, list[int]] = {}
+    for number, cell in enumerate(cells.tolist()):
+        numbers.setdefault(cell, []).append(number)
+    jobs, known = (
+        tuple((prompt, number) for prompt, cell in some for number in numbers.get(cell, ()))
+        for some in (plan.jobs, plan.known)
+    )
+    return replace(plan, targets=tuple(plan.targets[cell] for cell in cells), jobs=jobs, known=known)

@@ -1,0 +1,222 @@
+"""Path patching equals three passes with torch hooks, whatever the family; and says so where it has no meaning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import nnsplice as ns
+from attribution.oracle import NAMES, Names, Point, bare, double, ends, ids, kept, three_passes
+from zoo import FAMILIES, MASKED, SEQ2SEQ
+
+CLEAN, CORRUPTED = "w3 w4 w5 w6 w7", "w3 w9 w5 w16 w7"
+METRIC = ns.logit_diff("w7", "w8")
+
+
+def _values(model: Any, senders: Any, receivers: Any, **options: Any) -> np.ndarray:
+    result = ns.path_patch(model, CLEAN, CORRUPTED, senders, receivers, METRIC, progress=False, **options)
+    return result.table.values[0]
+
+
+def _oracle(family: str, sender: Point, own: Point | None, receivers: list[Point], **options: Any) -> float:
+    module = bare(family)
+    return three_passes(module, NAMES[family].branches(), ids(CLEAN), ids(CORRUPTED), sender, own, receivers, **options)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_heads_to_the_heads_of_a_later_layer(family: str) -> None:
+    names, model = NAMES[family], double(family)
+    values = _values(model, "layers[0:2].heads[:]", ["layers[2].heads[1].output", "layers[2].heads[3].output"])
+    expected = [
+        _oracle(family, names.z(layer, head), Point(names.attn.format(layer)), [names.z(2, 1), names.z(2, 3)])
+        for layer in (0, 1)
+        for head in range(4)
+    ]
+    assert np.abs(values - expected).max() < 1e-12
+    assert np.ptp(values) > 1e-4
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_branches_to_a_later_branch_at_chosen_tokens(family: str) -> None:
+    names, model = NAMES[family], double(family)
+    values = _values(model, ["layers[0].attn[1,3]", "layers[0].mlp[1,3]"], "layers[1].mlp.output[2:]")
+    expected = {}
+    for part in ("attn", "mlp"):
+        point = Point(getattr(names, part).format(0))
+        for token in (1, 3):
+            expected[f"layers[0].{part}.output[{token}]"] = _oracle(
+                family, point, point, [Point(names.mlp.format(1))], sent=[token], received=[2, 3, 4]
+            )
+    plan = ns.plan_sweep(model, CLEAN, CORRUPTED, ["layers[0].attn[1,3]", "layers[0].mlp[1,3]"], METRIC)
+    wanted = [expected[target.cell.path] for target in plan.targets]
+    assert np.abs(values - wanted).max() < 1e-12
+    # Token 1 reaches the MLP at token 1 only, which is none of the receiver's tokens.
+    own = ends(bare(family), ids(CORRUPTED))
+    moved = {path: abs(value - own) for path, value in expected.items()}
+    assert moved["layers[0].mlp.output[1]"] == 0.0 < moved["layers[0].mlp.output[3]"]
+
+
+def _projections(family: str, layer: int) -> dict[str, Point]:
+    """The query of head 3, and the key and the value that it reads, in the family's own columns."""
+    if family == "gpt2":  # q of all heads, k of all, v of all
+        fused = f"transformer.h.{layer}.attn.c_attn"
+        return {"heads[3].q": Point(fused, columns=(12, 16)), "groups[3].k": Point(fused, columns=(28, 32)),
+                "groups[3].v": Point(fused, columns=(44, 48))}  # fmt: skip
+    if family == "gpt_neox":  # q, k, v of one head after the other
+        fused = f"gpt_neox.layers.{layer}.attention.query_key_value"
+        return {"heads[3].q": Point(fused, columns=(36, 40)), "groups[3].k": Point(fused, columns=(40, 44)),
+                "groups[3].v": Point(fused, columns=(44, 48))}  # fmt: skip
+    home = f"model.layers.{layer}.self_attn"  # two groups of keys and values for four heads
+    return {"heads[3].q": Point(f"{home}.q_proj", columns=(18, 24)),
+            "groups[1].k": Point(f"{home}.k_proj", columns=(6, 12)),
+            "groups[1].v": Point(f"{home}.v_proj", columns=(6, 12))}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_to_queries_keys_and_values_also_where_heads_share_them(family: str) -> None:
+    names, model = NAMES[family], double(family)
+    for text, point in _projections(family, 2).items():
+        values = _values(model, "layers[:].mlp", f"layers[2].{text}")
+        own = ends(bare(family), ids(CORRUPTED))
+        expected = [
+            _oracle(family, Point(names.mlp.format(layer)), Point(names.mlp.format(layer)), [point]) for layer in (0, 1)
+        ]
+        assert np.abs(values - [*expected, own]).max() < 1e-12, text
+        assert np.abs(np.array(expected) - own).max() > 1e-6
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_queries_as_senders(family: str) -> None:
+    names, model = NAMES[family], double(family)
+    text, point = next(iter(_projections(family, 0).items()))
+    values = _values(model, f"layers[0].{text}", "layers[1].attn")
+    attn = Point(names.attn.format(0))
+    assert abs(values[0] - _oracle(family, point, attn, [Point(names.attn.format(1))])) < 1e-12
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_the_direct_effect_on_the_logits(family: str) -> None:
+    """What a branch adds, put into the final stream of the corrupted run, through the final norm and the head."""
+    names, model, module = NAMES[family], double(family), bare(family)
+    values = _values(model, ["embed", "layers[:].attn", "layers[:].mlp"], "unembed")
+    last = f"{names.mlp.format(2).rpartition('.')[0]}"
+    branches = [*names.branches(), Point(last), Point(f"{last[:-1]}0", "input")]
+    clean, corrupted = kept(module, ids(CLEAN), branches), kept(module, ids(CORRUPTED), branches)
+
+    def final(added: torch.Tensor) -> float:
+        handle = module.get_submodule(last).register_forward_hook(
+            lambda _m, _a, out: (
+                (corrupted[Point(last)] + added, *out[1:]) if isinstance(out, tuple) else corrupted[Point(last)] + added
+            )
+        )
+        value = ends(module, ids(CORRUPTED))
+        handle.remove()
+        return value
+
+    changes = {point: (clean[point] - corrupted[point]).reshape(1, 5, -1) for point in branches}
+    expected = {"embed.output[:]": final(changes[branches[-1]])}
+    for layer in range(3):
+        expected[f"layers[{layer}].attn.output[:]"] = final(changes[Point(names.attn.format(layer))])
+        expected[f"layers[{layer}].mlp.output[:]"] = final(changes[Point(names.mlp.format(layer))])
+    result = ns.path_patch(
+        model, CLEAN, CORRUPTED, ["embed", "layers[:].attn", "layers[:].mlp"], "unembed", METRIC, progress=False
+    )
+    wanted = [expected[cell.path] for cell in result.cells]
+    assert np.abs(values - wanted).max() < 1e-12
+    # The stream's end and the final norm are the same receiver.
+    for other in ("layers[-1].output", "final_norm"):
+        assert np.abs(_values(model, ["embed", "layers[:].attn", "layers[:].mlp"], other) - values).max() < 1e-12
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in (*SEQ2SEQ, *MASKED)])
+def test_the_last_branch_has_no_other_path_than_the_direct_one(family: str) -> None:
+    """On every family: a plain patch of it is its path to the logits, and one of the stream goes every way."""
+    model = double(family)
+    last = "layers[2].mlp.output[:]"
+    swept = ns.sweep(model, CLEAN, CORRUPTED, last, METRIC, progress=False).table.values[0]
+    assert np.abs(_values(model, last, "unembed") - swept).max() < 1e-12
+    whole = ns.plan_sweep(model, CLEAN, CORRUPTED, "embed", METRIC, together=True)
+    branches = ["layers[0].attn", "layers[0].mlp", "layers[0].output"]
+    every = ns.run(whole, model, progress=False).table.values[0]
+    alone = _values(model, "embed", branches)
+    # The stream after layer 0 with the branches of layer 0 held still is not yet the patched run ...
+    assert np.abs(alone - every).max() > 1e-9
+    # ... and it is when it is the stream before them.
+    assert np.abs(_values(model, "embed", "layers[0].input") - every).max() < 1e-12
+
+
+def test_small_chunks_and_several_prompts_give_the_same_numbers() -> None:
+    model = double("llama")
+    clean, corrupted = [CLEAN, "w13 w14 w15", "w23 w24 w25"], [CORRUPTED, "w13 w24 w15", "w23 w14 w25"]
+    args = (clean, corrupted, "layers[0:2].heads[:].output[:]", "layers[2].heads[1].q", METRIC)
+    whole = ns.path_patch(model, *args, progress=False).table
+    parts = ns.path_patch(model, *args, max_tokens=9, progress=False).table
+    assert np.nanmax(np.abs(whole.values - parts.values)) < 1e-12
+    alone = ns.path_patch(model, clean[1], corrupted[1], *args[2:], progress=False).table
+    by_path = dict(zip((cell.path for cell in whole.cells), whole.values[1], strict=True))
+    assert max(abs(by_path[c.path] - v) for c, v in zip(alone.cells, alone.values[0], strict=True)) < 1e-12
+
+
+def test_a_path_patch_is_resumed_and_has_an_identity_of_its_own(tmp_path) -> None:
+    model = double("gpt2")
+    args = (CLEAN, CORRUPTED, "layers[0].heads[:]", "layers[2].heads[1].q", METRIC)
+    journal = tmp_path / "paths.jsonl"
+    result = ns.path_patch(model, *args, journal=journal, progress=False)
+    again = ns.path_patch(model, *args, journal=journal, progress=False)
+    assert again == result and again.run.forwards == 0
+    assert result.run.executor == "paths" and result.asked["receivers"] == ["layers[2].heads[1].q"]
+    with pytest.raises(ns.errors.FileError, match="receivers"):
+        ns.path_patch(model, *args[:3], "layers[2].heads[2].q", METRIC, journal=journal, progress=False)
+    result.to_file(tmp_path / "paths.safetensors")
+    assert ns.SweepResult.from_file(tmp_path / "paths.safetensors") == result
+
+
+def test_senders_behind_every_receiver_are_known_without_running() -> None:
+    model = double("gpt2")
+    result = ns.path_patch(model, CLEAN, CORRUPTED, "layers[:].mlp", "layers[1].attn", METRIC, progress=False)
+    assert result.run.known == 2
+    assert result.table.values[0, 1:].tolist() == [result.corrupted[0]] * 2
+    with pytest.raises(ns.errors.BadArgument, match="nothing can reach"):
+        ns.path_patch(model, CLEAN, CORRUPTED, "layers[2].mlp", "layers[1].attn", METRIC, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("senders", "receivers", "words"),
+    [
+        ("layers[0].heads[0]", [], "no receivers"),
+        ("layers[0].heads[0]", "layers[2].attn[9]", "no position"),
+        ("model.transformer.h[0].ln_1.output", "layers[2].attn", "which branch"),
+        ("layers[0].heads[0]", "layers[2].heads[0].pattern", "derived from several values"),
+    ],
+)
+def test_mistakes_are_answered(senders: Any, receivers: Any, words: str) -> None:
+    with pytest.raises(ns.errors.NnspliceError, match=words):
+        ns.path_patch(double("gpt2"), CLEAN, CORRUPTED, senders, receivers, METRIC, progress=False)
+
+
+def test_what_has_no_branches_is_refused() -> None:
+    with pytest.raises(ns.errors.RefusedPlace, match="two towers"):
+        ns.path_patch(double("t5"), CLEAN, CORRUPTED, "encoder.layers[0].mlp", "unembed", METRIC, progress=False)
+    with pytest.raises(ns.errors.BadArgument, match="one way of running"):
+        ns.path_patch(double("gpt2"), CLEAN, CORRUPTED, "embed", "unembed", METRIC, executor="batched")
+    model = double("gpt2")
+    model._module.train()
+    with pytest.raises(ns.errors.BadArgument, match="train mode"):
+        ns.path_patch(model, CLEAN, CORRUPTED, "embed", "unembed", METRIC, progress=False)
+
+
+def test_an_oracle_that_holds_less_still_differs() -> None:
+    """The control: leave one branch free, and the numbers are others."""
+    names = NAMES["gpt2"]
+    fewer = replace(names, mlp=names.attn)
+    assert isinstance(fewer, Names)
+    sender, own = names.z(0, 1), Point(names.attn.format(0))
+    free = three_passes(
+        bare("gpt2"), fewer.branches(), ids(CLEAN), ids(CORRUPTED), sender, own, [Point(names.attn.format(2))]
+    )
+    held = _oracle("gpt2", sender, own, [Point(names.attn.format(2))])
+    assert abs(free - held) > 1e-6
