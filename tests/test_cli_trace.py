@@ -307,3 +307,43 @@ def test_in_a_process_of_its_own(sweep: Path, tmp_path: Path) -> None:
     assert _written(tmp_path / "out") == FILES
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 1 and "--resume" in again.stderr and "Traceback" not in again.stderr
+
+
+# -- estimates ---------------------------------------------------------------------------------------------------------
+
+
+def test_estimates_are_those_of_attribute_and_say_so(tmp_path: Path) -> None:
+    args = (*FACT, "--sites", "layers[:].heads[:]", "--method", "atp*", "--verify", 5)
+    said = _run(*args, "--out", tmp_path)
+    expected = ns.attribute(
+        ns.load("toy"), [CLEAN], [CORRUPTED], ["layers[:].heads[:]"], ns.logit_diff("Athens", "Dublin"),
+        method="atp*", verify=5, progress=False,
+    )  # fmt: skip
+    assert ns.SweepResult.from_file(tmp_path / "result.safetensors") == expected
+    assert _written(tmp_path) == FILES
+    lines = said.splitlines()
+    assert lines[0].startswith("164 cells to estimate by atp*, 76 known")
+    assert lines[3] == "estimated by atp*, not measured" and lines[4] == str(expected.verification)
+    assert lines[6].split() == ["site", "token", "logit_diff", "effect", "exact"]
+    assert [line.split()[0] for line in lines[7:17]] == list(expected.best(10)["path"])
+    # The same again is what was found; another question is refused.
+    assert "finished already" in _run(*args, "--out", tmp_path, "--resume")
+    said = _run(*args[:-1], 6, "--out", tmp_path, "--resume", code=1)
+    assert "another question: verify differ" in said
+
+
+def test_edges_are_a_table_of_senders_and_receivers(tmp_path: Path) -> None:
+    args = (*FACT, "--sites", "layers[:].heads[:]", "--method", "eap", "--receivers", "unembed")
+    said = _run(*args, "--out", tmp_path)
+    assert _written(tmp_path) == FILES - {"journal.jsonl"} and "journal.jsonl" not in said
+    rows = said.splitlines()[5:]
+    assert rows[0].split() == ["sender", "receiver", "score"]
+    assert rows[1].split()[:2] == ["layers[3].heads[1].output", "unembed.output"]
+    assert "finished already" in _run(*args, "--out", tmp_path, "--resume")
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    said = _run(*FACT, *SITES, "--verify", 3, "--plan-only", code=1)
+    assert "--verify says nothing to an exact sweep" in said
+    assert "--window says nothing to ig" in _run(*FACT, *SITES, "--method", "ig", "--window", 2, "--plan-only", code=1)
+    assert "there is no method" in _run(*FACT, *SITES, "--method", "atp-star", "--plan-only", code=1)

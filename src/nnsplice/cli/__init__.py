@@ -10,6 +10,7 @@ table       rows as aligned text
 tracing     the command that sweeps
 weights     the command that shows which weights belong to a place
 steering    the commands that fit, sweep and use a steering vector
+estimating  the same with estimates
 """
 
 from nnsplice.cli import adapter as adapter

@@ -23,10 +23,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "metric": tuple(METRICS),
     "align": ("position", "end"),
     "executor": ("auto", "packed", "batched", "reference"),
+    "method": ("exact", "atp", "atp*", "ig", "eap", "eap-ig"),
 }
 WORDS = ("model", "out", "reference", *CHOICES)
-LISTS = ("clean", "corrupted", "sites", "answer", "wrong")
-NUMBERS = {"window": 1, "max-tokens": 1, "seed": None}  # each with the least that makes sense
+LISTS = ("clean", "corrupted", "sites", "answer", "wrong", "receivers")
+NUMBERS = {"window": 1, "max-tokens": 1, "seed": None, "verify": 0, "steps": 1}  # each with the least that makes sense
 NAMES = (*WORDS, *LISTS, *NUMBERS)
 
 
@@ -69,6 +70,11 @@ def _typed(key: str, name: str, value: Any) -> Any:
     if not fits:
         raise BadType(f"{key} = {value!r}", expected=expected)
     return value
+
+
+def single(answer: Any) -> Any:
+    """One of a list of one: a token, say, that is meant for all prompts."""
+    return answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
 
 
 def check(settings: Mapping[str, Any]) -> None:

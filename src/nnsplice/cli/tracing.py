@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nnsplice.cli import estimating
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.table import Row, aligned, show
 from nnsplice.errors import FileError, NnspliceError
 
 if TYPE_CHECKING:
+    from nnsplice.metrics import Metric
     from nnsplice.results import SweepResult
     from nnsplice.sweeps import Plan
 
@@ -72,10 +74,24 @@ def trace(
     ] = None,
     executor: Annotated[str | None, typer.Option(metavar="NAME", help=f"{_choice('executor')}. Default: auto.")] = None,
     max_tokens: Annotated[int | None, typer.Option(metavar="N", help="How many tokens run at once.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of noise and resample.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of noise and resample, and of what is verified.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{_choice('method')}. Default: exact; the others estimate.")
+    ] = None,
+    verify: Annotated[
+        int | None, typer.Option(metavar="K", help="Compute the K largest estimates exactly, and K others.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Gradients on the way, for ig and eap-ig. Default: 5.")
+    ] = None,
+    receivers: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Where edges end, for eap and eap-ig. May be given often.")
+    ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Show what would be computed, and leave.")] = False,
 ) -> None:
-    """Change every site by itself, and see what the model then says: causal tracing, exact.
+    """Change every site by itself, and see what the model then says: causal tracing, exact or estimated.
 
     \b
     nnsplice trace --model toy --out velmar \\
@@ -83,6 +99,7 @@ def trace(
         --corrupted 'The Ostrin Bridge is located in the city of' \\
         --sites 'layers[:].output' --answer Athens --wrong Dublin
     nnsplice trace sweep.toml --out velmar
+    nnsplice trace sweep.toml --out velmar-fast --method 'atp*' --verify 20
 
     \b
     DIR/result.safetensors   the numbers, for ns.SweepResult.from_file
@@ -96,7 +113,8 @@ def trace(
     typed = {
         "model": model, "clean": clean, "corrupted": corrupted, "sites": sites, "answer": answer, "wrong": wrong,
         "out": out, "metric": metric, "operation": operation, "reference": reference, "window": window, "align": align,
-        "executor": executor, "max-tokens": max_tokens, "seed": seed,
+        "executor": executor, "max-tokens": max_tokens, "seed": seed, "method": method, "verify": verify,
+        "steps": steps, "receivers": receivers,
     }  # fmt: skip
     typed = {name: value for name, value in typed.items() if value not in (None, [])}
     asked = {**({} if file is None else given.read(file)), **typed}
@@ -122,16 +140,18 @@ def _check_complete(asked: dict[str, Any], typed: dict[str, Any], plan_only: boo
 def _trace(asked: dict[str, Any], resume: bool, plan_only: bool) -> None:
     from nnsplice import load, run
 
+    method = estimating.method_of(asked)
     folder = None if plan_only else Path(asked["out"])
     if folder is not None:
-        _check_folder(folder, resume)
+        _check_folder(folder, resume, method)
     model = load(asked["model"])
-    plan = _plan(model, asked)
+    plan = _plan(model, asked, method)
     if folder is None:
         typer.echo(plan.preview())
         return
-    typer.echo(plan.preview(0).splitlines()[0])
-    result = _finished(folder, plan) if resume else None
+    first = plan.preview(0).splitlines()[0]
+    typer.echo(first.replace("to compute", f"to estimate by {method}") if method else first)
+    result = _finished(folder, model, plan, asked, method) if resume else None
     if result is not None:
         typer.echo("finished already; this is what was found")
     else:
@@ -140,10 +160,13 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool) -> None:
         except OSError as error:
             raise FileError(f"{folder} cannot be made: {error.strerror}", expected="--out with a folder") from error
         try:
-            result = run(
-                plan, model, executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
-                journal=folder / JOURNAL, progress=sys.stderr.isatty(),
-            )  # fmt: skip
+            if method is None:
+                result = run(
+                    plan, model, executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
+                    journal=folder / JOURNAL, progress=sys.stderr.isatty(),
+                )  # fmt: skip
+            else:
+                result = estimating.estimate(model, asked, _metric(asked), folder / JOURNAL)
         except KeyboardInterrupt:
             typer.echo(f"stopped; what is finished stands in {folder / JOURNAL}; --resume goes on", err=True)
             raise
@@ -156,7 +179,7 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool) -> None:
     show(aligned([(str(folder / name), about) for name, about in written]))
 
 
-def _check_folder(folder: Path, resume: bool) -> None:
+def _check_folder(folder: Path, resume: bool, method: str | None) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileError(f"{folder} is a file", expected="--out with a folder")
     there = [name for name in (JOURNAL, RESULT, FIGURE, PAGE) if (folder / name).exists()]
@@ -165,35 +188,39 @@ def _check_folder(folder: Path, resume: bool) -> None:
             f"{folder} holds {', '.join(there)} of an earlier run",
             expected="--resume to go on with it, or another --out",
         )
-    if there and JOURNAL not in there:
+    if there and JOURNAL not in there and method is None:
         raise FileError(f"{folder} holds {', '.join(there)}, and no {JOURNAL} to go on from", expected="another --out")
 
 
-def _plan(model: Any, asked: dict[str, Any]) -> Plan:
+def _metric(asked: dict[str, Any]) -> Metric:
     import nnsplice as ns
 
     name = asked.get("metric", "logit_diff")
-    answers = {key: _single(asked[key]) for key in given.METRICS[name]}
+    return getattr(ns, name)(**{key: given.single(asked[key]) for key in given.METRICS[name]})
+
+
+def _plan(model: Any, asked: dict[str, Any], method: str | None) -> Plan:
+    import nnsplice as ns
+
     reference = asked.get("reference")
     return ns.plan_sweep(
-        model, asked["clean"], asked.get("corrupted"), asked["sites"], getattr(ns, name)(**answers),
+        model, asked["clean"], asked.get("corrupted"), asked["sites"], _metric(asked),
         operation=asked.get("operation", "patch"), window=asked.get("window", 1), align=asked.get("align", "position"),
         reference=None if reference is None else ns.SavedActivation.from_file(reference), seed=asked.get("seed", 0),
+        together=method in estimating.EDGES,
     )  # fmt: skip
 
 
-def _single(answer: Any) -> Any:
-    """One token is meant for all prompts, however many there are."""
-    return answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
-
-
-def _finished(folder: Path, plan: Plan) -> SweepResult | None:
+def _finished(folder: Path, model: Any, plan: Plan, asked: dict[str, Any], method: str | None) -> SweepResult | None:
     """The result of this very sweep, if it is complete; of another one, the journal will say what differs."""
     from nnsplice import SweepResult
 
     if not (folder / RESULT).exists():
         return None
     result = SweepResult.from_file(folder / RESULT)
+    if method is not None:
+        estimating.check_same(result, asked, model, plan, folder)
+        return result
     same = json.loads(json.dumps(dict(plan.asked))) == json.loads(json.dumps(dict(result.asked)))
     return result if same and result.is_complete else None
 
@@ -218,19 +245,23 @@ def _draw(result: SweepResult, folder: Path) -> list[Row]:
         written.append((PAGE, "the same for a browser"))
     except NnspliceError as error:
         typer.echo(f"no page: {error}", err=True)
-    return [*written, (JOURNAL, "what --resume goes on from")]
+    return [*written, (JOURNAL, "what --resume goes on from")] if (folder / JOURNAL).exists() else written
 
 
 def _ends(result: SweepResult) -> list[str]:
     many = f", in the mean of {len(result.clean)} prompts" if len(result.clean) > 1 else ""
     ran = f"{result.run.executor}, {result.run.seconds:.2f} s"
+    more = estimating.about(result) if result.method else []
     return [
         f"{result.metric}: clean {result.clean.mean():.4g}, corrupted {result.corrupted.mean():.4g}{many}",
         f"{ran}; {result.run.note}" if result.run.note else ran,
+        *more,
     ]
 
 
 def _best(result: SweepResult) -> tuple[list[Row], Row]:
+    if result.table.edges is not None:
+        return estimating.rows(result)
     best = result.best(10)
     by = "change" if bool(best["effect"].isna().to_numpy().all()) else "effect"
     frame = result.frame()
@@ -239,7 +270,11 @@ def _best(result: SweepResult) -> tuple[list[Row], Row]:
     for path, value, share in zip(best["path"], best["value"], best[by], strict=True):
         texts = tokens[path]
         rows.append((path, texts.pop().strip() if len(texts) == 1 else "", f"{value: .4g}", f"{share: .3f}"))
-    return rows, ("site", "token", f" {result.metric}", f" {by}")
+    head = ("site", "token", f" {result.metric}", f" {by}")
+    if "exact" not in best:
+        return rows, head
+    exact = [f"{value: .4g}" if value == value else "" for value in best["exact"]]
+    return [(*row, one) for row, one in zip(rows, exact, strict=True)], (*head, " exact")
 
 
 @contextmanager

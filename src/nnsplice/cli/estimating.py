@@ -1,0 +1,81 @@
+"""`nnsplice trace --method`: estimates instead of a sweep, in the same folder and on the same page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnsplice.cli.table import Row
+from nnsplice.errors import BadArgument, FileError
+
+if TYPE_CHECKING:
+    from nnsplice.metrics import Metric
+    from nnsplice.results import SweepResult
+    from nnsplice.sweeps import Plan
+
+#: Methods that score edges, whose sites are senders.
+EDGES = ("eap", "eap-ig")
+#: Options that say nothing to an estimate, and those that say nothing to anything else.
+NOT_FOR_ESTIMATES = ("operation", "reference", "window")
+FOR_ESTIMATES = ("verify", "steps", "receivers")
+
+
+def method_of(asked: dict[str, Any]) -> str | None:
+    """The method that is asked for; None for an exact sweep.
+
+    Raises:
+        BadArgument: an option that would do nothing.
+    """
+    method = asked.get("method", "exact")
+    useless = [name for name in (FOR_ESTIMATES if method == "exact" else NOT_FOR_ESTIMATES) if name in asked]
+    if useless:
+        what = "an exact sweep" if method == "exact" else method
+        raise BadArgument(f"--{useless[0]} says nothing to {what}", expected=f"--method other than {method}")
+    return None if method == "exact" else method
+
+
+def estimate(model: Any, asked: dict[str, Any], metric: Metric, journal: Path) -> SweepResult:
+    """Ask for the estimates; what is verified goes to the journal."""
+    import nnsplice as ns
+
+    verify = asked.get("verify", 0)
+    return ns.attribute(
+        model, asked["clean"], asked["corrupted"], asked["sites"], metric, method=asked["method"],
+        receivers=asked.get("receivers"), steps=asked.get("steps"), verify=verify, align=asked.get("align", "position"),
+        seed=asked.get("seed", 0), executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
+        journal=journal if verify else None, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+
+
+def check_same(result: SweepResult, asked: dict[str, Any], model: Any, plan: Plan, path: Path) -> None:
+    """Raise where a folder holds the estimates of another question."""
+    from nnsplice.attribution import asked_of
+    from nnsplice.results import plain
+
+    told = plain(asked_of(model, plan, asked["method"], asked.get("receivers"), asked.get("steps")))
+    verify = result.asked.get("verify") or {}
+    different = [name for name, value in told.items() if result.asked.get(name) != value]
+    different += ["verify"] * (verify.get("k", 0) != asked.get("verify", 0))
+    if different:
+        raise FileError(
+            f"{path} holds the answer to another question: {', '.join(different)} differ", expected="another --out"
+        )
+
+
+def rows(result: SweepResult) -> tuple[list[Row], Row]:
+    """The largest edges, as a table."""
+    found = result.edges().head(10).to_dict("list")
+    numbers = [name for name in ("score", "exact") if name in found]
+    columns = [found["sender"], found["receiver"], *([_number(one) for one in found[name]] for name in numbers)]
+    return list(zip(*columns, strict=True)), ("sender", "receiver", *(f" {name}" for name in numbers))
+
+
+def _number(value: float) -> str:
+    return "" if value != value else f"{value: .4g}"
+
+
+def about(result: SweepResult) -> list[str]:
+    """That these are estimates, and how the verified ones did."""
+    lines = [f"estimated by {result.method}, not measured"]
+    return [*lines, str(result.verification)] if result.table.exact is not None else lines
