@@ -6,4 +6,7 @@ for benchmark in (loading, adapters, activations, sweeps, weights):
 from bench import activations, adapters, loading, steering, sweeps
 
 for benchmark in (loading, adapters, activations, sweeps, steering):
+from bench import activations, adapters, attribution, loading, sweeps
+
+for benchmark in (loading, adapters, activations, sweeps, attribution):
     benchmark.main([])
