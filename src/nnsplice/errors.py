@@ -24,7 +24,10 @@ Each one is also the builtin that a caller would catch without knowing nnsplice:
     ├── BadType (TypeError)                 an argument of another type
     ├── MissingPackage (ImportError)        an extra that is not installed
     ├── ParamMappingError (ValueError)      parameters of an optimizer cannot be given to layers with certainty
-    └── FileError (ValueError)              a file that is no capture, or a damaged one
+    ├── FileError (ValueError)              a file that is no capture, or a damaged one
+    ├── MapperError (ValueError)            mappers that do not fit together, or tensors that do not fit a mapper
+    ├── MissingCheckpoint (FileNotFoundError)   a folder without weights, or a shard that is not there
+    └── WriteFailed (OSError)               the disk did not take a file
 
 A message says what was found, what was expected and what to write instead. Inner code raises the reason; the public
 function adds the circumstances with `circumstances`.
@@ -168,6 +171,18 @@ class ParamMappingError(NnspliceError, ValueError):
 
 class FileError(NnspliceError, ValueError):
     """A file that is no capture, or a damaged one."""
+
+
+class MapperError(NnspliceError, ValueError):
+    """Mappers of a checkpoint that do not fit together, or tensors that do not fit a mapper."""
+
+
+class MissingCheckpoint(NnspliceError, FileNotFoundError):
+    """A folder without weights, or one whose index names a file that is not there."""
+
+
+class WriteFailed(NnspliceError, OSError):
+    """The disk did not take a file."""
 
 
 @contextmanager

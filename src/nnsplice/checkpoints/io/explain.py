@@ -1,0 +1,135 @@
+"""A dry run: what a mapper would do with a checkpoint, without reading a tensor."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nnsplice.checkpoints.io.folder import Checkpoint
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applied, listing, ordered
+from nnsplice.errors import circumstances
+
+#: How many kinds of groups a text shows.
+ROWS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One group, and what it costs; sizes are None where no checkpoint was given."""
+
+    group: StateGroup
+    read: int | None = None
+    made: int | None = None
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A dry run as a value; its text is a table in which groups that differ in numbers only share a line."""
+
+    costs: tuple[Cost, ...]
+    #: Tensors of the checkpoint that nothing needs.
+    unused: tuple[str, ...] = ()
+    #: Whether a checkpoint was given.
+    sized: bool = False
+
+    @property
+    def read_bytes(self) -> int:
+        """What is read in all."""
+        return sum(cost.read or 0 for cost in self.costs)
+
+    @property
+    def made_bytes(self) -> int:
+        """What is made in all; a tensor by several names counts once."""
+        return sum(cost.made or 0 for cost in self.costs)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is in memory at once: one group, what it needs and what it makes."""
+        return max(((cost.read or 0) + (cost.made or 0) for cost in self.costs), default=0)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files touched."""
+        return tuple(sorted({file for cost in self.costs for file in cost.files}))
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterable[str]:
+        inputs = sum(len(cost.group.inputs) for cost in self.costs)
+        outputs = sum(len(cost.group.outputs) for cost in self.costs)
+        yield f"{len(self.costs)} groups, {inputs} inputs, {outputs} outputs"
+        if self.sized:
+            yield (
+                f"reads {amount(self.read_bytes)} from {len(self.files)} files, makes {amount(self.made_bytes)}, "
+                f"holds at most {amount(self.peak_bytes)} at once"
+            )
+        kinds: dict[tuple[str, str], list[Cost]] = {}
+        for cost in self.costs:
+            kinds.setdefault((_shape_of(cost.group.inputs), _shape_of(cost.group.outputs)), []).append(cost)
+        shown = list(kinds.items())[:ROWS]
+        width = max((len(source) for (source, _), _ in shown), default=0)
+        for (source, target), costs in shown:
+            line = f"{source:{width}}  ->  {target}"
+            line += f"   x {len(costs)}" if len(costs) > 1 else ""
+            yield line + (f"   {amount(sum(cost.made or 0 for cost in costs))}" if self.sized else "")
+        if len(kinds) > ROWS:
+            yield f"... and {len(kinds) - ROWS} kinds more"
+        if self.unused:
+            yield f"not read: {listing(self.unused)}"
+
+
+def explain(mapper: ModelStateMapper, src_dir: str | os.PathLike[str] | None) -> Explanation:
+    """See `ModelStateMapper.explain`."""
+    if src_dir is None:
+        return Explanation(tuple(Cost(group) for group in ordered(mapper.state_dependency_groups())))
+    checkpoint = Checkpoint.open(src_dir)
+    costs: list[Cost] = []
+    used: set[str] = set()
+    for group in checkpoint.plan(mapper):
+        entries = [checkpoint.entry(name) for name in sorted(group.inputs)]
+        made = dry_run(mapper, group, checkpoint)
+        files = tuple(sorted({str(entry.path.relative_to(checkpoint.folder)) for entry in entries}))
+        read = sum(entry.nbytes for entry in set(entries))
+        costs.append(Cost(group, read, _bytes(made.values()), files))
+        used |= group.inputs
+    unused = tuple(sorted(name for name in checkpoint if name not in used))
+    return Explanation(tuple(costs), unused, sized=True)
+
+
+def dry_run(mapper: ModelStateMapper, group: StateGroup, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The outputs of a group as tensors without memory."""
+    with circumstances(f"a dry run over {checkpoint.folder}"):
+        return applied(mapper, group, {name: checkpoint.blank(name) for name in sorted(group.inputs)})
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def _shape_of(names: Iterable[str]) -> str:
+    """Names with their numbers taken out: `layers.*.q + layers.*.k`."""
+    kinds: dict[str, int] = {}
+    for name in sorted(names):
+        kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return " + ".join(kind if count == 1 else f"{kind} ({count})" for kind, count in kinds.items()) or "(nothing)"
+
+
+def amount(count: int) -> str:
+    """Bytes for people.
+
+    >>> amount(1_500_000)
+    '1.5 MB'
+    """
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,210 @@
+"""A checkpoint folder: which tensor is in which file, and where."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice.checkpoints.io.headers import Entry, Header, read_header
+from nnsplice.checkpoints.io.mapping import block_of, bytes_of
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, inputs_of, listing, ordered
+from nnsplice.errors import FileError, MapperError, MissingCheckpoint, closest
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+#: How the names of pickles end.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What is in a folder; files are opened when they are asked for.
+
+    >>> from nnsplice.checkpoints import Checkpoint
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = model.save_pretrained(folder)
+    ...     checkpoint = Checkpoint.open(folder)
+    ...     print(len(checkpoint), checkpoint.entry("transformer.wpe.weight").shape)
+    40 (64, 16)
+    """
+
+    folder: Path
+    #: Tensor -> its file, relative to the folder.
+    files: Mapping[str, str]
+    #: Another name of a tensor -> the name it is stored by.
+    tied: Mapping[str, str]
+    _headers: dict[str, Header] = field(default_factory=dict[str, Header], repr=False)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+        """Read which tensors a folder has.
+
+        Raises:
+            MissingCheckpoint: no weights are there.
+            FileError: pickles, or an index that is damaged.
+        """
+        where = Path(folder)
+        index, single = where / INDEX, where / SINGLE
+        if index.is_file():
+            files, tied = _read_index(index)
+            if single.is_file() and SINGLE not in files.values():
+                raise FileError(
+                    f"{where} has an {INDEX} and a {SINGLE} that is not in it; one of them is left from another save",
+                    expected="one of them",
+                )
+            return cls(where, files, tied)
+        if single.is_file():
+            header = read_header(single)
+            # safetensors' own `save_model` records names of the same tensor so.
+            tied = {name: kept for name, kept in header.metadata.items() if kept in header.entries}
+            return cls(
+                where,
+                dict.fromkeys(header.entries, SINGLE),
+                {name: kept for name, kept in tied.items() if name not in header.entries},
+                {SINGLE: header},
+            )
+        raise _nothing(where)
+
+    def __len__(self) -> int:
+        return len(self.files) + len(self.tied)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.files
+        yield from self.tied
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files or name in self.tied
+
+    def entry(self, name: str) -> Entry:
+        """Where a tensor is, and what it is.
+
+        Raises:
+            MapperError: there is no such tensor.
+            MissingCheckpoint: its file is not there.
+            FileError: its file is damaged, or lacks it.
+        """
+        stored = self.tied.get(name, name)
+        file = self.files.get(stored)
+        if file is None:
+            raise MapperError(f"{self.folder} has no tensor {name}", expected=closest(name, self))
+        header = self._headers.get(file)
+        if header is None:
+            path = self.folder / file
+            if not path.is_file():
+                raise MissingCheckpoint(f"{path} is missing; {INDEX} says that it holds {name}")
+            header = self._headers[file] = read_header(path)
+        if stored not in header.entries:
+            raise FileError(
+                f"{INDEX} says that {stored} is in {file}, but it is not",
+                path=self.folder,
+                expected=f"one of {closest(stored, header.entries)}",
+            )
+        return header.entries[stored]
+
+    def sizes(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Name -> bytes, in the order in which tensors lie in the files."""
+        entries = [(name, self.entry(name)) for name in (self if names is None else sorted(names))]
+        entries.sort(key=lambda pair: (str(pair[1].path), pair[1].start))
+        return {name: entry.nbytes for name, entry in entries}
+
+    def blank(self, name: str) -> Tensor:
+        """A tensor of the right shape and type, without memory."""
+        entry = self.entry(name)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor: a view of the file, read where it is looked at; changing it does not change the file."""
+        entry = self.entry(name)
+        return _typed(bytes_of(entry.path, entry.start, entry.nbytes), entry, entry.shape)
+
+    def block(self, name: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """A block of a tensor, of which exactly the bytes are read.
+
+        Args:
+            ranges: `(start, stop)` for each dimension.
+        """
+        entry = self.entry(name)
+        shape = tuple(stop - start for start, stop in ranges)
+        if len(ranges) != len(entry.shape) or any(
+            not 0 <= start <= stop <= length for (start, stop), length in zip(ranges, entry.shape, strict=True)
+        ):
+            raise MapperError(f"{name} is {list(entry.shape)}, which has no block {list(ranges)}")
+        return _typed(block_of(entry.path, entry.start, entry.shape, entry.dtype.itemsize, ranges), entry, shape)
+
+    def plan(self, mapper: ModelStateMapper) -> list[StateGroup]:
+        """A mapper's groups in the order of the files.
+
+        Raises:
+            MapperError: an input is not there.
+        """
+        needed = inputs_of(mapper)
+        missing = sorted(name for name in needed if name not in self)
+        if missing:
+            raise MapperError(
+                f"missing inputs: {listing(missing)}",
+                path=self.folder,
+                expected=f"tensors of the checkpoint; like {missing[0]} are {closest(missing[0], self)}",
+            )
+        place = {name: number for number, name in enumerate(self.sizes(needed))}
+        groups = ordered(mapper.state_dependency_groups())
+        return sorted(groups, key=lambda group: min((place[name] for name in group.inputs), default=-1))
+
+
+def _typed(found: Tensor, entry: Entry, shape: tuple[int, ...]) -> Tensor:
+    if found.data_ptr() % entry.dtype.itemsize:
+        found = found.clone()  # a file with an odd header, where the numbers do not lie as the processor likes
+    return found.view(entry.dtype).reshape(shape)
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        files: dict[str, str] = {str(name): str(file) for name, file in found["weight_map"].items()}
+        metadata: Any = found.get("metadata") or {}
+        tied: dict[str, str] = dict(metadata.get("tied") or {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{path} is damaged: {error!r}", expected='{"weight_map": {"name": "file", ...}}') from None
+    for name, file in files.items():
+        inside = PurePosixPath(file)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise FileError(f"{path} says that {name} is in {file}", expected="a file inside the folder")
+        if not file.endswith(".safetensors"):
+            raise _pickle(path.parent, file)
+    for name, kept in tied.items():
+        if kept not in files:
+            raise FileError(
+                f"{path} says that {name} is {kept}, which it does not have", expected="a name of weight_map"
+            )
+    return files, {name: kept for name, kept in tied.items() if name not in files}
+
+
+def _nothing(where: Path) -> FileError | MissingCheckpoint:
+    if not where.is_dir():
+        what = "a file, and a checkpoint is a folder" if where.exists() else "not there"
+        return MissingCheckpoint(f"{where} is {what}", expected=f"a folder with {SINGLE} or {INDEX}")
+    held = sorted(entry.name for entry in where.iterdir() if not entry.name.startswith("."))
+    for name in held:
+        if name.endswith(PICKLES) or name.endswith(".bin.index.json"):
+            return _pickle(where, name)
+    inside = sorted(str(path.parent) for name in (INDEX, SINGLE) for path in where.glob(f"*/{name}"))
+    return MissingCheckpoint(
+        f"{where} has neither {SINGLE} nor {INDEX}, but {listing(held)}",
+        expected="a folder with weights",
+        write=f'"{inside[0]}"' if inside else None,
+    )
+
+
+def _pickle(where: Path, name: str) -> FileError:
+    return FileError(
+        f"{where / name} is a pickle, which can run any code when it is opened; it is left closed",
+        expected=f"{SINGLE} or {INDEX}",
+        write=f'AutoModel.from_pretrained("{where}", weights_only=True).save_pretrained("{where}-safe")'
+        "   (where you trust it; it writes safetensors)",
+    )

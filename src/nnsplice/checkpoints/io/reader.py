@@ -1,0 +1,127 @@
+"""Reading: group by group in the order of the files, so that no more than one group is in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.checkpoints.io.explain import dry_run
+from nnsplice.checkpoints.io.folder import Checkpoint
+from nnsplice.checkpoints.io.progress import bar
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applied, listing, outputs_of
+from nnsplice.errors import MapperError, circumstances, closest
+
+Device = str | torch.device
+
+
+def read_model_state(
+    src_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    device: Device = "cpu",
+    show_progress: bool = True,
+    position: int | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Read a checkpoint through a mapper, name by name and tensor by tensor.
+
+    Whether every input is there, and the headers of all files that are needed, is checked when this is called; tensors
+    are read as they are asked for. On the CPU a large tensor that no mapper changed is a view of its file.
+
+    Args:
+        src_dir: the folder.
+        mapper: from the names in the files to those that come out.
+        device: where the mapper runs, and where tensors come out.
+        show_progress: show a bar in bytes.
+        position: the line of the bar, where several processes show one.
+
+    Raises:
+        MissingCheckpoint: no weights, or a file of theirs, are there.
+        FileError: a file is damaged, or a pickle.
+        MapperError: an input is not there.
+    """
+    with circumstances(f"reading {os.fspath(src_dir)}"):
+        checkpoint = Checkpoint.open(src_dir)
+        groups = checkpoint.plan(mapper)
+    return stream(checkpoint, mapper, groups, device, show_progress, position)
+
+
+def stream(
+    checkpoint: Checkpoint,
+    mapper: ModelStateMapper,
+    groups: Sequence[StateGroup],
+    device: Device,
+    show_progress: bool,
+    position: int | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The outputs of groups, one group after the other."""
+    sizes = [sum(checkpoint.entry(name).nbytes for name in group.inputs) for group in groups]
+    with bar("reading", sum(sizes), show_progress, position) as shown:
+        for group, size in zip(groups, sizes, strict=True):
+            made = _made(checkpoint, mapper, group, device)
+            for name in list(made):
+                yield name, made.pop(name)
+            shown.update(size)
+
+
+def _made(checkpoint: Checkpoint, mapper: ModelStateMapper, group: StateGroup, device: Device) -> dict[str, Tensor]:
+    with circumstances(f"reading {checkpoint.folder}"):
+        return applied(mapper, group, {name: checkpoint.tensor(name).to(device) for name in sorted(group.inputs)})
+
+
+def load_model_state(
+    src_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    device: Device,
+    model: nn.Module,
+    show_progress: bool = True,
+    position: int | None = None,
+) -> None:
+    """Read a checkpoint through a mapper into a model; states that the mapper does not make stay as they are.
+
+    Names and shapes are checked before anything is changed. A state on the meta device gets its tensor on `device`.
+
+    Raises:
+        MapperError: the mapper makes a state that the model does not have, or one of another shape.
+    """
+    with circumstances(f"loading {os.fspath(src_dir)}"):
+        states = {name: state for name, state in model.state_dict(keep_vars=True).items() if isinstance(state, Tensor)}
+        unknown = sorted(outputs_of(mapper) - states.keys())
+        if unknown:
+            raise MapperError(
+                f"the model has no state {listing(unknown)}", expected=f"such as {closest(unknown[0], states)}"
+            )
+        checkpoint = Checkpoint.open(src_dir)
+        groups = checkpoint.plan(mapper)
+        for group in groups:
+            for name, blank in dry_run(mapper, group, checkpoint).items():
+                _check(name, blank, states[name])
+    for name, tensor in stream(checkpoint, mapper, groups, device, show_progress, position):
+        _put(model, states, name, tensor)
+
+
+def _check(name: str, found: Tensor, target: Tensor) -> None:
+    if found.shape != target.shape:
+        raise MapperError(f"{name} is {list(found.shape)} in the checkpoint and {list(target.shape)} in the model")
+    if found.dtype != target.dtype and not (found.is_floating_point() and target.is_floating_point()):
+        raise MapperError(
+            f"{name} is {found.dtype} in the checkpoint and {target.dtype} in the model",
+            write=f'Cast("{name}", {target.dtype})   (where that is meant)',
+        )
+
+
+def _put(model: nn.Module, states: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    target = states[name]
+    if not target.is_meta:
+        with torch.no_grad():
+            target.copy_(tensor)
+        return
+    fresh = tensor.to(target.dtype, copy=True)
+    if isinstance(target, nn.Parameter):
+        fresh = nn.Parameter(fresh, requires_grad=target.requires_grad)
+    # Tied weights are one tensor by several names, and stay one.
+    for other in [other for other, state in states.items() if state is target]:
+        owner, _, attribute = other.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, fresh)
+        states[other] = fresh

@@ -1,0 +1,262 @@
+"""Where the next checkpoint is made: a folder beside the old one, which takes its place in one step when it is whole.
+
+.NAME.part/             gone when the checkpoint is there
+    asked.json          what is being made, so that another job does not go on with it
+    weights/            becomes NAME
+    PREFIX.jsonl        the finished files, one line each
+    done.json           only the step itself is left
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from nnsplice.checkpoints.io.folder import INDEX, PICKLES, SINGLE
+from nnsplice.checkpoints.io.headers import read_header
+from nnsplice.checkpoints.io.shards import Shard, ShardWriter, sync, write_failed
+from nnsplice.checkpoints.io.swap import exchange
+from nnsplice.errors import FileError, NnspliceError
+from nnsplice.results.lock import Lock
+
+#: How files are named that hold weights, besides pickles.
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class Staging:
+    """The folder in which one process makes a checkpoint, alone; others may write files into it."""
+
+    def __init__(self, dest: Path, asked: str, *, resume: bool) -> None:
+        """Begin, or go on.
+
+        Args:
+            asked: the identity of the job.
+            resume: go on with what is there, and leave finished files for another try when this one fails.
+
+        Raises:
+            FileError: another process writes this checkpoint, or what is there is of another job.
+        """
+        self.dest = dest.resolve() if dest.is_symlink() else dest.absolute()
+        if self.dest.exists() and not self.dest.is_dir():
+            raise FileError(f"{dest} is a file", expected="a folder for a checkpoint, or a name that is free")
+        if self.dest.is_dir() and os.path.ismount(self.dest):
+            raise FileError(
+                f"{dest} is where a disk is mounted, so it cannot be exchanged in one step",
+                expected="a folder on it",
+                write=f'"{dest / "checkpoint"}"',
+            )
+        self.dest.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = self.dest.with_name(f".{self.dest.name}.part")
+        self.weights = self.folder / "weights"
+        self._resume = resume
+        self._lock = Lock(self.dest)
+        try:
+            self.published = self._begin(asked)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, asked: str) -> bool:
+        """Make the folder; True where the job was done but for cleaning up."""
+        self._restore()
+        if self.folder.exists() and self._resume and (self.folder / "asked.json").is_file():
+            if _json(self.folder / "asked.json") != {"asked": asked}:
+                raise FileError(
+                    f"{self.folder} is of a job that asked for something else",
+                    expected="the same mapper, source and shard size as in the call that was stopped",
+                    write="resume=False   (begins anew)",
+                )
+            if done := _json(self.folder / "done.json"):
+                self._exchange(done)
+                return True
+            self._unname()
+            self._sweep()
+            return False
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.weights.mkdir(parents=True)
+        _write(self.folder / "asked.json", {"asked": asked})
+        return False
+
+    def _restore(self) -> None:
+        """Put back the old checkpoint, where a process ended between the two steps of a system that has not the one."""
+        old = self.folder / "old"
+        if old.is_dir() and not self.dest.exists():
+            old.rename(self.dest)
+
+    def _unname(self) -> None:
+        """Give files the names of the journal again, where a process ended while they got their last ones."""
+        for old, new in _json(self.folder / "names.json").items():
+            if (self.weights / new).exists():
+                (self.weights / new).rename(self.weights / old)
+
+    def _sweep(self) -> None:
+        """Remove files that were not finished."""
+        kept = {shard.file for shard in self.finished()}
+        for path in self.weights.iterdir():
+            if path.name not in kept:
+                path.unlink()
+
+    def finished(self, prefix: str = "*") -> list[Shard]:
+        """The files that are whole, by all who write or by one."""
+        found: list[Shard] = []
+        for journal in sorted(self.folder.glob(f"{prefix}.jsonl")):
+            found += read_journal(journal, self.weights)
+        return found
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def publish(self, shards: Sequence[Shard], carry: Mapping[str, Path | str]) -> None:
+        """Put the finished files in the place of the old checkpoint.
+
+        Args:
+            shards: the files in their order.
+            carry: other files of the new checkpoint: name -> a file to copy, or a text.
+        """
+        try:
+            names = _last_names(shards)
+            _write(self.folder / "names.json", names)
+            for old, new in names.items():
+                (self.weights / old).rename(self.weights / new)
+            (self.weights / INDEX).write_text(json.dumps(_index(shards, names), indent=2) + "\n", encoding="utf-8")
+            for name, source in carry.items():
+                if isinstance(source, str):
+                    (self.weights / name).write_text(source, encoding="utf-8")
+                else:
+                    shutil.copy2(source, self.weights / name)
+            if self.dest.is_dir():
+                shutil.copymode(self.dest, self.weights)
+                _keep(self.dest, self.weights)
+            for path in self.weights.iterdir():
+                sync(path)
+            sync(self.weights)
+            done = {"inode": self.weights.stat().st_ino}
+            _write(self.folder / "done.json", done)
+            self._exchange(done)
+        except OSError as error:
+            if isinstance(error, NnspliceError):
+                raise
+            raise write_failed(self.dest, error, "while putting the checkpoint in its place") from error
+
+    def _exchange(self, done: dict[str, Any]) -> None:
+        if not (self.dest.is_dir() and self.dest.stat().st_ino == done["inode"]):
+            if self.dest.exists():
+                exchange(self.weights, self.dest, self.folder / "old")
+            else:
+                self.weights.rename(self.dest)
+            sync(self.dest.parent)
+        for old in (self.weights, self.folder / "old"):
+            if old.is_dir():
+                _keep(old, self.dest)  # what came into the old folder in the meantime
+
+    def close(self, *, failed: bool) -> None:
+        """Clean up, and let others write."""
+        try:
+            if failed and self._resume and self.weights.is_dir():
+                self._sweep()
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            self._lock.release()
+
+
+def writer(folder: Path, prefix: str, limit: int, names: Iterable[str], first: int) -> ShardWriter:
+    """A writer of files in a staging folder, which notes those that are finished."""
+    journal = folder / f"{prefix}.jsonl"
+
+    def note(shard: Shard) -> None:
+        with journal.open("ab") as file:
+            file.write(json.dumps(asdict(shard)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    return ShardWriter(folder / "weights", f"{prefix}-", limit, names, note, first)
+
+
+def read_journal(journal: Path, weights: Path) -> list[Shard]:
+    """The finished files of one writer that are there and whole; a last line that was cut off is none."""
+    found: list[Shard] = []
+    for line in journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else ():
+        told: dict[str, Any] = json.loads(line)
+        shard = Shard(told["file"], tuple(told["names"]), told["tied"], told["size"], told["nbytes"])
+        path = weights / shard.file
+        if shard.file and not (path.is_file() and path.stat().st_size == shard.size):
+            continue
+        if shard.file and set(read_header(path).entries) != set(shard.names):
+            continue
+        found.append(shard)
+    return found
+
+
+def _last_names(shards: Sequence[Shard]) -> dict[str, str]:
+    """The names that files get when it is known how many there are."""
+    files = [shard.file for shard in shards if shard.file]
+    return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1)}
+
+
+def _index(shards: Sequence[Shard], names: Mapping[str, str]) -> dict[str, Any]:
+    """Which tensor is where, as transformers reads it; names of one tensor are recorded beside."""
+    weight_map = {name: names[shard.file] for shard in shards if shard.file for name in shard.names}
+    tied = {name: kept for shard in shards for name, kept in shard.tied.items()}
+    metadata: dict[str, Any] = {"total_size": sum(shard.nbytes for shard in shards)}
+    if tied:
+        metadata["tied"] = dict(sorted(tied.items()))
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _keep(old: Path, new: Path) -> None:
+    """Bring over what is no weight: the config, the tokenizer, a model card, folders."""
+    stale = weight_files(old)
+    for path in sorted(old.rglob("*")):
+        inside = path.relative_to(old)
+        target = new / inside
+        if str(inside) in stale or target.exists() or target.is_symlink():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            target.mkdir()
+        elif path.is_symlink():
+            target.symlink_to(path.readlink())
+        else:
+            try:
+                os.link(path, target)
+            except OSError:  # a file system without links
+                shutil.copy2(path, target)
+
+
+def weight_files(folder: Path) -> set[str]:
+    """The files of a folder's checkpoint, which the next one takes the place of."""
+    stale = {INDEX, SINGLE}
+    stale |= {path.name for path in folder.glob("model-*-of-*.safetensors")}
+    weight_map = _json(folder / INDEX).get("weight_map")
+    return stale | {str(file) for file in cast("dict[str, Any]", weight_map or {}).values()}
+
+
+def other_files(folder: Path) -> dict[str, Path]:
+    """What lies beside the weights of a checkpoint and belongs to it: config, tokenizer, model card."""
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, *PICKLES))
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What is in a file; empty where there is none, or another thing than an object."""
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
+
+
+def _write(path: Path, value: object) -> None:
+    temporary = path.with_suffix(".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

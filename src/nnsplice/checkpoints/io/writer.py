@@ -1,0 +1,179 @@
+"""Writing: tensors are offered one by one, groups mapped as soon as they are whole, files written as they fill."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from nnsplice.checkpoints.io.progress import bar
+from nnsplice.checkpoints.io.shards import Shard
+from nnsplice.checkpoints.io.staging import Staging, read_journal, writer
+from nnsplice.checkpoints.mapper.abc import (
+    ModelStateMapper,
+    StateGroup,
+    applied,
+    inputs_of,
+    listing,
+    ordered,
+    outputs_of,
+)
+from nnsplice.checkpoints.mapper.compose import identity
+from nnsplice.errors import BadArgument, MapperError, circumstances
+
+#: Tensors by their names, one after the other.
+States = Iterable[tuple[str, Tensor]]
+
+
+def write_model_state_local(
+    dest_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    state_generator: States,
+    shard_size_gb: float = 4.0,
+    show_progress: bool = True,
+    *,
+    resume: bool = False,
+    source: str = "",
+    carry: Mapping[str, Path | str] | None = None,
+) -> None:
+    """Write a checkpoint from tensors that are offered one by one.
+
+    The old checkpoint stays until the new one is whole, and then goes in one step; files beside the weights stay. A
+    tensor that comes by several names (`Copy`, tied weights) is stored once, and the index records its other names.
+
+    >>> from nnsplice.checkpoints import Rename, read_model_state, write_model_state_local
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     write_model_state_local(f"{folder}/new", Rename("a", "b"), [("a", torch.ones(2))], show_progress=False)
+    ...     print(dict(read_model_state(f"{folder}/new", Rename("b", "a"), "cpu", show_progress=False)))
+    {'a': tensor([1., 1.])}
+
+    Args:
+        dest_dir: the folder, made or replaced.
+        mapper: from the names that are offered to those that are written.
+        state_generator: names and tensors, in any order; each is held until the group it belongs to is whole.
+        shard_size_gb: how large a file may get; one gigabyte is 1024**3 bytes. A larger tensor gets its own.
+        show_progress: show a bar in bytes.
+        resume: go on with the files that a stopped call finished; and when this one stops, leave them for the next.
+        source: what is offered, in words that `resume` compares: a job with another source is another job.
+        carry: other files for the folder: name -> a file to copy, or a text.
+
+    Raises:
+        MapperError: an input is missing at the end, or is offered twice.
+        WriteFailed: the disk did not take a file.
+        FileError: another process writes this checkpoint, or `resume` found another job.
+    """
+    with circumstances(f"writing {os.fspath(dest_dir)}"):
+        limit = shard_bytes(shard_size_gb)
+        staging = Staging(Path(dest_dir), job(mapper, limit, source), resume=resume)
+        failed = True
+        try:
+            if not staging.published:
+                shards = write_shards(staging.folder, "0000", mapper, state_generator, limit, show_progress)
+                staging.publish(shards, carry or {})
+            failed = False
+        finally:
+            staging.close(failed=failed)
+
+
+def save_model_state(
+    dest_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    model: nn.Module,
+    shard_size_gb: float = 4.0,
+    show_progress: bool = True,
+) -> None:
+    """Write the states of a model that a mapper asks for; with `identity_mapper_from_module(model)`, all of them.
+
+    Raises:
+        MapperError: the mapper asks for a state that the model does not have.
+    """
+    needed = inputs_of(mapper)
+    states = ((name, state) for name, state in model.state_dict().items() if name in needed)
+    write_model_state_local(dest_dir, mapper, states, shard_size_gb, show_progress)
+
+
+def shard_bytes(shard_size_gb: float) -> int:
+    """The size of a file in bytes."""
+    if not shard_size_gb > 0:
+        raise BadArgument(f"shard_size_gb is {shard_size_gb}", expected="more than 0")
+    return max(1, int(shard_size_gb * 1024**3))
+
+
+def job(mapper: ModelStateMapper, limit: int, source: str) -> str:
+    """What makes two jobs the same, as one number."""
+    summed = hashlib.sha256(f"{source}\n{limit}\n".encode())
+    for part in identity(mapper):
+        summed.update(f"{part}\n".encode())
+    return summed.hexdigest()
+
+
+def write_shards(
+    folder: Path,
+    prefix: str,
+    mapper: ModelStateMapper,
+    states: States,
+    limit: int,
+    show_progress: bool,
+    position: int | None = None,
+) -> list[Shard]:
+    """Write all outputs of a mapper into files of a staging folder; what is there already is not written again."""
+    before = read_journal(folder / f"{prefix}.jsonl", folder / "weights")
+    number = 1 + max((int(shard.file.split("-")[-1].split(".")[0]) for shard in before if shard.file), default=0)
+    there = {name for shard in before for name in (*shard.names, *shard.tied)}
+    files = writer(folder, prefix, limit, outputs_of(mapper) - there, number)
+    try:
+        with bar("writing", None, show_progress, position) as shown:
+            for group, tensors in groups_of(mapper, states):
+                if group.outputs <= there:
+                    continue
+                made = applied(mapper, group, tensors)
+                tensors.clear()
+                for name in list(made):
+                    tensor = made.pop(name)
+                    (files.known if name in there else files.add)(name, tensor)
+                    shown.update(tensor.nbytes)
+        files.close()
+    except BaseException:
+        files.abandon()
+        raise
+    return read_journal(folder / f"{prefix}.jsonl", folder / "weights")
+
+
+def groups_of(mapper: ModelStateMapper, states: States) -> Iterable[tuple[StateGroup, dict[str, Tensor]]]:
+    """Groups as soon as all their tensors were offered.
+
+    Raises:
+        MapperError: a tensor is offered twice, or one never.
+    """
+    of: dict[str, StateGroup] = {}
+    for group in ordered(mapper.state_dependency_groups()):
+        if not group.inputs:
+            yield group, {}
+        of |= dict.fromkeys(group.inputs, group)
+    waiting: dict[StateGroup, dict[str, Tensor]] = {}
+    seen: set[str] = set()
+    unused: list[str] = []
+    for name, tensor in states:
+        group = of.get(name)
+        if name in seen:
+            raise MapperError(f"{name} is offered twice", expected="each tensor once")
+        seen.add(name)
+        if group is None:
+            unused.append(name)
+            continue
+        held = waiting.setdefault(group, {})
+        held[name] = tensor
+        del tensor
+        if len(held) == len(group.inputs):
+            yield group, waiting.pop(group)
+            del held
+    missing = of.keys() - seen
+    if missing:
+        raise MapperError(f"missing inputs: {listing(missing)}", expected="every input of the mapper, offered once")
+    if unused:
+        warnings.warn(f"offered, and used by no mapper: {listing(unused)}", UserWarning, stacklevel=2)

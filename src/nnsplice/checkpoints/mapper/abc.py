@@ -1,0 +1,106 @@
+"""What a mapper is: it says which tensors it needs for which, before there is any tensor, and then does it."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from nnsplice.errors import MapperError, closest
+
+if TYPE_CHECKING:
+    from nnsplice.checkpoints.io.explain import Explanation
+
+
+@dataclass(frozen=True, slots=True)
+class StateGroup:
+    """Tensors that are needed together, and the tensors that are made of them."""
+
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+
+
+class ModelStateMapper(ABC):
+    """A change of names and shapes, declared.
+
+    Groups share no key, so each can be read, changed and written by itself, in any order and by any process.
+    """
+
+    @abstractmethod
+    def state_dependency_groups(self) -> frozenset[StateGroup]:
+        """Which outputs are made of which inputs; no tensors are needed to say it."""
+
+    @abstractmethod
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make the outputs of one group of exactly its inputs."""
+
+    def explain(self, src_dir: str | os.PathLike[str] | None = None) -> Explanation:
+        """What would happen, as a table: groups, and for a checkpoint also sizes, files touched and peak bytes.
+
+        No tensor is read: shapes come from the headers of the files, and the mapper runs on tensors without memory.
+
+        >>> from nnsplice.checkpoints import Parallel, Rename, StackTensors
+        >>> Parallel([Rename("wte", "embed"), StackTensors(["e.0", "e.1"], "experts", 0)]).explain()
+        2 groups, 3 inputs, 2 outputs
+        e.* (2)  ->  experts
+        wte      ->  embed
+
+        Args:
+            src_dir: the checkpoint that would be read.
+        """
+        from nnsplice.checkpoints.io.explain import explain
+
+        return explain(self, src_dir)
+
+
+def ordered(groups: Iterable[StateGroup]) -> list[StateGroup]:
+    """Groups in one order in every process: a frozenset has another one wherever strings hash differently."""
+    return sorted(groups, key=lambda group: (sorted(group.inputs), sorted(group.outputs)))
+
+
+def inputs_of(mapper: ModelStateMapper) -> frozenset[str]:
+    """Every key that a mapper needs."""
+    return frozenset(name for group in mapper.state_dependency_groups() for name in group.inputs)
+
+
+def outputs_of(mapper: ModelStateMapper) -> frozenset[str]:
+    """Every key that a mapper makes."""
+    return frozenset(name for group in mapper.state_dependency_groups() for name in group.outputs)
+
+
+def applied(mapper: ModelStateMapper, group: StateGroup, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Apply a mapper to one of its groups, and check that it made what it declared.
+
+    Raises:
+        MapperError: it made something else.
+    """
+    made = mapper.apply(tensors)
+    if made.keys() != group.outputs:
+        raise MapperError(
+            f"{type(mapper).__name__} declared {listing(group.outputs)} and made {listing(made)}",
+            expected="exactly the outputs of the group",
+        )
+    return made
+
+
+def undefined(mapper: ModelStateMapper, given: Iterable[str], known: Iterable[str]) -> MapperError:
+    """The error for a set of keys that is no group's."""
+    given, known = sorted(given), sorted(known)
+    strange = [name for name in given if name not in known]
+    hint = f"{strange[0]} is none of its inputs; like it are {closest(strange[0], known)}" if strange else None
+    return MapperError(
+        f"apply was called with an undefined group: {listing(given)}",
+        path=repr(mapper),
+        expected=hint or "all inputs of one group, and nothing else",
+    )
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message: in order, and not too many."""
+    every = sorted(names)
+    more = f", ... ({len(every)} in all)" if len(every) > most else ""
+    return (", ".join(every[:most]) or "nothing") + more

@@ -1,0 +1,24 @@
+"""Mappers made from what is there: a module, another mapper."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, outputs_of
+from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel
+from nnsplice.checkpoints.mapper.compose import filter_empty_mappers as filter_empty_mappers
+from nnsplice.checkpoints.mapper.leaf import ModelStateMapperIdentity
+
+
+def identity_mapper_from_module(module: nn.Module) -> ModelStateMapperParallel:
+    """Every state of a module as it is: parameters, and the buffers that are saved with them."""
+    states: dict[str, object] = module.state_dict()
+    # What a module saves with `get_extra_state` need not be a tensor.
+    return ModelStateMapperParallel(
+        [ModelStateMapperIdentity(name) for name, state in states.items() if isinstance(state, Tensor)]
+    )
+
+
+def identity_mapper_from_mapper_outputs(mapper: ModelStateMapper) -> ModelStateMapperParallel:
+    """Every output of a mapper as it is."""
+    return ModelStateMapperParallel([ModelStateMapperIdentity(name) for name in sorted(outputs_of(mapper))])

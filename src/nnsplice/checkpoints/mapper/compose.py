@@ -1,0 +1,236 @@
+"""Mappers made of mappers: side by side, one after the other, a share of one, one under a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from nnsplice.checkpoints.mapper.abc import (
+    ModelStateMapper,
+    StateGroup,
+    applied,
+    listing,
+    ordered,
+    undefined,
+)
+from nnsplice.checkpoints.mapper.chain import Net, link
+from nnsplice.checkpoints.mapper.leaf import Leaf
+from nnsplice.errors import BadArgument, MapperError
+
+
+def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelStateMapper]:
+    """The mappers that have any group."""
+    return [mapper for mapper in mappers if mapper.state_dependency_groups()]
+
+
+#: The mappers that make a group, each with its own group.
+_Makers = tuple[tuple[ModelStateMapper, StateGroup], ...]
+
+
+class _Grouped(ModelStateMapper):
+    """A mapper that knows its groups by their inputs."""
+
+    _groups: Mapping[frozenset[str], StateGroup]
+
+    def state_dependency_groups(self) -> frozenset[StateGroup]:
+        """The groups."""
+        return frozenset(self._groups.values())
+
+    def _group(self, given: dict[str, Tensor]) -> StateGroup:
+        found = self._groups.get(frozenset(given))
+        if found is None:
+            raise undefined(self, given, (name for inputs in self._groups for name in inputs))
+        return found
+
+
+@dataclass(frozen=True, repr=False)
+class ModelStateMapperParallel(_Grouped):
+    """Mappers side by side. They share no key: what several outputs are made of, `Copy` hands on by several names.
+
+    >>> from nnsplice.checkpoints import Parallel, Rename
+    >>> swap = Parallel([Rename("a", "b"), Rename("b", "a")])
+    >>> swap.apply({"a": torch.zeros(1)})
+    {'b': tensor([0.])}
+    """
+
+    mappers: Sequence[ModelStateMapper]
+    _groups: Mapping[frozenset[str], StateGroup] = field(init=False, compare=False)
+    _makers: Mapping[frozenset[str], _Makers] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        mappers = tuple(filter_empty_mappers(self.mappers))
+        makers: dict[frozenset[str], _Makers] = {}
+        owners: tuple[dict[str, ModelStateMapper], ...] = ({}, {})
+        for mapper in mappers:
+            for group in ordered(mapper.state_dependency_groups()):
+                for kind, names, owner in zip(("input", "output"), (group.inputs, group.outputs), owners, strict=True):
+                    _claim(kind, names, owner, mapper)
+                makers[group.inputs] = (*makers.get(group.inputs, ()), (mapper, group))
+        object.__setattr__(self, "mappers", mappers)
+        object.__setattr__(self, "_makers", makers)
+        # Several mappers may make something of nothing; whoever asks with no tensors gets all of it.
+        groups = {
+            inputs: StateGroup(inputs, frozenset(name for _, group in every for name in group.outputs))
+            for inputs, every in makers.items()
+        }
+        object.__setattr__(self, "_groups", groups)
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Let the mapper of this group make its outputs."""
+        made: dict[str, Tensor] = {}
+        for mapper, own in self._makers[self._group(group).inputs]:
+            made |= applied(mapper, own, dict(group))
+        return made
+
+    def __repr__(self) -> str:
+        return f"Parallel({len(self.mappers)} mappers)"
+
+
+def _claim(kind: str, names: Iterable[str], owners: dict[str, ModelStateMapper], mapper: ModelStateMapper) -> None:
+    for name in names:
+        if name in owners:
+            raise MapperError(
+                f"colliding {kind} key {name}",
+                path=f"{owners[name]!r} and {mapper!r}",
+                expected="mappers that share no key",
+                write=f'Sequential([Copy("{name}", ["{name}", "{name}.2"]), ...])' if kind == "input" else None,
+            )
+        owners[name] = mapper
+
+
+@dataclass(frozen=True, repr=False)
+class ModelStateMapperSequential(_Grouped):
+    """Mappers one after the other, as one: a key that a stage does not touch passes it by.
+
+    >>> from nnsplice.checkpoints import Rename, Sequential, UnstackTensors
+    >>> chain = Sequential([UnstackTensors("s", ["a", "b"], 0), Rename("a", "x")])
+    >>> sorted(chain.apply({"s": torch.zeros(2, 3)}))
+    ['b', 'x']
+    """
+
+    mappers: Sequence[ModelStateMapper]
+    _groups: Mapping[frozenset[str], StateGroup] = field(init=False, compare=False)
+    _nets: Mapping[frozenset[str], Net] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        mappers = tuple(filter_empty_mappers(self.mappers))
+        if not mappers:
+            raise BadArgument(
+                "no mapper that maps anything", expected="at least one", write="Sequential([Rename(a, b)])"
+            )
+        nets = link(mappers)
+        object.__setattr__(self, "mappers", mappers)
+        object.__setattr__(self, "_nets", nets)
+        object.__setattr__(self, "_groups", {inputs: net.group for inputs, net in nets.items()})
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take one group through the stages that concern it."""
+        return self._nets[self._group(group).inputs].run(group)
+
+    def __repr__(self) -> str:
+        return f"Sequential({len(self.mappers)} stages)"
+
+
+@dataclass(frozen=True, repr=False)
+class ModelStateMapperShard(_Grouped):
+    """The share of one process: every process works out the same partition, without a word between them.
+
+    Without `sizes`, groups are dealt out one by one in the order of their names. With `sizes`, each gets one stretch of
+    the files, all of about the same number of bytes. A share may be empty.
+
+    >>> from nnsplice.checkpoints import Identity, Parallel, Shard
+    >>> whole = Parallel([Identity("a"), Identity("b"), Identity("c")])
+    >>> [len(Shard(whole, 2, i).state_dependency_groups()) for i in range(2)]
+    [2, 1]
+    """
+
+    sub_mapper: ModelStateMapper
+    total_shards: int
+    current_shard: int
+    #: Input -> its bytes, in the order in which inputs lie in the files: `Checkpoint.open(folder).sizes()`.
+    sizes: Mapping[str, int] | None = None
+    _groups: Mapping[frozenset[str], StateGroup] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        total, current = self.total_shards, self.current_shard
+        if total < 1:
+            raise BadArgument(f"total_shards is {total}", expected="at least 1")
+        if not 0 <= current < total:
+            raise BadArgument(f"current_shard is {current}", expected=f"0 to {total - 1}")
+        every = ordered(self.sub_mapper.state_dependency_groups())
+        own = every[current::total] if self.sizes is None else _stretch(every, self.sizes, total, current)
+        object.__setattr__(self, "_groups", {group.inputs: group for group in own})
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the whole mapper makes of this group."""
+        self._group(group)
+        return self.sub_mapper.apply(group)
+
+    def __repr__(self) -> str:
+        return f"Shard({self.sub_mapper!r}, {self.total_shards}, {self.current_shard})"
+
+
+def _stretch(groups: Sequence[StateGroup], sizes: Mapping[str, int], total: int, current: int) -> list[StateGroup]:
+    """The groups whose middle lies in the share's part of all bytes, in the order of the files."""
+    places = {name: number for number, name in enumerate(sizes)}
+    if unknown := {name for group in groups for name in group.inputs} - places.keys():
+        raise MapperError(f"the sizes of {listing(unknown)} are not given", expected="a size for each input")
+    by_place = sorted(groups, key=lambda group: min((places[name] for name in group.inputs), default=-1))
+    # One more for each, so that groups without bytes are spread as well.
+    weights = [1 + sum(sizes[name] for name in group.inputs) for group in by_place]
+    all_bytes, before = sum(weights), 0
+    own: list[StateGroup] = []
+    for group, weight in zip(by_place, weights, strict=True):
+        if (2 * before + weight) * total // (2 * all_bytes) == current:
+            own.append(group)
+        before += weight
+    return own
+
+
+@dataclass(frozen=True, repr=False)
+class ModelStateMapperPrefixScope(_Grouped):
+    """A mapper whose keys have a text in front: one text for what it reads, one for what it makes."""
+
+    mapper: ModelStateMapper
+    source_prefix: str = ""
+    target_prefix: str = ""
+    _groups: Mapping[frozenset[str], StateGroup] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        groups = {
+            (inputs := frozenset(self.source_prefix + name for name in group.inputs)): StateGroup(
+                inputs, frozenset(self.target_prefix + name for name in group.outputs)
+            )
+            for group in self.mapper.state_dependency_groups()
+        }
+        object.__setattr__(self, "_groups", groups)
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the text off, let the mapper make its outputs, put the other text on."""
+        self._group(group)
+        made = self.mapper.apply({name.removeprefix(self.source_prefix): tensor for name, tensor in group.items()})
+        return {self.target_prefix + name: tensor for name, tensor in made.items()}
+
+    def __repr__(self) -> str:
+        return f"PrefixScope({self.mapper!r}, {self.source_prefix!r}, {self.target_prefix!r})"
+
+
+def identity(mapper: ModelStateMapper) -> Iterator[str]:
+    """A mapper in all its parts, as texts that are the same in every process and other ones for another mapper."""
+    if isinstance(mapper, ModelStateMapperParallel | ModelStateMapperSequential):
+        yield type(mapper).__name__
+        for inner in mapper.mappers:
+            yield from identity(inner)
+    elif isinstance(mapper, ModelStateMapperShard | ModelStateMapperPrefixScope):
+        inner = mapper.sub_mapper if isinstance(mapper, ModelStateMapperShard) else mapper.mapper
+        yield type(mapper).__name__
+        yield from identity(inner)
+    elif isinstance(mapper, Leaf):
+        yield repr(mapper)
+    else:  # its repr may hold an address
+        yield f"{type(mapper).__module__}.{type(mapper).__qualname__}"
+    if not isinstance(mapper, Leaf):
+        for group in ordered(mapper.state_dependency_groups()):
+            yield f"{sorted(group.inputs)} -> {sorted(group.outputs)}"

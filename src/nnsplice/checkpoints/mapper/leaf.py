@@ -1,0 +1,393 @@
+"""Mappers of single tensors and of single groups of tensors: the words that pipelines are made of.
+
+one to one      Identity, Rename, Transpose, Permute, Squeeze, Unsqueeze, Slice, Cast
+one to many     Copy, UnstackTensors, ChunkTensors, Split
+many to one     StackTensors, ConcatenateTensors
+many renames    SelectChildModules
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
+
+import torch
+from torch import Tensor
+
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, undefined
+from nnsplice.errors import BadArgument, MapperError
+
+
+class Leaf(ModelStateMapper):
+    """A mapper with one group, written as a function of tensors in a fixed order."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The inputs and the outputs."""
+
+    @abstractmethod
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """The outputs, in the order of their names."""
+
+    def state_dependency_groups(self) -> frozenset[StateGroup]:
+        """The one group."""
+        inputs, outputs = self.names
+        return frozenset((StateGroup(frozenset(inputs), frozenset(outputs)),))
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make the outputs."""
+        inputs, outputs = self.names
+        if len(group) != len(inputs) or not all(name in group for name in inputs):
+            raise undefined(self, group, inputs)
+        try:
+            made = self.compute(*(group[name] for name in inputs))
+        except MapperError:
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:  # torch's own, about shapes and dimensions
+            shapes = ", ".join(f"{name} {list(group[name].shape)}" for name in inputs)
+            raise MapperError(f"{str(error).splitlines()[0]}: {shapes}", path=repr(self)) from None
+        return dict(zip(outputs, made, strict=True))
+
+
+def _unique(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    names = tuple(names)
+    if not names:
+        raise BadArgument(f"{what} is empty", expected="at least one name")
+    seen: set[str] = set()
+    twice = next((name for name in names if name in seen or seen.add(name)), None)
+    if twice is not None:
+        raise BadArgument(f"{twice} stands twice in {what}", expected="each name once")
+    return names
+
+
+def _set(leaf: object, name: str, value: object) -> None:
+    """Put a checked argument into a frozen value."""
+    object.__setattr__(leaf, name, value)
+
+
+# -- one to one --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelStateMapperIdentity(Leaf):
+    """The tensor as it is: the very same object."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.name,), (self.name,)
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return tensors
+
+
+@dataclass(frozen=True)
+class ModelStateMapperRename(Leaf):
+    """The very same tensor by another name."""
+
+    name_from: str
+    name_to: str
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.name_from,), (self.name_to,)
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return tensors
+
+
+class _InPlace(Leaf):
+    """One tensor that keeps its name."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.name,), (self.name,)
+
+
+@dataclass(frozen=True)
+class ModelStateMapperTranspose(_InPlace):
+    """Two dimensions exchanged: what is between a `Linear` and GPT-2's `Conv1D` is `Transpose(name, (0, 1))`."""
+
+    name: str
+    dims: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.dims) != 2:
+            raise BadArgument(f"dims is {self.dims}", expected="two dimensions", write="Permute(name, dims)")
+        _set(self, "dims", tuple(self.dims))
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return [tensors[0].transpose(*self.dims).contiguous()]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperPermute(_InPlace):
+    """Dimensions in another order; with `view`, those of a finer shape, after which the tensor has its own shape again.
+
+    Rotary layouts differ so: rows of a head as (half, pair) here and as (pair, half) there.
+
+    >>> from nnsplice.checkpoints import Permute
+    >>> interleaved = Permute("wq", dims=(0, 2, 1, 3), view=(1, 2, 2, -1))   # one head of width 4
+    >>> interleaved.apply({"wq": torch.arange(4.0).reshape(4, 1)})["wq"].flatten()
+    tensor([0., 2., 1., 3.])
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    view: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _set(self, "dims", tuple(self.dims))
+        _set(self, "view", None if self.view is None else tuple(self.view))
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        (tensor,) = tensors
+        if self.view is None:
+            return [tensor.permute(self.dims).contiguous()]
+        return [tensor.reshape(self.view).permute(self.dims).reshape(tensor.shape)]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperSqueeze(_InPlace):
+    """Without the dimensions of length one, or without one of them."""
+
+    name: str
+    dim: int | None = None
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        (tensor,) = tensors
+        if self.dim is None:
+            return [tensor.squeeze().contiguous()]
+        if tensor.shape[self.dim] != 1:  # torch would leave it as it is, without a word
+            raise MapperError(f"dimension {self.dim} of {list(tensor.shape)} is not of length 1", path=repr(self))
+        return [tensor.squeeze(self.dim).contiguous()]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperUnsqueeze(_InPlace):
+    """With one more dimension of length one."""
+
+    name: str
+    dim: int
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return [tensors[0].unsqueeze(self.dim).contiguous()]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperSlice(_InPlace):
+    """A stretch of one dimension; only what lies in it is read from a file where it is the leading one."""
+
+    name: str
+    dim: int
+    start: int | None = None
+    stop: int | None = None
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        (tensor,) = tensors
+        length = tensor.shape[self.dim]
+        start, stop, _ = slice(self.start, self.stop).indices(length)
+        asked = (self.start or 0, length if self.stop is None else self.stop)
+        if not all(-length <= end <= length for end in asked) or start >= stop:
+            raise MapperError(f"{asked[0]}:{asked[1]} is no stretch of a dimension of length {length}", path=repr(self))
+        # A copy: a view would hold the memory of all that was cut away.
+        return [tensor.narrow(self.dim, start, stop - start).clone(memory_format=torch.contiguous_format)]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperCast(_InPlace):
+    """The numbers in another type."""
+
+    name: str
+    dtype: torch.dtype
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return [tensors[0].to(self.dtype)]
+
+
+# -- one to many -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelStateMapperCopy(Leaf):
+    """The very same tensor by several names, as tied weights have; stored once by the writer, and recorded."""
+
+    name_from: str
+    names_to: Sequence[str]
+
+    def __post_init__(self) -> None:
+        _set(self, "names_to", _unique("names_to", self.names_to))
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.name_from,), tuple(self.names_to)
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return tensors * len(self.names_to)
+
+
+class _Apart(Leaf):
+    """One tensor cut into several."""
+
+    source_name: str
+    target_names: Sequence[str]
+
+    def __post_init__(self) -> None:
+        _set(self, "target_names", _unique("target_names", self.target_names))
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.source_name,), tuple(self.target_names)
+
+    def _count(self, found: Sequence[Tensor], tensor: Tensor, dim: int) -> Sequence[Tensor]:
+        if len(found) != len(self.target_names):
+            raise MapperError(
+                f"dimension {dim} of {self.source_name} {list(tensor.shape)} gives {len(found)} tensors",
+                path=repr(self),
+                expected=f"{len(self.target_names)}, one for each name",
+            )
+        return [part.contiguous() for part in found]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperUnstackTensors(_Apart):
+    """One tensor for each index of a dimension."""
+
+    source_name: str
+    target_names: Sequence[str]
+    dim: int
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return self._count(tensors[0].unbind(self.dim), tensors[0], self.dim)
+
+
+@dataclass(frozen=True)
+class ModelStateMapperChunkTensors(_Apart):
+    """Equal stretches of a dimension, as `torch.chunk` cuts them."""
+
+    source_name: str
+    target_names: Sequence[str]
+    dim: int
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return self._count(tensors[0].chunk(len(self.target_names), self.dim), tensors[0], self.dim)
+
+
+@dataclass(frozen=True)
+class ModelStateMapperSplit(Leaf):
+    """Stretches of a dimension with sizes of their own, as queries, keys and values have where heads share keys."""
+
+    name: str
+    target_names: Sequence[str]
+    sizes: Sequence[int]
+    dim: int
+
+    def __post_init__(self) -> None:
+        _set(self, "target_names", _unique("target_names", self.target_names))
+        _set(self, "sizes", tuple(self.sizes))
+        if len(self.sizes) != len(self.target_names):
+            raise BadArgument(
+                f"{len(self.sizes)} sizes for {len(self.target_names)} names", expected="a size for each name"
+            )
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.name,), tuple(self.target_names)
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return [part.contiguous() for part in torch.split(tensors[0], list(self.sizes), self.dim)]
+
+
+# -- many to one -------------------------------------------------------------------------------------------------------
+
+
+class _Together(Leaf):
+    """Several tensors put into one."""
+
+    source_names: Sequence[str]
+    target_name: str
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return tuple(self.source_names), (self.target_name,)
+
+    def _same_type(self, tensors: Sequence[Tensor]) -> None:
+        kinds = list(dict.fromkeys(str(tensor.dtype) for tensor in tensors))
+        if len(kinds) > 1:  # torch would promote them without a word
+            raise MapperError(
+                f"tensors of {' and '.join(kinds)} are put together",
+                path=repr(self),
+                write="Cast(name, dtype) before it",
+            )
+
+
+@dataclass(frozen=True)
+class ModelStateMapperStackTensors(_Together):
+    """Equal shapes along a new dimension."""
+
+    source_names: Sequence[str]
+    target_name: str
+    dim: int | None = None
+    #: Another name of `dim`.
+    stack_dim: InitVar[int | None] = None
+
+    def __post_init__(self, stack_dim: int | None) -> None:
+        _set(self, "source_names", _unique("source_names", self.source_names))
+        if (self.dim is None) == (stack_dim is None):
+            raise BadArgument("dim and stack_dim are two names of one argument", expected="one of them")
+        _set(self, "dim", stack_dim if self.dim is None else self.dim)
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        self._same_type(tensors)
+        return [torch.stack(tensors, self.dim or 0)]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperConcatenateTensors(_Together):
+    """One after the other along a dimension."""
+
+    source_names: Sequence[str]
+    target_name: str
+    dim: int
+
+    def __post_init__(self) -> None:
+        _set(self, "source_names", _unique("source_names", self.source_names))
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        self._same_type(tensors)
+        return [torch.cat(tensors, self.dim)]
+
+
+# -- many renames ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelStateMapperSelectChildModules(ModelStateMapper):
+    """What lies under a parent, without its name: `parent.base` becomes `base`, each a group of its own."""
+
+    base_names: Sequence[str]
+    parent_name: str
+    _known: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _set(self, "base_names", _unique("base_names", self.base_names))
+        _set(self, "_known", frozenset(self.base_names))
+
+    def state_dependency_groups(self) -> frozenset[StateGroup]:
+        """A group for each name."""
+        return frozenset(
+            StateGroup(frozenset((f"{self.parent_name}.{name}",)), frozenset((name,))) for name in self.base_names
+        )
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the parent's name off."""
+        dot = f"{self.parent_name}."
+        name = next(iter(group), "")
+        if len(group) != 1 or not name.startswith(dot) or name.removeprefix(dot) not in self._known:
+            raise undefined(self, group, (f"{dot}{base}" for base in self.base_names))
+        return {name.removeprefix(dot): group[name]}
