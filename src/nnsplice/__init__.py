@@ -19,6 +19,12 @@ One address language for every part of a model, and many views of an address. Th
 
 from nnsplice import adapters, errors, models, plots, weights
 from nnsplice import adapters, errors, models, plots, steering
+from nnsplice import adapters, errors, models, plots
+    checkpoints                                   files of weights: declared, checked, streamed
+    errors, plots                                 every exception; figures of labelled arrays
+"""
+
+from nnsplice import checkpoints, errors, models, plots
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
 from nnsplice.atlas import Atlas
 from nnsplice.attribution import attribute, path_patch
@@ -44,6 +50,7 @@ __all__ = [
     "attribute",
     "capture",
     "causal_trace",
+    "checkpoints",
     "errors",
     "expand",
     "kl_divergence",

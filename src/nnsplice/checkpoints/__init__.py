@@ -9,8 +9,11 @@ wte       ->  embed
 
     mapper      what becomes of what
     io          reading and writing
+    convert     a folder into another one
 """
 
+from nnsplice.checkpoints.convert import convert as convert
+from nnsplice.checkpoints.convert import renaming as renaming
 from nnsplice.checkpoints.io.explain import Explanation as Explanation
 from nnsplice.checkpoints.io.folder import Checkpoint as Checkpoint
 from nnsplice.checkpoints.io.reader import load_model_state as load_model_state

@@ -2,6 +2,9 @@
 """The command line: `nnsplice paths`, `nnsplice check`, `nnsplice trace`, `nnsplice adapter` and `nnsplice steer`.
 
 adapter     the command that shows what an adapter changed
+"""The command line: `nnsplice paths MODEL`, `nnsplice check MODEL`, `nnsplice trace` and `nnsplice convert`.
+
+checkpoints the command that converts
 commands    the commands, and what their errors look like
 listing     the places of a model as rows
 native      its module tree as rows
@@ -15,6 +18,7 @@ estimating  the same with estimates
 
 from nnsplice.cli import adapter as adapter
 from nnsplice.cli import steering as steering
+from nnsplice.cli import checkpoints as checkpoints
 from nnsplice.cli import tracing as tracing
 from nnsplice.cli import weights as weights
 from nnsplice.cli.commands import app as app

@@ -93,6 +93,7 @@ def nnsplice(
     \b
     nnsplice paths gpt2          what can be addressed in GPT-2
     nnsplice check gpt2          capture, replay, heads and padding, tried on GPT-2
+    nnsplice convert SRC DST     a checkpoint with other names, numbers or layers
     nnsplice trace sweep.toml    every place changed by itself: which one decides the answer
     nnsplice adapter ./my-lora   what an adapter changed, layer by layer
     nnsplice mask gpt2 l5h3      which weights belong to a place
@@ -208,8 +209,8 @@ def check(
     from nnsplice.checks import run_checks, summary
     from nnsplice.cli.table import aligned, show
 
-    index = None if layers is None else _index(layers)
-    findings = list(_with_bar(run_checks(_load(model, attn), index, seed=seed)))
+    chosen = None if layers is None else index(layers)
+    findings = list(_with_bar(run_checks(_load(model, attn), chosen, seed=seed)))
     shown = findings if each else summary(findings)
     show(aligned([_row(finding) for finding in shown], ("check", "looked at", "difference", "result", "")))
     failed = sum(finding.state == "FAILED" for finding in findings)
@@ -224,7 +225,8 @@ def _row(finding: Finding) -> tuple[str, ...]:
     return finding.check, finding.what, number, finding.state, finding.detail
 
 
-def _index(text: str) -> Index:
+def index(text: str) -> Index:
+    """Which layers, from the command line."""
     from nnsplice.paths import parse_path
 
     try:

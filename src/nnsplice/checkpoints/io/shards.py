@@ -22,12 +22,12 @@ from torch import Tensor
 
 from nnsplice.checkpoints.io.headers import NAMES, header_shape
 from nnsplice.checkpoints.io.mapping import buffer, bytes_of
-from nnsplice.errors import BadType, MapperError, WriteFailed
+from nnsplice.errors import BadType, MapperError, NnspliceError, WriteFailed
 
 #: The least and the most room for a header. More names than that go into another file.
 _LEAST_ROOM, _MOST_ROOM = 256, 8 << 20
-#: What a header says about a tensor besides its name, about.
-_PER_NAME = 130
+#: What a header says about a tensor besides its name and shape, at most; and all but the name, about.
+_PUNCTUATION, _PER_NAME = 85, 130
 #: A tensor whose bytes are no multiple of this would push those after it from where processors like them.
 _ALIGN = 8
 #: Such tensors up to this size wait for the end of their file.
@@ -94,12 +94,12 @@ class ShardWriter:
         plain = _plain(name, tensor)
         kept = self._same.kept(tensor, plain)
         if kept is not None:
-            self._current(name, 0).tied[name] = kept
+            self._current(name, 0, 0).tied[name] = kept
             return
-        current = self._current(name, plain.nbytes)
+        current = self._current(name, plain.nbytes, plain.dim())
         shape = header_shape(plain.dtype, tuple(plain.shape))
         current.header[name] = {"dtype": NAMES[plain.dtype], "shape": shape}
-        current.used += _room_for(name) + 8 * len(shape)
+        current.used += len(json.dumps(name)) + len(str(shape)) + _PUNCTUATION
         current.nbytes += plain.nbytes
         self._to_come -= _room_for(name)
         if plain.nbytes % _ALIGN and plain.nbytes <= _WAITS:
@@ -121,15 +121,15 @@ class ShardWriter:
         self._disk.shutdown()
 
     def abandon(self) -> None:
-        """Close what is open; it is of no use."""
+        """Close what is open, which is of no use; what is finished gets to the disk."""
         if self._open is not None:
             self._open.file.close()
-        self._disk.shutdown(cancel_futures=True)
+        self._disk.shutdown()
 
     # -- one file ------------------------------------------------------------------------------------------------------
 
-    def _current(self, name: str, nbytes: int) -> _Open:
-        current, more = self._open, _room_for(name) + 64
+    def _current(self, name: str, nbytes: int, dims: int) -> _Open:
+        current, more = self._open, _room_for(name) + 8 * dims
         if current is not None:
             full = current.nbytes and current.nbytes + nbytes > self._limit
             if not full and current.used + more <= current.room:
@@ -139,7 +139,7 @@ class ShardWriter:
         room = -(-room // 64) * 64 - 8  # the length before it has 8 bytes; tensors begin at a multiple of 64
         path = self._folder / f"{self._prefix}{self._number:05d}.safetensors"
         self._number += 1
-        with _disk(path, name):
+        with disk(path, name):
             file = FileIO(path, "wb")
             self._open = _Open(path, file, room)
             file.seek(8 + room)
@@ -149,7 +149,7 @@ class ShardWriter:
         begin, start = current.end, 8 + current.room + current.end
         current.end += tensor.nbytes
         current.header[name]["data_offsets"] = [begin, current.end]
-        with _disk(current.path, name):
+        with disk(current.path, name):
             _write_all(current.file, buffer(tensor))
         return start
 
@@ -166,7 +166,7 @@ class ShardWriter:
             # The widest numbers first, so that each lies at a multiple of its width.
             for name, tensor in sorted(current.waiting.items(), key=lambda pair: -pair[1].itemsize):
                 self._write(current, name, tensor)
-            with _disk(current.path, "its header"):
+            with disk(current.path, "its header"):
                 told = json.dumps({"__metadata__": {"format": "pt"}, **current.header}, separators=(",", ":")).encode()
                 if len(told) > current.room:
                     raise MapperError(f"the header of {current.path} does not fit: {len(told)} > {current.room}")
@@ -180,10 +180,10 @@ class ShardWriter:
             self._settling.result()  # says here what the disk said about the file before
 
         def settle() -> None:
-            if path is not None:
-                with _disk(path, ", ".join(shard.names[:3])):
+            with disk(path or self._folder, ", ".join(shard.names[:3]) or "names of tensors that are stored already"):
+                if path is not None:
                     sync(path)
-            self._finished(shard)
+                self._finished(shard)
 
         self._settling = self._disk.submit(settle)
 
@@ -207,24 +207,23 @@ def _write_all(file: FileIO, view: memoryview) -> None:
 
 
 @contextmanager
-def _disk(path: Path, name: str) -> Generator[None]:
+def disk(path: Path, name: str) -> Generator[None]:
     """Say which file and which tensor it was that the disk did not take."""
     try:
         yield
     except OSError as error:
-        raise write_failed(path, error, f"while writing {name}") from error
-
-
-def write_failed(path: Path, error: OSError, when: str) -> WriteFailed:
-    """The error for a file that the disk did not take."""
-    full = error.errno in (ENOSPC, EDQUOT)
-    failed = WriteFailed(
-        f"{path}: {error.strerror or error} {when}",
-        expected="room for the new checkpoint beside the old one, which stays until then" if full else None,
-        write="resume=True   (goes on with the files that were finished, where there are any)" if full else None,
-    )
-    failed.errno = error.errno
-    return failed
+        if isinstance(error, NnspliceError):
+            raise
+        full = error.errno in (ENOSPC, EDQUOT)
+        room = "room for the new checkpoint beside the old one, which stays until then"
+        again = "resume=True   (goes on with the files that were finished, where there are any)"
+        failed = WriteFailed(
+            f"{path}: {error.strerror or error} while writing {name}",
+            expected=room if full else None,
+            write=again if full else None,
+        )
+        failed.errno = error.errno
+        raise failed from error
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:

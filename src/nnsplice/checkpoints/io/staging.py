@@ -19,9 +19,9 @@ from typing import Any, cast
 
 from nnsplice.checkpoints.io.folder import INDEX, PICKLES, SINGLE
 from nnsplice.checkpoints.io.headers import read_header
-from nnsplice.checkpoints.io.shards import Shard, ShardWriter, sync, write_failed
+from nnsplice.checkpoints.io.shards import Shard, ShardWriter, disk, sync
 from nnsplice.checkpoints.io.swap import exchange
-from nnsplice.errors import FileError, NnspliceError
+from nnsplice.errors import FileError
 from nnsplice.results.lock import Lock
 
 #: How files are named that hold weights, besides pickles.
@@ -50,19 +50,23 @@ class Staging:
                 expected="a folder on it",
                 write=f'"{dest / "checkpoint"}"',
             )
-        self.dest.parent.mkdir(parents=True, exist_ok=True)
+        with disk(self.dest, "the first files beside it"):
+            self.dest.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.dest)
         self.folder = self.dest.with_name(f".{self.dest.name}.part")
         self.weights = self.folder / "weights"
+        self._gone = self.dest.with_name(f".{self.dest.name}.part.gone")
         self._resume = resume
-        self._lock = Lock(self.dest)
         try:
-            self.published = self._begin(asked)
+            with disk(self.folder, "the first files in it"):
+                self.published = self._begin(asked)
         except BaseException:
             self._lock.release()
             raise
 
     def _begin(self, asked: str) -> bool:
         """Make the folder; True where the job was done but for cleaning up."""
+        shutil.rmtree(self._gone, ignore_errors=True)
         self._restore()
         if self.folder.exists() and self._resume and (self.folder / "asked.json").is_file():
             if _json(self.folder / "asked.json") != {"asked": asked}:
@@ -77,10 +81,16 @@ class Staging:
             self._unname()
             self._sweep()
             return False
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._discard()
         self.weights.mkdir(parents=True)
         _write(self.folder / "asked.json", {"asked": asked})
         return False
+
+    def _discard(self) -> None:
+        """Remove the folder; renamed first, so that a process that ends meanwhile leaves nothing to go on with."""
+        if self.folder.exists():
+            self.folder.rename(self._gone)
+            shutil.rmtree(self._gone, ignore_errors=True)
 
     def _restore(self) -> None:
         """Put back the old checkpoint, where a process ended between the two steps of a system that has not the one."""
@@ -117,7 +127,7 @@ class Staging:
             shards: the files in their order.
             carry: other files of the new checkpoint: name -> a file to copy, or a text.
         """
-        try:
+        with disk(self.dest, "what puts the checkpoint in its place"):
             names = _last_names(shards)
             _write(self.folder / "names.json", names)
             for old, new in names.items():
@@ -137,10 +147,6 @@ class Staging:
             done = {"inode": self.weights.stat().st_ino}
             _write(self.folder / "done.json", done)
             self._exchange(done)
-        except OSError as error:
-            if isinstance(error, NnspliceError):
-                raise
-            raise write_failed(self.dest, error, "while putting the checkpoint in its place") from error
 
     def _exchange(self, done: dict[str, Any]) -> None:
         if not (self.dest.is_dir() and self.dest.stat().st_ino == done["inode"]):
@@ -159,7 +165,7 @@ class Staging:
             if failed and self._resume and self.weights.is_dir():
                 self._sweep()
             else:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self._discard()
         finally:
             self._lock.release()
 

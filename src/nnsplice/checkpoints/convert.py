@@ -1,0 +1,196 @@
+"""A checkpoint folder into another one: names changed by patterns, layers chosen, numbers cast, all of it streamed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from nnsplice.checkpoints.io.folder import Checkpoint
+from nnsplice.checkpoints.io.reader import read_model_state
+from nnsplice.checkpoints.io.staging import other_files
+from nnsplice.checkpoints.io.writer import write_model_state_local
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, listing
+from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
+from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential
+from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCast, ModelStateMapperCopy, ModelStateMapperRename
+from nnsplice.errors import BadArgument, MapperError, OutOfRange, circumstances
+
+#: What a cast is for. Packed and 8-bit weights mean something only together with their scales, so they stay.
+_CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def convert(
+    src_dir: str | os.PathLike[str],
+    dest_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    *,
+    shard_size_gb: float = 4.0,
+    show_progress: bool = True,
+    resume: bool = False,
+    carry: Mapping[str, Path | str] | None = None,
+) -> None:
+    """Read a checkpoint through a mapper and write what comes out; config, tokenizer and the like come along.
+
+    The two folders may be one: it keeps its old weights until the new ones are whole.
+
+    >>> from nnsplice.checkpoints import Checkpoint, convert, renaming
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = model.save_pretrained(folder)
+    ...     convert(folder, f"{folder}/new", renaming(folder, ["transformer.h=layers"]), show_progress=False)
+    ...     print(sorted(Checkpoint.open(f"{folder}/new"))[:2])
+    ['layers.0.attn.c_attn.bias', 'layers.0.attn.c_attn.weight']
+
+    Args:
+        mapper: from the names in `src_dir` to those in `dest_dir`.
+        resume: go on with what a stopped call has finished; and leave what this one finishes, should it stop.
+        carry: other files for the new folder, over those of `src_dir`: name -> a file to copy, or a text.
+    """
+    states = read_model_state(src_dir, mapper, "cpu", show_progress)
+    source = Path(src_dir)
+    write_model_state_local(
+        dest_dir,
+        # Ties go through as they are: the writer knows the very same tensor when it sees it again.
+        identity_mapper_from_mapper_outputs(mapper),
+        states,
+        shard_size_gb,
+        show_progress=False,
+        resume=resume,
+        source=_identity(source, mapper),
+        carry={**other_files(source), **(carry or {})},
+    )
+
+
+def _identity(source: Path, mapper: ModelStateMapper) -> str:
+    """A checkpoint and what is made of it, in words that are others when either changes."""
+    from nnsplice.checkpoints.mapper.compose import identity
+
+    files = sorted(path for path in source.rglob("*.safetensors*") if path.is_file())
+    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return "\n".join((str(source.resolve()), *stamps, *identity(mapper)))
+
+
+def renaming(
+    src_dir: str | os.PathLike[str],
+    renames: Sequence[str] = (),
+    *,
+    dtype: torch.dtype | None = None,
+    layers: slice | Sequence[int] | None = None,
+) -> ModelStateMapperParallel:
+    """The mapper of a conversion that changes names, numbers and the choice of layers.
+
+    Args:
+        src_dir: the checkpoint.
+        renames: `OLD=NEW`, one after the other. OLD is a run of whole names between dots, wherever it stands first;
+            a `*` in it stands for one name, and the same `*` in NEW for what it was. An empty NEW takes the run out.
+        dtype: for tensors of 16 to 64 bit floating point numbers; others stay as they are.
+        layers: which layers to keep; the rest of the model stays, and layers keep their numbers.
+
+    Raises:
+        MapperError: two tensors would get one name.
+        BadArgument: a rename that concerns no tensor.
+    """
+    with circumstances(f"converting {os.fspath(src_dir)}"):
+        checkpoint = Checkpoint.open(src_dir)
+        names = _chosen(checkpoint, layers)
+        new = dict(zip(names, names, strict=True))
+        for rename in renames:
+            changed = {name: _renamed(now, rename) for name, now in new.items()}
+            if changed == new:
+                raise BadArgument(
+                    f"--rename {rename} concerns no tensor", expected=f"names such as {listing(names, 3)}"
+                )
+            new = changed
+        tied: dict[str, list[str]] = {}
+        for name in names:
+            tied.setdefault(checkpoint.tied.get(name, name), []).append(name)
+        return ModelStateMapperParallel([_one(checkpoint, every, new, dtype) for every in tied.values()])
+
+
+def _one(
+    checkpoint: Checkpoint, names: Sequence[str], new: Mapping[str, str], dtype: torch.dtype | None
+) -> ModelStateMapper:
+    """What becomes of one tensor, whatever names it has."""
+    stored = checkpoint.tied.get(names[0], names[0])
+    stages: list[ModelStateMapper] = []
+    if dtype is not None and checkpoint.entry(stored).dtype in _CASTABLE:
+        stages.append(ModelStateMapperCast(stored, dtype))
+    if len(names) == 1:
+        stages.append(ModelStateMapperRename(stored, new[names[0]]))
+    else:
+        stages.append(ModelStateMapperCopy(stored, [new[name] for name in names]))
+    return ModelStateMapperSequential(stages) if len(stages) > 1 else stages[0]
+
+
+def _renamed(name: str, rename: str) -> str:
+    old, equals, new = rename.partition("=")
+    if not equals or not old or new.count("*") > old.count("*"):
+        raise BadArgument(f"{rename!r} is no rename", expected="OLD=NEW, with no more * in NEW than in OLD")
+    pattern = re.escape(old).replace(r"\*", r"([^.]+)")
+    found = re.search(rf"(?:^|(?<=\.)){pattern}(?=\.|$)", name)
+    if found is None:
+        return name
+    filled = iter(found.groups())
+    middle = re.sub(r"\*", lambda _: next(filled), new)
+    return ".".join(
+        part for part in (name[: found.start()].rstrip("."), middle, name[found.end() :].strip(".")) if part
+    )
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to: the first number among its names, in every family's checkpoints.
+
+    >>> from nnsplice.checkpoints.convert import layer_of
+    >>> layer_of("model.layers.12.mlp.experts.3.up_proj.weight"), layer_of("lm_head.weight")
+    (12, None)
+    """
+    return next((int(word) for before, word in pairwise(name.split(".")) if word.isdigit() and before), None)
+
+
+def _chosen(checkpoint: Checkpoint, layers: slice | Sequence[int] | None) -> list[str]:
+    """The tensors of some layers and of no layer, in the order of the files."""
+    names = list(checkpoint.sizes())
+    if layers is None:
+        return names
+    count = 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+    wanted = set(range(*layers.indices(count))) if isinstance(layers, slice) else _numbers(layers, count)
+    if not wanted:
+        raise OutOfRange(f"no layer of {count} is chosen", expected=f"some of 0 to {count - 1}")
+    return [name for name in names if (layer := layer_of(name)) is None or layer in wanted]
+
+
+def _numbers(layers: Iterable[int], count: int) -> set[int]:
+    for layer in layers:
+        if not -count <= layer < count:
+            raise OutOfRange(f"layer {layer} is not there", expected=f"0 to {count - 1}")
+    return {layer % count for layer in layers}
+
+
+def truncated_config(text: str, layers: int) -> str:
+    """A config.json for a model of which the first layers are kept.
+
+    Raises:
+        MapperError: the config does not say how many layers it has.
+    """
+    import json
+
+    config = json.loads(text)
+    keys = [
+        key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if isinstance(config.get(key), int)
+    ]
+    if not keys:
+        raise MapperError("config.json does not say how many layers there are", expected="num_hidden_layers")
+    for key in keys:
+        config[key] = layers
+    for key in ("layer_types", "attention_layers"):
+        if isinstance(config.get(key), list):
+            config[key] = config[key][:layers]
+    return json.dumps(config, indent=2) + "\n"

@@ -1,0 +1,89 @@
+"""`nnsplice convert`: a checkpoint folder into another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nnsplice.cli.commands import WrongUsage, app
+
+if TYPE_CHECKING:
+    import torch
+
+#: Names of types, short and long.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder with safetensors.")],
+    dest: Annotated[Path | None, typer.Argument(metavar="DST", help="The folder to make, or to replace.")] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Whole names between dots; * is any one name. May be given often."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32 or fp64.")] = None,
+    layers: Annotated[str | None, typer.Option(metavar="INDEX", help="Which layers to keep: 0:4, -1, 0,5,11.")] = None,
+    shard_size: Annotated[float, typer.Option(metavar="GB", help="How large a file may get.")] = 4.0,
+    explain: Annotated[bool, typer.Option("--explain", help="Show what would be done, and leave.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped call finished.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No bar.")] = False,
+) -> None:
+    """Convert the checkpoint in SRC: other names, other numbers, fewer layers. Memory holds one tensor at a time.
+
+    \b
+    nnsplice convert gpt2/ renamed/ --rename 'transformer.h.*=layers.*' --rename 'transformer='
+    nnsplice convert llama/ first-four/ --layers 0:4 --dtype bf16
+    nnsplice convert llama/ --rename 'self_attn=attn' --explain
+
+    Config, tokenizer and other small files come along; with the first N layers kept, config.json says so. DST keeps
+    what it held until the new checkpoint is whole.
+    """
+    from nnsplice import checkpoints
+    from nnsplice.checkpoints.convert import truncated_config
+
+    chosen = None if layers is None else _layers(layers)
+    mapper = checkpoints.renaming(source, rename or (), dtype=None if dtype is None else _dtype(dtype), layers=chosen)
+    if explain:
+        typer.echo(repr(mapper.explain(source)))
+        return
+    if dest is None:
+        raise WrongUsage("Missing: DST (or --explain, which needs none)")
+    carry: dict[str, Path | str] = {}
+    config = source / "config.json"
+    if isinstance(chosen, slice) and not chosen.start and chosen.stop and config.is_file():
+        carry["config.json"] = truncated_config(config.read_text(encoding="utf-8"), _count(mapper))
+    checkpoints.convert(
+        source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry
+    )
+    typer.echo(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
+
+
+def _layers(text: str) -> slice | tuple[int, ...]:
+    from nnsplice.cli.commands import index
+    from nnsplice.paths import Slice
+
+    found = index(text)
+    if isinstance(found, Slice):
+        return slice(found.start, found.stop, found.step)
+    return (found,) if isinstance(found, int) else found
+
+
+def _count(mapper: object) -> int:
+    from nnsplice.checkpoints import ModelStateMapper
+    from nnsplice.checkpoints.convert import layer_of
+    from nnsplice.checkpoints.mapper.abc import inputs_of
+
+    assert isinstance(mapper, ModelStateMapper)
+    return 1 + max(layer for name in inputs_of(mapper) if (layer := layer_of(name)) is not None)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, DTYPES.get(name, name), None)
+    if not isinstance(found, torch.dtype) or DTYPES.get(name, name) not in DTYPES.values():
+        raise typer.BadParameter(f"{name!r} is no type; write {', '.join(DTYPES)}")
+    return found
