@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def index(folder: Path) -> dict:
+def index(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "model.safetensors.index.json").read_text())
 
 
@@ -325,12 +326,12 @@ def test_a_copy_is_stored_once_recorded_and_read_by_both_names(tmp_path: Path):
 
 
 def test_ties_of_a_module_are_found_across_files(tmp_path: Path):
-    module = nn.ModuleDict({"a": nn.Linear(20, 20), "b": nn.Linear(20, 20), "c": nn.Linear(20, 20)})
+    module: Any = nn.ModuleDict({"a": nn.Linear(20, 20), "b": nn.Linear(20, 20), "c": nn.Linear(20, 20)})
     module["c"].weight = module["a"].weight
     mapper = ck.identity_mapper_from_module(module)
     ck.save_model_state(tmp_path / "ck", mapper, module, 0.5 * KB, show_progress=False)
     assert index(tmp_path / "ck")["metadata"]["tied"] == {"c.weight": "a.weight"}
-    fresh = nn.ModuleDict({"a": nn.Linear(20, 20), "b": nn.Linear(20, 20), "c": nn.Linear(20, 20)})
+    fresh: Any = nn.ModuleDict({"a": nn.Linear(20, 20), "b": nn.Linear(20, 20), "c": nn.Linear(20, 20)})
     ck.load_model_state(tmp_path / "ck", mapper, "cpu", fresh, show_progress=False)
     assert torch.equal(fresh["c"].weight, module["a"].weight) and torch.equal(fresh["b"].bias, module["b"].bias)
 
@@ -487,7 +488,7 @@ def test_a_dry_run_finds_shapes_that_do_not_fit(tmp_path: Path, state: dict[str,
 
 
 def test_a_model_is_loaded_and_other_states_stay(tmp_path: Path):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     before = model[1].weight.detach().clone()
     parameter = model[0].weight
     write(tmp_path / "ck", {"w": torch.randn(3, 4), "b": torch.randn(4)})
@@ -506,7 +507,7 @@ def test_a_model_without_memory_gets_it(tmp_path: Path):
     mapper = ck.identity_mapper_from_module(model)
     ck.save_model_state(tmp_path / "ck", mapper, model, show_progress=False)
     with torch.device("meta"):
-        blank = type(model)(model.config)
+        blank: Any = type(model)(model.config)
     ck.load_model_state(tmp_path / "ck", mapper, "cpu", blank, show_progress=False)
     assert blank.lm_head.weight is blank.transformer.wte.weight
     ids = torch.arange(6)[None]

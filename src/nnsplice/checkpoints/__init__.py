@@ -4,7 +4,7 @@
 >>> qkv = Split("attn.qkv", ["attn.q", "attn.k", "attn.v"], [8, 4, 4], dim=0)
 >>> Parallel([qkv, Rename("wte", "embed")]).explain()
 2 groups, 2 inputs, 4 outputs
-attn.qkv  ->  attn.k + attn.q + attn.v
+attn.qkv  ->  attn.{k,q,v}
 wte       ->  embed
 
     mapper      what becomes of what
@@ -12,7 +12,9 @@ wte       ->  embed
     convert     a folder into another one
 """
 
+from nnsplice.checkpoints.convert import adapted_config as adapted_config
 from nnsplice.checkpoints.convert import convert as convert
+from nnsplice.checkpoints.convert import layer_of as layer_of
 from nnsplice.checkpoints.convert import renaming as renaming
 from nnsplice.checkpoints.io.explain import Explanation as Explanation
 from nnsplice.checkpoints.io.folder import Checkpoint as Checkpoint
@@ -32,6 +34,7 @@ from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Mode
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperPrefixScope as ModelStateMapperPrefixScope
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as ModelStateMapperSequential
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperShard as ModelStateMapperShard
+from nnsplice.errors import MapperError as MapperError
 
 ModelStateMapperCast = Cast = _leaf.ModelStateMapperCast
 ModelStateMapperChunkTensors = ChunkTensors = _leaf.ModelStateMapperChunkTensors

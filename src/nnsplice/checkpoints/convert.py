@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,8 @@ from nnsplice.errors import BadArgument, MapperError, OutOfRange, circumstances
 
 #: What a cast is for. Packed and 8-bit weights mean something only together with their scales, so they stay.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+#: How configs call the number of layers.
+_DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def convert(
@@ -174,22 +178,22 @@ def _numbers(layers: Iterable[int], count: int) -> set[int]:
     return {layer % count for layer in layers}
 
 
-def truncated_config(text: str, layers: int) -> str:
-    """A config.json for a model of which the first layers are kept.
+def adapted_config(text: str, *, layers: int | None = None, dtype: torch.dtype | None = None) -> str:
+    """A config.json for a model of which the first layers are kept, or whose numbers are of another type.
 
     Raises:
         MapperError: the config does not say how many layers it has.
     """
-    import json
-
-    config = json.loads(text)
-    keys = [
-        key for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if isinstance(config.get(key), int)
-    ]
+    config: dict[str, Any] = json.loads(text)
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        config.update(dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"], name))
+    if layers is None:
+        return json.dumps(config, indent=2) + "\n"
+    keys = [key for key in _DEPTH if isinstance(config.get(key), int)]
     if not keys:
-        raise MapperError("config.json does not say how many layers there are", expected="num_hidden_layers")
-    for key in keys:
-        config[key] = layers
+        raise MapperError("config.json does not say how many layers there are", expected=f"one of {', '.join(_DEPTH)}")
+    config.update(dict.fromkeys(keys, layers))
     for key in ("layer_types", "attention_layers"):
         if isinstance(config.get(key), list):
             config[key] = config[key][:layers]

@@ -38,14 +38,16 @@ def convert(
     nnsplice convert llama/ first-four/ --layers 0:4 --dtype bf16
     nnsplice convert llama/ --rename 'self_attn=attn' --explain
 
-    Config, tokenizer and other small files come along; with the first N layers kept, config.json says so. DST keeps
+    Config, tokenizer and other small files come along, and config.json says the type and, with the first N layers kept,
+    their number. DST keeps
     what it held until the new checkpoint is whole.
     """
     from nnsplice import checkpoints
-    from nnsplice.checkpoints.convert import truncated_config
+    from nnsplice.checkpoints.convert import adapted_config
 
     chosen = None if layers is None else _layers(layers)
-    mapper = checkpoints.renaming(source, rename or (), dtype=None if dtype is None else _dtype(dtype), layers=chosen)
+    numbers = None if dtype is None else _dtype(dtype)
+    mapper = checkpoints.renaming(source, rename or (), dtype=numbers, layers=chosen)
     if explain:
         typer.echo(repr(mapper.explain(source)))
         return
@@ -53,8 +55,10 @@ def convert(
         raise WrongUsage("Missing: DST (or --explain, which needs none)")
     carry: dict[str, Path | str] = {}
     config = source / "config.json"
-    if isinstance(chosen, slice) and not chosen.start and chosen.stop and config.is_file():
-        carry["config.json"] = truncated_config(config.read_text(encoding="utf-8"), _count(mapper))
+    first = isinstance(chosen, slice) and not chosen.start and chosen.step in (None, 1)
+    if config.is_file() and (first or numbers is not None):
+        text = config.read_text(encoding="utf-8")
+        carry["config.json"] = adapted_config(text, layers=_count(mapper) if first else None, dtype=numbers)
     checkpoints.convert(
         source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry
     )

@@ -113,11 +113,16 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _shape_of(names: Iterable[str]) -> str:
-    """Names with their numbers taken out: `layers.*.q + layers.*.k`."""
+    """Names with their numbers taken out, and what they have in common said once: `layers.*.{k,q,v}.weight`."""
     kinds: dict[str, int] = {}
     for name in sorted(names):
         kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         kinds[kind] = kinds.get(kind, 0) + 1
+    words = [kind.split(".") for kind in kinds]
+    if len(kinds) > 1 and set(kinds.values()) == {1} and len({len(every) for every in words}) == 1:
+        columns = [list(dict.fromkeys(column)) for column in zip(*words, strict=True)]
+        if sum(len(column) > 1 for column in columns) == 1:
+            return ".".join(column[0] if len(column) == 1 else f"{{{','.join(column)}}}" for column in columns)
     return " + ".join(kind if count == 1 else f"{kind} ({count})" for kind, count in kinds.items()) or "(nothing)"
 
 

@@ -1,0 +1,212 @@
+"""Folder to folder: with transformers on both sides, by names, layers and types, and from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+from typer.testing import CliRunner
+
+from nnsplice import checkpoints as ck
+from nnsplice.checkpoints.convert import layer_of
+from nnsplice.cli import app
+from nnsplice.errors import BadArgument, MapperError, OutOfRange
+from zoo import FAMILIES, MASKED, SEQ2SEQ, build, inputs
+
+
+def load(name: str, folder: Path) -> Any:
+    kind = hf.AutoModelForMaskedLM if name in MASKED else hf.AutoModelForCausalLM
+    kind = hf.AutoModelForSeq2SeqLM if name in SEQ2SEQ else kind
+    return kind.from_pretrained(folder, experts_implementation="eager").eval()
+
+
+def logits(name: str, model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(name)).logits
+
+
+def names(folder: Path) -> set[str]:
+    return set(ck.Checkpoint.open(folder))
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    build("gpt2").save_pretrained(tmp_path / "gpt2", max_shard_size="10KB")
+    return tmp_path / "gpt2"
+
+
+def convert(source: Path, dest: Path, *renames: str, **options: Any) -> Path:
+    ck.convert(source, dest, ck.renaming(source, renames, **options), show_progress=False)
+    return dest
+
+
+# -- transformers on both sides ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_transformers_writes_we_read_and_it_reads_what_we_write(name: str, tmp_path: Path):
+    model = build(name)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="10KB")
+    convert(tmp_path / "hf", tmp_path / "ours")
+    assert names(tmp_path / "ours") == names(tmp_path / "hf")
+    assert torch.equal(logits(name, load(name, tmp_path / "ours")), logits(name, model))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gpt_neox", "bloom", "t5", "bert"])
+def test_a_model_saved_by_us_is_read_by_transformers(name: str, tmp_path: Path):
+    model = build(name)
+    ck.save_model_state(tmp_path / "ours", ck.identity_mapper_from_module(model), model, 1e-5, show_progress=False)
+    model.config.save_pretrained(tmp_path / "ours")
+    assert torch.equal(logits(name, load(name, tmp_path / "ours")), logits(name, model))
+
+
+def test_ties_stay_ties(tmp_path: Path):
+    model = build("gpt2")
+    mapper = ck.identity_mapper_from_module(model)
+    ck.save_model_state(tmp_path / "one", mapper, model, show_progress=False)
+    convert(tmp_path / "one", tmp_path / "two", "transformer.wte=embed", dtype=torch.bfloat16)
+    for folder, kept in (("one", "transformer.wte.weight"), ("two", "embed.weight")):
+        assert ck.Checkpoint.open(tmp_path / folder).tied == {"lm_head.weight": kept}
+    told = json.loads((tmp_path / "two" / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in told["weight_map"]
+
+
+# -- names, layers, types ----------------------------------------------------------------------------------------------
+
+
+def test_renames_go_one_after_the_other(gpt2: Path, tmp_path: Path):
+    made = names(
+        convert(gpt2, tmp_path / "new", "transformer.h.*.attn=layers.*.attention", "transformer=", "wte=embed")
+    )
+    assert {"layers.0.attention.c_attn.weight", "h.0.mlp.c_fc.bias", "embed.weight", "ln_f.weight"} <= made
+    assert not any("transformer" in name for name in made) and len(made) == len(names(gpt2))
+
+
+def test_a_rename_takes_whole_names(gpt2: Path):
+    mapper = ck.renaming(gpt2, ["h.1=x"])
+    made = {name for group in mapper.state_dependency_groups() for name in group.outputs}
+    assert "transformer.x.ln_1.weight" in made and "transformer.h.2.ln_1.weight" in made
+    with pytest.raises(BadArgument, match="concerns no tensor"):
+        ck.renaming(gpt2, ["transform=x"])
+
+
+@pytest.mark.parametrize("wrong", ["wte", "=x", "h=layers.*", "h.*=*.*"])
+def test_what_is_no_rename(gpt2: Path, wrong: str):
+    with pytest.raises(BadArgument, match="is no rename"):
+        ck.renaming(gpt2, [wrong])
+
+
+def test_renames_that_collide(gpt2: Path):
+    with pytest.raises(MapperError, match="colliding output"):
+        ck.renaming(gpt2, ["transformer.h.*=transformer.h"])
+
+
+def test_a_type_is_for_plain_numbers_only(tmp_path: Path):
+    state = {
+        "w": torch.randn(4, 4), "half": torch.randn(4).half(), "qweight": torch.ones(4, dtype=torch.int32),
+        "fp8": torch.randn(4).to(torch.float8_e4m3fn),
+    }  # fmt: skip
+    mapper = ck.Parallel([ck.Identity(name) for name in state])
+    ck.write_model_state_local(tmp_path / "ck", mapper, state.items(), show_progress=False)
+    convert(tmp_path / "ck", tmp_path / "new", dtype=torch.bfloat16)
+    made = dict(ck.read_model_state(tmp_path / "new", mapper, "cpu", show_progress=False))
+    assert torch.equal(made["w"], state["w"].bfloat16()) and made["half"].dtype == torch.bfloat16
+    assert torch.equal(made["qweight"], state["qweight"])
+    assert made["fp8"].dtype == torch.float8_e4m3fn
+    assert torch.equal(made["fp8"].view(torch.uint8), state["fp8"].view(torch.uint8))
+
+
+def test_layers_are_chosen_and_the_rest_stays(gpt2: Path, tmp_path: Path):
+    for layers, kept in ((slice(0, 2), {0, 1}), (slice(-1, None), {2}), ([0, -1], {0, 2})):
+        made = names(convert(gpt2, tmp_path / "new", layers=layers))
+        assert {layer for name in made if (layer := layer_of(name)) is not None} == kept
+        assert {"transformer.wte.weight", "transformer.ln_f.bias"} <= made
+    for layers in (slice(5, 9), [7]):
+        with pytest.raises(OutOfRange):
+            ck.renaming(gpt2, layers=layers)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_counted_as_the_atlas_counts_them(name: str):
+    from nnsplice import Atlas
+
+    atlas = Atlas.of(build(name))
+    for parameter in atlas.tree.params:
+        place = atlas.locate(parameter)
+        layer = place.steps[0].index if not place.native and place.steps[0].name == "layers" else None
+        if layer is not None:
+            assert layer_of(parameter) == layer
+
+
+def test_going_on_with_a_conversion(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mapper = ck.renaming(gpt2, ["transformer="])
+    real, calls = ck.Checkpoint.tensor, []
+
+    def failing(self: ck.Checkpoint, name: str) -> Tensor:
+        calls.append(name)
+        if len(calls) == 20:
+            raise OSError("the cable was pulled")
+        return real(self, name)
+
+    monkeypatch.setattr(ck.Checkpoint, "tensor", failing)
+    options = {"shard_size_gb": 1e-5, "show_progress": False, "resume": True}
+    with pytest.raises(OSError, match="cable"):
+        ck.convert(gpt2, tmp_path / "new", mapper, **options)
+    assert not (tmp_path / "new").exists()
+    ck.convert(gpt2, tmp_path / "new", mapper, **options)
+    ck.convert(gpt2, tmp_path / "straight", mapper, shard_size_gb=1e-5, show_progress=False)
+    same = ck.Parallel([ck.Identity(name) for name in names(tmp_path / "straight")])
+    one, other = (dict(ck.read_model_state(tmp_path / n, same, "cpu", False)) for n in ("new", "straight"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["convert", *map(str, arguments)])
+    return done.exit_code, done.output
+
+
+def test_the_command_converts(gpt2: Path, tmp_path: Path):
+    code, text = run(gpt2, tmp_path / "new", "--rename", "transformer.h=layers", "--dtype", "bf16", "--quiet")
+    assert code == 0 and "tensors" in text
+    checkpoint = ck.Checkpoint.open(tmp_path / "new")
+    assert checkpoint.entry("layers.2.ln_1.weight").dtype == torch.bfloat16
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (gpt2, tmp_path / "new"))
+    assert new == {**old, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_the_first_layers_are_a_model_that_transformers_reads(name: str, tmp_path: Path):
+    model = build(name)
+    model.save_pretrained(tmp_path / "all")
+    code, text = run(tmp_path / "all", tmp_path / "two", "--layers", "0:2", "--quiet")
+    assert code == 0, text
+    blocks = model.transformer.h if name == "gpt2" else model.model.layers
+    del blocks[2:]
+    assert torch.equal(logits(name, load(name, tmp_path / "two")), logits(name, model))
+
+
+def test_the_command_explains(gpt2: Path):
+    code, text = run(gpt2, "--rename", "transformer.h=layers", "--layers", "0", "--explain")
+    assert code == 0 and "transformer.h.*.attn.c_attn.bias" in text and "not read: transformer.h.1.attn" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--dtype", "int4"], 2, "no type"), (["--layers", "a"], 2, "no index"), ([], 2, "Missing: DST"),
+        (["new", "--rename", "nothing=x"], 1, "concerns no tensor"),
+        (["new", "--layers", "9"], 1, "layer 9 is not there"),
+    ],
+)  # fmt: skip
+def test_the_command_says_what_is_wrong(gpt2: Path, arguments: list[str], code: int, said: str):
+    found, text = run(gpt2, *arguments)
+    assert found == code and said in text, text
+    assert not Path("new").exists()
