@@ -90,7 +90,9 @@ def make(folder: Path, gigabytes: float) -> int:
         file = f"model-{first:05d}.safetensors"
         save_file({name: random.clone() for name in names}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+    )
     return layers
 
 

@@ -24,6 +24,8 @@ class Cost:
     group: StateGroup
     read: int | None = None
     made: int | None = None
+    #: What is in memory at once: a tensor that is only renamed is there once.
+    held: int | None = None
     files: tuple[str, ...] = ()
 
 
@@ -50,7 +52,7 @@ class Explanation:
     @property
     def peak_bytes(self) -> int:
         """The most that is in memory at once: one group, what it needs and what it makes."""
-        return max(((cost.read or 0) + (cost.made or 0) for cost in self.costs), default=0)
+        return max((cost.held or 0 for cost in self.costs), default=0)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -92,20 +94,23 @@ def explain(mapper: ModelStateMapper, src_dir: str | os.PathLike[str] | None) ->
     costs: list[Cost] = []
     used: set[str] = set()
     for group in checkpoint.plan(mapper):
-        entries = [checkpoint.entry(name) for name in sorted(group.inputs)]
-        made = dry_run(mapper, group, checkpoint)
+        entries = {checkpoint.entry(name) for name in group.inputs}
+        blanks, made = dry_run(mapper, group, checkpoint)
         files = tuple(sorted({str(entry.path.relative_to(checkpoint.folder)) for entry in entries}))
-        read = sum(entry.nbytes for entry in set(entries))
-        costs.append(Cost(group, read, _bytes(made.values()), files))
+        held = _bytes([*blanks.values(), *made.values()])
+        costs.append(Cost(group, sum(entry.nbytes for entry in entries), _bytes(made.values()), held, files))
         used |= group.inputs
     unused = tuple(sorted(name for name in checkpoint if name not in used))
     return Explanation(tuple(costs), unused, sized=True)
 
 
-def dry_run(mapper: ModelStateMapper, group: StateGroup, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The outputs of a group as tensors without memory."""
+def dry_run(
+    mapper: ModelStateMapper, group: StateGroup, checkpoint: Checkpoint
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The inputs and the outputs of a group as tensors without memory."""
     with circumstances(f"a dry run over {checkpoint.folder}"):
-        return applied(mapper, group, {name: checkpoint.blank(name) for name in sorted(group.inputs)})
+        blanks = {name: checkpoint.blank(name) for name in sorted(group.inputs)}
+        return blanks, applied(mapper, group, blanks)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

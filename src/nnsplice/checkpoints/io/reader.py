@@ -95,7 +95,7 @@ def load_model_state(
         checkpoint = Checkpoint.open(src_dir)
         groups = checkpoint.plan(mapper)
         for group in groups:
-            for name, blank in dry_run(mapper, group, checkpoint).items():
+            for name, blank in dry_run(mapper, group, checkpoint)[1].items():
                 _check(name, blank, states[name])
     for name, tensor in stream(checkpoint, mapper, groups, device, show_progress, position):
         _put(model, states, name, tensor)
