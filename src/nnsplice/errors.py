@@ -27,7 +27,8 @@ Each one is also the builtin that a caller would catch without knowing nnsplice:
     ├── FileError (ValueError)              a file that is no capture, or a damaged one
     ├── MapperError (ValueError)            mappers that do not fit together, or tensors that do not fit a mapper
     ├── MissingCheckpoint (FileNotFoundError)   a folder without weights, or a shard that is not there
-    └── WriteFailed (OSError)               the disk did not take a file
+    ├── WriteFailed (OSError)               the disk did not take a file
+    └── TeamError (RuntimeError)            another process of those that do one thing together failed
 
 A message says what was found, what was expected and what to write instead. Inner code raises the reason; the public
 function adds the circumstances with `circumstances`.
@@ -183,6 +184,10 @@ class MissingCheckpoint(NnspliceError, FileNotFoundError):
 
 class WriteFailed(NnspliceError, OSError):
     """The disk did not take a file."""
+
+
+class TeamError(NnspliceError, RuntimeError):
+    """Another one of the processes that do one thing together failed."""
 
 
 @contextmanager

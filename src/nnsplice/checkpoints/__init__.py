@@ -16,6 +16,13 @@ from nnsplice.checkpoints.convert import adapted_config as adapted_config
 from nnsplice.checkpoints.convert import convert as convert
 from nnsplice.checkpoints.convert import layer_of as layer_of
 from nnsplice.checkpoints.convert import renaming as renaming
+from nnsplice.checkpoints.io.distributed import (
+    save_model_state_pipeline_parallel as save_model_state_pipeline_parallel,
+)
+from nnsplice.checkpoints.io.distributed import write_model_state_distributed as write_model_state_distributed
+from nnsplice.checkpoints.io.distributed import (
+    write_model_state_pipeline_parallel as write_model_state_pipeline_parallel,
+)
 from nnsplice.checkpoints.io.explain import Explanation as Explanation
 from nnsplice.checkpoints.io.folder import Checkpoint as Checkpoint
 from nnsplice.checkpoints.io.reader import load_model_state as load_model_state
@@ -34,6 +41,10 @@ from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Mode
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperPrefixScope as ModelStateMapperPrefixScope
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as ModelStateMapperSequential
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperShard as ModelStateMapperShard
+from nnsplice.checkpoints.mapper.distributed import ModelStateMapperDistribute as ModelStateMapperDistribute
+from nnsplice.checkpoints.mapper.distributed import (
+    ModelStateMapperGatherFullTensor as ModelStateMapperGatherFullTensor,
+)
 from nnsplice.errors import MapperError as MapperError
 
 ModelStateMapperCast = Cast = _leaf.ModelStateMapperCast
@@ -52,6 +63,8 @@ ModelStateMapperTranspose = Transpose = _leaf.ModelStateMapperTranspose
 ModelStateMapperUnsqueeze = Unsqueeze = _leaf.ModelStateMapperUnsqueeze
 ModelStateMapperUnstackTensors = UnstackTensors = _leaf.ModelStateMapperUnstackTensors
 
+Distribute = ModelStateMapperDistribute
+GatherFullTensor = ModelStateMapperGatherFullTensor
 Parallel = ModelStateMapperParallel
 PrefixScope = ModelStateMapperPrefixScope
 Sequential = ModelStateMapperSequential

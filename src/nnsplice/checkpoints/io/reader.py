@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from nnsplice.checkpoints.io.explain import dry_run
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.progress import bar
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applied, listing, outputs_of
+from nnsplice.checkpoints.mapper.distributed import is_distributed, local_piece
 from nnsplice.errors import MapperError, circumstances, closest
 
 Device = str | torch.device
@@ -93,12 +95,31 @@ def load_model_state(
                 f"the model has no state {listing(unknown)}", expected=f"such as {closest(unknown[0], states)}"
             )
         checkpoint = Checkpoint.open(src_dir)
-        groups = checkpoint.plan(mapper)
-        for group in groups:
-            for name, blank in dry_run(mapper, group, checkpoint)[1].items():
+        groups: list[StateGroup] = []
+        for group in checkpoint.plan(mapper):
+            blanks, made = dry_run(mapper, group, checkpoint)
+            for name, blank in made.items():
                 _check(name, blank, states[name])
+            if not _own_pieces(checkpoint, states, blanks, made):
+                groups.append(group)
     for name, tensor in stream(checkpoint, mapper, groups, device, show_progress, position):
         _put(model, states, name, tensor)
+
+
+def _own_pieces(
+    checkpoint: Checkpoint, states: dict[str, Tensor], blanks: dict[str, Tensor], made: dict[str, Tensor]
+) -> bool:
+    """Read into DTensors what this process holds of them, where a group only renames; False where it does more."""
+    sources = {id(blank): name for name, blank in blanks.items()}
+    if not all(id(blank) in sources and is_distributed(states[name]) for name, blank in made.items()):
+        return False
+    if any(states[name].is_meta for name in made):
+        return False
+    for name, blank in made.items():
+        piece = local_piece(states[name])
+        with torch.no_grad():
+            cast("Any", states[name]).to_local().copy_(checkpoint.block(sources[id(blank)], piece))
+    return True
 
 
 def _check(name: str, found: Tensor, target: Tensor) -> None:
@@ -113,6 +134,14 @@ def _check(name: str, found: Tensor, target: Tensor) -> None:
 
 def _put(model: nn.Module, states: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     target = states[name]
+    if is_distributed(target):
+        # Every process has the whole tensor here, and takes its own piece of it; nothing is sent.
+        piece = tensor[tuple(slice(*ends) for ends in local_piece(target))]
+        if target.is_meta:
+            raise MapperError(f"{name} is spread over a mesh and has no memory", write="model.to_empty(device=...)")
+        with torch.no_grad():
+            cast("Any", target).to_local().copy_(piece)
+        return
     if not target.is_meta:
         with torch.no_grad():
             target.copy_(tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from nnsplice.checkpoints.mapper.abc import (
     ordered,
     outputs_of,
 )
-from nnsplice.checkpoints.mapper.compose import identity
+from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
+from nnsplice.checkpoints.mapper.distributed import ModelStateMapperGatherFullTensor, is_distributed
 from nnsplice.errors import BadArgument, MapperError, circumstances
 
 #: Tensors by their names, one after the other.
@@ -73,7 +74,9 @@ def write_model_state_local(
         failed = True
         try:
             if not staging.published:
-                shards = write_shards(staging.folder, "0000", mapper, state_generator, limit, show_progress)
+                shards = write_shards(
+                    staging.folder, "0000", mapper, groups_of(mapper, state_generator), limit, show_progress
+                )
                 staging.publish(shards, carry or {})
             failed = False
         finally:
@@ -92,9 +95,25 @@ def save_model_state(
     Raises:
         MapperError: the mapper asks for a state that the model does not have.
     """
+    write_model_state_local(
+        dest_dir, gathering(mapper, [model]), states_of(mapper, [model]), shard_size_gb, show_progress
+    )
+
+
+def states_of(mapper: ModelStateMapper, models: Sequence[nn.Module]) -> States:
+    """The states of models that a mapper asks for."""
     needed = inputs_of(mapper)
-    states = ((name, state) for name, state in model.state_dict().items() if name in needed)
-    write_model_state_local(dest_dir, mapper, states, shard_size_gb, show_progress)
+    for model in models:
+        yield from ((name, state) for name, state in model.state_dict().items() if name in needed)
+
+
+def gathering(mapper: ModelStateMapper, models: Sequence[nn.Module]) -> ModelStateMapper:
+    """The same mapper, for states of which some are spread over a mesh."""
+    spread = [name for name, state in states_of(mapper, models) if is_distributed(state)]
+    if not spread:
+        return mapper
+    gather = ModelStateMapperParallel([ModelStateMapperGatherFullTensor(name) for name in spread])
+    return ModelStateMapperSequential([gather, mapper])
 
 
 def shard_bytes(shard_size_gb: float) -> int:
@@ -116,20 +135,20 @@ def write_shards(
     folder: Path,
     prefix: str,
     mapper: ModelStateMapper,
-    states: States,
+    groups: Iterable[tuple[StateGroup, dict[str, Tensor]]],
     limit: int,
     show_progress: bool,
     position: int | None = None,
 ) -> list[Shard]:
-    """Write all outputs of a mapper into files of a staging folder; what is there already is not written again."""
+    """Write the outputs of a mapper's groups into files of a staging folder; what is there is not written again."""
     before = read_journal(folder / f"{prefix}.jsonl", folder / "weights")
     number = 1 + max((int(shard.file.split("-")[-1].split(".")[0]) for shard in before if shard.file), default=0)
     there = {name for shard in before for name in (*shard.names, *shard.tied)}
     files = writer(folder, prefix, limit, outputs_of(mapper) - there, number)
     try:
         with bar("writing", None, show_progress, position) as shown:
-            for group, tensors in groups_of(mapper, states):
-                if group.outputs <= there:
+            for group, tensors in groups:
+                if group.outputs <= there and not any(is_distributed(tensor) for tensor in tensors.values()):
                     continue
                 made = applied(mapper, group, tensors)
                 tensors.clear()

@@ -99,7 +99,7 @@ class ModelStateMapperRename(Leaf):
         return tensors
 
 
-class _InPlace(Leaf):
+class InPlace(Leaf):
     """One tensor that keeps its name."""
 
     name: str
@@ -110,7 +110,7 @@ class _InPlace(Leaf):
 
 
 @dataclass(frozen=True)
-class ModelStateMapperTranspose(_InPlace):
+class ModelStateMapperTranspose(InPlace):
     """Two dimensions exchanged: what is between a `Linear` and GPT-2's `Conv1D` is `Transpose(name, (0, 1))`."""
 
     name: str
@@ -126,7 +126,7 @@ class ModelStateMapperTranspose(_InPlace):
 
 
 @dataclass(frozen=True)
-class ModelStateMapperPermute(_InPlace):
+class ModelStateMapperPermute(InPlace):
     """Dimensions in another order; with `view`, those of a finer shape, after which the tensor has its own shape again.
 
     Rotary layouts differ so: rows of a head as (half, pair) here and as (pair, half) there.
@@ -153,7 +153,7 @@ class ModelStateMapperPermute(_InPlace):
 
 
 @dataclass(frozen=True)
-class ModelStateMapperSqueeze(_InPlace):
+class ModelStateMapperSqueeze(InPlace):
     """Without the dimensions of length one, or without one of them."""
 
     name: str
@@ -169,7 +169,7 @@ class ModelStateMapperSqueeze(_InPlace):
 
 
 @dataclass(frozen=True)
-class ModelStateMapperUnsqueeze(_InPlace):
+class ModelStateMapperUnsqueeze(InPlace):
     """With one more dimension of length one."""
 
     name: str
@@ -180,7 +180,7 @@ class ModelStateMapperUnsqueeze(_InPlace):
 
 
 @dataclass(frozen=True)
-class ModelStateMapperSlice(_InPlace):
+class ModelStateMapperSlice(InPlace):
     """A stretch of one dimension; only what lies in it is read from a file where it is the leading one."""
 
     name: str
@@ -200,7 +200,7 @@ class ModelStateMapperSlice(_InPlace):
 
 
 @dataclass(frozen=True)
-class ModelStateMapperCast(_InPlace):
+class ModelStateMapperCast(InPlace):
     """The numbers in another type."""
 
     name: str

@@ -1,0 +1,205 @@
+"""Writing one checkpoint from many processes that see one file system.
+
+Each writes files of its own; the one in front makes the folder, and puts it in its place when all are done. Whatever
+happens in one process, all of them come to the same points, so that none waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+from nnsplice.checkpoints.io.shards import Shard
+from nnsplice.checkpoints.io.staging import Staging
+from nnsplice.checkpoints.io.team import Stopped, Team
+from nnsplice.checkpoints.io.writer import (
+    States,
+    gathering,
+    groups_of,
+    job,
+    shard_bytes,
+    states_of,
+    write_shards,
+)
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applied, ordered
+from nnsplice.checkpoints.mapper.distributed import is_distributed
+from nnsplice.errors import BadArgument, MapperError, circumstances
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def write_model_state_distributed(
+    dest_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    state_generator: States,
+    process_group: ProcessGroup,
+    shard_size_gb: float = 4.0,
+    show_progress: bool = True,
+    position: int | None = None,
+    *,
+    resume: bool = False,
+) -> None:
+    """Write one checkpoint of what all processes of a group have; each with its own mapper, as `Shard` makes them.
+
+    Args:
+        process_group: the processes that write; every one of them calls this.
+        position: the line of this process's bar.
+
+    Raises:
+        TeamError: another process failed; the one that did raises its own error. The old checkpoint is as it was.
+        MapperError: two processes write the same name, and what a single process would raise.
+    """
+    team = Team([process_group])
+    with circumstances(f"writing {os.fspath(dest_dir)} from process {team.rank}"):
+        limit = shard_bytes(shard_size_gb)
+
+        def work(folder: Path, prefix: str) -> list[Shard]:
+            groups = groups_of(mapper, state_generator)
+            return write_shards(folder, prefix, mapper, groups, limit, show_progress, position)
+
+        _write(team, Path(dest_dir), job(mapper, limit, ""), work, resume)
+
+
+def write_model_state_pipeline_parallel(
+    dest_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    state_generator: States,
+    device_mesh: DeviceMesh,
+    pipeline_dim_name: str,
+    shard_size_gb: float = 4.0,
+    show_progress: bool = True,
+    position: int | None = None,
+    *,
+    resume: bool = False,
+) -> None:
+    """Write one checkpoint of a model whose stages lie along one dimension of a mesh, whichever that is.
+
+    The processes of one stage map the same groups in the same order, since their tensors may have to be gathered; the
+    first of them writes.
+
+    Args:
+        device_mesh: the mesh, with names for its dimensions; every process in it calls this.
+        pipeline_dim_name: the dimension of the stages.
+
+    Raises:
+        TeamError: another process failed; the one that did raises its own error. The old checkpoint is as it was.
+    """
+    names, place = device_mesh.mesh_dim_names, device_mesh.get_coordinate()
+    if names is None or pipeline_dim_name not in names:
+        raise BadArgument(f"the mesh has no dimension {pipeline_dim_name}", expected=f"one of {names}")
+    if place is None:
+        raise BadArgument("this process is not in the mesh", expected="a call by the processes of the mesh only")
+    others = [name for name in names if name != pipeline_dim_name]
+    writes = all(at == 0 for name, at in zip(names, place, strict=True) if name != pipeline_dim_name)
+    team = Team([_group(device_mesh, name) for name in names])
+    stage = Team([_group(device_mesh, name) for name in others])
+    with circumstances(f"writing {os.fspath(dest_dir)} from process {team.rank}"):
+        limit = shard_bytes(shard_size_gb)
+
+        def work(folder: Path, prefix: str) -> list[Shard]:
+            try:
+                groups = _in_step(stage, mapper, state_generator)
+                if writes:
+                    made = write_shards(folder, prefix, mapper, groups, limit, show_progress, position)
+                else:
+                    made = _take_part(mapper, groups)
+            except Stopped:
+                raise
+            except BaseException as error:
+                stage.agree(error)  # before the others wait for a tensor that does not come
+                raise
+            stage.agree()
+            return made
+
+        _write(team, Path(dest_dir), job(mapper, limit, ""), work, resume)
+
+
+def save_model_state_pipeline_parallel(
+    dest_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    device_mesh: DeviceMesh,
+    pipeline_dim_name: str,
+    models: Sequence[nn.Module],
+    shard_size_gb: float = 4.0,
+    show_progress: bool = True,
+    position: int | None = None,
+) -> None:
+    """Write the states of the stages that this process holds, and those of all others; see the function above.
+
+    Args:
+        mapper: of the states of these models.
+        models: the stages, or parts of stages, that this process holds.
+    """
+    states = states_of(mapper, models)
+    full = gathering(mapper, models)
+    write_model_state_pipeline_parallel(
+        dest_dir, full, states, device_mesh, pipeline_dim_name, shard_size_gb, show_progress, position
+    )
+
+
+def _group(mesh: DeviceMesh, name: str) -> ProcessGroup:
+    return cast("Any", mesh).get_group(name)
+
+
+def _write(team: Team, dest: Path, asked: str, work: Any, resume: bool) -> None:
+    """The three steps that all take together: make the folder, write files, put it in its place."""
+    jobs = team.share(asked)
+    leader = min(jobs)
+    staging: Staging | None = None
+
+    def begin() -> tuple[str, bool]:
+        nonlocal staging
+        if team.rank != leader:
+            return "", False
+        staging = Staging(dest, "\n".join(jobs.values()), resume=resume)
+        return str(staging.folder), staging.published
+
+    failed = True
+    try:
+        folder, published = team.together(begin)[leader]
+        if not published:
+            shards = team.together(lambda: work(Path(folder), f"{team.rank:04d}"))
+            team.together(lambda: _publish(staging, shards))
+        failed = False
+    finally:
+        if staging is not None:
+            staging.close(failed=failed)
+        team.share(None)  # nobody goes on before it is cleaned up and the lock is given back
+
+
+def _publish(staging: Staging | None, shards: dict[int, list[Shard]]) -> None:
+    owners: dict[str, int] = {}
+    for rank, every in shards.items():
+        for name in (name for shard in every for name in (*shard.names, *shard.tied)):
+            if name in owners:
+                raise MapperError(
+                    f"colliding output key {name}: processes {owners[name]} and {rank} write it",
+                    expected="each name from one process",
+                    write="Shard(mapper, total_shards, current_shard)",
+                )
+            owners[name] = rank
+    if staging is not None:
+        staging.publish([shard for every in shards.values() for shard in every], {})
+
+
+def _in_step(stage: Team, mapper: ModelStateMapper, states: States) -> Iterator[tuple[StateGroup, dict[str, Tensor]]]:
+    """Groups in the same order in every process of a stage, and a word among them before each that is gathered."""
+    found = dict(groups_of(mapper, states))
+    for group in ordered(found):
+        tensors = found.pop(group)
+        if any(is_distributed(tensor) for tensor in tensors.values()):
+            stage.agree()
+        yield group, tensors
+
+
+def _take_part(mapper: ModelStateMapper, groups: Iterable[tuple[StateGroup, dict[str, Tensor]]]) -> list[Shard]:
+    """Do what the process that writes does, and write nothing."""
+    for group, tensors in groups:
+        applied(mapper, group, tensors)
+    return []

@@ -1,0 +1,71 @@
+"""Mappers between a tensor and the pieces of it that the processes of a mesh hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from nnsplice.checkpoints.mapper.leaf import InPlace
+from nnsplice.errors import MapperError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
+
+
+def is_distributed(tensor: object) -> bool:
+    """Whether it is a DTensor; looks without importing what nobody has used yet."""
+    import sys
+
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, cast("Any", module).DTensor)
+
+
+def local_piece(tensor: Tensor) -> list[tuple[int, int]]:
+    """Where the piece of a DTensor that this process holds lies in the whole: `(start, stop)` for each dimension.
+
+    Raises:
+        MapperError: what is held is a summand, and no piece.
+    """
+    from torch.distributed.tensor import _utils as utils
+
+    spread = cast("Any", tensor)
+    if any(placement.is_partial() for placement in spread.placements):
+        raise MapperError(f"a DTensor placed as {spread.placements} holds summands", expected="pieces, or all of it")
+    shape, offset = cast("Any", utils).compute_local_shape_and_global_offset(
+        tensor.shape, spread.device_mesh, spread.placements
+    )
+    return [(start, start + length) for start, length in zip(offset, shape, strict=True)]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperDistribute(InPlace):
+    """A tensor that every process has whole, as a DTensor: each keeps its own piece, and nothing is sent."""
+
+    name: str
+    device_mesh: DeviceMesh
+    placements: Sequence[Placement]
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        from torch.distributed import tensor as distributed
+
+        made = cast("Any", distributed).distribute_tensor(
+            tensors[0], self.device_mesh, list(self.placements), src_data_rank=None
+        )
+        return [made]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperGatherFullTensor(InPlace):
+    """A DTensor, whole; every process of its mesh takes part."""
+
+    name: str
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        (tensor,) = tensors
+        if not is_distributed(tensor):
+            raise MapperError(f"{self.name} is no DTensor", expected="a tensor that is spread over a mesh")
+        return [cast("Any", tensor).full_tensor().contiguous()]
