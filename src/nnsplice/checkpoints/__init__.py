@@ -10,8 +10,12 @@ wte       ->  embed
     mapper      what becomes of what
     io          reading and writing
     convert     a folder into another one
+    between     one family's names and shapes into another's, derived
+    places      tensors of a folder by address
 """
 
+from nnsplice.checkpoints.between.derive import Between as Between
+from nnsplice.checkpoints.between.derive import mapper_between as mapper_between
 from nnsplice.checkpoints.convert import adapted_config as adapted_config
 from nnsplice.checkpoints.convert import convert as convert
 from nnsplice.checkpoints.convert import layer_of as layer_of
@@ -29,6 +33,7 @@ from nnsplice.checkpoints.io.reader import load_model_state as load_model_state
 from nnsplice.checkpoints.io.reader import read_model_state as read_model_state
 from nnsplice.checkpoints.io.writer import save_model_state as save_model_state
 from nnsplice.checkpoints.io.writer import write_model_state_local as write_model_state_local
+from nnsplice.checkpoints.mapper import arrange as _arrange
 from nnsplice.checkpoints.mapper import leaf as _leaf
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper as ModelStateMapper
 from nnsplice.checkpoints.mapper.abc import StateGroup as StateGroup
@@ -45,6 +50,7 @@ from nnsplice.checkpoints.mapper.distributed import ModelStateMapperDistribute a
 from nnsplice.checkpoints.mapper.distributed import (
     ModelStateMapperGatherFullTensor as ModelStateMapperGatherFullTensor,
 )
+from nnsplice.checkpoints.places import read as read
 from nnsplice.errors import MapperError as MapperError
 
 ModelStateMapperCast = Cast = _leaf.ModelStateMapperCast
@@ -62,6 +68,14 @@ ModelStateMapperStackTensors = StackTensors = _leaf.ModelStateMapperStackTensors
 ModelStateMapperTranspose = Transpose = _leaf.ModelStateMapperTranspose
 ModelStateMapperUnsqueeze = Unsqueeze = _leaf.ModelStateMapperUnsqueeze
 ModelStateMapperUnstackTensors = UnstackTensors = _leaf.ModelStateMapperUnstackTensors
+
+ModelStateMapperCollect = Collect = _arrange.ModelStateMapperCollect
+ModelStateMapperDeal = Deal = _arrange.ModelStateMapperDeal
+ModelStateMapperDrop = Drop = _arrange.ModelStateMapperDrop
+ModelStateMapperReshape = Reshape = _arrange.ModelStateMapperReshape
+ModelStateMapperScale = Scale = _arrange.ModelStateMapperScale
+ModelStateMapperShift = Shift = _arrange.ModelStateMapperShift
+ModelStateMapperZeros = Zeros = _arrange.ModelStateMapperZeros
 
 Distribute = ModelStateMapperDistribute
 GatherFullTensor = ModelStateMapperGatherFullTensor

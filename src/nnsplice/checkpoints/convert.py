@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nnsplice.checkpoints.between.derive import Between
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files
@@ -51,10 +52,12 @@ def convert(
     ['layers.0.attn.c_attn.bias', 'layers.0.attn.c_attn.weight']
 
     Args:
-        mapper: from the names in `src_dir` to those in `dest_dir`.
+        mapper: from the names in `src_dir` to those in `dest_dir`; what `mapper_between` derived has to be complete.
         resume: go on with what a stopped call has finished; and leave what this one finishes, should it stop.
         carry: other files for the new folder, over those of `src_dir`: name -> a file to copy, or a text.
     """
+    if isinstance(mapper, Between):
+        mapper = mapper.complete()
     states = read_model_state(src_dir, mapper, "cpu", show_progress)
     source = Path(src_dir)
     write_model_state_local(

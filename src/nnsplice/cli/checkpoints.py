@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nnsplice.cli.commands import WrongUsage, app
+from nnsplice.errors import MapperError
 
 if TYPE_CHECKING:
     import torch
+
+    from nnsplice.checkpoints import ModelStateMapper
 
 #: Names of types, short and long.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -24,6 +27,9 @@ def convert(
         list[str] | None,
         typer.Option(metavar="OLD=NEW", help="Whole names between dots; * is any one name. May be given often."),
     ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="tl|hf", help="The names and shapes of TransformerLens, or of transformers.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32 or fp64.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="INDEX", help="Which layers to keep: 0:4, -1, 0,5,11.")] = None,
     shard_size: Annotated[float, typer.Option(metavar="GB", help="How large a file may get.")] = 4.0,
@@ -36,6 +42,7 @@ def convert(
     \b
     nnsplice convert gpt2/ renamed/ --rename 'transformer.h.*=layers.*' --rename 'transformer='
     nnsplice convert llama/ first-four/ --layers 0:4 --dtype bf16
+    nnsplice convert llama/ lens/ --to tl
     nnsplice convert llama/ --rename 'self_attn=attn' --explain
 
     Config, tokenizer and other small files come along, and config.json says the type and, with the first N layers kept,
@@ -47,7 +54,11 @@ def convert(
 
     chosen = None if layers is None else _layers(layers)
     numbers = None if dtype is None else _dtype(dtype)
-    mapper = checkpoints.renaming(source, rename or (), dtype=numbers, layers=chosen)
+    mapper = (
+        _derived(source, to, rename, numbers, chosen)
+        if to
+        else checkpoints.renaming(source, rename or (), dtype=numbers, layers=chosen)
+    )
     if explain:
         typer.echo(repr(mapper.explain(source)))
         return
@@ -63,6 +74,42 @@ def convert(
         source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry
     )
     typer.echo(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
+
+
+def _derived(
+    source: Path, to: str, rename: list[str] | None, dtype: torch.dtype | None, layers: object
+) -> ModelStateMapper:
+    """Names and shapes of another library, all of them, and then what else is asked for."""
+    from nnsplice.checkpoints import Cast, Parallel, Sequential, mapper_between
+    from nnsplice.checkpoints.mapper.abc import outputs_of
+
+    if to not in ("tl", "hf"):
+        raise typer.BadParameter(f"{to!r} is no kind of checkpoint; write tl or hf")
+    if rename or layers is not None:
+        raise WrongUsage("--to gives every tensor its name; --rename and --layers are for a second conversion")
+    between = mapper_between(source, to).complete()
+    _check_unused(source, between.unused)
+    if dtype is None:
+        return between
+    return Sequential([between, Parallel([Cast(name, dtype) for name in sorted(outputs_of(between))])])
+
+
+def _check_unused(source: Path, names: tuple[str, ...]) -> None:
+    """Refuse to leave out a tensor that says anything: zeros do not, nor does a second copy of the embedding."""
+    from nnsplice.checkpoints import Checkpoint
+
+    checkpoint = Checkpoint.open(source)
+    told = [name for name in names if name in checkpoint and checkpoint.tensor(name).any()]
+    if "unembed.W_U" in told and "embed.W_E" in checkpoint:
+        shapes = checkpoint.entry("unembed.W_U").shape, checkpoint.entry("embed.W_E").shape[::-1]
+        if shapes[0] == shapes[1] and checkpoint.tensor("unembed.W_U").T.equal(checkpoint.tensor("embed.W_E")):
+            told.remove("unembed.W_U")
+    if told:
+        raise MapperError(
+            f"there is no place for {', '.join(told[:5])}{', ...' if len(told) > 5 else ''}",
+            expected="a family whose parts are all known there",
+            write="ns.checkpoints.mapper_between(source, target)   (shows what is left out, and leaves it out)",
+        )
 
 
 def _layers(text: str) -> slice | tuple[int, ...]:

@@ -1,0 +1,191 @@
+"""Two schemes joined into a mapper; what cannot be derived is listed, and never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.atlas import Atlas, peel
+from nnsplice.checkpoints.between.huggingface import huggingface, spelled
+from nnsplice.checkpoints.between.scheme import Scheme
+from nnsplice.checkpoints.between.transformerlens import MARK, transformerlens
+from nnsplice.checkpoints.io.folder import Checkpoint
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, listing
+from nnsplice.checkpoints.mapper.arrange import ModelStateMapperDrop as Drop
+from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
+from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
+from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
+from nnsplice.errors import BadArgument, BadType, MapperError, MissingCheckpoint, circumstances
+
+#: What a side may be: a folder, a model, a config, and for the target `"tl"` or `"hf"`.
+Side = object
+
+
+@dataclass(frozen=True, repr=False)
+class Between(ModelStateMapper):
+    """A derived mapper, with what it leaves open."""
+
+    mapper: ModelStateMapper
+    #: Names of the target that nothing in the source gives -> why.
+    underived: Mapping[str, str] = field(default_factory=dict[str, str])
+    #: Names of the source that the target has no place for.
+    unused: tuple[str, ...] = ()
+
+    def state_dependency_groups(self) -> frozenset[StateGroup]:
+        """Those of the mapper."""
+        return self.mapper.state_dependency_groups()
+
+    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the mapper makes."""
+        return self.mapper.apply(group)
+
+    def complete(self) -> Between:
+        """The same, where nothing is left open.
+
+        Raises:
+            MapperError: a tensor of the target cannot be derived.
+        """
+        if self.underived:
+            name, reason = next(iter(self.underived.items()))
+            raise MapperError(
+                f"not derived: {listing(self.underived)}",
+                path=f"{name}: {reason}",
+                expected="a source that has all parts of the target",
+                write="between.mapper   (without what is not derived)",
+            )
+        return self
+
+    def __repr__(self) -> str:
+        lines = [f"Between({len(self.state_dependency_groups())} groups)"]
+        lines += [f"  not derived: {name}: {reason}" for name, reason in self.underived.items()]
+        return "\n".join([*lines, *([f"  not used: {listing(self.unused)}"] if self.unused else [])])
+
+
+def mapper_between(source: Side, target: Side) -> Between:
+    """The mapper from one kind of checkpoint to another, derived from where each keeps its parts.
+
+    Fused and separate queries, keys and values, GPT-2's turned matrices, experts in one tensor or one by one, and
+    TransformerLens' names and shapes. Whether two models compute the same with the same parts is not asked here.
+
+    >>> from nnsplice.checkpoints import mapper_between
+    >>> between = mapper_between(model, "tl")
+    >>> between.underived, between.unused
+    ({}, ())
+    >>> between.explain().costs[0].group.outputs
+    frozenset(...)
+
+    Args:
+        source: a folder (with its config.json), a model, or a config.
+        target: the same, or `"tl"` for TransformerLens, `"hf"` for transformers.
+
+    Raises:
+        MissingCheckpoint: a folder without config.json.
+    """
+    atlas, own, dtype = _scheme(source)
+    if target in ("tl", "hf"):
+        plain = huggingface(atlas)
+        wanted = plain if target == "hf" else transformerlens(atlas, plain, dtype)
+    elif isinstance(target, str) and not Path(target).exists():
+        raise BadArgument(f"{target!r} is no kind of checkpoint", expected='"tl", "hf", a folder, a model or a config')
+    else:
+        _, wanted, _ = _scheme(target)
+    return join(own, wanted)
+
+
+def join(source: Scheme, target: Scheme) -> Between:
+    """The mapper from one scheme to another."""
+    holder = {part: stored for stored in source.values() for part in stored.parts}
+    underived: dict[str, str] = {}
+    chosen: dict[str, ModelStateMapper] = {}
+    users: dict[str, list[str]] = {}
+    for name, stored in target.items():
+        lacking = [part for part in stored.parts if part not in holder]
+        # A tied tensor's second meaning is in the first.
+        lacking = [part for part in lacking if not (part == "unembed.weight" and len(stored.parts) == 2)]
+        if lacking or stored.give is None:
+            underived[name] = f"the source has no {', '.join(lacking)}" if lacking else "it is another name"
+            continue
+        chosen[name] = stored.give
+        for part in _needs(stored.give):
+            users.setdefault(part, []).append(name)
+    used = {holder[part].name for part in users}
+    takes = [source[name].take for name in source if name in used]
+    made = {part for name in used for part in source[name].parts}
+    drops = [Drop(part) for part in sorted(made - users.keys())]
+    shared = [Copy(part, [part, *names[1:]]) for part, names in users.items() if len(names) > 1]
+    if shared:
+        raise MapperError(f"{listing(part for part, names in users.items() if len(names) > 1)} is needed twice")
+    stages = [Parallel(takes), Parallel([*drops, *chosen.values()])]
+    unused = tuple(name for name in source if name not in used)
+    mapper = Sequential(stages) if chosen else Parallel([])
+    return Between(mapper, underived, unused)
+
+
+def _needs(give: ModelStateMapper) -> set[str]:
+    return {name for group in give.state_dependency_groups() for name in group.inputs}
+
+
+# -- what a side is ----------------------------------------------------------------------------------------------------
+
+
+def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype]:
+    """The atlas and the scheme of one side, and the type of its numbers."""
+    if isinstance(side, str | Path):
+        folder = Path(side)
+        with circumstances(f"reading {folder}"):
+            checkpoint = Checkpoint.open(folder)
+            atlas = Atlas.of(blueprint(folder))
+            own, names = huggingface(atlas), list(checkpoint.sizes())
+            dtype = checkpoint.entry(names[0]).dtype
+            if MARK in checkpoint:
+                every = transformerlens(atlas, own, dtype)
+                return atlas, {name: every[name] for name in every if name in checkpoint}, dtype
+            return atlas, spelled(atlas, own, [name for name in names if name not in checkpoint.tied]), dtype
+    if hasattr(side, "model_type"):
+        model: Any = empty_model(side)
+    elif isinstance(side, nn.Module) or hasattr(side, "_module"):
+        model = peel(side)
+    else:
+        raise BadType(f"a {type(side).__name__} is no side of a conversion", expected="a folder, a model or a config")
+    atlas = Atlas.of(model)
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    return atlas, huggingface(atlas), dtype
+
+
+#: Models without memory, kept as long as the process: an atlas holds its model weakly.
+_BLUEPRINTS: dict[str, nn.Module] = {}
+
+
+def blueprint(folder: Path) -> nn.Module:
+    """The model of a folder without its numbers.
+
+    Raises:
+        MissingCheckpoint: there is no config.json.
+    """
+    import transformers
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MissingCheckpoint(f"{folder} has no config.json, so what its tensors mean is not known")
+    text = path.read_text(encoding="utf-8")
+    if text not in _BLUEPRINTS:
+        _BLUEPRINTS[text] = empty_model(cast("Any", transformers.AutoConfig).from_pretrained(folder))
+    return _BLUEPRINTS[text]
+
+
+def empty_model(config: Any) -> nn.Module:
+    """A model on the meta device, of the class that its config names."""
+    import transformers
+
+    names: list[str] = getattr(config, "architectures", None) or []
+    kind: Any = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    if kind is None:
+        two = getattr(config, "is_encoder_decoder", False)
+        kind = cast("Any", transformers.AutoModelForSeq2SeqLM if two else transformers.AutoModelForCausalLM).from_config
+    with torch.device("meta"):
+        return kind(config)

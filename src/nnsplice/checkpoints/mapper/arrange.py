@@ -1,0 +1,144 @@
+"""Mappers that conversions between families need: other shapes, dealt ranges, numbers changed by a formula.
+
+one to one      Reshape, Scale, Shift
+one to many     Deal
+many to one     Collect
+from nothing    Zeros
+to nothing      Drop
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnsplice.checkpoints.mapper.leaf import InPlace, Leaf
+from nnsplice.errors import MapperError
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperReshape(InPlace):
+    """The same numbers in the same order, in another shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return [tensors[0].reshape(self.shape)]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperScale(InPlace):
+    """Every number times a factor."""
+
+    name: str
+    factor: float
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return [tensors[0] * self.factor]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperShift(InPlace):
+    """Every number plus a term."""
+
+    name: str
+    term: float
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return [tensors[0] + self.term]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperDeal(Leaf):
+    """A dimension dealt out in ranges, as heads lie in a fused projection: each target gets its ranges in order.
+
+    >>> from nnsplice.checkpoints import Deal
+    >>> Deal("qkv", ("q", "k"), (((0, 1), (2, 3)), ((1, 2),)), 0).apply({"qkv": torch.arange(3)})
+    {'q': tensor([0, 2]), 'k': tensor([1])}
+    """
+
+    source_name: str
+    target_names: tuple[str, ...]
+    ranges: tuple[Ranges, ...]
+    dim: int
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.source_name,), self.target_names
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        (tensor,) = tensors
+        _covers(self, tensor.shape[self.dim], self.ranges)
+        return [
+            torch.cat([tensor.narrow(self.dim, start, stop - start) for start, stop in own], self.dim)
+            for own in self.ranges
+        ]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperCollect(Leaf):
+    """What `Deal` dealt, put back: each source's numbers go to its ranges in order."""
+
+    source_names: tuple[str, ...]
+    target_name: str
+    ranges: tuple[Ranges, ...]
+    dim: int
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.source_names, (self.target_name,)
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        _covers(self, sum(tensor.shape[self.dim] for tensor in tensors), self.ranges)
+        pieces: list[tuple[int, Tensor]] = []
+        for tensor, own in zip(tensors, self.ranges, strict=True):
+            parts = torch.split(tensor, [stop - start for start, stop in own], self.dim)
+            pieces += [(start, part) for (start, _), part in zip(own, parts, strict=True)]
+        return [torch.cat([part for _, part in sorted(pieces, key=lambda piece: piece[0])], self.dim)]
+
+
+def _covers(leaf: Leaf, length: int, ranges: Sequence[Ranges]) -> None:
+    """Raise where ranges are not all of a dimension, once."""
+    at = 0
+    for start, stop in sorted(one for own in ranges for one in own):
+        if start != at:
+            raise MapperError(f"ranges meet or leave out {min(at, start)}:{max(at, start)}", path=repr(leaf))
+        at = stop
+    if at != length:
+        raise MapperError(f"ranges end at {at}, and the dimension has length {length}", path=repr(leaf))
+
+
+@dataclass(frozen=True)
+class ModelStateMapperZeros(Leaf):
+    """Zeros made of nothing, where one family has a bias and the other none."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (), (self.name,)
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return [torch.zeros(self.shape, dtype=self.dtype)]
+
+
+@dataclass(frozen=True)
+class ModelStateMapperDrop(Leaf):
+    """A tensor that is needed no more."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (self.name,), ()
+
+    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+        return []

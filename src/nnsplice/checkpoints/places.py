@@ -1,0 +1,88 @@
+"""Checkpoint tensors by address: `layers[10:20].heads[0]`, of which only the bytes are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nnsplice.atlas import Atlas
+from nnsplice.checkpoints.between.derive import blueprint
+from nnsplice.checkpoints.between.huggingface import expert_of
+from nnsplice.checkpoints.io.folder import Checkpoint
+from nnsplice.errors import UnknownPath, circumstances, closest
+from nnsplice.paths import Path as Place
+from nnsplice.paths import parse_path
+
+#: The whole of a tensor, or an axis and ranges along it.
+Part = tuple[int, tuple[tuple[int, int], ...]] | None
+
+
+def read(src_dir: str | os.PathLike[str], path: str | Place) -> dict[str, Tensor]:
+    """The tensors of a place, from a folder with safetensors and config.json; exactly their bytes are read.
+
+    A head's tensors are its rows and columns of the projections, one after the other where it has several stretches.
+
+    >>> from nnsplice.checkpoints import read
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = model.save_pretrained(folder)
+    ...     print({name: list(tensor.shape) for name, tensor in read(folder, "layers[0].heads[1]").items()})
+    {'transformer.h.0.attn.c_attn.bias': [12], 'transformer.h.0.attn.c_attn.weight': [16, 12],
+     'transformer.h.0.attn.c_proj.weight': [4, 16]}
+
+    Args:
+        path: portable or native, as in `ns.Atlas.resolve`.
+
+    Raises:
+        UnknownPath: nothing of the checkpoint is there.
+    """
+    with circumstances(f"reading {path} of {os.fspath(src_dir)}"):
+        checkpoint = Checkpoint.open(src_dir)
+        atlas = Atlas.of(blueprint(Path(src_dir)))
+        found = dict(_parts(checkpoint, atlas, parse_path(path)))
+        if not found:
+            raise UnknownPath(f"{path} has no tensor in this checkpoint", expected=closest(str(path), checkpoint))
+        order = {name: number for number, name in enumerate(checkpoint.sizes(found))}
+        return {name: _read(checkpoint, name, found[name]) for name in sorted(found, key=order.__getitem__)}
+
+
+def _parts(checkpoint: Checkpoint, atlas: Atlas, place: Place) -> Iterator[tuple[str, Part]]:
+    """What of which stored tensors lies at a place."""
+    parts = atlas.resolve(place).parts
+    own = {atlas.tree.aliases.get(name, name): name for name in checkpoint if _known(atlas, name)}
+    for parameter, part in parts.items():
+        name = own.get(parameter)
+        if name is not None:
+            yield name, part
+    # What the model holds in one tensor, files may have one by one.
+    for name in checkpoint:
+        expert = None if _known(atlas, name) else expert_of(atlas, name)
+        if expert is None:
+            continue
+        fused, number = expert
+        for parameter in fused:
+            if parameter in parts and _holds(parts[parameter], number):
+                yield name, None
+                break
+
+
+def _known(atlas: Atlas, name: str) -> bool:
+    return name in atlas.tree.params or name in atlas.tree.aliases
+
+
+def _holds(part: Part, number: int) -> bool:
+    return part is None or (part[0] == 0 and any(start <= number < stop for start, stop in part[1]))
+
+
+def _read(checkpoint: Checkpoint, name: str, part: Part) -> Tensor:
+    shape = checkpoint.entry(name).shape
+    whole = [(0, length) for length in shape]
+    if part is None:
+        return checkpoint.block(name, whole)
+    axis, ranges = part
+    blocks = [checkpoint.block(name, [*whole[:axis], ends, *whole[axis + 1 :]]) for ends in ranges]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, axis)
