@@ -528,3 +528,14 @@ def test_a_model_that_does_not_fit_is_left_as_it_was(tmp_path: Path):
                 tmp_path / "ck", ck.Parallel([ck.Rename("w", "0.weight"), wrong]), "cpu", model, show_progress=False
             )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_bar_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    state = {f"t{i}": torch.ones(500_000) for i in range(3)}
+    write(tmp_path / "ck", state)
+    assert capsys.readouterr().err == ""
+    mapper = ck.Parallel([ck.Identity(name) for name in state])
+    assert len(dict(ck.read_model_state(tmp_path / "ck", mapper, "cpu"))) == 3
+    assert "6.00M/6.00M" in capsys.readouterr().err
+    ck.write_model_state_local(tmp_path / "ck", mapper, state.items())
+    assert "writing: 6.00MB" in capsys.readouterr().err

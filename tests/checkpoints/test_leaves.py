@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nnsplice import checkpoints as ck
+from nnsplice.atlas.layouts import Kind, Layout
 from nnsplice.errors import BadArgument, MapperError
 
 X = torch.arange(24.0).reshape(4, 6)
@@ -128,3 +129,42 @@ def test_leaves_are_values():
 def test_every_mapper_has_a_short_name(name: str):
     short = name.removeprefix("ModelStateMapper")
     assert not short or getattr(ck, short) is getattr(ck, name)
+
+
+LAYOUTS = [
+    ("concat", 4, 2),
+    ("concat", 4, 4),
+    ("interleaved", 4, 4),
+    ("grouped", 4, 2),
+    ("grouped", 4, 4),
+    ("quartered", 8, 8),
+]
+
+
+@pytest.mark.parametrize(("kind", "heads", "groups"), LAYOUTS)
+def test_what_was_dealt_is_collected_again(kind: Kind, heads: int, groups: int):
+    layout = Layout(kind, heads, groups, head_dim=3)
+    ranges = tuple(tuple(layout.range(role, i) for i in range(layout.count(role))) for role in ("q", "k", "v"))
+    fused = torch.randn(5, layout.width("q"))
+    deal, collect = ck.Deal("qkv", ("q", "k", "v"), ranges, 1), ck.Collect(("q", "k", "v"), "qkv", ranges, 1)
+    parts = deal.apply({"qkv": fused})
+    for role in ("q", "k", "v"):
+        for i in range(layout.count(role)):
+            start, stop = layout.range(role, i)
+            assert torch.equal(parts[role][:, 3 * i : 3 * i + 3], fused[:, start:stop])
+    assert torch.equal(collect.apply(parts)["qkv"], fused)
+
+
+@pytest.mark.parametrize("ranges", [(((0, 2),), ((3, 4),)), (((0, 2),), ((1, 4),)), (((0, 2),), ((2, 3),))])
+def test_what_is_dealt_is_all_of_it_once(ranges: tuple[tuple[tuple[int, int], ...], ...]):
+    with pytest.raises(MapperError):
+        ck.Deal("x", ("a", "b"), ranges, 0).apply({"x": torch.arange(4)})
+
+
+def test_formulas_shapes_and_nothing():
+    assert torch.equal(ck.Scale("x", 2.0).apply({"x": X})["x"], X * 2)
+    assert torch.equal(ck.Shift("x", 1.0).apply({"x": X})["x"], X + 1)
+    assert torch.equal(ck.Reshape("x", (6, 4)).apply({"x": X})["x"], X.view(6, 4))
+    assert ck.Drop("x").apply({"x": X}) == {}
+    zeros = ck.Zeros("z", (2, 3), torch.bfloat16).apply({})["z"]
+    assert zeros.shape == (2, 3) and zeros.dtype == torch.bfloat16 and not zeros.any()
