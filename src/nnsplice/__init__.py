@@ -24,7 +24,7 @@ from nnsplice import adapters, errors, models, plots
     errors, plots                                 every exception; figures of labelled arrays
 """
 
-from nnsplice import checkpoints, errors, models, plots
+from nnsplice import adapters, checkpoints, errors, models, plots
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
 from nnsplice.atlas import Atlas
 from nnsplice.attribution import attribute, path_patch

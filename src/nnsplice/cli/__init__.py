@@ -1,9 +1,8 @@
 """The command line: `nnsplice paths`, `nnsplice check`, `nnsplice trace`, `nnsplice adapter` and `nnsplice mask`.
 """The command line: `nnsplice paths`, `nnsplice check`, `nnsplice trace`, `nnsplice adapter` and `nnsplice steer`.
+"""The command line: `nnsplice paths MODEL`, `nnsplice check MODEL`, `nnsplice trace`, `nnsplice adapter DIR`, `nnsplice convert`.
 
 adapter     the command that shows what an adapter changed
-"""The command line: `nnsplice paths MODEL`, `nnsplice check MODEL`, `nnsplice trace` and `nnsplice convert`.
-
 checkpoints the command that converts
 commands    the commands, and what their errors look like
 listing     the places of a model as rows
