@@ -1,14 +1,7 @@
 """Run every benchmark."""
 
-from bench import activations, adapters, loading, sweeps, weights
-from bench import activations, adapters, checkpoints, loading, sweeps
+from bench import activations, adapters, attribution, checkpoints, loading, steering, sweeps, weights
 
-for benchmark in (loading, adapters, activations, sweeps, weights):
-from bench import activations, adapters, loading, steering, sweeps
-
-for benchmark in (loading, adapters, activations, sweeps, steering):
-from bench import activations, adapters, attribution, loading, sweeps
-
-for benchmark in (loading, adapters, activations, sweeps, attribution):
+for benchmark in (loading, activations, sweeps, attribution, steering, weights, adapters):
     benchmark.main([])
 checkpoints.main(["--gb", "1"])

@@ -8,23 +8,17 @@ One address language for every part of a model, and many views of an address. Th
     updates, patched_logits                       and written into another run
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
-    weights                                       which parameters a place has; swapped, ablated, frozen, compared
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, rank, kl_divergence
-    adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
     steering                                      directions fitted, applied, swept and saved
-    errors, plots                                 every exception; figures of labelled arrays
-"""
-
-from nnsplice import adapters, errors, models, plots, weights
-from nnsplice import adapters, errors, models, plots, steering
-from nnsplice import adapters, errors, models, plots
+    weights                                       which parameters a place has; swapped, ablated, frozen, compared
+    adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
     checkpoints                                   files of weights: declared, checked, streamed
     errors, plots                                 every exception; figures of labelled arrays
 """
 
-from nnsplice import adapters, checkpoints, errors, models, plots
+from nnsplice import adapters, checkpoints, errors, models, plots, steering, weights
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
 from nnsplice.atlas import Atlas
 from nnsplice.attribution import attribute, path_patch
