@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-import nnsplice as ns
 from nnsplice import checkpoints as ck
+from nnsplice.models.loader import EMBEDDED
 
 logging.disable_progress_bar()
-toy = ns.models.loader.EMBEDDED["toy-llama"]  # a folder like any other: yours is "./my-checkpoint"
+toy = EMBEDDED["toy-llama"]  # a folder like any other: yours is "./my-checkpoint"
 checkpoint = ck.Checkpoint.open(toy)
 print(f"{len(checkpoint)} tensors, {sum(checkpoint.sizes().values()) / 1e6:.1f} MB")
 

@@ -84,7 +84,7 @@ def trial(folder: Path, old: bool, killed: Callable[[], int], **told: object) ->
 
 def kills(folder: Path) -> None:
     """A kill before the first, the second, ... thing that the process does with the disk."""
-    for old, by in ((True, 1), (False, 4)):
+    for old, by in ((True, 2), (False, 8)):
         step = 1 - by
         while True:
             step += by

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # before the forks, each of which would import it
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -29,6 +30,12 @@ Result = dict[str, Any]
 
 def states(count: int = 8) -> dict[str, torch.Tensor]:
     return {f"t{i}": torch.arange(64.0).reshape(8, 8) + 1000 * i for i in range(count)}
+
+
+def world() -> distributed.ProcessGroup:
+    group = distributed.group.WORLD
+    assert group is not None
+    return group
 
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
@@ -47,7 +54,7 @@ def write_together(folder: Path, rank: int, size: int, fail: int | None = None, 
                 raise RuntimeError("no more memory")
             yield name, tensor
 
-    ck.write_model_state_distributed(folder / "ck", own, offered(), distributed.group.WORLD, 0.3 * KB, False, **options)  # pyright: ignore[reportArgumentType]
+    ck.write_model_state_distributed(folder / "ck", own, offered(), world(), 0.3 * KB, False, **options)  # pyright: ignore[reportArgumentType]
 
 
 # -- scenarios ---------------------------------------------------------------------------------------------------------
@@ -103,8 +110,8 @@ def collide(folder: Path, rank: int, size: int) -> Result:
     """Two processes write the same name."""
     try:
         ck.write_model_state_distributed(
-            folder / "ck", ck.Identity("a"), [("a", torch.ones(2))], distributed.group.WORLD, show_progress=False
-        )  # pyright: ignore[reportArgumentType]
+            folder / "ck", ck.Identity("a"), [("a", torch.ones(2))], world(), show_progress=False
+        )
     except Exception as error:
         return {"said": f"{type(error).__name__}: {error}", "there": (folder / "ck").exists()}
     return {"said": "", "there": True}

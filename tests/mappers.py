@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -61,9 +62,9 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
 
 
 @st.composite
-def _mapper(draw: st.DrawFn, free: list[str], shapes: dict[str, tuple[int, ...]], new: str):
+def _mapper(draw: st.DrawFn, free: list[str], shapes: dict[str, tuple[int, ...]], new: str) -> Any:
     one = free[0]
-    shape = shapes[one]
+    shape: Any = shapes[one]
     kinds = ["rename", "copy", "transpose", "swap"]
     kinds += ["split", "chunk", "unstack"] if min(shape, default=0) > 1 else []
     same = [name for name in free if shapes[name] == shape][:3]
