@@ -72,8 +72,10 @@ def test_distribute_sends_nothing_and_gather_gets_everything(team: dict[str, Ran
 def test_a_dtensor_reads_its_own_piece_and_no_more(team: dict[str, Ranks]):
     for rank in team["own slice"]:
         assert all(rank["same"].values())
-        # Beside the piece itself the same is read each time, however large the piece is: index and header.
-        assert len(set(rank["extra"].values())) == 1 and rank["extra"]["same"] < 5000
+        # Beside the piece itself the same is read each time, however large the piece is: index and header (and the
+        # count itself, which may grow by a digit).
+        extra = rank["extra"].values()
+        assert max(extra) - min(extra) < 8 and max(extra) < 5000
 
 
 @pytest.mark.parametrize("where", ["first", "last"])
