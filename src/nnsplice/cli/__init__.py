@@ -1,5 +1,4 @@
 """The command line: `nnsplice paths`, `check`, `trace`, `steer`, `mask`, `adapter` and `convert`.
-"""The command line: `nnsplice paths`, `nnsplice check`, `nnsplice trace`, `nnsplice adapter` and `nnsplice convert`.
 
 adapter     the command that shows what an adapter changed
 checkpoints the command that converts
