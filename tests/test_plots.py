@@ -243,7 +243,7 @@ def test_bars_that_do_not_fit(values, names):
 
 
 def test_each_line_has_its_numbers_and_its_name():
-    ax = plots.lines([0, 1, 2], {"a $b$": [1, float("nan"), 3], "c": [4, 5, 6]}, x_label="x", y_label="y", level=0.5)
+    ax: Any = plots.lines([0, 1, 2], {"a $b$": [1, float("nan"), 3], "c": [4, 5, 6]}, x_label="x", y_label="y", level=0.5)
     assert [line.get_xydata()[:, 1].tolist() for line in ax.lines[1:2]] == [[4, 5, 6]]
     assert np.isnan(ax.lines[0].get_ydata()[1]) and ax.lines[0].get_ydata()[2] == 3
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [r"a \$b\$", "c"]
@@ -254,7 +254,7 @@ def test_each_line_has_its_numbers_and_its_name():
 def test_lines_may_have_places_of_their_own_and_colours_in_order():
     figure, given = plt.subplots()
     places = {"first": [0, 2], "second": [5, 1]}
-    ax = plots.lines(places, {"first": [1, 2], "second": [3, 4]}, x_label="", y_label="", ordered=True, ax=given)
+    ax: Any = plots.lines(places, {"first": [1, 2], "second": [3, 4]}, x_label="", y_label="", ordered=True, ax=given)
     assert ax is given and ax.lines[1].get_xdata().tolist() == [5, 1]
     assert ax.lines[0].get_color()[:3].sum() < ax.lines[1].get_color()[:3].sum()  # dark to light
     assert plots.lines([1], {"only": [2]}, x_label="", y_label="").get_legend() is None
