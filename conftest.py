@@ -6,6 +6,7 @@ The environment is set before anything imports torch or transformers, and proces
 from __future__ import annotations
 
 import os
+import tempfile
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 
 # No test needs the network: models are tiny and made in memory.
@@ -44,6 +45,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What examples, notebooks and the README's code put into a temporary folder goes where pytest clears up."""
+    folder = str(tmp_path_factory.mktemp("temporary"))
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
 
 
 @pytest.fixture(scope="session")

@@ -243,7 +243,9 @@ def test_bars_that_do_not_fit(values, names):
 
 
 def test_each_line_has_its_numbers_and_its_name():
-    ax: Any = plots.lines([0, 1, 2], {"a $b$": [1, float("nan"), 3], "c": [4, 5, 6]}, x_label="x", y_label="y", level=0.5)
+    ax: Any = plots.lines(
+        [0, 1, 2], {"a $b$": [1, float("nan"), 3], "c": [4, 5, 6]}, x_label="x", y_label="y", level=0.5
+    )
     assert [line.get_xydata()[:, 1].tolist() for line in ax.lines[1:2]] == [[4, 5, 6]]
     assert np.isnan(ax.lines[0].get_ydata()[1]) and ax.lines[0].get_ydata()[2] == 3
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [r"a \$b\$", "c"]
