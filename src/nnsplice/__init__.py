@@ -67,3 +67,7 @@ __all__ = [
     "updates",
     "weights",
 ]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows: the contents, and not the rooms behind them
+    return __all__

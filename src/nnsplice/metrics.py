@@ -154,17 +154,29 @@ def logit_diff(answer: Answer, wrong: Answer, *, position: int = -1) -> Metric:
 
 
 def probability(answer: Answer, *, position: int = -1) -> Metric:
-    """The probability of the answer."""
+    """The probability of the answer.
+
+    >>> ns.probability(1)(torch.tensor([[0.0, 0.0]]))
+    tensor([0.5000])
+    """
     return Metric("probability", _probability, {"answer": answer}, position)
 
 
 def log_probability(answer: Answer, *, position: int = -1) -> Metric:
-    """The logarithm of the answer's probability."""
+    """The logarithm of the answer's probability.
+
+    >>> ns.log_probability(1)(torch.tensor([[0.0, 0.0]]))
+    tensor([-0.6931])
+    """
     return Metric("log_probability", _log_probability, {"answer": answer}, position)
 
 
 def rank(answer: Answer, *, position: int = -1) -> Metric:
-    """How many tokens have a higher logit than the answer: 0 is the top."""
+    """How many tokens have a higher logit than the answer: 0 is the top.
+
+    >>> ns.rank(2)(torch.tensor([[5.0, 1.0, 3.0]]))
+    tensor([1.])
+    """
     return Metric("rank", _rank, {"answer": answer}, position)
 
 
@@ -172,6 +184,10 @@ def kl_divergence(*, position: int = -1) -> Metric:
     """How far the distribution has moved from that of a reference run: KL(reference, this); 0 is not at all.
 
     In a sweep the reference is the clean run.
+
+    >>> logits = torch.tensor([[1.0, 2.0]])
+    >>> ns.kl_divergence()(logits, reference=logits)
+    tensor([0.])
     """
     return Metric("kl_divergence", _kl_divergence, {}, position, compares=True)
 

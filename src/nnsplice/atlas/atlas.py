@@ -54,6 +54,10 @@ class Atlas:
     which parameters belong to a place, `verify` whether all that is true.
 
     A model whose parts are not recognised has an atlas too: native paths work, portable ones say what was missing.
+
+    >>> atlas = ns.Atlas.of(model)
+    >>> print(atlas.locate("transformer.h.1.attn.c_proj.bias"))
+    layers[1].attn.o
     """
 
     tree: Tree

@@ -119,6 +119,14 @@ def plan_sweep(
 ) -> Plan:
     """Plan a sweep: every site changed by itself, in the corrupted run.
 
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[0].heads[:].output[1]", metric)
+    >>> print(plan.preview(2))
+    4 cells to compute, 0 known without; 1 prompt, patch, logit_diff
+      prompt 0  layers[0].heads[0].output[1]
+      prompt 0  layers[0].heads[1].output[1]
+      ... and 2 more
+
     Args:
         model: for its tokens and places; the plan keeps no part of it.
         clean: where values come from: a text, texts, or token ids; prompt i of it belongs to prompt i of `corrupted`.

@@ -33,6 +33,12 @@ def run(
 ) -> SweepResult:
     """Run a plan.
 
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[1]", metric)
+    >>> halves = [ns.run(plan.shard(n, 2), model, progress=False) for n in range(2)]   # on two machines, say
+    >>> ns.SweepResult.merge(halves).grid().dims
+    ('prompt', 'layer', 'position')
+
     Args:
         executor: `"packed"` (the tokens that can differ, side by side), `"batched"` (a row for each cell, one trace
             for many), `"reference"` (one trace for each cell), or `"auto"`: the first of these that gives a few cells
