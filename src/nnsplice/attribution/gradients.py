@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import accesses, site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import Atlas, Site, peel
+from nnsplice.atlas import Site, peel
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.paths import Path
 from nnsplice.sweeps.memory import is_memory
 from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.reading import only_read, read_at
 
 #: The name of a value of a run: one tensor, whatever number of heads and neurons stands in it.
 Spot = Hashable
@@ -26,28 +27,6 @@ Spot = Hashable
 def spot(site: Site) -> Spot:
     """The value that a site is a part of."""
     return (*site.location, site.item)
-
-
-def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:
-    """Where the metric reads, counted from the prompt's end: in the run that is edited, or in the clean one."""
-    edited = plan.corrupted.lengths("decoder")[prompt]
-    position = plan.metric.metric.position
-    length = plan.clean.lengths("decoder")[prompt] if clean and plan.clean is not None else edited
-    # The position is the edited prompt's; in a pair aligned at the end the clean one counts from there.
-    return (position % edited - edited if plan.align == "end" else position) % length - length
-
-
-def only_read(model: engine.Model, at: int, places: Iterable[Path]) -> dict[str, Any]:
-    """Have only the logits computed that the metric reads, where the model can be asked for that.
-
-    Args:
-        at: where it reads, counted from the end.
-        places: what of the run is read or written; where these are the logits themselves, all have to be there.
-    """
-    head = Atlas.of(model).towers.get("decoder")
-    if not engine.keeps_logits(model) or any(head is None or site_of(p).module == head.unembed for p in places):
-        return {}
-    return {"logits_to_keep": -at}
 
 
 @dataclass(frozen=True)

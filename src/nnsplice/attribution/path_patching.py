@@ -18,12 +18,12 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.attribution.branches import Branch, Branches, branches_of
-from nnsplice.attribution.gradients import only_read, read_at
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.executors import Cost, Executor, Work, measured, whole_prompts
 from nnsplice.sweeps.plan import Job, Plan, Sites, plan_sweep
+from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run
 from nnsplice.sweeps.targets import tokens_of
 

@@ -18,9 +18,9 @@ from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
-from nnsplice.atlas import Atlas
 from nnsplice.paths import Path
 from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Source
 
 
@@ -107,7 +107,7 @@ def _one(work: Work, job: Job) -> Tensor:
             _updated(work, job)
         else:
             write(model, _packs(work, job), 1.0 if plan.operation.way == "add" else None)
-        found.append(_read(work, job[0]).clone())
+        found.append(wire.logits_of(model)[:, read_at(plan, job[0])].clone())
 
     with torch.no_grad():
         engine.run(model, inputs, body)
@@ -163,7 +163,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     prompts = [prompt for prompt, _ in jobs]
     inputs = plan.corrupted.inputs(prompts, model.device)
     assert isinstance(inputs, Mapping)
-    batch = plan.corrupted.batch(prompts)
+    batch, at = plan.corrupted.batch(prompts), read_at(plan, prompts[0])
     found: list[Tensor] = []
 
     def body() -> None:
@@ -172,11 +172,10 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         for access in stops:
             held = hold(access, mediator, batch.rows(access.tower))
             held.write(_changed(work, access, held.tensor, writes))
-        found.append(_read(work, prompts[0]).clone())
+        found.append(wire.logits_of(model)[:, at].clone())
 
     with torch.no_grad():
-        length = plan.corrupted.lengths("decoder")[prompts[0]]
-        engine.run(model, {**inputs, **kept(model, plan, length, plan.metric.metric.position)}, body)
+        engine.run(model, {**inputs, **only_read(model, at, writes)}, body)
     tokens = inputs["input_ids"].numel()
     return measured(work, found[0], jobs), Cost(tokens, forwards=1, peak=tokens)
 
@@ -212,25 +211,6 @@ def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
 
 reference = Executor(_reference, whole_prompts)
 batched = Executor(_batched, whole_prompts)
-
-
-# --- what is read -----------------------------------------------------------------------------------------------------
-
-
-def kept(model: engine.Model, plan: Plan, length: int, position: int) -> dict[str, Any]:
-    """Have only the logits computed from this position on, where the model can be asked for that."""
-    towers = Atlas.of(model).towers
-    unembed = towers["decoder"].unembed if "decoder" in towers else None
-    # With fewer logits, a position of the unembedding is another row of it.
-    touched = any(site_of(place).module == unembed for target in plan.targets for place in target.places)
-    return {} if touched or not engine.keeps_logits(model) else {"logits_to_keep": length - position % length}
-
-
-def _read(work: Work, prompt: int) -> Tensor:
-    """Inside a trace: the logits at the position that the metric reads, `[row, vocab]`."""
-    logits = wire.logits_of(work.model)
-    length = work.plan.corrupted.lengths("decoder")[prompt]
-    return logits[:, work.plan.metric.metric.position % length - length]
 
 
 def measured(work: Work, logits: Tensor, jobs: Sequence[Job]) -> list[float]:

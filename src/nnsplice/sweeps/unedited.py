@@ -12,8 +12,9 @@ from nnsplice.activations.capture import gather
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts
 from nnsplice.paths import Path
-from nnsplice.sweeps.executors import corrupt, kept
+from nnsplice.sweeps.executors import corrupt
 from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Captured, Source
 
 
@@ -42,13 +43,13 @@ def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Sourc
 
         return inside
 
-    logits = _logits(model, plan, prompts, room, keep)
+    logits = _logits(model, plan, prompts, room, keep, clean=True)
     return logits, Source(plan, Captured(values) if plan.operation.name == "patch" else None)
 
 
 def corrupted_run(model: engine.Model, plan: Plan, room: int) -> Tensor:
     """The logits that the metric reads in the corrupted run, `[prompt, vocab]`."""
-    return _logits(model, plan, plan.corrupted, room, lambda rows: lambda: corrupt(model, plan, rows))
+    return _logits(model, plan, plan.corrupted, room, lambda rows: lambda: corrupt(model, plan, rows), clean=False)
 
 
 def _logits(
@@ -57,25 +58,25 @@ def _logits(
     prompts: Prompts,
     room: int,
     before: Callable[[Sequence[int]], Callable[[], None]],
+    *,
+    clean: bool,
 ) -> Tensor:
     logits: dict[int, Tensor] = {}
+    places = [place for target in plan.targets for place in target.places]
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
     for rows in prompts.batches(max(room // longest, 1)):
-        length = prompts.lengths("decoder")[rows[0]]
-        # The position is the edited prompt's; in a pair aligned at the end the clean one counts from there.
-        edited = plan.corrupted.lengths("decoder")[rows[0]]
-        at = plan.metric.metric.position % edited - edited if plan.align == "end" else plan.metric.metric.position
+        at = read_at(plan, rows[0], clean=clean)
         first = before(rows)
         found: list[Tensor] = []
 
-        def body(at: int = at, length: int = length, found: list[Tensor] = found, first: Callable = first) -> None:
+        def body(at: int = at, found: list[Tensor] = found, first: Callable = first) -> None:
             first()
-            found.append(wire.logits_of(model)[:, at % length - length].clone())
+            found.append(wire.logits_of(model)[:, at].clone())
 
         inputs = prompts.inputs(rows, model.device)
         assert isinstance(inputs, Mapping)
         with torch.no_grad():
-            engine.run(model, {**inputs, **kept(model, plan, length, at)}, body)
+            engine.run(model, {**inputs, **only_read(model, at, places)}, body)
         logits |= dict(zip(rows, found[0], strict=True))
     return torch.stack([logits[row] for row in range(len(prompts))])
 

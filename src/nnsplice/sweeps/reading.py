@@ -1,0 +1,34 @@
+"""Which logits a run is made for: where a plan's metric reads, and how to have no others computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from nnsplice import engine
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Atlas
+from nnsplice.paths import Path
+from nnsplice.sweeps.plan import Plan
+
+
+def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:
+    """Where the metric reads, counted from the prompt's end: in the run that is edited, or in the clean one."""
+    edited = plan.corrupted.lengths("decoder")[prompt]
+    position = plan.metric.metric.position
+    length = plan.clean.lengths("decoder")[prompt] if clean and plan.clean is not None else edited
+    # The position is the edited prompt's; in a pair aligned at the end the clean one counts from there.
+    return (position % edited - edited if plan.align == "end" else position) % length - length
+
+
+def only_read(model: engine.Model, at: int, places: Iterable[Path]) -> dict[str, Any]:
+    """Have only the logits computed that the metric reads, where the model can be asked for that.
+
+    Args:
+        at: where it reads, counted from the end.
+        places: what of the run is read or written; where these are the logits themselves, all have to be there.
+    """
+    head = Atlas.of(model).towers.get("decoder")
+    if not engine.keeps_logits(model) or any(head is None or site_of(p).module == head.unembed for p in places):
+        return {}
+    return {"logits_to_keep": -at}
