@@ -94,3 +94,10 @@ def test_what_was_asked_is_plain_data(asked: Any) -> None:
 def test_numbers_of_numpy_are_plain() -> None:
     asked = {"seed": np.int64(3), "noise": np.float32(0.5)}
     assert SweepResult(replace(table(), asked=asked)) == SweepResult(replace(table(), asked={"seed": 3, "noise": 0.5}))
+
+
+def test_others_may_read_a_result_as_they_may_any_new_file(tmp_path: Path) -> None:
+    plain, written = tmp_path / "plain", tmp_path / "result.safetensors"
+    plain.touch()
+    SweepResult(table()).to_file(written)
+    assert written.stat().st_mode == plain.stat().st_mode

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path as FilePath
@@ -21,6 +20,7 @@ from nnsplice import engine
 from nnsplice.activations import lookup
 from nnsplice.activations.packs import Pack, Provenance, check_key, common_length
 from nnsplice.errors import BadType, FileError, PathError
+from nnsplice.files import is_pickle, whole
 from nnsplice.paths import Path, parse_path
 
 HEADER = "nnsplice"
@@ -38,7 +38,6 @@ def write(
     """
     from safetensors.torch import save_file
 
-    target = FilePath(path)
     tensors: dict[str, Tensor] = {}
     keys: dict[str, list[str]] = {}
     for pack in packs:
@@ -47,19 +46,8 @@ def write(
         tensors[name] = pack.tensor.detach().clone(memory_format=torch.contiguous_format)
         keys[name] = [str(key) for key in pack.keys]
     header = {"kind": KIND, "format": FORMAT, "version": version("nnsplice"), "keys": keys, **_plain(provenance)}
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what every new file gets here; safetensors would let nobody else read it
+    with whole(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER: json.dumps(header), **(notes or {})})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(mode)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(
@@ -68,7 +56,12 @@ def read(
     """The packs of a file, or with `paths` only these of its places and positions, and where they come from."""
     from safetensors import SafetensorError, safe_open
 
-    _check_kind(path)
+    if is_pickle(path):
+        raise FileError(
+            f"{path} looks like a pickle (torch.save), which can run any code when it is opened",
+            expected="a safetensors file that SavedActivation.to_file wrote",
+            write="load it with torch.load(..., weights_only=True) yourself, then SavedActivation.from_pairs(...)",
+        )
     before, problem = _stamp(path), None
     packs, provenance = [], Provenance()
     try:
@@ -100,19 +93,6 @@ def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int]:
     """What another file of the same name would have otherwise."""
     found = FilePath(path).stat()
     return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def _check_kind(path: str | os.PathLike[str]) -> None:
-    """Say what a pickle is, which safetensors would only call damaged."""
-    with FilePath(path).open("rb") as file:
-        start = file.read(9)
-    # The length of a safetensors header can begin with the very bytes of a pickle; the header itself begins with {.
-    if start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise FileError(
-            f"{path} looks like a pickle (torch.save), which can run any code when it is opened",
-            expected="a safetensors file that SavedActivation.to_file wrote",
-            write="load it with torch.load(..., weights_only=True) yourself, then SavedActivation.from_pairs(...)",
-        )
 
 
 def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:

@@ -10,16 +10,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nnsplice.errors import BadType, FileError, NnspliceError
+from nnsplice.files import is_pickle, whole
 from nnsplice.results.table import Cell, Run, Table, settled
 
 HEADER = "nnsplice"
@@ -100,7 +98,11 @@ def read(path: str | os.PathLike[str]) -> Table:
     """
     from safetensors import SafetensorError, safe_open
 
-    _check_kind(path)
+    if is_pickle(path):
+        raise FileError(
+            f"{path} looks like a pickle, which can run any code when it is opened; it is left closed",
+            expected=WRITTEN,
+        )
     try:
         with safe_open(os.fspath(path), framework="np") as file:
             header = _header(path, file.metadata())
@@ -126,34 +128,6 @@ def read(path: str | os.PathLike[str]) -> Table:
     if not same:
         raise FileError(f"{path} is damaged: what it holds is not what was written", expected=WRITTEN)
     return table
-
-
-@contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside `path` to write under; the file takes its place when the block ends well."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _check_kind(path: str | os.PathLike[str]) -> None:
-    """Say what a pickle is, which safetensors would only call damaged."""
-    with Path(path).open("rb") as file:
-        start = file.read(9)
-    # The length of a safetensors header can begin with the very bytes of a pickle; the header itself begins with {.
-    if start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise FileError(
-            f"{path} looks like a pickle, which can run any code when it is opened; it is left closed",
-            expected=WRITTEN,
-        )
 
 
 def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:

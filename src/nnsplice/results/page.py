@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nnsplice.results import estimates, figure, files, labelled
+from nnsplice.files import whole
+from nnsplice.results import estimates, figure, labelled
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
 
@@ -27,7 +28,7 @@ DIGITS = 7
 def write(path: str | os.PathLike[str], table: Table, metric: str, shown: str) -> None:
     """Write the page: the whole of it, or nothing."""
     text = page(table, metric, shown)
-    with files.whole(path) as temporary:
+    with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 

@@ -23,8 +23,8 @@ from nnsplice.activations import SavedActivation
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, BadType, FileError, RefusedPlace, circumstances
+from nnsplice.files import whole
 from nnsplice.paths import Path, Step
-from nnsplice.results.files import whole
 from nnsplice.steering.block import Steering
 from nnsplice.steering.rules import Rule
 from nnsplice.steering.vector import About, SteeringVector, vectors_of

@@ -13,7 +13,8 @@ import numpy as np
 
 from nnsplice import plots
 from nnsplice.errors import BadArgument, FileError
-from nnsplice.results.files import canonical, whole
+from nnsplice.files import whole
+from nnsplice.results.files import canonical
 
 if TYPE_CHECKING:
     import pandas as pd

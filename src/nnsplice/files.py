@@ -1,0 +1,36 @@
+"""What every file of ours has in common: it appears whole or not at all, and a pickle is never opened."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name beside `path` to write under; the file takes its place when the block ends well."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what every new file gets here; safetensors would let nobody else read it
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(mode)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_pickle(path: str | os.PathLike[str]) -> bool:
+    """Whether a file that should be safetensors is a pickle, which safetensors would only call damaged."""
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    # The length of a safetensors header can begin with the very bytes of a pickle; the header itself begins with {.
+    return start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
