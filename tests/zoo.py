@@ -7,6 +7,7 @@ model inside nnsight. Three layers, width 16, 4 heads, 2 key/value heads where t
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -218,3 +219,17 @@ def wrap(name: str, *, seed: int = 0, **overrides: Any) -> Any:
         # BERT calls some of its modules `output`; what nnsight calls them then is no news here.
         warnings.filterwarnings("ignore", message=".*submodule named 'output'")
         return TransformersModel(build(name, seed=seed, **overrides), tokenizer=tokenizer(), task=task(name))
+
+
+def having(model: Any, sites: Iterable[str]) -> list[str]:
+    """Those of the sites that the model has."""
+    import nnsplice as ns
+
+    found = []
+    for site in sites:
+        try:
+            ns.expand(model, site)
+        except ns.errors.NnspliceError:
+            continue
+        found.append(site)
+    return found

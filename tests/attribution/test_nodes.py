@@ -12,7 +12,7 @@ from torch import nn
 import nnsplice as ns
 from attribution.oracle import Point, bare, double, ends, ids, logit_diff, worth
 from nnsplice.activations.access import site_of
-from zoo import FAMILIES, MASKED, SEQ2SEQ, wrap
+from zoo import FAMILIES, MASKED, SEQ2SEQ, having, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")
@@ -22,18 +22,6 @@ SITES = (
     "layers[:].neurons[3,5].output",
 )  # fmt: skip
 DECODERS = [family for family in FAMILIES if family not in (*SEQ2SEQ, *MASKED)]
-
-
-def sites_of(model: Any, sites: tuple[str, ...] = SITES) -> list[str]:
-    """Those that the family has."""
-    found = []
-    for site in sites:
-        try:
-            ns.expand(model, site)
-        except ns.errors.NnspliceError:
-            continue
-        found.append(site)
-    return found
 
 
 def attribute(model: Any, sites: Any, method: str = "atp", **options: Any) -> Any:
@@ -64,7 +52,7 @@ def linear() -> Any:
 @pytest.mark.parametrize("family", DECODERS)
 def test_atp_is_difference_times_gradient(family: str) -> None:
     model, module = double(family), bare(family)
-    sites = sites_of(model)
+    sites = having(model, SITES)
     assert len(sites) >= 6
     paths = [path for path in ns.expand(model, sites) if site_of(path).kind == "plain"]
     points = {path: Point(site_of(path).module, site_of(path).end, site_of(path).columns) for path in paths}

@@ -12,7 +12,7 @@ import nnsplice as ns
 from nnsplice.sweeps import choosing, memory, plan_sweep, run, running, unedited
 from nnsplice.sweeps.executors import Work
 from nnsplice.sweeps.packed import attention, executor, heads, recording
-from zoo import FAMILIES, wrap
+from zoo import FAMILIES, having, wrap
 
 CLEAN = ["w3 w4 w5 w6 w7", "w13 w14 w15", "w3 w4 w5 w6 w17"]
 CORRUPTED = ["w3 w9 w5 w6 w7", "w13 w24 w15", "w3 w4 w5 w26 w17"]
@@ -34,17 +34,6 @@ def _double(family: str, **config: Any) -> Any:
     return model
 
 
-def _sites(model: Any) -> list[str]:
-    found = []
-    for site in SITES:
-        try:
-            ns.expand(model, site)
-        except ns.errors.NnspliceError:
-            continue
-        found.append(site)
-    return found
-
-
 def _values(plan: Any, model: Any, how: str) -> np.ndarray:
     return run(plan, model, executor=how, progress=False).table.values
 
@@ -53,7 +42,7 @@ def _values(plan: Any, model: Any, how: str) -> np.ndarray:
 @pytest.mark.parametrize("family", COVERED)
 def test_packed_equals_batched_at_every_site(family: str, options: dict[str, Any]) -> None:
     model = _double(family)
-    sites = [site for site in _sites(model) if "window" not in options or not site.startswith("embed")]
+    sites = [site for site in having(model, SITES) if "window" not in options or not site.startswith("embed")]
     assert len(sites) >= 10
     plan = plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC, **options)
     packed, batched = _values(plan, model, "packed"), _values(plan, model, "batched")
