@@ -291,3 +291,26 @@ def test_on_a_gpu_the_free_memory_says_how_many_tokens_run_at_once(monkeypatch: 
     assert memory.room(model) == 25
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (0, 0))
     assert memory.room(model) == 1
+
+
+def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    right = _values(plan, model, "packed")
+    asked: list[int] = []
+    keeper = recording._keeper
+
+    def narrow(entering: list[Any], calls: list[Any], whole: bool) -> Any:
+        keep = keeper(entering, calls, whole)
+
+        def kept(block: Any, args: Any, kwargs: Any) -> None:
+            asked.append(len(args[0]))
+            if len(args[0]) > 1:
+                raise RuntimeError("[enforce fail] not enough memory: you tried to allocate 12 bytes")
+            keep(block, args, kwargs)
+
+        return kept
+
+    monkeypatch.setattr(recording, "_keeper", narrow)
+    assert np.nanmax(np.abs(_values(plan, model, "packed") - right)) < 1e-12
+    assert max(asked) == 2 and asked[-1] == 1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nnsplice import engine
 from nnsplice.atlas import Atlas, Tower, peel
 from nnsplice.sweeps.executors import Work
+from nnsplice.sweeps.memory import is_memory
 from nnsplice.sweeps.packed import heads
 from nnsplice.sweeps.packed.attention import KeysAndValues, KeyValue, attention
 from nnsplice.sweeps.packed.whole import Call, Whole, listening
@@ -132,9 +133,11 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     try:
         with torch.no_grad(), _hearing(root, tower, kept, heard, whole):
             root(**inputs, **fewer, use_cache=False)
-    except (torch.OutOfMemoryError, NotImplementedError):
+    except NotImplementedError:
         raise
     except Exception as error:
+        if is_memory(error):  # that is no reason to run another way, but to run less at once
+            raise
         # A model with attention code of its own may fail in any way when it is told another name for it.
         raise NotImplementedError(f"it does not run with its attention exchanged ({error})") from None
     finally:
