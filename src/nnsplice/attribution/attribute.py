@@ -18,10 +18,12 @@ from nnsplice.attribution import edges, nodes, star, verifying
 from nnsplice.attribution.gradients import Cost, Flow, batches, differentiable, halving
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
+from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
-from nnsplice.sweeps.memory import room
-from nnsplice.sweeps.plan import Plan, Sites, plan_sweep
-from nnsplice.sweeps.running import check_baselines, check_runnable
+from nnsplice.sweeps.ledger import check_baselines
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.planning import Sites, plan_sweep
+from nnsplice.sweeps.running import check_runnable
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def attribute(
         steps = (STEPS if steps is None else steps) if chosen.stepwise else 0
         graph = edges.Graph.of(model, plan, receivers) if together else None
         plan = replace(plan, asked=_asked(plan, method, steps, graph))
-        estimated = _estimated(model, plan, method, chosen, graph, steps, max_tokens or room(model), progress)
+        estimated = _estimated(model, plan, method, chosen, graph, steps, max_tokens or engine.room(model), progress)
     if not verify:
         return estimated
     return verifying.verified(
@@ -182,12 +184,12 @@ def _estimated(
             corrupted[rows] = plan.metric(one.logits, rows, logits).double().cpu().numpy()
         if found is not None:
             (scores if made_of is None else made_of)[rows] = found.cpu().numpy()
-        bar.update(len(rows))
+        shown.update(len(rows))
 
-    with differentiable(model), _bar(prompts, progress) as bar:
+    with differentiable(model), bar("attribution", prompts, "prompt", progress) as shown:
         for rows in batches(plan.corrupted, range(prompts), at_once):
             halving(rows, work)
-    check_baselines(plan, clean, corrupted)
+    check_baselines(plan.metric, clean=clean, corrupted=corrupted)
     exists = plan.exists()
     if made_of is not None and graph is not None:
         scores = made_of.sum(-1)
@@ -236,9 +238,3 @@ def _check_way(plan: Plan, rows: list[int], name: str) -> None:
                 f"{here} and {there} tokens",
                 expected='prompts of one length in a pair, or method="atp"',
             )
-
-
-def _bar(total: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc="attribution", unit="prompt", disable=not progress)

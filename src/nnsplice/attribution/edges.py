@@ -23,7 +23,8 @@ from nnsplice.attribution.gradients import Flow, spot
 from nnsplice.attribution.nodes import Batch, points
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Path, parse_path
-from nnsplice.sweeps.plan import Plan, Sites
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.planning import Sites
 from nnsplice.sweeps.targets import tokens_of
 
 #: Receivers whose gradients are held at once.

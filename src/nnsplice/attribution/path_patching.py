@@ -22,7 +22,8 @@ from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.executors import Cost, Executor, Work, measured, whole_prompts
-from nnsplice.sweeps.plan import Job, Plan, Sites, plan_sweep
+from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.planning import Sites, plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run
 from nnsplice.sweeps.targets import tokens_of

@@ -19,7 +19,8 @@ from nnsplice.errors import BadArgument, ShapeError, circumstances
 from nnsplice.metrics import probability
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
-from nnsplice.sweeps.plan import Plan, Sites, plan_sweep
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.planning import Sites, plan_sweep
 from nnsplice.sweeps.running import run
 from nnsplice.sweeps.targets import Corruption
 
