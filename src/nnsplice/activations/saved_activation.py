@@ -7,7 +7,7 @@ The class is the face; the work stands beside it: `lookup` (which entries a path
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any, Self
@@ -21,7 +21,7 @@ from nnsplice.activations.packs import MEAN, Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, PathError, ShapeError, UnknownPath
-from nnsplice.paths import Path, Span, parse_path
+from nnsplice.paths import Path, Paths, Span, parse_path
 
 
 class SavedActivation:
@@ -37,7 +37,7 @@ class SavedActivation:
     slices of tensors do: `clone()` before changing a tensor in place.
     """
 
-    parse_path = staticmethod(parse_path)
+    parse_path: staticmethod[[str | Path], Path] = staticmethod(parse_path)
 
     # Arithmetic with a tensor or an array on the left asks the capture, which refuses clearly, instead of the array.
     __array_ufunc__ = None
@@ -164,7 +164,7 @@ class SavedActivation:
         """The same tensors as a tree that follows the paths: `saved.values.transformer.h[2].output[10]`."""
         return tree.grow((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
 
-    def subset(self, paths: str | Path | Iterable[str | Path]) -> Self:
+    def subset(self, paths: Paths) -> Self:
         """Only these places and positions, in the capture's own order; slices and lists are allowed anywhere.
 
         >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[:]")
@@ -355,7 +355,7 @@ class SavedActivation:
         writing.write(model, self._packs, None, at=at)
 
     def add_to(
-        self, model: Any, coefficient: float | Sequence[float] | Tensor = 1.0, *, at: int | Sequence[int] | None = None
+        self, model: Any, coefficient: writing.Coefficient = 1.0, *, at: int | Sequence[int] | None = None
     ) -> None:
         """Inside a trace: add every entry, times a number or one for each row, to what the run computes there."""
         writing.write(model, self._packs, coefficient, at=at)
@@ -367,7 +367,7 @@ class SavedActivation:
         storage.write(path, self._packs, self._provenance)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None) -> Self:
+    def from_file(cls, path: str | os.PathLike[str], paths: Paths | None = None) -> Self:
         """Read a capture, or with `paths` only these of its places and positions."""
         of, provenance = storage.read(path, paths)
         return cls._new(of, provenance, None)

@@ -41,9 +41,9 @@ class ExpertManifoldAligner:
             domains: what energy in which part speaks for.
         """
         self.domains = domains
-        self.atlas = Atlas.of(model)
+        self.atlas: Atlas = Atlas.of(model)
         root = peel(model)
-        self.total_layers = _count(self.atlas, root)
+        self.total_layers: int = _count(self.atlas, root)
         self._turned = frozenset(name for name, _ in root.named_parameters() if is_transposed(root, name))
         self._turned_experts = frozenset(name for name, module in root.named_modules() if experts_turned(module))
         self._seen: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ INSIDE_MLP = ("gate", "up", "down", "router")
 COUNTED = {"heads": "head", "groups": "group", "experts": "expert", "neurons": "neuron"}
 ROOTS = ("embed", "layers", "final_norm", "unembed")
 #: Values of each place; a place that is not listed has only `output`.
-VALUES = {
+VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("input", "mid", "output"),
     "heads": ("output", "q", "k", "v", "pattern"),
     "groups": ("k", "v"),

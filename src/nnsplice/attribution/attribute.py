@@ -14,10 +14,12 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.attribution import edges, nodes, star, verifying
 from nnsplice.attribution.gradients import Cost, Flow, batches, differentiable, halving
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
+from nnsplice.metrics import MetricLike
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.memory import room
 from nnsplice.sweeps.plan import Plan, Sites, plan_sweep
@@ -47,16 +49,16 @@ STEPS = 5
 
 def attribute(
     model: Any,
-    clean: Any,
-    corrupted: Any,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
     sites: Sites,
-    metric: Any,
+    metric: MetricLike,
     *,
     method: str = "atp",
     receivers: Sites | None = None,
     steps: int | None = None,
     verify: int = 0,
-    spans: Any = None,
+    spans: PairSpanTexts | None = None,
     align: str = "position",
     seed: int = 0,
     executor: str = "auto",

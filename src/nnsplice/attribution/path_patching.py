@@ -17,8 +17,10 @@ from torch import Tensor
 
 from nnsplice import engine, wire
 from nnsplice.activations.access import Access, accesses, hold, site_of
+from nnsplice.activations.prompts import PromptsLike
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
+from nnsplice.metrics import MetricLike
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.executors import Cost, Executor, Work, measured, whole_prompts
@@ -31,7 +33,13 @@ _RUNNING = ("executor", "max_tokens", "journal", "progress")
 
 
 def path_patch(
-    model: Any, clean: Any, corrupted: Any, senders: Sites, receivers: Sites, metric: Any, **options: Any
+    model: Any,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
+    senders: Sites,
+    receivers: Sites,
+    metric: MetricLike,
+    **options: Any,
 ) -> SweepResult:
     """Patch every sender by itself, and let its new value reach the receivers alone.
 
@@ -86,7 +94,7 @@ class Paths:
     branches: Branches
     #: For each target of the plan.
     receivers: tuple[tuple[Path, ...], ...]
-    rank: Mapping[Path, tuple]
+    rank: Mapping[Path, engine.Rank]
 
     @staticmethod
     def of(model: engine.Model, plan: Plan, receivers: Sequence[Sites]) -> Paths:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation
+from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.steering.operators import Operator
@@ -67,7 +68,7 @@ class Steering:
 def steer(
     model: Any,
     vector: SavedActivation,
-    coefficient: Any = 1.0,
+    coefficient: Coefficient = 1.0,
     *,
     operator: str | Operator = "add",
     where: str | Where = "all",

@@ -11,21 +11,23 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.steering.block import steer
+from nnsplice.steering.operators import Operator
 from nnsplice.steering.rules import Condition
 from nnsplice.steering.where import Where
 
 
 def generate(
     model: Any,
-    prompts: Any,
+    prompts: PromptsLike,
     vector: SavedActivation | None = None,
-    coefficient: Any = 1.0,
+    coefficient: Coefficient = 1.0,
     *,
-    operator: Any = "add",
+    operator: str | Operator = "add",
     where: str | Where = "all",
     when: Condition | None = None,
     plane: SavedActivation | None = None,
