@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
-from nnsplice.metrics import Bound, Metric
+from nnsplice.metrics import Bound, Metric, MetricLike
 from nnsplice.paths import Path, Span
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
@@ -103,15 +104,15 @@ class Plan:
 
 def plan_sweep(
     model: Any,
-    clean: Any,
-    corrupted: Any,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
     sites: Sites,
-    metric: Any,
+    metric: MetricLike,
     *,
-    operation: Any = "patch",
+    operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
     window: int = 1,
-    spans: Any = None,
+    spans: PairSpanTexts | None = None,
     align: str = "position",
     seed: int = 0,
     together: bool = False,

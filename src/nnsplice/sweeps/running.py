@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
+from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError
+from nnsplice.metrics import MetricLike
+from nnsplice.paths import Paths
 from nnsplice.results import Journal, Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Cost, Executor, Work, whole_prompts
@@ -104,15 +109,15 @@ def run(
 
 def sweep(
     model: Any,
-    clean: Any,
-    corrupted: Any,
-    sites: Any,
-    metric: Any,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
+    sites: Paths,
+    metric: MetricLike,
     *,
-    operation: Any = "patch",
-    reference: Any = None,
+    operation: str | Callable[[Tensor], Tensor] = "patch",
+    reference: SavedActivation | None = None,
     window: int = 1,
-    spans: Any = None,
+    spans: PairSpanTexts | None = None,
     align: str = "position",
     executor: str = "auto",
     max_tokens: int | None = None,

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import Atlas, Selection, peel
 from nnsplice.errors import BadArgument, circumstances
-from nnsplice.metrics import Bound, Metric
+from nnsplice.metrics import Bound, Metric, MetricLike
 from nnsplice.paths import Path, Slice, parse_path
 from nnsplice.results import AXES, Cell, Journal, Run, SweepResult, Table
 from nnsplice.sweeps.prefix import Prefix
@@ -37,8 +37,8 @@ def sweep_weights(
     base: Any,
     tuned: Any,
     sites: Sites,
-    metric: Any,
-    prompts: Any,
+    metric: MetricLike,
+    prompts: PromptsLike,
     *,
     batch_size: int | None = None,
     journal: str | PathLike[str] | None = None,

@@ -19,6 +19,6 @@ heads        from final states to what the metric reads
 from nnsplice.sweeps.executors import Executor
 from nnsplice.sweeps.packed.executor import run_packed, tokens_of
 
-packed = Executor(run_packed, tokens_of, mixed=True)
+packed: Executor = Executor(run_packed, tokens_of, mixed=True)
 
 __all__ = ["packed"]
