@@ -20,7 +20,7 @@ from nnsplice.activations import algebra, display, lookup, packs, storage, tree,
 from nnsplice.activations.packs import MEAN, Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
-from nnsplice.errors import BadArgument, BadType, DuplicatePath, PathError, ShapeError, UnknownPath
+from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath
 from nnsplice.paths import Path, Paths, Span, parse_path
 
 
@@ -172,29 +172,11 @@ class SavedActivation:
         ['layers[0].output[2]', 'layers[1].output[2]']
         """
         wanted = engine.listed(paths)
-        chosen = {entry for path in wanted for entry in self._find(path)}
-        kept: list[Pack] = []
-        for number, pack in enumerate(self._packs):
-            indices = [index for index in range(len(pack.keys)) if (number, index) in chosen]
-            if indices:
-                kept.append(pack.take(indices))
-        return self._like(kept)
+        return self._like(lookup.chosen(self._packs, {entry for path in wanted for entry in self._find(path)}))
 
     def union(self, other: SavedActivation) -> Self:
         """Both captures in one; a key that stands in both raises `ValueError`."""
-        mine, theirs = self._beside(other)
-        index = lookup.Index(mine)
-        shared = [str(key) for pack in theirs for key in pack.keys if index.same(key) is not None]
-        if shared:
-            raise DuplicatePath(
-                f"{len(shared)} path{'s' * (len(shared) != 1)} in both captures: {', '.join(shared[:5])}"
-                + (", ..." if len(shared) > 5 else ""),
-                expected="captures of different places or positions",
-                write="a | b.subset([...])",
-            )
-        if self._packs and other._packs and self.rows != other.rows:
-            raise ShapeError(f"one capture has {self.rows} rows, the other {other.rows}", expected="the same prompts")
-        merged = algebra.merged([*mine, *theirs])
+        merged = algebra.united(*self._beside(other))
         known = self._known or other._known
         if known is not None and all(pack.keys[0].site is not None for pack in merged):
             merged = packs.ranked(merged, known.rank)
@@ -217,12 +199,7 @@ class SavedActivation:
         return RowSlicer(self.rows, self._take_rows)
 
     def _take_rows(self, rows: Sequence[int]) -> Self:
-        whole = list(rows) == list(range(rows[0], rows[0] + len(rows))) if rows else False
-        taken = [
-            pack.with_tensor(pack.tensor[rows[0] : rows[0] + len(rows)] if whole else pack.tensor[list(rows)])
-            for pack in self._packs
-        ]
-        return self._like(taken, self._provenance.rows(rows))
+        return self._like([pack.take_rows(rows) for pack in self._packs], self._provenance.rows(rows))
 
     # -------------------------------------------------------------------------------------------------------- algebra
 
@@ -332,13 +309,7 @@ class SavedActivation:
 
     def allclose(self, other: SavedActivation, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> bool:
         """Whether two captures of the same places hold the same values."""
-        mine, theirs = self._beside(other)
-        for pack, tensor in zip(mine, algebra.aligned(mine, theirs), strict=True):
-            dtype = torch.promote_types(pack.tensor.dtype, tensor.dtype)
-            a, b = pack.tensor.to(dtype), tensor.to(pack.tensor.device, dtype)
-            if a.shape != b.shape or not torch.allclose(a, b, rtol, atol, equal_nan):
-                return False
-        return True
+        return algebra.close(*self._beside(other), rtol, atol, equal_nan)
 
     def save(self) -> Self:
         """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway."""

@@ -144,7 +144,7 @@ class Session:
             if rule.when is not None:
                 decisions.setdefault(id(rule.when), Decision(rule.when))
         self.works: list[Work] = [Work(rule, None if rule.when is None else decisions[id(rule.when)]) for rule in rules]
-        self._places: dict[tuple, list[tuple[Path, Any]]] = {}
+        self._places: dict[tuple[str, str, str], list[tuple[Path, Any]]] = {}
         for decision in decisions.values():  # asked before anything is changed at the same place
             self._add(decision.condition.path, decision.read)
         for work in self.works:
