@@ -213,8 +213,14 @@ def _rank(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 def _kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    there, here = reference.log_softmax(-1), logits.log_softmax(-1)
-    return (there.exp() * (there - here)).sum(-1)
+    return divergence(reference, logits)
+
+
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference, logits) over the last axis, at least in single precision."""
+    wide = torch.promote_types(torch.promote_types(reference.dtype, logits.dtype), torch.float32)
+    there, here = reference.to(wide).log_softmax(-1), logits.to(wide).log_softmax(-1)
+    return (there.exp() * (there - here)).sum(-1).clamp(min=0)
 
 
 _OWN = (_logit_diff, _probability, _log_probability, _rank, _kl_divergence)

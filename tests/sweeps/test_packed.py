@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.sweeps import choosing, memory, plan_sweep, run, running, unedited
+from nnsplice.sweeps import choosing, plan_sweep, run, running, unedited
 from nnsplice.sweeps.executors import Work
 from nnsplice.sweeps.packed import attention, executor, heads, recording
 from zoo import FAMILIES, having, wrap
@@ -275,22 +275,6 @@ def test_a_hybrid_model_says_which_layer_is_none_of_attention() -> None:
     result = ns.sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output", METRIC, progress=False)
     assert result.run.executor == "batched"
     assert "not packed: a layer of it has no attention module" in result.run.note
-
-
-def test_on_a_gpu_the_free_memory_says_how_many_tokens_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wrap("llama")
-    block = model._module.model.layers[0]
-    # One token's queries, keys, values, attention, gate, up, down and norms, four times, and 64 logits: all in float32.
-    linear = sum(layer.out_features for layer in block.modules() if isinstance(layer, torch.nn.Linear))
-    assert linear * 4 * 4 < memory.bytes_per_token(model) < 2 * linear * 4 * 4
-    needs = memory.bytes_per_token(model)
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (needs * 100, needs * 1000))
-    assert memory.room(model) == 50
-    model._module.double()
-    assert memory.room(model) == 25
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (0, 0))
-    assert memory.room(model) == 1
 
 
 def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.paths import Path, Paths
+from nnsplice.progress import bar
 from nnsplice.tokens import Rows, Spans, columns, concrete
 
 
@@ -69,7 +70,7 @@ def capture(
         spans: where named spans stand: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
         batch_size: at most so many prompts in one pass.
         keep_graph: leave the values in the autograd graph.
-        progress: show a bar over the batches.
+        progress: show a bar.
         remote: run on nnsight's remote service.
     """
     model = engine.as_model(model)
@@ -81,12 +82,14 @@ def capture(
         _check_positions(wanted, given)
     batches = given.batches(batch_size)
     parts: list[list[Pack]] = []
-    for rows in _bar(batches, progress):
-        inputs, batch, found = given.inputs(rows, model.device), given.batch(rows), given.spans_of(rows)
-        if remote:
-            parts.append(remote_runs.read(model, wanted, inputs, batch, found, remote))
-        else:
-            parts.append(_local(model, wanted, inputs, batch, found, keep_graph))
+    with bar("capture", len(given), "prompt", progress) as shown:
+        for rows in batches:
+            inputs, batch, found = given.inputs(rows, model.device), given.batch(rows), given.spans_of(rows)
+            if remote:
+                parts.append(remote_runs.read(model, wanted, inputs, batch, found, remote))
+            else:
+                parts.append(_local(model, wanted, inputs, batch, found, keep_graph))
+            shown.update(len(rows))
     name, revision = engine.name_of(model)
     origin = Provenance(name, revision, given.texts, _ids(given, wanted), given.spans)
     return SavedActivation._new(_joined(parts, batches), origin, engine.known(model))
@@ -201,11 +204,3 @@ def _ids(given: Prompts, wanted: Sequence[Path]) -> tuple[tuple[int, ...], ...] 
     # The tokens that the positions count, which are not one row where places of both towers were captured.
     towers = {site_of(path).tower for path in wanted}
     return None if len(towers) > 1 else given.decoder_ids if towers == {"decoder"} else given.ids
-
-
-def _bar(batches: list[list[int]], progress: bool) -> Iterable[list[int]]:
-    if not progress:
-        return batches
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, desc="capture", unit="batch")

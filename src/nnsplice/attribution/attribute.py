@@ -20,10 +20,13 @@ from nnsplice.attribution.gradients import Cost, Flow, batches, differentiable, 
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
 from nnsplice.metrics import MetricLike
+from nnsplice.paths import Paths
+from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
-from nnsplice.sweeps.memory import room
-from nnsplice.sweeps.plan import Plan, Sites, plan_sweep
-from nnsplice.sweeps.running import check_baselines, check_runnable
+from nnsplice.sweeps.ledger import check_baselines
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.planning import plan_sweep
+from nnsplice.sweeps.running import check_runnable
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,11 @@ def attribute(
     model: Any,
     clean: PromptsLike | None,
     corrupted: PromptsLike | None,
-    sites: Sites,
+    sites: Paths,
     metric: MetricLike,
     *,
     method: str = "atp",
-    receivers: Sites | None = None,
+    receivers: Paths | None = None,
     steps: int | None = None,
     verify: int = 0,
     spans: PairSpanTexts | None = None,
@@ -111,7 +114,7 @@ def attribute(
         steps = (STEPS if steps is None else steps) if chosen.stepwise else 0
         graph = edges.Graph.of(model, plan, receivers) if together else None
         plan = replace(plan, asked=_asked(plan, method, steps, graph))
-        estimated = _estimated(model, plan, method, chosen, graph, steps, max_tokens or room(model), progress)
+        estimated = _estimated(model, plan, method, chosen, graph, steps, max_tokens or engine.room(model), progress)
     if not verify:
         return estimated
     return verifying.verified(
@@ -119,7 +122,7 @@ def attribute(
     )
 
 
-def asked_of(model: Any, plan: Plan, method: str, receivers: Sites | None, steps: int | None) -> dict[str, Any]:
+def asked_of(model: Any, plan: Plan, method: str, receivers: Paths | None, steps: int | None) -> dict[str, Any]:
     """What the estimates of a plan are asked for: their identity, but for what is verified."""
     chosen = _method(method, receivers, steps, 0)
     graph = edges.Graph.of(engine.as_model(model), plan, receivers) if chosen.nodes is None else None
@@ -184,12 +187,12 @@ def _estimated(
             corrupted[rows] = plan.metric(one.logits, rows, logits).double().cpu().numpy()
         if found is not None:
             (scores if made_of is None else made_of)[rows] = found.cpu().numpy()
-        bar.update(len(rows))
+        shown.update(len(rows))
 
-    with differentiable(model), _bar(prompts, progress) as bar:
+    with differentiable(model), bar("attribution", prompts, "prompt", progress) as shown:
         for rows in batches(plan.corrupted, range(prompts), at_once):
             halving(rows, work)
-    check_baselines(plan, clean, corrupted)
+    check_baselines(plan.metric, clean=clean, corrupted=corrupted)
     exists = plan.exists()
     if made_of is not None and graph is not None:
         scores = made_of.sum(-1)
@@ -238,9 +241,3 @@ def _check_way(plan: Plan, rows: list[int], name: str) -> None:
                 f"{here} and {there} tokens",
                 expected='prompts of one length in a pair, or method="atp"',
             )
-
-
-def _bar(total: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc="attribution", unit="prompt", disable=not progress)

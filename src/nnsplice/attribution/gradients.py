@@ -16,7 +16,6 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, peel
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.paths import Path
-from nnsplice.sweeps.memory import is_memory
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 
@@ -177,7 +176,7 @@ def halving(batch: list[int], work: Callable[[list[int]], Any]) -> None:
     try:
         work(batch)
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if len(batch) == 1 or not is_memory(error):
+        if len(batch) == 1 or not engine.is_memory(error):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

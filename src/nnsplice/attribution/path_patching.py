@@ -21,10 +21,11 @@ from nnsplice.activations.prompts import PromptsLike
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import MetricLike
-from nnsplice.paths import Path, parse_path
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.executors import Cost, Executor, Work, measured, whole_prompts
-from nnsplice.sweeps.plan import Job, Plan, Sites, plan_sweep
+from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run
 from nnsplice.sweeps.targets import tokens_of
@@ -36,8 +37,8 @@ def path_patch(
     model: Any,
     clean: PromptsLike | None,
     corrupted: PromptsLike | None,
-    senders: Sites,
-    receivers: Sites,
+    senders: Paths,
+    receivers: Paths,
     metric: MetricLike,
     **options: Any,
 ) -> SweepResult:
@@ -69,11 +70,11 @@ def path_patch(
         return run_paths(model, plan, [receivers] * len(plan.targets), **running)
 
 
-def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Sites], **running: Any) -> SweepResult:
+def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **running: Any) -> SweepResult:
     """Run a plan whose sites are senders, each with its own receivers."""
     if plan.operation.name != "patch":
         raise BadArgument(f"operation={plan.operation.name!r}", expected="patching from the clean run")
-    paths = Paths.of(model, plan, receivers)
+    paths = Routes.of(model, plan, receivers)
     named = [[str(path) for path in each] for each in paths.receivers]
     asked = {**plan.asked, "receivers": named[0] if all(names == named[0] for names in named) else named}
     reached = tuple(job for job in plan.jobs if paths.reached(plan, job))
@@ -88,7 +89,7 @@ def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Sites], **run
 
 
 @dataclass(frozen=True)
-class Paths:
+class Routes:
     """From each sender of a plan to its own receivers."""
 
     branches: Branches
@@ -97,7 +98,7 @@ class Paths:
     rank: Mapping[Path, engine.Rank]
 
     @staticmethod
-    def of(model: engine.Model, plan: Plan, receivers: Sequence[Sites]) -> Paths:
+    def of(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> Routes:
         """For the receivers of each target; every mistake in them is found here."""
         branches, known = branches_of(model), engine.known(model)
         expanded: dict[tuple[str | Path, ...], tuple[Path, ...]] = {}
@@ -115,7 +116,7 @@ class Paths:
         for path in (path for paths in expanded.values() for path in paths):
             tokens_of(path, plan.corrupted)
         each = tuple(expanded[engine.listed(paths)] for paths in receivers)
-        return Paths(branches, each, {path: known.rank(path) for path in places})
+        return Routes(branches, each, {path: known.rank(path) for path in places})
 
     def reached(self, plan: Plan, job: Job) -> bool:
         """Whether any receiver runs after what the job changes."""
@@ -159,7 +160,7 @@ class Paths:
 class _Pass:
     """What is done at each stop of one pass."""
 
-    def __init__(self, paths: Paths, work: Work, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
+    def __init__(self, paths: Routes, work: Work, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
         self.work, self.jobs = work, jobs
         self.own = [prompts.index(prompt) for prompt, _ in jobs]
         self.still = slice(len(prompts), len(prompts) + len(jobs))

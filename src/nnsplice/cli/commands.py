@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from nnsplice.errors import BadArgument, NnspliceError
+from nnsplice.progress import bar
 
 if TYPE_CHECKING:
     from nnsplice.checks import Finding
@@ -266,13 +267,11 @@ def blueprint(name: str) -> Any:
 
 def _with_bar(findings: Iterable[Finding]) -> Iterator[Finding]:
     """Show on a terminal what is being looked at."""
-    from tqdm.auto import tqdm
-
     from nnsplice.checks import CHECKS
 
     names = list(CHECKS)
-    with tqdm(total=len(names), unit="check", leave=False, disable=None) as bar:
+    with bar("checking", len(names), "check", None, leave=False) as shown:
         for finding in findings:
-            bar.n = names.index(finding.check)
-            bar.set_postfix_str(f"{finding.check}: {finding.what}")
+            shown.n = names.index(finding.check)
+            shown.set_postfix_str(f"{finding.check}: {finding.what}")
             yield finding

@@ -2,6 +2,7 @@
 
 tracing     the only file that imports it: wrap, run, wait for a value, write a value, remote runs
 models      what is asked of a model as a whole
+memory      how much of it runs at once
 recording   the order of its modules, recorded once
 places      paths -> places of the model, in that order
 batch       where the prompts' own tokens stand in a run
@@ -12,16 +13,19 @@ intercept   change a value wherever the model is called from
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
 from nnsplice.engine.intercept import Interception
+from nnsplice.engine.memory import is_memory, room
 from nnsplice.engine.models import (
     after_last_attention,
     as_model,
     attention_of,
     decoder_start,
+    digest_of,
     in_training,
     is_causal,
     is_encoder_decoder,
     keeps_logits,
     name_of,
+    token_texts,
     tokenizer_of,
     weights_digest,
 )
@@ -62,11 +66,13 @@ __all__ = [
     "attention_of",
     "batch_of",
     "decoder_start",
+    "digest_of",
     "expand",
     "first_input",
     "in_training",
     "is_causal",
     "is_encoder_decoder",
+    "is_memory",
     "keep",
     "keeps_logits",
     "known",
@@ -77,8 +83,10 @@ __all__ = [
     "place",
     "read_remote",
     "record",
+    "room",
     "run",
     "scope_of",
+    "token_texts",
     "tokenizer_of",
     "unwatch",
     "watch",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from nnsplice.atlas import Atlas, Site, peel
 from nnsplice.engine.tracing import Model
@@ -28,6 +31,12 @@ def as_model(model: object) -> Model:
 def tokenizer_of(model: Model) -> Any:
     """The model's tokenizer, or None."""
     return model.__dict__.get("tokenizer")
+
+
+def token_texts(model: Model, rows: Iterable[Iterable[int]]) -> tuple[tuple[str, ...], ...]:
+    """Each token by itself as text, or its number where the model has no tokenizer."""
+    tokenizer = tokenizer_of(model)
+    return tuple(tuple(str(t) if tokenizer is None else tokenizer.decode([t]) for t in row) for row in rows)
 
 
 def is_encoder_decoder(model: Model) -> bool:
@@ -86,6 +95,15 @@ def weights_digest(model: Model) -> str:
         for plain in _stored(parameter.detach()):
             if not plain.is_meta:
                 summed.update(plain.flatten()[:16].double().cpu().numpy().tobytes())
+    return summed.hexdigest()[:16]
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """A short digest of all of some named numbers, for what may differ in few of them."""
+    summed = hashlib.sha256()
+    for name, tensor in tensors.items():
+        summed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        summed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return summed.hexdigest()[:16]
 
 

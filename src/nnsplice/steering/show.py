@@ -59,13 +59,12 @@ def shown(steering: Any, prompts: Any) -> Shown:
     """Run prompts once, and compare the states before and after each rule."""
     model = steering.model
     given = encode(model, prompts)
-    tokenizer = engine.tokenizer_of(model)
-    texts = _texts(tokenizer, given.ids)
+    texts = engine.token_texts(model, given.ids)
     ids, mask = padded(given.ids, 0, left=not engine.is_encoder_decoder(model))
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     if given.decoder_ids is not None:
         inputs["decoder_input_ids"] = torch.tensor(given.decoder_ids, device=model.device)
-        texts = texts if steering.rules[0].site.tower == "encoder" else _texts(tokenizer, given.decoder_ids)
+        texts = texts if steering.rules[0].site.tower == "encoder" else engine.token_texts(model, given.decoder_ids)
     session = Session(model, steering.rules)
     for work in session.works:
         work.seen = []
@@ -75,10 +74,6 @@ def shown(steering: Any, prompts: Any) -> Shown:
         tuple(Touched(work.rule, texts, tuple(_shares(work, row, len(texts[row])) for row in range(len(texts))))
         for work in session.works)
     )  # fmt: skip
-
-
-def _texts(tokenizer: Any, rows: Any) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(str(t) if tokenizer is None else tokenizer.decode([t]) for t in row) for row in rows)
 
 
 def _shares(work: Work, row: int, count: int) -> tuple[float, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from nnsplice.activations import SavedActivation
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, NeverFired, circumstances
-from nnsplice.metrics import Metric, MetricLike, function_digest
+from nnsplice.metrics import Metric, MetricLike, divergence, function_digest
+from nnsplice.progress import bar
 from nnsplice.results import Journal
 from nnsplice.steering.generate import padding_of
 from nnsplice.steering.operators import Operator
@@ -27,10 +27,6 @@ from nnsplice.steering.rules import Rule, rules_of
 from nnsplice.steering.session import Session
 from nnsplice.steering.vector import layer_of
 from nnsplice.steering.where import Where, read
-
-#: Tokens at once, where nothing says how many fit.
-TOKENS_ON_CPU = 4096
-TOKENS_ON_GPU = 65536
 
 #: (prompt, layer's place in the list, coefficient's place in the list)
 Job = tuple[int, int, int]
@@ -111,7 +107,7 @@ def sweep(
         name = getattr(metric, "__name__", type(metric).__name__)
         told = {"name": name}
     asked = _asked(model, given, rules, asked_numbers, told, chosen)
-    (values, kl), texts = _run(plan, asked, max_tokens or _room(model), journal, progress)
+    (values, kl), texts = _run(plan, asked, max_tokens or engine.room(model), journal, progress)
     shown = {"model": asked["model"], "operator": rules[0].name, "where": str(chosen)}
     told_texts = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
     return SteeringSweep(
@@ -124,8 +120,6 @@ def _run(
     plan: Plan, asked: Mapping[str, Any], room: int, journal: Any, progress: bool
 ) -> tuple[np.ndarray, list[list[list[str]]]]:
     """The metric and the KL, `[2, prompt, layer, coefficient]`, with the unsteered run as a last coefficient."""
-    from tqdm.auto import tqdm
-
     prompts, layers, count = len(plan.prompts), len(plan.rules), len(plan.coefficients)
     values = np.full((2, prompts, layers, count + 1), np.nan)
     texts = [[[""] * (count + 1) for _ in range(layers)] for _ in range(prompts)]
@@ -144,8 +138,7 @@ def _run(
         for (prompt, cell), value in ({} if log is None else log.done()).items():
             values[cell % 2, prompt, cell // 2 // (count + 1), cell // 2 % (count + 1)] = value
         left = [job for job in jobs if np.isnan(values[(0, *job)])]
-        bar = stack.enter_context(tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="steering", unit="cell",
-                                       disable=not progress))  # fmt: skip
+        shown = stack.enter_context(bar("steering", len(jobs), "cell", progress, done=len(jobs) - len(left)))
         for chunk in _chunks(plan, left, room):
             session = Session(plan.model, _rules(plan, chunk))
             found = plan.measure(plan, chunk, session)
@@ -156,7 +149,7 @@ def _run(
             if log is not None:
                 cells = [2 * (layer * (count + 1) + number) + half for _, layer, number in chunk for half in (0, 1)]
                 log.append([job[0] for job in chunk for _ in (0, 1)], cells, [x for v in found for x in v[:2]])
-            bar.update(len(chunk))
+            shown.update(len(chunk))
     if left and not fired and len(left) > prompts:
         raise NeverFired(
             f"no token of any prompt was steered, where {plan.rules[0].where}", expected="prompts that are so long"
@@ -215,7 +208,7 @@ class _Logits:
             logits = self._of(prompts)
         before = self.unsteered[prompts]
         values = self.metric(logits, prompts, before if self.metric.metric.compares else None)
-        return [(v, k, "") for v, k in zip(values.double().tolist(), _kl(before, logits).tolist(), strict=True)]
+        return [(v, k, "") for v, k in zip(values.double().tolist(), divergence(before, logits).tolist(), strict=True)]
 
     def _of(self, prompts: Sequence[int]) -> Tensor:
         inputs: Any = self.prompts.inputs(prompts, self.model.device)
@@ -246,7 +239,7 @@ def _generated(plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[
                 torch.stack(out.logits, dim=1),
             )
             counted = _before_end(new, root).to(steered.dtype)
-            kl = (_kl(plain, steered) * counted).sum(1) / counted.sum(1)
+            kl = (divergence(plain, steered) * counted).sum(1) / counted.sum(1)
     texts = engine.tokenizer_of(model).batch_decode(new, skip_special_tokens=True)
     return [(float(plan.metric(text)), k, text) for text, k in zip(texts, kl.tolist(), strict=True)]
 
@@ -275,13 +268,6 @@ def _before_end(tokens: Tensor, root: Any) -> Tensor:
         return torch.ones_like(tokens)
     ends_here = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device)).long()
     return (ends_here.cumsum(1) - ends_here == 0).long()
-
-
-def _kl(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before, after) over the last axis."""
-    wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-    there, here = before.to(wide).log_softmax(-1), after.to(wide).log_softmax(-1)
-    return torch.linalg.vecdot(there.exp(), there - here).clamp(min=0)
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -334,18 +320,11 @@ def _asked(
     model: engine.Model, given: Prompts, rules: Sequence[Rule], coefficients: Any, metric: Any, where: Where
 ) -> dict[str, Any]:
     """The identity of a sweep, as plain data."""
-    summed = hashlib.sha256()
-    for rule in rules:
-        summed.update(rule.vector.detach().cpu().double().numpy().tobytes())
     operator = rules[0].name if rules[0].name in ("add", "project_out", "clamp", "scale", "rotate") else ""
     return {
         "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model),
         "prompts": [list(row) for row in given.ids], "paths": [str(rule.path.place) for rule in rules],
-        "vectors": summed.hexdigest()[:16], "coefficients": list(coefficients), "metric": metric, "where": repr(where),
+        "vectors": engine.digest_of({str(rule.path.place): rule.vector for rule in rules}),
+        "coefficients": list(coefficients), "metric": metric, "where": repr(where),
         "operator": operator or function_digest(rules[0].operator),
     }  # fmt: skip
-
-
-def _room(model: engine.Model) -> int:
-    device = model.device
-    return TOKENS_ON_GPU if device is not None and device.type == "cuda" else TOKENS_ON_CPU

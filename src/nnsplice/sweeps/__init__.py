@@ -1,7 +1,10 @@
 """Sweeps: one causal question asked of every site.
 
-plan          what will be run, as pure data: plan_sweep, Plan
-running       run, sweep: chunks, journal, bar
+plan          what will be run, as pure data: Plan
+planning      plan_sweep: prompts paired, sites made targets, what need not run told apart
+targets       every cell with the places that it changes
+running       run, sweep: chunks, and less at once when memory is short
+ledger        values as they come in: known ones, a journal's, new ones
 executors     the same numbers at different cost
 operations    what is done to a place
 sources       where the values come from
@@ -11,7 +14,8 @@ prefix        what need not be computed again
 identity      what makes two sweeps the same
 """
 
-from nnsplice.sweeps.plan import Plan, plan_sweep
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.recipes import ablate, causal_trace
 from nnsplice.sweeps.running import run, sweep
 from nnsplice.sweeps.weights import sweep_weights

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
@@ -35,12 +32,12 @@ def asked_of(
         "model": name,
         "revision": revision,
         "weights": engine.weights_digest(model),
-        "clean": None if clean is None else _prompts(clean),
-        "corrupted": _prompts(corrupted),
+        "clean": None if clean is None else told(clean),
+        "corrupted": told(corrupted),
         "sites": [target.cell.path for target in targets],
         "metric": metric.identity,
         "operation": operation.identity,
-        "reference": None if reference is None else _digest(dict(reference.items())),
+        "reference": None if reference is None else engine.digest_of(dict(reference.items())),
         "corruption": None if corruption is None else _corruption(corruption),
         "window": window,
         "align": align,
@@ -48,7 +45,8 @@ def asked_of(
     }
 
 
-def _prompts(prompts: Prompts) -> dict[str, Any]:
+def told(prompts: Prompts) -> dict[str, Any]:
+    """Prompts as plain data."""
     plain: dict[str, Any] = {"tokens": [list(row) for row in prompts.ids]}
     if prompts.texts is not None:
         plain["texts"] = list(prompts.texts)
@@ -63,14 +61,6 @@ def _corruption(corruption: Corruption) -> dict[str, Any]:
     values = {str(row): value for row, value in enumerate(corruption.values)}
     return {
         "positions": [list(row) for row in corruption.positions],
-        "values": _digest(values),
+        "values": engine.digest_of(values),
         "overwrites": corruption.overwrites,
     }
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    summed = hashlib.sha256()
-    for name, tensor in tensors.items():
-        summed.update(name.encode())
-        summed.update(tensor.detach().double().cpu().contiguous().numpy().tobytes())
-    return summed.hexdigest()[:16]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site
 from nnsplice.errors import ShortRow
 from nnsplice.paths import Span
+from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.targets import Target
-
-if TYPE_CHECKING:
-    from nnsplice.sweeps.plan import Job, Plan
 
 
 def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, ...]]:

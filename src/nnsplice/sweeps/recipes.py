@@ -18,9 +18,10 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, ShapeError, circumstances
 from nnsplice.metrics import Answer, MetricLike, probability
-from nnsplice.paths import Path, parse_path
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
-from nnsplice.sweeps.plan import Plan, Sites, plan_sweep
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import run
 from nnsplice.sweeps.targets import Corruption
 
@@ -31,7 +32,7 @@ KINDS = {"residual": "layers[:].output", "mlp": "layers[:].mlp.output", "attn": 
 def ablate(
     model: Any,
     prompts: PromptsLike,
-    sites: Sites,
+    sites: Paths,
     metric: MetricLike,
     *,
     with_: str | Callable[[Tensor], Tensor] = "zero",

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,11 +16,12 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError
 from nnsplice.metrics import MetricLike
 from nnsplice.paths import Paths
-from nnsplice.results import Journal, Run, SweepResult, Table
+from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Cost, Executor, Work, whole_prompts
-from nnsplice.sweeps.memory import is_memory, room
+from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
 
 
@@ -58,14 +56,14 @@ def run(
         raise BadType(f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns")
     check_runnable(model, plan)
     start = time.perf_counter()
-    at_once = max_tokens or room(model)
+    at_once = max_tokens or engine.room(model)
     clean_logits, source = clean_run(model, plan, at_once)
     corrupted_logits = corrupted_run(model, plan, at_once)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
     clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
     corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
-    check_baselines(plan, clean, corrupted)
+    check_baselines(plan.metric, clean=clean, corrupted=corrupted)
     work = Work(model, plan, source, compares)
     if isinstance(executor, Executor):
         name, note, execute = executor.name, "", executor
@@ -73,27 +71,15 @@ def run(
         name, note = choose(executor, work)
         execute = EXECUTORS[name]
 
-    values = np.full((len(plan.corrupted), len(plan.targets)), np.nan)
-    done = np.zeros(values.shape, dtype=bool)
-    for prompt, target in plan.known:
-        values[prompt, target], done[prompt, target] = corrupted[prompt], True
     cost = Cost()
-    with ExitStack() as stack:
-        log = None if journal is None else stack.enter_context(Journal.open(journal, plan.asked, len(plan.jobs)))
-        if log is not None:
-            for (prompt, target), value in log.done().items():
-                values[prompt, target], done[prompt, target] = value, True
-        left = [job for job in plan.jobs if not done[job]]
-        bar = stack.enter_context(_bar(len(plan.jobs), len(plan.jobs) - len(left), progress))
+    with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress) as book:
+        for prompt, target in plan.known:
+            book.values[prompt, target], book.done[prompt, target] = corrupted[prompt], True
+        left = [job for job in plan.jobs if not book.done[job]]
         for jobs, found, spent in _chunks(work, execute, left, at_once):
-            for job, value in zip(jobs, found, strict=True):
-                values[job], done[job] = value, True
-            if log is not None:
-                log.append([job[0] for job in jobs], [job[1] for job in jobs], found)
+            book.note(jobs, found)
             cost += spent
-            bar.update(len(jobs))
-    if np.isnan(values[done]).any():
-        warnings.warn(f"the metric was NaN in {int(np.isnan(values[done]).sum())} cells", stacklevel=2)
+    book.warn_of_nan()
     about = Run(
         name,
         time.perf_counter() - start,
@@ -104,7 +90,8 @@ def run(
         note=note,
     )
     cells = tuple(target.cell for target in plan.targets)
-    return SweepResult(Table(cells, values, done, plan.exists(), clean, corrupted, plan.tokens, plan.asked, about))
+    table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, plan.tokens, plan.asked, about)
+    return SweepResult(table)
 
 
 def sweep(
@@ -134,8 +121,6 @@ def sweep(
 
     The arguments are those of `ns.plan_sweep` and `ns.run`, which this puts together.
     """
-    from nnsplice.sweeps.plan import plan_sweep
-
     plan = plan_sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
         align=align, seed=seed,
@@ -160,17 +145,6 @@ def check_runnable(model: engine.Model, plan: Plan) -> None:
         )
 
 
-def check_baselines(plan: Plan, clean: np.ndarray, corrupted: np.ndarray) -> None:
-    """Raise where the metric of an unedited run is no number."""
-    for name, values in (("clean", clean), ("corrupted", corrupted)):
-        bad = np.flatnonzero(np.isnan(values))
-        if len(bad):
-            raise BadArgument(
-                f"{plan.metric.metric.name} of the {name} run is NaN for prompt {', '.join(map(str, bad[:5]))}",
-                expected="a metric that is a number for the unedited runs",
-            )
-
-
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +160,7 @@ def _chunks(
             try:
                 values, cost = executor(work, chunk)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if len(chunk) == 1 or isinstance(error, NnspliceError) or not is_memory(error):
+                if len(chunk) == 1 or isinstance(error, NnspliceError) or not engine.is_memory(error):
                     raise
                 at_once = min(at_once, sum(sizes[at : at + len(chunk)])) // 2
                 if torch.cuda.is_available():
@@ -216,9 +190,3 @@ def _fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], 
         if max(own, whole) > room:
             return max(number, 1)
     return len(jobs)
-
-
-def _bar(total: int, done: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=done, desc="sweep", unit="site", disable=not progress)

@@ -12,7 +12,8 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument, ShortRow, circumstances
 from nnsplice.paths import Path, Slice, Span, parse_path
-from nnsplice.results import AXES, Cell
+from nnsplice.results import Cell
+from nnsplice.sweeps.cells import cell_of, number_of
 from nnsplice.tokens import Rows, columns, concrete
 
 
@@ -62,7 +63,7 @@ def targets_of(
             written = _window(places, place, window)
             for position in [None] if open_ and together else _positions(pattern, edited, tower):
                 key = place.at(Slice() if position is None else position)
-                targets.setdefault(key, Target(_cell(place, position), written, position))
+                targets.setdefault(key, Target(cell_of(key), written, position))
     known = engine.known(model)
     ordered = sorted(targets, key=lambda path: known.rank(path))
     return tuple(targets[path] for path in ordered)
@@ -102,12 +103,12 @@ def _window(places: Sequence[Path], place: Path, window: int) -> tuple[Path, ...
     """The neighbouring layers of a place, itself in the middle; at the ends there are fewer."""
     if window == 1:
         return (place,)
-    layer = _number(place, "layer")
+    layer = number_of(place, "layer")
     if layer is None:
         raise BadArgument("a window is of neighbouring layers, and this place has no layer", path=place)
     low, high = layer - window // 2, layer + (window + 1) // 2
     same = [other for other in places if _without_layer(other) == _without_layer(place)]
-    return tuple(other for other in same if low <= (_number(other, "layer") or 0) < high)
+    return tuple(other for other in same if low <= (number_of(other, "layer") or 0) < high)
 
 
 def _without_layer(place: Path) -> str:
@@ -116,28 +117,6 @@ def _without_layer(place: Path) -> str:
             place, site=None, steps=tuple(replace(s, index=None) if n == 0 else s for n, s in enumerate(place.steps))
         )
     )
-
-
-def _number(place: Path, axis: str) -> int | None:
-    for step in place.steps:
-        if step.name == f"{axis}s" and isinstance(step.index, int):
-            return step.index
-    if axis == "layer" and place.native:  # a native path counts its layers by whatever list they stand in
-        return next((step.index for step in place.steps if isinstance(step.index, int)), None)
-    return None
-
-
-def _cell(place: Path, position: int | Span | None) -> Cell:
-    numbers = {axis: _number(place, axis) for axis in AXES}
-    open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
-    component = str(replace(place, steps=open_, site=None))
-    shown: int | str | None
-    if isinstance(position, Span):
-        shown = f'"{position.name}"' + ("" if position.token is None else f"[{position.token}]")
-    else:
-        shown = position
-    path = place.at(Slice() if position is None else position)
-    return Cell(str(path), component, **numbers, position=shown)
 
 
 def tokens_of(path: Path, prompts: Prompts) -> list[list[int]]:

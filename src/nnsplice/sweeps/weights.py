@@ -6,12 +6,10 @@ the scale are the base model (`corrupted`) and the tuned model (`clean`), so an 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -24,19 +22,21 @@ from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import Atlas, Selection, peel
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Bound, Metric, MetricLike
-from nnsplice.paths import Path, Slice, parse_path
-from nnsplice.results import AXES, Cell, Journal, Run, SweepResult, Table
+from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.results import Cell, Run, SweepResult, Table
+from nnsplice.sweeps.cells import cell_of
+from nnsplice.sweeps.identity import told
+from nnsplice.sweeps.ledger import check_baselines, ledger
+from nnsplice.sweeps.plan import Job
 from nnsplice.sweeps.prefix import Prefix
 from nnsplice.weights import swap
 from nnsplice.weights.regions import counterpart, regions
-
-Sites = str | Path | Iterable[str | Path]
 
 
 def sweep_weights(
     base: Any,
     tuned: Any,
-    sites: Sites,
+    sites: Paths,
     metric: MetricLike,
     prompts: PromptsLike,
     *,
@@ -78,33 +78,25 @@ def sweep_weights(
         clean_logits, every = _tuned_logits(runs, tuned), range(len(runs.given))
         clean = runs.measured(every, clean_logits, clean_logits)
         corrupted = runs.measured(every, runs.all_logits(peel(base)), clean_logits)
-        _check_ends(runs.metric, clean, corrupted)
-    cells = tuple(_cell(place) for place in places)
+        check_baselines(runs.metric, tuned=clean, base=corrupted)
+    cells = tuple(cell_of(place) for place in places)
     asked = _asked(tuned, runs, places, cells)
-    values = np.full((len(every), len(cells)), np.nan)
-    done = np.zeros(values.shape, dtype=bool)
     forwards = block_calls = 0
-    with ExitStack() as stack:
-        log = None if journal is None else stack.enter_context(Journal.open(journal, asked, values.size))
-        for at, value in (log.done() if log is not None else {}).items():
-            values[at], done[at] = value, True
-        bar = stack.enter_context(_bar(values.size, int(done.sum()), progress))
-        stack.enter_context(torch.no_grad())
-        for rows, number, found, blocks in _measured(runs, tuned, list(places.values()), clean_logits, done):
-            values[rows, number], done[rows, number] = found, True
-            if log is not None:
-                log.append(rows, [number] * len(rows), found)
+    shape = len(every), len(cells)
+    with ledger(shape, list(np.ndindex(shape)), asked, journal, progress) as book, torch.no_grad():
+        for jobs, found, blocks in _measured(runs, tuned, list(places.values()), clean_logits, book.done):
+            book.note(jobs, found)
             forwards, block_calls = forwards + 1, block_calls + blocks
-            bar.update(len(rows))
+    book.warn_of_nan()
     about = Run("weights", time.perf_counter() - start, forwards=forwards, block_calls=block_calls)
-    exists = np.ones(values.shape, dtype=bool)
-    return SweepResult(Table(cells, values, done, exists, clean, corrupted, runs.tokens, asked, about))
+    exists = np.ones(shape, dtype=bool)
+    return SweepResult(Table(cells, book.values, book.done, exists, clean, corrupted, runs.tokens, asked, about))
 
 
 def _measured(
     runs: _Runs, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
-) -> Iterator[tuple[list[int], int, list[float], int]]:
-    """What is not done: prompts, the number of the place, their values, and how many blocks ran for that."""
+) -> Iterator[tuple[list[Job], list[float], int]]:
+    """What is not done: jobs, their values, and how many blocks ran for that."""
     module = peel(runs.base)
     for rows in runs.batches():
         if done[rows].all():
@@ -117,7 +109,7 @@ def _measured(
             with swap(runs.base, tuned, selection), prefix.before(selection) as skipped:
                 logits = runs.logits(module, rows)
             found = dict(zip(rows, runs.measured(rows, logits, clean_logits).tolist(), strict=True))
-            yield left, number, [found[row] for row in left], runs.n_blocks - skipped
+            yield [(row, number) for row in left], [found[row] for row in left], runs.n_blocks - skipped
 
 
 @dataclass(frozen=True)
@@ -147,9 +139,7 @@ class _Runs:
     @property
     def tokens(self) -> tuple[tuple[str, ...], ...]:
         """The prompts' tokens as texts."""
-        tokenizer = engine.tokenizer_of(self.base)
-        ids = self.given.decoder_ids or self.given.ids
-        return tuple(tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in row) for row in ids)
+        return engine.token_texts(self.base, self.given.decoder_ids or self.given.ids)
 
     def batches(self) -> list[list[int]]:
         return self.given.batches(self.batch_size)
@@ -184,7 +174,7 @@ def _tuned_logits(runs: _Runs, tuned: Any) -> Tensor:
         return runs.all_logits(module)
 
 
-def _places(base: engine.Model, sites: Sites) -> dict[Path, Selection]:
+def _places(base: engine.Model, sites: Paths) -> dict[Path, Selection]:
     """Every single place with its weights."""
     atlas = Atlas.of(base)
     paths = [parse_path(path) for path in ([sites] if isinstance(sites, str | Path) else sites)]
@@ -192,15 +182,6 @@ def _places(base: engine.Model, sites: Sites) -> dict[Path, Selection]:
     if not found:
         raise BadArgument("no sites, so there is nothing to sweep", expected="at least one path")
     return found
-
-
-def _cell(place: Path) -> Cell:
-    numbers = {step.name.removesuffix("s"): step.index for step in place.steps if isinstance(step.index, int)}
-    open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
-    known: dict[str, Any] = {axis: numbers.get(axis) for axis in AXES}
-    if place.native:  # a native path counts its layers by whatever list they stand in
-        known["layer"] = next(iter(numbers.values()), None)
-    return Cell(str(place), str(replace(place, steps=open_)), **known)
 
 
 def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> None:
@@ -215,16 +196,6 @@ def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> 
         counterpart(base, tuned, regions(base, selection))  # raises where the two do not fit
 
 
-def _check_ends(metric: Bound, clean: np.ndarray, corrupted: np.ndarray) -> None:
-    for name, values in (("tuned", clean), ("base", corrupted)):
-        bad = np.flatnonzero(np.isnan(values))
-        if len(bad):
-            raise BadArgument(
-                f"{metric.metric.name} of the {name} model is NaN for prompt {', '.join(map(str, bad[:5]))}",
-                expected="a metric that is a number for both models",
-            )
-
-
 def _asked(tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Sequence[Cell]) -> dict[str, Any]:
     base, given = runs.base, runs.given
     name, revision = engine.name_of(base)
@@ -235,28 +206,10 @@ def _asked(tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Seq
         "model": name,
         "revision": revision,
         "weights": engine.weights_digest(base),
-        "from": _digest(held[name] for name in touched),
-        "to": _digest(other[name] for name in touched),
-        "prompts": {
-            "tokens": [list(row) for row in given.ids],
-            "decoder": None if given.decoder_ids is None else [list(row) for row in given.decoder_ids],
-        },
+        "from": engine.digest_of({name: held[name] for name in touched}),
+        "to": engine.digest_of({name: other[name] for name in touched}),
+        "prompts": told(given),
         "sites": [cell.path for cell in cells],
         "metric": runs.metric.identity,
         "operation": {"name": "swap weights"},
     }
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    """All of the numbers, as tuned models may differ in few of them."""
-    summed = hashlib.sha256()
-    for tensor in tensors:
-        summed.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        summed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return summed.hexdigest()[:16]
-
-
-def _bar(total: int, done: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=done, desc="sweep", unit="cell", disable=not progress)

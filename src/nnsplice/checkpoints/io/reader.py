@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nnsplice.checkpoints.io.explain import dry_run
 from nnsplice.checkpoints.io.folder import Checkpoint
-from nnsplice.checkpoints.io.progress import bar
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applied, listing, outputs_of
 from nnsplice.checkpoints.mapper.distributed import is_distributed, local_piece
 from nnsplice.errors import MapperError, circumstances, closest
+from nnsplice.progress import bar
 
 Device = str | torch.device
 
@@ -59,7 +59,7 @@ def stream(
 ) -> Iterator[tuple[str, Tensor]]:
     """The outputs of groups, one group after the other."""
     sizes = [sum(checkpoint.entry(name).nbytes for name in group.inputs) for group in groups]
-    with bar("reading", sum(sizes), show_progress, position) as shown:
+    with bar("reading", sum(sizes), "B", show_progress, position=position) as shown:
         for group, size in zip(groups, sizes, strict=True):
             made = _made(checkpoint, mapper, group, device)
             for name in list(made):

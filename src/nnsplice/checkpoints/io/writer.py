@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from nnsplice.checkpoints.io.progress import bar
 from nnsplice.checkpoints.io.shards import Shard
 from nnsplice.checkpoints.io.staging import Staging, read_journal, writer
 from nnsplice.checkpoints.mapper.abc import (
@@ -25,6 +24,7 @@ from nnsplice.checkpoints.mapper.abc import (
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
 from nnsplice.checkpoints.mapper.distributed import ModelStateMapperGatherFullTensor, is_distributed
 from nnsplice.errors import BadArgument, MapperError, circumstances
+from nnsplice.progress import bar
 
 #: Tensors by their names, one after the other.
 States = Iterable[tuple[str, Tensor]]
@@ -146,7 +146,7 @@ def write_shards(
     there = {name for shard in before for name in (*shard.names, *shard.tied)}
     files = writer(folder, prefix, limit, outputs_of(mapper) - there, number)
     try:
-        with bar("writing", None, show_progress, position) as shown:
+        with bar("writing", None, "B", show_progress, position=position) as shown:
             for group, tensors in groups:
                 if group.outputs <= there and not any(is_distributed(tensor) for tensor in tensors.values()):
                     continue

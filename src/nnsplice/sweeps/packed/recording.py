@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from nnsplice import engine
 from nnsplice.atlas import Atlas, Tower, peel
 from nnsplice.sweeps.executors import Work
-from nnsplice.sweeps.memory import is_memory
 from nnsplice.sweeps.packed import heads
 from nnsplice.sweeps.packed.attention import KeysAndValues, KeyValue, attention
 from nnsplice.sweeps.packed.whole import Call, Whole, listening
@@ -101,6 +100,8 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
         torch.cat([tensor.flatten(0, 1) for tensor in column])
         for column in zip(*(one.entering for one in passes), strict=True)
     )
+    if "head" not in work.memo:  # what stands there is the model's, whatever the prompts
+        work.memo["head"] = heads.Head.of(root, tower, entering[-1], passes)
     return Recording(
         prompts=tuple(prompts),
         bases=bases,
@@ -110,7 +111,7 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
         calls=tuple(_joined(column) for column in zip(*(one.calls for one in passes), strict=True)),
         attended={module: _flat([one.attended[module] for one in passes]) for module in passes[0].attended},
         whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
-        head=heads.Head.of(root, tower, entering[-1], passes),
+        head=work.memo["head"],
     )
 
 
@@ -136,7 +137,7 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     except NotImplementedError:
         raise
     except Exception as error:
-        if is_memory(error):  # that is no reason to run another way, but to run less at once
+        if engine.is_memory(error):  # that is no reason to run another way, but to run less at once
             raise
         # A model with attention code of its own may fail in any way when it is told another name for it.
         raise NotImplementedError(f"it does not run with its attention exchanged ({error})") from None

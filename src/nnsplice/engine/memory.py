@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from nnsplice import engine
 from nnsplice.atlas import Atlas, peel
+from nnsplice.engine.tracing import Model
 
 #: Tokens at once on a CPU, where more is no faster.
 TOKENS_ON_CPU = 4096
 #: The most on a GPU: beyond it, products of matrices are as fast as they get.
 TOKENS_ON_GPU = 131072
-#: Of the free memory, what a sweep may plan with.
+#: Of the free memory, what may be planned with.
 SHARE = 0.5
 #: How many copies of what a block computes are alive at once: before and after an edit, gathered keys and values.
 COPIES = 4
 
 
-def room(model: engine.Model) -> int:
+def room(model: Model) -> int:
     """How many tokens may run at once."""
     device = model.device
     if device is None or device.type != "cuda":
@@ -26,7 +26,7 @@ def room(model: engine.Model) -> int:
     return max(min(int(free * SHARE) // bytes_per_token(model), TOKENS_ON_GPU), 1)
 
 
-def bytes_per_token(model: engine.Model) -> int:
+def bytes_per_token(model: Model) -> int:
     """What one token takes on its way: everything that one block computes of it, some copies of that, and logits."""
     root = peel(model)
     towers = Atlas.of(model).towers
