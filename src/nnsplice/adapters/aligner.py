@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from nnsplice.adapters import alignment
 from nnsplice.adapters.domains import DOMAINS, DomainTable
-from nnsplice.adapters.factors import ExpertAdapter, LoRAMatrices, experts_turned, is_transposed
+from nnsplice.adapters.factors import ExpertAdapter
 from nnsplice.adapters.keys import read_key
 from nnsplice.adapters.live import merged_steps
+from nnsplice.adapters.matrices import LoRAMatrices, experts_turned, is_transposed
 from nnsplice.adapters.profile import AdapterProfile, profile, where
 from nnsplice.atlas import Atlas, peel
 from nnsplice.atlas.names import layer_of, unwrapped
