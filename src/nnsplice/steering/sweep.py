@@ -20,8 +20,8 @@ from nnsplice.errors import BadArgument, NeverFired, circumstances
 from nnsplice.metrics import Metric, MetricLike, divergence, function_digest
 from nnsplice.progress import bar
 from nnsplice.results import Journal
-from nnsplice.steering.generate import padding_of
 from nnsplice.steering.operators import Operator
+from nnsplice.steering.padding import padding_of
 from nnsplice.steering.result import SteeringSweep
 from nnsplice.steering.rules import Rule, rules_of
 from nnsplice.steering.session import Session
