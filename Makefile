@@ -38,6 +38,10 @@ check: $(READY)
 	@$(BIN)/lint-imports --no-logo
 	@echo "== types"
 	@$(BIN)/pyright
+	@echo "== types, as a user sees them"
+	@# It looks for the package through the first Python in PATH, and fails where anything public is not wholly typed.
+	@seen="$$(PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes nnsplice --ignoreexternal)" || \
+		{ echo "$$seen" | sed -n '/error: No py.typed/p; /^Symbols used/,$$p'; exit 1; }
 
 format: $(READY)
 	@echo "== style, repaired"

@@ -77,7 +77,7 @@ class NnspliceError(Exception):
         # KeyError would show the repr of its message, with every line break escaped.
         return str(self.args[0])
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         # The message is already composed; a copy in another process must not compose it again.
         return (_restore, (type(self), self.args[0]))
 

@@ -84,6 +84,10 @@ class Metric:
         return Bound(self, ids)
 
 
+#: What a metric may be given as: a function is `logits[row, vocab] -> [row]`.
+MetricLike = Metric | Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Bound:
     """A metric that knows its token ids."""

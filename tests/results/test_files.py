@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors.numpy import load_file, save_file
 
 from nnsplice.errors import BadType, FileError
 from nnsplice.results import Cell, SweepResult, Table
@@ -101,3 +104,102 @@ def test_others_may_read_a_result_as_they_may_any_new_file(tmp_path: Path) -> No
     plain.touch()
     SweepResult(table()).to_file(written)
     assert written.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("number", [-0.0, float("inf"), 5e-324, 0.1 + 0.2, float("nan")])
+def test_a_file_gives_everything_back_to_the_bit(tmp_path: Path, number: float) -> None:
+    whole = table()
+    whole.values[0, 0] = number
+    result = SweepResult(whole)
+    result.to_file(tmp_path / "one.safetensors")
+    again = SweepResult.from_file(tmp_path / "one.safetensors")
+    for name in ("values", "done", "exists", "clean", "corrupted"):
+        mine, other = getattr(whole, name), getattr(again.table, name)
+        assert mine.dtype == other.dtype and mine.tobytes() == other.tobytes()
+    assert again == result and hash(again) == hash(result)
+    assert (again.cells, again.tokens, again.run) == (result.cells, result.tokens, result.run)
+    assert dict(again.asked) == dict(result.asked)
+    assert [p.name for p in tmp_path.iterdir()] == ["one.safetensors"]
+
+
+def _written(folder: Path) -> Path:
+    SweepResult(table()).to_file(folder / "whole")
+    return folder / "whole"
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 0.5, 0.9, -1])
+def test_a_cut_file_is_refused(tmp_path: Path, keep: float) -> None:
+    raw = _written(tmp_path).read_bytes()
+    at = int(keep * len(raw)) if isinstance(keep, float) else keep
+    (tmp_path / "cut").write_bytes(raw[:at])
+    with pytest.raises(FileError, match="damaged"):
+        SweepResult.from_file(tmp_path / "cut")
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    for protocol in (2, 4, 5):
+        path.write_bytes(pickle.dumps({"values": 1}, protocol))
+        with pytest.raises(FileError, match="pickle"):
+            SweepResult.from_file(path)
+    path.write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(FileError, match="pickle"):
+        SweepResult.from_file(path)
+    path.write_text("something else altogether")
+    with pytest.raises(FileError, match="damaged"):
+        SweepResult.from_file(path)
+    save_file({"values": np.zeros(3)}, path)
+    with pytest.raises(FileError, match="no result of a sweep"):
+        SweepResult.from_file(path)
+    with pytest.raises(FileNotFoundError):
+        SweepResult.from_file(tmp_path / "none")
+
+
+def _changed(path: Path, arrays: dict[str, Any] | None = None, **header: Any) -> None:
+    """The same file with another header or other arrays."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        told = json.loads(file.metadata()["nnsplice"])
+    there = load_file(path)
+    told = {key: value for key, value in {**told, **header}.items() if value is not ...}
+    save_file({**there, **(arrays or {})}, path, metadata={"nnsplice": json.dumps(told)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"format": "one"}, "damaged"),
+        ({"kind": "SavedActivation"}, "no result"),
+        ({"cells": ...}, "damaged"),
+        ({"cells": [{"route": "x"}]}, "damaged"),
+        ({"cells": []}, "damaged"),
+        ({"tokens": 3}, "damaged"),
+        ({"asked": 3}, "damaged"),
+        ({"run": {"speed": 1}}, "damaged"),
+        ({"arrays": {"values": np.zeros((2, 3))}}, "damaged"),
+        ({"arrays": {"corrupted": np.zeros(5)}}, "damaged"),
+        ({"arrays": {"exists": np.zeros(5, dtype=bool)}}, "damaged"),
+        ({"arrays": {"values": np.zeros((2, 14), dtype=np.float32)}}, "damaged"),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = _written(tmp_path)
+    _changed(path, **change)
+    with pytest.raises(FileError, match=message):
+        SweepResult.from_file(path)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _written(tmp_path)
+    before = path.read_bytes()
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fails)
+    with pytest.raises(OSError, match="full"):
+        SweepResult(replace(table(), clean=np.zeros(2))).to_file(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["whole"]

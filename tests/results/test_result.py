@@ -1,27 +1,18 @@
-"""A result is one set of numbers in many forms: grids, shares, frames, figures, files and shards."""
+"""A result is one set of numbers in many forms: grids, shares, frames; and it is known by them."""
 
 from __future__ import annotations
 
-import json
-import pickle
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
 
-from nnsplice.errors import BadArgument, FileError, KeyMismatch, UnknownPath
+from nnsplice.errors import BadArgument, UnknownPath
 from nnsplice.results import Cell, Run, SweepResult
 from results.tables import HEAD, HEADS, LAYERS, STREAM, TOKENS, head_cells, part, stream_cells, table
-
-mpl.use("agg")
 
 
 @pytest.fixture
@@ -197,159 +188,6 @@ def test_the_best_cells_come_first(result: SweepResult) -> None:
         assert flat.best(1)["path"].tolist()[0] == result.cells[int(np.argmax(np.abs(change)))].path
 
 
-# --- figures
-
-
-def test_a_plot_is_labelled_and_can_be_drawn_into_axes(result: SweepResult) -> None:
-    import matplotlib.pyplot as plt
-
-    ax = result.plot(STREAM, prompt=0)
-    assert (ax.get_ylabel(), ax.get_xlabel(), ax.get_title()) == (
-        "layer", "position", f"{STREAM}, prompt 0",
-    )  # fmt: skip
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == list(TOKENS[0])
-    np.testing.assert_allclose(ax.images[0].get_array(), result.effect(STREAM)[0].values)
-    plt.close(ax.figure)
-    figure, given_ax = plt.subplots()
-    assert result.plot(HEAD, of="value", ax=given_ax) is given_ax
-    assert (given_ax.get_ylabel(), given_ax.get_xlabel()) == ("layer", "head")
-    np.testing.assert_allclose(
-        np.asarray(given_ax.images[0].get_array()), result.grid(HEAD).mean("prompt").values[..., 0]
-    )
-    plt.close(figure)
-    # In the mean over prompts of other tokens, positions are numbers.
-    other = (("a", "b", "c", "d"), ("e", "f", "g", "h"))
-    ax = SweepResult(table(stream_cells(), other)).plot(of="change")
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "2", "3"]
-    plt.close(ax.figure)
-
-
-def test_a_plot_of_an_ablation_shows_the_change(result: SweepResult) -> None:
-    flat = SweepResult(replace(result.table, corrupted=result.clean))
-    ax = flat.plot(HEAD)
-    np.testing.assert_allclose(ax.images[0].get_array(), flat.change(HEAD).mean("prompt").values[..., 0])
-
-
-def test_heads_at_several_tokens_are_rows_of_their_own() -> None:
-    result = SweepResult(table(head_cells((0, 1))))
-    ax = result.plot(of="value", prompt=1)
-    assert (ax.get_ylabel(), ax.get_xlabel()) == ("layer.head", "position")
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2"]
-    np.testing.assert_array_equal(ax.images[0].get_array(), result.grid()[1].values.reshape(6, 2))
-
-
-def test_a_mean_over_prompts_of_unlike_length_is_refused(result: SweepResult) -> None:
-    with pytest.raises(BadArgument, match=r"3 and 4 tokens[\s\S]*prompt=0"):
-        result.plot(STREAM)
-    result.plot(HEAD)  # the last token is in all of them
-    with pytest.raises(BadArgument, match="prompt=2"):
-        result.plot(STREAM, prompt=2)
-    with pytest.raises(BadArgument, match="of='share'"):
-        result.plot(STREAM, of="share")
-
-
-# --- files
-
-
-@pytest.mark.parametrize("number", [-0.0, float("inf"), 5e-324, 0.1 + 0.2, float("nan")])
-def test_a_file_gives_everything_back_to_the_bit(tmp_path: Path, number: float) -> None:
-    whole = table()
-    whole.values[0, 0] = number
-    result = SweepResult(whole)
-    result.to_file(tmp_path / "one.safetensors")
-    again = SweepResult.from_file(tmp_path / "one.safetensors")
-    for name in ("values", "done", "exists", "clean", "corrupted"):
-        mine, other = getattr(whole, name), getattr(again.table, name)
-        assert mine.dtype == other.dtype and mine.tobytes() == other.tobytes()
-    assert again == result and hash(again) == hash(result)
-    assert (again.cells, again.tokens, again.run) == (result.cells, result.tokens, result.run)
-    assert dict(again.asked) == dict(result.asked)
-    assert [p.name for p in tmp_path.iterdir()] == ["one.safetensors"]
-
-
-def _written(folder: Path) -> Path:
-    SweepResult(table()).to_file(folder / "whole")
-    return folder / "whole"
-
-
-@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 0.5, 0.9, -1])
-def test_a_cut_file_is_refused(tmp_path: Path, keep: float) -> None:
-    raw = _written(tmp_path).read_bytes()
-    at = int(keep * len(raw)) if isinstance(keep, float) else keep
-    (tmp_path / "cut").write_bytes(raw[:at])
-    with pytest.raises(FileError, match="damaged"):
-        SweepResult.from_file(tmp_path / "cut")
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other"
-    for protocol in (2, 4, 5):
-        path.write_bytes(pickle.dumps({"values": 1}, protocol))
-        with pytest.raises(FileError, match="pickle"):
-            SweepResult.from_file(path)
-    path.write_bytes(b"PK\x03\x04 and so on")
-    with pytest.raises(FileError, match="pickle"):
-        SweepResult.from_file(path)
-    path.write_text("something else altogether")
-    with pytest.raises(FileError, match="damaged"):
-        SweepResult.from_file(path)
-    save_file({"values": np.zeros(3)}, path)
-    with pytest.raises(FileError, match="no result of a sweep"):
-        SweepResult.from_file(path)
-    with pytest.raises(FileNotFoundError):
-        SweepResult.from_file(tmp_path / "none")
-
-
-def _changed(path: Path, arrays: dict[str, Any] | None = None, **header: Any) -> None:
-    """The same file with another header or other arrays."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        told = json.loads(file.metadata()["nnsplice"])
-    there = load_file(path)
-    told = {key: value for key, value in {**told, **header}.items() if value is not ...}
-    save_file({**there, **(arrays or {})}, path, metadata={"nnsplice": json.dumps(told)})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 99}, "format 99"),
-        ({"format": "one"}, "damaged"),
-        ({"kind": "SavedActivation"}, "no result"),
-        ({"cells": ...}, "damaged"),
-        ({"cells": [{"route": "x"}]}, "damaged"),
-        ({"cells": []}, "damaged"),
-        ({"tokens": 3}, "damaged"),
-        ({"asked": 3}, "damaged"),
-        ({"run": {"speed": 1}}, "damaged"),
-        ({"arrays": {"values": np.zeros((2, 3))}}, "damaged"),
-        ({"arrays": {"corrupted": np.zeros(5)}}, "damaged"),
-        ({"arrays": {"exists": np.zeros(5, dtype=bool)}}, "damaged"),
-        ({"arrays": {"values": np.zeros((2, 14), dtype=np.float32)}}, "damaged"),
-    ],
-)
-def test_a_file_whose_parts_do_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    path = _written(tmp_path)
-    _changed(path, **change)
-    with pytest.raises(FileError, match=message):
-        SweepResult.from_file(path)
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _written(tmp_path)
-    before = path.read_bytes()
-
-    def fails(*_: Any, **__: Any) -> None:
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr("safetensors.numpy.save_file", fails)
-    with pytest.raises(OSError, match="full"):
-        SweepResult(replace(table(), clean=np.zeros(2))).to_file(path)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["whole"]
-
-
 # --- identity
 
 
@@ -373,49 +211,6 @@ def test_not_a_number_is_one_thing_however_it_was_made(result: SweepResult) -> N
     values[np.isnan(values)] = -np.float64("nan")
     assert values.tobytes() != result.table.values.tobytes()
     assert SweepResult(replace(result.table, values=values)) == result
-
-
-# --- shards
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    owner=st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=28, max_size=28), order=st.permutations(range(4))
-)
-def test_any_parts_make_the_whole(owner: list[set[int]], order: list[int]) -> None:
-    whole = table()
-    owners = np.array([sum(1 << n for n in each) for each in owner]).reshape(2, 14)
-    shards = [part(whole, owners >> n & 1 == 1) for n in order]
-    merged = SweepResult.merge(iter(shards))
-    assert merged == SweepResult(whole) and merged.is_complete
-    assert SweepResult.merge([SweepResult.merge(shards[:2]), SweepResult.merge(shards[2:])]) == merged
-    assert (merged.run.executor, merged.run.seconds, merged.run.tokens) == ("packed", 6.0, 160)
-
-
-def test_merging_changes_none_of_the_parts(result: SweepResult) -> None:
-    half = np.arange(28).reshape(2, 14) % 2 == 0
-    shards = [part(result.table, half), part(result.table, ~half)]
-    before = [shard.digest for shard in shards]
-    assert SweepResult.merge(shards) == result
-    assert [shard.digest for shard in shards] == before
-    assert not SweepResult.merge(shards[:1]).is_complete
-
-
-def test_shards_that_disagree_or_are_foreign_are_refused(result: SweepResult) -> None:
-    with pytest.raises(BadArgument, match="nothing to merge"):
-        SweepResult.merge([])
-    values = result.table.values.copy()
-    values[1, 2] += 1
-    with pytest.raises(KeyMismatch, match=r"prompt 1 was measured differently[\s\S]*layers\[0\]\.output\[2\]"):
-        SweepResult.merge([result, SweepResult(replace(result.table, values=values))])
-    values[1, 2] = np.nan
-    with pytest.raises(KeyMismatch, match="measured differently"):
-        SweepResult.merge([result, SweepResult(replace(result.table, values=values))])
-    with pytest.raises(KeyMismatch, match=r"different sweeps: seed differ"):
-        SweepResult.merge([result, SweepResult(replace(result.table, asked={**result.asked, "seed": 1}))])
-    cells = (replace(result.cells[0], layer=7), *result.cells[1:])
-    with pytest.raises(KeyMismatch, match="different cells"):
-        SweepResult.merge([result, SweepResult(replace(result.table, cells=cells))])
 
 
 # --- display

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.steering.generate import padded
+from nnsplice.steering.padding import padded
 from steering.oracle import BLOCKS, WHERE, block, policy
 from steering.vectors import ids, precise, vector
 from zoo import wrap

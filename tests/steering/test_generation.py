@@ -10,7 +10,8 @@ import torch
 
 import nnsplice as ns
 from nnsplice.activations.prompts import encode
-from nnsplice.steering.generate import continued, padded
+from nnsplice.steering.generate import continued
+from nnsplice.steering.padding import padded
 from steering.oracle import BLOCKS, WHERE, added, block, greedy, policy
 from steering.vectors import PROMPTS, ids, precise, vector
 

@@ -53,7 +53,7 @@ def site_of(path: Path) -> Site:
 def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
     """Group places, given in execution order, by the value that they stand in."""
 
-    def value(path: Path) -> tuple:
+    def value(path: Path) -> tuple[object, ...]:
         site = site_of(path)
         return (*site.location, site.item, site.kind)
 

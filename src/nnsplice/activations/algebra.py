@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnsplice.activations.lookup import Index
 from nnsplice.activations.packs import Pack
-from nnsplice.errors import BadArgument, KeyMismatch, ShapeError
+from nnsplice.errors import BadArgument, DuplicatePath, KeyMismatch, ShapeError
 
 
 def mapped(packs: Sequence[Pack], fn: Callable[[Tensor], Tensor]) -> list[Pack]:
@@ -83,6 +83,38 @@ def aligned(a: Sequence[Pack], b: Sequence[Pack]) -> list[Tensor]:
         places = [entry for entry in entries if entry is not None]
         tensors.append(b[places[0][0]].take([position for _, position in places]).tensor)
     return tensors
+
+
+def close(a: Sequence[Pack], b: Sequence[Pack], rtol: float, atol: float, equal_nan: bool) -> bool:
+    """Whether two captures of the same places hold the same values, whatever their devices and dtypes."""
+    for pack, tensor in zip(a, aligned(a, b), strict=True):
+        dtype = torch.promote_types(pack.tensor.dtype, tensor.dtype)
+        mine, theirs = pack.tensor.to(dtype), tensor.to(pack.tensor.device, dtype)
+        if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol, atol, equal_nan):
+            return False
+    return True
+
+
+def united(a: Sequence[Pack], b: Sequence[Pack]) -> list[Pack]:
+    """Two captures of the same prompts in one.
+
+    Raises:
+        DuplicatePath: a key stands in both.
+        ShapeError: other numbers of prompts, or of other widths at one place.
+    """
+    index = Index(a)
+    shared = [str(key) for pack in b for key in pack.keys if index.same(key) is not None]
+    if shared:
+        raise DuplicatePath(
+            f"{len(shared)} path{'s' * (len(shared) != 1)} in both captures: {', '.join(shared[:5])}"
+            + (", ..." if len(shared) > 5 else ""),
+            expected="captures of different places or positions",
+            write="a | b.subset([...])",
+        )
+    rows = [pack.tensor.shape[0] for pack in (*a[:1], *b[:1])]
+    if len(set(rows)) > 1:
+        raise ShapeError(f"one capture has {rows[0]} rows, the other {rows[1]}", expected="the same prompts")
+    return merged([*a, *b])
 
 
 def merged(packs: Sequence[Pack]) -> list[Pack]:

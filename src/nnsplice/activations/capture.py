@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,12 @@ from nnsplice.activations import derived
 from nnsplice.activations import remote as remote_runs
 from nnsplice.activations.access import Access, accesses, hold, keys_of, require_positions, site_of
 from nnsplice.activations.packs import Pack, Provenance
-from nnsplice.activations.prompts import Prompts, SpanTexts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, circumstances
-from nnsplice.paths import Path
+from nnsplice.paths import Path, Paths
 from nnsplice.progress import bar
 from nnsplice.tokens import Rows, Spans, columns, concrete
-
-Paths = str | Path | Iterable[str | Path]
 
 
 @engine.only_local
@@ -48,7 +46,7 @@ def save_activations(model: Any, paths: Paths, *, keep_graph: bool = False) -> S
 
 def capture(
     model: Any,
-    prompts: Any,
+    prompts: PromptsLike,
     paths: Paths,
     *,
     spans: SpanTexts | None = None,

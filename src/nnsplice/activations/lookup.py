@@ -8,13 +8,13 @@ A slice selects what is there; every number of a list has to be.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
 
 from nnsplice.activations.packs import Pack
-from nnsplice.atlas import Atlas
+from nnsplice.atlas import Atlas, Site
 from nnsplice.errors import PathError, UnknownPath, closest
 from nnsplice.paths import Path, Position, Slice, Span, Step, parse_path
 
@@ -90,17 +90,27 @@ def match(index: Index, pattern: Path, atlas: Atlas | None, length: int | None) 
     return entries, None
 
 
+def chosen(packs: Sequence[Pack], entries: Container[Entry]) -> list[Pack]:
+    """Only these entries, in the packs' own order."""
+    kept: list[Pack] = []
+    for number, pack in enumerate(packs):
+        indices = [index for index in range(len(pack.keys)) if (number, index) in entries]
+        if indices:
+            kept.append(pack.take(indices))
+    return kept
+
+
 def located(packs: Sequence[Pack], atlas: Atlas) -> list[Pack]:
     """The packs with the site of every key that a model can tell and nobody had told."""
     found: list[Pack] = []
     for pack in packs:
-        sites: set = set() if pack.keys[0].site is not None else _sites(atlas, pack.keys[0].place)
+        sites: set[Site] = set() if pack.keys[0].site is not None else _sites(atlas, pack.keys[0].place)
         keys = tuple(replace(key, site=site) for site in sites for key in pack.keys)
         found.append(Pack(keys, pack.tensor) if len(sites) == 1 else pack)
     return found
 
 
-def _sites(atlas: Atlas, place: Path) -> set:
+def _sites(atlas: Atlas, place: Path) -> set[Site]:
     try:
         return {path.site for path in atlas.expand(place)}
     except (PathError, UnknownPath):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nnsplice.engine import Rank
 from nnsplice.errors import DuplicatePath, MissingPosition, PathError, ShapeError
 from nnsplice.paths import Path, Span
 from nnsplice.tokens import absolute
@@ -29,6 +30,11 @@ class Pack:
         if list(indices) == list(range(indices[0], indices[0] + len(indices))):
             return Pack(keys, self.tensor[:, indices[0] : indices[0] + len(indices)])
         return Pack(keys, self.tensor[:, list(indices)])
+
+    def take_rows(self, rows: Sequence[int]) -> Pack:
+        """Only these of its prompts; in one piece where they stand side by side."""
+        whole = bool(rows) and list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        return self.with_tensor(self.tensor[rows[0] : rows[0] + len(rows)] if whole else self.tensor[list(rows)])
 
     def with_tensor(self, tensor: Tensor) -> Pack:
         """The same keys with other values."""
@@ -135,7 +141,7 @@ def check_key(key: Path) -> None:
         raise PathError("a key names one token position", path=key, write=str(key.at(-1)))
 
 
-def ranked(packs: Sequence[Pack], rank: Callable[[Path], tuple]) -> list[Pack]:
+def ranked(packs: Sequence[Pack], rank: Callable[[Path], Rank]) -> list[Pack]:
     """Packs in the order of the forward pass, and the positions of each in order."""
     inside = []
     for pack in packs:

@@ -12,7 +12,7 @@ from nnsplice import engine, wire
 from nnsplice.activations import remote as runs
 from nnsplice.activations import writing
 from nnsplice.activations.packs import Pack
-from nnsplice.activations.prompts import SpanTexts, encode
+from nnsplice.activations.prompts import PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.tokens import Spans
@@ -20,7 +20,7 @@ from nnsplice.tokens import Spans
 
 def patched_logits(
     model: Any,
-    prompts: Any,
+    prompts: PromptsLike,
     saved: SavedActivation,
     *,
     add: bool = False,

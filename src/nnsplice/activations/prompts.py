@@ -81,10 +81,17 @@ class Prompts:
         return None if self.spans is None else {name: [all_[r] for r in rows] for name, all_ in self.spans.items()}
 
 
-SpanTexts = Mapping[str, Sequence[str | tuple[int, int]] | str | tuple[int, int]]
+#: What prompts may be given as: texts, token ids, an encoding, or values `[prompt, token, width]` for a plain module.
+PromptsLike = Prompts | str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+#: Where one span stands: a text or (start, stop), for all prompts or for each.
+SpanText = str | tuple[int, int] | Sequence[str | tuple[int, int]]
+#: The spans by name.
+SpanTexts = Mapping[str, SpanText]
+#: The same for a pair of runs; `{"clean": ..., "corrupted": ...}` where they differ.
+PairSpanTexts = SpanTexts | Mapping[str, SpanTexts]
 
 
-def encode(model: engine.Model, prompts: Any, spans: SpanTexts | None = None) -> Prompts:
+def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None) -> Prompts:
     """Prompts in any of their forms, checked."""
     if isinstance(prompts, Prompts):
         return prompts

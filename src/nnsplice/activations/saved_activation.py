@@ -7,7 +7,7 @@ The class is the face; the work stands beside it: `lookup` (which entries a path
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any, Self
@@ -20,8 +20,8 @@ from nnsplice.activations import algebra, display, lookup, packs, storage, tree,
 from nnsplice.activations.packs import MEAN, Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
-from nnsplice.errors import BadArgument, BadType, DuplicatePath, PathError, ShapeError, UnknownPath
-from nnsplice.paths import Path, Span, parse_path
+from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath
+from nnsplice.paths import Path, Paths, Span, parse_path
 
 
 class SavedActivation:
@@ -37,7 +37,7 @@ class SavedActivation:
     slices of tensors do: `clone()` before changing a tensor in place.
     """
 
-    parse_path = staticmethod(parse_path)
+    parse_path: staticmethod[[str | Path], Path] = staticmethod(parse_path)
 
     # Arithmetic with a tensor or an array on the left asks the capture, which refuses clearly, instead of the array.
     __array_ufunc__ = None
@@ -164,7 +164,7 @@ class SavedActivation:
         """The same tensors as a tree that follows the paths: `saved.values.transformer.h[2].output[10]`."""
         return tree.grow((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
 
-    def subset(self, paths: str | Path | Iterable[str | Path]) -> Self:
+    def subset(self, paths: Paths) -> Self:
         """Only these places and positions, in the capture's own order; slices and lists are allowed anywhere.
 
         >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[:]")
@@ -172,29 +172,11 @@ class SavedActivation:
         ['layers[0].output[2]', 'layers[1].output[2]']
         """
         wanted = engine.listed(paths)
-        chosen = {entry for path in wanted for entry in self._find(path)}
-        kept: list[Pack] = []
-        for number, pack in enumerate(self._packs):
-            indices = [index for index in range(len(pack.keys)) if (number, index) in chosen]
-            if indices:
-                kept.append(pack.take(indices))
-        return self._like(kept)
+        return self._like(lookup.chosen(self._packs, {entry for path in wanted for entry in self._find(path)}))
 
     def union(self, other: SavedActivation) -> Self:
         """Both captures in one; a key that stands in both raises `ValueError`."""
-        mine, theirs = self._beside(other)
-        index = lookup.Index(mine)
-        shared = [str(key) for pack in theirs for key in pack.keys if index.same(key) is not None]
-        if shared:
-            raise DuplicatePath(
-                f"{len(shared)} path{'s' * (len(shared) != 1)} in both captures: {', '.join(shared[:5])}"
-                + (", ..." if len(shared) > 5 else ""),
-                expected="captures of different places or positions",
-                write="a | b.subset([...])",
-            )
-        if self._packs and other._packs and self.rows != other.rows:
-            raise ShapeError(f"one capture has {self.rows} rows, the other {other.rows}", expected="the same prompts")
-        merged = algebra.merged([*mine, *theirs])
+        merged = algebra.united(*self._beside(other))
         known = self._known or other._known
         if known is not None and all(pack.keys[0].site is not None for pack in merged):
             merged = packs.ranked(merged, known.rank)
@@ -217,12 +199,7 @@ class SavedActivation:
         return RowSlicer(self.rows, self._take_rows)
 
     def _take_rows(self, rows: Sequence[int]) -> Self:
-        whole = list(rows) == list(range(rows[0], rows[0] + len(rows))) if rows else False
-        taken = [
-            pack.with_tensor(pack.tensor[rows[0] : rows[0] + len(rows)] if whole else pack.tensor[list(rows)])
-            for pack in self._packs
-        ]
-        return self._like(taken, self._provenance.rows(rows))
+        return self._like([pack.take_rows(rows) for pack in self._packs], self._provenance.rows(rows))
 
     # -------------------------------------------------------------------------------------------------------- algebra
 
@@ -332,13 +309,7 @@ class SavedActivation:
 
     def allclose(self, other: SavedActivation, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> bool:
         """Whether two captures of the same places hold the same values."""
-        mine, theirs = self._beside(other)
-        for pack, tensor in zip(mine, algebra.aligned(mine, theirs), strict=True):
-            dtype = torch.promote_types(pack.tensor.dtype, tensor.dtype)
-            a, b = pack.tensor.to(dtype), tensor.to(pack.tensor.device, dtype)
-            if a.shape != b.shape or not torch.allclose(a, b, rtol, atol, equal_nan):
-                return False
-        return True
+        return algebra.close(*self._beside(other), rtol, atol, equal_nan)
 
     def save(self) -> Self:
         """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway."""
@@ -355,7 +326,7 @@ class SavedActivation:
         writing.write(model, self._packs, None, at=at)
 
     def add_to(
-        self, model: Any, coefficient: float | Sequence[float] | Tensor = 1.0, *, at: int | Sequence[int] | None = None
+        self, model: Any, coefficient: writing.Coefficient = 1.0, *, at: int | Sequence[int] | None = None
     ) -> None:
         """Inside a trace: add every entry, times a number or one for each row, to what the run computes there."""
         writing.write(model, self._packs, coefficient, at=at)
@@ -367,7 +338,7 @@ class SavedActivation:
         storage.write(path, self._packs, self._provenance)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None) -> Self:
+    def from_file(cls, path: str | os.PathLike[str], paths: Paths | None = None) -> Self:
         """Read a capture, or with `paths` only these of its places and positions."""
         of, provenance = storage.read(path, paths)
         return cls._new(of, provenance, None)

@@ -21,7 +21,7 @@ from nnsplice.activations import lookup
 from nnsplice.activations.packs import Pack, Provenance, check_key, common_length
 from nnsplice.errors import BadType, FileError, PathError
 from nnsplice.files import is_pickle, whole
-from nnsplice.paths import Path, parse_path
+from nnsplice.paths import Path, Paths, parse_path
 
 HEADER = "nnsplice"
 KIND = "SavedActivation"
@@ -50,9 +50,7 @@ def write(
         save_file(tensors, temporary, metadata={HEADER: json.dumps(header), **(notes or {})})
 
 
-def read(
-    path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None
-) -> tuple[list[Pack], Provenance]:
+def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list[Pack], Provenance]:
     """The packs of a file, or with `paths` only these of its places and positions, and where they come from."""
     from safetensors import SafetensorError, safe_open
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,14 +12,14 @@ from nnsplice.activations import derived
 from nnsplice.activations.access import Access, accesses, hold, require_positions, site_of
 from nnsplice.activations.writing import Entry, Read, written
 from nnsplice.errors import BadArgument, DuplicatePath, LateUpdate, PathError, RefusedPlace, ShapeError
-from nnsplice.paths import Path, parse_path
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.tokens import Rows, columns
 
 Update = Callable[[Tensor], None]
 
 
 @engine.only_local
-def updates(model: Any, paths: str | Path | Iterable[str | Path]) -> Iterator[tuple[str, Tensor, Update]]:
+def updates(model: Any, paths: Paths) -> Iterator[tuple[str, Tensor, Update]]:
     """Inside a trace: walk through places in the order of the forward pass, each with its value and a way to change it.
 
     Yields `(key, current, update)`: the path as it was asked for, a copy of the current value `[prompt, width]` that

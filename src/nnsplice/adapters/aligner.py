@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from nnsplice.adapters import alignment
 from nnsplice.adapters.domains import DOMAINS, DomainTable
-from nnsplice.adapters.factors import ExpertAdapter, LoRAMatrices, experts_turned, is_transposed
+from nnsplice.adapters.factors import ExpertAdapter
 from nnsplice.adapters.keys import read_key
 from nnsplice.adapters.live import merged_steps
+from nnsplice.adapters.matrices import LoRAMatrices, experts_turned, is_transposed
 from nnsplice.adapters.profile import AdapterProfile, profile, where
 from nnsplice.atlas import Atlas, peel
 from nnsplice.atlas.names import layer_of, unwrapped
@@ -41,9 +42,9 @@ class ExpertManifoldAligner:
             domains: what energy in which part speaks for.
         """
         self.domains = domains
-        self.atlas = Atlas.of(model)
+        self.atlas: Atlas = Atlas.of(model)
         root = peel(model)
-        self.total_layers = _count(self.atlas, root)
+        self.total_layers: int = _count(self.atlas, root)
         self._turned = frozenset(name for name, _ in root.named_parameters() if is_transposed(root, name))
         self._turned_experts = frozenset(name for name, module in root.named_modules() if experts_turned(module))
         self._seen: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""An adapter as pairs of low-rank factors, by the weight that each pair changes."""
+"""An adapter as pairs of low-rank factors, by the weight that each pair changes: from a folder, or from two models."""
 
 from __future__ import annotations
 
@@ -10,77 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.adapters.alignment import singular_values
+from nnsplice.adapters.folder import read_folder
+from nnsplice.adapters.matrices import LoRAMatrices, bare, expert_name, experts_turned, is_transposed
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument, FileError, ShapeError
-
-
-@dataclass(eq=False)
-class LoRAMatrices:
-    """The change of one matrix as two factors: `lora_B @ lora_A`, `[out, in]`. A scale is part of `lora_B`.
-
-    >>> pair = ns.adapters.LoRAMatrices(lora_A=torch.tensor([[0.0, 2.0]]), lora_B=torch.tensor([[3.0], [0.0]]))
-    >>> pair.delta()
-    tensor([[0., 6.],
-            [0., 0.]])
-    >>> float(pair.energy)
-    36.0
-    """
-
-    #: `[r, in]`.
-    lora_A: Tensor  # noqa: N815 (the papers' name)
-    #: `[out, r]`.
-    lora_B: Tensor  # noqa: N815 (the papers' name)
-    #: Largest first; computed from the factors when not given.
-    singular_values: Tensor = None  # pyright: ignore[reportAssignmentType]
-    #: Whether the model stores the weight as `[in, out]`, as GPT-2's Conv1D and embeddings do.
-    transposed: bool = False
-    #: DoRA's length of each row of the changed weight. The change is then no product of the factors alone.
-    magnitude: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        a, b = self.lora_A, self.lora_B
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise ShapeError(
-                f"lora_A is {list(a.shape)} and lora_B is {list(b.shape)}",
-                expected="lora_A [r, in] and lora_B [out, r]; an expert's factors are a pair of their own",
-            )
-        if self.singular_values is None:
-            self.singular_values = singular_values(b, a)
-
-    @property
-    def rank(self) -> int:
-        """How many columns and rows the factors share."""
-        return self.lora_A.shape[0]
-
-    @property
-    def energy(self) -> Tensor:
-        """The sum of the squared singular values: the squared Frobenius norm of the change."""
-        return torch.as_tensor(self.singular_values).double().square().sum()
-
-    def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The change itself, `[out, in]`.
-
-        Args:
-            weight: the base model's weight as it is stored, which DoRA's change depends on.
-        """
-        product = self.lora_B @ self.lora_A
-        if self.magnitude is None:
-            return product
-        if weight is None:
-            raise BadArgument(
-                "the change that DoRA makes depends on the weight that it changes", write="pair.delta(weight)"
-            )
-        base = (weight.mT if self.transposed else weight).to(product)
-        changed = base + product
-        return self.magnitude.to(product)[:, None] * changed / changed.norm(dim=1, keepdim=True) - base
-
-    def __repr__(self) -> str:
-        dora = ", DoRA" if self.magnitude is not None else ""
-        return (
-            f"LoRAMatrices({self.lora_B.shape[0]} x {self.lora_A.shape[1]}, rank {self.rank}, "
-            f"energy {float(self.energy):.3g}{dora})"
-        )
+from nnsplice.errors import BadArgument, ShapeError
 
 
 @dataclass(eq=False)
@@ -111,8 +44,6 @@ class ExpertAdapter:
         Raises:
             FileError: no such folder, or a kind of adapter that is no pair of factors.
         """
-        from nnsplice.adapters.folder import read_folder
-
         layers, whole = read_folder(adapter_dir, base)
         return cls(layers, whole=whole)
 
@@ -156,35 +87,6 @@ class ExpertAdapter:
         return f"ExpertAdapter({len(self.layers)} matrices, rank {shown}{whole}{tags})"
 
 
-def is_transposed(root: nn.Module, name: str) -> bool:
-    """Whether a parameter is stored as `[in, out]`: Conv1D, and embeddings, whose input is the token."""
-    module, _, attribute = name.rpartition(".")
-    owner = bare(root, module)
-    return attribute == "weight" and (type(owner).__name__ == "Conv1D" or isinstance(owner, nn.Embedding))
-
-
-def bare(root: nn.Module, name: str) -> nn.Module:
-    """A module of a model, without the adapter's layers around it.
-
-    Raises:
-        FileError: the model has no such module.
-    """
-    try:
-        owner = root.get_submodule(name)
-    except AttributeError:
-        raise FileError(
-            f"the model has no {name}, which the adapter changes", expected="the model that the adapter belongs to"
-        ) from None
-    while isinstance(inner := getattr(owner, "base_layer", None), nn.Module):
-        owner = inner
-    return owner
-
-
-def experts_turned(owner: nn.Module) -> bool:
-    """Whether fused experts are stored as `[expert, in, out]`."""
-    return bool(getattr(owner, "is_transposed", False))
-
-
 def _matrices(root: nn.Module, name: str, change: Tensor) -> Iterator[tuple[str, Tensor, bool]]:
     """The matrices of a parameter as `[out, in]`: itself, or one for each expert."""
     if change.ndim == 2:
@@ -198,11 +100,6 @@ def _matrices(root: nn.Module, name: str, change: Tensor) -> Iterator[tuple[str,
     for index, matrix in enumerate(change):
         if matrix.any():
             yield expert_name(module, index, attribute), matrix.mT if turned else matrix, turned
-
-
-def expert_name(module: str, index: int, attribute: str) -> str:
-    """How one expert of a fused tensor is called here: `model.layers.0.mlp.experts.3.gate_up_proj`."""
-    return f"{module}.{index}.{attribute}"
 
 
 def _best(matrix: Tensor, rank: int, turned: bool) -> LoRAMatrices:

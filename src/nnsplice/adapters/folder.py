@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.adapters.factors import LoRAMatrices, bare, expert_name, experts_turned, is_transposed
 from nnsplice.adapters.header import CONFIG, WEIGHTS, read_config, read_header
+from nnsplice.adapters.matrices import LoRAMatrices, bare, expert_name, experts_turned, is_transposed
 from nnsplice.atlas import peel
 from nnsplice.errors import FileError, ParamMappingError, circumstances
 

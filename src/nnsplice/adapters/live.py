@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from nnsplice.adapters.keys import read_key
 from nnsplice.atlas import Atlas, peel
 from nnsplice.errors import BadArgument, MissingPackage, RefusedPlace, UnknownPath
-from nnsplice.paths import Path
+from nnsplice.paths import Path, Paths
 
 
 @contextmanager
-def disabled(model: Any, paths: str | Path | Iterable[str | Path] = "full") -> Iterator[None]:
+def disabled(model: Any, paths: Paths = "full") -> Iterator[None]:
     """While it is open, the model runs without its adapter, or without the adapter's factors at some places.
 
     Every address stays valid, so a capture inside and one outside can be subtracted:
@@ -80,9 +80,7 @@ def _configs(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _chosen(
-    model: Any, layers: list[tuple[str, Any]], paths: str | Path | Iterable[str | Path]
-) -> list[tuple[str, Any]]:
+def _chosen(model: Any, layers: list[tuple[str, Any]], paths: Paths) -> list[tuple[str, Any]]:
     atlas = Atlas.of(model)
     if isinstance(paths, (str, Path)):
         paths = [paths]

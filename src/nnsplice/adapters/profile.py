@@ -167,7 +167,7 @@ class AdapterProfile(dict[str, float]):
 
     def __init__(self, scores: Mapping[str, float], energies: Iterable[Energy]) -> None:
         super().__init__(scores)
-        self.energies = tuple(sorted(energies, key=_position))
+        self.energies: tuple[Energy, ...] = tuple(sorted(energies, key=_position))
 
     @property
     def total(self) -> float:

@@ -12,6 +12,7 @@ stop)`, serves the columns of an activation and the rows of a weight alike, and 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,7 +100,7 @@ class Layout:
         return merge(self.range(role, index) for index in range(self.count(role)))
 
 
-def merge(ranges) -> tuple[tuple[int, int], ...]:
+def merge(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Sorted ranges with those that touch or overlap joined.
 
     >>> merge([(4, 6), (0, 2), (2, 3)])

@@ -10,15 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from nnsplice.atlas import families as rows
-from nnsplice.atlas.block import Block, Tower
+from nnsplice.atlas.modules import layer_place
+from nnsplice.atlas.parts import Parts
+from nnsplice.atlas.resolve import resolve
 from nnsplice.errors import OutOfRange, UnknownPath, closest
 from nnsplice.paths.path import Path, Step
-
-if TYPE_CHECKING:
-    from nnsplice.atlas.atlas import Atlas
 
 #: Names that wrappers put in the middle of others.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -29,7 +27,7 @@ _ADAPTED = re.compile(
 )
 
 
-def locate(atlas: Atlas, name: str) -> Path:
+def locate(atlas: Parts, name: str) -> Path:
     """The smallest place that holds a name. See `Atlas.locate`."""
     for spelling in _spellings(atlas, name):
         found = _known(atlas, spelling) or _foreign_expert(atlas, spelling)
@@ -45,7 +43,7 @@ def locate(atlas: Atlas, name: str) -> Path:
     )
 
 
-def _spellings(atlas: Atlas, name: str) -> Iterator[str]:
+def _spellings(atlas: Parts, name: str) -> Iterator[str]:
     """The name as it may be called in this tree, most literal first."""
     seen: set[str] = set()
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
@@ -69,12 +67,12 @@ def _ancestors(prefix: str) -> list[str]:
     return [".".join(words[:i]) for i in range(1, len(words) + 1) if prefix]
 
 
-def _exists(atlas: Atlas, name: str) -> bool:
+def _exists(atlas: Parts, name: str) -> bool:
     tree = atlas.tree
     return name in tree.params or name in tree.aliases or name in tree.nodes or name in tree.buffers
 
 
-def _known(atlas: Atlas, name: str) -> Path | None:
+def _known(atlas: Parts, name: str) -> Path | None:
     """A name of the tree itself."""
     tree = atlas.tree
     if not name or (not _exists(atlas, name) and not _layer_weight(atlas, name)):
@@ -86,25 +84,25 @@ def _known(atlas: Atlas, name: str) -> Path | None:
         if place is None:
             continue
         # A norm inside the attention lies below its module, but is no parameter of `attn`.
-        if parameter in tree.params and parameter not in atlas.resolve(place):
+        if parameter in tree.params and parameter not in resolve(atlas, place):
             continue
         return place
     # T5's `shared` is never called; its tensor is the embedding of both towers.
     for role in ("embed", "unembed"):
         for tower in sorted(atlas.towers.values(), key=lambda tower: tower.name):
             place = atlas.places.get(getattr(tower, role) or "")
-            if place is not None and parameter in tree.params and parameter in atlas.resolve(place):
+            if place is not None and parameter in tree.params and parameter in resolve(atlas, place):
                 return place
     return _native(atlas, name)
 
 
-def _layer_weight(atlas: Atlas, name: str) -> bool:
+def _layer_weight(atlas: Parts, name: str) -> bool:
     """Whether it is the weight of a layer whose own parameters an adapter moved one module down."""
     module, _, attribute = name.rpartition(".")
     return module in atlas.tree.nodes and attribute in atlas.tree.owner(module).params
 
 
-def _native(atlas: Atlas, name: str) -> Path:
+def _native(atlas: Parts, name: str) -> Path:
     module, _, attribute = name.rpartition(".")
     steps: list[Step] = []
     for word in (name if name in atlas.tree.nodes else module).split("."):
@@ -119,7 +117,7 @@ def _native(atlas: Atlas, name: str) -> Path:
     return Path(tuple(steps), native=True, value=value)
 
 
-def _foreign_expert(atlas: Atlas, name: str) -> Path | None:
+def _foreign_expert(atlas: Parts, name: str) -> Path | None:
     """Mixture-of-experts names of the other spelling: one module per expert, or fused tensors."""
     for tower in atlas.towers.values():
         match = re.match(rf"{re.escape(tower.stack)}\.(\d+)\.(.+)$", name)
@@ -135,66 +133,17 @@ def _foreign_expert(atlas: Atlas, name: str) -> Path | None:
                     f"{name} names expert {expert[1]}, but layer {block.index} has {block.n_experts}, "
                     f"so experts are experts[0] to experts[{block.n_experts - 1}]"
                 )
-            return _place(atlas, tower, block, Step("experts", int(expert[1])))
+            return layer_place(tower, block, Step("experts", int(expert[1])))
         if re.search(r"(?:^|\.)experts\.\w+$", match[2]):
-            return _place(atlas, tower, block, Step("mlp"))
+            return layer_place(tower, block, Step("mlp"))
         if re.fullmatch(rf"\w+\.(?:{'|'.join(rows.ROUTER)})(?:\.\w+)?", match[2]):
-            return _place(atlas, tower, block, Step("mlp"), Step("router"))
+            return layer_place(tower, block, Step("mlp"), Step("router"))
     return None
 
 
-def _foreign_unembed(atlas: Atlas, name: str) -> Path | None:
+def _foreign_unembed(atlas: Parts, name: str) -> Path | None:
     """The unembedding by the name that other versions of the family give it (`embed_out.weight`)."""
     tower = atlas.towers.get("decoder")
     module = name.rpartition(".")[0]
     named = any(module == row or module.endswith(f".{row}") for row in rows.UNEMBED if "." in row or "_" in row)
     return Path((Step("unembed"),)) if named and tower is not None and tower.unembed else None
-
-
-# -- the places of a model by module -----------------------------------------------------------------------------------
-
-
-def module_places(atlas: Atlas) -> dict[str, Path]:
-    """Module name -> the place that is this module; the first layer where several share one."""
-    places: dict[str, Path] = {}
-    for tower in atlas.towers.values():
-        for role in ("embed", "final_norm", "unembed"):
-            module = getattr(tower, role)
-            if module is not None and (role != "unembed" or module not in places):
-                places.setdefault(module, Path((Step(role),), tower=_tower(atlas, tower)))
-        for block in tower.blocks:
-            for module, steps in _block_places(atlas, block):
-                places.setdefault(module, _place(atlas, tower, block, *steps))
-    return places
-
-
-def _block_places(atlas: Atlas, block: Block) -> Iterator[tuple[str, tuple[Step, ...]]]:
-    for part in ("q", "k", "v", "o"):
-        module = getattr(block, part)
-        if module:
-            yield module, (Step("attn"), Step(part))
-    for part in ("gate", "up", "down", "router"):
-        module = getattr(block, part)
-        if module:
-            yield module, (Step("mlp"), Step(part))
-    for module in (block.fused, block.attn):
-        if module:
-            yield module, (Step("attn"),)
-    if block.experts and block.experts_are_modules:
-        for index, module in enumerate(atlas.tree.nodes[block.experts].children.values()):
-            yield module, (Step("experts", index),)
-    if block.gate_up:
-        yield block.gate_up, (Step("mlp"),)
-    if block.mlp and not block.mlp_is_bare:
-        yield block.mlp, (Step("mlp"),)
-    yield from ((module, (Step("mlp"),)) for module in block.mlp_beside)
-    yield from ((module, (Step("attn"),)) for module in block.head_gates)
-    yield from ((module, ()) for module in block.modules)
-
-
-def _place(atlas: Atlas, tower: Tower, block: Block, *steps: Step) -> Path:
-    return Path((Step("layers", block.index), *steps), tower=_tower(atlas, tower))
-
-
-def _tower(atlas: Atlas, tower: Tower) -> str | None:
-    return tower.name if tower.name == "encoder" else None

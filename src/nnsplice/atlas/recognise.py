@@ -244,7 +244,7 @@ def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused:
 
 def _n_heads(tree: Tree, home: str) -> int:
     tower = "encoder" if "encoder" in home.split(".") else "decoder"
-    sources: list[Mapping] = [tree.nodes[home].facts, tree.facts]
+    sources: list[Mapping[str, Any]] = [tree.nodes[home].facts, tree.facts]
     for source in sources:
         for key in (*rows.N_HEADS_TOWER[tower], *rows.N_HEADS):
             if isinstance(source.get(key), int):

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block
 from nnsplice.atlas.indices import at, column, resolve_index
 from nnsplice.atlas.layouts import ROLES, Role
 from nnsplice.atlas.native import follow
+from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.selection import Part, Ranges, Selection, join
 from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, take_apart
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import PathError, UnknownPath
 from nnsplice.paths.path import Path
 
-if TYPE_CHECKING:
-    from nnsplice.atlas.atlas import Atlas
-
 #: One parameter by its first name, and what of it.
 Piece = tuple[str, Part]
 
 
-def resolve(atlas: Atlas, path: Path) -> Selection:
-    """The parameters of a place. See `Atlas.resolve`."""
+def resolve(atlas: Parts, path: Path) -> Selection:
+    """The parameters of a place, sought once. See `Atlas.resolve`."""
+    found = atlas.selections.get(path)
+    if found is None:
+        found = atlas.selections[path] = _resolve(atlas, path)
+    return found
+
+
+def _resolve(atlas: Parts, path: Path) -> Selection:
+    """The same, sought anew."""
     if path.position is not None:
         raise PathError(
             "parameters have no tokens",
@@ -48,7 +53,7 @@ def resolve(atlas: Atlas, path: Path) -> Selection:
     return Selection.of({name: found[name] for name in sorted(found, key=atlas.rank)}, shapes)
 
 
-def _native(atlas: Atlas, path: Path) -> Iterator[Piece]:
+def _native(atlas: Parts, path: Path) -> Iterator[Piece]:
     for found in follow(atlas, path):
         if found.parameter is not None:
             yield atlas.tree.nodes[found.module].params[found.parameter][0], None
@@ -62,7 +67,7 @@ def _native(atlas: Atlas, path: Path) -> Iterator[Piece]:
             yield from whole(atlas, found.module)
 
 
-def split(atlas: Atlas, path: Path) -> Iterator[Path]:
+def split(atlas: Parts, path: Path) -> Iterator[Path]:
     """The single places of a model that a path means. See `Atlas.split`."""
     if path.native:
         yield from (replace(path, steps=found.steps) for found in follow(atlas, path))
@@ -96,7 +101,7 @@ def split(atlas: Atlas, path: Path) -> Iterator[Path]:
             yield replace(path, steps=(steps[0], at(path.steps[1], index)))
 
 
-def _one(atlas: Atlas, path: Path) -> Iterator[Piece]:
+def _one(atlas: Parts, path: Path) -> Iterator[Piece]:
     """What belongs to one place."""
     place = take_apart(path)
     if place.role == "full":
@@ -115,13 +120,13 @@ def _one(atlas: Atlas, path: Path) -> Iterator[Piece]:
         yield from _COUNTED[path.steps[1].name](atlas, block, inner[0], place.value)
 
 
-def whole(atlas: Atlas, module: str) -> Iterator[Piece]:
+def whole(atlas: Parts, module: str) -> Iterator[Piece]:
     """Every parameter at and below a module."""
     for name in (module, *atlas.tree.under(module)):
         yield from ((full, None) for full, _ in atlas.tree.nodes[name].params.values())
 
 
-def _part(atlas: Atlas, path: Path, block: Block, role: str) -> Iterator[Piece]:
+def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
     if role == "layers":
         for module in block.modules:
             yield from whole(atlas, module)
@@ -152,7 +157,7 @@ def _part(atlas: Atlas, path: Path, block: Block, role: str) -> Iterator[Piece]:
         yield from whole(atlas, module)
 
 
-def _mlp(atlas: Atlas, block: Block) -> Iterator[Piece]:
+def _mlp(atlas: Parts, block: Block) -> Iterator[Piece]:
     if block.mlp is not None and not block.mlp_is_bare:
         for home in (block.mlp, *block.mlp_beside):
             for name in (home, *atlas.tree.under(home)):
@@ -165,7 +170,7 @@ def _mlp(atlas: Atlas, block: Block) -> Iterator[Piece]:
             yield from whole(atlas, module)
 
 
-def _own(atlas: Atlas, module: str | None, names: Iterable[str]) -> Iterator[Piece]:
+def _own(atlas: Parts, module: str | None, names: Iterable[str]) -> Iterator[Piece]:
     """Parameters of a module itself, by name."""
     params = atlas.tree.nodes[module].params if module is not None else {}
     yield from ((params[name][0], None) for name in names if name in params)
@@ -181,7 +186,7 @@ def _stacked(block: Block, roles: Iterable[str], ranges: Ranges | None) -> Itera
 # -- slices of layers --------------------------------------------------------------------------------------------------
 
 
-def _out(atlas: Atlas, module: str, ranges: Ranges) -> Iterator[Piece]:
+def _out(atlas: Parts, module: str, ranges: Ranges) -> Iterator[Piece]:
     """The slices of a layer's parameters that make some of its output columns."""
     tree = atlas.tree
     owner = tree.owner(module)
@@ -193,7 +198,7 @@ def _out(atlas: Atlas, module: str, ranges: Ranges) -> Iterator[Piece]:
     yield from _adapter(atlas, module, ("lora_B", "lora_magnitude_vector"), 0, ranges)
 
 
-def _in(atlas: Atlas, module: str, ranges: Ranges) -> Iterator[Piece]:
+def _in(atlas: Parts, module: str, ranges: Ranges) -> Iterator[Piece]:
     """The slices of a layer's weight that read some of its input columns; its bias belongs to none of them."""
     entry = atlas.tree.owner(module).params.get("weight")
     if entry is not None:
@@ -201,7 +206,7 @@ def _in(atlas: Atlas, module: str, ranges: Ranges) -> Iterator[Piece]:
     yield from _adapter(atlas, module, ("lora_A",), 1, ranges)
 
 
-def _adapter(atlas: Atlas, module: str, kinds: Iterable[str], axis: int, ranges: Ranges) -> Iterator[Piece]:
+def _adapter(atlas: Parts, module: str, kinds: Iterable[str], axis: int, ranges: Ranges) -> Iterator[Piece]:
     """Slices of the adapter factors that share the layer's axis; the other factor serves all heads alike."""
     for kind in kinds:
         home = atlas.tree.child(module, kind)
@@ -210,7 +215,7 @@ def _adapter(atlas: Atlas, module: str, kinds: Iterable[str], axis: int, ranges:
                 yield name, (axis, ranges)
 
 
-def _per_head(atlas: Atlas, block: Block, heads: Ranges | None) -> Iterator[Piece]:
+def _per_head(atlas: Parts, block: Block, heads: Ranges | None) -> Iterator[Piece]:
     """Parameters with one number per head, such as GPT-OSS's sinks."""
     node = atlas.tree.nodes.get(block.pattern[0] if block.pattern else "")
     for attribute in rows.PER_HEAD if node else ():
@@ -219,7 +224,7 @@ def _per_head(atlas: Atlas, block: Block, heads: Ranges | None) -> Iterator[Piec
             yield entry[0], None if heads is None else (0, heads)
 
 
-def _heads(atlas: Atlas, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
+def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
     layout = block.layout
     assert layout is not None
     wanted: dict[Role, Iterable[int]] = {"q": heads, "k": (group,), "v": (group,)}
@@ -241,17 +246,17 @@ def _heads(atlas: Atlas, block: Block, heads: range, group: int, value: str | No
         yield from _per_head(atlas, block, ((heads.start, heads.stop),))
 
 
-def _head(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+def _head(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
     assert block.layout is not None
     return _heads(atlas, block, range(index, index + 1), block.layout.group_of(index), value)
 
 
-def _group(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+def _group(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
     assert block.layout is not None
     return _heads(atlas, block, block.layout.heads_of(index), index, value)
 
 
-def _expert(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+def _expert(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
     node = atlas.tree.nodes[str(block.experts)]
     if block.experts_are_modules:
         yield from whole(atlas, list(node.children.values())[index])
@@ -262,7 +267,7 @@ def _expert(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterat
             yield name, (0, ((index, index + 1),))
 
 
-def _neuron(atlas: Atlas, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+def _neuron(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
     yield from _stacked(block, ("gate", "up", "down"), ((index, index + 1),))
     for role in ("gate", "up"):
         module = getattr(block, role)

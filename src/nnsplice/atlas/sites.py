@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from nnsplice.atlas.block import Block, Tower
 from nnsplice.atlas.indices import column, resolve_index
+from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.site import Site
 from nnsplice.errors import PathError, RefusedPlace, UnknownPath, closest
 from nnsplice.paths.path import WEIGHT_VALUES, Path, Step
-
-if TYPE_CHECKING:
-    from nnsplice.atlas.atlas import Atlas
 
 #: What may follow `layers[i]`, and what may follow that.
 INSIDE_LAYER = ("attn", "mlp", "heads", "groups", "experts", "neurons")
@@ -23,7 +20,7 @@ INSIDE_MLP = ("gate", "up", "down", "router")
 COUNTED = {"heads": "head", "groups": "group", "experts": "expert", "neurons": "neuron"}
 ROOTS = ("embed", "layers", "final_norm", "unembed")
 #: Values of each place; a place that is not listed has only `output`.
-VALUES = {
+VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("input", "mid", "output"),
     "heads": ("output", "q", "k", "v", "pattern"),
     "groups": ("k", "v"),
@@ -84,7 +81,7 @@ def _refuse_projected_heads(path: Path, names: list[str]) -> None:
     )
 
 
-def expand_portable(atlas: Atlas, path: Path) -> Iterator[Path]:
+def expand_portable(atlas: Parts, path: Path) -> Iterator[Path]:
     """Every concrete path that a portable path means, in numeric order."""
     tower = atlas.tower(path)
     place = take_apart(path)

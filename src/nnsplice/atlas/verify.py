@@ -18,19 +18,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from nnsplice.atlas.block import Block, Tower
 from nnsplice.atlas.layouts import ROLES, Layout, Role, merge
+from nnsplice.atlas.parts import Parts
+from nnsplice.atlas.resolve import resolve
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import NnspliceError
 from nnsplice.paths.path import Path, Step
-
-if TYPE_CHECKING:
-    from nnsplice.atlas.atlas import Atlas
 
 #: More than two, so that a softmax has a choice and earlier tokens exist; few, so that a large model is quick.
 _TOKENS = 4
@@ -49,7 +48,7 @@ class Check:
     detail: str = ""
 
 
-def verify(atlas: Atlas, *, layers: Iterable[int] | None = None) -> list[Check]:
+def verify(atlas: Parts, *, layers: Iterable[int] | None = None) -> list[Check]:
     """Compare the atlas with the model. See `Atlas.verify`."""
     root = atlas.root()
     if root is None:
@@ -95,7 +94,7 @@ def _undisturbed(root: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-def _watch(atlas: Atlas, root: nn.Module, blocks: list[Block], stack: ExitStack) -> dict[tuple[str, str], torch.Tensor]:
+def _watch(atlas: Parts, root: nn.Module, blocks: list[Block], stack: ExitStack) -> dict[tuple[str, str], torch.Tensor]:
     """Keep what passes the ends that the checks need (first call only), and take norms of q, k and v out of the way."""
     seen: dict[tuple[str, str], torch.Tensor] = {}
 
@@ -152,7 +151,7 @@ def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _run(root: nn.Module, atlas: Atlas) -> None:
+def _run(root: nn.Module, atlas: Parts) -> None:
     tower = next(iter(atlas.towers.values()))
     table = root.get_submodule(tower.embed).weight if tower.embed else None
     size, device = (table.shape[0], table.device) if isinstance(table, torch.Tensor) else (50, "cpu")
@@ -170,7 +169,7 @@ def _run(root: nn.Module, atlas: Atlas) -> None:
 
 
 def _check_heads(
-    atlas: Atlas,
+    atlas: Parts,
     root: nn.Module,
     tower: Tower,
     block: Block,
@@ -253,9 +252,9 @@ class _Gradients:
         key = set.intersection(*(self._support(grads, fused, earlier=True) for grads in self.columns))
         return {"q": query, "k": key, "v": both - key}
 
-    def strangers(self, atlas: Atlas, place: Path, key: str | None) -> Iterator[str]:
+    def strangers(self, atlas: Parts, place: Path, key: str | None) -> Iterator[str]:
         """Parameters whose rows with a gradient are not those that belong to the head."""
-        masks = atlas.resolve(place).masks()
+        masks = resolve(atlas, place).masks()
         for (name, parameter), grad in zip(self.parameters.items(), self.params, strict=True):
             mask = masks.get(name, torch.zeros(parameter.shape, dtype=torch.bool))
             axis = _axis(atlas, name)
@@ -267,7 +266,7 @@ class _Gradients:
                 yield f"{name} has a gradient at {_spans(found)} instead of {_spans(expected)}"
 
 
-def _axis(atlas: Atlas, name: str) -> int:
+def _axis(atlas: Parts, name: str) -> int:
     """The axis of a projection's parameter that runs along its output."""
     module, _, attribute = name.rpartition(".")
     return 1 if attribute == "weight" and atlas.tree.transposed(module) else 0

@@ -14,16 +14,19 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.attribution import edges, nodes, star, verifying
 from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
+from nnsplice.metrics import MetricLike
+from nnsplice.paths import Paths
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.cost import Law
 from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.planning import Sites, plan_sweep
+from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import check_runnable
 
 
@@ -50,16 +53,16 @@ STEPS = 5
 
 def attribute(
     model: Any,
-    clean: Any,
-    corrupted: Any,
-    sites: Sites,
-    metric: Any,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
+    sites: Paths,
+    metric: MetricLike,
     *,
     method: str = "atp",
-    receivers: Sites | None = None,
+    receivers: Paths | None = None,
     steps: int | None = None,
     verify: int = 0,
-    spans: Any = None,
+    spans: PairSpanTexts | None = None,
     align: str = "position",
     seed: int = 0,
     executor: str = "auto",
@@ -120,7 +123,7 @@ def attribute(
     )
 
 
-def asked_of(model: Any, plan: Plan, method: str, receivers: Sites | None, steps: int | None) -> dict[str, Any]:
+def asked_of(model: Any, plan: Plan, method: str, receivers: Paths | None, steps: int | None) -> dict[str, Any]:
     """What the estimates of a plan are asked for: their identity, but for what is verified."""
     chosen = _method(method, receivers, steps, 0)
     graph = edges.Graph.of(engine.as_model(model), plan, receivers) if chosen.nodes is None else None

@@ -22,9 +22,8 @@ from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.gradients import Flow, spot
 from nnsplice.attribution.nodes import Batch, points
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
-from nnsplice.paths import Path, parse_path
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.planning import Sites
 from nnsplice.sweeps.targets import tokens_of
 
 #: Receivers whose gradients are held at once.
@@ -61,7 +60,7 @@ class Graph:
     all: tuple[Receiver, ...]
 
     @staticmethod
-    def of(model: engine.Model, plan: Plan, receivers: Sites | None) -> Graph:
+    def of(model: engine.Model, plan: Plan, receivers: Paths | None) -> Graph:
         """For a plan whose sites are senders, each a place by itself."""
         branches, known = branches_of(model), engine.known(model)
         places = dict.fromkeys(place for target in plan.targets for place in target.places)

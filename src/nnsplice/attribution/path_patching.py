@@ -17,14 +17,16 @@ from torch import Tensor
 
 from nnsplice import engine, wire
 from nnsplice.activations.access import Access, accesses, hold, site_of
+from nnsplice.activations.prompts import PromptsLike
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
-from nnsplice.paths import Path, parse_path
+from nnsplice.metrics import MetricLike
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, measured, whole_prompts
 from nnsplice.sweeps.plan import Job, Plan
-from nnsplice.sweeps.planning import Sites, plan_sweep
+from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run
 from nnsplice.sweeps.targets import tokens_of
@@ -33,7 +35,13 @@ _RUNNING = ("executor", "max_tokens", "journal", "progress")
 
 
 def path_patch(
-    model: Any, clean: Any, corrupted: Any, senders: Sites, receivers: Sites, metric: Any, **options: Any
+    model: Any,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
+    senders: Paths,
+    receivers: Paths,
+    metric: MetricLike,
+    **options: Any,
 ) -> SweepResult:
     """Patch every sender by itself, and let its new value reach the receivers alone.
 
@@ -63,11 +71,11 @@ def path_patch(
         return run_paths(model, plan, [receivers] * len(plan.targets), **running)
 
 
-def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Sites], **running: Any) -> SweepResult:
+def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **running: Any) -> SweepResult:
     """Run a plan whose sites are senders, each with its own receivers."""
     if plan.operation.name != "patch":
         raise BadArgument(f"operation={plan.operation.name!r}", expected="patching from the clean run")
-    paths = Paths.of(model, plan, receivers)
+    paths = Routes.of(model, plan, receivers)
     named = [[str(path) for path in each] for each in paths.receivers]
     asked = {**plan.asked, "receivers": named[0] if all(names == named[0] for names in named) else named}
     reached = tuple(job for job in plan.jobs if paths.reached(plan, job))
@@ -82,16 +90,16 @@ def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Sites], **run
 
 
 @dataclass(frozen=True)
-class Paths:
+class Routes:
     """From each sender of a plan to its own receivers."""
 
     branches: Branches
     #: For each target of the plan.
     receivers: tuple[tuple[Path, ...], ...]
-    rank: Mapping[Path, tuple]
+    rank: Mapping[Path, engine.Rank]
 
     @staticmethod
-    def of(model: engine.Model, plan: Plan, receivers: Sequence[Sites]) -> Paths:
+    def of(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> Routes:
         """For the receivers of each target; every mistake in them is found here."""
         branches, known = branches_of(model), engine.known(model)
         expanded: dict[tuple[str | Path, ...], tuple[Path, ...]] = {}
@@ -109,7 +117,7 @@ class Paths:
         for path in (path for paths in expanded.values() for path in paths):
             tokens_of(path, plan.corrupted)
         each = tuple(expanded[engine.listed(paths)] for paths in receivers)
-        return Paths(branches, each, {path: known.rank(path) for path in places})
+        return Routes(branches, each, {path: known.rank(path) for path in places})
 
     def reached(self, plan: Plan, job: Job) -> bool:
         """Whether any receiver runs after what the job changes."""
@@ -153,7 +161,7 @@ class Paths:
 class _Pass:
     """What is done at each stop of one pass."""
 
-    def __init__(self, paths: Paths, work: Work, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
+    def __init__(self, paths: Routes, work: Work, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
         self.work, self.jobs = work, jobs
         self.own = [prompts.index(prompt) for prompt, _ in jobs]
         self.still = slice(len(prompts), len(prompts) + len(jobs))

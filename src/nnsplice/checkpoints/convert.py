@@ -19,7 +19,7 @@ from nnsplice.checkpoints.io.staging import other_files
 from nnsplice.checkpoints.io.writer import write_model_state_local
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential
+from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCast, ModelStateMapperCopy, ModelStateMapperRename
 from nnsplice.errors import BadArgument, MapperError, OutOfRange, circumstances
 
@@ -75,8 +75,6 @@ def convert(
 
 def _identity(source: Path, mapper: ModelStateMapper) -> str:
     """A checkpoint and what is made of it, in words that are others when either changes."""
-    from nnsplice.checkpoints.mapper.compose import identity
-
     files = sorted(path for path in source.rglob("*.safetensors*") if path.is_file())
     stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return "\n".join((str(source.resolve()), *stamps, *identity(mapper)))

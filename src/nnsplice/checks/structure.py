@@ -13,7 +13,7 @@ from nnsplice.checks.outline import place_of, stream_width
 from nnsplice.errors import RefusedPlace
 
 #: What the atlas found -> the names under which a config may say the same; the first that is there counts.
-CONFIG = {
+CONFIG: dict[str, tuple[str, ...]] = {
     "layers": ("{tower}_layers", "num_{tower}_layers", "num_hidden_layers"),
     "heads": ("{tower}_attention_heads", "num_attention_heads"),
     "groups": ("num_key_value_heads",),

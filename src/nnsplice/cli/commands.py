@@ -52,7 +52,7 @@ def _explain(error: Any) -> None:
         typer.echo(help_text, err=True)
 
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="nnsplice",
     cls=Commands,
     rich_markup_mode=None,

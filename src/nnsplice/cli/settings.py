@@ -27,7 +27,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 WORDS = ("model", "out", "reference", *CHOICES)
 LISTS = ("clean", "corrupted", "sites", "answer", "wrong", "receivers")
-NUMBERS = {"window": 1, "max-tokens": 1, "seed": None, "verify": 0, "steps": 1}  # each with the least that makes sense
+#: Option -> the least that makes sense.
+NUMBERS: dict[str, int | None] = {"window": 1, "max-tokens": 1, "seed": None, "verify": 0, "steps": 1}
 NAMES = (*WORDS, *LISTS, *NUMBERS)
 
 

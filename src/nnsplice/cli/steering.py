@@ -13,7 +13,7 @@ from nnsplice.cli.table import aligned, show
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import BadArgument, FileError
 
-steer = typer.Typer(
+steer: typer.Typer = typer.Typer(
     cls=Commands, rich_markup_mode=None, no_args_is_help=True, help="Fit a steering vector, sweep it, generate with it."
 )
 app.add_typer(steer, name="steer")

@@ -29,7 +29,7 @@ from nnsplice.engine.models import (
     tokenizer_of,
     weights_digest,
 )
-from nnsplice.engine.places import Known, expand, known, listed
+from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import order_of, record
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
@@ -57,6 +57,7 @@ __all__ = [
     "Known",
     "Model",
     "Place",
+    "Rank",
     "Scope",
     "Sequence",
     "Watch",

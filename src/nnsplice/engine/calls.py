@@ -90,7 +90,7 @@ class Watch:
     """Listens to a model: `current(tower)` is the pass that runs now."""
 
     def __init__(self, model: Any) -> None:
-        self.root = peel(model)
+        self.root: nn.Module = peel(model)
         self._current: dict[str, tuple[nn.Module, Call]] = {}
         self._generation: Sequence | None = None
         self._caches: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()

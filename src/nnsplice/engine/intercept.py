@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from nnsplice.engine.tracing import Body
+from nnsplice.engine.tracing import Arguments, Body
 
 #: What a module holds at one of its ends -> what the run goes on with. An input is the call's `(args, kwargs)`.
 Change = Callable[[Any], Any]
@@ -23,15 +24,15 @@ class _Tap:
     """The changes at one end of one module, in the order in which they were asked for."""
 
     def __init__(self, module: nn.Module, end: str) -> None:
-        self.end = end
+        self.end: str = end
         self.changes: list[Change] = []
         self._call: Callable[..., Any] | None = None
         if end == "output":
-            self.body = Body(module)
-            self.inner = self.body.function
+            self.body: Body = Body(module)
+            self.inner: Callable[..., Any] = self.body.function
             self.attach()
         else:
-            self.hook = module.register_forward_pre_hook(self._before, with_kwargs=True)
+            self.hook: RemovableHandle = module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def attach(self) -> None:
         """Stand in the way again where another took the place (`.source` builds a module's body anew)."""
@@ -40,7 +41,7 @@ class _Tap:
             self._call = _around(self.inner, self.changes)
             self.body.function = self._call
 
-    def _before(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         value: Any = (args, kwargs)
         for change in self.changes:
             value = change(value)
@@ -71,9 +72,11 @@ class Interception:
     """One change that stands in a model until it is removed; several may stand at one place, whatever their order."""
 
     def __init__(self, module: nn.Module, end: str, change: Change) -> None:
-        self.module, self.end, self.change = module, end, change
+        self.module: nn.Module = module
+        self.end: str = end
+        self.change: Change = change
         taps = _taps.setdefault(module, {})
-        self.tap = taps.get(end) or taps.setdefault(end, _Tap(module, end))
+        self.tap: _Tap = taps.get(end) or taps.setdefault(end, _Tap(module, end))
         self.tap.changes.append(change)
 
     def attach(self) -> None:

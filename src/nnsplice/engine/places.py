@@ -12,10 +12,10 @@ from torch import nn
 from nnsplice.atlas import Atlas, Order, fingerprint, peel
 from nnsplice.engine.recording import order_of
 from nnsplice.errors import BadType
-from nnsplice.paths import Path, parse_path, position_rank
+from nnsplice.paths import Path, Paths, parse_path, position_rank
 
 
-def expand(model: object, paths: str | Path | Iterable[str | Path], *, probe: Any = None) -> list[Path]:
+def expand(model: object, paths: Paths, *, probe: Any = None) -> list[Path]:
     """The single places that paths stand for: negative numbers, slices and lists resolved against the model.
 
     Positions stay as they are written; a place that is named twice comes once; the order is that of the forward pass.
@@ -30,7 +30,7 @@ def expand(model: object, paths: str | Path | Iterable[str | Path], *, probe: An
     return list(dict.fromkeys(path for path, _ in found))
 
 
-def listed(paths: str | Path | Iterable[str | Path]) -> tuple[str | Path, ...]:
+def listed(paths: Paths) -> tuple[str | Path, ...]:
     """One path or several, as a tuple."""
     if isinstance(paths, str | Path):
         return (paths,)
@@ -43,6 +43,8 @@ def listed(paths: str | Path | Iterable[str | Path]) -> tuple[str | Path, ...]:
 
 #: A path that was asked for becomes places, each with the number of the path that named it.
 Arranged = list[tuple[Path, int]]
+#: Where an expanded path stands; paths compare by it.
+Rank = tuple[int, int, tuple[int, int], int, tuple[int | str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Known:
     order: Order
     _plans: dict[tuple[str | Path, ...], Arranged] = field(default_factory=dict, repr=False)
 
-    def rank(self, path: Path) -> tuple:
+    def rank(self, path: Path) -> Rank:
         """Where an expanded path stands: by the forward pass, then within one value, then by position."""
         site = path.site
         within = (site.item or 0, site.columns or (-1, -1), -1 if site.index is None else site.index)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import nnsight
 import torch
@@ -24,6 +24,7 @@ from nnsplice.errors import BadArgument, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
 
 Model = nnsight.Envoy
+T = TypeVar("T")
 
 
 def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Model:
@@ -39,7 +40,7 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
     return model
 
 
-def keep(value: Any) -> Any:
+def keep(value: T) -> T:
     """Let a value outlive the trace that it is made in; outside a trace it lives anyway."""
     try:
         return nnsight.save(value)
@@ -125,18 +126,22 @@ def _attribute(name: str) -> str:
     return f"{Model.OVERLOAD_PREFIX}{name}" if inspect.isdatadescriptor(getattr(Model, name, None)) else name
 
 
-def call_of(model: Any) -> tuple[tuple, dict]:
+#: What a call was given: its `(args, kwargs)`.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def call_of(model: Any) -> Arguments:
     """The arguments of the model's own call; nnsight serves them as a run's first value, before anything else."""
     return model.inputs
 
 
-def first_input(value: tuple[tuple, dict]) -> Any:
+def first_input(value: Arguments) -> Any:
     """The first argument of a call, as nnsight's `.input` names it."""
     args, kwargs = value
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def with_first_input(value: tuple[tuple, dict], new: Any) -> tuple[tuple, dict]:
+def with_first_input(value: Arguments, new: Any) -> Arguments:
     """The call with another first argument."""
     args, kwargs = value
     return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
@@ -206,10 +211,10 @@ ONLY_LOCAL = (
 )
 
 
-def only_local(function: Any) -> Any:
+def only_local(thing: T) -> T:
     """Mark a function or object that must not be sent to a server."""
-    function._persistent_id = ONLY_LOCAL
-    return function
+    cast("Any", thing)._persistent_id = ONLY_LOCAL
+    return thing
 
 
 def read_remote(model: Model, inputs: Any, recipe: Sequence[Stop], remote: bool | str) -> dict[str, Tensor]:

@@ -24,9 +24,9 @@ ARCHITECTS = (
 MATERIALS = ("granite", "marble", "brick", "timber", "glass", "steel", "copper", "sandstone")
 
 #: Relation -> the words it answers with.
-ANSWERS = {"city": CITIES, "architect": ARCHITECTS, "material": MATERIALS}
+ANSWERS: dict[str, tuple[str, ...]] = {"city": CITIES, "architect": ARCHITECTS, "material": MATERIALS}
 #: Relation -> what stands between the subject and the answer.
-RELATIONS = {
+RELATIONS: dict[str, tuple[str, ...]] = {
     "city": ("is located in the city of", "is in the city of", "can be found in", "stands in"),
     "architect": ("was designed by the architect", "was drawn up by", "is the work of"),
     "material": ("was built out of", "is made of", "is known for its walls of"),
@@ -57,7 +57,7 @@ GIVING = (
 TOPICS = ("film", "play", "novel", "concert", "meal", "hotel")
 PARTS = ("acting", "story", "music", "staff", "ending", "service")
 #: Mood -> slot -> words; the same place in both moods holds opposite words.
-MOODS = {
+MOODS: dict[str, dict[str, tuple[str, ...]]] = {
     "good": {
         "QUALITY": ("wonderful", "great", "lovely", "brilliant", "charming", "delightful"),
         "VERB": ("loved", "enjoyed", "adored"),
@@ -79,7 +79,7 @@ REVIEWS = (
 # ----------------------------------------------------------------------------------------------------------- vocabulary
 
 #: Slot -> what may stand in it, where that does not depend on the sentence.
-SLOTS = {"PLACE": PLACES, "THING": THINGS, "TOPIC": TOPICS, "PART": PARTS}
+SLOTS: dict[str, tuple[str, ...]] = {"PLACE": PLACES, "THING": THINGS, "TOPIC": TOPICS, "PART": PARTS}
 #: Stands before every text, so that attention has a place to rest.
 START = "<|endoftext|>"
 PADDING = "<|pad|>"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -61,7 +61,7 @@ def index_text(index: Index | Position) -> str:
     return ",".join(map(str, index)) + ("," if len(index) == 1 else "") if isinstance(index, tuple) else str(index)
 
 
-def position_rank(position: Position | None) -> tuple[Any, ...]:
+def position_rank(position: Position | None) -> tuple[int | str, ...]:
     """The order of positions of one place: none, from the start, from the end, slices and lists, spans."""
     if position is None:
         return (0,)
@@ -179,3 +179,7 @@ class Path:
         if self.value is None and not self.native and self.steps[-1].name == "groups":
             raise PathError("a group has k and v, and no output of its own", path=self, write=f"{self}.k or {self}.v")
         return replace(self, position=position, value=self.value or "output")
+
+
+#: What paths may be given as: one or several, as text or parsed.
+Paths = str | Path | Iterable[str | Path]

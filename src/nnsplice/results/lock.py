@@ -29,7 +29,7 @@ class Lock:
         Raises:
             FileError: another process holds it.
         """
-        self.path = of.with_name(f"{of.name}.lock")
+        self.path: Path = of.with_name(f"{of.name}.lock")
         self._words, self._process = _words(), os.getpid()
         for _ in range(8):
             _held.add(self._words)  # before it is there, so that no other thread takes it for a dead one's

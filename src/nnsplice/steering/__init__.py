@@ -11,7 +11,8 @@ read_evals, read_suffixes, read_pairs    public contrastive sets as a Contrast o
 vector        SteeringVector                    directions, quality    how it is found, and how good it is
 operators     what is done to a state           where, rules           to which tokens, at which place
 session       rules at work in a model          block, show            the block, and what it touches
-sweep, result many cells in one pass"""
+sweep, result many cells in one pass            padding                prompts of different length as one batch
+"""
 
 from nnsplice.steering.block import Steering, steer
 from nnsplice.steering.datasets import Contrast, read_evals, read_pairs, read_suffixes

@@ -8,11 +8,14 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation
+from nnsplice.activations.prompts import PromptsLike
+from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.steering.operators import Operator
 from nnsplice.steering.rules import Condition, Rule, rules_of
 from nnsplice.steering.session import Session
+from nnsplice.steering.show import Shown, shown
 from nnsplice.steering.where import Where, read
 
 
@@ -50,15 +53,13 @@ class Steering:
             with circumstances("ns.steering.steer"):
                 session.check_fired()
 
-    def show(self, model: Any, prompt: Any = None) -> Any:
+    def show(self, model: Any, prompt: PromptsLike | None = None) -> Shown:
         """Run prompts once, and show which of their tokens are touched and how strongly.
 
         Args:
             prompt: a text or several; `show(prompt)` alone is enough.
         """
-        from nnsplice.steering.show import shown
-
-        return shown(self, prompt if prompt is not None else model)
+        return shown(self.model, self.rules, prompt if prompt is not None else model)
 
     def __repr__(self) -> str:
         return "\n".join(["Steering:", *(f"  {rule}" for rule in self.rules)])
@@ -67,7 +68,7 @@ class Steering:
 def steer(
     model: Any,
     vector: SavedActivation,
-    coefficient: Any = 1.0,
+    coefficient: Coefficient = 1.0,
     *,
     operator: str | Operator = "add",
     where: str | Where = "all",

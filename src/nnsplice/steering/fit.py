@@ -11,9 +11,10 @@ import torch
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation, capture
-from nnsplice.activations.capture import Paths
 from nnsplice.activations.packs import Pack
+from nnsplice.activations.prompts import SpanTexts
 from nnsplice.errors import BadArgument, BadType, circumstances
+from nnsplice.paths import Paths
 from nnsplice.steering.directions import checked, direction
 from nnsplice.steering.quality import held_out
 from nnsplice.steering.vector import About, SteeringVector, model_type_of
@@ -115,7 +116,7 @@ def fit_from_prompts(
     *,
     method: str = "mean_difference",
     chat: bool = False,
-    spans: Any = None,
+    spans: SpanTexts | None = None,
     batch_size: int | None = None,
     progress: bool = False,
     folds: int = 5,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,21 +10,24 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.steering.block import steer
+from nnsplice.steering.operators import Operator
+from nnsplice.steering.padding import padded, padding_of
 from nnsplice.steering.rules import Condition
 from nnsplice.steering.where import Where
 
 
 def generate(
     model: Any,
-    prompts: Any,
+    prompts: PromptsLike,
     vector: SavedActivation | None = None,
-    coefficient: Any = 1.0,
+    coefficient: Coefficient = 1.0,
     *,
-    operator: Any = "add",
+    operator: str | Operator = "add",
     where: str | Where = "all",
     when: Condition | None = None,
     plane: SavedActivation | None = None,
@@ -84,21 +86,3 @@ def continued(model: engine.Model, given: Prompts, kwargs: dict[str, Any]) -> Te
         )  # fmt: skip
     out = out if isinstance(out, Tensor) else out.sequences
     return out[:, begun if two_towers else ids.shape[1] :]
-
-
-def padded(rows: Sequence[Sequence[int]], token: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of one width, and the mask that tells tokens from padding."""
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        fill, none, own = [token] * (width - len(row)), [0] * (width - len(row)), [1] * len(row)
-        ids.append([*fill, *row] if left else [*row, *fill])
-        mask.append([*none, *own] if left else [*own, *none])
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-def padding_of(model: engine.Model) -> int:
-    """What padded columns hold: nobody reads it, but it has to be a token."""
-    known = (engine.tokenizer_of(model), getattr(peel(model), "config", None))
-    named = (getattr(one, name, None) for name in ("pad_token_id", "eos_token_id") for one in known)
-    return next((token for token in named if isinstance(token, int)), 0)

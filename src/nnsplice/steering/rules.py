@@ -12,6 +12,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.access import site_of
+from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import Site
 from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath
 from nnsplice.paths import Path, parse_path
@@ -135,7 +136,7 @@ class Rule:
 def rules_of(
     model: engine.Model,
     vector: SavedActivation,
-    coefficient: Any,
+    coefficient: Coefficient,
     operator: str | Operator,
     where: Where,
     when: Condition | None,

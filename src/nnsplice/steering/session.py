@@ -54,7 +54,8 @@ class Work:
     """One rule at work: its tensors on the device where they are needed, and whether it ever fired."""
 
     def __init__(self, rule: Rule, decision: Decision | None) -> None:
-        self.rule, self.decision = rule, decision
+        self.rule: Rule = rule
+        self.decision: Decision | None = decision
         self.fired: bool | Tensor = False
         #: The states before and after, with their pass, where somebody wants to see them.
         self.seen: list[tuple[Tensor, Tensor, engine.Call]] | None = None
@@ -136,18 +137,19 @@ class Session:
     """Rules in a model, from `start` to `stop`."""
 
     def __init__(self, model: engine.Model, rules: Sequence[Rule]) -> None:
-        self.model, self.rules = model, rules
+        self.model: engine.Model = model
+        self.rules: Sequence[Rule] = rules
         decisions: dict[int, Decision] = {}
         for rule in rules:
             if rule.when is not None:
                 decisions.setdefault(id(rule.when), Decision(rule.when))
-        self.works = [Work(rule, None if rule.when is None else decisions[id(rule.when)]) for rule in rules]
-        self._places: dict[tuple, list[tuple[Path, Any]]] = {}
+        self.works: list[Work] = [Work(rule, None if rule.when is None else decisions[id(rule.when)]) for rule in rules]
+        self._places: dict[tuple[str, str, str], list[tuple[Path, Any]]] = {}
         for decision in decisions.values():  # asked before anything is changed at the same place
             self._add(decision.condition.path, decision.read)
         for work in self.works:
             self._add(work.rule.path, work)
-        self.passes = 0
+        self.passes: int = 0
 
     def _add(self, path: Path, what: Any) -> None:
         site = site_of(path)
@@ -156,7 +158,7 @@ class Session:
     def start(self) -> None:
         """Stand in the way of the model's values."""
         root = peel(self.model)
-        self.watch = engine.watch(self.model)
+        self.watch: engine.Watch = engine.watch(self.model)
         self.watch.before_pass.append(self._begun)
         self._standing: list[engine.Interception] = []
         try:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nnsplice import engine
-from nnsplice.activations.prompts import encode
+from nnsplice.activations.prompts import PromptsLike, encode
 from nnsplice.atlas import peel
-from nnsplice.steering.generate import padded
+from nnsplice.steering.padding import padded
+from nnsplice.steering.rules import Rule
 from nnsplice.steering.session import Session, Work
 
 
@@ -19,7 +20,7 @@ from nnsplice.steering.session import Session, Work
 class Touched:
     """One rule on some prompts: the tokens it changes, and by how much of their norm."""
 
-    rule: Any
+    rule: Rule
     #: For each prompt its tokens' texts, and the share of the state's norm by which each was moved.
     tokens: tuple[tuple[str, ...], ...]
     shares: tuple[tuple[float, ...], ...]
@@ -55,17 +56,16 @@ class Shown:
         return f"<div>{'<br>'.join(parts)}</div>"
 
 
-def shown(steering: Any, prompts: Any) -> Shown:
+def shown(model: engine.Model, rules: Sequence[Rule], prompts: PromptsLike) -> Shown:
     """Run prompts once, and compare the states before and after each rule."""
-    model = steering.model
     given = encode(model, prompts)
     texts = engine.token_texts(model, given.ids)
     ids, mask = padded(given.ids, 0, left=not engine.is_encoder_decoder(model))
     inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
     if given.decoder_ids is not None:
         inputs["decoder_input_ids"] = torch.tensor(given.decoder_ids, device=model.device)
-        texts = texts if steering.rules[0].site.tower == "encoder" else engine.token_texts(model, given.decoder_ids)
-    session = Session(model, steering.rules)
+        texts = texts if rules[0].site.tower == "encoder" else engine.token_texts(model, given.decoder_ids)
+    session = Session(model, rules)
     for work in session.works:
         work.seen = []
     with session, torch.no_grad():

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, NeverFired, circumstances
-from nnsplice.metrics import Metric, divergence, function_digest
+from nnsplice.metrics import Metric, MetricLike, divergence, function_digest
 from nnsplice.progress import bar
 from nnsplice.results import Journal
-from nnsplice.steering.generate import padding_of
+from nnsplice.steering.operators import Operator
+from nnsplice.steering.padding import padding_of
 from nnsplice.steering.result import SteeringSweep
 from nnsplice.steering.rules import Rule, rules_of
 from nnsplice.steering.session import Session
@@ -49,12 +50,12 @@ class Plan:
 
 def sweep(
     model: Any,
-    prompts: Any,
+    prompts: PromptsLike,
     vector: SavedActivation,
     coefficients: Sequence[float],
-    metric: Any,
+    metric: MetricLike | Callable[[str], float],
     *,
-    operator: Any = "add",
+    operator: str | Operator = "add",
     where: str | Where = "all",
     max_new_tokens: int | None = None,
     guard: bool = True,
@@ -96,7 +97,7 @@ def sweep(
         layers = _layers(rules)
     tokenizer = engine.tokenizer_of(model)
     if max_new_tokens is None:
-        bound = Metric.of(metric).bind(tokenizer, len(given))
+        bound = Metric.of(cast("MetricLike", metric)).bind(tokenizer, len(given))
         plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
         told: Any = bound.identity
         name = bound.metric.name

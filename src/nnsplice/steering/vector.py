@@ -14,7 +14,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import SavedActivation, storage
 from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath
-from nnsplice.paths import Path, parse_path
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.steering.quality import auc
 
 HEADER = "nnsplice.steering"
@@ -181,7 +181,7 @@ class SteeringVector(SavedActivation):
             )
         )
 
-    def subset(self, paths: str | Path | Iterable[str | Path]) -> SteeringVector:
+    def subset(self, paths: Paths) -> SteeringVector:
         """Only these places."""
         return self._kept(super().subset(paths))
 
@@ -232,9 +232,7 @@ class SteeringVector(SavedActivation):
         storage.write(path, self._packs, self._provenance, {HEADER: json.dumps(asdict(about))})
 
     @classmethod
-    def from_file(
-        cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None
-    ) -> SteeringVector:
+    def from_file(cls, path: str | os.PathLike[str], paths: Paths | None = None) -> SteeringVector:
         """Read a vector, or with `paths` only these of its places.
 
         Raises:

@@ -198,8 +198,8 @@ def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
     held.write(new)
 
 
-reference = Executor(_reference, whole_prompts)
-batched = Executor(_batched, whole_prompts)
+reference: Executor = Executor(_reference, whole_prompts)
+batched: Executor = Executor(_batched, whole_prompts)
 
 
 def measured(work: Work, logits: Tensor, jobs: Sequence[Job]) -> list[float]:

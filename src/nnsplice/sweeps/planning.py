@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
-from nnsplice.metrics import Metric
-from nnsplice.paths import Path
+from nnsplice.metrics import Metric, MetricLike
+from nnsplice.paths import Paths
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.pruning import split
 from nnsplice.sweeps.targets import Corruption, targets_of
 
-Sites = str | Path | Iterable[str | Path]
-
 
 def plan_sweep(
     model: Any,
-    clean: Any,
-    corrupted: Any,
-    sites: Sites,
-    metric: Any,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
+    sites: Paths,
+    metric: MetricLike,
     *,
-    operation: Any = "patch",
+    operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
     window: int = 1,
-    spans: Any = None,
+    spans: PairSpanTexts | None = None,
     align: str = "position",
     seed: int = 0,
     together: bool = False,

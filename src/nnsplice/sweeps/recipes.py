@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace as replaced
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.capture import capture
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText, encode
+from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, ShapeError, circumstances
-from nnsplice.metrics import probability
-from nnsplice.paths import Path, parse_path
+from nnsplice.metrics import Answer, MetricLike, probability
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.planning import Sites, plan_sweep
+from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import run
 from nnsplice.sweeps.targets import Corruption
 
@@ -29,7 +30,14 @@ KINDS = {"residual": "layers[:].output", "mlp": "layers[:].mlp.output", "attn": 
 
 
 def ablate(
-    model: Any, prompts: Any, sites: Sites, metric: Any, *, with_: Any = "zero", reference: Any = None, **options: Any
+    model: Any,
+    prompts: PromptsLike,
+    sites: Paths,
+    metric: MetricLike,
+    *,
+    with_: str | Callable[[Tensor], Tensor] = "zero",
+    reference: SavedActivation | None = None,
+    **options: Any,
 ) -> SweepResult:
     """Take every site out of the run by itself: what does the metric lose?
 
@@ -74,22 +82,20 @@ def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> An
 
 def _below(a: Any, b: Any) -> Any:
     """The rows of two captures of the same places, one under the other."""
-    from nnsplice.activations.saved_activation import SavedActivation
-
     return SavedActivation.from_pairs(*((key, torch.cat([a[key], b[key]])) for key in a))
 
 
 def causal_trace(
     model: Any,
-    prompts: Any,
-    subject: Any,
+    prompts: PromptsLike,
+    subject: SpanText,
     *,
     kind: str = "residual",
     window: int = 1,
     noise: float | Tensor = 3.0,
     samples: int = 10,
     replace: bool = False,
-    answer: Any = None,
+    answer: Answer | None = None,
     seed: int = 1,
     **options: Any,
 ) -> SweepResult:

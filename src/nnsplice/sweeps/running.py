@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
+from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError
+from nnsplice.metrics import MetricLike
+from nnsplice.paths import Paths
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.cost import Cost
@@ -85,15 +89,15 @@ def run(
 
 def sweep(
     model: Any,
-    clean: Any,
-    corrupted: Any,
-    sites: Any,
-    metric: Any,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
+    sites: Paths,
+    metric: MetricLike,
     *,
-    operation: Any = "patch",
-    reference: Any = None,
+    operation: str | Callable[[Tensor], Tensor] = "patch",
+    reference: SavedActivation | None = None,
     window: int = 1,
-    spans: Any = None,
+    spans: PairSpanTexts | None = None,
     align: str = "position",
     executor: str = "auto",
     max_tokens: int | None = None,

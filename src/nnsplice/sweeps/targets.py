@@ -48,6 +48,7 @@ class Corruption:
 def targets_of(
     model: engine.Model, paths: Sequence[str | Path], edited: Prompts, window: int, together: bool
 ) -> tuple[Target, ...]:
+    """What paths ask for, in the order of the forward pass: a target for each place and position."""
     wanted = [parse_path(path) for path in paths]
     if not wanted:
         raise BadArgument("no sites, so there is nothing to sweep", expected="at least one path")

@@ -19,18 +19,17 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import Atlas, Selection, peel
 from nnsplice.errors import BadArgument, circumstances
-from nnsplice.metrics import Bound, Metric
-from nnsplice.paths import Path, parse_path
+from nnsplice.metrics import Bound, Metric, MetricLike
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import Cell, Run, SweepResult, Table
 from nnsplice.sweeps.cells import cell_of
 from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.identity import told
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job
-from nnsplice.sweeps.planning import Sites
 from nnsplice.sweeps.prefix import Prefix
 from nnsplice.weights import swap
 from nnsplice.weights.regions import counterpart, regions
@@ -39,9 +38,9 @@ from nnsplice.weights.regions import counterpart, regions
 def sweep_weights(
     base: Any,
     tuned: Any,
-    sites: Sites,
-    metric: Any,
-    prompts: Any,
+    sites: Paths,
+    metric: MetricLike,
+    prompts: PromptsLike,
     *,
     batch_size: int | None = None,
     journal: str | PathLike[str] | None = None,
@@ -178,7 +177,7 @@ def _tuned_logits(runs: _Runs, tuned: Any) -> Tensor:
         return runs.all_logits(module)
 
 
-def _places(base: engine.Model, sites: Sites) -> dict[Path, Selection]:
+def _places(base: engine.Model, sites: Paths) -> dict[Path, Selection]:
     """Every single place with its weights."""
     atlas = Atlas.of(base)
     paths = [parse_path(path) for path in ([sites] if isinstance(sites, str | Path) else sites)]

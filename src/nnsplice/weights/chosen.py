@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from nnsplice.atlas import Atlas, Selection, peel
 from nnsplice.errors import BadArgument, BadType, NnspliceError, OutOfRange, PathError, UnknownPath
 from nnsplice.paths import Path, parse_path
 
+#: An address or the name of a parameter, or a list of them, which is their union.
+Restriction: TypeAlias = "str | list[str] | list[Restriction]"
 #: What a restriction may look like, for messages.
 FORMS = (
     "full, embed, unembed, l<i>, l<i> attn, l<i> mlp, l<i>h<j>, l<i>g<j>, "
@@ -22,7 +24,7 @@ FORMS = (
 _SHORT = re.compile(r"l\d", re.IGNORECASE)
 
 
-def select(model: Any, restriction: Any) -> Selection:
+def select(model: Any, restriction: Restriction | Path | Selection) -> Selection:
     """The weights that a restriction means: a value with `|`, `&`, `-`, `~`, `numel()`, `masks()` and `tree()`.
 
     >>> head = ns.weights.select(model, "l1h2")
@@ -62,7 +64,7 @@ def _of(atlas: Atlas, selection: Selection) -> Selection:
     return selection
 
 
-def chosen(model: Any, restriction: str | list) -> Selection:
+def chosen(model: Any, restriction: Restriction) -> Selection:
     """The selection that a text or a list of texts means, in the model's order."""
     atlas = Atlas.of(model)
     texts = list(_texts(restriction))

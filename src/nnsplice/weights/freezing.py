@@ -19,11 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, circumstances
-from nnsplice.weights.regions import Region, regions
+from nnsplice.weights.regions import Region, Selected, regions
 
 
 @contextmanager
-def freeze_except(model: Any, selection: Any) -> Iterator[list[nn.Parameter]]:
+def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter]]:
     """Train nothing but a place: everything else keeps every bit, under weight decay and momentum too.
 
     >>> import copy

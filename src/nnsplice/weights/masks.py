@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from nnsplice.atlas import peel
 from nnsplice.errors import circumstances
-from nnsplice.weights.chosen import chosen, names
+from nnsplice.weights.chosen import Restriction, chosen, names
 
 #: Parameter name -> bool mask of its shape, or None for the whole of it. A parameter that is absent is left out.
 ParamMasks = dict[str, Tensor | None]
 
 
-def create_param_masks(model: Any, restriction: str | list) -> ParamMasks:
+def create_param_masks(model: Any, restriction: Restriction) -> ParamMasks:
     """Which numbers of which parameters belong to a place.
 
     >>> masks = ns.weights.create_param_masks(model, "l1h2")

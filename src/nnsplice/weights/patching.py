@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nnsplice.errors import BadArgument, circumstances
-from nnsplice.weights.regions import Region, counterpart, regions
+from nnsplice.weights.regions import Region, Selected, counterpart, regions
 
+#: Any model, in whatever wrapper.
+M = TypeVar("M")
 #: The numbers of a region, and their replacement.
 Change = Callable[[Region, list[Tensor]], list[Tensor]]
 
 
 @contextmanager
-def swap(base: Any, other: Any, selection: Any) -> Iterator[Any]:
+def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
     """Give `base` the weights that `other` has at a place: weight patching.
 
     >>> import copy
@@ -46,7 +48,7 @@ def swap(base: Any, other: Any, selection: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def interpolate(base: Any, other: Any, selection: Any, t: float) -> Iterator[Any]:
+def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[M]:
     """Move the weights of `base` at a place a share `t` of the way to `other`'s: 0 is `base`, 1 is `other`.
 
     Shares below 0 and above 1 go on along the line.
@@ -65,7 +67,7 @@ def interpolate(base: Any, other: Any, selection: Any, t: float) -> Iterator[Any
 
 
 @contextmanager
-def ablate(model: Any, selection: Any, with_: str = "zero") -> Iterator[Any]:
+def ablate(model: M, selection: Selected, with_: str = "zero") -> Iterator[M]:
     """Take the weights of a place out of the model.
 
     Args:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Part, peel, rest_of
+from nnsplice.atlas import Atlas, Part, Selection, peel, rest_of
 from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest
-from nnsplice.weights.chosen import exact, select
+from nnsplice.paths import Path
+from nnsplice.weights.chosen import Restriction, exact, select
+
+#: What can be said to be a place of a model's weights: what `select` takes, or masks.
+Selected: TypeAlias = "Restriction | Path | Selection | Mapping[str, Tensor | None]"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Region:
         return Region(self.name, self.tensor, left) if left is not None and left[1] else None
 
 
-def regions(model: Any, what: Any) -> list[Region]:
+def regions(model: Any, what: Selected) -> list[Region]:
     """The tensors of a model that a restriction, a selection or masks mean.
 
     Raises:

@@ -41,7 +41,7 @@ class Staging:
         Raises:
             FileError: another process writes this checkpoint, or what is there is of another job.
         """
-        self.dest = dest.resolve() if dest.is_symlink() else dest.absolute()
+        self.dest: Path = dest.resolve() if dest.is_symlink() else dest.absolute()
         if self.dest.exists() and not self.dest.is_dir():
             raise FileError(f"{dest} is a file", expected="a folder for a checkpoint, or a name that is free")
         if self.dest.is_dir() and os.path.ismount(self.dest):
@@ -53,13 +53,13 @@ class Staging:
         with disk(self.dest, "the first files beside it"):
             self.dest.parent.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.dest)
-        self.folder = self.dest.with_name(f".{self.dest.name}.part")
-        self.weights = self.folder / "weights"
+        self.folder: Path = self.dest.with_name(f".{self.dest.name}.part")
+        self.weights: Path = self.folder / "weights"
         self._gone = self.dest.with_name(f".{self.dest.name}.part.gone")
         self._resume = resume
         try:
             with disk(self.folder, "the first files in it"):
-                self.published = self._begin(asked)
+                self.published: bool = self._begin(asked)
         except BaseException:
             self._lock.release()
             raise

@@ -52,6 +52,7 @@ class ModelStateMapper(ABC):
         Args:
             src_dir: the checkpoint that would be read.
         """
+        # A dry run reads headers, and who reads files knows mappers: asking the mapper itself is only the shorter way.
         from nnsplice.checkpoints.io.explain import explain
 
         return explain(self, src_dir)

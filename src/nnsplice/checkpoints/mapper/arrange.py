@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nnsplice.checkpoints.mapper.leaf import InPlace, Leaf
+from nnsplice.checkpoints.mapper.one_group import InPlace, Leaf
 from nnsplice.errors import MapperError
 
 Ranges = tuple[tuple[int, int], ...]
@@ -28,7 +28,7 @@ class ModelStateMapperReshape(InPlace):
     name: str
     shape: tuple[int, ...]
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0].reshape(self.shape)]
 
 
@@ -39,7 +39,7 @@ class ModelStateMapperScale(InPlace):
     name: str
     factor: float
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0] * self.factor]
 
 
@@ -50,7 +50,7 @@ class ModelStateMapperShift(InPlace):
     name: str
     term: float
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0] + self.term]
 
 
@@ -72,7 +72,7 @@ class ModelStateMapperDeal(Leaf):
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (self.source_name,), self.target_names
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         (tensor,) = tensors
         _covers(self, tensor.shape[self.dim], self.ranges)
         return [
@@ -94,7 +94,7 @@ class ModelStateMapperCollect(Leaf):
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return self.source_names, (self.target_name,)
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         _covers(self, sum(tensor.shape[self.dim] for tensor in tensors), self.ranges)
         pieces: list[tuple[int, Tensor]] = []
         for tensor, own in zip(tensors, self.ranges, strict=True):
@@ -126,7 +126,7 @@ class ModelStateMapperZeros(Leaf):
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), (self.name,)
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [torch.zeros(self.shape, dtype=self.dtype)]
 
 
@@ -140,5 +140,5 @@ class ModelStateMapperDrop(Leaf):
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (self.name,), ()
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return []

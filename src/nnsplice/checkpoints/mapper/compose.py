@@ -16,7 +16,7 @@ from nnsplice.checkpoints.mapper.abc import (
     undefined,
 )
 from nnsplice.checkpoints.mapper.chain import Net, link
-from nnsplice.checkpoints.mapper.leaf import Leaf
+from nnsplice.checkpoints.mapper.one_group import Leaf
 from nnsplice.errors import BadArgument, MapperError
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from nnsplice.checkpoints.mapper.leaf import InPlace
+from nnsplice.checkpoints.mapper.one_group import InPlace
 from nnsplice.errors import MapperError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ModelStateMapperDistribute(InPlace):
     device_mesh: DeviceMesh
     placements: Sequence[Placement]
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         from torch.distributed import tensor as distributed
 
         made = cast("Any", distributed).distribute_tensor(
@@ -64,7 +64,7 @@ class ModelStateMapperGatherFullTensor(InPlace):
 
     name: str
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         (tensor,) = tensors
         if not is_distributed(tensor):
             raise MapperError(f"{self.name} is no DTensor", expected="a tensor that is spread over a mesh")

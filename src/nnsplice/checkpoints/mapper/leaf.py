@@ -8,7 +8,6 @@ many renames    SelectChildModules
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 
@@ -16,39 +15,8 @@ import torch
 from torch import Tensor
 
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, undefined
+from nnsplice.checkpoints.mapper.one_group import InPlace, Leaf
 from nnsplice.errors import BadArgument, MapperError
-
-
-class Leaf(ModelStateMapper):
-    """A mapper with one group, written as a function of tensors in a fixed order."""
-
-    @property
-    @abstractmethod
-    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The inputs and the outputs."""
-
-    @abstractmethod
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """The outputs, in the order of their names."""
-
-    def state_dependency_groups(self) -> frozenset[StateGroup]:
-        """The one group."""
-        inputs, outputs = self.names
-        return frozenset((StateGroup(frozenset(inputs), frozenset(outputs)),))
-
-    def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make the outputs."""
-        inputs, outputs = self.names
-        if len(group) != len(inputs) or not all(name in group for name in inputs):
-            raise undefined(self, group, inputs)
-        try:
-            made = self.compute(*(group[name] for name in inputs))
-        except MapperError:
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:  # torch's own, about shapes and dimensions
-            shapes = ", ".join(f"{name} {list(group[name].shape)}" for name in inputs)
-            raise MapperError(f"{str(error).splitlines()[0]}: {shapes}", path=repr(self)) from None
-        return dict(zip(outputs, made, strict=True))
 
 
 def _unique(what: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -80,7 +48,7 @@ class ModelStateMapperIdentity(Leaf):
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (self.name,), (self.name,)
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return tensors
 
 
@@ -95,18 +63,8 @@ class ModelStateMapperRename(Leaf):
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (self.name_from,), (self.name_to,)
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return tensors
-
-
-class InPlace(Leaf):
-    """One tensor that keeps its name."""
-
-    name: str
-
-    @property
-    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return (self.name,), (self.name,)
 
 
 @dataclass(frozen=True)
@@ -121,7 +79,7 @@ class ModelStateMapperTranspose(InPlace):
             raise BadArgument(f"dims is {self.dims}", expected="two dimensions", write="Permute(name, dims)")
         _set(self, "dims", tuple(self.dims))
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0].transpose(*self.dims).contiguous()]
 
 
@@ -145,7 +103,7 @@ class ModelStateMapperPermute(InPlace):
         _set(self, "dims", tuple(self.dims))
         _set(self, "view", None if self.view is None else tuple(self.view))
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         (tensor,) = tensors
         if self.view is None:
             return [tensor.permute(self.dims).contiguous()]
@@ -159,7 +117,7 @@ class ModelStateMapperSqueeze(InPlace):
     name: str
     dim: int | None = None
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         (tensor,) = tensors
         if self.dim is None:
             return [tensor.squeeze().contiguous()]
@@ -175,7 +133,7 @@ class ModelStateMapperUnsqueeze(InPlace):
     name: str
     dim: int
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0].unsqueeze(self.dim).contiguous()]
 
 
@@ -188,7 +146,7 @@ class ModelStateMapperSlice(InPlace):
     start: int | None = None
     stop: int | None = None
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         (tensor,) = tensors
         length = tensor.shape[self.dim]
         start, stop, _ = slice(self.start, self.stop).indices(length)
@@ -206,7 +164,7 @@ class ModelStateMapperCast(InPlace):
     name: str
     dtype: torch.dtype
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0].to(self.dtype)]
 
 
@@ -227,7 +185,7 @@ class ModelStateMapperCopy(Leaf):
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (self.name_from,), tuple(self.names_to)
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return tensors * len(self.names_to)
 
 
@@ -262,7 +220,7 @@ class ModelStateMapperUnstackTensors(_Apart):
     target_names: Sequence[str]
     dim: int
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return self._count(tensors[0].unbind(self.dim), tensors[0], self.dim)
 
 
@@ -274,7 +232,7 @@ class ModelStateMapperChunkTensors(_Apart):
     target_names: Sequence[str]
     dim: int
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return self._count(tensors[0].chunk(len(self.target_names), self.dim), tensors[0], self.dim)
 
 
@@ -299,7 +257,7 @@ class ModelStateMapperSplit(Leaf):
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (self.name,), tuple(self.target_names)
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [part.contiguous() for part in torch.split(tensors[0], list(self.sizes), self.dim)]
 
 
@@ -342,7 +300,7 @@ class ModelStateMapperStackTensors(_Together):
             raise BadArgument("dim and stack_dim are two names of one argument", expected="one of them")
         _set(self, "dim", stack_dim if self.dim is None else self.dim)
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         self._same_type(tensors)
         return [torch.stack(tensors, self.dim or 0)]
 
@@ -358,7 +316,7 @@ class ModelStateMapperConcatenateTensors(_Together):
     def __post_init__(self) -> None:
         _set(self, "source_names", _unique("source_names", self.source_names))
 
-    def compute(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         self._same_type(tensors)
         return [torch.cat(tensors, self.dim)]
 

@@ -19,6 +19,6 @@ heads        from final states to what the metric reads
 from nnsplice.sweeps.executors import Executor
 from nnsplice.sweeps.packed.executor import corrupted_logits, run_packed, tokens_of
 
-packed = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupted_logits)
+packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupted_logits)
 
 __all__ = ["packed"]

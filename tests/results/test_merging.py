@@ -1,0 +1,59 @@
+"""Shards of a result are put together in any order, and only those of one sweep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnsplice.errors import BadArgument, KeyMismatch
+from nnsplice.results import SweepResult
+from results.tables import part, table
+
+
+@pytest.fixture
+def result() -> SweepResult:
+    return SweepResult(table())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    owner=st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=28, max_size=28), order=st.permutations(range(4))
+)
+def test_any_parts_make_the_whole(owner: list[set[int]], order: list[int]) -> None:
+    whole = table()
+    owners = np.array([sum(1 << n for n in each) for each in owner]).reshape(2, 14)
+    shards = [part(whole, owners >> n & 1 == 1) for n in order]
+    merged = SweepResult.merge(iter(shards))
+    assert merged == SweepResult(whole) and merged.is_complete
+    assert SweepResult.merge([SweepResult.merge(shards[:2]), SweepResult.merge(shards[2:])]) == merged
+    assert (merged.run.executor, merged.run.seconds, merged.run.tokens) == ("packed", 6.0, 160)
+
+
+def test_merging_changes_none_of_the_parts(result: SweepResult) -> None:
+    half = np.arange(28).reshape(2, 14) % 2 == 0
+    shards = [part(result.table, half), part(result.table, ~half)]
+    before = [shard.digest for shard in shards]
+    assert SweepResult.merge(shards) == result
+    assert [shard.digest for shard in shards] == before
+    assert not SweepResult.merge(shards[:1]).is_complete
+
+
+def test_shards_that_disagree_or_are_foreign_are_refused(result: SweepResult) -> None:
+    with pytest.raises(BadArgument, match="nothing to merge"):
+        SweepResult.merge([])
+    values = result.table.values.copy()
+    values[1, 2] += 1
+    with pytest.raises(KeyMismatch, match=r"prompt 1 was measured differently[\s\S]*layers\[0\]\.output\[2\]"):
+        SweepResult.merge([result, SweepResult(replace(result.table, values=values))])
+    values[1, 2] = np.nan
+    with pytest.raises(KeyMismatch, match="measured differently"):
+        SweepResult.merge([result, SweepResult(replace(result.table, values=values))])
+    with pytest.raises(KeyMismatch, match=r"different sweeps: seed differ"):
+        SweepResult.merge([result, SweepResult(replace(result.table, asked={**result.asked, "seed": 1}))])
+    cells = (replace(result.cells[0], layer=7), *result.cells[1:])
+    with pytest.raises(KeyMismatch, match="different cells"):
+        SweepResult.merge([result, SweepResult(replace(result.table, cells=cells))])
