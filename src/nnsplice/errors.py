@@ -40,6 +40,40 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+__all__ = [
+    "BadArgument",
+    "BadType",
+    "DuplicatePath",
+    "FileError",
+    "KeyMismatch",
+    "LateUpdate",
+    "MapperError",
+    "MissingCheckpoint",
+    "MissingPackage",
+    "MissingPosition",
+    "NeedsProbe",
+    "NeverFired",
+    "NnspliceError",
+    "OutOfRange",
+    "OutsideTrace",
+    "OverlappingWrite",
+    "ParamMappingError",
+    "PathError",
+    "RefusedPlace",
+    "ShapeError",
+    "ShortRow",
+    "SpanError",
+    "TeamError",
+    "UnknownParameter",
+    "UnknownPath",
+    "UnrecognisedModel",
+    "WriteFailed",
+]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__
+
 
 class NnspliceError(Exception):
     """The base of every error raised here; `str()` is the whole message, whatever builtin it also is."""

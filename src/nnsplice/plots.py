@@ -2,9 +2,6 @@
 
     heatmap    a grid of numbers with names on both sides
     bars       a number for each of a list of names
-    return ax
-
-
     lines      numbers along an axis, a line for each name
     save       write the figure of some axes to a file
 
@@ -29,11 +26,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
+__all__ = ["bars", "heatmap", "lines", "save"]
+
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "viridis"
 
 # More labels than this on one side would be printed over each other, so every second, third, ... is shown.
 MOST_TICKS = 48
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__
 
 
 def heatmap(

@@ -91,6 +91,25 @@ def load(
     return _named(name, tokenizer, kwargs)
 
 
+def embedded(name: str) -> Path:
+    """The folder of an embedded model: config, tokenizer and safetensors, a checkpoint like any other.
+
+    >>> folder = ns.models.embedded("toy-llama")
+    >>> sorted(file.name for file in folder.iterdir())
+    []
+
+    Raises:
+        BadArgument: no model of this name is embedded.
+    """
+    if name not in EMBEDDED:
+        raise BadArgument(
+            f"no model {name!r} is embedded",
+            expected=" or ".join(map(repr, EMBEDDED)),
+            write="ns.load(name)   (for a model on the hub or in a folder)",
+        )
+    return EMBEDDED[name]
+
+
 def _is_here(name: str) -> bool:
     """Whether a name is meant as a folder of this machine."""
     return name.startswith(("/", "./", "../", "~")) or Path(name).exists()

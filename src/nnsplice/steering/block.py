@@ -22,6 +22,19 @@ class Steering:
 
     Inside the block `model.generate`, `model.trace` and calls of the wrapped Hugging Face module are all steered; after
     it the model is exactly as it was, also when the block raised. `a + b` does both, `a` first where they meet.
+
+    >>> toy = ns.load("toy")
+    >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
+    >>> good, bad = [review.text for review in reviews], [review.opposite for review in reviews]
+    >>> vector = ns.steering.fit_from_prompts(toy, good, bad, "layers[2:4].output[-1]")
+    >>> both = ns.steering.steer(toy, vector.at(2), 0.25) + ns.steering.steer(toy, vector.at(3), 0.1, where="generated")
+    >>> both
+    Steering:
+      layers[2].output  add 0.25, where all
+      layers[3].output  add 0.1, where generated
+    >>> with both:
+    ...     print(*ns.steering.generate(toy, "I thought the film was", max_new_tokens=7))
+    lovely , the acting was lovely and
     """
 
     model: engine.Model
@@ -52,6 +65,12 @@ class Steering:
 
     def show(self, model: Any, prompt: Any = None) -> Any:
         """Run prompts once, and show which of their tokens are touched and how strongly.
+
+        >>> toy = ns.load("toy")
+        >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
+        >>> ns.steering.steer(toy, vector, where=ns.steering.span(1, 3)).show("I thought the film was")
+        layers[1].output  add 1, where span(1, 3)
+          <|endoftext|> [I] [thought] the film was   (2 of 6 tokens, by 0.71 to 1.01 of the norm)
 
         Args:
             prompt: a text or several; `show(prompt)` alone is enough.

@@ -122,6 +122,14 @@ class SteeringSweep:
     def choose(self, *, guard: str | None = "kl", limit: float | None = None, want: str = "high") -> Choice:
         """The cell with the highest (or lowest) metric among those that the guard lets pass.
 
+        >>> import numpy as np
+        >>> gains, costs = np.array([[[0.5, 3.0]]]), np.array([[[0.1, 2.0]]])   # of one prompt, one layer
+        >>> grid = ns.steering.SteeringSweep(("layers[2].output",), (2,), (1.0, 4.0), gains, costs, np.array([-1.0]))
+        >>> grid.choose(guard=None).coefficient
+        4.0
+        >>> grid.choose(guard="kl", limit=0.5)
+        Choice(path='layers[2].output', layer=2, coefficient=1.0, score=0.5, baseline=-1.0, kl=0.1)
+
         Args:
             guard: `"kl"`, or None for none.
             limit: the most that the guard may be, in the mean over the prompts.
