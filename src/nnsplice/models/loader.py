@@ -96,7 +96,13 @@ def embedded(name: str) -> Path:
 
     >>> folder = ns.models.embedded("toy-llama")
     >>> sorted(file.name for file in folder.iterdir())
-    []
+    ['card.json', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
+     'tokenizer_config.json']
+    >>> ns.models.embedded("llama")
+    Traceback (most recent call last):
+    nnsplice.errors.BadArgument: no model 'llama' is embedded
+      expected: 'toy' or 'toy-llama'
+      write: ns.load(name)   (for a model on the hub or in a folder)
 
     Raises:
         BadArgument: no model of this name is embedded.
