@@ -150,6 +150,12 @@ class Checkpoint:
     def plan(self, mapper: ModelStateMapper) -> list[StateGroup]:
         """A mapper's groups in the order of the files.
 
+        >>> from nnsplice.checkpoints import Checkpoint, Identity, Parallel
+        >>> checkpoint = Checkpoint.open(ns.models.embedded("toy"))
+        >>> mapper = Parallel([Identity("transformer.wte.weight"), Identity("transformer.h.0.ln_1.bias")])
+        >>> [sorted(group.inputs) for group in checkpoint.plan(mapper)]
+        [['transformer.h.0.ln_1.bias'], ['transformer.wte.weight']]
+
         Raises:
             MapperError: an input is not there.
         """
