@@ -389,12 +389,7 @@ class SavedActivation:
     # ---------------------------------------------------------------------------------------------------------- files
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with the provenance in its header; whole, or not at all."""
-        storage.write(path, self._packs, self._provenance)
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None) -> Self:
-        """Read a capture, or with `paths` only these of its places and positions.
+        """Write a safetensors file with the provenance in its header; whole, or not at all.
 
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
@@ -403,6 +398,11 @@ class SavedActivation:
         >>> read.keys(), read.prompts
         (['layers[0].output[1]', 'layers[1].output[1]'], ('w3 w4',))
         """
+        storage.write(path, self._packs, self._provenance)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], paths: str | Path | Iterable[str | Path] | None = None) -> Self:
+        """Read a capture, or with `paths` only these of its places and positions."""
         of, provenance = storage.read(path, paths)
         return cls._new(of, provenance, None)
 
