@@ -95,14 +95,18 @@ def steer(
 ) -> Steering:
     """Steer a model for the length of a `with` block.
 
-    >>> acts = ns.capture(model, ["w3 w4", "w5 w6"], "layers[1].output[-1]")
-    >>> vector = ns.steering.fit(acts.slice[0], acts.slice[1])
-    >>> before = ns.patched_logits(model, "w7 w8", ns.capture(model, "w7 w8", "layers[0].output[-1]"))
-    >>> with ns.steering.steer(model, vector, 2.0) as steering:
-    ...     after = model._module(torch.tensor([[7, 8]])).logits
-    >>> bool((before - after).abs().max() > 0), steering
-    (True, Steering:
-      layers[1].output  add 2, where all)
+    >>> toy = ns.load("toy")
+    >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
+    >>> good, bad = [review.text for review in reviews], [review.opposite for review in reviews]
+    >>> vector = ns.steering.fit_from_prompts(toy, good, bad, "layers[3].output[-1]")
+    >>> with ns.steering.steer(toy, vector, 0.5) as steering:
+    ...     print(*ns.steering.generate(toy, "I thought the film was", max_new_tokens=7))
+    lovely , the acting was lovely and
+    >>> print(*ns.steering.generate(toy, "I thought the film was", max_new_tokens=7))
+    terrible , the story was boring and
+    >>> steering
+    Steering:
+      layers[3].output  add 0.5, where all
 
     Args:
         vector: a direction for each place that is steered: `vector.at(3)` for one layer.
