@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnsplice.errors import BadArgument, MissingPackage
+from nnsplice.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,12 +216,10 @@ def save(axes: Axes, path: str | os.PathLike[str], *, close: bool = False, **opt
     """
     path = Path(path)
     figure: Figure = axes.figure.figure  # through a subfigure to the real one
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary, **options)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if not (kind := options.pop("format", path.suffix.removeprefix("."))):
+        raise BadArgument(f"{path.name} has no ending, so no format", expected="a name like figure.png or figure.svg")
+    with whole(path) as temporary:
+        figure.savefig(temporary, format=kind, **options)
     if close:
         _pyplot().close(figure)
     return path
