@@ -98,16 +98,16 @@ def test_captures_of_different_places_say_which_differ(operation: Callable[[Any,
 
 def test_many_different_places_are_cut_short() -> None:
     with pytest.raises(KeyMismatch) as raised:
-        hand(*(f"layers[{n}].output[0]" for n in range(20))) + ns.SavedActivation()
+        _ = hand(*(f"layers[{n}].output[0]" for n in range(20))) + ns.SavedActivation()
     assert "layers[4].output[0], ..." in str(raised.value) and "layers[5]" not in str(raised.value)
 
 
 def test_rows_and_widths_have_to_fit() -> None:
     with pytest.raises(ShapeError, match="one capture has 2 rows, the other 3"):
-        hand(KEY) - hand(KEY, rows=3)
+        _ = hand(KEY) - hand(KEY, rows=3)
     for width in (1, 3):  # one column would be broadcast over all the others
         with pytest.raises(ShapeError, match=rf"4 wide here, the other {width}[\s\S]*layers\[0\]\.output"):
-            hand(KEY) - hand(KEY, width=width)
+            _ = hand(KEY) - hand(KEY, width=width)
     with pytest.raises(ShapeError, match="4 wide here, the other 1"):
         hand(KEY).project_out(hand(KEY, width=1))
 
@@ -115,7 +115,7 @@ def test_rows_and_widths_have_to_fit() -> None:
 def test_a_union_of_the_same_places_lists_them() -> None:
     a, b = hand(KEY, "layers[1].output[0]"), hand("layers[2].output[0]", "layers[1].output[0]")
     with pytest.raises(DuplicatePath, match=r"1 path in both captures: layers\[1\]\.output\[0\]\n"):
-        a | b
+        _ = a | b
     many = hand(*(f"layers[{n}].output[0]" for n in range(9)))
     with pytest.raises(ValueError, match=r"9 paths in both captures: .*layers\[4\]\.output\[0\], \.\.\.\n"):
         many.union(many)
@@ -123,9 +123,9 @@ def test_a_union_of_the_same_places_lists_them() -> None:
 
 def test_a_union_is_of_the_same_prompts() -> None:
     with pytest.raises(ShapeError, match="2 rows, the other 1"):
-        hand(KEY) | hand("layers[1].output[0]", rows=1)
+        _ = hand(KEY) | hand("layers[1].output[0]", rows=1)
     with pytest.raises(ShapeError, match=r"widths \[4, 5\]"):
-        hand(KEY) | hand("layers[0].output[1]", width=5)
+        _ = hand(KEY) | hand("layers[0].output[1]", width=5)
 
 
 def test_a_union_brings_positions_of_one_place_together() -> None:
@@ -150,7 +150,7 @@ def test_a_ranked_capture_and_one_by_hand_meet_in_every_spelling(model) -> None:
     for made in (saved - native, -(native - saved)):
         assert all(torch.equal(made[key], saved[key] - 1) for key in saved)
     with pytest.raises(DuplicatePath, match=r"model\.transformer\.h\[2\]\.output\[0\]"):
-        saved | native
+        _ = saved | native
     last = ns.SavedActivation.from_pairs(("model.transformer.h[1].output[2]", torch.ones(1, 16)))
     for both in (saved | last, last | saved):
         assert both.keys() == [

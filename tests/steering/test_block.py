@@ -98,7 +98,7 @@ def test_the_model_is_left_exactly_as_it_was(model, how: str) -> None:
         with pytest.raises(ZeroDivisionError):
             with both:
                 model._module(IDS)
-                1 / 0  # noqa: B018
+                _ = 1 / 0
     elif how == "stopped":
         with both:
             ns.capture(model, IDS, "layers[1].output[-1]")  # the pass stops in the middle
@@ -141,9 +141,9 @@ def test_steerings_add_up_in_their_order(model) -> None:
         torch.testing.assert_close(along, torch.tensor([expected], dtype=torch.float64), rtol=0, atol=1e-12)
     assert len((out + add).rules) == 2 and len(out.rules) == 1
     with pytest.raises(ValueError, match="two models"):
-        out + ns.steering.steer(precise("gpt2"), vector(1))
+        _ = out + ns.steering.steer(precise("gpt2"), vector(1))
     with pytest.raises(TypeError):
-        out + 1  # pyright: ignore[reportOperatorIssue]
+        _ = out + 1  # pyright: ignore[reportOperatorIssue]
 
 
 def test_two_models_in_one_process_know_nothing_of_each_other() -> None:
