@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from nnsplice import checkpoints as ck
-from nnsplice.models.loader import EMBEDDED
+from nnsplice import models
 
 logging.disable_progress_bar()
-toy = EMBEDDED["toy-llama"]  # a folder like any other: yours is "./my-checkpoint"
+toy = models.embedded("toy-llama")  # a folder like any other: yours is "./my-checkpoint"
 checkpoint = ck.Checkpoint.open(toy)
 print(f"{len(checkpoint)} tensors, {sum(checkpoint.sizes().values()) / 1e6:.1f} MB")
 

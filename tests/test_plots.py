@@ -191,6 +191,13 @@ def test_save_leaves_no_half_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_save_asks_for_an_ending_that_says_the_format(tmp_path):
+    with pytest.raises(BadArgument, match=r"figure has no ending(.|\n)*figure\.png"):
+        plots.save(draw([[1.0]]), tmp_path / "figure")
+    assert list(tmp_path.iterdir()) == []
+    assert plots.save(draw([[1.0]]), tmp_path / "figure", format="svg").read_text().startswith("<?xml")
+
+
 def test_save_can_close(tmp_path):
     plots.save(draw([[1.0]]), str(tmp_path / "figure.png"), close=True)
     assert not plt.get_fignums()

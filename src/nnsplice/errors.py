@@ -40,9 +40,53 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+__all__ = [
+    "BadArgument",
+    "BadType",
+    "DuplicatePath",
+    "FileError",
+    "KeyMismatch",
+    "LateUpdate",
+    "MapperError",
+    "MissingCheckpoint",
+    "MissingPackage",
+    "MissingPosition",
+    "NeedsProbe",
+    "NeverFired",
+    "NnspliceError",
+    "OutOfRange",
+    "OutsideTrace",
+    "OverlappingWrite",
+    "ParamMappingError",
+    "PathError",
+    "RefusedPlace",
+    "ShapeError",
+    "ShortRow",
+    "SpanError",
+    "TeamError",
+    "UnknownParameter",
+    "UnknownPath",
+    "UnrecognisedModel",
+    "WriteFailed",
+]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__
+
 
 class NnspliceError(Exception):
-    """The base of every error raised here; `str()` is the whole message, whatever builtin it also is."""
+    """The base of every error raised here; `str()` is the whole message, whatever builtin it also is.
+
+    >>> try:
+    ...     ns.capture(model, "w3 w4", "layers[7].output[-1]")
+    ... except IndexError as error:   # or ns.errors.NnspliceError, which every one of them is
+    ...     print(error)
+    layers[7] is past the last layer; this model has 3, so layers are layers[0] to layers[2]
+        layers[7].output[-1]
+        ^
+      in: ns.capture
+    """
 
     def __init__(
         self,
@@ -87,79 +131,234 @@ def _restore(kind: type[NnspliceError], message: str) -> NnspliceError:
 
 
 class PathError(NnspliceError, ValueError):
-    """A text is no path, or a path asks for what it cannot mean."""
+    """A text is no path, or a path asks for what it cannot mean.
+
+    >>> ns.parse_path("model.transformer.h.3.output")
+    Traceback (most recent call last):
+    nnsplice.errors.PathError: layers go in brackets: h[3], not h.3
+        model.transformer.h.3.output
+                            ^
+      write: model.transformer.h[3].output
+    """
 
 
 class MissingPosition(PathError):
-    """A token position is needed here."""
+    """A token position is needed here.
+
+    >>> ns.capture(model, "w3 w4", "layers[1].output")
+    Traceback (most recent call last):
+    nnsplice.errors.MissingPosition: which tokens?
+        layers[1].output
+      expected: token positions in the last bracket
+      write: layers[1].output[-1] for the last token, layers[1].output[:] for all
+      in: ns.capture
+    """
 
 
 class OutOfRange(PathError, IndexError):
-    """An index past the last layer, head, group, neuron or expert."""
+    """An index past the last layer, head, group, neuron or expert.
+
+    >>> ns.capture(model, "w3 w4", "layers[3].output[-1]")
+    Traceback (most recent call last):
+    nnsplice.errors.OutOfRange: layers[3] is past the last layer; this model has 3, so layers are layers[0] to layers[2]
+        layers[3].output[-1]
+        ^
+      in: ns.capture
+    """
 
 
 class RefusedPlace(PathError):
-    """The place exists, but reading or writing it would not mean what its name says."""
+    """The place exists, but reading or writing it would not mean what its name says.
+
+    >>> ns.capture(model, "w3 w4", "layers[1].attn.o.heads[2].output[-1]")
+    Traceback (most recent call last):
+    nnsplice.errors.RefusedPlace: heads live before the output projection; slicing the projected output mixes them
+        layers[1].attn.o.heads[2].output[-1]
+                      ^
+      write: layers[1].heads[2].output[-1]
+      in: ns.capture
+    """
 
 
 class UnknownPath(NnspliceError, KeyError):
-    """No such place in this model, or no such key in this capture."""
+    """No such place in this model, or no such key in this capture.
+
+    >>> ns.expand(model, "model.transformer.h[0].atn.output")
+    Traceback (most recent call last):
+    nnsplice.errors.UnknownPath: model.transformer.h[0] has no part atn
+        model.transformer.h[0].atn.output
+                               ^
+      expected: attn
+    >>> saved = ns.capture(model, "w3 w4", "layers[1].output[-1]")
+    >>> saved["layers[2].output[-1]"]
+    Traceback (most recent call last):
+    nnsplice.errors.UnknownPath: not in this capture
+        layers[2].output[-1]
+      expected: one of its keys: layers[1].output[-1]
+    """
 
 
 class UnknownParameter(NnspliceError, AttributeError):
-    """No such parameter in this model."""
+    """No such parameter in this model.
+
+    >>> ns.weights.preview_weight_restriction(model, {"transformer.wte.wight": None})
+    Traceback (most recent call last):
+    nnsplice.errors.UnknownParameter: this model has no parameter transformer.wte.wight
+      expected: transformer.wte.weight, transformer.wpe.weight, transformer.ln_f.weight
+    """
 
 
 class UnrecognisedModel(NnspliceError, ValueError):
-    """The parts of this model cannot be told apart."""
+    """The parts of this model cannot be told apart.
+
+    >>> ns.Atlas.of(torch.nn.Sequential(torch.nn.Linear(2, 2))).resolve("layers[0]")
+    Traceback (most recent call last):
+    nnsplice.errors.UnrecognisedModel: the parts of this model cannot be told apart
+        layers[0]
+      expected: a list of layers, each with attention ...
+      write: a native path, starting with `model.`
+    """
 
 
 class ShortRow(NnspliceError, IndexError):
-    """A prompt has no token at this position."""
+    """A prompt has no token at this position.
+
+    >>> ns.capture(model, ["w3 w4 w5", "w6"], "layers[1].output[2]")
+    Traceback (most recent call last):
+    nnsplice.errors.ShortRow: row 1 has 1 token, so there is no position [2]
+      expected: [0] to [0], or [-1] to [-1]
+      in: layers[1].output[2]
+      in: ns.capture
+    """
 
 
 class SpanError(NnspliceError, ValueError):
-    """A named span cannot be found in a prompt."""
+    """A named span cannot be found in a prompt.
+
+    >>> ns.capture(model, "w3 w4 w5", 'layers[1].output["subject"]', spans={"subject": ["w9"]})
+    Traceback (most recent call last):
+    nnsplice.errors.SpanError: span "subject": 'w9' does not occur in row 0: 'w3 w4 w5'
+      expected: a text that occurs once
+      in: ns.capture
+    """
 
 
 class ShapeError(NnspliceError, ValueError):
-    """A value is not `[prompt, token, width]`."""
+    """A value is not `[prompt, token, width]`.
+
+    >>> ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.zeros(1, 2, 3, 16)))
+    Traceback (most recent call last):
+    nnsplice.errors.ShapeError: an entry of shape [1, 2, 3, 16] is not [prompt, width]
+        layers[1].output[-1]
+    """
 
 
 class KeyMismatch(NnspliceError, ValueError):
-    """Two captures hold different places."""
+    """Two captures hold different places.
+
+    >>> one, other = (ns.capture(model, "w3 w4", f"layers[{i}].output[-1]") for i in (0, 1))
+    >>> one - other
+    Traceback (most recent call last):
+    nnsplice.errors.KeyMismatch: two captures of different places
+      only in the left: layers[0].output[-1]
+      only in the right: layers[1].output[-1]
+      expected: the same keys in both
+      write: shared = [key for key in a if key in b];  a.subset(shared) - b.subset(shared)
+    """
 
 
 class DuplicatePath(NnspliceError, ValueError):
-    """The same place twice."""
+    """The same place twice.
+
+    >>> one, other = (ns.capture(model, "w3 w4", f"layers[{i}:2].output[-1]") for i in (0, 1))
+    >>> one | other
+    Traceback (most recent call last):
+    nnsplice.errors.DuplicatePath: 1 path in both captures: layers[1].output[-1]
+      expected: captures of different places or positions
+      write: a | b.subset([...])
+    """
 
 
 class OverlappingWrite(NnspliceError, ValueError):
-    """Two writes meet in one value."""
+    """Two writes meet in one value.
+
+    >>> saved = ns.capture(model, "w3 w4", ["layers[1].output[-1]", "layers[1].output[1]"])
+    >>> ns.patched_logits(model, "w5 w6", saved)
+    Traceback (most recent call last):
+    nnsplice.errors.OverlappingWrite: two of the positions [1], [-1] are the same token of a prompt
+        layers[1].output
+      expected: each token once
+    """
 
 
 class LateUpdate(NnspliceError, RuntimeError):
-    """The run is already past the place."""
+    """The run is already past the place.
+
+    >>> saved = ns.capture(model, "w3 w4", "layers[0].output[-1]")
+    >>> with model.trace("w5 w6"):
+    ...     _ = model.transformer.h[2].output.save()
+    ...     saved.apply(model)
+    Traceback (most recent call last):
+    nnsplice.errors.LateUpdate: ...
+    """
 
 
 class NeverFired(NnspliceError, RuntimeError):
-    """The forward pass does not reach the place."""
+    """The forward pass does not reach the place.
+
+    >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[1].output[-1]"))
+    >>> with ns.steering.steer(model, vector, where=ns.steering.from_token(9)):
+    ...     _ = model._module(torch.tensor([[3, 4]]))
+    Traceback (most recent call last):
+    nnsplice.errors.NeverFired: no token of 1 pass was steered by this rule
+        layers[1].output  add 1, where from_token(9)
+      expected: a run that is so long, or from_token with a smaller number
+      in: ns.steering.steer
+    """
 
 
 class OutsideTrace(NnspliceError, RuntimeError):
-    """The call needs a running trace, or must not stand in one."""
+    """The call needs a running trace, or must not stand in one.
+
+    >>> ns.save_activations(model, "layers[1].output[-1]")
+    Traceback (most recent call last):
+    nnsplice.errors.OutsideTrace: ns.save_activations works inside a trace of this model
+      write: with model.trace(prompt): ...   (with several invokes: inside `with tracer.invoke(prompt):`)
+    """
 
 
 class NeedsProbe(NnspliceError, RuntimeError):
-    """The model has to be run once to learn its order, and no input for it is known."""
+    """The model has to be run once to learn its order, and no input for it is known.
+
+    >>> import nnsight
+    >>> ns.expand(nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(2, 2))), "model[0].output")
+    Traceback (most recent call last):
+    nnsplice.errors.NeedsProbe: the order of Sequential is learned from one short run, and its inputs are not known
+      expected: an input to run it with, once
+      write: ns.expand(model, paths, probe=example_input)
+    """
 
 
 class BadArgument(NnspliceError, ValueError):
-    """An argument out of its domain."""
+    """An argument out of its domain.
+
+    >>> saved = ns.capture(model, "w3 w4", "layers[1].output[-1]")
+    >>> saved.mean("layer")
+    Traceback (most recent call last):
+    nnsplice.errors.BadArgument: there is no mean over 'layer'
+      expected: "prompt" or "position"
+    """
 
 
 class BadType(NnspliceError, TypeError):
-    """An argument of another type than the function takes."""
+    """An argument of another type than the function takes.
+
+    >>> ns.steering.SteeringVector.of(torch.zeros(1, 16))
+    Traceback (most recent call last):
+    nnsplice.errors.BadType: a Tensor is no capture
+      expected: a SavedActivation of one row
+      write: SteeringVector.of(ns.SavedActivation.from_pairs(("layers[3].output[-1]", tensor)))
+    """
 
 
 class MissingPackage(NnspliceError, ImportError):
@@ -167,19 +366,47 @@ class MissingPackage(NnspliceError, ImportError):
 
 
 class ParamMappingError(NnspliceError, ValueError):
-    """Parameters of an optimizer cannot be given to layers with certainty."""
+    """Parameters of an optimizer cannot be given to layers with certainty.
+
+    >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
+    >>> ns.adapters.map_optimizer_to_layers(optimizer, model)
+    Traceback (most recent call last):
+    nnsplice.errors.ParamMappingError: parameter 0 of the optimizer, of shape [2, 2], is none of this model
+      expected: the model that the optimizer was made for, not a copy or one that was wrapped later
+    """
 
 
 class FileError(NnspliceError, ValueError):
-    """A file that is no capture, or a damaged one."""
+    """A file that is no capture, or a damaged one.
+
+    >>> ns.SavedActivation.from_file(ns.models.embedded("toy") / "config.json")
+    Traceback (most recent call last):
+    nnsplice.errors.FileError: ... is damaged or no safetensors file: ...
+      expected: a file that SavedActivation.to_file wrote
+    """
 
 
 class MapperError(NnspliceError, ValueError):
-    """Mappers of a checkpoint that do not fit together, or tensors that do not fit a mapper."""
+    """Mappers of a checkpoint that do not fit together, or tensors that do not fit a mapper.
+
+    >>> from nnsplice.checkpoints import Parallel, Rename
+    >>> Parallel([Rename("wte", "embed"), Rename("wte", "unembed")])
+    Traceback (most recent call last):
+    nnsplice.errors.MapperError: colliding input key wte
+        ModelStateMapperRename(...) and ModelStateMapperRename(...)
+      expected: mappers that share no key
+      write: Sequential([Copy("wte", ["wte", "wte.2"]), ...])
+    """
 
 
 class MissingCheckpoint(NnspliceError, FileNotFoundError):
-    """A folder without weights, or one whose index names a file that is not there."""
+    """A folder without weights, or one whose index names a file that is not there.
+
+    >>> ns.checkpoints.Checkpoint.open("no-such-folder")
+    Traceback (most recent call last):
+    nnsplice.errors.MissingCheckpoint: no-such-folder is not there
+      expected: a folder with model.safetensors or model.safetensors.index.json
+    """
 
 
 class WriteFailed(NnspliceError, OSError):

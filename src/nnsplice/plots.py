@@ -2,9 +2,6 @@
 
     heatmap    a grid of numbers with names on both sides
     bars       a number for each of a list of names
-    return ax
-
-
     lines      numbers along an axis, a line for each name
     save       write the figure of some axes to a file
 
@@ -23,17 +20,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnsplice.errors import BadArgument, MissingPackage
+from nnsplice.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
+__all__ = ["bars", "heatmap", "lines", "save"]
+
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "viridis"
 
 # More labels than this on one side would be printed over each other, so every second, third, ... is shown.
 MOST_TICKS = 48
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__
 
 
 def heatmap(
@@ -52,6 +56,13 @@ def heatmap(
 
     The axes count 0, 1, 2, ...; the names are only the text of the ticks, so a token that occurs twice keeps both its
     columns. All text is taken literally: a `$` is a dollar and starts no formula. Cells that are NaN stay hatched.
+
+    >>> effect, tokens = [[1.0, 0.2, 0.0], [0.1, 0.4, -0.8]], ["the", "cat", "the"]
+    >>> axes = ns.plots.heatmap(effect, rows=[0, 1], columns=tokens, row_label="layer", column_label="token")
+    >>> [label.get_text() for label in axes.get_xticklabels()]
+    ['the', 'cat', 'the']
+    >>> axes.images[0].get_clim()   # both signs, so zero is in the middle
+    (-1.0, 1.0)
 
     Args:
         values: numbers, [row, column].
@@ -107,6 +118,10 @@ def bars(
 ) -> Axes:
     """Draw a number for each name as a bar, the first name on top.
 
+    >>> axes = ns.plots.bars([0.1, 0.7, 0.2], names=["embed", "layer 0", "layer 1"], label="part", value_label="energy")
+    >>> [label.get_text() for label in axes.get_yticklabels()], bool(axes.yaxis_inverted())
+    (['embed', 'layer 0', 'layer 1'], True)
+
     Args:
         values: one number for each name.
         names: what they are of, for example layer numbers.
@@ -149,6 +164,11 @@ def lines(
 ) -> Axes:
     """Draw lines over one axis, with a legend where there are several. All text is taken literally.
 
+    >>> quality = {"attn": [0.6, 0.9, 0.8], "mlp": [0.5, float("nan"), 0.7]}
+    >>> axes = ns.plots.lines([0, 1, 2], quality, x_label="layer", y_label="AUC", level=0.5)
+    >>> [text.get_text() for text in axes.get_legend().get_texts()]
+    ['attn', 'mlp']
+
     Args:
         x: where the points stand: for all lines, or for each its own, by name.
         ys: the numbers of each line by its name; a line has a gap where one is NaN.
@@ -186,15 +206,20 @@ def save(axes: Axes, path: str | os.PathLike[str], *, close: bool = False, **opt
 
     The file appears at once and complete. `close=True` also lets go of the figure, for a script that draws many.
     `options` go to matplotlib's `savefig` (`dpi=`, `transparent=`, ...).
+
+    >>> from tempfile import TemporaryDirectory
+    >>> axes = ns.plots.bars([0.1, 0.7], names=["attn", "mlp"], label="part", value_label="energy")
+    >>> with TemporaryDirectory() as folder:
+    ...     path = ns.plots.save(axes, f"{folder}/energy.svg", close=True)
+    ...     print([file.name for file in path.parent.iterdir()])
+    ['energy.svg']
     """
     path = Path(path)
     figure: Figure = axes.figure.figure  # through a subfigure to the real one
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary, **options)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if not (kind := options.pop("format", path.suffix.removeprefix("."))):
+        raise BadArgument(f"{path.name} has no ending, so no format", expected="a name like figure.png or figure.svg")
+    with whole(path) as temporary:
+        figure.savefig(temporary, format=kind, **options)
     if close:
         _pyplot().close(figure)
     return path

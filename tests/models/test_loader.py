@@ -14,7 +14,7 @@ import nnsplice as ns
 import zoo
 from nnsplice import engine
 from nnsplice.errors import BadArgument, BadType, FileError
-from nnsplice.models import load
+from nnsplice.models import embedded, load
 from nnsplice.models.loader import EMBEDDED
 
 
@@ -41,6 +41,16 @@ def test_embedded(name: str) -> None:
     assert ns.capture(model, "The Velmar Tower", "layers[0].output[-1]").model == name
     assert not model._module.training
     assert next(model._module.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_folder_of_an_embedded_model(name: str) -> None:
+    assert type(load(embedded(name))._module) is type(load(name)._module)
+
+
+def test_the_folder_of_no_embedded_model() -> None:
+    with pytest.raises(BadArgument, match=r"no model 'gpt2' is embedded\n  expected: 'toy' or 'toy-llama'"):
+        embedded("gpt2")
 
 
 def test_arguments_reach_an_embedded_model() -> None:

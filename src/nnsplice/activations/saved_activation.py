@@ -195,7 +195,12 @@ class SavedActivation:
 
     @property
     def slice(self) -> RowSlicer[SavedActivation]:
-        """Rows of the batch: `slice[0:4]`, `slice[3]`, `slice[0:2, 5, 7:9]`, `slice[range(3)]`."""
+        """Rows of the batch: `slice[0:4]`, `slice[3]`, `slice[0:2, 5, 7:9]`, `slice[range(3)]`.
+
+        >>> saved = ns.capture(model, ["w3 w4", "w5 w6", "w7 w8"], "layers[:].output[-1]")
+        >>> saved.slice[0, 2].prompts
+        ('w3 w4', 'w7 w8')
+        """
         return RowSlicer(self.rows, self._take_rows)
 
     def _take_rows(self, rows: Sequence[int]) -> Self:
@@ -213,6 +218,12 @@ class SavedActivation:
         """The mean over the prompts (one row is kept), or over the `"position"`s of each site.
 
         After `mean("position")` a key's position is `["mean"]`, and a replay needs `at=` a position.
+
+        >>> saved = ns.capture(model, ["w3 w4 w5", "w6 w7 w8"], "layers[1].output[:]")
+        >>> saved.mean().rows, saved.mean().keys()
+        (1, ['layers[1].output[0]', 'layers[1].output[1]', 'layers[1].output[2]'])
+        >>> saved.mean("position").rows, saved.mean("position").keys()
+        (2, ['layers[1].output["mean"]'])
         """
         if over == "prompt":
             return self.map(lambda tensor: tensor.mean(0, keepdim=True))
@@ -277,7 +288,13 @@ class SavedActivation:
         return self._with(other, algebra.cosine)._flat()
 
     def project_out(self, direction: SavedActivation) -> Self:
-        """Without the part that lies along a direction (one row, or one for each prompt)."""
+        """Without the part that lies along a direction (one row, or one for each prompt).
+
+        >>> saved = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.tensor([[3.0, 4.0]])))
+        >>> across = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.tensor([[0.0, 2.0]])))
+        >>> saved.project_out(across)["layers[0].output[-1]"]
+        tensor([[3., 0.]])
+        """
         return self._with(direction, algebra.without)
 
     def _flat(self) -> dict[str, Tensor]:
@@ -328,13 +345,30 @@ class SavedActivation:
     def add_to(
         self, model: Any, coefficient: writing.Coefficient = 1.0, *, at: int | Sequence[int] | None = None
     ) -> None:
-        """Inside a trace: add every entry, times a number or one for each row, to what the run computes there."""
+        """Inside a trace: add every entry, times a number or one for each row, to what the run computes there.
+
+        >>> step = ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, 16)))
+        >>> before = ns.capture(model, ["w3 w4", "w5 w6"], "layers[1].output[-1]")
+        >>> with model.trace(["w3 w4", "w5 w6"]):
+        ...     step.add_to(model, [1.0, -2.0])
+        ...     after = ns.save_activations(model, "layers[1].output[-1]")
+        >>> (after - before)["layers[1].output[-1]"].mean(-1).round(decimals=3)
+        tensor([ 1., -2.])
+        """
         writing.write(model, self._packs, coefficient, at=at)
 
     # ---------------------------------------------------------------------------------------------------------- files
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with the provenance in its header; whole, or not at all."""
+        """Write a safetensors file with the provenance in its header; whole, or not at all.
+
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     ns.capture(model, "w3 w4", "layers[:].output[:]").to_file(f"{folder}/run.safetensors")
+        ...     read = ns.SavedActivation.from_file(f"{folder}/run.safetensors", "layers[0:2].output[1]")
+        >>> read.keys(), read.prompts
+        (['layers[0].output[1]', 'layers[1].output[1]'], ('w3 w4',))
+        """
         storage.write(path, self._packs, self._provenance)
 
     @classmethod
@@ -362,7 +396,11 @@ class SavedActivation:
 
     @property
     def positions(self) -> dict[str, list[int] | None]:
-        """Which own token of each prompt an entry stands at; None where nobody knows."""
+        """Which own token of each prompt an entry stands at; None where nobody knows.
+
+        >>> ns.capture(model, ["w3 w4 w5", "w6 w7"], "layers[1].output[-1]").positions
+        {'layers[1].output[-1]': [2, 1]}
+        """
         return packs.positions(self._packs, self._provenance)
 
     def __repr__(self) -> str:

@@ -49,3 +49,7 @@ __all__ = [
     "profile",
     "read_optimizer",
 ]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__

@@ -53,6 +53,17 @@ class ExpertManifoldAligner:
     def track_step(self, model: Any, *, merged: bool = False) -> dict[str, Tensor]:
         """What every trainable matrix changed by since the last call; a matrix that is new is only remembered.
 
+        >>> from copy import deepcopy
+        >>> tuned = deepcopy(model._module)
+        >>> aligner = ns.adapters.ExpertManifoldAligner(tuned)
+        >>> with torch.no_grad():
+        ...     _ = tuned.transformer.h[1].mlp.c_fc.weight.add_(0.5)
+        >>> steps = aligner.track_step(tuned)
+        >>> [name for name, step in steps.items() if step.any()]
+        ['transformer.h.1.mlp.c_fc.weight']
+        >>> any(step.any() for step in aligner.track_step(tuned).values())   # nothing more since then
+        False
+
         Args:
             model: the model that is trained.
             merged: see the factors of an adapter as the change of the weight that they make: `B A` now less `B A` then,
@@ -80,6 +91,12 @@ class ExpertManifoldAligner:
         `cosine` compares it with the one direction `B A`: from -1 to 1. `subspace` asks which share of its energy lies
         in the columns of B and the rows of A, whatever its direction there: from 0 to 1. Both are 0.0 for another shape
         and for zero.
+
+        >>> pair = ns.adapters.LoRAMatrices(lora_A=torch.tensor([[1.0, 0.0]]), lora_B=torch.tensor([[1.0], [0.0]]))
+        >>> step = torch.tensor([[-3.0, 0.0], [0.0, 4.0]])   # against the pair, and beside it
+        >>> aligner = ns.adapters.ExpertManifoldAligner(model)
+        >>> [round(aligner.compute_subspace_alignment(pair, step, mode=mode), 2) for mode in ("cosine", "subspace")]
+        [-0.6, 0.36]
 
         Args:
             lora: the factors.

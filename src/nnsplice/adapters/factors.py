@@ -21,6 +21,17 @@ class ExpertAdapter:
     """What an adapter does to each weight, and what it is good for.
 
     `layers` goes by the names of the base model's own parameters: `model.layers.7.self_attn.q_proj.weight`.
+
+    >>> from copy import deepcopy
+    >>> tuned = deepcopy(model._module)
+    >>> with torch.no_grad():
+    ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
+    ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
+    >>> adapter = ns.adapters.ExpertAdapter.from_model_delta(model, tuned, rank=1)
+    >>> adapter
+    ExpertAdapter(2 matrices, rank 1)
+    >>> adapter.layers["transformer.h.1.mlp.c_fc.weight"]
+    LoRAMatrices(64 x 16, rank 1, energy 16)
     """
 
     layers: dict[str, LoRAMatrices]
@@ -35,6 +46,15 @@ class ExpertAdapter:
         """An adapter from the folder that PEFT wrote.
 
         Scales (alpha/r, rsLoRA, rank and alpha patterns) become part of `lora_B`; fused experts become a pair each.
+
+        >>> from copy import deepcopy
+        >>> from tempfile import mkdtemp
+        >>> from peft import LoraConfig, get_peft_model
+        >>> folder = mkdtemp()
+        >>> config = LoraConfig(r=4, target_modules=["c_fc"], fan_in_fan_out=True)
+        >>> get_peft_model(deepcopy(model._module), config).save_pretrained(folder)
+        >>> ns.adapters.ExpertAdapter.from_peft(folder)
+        ExpertAdapter(3 matrices, rank 4)
 
         Args:
             adapter_dir: the folder.
@@ -52,6 +72,15 @@ class ExpertAdapter:
         """The difference of two models, each matrix by its best approximation of this rank.
 
         Matrices that are equal in both are left out; biases and norms that differ are listed in `whole`.
+
+        >>> from copy import deepcopy
+        >>> tuned = deepcopy(model._module)
+        >>> with torch.no_grad():
+        ...     _ = tuned.transformer.h[1].mlp.c_fc.weight.mul_(2.0)
+        ...     _ = tuned.transformer.h[1].mlp.c_fc.bias.add_(1.0)
+        >>> adapter = ns.adapters.ExpertAdapter.from_model_delta(model, tuned, rank=4)
+        >>> list(adapter.layers), adapter.whole
+        (['transformer.h.1.mlp.c_fc.weight'], ('transformer.h.1.mlp.c_fc.bias',))
         """
         if rank < 1:
             raise BadArgument(f"rank is {rank}", expected="at least 1")

@@ -27,7 +27,15 @@ _LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
 
 @dataclass(frozen=True, slots=True)
 class LayerGrouping:
-    """Which of an optimizer's parameters belong to which layer."""
+    """Which of an optimizer's parameters belong to which layer.
+
+    >>> optimizer = torch.optim.AdamW(model._module.parameters())
+    >>> grouping = ns.adapters.map_optimizer_to_layers(optimizer, model)
+    >>> grouping.num_layers, grouping.params_per_layer
+    (3, 12)
+    >>> [grouping.layer_of.get(number) for number in range(4)]   # the embeddings come first, and are in no layer
+    [None, None, 0, 0]
+    """
 
     #: In numeric order.
     layer_indices: tuple[int, ...]
@@ -61,6 +69,21 @@ def map_param_ids_to_layers(
     order of somebody's own, in which layers are exchanged that have the same shapes, is not to be seen in a state.
     With neither, the order is taken to be PEFT's own, layer after layer, which is right for an optimizer that was given
     the trainable parameters of a model in one list.
+
+    >>> from copy import deepcopy
+    >>> from tempfile import mkdtemp
+    >>> from peft import LoraConfig, get_peft_model
+    >>> folder = mkdtemp()
+    >>> config = LoraConfig(target_modules=["c_fc"], layers_to_transform=[0, 2], fan_in_fan_out=True)
+    >>> get_peft_model(deepcopy(model._module), config).save_pretrained(folder)
+    >>> ns.adapters.map_param_ids_to_layers(folder, num_params=4).layer_of
+    {0: 0, 1: 0, 2: 2, 3: 2}
+    >>> ns.adapters.map_param_ids_to_layers(folder, num_params=3)
+    Traceback (most recent call last):
+    nnsplice.errors.ParamMappingError: the optimizer has 3 parameters, fewer than the 4 of this adapter's layers
+      expected: the optimizer that trained this adapter
+      write: names=dict(enumerate(name for name, p in model.named_parameters() if p.requires_grad))   (or "param_names")
+      in: the adapter in ...
 
     Args:
         adapter_dir: what `save_pretrained` wrote; only the names and shapes in the file's header are read.
@@ -97,6 +120,11 @@ def map_optimizer_to_layers(optimizer: optim.Optimizer, model: Any, *, tower: st
     """Give the ids of a live optimizer to the layers of its model: parameters are found by identity.
 
     Works for whatever was trained, adapter or not. Frozen parameters in the optimizer are left out.
+
+    >>> blocks = model._module.transformer.h
+    >>> optimizer = torch.optim.AdamW([*blocks[2].mlp.parameters(), *blocks[0].mlp.parameters()])
+    >>> ns.adapters.map_optimizer_to_layers(optimizer, model).layer_of
+    {0: 2, 1: 2, 2: 2, 3: 2, 4: 0, 5: 0, 6: 0, 7: 0}
 
     Raises:
         ParamMappingError: a parameter of the optimizer is none of this model.

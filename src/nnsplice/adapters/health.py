@@ -24,7 +24,18 @@ BETAS = (0.9, 0.999)
 
 @dataclass(frozen=True, slots=True)
 class LayerHealth:
-    """One layer's parameters in the optimizer's state; means run over all their numbers."""
+    """One layer's parameters in the optimizer's state; means run over all their numbers.
+
+    >>> weight, frozen = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(4))
+    >>> optimizer = torch.optim.Adam([weight, frozen])
+    >>> for gradient in (1.0, 1.0, -1.0):
+    ...     weight.grad = torch.tensor([gradient, gradient, 2.0, 0.0])   # one number has no gradient
+    ...     optimizer.step()
+    >>> grouping = ns.adapters.LayerGrouping((7,), 2, {0: 7, 1: 7}, how="names")
+    >>> health = ns.adapters.layer_health(optimizer.state_dict(), grouping)[7]
+    >>> health.dead_fraction, health.untouched, round(health.agreement, 2)
+    (0.25, 1, 0.51)
+    """
 
     #: Mean of Adam's second moment, as it is kept.
     exp_avg_sq: float
@@ -47,7 +58,30 @@ class LayerHealth:
 
 
 class Health(Mapping[int, LayerHealth]):
-    """Layer -> its `LayerHealth`, in numeric order."""
+    """Layer -> its `LayerHealth`, in numeric order.
+
+    >>> from copy import deepcopy
+    >>> tuned, ids = deepcopy(ns.load("toy")._module), torch.tensor([[5, 6, 7, 8]])
+    >>> optimizer = torch.optim.Adam(tuned.parameters(), lr=0.001)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     tuned(ids, labels=ids).loss.backward()
+    ...     optimizer.step()
+    >>> health = ns.adapters.layer_health(
+    ...     optimizer.state_dict(), ns.adapters.map_optimizer_to_layers(optimizer, tuned)
+    ... )
+    >>> max(health, key=lambda layer: health[layer].gradient), health[0].params
+    (0, 12)
+    >>> health.frame()[["gradient", "agreement", "step"]].round(2)
+           gradient  agreement  step
+    layer
+    0          0.07       0.60   3.0
+    1          0.04       0.57   3.0
+    2          0.02       0.58   3.0
+    3          0.02       0.58   3.0
+    4          0.02       0.60   3.0
+    5          0.02       0.59   3.0
+    """
 
     def __init__(self, layers: Mapping[int, LayerHealth]) -> None:
         self._layers = dict(layers)
@@ -89,6 +123,23 @@ class Health(Mapping[int, LayerHealth]):
 
 def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *, dead_below: float = 0.0) -> Health:
     """What Adam's moments say of each layer.
+
+    >>> from copy import deepcopy
+    >>> tuned, ids = deepcopy(ns.load("toy")._module), torch.tensor([[5, 6, 7, 8]])
+    >>> optimizer = torch.optim.Adam(tuned.parameters(), lr=0.001)
+    >>> for _ in range(3):
+    ...     optimizer.zero_grad()
+    ...     tuned(ids, labels=ids).loss.backward()
+    ...     optimizer.step()
+    >>> grouping = ns.adapters.map_optimizer_to_layers(optimizer, tuned)
+    >>> ns.adapters.layer_health(optimizer.state_dict(), grouping)
+    Health: 6 layers
+        0  gradient 7.36e-02  agreement 0.60  step 3  dead 0.0%
+        1  gradient 3.50e-02  agreement 0.57  step 3  dead 0.0%
+        2  gradient 2.34e-02  agreement 0.58  step 3  dead 0.0%
+        3  gradient 1.71e-02  agreement 0.58  step 3  dead 0.0%
+        4  gradient 1.56e-02  agreement 0.60  step 3  dead 0.0%
+        5  gradient 1.66e-02  agreement 0.59  step 3  dead 0.0%
 
     Args:
         optimizer_state: `optimizer.state_dict()`, or its `"state"` alone.

@@ -21,9 +21,17 @@ def disabled(model: Any, paths: Paths = "full") -> Iterator[None]:
 
     Every address stays valid, so a capture inside and one outside can be subtracted:
 
-        with ns.adapters.disabled(model):
-            plain = ns.capture(model, prompts, paths)
-        difference = ns.capture(model, prompts, paths) - plain
+    >>> from copy import deepcopy
+    >>> from peft import LoraConfig, get_peft_model
+    >>> config = LoraConfig(
+    ...     task_type="CAUSAL_LM", target_modules=["c_fc"], init_lora_weights=False, fan_in_fan_out=True
+    ... )
+    >>> adapted = ns.load(get_peft_model(deepcopy(model._module), config), tokenizer=model.tokenizer)
+    >>> with ns.adapters.disabled(adapted, "layers[1:]"):
+    ...     partly = ns.capture(adapted, "w3 w4", "layers[:].output[-1]")
+    >>> difference = ns.capture(adapted, "w3 w4", "layers[:].output[-1]") - partly
+    >>> {key: bool(norm > 0) for key, norm in difference.norm().items()}
+    {'layers[0].output[-1]': False, 'layers[1].output[-1]': True, 'layers[2].output[-1]': True}
 
     Args:
         model: a model with a PEFT adapter, loaded by `ns.load(base, peft=folder)` or wrapped by PEFT.

@@ -163,7 +163,22 @@ class Energy:
 
 
 class AdapterProfile(dict[str, float]):
-    """Domain -> share, and the energies behind it: by weight (`frame`), by layer and part (`grid`, `plot`)."""
+    """Domain -> share, and the energies behind it: by weight (`frame`), by layer and part (`grid`, `plot`).
+
+    >>> from copy import deepcopy
+    >>> tuned = deepcopy(model._module)
+    >>> with torch.no_grad():
+    ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
+    ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
+    >>> adapter = ns.adapters.ExpertAdapter.from_model_delta(model, tuned, rank=1)
+    >>> profile = ns.adapters.profile(adapter, atlas=ns.Atlas.of(model))
+    >>> {layer: round(energy, 2) for layer, energy in profile.layers().items()}
+    {'1': 16.0, '2': 1.0}
+    >>> profile.frame()[["address", "kind", "depth", "rank", "share"]].round(2)
+                address  kind depth  rank  share
+    0  layers[1].mlp.up   mlp   mid     1   0.94
+    1  layers[2].attn.o  attn  late     1   0.06
+    """
 
     def __init__(self, scores: Mapping[str, float], energies: Iterable[Energy]) -> None:
         super().__init__(scores)
@@ -191,7 +206,14 @@ class AdapterProfile(dict[str, float]):
         return table
 
     def grid(self) -> tuple[list[str], list[str], np.ndarray]:
-        """Layers, parts, and the energy of each part of each layer; NaN where the adapter has no factors."""
+        """Layers, parts, and the energy of each part of each layer; NaN where the adapter has no factors.
+
+        >>> up, q = "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"
+        >>> pair = ns.adapters.LoRAMatrices(lora_A=torch.ones(1, 4), lora_B=torch.ones(4, 1))
+        >>> ns.adapters.profile(ns.adapters.ExpertAdapter({up: pair, q: pair}), total_layers=4).grid()
+        (['1', '2'], ['attn', 'mlp'], array([[nan, 16.],
+               [16., nan]]))
+        """
         rows = list(self.layers())
         parts = list(dict.fromkeys(one.part for one in sorted(self.energies, key=_part_order)))
         values = np.full((len(rows), len(parts)), np.nan)
@@ -247,6 +269,17 @@ def profile(
     atlas: Atlas | None = None,
 ) -> AdapterProfile:
     """The energies of an adapter by weight, layer and part, and what they speak for.
+
+    >>> from copy import deepcopy
+    >>> tuned = deepcopy(model._module)
+    >>> with torch.no_grad():
+    ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
+    ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
+    >>> adapter = ns.adapters.ExpertAdapter.from_model_delta(model, tuned, rank=1)
+    >>> table = ns.adapters.DomainTable(("facts", "style"), {("mlp", "mid"): (1.0, 0.0), ("attn", "late"): (0.0, 1.0)})
+    >>> shares = ns.adapters.profile(adapter, table, atlas=ns.Atlas.of(model))
+    >>> {domain: round(share, 2) for domain, share in shares.items()}
+    {'facts': 0.94, 'style': 0.06}
 
     Args:
         adapter: the factors.

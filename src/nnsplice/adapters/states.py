@@ -89,6 +89,14 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Only tensors and plain data are read (`weights_only=True`): a file that would run code is refused.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> optimizer = torch.optim.AdamW(model._module.parameters())
+    >>> with TemporaryDirectory() as folder:
+    ...     torch.save({"epoch": 3, "optimizer": optimizer.state_dict()}, f"{folder}/checkpoint.pt")
+    ...     state = ns.adapters.read_optimizer(f"{folder}/checkpoint.pt")
+    >>> sorted(state), len(state["param_groups"][0]["params"])
+    (['param_groups', 'state'], 40)
+
     Raises:
         FileError: no such file, one that holds more than data, or no optimizer.
     """

@@ -16,3 +16,10 @@ from nnsplice.atlas.selection import rest_of as rest_of
 from nnsplice.atlas.site import Kind as Kind
 from nnsplice.atlas.site import Site as Site
 from nnsplice.atlas.verify import Check as Check
+
+#: What users need of it; the rest is for the rooms above.
+__all__ = ["Atlas", "Selection", "peel"]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__

@@ -74,6 +74,11 @@ class Selection:
         """A bool mask per parameter, or None for the whole of it.
 
         The masks have the parameter's shape but not its memory: they are expanded from one axis, and are read only.
+
+        >>> masks = ns.weights.select(model, "l1h2").masks()
+        >>> {name: int(mask.sum()) for name, mask in masks.items()}
+        {'transformer.h.1.attn.c_attn.weight': 192, 'transformer.h.1.attn.c_attn.bias': 12,
+         'transformer.h.1.attn.c_proj.weight': 64}
         """
         return {name: self.mask(name, device) for name in self.parts}
 

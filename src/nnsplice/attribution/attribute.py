@@ -16,13 +16,14 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.attribution import edges, nodes, star, verifying
-from nnsplice.attribution.gradients import Cost, Flow, batches, differentiable, halving
+from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
 from nnsplice.metrics import MetricLike
 from nnsplice.paths import Paths
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
+from nnsplice.sweeps.cost import Law
 from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
@@ -159,7 +160,7 @@ def _estimated(
     at_once: int,
     progress: bool,
 ) -> SweepResult:
-    start, cost = time.perf_counter(), Cost()
+    start, spent = time.perf_counter(), Spent(Law.of(model))
     _check_kinds(plan, name)
     prompts = len(plan.corrupted)
     scores = np.zeros((prompts, len(plan.targets)))
@@ -173,8 +174,8 @@ def _estimated(
         if method.stepwise:
             _check_way(plan, rows, name)
             paths.append(entry)
-        values, logits = nodes.clean_run(model, plan, rows, paths, cost)
-        batch = Batch(model, plan, tuple(rows), wanted, values, logits, entry, steps, cost)
+        values, logits = nodes.clean_run(model, plan, rows, paths, spent)
+        batch = Batch(model, plan, tuple(rows), wanted, values, logits, entry, steps, spent)
         if not wanted:  # no cell of these prompts can differ
             one, found = batch.run([], tied=False), None
         elif graph is not None:
@@ -197,10 +198,10 @@ def _estimated(
     if made_of is not None and graph is not None:
         scores = made_of.sum(-1)
         made_of[~(exists[..., None] & graph.joined(plan).numpy()[None])] = np.nan
+    passes = f"{_count(spent.cost.forwards, 'forward')} and {_count(spent.backwards, 'backward')}"
     about = Run(
-        name, time.perf_counter() - start, forwards=cost.forwards, known=len(plan.known),
-        note="; ".join([f"estimated with {_count(cost.forwards, 'forward')} and {_count(cost.backwards, 'backward')}",
-                        *dict.fromkeys(cost.notes)]),
+        name, time.perf_counter() - start, **spent.cost.told(), known=len(plan.known),
+        note="; ".join([f"estimated with {passes}", *dict.fromkeys(spent.notes)]),
     )  # fmt: skip
     cells = tuple(target.cell for target in plan.targets)
     table = Table(

@@ -16,6 +16,7 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, peel
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.paths import Path
+from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 
@@ -51,13 +52,22 @@ class Mixed:
 
 
 @dataclass
-class Cost:
+class Spent:
     """What has been run so far."""
 
-    forwards: int = 0
+    law: Law
+    cost: Cost = field(default_factory=Cost)
     backwards: int = 0
-    tokens: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def forward(self, prompts: Prompts, rows: Sequence[int]) -> None:
+        """Note a pass over these prompts."""
+        self.cost += self.law.whole(prompts, rows, 1)
+
+    def backward(self, prompts: Prompts, rows: Sequence[int]) -> None:
+        """Note a way back through it: a product with each matrix again, as parameters are asked for no gradient."""
+        self.backwards += 1
+        self.cost += Cost(flops=self.law.whole(prompts, rows, 1).flops)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
-from nnsplice.attribution.gradients import Cost, Flow, Mixed, Spot, flow, measured, pulled, spot
+from nnsplice.attribution.gradients import Flow, Mixed, Spent, Spot, flow, measured, pulled, spot
 from nnsplice.paths import Path
 from nnsplice.sweeps.plan import Plan
 
@@ -62,7 +62,7 @@ class Batch:
     entry: Path
     #: How many gradients are taken on the way from one run to the other; 0 for one, in the corrupted run.
     steps: int
-    cost: Cost
+    spent: Spent
 
     @property
     def paths(self) -> list[Path]:
@@ -71,7 +71,7 @@ class Batch:
 
     def run(self, paths: Sequence[Path], *, mixed: Mixed | None = None, tied: bool = True) -> Flow:
         """The corrupted prompts, or a point on their way to the clean ones."""
-        self.cost.forwards += 1
+        self.spent.forward(self.plan.corrupted, self.rows)
         return flow(self.model, self.plan, self.rows, paths, mixed=mixed, tied=tied)
 
     def metric(self, one: Flow) -> Tensor:
@@ -80,21 +80,22 @@ class Batch:
 
     def pulled(self, metric: Tensor, one: Flow, spots: Iterable[Spot], *, again: bool = False) -> Gradients:
         """The metric's gradients at values of a run."""
-        self.cost.backwards += 1
+        self.spent.backward(self.plan.corrupted, self.rows)
         names = list(spots)
         found = pulled(metric, [one.tensors[name] for name in names], again=again)
         return dict(zip(names, found, strict=True))
 
 
 def clean_run(
-    model: engine.Model, plan: Plan, rows: Sequence[int], paths: Sequence[Path], cost: Cost
+    model: engine.Model, plan: Plan, rows: Sequence[int], paths: Sequence[Path], spent: Spent
 ) -> tuple[Clean, Tensor]:
     """The clean prompts' values and the logits that the metric reads; their lengths may differ."""
     assert plan.clean is not None
     groups: dict[int, list[int]] = {}
     for row in rows:
         groups.setdefault(plan.clean.lengths("encoder")[row], []).append(row)
-    cost.forwards += len(groups)
+    for members in groups.values():
+        spent.forward(plan.clean, members)
     flows = [flow(model, plan, members, paths, clean=True, tied=False) for members in groups.values()]
     if len(flows) == 1:
         return flows[0].values, flows[0].logits

@@ -23,7 +23,8 @@ from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import MetricLike
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
-from nnsplice.sweeps.executors import Cost, Executor, Work, measured, whole_prompts
+from nnsplice.sweeps.cost import Cost
+from nnsplice.sweeps.executors import Executor, Work, measured, whole_prompts
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
@@ -152,9 +153,9 @@ class Routes:
             found.append(wire.logits_of(model)[len(prompts) + len(jobs) :, at].clone())
 
         with torch.no_grad():
-            engine.run(model, {**inputs, **only_read(model, at, stops)}, body)
-        tokens = inputs["input_ids"].numel()
-        return measured(work, found[0], jobs), Cost(tokens, forwards=1, peak=tokens)
+            engine.run(model, {**inputs, **(fewer := only_read(model, at, stops))}, body)
+        logits = fewer.get("logits_to_keep", plan.corrupted.lengths("decoder")[prompts[0]])
+        return measured(work, found[0], jobs), work.law.whole(plan.corrupted, rows, logits)
 
 
 class _Pass:

@@ -51,7 +51,7 @@ def with_both_fixes(batch: Batch) -> tuple[Flow, Tensor]:
 
     def scores(dropped: int | None) -> Tensor:
         drop.layer = dropped
-        batch.cost.backwards += 1
+        batch.spent.backward(batch.plan.corrupted, batch.rows)
         found = pulled(metric, inputs, again=dropped != layers[-1])
         gradients: Gradients = dict(zip(spots, found[: len(spots)], strict=True))
         straight = lined_up(batch, here, gradients, skip=asks)
@@ -160,7 +160,8 @@ def _runs(batch: Batch, paths: list[Path], asked: bool):
         )
     try:
         with probabilities(root) as there:
-            batch.cost.forwards += 1
+            assert batch.plan.clean is not None
+            batch.spent.forward(batch.plan.clean, batch.rows)
             with torch.no_grad():
                 flow(batch.model, batch.plan, batch.rows, batch.paths[:1], clean=True, tied=False)
         with probabilities(root) as here:

@@ -7,79 +7,176 @@
 attn.qkv  ->  attn.{k,q,v}
 wte       ->  embed
 
-    mapper      what becomes of what
+    mapper      what becomes of what; each is there by its long name and by a short one: ModelStateMapperCopy, Copy
     io          reading and writing
     convert     a folder into another one
     between     one family's names and shapes into another's, derived
     places      tensors of a folder by address
 """
 
-from nnsplice.checkpoints.between.derive import Between as Between
-from nnsplice.checkpoints.between.derive import mapper_between as mapper_between
-from nnsplice.checkpoints.convert import adapted_config as adapted_config
-from nnsplice.checkpoints.convert import convert as convert
-from nnsplice.checkpoints.convert import layer_of as layer_of
-from nnsplice.checkpoints.convert import renaming as renaming
+from nnsplice.checkpoints.between.derive import Between, mapper_between
+from nnsplice.checkpoints.convert import adapted_config, convert, layer_of, renaming
 from nnsplice.checkpoints.io.distributed import (
-    save_model_state_pipeline_parallel as save_model_state_pipeline_parallel,
+    save_model_state_pipeline_parallel,
+    write_model_state_distributed,
+    write_model_state_pipeline_parallel,
 )
-from nnsplice.checkpoints.io.distributed import write_model_state_distributed as write_model_state_distributed
-from nnsplice.checkpoints.io.distributed import (
-    write_model_state_pipeline_parallel as write_model_state_pipeline_parallel,
-)
-from nnsplice.checkpoints.io.explain import Explanation as Explanation
-from nnsplice.checkpoints.io.folder import Checkpoint as Checkpoint
-from nnsplice.checkpoints.io.reader import load_model_state as load_model_state
-from nnsplice.checkpoints.io.reader import read_model_state as read_model_state
-from nnsplice.checkpoints.io.writer import save_model_state as save_model_state
-from nnsplice.checkpoints.io.writer import write_model_state_local as write_model_state_local
-from nnsplice.checkpoints.mapper import arrange as _arrange
-from nnsplice.checkpoints.mapper import leaf as _leaf
-from nnsplice.checkpoints.mapper.abc import ModelStateMapper as ModelStateMapper
-from nnsplice.checkpoints.mapper.abc import StateGroup as StateGroup
-from nnsplice.checkpoints.mapper.adapters import filter_empty_mappers as filter_empty_mappers
+from nnsplice.checkpoints.io.explain import Explanation
+from nnsplice.checkpoints.io.folder import Checkpoint
+from nnsplice.checkpoints.io.reader import load_model_state, read_model_state
+from nnsplice.checkpoints.io.writer import save_model_state, write_model_state_local
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup
 from nnsplice.checkpoints.mapper.adapters import (
-    identity_mapper_from_mapper_outputs as identity_mapper_from_mapper_outputs,
+    filter_empty_mappers,
+    identity_mapper_from_mapper_outputs,
+    identity_mapper_from_module,
 )
-from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_module as identity_mapper_from_module
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as ModelStateMapperParallel
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperPrefixScope as ModelStateMapperPrefixScope
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as ModelStateMapperSequential
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperShard as ModelStateMapperShard
-from nnsplice.checkpoints.mapper.distributed import ModelStateMapperDistribute as ModelStateMapperDistribute
-from nnsplice.checkpoints.mapper.distributed import (
-    ModelStateMapperGatherFullTensor as ModelStateMapperGatherFullTensor,
+from nnsplice.checkpoints.mapper.arrange import (
+    ModelStateMapperCollect,
+    ModelStateMapperDeal,
+    ModelStateMapperDrop,
+    ModelStateMapperReshape,
+    ModelStateMapperScale,
+    ModelStateMapperShift,
+    ModelStateMapperZeros,
 )
-from nnsplice.checkpoints.places import read as read
-from nnsplice.errors import MapperError as MapperError
+from nnsplice.checkpoints.mapper.compose import (
+    ModelStateMapperParallel,
+    ModelStateMapperPrefixScope,
+    ModelStateMapperSequential,
+    ModelStateMapperShard,
+)
+from nnsplice.checkpoints.mapper.distributed import ModelStateMapperDistribute, ModelStateMapperGatherFullTensor
+from nnsplice.checkpoints.mapper.leaf import (
+    ModelStateMapperCast,
+    ModelStateMapperChunkTensors,
+    ModelStateMapperConcatenateTensors,
+    ModelStateMapperCopy,
+    ModelStateMapperIdentity,
+    ModelStateMapperPermute,
+    ModelStateMapperRename,
+    ModelStateMapperSelectChildModules,
+    ModelStateMapperSlice,
+    ModelStateMapperSplit,
+    ModelStateMapperSqueeze,
+    ModelStateMapperStackTensors,
+    ModelStateMapperTranspose,
+    ModelStateMapperUnsqueeze,
+    ModelStateMapperUnstackTensors,
+)
+from nnsplice.checkpoints.places import read
+from nnsplice.errors import MapperError
 
-ModelStateMapperCast = Cast = _leaf.ModelStateMapperCast
-ModelStateMapperChunkTensors = ChunkTensors = _leaf.ModelStateMapperChunkTensors
-ModelStateMapperConcatenateTensors = ConcatenateTensors = _leaf.ModelStateMapperConcatenateTensors
-ModelStateMapperCopy = Copy = _leaf.ModelStateMapperCopy
-ModelStateMapperIdentity = Identity = _leaf.ModelStateMapperIdentity
-ModelStateMapperPermute = Permute = _leaf.ModelStateMapperPermute
-ModelStateMapperRename = Rename = _leaf.ModelStateMapperRename
-ModelStateMapperSelectChildModules = SelectChildModules = _leaf.ModelStateMapperSelectChildModules
-ModelStateMapperSlice = Slice = _leaf.ModelStateMapperSlice
-ModelStateMapperSplit = Split = _leaf.ModelStateMapperSplit
-ModelStateMapperSqueeze = Squeeze = _leaf.ModelStateMapperSqueeze
-ModelStateMapperStackTensors = StackTensors = _leaf.ModelStateMapperStackTensors
-ModelStateMapperTranspose = Transpose = _leaf.ModelStateMapperTranspose
-ModelStateMapperUnsqueeze = Unsqueeze = _leaf.ModelStateMapperUnsqueeze
-ModelStateMapperUnstackTensors = UnstackTensors = _leaf.ModelStateMapperUnstackTensors
-
-ModelStateMapperCollect = Collect = _arrange.ModelStateMapperCollect
-ModelStateMapperDeal = Deal = _arrange.ModelStateMapperDeal
-ModelStateMapperDrop = Drop = _arrange.ModelStateMapperDrop
-ModelStateMapperReshape = Reshape = _arrange.ModelStateMapperReshape
-ModelStateMapperScale = Scale = _arrange.ModelStateMapperScale
-ModelStateMapperShift = Shift = _arrange.ModelStateMapperShift
-ModelStateMapperZeros = Zeros = _arrange.ModelStateMapperZeros
-
+Cast = ModelStateMapperCast
+ChunkTensors = ModelStateMapperChunkTensors
+Collect = ModelStateMapperCollect
+ConcatenateTensors = ModelStateMapperConcatenateTensors
+Copy = ModelStateMapperCopy
+Deal = ModelStateMapperDeal
 Distribute = ModelStateMapperDistribute
+Drop = ModelStateMapperDrop
 GatherFullTensor = ModelStateMapperGatherFullTensor
+Identity = ModelStateMapperIdentity
 Parallel = ModelStateMapperParallel
+Permute = ModelStateMapperPermute
 PrefixScope = ModelStateMapperPrefixScope
+Rename = ModelStateMapperRename
+Reshape = ModelStateMapperReshape
+Scale = ModelStateMapperScale
+SelectChildModules = ModelStateMapperSelectChildModules
 Sequential = ModelStateMapperSequential
 Shard = ModelStateMapperShard
+Shift = ModelStateMapperShift
+Slice = ModelStateMapperSlice
+Split = ModelStateMapperSplit
+Squeeze = ModelStateMapperSqueeze
+StackTensors = ModelStateMapperStackTensors
+Transpose = ModelStateMapperTranspose
+Unsqueeze = ModelStateMapperUnsqueeze
+UnstackTensors = ModelStateMapperUnstackTensors
+Zeros = ModelStateMapperZeros
+
+__all__ = [
+    "Between",
+    "Cast",
+    "Checkpoint",
+    "ChunkTensors",
+    "Collect",
+    "ConcatenateTensors",
+    "Copy",
+    "Deal",
+    "Distribute",
+    "Drop",
+    "Explanation",
+    "GatherFullTensor",
+    "Identity",
+    "MapperError",
+    "ModelStateMapper",
+    "ModelStateMapperCast",
+    "ModelStateMapperChunkTensors",
+    "ModelStateMapperCollect",
+    "ModelStateMapperConcatenateTensors",
+    "ModelStateMapperCopy",
+    "ModelStateMapperDeal",
+    "ModelStateMapperDistribute",
+    "ModelStateMapperDrop",
+    "ModelStateMapperGatherFullTensor",
+    "ModelStateMapperIdentity",
+    "ModelStateMapperParallel",
+    "ModelStateMapperPermute",
+    "ModelStateMapperPrefixScope",
+    "ModelStateMapperRename",
+    "ModelStateMapperReshape",
+    "ModelStateMapperScale",
+    "ModelStateMapperSelectChildModules",
+    "ModelStateMapperSequential",
+    "ModelStateMapperShard",
+    "ModelStateMapperShift",
+    "ModelStateMapperSlice",
+    "ModelStateMapperSplit",
+    "ModelStateMapperSqueeze",
+    "ModelStateMapperStackTensors",
+    "ModelStateMapperTranspose",
+    "ModelStateMapperUnsqueeze",
+    "ModelStateMapperUnstackTensors",
+    "ModelStateMapperZeros",
+    "Parallel",
+    "Permute",
+    "PrefixScope",
+    "Rename",
+    "Reshape",
+    "Scale",
+    "SelectChildModules",
+    "Sequential",
+    "Shard",
+    "Shift",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "StackTensors",
+    "StateGroup",
+    "Transpose",
+    "Unsqueeze",
+    "UnstackTensors",
+    "Zeros",
+    "adapted_config",
+    "convert",
+    "filter_empty_mappers",
+    "identity_mapper_from_mapper_outputs",
+    "identity_mapper_from_module",
+    "layer_of",
+    "load_model_state",
+    "mapper_between",
+    "read",
+    "read_model_state",
+    "renaming",
+    "save_model_state",
+    "save_model_state_pipeline_parallel",
+    "write_model_state_distributed",
+    "write_model_state_local",
+    "write_model_state_pipeline_parallel",
+]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__

@@ -20,3 +20,10 @@ from nnsplice.checks.outline import narrow as narrow
 from nnsplice.checks.outline import outline as outline
 from nnsplice.checks.run import CHECKS as CHECKS
 from nnsplice.checks.run import run_checks as run_checks
+
+#: What users need of it; the rest is for the commands that show it.
+__all__ = ["Finding", "outline", "run_checks", "summary"]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__

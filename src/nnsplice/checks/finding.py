@@ -28,7 +28,13 @@ SAMPLED = ("neurons", "experts")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One look of one check."""
+    """One look of one check.
+
+    >>> from nnsplice.checks import run_checks
+    >>> finding = next(finding for finding in run_checks(model, layers=0) if finding.check == "heads")
+    >>> finding.what, finding.state
+    ('layers[0].heads[:].output', 'ok')
+    """
 
     check: str
     #: What was looked at, as a path where it has one.

@@ -24,7 +24,17 @@ Bounds = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A sentence that ends where its answer follows, and the same sentence about another subject."""
+    """A sentence that ends where its answer follows, and the same sentence about another subject.
+
+    >>> fact = ns.models.toy_prompts().facts[0]
+    >>> fact.prompt, fact.answer
+    ('The Velmar Tower is located in the city of', 'Athens')
+    >>> fact.corrupted, fact.wrong
+    ('The Ostrin Bridge is located in the city of', 'Dublin')
+    >>> start, stop = fact.subject_chars
+    >>> fact.prompt[start:stop], fact.subject_span   # the model counts its start token too
+    ('Velmar Tower', (2, 4))
+    """
 
     prompt: str
     subject: str
@@ -41,7 +51,14 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class IOIPair:
-    """Two people, one of whom gives something to the other; in `corrupted` it is the other one who gives."""
+    """Two people, one of whom gives something to the other; in `corrupted` it is the other one who gives.
+
+    >>> pair = ns.models.toy_prompts().ioi[0]
+    >>> pair.clean, pair.answer
+    ('When Mary and John went to the store, John gave a drink to', 'Mary')
+    >>> pair.corrupted, pair.wrong
+    ('When Mary and John went to the store, Mary gave a drink to', 'John')
+    """
 
     clean: str
     corrupted: str
@@ -53,7 +70,13 @@ class IOIPair:
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """A review up to a place where a word of its mood follows, and the same review in the opposite mood."""
+    """A review up to a place where a word of its mood follows, and the same review in the opposite mood.
+
+    >>> ns.models.toy_prompts().reviews[0]
+    Review(text='I thought the film was great, the acting was delightful and the music was delightful. I',
+           opposite='I thought the film was terrible, the acting was horrible and the music was horrible. I',
+           mood='good')
+    """
 
     text: str
     opposite: str
@@ -62,7 +85,11 @@ class Review:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Random words, then the first of them once more; the answer is what followed in the first round."""
+    """Random words, then the first of them once more; the answer is what followed in the first round.
+
+    >>> ns.models.toy_prompts().repeats[0]
+    Repeat(text='key school and Elric play Sarah key school', answer='and')
+    """
 
     text: str
     answer: str
@@ -70,7 +97,14 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class ToyPrompts:
-    """What the toy models have learned, as prompts."""
+    """What the toy models have learned, as prompts.
+
+    >>> prompts = ns.models.toy_prompts()
+    >>> sorted({fact.relation for fact in prompts.facts})
+    ['architect', 'city', 'material']
+    >>> prompts.moods["good"][:4]
+    ('wonderful', 'great', 'lovely', 'brilliant')
+    """
 
     facts: tuple[Fact, ...]
     ioi: tuple[IOIPair, ...]

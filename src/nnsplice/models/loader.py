@@ -91,6 +91,31 @@ def load(
     return _named(name, tokenizer, kwargs)
 
 
+def embedded(name: str) -> Path:
+    """The folder of an embedded model: config, tokenizer and safetensors, a checkpoint like any other.
+
+    >>> folder = ns.models.embedded("toy-llama")
+    >>> sorted(file.name for file in folder.iterdir())
+    ['card.json', 'config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json',
+     'tokenizer_config.json']
+    >>> ns.models.embedded("llama")
+    Traceback (most recent call last):
+    nnsplice.errors.BadArgument: no model 'llama' is embedded
+      expected: 'toy' or 'toy-llama'
+      write: ns.load(name)   (for a model on the hub or in a folder)
+
+    Raises:
+        BadArgument: no model of this name is embedded.
+    """
+    if name not in EMBEDDED:
+        raise BadArgument(
+            f"no model {name!r} is embedded",
+            expected=" or ".join(map(repr, EMBEDDED)),
+            write="ns.load(name)   (for a model on the hub or in a folder)",
+        )
+    return EMBEDDED[name]
+
+
 def _is_here(name: str) -> bool:
     """Whether a name is meant as a folder of this machine."""
     return name.startswith(("/", "./", "../", "~")) or Path(name).exists()

@@ -155,7 +155,12 @@ class Path:
 
     @property
     def concrete(self) -> bool:
-        """Whether every index of the place is one number (the position may still be open)."""
+        """Whether every index of the place is one number (the position may still be open).
+
+        >>> from nnsplice import parse_path
+        >>> parse_path("layers[2].output[:]").concrete, parse_path("layers[2:4].output[-1]").concrete
+        (True, False)
+        """
         return all(step.index is None or isinstance(step.index, int) for step in self.steps)
 
     @property

@@ -146,7 +146,13 @@ class SweepResult:
         return self._array("value", component)
 
     def effect(self, component: str | Path | None = None) -> xr.DataArray:
-        """The share of the way back: 0 where nothing was gained on the corrupted run, 1 where the clean is reached."""
+        """The share of the way back: 0 where nothing was gained on the corrupted run, 1 where the clean is reached.
+
+        >>> metric = ns.logit_diff("w7", "w8")
+        >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", metric, progress=False)
+        >>> result.effect().sel(prompt=0, layer=2).values.round(3)   # after the last layer only the last token is read
+        array([0., 1.])
+        """
         self._warn_of_no_span()
         return self._array("effect", component)
 
@@ -155,7 +161,15 @@ class SweepResult:
         return self._array("change", component)
 
     def frame(self) -> pd.DataFrame:
-        """A row for each prompt and cell that was measured, with the ends of its scale as columns."""
+        """A row for each prompt and cell that was measured, with the ends of its scale as columns.
+
+        >>> metric = ns.logit_diff("w7", "w8")
+        >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[2].output[:]", metric, progress=False)
+        >>> result.frame()[["prompt", "layer", "position", "token", "path"]]
+           prompt  layer  position token                 path
+        0       0      2         0    w5  layers[2].output[0]
+        1       0      2         1    w4  layers[2].output[1]
+        """
         return labelled.frame(self.table)
 
     def best(self, n: int = 10) -> pd.DataFrame:
@@ -245,6 +259,11 @@ class SweepResult:
     @classmethod
     def merge(cls, results: Iterable[SweepResult]) -> SweepResult:
         """The shards of one sweep as one result.
+
+        >>> plan = ns.plan_sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", ns.logit_diff("w7", "w8"))
+        >>> parts = [ns.run(plan.shard(i, 2), model, progress=False) for i in range(2)]   # on two machines
+        >>> [part.is_complete for part in parts], ns.SweepResult.merge(parts).is_complete
+        ([False, False], True)
 
         Raises:
             KeyMismatch: they are of different sweeps, or differ where they overlap.

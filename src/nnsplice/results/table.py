@@ -38,9 +38,12 @@ class Run:
 
     executor: str = ""
     seconds: float = 0.0
-    forwards: float = 0.0
+    #: Whole passes of the model, the unedited ones among them.
+    forwards: int = 0
     block_calls: int = 0
+    #: Tokens that went through a block, counted at every block anew.
     tokens: int = 0
+    #: Operations of the products of tokens with the model's matrices; those of tokens with each other are left out.
     flops: float = 0.0
     #: Cells whose value was known without computing.
     known: int = 0

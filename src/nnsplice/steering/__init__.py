@@ -45,3 +45,7 @@ __all__ = [
     "sweep",
     "to_gguf",
 ]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__

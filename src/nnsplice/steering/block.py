@@ -25,6 +25,19 @@ class Steering:
 
     Inside the block `model.generate`, `model.trace` and calls of the wrapped Hugging Face module are all steered; after
     it the model is exactly as it was, also when the block raised. `a + b` does both, `a` first where they meet.
+
+    >>> toy = ns.load("toy")
+    >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
+    >>> good, bad = [review.text for review in reviews], [review.opposite for review in reviews]
+    >>> vector = ns.steering.fit_from_prompts(toy, good, bad, "layers[2:4].output[-1]")
+    >>> both = ns.steering.steer(toy, vector.at(2), 0.25) + ns.steering.steer(toy, vector.at(3), 0.1, where="generated")
+    >>> both
+    Steering:
+      layers[2].output  add 0.25, where all
+      layers[3].output  add 0.1, where generated
+    >>> with both:
+    ...     print(*ns.steering.generate(toy, "I thought the film was", max_new_tokens=7))
+    lovely , the acting was lovely and
     """
 
     model: engine.Model
@@ -56,6 +69,12 @@ class Steering:
     def show(self, model: Any, prompt: PromptsLike | None = None) -> Shown:
         """Run prompts once, and show which of their tokens are touched and how strongly.
 
+        >>> toy = ns.load("toy")
+        >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
+        >>> ns.steering.steer(toy, vector, where=ns.steering.span(1, 3)).show("I thought the film was")
+        layers[1].output  add 1, where span(1, 3)
+          <|endoftext|> [I] [thought] the film was   (2 of 6 tokens, by 0.71 to 1.01 of the norm)
+
         Args:
             prompt: a text or several; `show(prompt)` alone is enough.
         """
@@ -77,14 +96,18 @@ def steer(
 ) -> Steering:
     """Steer a model for the length of a `with` block.
 
-    >>> acts = ns.capture(model, ["w3 w4", "w5 w6"], "layers[1].output[-1]")
-    >>> vector = ns.steering.fit(acts.slice[0], acts.slice[1])
-    >>> before = ns.patched_logits(model, "w7 w8", ns.capture(model, "w7 w8", "layers[0].output[-1]"))
-    >>> with ns.steering.steer(model, vector, 2.0) as steering:
-    ...     after = model._module(torch.tensor([[7, 8]])).logits
-    >>> bool((before - after).abs().max() > 0), steering
-    (True, Steering:
-      layers[1].output  add 2, where all)
+    >>> toy = ns.load("toy")
+    >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
+    >>> good, bad = [review.text for review in reviews], [review.opposite for review in reviews]
+    >>> vector = ns.steering.fit_from_prompts(toy, good, bad, "layers[3].output[-1]")
+    >>> with ns.steering.steer(toy, vector, 0.5) as steering:
+    ...     print(*ns.steering.generate(toy, "I thought the film was", max_new_tokens=7))
+    lovely , the acting was lovely and
+    >>> print(*ns.steering.generate(toy, "I thought the film was", max_new_tokens=7))
+    terrible , the story was boring and
+    >>> steering
+    Steering:
+      layers[3].output  add 0.5, where all
 
     Args:
         vector: a direction for each place that is steered: `vector.at(3)` for one layer.

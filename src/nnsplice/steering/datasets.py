@@ -47,7 +47,11 @@ class Contrast:
         return iter(zip(self.positive, self.negative, strict=True))
 
     def shuffled(self, seed: int = 0) -> Contrast:
-        """The pairs in another order, the same for the same seed."""
+        """The pairs in another order, the same for the same seed.
+
+        >>> ns.steering.Contrast(("a b", "c d", "e f"), ("a -", "c -", "e -")).shuffled()
+        Contrast(positive=('a b', 'e f', 'c d'), negative=('a -', 'e -', 'c -'))
+        """
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
         return Contrast(tuple(self.positive[n] for n in order), tuple(self.negative[n] for n in order))
@@ -55,6 +59,15 @@ class Contrast:
 
 def read_evals(path: str | os.PathLike[str], *, template: str = "{question}\n\nAnswer:{answer}") -> Contrast:
     """Questions with an answer that matches a behaviour and one that does not, a JSON object in each line.
+
+    >>> import json
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> row = {"question": "Do you agree?", "answer_matching_behavior": " Yes", "answer_not_matching_behavior": " No"}
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = Path(f"{folder}/evals.jsonl").write_text(json.dumps(row))
+    ...     ns.steering.read_evals(f"{folder}/evals.jsonl", template="{question}{answer}")
+    Contrast(positive=('Do you agree? Yes',), negative=('Do you agree? No',))
 
     Args:
         template: a prompt, with `{question}` and `{answer}` in it; answers bring their leading space.
@@ -82,6 +95,16 @@ def read_suffixes(
 ) -> Contrast:
     """Beginnings of texts, each said by two personas.
 
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = Path(f"{folder}/suffixes.json").write_text('["That game", "I can see"]')
+    ...     pairs = ns.steering.read_suffixes(f"{folder}/suffixes.json", "a happy person", "a sad person")
+    >>> pairs.positive
+    ("Pretend you're a happy person. That game", "Pretend you're a happy person. I can see")
+    >>> pairs.negative
+    ("Pretend you're a sad person. That game", "Pretend you're a sad person. I can see")
+
     Args:
         positive, negative: what stands for `{persona}`.
         template: a prompt, with `{persona}` and `{suffix}` in it.
@@ -107,6 +130,23 @@ def read_pairs(
     """Inputs and outputs of a function as prompts that show it, and prompts whose outputs were dealt out anew.
 
     Both end with an input whose output follows; only the positive ones say what the function is.
+
+    >>> import json
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> rows = [("hot", "cold"), ("up", "down"), ("in", "out")]
+    >>> with TemporaryDirectory() as folder:
+    ...     text = json.dumps([{"input": one, "output": other} for one, other in rows])
+    ...     _ = Path(f"{folder}/antonyms.json").write_text(text)
+    ...     pairs = ns.steering.read_pairs(f"{folder}/antonyms.json", examples=2, prompts=1)
+    >>> print(pairs.positive[0])
+    up:down
+    in:out
+    hot:
+    >>> print(pairs.negative[0])
+    up:out
+    in:down
+    hot:
 
     Args:
         examples: how many pairs stand before it.

@@ -37,8 +37,11 @@ def generate(
 
     Each is what the prompt alone would get, however many run together. Inside a `steer` block it is that which steers.
 
-    >>> ns.steering.generate(model, ["w3 w4 w5", "w6"], max_new_tokens=2)
-    ['...', '...']
+    >>> toy = ns.load("toy")
+    >>> fact, pair = ns.models.toy_prompts().facts[0], ns.models.toy_prompts().ioi[0]
+    >>> prompts = [fact.prompt, pair.clean]   # the city of a tower; who was given a drink
+    >>> ns.steering.generate(toy, prompts, max_new_tokens=1)
+    ['Athens', 'Mary']
 
     Args:
         prompts: a text, a list of texts, or token ids.

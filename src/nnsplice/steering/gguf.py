@@ -45,6 +45,23 @@ def to_gguf(
 ) -> None:
     """Write a control vector for llama.cpp, in single precision, with the coefficient multiplied in.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> acts = ns.capture(model, ["w3 w4", "w5 w6"], "layers[:].output[-1]")
+    >>> vector = ns.steering.fit(acts.slice[0], acts.slice[1])
+    >>> with TemporaryDirectory() as folder:
+    ...     ns.steering.to_gguf(vector.at([1, 2]), f"{folder}/kind.gguf", coefficient=4.0)
+    ...     ns.steering.from_gguf(f"{folder}/kind.gguf").keys()
+    ['layers[1].output[-1]', 'layers[2].output[-1]']
+
+    llama.cpp cannot steer block 0:
+
+    >>> ns.steering.to_gguf(vector, "kind.gguf")
+    Traceback (most recent call last):
+    nnsplice.errors.RefusedPlace: llama.cpp's control vectors begin with block 1: direction.0 is rejected by its loader
+        layers[0].output
+      write: vector.at([n for n in vector.layers if n > 0])
+      in: ns.steering.to_gguf
+
     Args:
         vector: directions for outputs of blocks, or a steering that adds such.
         coefficient: for a vector; a steering has its own.
@@ -85,6 +102,15 @@ def to_gguf(
 
 def from_gguf(path: str | os.PathLike[str]) -> SteeringVector:
     """Read a control vector: `layers[N].output` for each `direction.N`.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[1:3].output[-1]"))
+    >>> with TemporaryDirectory() as folder:
+    ...     ns.steering.to_gguf(vector, f"{folder}/kind.gguf", coefficient=4.0)
+    ...     ns.steering.from_gguf(f"{folder}/kind.gguf")
+    SteeringVector: 2 places, width 16, method given, unit as read, the coefficient multiplied in
+      layers[1].output
+      layers[2].output
 
     Raises:
         FileError: the file is no control vector, or damaged.

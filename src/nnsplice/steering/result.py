@@ -44,15 +44,19 @@ class Choice:
 class SteeringSweep:
     """The metric and the guard of every prompt, layer and coefficient: `ns.steering.sweep` makes it.
 
-    >>> acts = ns.capture(model, ["w3 w4", "w5 w6"], "layers[:].output[-1]")
-    >>> vector = ns.steering.fit(acts.slice[0], acts.slice[1])
-    >>> metric = ns.logit_diff("w7", "w8")
-    >>> grid = ns.steering.sweep(model, "w9 w10", vector, coefficients=[-1, 0, 1], metric=metric, progress=False)
-    >>> grid.grid().sizes
-    Frozen({'prompt': 1, 'layer': 3, 'coefficient': 3})
-    >>> best = grid.choose(guard="kl", limit=5.0)
-    >>> best.layer in vector.layers
-    True
+    >>> toy = ns.load("toy")
+    >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
+    >>> good, bad = [review.text for review in reviews], [review.opposite for review in reviews]
+    >>> vector = ns.steering.fit_from_prompts(toy, good, bad, "layers[1:4].output[-1]")
+    >>> mood = ns.logit_diff("great", "awful")
+    >>> grid = ns.steering.sweep(toy, bad[:4], vector, [0.25, 0.5, 1.0], mood, progress=False)
+    >>> grid
+    SteeringSweep: 36 cells, 4 prompts, logit_diff
+      3 layers [1, 2, 3], 3 coefficients [0.25, 0.5, 1.0], operator add, where all
+      unsteered -7.945, highest 6.156 at layer 3, coefficient 1 with KL 5.92
+    >>> best = grid.choose(guard="kl", limit=2.0)   # the most that is gained while the next token moves no further
+    >>> best.layer, best.coefficient
+    (1, 0.5)
     """
 
     paths: tuple[str, ...]
@@ -121,6 +125,14 @@ class SteeringSweep:
 
     def choose(self, *, guard: str | None = "kl", limit: float | None = None, want: str = "high") -> Choice:
         """The cell with the highest (or lowest) metric among those that the guard lets pass.
+
+        >>> import numpy as np
+        >>> gains, costs = np.array([[[0.5, 3.0]]]), np.array([[[0.1, 2.0]]])   # of one prompt, one layer
+        >>> grid = ns.steering.SteeringSweep(("layers[2].output",), (2,), (1.0, 4.0), gains, costs, np.array([-1.0]))
+        >>> grid.choose(guard=None).coefficient
+        4.0
+        >>> grid.choose(guard="kl", limit=0.5)
+        Choice(path='layers[2].output', layer=2, coefficient=1.0, score=0.5, baseline=-1.0, kl=0.1)
 
         Args:
             guard: `"kl"`, or None for none.

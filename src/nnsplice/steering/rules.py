@@ -62,9 +62,15 @@ def similar(
 
     It is read at the prompt, as the run has it there, and then kept for everything that is generated.
 
-    >>> probe = torch.ones(16)
-    >>> str(ns.steering.similar(probe, "layers[0].output[-1]", above=0.2))
-    "similar(direction, 'layers[0].output[-1]', above=0.2)"
+    >>> toy = ns.load("toy")
+    >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
+    >>> good, bad = [review.text for review in reviews], [review.opposite for review in reviews]
+    >>> vector = ns.steering.fit_from_prompts(toy, good, bad, "layers[3].output[-1]")
+    >>> is_bad = ns.steering.similar(vector, "layers[3].output[-1]", below=0)
+    >>> ns.steering.steer(toy, vector, when=is_bad).show(["The hotel was awful, the", "The hotel was lovely, the"])
+    layers[3].output  add 1, where all, when similar(direction, 'layers[3].output[-1]', below=0)
+      [<|endoftext|>] [The] [hotel] [was] [awful] [,] [the]   (7 of 7 tokens, by 0.45 to 1.52 of the norm)
+      <|endoftext|> The hotel was lovely , the   (0 of 7 tokens, none of the prompt)
 
     Args:
         direction: `[width]`, or a capture that holds the place.

@@ -70,6 +70,21 @@ def sweep(
     between the next token's distributions, unsteered and steered: where the metric reads, or in the mean over the
     tokens of a generation.
 
+    >>> toy = ns.load("toy")
+    >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
+    >>> good, bad = [review.text for review in reviews], [review.opposite for review in reviews]
+    >>> vector = ns.steering.fit_from_prompts(toy, good, bad, "layers[1:4].output[-1]")
+    >>> grid = ns.steering.sweep(toy, bad[:4], vector, [0.5, 1.0], ns.logit_diff("great", "awful"), progress=False)
+    >>> grid.frame().groupby(["layer", "coefficient"])[["change", "kl"]].mean().round(1)
+                       change   kl
+    layer coefficient
+    1     0.5             9.2  1.9
+          1.0            13.9  5.9
+    2     0.5            10.1  2.5
+          1.0            13.9  5.8
+    3     0.5            10.0  2.2
+          1.0            14.1  5.9
+
     Args:
         prompts: what to measure on.
         vector: one place for each layer.

@@ -116,6 +116,12 @@ class SteeringVector(SavedActivation):
     def at(self, layer: int | Iterable[int]) -> SteeringVector:
         """Only this layer's vector, or only these.
 
+        >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[:].output[-1]"))
+        >>> vector.at([0, 2])
+        SteeringVector: 2 places, width 16, method given, unit as given
+          layers[0].output
+          layers[2].output
+
         Raises:
             UnknownPath: there is none of this layer.
         """
@@ -130,7 +136,15 @@ class SteeringVector(SavedActivation):
         return self.subset([key for key in self.keys() if layer_of(parse_path(key)) in wanted])
 
     def auc(self, positive: SavedActivation, negative: SavedActivation) -> dict[str, float]:
-        """How well each direction tells other states apart: the chance that a positive one lies further along it."""
+        """How well each direction tells other states apart: the chance that a positive one lies further along it.
+
+        >>> toy = ns.load("toy")
+        >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:40]
+        >>> good = ns.capture(toy, [review.text for review in reviews], "layers[0:3:2].output[-1]")
+        >>> bad = ns.capture(toy, [review.opposite for review in reviews], "layers[0:3:2].output[-1]")
+        >>> ns.steering.fit(good.slice[0:20], bad.slice[0:20]).auc(good.slice[20:40], bad.slice[20:40])
+        {'layers[0].output[-1]': 0.6125, 'layers[2].output[-1]': 1.0}
+        """
         found: dict[str, float] = {}
         for key, vector in self.items():
             scores = [saved[key].double().cpu() @ vector[0].double().cpu() for saved in (positive, negative)]
@@ -140,7 +154,23 @@ class SteeringVector(SavedActivation):
     # --------------------------------------------------------------------------------------------------------- its unit
 
     def in_residual_norms(self) -> SteeringVector:
-        """The same directions, so long that a coefficient of 1.0 is the mean norm of the states at each place."""
+        """The same directions, so long that a coefficient of 1.0 is the mean norm of the states at each place.
+
+        >>> toy = ns.load("toy")
+        >>> acts = ns.capture(toy, ["The hotel was lovely", "The hotel was awful"], "layers[1:4].output[-1]")
+        >>> vector = ns.steering.fit(acts.slice[0], acts.slice[1])
+        >>> vector
+        SteeringVector: 3 places, width 64, method mean_difference, unit from the negative mean to the positive,
+            from 1 and 1 rows
+          layers[1].output  0.57 of the states' norm
+          layers[2].output  0.58 of the states' norm
+          layers[3].output  0.62 of the states' norm
+        >>> vector.in_residual_norms()
+        SteeringVector: 3 places, width 64, method mean_difference, unit residual norm, from 1 and 1 rows
+          layers[1].output  1.00 of the states' norm
+          layers[2].output  1.00 of the states' norm
+          layers[3].output  1.00 of the states' norm
+        """
         return self._lengths(self._known_norms(), "residual norm")
 
     def normalised(self) -> SteeringVector:

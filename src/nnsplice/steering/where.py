@@ -56,8 +56,11 @@ def from_token(position: int) -> Where:
 
     `from_token(-1)` also decides the first generated token, which the prompt's last token predicts.
 
-    >>> str(ns.steering.from_token(-1))
-    'from_token(-1)'
+    >>> toy = ns.load("toy")
+    >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
+    >>> ns.steering.steer(toy, vector, where=ns.steering.from_token(3)).show("I thought the film was")
+    layers[1].output  add 1, where from_token(3)
+      <|endoftext|> I thought [the] [film] [was]   (3 of 6 tokens, by 0.67 to 0.99 of the norm)
     """
     if not isinstance(position, int) or isinstance(position, bool):
         raise BadType(f"from_token({position!r})", expected="the number of a token")
@@ -68,6 +71,16 @@ def span(start: int | Sequence[tuple[int, int]], stop: int | None = None) -> Whe
     """Tokens `start` to `stop` (not included), or with a list of pairs one stretch for each row.
 
     Negative numbers count from the prompt's end.
+
+    >>> toy = ns.load("toy")
+    >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
+    >>> last_two = ns.steering.span(-2, 9)
+    >>> ns.steering.steer(toy, vector, where=last_two).show(["I thought the film was", "The hotel"])
+    layers[1].output  add 1, where span(-2, 9)
+      <|endoftext|> I thought the [film] [was]   (2 of 6 tokens, by 0.67 to 0.99 of the norm)
+      <|endoftext|> [The] [hotel]   (2 of 3 tokens, by 0.88 to 0.93 of the norm)
+    >>> print(ns.steering.span([(0, 2), (3, 4)]))   # for two prompts
+    span([(0, 2), (3, 4)])
     """
     pairs: list[tuple[Any, Any]] = [(start, stop)] if isinstance(start, int) else list(start)
     if not pairs or any(not isinstance(n, int) or isinstance(n, bool) for pair in pairs for n in pair):
@@ -79,7 +92,15 @@ def span(start: int | Sequence[tuple[int, int]], stop: int | None = None) -> Whe
 
 
 def mask(rows: Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray | Tensor) -> Where:
-    """The tokens at which `rows[row][token]` is true; one row serves every prompt, and later tokens are left alone."""
+    """The tokens at which `rows[row][token]` is true; one row serves every prompt, and later tokens are left alone.
+
+    >>> toy = ns.load("toy")
+    >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
+    >>> second_and_fourth = ns.steering.mask([False, True, False, True])
+    >>> ns.steering.steer(toy, vector, where=second_and_fourth).show("I thought the film was")
+    layers[1].output  add 1, where mask(1 rows)
+      <|endoftext|> [I] thought [the] film was   (2 of 6 tokens, by 0.71 to 0.87 of the norm)
+    """
     found = torch.as_tensor(rows)
     found = found[None] if found.dim() == 1 else found
     if found.dim() != 2 or found.dtype != torch.bool:

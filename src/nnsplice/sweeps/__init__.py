@@ -6,6 +6,7 @@ targets       every cell with the places that it changes
 running       run, sweep: chunks, and less at once when memory is short
 ledger        values as they come in: known ones, a journal's, new ones
 executors     the same numbers at different cost
+cost          what that is: passes, calls of blocks, tokens, operations
 operations    what is done to a place
 sources       where the values come from
 recipes       ablate, causal_trace

@@ -13,6 +13,7 @@ from torch import nn
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import fingerprint, peel
 from nnsplice.errors import BadArgument
+from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
 from nnsplice.sweeps.packed import packed
 
@@ -25,8 +26,8 @@ PROBES = 4
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[str, str]]] = weakref.WeakKeyDictionary()
 
 
-def choose(name: str, work: Work) -> tuple[str, str]:
-    """The executor's name, and why it is not the fastest where that is so."""
+def choose(name: str, work: Work) -> tuple[str, str, Cost]:
+    """The executor's name, why it is not the fastest where that is so, and what it cost to know."""
     if name not in (*EXECUTORS, "auto"):
         raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
     targets = work.plan.targets
@@ -35,27 +36,28 @@ def choose(name: str, work: Work) -> tuple[str, str]:
         note = f"{derived[0]} is derived from several values of a run, so each cell runs by itself"
         if name != "auto":
             raise BadArgument(note, expected='executor="reference" or "auto"')
-        return "reference", note
+        return "reference", note, Cost()
     if name != "auto":
-        return name, ""
+        return name, "", Cost()
     if not work.plan.jobs:
-        return "batched", ""
+        return "batched", "", Cost()
     return _probe(work)
 
 
-def _probe(work: Work) -> tuple[str, str]:
+def _probe(work: Work) -> tuple[str, str, Cost]:
     """The fastest that is right for this model and these kinds of site, and why no faster. Asked once of a model."""
     root = peel(work.model)
     kinds = frozenset(target.cell.component for target in work.plan.targets)
     window = max(len(target.places) for target in work.plan.targets)
     question = (fingerprint(root), kinds, work.plan.operation.way, window > 1, work.plan.corruption is not None)
     known = _trusted.setdefault(root, {})
+    cost = Cost()
     if question not in known:
-        known[question] = _compare(work)
-    return known[question]
+        known[question], cost = _compare(work)
+    return *known[question], cost
 
 
-def _compare(work: Work) -> tuple[str, str]:
+def _compare(work: Work) -> tuple[tuple[str, str], Cost]:
     """All ways on a few cells of one prompt, one of each kind of site where there are that many."""
     chosen = random.Random(0)
     prompt = work.plan.jobs[0][0]
@@ -66,18 +68,20 @@ def _compare(work: Work) -> tuple[str, str]:
     jobs = [chosen.choice(members) for members in kinds.values()]
     others = [job for members in kinds.values() for job in members if job not in jobs]
     jobs = sorted([*jobs, *chosen.sample(others, min(len(others), max(PROBES - len(jobs), 0)))])
-    alone, _ = reference(work, jobs)
+    alone, cost = reference(work, jobs)
     try:
-        fast, _ = packed(work, jobs)
+        fast, spent = packed(work, jobs)
+        cost += spent
         refused = _difference(work, jobs, fast, alone)
     except NotImplementedError as reason:
         refused = str(reason)
     if not refused:
-        return "packed", ""
-    rows, _ = batched(work, jobs)
+        return ("packed", ""), cost
+    rows, spent = batched(work, jobs)
     # Where numbers are rounded by a whole batch's largest (dynamic int8), the rows beside a cell change it.
     mixed = _difference(work, jobs, rows, alone)
-    return ("reference", f"not batched: {mixed}") if mixed else ("batched", f"not packed: {refused}")
+    found = ("reference", f"not batched: {mixed}") if mixed else ("batched", f"not packed: {refused}")
+    return found, cost + spent
 
 
 def _difference(work: Work, jobs: list, values: Sequence[float], alone: Sequence[float]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
 from nnsplice.paths import Path
+from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Source
@@ -36,24 +38,10 @@ class Work:
     #: What an executor keeps from chunk to chunk.
     memo: dict[str, Any] = field(default_factory=dict)
 
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a chunk cost."""
-
-    tokens: int = 0
-    forwards: int = 0
-    block_calls: int = 0
-    #: The most tokens that were in memory at once.
-    peak: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.tokens + other.tokens,
-            self.forwards + other.forwards,
-            self.block_calls + other.block_calls,
-            max(self.peak, other.peak),
-        )
+    @cached_property
+    def law(self) -> Law:
+        """What tokens cost in the model."""
+        return Law.of(self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +54,8 @@ class Executor:
     tokens: Callable[[Work, Sequence[Job]], list[int]]
     #: Whether the jobs of one run may be about prompts of different length.
     mixed: bool = False
+    #: The corrupted run's logits where the metric reads, `[prompt, vocab]`, where it makes that run anyway.
+    corrupted: Callable[[Work], tuple[Tensor, Cost]] | None = None
     #: What a result calls it, where it is none of those that have a name of their own.
     name: str = "own"
 
@@ -89,8 +79,7 @@ def _reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     cost = Cost()
     for job in jobs:
         values += measured(work, _one(work, job), [job])
-        tokens = len(work.plan.corrupted.ids[job[0]])
-        cost += Cost(tokens, forwards=1, peak=tokens)
+        cost += work.law.whole(work.plan.corrupted, [job[0]], work.plan.corrupted.lengths("decoder")[job[0]])
     return values, cost
 
 
@@ -175,9 +164,9 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         found.append(wire.logits_of(model)[:, at].clone())
 
     with torch.no_grad():
-        engine.run(model, {**inputs, **only_read(model, at, writes)}, body)
-    tokens = inputs["input_ids"].numel()
-    return measured(work, found[0], jobs), Cost(tokens, forwards=1, peak=tokens)
+        engine.run(model, {**inputs, **(fewer := only_read(model, at, writes))}, body)
+    logits = fewer.get("logits_to_keep", plan.corrupted.lengths("decoder")[prompts[0]])
+    return measured(work, found[0], jobs), work.law.whole(plan.corrupted, prompts, logits)
 
 
 def _changed(work: Work, access: Access, tensor: Tensor, writes: dict[Path, list[Write]]) -> Tensor:

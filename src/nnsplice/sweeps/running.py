@@ -18,7 +18,8 @@ from nnsplice.metrics import MetricLike
 from nnsplice.paths import Paths
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
-from nnsplice.sweeps.executors import Cost, Executor, Work, whole_prompts
+from nnsplice.sweeps.cost import Cost
+from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
@@ -57,21 +58,21 @@ def run(
     check_runnable(model, plan)
     start = time.perf_counter()
     at_once = max_tokens or engine.room(model)
-    clean_logits, source = clean_run(model, plan, at_once)
-    corrupted_logits = corrupted_run(model, plan, at_once)
+    clean_logits, source, cost = clean_run(model, plan, at_once)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
-    clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
-    corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
-    check_baselines(plan.metric, clean=clean, corrupted=corrupted)
     work = Work(model, plan, source, compares)
     if isinstance(executor, Executor):
         name, note, execute = executor.name, "", executor
     else:
-        name, note = choose(executor, work)
-        execute = EXECUTORS[name]
+        name, note, spent = choose(executor, work)
+        execute, cost = EXECUTORS[name], cost + spent
+    corrupted_logits, spent = _corrupted(work, execute, at_once)
+    cost += spent
+    clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
+    corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
+    check_baselines(plan.metric, clean=clean, corrupted=corrupted)
 
-    cost = Cost()
     with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress) as book:
         for prompt, target in plan.known:
             book.values[prompt, target], book.done[prompt, target] = corrupted[prompt], True
@@ -80,15 +81,7 @@ def run(
             book.note(jobs, found)
             cost += spent
     book.warn_of_nan()
-    about = Run(
-        name,
-        time.perf_counter() - start,
-        forwards=cost.forwards,
-        block_calls=cost.block_calls,
-        tokens=cost.tokens,
-        known=len(plan.known),
-        note=note,
-    )
+    about = Run(name, time.perf_counter() - start, **cost.told(), known=len(plan.known), note=note)
     cells = tuple(target.cell for target in plan.targets)
     table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, plan.tokens, plan.asked, about)
     return SweepResult(table)
@@ -143,6 +136,19 @@ def check_runnable(model: engine.Model, plan: Plan) -> None:
             f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
             expected="the model that the plan was made with",
         )
+
+
+def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Cost]:
+    """The corrupted prompts' logits: from a run that is made anyway, where all of them fit into one."""
+    plan = work.plan
+    together = {prompt for prompt, _ in plan.jobs} == set(range(len(plan.corrupted)))
+    if executor.corrupted is not None and together and sum(plan.corrupted.lengths("decoder")) <= at_once:
+        try:
+            return executor.corrupted(work)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not engine.is_memory(error):
+                raise
+    return corrupted_run(work.model, plan, at_once)
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------

@@ -12,14 +12,15 @@ from nnsplice.activations.capture import gather
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts
 from nnsplice.paths import Path
+from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.executors import corrupt
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Captured, Source
 
 
-def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Source]:
-    """The logits that the metric reads in the clean run, `[prompt, vocab]`, and the values that a patch takes from it.
+def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Source, Cost]:
+    """The logits that the metric reads in the clean run, `[prompt, vocab]`, the values that a patch takes, the cost.
 
     Args:
         room: how many tokens run at once.
@@ -43,12 +44,12 @@ def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Sourc
 
         return inside
 
-    logits = _logits(model, plan, prompts, room, keep, clean=True)
-    return logits, Source(plan, Captured(values) if plan.operation.name == "patch" else None)
+    logits, cost = _logits(model, plan, prompts, room, keep, clean=True)
+    return logits, Source(plan, Captured(values) if plan.operation.name == "patch" else None), cost
 
 
-def corrupted_run(model: engine.Model, plan: Plan, room: int) -> Tensor:
-    """The logits that the metric reads in the corrupted run, `[prompt, vocab]`."""
+def corrupted_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Cost]:
+    """The logits that the metric reads in the corrupted run, `[prompt, vocab]`, and the cost."""
     return _logits(model, plan, plan.corrupted, room, lambda rows: lambda: corrupt(model, plan, rows), clean=False)
 
 
@@ -60,8 +61,9 @@ def _logits(
     before: Callable[[Sequence[int]], Callable[[], None]],
     *,
     clean: bool,
-) -> Tensor:
+) -> tuple[Tensor, Cost]:
     logits: dict[int, Tensor] = {}
+    law, cost = Law.of(model), Cost()
     places = [place for target in plan.targets for place in target.places]
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
     for rows in prompts.batches(max(room // longest, 1)):
@@ -76,9 +78,10 @@ def _logits(
         inputs = prompts.inputs(rows, model.device)
         assert isinstance(inputs, Mapping)
         with torch.no_grad():
-            engine.run(model, {**inputs, **only_read(model, at, places)}, body)
+            engine.run(model, {**inputs, **(fewer := only_read(model, at, places))}, body)
+        cost += law.whole(prompts, rows, fewer.get("logits_to_keep", prompts.lengths("decoder")[rows[0]]))
         logits |= dict(zip(rows, found[0], strict=True))
-    return torch.stack([logits[row] for row in range(len(prompts))])
+    return torch.stack([logits[row] for row in range(len(prompts))]), cost
 
 
 def _needed(plan: Plan) -> dict[int, dict[Path, set[int]]]:

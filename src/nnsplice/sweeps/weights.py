@@ -10,6 +10,7 @@ import inspect
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -25,6 +26,7 @@ from nnsplice.metrics import Bound, Metric, MetricLike
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import Cell, Run, SweepResult, Table
 from nnsplice.sweeps.cells import cell_of
+from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.identity import told
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job
@@ -81,22 +83,22 @@ def sweep_weights(
         check_baselines(runs.metric, tuned=clean, base=corrupted)
     cells = tuple(cell_of(place) for place in places)
     asked = _asked(tuned, runs, places, cells)
-    forwards = block_calls = 0
+    cost = Cost()
     shape = len(every), len(cells)
     with ledger(shape, list(np.ndindex(shape)), asked, journal, progress) as book, torch.no_grad():
-        for jobs, found, blocks in _measured(runs, tuned, list(places.values()), clean_logits, book.done):
+        for jobs, found, spent in _measured(runs, tuned, list(places.values()), clean_logits, book.done):
             book.note(jobs, found)
-            forwards, block_calls = forwards + 1, block_calls + blocks
+            cost += spent
     book.warn_of_nan()
-    about = Run("weights", time.perf_counter() - start, forwards=forwards, block_calls=block_calls)
+    about = Run("weights", time.perf_counter() - start, **cost.told())
     exists = np.ones(shape, dtype=bool)
     return SweepResult(Table(cells, book.values, book.done, exists, clean, corrupted, runs.tokens, asked, about))
 
 
 def _measured(
     runs: _Runs, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
-) -> Iterator[tuple[list[Job], list[float], int]]:
-    """What is not done: jobs, their values, and how many blocks ran for that."""
+) -> Iterator[tuple[list[Job], list[float], Cost]]:
+    """What is not done: jobs, their values, and what they cost."""
     module = peel(runs.base)
     for rows in runs.batches():
         if done[rows].all():
@@ -109,7 +111,8 @@ def _measured(
             with swap(runs.base, tuned, selection), prefix.before(selection) as skipped:
                 logits = runs.logits(module, rows)
             found = dict(zip(rows, runs.measured(rows, logits, clean_logits).tolist(), strict=True))
-            yield [(row, number) for row in left], [found[row] for row in left], runs.n_blocks - skipped
+            spent = runs.law.whole(runs.given, rows, runs.given.lengths("decoder")[rows[0]], skipped)
+            yield [(row, number) for row in left], [found[row] for row in left], spent
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,9 @@ class _Runs:
         taken = inspect.signature(type(peel(base)).forward).parameters
         return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
 
-    @property
-    def n_blocks(self) -> int:
-        return sum(tower.n_layers for tower in Atlas.of(self.base).towers.values())
+    @cached_property
+    def law(self) -> Law:
+        return Law.of(self.base)
 
     @property
     def tokens(self) -> tuple[tuple[str, ...], ...]:

@@ -28,3 +28,7 @@ __all__ = [
     "select",
     "swap",
 ]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__

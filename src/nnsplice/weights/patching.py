@@ -52,6 +52,16 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
     """Move the weights of `base` at a place a share `t` of the way to `other`'s: 0 is `base`, 1 is `other`.
 
     Shares below 0 and above 1 go on along the line.
+
+    >>> import copy
+    >>> tuned = copy.deepcopy(model._module)
+    >>> with torch.no_grad():
+    ...     _ = tuned.transformer.h[1].mlp.c_fc.bias.add_(1.0)
+    >>> with ns.weights.interpolate(model, tuned, "l1 mlp", 0.75):
+    ...     left = ns.weights.diff(model, tuned)
+    >>> after = ns.weights.diff(model, tuned)
+    >>> [round(float(changes.norm["layers[1]"]), 2) for changes in (left, after)]
+    [2.0, 8.0]
     """
     with circumstances("ns.weights.interpolate"):
         share = float(t)
@@ -69,6 +79,16 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
 @contextmanager
 def ablate(model: M, selection: Selected, with_: str = "zero") -> Iterator[M]:
     """Take the weights of a place out of the model.
+
+    >>> toy = ns.load("toy")
+    >>> prompt = "The Velmar Tower is located in the city of"
+    >>> for place in ("l3h1", "l0 mlp"):
+    ...     with ns.weights.ablate(toy, place):
+    ...         print(place, *ns.steering.generate(toy, prompt, max_new_tokens=1))
+    l3h1 Athens
+    l0 mlp out
+    >>> ns.steering.generate(toy, prompt, max_new_tokens=1)
+    ['Athens']
 
     Args:
         with_: `"zero"`, or `"mean"`: of each parameter the selected numbers all become their own mean.

@@ -28,7 +28,22 @@ Side = object
 
 @dataclass(frozen=True, repr=False)
 class Between(ModelStateMapper):
-    """A derived mapper, with what it leaves open."""
+    """A derived mapper, with what it leaves open.
+
+    >>> from copy import deepcopy
+    >>> from nnsplice.checkpoints import mapper_between
+    >>> config = deepcopy(model._module.config)
+    >>> config.n_layer = 4                     # one layer more than the model has
+    >>> between = mapper_between(model, config)
+    >>> len(between.underived), between.underived["transformer.h.3.ln_1.weight"]
+    (12, 'the source has no L.3.norm1.weight')
+    >>> between.complete()
+    Traceback (most recent call last):
+    nnsplice.errors.MapperError: not derived: transformer.h.3.attn.c_attn.bias, ... (12 in all)
+        transformer.h.3.ln_1.weight: the source has no L.3.norm1.weight
+      expected: a source that has all parts of the target
+      write: between.mapper   (without what is not derived)
+    """
 
     mapper: ModelStateMapper
     #: Names of the target that nothing in the source gives -> why.

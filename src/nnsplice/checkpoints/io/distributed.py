@@ -47,6 +47,23 @@ def write_model_state_distributed(
 ) -> None:
     """Write one checkpoint of what all processes of a group have; each with its own mapper, as `Shard` makes them.
 
+    What each process runs; here the team is this process alone:
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from torch import distributed
+    >>> from nnsplice.checkpoints import Checkpoint, Identity, Parallel, Shard, write_model_state_distributed
+    >>> states = {"a": torch.ones(2), "b": torch.zeros(3)}
+    >>> with TemporaryDirectory() as folder:
+    ...     distributed.init_process_group("gloo", init_method=f"file://{folder}/team", rank=0, world_size=1)
+    ...     rank, count = distributed.get_rank(), distributed.get_world_size()
+    ...     share = Shard(Parallel([Identity(name) for name in states]), count, rank)
+    ...     write_model_state_distributed(
+    ...         f"{folder}/new", share, states.items(), distributed.group.WORLD, show_progress=False
+    ...     )
+    ...     distributed.destroy_process_group()
+    ...     Checkpoint.open(f"{folder}/new").sizes()
+    {'a': 8, 'b': 12}
+
     Args:
         process_group: the processes that write; every one of them calls this.
         position: the line of this process's bar.
@@ -82,6 +99,21 @@ def write_model_state_pipeline_parallel(
 
     The processes of one stage map the same groups in the same order, since their tensors may have to be gathered; the
     first of them writes.
+
+    What each process runs; here one process has all stages:
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from torch import distributed
+    >>> from nnsplice.checkpoints import Checkpoint, Rename, write_model_state_pipeline_parallel
+    >>> with TemporaryDirectory() as folder:
+    ...     distributed.init_process_group("gloo", init_method=f"file://{folder}/team", rank=0, world_size=1)
+    ...     mesh = distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("pipeline", "tensor"))
+    ...     write_model_state_pipeline_parallel(
+    ...         f"{folder}/new", Rename("a", "b"), [("a", torch.ones(2))], mesh, "pipeline", show_progress=False
+    ...     )
+    ...     distributed.destroy_process_group()
+    ...     list(Checkpoint.open(f"{folder}/new"))
+    ['b']
 
     Args:
         device_mesh: the mesh, with names for its dimensions; every process in it calls this.
@@ -130,7 +162,22 @@ def save_model_state_pipeline_parallel(
     show_progress: bool = True,
     position: int | None = None,
 ) -> None:
-    """Write the states of the stages that this process holds, and those of all others; see the function above.
+    """Write the states of the stages that this process holds, and those of all others.
+
+    As `write_model_state_pipeline_parallel`, from modules. What each process runs; here one process has all stages:
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from torch import distributed
+    >>> from nnsplice.checkpoints import Checkpoint, identity_mapper_from_module, save_model_state_pipeline_parallel
+    >>> stage = torch.nn.LayerNorm(4)
+    >>> with TemporaryDirectory() as folder:
+    ...     distributed.init_process_group("gloo", init_method=f"file://{folder}/team", rank=0, world_size=1)
+    ...     mesh = distributed.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("pipeline", "tensor"))
+    ...     mapper = identity_mapper_from_module(stage)
+    ...     save_model_state_pipeline_parallel(f"{folder}/new", mapper, mesh, "pipeline", [stage], show_progress=False)
+    ...     distributed.destroy_process_group()
+    ...     list(Checkpoint.open(f"{folder}/new"))
+    ['bias', 'weight']
 
     Args:
         mapper: of the states of these models.

@@ -31,7 +31,17 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A dry run as a value; its text is a table in which groups that differ in numbers only share a line."""
+    """A dry run as a value; its text is a table in which groups that differ in numbers only share a line.
+
+    >>> from nnsplice.checkpoints import Parallel, StackTensors
+    >>> names = "model.layers.{}.self_attn.{}_proj.weight"
+    >>> mapper = Parallel([StackTensors([names.format(i, part) for part in "kv"], f"kv.{i}", 0) for i in range(6)])
+    >>> mapper.explain()
+    6 groups, 12 inputs, 6 outputs
+    model.layers.*.self_attn.{k_proj,v_proj}.weight  ->  kv.*   x 6
+    >>> mapper.explain(ns.models.embedded("toy-llama")).peak_bytes
+    32768
+    """
 
     costs: tuple[Cost, ...]
     #: Tensors of the checkpoint that nothing needs.

@@ -120,12 +120,21 @@ class Checkpoint:
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor: a view of the file, read where it is looked at; changing it does not change the file."""
+        """A tensor: a view of the file, read where it is looked at; changing it does not change the file.
+
+        >>> checkpoint = ns.checkpoints.Checkpoint.open(ns.models.embedded("toy"))
+        >>> checkpoint.tensor("transformer.ln_f.weight").shape
+        torch.Size([64])
+        """
         entry = self.entry(name)
         return _typed(bytes_of(entry.path, entry.start, entry.nbytes), entry, entry.shape)
 
     def block(self, name: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
         """A block of a tensor, of which exactly the bytes are read.
+
+        >>> checkpoint = ns.checkpoints.Checkpoint.open(ns.models.embedded("toy"))
+        >>> checkpoint.block("transformer.wte.weight", [(10, 12), (0, 64)]).shape   # the embeddings of two tokens
+        torch.Size([2, 64])
 
         Args:
             ranges: `(start, stop)` for each dimension.
@@ -140,6 +149,12 @@ class Checkpoint:
 
     def plan(self, mapper: ModelStateMapper) -> list[StateGroup]:
         """A mapper's groups in the order of the files.
+
+        >>> from nnsplice.checkpoints import Checkpoint, Identity, Parallel
+        >>> checkpoint = Checkpoint.open(ns.models.embedded("toy"))
+        >>> mapper = Parallel([Identity("transformer.wte.weight"), Identity("transformer.h.0.ln_1.bias")])
+        >>> [sorted(group.inputs) for group in checkpoint.plan(mapper)]
+        [['transformer.h.0.ln_1.bias'], ['transformer.wte.weight']]
 
         Raises:
             MapperError: an input is not there.

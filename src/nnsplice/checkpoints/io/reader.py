@@ -31,6 +31,18 @@ def read_model_state(
     Whether every input is there, and the headers of all files that are needed, is checked when this is called; tensors
     are read as they are asked for. On the CPU a large tensor that no mapper changed is a view of its file.
 
+    >>> from nnsplice.checkpoints import Cast, Rename, Sequential, read_model_state
+    >>> toy = ns.models.embedded("toy")
+    >>> mapper = Sequential([Rename("transformer.wpe.weight", "positions"), Cast("positions", torch.bfloat16)])
+    >>> for name, tensor in read_model_state(toy, mapper, show_progress=False):
+    ...     print(name, tensor.dtype, list(tensor.shape))
+    positions torch.bfloat16 [40, 64]
+    >>> read_model_state(toy, Rename("transformer.wpe", "positions"))
+    Traceback (most recent call last):
+    nnsplice.errors.MapperError: missing inputs: transformer.wpe
+        ...
+      expected: tensors of the checkpoint; like transformer.wpe are transformer.wpe.weight, ...
+
     Args:
         src_dir: the folder.
         mapper: from the names in the files to those that come out.
@@ -83,6 +95,14 @@ def load_model_state(
     """Read a checkpoint through a mapper into a model; states that the mapper does not make stay as they are.
 
     Names and shapes are checked before anything is changed. A state on the meta device gets its tensor on `device`.
+
+    >>> from nnsplice.checkpoints import Rename, Sequential, Slice, load_model_state
+    >>> short = torch.nn.Embedding(8, 64)   # the first 8 positions of the toy model
+    >>> name = "transformer.wpe.weight"
+    >>> mapper = Sequential([Slice(name, dim=0, stop=8), Rename(name, "weight")])
+    >>> load_model_state(ns.models.embedded("toy"), mapper, "cpu", short, show_progress=False)
+    >>> torch.equal(short.weight, ns.load("toy")._module.transformer.wpe.weight[:8])
+    True
 
     Raises:
         MapperError: the mapper makes a state that the model does not have, or one of another shape.

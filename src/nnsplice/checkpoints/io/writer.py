@@ -92,6 +92,14 @@ def save_model_state(
 ) -> None:
     """Write the states of a model that a mapper asks for; with `identity_mapper_from_module(model)`, all of them.
 
+    >>> from tempfile import TemporaryDirectory
+    >>> from nnsplice.checkpoints import Checkpoint, Parallel, Rename, save_model_state
+    >>> mapper = Parallel([Rename("weight", "norm.scale"), Rename("bias", "norm.shift")])
+    >>> with TemporaryDirectory() as folder:
+    ...     save_model_state(f"{folder}/new", mapper, torch.nn.LayerNorm(4), show_progress=False)
+    ...     Checkpoint.open(f"{folder}/new").sizes()
+    {'norm.scale': 16, 'norm.shift': 16}
+
     Raises:
         MapperError: the mapper asks for a state that the model does not have.
     """

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """Tensors that are needed together, and the tensors that are made of them."""
+    """Tensors that are needed together, and the tensors that are made of them.
+
+    >>> from nnsplice.checkpoints import Split
+    >>> (group,) = Split("qkv", ["q", "k", "v"], [4, 1, 1], dim=0).state_dependency_groups()
+    >>> group.inputs, sorted(group.outputs)
+    (frozenset({'qkv'}), ['k', 'q', 'v'])
+    """
 
     inputs: frozenset[str]
     outputs: frozenset[str]
@@ -28,6 +34,23 @@ class ModelStateMapper(ABC):
     """A change of names and shapes, declared.
 
     Groups share no key, so each can be read, changed and written by itself, in any order and by any process.
+
+    A mapper of your own says which groups it has, and makes the outputs of one. Here a norm is multiplied into the
+    matrix that reads it:
+
+    >>> from nnsplice.checkpoints import ModelStateMapper, Parallel, Rename, StateGroup
+    >>> class Fold(ModelStateMapper):
+    ...     def state_dependency_groups(self):
+    ...         return frozenset({StateGroup(frozenset({"norm", "up"}), frozenset({"up.folded"}))})
+    ...     def apply(self, group):
+    ...         return {"up.folded": group["up"] * group["norm"]}
+    >>> Parallel([Fold(), Rename("down", "out")]).explain()
+    2 groups, 3 inputs, 2 outputs
+    down       ->  out
+    {norm,up}  ->  up.folded
+    >>> Fold().apply({"norm": torch.tensor([1.0, 2.0]), "up": torch.ones(2, 2)})
+    {'up.folded': tensor([[1., 2.],
+            [1., 2.]])}
     """
 
     @abstractmethod

@@ -11,7 +11,17 @@ from nnsplice.checkpoints.mapper.leaf import ModelStateMapperIdentity
 
 
 def identity_mapper_from_module(module: nn.Module) -> ModelStateMapperParallel:
-    """Every state of a module as it is: parameters, and the buffers that are saved with them."""
+    """Every state of a module as it is: parameters, and the buffers that are saved with them.
+
+    >>> from nnsplice.checkpoints import identity_mapper_from_module
+    >>> identity_mapper_from_module(torch.nn.BatchNorm1d(4)).explain()
+    5 groups, 5 inputs, 5 outputs
+    bias                 ->  bias
+    num_batches_tracked  ->  num_batches_tracked
+    running_mean         ->  running_mean
+    running_var          ->  running_var
+    weight               ->  weight
+    """
     states: dict[str, object] = module.state_dict()
     # What a module saves with `get_extra_state` need not be a tensor.
     return ModelStateMapperParallel(
@@ -20,5 +30,11 @@ def identity_mapper_from_module(module: nn.Module) -> ModelStateMapperParallel:
 
 
 def identity_mapper_from_mapper_outputs(mapper: ModelStateMapper) -> ModelStateMapperParallel:
-    """Every output of a mapper as it is."""
+    """Every output of a mapper as it is.
+
+    >>> from nnsplice.checkpoints import Rename, identity_mapper_from_mapper_outputs
+    >>> identity_mapper_from_mapper_outputs(Rename("a", "b")).explain()
+    1 groups, 1 inputs, 1 outputs
+    b  ->  b
+    """
     return ModelStateMapperParallel([ModelStateMapperIdentity(name) for name in sorted(outputs_of(mapper))])

@@ -23,7 +23,13 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class ModelStateMapperReshape(InPlace):
-    """The same numbers in the same order, in another shape."""
+    """The same numbers in the same order, in another shape.
+
+    >>> from nnsplice.checkpoints import Reshape
+    >>> Reshape("W_Q", (2, 2)).apply({"W_Q": torch.arange(4)})
+    {'W_Q': tensor([[0, 1],
+            [2, 3]])}
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -34,7 +40,12 @@ class ModelStateMapperReshape(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperScale(InPlace):
-    """Every number times a factor."""
+    """Every number times a factor.
+
+    >>> from nnsplice.checkpoints import Scale
+    >>> Scale("norm", 0.5).apply({"norm": torch.tensor([1.0, 3.0])})
+    {'norm': tensor([0.5000, 1.5000])}
+    """
 
     name: str
     factor: float
@@ -45,7 +56,12 @@ class ModelStateMapperScale(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperShift(InPlace):
-    """Every number plus a term."""
+    """Every number plus a term.
+
+    >>> from nnsplice.checkpoints import Shift
+    >>> Shift("norm", 1.0).apply({"norm": torch.tensor([-0.5, 0.5])})   # Gemma keeps its norms less one
+    {'norm': tensor([0.5000, 1.5000])}
+    """
 
     name: str
     term: float
@@ -83,7 +99,13 @@ class ModelStateMapperDeal(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperCollect(Leaf):
-    """What `Deal` dealt, put back: each source's numbers go to its ranges in order."""
+    """What `Deal` dealt, put back: each source's numbers go to its ranges in order.
+
+    >>> from nnsplice.checkpoints import Collect
+    >>> ranges = ((0, 1), (2, 3)), ((1, 2),)
+    >>> Collect(("q", "k"), "qkv", ranges, 0).apply({"q": torch.tensor([0, 2]), "k": torch.tensor([1])})
+    {'qkv': tensor([0, 1, 2])}
+    """
 
     source_names: tuple[str, ...]
     target_name: str
@@ -116,7 +138,16 @@ def _covers(leaf: Leaf, length: int, ranges: Sequence[Ranges]) -> None:
 
 @dataclass(frozen=True)
 class ModelStateMapperZeros(Leaf):
-    """Zeros made of nothing, where one family has a bias and the other none."""
+    """Zeros made of nothing, where one family has a bias and the other none.
+
+    >>> from nnsplice.checkpoints import Parallel, Rename, Zeros
+    >>> Zeros("attn.b_Q", (2,), torch.float32).apply({})
+    {'attn.b_Q': tensor([0., 0.])}
+    >>> Parallel([Rename("q_proj.weight", "attn.W_Q"), Zeros("attn.b_Q", (2,), torch.float32)]).explain()
+    2 groups, 1 inputs, 2 outputs
+    (nothing)      ->  attn.b_Q
+    q_proj.weight  ->  attn.W_Q
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -132,7 +163,12 @@ class ModelStateMapperZeros(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperDrop(Leaf):
-    """A tensor that is needed no more."""
+    """A tensor that is needed no more.
+
+    >>> from nnsplice.checkpoints import Drop, Sequential, Split
+    >>> Sequential([Split("kv", ["k", "v"], [1, 1], 0), Drop("v")]).apply({"kv": torch.tensor([1, 2])})
+    {'k': tensor([1])}
+    """
 
     name: str
 

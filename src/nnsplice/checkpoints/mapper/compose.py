@@ -21,7 +21,12 @@ from nnsplice.errors import BadArgument, MapperError
 
 
 def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelStateMapper]:
-    """The mappers that have any group."""
+    """The mappers that have any group.
+
+    >>> from nnsplice.checkpoints import Parallel, Rename, filter_empty_mappers
+    >>> filter_empty_mappers([Parallel([]), Rename("a", "b")])
+    [ModelStateMapperRename(name_from='a', name_to='b')]
+    """
     return [mapper for mapper in mappers if mapper.state_dependency_groups()]
 
 
@@ -191,7 +196,15 @@ def _stretch(groups: Sequence[StateGroup], sizes: Mapping[str, int], total: int,
 
 @dataclass(frozen=True, repr=False)
 class ModelStateMapperPrefixScope(_Grouped):
-    """A mapper whose keys have a text in front: one text for what it reads, one for what it makes."""
+    """A mapper whose keys have a text in front: one text for what it reads, one for what it makes.
+
+    >>> from nnsplice.checkpoints import Parallel, PrefixScope, Rename
+    >>> qk = Parallel([Rename("q_proj", "W_Q"), Rename("k_proj", "W_K")])
+    >>> Parallel([PrefixScope(qk, f"layers.{i}.", f"blocks.{i}.attn.") for i in range(2)]).explain()
+    4 groups, 4 inputs, 4 outputs
+    layers.*.k_proj  ->  blocks.*.attn.W_K   x 2
+    layers.*.q_proj  ->  blocks.*.attn.W_Q   x 2
+    """
 
     mapper: ModelStateMapper
     source_prefix: str = ""

@@ -43,7 +43,19 @@ def local_piece(tensor: Tensor) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class ModelStateMapperDistribute(InPlace):
-    """A tensor that every process has whole, as a DTensor: each keeps its own piece, and nothing is sent."""
+    """A tensor that every process has whole, as a DTensor: each keeps its own piece, and nothing is sent.
+
+    >>> from nnsplice.checkpoints import Distribute
+    >>> from tempfile import mkdtemp
+    >>> from torch import distributed
+    >>> distributed.init_process_group("gloo", init_method=f"file://{mkdtemp()}/team", rank=0, world_size=1)
+    >>> mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    >>> from torch.distributed.tensor import Shard
+    >>> spread = Distribute("w", mesh, [Shard(0)]).apply({"w": torch.arange(4)})["w"]
+    >>> spread.to_local(), spread.placements
+    (tensor([0, 1, 2, 3]), (Shard(dim=0),))
+    >>> distributed.destroy_process_group()
+    """
 
     name: str
     device_mesh: DeviceMesh
@@ -60,7 +72,19 @@ class ModelStateMapperDistribute(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperGatherFullTensor(InPlace):
-    """A DTensor, whole; every process of its mesh takes part."""
+    """A DTensor, whole; every process of its mesh takes part.
+
+    >>> from nnsplice.checkpoints import Distribute, GatherFullTensor
+    >>> from tempfile import mkdtemp
+    >>> from torch import distributed
+    >>> distributed.init_process_group("gloo", init_method=f"file://{mkdtemp()}/team", rank=0, world_size=1)
+    >>> mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    >>> from torch.distributed.tensor import Shard
+    >>> spread = Distribute("w", mesh, [Shard(0)]).apply({"w": torch.arange(4)})
+    >>> GatherFullTensor("w").apply(spread)
+    {'w': tensor([0, 1, 2, 3])}
+    >>> distributed.destroy_process_group()
+    """
 
     name: str
 

@@ -40,7 +40,13 @@ def _set(leaf: object, name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class ModelStateMapperIdentity(Leaf):
-    """The tensor as it is: the very same object."""
+    """The tensor as it is: the very same object.
+
+    >>> from nnsplice.checkpoints import Identity
+    >>> tensor = torch.ones(2)
+    >>> Identity("norm").apply({"norm": tensor})["norm"] is tensor
+    True
+    """
 
     name: str
 
@@ -54,7 +60,12 @@ class ModelStateMapperIdentity(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperRename(Leaf):
-    """The very same tensor by another name."""
+    """The very same tensor by another name.
+
+    >>> from nnsplice.checkpoints import Rename
+    >>> Rename("wte.weight", "embed").apply({"wte.weight": torch.ones(2)})
+    {'embed': tensor([1., 1.])}
+    """
 
     name_from: str
     name_to: str
@@ -69,7 +80,13 @@ class ModelStateMapperRename(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperTranspose(InPlace):
-    """Two dimensions exchanged: what is between a `Linear` and GPT-2's `Conv1D` is `Transpose(name, (0, 1))`."""
+    """Two dimensions exchanged: what is between a `Linear` and GPT-2's `Conv1D` is `Transpose(name, (0, 1))`.
+
+    >>> from nnsplice.checkpoints import Transpose
+    >>> Transpose("c_fc.weight", (0, 1)).apply({"c_fc.weight": torch.tensor([[1, 2], [3, 4], [5, 6]])})
+    {'c_fc.weight': tensor([[1, 3, 5],
+            [2, 4, 6]])}
+    """
 
     name: str
     dims: tuple[int, int]
@@ -112,7 +129,12 @@ class ModelStateMapperPermute(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperSqueeze(InPlace):
-    """Without the dimensions of length one, or without one of them."""
+    """Without the dimensions of length one, or without one of them.
+
+    >>> from nnsplice.checkpoints import Squeeze
+    >>> [list(Squeeze("w", dim).apply({"w": torch.zeros(1, 3, 1)})["w"].shape) for dim in (None, 0)]
+    [[3], [3, 1]]
+    """
 
     name: str
     dim: int | None = None
@@ -128,7 +150,12 @@ class ModelStateMapperSqueeze(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperUnsqueeze(InPlace):
-    """With one more dimension of length one."""
+    """With one more dimension of length one.
+
+    >>> from nnsplice.checkpoints import Unsqueeze
+    >>> Unsqueeze("w", 0).apply({"w": torch.tensor([1, 2])})
+    {'w': tensor([[1, 2]])}
+    """
 
     name: str
     dim: int
@@ -139,7 +166,13 @@ class ModelStateMapperUnsqueeze(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperSlice(InPlace):
-    """A stretch of one dimension; only what lies in it is read from a file where it is the leading one."""
+    """A stretch of one dimension; only what lies in it is read from a file where it is the leading one.
+
+    >>> from nnsplice.checkpoints import Slice
+    >>> Slice("embed", dim=0, stop=2).apply({"embed": torch.tensor([[1, 1], [2, 2], [3, 3]])})
+    {'embed': tensor([[1, 1],
+            [2, 2]])}
+    """
 
     name: str
     dim: int
@@ -159,7 +192,12 @@ class ModelStateMapperSlice(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperCast(InPlace):
-    """The numbers in another type."""
+    """The numbers in another type.
+
+    >>> from nnsplice.checkpoints import Cast
+    >>> Cast("w", torch.bfloat16).apply({"w": torch.tensor([1.0, 1.001])})
+    {'w': tensor([1., 1.], dtype=torch.bfloat16)}
+    """
 
     name: str
     dtype: torch.dtype
@@ -173,7 +211,13 @@ class ModelStateMapperCast(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperCopy(Leaf):
-    """The very same tensor by several names, as tied weights have; stored once by the writer, and recorded."""
+    """The very same tensor by several names, as tied weights have; stored once by the writer, and recorded.
+
+    >>> from nnsplice.checkpoints import Copy
+    >>> tied = Copy("wte", ["embed", "unembed"]).apply({"wte": torch.ones(2)})
+    >>> sorted(tied), tied["embed"] is tied["unembed"]
+    (['embed', 'unembed'], True)
+    """
 
     name_from: str
     names_to: Sequence[str]
@@ -214,7 +258,12 @@ class _Apart(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperUnstackTensors(_Apart):
-    """One tensor for each index of a dimension."""
+    """One tensor for each index of a dimension.
+
+    >>> from nnsplice.checkpoints import UnstackTensors
+    >>> UnstackTensors("experts", ["e.0", "e.1"], dim=0).apply({"experts": torch.tensor([[1, 2], [3, 4]])})
+    {'e.0': tensor([1, 2]), 'e.1': tensor([3, 4])}
+    """
 
     source_name: str
     target_names: Sequence[str]
@@ -226,7 +275,17 @@ class ModelStateMapperUnstackTensors(_Apart):
 
 @dataclass(frozen=True)
 class ModelStateMapperChunkTensors(_Apart):
-    """Equal stretches of a dimension, as `torch.chunk` cuts them."""
+    """Equal stretches of a dimension, as `torch.chunk` cuts them.
+
+    >>> from nnsplice.checkpoints import ChunkTensors
+    >>> ChunkTensors("gate_up", ["gate", "up"], dim=0).apply({"gate_up": torch.arange(4)})
+    {'gate': tensor([0, 1]), 'up': tensor([2, 3])}
+    >>> ChunkTensors("gate_up", ["gate", "up"], dim=0).apply({"gate_up": torch.arange(1)})
+    Traceback (most recent call last):
+    nnsplice.errors.MapperError: dimension 0 of gate_up [1] gives 1 tensors
+        ModelStateMapperChunkTensors(source_name='gate_up', target_names=('gate', 'up'), dim=0)
+      expected: 2, one for each name
+    """
 
     source_name: str
     target_names: Sequence[str]
@@ -238,7 +297,12 @@ class ModelStateMapperChunkTensors(_Apart):
 
 @dataclass(frozen=True)
 class ModelStateMapperSplit(Leaf):
-    """Stretches of a dimension with sizes of their own, as queries, keys and values have where heads share keys."""
+    """Stretches of a dimension with sizes of their own, as queries, keys and values have where heads share keys.
+
+    >>> from nnsplice.checkpoints import Split
+    >>> Split("qkv", ["q", "k", "v"], [4, 1, 1], dim=0).apply({"qkv": torch.arange(6)})
+    {'q': tensor([0, 1, 2, 3]), 'k': tensor([4]), 'v': tensor([5])}
+    """
 
     name: str
     target_names: Sequence[str]
@@ -286,7 +350,13 @@ class _Together(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperStackTensors(_Together):
-    """Equal shapes along a new dimension."""
+    """Equal shapes along a new dimension.
+
+    >>> from nnsplice.checkpoints import StackTensors
+    >>> StackTensors(["e.0", "e.1"], "experts", dim=0).apply({"e.0": torch.tensor([1, 2]), "e.1": torch.tensor([3, 4])})
+    {'experts': tensor([[1, 2],
+            [3, 4]])}
+    """
 
     source_names: Sequence[str]
     target_name: str
@@ -307,7 +377,12 @@ class ModelStateMapperStackTensors(_Together):
 
 @dataclass(frozen=True)
 class ModelStateMapperConcatenateTensors(_Together):
-    """One after the other along a dimension."""
+    """One after the other along a dimension.
+
+    >>> from nnsplice.checkpoints import ConcatenateTensors
+    >>> ConcatenateTensors(["q", "k"], "qk", dim=0).apply({"q": torch.tensor([1, 2]), "k": torch.tensor([3])})
+    {'qk': tensor([1, 2, 3])}
+    """
 
     source_names: Sequence[str]
     target_name: str
@@ -326,7 +401,14 @@ class ModelStateMapperConcatenateTensors(_Together):
 
 @dataclass(frozen=True)
 class ModelStateMapperSelectChildModules(ModelStateMapper):
-    """What lies under a parent, without its name: `parent.base` becomes `base`, each a group of its own."""
+    """What lies under a parent, without its name: `parent.base` becomes `base`, each a group of its own.
+
+    >>> from nnsplice.checkpoints import SelectChildModules
+    >>> SelectChildModules(["embed", "norm"], "model.decoder").explain()
+    2 groups, 2 inputs, 2 outputs
+    model.decoder.embed  ->  embed
+    model.decoder.norm   ->  norm
+    """
 
     base_names: Sequence[str]
     parent_name: str

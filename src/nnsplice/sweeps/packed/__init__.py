@@ -17,8 +17,8 @@ heads        from final states to what the metric reads
 """
 
 from nnsplice.sweeps.executors import Executor
-from nnsplice.sweeps.packed.executor import run_packed, tokens_of
+from nnsplice.sweeps.packed.executor import corrupted_logits, run_packed, tokens_of
 
-packed: Executor = Executor(run_packed, tokens_of, mixed=True)
+packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupted_logits)
 
 __all__ = ["packed"]

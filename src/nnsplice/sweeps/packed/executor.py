@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from nnsplice.atlas import peel
-from nnsplice.sweeps.executors import Cost, Work, measured
+from nnsplice.sweeps.cost import Cost
+from nnsplice.sweeps.executors import Work, measured
 from nnsplice.sweeps.packed.heads import LOGITS
 from nnsplice.sweeps.packed.recording import Recording, record
 from nnsplice.sweeps.packed.rows import rows_of
@@ -26,14 +27,23 @@ def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     Raises:
         NotImplementedError: this model, or one of these sites, is not covered.
     """
-    recording = _recorded(work, jobs)
+    recording, spent = _recorded(work, tuple(dict.fromkeys(prompt for prompt, _ in jobs)))
     rows = rows_of(work, jobs, recording.tower, recording.bases, alone=not recording.whole.calls)
     grain = GRAIN.get(recording.entering[0].device.type, 1)
     wave = Wave(work, peel(work.model), recording, rows, grain)
     with torch.no_grad():
         states, order = wave.run()
-        values = _measured(work, recording, states[_inverse(order)], jobs)
-    return values, wave.cost
+        values, head = _measured(work, recording, states[_inverse(order)], jobs)
+    return values, spent + wave.cost + head
+
+
+def corrupted_logits(work: Work) -> tuple[Tensor, Cost]:
+    """The logits of the corrupted prompts where the metric reads, from the pass that is recorded anyway."""
+    recording, spent = _recorded(work, tuple(range(len(work.plan.corrupted))))
+    lengths = work.plan.corrupted.lengths("decoder")
+    position = work.plan.metric.metric.position
+    read = [recording.bases[prompt] + position % length for prompt, length in enumerate(lengths)]
+    return recording.head.logits(recording.entering[-1][read]), spent + _head(work, recording, len(read))
 
 
 def tokens_of(work: Work, jobs: Sequence[Job]) -> list[int]:
@@ -44,13 +54,16 @@ def tokens_of(work: Work, jobs: Sequence[Job]) -> list[int]:
     return [position % lengths[job[0]] + 1 - min(work.plan.positions(targets[job[1]], job[0])) for job in jobs]
 
 
-def _recorded(work: Work, jobs: Sequence[Job]) -> Recording:
-    """The recorded pass of just these prompts, so that what a chunk gives never depends on the chunks before it."""
-    prompts = tuple(dict.fromkeys(prompt for prompt, _ in jobs))
+def _recorded(work: Work, prompts: tuple[int, ...]) -> tuple[Recording, Cost]:
+    """The recorded pass of just these prompts, so that what a chunk gives never depends on the chunks before it.
+
+    And what it cost, where it was made now.
+    """
     known = work.memo.get("recording")
-    if known is None or prompts != known.prompts:
-        known = work.memo["recording"] = record(work, prompts)
-    return known
+    if known is not None and prompts == known.prompts:
+        return known, Cost()
+    recording = work.memo["recording"] = record(work, prompts)
+    return recording, recording.cost
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
@@ -58,16 +71,21 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return [places[number] for number in range(len(order))]
 
 
-def _measured(work: Work, recording: Recording, states: Tensor, jobs: Sequence[Job]) -> list[float]:
-    """The metric of each job; as many rows of logits at once as fit."""
+def _measured(work: Work, recording: Recording, states: Tensor, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+    """The metric of each job, and what that cost; as many rows of logits at once as fit."""
     head, metric = recording.head, work.plan.metric
     if head.plain and metric.metric.local:
         prompts = [prompt for prompt, _ in jobs]
         tokens = metric.tokens(prompts).to(states.device)
-        return metric.of_tokens(head.logits_of(states, tokens), prompts).double().tolist()
+        values = metric.of_tokens(head.logits_of(states, tokens), prompts).double().tolist()
+        return values, Cost(flops=2 * tokens.numel() * states.shape[-1])
     step = max(LOGITS // head.vocabulary, 1)
     values: list[float] = []
     for start in range(0, len(jobs), step):
         some = slice(start, start + step)
         values += measured(work, head.logits(states[some]), jobs[some])
-    return values
+    return values, _head(work, recording, len(jobs))
+
+
+def _head(work: Work, recording: Recording, rows: int) -> Cost:
+    return Cost(flops=rows * work.law.per_token(recording.tower.unembed))

@@ -6,6 +6,7 @@ Prompts of one length run together; what is kept of them is flat, prompt after p
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.atlas import Atlas, Tower, peel
+from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Work
 from nnsplice.sweeps.packed import heads
 from nnsplice.sweeps.packed.attention import KeysAndValues, KeyValue, attention
@@ -23,6 +25,8 @@ from nnsplice.sweeps.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
 _DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "layer_past", "head_mask"}
+#: Models that were seen to run attention code of their own, so that nobody tries again.
+_own_attention: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Recording:
     whole: Whole
     #: The model's own head.
     head: heads.Head
+    #: What the pass cost.
+    cost: Cost
 
     @property
     def total(self) -> int:
@@ -84,13 +90,12 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
         raise NotImplementedError("its head is no part of its own")
     batches = work.plan.corrupted.take(prompts).batches(None)
     batches = [[prompts[row] for row in rows] for rows in batches]
-    whole = work.memo.get("whole", False)
-    if not whole:
+    if root not in _own_attention:
         try:
             passes = [_run(work, root, tower, rows, whole=False) for rows in batches]
         except NotImplementedError:
-            whole = work.memo["whole"] = True
-    if whole:
+            _own_attention.add(root)
+    if root in _own_attention:
         passes = [_run(work, root, tower, rows, whole=True) for rows in batches]
     bases, at = {}, 0
     lengths = work.plan.corrupted.lengths("decoder")
@@ -112,6 +117,7 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
         attended={module: _flat([one.attended[module] for one in passes]) for module in passes[0].attended},
         whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
         head=work.memo["head"],
+        cost=sum((work.law.whole(work.plan.corrupted, rows, 1) for rows in batches), Cost()),
     )
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnsplice.sweeps.executors import Cost, Work
+from nnsplice.sweeps.cost import Cost
+from nnsplice.sweeps.executors import Work
 from nnsplice.sweeps.packed.attention import KeyValue, Left, Packed, attention
 from nnsplice.sweeps.packed.edits import Change, Find, Numbered, edited, hooked
 from nnsplice.sweeps.packed.layout import Layout
@@ -106,10 +107,12 @@ class Wave:
         attend = Packed(self.recording.attended, groups, own=own or self._none(layer))
         with attention(self.root, attend), hooked(self.root, self._inside(layer, layout), self._change(lambda: find)):
             out = self._block(layer, pack, self._index(ends))
+        self._count(layer, len(pack))
         return self._edited_output(layer, layout, out, find)
 
     def _keys_and_values(self, layer: int, layout: Layout, states: Tensor, attend: Packed) -> KeyValue:
-        change = self._change(lambda: layout.find)
+        block, change = self.recording.tower.blocks[layer], self._change(lambda: layout.find)
+        self._count(layer, len(states), (block.q, block.k, block.v, block.fused))
         with attention(self.root, attend), hooked(self.root, self._inside(layer, layout), change):
             try:
                 self._block(layer, states, self._index(layout.recorded))
@@ -121,6 +124,7 @@ class Wave:
         """One block for a pack, with the edits of its inside."""
         whole = self.recording.whole
         find: list[Find] = [layout.find]
+        self._count(layer, len(pack))
         with ExitStack() as stack:
             stack.enter_context(hooked(self.root, self._inside(layer, layout), self._change(lambda: find[0])))
             if whole.calls:
@@ -130,8 +134,16 @@ class Wave:
                 stack.enter_context(attention(self.root, Packed(self.recording.attended, groups)))
             return self._block(layer, pack, self._index(layout.recorded))
 
+    def _count(self, layer: int, tokens: int, parts: Sequence[str | None] = ()) -> None:
+        """Note a call of a block, or of those parts of it."""
+        block, law = self.recording.tower.blocks[layer], self.work.law
+        flops = tokens * law.per_token(*(parts or block.modules))
+        if self.recording.whole.calls:  # whose attention runs whole prompts
+            more = sum(self.recording.whole.length(row.base) - row.length for row in self.rows if row.layer <= layer)
+            flops += more * law.per_token(block.attn)
+        self.cost += Cost(tokens, block_calls=1, flops=flops, peak=tokens)
+
     def _block(self, layer: int, pack: Tensor, tokens: Tensor) -> Tensor:
-        self.cost += Cost(tokens=len(pack), block_calls=1, peak=len(pack))
         return first(self.recording.blocks[layer](pack[None], **self.recording.arguments(layer, tokens)))[0]
 
     # --- edits

@@ -84,6 +84,11 @@ class Whole:
         homes = {base: (one, row) for one, members in enumerate(bases) for row, base in enumerate(members)}
         return cls({module: [calls[module] for calls in passes] for module in passes[0]}, homes)
 
+    def length(self, base: int) -> int:
+        """How many tokens the prompt has that begins there."""
+        one, _ = self.homes[base]
+        return next(iter(self.calls.values()))[one].length
+
     @contextmanager
     def running(self, layout: Layout, finds: Callable[[Find | None], None]) -> Iterator[None]:
         """While this lasts, attention modules take and return packed tokens, and run whole prompts.

@@ -1,0 +1,94 @@
+"""What runs cost, counted: passes, calls of blocks, tokens, operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nnsplice import engine
+from nnsplice.activations.prompts import Prompts
+from nnsplice.atlas import Atlas, Tower, peel
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What something cost."""
+
+    #: Tokens that went through a block, counted at every block anew.
+    tokens: int = 0
+    forwards: int = 0
+    block_calls: int = 0
+    #: See `Law`.
+    flops: float = 0.0
+    #: The most tokens that were in memory at once.
+    peak: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.tokens + other.tokens,
+            self.forwards + other.forwards,
+            self.block_calls + other.block_calls,
+            self.flops + other.flops,
+            max(self.peak, other.peak),
+        )
+
+    def told(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {name: getattr(self, name) for name in ("forwards", "block_calls", "tokens", "flops")}
+
+
+@dataclass(frozen=True)
+class Law:
+    """What tokens cost in a model: two operations for every number of a matrix that a token is multiplied with.
+
+    What tokens do to each other is left out, as are norms and the like: a tenth of the whole where prompts are short.
+    Keys and values of another tower are counted by the tokens of their own.
+    """
+
+    root: nn.Module
+    towers: Mapping[str, Tower]
+    #: How many experts a token goes to.
+    routed: int = 1
+    _known: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, model: engine.Model) -> Law:
+        """Of a model's blocks and its unembedding; of all its matrices, where it has no blocks."""
+        root = peel(model)
+        config = getattr(root, "config", None)
+        return cls(root, Atlas.of(model).towers, getattr(config, "num_experts_per_tok", None) or 1)
+
+    def per_token(self, *parts: str | None) -> int:
+        """The operations for one token in these modules, by their names."""
+        total = 0
+        for part in parts:
+            if part is not None and part not in self._known:
+                self._known[part] = sum(map(self._own, self.root.get_submodule(part).modules()))
+            total += self._known.get(part, 0) if part is not None else 0
+        return total
+
+    def _own(self, module: nn.Module) -> int:
+        if isinstance(module, nn.Embedding):  # read, not multiplied with
+            return 0
+        own = [p.shape for p in module.parameters(recurse=False)]
+        matrices = sum(2 * shape.numel() for shape in own if len(shape) == 2)
+        return matrices + sum(2 * shape[1:].numel() * min(self.routed, shape[0]) for shape in own if len(shape) == 3)
+
+    def whole(self, prompts: Prompts, rows: Sequence[int], logits: int, skipped: int = 0) -> Cost:
+        """One forward pass of some prompts.
+
+        Args:
+            logits: of how many tokens of each they are computed.
+            skipped: how many blocks are left out, from the first.
+        """
+        towers = sorted(self.towers.values(), key=lambda tower: tower.name != "encoder")
+        lengths = {name: sum(prompts.lengths(name)[row] for row in rows) for name in ("encoder", "decoder")}
+        blocks = [(lengths[tower.name], block) for tower in towers for block in tower.blocks][skipped:]
+        flops = sum(tokens * self.per_token(*block.modules) for tokens, block in blocks)
+        flops += logits * len(rows) * self.per_token(*(tower.unembed for tower in towers))
+        if not towers:
+            flops = lengths["decoder"] * self.per_token("")
+        return Cost(sum(tokens for tokens, _ in blocks), 1, len(blocks), flops, max(lengths.values()))
