@@ -100,7 +100,7 @@ def test_one_place_without_a_number_has_a_grid_and_a_picture(tmp_path):
     model, tuned = pair("gpt2")
     result = ns.sweep_weights(model, tuned, "embed", METRIC, PROMPTS, progress=False)
     assert result.grid().dims == ("prompt",) and np.array_equal(result.grid().values, result.frame().value)
-    assert result.plot().get_images()[0].get_array().shape == (1, 1)
+    assert np.asarray(result.plot().get_images()[0].get_array()).shape == (1, 1)
     result.to_html(tmp_path / "r.html")
 
 

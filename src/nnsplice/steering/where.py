@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def span(start: int | Sequence[tuple[int, int]], stop: int | None = None) -> Whe
     return Where("span", tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
 
 
-def mask(rows: Any) -> Where:
+def mask(rows: Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray | Tensor) -> Where:
     """The tokens at which `rows[row][token]` is true; one row serves every prompt, and later tokens are left alone.
 
     >>> toy = ns.load("toy")
