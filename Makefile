@@ -6,6 +6,9 @@ JOBS   ?= 2
 BIN   := .venv/bin
 READY := .venv/.ready
 
+NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "nnsplice needs Python 3.11 or newer; choose one with 'make PYTHON=python3.12 ...'"; exit 1; }
+
 # Pyright runs the version in constraints.txt; whether a newer one exists is not its business here.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -51,6 +54,7 @@ versions: test-lowest test-newest
 
 # Each end has an environment of its own. pip looks again every time, so that the newest is the newest of today.
 test-lowest test-newest: test-%:
+	@test -x .venv-$*/bin/python || $(NEW_ENOUGH)
 	@test -x .venv-$*/bin/python || { echo "== making .venv-$*"; $(PYTHON) -m venv .venv-$*; }
 	@.venv-$*/bin/python tests/versions.py $* > .venv-$*/constraints.txt
 	@echo "== installing the $* versions into .venv-$*"
@@ -71,8 +75,7 @@ clean:
 
 # The stamp is older than these two files when they changed since the installation.
 $(READY): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "nnsplice needs Python 3.11 or newer; choose one with 'make PYTHON=python3.12 ...'"; exit 1; }
+	@test -x $(BIN)/python || $(NEW_ENOUGH)
 	@test -x $(BIN)/python || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "== installing into .venv (the first time takes some minutes: torch is large)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"
