@@ -254,6 +254,34 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
         ns.steering.sweep(model, PROMPTS, vector(0, 1, seed=1), NUMBERS, METRIC, **arguments)
 
 
+def test_a_stopped_generation_goes_on_with_the_texts_that_were_written(model, tmp_path: Path, monkeypatch) -> None:
+    room = ns.steering.sweep.__globals__
+    real, calls = room["_generated"], []
+
+    def stops(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "progress": False, "max_tokens": 20}
+    asked = (model, PROMPTS, vector(0, 1), NUMBERS, words)
+    whole = ns.steering.sweep(*asked, **arguments)
+    journal = tmp_path / "j.jsonl"
+    monkeypatch.setitem(room, "_generated", stops)
+    with pytest.raises(KeyboardInterrupt):
+        ns.steering.sweep(*asked, journal=journal, **arguments)
+    found = ns.steering.sweep(*asked, journal=journal, **arguments)
+    assert found.texts == whole.texts and any(any(row) for rows in found.texts for row in rows)
+    np.testing.assert_allclose(found.values, whole.values, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(found.kl, whole.kl, rtol=0, atol=1e-10)
+    done = len(calls)
+    again = ns.steering.sweep(*asked, journal=journal, **arguments)
+    assert again.texts == found.texts and len(calls) == done  # nothing was left
+    with pytest.raises(FileError, match="max_new_tokens"):
+        ns.steering.sweep(*asked, journal=journal, **{**arguments, "max_new_tokens": 4})
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -265,7 +293,6 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
         ({"max_new_tokens": 0, "metric": words}, "at least 1"),
         ({"max_new_tokens": 2}, "function text -> number"),
         ({"max_new_tokens": 2, "metric": words, "num_beams": 2}, "several rows of a cell"),
-        ({"max_new_tokens": 2, "metric": words, "journal": "j.jsonl"}, "no generated texts"),
         ({"vector": vector(1) | vector(1, site="mlp.output")}, "several places for one"),
         ({"operator": "subtract"}, "no operator"),
         ({"prompts": torch.zeros(1, 2, 16)}, "values"),

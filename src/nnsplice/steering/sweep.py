@@ -95,7 +95,7 @@ def sweep(
         max_new_tokens: generate so many tokens in every cell, greedily, and keep the texts.
         guard: measure the KL; with `max_new_tokens` that is a pass of the unsteered model over all texts.
         max_tokens: how many tokens run at once.
-        journal: a file that finished cells are appended to, so that the same call goes on after a stop.
+        journal: a file that finished cells and their texts are appended to; the same call after a stop goes on from there.
         progress: show a bar.
         generate_kwargs: for transformers' `generate`, with `max_new_tokens`.
     """
@@ -105,7 +105,7 @@ def sweep(
             raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
         given = encode(model, prompts)
         chosen, asked_numbers = read(where), _numbers(coefficients)
-        _check(given, chosen, max_new_tokens, generate_kwargs, journal, metric)
+        _check(given, chosen, max_new_tokens, generate_kwargs, metric)
         if not guard and max_new_tokens is None:
             raise BadArgument("the guard of logits costs nothing", expected="guard=False with max_new_tokens")
         rules = rules_of(model, vector, 1.0, operator, chosen, None, None)
@@ -120,8 +120,11 @@ def sweep(
         options = {"do_sample": False, **generate_kwargs}
         plan = Plan(model, given, rules, asked_numbers, _generated, metric, max_new_tokens, options, guard)
         name = getattr(metric, "__name__", type(metric).__name__)
-        told = {"name": name}
+        told = {"name": name, "source": function_digest(metric)}
     asked = _asked(model, given, rules, asked_numbers, told, chosen)
+    if max_new_tokens is not None:
+        plain = {key: v if isinstance(v, str | int | float) else function_digest(v) for key, v in options.items()}
+        asked["generate"] = {"max_new_tokens": max_new_tokens, "guard": guard, **plain}
     (values, kl), texts = _run(plan, asked, max_tokens or engine.room(model), journal, progress)
     shown = {"model": asked["model"], "operator": rules[0].name, "where": str(chosen)}
     told_texts = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
@@ -152,6 +155,9 @@ def _run(
         log = None if journal is None else stack.enter_context(Journal.open(journal, asked, 2 * len(jobs)))
         for (prompt, cell), value in ({} if log is None else log.done()).items():
             values[cell % 2, prompt, cell // 2 // (count + 1), cell // 2 % (count + 1)] = value
+        for (prompt, cell), text in ({} if log is None else log.texts()).items():
+            if cell % 2 == 0:
+                texts[prompt][cell // 2 // (count + 1)][cell // 2 % (count + 1)] = text
         left = [job for job in jobs if np.isnan(values[(0, *job)])]
         shown = stack.enter_context(bar("steering", len(jobs), "cell", progress, done=len(jobs) - len(left)))
         for chunk in _chunks(plan, left, room):
@@ -163,7 +169,8 @@ def _run(
                 texts[job[0]][job[1]][job[2]] = text
             if log is not None:
                 cells = [2 * (layer * (count + 1) + number) + half for _, layer, number in chunk for half in (0, 1)]
-                log.append([job[0] for job in chunk for _ in (0, 1)], cells, [x for v in found for x in v[:2]])
+                wrote = [x for _, _, text in found for x in (text, "")] if plan.new_tokens else ()
+                log.append([job[0] for job in chunk for _ in (0, 1)], cells, [x for v in found for x in v[:2]], wrote)
             shown.update(len(chunk))
     if left and not fired and len(left) > prompts:
         raise NeverFired(
@@ -288,7 +295,7 @@ def _before_end(tokens: Tensor, root: Any) -> Tensor:
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
-def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, journal: Any, metric: Any) -> None:
+def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, metric: Any) -> None:
     if given.values is not None:
         raise BadArgument("prompts are tokens, and these are values")
     if given.decoder_ids is not None:
@@ -309,8 +316,6 @@ def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, journal: 
         raise BadArgument(f"{several[0]} makes several rows of a cell", expected="one text for each cell")
     if isinstance(metric, Metric) or not callable(metric):
         raise BadArgument("with max_new_tokens the metric is of texts", expected="a function text -> number")
-    if journal is not None:
-        raise BadArgument("a journal keeps numbers, and no generated texts", expected="journal= without max_new_tokens")
 
 
 def _numbers(coefficients: Any) -> tuple[float, ...]:
