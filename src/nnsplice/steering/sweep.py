@@ -95,7 +95,7 @@ def sweep(
         max_new_tokens: generate so many tokens in every cell, greedily, and keep the texts.
         guard: measure the KL; with `max_new_tokens` that is a pass of the unsteered model over all texts.
         max_tokens: how many tokens run at once.
-        journal: a file that finished cells and their texts are appended to; the same call after a stop goes on from there.
+        journal: a file that finished cells, and their texts, are appended to; the same call goes on after a stop.
         progress: show a bar.
         generate_kwargs: for transformers' `generate`, with `max_new_tokens`.
     """
