@@ -258,6 +258,8 @@ def test_the_prompts_of_a_result_are_those_that_were_given() -> None:
         ({"noise": torch.zeros(2, 2, 15)}, ShapeError, r"noise of shape \[2, 2, 15\][\s\S]*\[sample, 2, 16\]"),
         ({"noise": torch.zeros(2, 16)}, ShapeError, r"noise of shape \[2, 16\]"),
         ({"noise": torch.zeros(0, 2, 16)}, BadArgument, "samples=0"),
+        ({"noise": "much"}, ns.errors.BadType, "noise='much'"),
+        ({"subject": None}, ns.errors.BadType, 'span "subject" is None'),
         ({"answer": ["w7", "w8"]}, ShapeError, "2 answers for 1 prompt"),
         ({"answer": "w7 w8"}, BadArgument, "is 2 tokens"),
         ({"subject": "w9"}, ns.errors.SpanError, "w9"),

@@ -69,3 +69,5 @@ def test_mistakes():
         w.diff(base, base)
     with pytest.raises(TypeError, match="by=3"):
         w.diff(base, zoo.build("gpt2"), by=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="compares nothing"):
+        w.diff(base, zoo.build("gpt2"), by=[])

@@ -17,7 +17,7 @@ from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files
 from nnsplice.checkpoints.io.writer import write_model_state_local
-from nnsplice.checkpoints.mapper.abc import ModelStateMapper, listing
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCast, ModelStateMapperCopy, ModelStateMapperRename
@@ -56,8 +56,7 @@ def convert(
         resume: go on with what a stopped call has finished; and leave what this one finishes, should it stop.
         carry: other files for the new folder, over those of `src_dir`: name -> a file to copy, or a text.
     """
-    if isinstance(mapper, Between):
-        mapper = mapper.complete()
+    mapper = mapper.complete() if isinstance(mapper, Between) else as_mapper(mapper)
     states = read_model_state(src_dir, mapper, "cpu", show_progress)
     source = Path(src_dir)
     write_model_state_local(

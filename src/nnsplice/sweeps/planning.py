@@ -67,6 +67,8 @@ def plan_sweep(
         chosen = operation_of(operation)
         edited, source = _prompts(model, clean, corrupted, spans, chosen)
         _check_pairs(edited, source, align)
+        if chosen.name == "patch" and corruption is None:
+            _check_differ(edited, source)
         _check_reference(chosen, reference)
         bound = Metric.of(metric).bind(engine.tokenizer_of(model), len(edited))
         targets = targets_of(model, engine.listed(sites), edited, window, together)
@@ -112,13 +114,26 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
             raise ShapeError(
                 f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not correspond",
                 expected="prompts of one length in a pair",
-                write='align="end", which counts tokens from the end, or named spans',
+                write='align="end": the clean tokens count from the end, named spans in their own prompt',
             )
+
+
+def _check_differ(edited: Prompts, source: Prompts | None) -> None:
+    if source is not None and (edited.ids, edited.decoder_ids) == (source.ids, source.decoder_ids):
+        raise BadArgument(
+            "the corrupted prompts are the clean ones, so patching would change nothing",
+            expected="corrupted prompts in which something differs",
+            write="ns.ablate(model, prompts, sites, metric), which needs no second prompt",
+        )
 
 
 def _check_reference(operation: Operation, reference: SavedActivation | None) -> None:
     if reference is not None and not isinstance(reference, SavedActivation):
-        raise BadType(f"a reference of type {type(reference).__name__}", expected="a SavedActivation")
+        raise BadType(
+            f"a reference of type {type(reference).__name__}",
+            expected="a SavedActivation",
+            write="reference=ns.capture(model, other_prompts, sites)",
+        )
     if operation.name in NEEDS_REFERENCE and (reference is None or not len(reference)):
         raise BadArgument(
             f'operation="{operation.name}" takes its values from a reference, and there is none',

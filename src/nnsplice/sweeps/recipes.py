@@ -16,7 +16,7 @@ from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
-from nnsplice.errors import BadArgument, ShapeError, circumstances
+from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.metrics import Answer, MetricLike, probability
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
@@ -122,6 +122,8 @@ def causal_trace(
     model = engine.as_model(model)
     if kind not in KINDS:
         raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))
+    if not isinstance(noise, Tensor | float | int):
+        raise BadType(f"noise={noise!r}", expected="a number of standard deviations, or the noise itself as a tensor")
     if isinstance(noise, Tensor):
         samples = noise.shape[0]
     if samples < 1:

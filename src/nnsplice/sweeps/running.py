@@ -52,9 +52,13 @@ def run(
         journal: a file that every finished chunk is appended to; the same call after a stop goes on from there.
         progress: show a bar.
     """
-    model = engine.as_model(model)
     if not isinstance(plan, Plan):
-        raise BadType(f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns")
+        raise BadType(
+            f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)"
+        )
+    model = engine.as_model(model)
+    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
+        raise BadArgument(f"max_tokens={max_tokens!r}", expected="a whole number of tokens, at least 1")
     check_runnable(model, plan)
     start = time.perf_counter()
     at_once = max_tokens or engine.room(model)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, undefined
 from nnsplice.checkpoints.mapper.one_group import InPlace, Leaf
-from nnsplice.errors import BadArgument, MapperError
+from nnsplice.errors import BadArgument, BadType, MapperError
 
 
 def _unique(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise BadType(f"{what} is the text {names!r}", expected="a list of names", write=f"[{names!r}]")
     names = tuple(names)
     if not names:
         raise BadArgument(f"{what} is empty", expected="at least one name")
@@ -28,6 +30,12 @@ def _unique(what: str, names: Sequence[str]) -> tuple[str, ...]:
     if twice is not None:
         raise BadArgument(f"{twice} stands twice in {what}", expected="each name once")
     return names
+
+
+def _type(dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise BadType(f"dtype={dtype!r}", expected="a type of torch", write="Cast(name, torch.bfloat16)")
+    return dtype
 
 
 def _set(leaf: object, name: str, value: object) -> None:
@@ -201,6 +209,9 @@ class ModelStateMapperCast(InPlace):
 
     name: str
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        _set(self, "dtype", _type(self.dtype))
 
     def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0].to(self.dtype)]
