@@ -101,8 +101,8 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
 
     return [
         (plan(CLEAN, CORRUPTED + " w1"), ShapeError, r"4 tokens, the corrupted one 5[\s\S]*align=\"end\""),
-        (plan(CLEAN, CLEAN), BadArgument, r"the clean ones[\s\S]*ns\.ablate"),
-        (plan(CLEAN, None), BadArgument, "would change nothing"),
+        (lambda: ns.sweep(model, CLEAN, CLEAN, "embed", METRIC), BadArgument, r"the clean ones[\s\S]*ns\.ablate"),
+        (plan(CLEAN, None), BadArgument, "corrupted is None, so patching would change nothing"),
         (plan([CLEAN, CLEAN], CORRUPTED), ShapeError, "2 clean prompts and 1 corrupted"),
         (plan(CLEAN, CORRUPTED, []), BadArgument, "no sites"),
         (plan([], CORRUPTED), BadArgument, "no prompts"),

@@ -67,8 +67,8 @@ def plan_sweep(
         chosen = operation_of(operation)
         edited, source = _prompts(model, clean, corrupted, spans, chosen)
         _check_pairs(edited, source, align)
-        if chosen.name == "patch" and corruption is None:
-            _check_differ(edited, source)
+        if corrupted is None and corruption is None and chosen.name == "patch":
+            raise nothing_differs("corrupted is None")
         _check_reference(chosen, reference)
         bound = Metric.of(metric).bind(engine.tokenizer_of(model), len(edited))
         targets = targets_of(model, engine.listed(sites), edited, window, together)
@@ -118,13 +118,13 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
             )
 
 
-def _check_differ(edited: Prompts, source: Prompts | None) -> None:
-    if source is not None and (edited.ids, edited.decoder_ids) == (source.ids, source.decoder_ids):
-        raise BadArgument(
-            "the corrupted prompts are the clean ones, so patching would change nothing",
-            expected="corrupted prompts in which something differs",
-            write="ns.ablate(model, prompts, sites, metric), which needs no second prompt",
-        )
+def nothing_differs(found: str) -> BadArgument:
+    """The error for a patch between two runs that are one."""
+    return BadArgument(
+        f"{found}, so patching would change nothing",
+        expected="corrupted prompts in which something differs",
+        write="ns.ablate(model, prompts, sites, metric), which needs no second prompt",
+    )
 
 
 def _check_reference(operation: Operation, reference: SavedActivation | None) -> None:
