@@ -104,6 +104,17 @@ def test_wrong_arguments_are_named(gpt2) -> None:
         (lambda: ns.capture(gpt2, "", "layers[0].output[-1]"), BadArgument, "no tokens"),
         (lambda: ns.capture(gpt2, number, "layers[0].output[-1]"), BadType, "is no prompt"),
         (lambda: ns.capture(gpt2, torch.ones(1, 5), "layers[0].output[-1]"), BadType, r"integers[\s\S]*ids\.long"),
+        (
+            lambda: ns.capture(gpt2, [[3], [3, 64]], "embed.output[-1]"),
+            BadArgument,
+            r"1 has the token id 64[\s\S]*0 to 63",
+        ),
+        (lambda: ns.capture(gpt2, [3, -1], "embed.output[-1]"), BadArgument, "0 has the token id -1"),
+        (
+            lambda: ns.capture(gpt2, [3] * 65, "embed.output[-1]"),
+            BadArgument,
+            "65 tokens, and the model has positions for 64",
+        ),
         (lambda: ns.capture(gpt2, PROMPT, SPANNED, spans=number), BadType, "spans is a int[\\s\\S]*spans={"),
         (lambda: ns.capture(gpt2, PROMPT, SPANNED, spans={"s": number}), BadType, 'span "s" is 3[\\s\\S]*a text'),
         (lambda: ns.capture(gpt2, PROMPT, number), BadType, "path"),

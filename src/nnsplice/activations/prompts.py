@@ -113,6 +113,7 @@ def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = 
     for row, tokens in enumerate(ids):
         if not tokens:
             raise BadArgument(f"prompt {row} has no tokens", expected="at least one token in every prompt")
+    engine.check_tokens(model, ids)
     found = None if spans is None else {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in spans.items()}
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)

@@ -203,6 +203,8 @@ EMBED = (
     "embeddings",
     "w",
 )
+#: Learned positions, a row for each: a longer prompt cannot run.
+POSITIONS = ("wpe", "position_embeddings", "embed_positions", "pos_embed")
 FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_final", "final_norm")
 UNEMBED = (
     "lm_head.decoder",

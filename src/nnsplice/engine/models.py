@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsplice.atlas import Atlas, Site, peel
+from nnsplice.atlas.families import POSITIONS
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType
 
@@ -37,6 +38,30 @@ def token_texts(model: Model, rows: Iterable[Iterable[int]]) -> tuple[tuple[str,
     """Each token by itself as text, or its number where the model has no tokenizer."""
     tokenizer = tokenizer_of(model)
     return tuple(tuple(str(t) if tokenizer is None else tokenizer.decode([t]) for t in row) for row in rows)
+
+
+def check_tokens(model: Model, rows: Iterable[Sequence[int]]) -> None:
+    """Raise for what the model's embeddings have no row for; torch would name neither prompt nor token."""
+    module = peel(model)
+    embedding = getattr(module, "get_input_embeddings", lambda: None)()
+    words: int = getattr(embedding, "num_embeddings", 0)
+    learned = [
+        inner.num_embeddings
+        for name, inner in module.named_modules()
+        if isinstance(inner, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
+    ]
+    for number, ids in enumerate(rows):
+        strange = next((token for token in ids if not 0 <= token < words), None)
+        if words and strange is not None:
+            raise BadArgument(
+                f"prompt {number} has the token id {strange}, and the model has no such token",
+                expected=f"ids from 0 to {words - 1}; the tokenizer has to be this model's own",
+            )
+        if learned and len(ids) > min(learned):
+            raise BadArgument(
+                f"prompt {number} has {len(ids)} tokens, and the model has positions for {min(learned)}",
+                expected="shorter prompts",
+            )
 
 
 def is_encoder_decoder(model: Model) -> bool:
