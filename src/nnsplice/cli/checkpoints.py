@@ -33,6 +33,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32 or fp64.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="INDEX", help="Which layers to keep: 0:4, -1, 0,5,11.")] = None,
     shard_size: Annotated[float, typer.Option(metavar="GB", help="How large a file may get.")] = 4.0,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="How many processes share the work.")] = 1,
     explain: Annotated[bool, typer.Option("--explain", help="Show what would be done, and leave.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped call finished.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No bar.")] = False,
@@ -71,8 +72,9 @@ def convert(
         text = config.read_text(encoding="utf-8")
         carry["config.json"] = adapted_config(text, layers=_count(mapper) if first else None, dtype=numbers)
     checkpoints.convert(
-        source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry
-    )
+        source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry,
+        workers=workers,
+    )  # fmt: skip
     typer.echo(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
 
 
