@@ -14,7 +14,7 @@ texts or ids, one for all prompts or one for each. It can be called as it is on 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nnsplice.errors import BadArgument, BadType
+from nnsplice.errors import BadArgument, BadType, ShortRow
 
 #: One token for all prompts, or one for each: as text or as id.
 Answer = str | int | Sequence[str | int]
@@ -69,6 +69,20 @@ class Metric:
     def at(self, position: int) -> Metric:
         """The same metric, read at another position of the prompt."""
         return replace(self, position=position)
+
+    def check_lengths(self, lengths: Iterable[int]) -> None:
+        """Raise for a prompt, by how many tokens it has, that has no such position.
+
+        Raises:
+            ShortRow: it would be read at another one.
+        """
+        for prompt, length in enumerate(lengths):
+            if not -length <= self.position < length:
+                raise ShortRow(
+                    f"{self.name} reads position [{self.position}], and prompt {prompt} has {length} "
+                    f"token{'s' * (length != 1)}",
+                    expected=f"[0] to [{length - 1}], or [-{length}] to [-1]",
+                )
 
     def __call__(self, logits: Float[Tensor, "row vocab"], reference: Tensor | None = None) -> Tensor:
         """The number for each row; with answers as texts, bind the metric to a model first."""

@@ -270,6 +270,7 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
         ({"operator": "subtract"}, "no operator"),
         ({"prompts": torch.zeros(1, 2, 16)}, "values"),
         ({"vector": vector(5)}, "layers"),
+        ({"metric": METRIC.at(40)}, r"reads position \[40\], and prompt 0 has"),
     ],
 )
 def test_mistakes_cost_no_pass(model, arguments: dict, text: str) -> None:

@@ -113,6 +113,7 @@ def sweep(
     tokenizer = engine.tokenizer_of(model)
     if max_new_tokens is None:
         bound = Metric.of(cast("MetricLike", metric)).bind(tokenizer, len(given))
+        bound.metric.check_lengths(given.lengths("decoder"))
         plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
         told: Any = bound.identity
         name = bound.metric.name

@@ -11,7 +11,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike, encode
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
+from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, circumstances
 from nnsplice.metrics import Metric, MetricLike
 from nnsplice.paths import Paths
 from nnsplice.sweeps.identity import asked_of
@@ -69,6 +69,7 @@ def plan_sweep(
         _check_pairs(edited, source, align)
         _check_reference(chosen, reference)
         bound = Metric.of(metric).bind(engine.tokenizer_of(model), len(edited))
+        _check_read(bound.metric, edited, source, align)
         targets = targets_of(model, engine.listed(sites), edited, window, together)
     of_decoder = bool(targets) and targets[0].tower == "decoder"
     tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
@@ -107,12 +108,27 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
         raise BadArgument(f"align={align!r}", expected='"position" or "end"')
     if source is None or align == "end":
         return
-    for row, (a, b) in enumerate(zip(source.lengths("encoder"), edited.lengths("encoder"), strict=True)):
-        if a != b:
-            raise ShapeError(
-                f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not correspond",
-                expected="prompts of one length in a pair",
-                write='align="end", which counts tokens from the end, or named spans',
+    for tower in ("encoder", "decoder"):
+        for row, (a, b) in enumerate(zip(source.lengths(tower), edited.lengths(tower), strict=True)):
+            if a != b:
+                raise ShapeError(
+                    f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not "
+                    "correspond",
+                    expected="prompts of one length in a pair",
+                    write='align="end", which counts tokens from the end, or named spans',
+                )
+
+
+def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: str) -> None:
+    """That every prompt has the position that the metric reads."""
+    lengths = edited.lengths("decoder")
+    metric.check_lengths(lengths)
+    for row, (a, b) in enumerate(zip((source or edited).lengths("decoder"), lengths, strict=True)):
+        if align == "end" and a < (from_end := b - metric.position % b):
+            raise ShortRow(
+                f"pair {row}: {metric.name} reads [{metric.position}] of the corrupted prompt, which is [-{from_end}], "
+                f"and the clean one has {a} token{'s' * (a != 1)}",
+                expected="a position that both prompts of a pair have, counted from the end",
             )
 
 
