@@ -181,6 +181,35 @@ def test_pairs_of_different_length_are_aligned_at_the_end_or_by_spans() -> None:
     assert np.isclose(_values(spanned, model, "batched")[0, 1], float(logits[7] - logits[8]), atol=1e-12)
 
 
+def test_a_reference_is_met_at_the_position_that_was_asked_for() -> None:
+    model, spans = _double("llama"), {"s": [(1, 3), (2, 4)]}
+    others = ["w8 w9 w10 w11", "w12 w13 w14 w15 w16 w17"]
+    sites = ["layers[1].output[0,-1]", 'layers[1].output["s"][-1]']
+    reference = ns.capture(model, others, [*sites, 'layers[1].output["s"]'], spans=spans)
+    there = {"s": (0, 2)}
+    plan = plan_sweep(
+        model, None, CORRUPTED[1], [*sites, 'layers[1].output["s"]'], METRIC, operation="mean", reference=reference,
+        spans=there,
+    )  # fmt: skip
+    for value, target in zip(_values(plan, model, "batched")[0], plan.targets, strict=True):
+        path = target.cell.path
+        saved = reference.subset([f"{path}[0]", f"{path}[1]"] if path.endswith('"s"]') else path).mean()
+        logits = ns.patched_logits(model, CORRUPTED[1], saved, spans=there)[0, -1]
+        assert np.isclose(value, float(logits[7] - logits[8]), atol=1e-12), path
+
+
+def test_each_prompt_is_added_its_own_row_of_a_reference() -> None:
+    model = _double("llama")
+    one = ns.capture(model, "w3 w4 w5", "layers[1].output[0,1]")
+    two = ns.capture(model, ["w3 w4 w5", "w8 w9 w10"], "layers[1].output[0,1]")
+    for reference, own in ((one, [one, one]), (two, [two.slice[0], two.slice[1]])):
+        ask = {"operation": "add", "reference": reference}
+        plan = plan_sweep(model, None, [CORRUPTED[1]] * 2, "layers[1].output[2]", METRIC, **ask)
+        for value, held in zip(_values(plan, model, "batched")[:, 0], own, strict=True):
+            logits = ns.patched_logits(model, CORRUPTED[1], held.mean("position"), add=True, at=2)[0, -1]
+            assert np.isclose(value, float(logits[7] - logits[8]), atol=1e-12)
+
+
 @pytest.mark.parametrize(("clean", "corrupted"), [("w3 w4 w5 w6 w7", "w9 w5 w6"), ("w9 w5 w6", "w3 w4 w5 w6 w7")])
 def test_aligned_at_the_end_a_token_is_met_by_its_partner_or_is_no_cell(clean: str, corrupted: str) -> None:
     model = _double("llama")
