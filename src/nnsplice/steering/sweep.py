@@ -16,7 +16,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument, NeverFired, circumstances
+from nnsplice.errors import BadArgument, NeverFired, ShapeError, circumstances
 from nnsplice.metrics import Metric, MetricLike, divergence, function_digest
 from nnsplice.progress import bar
 from nnsplice.results import Journal
@@ -188,7 +188,8 @@ def _rules(plan: Plan, chunk: Sequence[Job]) -> list[Rule]:
         rows = [r for r, (_, layer, n) in enumerate(chunk) if layer == number and n < len(plan.coefficients)]
         if rows:
             strengths = tuple(plan.coefficients[chunk[r][2]] for r in rows)
-            found.append(replace(rule, rows=tuple(rows), coefficient=strengths))
+            where = rule.where.of([prompt for prompt, _, _ in chunk])
+            found.append(replace(rule, rows=tuple(rows), coefficient=strengths, where=where))
     return found
 
 
@@ -294,6 +295,11 @@ def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, journal: 
         raise BadArgument("prompts are tokens, and these are values")
     if given.decoder_ids is not None:
         raise BadArgument("a sweep measures what a causal decoder says next, and this model has two towers")
+    if where.rows not in (1, len(given)):
+        raise ShapeError(
+            f"where is given for {where.rows} rows, and there are {len(given)} prompts",
+            expected="one for all prompts, or one for each",
+        )
     if new is None:
         if where.kind == "generated":
             raise BadArgument(
