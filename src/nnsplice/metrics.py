@@ -13,18 +13,21 @@ texts or ids, one for all prompts or one for each. It can be called as it is on 
 
 from __future__ import annotations
 
+import dis
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import sysconfig
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nnsplice.errors import BadArgument, BadType
+from nnsplice.errors import BadArgument, BadType, ShortRow
 
 #: One token for all prompts, or one for each: as text or as id.
 Answer = str | int | Sequence[str | int]
@@ -69,6 +72,20 @@ class Metric:
     def at(self, position: int) -> Metric:
         """The same metric, read at another position of the prompt."""
         return replace(self, position=position)
+
+    def check_lengths(self, lengths: Iterable[int]) -> None:
+        """Raise for a prompt, by how many tokens it has, that has no such position.
+
+        Raises:
+            ShortRow: it would be read at another one.
+        """
+        for prompt, length in enumerate(lengths):
+            if not -length <= self.position < length:
+                raise ShortRow(
+                    f"{self.name} reads position [{self.position}], and prompt {prompt} has {length} "
+                    f"token{'s' * (length != 1)}",
+                    expected=f"[0] to [{length - 1}], or [-{length}] to [-1]",
+                )
 
     def __call__(self, logits: Float[Tensor, "row vocab"], reference: Tensor | None = None) -> Tensor:
         """The number for each row; with answers as texts, bind the metric to a model first."""
@@ -209,7 +226,8 @@ def _log_probability(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 def _rank(logits: Tensor, answer: Tensor) -> Tensor:
-    return (logits > _of(logits, answer)[:, None]).sum(-1).to(logits)
+    # Half precision cannot count to the size of a vocabulary.
+    return (logits > _of(logits, answer)[:, None]).sum(-1).to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
@@ -223,6 +241,8 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return (there.exp() * (there - here)).sum(-1).clamp(min=0)
 
 
+#: Where code stands that is nobody's experiment.
+_LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _OWN = (_logit_diff, _probability, _log_probability, _rank, _kl_divergence)
 
 
@@ -282,6 +302,10 @@ def _made_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, Tensor):
         numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return str(value.dtype), list(value.shape), hashlib.sha256(numbers).hexdigest()
+    if isinstance(value, np.generic | np.ndarray):
+        return type(value).__name__, str(value.dtype), _made_of(value.tolist(), inner)
+    if isinstance(value, range | slice | torch.dtype | torch.device):
+        return str(value)
     if isinstance(value, list | tuple | set | frozenset):
         made = [_made_of(one, inner) for one in value]
         return made if isinstance(value, list | tuple) else sorted(made, key=repr)
@@ -294,13 +318,53 @@ def _made_of(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, MethodType):
         return _made_of(value.__func__, inner), _made_of(value.__self__, inner)
     if isinstance(value, FunctionType):
-        cells = [_made_of(cell.cell_contents, inner) for cell in value.__closure__ or () if _is_filled(cell)]
-        return [_made_of(one, inner) for one in (value.__code__, value.__defaults__, value.__kwdefaults__)], cells
+        return _own(value, inner), _around(value, inner)
     if isinstance(value, type) or not hasattr(value, "__dict__"):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     call = vars(type(value)).get("__call__")  # an object that is called like a function
     own = _made_of(call, inner) if isinstance(call, FunctionType) else None
     return type(value).__qualname__, own, _made_of(vars(value), inner)
+
+
+def _own(function: FunctionType, within: tuple[int, ...]) -> Any:
+    """A function's code, defaults and closure."""
+    cells = [_made_of(cell.cell_contents, within) for cell in function.__closure__ or () if _is_filled(cell)]
+    parts = (function.__code__, function.__defaults__, function.__kwdefaults__)
+    return [_made_of(one, within) for one in parts], cells
+
+
+def _around(function: FunctionType, within: tuple[int, ...]) -> Any:
+    """What a function reads of its module or notebook: values, and functions of the same, with what those read."""
+    found: dict[str, Any] = {}
+    if function.__code__.co_filename.startswith(_LIBRARIES):
+        return found
+    codes = [function.__code__]
+    while codes:
+        for name in _globals_of(codes.pop()):
+            value = function.__globals__.get(name)
+            if name in found or name not in function.__globals__:
+                continue
+            if isinstance(value, FunctionType) and value.__globals__ is function.__globals__:
+                found[name] = _own(value, within)
+                codes.append(value.__code__)
+            else:
+                found[name] = _made_of(value, within) if _is_plain(value) else type(value).__qualname__
+    return sorted(found.items())
+
+
+def _globals_of(code: CodeType) -> list[str]:
+    inner = [one for one in code.co_consts if isinstance(one, CodeType)]
+    names = [one.argval for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return names + [name for one in inner for name in _globals_of(one)]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is data; a model that stands in a notebook is not looked into."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | complex | bytes | Tensor | np.generic | np.ndarray)
 
 
 def _is_filled(cell: CellType) -> bool:

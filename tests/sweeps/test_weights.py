@@ -189,6 +189,7 @@ MISTAKES: Any = [
     ({"batch_size": 0}, ValueError, "batch_size=0"),
     ({"prompts": []}, ValueError, "no prompts"),
     ({"metric": ns.logit_diff("w13", "nonsense")}, ValueError, "vocabulary"),
+    ({"metric": METRIC.at(-40)}, IndexError, r"reads position \[-40\]"),
     ({"metric": lambda logits: logits[:, 0] * float("nan")}, ValueError, "NaN"),
 ]
 

@@ -16,7 +16,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument, NeverFired, circumstances
+from nnsplice.errors import BadArgument, NeverFired, ShapeError, circumstances
 from nnsplice.metrics import Metric, MetricLike, divergence, function_digest
 from nnsplice.progress import bar
 from nnsplice.results import Journal
@@ -113,6 +113,7 @@ def sweep(
     tokenizer = engine.tokenizer_of(model)
     if max_new_tokens is None:
         bound = Metric.of(cast("MetricLike", metric)).bind(tokenizer, len(given))
+        bound.metric.check_lengths(given.lengths("decoder"))
         plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
         told: Any = bound.identity
         name = bound.metric.name
@@ -194,7 +195,8 @@ def _rules(plan: Plan, chunk: Sequence[Job]) -> list[Rule]:
         rows = [r for r, (_, layer, n) in enumerate(chunk) if layer == number and n < len(plan.coefficients)]
         if rows:
             strengths = tuple(plan.coefficients[chunk[r][2]] for r in rows)
-            found.append(replace(rule, rows=tuple(rows), coefficient=strengths))
+            where = rule.where.of([prompt for prompt, _, _ in chunk])
+            found.append(replace(rule, rows=tuple(rows), coefficient=strengths, where=where))
     return found
 
 
@@ -300,6 +302,11 @@ def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, metric: A
         raise BadArgument("prompts are tokens, and these are values")
     if given.decoder_ids is not None:
         raise BadArgument("a sweep measures what a causal decoder says next, and this model has two towers")
+    if where.rows not in (1, len(given)):
+        raise ShapeError(
+            f"where is given for {where.rows} rows, and there are {len(given)} prompts",
+            expected="one for all prompts, or one for each",
+        )
     if new is None:
         if where.kind == "generated":
             raise BadArgument(

@@ -42,6 +42,20 @@ class Where:
             return f"span{pairs[0]}" if len(pairs) == 1 else f"span([{', '.join(pairs)}])"
         return f"mask({len(self.mask)} rows)" if self.kind == "mask" else self.kind
 
+    @property
+    def rows(self) -> int:
+        """For how many rows it is given: 1 for one that serves all."""
+        return max(len(self.mask), len(self.start), 1)
+
+    def of(self, prompts: Sequence[int]) -> Where:
+        """The same for rows that are of these prompts."""
+        if self.rows == 1:
+            return self
+        start, stop, mask = (
+            tuple(each[prompt] for prompt in prompts) if each else each for each in (self.start, self.stop, self.mask)
+        )
+        return Where(self.kind, start, stop, mask)
+
     def chosen(self, call: Call) -> Chosen:
         """The tokens of a pass that are meant."""
         return _CHOOSE[self.kind](self, call)
