@@ -25,7 +25,7 @@ GEMMA = re.compile(r"gemma")
 
 
 def huggingface(atlas: Atlas) -> Scheme:
-    """The scheme of a model's own parameters."""
+    """The scheme of a model's own parameters, and of the buffers that are saved with them."""
     found: dict[str, Stored] = {}
     tower = atlas.towers.get("decoder")
     if tower is not None and len(atlas.towers) == 1:
@@ -34,8 +34,9 @@ def huggingface(atlas: Atlas) -> Scheme:
             if block.occurrence == 0:
                 found |= scheme(_block(atlas, block))
     # What has no meaning here has its name: it is the same where the name is.
-    rest = {name: plain(name, f"as it is: {name}") for name in atlas.tree.params if name not in found}
-    return {name: (found | rest)[name] for name in atlas.tree.params}
+    every = (*atlas.tree.params, *atlas.tree.saved)
+    rest = {name: plain(name, f"as it is: {name}") for name in every if name not in found}
+    return {name: (found | rest)[name] for name in every}
 
 
 def _ends(atlas: Atlas, tower: Tower) -> Iterator[Stored]:
