@@ -198,7 +198,9 @@ def test_two_models_that_cannot_be_compared():
 # -- a run of an adapter -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["plain", "dora", "rslora", "ranks", "conv1d", "embedding", "experts", "t5"])
+@pytest.mark.parametrize(
+    "name", ["plain", "dora", "rslora", "ranks", "conv1d", "embedding", "dora_embedding", "experts", "t5"]
+)
 def test_a_step_of_the_factors_is_a_step_of_the_weight(tmp_path, name):
     trained = adapt(name, tmp_path)
     model = trained.model.double()

@@ -145,6 +145,18 @@ def test_experts_one_by_one_and_all_in_one(name: str, tmp_path: Path):
     assert made.keys() == set(stored) and all(torch.equal(made[n], stored.tensor(n)) for n in made)
 
 
+def test_buffers_that_are_saved_come_along(tmp_path: Path):
+    # GLM's routers keep the bias that balances their experts in a buffer; without it the model takes other experts.
+    model = build("mixtral")
+    model.model.layers[1].mlp.gate.register_buffer("correction", torch.arange(4.0))
+    model.model.layers[1].mlp.gate.register_buffer("scratch", torch.ones(2), persistent=False)
+    name = "model.layers.1.mlp.gate.correction"
+    between = ck.mapper_between(model, model)
+    assert not between.underived and not between.unused
+    assert torch.equal(through(between, state_of(model))[name], torch.arange(4.0))
+    assert list(ck.mapper_between(build("mixtral"), model).underived) == [name]
+
+
 # -- what cannot be derived --------------------------------------------------------------------------------------------
 
 

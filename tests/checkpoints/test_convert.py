@@ -101,6 +101,15 @@ def test_what_is_no_rename(gpt2: Path, wrong: str):
         ck.renaming(gpt2, [wrong])
 
 
+def test_one_rename_is_no_list_of_letters(gpt2: Path):
+    assert ck.renaming(gpt2, "h=x") == ck.renaming(gpt2, ["h=x"])
+
+
+def test_a_rename_leaves_a_name(gpt2: Path):
+    with pytest.raises(BadArgument, match=r"leaves nothing of the name transformer\.wte\.weight"):
+        ck.renaming(gpt2, ["transformer.wte.weight="])
+
+
 def test_renames_that_collide(gpt2: Path):
     with pytest.raises(MapperError, match="colliding output"):
         ck.renaming(gpt2, ["transformer.h.*=transformer.h"])

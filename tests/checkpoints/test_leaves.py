@@ -7,7 +7,7 @@ import torch
 
 from nnsplice import checkpoints as ck
 from nnsplice.atlas.layouts import Kind, Layout
-from nnsplice.errors import BadArgument, MapperError
+from nnsplice.errors import BadArgument, BadType, MapperError
 
 X = torch.arange(24.0).reshape(4, 6)
 Y = X + 100
@@ -117,6 +117,21 @@ def test_a_leaf_refuses_what_does_not_fit(leaf: ck.ModelStateMapper, given: dict
 )
 def test_a_leaf_that_cannot_mean_anything_is_not_made(wrong):
     with pytest.raises(BadArgument):
+        wrong()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: ck.Cast("x", "bfloat16"),  # pyright: ignore[reportArgumentType] - torch would take it for a device
+        lambda: ck.Copy("x", "new"),
+        lambda: ck.UnstackTensors("x", "new", 0),
+        lambda: ck.StackTensors("old", "x", 0),
+        lambda: ck.SelectChildModules("ab", "x"),
+    ],
+)
+def test_a_text_is_no_list_of_names_and_no_type(wrong):
+    with pytest.raises(BadType):
         wrong()
 
 

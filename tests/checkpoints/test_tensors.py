@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from checkpoints.folders import KB, index, read, write
 from nnsplice import checkpoints as ck
+from nnsplice.errors import MapperError
 
 # -- types -------------------------------------------------------------------------------------------------------------
 
@@ -147,3 +148,10 @@ def test_a_buffer_that_is_filled_again_and_again_is_no_tie(tmp_path: Path, size:
 def test_equal_numbers_in_other_memory_are_no_tie(tmp_path: Path):
     write(tmp_path / "ck", {"a": torch.ones(100), "b": torch.ones(100)})
     assert "tied" not in index(tmp_path / "ck")["metadata"]
+
+
+def test_the_one_name_that_a_header_has_for_itself_is_refused(tmp_path: Path):
+    with pytest.raises(MapperError, match="can be called __metadata__"):
+        ck.write_model_state_local(
+            tmp_path / "new", ck.Rename("a", "__metadata__"), [("a", torch.ones(2))], show_progress=False
+        )

@@ -95,7 +95,7 @@ def _identity(source: Path, mapper: ModelStateMapper) -> str:
 
 def renaming(
     src_dir: str | os.PathLike[str],
-    renames: Sequence[str] = (),
+    renames: str | Sequence[str] = (),
     *,
     dtype: torch.dtype | None = None,
     layers: slice | Sequence[int] | None = None,
@@ -114,8 +114,9 @@ def renaming(
 
     Args:
         src_dir: the checkpoint.
-        renames: `OLD=NEW`, one after the other. OLD is a run of whole names between dots, wherever it stands first;
-            a `*` in it stands for one name, and the same `*` in NEW for what it was. An empty NEW takes the run out.
+        renames: `OLD=NEW`, or several, one after the other. OLD is a run of whole names between dots, wherever it
+            stands first; a `*` in it stands for one name, and the same `*` in NEW for what it was. An empty NEW takes
+            the run out.
         dtype: for tensors of 16 to 64 bit floating point numbers; others stay as they are.
         layers: which layers to keep; the rest of the model stays, and layers keep their numbers.
 
@@ -127,12 +128,14 @@ def renaming(
         checkpoint = Checkpoint.open(src_dir)
         names = _chosen(checkpoint, layers)
         new = dict(zip(names, names, strict=True))
-        for rename in renames:
+        for rename in [renames] if isinstance(renames, str) else renames:
             changed = {name: _renamed(now, rename) for name, now in new.items()}
             if changed == new:
                 raise BadArgument(
                     f"--rename {rename} concerns no tensor", expected=f"names such as {listing(names, 3)}"
                 )
+            if bare := next((name for name, now in changed.items() if not now), None):
+                raise BadArgument(f"--rename {rename} leaves nothing of the name {bare}", expected="a name")
             new = changed
         tied: dict[str, list[str]] = {}
         for name in names:

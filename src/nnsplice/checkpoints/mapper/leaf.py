@@ -16,10 +16,12 @@ from torch import Tensor
 
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, undefined
 from nnsplice.checkpoints.mapper.one_group import InPlace, Leaf
-from nnsplice.errors import BadArgument, MapperError
+from nnsplice.errors import BadArgument, BadType, MapperError
 
 
 def _unique(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise BadType(f"{what} is one text", expected="a list of names", write=f'["{names}"]')
     names = tuple(names)
     if not names:
         raise BadArgument(f"{what} is empty", expected="at least one name")
@@ -201,6 +203,10 @@ class ModelStateMapperCast(InPlace):
 
     name: str
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dtype, torch.dtype):  # a text would be taken for a device
+            raise BadType(f"dtype is {self.dtype!r}", expected="a type of torch, such as torch.bfloat16")
 
     def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0].to(self.dtype)]
