@@ -161,7 +161,6 @@ def test_finished_files_are_gone_on_with_where_the_last_step_failed(tmp_path: Pa
     assert [float(tensor[0]) for tensor in read(tmp_path / "ck").values()] == [0, 1, 2, 3]
 
 
-
 def test_another_job_does_not_go_on_with_what_is_there(tmp_path: Path):
     def stopped():
         yield "t0", torch.ones(600)
