@@ -16,8 +16,9 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import peel
+from nnsplice.digests import digest_of, function_digest
 from nnsplice.errors import BadArgument, NeverFired, ShapeError, circumstances
-from nnsplice.metrics import Metric, MetricLike, divergence, function_digest
+from nnsplice.metrics import Metric, MetricLike, divergence
 from nnsplice.progress import bar
 from nnsplice.results import Journal
 from nnsplice.steering.operators import Operator
@@ -351,7 +352,7 @@ def _asked(
     return {
         "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model),
         "prompts": [list(row) for row in given.ids], "paths": [str(rule.path.place) for rule in rules],
-        "vectors": engine.digest_of({str(rule.path.place): rule.vector for rule in rules}),
+        "vectors": digest_of({str(rule.path.place): rule.vector for rule in rules}),
         "coefficients": list(coefficients), "metric": metric, "where": repr(where),
         "operator": operator or function_digest(rules[0].operator),
     }  # fmt: skip
