@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nnsplice.cli.commands import WrongUsage, app
+from nnsplice.cli.loading import dtype_of
 from nnsplice.errors import MapperError
 
 if TYPE_CHECKING:
     import torch
 
     from nnsplice.checkpoints import ModelStateMapper
-
-#: Names of types, short and long.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 @app.command()
@@ -54,7 +52,7 @@ def convert(
     from nnsplice.checkpoints.convert import adapted_config
 
     chosen = None if layers is None else _layers(layers)
-    numbers = None if dtype is None else _dtype(dtype)
+    numbers = None if dtype is None else dtype_of(dtype)
     mapper = (
         _derived(source, to, rename, numbers, chosen)
         if to
@@ -131,12 +129,3 @@ def _count(mapper: object) -> int:
 
     assert isinstance(mapper, ModelStateMapper)
     return 1 + max(layer for name in inputs_of(mapper) if (layer := layer_of(name)) is not None)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    found = getattr(torch, DTYPES.get(name, name), None)
-    if not isinstance(found, torch.dtype) or DTYPES.get(name, name) not in DTYPES.values():
-        raise typer.BadParameter(f"{name!r} is no type; write {', '.join(DTYPES)}")
-    return found
