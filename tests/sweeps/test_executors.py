@@ -248,7 +248,7 @@ def test_spans_of_different_length_in_a_pair_are_refused() -> None:
 
     for bounds in (((1, 4), (1, 3)), ((1, 3), (1, 4))):
         with pytest.raises(ValueError, match=r"pair 0: the span \"s\" has [23] tokens in the clean"):
-            plan(*({"s": one} for one in bounds), 'layers[1].output["s"]')
+            plan({"s": bounds[0]}, {"s": bounds[1]}, 'layers[1].output["s"]')
     with pytest.raises(IndexError, match=r"2 tokens in the clean prompt"):
         plan({"s": (1, 3)}, {"s": (1, 4)}, 'layers[1].output["s"][2]')
     with pytest.raises(ValueError, match=r"stands in the clean prompts"):

@@ -50,10 +50,8 @@ class Where:
         """The same for rows that are of these prompts."""
         if self.rows == 1:
             return self
-        start, stop, mask = (
-            tuple(each[prompt] for prompt in prompts) if each else each for each in (self.start, self.stop, self.mask)
-        )
-        return Where(self.kind, start, stop, mask)
+        start, stop = (tuple(each[prompt] for prompt in prompts if each) for each in (self.start, self.stop))
+        return Where(self.kind, start, stop, tuple(self.mask[prompt] for prompt in prompts if self.mask))
 
     def chosen(self, call: Call) -> Chosen:
         """The tokens of a pass that are meant."""
