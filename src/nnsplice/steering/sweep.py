@@ -123,7 +123,7 @@ def sweep(
         name = getattr(metric, "__name__", type(metric).__name__)
         told = {"name": name}
     asked = _asked(model, given, rules, asked_numbers, told, chosen)
-    (values, kl), texts = _run(plan, asked, max_tokens or engine.room(model), journal, progress)
+    (values, kl), texts = _run(plan, asked, engine.room(model, max_tokens), journal, progress)
     shown = {"model": asked["model"], "operator": rules[0].name, "where": str(chosen)}
     told_texts = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
     return SteeringSweep(

@@ -57,7 +57,7 @@ def run(
         raise BadType(f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns")
     check_runnable(model, plan)
     start = time.perf_counter()
-    at_once = max_tokens or engine.room(model)
+    at_once = engine.room(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
