@@ -198,6 +198,29 @@ def test_a_reference_is_met_at_the_position_that_was_asked_for() -> None:
         assert np.isclose(value, float(logits[7] - logits[8]), atol=1e-12), path
 
 
+def test_a_reference_of_a_file_is_found_however_its_places_are_spelled(tmp_path) -> None:
+    model = _double("llama")
+    ns.capture(model, CLEAN[1], "model.model.layers[1].output[-1]").to_file(tmp_path / "r.safetensors")
+    reference = ns.SavedActivation.from_file(tmp_path / "r.safetensors")
+    ask = {"operation": "mean", "reference": reference}
+    plan = plan_sweep(model, None, CORRUPTED[1], "layers[1].output[-1]", METRIC, **ask)
+    logits = ns.patched_logits(model, CORRUPTED[1], reference)[0, -1]
+    assert np.isclose(_values(plan, model, "packed")[0, 0], float(logits[7] - logits[8]), atol=1e-12)
+
+
+@pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
+@pytest.mark.parametrize("width", [1, 32])
+def test_a_reference_of_another_width_is_refused(executor: str, width: int) -> None:
+    model = _double("llama")
+    reference = ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, width)))
+    for operation in ("add", "mean"):
+        plan = plan_sweep(
+            model, None, CORRUPTED[1], "layers[1].output[-1]", METRIC, operation=operation, reference=reference
+        )
+        with pytest.raises(ValueError, match=f"is {width} wide, the place 16"):
+            _values(plan, model, executor)
+
+
 def test_each_prompt_is_added_its_own_row_of_a_reference() -> None:
     model = _double("llama")
     one = ns.capture(model, "w3 w4 w5", "layers[1].output[0,1]")

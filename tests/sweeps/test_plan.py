@@ -146,6 +146,9 @@ def test_running_refuses_train_mode_another_model_and_unknown_executors(model) -
         run(plan, wrap("llama", seed=1), progress=False)
     with pytest.raises(BadArgument, match=r"no executor 'fast'[\s\S]*batched"):
         run(plan, model, executor="fast", progress=False)
+    for tokens in (0, -4):
+        with pytest.raises(BadArgument, match=f"max_tokens={tokens}"):
+            run(plan, model, max_tokens=tokens, progress=False)
     wrong: Any = "plan"
     with pytest.raises(BadType, match=r"ns\.plan_sweep"):
         run(wrong, model)

@@ -332,6 +332,11 @@ class SavedActivation:
         """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway."""
         return engine.keep(self)
 
+    def _located(self, model: Any) -> Self:
+        """The same with its keys found in a model, which a capture from a file or made by hand does not know."""
+        known = engine.known(model)
+        return self if self._known else self._new(lookup.located(self._packs, known.atlas), self._provenance, known)
+
     # ----------------------------------------------------------------------------------------------------------- runs
 
     def apply(self, model: Any, *, at: int | Sequence[int] | None = None) -> None:

@@ -115,7 +115,7 @@ def attribute(
         steps = (STEPS if steps is None else steps) if chosen.stepwise else 0
         graph = edges.Graph.of(model, plan, receivers) if together else None
         plan = replace(plan, asked=_asked(plan, method, steps, graph))
-        estimated = _estimated(model, plan, method, chosen, graph, steps, max_tokens or engine.room(model), progress)
+        estimated = _estimated(model, plan, method, chosen, graph, steps, engine.room(model, max_tokens), progress)
     if not verify:
         return estimated
     return verifying.verified(

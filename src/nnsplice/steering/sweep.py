@@ -127,7 +127,7 @@ def sweep(
     if max_new_tokens is not None:
         plain = {key: v if isinstance(v, str | int | float) else function_digest(v) for key, v in options.items()}
         asked["generate"] = {"max_new_tokens": max_new_tokens, "guard": guard, **plain}
-    (values, kl), texts = _run(plan, asked, max_tokens or engine.room(model), journal, progress)
+    (values, kl), texts = _run(plan, asked, engine.room(model, max_tokens), journal, progress)
     shown = {"model": asked["model"], "operator": rules[0].name, "where": str(chosen)}
     told_texts = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
     return SteeringSweep(

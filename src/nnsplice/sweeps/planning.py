@@ -69,6 +69,7 @@ def plan_sweep(
         edited, source = _prompts(model, clean, corrupted, spans, chosen)
         _check_pairs(edited, source, align)
         _check_reference(chosen, reference)
+        reference = None if reference is None else reference._located(model)
         bound = Metric.of(metric).bind(engine.tokenizer_of(model), len(edited))
         _check_read(bound.metric, edited, source, align)
         targets = targets_of(model, engine.listed(sites), edited, window, together)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace as replaced
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -123,7 +125,11 @@ def causal_trace(
     if kind not in KINDS:
         raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))
     if isinstance(noise, Tensor):
+        if noise.dim() != 3:
+            raise ShapeError(f"noise of shape {list(noise.shape)}", expected="[sample, token, width], or a number")
         samples = noise.shape[0]
+    elif not isinstance(noise, Real) or not math.isfinite(noise):
+        raise BadArgument(f"noise={noise!r}", expected="a number of standard deviations, or [sample, token, width]")
     if samples < 1:
         raise BadArgument(f"samples={samples}", expected="at least 1")
     with circumstances("ns.causal_trace"):

@@ -77,7 +77,7 @@ def run_fresh(
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
     start = time.perf_counter()
-    at_once = max_tokens or engine.room(model)
+    at_once = engine.room(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.errors import UnknownPath
+from nnsplice.errors import ShapeError, UnknownPath
 from nnsplice.paths import Path, Span
 from nnsplice.sweeps.plan import Job, Plan
 
@@ -41,6 +41,7 @@ class Source:
             order: the number of this token among those of the cell; the token of the same number is taken from the
                 clean run.
             position: the token, in the edited prompt.
+            width: how many numbers the place has; 0 where whoever writes the value looks at that.
         """
         plan, prompt = self.plan, job[0]
         if plan.operation.way == "compute":
@@ -54,6 +55,8 @@ class Source:
         assert plan.reference is not None
         keys = [place.at(key) for key in _asked(plan.targets[job[1]].position, order, position)]
         held = _held(plan.reference, place, keys)
+        if width not in (0, held.shape[-1]):
+            raise ShapeError(f"the reference is {held.shape[-1]} wide, the place {width}", path=place.place)
         if plan.operation.name == "add" and len(held) == len(plan.corrupted):
             return held[prompt].mean(0)
         rows = held.flatten(0, 1)
