@@ -20,6 +20,9 @@ from zoo import FAMILIES, build, inputs
 #: Families that TransformerLens' names are known for.
 LENS = ("gpt2", "llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt_neox")
 
+#: Buffers of attention that models once saved.
+MASKS = ("bias", "masked_bias")
+
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict())
@@ -155,6 +158,24 @@ def test_buffers_that_are_saved_come_along(tmp_path: Path):
     assert not between.underived and not between.unused
     assert torch.equal(through(between, state_of(model))[name], torch.arange(4.0))
     assert list(ck.mapper_between(build("mixtral"), model).underived) == [name]
+
+
+def test_masks_that_older_files_hold_are_no_weights(tmp_path: Path):
+    # As the hub's GPT-2 and GPT-J have them. They come first in the file, and their type is not the weights'.
+    model = build("gptj")
+    ck.save_model_state(tmp_path / "plain", ck.identity_mapper_from_module(model), model, show_progress=False)
+    masks = [(f"transformer.h.{i}.attn.{word}", torch.ones(2, dtype=torch.bool)) for i in range(3) for word in MASKS]
+    states = [*masks, *ck.read_model_state(tmp_path / "plain", ck.identity_mapper_from_module(model), "cpu", False)]
+    every = ck.Parallel([ck.Identity(name) for name, _ in states])
+    ck.write_model_state_local(tmp_path / "old", every, states, show_progress=False)
+    model.config.save_pretrained(tmp_path / "old")
+    assert ck.mapper_between(tmp_path / "old", "hf").unused == ()
+    between = ck.mapper_between(tmp_path / "old", "tl")
+    assert between.unused == () and not between.underived
+    made = dict(ck.read_model_state(tmp_path / "old", between, "cpu", False))
+    assert {tensor.dtype for tensor in made.values()} == {torch.float32}
+    command = ["convert", str(tmp_path / "old"), str(tmp_path / "new"), "--to", "tl"]
+    assert CliRunner().invoke(app, command).exit_code == 0
 
 
 # -- what cannot be derived --------------------------------------------------------------------------------------------

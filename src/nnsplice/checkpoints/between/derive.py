@@ -155,12 +155,13 @@ def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype]:
         with circumstances(f"reading {folder}"):
             checkpoint = Checkpoint.open(folder)
             atlas = Atlas.of(blueprint(folder))
-            own, names = huggingface(atlas), list(checkpoint.sizes())
-            dtype = checkpoint.entry(names[0]).dtype
+            own = huggingface(atlas)
             if MARK in checkpoint:
+                dtype = checkpoint.entry(MARK).dtype
                 every = transformerlens(atlas, own, dtype)
                 return atlas, {name: every[name] for name in every if name in checkpoint}, dtype
-            return atlas, spelled(atlas, own, [name for name in names if name not in checkpoint.tied]), dtype
+            found = spelled(atlas, own, [name for name in checkpoint.sizes() if name not in checkpoint.tied])
+            return atlas, found, next((checkpoint.entry(name).dtype for name in found), torch.float32)
     if hasattr(side, "model_type"):
         model: Any = empty_model(side)
     elif isinstance(side, nn.Module) or hasattr(side, "_module"):
