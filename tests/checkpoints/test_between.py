@@ -194,6 +194,29 @@ def test_what_cannot_be_derived_is_listed():
     assert set(unused) == set(between.underived)
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "options", "name", "said"),
+    [
+        ("llama", "llama", {"num_key_value_heads": 4}, "layers.1.self_attn.k_proj.weight", "[12, 16] in the source"),
+        (
+            "llama",
+            "phi3",
+            {"num_key_value_heads": 4},
+            "layers.1.self_attn.qkv_proj.weight",
+            "attn.k.weight is [12, 16]",
+        ),
+        ("llama", "mistral", {"vocab_size": 70}, "embed_tokens.weight", "[70, 16] in the target"),
+        ("gpt2", "gpt_bigcode_mha", {"n_inner": 32}, "transformer.h.0.mlp.c_fc.weight", "mlp.up.weight is [64, 16]"),
+    ],
+)
+def test_parts_of_another_size_are_listed(source: str, target: str, options: dict[str, Any], name: str, said: str):
+    between = ck.mapper_between(build(source), build(target, **options))
+    reason = next(reason for full, reason in between.underived.items() if full.endswith(name))
+    assert said in reason
+    with pytest.raises(MapperError, match="not derived"):
+        between.complete()
+
+
 def test_what_is_not_asked_for_is_dropped_from_a_fused_tensor():
     # Falcon's one matrix holds keys and values too; a target without them takes its queries alone.
     from nnsplice.checkpoints.between.derive import join
