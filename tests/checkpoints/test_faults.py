@@ -144,6 +144,34 @@ def test_going_on_applies_only_what_is_missing(tmp_path: Path):
     assert holds(tmp_path / "ck", 1) and [path.name for path in tmp_path.iterdir()] == ["ck"]
 
 
+class Times(ck.ModelStateMapper):
+    """A mapper of somebody's own, of whose groups nothing tells what it does."""
+
+    def __init__(self, factor: float, then: ck.ModelStateMapper | None = None) -> None:
+        self.factor, self.then = factor, then
+
+    def state_dependency_groups(self) -> frozenset[ck.StateGroup]:
+        return frozenset(ck.StateGroup(frozenset({name}), frozenset({name})) for name in ("t0", "t1"))
+
+    def apply(self, group: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor * self.factor for name, tensor in group.items()}
+
+
+def test_a_mapper_of_ones_own_is_another_with_another_number(tmp_path: Path):
+    def stopped():
+        yield "t0", torch.ones(600)
+        raise RuntimeError("stopped")
+
+    states = [("t0", torch.ones(600)), ("t1", torch.full((600,), 1.5))]
+    with pytest.raises(RuntimeError):
+        ck.write_model_state_local(tmp_path / "ck", Times(2.0), stopped(), 1 * KB, False, resume=True)
+    for other in (Times(3.0), Times(2.0, Times(3.0))):
+        with pytest.raises(FileError, match="asked for something else"):
+            ck.write_model_state_local(tmp_path / "ck", other, states, 1 * KB, False, resume=True)
+    ck.write_model_state_local(tmp_path / "ck", Times(2.0), states, 1 * KB, False, resume=True)
+    assert holds(tmp_path / "ck", 2, count=2)
+
+
 def test_another_job_does_not_go_on_with_what_is_there(tmp_path: Path):
     def stopped():
         yield "t0", torch.ones(600)
