@@ -123,7 +123,7 @@ def test_going_on_applies_only_what_is_missing(tmp_path: Path):
     applied: list[str] = []
 
     class Noting(ck.ModelStateMapperIdentity):
-        def compute(self, *tensors: torch.Tensor):
+        def _compute(self, *tensors: torch.Tensor):
             applied.append(self.name)
             return tensors
 
