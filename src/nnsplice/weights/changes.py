@@ -53,7 +53,7 @@ def diff(base: Any, tuned: Any, by: str | Path | list[str | Path] = "layers") ->
 def _places(model: Any, by: Any) -> dict[str, Selection]:
     atlas = Atlas.of(model)
     texts = by if isinstance(by, list) else [by]
-    if not all(isinstance(text, str | Path) for text in texts):
+    if not texts or not all(isinstance(text, str | Path) for text in texts):
         raise BadType(f"by={by!r}", expected='"layers", "heads", "groups", an address, or a list of addresses')
     paths = [parse_path(_BY.get(text, text) if isinstance(text, str) else text) for text in texts]
     return {str(place): atlas.resolve(place) for path in paths for place in atlas.split(path)}

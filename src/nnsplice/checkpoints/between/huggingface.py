@@ -20,6 +20,8 @@ _NORMS = {
     "post_attention_layernorm": "norm2", "pre_feedforward_layernorm": "norm2", "final_layer_norm": "norm2",
 }  # fmt: skip
 _SANDWICH = {**_NORMS, "post_attention_layernorm": "norm1_after", "post_feedforward_layernorm": "norm2_after"}
+#: What older files hold and models work out by themselves: causal masks, rotary frequencies, the numbers from 0 on.
+_COMPUTED = re.compile(r"(^|\.)((cross)?(attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
 #: Families whose norms multiply by one plus what is stored, and whose embeddings are scaled in code.
 GEMMA = re.compile(r"gemma")
 
@@ -133,7 +135,10 @@ def spelled(atlas: Atlas, own: Scheme, names: Iterable[str]) -> Scheme:
     found: dict[str, Stored] = {}
     for name in names:
         known = _prefixed(atlas, own, name)
-        found[name] = own[known].renamed(name) if known is not None else _located(atlas, name)
+        if known is not None:
+            found[name] = own[known].renamed(name)
+        elif not _COMPUTED.search(name):
+            found[name] = _located(atlas, name)
     return found
 
 
