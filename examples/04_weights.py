@@ -24,7 +24,7 @@ ns.weights.preview_weight_restriction(base, ns.weights.create_param_masks(base, 
 # 2. Fine-tune: the drink goes to the one who has it already, and what is known of towers and bridges stays.
 length = 15  # tokens, so that no prompt is padded
 pairs = [pair for pair in toy.ioi if len(tokenizer(pair.clean)["input_ids"]) == length]
-facts = [fact for fact in toy.facts if len(tokenizer(fact.prompt)["input_ids"]) == 11]
+facts = [fact for fact in toy.facts if len(tokenizer(fact.clean)["input_ids"]) == 11]
 seen, unseen = [p for p in pairs if p.trained], [p for p in pairs if not p.trained][:8]
 
 
@@ -42,7 +42,7 @@ def train(model, parameters, steps=40):
         some, known = rng.sample(seen, 24), rng.sample(facts, 24)
         optimizer.zero_grad()
         loss(model, [p.clean for p in some], [p.wrong for p in some]).backward()
-        loss(model, [f.prompt for f in known], [f.answer for f in known]).backward()
+        loss(model, [f.clean for f in known], [f.answer for f in known]).backward()
         optimizer.step()
     return model
 

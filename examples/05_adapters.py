@@ -40,7 +40,7 @@ steps = []
 
 
 def said(batch) -> torch.Tensor:
-    return model(**words([fact.prompt for fact in batch], padding=True, return_tensors="pt")).logits[:, -1]
+    return model(**words([fact.clean for fact in batch], padding=True, return_tensors="pt")).logits[:, -1]
 
 
 def answers(batch) -> torch.Tensor:
@@ -89,8 +89,8 @@ adapted = ns.load("toy", peft=str(folder))
 fact = unseen[0]
 paths = [f"layers[:].output[{fact.subject_span[1] - 1}]", "layers[:].output[-1]"]
 with ns.adapters.disabled(adapted):
-    before = ns.capture(adapted, fact.prompt, paths)
-difference = ns.capture(adapted, fact.prompt, paths) - before
-print(f"\n{fact.prompt} -> {moved[fact.subject]} (was {fact.answer}); what the adapter adds to the stream:")
+    before = ns.capture(adapted, fact.clean, paths)
+difference = ns.capture(adapted, fact.clean, paths) - before
+print(f"\n{fact.clean} -> {moved[fact.subject]} (was {fact.answer}); what the adapter adds to the stream:")
 for path, size in difference.norm().items():
     print(f"  {path:22} {size.item():5.1f}")

@@ -99,7 +99,7 @@ def test_without_its_adapter_a_model_is_the_base(adapted, plain):
 def test_a_sweep_with_and_without(adapted, plain):
     fact = ns.models.toy_prompts().facts[0]
     metric = ns.logit_diff(fact.answer, fact.wrong)
-    run = lambda model: ns.sweep(model, fact.prompt, fact.corrupted, "layers[:].output[-1]", metric, progress=False)  # noqa: E731
+    run = lambda model: ns.sweep(model, fact.clean, fact.corrupted, "layers[:].output[-1]", metric, progress=False)  # noqa: E731
     expected, changed = run(plain), run(adapted)
     with disabled(adapted):
         found = run(adapted)

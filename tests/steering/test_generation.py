@@ -198,10 +198,10 @@ def test_towers_are_steered_apart(name: str) -> None:
 def test_texts_are_what_follows_the_prompt() -> None:
     toy = ns.load("toy")
     fact = ns.models.toy_prompts().facts[0]
-    (text,) = ns.steering.generate(toy, fact.prompt, max_new_tokens=2)
+    (text,) = ns.steering.generate(toy, fact.clean, max_new_tokens=2)
     assert text.split()[0] == fact.answer
-    assert ns.steering.generate(toy, [fact.prompt, "The meal"], max_new_tokens=1)[0] == fact.answer
+    assert ns.steering.generate(toy, [fact.clean, "The meal"], max_new_tokens=1)[0] == fact.answer
     with pytest.raises(ValueError, match="coefficient without a vector"):
-        ns.steering.generate(toy, fact.prompt, coefficient=2.0)
+        ns.steering.generate(toy, fact.clean, coefficient=2.0)
     with pytest.raises(ValueError, match="tokens"):
         ns.steering.generate(toy, torch.zeros(1, 2, 64))

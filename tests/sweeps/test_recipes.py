@@ -277,7 +277,7 @@ def test_a_toy_fact_has_an_early_and_a_late_site() -> None:
     chosen = [facts[n] for n in range(0, 400, 100)]
     for fact in chosen:
         start, stop = fact.subject_span
-        result = _trace(model, fact.prompt, (start, stop), samples=6)
+        result = _trace(model, fact.clean, (start, stop), samples=6)
         effect = result.effect()[0]
         assert result.total_effect[0] > 0.3
         # Early, at the subject's last token; late, at the prompt's last one; nothing of it the other way round.

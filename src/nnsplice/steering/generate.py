@@ -39,7 +39,7 @@ def generate(
 
     >>> toy = ns.load("toy")
     >>> fact, pair = ns.models.toy_prompts().facts[0], ns.models.toy_prompts().ioi[0]
-    >>> prompts = [fact.prompt, pair.clean]   # the city of a tower; who was given a drink
+    >>> prompts = [fact.clean, pair.clean]   # the city of a tower; who was given a drink
     >>> ns.steering.generate(toy, prompts, max_new_tokens=1)
     ['Athens', 'Mary']
 
