@@ -51,10 +51,11 @@ def says(model, text):
     return tokenizer.decode(model(ids([text])).logits[0, -1].argmax())
 
 
-tuned = copy.deepcopy(base._module)
+plain = ns.models.peel(base)  # the Hugging Face module in it
+tuned = copy.deepcopy(plain)
 train(tuned, tuned.parameters())
 prompt = unseen[0].clean
-print(f"\n{prompt} ... base: {says(base._module, prompt)}, tuned: {says(tuned, prompt)}\n")
+print(f"\n{prompt} ... base: {says(plain, prompt)}, tuned: {says(tuned, prompt)}\n")
 
 # 3. Every number has moved, and by much the same in every layer ...
 print(ns.weights.diff(base, tuned)[["norm", "relative", "changed", "numel"]].round(3), "\n")
@@ -73,15 +74,15 @@ ns.plots.save(heads.plot(), folder / "heads.png", close=True)
 
 # 5. Some of the tuned model in the base model, and a base model without a head; afterwards it is itself again.
 with ns.weights.swap(base, tuned, "layers[:3]"):
-    print("base with the tuned layers 0 to 2:", says(base._module, prompt))
+    print("base with the tuned layers 0 to 2:", says(plain, prompt))
 with ns.weights.interpolate(base, tuned, "full", 0.5):
-    print("half way:", says(base._module, prompt))
+    print("half way:", says(plain, prompt))
 with ns.weights.ablate(base, "l3h0"):
-    print("base without a head:", says(base._module, prompt))
-print("base:", says(base._module, prompt), "\n")
+    print("base without a head:", says(plain, prompt))
+print("base:", says(plain, prompt), "\n")
 
 # 6. The other way round: train one MLP and nothing else; not a bit of the rest moves, whatever AdamW's decay would do.
-narrow = copy.deepcopy(base._module)
+narrow = copy.deepcopy(plain)
 with ns.weights.freeze_except(narrow, "l0 mlp") as parameters:
     train(narrow, parameters)
 changed = ns.weights.diff(base, narrow, by=["layers[:].attn", "layers[:].mlp", "embed"])

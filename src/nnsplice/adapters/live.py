@@ -26,7 +26,7 @@ def disabled(model: Any, paths: Paths = "full") -> Iterator[None]:
     >>> config = LoraConfig(
     ...     task_type="CAUSAL_LM", target_modules=["c_fc"], init_lora_weights=False, fan_in_fan_out=True
     ... )
-    >>> adapted = ns.load(get_peft_model(deepcopy(model._module), config), tokenizer=model.tokenizer)
+    >>> adapted = ns.load(get_peft_model(deepcopy(ns.models.peel(model)), config), tokenizer=model.tokenizer)
     >>> with ns.adapters.disabled(adapted, "layers[1:]"):
     ...     partly = ns.capture(adapted, "w3 w4", "layers[:].output[-1]")
     >>> difference = ns.capture(adapted, "w3 w4", "layers[:].output[-1]") - partly

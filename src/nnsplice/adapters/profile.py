@@ -166,7 +166,7 @@ class AdapterProfile(dict[str, float]):
     """Domain -> share, and the energies behind it: by weight (`frame`), by layer and part (`grid`, `plot`).
 
     >>> from copy import deepcopy
-    >>> tuned = deepcopy(model._module)
+    >>> tuned = deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
     ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
@@ -271,7 +271,7 @@ def profile(
     """The energies of an adapter by weight, layer and part, and what they speak for.
 
     >>> from copy import deepcopy
-    >>> tuned = deepcopy(model._module)
+    >>> tuned = deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
     ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)

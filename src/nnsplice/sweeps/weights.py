@@ -50,7 +50,7 @@ def sweep_weights(
     """Give the base model the tuned model's weights at every place by itself, and record the metric.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(model._module)
+    >>> tuned = copy.deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
     >>> metric = ns.logit_diff("w7", "w8")

@@ -32,7 +32,7 @@ class Between(ModelStateMapper):
 
     >>> from copy import deepcopy
     >>> from nnsplice.checkpoints import mapper_between
-    >>> config = deepcopy(model._module.config)
+    >>> config = deepcopy(ns.models.peel(model).config)
     >>> config.n_layer = 4                     # one layer more than the model has
     >>> between = mapper_between(model, config)
     >>> len(between.underived), between.underived["transformer.h.3.ln_1.weight"]
