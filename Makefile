@@ -6,18 +6,22 @@ JOBS   ?= 2
 BIN   := .venv/bin
 READY := .venv/.ready
 
+NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "nnsplice needs Python 3.11 or newer; choose one with 'make PYTHON=python3.12 ...'"; exit 1; }
+
 # Pyright runs the version in constraints.txt; whether a newer one exists is not its business here.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format versions test-lowest test-newest bench clean
 
 help:
 	@echo "make demo     see what nnsplice does, on a model that needs no download"
 	@echo "make test     everything that CI runs: make check, then the tests"
 	@echo "make check    style, floors and types"
 	@echo "make format   repair the style"
+	@echo "make versions the tests with the lowest and with the newest versions that pyproject.toml allows (not in CI)"
 	@echo "make bench    measure, and print a table"
-	@echo "make clean    remove caches, builds and demo output (.venv stays)"
+	@echo "make clean    remove caches, builds and demo output, and what make versions installed (.venv stays)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made with, JOBS=8 how many tests run side by side."
 
@@ -37,7 +41,7 @@ check: $(READY)
 	@echo "== floors: who imports whom"
 	@$(BIN)/lint-imports --no-logo
 	@echo "== types"
-	@$(BIN)/pyright
+	@$(BIN)/pyright --warnings
 	@echo "== types, as a user sees them"
 	@# It looks for the package through the first Python in PATH, and fails where anything public is not wholly typed.
 	@seen="$$(PATH="$(CURDIR)/$(BIN):$$PATH" pyright --verifytypes nnsplice --ignoreexternal)" || \
@@ -48,19 +52,34 @@ format: $(READY)
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format
 
+versions: test-lowest test-newest
+	@echo "== passed at both ends"
+	@for end in lowest newest; do echo "$$end: $$(.venv-$$end/bin/python tests/versions.py installed)"; done
+
+# Each end has an environment of its own. pip looks again every time, so that the newest is the newest of today.
+test-lowest test-newest: test-%:
+	@test -x .venv-$*/bin/python || $(NEW_ENOUGH)
+	@test -x .venv-$*/bin/python || { echo "== making .venv-$*"; $(PYTHON) -m venv .venv-$*; }
+	@.venv-$*/bin/python tests/versions.py $* > .venv-$*/constraints.txt
+	@echo "== installing the $* versions into .venv-$*"
+	@.venv-$*/bin/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"
+	@.venv-$*/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-c .venv-$*/constraints.txt -e ".[all]" --group tests
+	@echo "== the tests, with $$(.venv-$*/bin/python tests/versions.py installed)"
+	@.venv-$*/bin/python -m pytest -q -n $(JOBS) --dist loadfile
+
 bench: $(READY)
 	@echo "== benchmarks"
 	@$(BIN)/python -m bench
 
 clean:
-	@echo "== removing caches, builds and demo output"
-	@rm -rf build dist demo .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@echo "== removing caches, builds, demo output and what make versions installed"
+	@rm -rf .venv-lowest .venv-newest build dist demo .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find src tests examples notebooks bench -name __pycache__ -o -name .ipynb_checkpoints 2>/dev/null | xargs rm -rf
 
 # The stamp is older than these two files when they changed since the installation.
 $(READY): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "nnsplice needs Python 3.11 or newer; choose one with 'make PYTHON=python3.12 ...'"; exit 1; }
+	@test -x $(BIN)/python || $(NEW_ENOUGH)
 	@test -x $(BIN)/python || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "== installing into .venv (the first time takes some minutes: torch is large)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"

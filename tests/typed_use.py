@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 import nnsplice as ns
@@ -111,3 +112,8 @@ def adapters(folder: Path, model: nn.Module) -> None:
     adapter = ns.adapters.ExpertAdapter.from_peft(folder, base=model)
     assert_type(adapter, ns.adapters.ExpertAdapter)
     assert_type(ns.adapters.profile(adapter).frame(), pd.DataFrame)
+
+
+def figures(result: ns.SweepResult, vector: ns.steering.SteeringVector) -> None:
+    assert_type(result.plot(), Axes)
+    assert_type(vector.plot(ax=result.plot()), Axes)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import zoo
 from adapters.peft_models import ADAPTERS, OPTIMIZERS, Trained, adapt, save, train
@@ -69,6 +71,41 @@ def test_doras_energy_is_exact_with_the_base(tmp_path):
     assert float(pair.energy) != pytest.approx(float(expected[name].square().sum()), rel=1e-2)
     with pytest.raises(BadArgument, match=r"delta\(weight\)"):
         pair.delta()
+
+
+def as_peft_018_wrote(folder: Path, rank: int) -> None:
+    """Write the folder anew as PEFT did before 0.19, which let A read what the matrix of an expert gives."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
+        partner = name.replace("lora_A", "lora_B")
+        a, b = tensors[name].unflatten(0, (-1, rank)), tensors[partner].unflatten(1, (rank, -1))
+        tensors[name] = b.permute(2, 1, 0).flatten(0, 1).contiguous()
+        tensors[partner] = a.permute(2, 1, 0).flatten(1, 2).contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_version": "0.18.1"}))
+
+
+@pytest.mark.parametrize("name", ["experts", "one_expert_tensor"])
+def test_experts_that_an_older_peft_wrote_mirrored_are_read_as_what_they_were(tmp_path, name):
+    trained = adapt(name, tmp_path)
+    base = dict(zoo.build(ADAPTERS[name][0]).double().named_parameters())
+    expected = merged_change(trained)
+    as_peft_018_wrote(tmp_path, rank=2)
+    for adapter in (
+        ExpertAdapter.from_peft(tmp_path),
+        ExpertAdapter.from_peft(tmp_path, base=zoo.build(ADAPTERS[name][0])),
+    ):
+        found = expand(adapter, base)
+        assert any("experts" in weight for weight in found)
+        for weight, change in found.items():
+            torch.testing.assert_close(change, expected[weight], atol=1e-6, rtol=1e-6)
+
+
+def test_experts_of_another_size_are_refused(tmp_path):
+    adapt("one_expert_tensor", tmp_path)
+    with pytest.raises(FileError, match=r"matrices of \d+ by \d+, and the model's are"):
+        ExpertAdapter.from_peft(tmp_path, base=zoo.build("qwen3_moe", moe_intermediate_size=20))
 
 
 def test_which_fused_tensor_is_which_is_read_off_their_sizes(tmp_path):

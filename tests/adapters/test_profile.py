@@ -237,4 +237,4 @@ def test_tables_and_a_picture():
     assert values[1, 0] == pytest.approx(3.0) and values[0, 0] != values[0, 0]
     ax = found.plot()
     assert [label.get_text() for label in ax.get_yticklabels()] == rows
-    plt.close(ax.figure)
+    plt.close("all")

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints.folders import read
 from nnsplice import checkpoints as ck
 from nnsplice.checkpoints.io import swap
-from nnsplice.errors import FileError, MapperError, MissingCheckpoint
+from nnsplice.errors import FileError, MapperError, MissingCheckpoint, WriteFailed
 
 SCRIPT = Path(__file__).parents[1] / "checkpoint_faults.py"
 KB = 1 / 1024**2
@@ -170,6 +171,22 @@ def test_a_mapper_of_ones_own_is_another_with_another_number(tmp_path: Path):
             ck.write_model_state_local(tmp_path / "ck", other, states, 1 * KB, False, resume=True)
     ck.write_model_state_local(tmp_path / "ck", Times(2.0), states, 1 * KB, False, resume=True)
     assert holds(tmp_path / "ck", 2, count=2)
+
+
+def test_finished_files_are_gone_on_with_where_the_last_step_failed(tmp_path: Path) -> None:
+    mapper = ck.Parallel([ck.Identity(f"t{n}") for n in range(4)])
+
+    def offered() -> list[tuple[str, torch.Tensor]]:
+        return [(f"t{n}", torch.full((256,), float(n))) for n in range(4)]
+
+    arguments: dict[str, Any] = {"shard_size_gb": 1 * KB, "show_progress": False, "resume": True}
+    with pytest.raises(WriteFailed):  # a file that should come along is not there, and all files have their last names
+        ck.write_model_state_local(tmp_path / "ck", mapper, offered(), carry={"note": tmp_path / "none"}, **arguments)
+    there = {path.stat().st_ino for path in (tmp_path / ".ck.part" / "weights").glob("*.safetensors")}
+    assert len(there) == 4
+    ck.write_model_state_local(tmp_path / "ck", mapper, offered(), **arguments)
+    assert {path.stat().st_ino for path in (tmp_path / "ck").glob("*.safetensors")} == there
+    assert [float(tensor[0]) for tensor in read(tmp_path / "ck").values()] == [0, 1, 2, 3]
 
 
 def test_another_job_does_not_go_on_with_what_is_there(tmp_path: Path):

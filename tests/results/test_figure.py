@@ -28,8 +28,8 @@ def test_a_plot_is_labelled_and_can_be_drawn_into_axes(result: SweepResult) -> N
         "layer", "position", f"{STREAM}, prompt 0",
     )  # fmt: skip
     assert [tick.get_text() for tick in ax.get_xticklabels()] == list(TOKENS[0])
-    np.testing.assert_allclose(ax.images[0].get_array(), result.effect(STREAM)[0].values)
-    plt.close(ax.figure)
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), result.effect(STREAM)[0].values)
+    plt.close("all")
     figure, given_ax = plt.subplots()
     assert result.plot(HEAD, of="value", ax=given_ax) is given_ax
     assert (given_ax.get_ylabel(), given_ax.get_xlabel()) == ("layer", "head")
@@ -41,13 +41,13 @@ def test_a_plot_is_labelled_and_can_be_drawn_into_axes(result: SweepResult) -> N
     other = (("a", "b", "c", "d"), ("e", "f", "g", "h"))
     ax = SweepResult(table(stream_cells(), other)).plot(of="change")
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "2", "3"]
-    plt.close(ax.figure)
+    plt.close("all")
 
 
 def test_a_plot_of_an_ablation_shows_the_change(result: SweepResult) -> None:
     flat = SweepResult(replace(result.table, corrupted=result.clean))
     ax = flat.plot(HEAD)
-    np.testing.assert_allclose(ax.images[0].get_array(), flat.change(HEAD).mean("prompt").values[..., 0])
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), flat.change(HEAD).mean("prompt").values[..., 0])
 
 
 def test_heads_at_several_tokens_are_rows_of_their_own() -> None:
@@ -55,7 +55,7 @@ def test_heads_at_several_tokens_are_rows_of_their_own() -> None:
     ax = result.plot(of="value", prompt=1)
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("layer.head", "position")
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2"]
-    np.testing.assert_array_equal(ax.images[0].get_array(), result.grid()[1].values.reshape(6, 2))
+    np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), result.grid()[1].values.reshape(6, 2))
 
 
 def test_a_mean_over_prompts_of_unlike_length_is_refused(result: SweepResult) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnsplice.errors import FileError
+from nnsplice.errors import BadArgument, FileError
 from nnsplice.results import Journal
 
 ASKED = {"model": "gpt2", "sites": ["layers[0].output[1]"], "metric": {"name": "logit_diff", "ids": (3, 4)}, "seed": 0}
@@ -67,6 +67,17 @@ def test_any_number_comes_back(value: float, tmp_path_factory: pytest.TempPathFa
     _write(path, [([0], [0], [value])])
     again = _records(path)[0, 0]
     assert math.isnan(again) if math.isnan(value) else struct.pack("d", again) == struct.pack("d", value)
+
+
+def test_texts_come_back_beside_their_values_and_need_not_be_there(tmp_path: Path) -> None:
+    with Journal.open(tmp_path / "j.jsonl", {}, 4) as journal:
+        journal.append([0, 0], [0, 1], [1.0, 2.0], ["eins\nzwei", "“ä”"])
+        journal.append([1], [0], [3.0])
+        assert journal.texts() == {(0, 0): "eins\nzwei", (0, 1): "“ä”"}
+        with pytest.raises(BadArgument, match="1 prompts, 1 cells, 1 values, 2 texts"):
+            journal.append([1], [1], [4.0], ["a", "b"])
+    with Journal.open(tmp_path / "j.jsonl", {}, 4) as journal:
+        assert journal.texts() == {(0, 0): "eins\nzwei", (0, 1): "“ä”"} and len(journal) == 3
 
 
 def test_a_journal_is_gone_on_with(tmp_path: Path) -> None:

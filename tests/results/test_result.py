@@ -102,7 +102,7 @@ def test_all_tokens_at_once_have_no_position_axis() -> None:
     assert result.grid().dims == ("prompt", "layer")
     assert bool(result.frame()["position"].isna().to_numpy().all())
     ax = result.plot()
-    assert (ax.images[0].get_array().shape, ax.get_ylabel()) == ((2, 1), "layer")
+    assert (np.asarray(ax.images[0].get_array()).shape, ax.get_ylabel()) == ((2, 1), "layer")
 
 
 def test_a_grid_is_of_one_kind_of_place(result: SweepResult) -> None:

@@ -53,6 +53,21 @@ def test_every_cell_is_a_run_of_its_own(family: str, operator: str, where: Any) 
     assert np.unique(found.values.round(6)).size > 12
 
 
+@pytest.mark.parametrize("max_tokens", [None, 14])
+def test_each_prompt_is_steered_at_the_tokens_that_are_its_own(model, max_tokens: int | None) -> None:
+    prompts = [PROMPTS[0], *(f"w3 w4 w5 w{n}" for n in (6, 7))]
+    spans = [(0, 1), (1, 3), (2, 3)]
+    masks = torch.tensor([[True, False, False], [False, True, True], [False, False, True]])
+    for where in (ns.steering.span(spans), ns.steering.mask(masks)):
+        found = ns.steering.sweep(
+            model, prompts, vector(0, 2), [0.5, 1.0], METRIC, where=where, progress=False, max_tokens=max_tokens
+        )
+        for p, prompt in enumerate(prompts):
+            own = ns.steering.span([spans[p]])
+            alone = ns.steering.sweep(model, prompt, vector(0, 2), [0.5, 1.0], METRIC, where=own, progress=False)
+            np.testing.assert_allclose(found.values[p], alone.values[0], rtol=0, atol=1e-10)
+
+
 def words(text: str) -> float:
     return float(len(set(text.split())))
 
@@ -254,6 +269,34 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
         ns.steering.sweep(model, PROMPTS, vector(0, 1, seed=1), NUMBERS, METRIC, **arguments)
 
 
+def test_a_stopped_generation_goes_on_with_the_texts_that_were_written(model, tmp_path: Path, monkeypatch) -> None:
+    room = ns.steering.sweep.__globals__
+    real, calls = room["_generated"], []
+
+    def stops(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    arguments: dict[str, Any] = {"max_new_tokens": 3, "progress": False, "max_tokens": 20}
+    asked = (model, PROMPTS, vector(0, 1), NUMBERS, words)
+    whole = ns.steering.sweep(*asked, **arguments)
+    journal = tmp_path / "j.jsonl"
+    monkeypatch.setitem(room, "_generated", stops)
+    with pytest.raises(KeyboardInterrupt):
+        ns.steering.sweep(*asked, journal=journal, **arguments)
+    found = ns.steering.sweep(*asked, journal=journal, **arguments)
+    assert found.texts == whole.texts and any(any(row) for rows in found.texts for row in rows)
+    np.testing.assert_allclose(found.values, whole.values, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(found.kl, whole.kl, rtol=0, atol=1e-10)
+    done = len(calls)
+    again = ns.steering.sweep(*asked, journal=journal, **arguments)
+    assert again.texts == found.texts and len(calls) == done  # nothing was left
+    with pytest.raises(FileError, match="max_new_tokens"):
+        ns.steering.sweep(*asked, journal=journal, **{**arguments, "max_new_tokens": 4})
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -265,11 +308,12 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
         ({"max_new_tokens": 0, "metric": words}, "at least 1"),
         ({"max_new_tokens": 2}, "function text -> number"),
         ({"max_new_tokens": 2, "metric": words, "num_beams": 2}, "several rows of a cell"),
-        ({"max_new_tokens": 2, "metric": words, "journal": "j.jsonl"}, "no generated texts"),
         ({"vector": vector(1) | vector(1, site="mlp.output")}, "several places for one"),
         ({"operator": "subtract"}, "no operator"),
         ({"prompts": torch.zeros(1, 2, 16)}, "values"),
         ({"vector": vector(5)}, "layers"),
+        ({"where": ns.steering.span([(0, 1)] * 2)}, "given for 2 rows, and there are 3 prompts"),
+        ({"metric": METRIC.at(40)}, r"reads position \[40\], and prompt 0 has"),
     ],
 )
 def test_mistakes_cost_no_pass(model, arguments: dict, text: str) -> None:

@@ -121,10 +121,13 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
         (plan(CLEAN, CORRUPTED, "embed.output", window=2), BadArgument, "has no layer"),
         (plan(align="middle"), BadArgument, "align="),
         (plan(CLEAN, CORRUPTED, "layers[:].output[2:]", METRIC.at(1)), ShortRow, "none can change it"),
+        (plan(metric=METRIC.at(4)), ShortRow, r"reads position \[4\], and prompt 0 has 4 tokens"),
+        (plan([CLEAN, "w3"], [CORRUPTED, "w9"], metric=METRIC.at(-2)), ShortRow, "prompt 1 has 1 token\n"),
+        (plan("w3 w4", metric=METRIC.at(1), align="end"), ShortRow, r"which is \[-3\], and the clean one has 2 tokens"),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(21))
+@pytest.mark.parametrize("number", range(24))
 def test_what_makes_no_sense_is_refused(model, number: int) -> None:
     call, kind, message = _bad(model)[number]
     with pytest.raises(kind, match=message):
@@ -177,3 +180,10 @@ def test_kl_compares_with_the_clean_run(model) -> None:
         logits.log_softmax(-1), there.log_softmax(-1), log_target=True, reduction="sum"
     )
     assert table.values[0, 0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_decoder_prompts_of_different_length_are_no_pair() -> None:
+    two, clean = wrap("t5"), {"input_ids": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[0, 4, 5]])}
+    corrupted = {"input_ids": torch.tensor([[3, 9, 5]]), "decoder_input_ids": torch.tensor([[0, 4]])}
+    with pytest.raises(ShapeError, match="3 tokens, the corrupted one 2"):
+        plan_sweep(two, clean, corrupted, "layers[1].output", METRIC)

@@ -100,7 +100,7 @@ def test_one_place_without_a_number_has_a_grid_and_a_picture(tmp_path):
     model, tuned = pair("gpt2")
     result = ns.sweep_weights(model, tuned, "embed", METRIC, PROMPTS, progress=False)
     assert result.grid().dims == ("prompt",) and np.array_equal(result.grid().values, result.frame().value)
-    assert result.plot().get_images()[0].get_array().shape == (1, 1)
+    assert np.asarray(result.plot().get_images()[0].get_array()).shape == (1, 1)
     result.to_html(tmp_path / "r.html")
 
 
@@ -189,6 +189,7 @@ MISTAKES: Any = [
     ({"batch_size": 0}, ValueError, "batch_size=0"),
     ({"prompts": []}, ValueError, "no prompts"),
     ({"metric": ns.logit_diff("w13", "nonsense")}, ValueError, "vocabulary"),
+    ({"metric": METRIC.at(-40)}, IndexError, r"reads position \[-40\]"),
     ({"metric": lambda logits: logits[:, 0] * float("nan")}, ValueError, "NaN"),
 ]
 

@@ -214,7 +214,7 @@ class SavedActivation:
         same = not made or made[0].tensor.shape[0] == self.rows
         return self._like(made, None if same else self._provenance.without_rows())
 
-    def mean(self, over: str = "prompt") -> Self:
+    def mean(self, axis: str = "prompt") -> Self:
         """The mean over the prompts (one row is kept), or over the `"position"`s of each site.
 
         After `mean("position")` a key's position is `["mean"]`, and a replay needs `at=` a position.
@@ -225,10 +225,10 @@ class SavedActivation:
         >>> saved.mean("position").rows, saved.mean("position").keys()
         (2, ['layers[1].output["mean"]'])
         """
-        if over == "prompt":
+        if axis == "prompt":
             return self.map(lambda tensor: tensor.mean(0, keepdim=True))
-        if over != "position":
-            raise BadArgument(f"there is no mean over {over!r}", expected='"prompt" or "position"')
+        if axis != "position":
+            raise BadArgument(f"there is no mean over {axis!r}", expected='"prompt" or "position"')
         return self._like(
             [Pack((pack.keys[0].at(Span(MEAN)),), pack.tensor.mean(1, keepdim=True)) for pack in self._packs]
         )

@@ -114,7 +114,7 @@ def _pairs(
     alpha = _pattern(config, "alpha_pattern", parameter or module, config["lora_alpha"])
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if parameter is not None:
-        return _experts(parameter, a, b, rank, scale, root)
+        return _experts(parameter, a, b, rank, scale, _turned(parameter, a, b, config, root))
     name = f"{module}.weight"
     if a.ndim != 2 or b.ndim != 2:
         raise FileError(f"the factors of {module} are {list(a.shape)} and {list(b.shape)}", expected="matrices")
@@ -176,7 +176,7 @@ def _parameter(
     if root is not None:
         order = [name for name, _ in bare(root, module).named_parameters(recurse=False) if name in names]
     else:
-        order = _by_size(names, {d: f for (m, d), f in modules.items() if m == module})
+        order = _by_size(names, {d: f for (m, d), f in modules.items() if m == module}, _mirrored(config))
     if len(order) != len(names):
         raise FileError(
             f"which factors of {module} belong to which of {', '.join(names)} is not known without the model",
@@ -189,13 +189,12 @@ def _ends(module: str, target: str) -> bool:
     return module == target or module.endswith(f".{target}")
 
 
-def _by_size(names: list[str], nested: Mapping[int, Tensors]) -> list[str]:
+def _by_size(names: list[str], nested: Mapping[int, Tensors], mirrored: bool) -> list[str]:
     """The order of two fused tensors told by their sizes: gate and up together are twice as wide as what down reads."""
     if names != ["down_proj", "gate_up_proj"] or sorted(nested) != [0, 1]:
         return []
-    (inner_in, inner_out), (outer_in, outer_out) = (
-        (nested[d]["lora_A"].shape[1], nested[d]["lora_B"].shape[0]) for d in (1, 0)
-    )
+    sizes = [(nested[d]["lora_A"].shape[1], nested[d]["lora_B"].shape[0]) for d in (1, 0)]
+    (inner_in, inner_out), (outer_in, outer_out) = (size[::-1] for size in sizes) if mirrored else sizes
     if inner_out == 2 * outer_in and outer_out == inner_in:
         return ["gate_up_proj", "down_proj"]
     if outer_out == 2 * inner_in and inner_out == outer_in:
@@ -203,15 +202,41 @@ def _by_size(names: list[str], nested: Mapping[int, Tensors]) -> list[str]:
     return []
 
 
-def _experts(
-    parameter: str, a: Tensor, b: Tensor, rank: int, scale: float, root: nn.Module | None
-) -> dict[str, LoRAMatrices]:
+def _mirrored(config: Mapping[str, Any]) -> bool:
+    """Whether a PEFT before 0.19 wrote the folder, which took every fused tensor for `[expert, in, out]`.
+
+    Where experts are stored as `[expert, out, in]`, A then reads what the matrix gives. Versions before 0.18 do not say
+    which they are.
+    """
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or "0.17"))
+    return version is not None and (int(version[1]), int(version[2])) < (0, 19)
+
+
+def _turned(parameter: str, a: Tensor, b: Tensor, config: Mapping[str, Any], root: nn.Module | None) -> bool:
+    """Whether `B A` of an expert is the change of its matrix on its side: told by the sizes, where they differ."""
+    module, _, attribute = parameter.rpartition(".")
+    if root is None:
+        return _mirrored(config)
+    owner = bare(root, module)
+    shape = getattr(owner, attribute).shape
+    if len(shape) != 3 or shape[1] == shape[2]:
+        return _mirrored(config) or experts_turned(owner)
+    found = (a.shape[1], b.shape[0])
+    if found not in (tuple(shape[1:]), tuple(shape[:0:-1])):
+        raise FileError(
+            f"the factors of {parameter} are for matrices of {found[1]} by {found[0]}, and the model's are "
+            f"{shape[1]} by {shape[2]}",
+            expected="the model that the adapter belongs to",
+        )
+    return found == tuple(shape[1:])
+
+
+def _experts(parameter: str, a: Tensor, b: Tensor, rank: int, scale: float, turned: bool) -> dict[str, LoRAMatrices]:
     """One pair for each expert: rows of A go expert by expert, columns of B rank by rank."""
     module, _, attribute = parameter.rpartition(".")
     count, odd = divmod(a.shape[0], rank)
     if odd:
         raise FileError(f"the factors of {parameter} have {a.shape[0]} rows, which is no multiple of the rank {rank}")
-    turned = experts_turned(bare(root, module)) if root is not None else False
     rows, columns = a.reshape(count, rank, -1), b.reshape(b.shape[0], rank, count)
     if count == 1:
         return {parameter: LoRAMatrices(a, b * scale)}

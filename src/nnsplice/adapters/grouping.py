@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import nn, optim
 
 from nnsplice.adapters.header import Entry, read_header, stands
 from nnsplice.adapters.keys import read_key
@@ -116,7 +116,7 @@ def map_param_ids_to_layers(
         return _by_order(entries, layered, num_params, tower)
 
 
-def map_optimizer_to_layers(optimizer: Any, model: Any, *, tower: str | None = None) -> LayerGrouping:
+def map_optimizer_to_layers(optimizer: optim.Optimizer, model: Any, *, tower: str | None = None) -> LayerGrouping:
     """Give the ids of a live optimizer to the layers of its model: parameters are found by identity.
 
     Works for whatever was trained, adapter or not. Frozen parameters in the optimizer are left out.

@@ -101,7 +101,7 @@ class Health(Mapping[int, LayerHealth]):
 
         return pd.DataFrame([asdict(one) for one in self.values()], index=pd.Index(list(self), name="layer"))
 
-    def plot(self, *, ax: Any = None) -> Any:
+    def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
         """The size of the gradients of each layer, as root mean square."""
         return plots.bars(
             [one.gradient for one in self.values()],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -222,7 +222,7 @@ class AdapterProfile(dict[str, float]):
             values[at] = np.nansum([values[at], one.energy])
         return rows, parts, values
 
-    def plot(self, *, ax: Any = None) -> Any:
+    def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
         """The energy of each part of each layer as a heatmap."""
         rows, parts, values = self.grid()
         return plots.heatmap(

@@ -57,7 +57,8 @@ class Attended:
 
 
 Seen = dict[nn.Module, Attended]
-_seen: ContextVar[Seen | None] = ContextVar("nnsplice_probabilities", default=None)
+#: What is kept, and what ran before: the name of its attention by each config's id.
+_seen: ContextVar[tuple[Seen, dict[int, str]] | None] = ContextVar("nnsplice_probabilities", default=None)
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def probabilities(root: nn.Module) -> Iterator[Seen]:
     configs = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
     before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
     seen: Seen = {}
-    token = _seen.set(seen)
+    token = _seen.set((seen, {id(config): implementation for config, implementation in before}))
     try:
         for config, _ in before:
             config._attn_implementation = NAME
@@ -85,8 +86,9 @@ def probabilities(root: nn.Module) -> Iterator[Seen]:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> tuple[Tensor, None]:
-    seen = _seen.get()
-    assert seen is not None, "attention that keeps its probabilities was left switched on"
+    active = _seen.get()
+    assert active is not None, "attention that keeps its probabilities was left switched on"
+    seen, before = active
     scaling, softcap, sinks = more.pop("scaling", None), more.pop("softcap", None), more.pop("s_aux", None)
     unknown = [
         name for name, given in more.items() if name not in _HARMLESS and given is not None and given is not False
@@ -96,6 +98,8 @@ def _attend(
             f"its attention is given {', '.join(unknown)}" if unknown else "an attention module runs several times"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if before.get(id(getattr(module, "config", None))) == "sdpa":
+        softcap = None  # sdpa has none: older transformers leave it out without a word, newer ones refuse to run
     plain = Attended(query, key, query, scaling, attention_mask, softcap, sinks)
     scores = plain.scores(query, key)
     # In half precision the softmax is taken in single, as everywhere in transformers.

@@ -16,6 +16,7 @@ from nnsplice.checkpoints.between.derive import Between
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files
+from nnsplice.checkpoints.io.workers import write_with_workers
 from nnsplice.checkpoints.io.writer import write_model_state_local
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
@@ -38,6 +39,7 @@ def convert(
     show_progress: bool = True,
     resume: bool = False,
     carry: Mapping[str, Path | str] | None = None,
+    workers: int = 1,
 ) -> None:
     """Read a checkpoint through a mapper and write what comes out; config, tokenizer and the like come along.
 
@@ -55,11 +57,22 @@ def convert(
         mapper: from the names in `src_dir` to those in `dest_dir`; what `mapper_between` derived has to be complete.
         resume: go on with what a stopped call has finished; and leave what this one finishes, should it stop.
         carry: other files for the new folder, over those of `src_dir`: name -> a file to copy, or a text.
+        workers: how many processes share the work, which pays for tens of gigabytes: each takes seconds to begin. In a
+            script, behind `if __name__ == "__main__":`.
     """
+    if workers < 1:
+        raise BadArgument(f"workers={workers}", expected="at least 1")
     if isinstance(mapper, Between):
         mapper = mapper.complete()
-    states = read_model_state(src_dir, mapper, "cpu", show_progress)
     source = Path(src_dir)
+    along = {**other_files(source), **(carry or {})}
+    if workers > 1:
+        write_with_workers(
+            src_dir, dest_dir, mapper, workers, shard_size_gb=shard_size_gb, show_progress=show_progress,
+            resume=resume, source=_identity(source, mapper), carry=along,
+        )  # fmt: skip
+        return
+    states = read_model_state(src_dir, mapper, "cpu", show_progress)
     write_model_state_local(
         dest_dir,
         # Ties go through as they are: the writer knows the very same tensor when it sees it again.
@@ -69,7 +82,7 @@ def convert(
         show_progress=False,
         resume=resume,
         source=_identity(source, mapper),
-        carry={**other_files(source), **(carry or {})},
+        carry=along,
     )
 
 

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nnsplice.cli.commands import WrongUsage, app
+from nnsplice.cli.loading import dtype_of
 from nnsplice.errors import MapperError
 
 if TYPE_CHECKING:
     import torch
 
     from nnsplice.checkpoints import ModelStateMapper
-
-#: Names of types, short and long.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 @app.command()
@@ -33,6 +31,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32 or fp64.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="INDEX", help="Which layers to keep: 0:4, -1, 0,5,11.")] = None,
     shard_size: Annotated[float, typer.Option(metavar="GB", help="How large a file may get.")] = 4.0,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="How many processes share the work.")] = 1,
     explain: Annotated[bool, typer.Option("--explain", help="Show what would be done, and leave.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped call finished.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No bar.")] = False,
@@ -53,7 +52,7 @@ def convert(
     from nnsplice.checkpoints.convert import adapted_config
 
     chosen = None if layers is None else _layers(layers)
-    numbers = None if dtype is None else _dtype(dtype)
+    numbers = None if dtype is None else dtype_of(dtype)
     mapper = (
         _derived(source, to, rename, numbers, chosen)
         if to
@@ -71,8 +70,9 @@ def convert(
         text = config.read_text(encoding="utf-8")
         carry["config.json"] = adapted_config(text, layers=_count(mapper) if first else None, dtype=numbers)
     checkpoints.convert(
-        source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry
-    )
+        source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry,
+        workers=workers,
+    )  # fmt: skip
     typer.echo(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
 
 
@@ -129,12 +129,3 @@ def _count(mapper: object) -> int:
 
     assert isinstance(mapper, ModelStateMapper)
     return 1 + max(layer for name in inputs_of(mapper) if (layer := layer_of(name)) is not None)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    found = getattr(torch, DTYPES.get(name, name), None)
-    if not isinstance(found, torch.dtype) or DTYPES.get(name, name) not in DTYPES.values():
-        raise typer.BadParameter(f"{name!r} is no type; write {', '.join(DTYPES)}")
-    return found

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from nnsplice.atlas import Atlas, Site, peel
 from nnsplice.engine.tracing import Model
@@ -95,15 +92,6 @@ def weights_digest(model: Model) -> str:
         for plain in _stored(parameter.detach()):
             if not plain.is_meta:
                 summed.update(plain.flatten()[:16].double().cpu().numpy().tobytes())
-    return summed.hexdigest()[:16]
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """A short digest of all of some named numbers, for what may differ in few of them."""
-    summed = hashlib.sha256()
-    for name, tensor in tensors.items():
-        summed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        summed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return summed.hexdigest()[:16]
 
 

@@ -26,6 +26,7 @@ FORMAT = 1
 WRITTEN = "a new file, or the journal of the same sweep"
 
 Records = dict[tuple[int, int], float]
+Texts = dict[tuple[int, int], str]
 
 
 class Journal:
@@ -42,10 +43,10 @@ class Journal:
     {(0, 0): 0.5, (0, 2): 0.25}
     """
 
-    def __init__(self, path: Path, lock: Lock, records: Records, chunks: int) -> None:
+    def __init__(self, path: Path, lock: Lock, records: Records, texts: Texts, chunks: int) -> None:
         """Use `Journal.open`."""
         self.path = path
-        self._lock, self._records, self._chunks = lock, records, chunks
+        self._lock, self._records, self._texts, self._chunks = lock, records, texts, chunks
         self._file = path.open("ab")
 
     @classmethod
@@ -69,13 +70,13 @@ class Journal:
             raw = target.read_bytes() if target.exists() else b""
             if b"\n" not in raw and header.startswith(raw[: header.rindex(b'"total"')]):
                 _begin(target, header)  # nothing is there, or the beginning of the same first line
-                return cls(target, lock, {}, 0)
-            records, chunks, whole = _read(target, raw, asked)
+                return cls(target, lock, {}, {}, 0)
+            records, texts, chunks, whole = _read(target, raw, asked)
             if whole < len(raw):  # the line that a stop cut off
                 with target.open("r+b") as file:
                     file.truncate(whole)
                     os.fsync(file.fileno())
-            return cls(target, lock, records, chunks)
+            return cls(target, lock, records, texts, chunks)
         except BaseException:
             lock.release()
             raise
@@ -84,11 +85,20 @@ class Journal:
         """(prompt, cell) -> value, of everything that stands in the journal."""
         return dict(self._records)
 
+    def texts(self) -> Texts:
+        """(prompt, cell) -> what was written there beside its value."""
+        return dict(self._texts)
+
     def __len__(self) -> int:
         return len(self._records)
 
-    def append(self, prompts: Sequence[int], cells: Sequence[int], values: Sequence[float]) -> None:
+    def append(
+        self, prompts: Sequence[int], cells: Sequence[int], values: Sequence[float], texts: Sequence[str] = ()
+    ) -> None:
         """Write a finished chunk, and have it on the disk before going on.
+
+        Args:
+            texts: one for each value, where there is one to keep.
 
         Raises:
             BadArgument: the lists are of different length, or a cell was written before with another value.
@@ -101,9 +111,13 @@ class Journal:
             "cell": [int(cell) for cell in cells],
             "value": [float(value).hex() for value in values],
         }
-        if not len(record["prompt"]) == len(record["cell"]) == len(record["value"]):
+        if texts:
+            record["text"] = [str(text) for text in texts]
+        if len({len(column) for column in (prompts, cells, values, texts or values)}) > 1:
+            told = f", {len(texts)} texts" if texts else ""
             raise BadArgument(
-                f"{len(prompts)} prompts, {len(cells)} cells and {len(values)} values", expected="a value for each pair"
+                f"{len(prompts)} prompts, {len(cells)} cells, {len(values)} values{told}",
+                expected="one value for each pair, and one text or none at all",
             )
         new = _values(record)
         if problem := _conflict(self._records, new):
@@ -113,6 +127,7 @@ class Journal:
         os.fsync(self._file.fileno())
         self._chunks += 1
         self._records.update(new)
+        self._texts.update(zip(new, texts, strict=True) if texts else ())
 
     def close(self) -> None:
         """Close the file and let another process write it."""
@@ -143,8 +158,8 @@ def _begin(path: Path, header: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _read(path: Path, raw: bytes, asked: Mapping[str, Any]) -> tuple[Records, int, int]:
-    """The records, how many chunks they are, and how many bytes of the file are whole lines."""
+def _read(path: Path, raw: bytes, asked: Mapping[str, Any]) -> tuple[Records, Texts, int, int]:
+    """The records, their texts, how many chunks they are, and how many bytes of the file are whole lines."""
     first, *lines = raw.split(b"\n")
     header = _parsed(first)
     if header is None or header.get("kind") != KIND or not lines:
@@ -157,6 +172,7 @@ def _read(path: Path, raw: bytes, asked: Mapping[str, Any]) -> tuple[Records, in
         raise FileError(f"{path} is the journal of another sweep\n{shown}", expected=WRITTEN)
     *complete, rest = lines
     records: Records = {}
+    texts: Texts = {}
     for number, line in enumerate(complete):
         record = _parsed(line)
         new = None if record is None or record.get("n") != number else _values(record)
@@ -167,7 +183,8 @@ def _read(path: Path, raw: bytes, asked: Mapping[str, Any]) -> tuple[Records, in
                 write=f"head -n {number + 1} {path} > repaired.jsonl   (keeps what stands before it)",
             )
         records.update(new)
-    return records, len(complete), len(raw) - len(rest)
+        texts.update(zip(new, record["text"], strict=True) if record is not None and "text" in record else ())
+    return records, texts, len(complete), len(raw) - len(rest)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

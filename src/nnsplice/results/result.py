@@ -200,8 +200,8 @@ class SweepResult:
         *,
         prompt: int | None = None,
         of: str | None = None,
-        ax: Any = None,
-    ) -> Any:
+        ax: plots.Axes | None = None,
+    ) -> plots.Axes:
         """A heatmap: layer by token, or layer by head, the mean over prompts unless one is chosen.
 
         Args:

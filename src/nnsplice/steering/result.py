@@ -169,7 +169,7 @@ class SteeringSweep:
 
     # --- to look at
 
-    def plot(self, of: str = "value", *, prompt: int | None = None, ax: Any = None) -> Any:
+    def plot(self, of: str = "value", *, prompt: int | None = None, ax: plots.Axes | None = None) -> plots.Axes:
         """A figure, in the mean over the prompts unless one is chosen.
 
         Args:

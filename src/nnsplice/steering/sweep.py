@@ -16,8 +16,9 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument, NeverFired, circumstances
-from nnsplice.metrics import Metric, MetricLike, divergence, function_digest
+from nnsplice.digests import digest_of, function_digest
+from nnsplice.errors import BadArgument, NeverFired, ShapeError, circumstances
+from nnsplice.metrics import Metric, MetricLike, divergence
 from nnsplice.progress import bar
 from nnsplice.results import Journal
 from nnsplice.steering.operators import Operator
@@ -95,7 +96,7 @@ def sweep(
         max_new_tokens: generate so many tokens in every cell, greedily, and keep the texts.
         guard: measure the KL; with `max_new_tokens` that is a pass of the unsteered model over all texts.
         max_tokens: how many tokens run at once.
-        journal: a file that finished cells are appended to, so that the same call goes on after a stop.
+        journal: a file that finished cells, and their texts, are appended to; the same call goes on after a stop.
         progress: show a bar.
         generate_kwargs: for transformers' `generate`, with `max_new_tokens`.
     """
@@ -105,7 +106,7 @@ def sweep(
             raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
         given = encode(model, prompts)
         chosen, asked_numbers = read(where), _numbers(coefficients)
-        _check(given, chosen, max_new_tokens, generate_kwargs, journal, metric)
+        _check(given, chosen, max_new_tokens, generate_kwargs, metric)
         if not guard and max_new_tokens is None:
             raise BadArgument("the guard of logits costs nothing", expected="guard=False with max_new_tokens")
         rules = rules_of(model, vector, 1.0, operator, chosen, None, None)
@@ -113,6 +114,7 @@ def sweep(
     tokenizer = engine.tokenizer_of(model)
     if max_new_tokens is None:
         bound = Metric.of(cast("MetricLike", metric)).bind(tokenizer, len(given))
+        bound.metric.check_lengths(given.lengths("decoder"))
         plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
         told: Any = bound.identity
         name = bound.metric.name
@@ -120,8 +122,11 @@ def sweep(
         options = {"do_sample": False, **generate_kwargs}
         plan = Plan(model, given, rules, asked_numbers, _generated, metric, max_new_tokens, options, guard)
         name = getattr(metric, "__name__", type(metric).__name__)
-        told = {"name": name}
+        told = {"name": name, "source": function_digest(metric)}
     asked = _asked(model, given, rules, asked_numbers, told, chosen)
+    if max_new_tokens is not None:
+        plain = {key: v if isinstance(v, str | int | float) else function_digest(v) for key, v in options.items()}
+        asked["generate"] = {"max_new_tokens": max_new_tokens, "guard": guard, **plain}
     (values, kl), texts = _run(plan, asked, max_tokens or engine.room(model), journal, progress)
     shown = {"model": asked["model"], "operator": rules[0].name, "where": str(chosen)}
     told_texts = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
@@ -152,6 +157,9 @@ def _run(
         log = None if journal is None else stack.enter_context(Journal.open(journal, asked, 2 * len(jobs)))
         for (prompt, cell), value in ({} if log is None else log.done()).items():
             values[cell % 2, prompt, cell // 2 // (count + 1), cell // 2 % (count + 1)] = value
+        for (prompt, cell), text in ({} if log is None else log.texts()).items():
+            if cell % 2 == 0:
+                texts[prompt][cell // 2 // (count + 1)][cell // 2 % (count + 1)] = text
         left = [job for job in jobs if np.isnan(values[(0, *job)])]
         shown = stack.enter_context(bar("steering", len(jobs), "cell", progress, done=len(jobs) - len(left)))
         for chunk in _chunks(plan, left, room):
@@ -163,7 +171,8 @@ def _run(
                 texts[job[0]][job[1]][job[2]] = text
             if log is not None:
                 cells = [2 * (layer * (count + 1) + number) + half for _, layer, number in chunk for half in (0, 1)]
-                log.append([job[0] for job in chunk for _ in (0, 1)], cells, [x for v in found for x in v[:2]])
+                wrote = [x for _, _, text in found for x in (text, "")] if plan.new_tokens else ()
+                log.append([job[0] for job in chunk for _ in (0, 1)], cells, [x for v in found for x in v[:2]], wrote)
             shown.update(len(chunk))
     if left and not fired and len(left) > prompts:
         raise NeverFired(
@@ -187,7 +196,8 @@ def _rules(plan: Plan, chunk: Sequence[Job]) -> list[Rule]:
         rows = [r for r, (_, layer, n) in enumerate(chunk) if layer == number and n < len(plan.coefficients)]
         if rows:
             strengths = tuple(plan.coefficients[chunk[r][2]] for r in rows)
-            found.append(replace(rule, rows=tuple(rows), coefficient=strengths))
+            where = rule.where.of([prompt for prompt, _, _ in chunk])
+            found.append(replace(rule, rows=tuple(rows), coefficient=strengths, where=where))
     return found
 
 
@@ -288,11 +298,16 @@ def _before_end(tokens: Tensor, root: Any) -> Tensor:
 # --- what is asked ----------------------------------------------------------------------------------------------------
 
 
-def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, journal: Any, metric: Any) -> None:
+def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, metric: Any) -> None:
     if given.values is not None:
         raise BadArgument("prompts are tokens, and these are values")
     if given.decoder_ids is not None:
         raise BadArgument("a sweep measures what a causal decoder says next, and this model has two towers")
+    if where.rows not in (1, len(given)):
+        raise ShapeError(
+            f"where is given for {where.rows} rows, and there are {len(given)} prompts",
+            expected="one for all prompts, or one for each",
+        )
     if new is None:
         if where.kind == "generated":
             raise BadArgument(
@@ -309,8 +324,6 @@ def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, journal: 
         raise BadArgument(f"{several[0]} makes several rows of a cell", expected="one text for each cell")
     if isinstance(metric, Metric) or not callable(metric):
         raise BadArgument("with max_new_tokens the metric is of texts", expected="a function text -> number")
-    if journal is not None:
-        raise BadArgument("a journal keeps numbers, and no generated texts", expected="journal= without max_new_tokens")
 
 
 def _numbers(coefficients: Any) -> tuple[float, ...]:
@@ -339,7 +352,7 @@ def _asked(
     return {
         "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model),
         "prompts": [list(row) for row in given.ids], "paths": [str(rule.path.place) for rule in rules],
-        "vectors": engine.digest_of({str(rule.path.place): rule.vector for rule in rules}),
+        "vectors": digest_of({str(rule.path.place): rule.vector for rule in rules}),
         "coefficients": list(coefficients), "metric": metric, "where": repr(where),
         "operator": operator or function_digest(rules[0].operator),
     }  # fmt: skip

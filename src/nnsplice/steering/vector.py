@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice import engine
+from nnsplice import engine, plots
 from nnsplice.activations import SavedActivation, storage
 from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath
 from nnsplice.paths import Path, Paths, parse_path
@@ -306,10 +306,8 @@ class SteeringVector(SavedActivation):
             lines.append(told)
         return lines
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: plots.Axes | None = None) -> plots.Axes:
         """The held-out AUC by layer, a line for each kind of place."""
-        from nnsplice import plots
-
         if not self.about.quality:
             raise BadArgument(
                 "there is no quality to draw: it was not measured", expected="a vector fitted on two pairs or more"

@@ -22,7 +22,7 @@ from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
-from nnsplice.sweeps.running import run
+from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.targets import Corruption
 
 #: What a causal trace restores: its kind -> the sites.
@@ -59,7 +59,7 @@ def ablate(
     plan = plan_sweep(
         model, prompts, None, sites, metric, operation=with_, reference=reference, together=True, **options
     )
-    return run(plan, model, **running)
+    return run_fresh(plan, engine.as_model(model), **running)
 
 
 _RUNNING = ("executor", "max_tokens", "journal", "progress")
@@ -136,7 +136,7 @@ def causal_trace(
         corruption = _noised(model, given, noise, samples, replace, seed)
     sites, metric = f"{_read_by(model)}{KINDS[kind]}[:]", probability([each[row] for row in repeated])
     plan = plan_sweep(model, given.take(repeated), None, sites, metric, window=window, corruption=corruption)
-    return _averaged(run(plan, model, **options), plan, samples)
+    return _averaged(run_fresh(plan, model, **options), plan, samples)
 
 
 def _read_by(model: engine.Model) -> str:

@@ -55,7 +55,27 @@ def run(
     model = engine.as_model(model)
     if not isinstance(plan, Plan):
         raise BadType(f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns")
-    check_runnable(model, plan)
+    check_mode(model)
+    digest = engine.weights_digest(model)
+    if plan.asked.get("weights") != digest:
+        raise BadArgument(
+            f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
+            expected="the model that the plan was made with",
+        )
+    return run_fresh(plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress)
+
+
+def run_fresh(
+    plan: Plan,
+    model: engine.Model,
+    *,
+    executor: str | Executor = "auto",
+    max_tokens: int | None = None,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = True,
+) -> SweepResult:
+    """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
+    check_mode(model)
     start = time.perf_counter()
     at_once = max_tokens or engine.room(model)
     clean_logits, source, cost = clean_run(model, plan, at_once)
@@ -118,23 +138,19 @@ def sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
         align=align, seed=seed,
     )  # fmt: skip
-    return run(plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress)
+    return run_fresh(
+        plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def check_runnable(model: engine.Model, plan: Plan) -> None:
-    """Raise for a model in train mode, and for a plan of another model."""
+def check_mode(model: engine.Model) -> None:
+    """Raise for a model in train mode."""
     if engine.in_training(model):
         raise BadArgument(
             "the model is in train mode, so dropout would make every run another one", write="model.eval()"
-        )
-    digest = engine.weights_digest(model)
-    if plan.asked.get("weights") != digest:
-        raise BadArgument(
-            f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
-            expected="the model that the plan was made with",
         )
 
 

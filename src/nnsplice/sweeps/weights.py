@@ -21,6 +21,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import Atlas, Selection, peel
+from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Bound, Metric, MetricLike
 from nnsplice.paths import Path, Paths, parse_path
@@ -132,6 +133,7 @@ class _Runs:
         if given.values is not None:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
         bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given))
+        bound.metric.check_lengths(given.lengths("decoder"))
         taken = inspect.signature(type(peel(base)).forward).parameters
         return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
 
@@ -209,8 +211,8 @@ def _asked(tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Seq
         "model": name,
         "revision": revision,
         "weights": engine.weights_digest(base),
-        "from": engine.digest_of({name: held[name] for name in touched}),
-        "to": engine.digest_of({name: other[name] for name in touched}),
+        "from": digest_of({name: held[name] for name in touched}),
+        "to": digest_of({name: other[name] for name in touched}),
         "prompts": told(given),
         "sites": [cell.path for cell in cells],
         "metric": runs.metric.identity,

@@ -163,6 +163,7 @@ class Staging:
         """Clean up, and let others write."""
         try:
             if failed and self._resume and self.weights.is_dir():
+                self._unname()
                 self._sweep()
             else:
                 self._discard()

@@ -205,7 +205,8 @@ class ModelStateMapperCast(InPlace):
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dtype, torch.dtype):  # a text would be taken for a device
+        # A text would be taken for a device, and not every caller checks types.
+        if not isinstance(self.dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise BadType(f"dtype is {self.dtype!r}", expected="a type of torch, such as torch.bfloat16")
 
     def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:

@@ -24,7 +24,8 @@ NAME = "nnsplice_packed"
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, "Variant"], Tensor]
 #: `[group, token, width]` each.
 KeyValue = tuple[Tensor, Tensor]
-_active: ContextVar[Attend | None] = ContextVar("nnsplice_attention", default=None)
+#: What runs, and what ran before: the name of its attention by each config's id.
+_active: ContextVar[tuple[Attend, Mapping[int, str]] | None] = ContextVar("nnsplice_attention", default=None)
 
 #: What attention modules pass along that changes nothing here, or is None or zero outside of training.
 _HARMLESS = {
@@ -52,7 +53,7 @@ def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
     configs = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
     configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation")}
     before = {i: c._attn_implementation for i, c in configs.items()}
-    token = _active.set(attend)
+    token = _active.set((attend, before))
     try:
         for config in configs.values():
             config._attn_implementation = NAME
@@ -78,12 +79,15 @@ def _no_mask(*_: Any, **__: Any) -> None:
 def _dispatch(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **more: Any
 ) -> tuple[Tensor, None]:
-    attend = _active.get()
-    assert attend is not None, "packed attention was left switched on"
-    scaling = more.pop("scaling", None)
+    active = _active.get()
+    assert active is not None, "packed attention was left switched on"
+    attend, before = active
+    scaling, softcap = more.pop("scaling", None), more.pop("softcap", None)
+    if before.get(id(getattr(module, "config", None))) == "sdpa":
+        softcap = None  # sdpa has none: older transformers leave it out without a word, newer ones refuse to run
     variant = Variant(
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        more.pop("sliding_window", None), more.pop("softcap", None), more.pop("s_aux", None),
+        more.pop("sliding_window", None), softcap, more.pop("s_aux", None),
     )  # fmt: skip
     unknown = [
         name for name, given in more.items() if name not in _HARMLESS and given is not None and given is not False
