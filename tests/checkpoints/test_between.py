@@ -242,6 +242,12 @@ def test_experts_are_not_guessed_for_transformerlens():
     assert not between.underived and any("experts" in name for name in between.unused)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_two_towers_have_no_names_there(name: str):
+    with pytest.raises(MapperError, match="two towers"):
+        ck.mapper_between(build(name), "tl")
+
+
 def test_what_is_no_side(tmp_path: Path):
     for wrong, error in (("nowhere", BadArgument), (3, BadType)):
         with pytest.raises(error):

@@ -121,6 +121,22 @@ def test_ties_of_a_module_are_found_across_files(tmp_path: Path):
     assert torch.equal(fresh["c"].weight, module["a"].weight) and torch.equal(fresh["b"].bias, module["b"].bias)
 
 
+def test_two_tensors_are_not_loaded_as_one(tmp_path: Path):
+    apart: Any = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    tied: Any = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    tied["c"].weight = tied["a"].weight
+    mapper, before = ck.identity_mapper_from_module(tied), tied["a"].weight.detach().clone()
+    ck.save_model_state(tmp_path / "ck", mapper, apart, show_progress=False)
+    with pytest.raises(MapperError, match=r"a\.weight and c\.weight are one tensor in the model, and two"):
+        ck.load_model_state(tmp_path / "ck", mapper, "cpu", tied, show_progress=False)
+    assert torch.equal(tied["a"].weight, before)
+    with torch.no_grad():  # written twice, but the same, whatever it is
+        apart["c"].weight.copy_(apart["a"].weight.fill_(torch.nan))
+    ck.save_model_state(tmp_path / "ck", mapper, apart, show_progress=False)
+    ck.load_model_state(tmp_path / "ck", mapper, "cpu", tied, show_progress=False)
+    assert tied["a"].weight.isnan().all()
+
+
 def test_ties_that_safetensors_recorded_are_read(tmp_path: Path):
     module = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     module["c"].weight = module["a"].weight
