@@ -219,3 +219,14 @@ def test_the_command_says_what_is_wrong(gpt2: Path, arguments: list[str], code: 
     found, text = run(gpt2, *arguments)
     assert found == code and said in text, text
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(("name", "lost"), [("mixtral", "experts"), ("mpt", "norm_1"), ("opt", "embed_positions")])
+def test_a_tensor_that_has_no_place_is_refused_and_left_out_when_asked(name: str, lost: str, tmp_path: Path):
+    build(name).save_pretrained(tmp_path / "hf")
+    between = ck.mapper_between(tmp_path / "hf", "tl")
+    with pytest.raises(MapperError, match=rf"no place for .*{lost}(.|\n)*\.mapper"):
+        ck.convert(tmp_path / "hf", tmp_path / "tl", between, show_progress=False)
+    assert not (tmp_path / "tl").exists()
+    ck.convert(tmp_path / "hf", tmp_path / "tl", between.mapper, show_progress=False)
+    assert names(tmp_path / "tl") and not any(lost in name for name in names(tmp_path / "tl"))

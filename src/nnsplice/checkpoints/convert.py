@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nnsplice.checkpoints.between.derive import Between
 from nnsplice.checkpoints.io.folder import Checkpoint
@@ -54,7 +55,8 @@ def convert(
     ['layers.0.attn.c_attn.bias', 'layers.0.attn.c_attn.weight']
 
     Args:
-        mapper: from the names in `src_dir` to those in `dest_dir`; what `mapper_between` derived has to be complete.
+        mapper: from the names in `src_dir` to those in `dest_dir`. What `mapper_between` derived has to be complete,
+            with a place for every tensor that says anything; its `mapper` leaves out the others.
         resume: go on with what a stopped call has finished; and leave what this one finishes, should it stop.
         carry: other files for the new folder, over those of `src_dir`: name -> a file to copy, or a text.
         workers: how many processes share the work, which pays for tens of gigabytes: each takes seconds to begin. In a
@@ -63,7 +65,8 @@ def convert(
     if workers < 1:
         raise BadArgument(f"workers={workers}", expected="at least 1")
     if isinstance(mapper, Between):
-        mapper = mapper.complete()
+        unused, mapper = mapper.unused, mapper.complete()
+        check_unused(src_dir, unused)
     source = Path(src_dir)
     along = {**other_files(source), **(carry or {})}
     if workers > 1:
@@ -84,6 +87,28 @@ def convert(
         source=_identity(source, mapper),
         carry=along,
     )
+
+
+def check_unused(src_dir: str | os.PathLike[str], names: Sequence[str]) -> None:
+    """Refuse to leave out a tensor that says anything: zeros do not, nor does a second copy of the embedding."""
+    checkpoint = Checkpoint.open(src_dir)
+    told = [name for name in names if name in checkpoint and checkpoint.tensor(name).any()]
+    if "unembed.W_U" in told and "embed.W_E" in checkpoint:
+        shapes = checkpoint.entry("unembed.W_U").shape, checkpoint.entry("embed.W_E").shape[::-1]
+        if shapes[0] == shapes[1] and _is_multiple(checkpoint.tensor("unembed.W_U").T, checkpoint.tensor("embed.W_E")):
+            told.remove("unembed.W_U")
+    if told:
+        raise MapperError(
+            f"there is no place for {', '.join(told[:5])}{', ...' if len(told) > 5 else ''}",
+            expected="a family whose parts are all known there",
+            write="ns.checkpoints.mapper_between(source, target).mapper   (leaves them out)",
+        )
+
+
+def _is_multiple(a: Tensor, b: Tensor) -> bool:
+    """Whether one matrix is the other times a number, as where a family scales its embedding."""
+    times = float(torch.linalg.vector_norm(b) / torch.linalg.vector_norm(a))
+    return torch.allclose(a.double() * times, b.double(), rtol=1e-2, atol=1e-6)
 
 
 def _identity(source: Path, mapper: ModelStateMapper) -> str:

@@ -9,7 +9,6 @@ import typer
 
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.loading import dtype_of
-from nnsplice.errors import MapperError
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +80,7 @@ def _derived(
 ) -> ModelStateMapper:
     """Names and shapes of another library, all of them, and then what else is asked for."""
     from nnsplice.checkpoints import Cast, Parallel, Sequential, mapper_between
+    from nnsplice.checkpoints.convert import check_unused
     from nnsplice.checkpoints.mapper.abc import outputs_of
 
     if to not in ("tl", "hf"):
@@ -88,28 +88,10 @@ def _derived(
     if rename or layers is not None:
         raise WrongUsage("--to gives every tensor its name; --rename and --layers are for a second conversion")
     between = mapper_between(source, to).complete()
-    _check_unused(source, between.unused)
+    check_unused(source, between.unused)
     if dtype is None:
         return between
     return Sequential([between, Parallel([Cast(name, dtype) for name in sorted(outputs_of(between))])])
-
-
-def _check_unused(source: Path, names: tuple[str, ...]) -> None:
-    """Refuse to leave out a tensor that says anything: zeros do not, nor does a second copy of the embedding."""
-    from nnsplice.checkpoints import Checkpoint
-
-    checkpoint = Checkpoint.open(source)
-    told = [name for name in names if name in checkpoint and checkpoint.tensor(name).any()]
-    if "unembed.W_U" in told and "embed.W_E" in checkpoint:
-        shapes = checkpoint.entry("unembed.W_U").shape, checkpoint.entry("embed.W_E").shape[::-1]
-        if shapes[0] == shapes[1] and checkpoint.tensor("unembed.W_U").T.equal(checkpoint.tensor("embed.W_E")):
-            told.remove("unembed.W_U")
-    if told:
-        raise MapperError(
-            f"there is no place for {', '.join(told[:5])}{', ...' if len(told) > 5 else ''}",
-            expected="a family whose parts are all known there",
-            write="ns.checkpoints.mapper_between(source, target)   (shows what is left out, and leaves it out)",
-        )
 
 
 def _layers(text: str) -> slice | tuple[int, ...]:
