@@ -86,6 +86,21 @@ def test_a_hook_that_packed_rows_do_not_bear_is_found_out_whatever_the_metric(me
 
 
 @pytest.mark.parametrize("before", [False, True])
+def test_a_sweep_of_a_model_with_edits_goes_through_them(before: bool) -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    plain = run(plan, model, progress=False) if before else None
+    direction = ns.capture(model, "w3 w4", "layers[1].output[-1]")
+    with model.edit() as (_, edited):
+        direction.add_to(edited, 3.0)
+    result = run(plan, edited, progress=False)
+    assert (result.run.executor, "has edits" in result.run.note) == ("batched", True)
+    assert np.nanmax(np.abs(result.table.values - _values(plan, edited, "reference"))) < 1e-12
+    assert plain is None or np.abs(result.corrupted - plain.corrupted).min() > 1e-3
+    assert before is False or run(plan, model, progress=False) == plain
+
+
+@pytest.mark.parametrize("before", [False, True])
 def test_a_sweep_inside_a_steering_block_is_steered(before: bool) -> None:
     model = _double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
