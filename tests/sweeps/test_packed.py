@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,17 @@ def test_a_model_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC, progress=False).run.executor == "packed"
     assert len(probed) == 1
+
+
+def test_threads_take_turns_with_a_model() -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    alone, config = run(plan, model, progress=False), model._module.config
+    before = config._attn_implementation
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: run(plan, model, progress=False), range(9)))
+    assert all(np.nanmax(np.abs(one.table.values - alone.table.values)) < 1e-12 for one in results)
+    assert config._attn_implementation == before
 
 
 def test_the_models_own_attention_is_back_afterwards_also_after_an_error() -> None:
