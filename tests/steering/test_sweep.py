@@ -197,6 +197,10 @@ def test_the_best_cell_that_the_guard_lets_pass(grid) -> None:
     ):
         with pytest.raises(ValueError, match=text):
             grid.choose(**options)
+    nothing = made([[[np.nan] * 3] * 2] * 2, [[[0.0] * 3] * 2] * 2)
+    for options in ({"guard": None}, {"limit": 1.0}):
+        with pytest.raises(ValueError, match="no cell that steers has a metric that is a number"):
+            nothing.choose(**options)
 
 
 def test_tables_and_figures(grid) -> None:
@@ -219,7 +223,13 @@ def test_tables_and_figures(grid) -> None:
     assert axes.lines[0].get_xdata().tolist() == [1, 0, 2] and axes.get_xlabel() == "KL of the next token"
     plt.close(axes.figure)
     assert "highest 4 at layer 3, coefficient 1 with KL 2" in repr(grid) and "<b>SteeringSweep" in grid._repr_html_()
-    for call in (lambda: grid.grid("effect"), lambda: grid.plot("lines", prompt=2), lambda: made([[[1]]], [[[1]]])):
+    for call in (
+        lambda: grid.best(0),
+        lambda: grid.best(-1),
+        lambda: grid.grid("effect"),
+        lambda: grid.plot("lines", prompt=2),
+        lambda: made([[[1]]], [[[1]]]),
+    ):
         with pytest.raises(NnspliceError):
             call()
 

@@ -185,6 +185,17 @@ def test_kl_compares_with_the_clean_run(model) -> None:
     assert table.values[0, 0] == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_a_span_may_be_called_clean(model) -> None:
+    named = [
+        plan_sweep(model, CLEAN, CORRUPTED, f'layers[0].output["{name}"]', METRIC, spans={name: (1, 3)})
+        for name in ("clean", "s")
+    ]
+    assert named[0].jobs == named[1].jobs
+    wrong: Any = {"s": 5}
+    with pytest.raises(BadType, match='span "s" is 5'):
+        plan_sweep(model, CLEAN, CORRUPTED, 'layers[0].output["s"]', METRIC, spans=wrong)
+
+
 def test_decoder_prompts_of_different_length_are_no_pair() -> None:
     two, clean = wrap("t5"), {"input_ids": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[0, 4, 5]])}
     corrupted = {"input_ids": torch.tensor([[3, 9, 5]]), "decoder_input_ids": torch.tensor([[0, 4]])}

@@ -160,6 +160,7 @@ def test_kinds_and_windows(family: str, kind: str, window: int) -> None:
     expected, high, low = _traced(family, _noise(2), 7, kind, window)
     np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-10, rtol=0)
     assert (result.clean[0], result.corrupted[0]) == (pytest.approx(high, abs=1e-10), pytest.approx(low, abs=1e-10))
+    assert (result.run.executor, result.run.note) == ("packed", "")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])

@@ -163,6 +163,8 @@ def _bounds(
     model: engine.Model, name: str, given: Any, texts: tuple[str, ...] | None, ids: Ids
 ) -> Iterator[tuple[int, int]]:
     one_for_all = isinstance(given, str) or (isinstance(given, tuple) and all(isinstance(n, int) for n in given))
+    if not one_for_all and not isinstance(given, Sequence):
+        raise BadType(f'span "{name}" is {given!r}', expected="a text or (start, stop), for all prompts or for each")
     each = [given] * len(ids) if one_for_all else list(given)
     if len(each) != len(ids):
         raise SpanError(f'span "{name}" is given {len(each)} times for {len(ids)} prompts', expected="one per prompt")

@@ -52,6 +52,24 @@ def is_causal(model: Model) -> bool:
     return not getattr(config, "use_bidirectional_attention", False) and getattr(config, "is_causal", True) is not False
 
 
+def is_edited(model: Model) -> bool:
+    """Whether the model has edits of nnsight, which its traces go through and plain calls of its module pass by."""
+    return bool(model._edits)
+
+
+def refuse_edits(model: Model) -> None:
+    """Raise for a model with edits where its module is called without a trace.
+
+    Raises:
+        BadArgument: the edits would have no effect.
+    """
+    if is_edited(model):
+        raise BadArgument(
+            "this model has edits of nnsight (model.edit), and what runs here calls its module without them",
+            write="model.clear_edits(), or the model that was edited into a copy",
+        )
+
+
 def in_training(model: Model) -> bool:
     """Whether any part of the model is in train mode."""
     return any(module.training for module in peel(model).modules())

@@ -59,6 +59,7 @@ def generate(
             ) if given is not default and given != default]  # fmt: skip
             if idle:
                 raise BadArgument(f"{', '.join(idle)} without a vector would have no effect", expected="a vector")
+        engine.refuse_edits(model)
         given = encode(model, prompts)
         if given.values is not None:
             raise BadArgument("prompts to generate from are tokens, and these are values")

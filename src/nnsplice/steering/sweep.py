@@ -104,6 +104,7 @@ def sweep(
     with circumstances("ns.steering.sweep"):
         if engine.in_training(model):
             raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
+        engine.refuse_edits(model)
         given = encode(model, prompts)
         chosen, asked_numbers = read(where), _numbers(coefficients)
         _check(given, chosen, max_new_tokens, generate_kwargs, metric)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import fingerprint, peel
 from nnsplice.errors import BadArgument, NnspliceError
@@ -52,7 +53,8 @@ def _probe(work: Work) -> tuple[str, str, Cost]:
     window = max(len(target.places) for target in work.plan.targets)
     # Numbers of hooks never come again; what one does to packed tokens is found out with it in place.
     hooks = tuple(key for m in root.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks))
-    question = (fingerprint(root), hooks, kinds, work.plan.operation.way, window > 1, work.plan.corruption is not None)
+    there = (fingerprint(root), hooks, engine.is_edited(work.model))
+    question = (*there, kinds, work.plan.operation.way, window > 1, work.plan.corruption is not None)
     known = _trusted.setdefault(root, {})
     cost = Cost()
     if question not in known:

@@ -90,6 +90,7 @@ def _prompts(
     model: engine.Model, clean: Any, corrupted: Any, spans: Any, operation: Operation
 ) -> tuple[Prompts, Prompts | None]:
     two = isinstance(spans, Mapping) and set(spans) <= {"clean", "corrupted"} and bool(spans)
+    two = two and all(of is None or isinstance(of, Mapping) for of in spans.values())
     spans_clean, spans_corrupted = (spans.get("clean"), spans.get("corrupted")) if two else (spans, spans)
     if clean is None and corrupted is None:
         raise BadArgument("neither clean nor corrupted prompts", expected="prompts")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, NnspliceError
 from nnsplice.metrics import MetricLike
 from nnsplice.paths import Paths
@@ -76,8 +79,26 @@ def run_fresh(
 ) -> SweepResult:
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
+    with _guard:
+        turn = _turns.setdefault(peel(model), threading.RLock())
+    with turn:
+        return _run(plan, model, executor, engine.room(model, max_tokens), journal, progress)
+
+
+#: Threads take turns with a model, whose attention is another one while packed rows run.
+_turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+def _run(
+    plan: Plan,
+    model: engine.Model,
+    executor: str | Executor,
+    at_once: int,
+    journal: str | PathLike[str] | None,
+    progress: bool,
+) -> SweepResult:
     start = time.perf_counter()
-    at_once = engine.room(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
