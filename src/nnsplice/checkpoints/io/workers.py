@@ -14,7 +14,7 @@ import torch
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.shards import Shard
-from nnsplice.checkpoints.io.staging import Staging
+from nnsplice.checkpoints.io.staging import staged
 from nnsplice.checkpoints.io.writer import groups_of, job, shard_bytes, write_shards
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
@@ -40,15 +40,13 @@ def write_with_workers(
         TeamError: a worker ended without a word. What one of them raises is raised here.
     """
     limit = shard_bytes(shard_size_gb)
-    with circumstances(f"writing {os.fspath(dest_dir)} with {workers} workers"):
-        staging = Staging(Path(dest_dir), job(mapper, limit, f"{source}\n{workers} workers"), resume=resume)
-        failed = True
-        try:
-            if not staging.published:
-                staging.publish(_shards(src_dir, staging.folder, mapper, workers, limit, show_progress), carry)
-            failed = False
-        finally:
-            staging.close(failed=failed)
+    asked = job(mapper, limit, f"{source}\n{workers} workers")
+    with (
+        circumstances(f"writing {os.fspath(dest_dir)} with {workers} workers"),
+        staged(Path(dest_dir), asked, resume=resume) as staging,
+    ):
+        if not staging.published:
+            staging.publish(_shards(src_dir, staging.folder, mapper, workers, limit, show_progress), carry)
 
 
 def _shards(
