@@ -112,6 +112,7 @@ def _bad() -> list[tuple[Callable[[], Any], type[Exception], str]]:
         (lambda: ns.probability(half)(LOGITS), BadType, "0.5 as answer="),
         (lambda: ns.probability(12)(LOGITS), BadArgument, r"given 12 as answer=[\s\S]*0 to 11"),
         (lambda: ns.rank(-1)(LOGITS), BadArgument, "given -1 as answer="),
+        (lambda: ns.logit_diff(3, [3, 3, 3])(LOGITS), BadArgument, "answer and wrong are the same"),
         (lambda: ns.kl_divergence()(LOGITS), BadArgument, r"compares two runs, and there is one[\s\S]*reference="),
         (lambda: ns.Metric.of(anything), BadType, "NoneType is no metric"),
         (lambda: ns.Metric.of(lambda logits: logits)(LOGITS), BadArgument, r"shape \[3, 12\] of logits \[3, 12\]"),
@@ -120,7 +121,7 @@ def _bad() -> list[tuple[Callable[[], Any], type[Exception], str]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(18))
+@pytest.mark.parametrize("number", range(19))
 def test_what_makes_no_sense_is_refused(number: int) -> None:
     call, kind, message = _bad()[number]
     with pytest.raises(kind, match=message):

@@ -93,6 +93,11 @@ class Metric:
             BadArgument: a text that is not one token, or another number of answers than prompts.
         """
         ids = {name: _ids(self, name, answer, tokenizer, prompts) for name, answer in self.answers.items()}
+        if len(ids) == 2 and len(set(ids.values())) == 1:
+            raise BadArgument(
+                f"{' and '.join(ids)} are the same, so {self.name} is 0 whatever the model says",
+                expected="two different tokens",
+            )
         return Bound(self, ids)
 
 
@@ -132,7 +137,15 @@ class Bound:
                     f"{self.metric.name} compares two runs, and there is one", expected="reference= the other's logits"
                 )
             chosen["reference"] = reference.to(logits)
-        value = self.metric.rule(logits, **chosen)
+        try:
+            value = self.metric.rule(logits, **chosen)
+        except Exception as error:
+            if not self.metric.answers:  # a function of the user's own, whose error stays what it is
+                error.add_note(
+                    f"in: the metric {self.metric.name}, which was given logits [row, vocab] = {list(logits.shape)}"
+                    f" of position {self.metric.position}, and has to return one number for each row"
+                )
+            raise
         if not isinstance(value, Tensor) or value.shape != (logits.shape[0],):
             found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise BadArgument(

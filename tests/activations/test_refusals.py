@@ -23,6 +23,7 @@ from nnsplice.errors import (
 from zoo import build, wrap
 
 PROMPT = "w3 w4 w5 w6"
+SPANNED = 'layers[0].output["s"][-1]'
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +103,18 @@ def test_wrong_arguments_are_named(gpt2) -> None:
         (lambda: ns.capture(gpt2, [], "layers[0].output[-1]"), BadArgument, "no prompts"),
         (lambda: ns.capture(gpt2, "", "layers[0].output[-1]"), BadArgument, "no tokens"),
         (lambda: ns.capture(gpt2, number, "layers[0].output[-1]"), BadType, "is no prompt"),
+        (lambda: ns.capture(gpt2, torch.ones(1, 5), "layers[0].output[-1]"), BadType, r"integers[\s\S]*ids\.long"),
+        (lambda: ns.capture(gpt2, PROMPT, SPANNED, spans=number), BadType, "spans is a int[\\s\\S]*spans={"),
+        (lambda: ns.capture(gpt2, PROMPT, SPANNED, spans={"s": number}), BadType, 'span "s" is 3[\\s\\S]*a text'),
         (lambda: ns.capture(gpt2, PROMPT, number), BadType, "path"),
         (lambda: ns.capture(gpt2, PROMPT, ["layers[0].output[-1]", number]), BadType, "a path is a text or a Path"),
         (lambda: ns.capture(build("gpt2"), PROMPT, "layers[0].output[-1]"), BadType, r"ns\.load"),
+        (lambda: ns.capture("gpt2", PROMPT, "layers[0].output[-1]"), BadType, r"ns\.load\(name\)"),
         (lambda: ns.capture(gpt2.transformer, PROMPT, "layers[0].output[-1]"), BadArgument, "the whole model"),
         (lambda: ns.capture(gpt2, PROMPT, "layers[0].output[-1]", batch_size=0), BadArgument, "batch_size"),
         (lambda: ns.patched_logits(gpt2, ["w3", "w4", "w5"], saved), ShapeError, "2 rows, and there are 3 prompts"),
         (lambda: ns.patched_logits(gpt2, "w3", ns.SavedActivation()), BadArgument, "empty"),
-        (lambda: ns.patched_logits(gpt2, "w3", table), BadType, "no capture"),
+        (lambda: ns.patched_logits(gpt2, "w3", table), BadType, r"no capture[\s\S]*from_pairs"),
         (lambda: saved.apply(gpt2), OutsideTrace, "inside a trace"),
         (lambda: ns.updates(gpt2, saved.keys()), OutsideTrace, "inside a trace"),
         (lambda: saved["layers[1].output[-1]"], UnknownPath, r"layers\[0\]\.output\[-1\]"),

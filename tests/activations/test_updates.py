@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.errors import BadArgument, DuplicatePath, LateUpdate, MissingPosition, PathError
+from nnsplice.errors import BadArgument, DuplicatePath, LateUpdate, MissingPosition, PathError, ShapeError
 from zoo import wrap
 
 PROMPT = "w3 w4 w5 w6"
@@ -56,6 +58,14 @@ def test_a_late_update_is_never_a_silent_no_op(gpt2) -> None:
     with pytest.raises(LateUpdate, match=r"already gone past[\s\S]*layers\[0\]\.output\[-1\]"), gpt2.trace(PROMPT):
         for _, current, update in list(ns.updates(gpt2, ["layers[0].output[-1]", "layers[1].output[-1]"])):
             update(current * 0)
+
+
+def test_an_update_of_another_shape_says_what_to_write(gpt2) -> None:
+    wrong: list[Any] = [0.0, torch.zeros(16)]
+    for new in wrong:
+        with pytest.raises(ShapeError, match=r"an update of[\s\S]*zeros_like\(current\)"), gpt2.trace(PROMPT):
+            for _, _, update in ns.updates(gpt2, "layers[0].output[-1]"):
+                update(new)
 
 
 def test_updates_take_single_places_each_once(gpt2) -> None:

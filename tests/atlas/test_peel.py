@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +90,12 @@ def test_names_of_an_adapted_model():
 def test_no_model(thing):
     with pytest.raises(TypeError, match="a model was expected"):
         peel(thing)
+
+
+def test_a_name_is_no_model_yet():
+    for name in ("gpt2", Path("gpt2")):
+        with pytest.raises(TypeError, match=r"ns\.load"):
+            peel(name)
 
 
 def test_a_module_called_module_is_not_a_wrapper_when_more_stands_beside_it():

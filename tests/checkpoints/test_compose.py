@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,14 @@ def test_empty_mappers_are_dropped():
     for stages in ([], [Empty()]):
         with pytest.raises(ValueError):
             ck.Sequential(stages)
+
+
+@pytest.mark.parametrize("kind", [ck.Parallel, ck.Sequential])
+def test_what_is_no_list_of_mappers_is_refused(kind: Any):
+    with pytest.raises(TypeError, match=r"(?s)Rename alone.*\[mapper\]"):
+        kind(ck.Rename("a", "b"))
+    with pytest.raises(TypeError, match="a str is no mapper"):
+        kind(["a"])
 
 
 def test_names_may_be_exchanged():

@@ -95,6 +95,11 @@ def test_a_rename_takes_whole_names(gpt2: Path):
         ck.renaming(gpt2, ["transform=x"])
 
 
+def test_a_table_of_names_is_no_mapper(gpt2: Path, tmp_path: Path):
+    with pytest.raises(TypeError, match=r"(?s)a dict is no mapper.*renaming"):
+        ck.convert(gpt2, tmp_path / "new", {"wte": "embed"})  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("wrong", ["wte", "=x", "h=layers.*", "h.*=*.*"])
 def test_what_is_no_rename(gpt2: Path, wrong: str):
     with pytest.raises(BadArgument, match="is no rename"):

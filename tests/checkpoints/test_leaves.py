@@ -135,6 +135,13 @@ def test_a_text_is_no_list_of_names_and_no_type(wrong):
         wrong()
 
 
+def test_a_text_for_names_is_shown_as_the_list_that_was_meant():
+    with pytest.raises(BadType, match=r"(?s)source_names is the text 'qkv'.*\['qkv'\]"):
+        ck.ConcatenateTensors("qkv", "z", 0)
+    with pytest.raises(BadType, match=r"(?s)dtype='bf16'.*torch\.bfloat16"):
+        ck.Cast("x", "bf16")  # pyright: ignore[reportArgumentType]
+
+
 def test_leaves_are_values():
     assert ck.Split("x", ["a", "b"], [1, 2], 0) == ck.Split("x", ("a", "b"), (1, 2), 0)
     assert len({ck.Copy("x", ["a"]), ck.Copy("x", ["a"])}) == 1

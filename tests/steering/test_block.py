@@ -216,6 +216,7 @@ def test_a_rule_that_never_fires_is_an_error(model) -> None:
         ({"operator": "multiply"}, "no operator 'multiply'"),
         ({"where": "prompts"}, "'prompt'"),
         ({"where": "last"}, "from_token"),
+        ({"where": [-1]}, "from_token"),
         ({"plane": vector(1, seed=1)}, "turns nothing"),
         ({"operator": "rotate", "plane": vector(1)}, "one line"),
         ({"when": 0.2}, "similar"),

@@ -229,6 +229,12 @@ def test_an_option_without_effect_is_an_error(options: dict, text: str) -> None:
         ns.steering.fit(capture(a), capture(b), **options)
 
 
+def test_prompts_that_are_none_are_an_error(model) -> None:
+    nothing: Any = None
+    with pytest.raises(TypeError, match="negative is a NoneType"):
+        ns.steering.fit_from_prompts(model, "w3", nothing, "layers[1].output[-1]")
+
+
 def test_states_that_cannot_be_told_apart_are_an_error(model) -> None:
     a, _ = groups()
     with pytest.raises(ValueError, match="same mean"):

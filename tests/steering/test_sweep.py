@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,9 @@ def test_tables_and_figures(grid) -> None:
     plt.close(axes.figure)
     axes = grid.plot("frontier")
     assert axes.lines[0].get_xdata().tolist() == [1, 0, 2] and axes.get_xlabel() == "KL of the next token"
+    plt.close(axes.figure)
+    axes = replace(grid, texts=(((("w3",) * 3,) * 2),) * 2).plot("frontier")
+    assert axes.get_xlabel() == "KL of the next token, mean along the text"
     plt.close(axes.figure)
     assert "highest 4 at layer 3, coefficient 1 with KL 2" in repr(grid) and "<b>SteeringSweep" in grid._repr_html_()
     for call in (

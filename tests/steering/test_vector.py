@@ -115,6 +115,9 @@ def test_a_vector_from_elsewhere(model) -> None:
         made.at(5)
     with pytest.raises(KeyError, match="one of 1, 2"):
         made.at(-1)
+    for wrong in (1.0, None, "layers[1].output"):
+        with pytest.raises(TypeError, match=r"a layer[\s\S]*vector\.at\(3\)"):
+            made.at(wrong)  # pyright: ignore[reportArgumentType]
 
 
 def test_several_positions_of_a_place_are_no_one_direction(model) -> None:

@@ -101,6 +101,8 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
 
     return [
         (plan(CLEAN, CORRUPTED + " w1"), ShapeError, r"4 tokens, the corrupted one 5[\s\S]*align=\"end\""),
+        (lambda: ns.sweep(model, CLEAN, CLEAN, "embed", METRIC), BadArgument, r"the clean ones[\s\S]*ns\.ablate"),
+        (plan(CLEAN, None), BadArgument, "corrupted is None, so patching would change nothing"),
         (plan([CLEAN, CLEAN], CORRUPTED), ShapeError, "2 clean prompts and 1 corrupted"),
         (plan(CLEAN, CORRUPTED, []), BadArgument, "no sites"),
         (plan([], CORRUPTED), BadArgument, "no prompts"),
@@ -117,6 +119,7 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
         (plan(operation=3), BadType, "operation of type int"),
         (plan(operation="mean"), BadArgument, r"takes its values from a reference[\s\S]*ns\.capture"),
         (plan(reference=ns.capture(model, CLEAN, "layers[0].output[-1]")), BadArgument, "does not use a reference"),
+        (plan(reference=CLEAN, operation="mean"), BadType, r"reference of type str[\s\S]*reference=ns\.capture"),
         (plan(window=0), BadArgument, "window=0"),
         (plan(CLEAN, CORRUPTED, "embed.output", window=2), BadArgument, "has no layer"),
         (plan(align="middle"), BadArgument, "align="),
@@ -152,6 +155,13 @@ def test_running_refuses_train_mode_another_model_and_unknown_executors(model) -
     wrong: Any = "plan"
     with pytest.raises(BadType, match=r"ns\.plan_sweep"):
         run(wrong, model)
+    swapped: Any = (model, plan)
+    with pytest.raises(BadType, match=r"no plan[\s\S]*ns\.run\(plan, model\)"):
+        run(*swapped)
+    several: list[Any] = [0, 1.5, "all"]
+    for tokens in several:
+        with pytest.raises(BadArgument, match="max_tokens="):
+            run(plan, model, max_tokens=tokens, progress=False)
     model._module.train()
     try:
         with pytest.raises(BadArgument, match=r"train mode[\s\S]*model\.eval\(\)"):
@@ -167,6 +177,22 @@ def test_a_metric_that_is_not_a_number_is_refused(model) -> None:
     scalar = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", lambda logits: logits.mean())
     with pytest.raises(BadArgument, match=r"shape \[\] of logits[\s\S]*one number for each row"):
         run(scalar, model, progress=False)
+    of_all = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", lambda logits: logits[0, -1, 5])
+    with pytest.raises(IndexError) as caught:
+        run(of_all, model, progress=False)
+    assert "logits [row, vocab] = [1, 64] of position -1" in caught.value.__notes__[0]
+
+
+def test_prompts_of_different_length_are_swept_by_their_spans(model) -> None:
+    short, long = "w3 w4 w5 w6", "w3 w9 w8 w5 w6"
+    spans = {"clean": {"name": "w4"}, "corrupted": {"name": "w9 w8"}}
+    site = 'layers[1].output["name"][-1]'
+    result = ns.sweep(model, short, long, site, METRIC, spans=spans, align="end", progress=False)
+    saved = ns.capture(model, short, site, spans=spans["clean"])
+    by_hand = METRIC.bind(model.tokenizer, 1)(
+        ns.patched_logits(model, long, saved, spans=spans["corrupted"])[:, -1], [0]
+    )
+    assert result.table.values[0, 0] == pytest.approx(by_hand.item(), abs=1e-5)
 
 
 def test_kl_compares_with_the_clean_run(model) -> None:

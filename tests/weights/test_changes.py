@@ -71,3 +71,5 @@ def test_mistakes():
         w.diff(base, zoo.build("gpt2"), by=[])
     with pytest.raises(TypeError, match="by=3"):
         w.diff(base, zoo.build("gpt2"), by=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="compares nothing"):
+        w.diff(base, zoo.build("gpt2"), by=[])

@@ -113,5 +113,7 @@ def test_mistakes():
     model = zoo.build("gpt2")
     with pytest.raises(AttributeError, match=r"(?s)no parameter transformer\.wt\.weight.*transformer\.wte\.weight"):
         w.preview_weight_restriction(model, {"transformer.wt.weight": None})
+    with pytest.raises(TypeError, match="create_param_masks"):
+        w.preview_weight_restriction(model, "l1h0")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"shape \[3\]"):
         w.preview_weight_restriction(model, {"transformer.wte.weight": torch.ones(3, dtype=torch.bool)})

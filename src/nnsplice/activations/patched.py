@@ -44,7 +44,11 @@ def patched_logits(
     """
     model = engine.as_model(model)
     if not isinstance(saved, SavedActivation):
-        raise BadType(f"a {type(saved).__name__} is no capture", expected="a SavedActivation")
+        raise BadType(
+            f"a {type(saved).__name__} is no capture",
+            expected="a SavedActivation",
+            write='ns.capture(model, prompts, paths), or SavedActivation.from_pairs(("layers[3].output[-1]", tensor))',
+        )
     with circumstances("ns.patched_logits"):
         given = encode(model, prompts, spans)
         if at is not None and not isinstance(at, int):

@@ -95,7 +95,15 @@ def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = 
     """Prompts in any of their forms, checked."""
     if isinstance(prompts, Prompts):
         return prompts
+    if spans is not None and not isinstance(spans, Mapping):
+        raise BadType(f"spans is a {type(spans).__name__}", expected='a name for each span: spans={"subject": [...]}')
     if isinstance(prompts, Tensor) and prompts.is_floating_point():
+        if prompts.dim() != 3:
+            raise BadType(
+                f"prompts of shape {list(prompts.shape)} and {prompts.dtype}",
+                expected="token ids, which are integers [prompt, token], or values [prompt, token, width]",
+                write="ids.long()",
+            )
         if spans:
             raise BadArgument("spans are stretches of tokens, and these prompts are values, not tokens")
         return Prompts(values=prompts)
@@ -164,7 +172,7 @@ def _bounds(
 ) -> Iterator[tuple[int, int]]:
     one_for_all = isinstance(given, str) or (isinstance(given, tuple) and all(isinstance(n, int) for n in given))
     if not one_for_all and not isinstance(given, Sequence):
-        raise BadType(f'span "{name}" is {given!r}', expected="a text or (start, stop), for all prompts or for each")
+        raise BadType(f'span "{name}" is {given!r}', expected="a text or (start, stop) in tokens, or a list of them")
     each = [given] * len(ids) if one_for_all else list(given)
     if len(each) != len(ids):
         raise SpanError(f'span "{name}" is given {len(each)} times for {len(ids)} prompts', expected="one per prompt")

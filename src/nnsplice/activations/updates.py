@@ -101,7 +101,12 @@ def _updater(model: engine.Model, mediator: Any, path: Path, rows: Rows, read: R
             )
         if not isinstance(new, Tensor) or new.dim() != 2:
             found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"type {type(new).__name__}"
-            raise ShapeError(f"an update of {found}", path=path, expected="a tensor [prompt, width]")
+            raise ShapeError(
+                f"an update of {found}",
+                path=path,
+                expected="a tensor [prompt, width], as the value that came with it",
+                write="update(torch.zeros_like(current))",
+            )
         entry = Entry(path, target, (position,), new[:, None], None if read is None else path)
         held = hold(access, mediator, rows)
         held.write(written(held.tensor, [entry], rows, read=read))

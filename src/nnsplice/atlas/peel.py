@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,9 @@ def peel(model: Any) -> nn.Module:
         model = inner
     if not isinstance(model, nn.Module):
         raise BadType(
-            f"a model was expected, not {type(model).__name__}", expected="a torch.nn.Module or an nnsight model"
+            f"a model was expected, not {type(model).__name__}",
+            expected="a torch.nn.Module or an nnsight model",
+            write="ns.load(name_or_folder)" if isinstance(model, str | PathLike) else None,
         )
     return model
 

@@ -19,7 +19,7 @@ from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files
 from nnsplice.checkpoints.io.workers import write_with_workers
 from nnsplice.checkpoints.io.writer import write_model_state_local
-from nnsplice.checkpoints.mapper.abc import ModelStateMapper, listing
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCast, ModelStateMapperCopy, ModelStateMapperRename
@@ -67,6 +67,7 @@ def convert(
     if isinstance(mapper, Between):
         unused, mapper = mapper.unused, mapper.complete()
         check_unused(src_dir, unused)
+    mapper = as_mapper(mapper)
     source = Path(src_dir)
     along = {**other_files(source), **(carry or {})}
     if workers > 1:

@@ -19,7 +19,7 @@ def as_model(model: object) -> Model:
         raise BadType(
             f"a {type(model).__name__} is not wrapped for tracing",
             expected="an nnsight model",
-            write="model = ns.load(module, tokenizer=tokenizer)",
+            write=f"model = ns.load({'name' if isinstance(model, str) else 'module, tokenizer=tokenizer'})",
         )
     if model.parent is not None:
         raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")

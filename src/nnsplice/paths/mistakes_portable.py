@@ -164,6 +164,7 @@ _ALIASES = {
     "embeddings": "embed",
     "embed_tokens": "embed",
     "unembedding": "unembed",
+    "logits": "unembed",
     "norm": "final_norm",
     "ln_f": "final_norm",
     "ln_final": "final_norm",

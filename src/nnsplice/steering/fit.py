@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -147,8 +147,11 @@ def fit_from_prompts(
         progress: show a bar.
     """
     model = engine.as_model(model)
-    positive, negative = (([one] if isinstance(one, str) else list(one)) for one in (positive, negative))
     with circumstances("ns.steering.fit_from_prompts"):
+        for name, given in (("positive", positive), ("negative", negative)):
+            if not isinstance(given, Iterable):
+                raise BadType(f"{name} is a {type(given).__name__}", expected="a prompt, or several")
+        positive, negative = (([one] if isinstance(one, str) else list(one)) for one in (positive, negative))
         checked(method, options)
         if not positive or not negative:
             raise BadArgument("no prompts on one side", expected="positive and negative prompts")

@@ -188,7 +188,7 @@ class SteeringSweep:
         if of == "frontier":
             return self._frontier(prompt, ax)
         values = self._chosen(of, prompt)
-        labels = {"value": self.metric, "change": f"change of {self.metric}", "kl": "KL of the next token"}
+        labels = {"value": self.metric, "change": f"change of {self.metric}", "kl": self._price()}
         return plots.heatmap(
             values, rows=self.layers, columns=[f"{c:g}" for c in self.coefficients], row_label="layer",
             column_label="coefficient", title=labels[of], value_label=labels[of],
@@ -209,8 +209,11 @@ class SteeringSweep:
         return plots.lines(
             {name: row[order] for name, row in zip(names, cost, strict=True)},
             {name: row[order] for name, row in zip(names, gain, strict=True)},
-            x_label="KL of the next token", y_label=f"change of {self.metric}", level=0.0, ordered=True, ax=ax,
+            x_label=self._price(), y_label=f"change of {self.metric}", level=0.0, ordered=True, ax=ax,
         )  # fmt: skip
+
+    def _price(self) -> str:
+        return f"KL of the next token{', mean along the text' if self.texts else ''}"
 
     def _chosen(self, of: str, prompt: int | None) -> np.ndarray:
         array = self._array(of)

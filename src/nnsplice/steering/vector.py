@@ -125,6 +125,8 @@ class SteeringVector(SavedActivation):
         Raises:
             UnknownPath: there is none of this layer.
         """
+        if isinstance(layer, str) or not isinstance(layer, int | Iterable):
+            raise BadType(f"a layer {layer!r}", expected="its number, or several", write="vector.at(3)")
         wanted = [layer] if isinstance(layer, int) else list(layer)
         held = self.layers
         for number in wanted:

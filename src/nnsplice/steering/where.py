@@ -132,7 +132,7 @@ def read(where: str | Where) -> Where:
     """A name, or a rule as it is."""
     if isinstance(where, Where):
         return where
-    if where not in NAMED:
+    if not isinstance(where, str) or where not in NAMED:
         raise BadArgument(
             f"where={where!r}",
             expected=f"{', '.join(map(repr, NAMED))}, or ns.steering.from_token(p), span(start, stop), mask(rows)",

@@ -66,7 +66,7 @@ class Plan:
 
     def shard(self, i: int, n: int) -> Plan:
         """Every n-th cell, from the i-th: the parts of n machines, whose results `SweepResult.merge` joins."""
-        if n < 1 or not 0 <= i < n:
+        if not (isinstance(i, int) and isinstance(n, int) and 0 <= i < n):
             raise BadArgument(f"shard({i}, {n})", expected="shard(i, n) with 0 <= i < n")
         return replace(self, jobs=self.jobs[i::n], known=self.known[i::n])
 

@@ -68,6 +68,8 @@ def plan_sweep(
         chosen = operation_of(operation)
         edited, source = _prompts(model, clean, corrupted, spans, chosen)
         _check_pairs(edited, source, align)
+        if corrupted is None and corruption is None and chosen.name == "patch":
+            raise nothing_differs("corrupted is None")
         _check_reference(chosen, reference)
         reference = None if reference is None else reference._located(model)
         bound = Metric.of(metric).bind(engine.tokenizer_of(model), len(edited))
@@ -120,7 +122,7 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
                     f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not "
                     "correspond",
                     expected="prompts of one length in a pair",
-                    write='align="end", which counts tokens from the end, or named spans',
+                    write='align="end": the clean tokens count from the end, named spans in their own prompt',
                 )
 
 
@@ -159,9 +161,22 @@ def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: 
             )
 
 
+def nothing_differs(found: str) -> BadArgument:
+    """The error for a patch between two runs that are one."""
+    return BadArgument(
+        f"{found}, so patching would change nothing",
+        expected="corrupted prompts in which something differs",
+        write="ns.ablate(model, prompts, sites, metric), which needs no second prompt",
+    )
+
+
 def _check_reference(operation: Operation, reference: SavedActivation | None) -> None:
     if reference is not None and not isinstance(reference, SavedActivation):
-        raise BadType(f"a reference of type {type(reference).__name__}", expected="a SavedActivation")
+        raise BadType(
+            f"a reference of type {type(reference).__name__}",
+            expected="a SavedActivation",
+            write="reference=ns.capture(model, other_prompts, sites)",
+        )
     if operation.name in NEEDS_REFERENCE and (reference is None or not len(reference)):
         raise BadArgument(
             f'operation="{operation.name}" takes its values from a reference, and there is none',

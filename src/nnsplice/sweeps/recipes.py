@@ -18,7 +18,7 @@ from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
-from nnsplice.errors import BadArgument, ShapeError, circumstances
+from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.metrics import Answer, MetricLike, probability
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
@@ -128,8 +128,10 @@ def causal_trace(
         if noise.dim() != 3:
             raise ShapeError(f"noise of shape {list(noise.shape)}", expected="[sample, token, width], or a number")
         samples = noise.shape[0]
-    elif not isinstance(noise, Real) or not math.isfinite(noise):
-        raise BadArgument(f"noise={noise!r}", expected="a number of standard deviations, or [sample, token, width]")
+    elif not isinstance(noise, Real):
+        raise BadType(f"noise={noise!r}", expected="a number of standard deviations, or the noise itself as a tensor")
+    elif not math.isfinite(noise):
+        raise BadArgument(f"noise={noise!r}", expected="a number of standard deviations")
     if samples < 1:
         raise BadArgument(f"samples={samples}", expected="at least 1")
     with circumstances("ns.causal_trace"):

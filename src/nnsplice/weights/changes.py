@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nnsplice.atlas import Atlas, Selection
-from nnsplice.errors import BadType, circumstances
+from nnsplice.errors import BadArgument, BadType, circumstances
 from nnsplice.paths import Path, parse_path
 from nnsplice.weights.regions import counterpart, regions
 
@@ -55,6 +55,8 @@ def _places(model: Any, by: Any) -> dict[str, Selection]:
     texts = by if isinstance(by, list) else [by]
     if not texts or not all(isinstance(text, str | Path) for text in texts):
         raise BadType(f"by={by!r}", expected='"layers", "heads", "groups", an address, or a list of addresses')
+    if not texts:
+        raise BadArgument("by=[] compares nothing", expected="at least one address")
     paths = [parse_path(_BY.get(text, text) if isinstance(text, str) else text) for text in texts]
     return {str(place): atlas.resolve(place) for path in paths for place in atlas.split(path)}
 

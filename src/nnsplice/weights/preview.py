@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnsplice.atlas import Row, by_number, draw, peel
-from nnsplice.errors import ShapeError, UnknownParameter, closest
+from nnsplice.errors import BadType, ShapeError, UnknownParameter, closest
 from nnsplice.weights.masks import ParamMasks
 
 
@@ -46,6 +46,12 @@ def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = F
 
 def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[Row]:
     """The parameters of masks, with how many of their numbers are meant."""
+    if not isinstance(masks, Mapping):
+        raise BadType(
+            f"masks is a {type(masks).__name__}",
+            expected="a mask for each parameter's name",
+            write='ns.weights.create_param_masks(model, "l5h3")',
+        )
     parameters = dict(peel(model).named_parameters(remove_duplicate=False))
     if isinstance(model, nn.Module):
         parameters |= dict(model.named_parameters(remove_duplicate=False))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from nnsplice.errors import MapperError, closest
+from nnsplice.errors import BadType, MapperError, closest
 
 if TYPE_CHECKING:
     from nnsplice.checkpoints.io.explain import Explanation
@@ -79,6 +79,17 @@ class ModelStateMapper(ABC):
         from nnsplice.checkpoints.io.explain import explain
 
         return explain(self, src_dir)
+
+
+def as_mapper(given: object) -> ModelStateMapper:
+    """The mapper, or an error that says how to make one."""
+    if not isinstance(given, ModelStateMapper):
+        raise BadType(
+            f"a {type(given).__name__} is no mapper",
+            expected="a ModelStateMapper, such as Rename(old, new)",
+            write='ns.checkpoints.renaming(folder, ["old=new"])',
+        )
+    return given
 
 
 def ordered(groups: Iterable[StateGroup]) -> list[StateGroup]:

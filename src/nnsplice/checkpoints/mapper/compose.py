@@ -12,13 +12,14 @@ from nnsplice.checkpoints.mapper.abc import (
     ModelStateMapper,
     StateGroup,
     applied,
+    as_mapper,
     listing,
     ordered,
     undefined,
 )
 from nnsplice.checkpoints.mapper.chain import Net, link
 from nnsplice.checkpoints.mapper.one_group import Leaf
-from nnsplice.errors import BadArgument, MapperError
+from nnsplice.errors import BadArgument, BadType, MapperError
 
 
 def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelStateMapper]:
@@ -28,7 +29,9 @@ def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelState
     >>> filter_empty_mappers([Parallel([]), Rename("a", "b")])
     [ModelStateMapperRename(name_from='a', name_to='b')]
     """
-    return [mapper for mapper in mappers if mapper.state_dependency_groups()]
+    if isinstance(mappers, ModelStateMapper):
+        raise BadType(f"a {type(mappers).__name__} alone", expected="a list of mappers", write="[mapper]")
+    return [mapper for mapper in map(as_mapper, mappers) if mapper.state_dependency_groups()]
 
 
 #: The mappers that make a group, each with its own group.

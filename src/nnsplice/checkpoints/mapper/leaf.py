@@ -21,7 +21,7 @@ from nnsplice.errors import BadArgument, BadType, MapperError
 
 def _unique(what: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
-        raise BadType(f"{what} is one text", expected="a list of names", write=f'["{names}"]')
+        raise BadType(f"{what} is the text {names!r}", expected="a list of names", write=f"[{names!r}]")
     names = tuple(names)
     if not names:
         raise BadArgument(f"{what} is empty", expected="at least one name")
@@ -30,6 +30,12 @@ def _unique(what: str, names: Sequence[str]) -> tuple[str, ...]:
     if twice is not None:
         raise BadArgument(f"{twice} stands twice in {what}", expected="each name once")
     return names
+
+
+def _type(dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise BadType(f"dtype={dtype!r}", expected="a type of torch", write="Cast(name, torch.bfloat16)")
+    return dtype
 
 
 def _set(leaf: object, name: str, value: object) -> None:
@@ -205,9 +211,7 @@ class ModelStateMapperCast(InPlace):
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        # A text would be taken for a device, and not every caller checks types.
-        if not isinstance(self.dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise BadType(f"dtype is {self.dtype!r}", expected="a type of torch, such as torch.bfloat16")
+        _set(self, "dtype", _type(self.dtype))
 
     def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
         return [tensors[0].to(self.dtype)]
