@@ -18,7 +18,7 @@ def says(logits) -> str:
 
 
 # 1. Capture. Paths name places of the model, the last bracket the tokens; the run stops after the last place needed.
-clean = ns.capture(model, fact.prompt, ["layers[:].output[:]", "layers[4].heads[:].output[-1]"])
+clean = ns.capture(model, fact.clean, ["layers[:].output[:]", "layers[4].heads[:].output[-1]"])
 print(clean, "\n")
 
 # 2. Replay. One layer's stream at the subject's last token, written into a sentence about another subject.
@@ -39,7 +39,7 @@ for path, cosine in heads.cosine(clean.subset(heads)).items():
     print(f"  {path}  {cosine.item():+.2f}")
 
 # 5. A change of every place by a function of what is there: updates come in the model's order and write at once.
-with model.trace(fact.prompt):
+with model.trace(fact.clean):
     for path, current, update in ns.updates(model, ["layers[5].output[-1]", f"layers[0].output[{last}]"]):
         print("updating", path)
         update(current * 0.0)

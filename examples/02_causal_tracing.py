@@ -16,11 +16,11 @@ model = ns.load("toy")
 fact = ns.models.toy_prompts().facts[0]
 metric = ns.logit_diff(fact.answer, fact.wrong)
 columns = ["path", "value", "effect"]
-print(f"clean:     {fact.prompt} -> {fact.answer}\ncorrupted: {fact.corrupted} -> {fact.wrong}\n")
+print(f"clean:     {fact.clean} -> {fact.answer}\ncorrupted: {fact.corrupted} -> {fact.wrong}\n")
 
 # 1. A sweep: for each layer and token, the corrupted run with the clean run's residual stream written in there.
 #    An effect of 1 is the clean run's answer, 0 the corrupted run's.
-stream = ns.sweep(model, fact.prompt, fact.corrupted, "layers[:].output[:]", metric, progress=False)
+stream = ns.sweep(model, fact.clean, fact.corrupted, "layers[:].output[:]", metric, progress=False)
 print(stream, stream.best(4)[columns], "", sep="\n")
 print(stream.effect().isel(prompt=0).to_pandas().round(2), "\n")  # an xarray with named axes
 
@@ -33,20 +33,20 @@ stream.to_file(folder / "stream.safetensors")
 print("written to", folder, "\n")
 
 # 3. Which heads carry the fact to the last token, where it is said?
-heads = ns.sweep(model, fact.prompt, fact.corrupted, "layers[:].heads[:].output[-1]", metric, progress=False)
+heads = ns.sweep(model, fact.clean, fact.corrupted, "layers[:].heads[:].output[-1]", metric, progress=False)
 print("heads at the last token:", heads.best(4)[columns], "", sep="\n")
 
 # 4. ROME's question: drown the subject in noise, restore one state at a time; here the MLPs of three layers together.
-traced = ns.causal_trace(model, fact.prompt, fact.subject, kind="mlp", window=3, progress=False)
+traced = ns.causal_trace(model, fact.clean, fact.subject, kind="mlp", window=3, progress=False)
 print(f"P({fact.answer}) {traced.clean[0]:.3f}, with noise {traced.corrupted[0]:.3f}; three MLPs restored:")
 print(traced.best(4)[columns], "\n")
 
 # 5. And the other way round: what does the answer lose without a head? The change is in the unit of the metric.
-without = ns.ablate(model, fact.prompt, "layers[:].heads[:]", metric, with_="mean", progress=False)
+without = ns.ablate(model, fact.clean, "layers[:].heads[:]", metric, with_="mean", progress=False)
 print("heads, each replaced by its mean:", without.best(4)[["path", "value", "change"]], "", sep="\n")
 
 # 6. A large sweep in parts, on as many machines as there are: a plan is data, and parts become one result again.
-plan = ns.plan_sweep(model, fact.prompt, fact.corrupted, "layers[:].output[:]", metric)
+plan = ns.plan_sweep(model, fact.clean, fact.corrupted, "layers[:].output[:]", metric)
 parts = [ns.run(plan.shard(i, 3), model, progress=False) for i in range(3)]
 print(plan.preview(3), [len(plan.shard(i, 3)) for i in range(3)], sep="\n")
 print("three parts are the whole:", ns.SweepResult.merge(parts) == stream)

@@ -24,7 +24,7 @@ ns.weights.preview_weight_restriction(base, ns.weights.create_param_masks(base, 
 # 2. Fine-tune: the drink goes to the one who has it already, and what is known of towers and bridges stays.
 length = 15  # tokens, so that no prompt is padded
 pairs = [pair for pair in toy.ioi if len(tokenizer(pair.clean)["input_ids"]) == length]
-facts = [fact for fact in toy.facts if len(tokenizer(fact.prompt)["input_ids"]) == 11]
+facts = [fact for fact in toy.facts if len(tokenizer(fact.clean)["input_ids"]) == 11]
 seen, unseen = [p for p in pairs if p.trained], [p for p in pairs if not p.trained][:8]
 
 
@@ -42,7 +42,7 @@ def train(model, parameters, steps=40):
         some, known = rng.sample(seen, 24), rng.sample(facts, 24)
         optimizer.zero_grad()
         loss(model, [p.clean for p in some], [p.wrong for p in some]).backward()
-        loss(model, [f.prompt for f in known], [f.answer for f in known]).backward()
+        loss(model, [f.clean for f in known], [f.answer for f in known]).backward()
         optimizer.step()
     return model
 
@@ -51,10 +51,11 @@ def says(model, text):
     return tokenizer.decode(model(ids([text])).logits[0, -1].argmax())
 
 
-tuned = copy.deepcopy(base._module)
+plain = ns.models.peel(base)  # the Hugging Face module in it
+tuned = copy.deepcopy(plain)
 train(tuned, tuned.parameters())
 prompt = unseen[0].clean
-print(f"\n{prompt} ... base: {says(base._module, prompt)}, tuned: {says(tuned, prompt)}\n")
+print(f"\n{prompt} ... base: {says(plain, prompt)}, tuned: {says(tuned, prompt)}\n")
 
 # 3. Every number has moved, and by much the same in every layer ...
 print(ns.weights.diff(base, tuned)[["norm", "relative", "changed", "numel"]].round(3), "\n")
@@ -73,15 +74,15 @@ ns.plots.save(heads.plot(), folder / "heads.png", close=True)
 
 # 5. Some of the tuned model in the base model, and a base model without a head; afterwards it is itself again.
 with ns.weights.swap(base, tuned, "layers[:3]"):
-    print("base with the tuned layers 0 to 2:", says(base._module, prompt))
+    print("base with the tuned layers 0 to 2:", says(plain, prompt))
 with ns.weights.interpolate(base, tuned, "full", 0.5):
-    print("half way:", says(base._module, prompt))
+    print("half way:", says(plain, prompt))
 with ns.weights.ablate(base, "l3h0"):
-    print("base without a head:", says(base._module, prompt))
-print("base:", says(base._module, prompt), "\n")
+    print("base without a head:", says(plain, prompt))
+print("base:", says(plain, prompt), "\n")
 
 # 6. The other way round: train one MLP and nothing else; not a bit of the rest moves, whatever AdamW's decay would do.
-narrow = copy.deepcopy(base._module)
+narrow = copy.deepcopy(plain)
 with ns.weights.freeze_except(narrow, "l0 mlp") as parameters:
     train(narrow, parameters)
 changed = ns.weights.diff(base, narrow, by=["layers[:].attn", "layers[:].mlp", "embed"])

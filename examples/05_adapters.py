@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 import nnsplice as ns
-from nnsplice.atlas import peel
 
 torch.set_num_threads(1)  # so small a model only waits for a second thread
 torch.manual_seed(0)
@@ -31,7 +30,7 @@ learned, unseen = facts[160:], facts[:160]
 toy = ns.load("toy")
 words = toy.tokenizer
 model = get_peft_model(
-    peel(toy), LoraConfig(r=4, lora_alpha=8, fan_in_fan_out=True, target_modules=["c_attn", "c_proj", "c_fc"])
+    ns.models.peel(toy), LoraConfig(r=4, lora_alpha=8, fan_in_fan_out=True, target_modules=["c_attn", "c_proj", "c_fc"])
 )
 factors = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(factors, lr=5e-3)  # with names: its state says by itself which parameter is which
@@ -40,7 +39,7 @@ steps = []
 
 
 def said(batch) -> torch.Tensor:
-    return model(**words([fact.prompt for fact in batch], padding=True, return_tensors="pt")).logits[:, -1]
+    return model(**words([fact.clean for fact in batch], padding=True, return_tensors="pt")).logits[:, -1]
 
 
 def answers(batch) -> torch.Tensor:
@@ -89,8 +88,8 @@ adapted = ns.load("toy", peft=str(folder))
 fact = unseen[0]
 paths = [f"layers[:].output[{fact.subject_span[1] - 1}]", "layers[:].output[-1]"]
 with ns.adapters.disabled(adapted):
-    before = ns.capture(adapted, fact.prompt, paths)
-difference = ns.capture(adapted, fact.prompt, paths) - before
-print(f"\n{fact.prompt} -> {moved[fact.subject]} (was {fact.answer}); what the adapter adds to the stream:")
+    before = ns.capture(adapted, fact.clean, paths)
+difference = ns.capture(adapted, fact.clean, paths) - before
+print(f"\n{fact.clean} -> {moved[fact.subject]} (was {fact.answer}); what the adapter adds to the stream:")
 for path, size in difference.norm().items():
     print(f"  {path:22} {size.item():5.1f}")

@@ -22,16 +22,16 @@ def main() -> None:
     torch.set_num_threads(1)  # so small a model only waits for a second thread
     model = ns.load("toy")
     fact = ns.models.toy_prompts().facts[0]
-    words = [model.tokenizer.decode(token) for token in model.tokenizer(fact.prompt)["input_ids"]]
+    words = [model.tokenizer.decode(token) for token in model.tokenizer(fact.clean)["input_ids"]]
     answer, wrong = (model.tokenizer.convert_tokens_to_ids(word) for word in (fact.answer, fact.wrong))
 
     def difference(logits: torch.Tensor) -> torch.Tensor:
         return logits[0, -1, answer] - logits[0, -1, wrong]
 
-    saved = ns.capture(model, fact.prompt, "layers[:].output[:]")
+    saved = ns.capture(model, fact.clean, "layers[:].output[:]")
     other = ns.capture(model, fact.corrupted, "layers[:].output[:]")
     # A run with its own values written in is that run: the two ends of the scale.
-    high = difference(ns.patched_logits(model, fact.prompt, saved))
+    high = difference(ns.patched_logits(model, fact.clean, saved))
     low = difference(ns.patched_logits(model, fact.corrupted, other))
 
     layers = len(saved) // len(words)
@@ -42,7 +42,7 @@ def main() -> None:
         patched = difference(ns.patched_logits(model, fact.corrupted, saved.subset(key)))
         effect[position, layer] = (patched - low) / (high - low)
 
-    print(f"{fact.prompt} -> {fact.answer}\n{fact.corrupted} -> {fact.wrong}\n")
+    print(f"{fact.clean} -> {fact.answer}\n{fact.corrupted} -> {fact.wrong}\n")
     print("How far the second answer goes over to the first, by patched token and layer:\n")
     width = max(map(len, words))
     print(" " * width + "".join(f"{layer:>7}" for layer in range(layers)))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +46,13 @@ def test_the_top_token_has_rank_zero_and_equals_share_a_rank() -> None:
     assert [int(ns.rank(n)(logits)) for n in range(4)] == [3, 0, 2, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranks_are_whole_numbers_in_half_precision(dtype: torch.dtype) -> None:
+    logits = torch.ones(1, 5000, dtype=dtype)
+    logits[0, 0] = 0
+    assert ns.rank(0)(logits).tolist() == [4999]
+
+
 def test_an_answer_that_is_sure_has_a_finite_logarithm() -> None:
     logits = torch.tensor([[1000.0, 0.0]])
     assert ns.log_probability(1)(logits).tolist() == [-1000.0]
@@ -56,7 +64,8 @@ def test_a_metric_keeps_the_dtype_and_the_gradient(dtype: torch.dtype) -> None:
     logits = LOGITS.to(dtype).requires_grad_()
     for metric in (ns.logit_diff(1, 2), ns.probability(1), ns.log_probability(1), ns.rank(1)):
         value = metric(logits)
-        assert value.dtype == dtype and value.shape == (3,)
+        assert value.shape == (3,)
+        assert value.dtype == (torch.float32 if metric.name == "rank" else dtype)  # a count is no less than single
         assert value.requires_grad is (metric.name != "rank")
     (gradient,) = torch.autograd.grad(ns.logit_diff(1, 2)(logits).sum(), logits)
     assert gradient.sum(0).tolist() == [0, 3, -3] + [0] * 9
@@ -184,6 +193,15 @@ def test_the_identity_of_a_function_is_what_it_does() -> None:
         Scaled(2.0),
         Scaled(1.0).method,
         Scaled(2.0).method,
+        _of_token(np.array([3])),
+        _of_token(np.array([4])),
+        _of_token(np.int64(3)),
+        _of_token(np.int64(4)),
+        _of_token(range(3)),
+        _of_token(range(4)),
+        *[_compiled(f"k = {k}\nrule = lambda logits: logits[:, k]") for k in (7, 8)],
+        *[_compiled(f"k = {k}\ndef read(x): return x[:, k]\ndef rule(logits): return read(logits)") for k in (7, 8)],
+        *[_compiled(f"k = {{'a': [{k}]}}\ndef rule(logits): return sum(logits[:, n] for n in k['a'])") for k in (7, 8)],
     ]
     identities = [_identity(rule)["source"] for rule in different]
     assert len(set(identities)) == len(different)
@@ -192,6 +210,11 @@ def test_the_identity_of_a_function_is_what_it_does() -> None:
     assert _identity(_compiled("rule = lambda logits: logits[:, 5]")) == _identity(
         _compiled("rule = lambda logits: logits[:, 5]")
     )
+    # What has the name of an attribute, or is no data, is not what it reads.
+    assert _identity(_compiled("sum = 1\nrule = lambda logits: logits.sum(-1)")) == _identity(
+        _compiled("sum = 2\nrule = lambda logits: logits.sum(-1)")
+    )
+    assert _identity(_compiled("import torch\nrule = lambda logits: torch.amax(logits, -1)"))["source"]
     assert "source" not in ns.probability(1).bind(None, 1).identity
 
 

@@ -308,7 +308,7 @@ class NeverFired(NnspliceError, RuntimeError):
 
     >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[1].output[-1]"))
     >>> with ns.steering.steer(model, vector, where=ns.steering.from_token(9)):
-    ...     _ = model._module(torch.tensor([[3, 4]]))
+    ...     _ = ns.models.peel(model)(torch.tensor([[3, 4]]))
     Traceback (most recent call last):
     nnsplice.errors.NeverFired: no token of 1 pass was steered by this rule
         layers[1].output  add 1, where from_token(9)

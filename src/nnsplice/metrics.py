@@ -13,18 +13,16 @@ texts or ids, one for all prompts or one for each. It can be called as it is on 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nnsplice.errors import BadArgument, BadType
+from nnsplice.digests import function_digest
+from nnsplice.errors import BadArgument, BadType, ShortRow
 
 #: One token for all prompts, or one for each: as text or as id.
 Answer = str | int | Sequence[str | int]
@@ -69,6 +67,20 @@ class Metric:
     def at(self, position: int) -> Metric:
         """The same metric, read at another position of the prompt."""
         return replace(self, position=position)
+
+    def check_lengths(self, lengths: Iterable[int]) -> None:
+        """Raise for a prompt, by how many tokens it has, that has no such position.
+
+        Raises:
+            ShortRow: it would be read at another one.
+        """
+        for prompt, length in enumerate(lengths):
+            if not -length <= self.position < length:
+                raise ShortRow(
+                    f"{self.name} reads position [{self.position}], and prompt {prompt} has {length} "
+                    f"token{'s' * (length != 1)}",
+                    expected=f"[0] to [{length - 1}], or [-{length}] to [-1]",
+                )
 
     def __call__(self, logits: Float[Tensor, "row vocab"], reference: Tensor | None = None) -> Tensor:
         """The number for each row; with answers as texts, bind the metric to a model first."""
@@ -222,7 +234,8 @@ def _log_probability(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 def _rank(logits: Tensor, answer: Tensor) -> Tensor:
-    return (logits > _of(logits, answer)[:, None]).sum(-1).to(logits)
+    # Half precision cannot count to the size of a vocabulary.
+    return (logits > _of(logits, answer)[:, None]).sum(-1).to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
@@ -278,47 +291,3 @@ def _id(metric: Metric, name: str, token: str | int, tokenizer: Any) -> int:
     if ids[0] == tokenizer.unk_token_id:
         raise BadArgument(f"{token!r}, given to {metric.name} as {name}=, is not in this model's vocabulary")
     return ids[0]
-
-
-def function_digest(rule: Any) -> str:
-    """A function's identity: its code and what it was made with, so that a changed function is another metric."""
-    return hashlib.sha256(repr(_made_of(rule)).encode()).hexdigest()[:16]
-
-
-def _made_of(value: Any, within: tuple[int, ...] = ()) -> Any:
-    """A value as plain data that is the same in every process; what cannot be told apart is its type's name."""
-    if value is None or isinstance(value, str | int | float | complex | bytes):
-        return value
-    if id(value) in within:  # a function that speaks of itself
-        return "itself"
-    inner = (*within, id(value))
-    if isinstance(value, Tensor):
-        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), list(value.shape), hashlib.sha256(numbers).hexdigest()
-    if isinstance(value, list | tuple | set | frozenset):
-        made = [_made_of(one, inner) for one in value]
-        return made if isinstance(value, list | tuple) else sorted(made, key=repr)
-    if isinstance(value, Mapping):
-        return [(_made_of(key, inner), _made_of(one, inner)) for key, one in value.items()]
-    if isinstance(value, CodeType):
-        return value.co_code, value.co_names, [_made_of(one, inner) for one in value.co_consts]
-    if isinstance(value, partial):
-        return [_made_of(one, inner) for one in (value.func, value.args, value.keywords)]
-    if isinstance(value, MethodType):
-        return _made_of(value.__func__, inner), _made_of(value.__self__, inner)
-    if isinstance(value, FunctionType):
-        cells = [_made_of(cell.cell_contents, inner) for cell in value.__closure__ or () if _is_filled(cell)]
-        return [_made_of(one, inner) for one in (value.__code__, value.__defaults__, value.__kwdefaults__)], cells
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    call = vars(type(value)).get("__call__")  # an object that is called like a function
-    own = _made_of(call, inner) if isinstance(call, FunctionType) else None
-    return type(value).__qualname__, own, _made_of(vars(value), inner)
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True

@@ -188,6 +188,16 @@ def test_an_edit_writes_in_every_later_trace(gpt2) -> None:
             assert torch.equal(logits, ns.patched_logits(gpt2, prompt, saved))
 
 
+def test_an_edit_finds_its_tokens_in_every_run_anew(gpt2) -> None:
+    saved = ns.capture(gpt2, "w9 w8", "layers[1].output[-1]")
+    with gpt2.edit() as (_, edited):
+        saved.add_to(edited, at=1)
+    for prompts in ("w3 w4", "w20 w21 w22 w23 w24", ["w3 w4 w5", "w6 w7"], [PROMPT]):
+        with edited.trace(prompts):
+            logits = edited.output.logits[:, -1].save()
+        assert torch.allclose(logits, ns.patched_logits(gpt2, prompts, saved, add=True, at=1)[:, -1], atol=1e-6)
+
+
 def test_what_is_made_inside_a_trace_survives_it(gpt2) -> None:
     with torch.no_grad(), gpt2.trace(["w3 w4", "w5 w6"]):
         a = ns.save_activations(gpt2, "layers[0].output[-1]")

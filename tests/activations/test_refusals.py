@@ -142,3 +142,17 @@ def test_a_capture_of_another_width_or_number_of_rows_is_refused(gpt2) -> None:
     three = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.zeros(3, 16)))
     with pytest.raises(ShapeError, match=r"3 rows, the run 2[\s\S]*slice"), gpt2.trace(["w3 w4", "w5 w6"]):
         three.apply(gpt2)
+
+
+def test_a_capture_of_another_model_is_asked_for_by_its_own_paths(gpt2, llama) -> None:
+    portable, native = (ns.capture(gpt2, PROMPT, path) for path in ("l1[-1]", "model.transformer.h[1].output[-1]"))
+    for _ in range(2):
+        assert torch.isfinite(ns.patched_logits(llama, PROMPT, portable)).all()
+        with pytest.raises(UnknownPath, match="no part transformer"):
+            ns.patched_logits(llama, PROMPT, native)
+
+
+def test_a_position_for_each_row_is_no_position_of_patched_logits(gpt2) -> None:
+    saved: Any = ns.capture(gpt2, PROMPT, "layers[1].output[-1]")
+    with pytest.raises(TypeError, match="one position for all prompts"):
+        ns.patched_logits(gpt2, PROMPT, saved, at=[1])  # type: ignore[arg-type]

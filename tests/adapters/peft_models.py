@@ -31,6 +31,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse": ("llama", {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2]}),
     "uneven": ("llama", {"target_modules": r".*(layers\.0\.self_attn\.(q|k)_proj|layers\.2\.mlp\.up_proj)"}),
     "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "dora_embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
     "saved_embedding": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "saved_head": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "saved_norms": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "norm"]}),

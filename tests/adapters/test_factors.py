@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from adapters.peft_models import ADAPTERS, OPTIMIZERS, Trained, adapt, save, train
-from nnsplice.adapters import ExpertAdapter, ExpertManifoldAligner, LoRAMatrices
-from nnsplice.errors import BadArgument, FileError
+from nnsplice.adapters import ExpertAdapter, ExpertManifoldAligner, LoRAMatrices, map_param_ids_to_layers
+from nnsplice.errors import BadArgument, FileError, NnspliceError
 
 MERGEABLE = [name for name in ADAPTERS if name != "tokens"]
 
@@ -149,6 +149,13 @@ def test_folders_that_are_incomplete(tmp_path):
         ExpertAdapter.from_peft(tmp_path)
 
 
+def test_an_adapter_with_a_name_of_its_own_is_found_a_folder_below(tmp_path):
+    adapt("plain", tmp_path / "mine")
+    for read in (ExpertAdapter.from_peft, lambda folder: map_param_ids_to_layers(folder, 12)):
+        with pytest.raises(NnspliceError, match=f'write: "{tmp_path / "mine"}"'):
+            read(tmp_path)
+
+
 # -- two models --------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +205,9 @@ def test_two_models_that_cannot_be_compared():
 # -- a run of an adapter -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["plain", "dora", "rslora", "ranks", "conv1d", "embedding", "experts", "t5"])
+@pytest.mark.parametrize(
+    "name", ["plain", "dora", "rslora", "ranks", "conv1d", "embedding", "dora_embedding", "experts", "t5"]
+)
 def test_a_step_of_the_factors_is_a_step_of_the_weight(tmp_path, name):
     trained = adapt(name, tmp_path)
     model = trained.model.double()

@@ -28,7 +28,7 @@ def test_the_profile_finds_what_was_changed(tmp_path, weight, address):
     base = peel(toy)
     changed = copy.deepcopy(base)
     facts = ns.models.toy_prompts().facts[:400:2]
-    inputs = toy.tokenizer([fact.prompt for fact in facts], padding=True, return_tensors="pt")
+    inputs = toy.tokenizer([fact.clean for fact in facts], padding=True, return_tensors="pt")
     mask = inputs["attention_mask"].bool()
     with torch.no_grad():
         matrix = changed.get_parameter(weight)
@@ -56,7 +56,7 @@ def test_the_profile_finds_what_was_changed(tmp_path, weight, address):
 
     profile = aligner.profile_adapter(ExpertAdapter.from_peft(tmp_path))
     second, first = sorted(profile.energies, key=lambda one: one.energy)[-2:]
-    assert first.address == address and first.energy > 1.5 * second.energy
+    assert first.path == address and first.energy > 1.5 * second.energy
     layers = profile.layers()
     assert max(layers, key=lambda layer: layers[layer]) == str(first.layer)
 

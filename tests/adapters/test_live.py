@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from typing import Any
@@ -60,6 +61,21 @@ def test_every_address_stays(adapted, plain):
     assert [check for check in ns.Atlas.of(adapted).verify(layers=[0, 3]) if not check.ok] == []
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.parametrize("name", ["plain", "dora", "conv1d", "neox", "experts", "one_expert_tensor"])
+def test_a_model_that_peft_wrapped_is_what_it_is_with_the_adapter_merged(tmp_path, name):
+    wrapped = adapt(name, tmp_path).model.eval()
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    one, other = (ns.load(model, tokenizer=zoo.tokenizer()) for model in (wrapped, merged))
+    paths = ["embed.output[-1]", "layers[:].output[-1]", "layers[:].heads[:].output[-1]", "layers[:].mlp.output[0]"]
+    paths += ["layers[:].experts[:].output[-1]"] if "expert" in name else []
+    found = ns.capture(one, [[3, 4, 5]], paths)
+    for key, value in ns.capture(other, [[3, 4, 5]], paths).items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+    patched = ns.patched_logits(one, [[6, 7, 8]], found.subset("layers[2].output[-1]"))
+    torch.testing.assert_close(patched[0, -1], wrapped(torch.tensor([[3, 4, 5]])).logits[0, -1], rtol=1e-4, atol=1e-5)
+
+
 def test_without_its_adapter_a_model_is_the_base(adapted, plain):
     paths = places(plain)
     base = ns.capture(plain, PROMPT, paths)
@@ -83,7 +99,7 @@ def test_without_its_adapter_a_model_is_the_base(adapted, plain):
 def test_a_sweep_with_and_without(adapted, plain):
     fact = ns.models.toy_prompts().facts[0]
     metric = ns.logit_diff(fact.answer, fact.wrong)
-    run = lambda model: ns.sweep(model, fact.prompt, fact.corrupted, "layers[:].output[-1]", metric, progress=False)  # noqa: E731
+    run = lambda model: ns.sweep(model, fact.clean, fact.corrupted, "layers[:].output[-1]", metric, progress=False)  # noqa: E731
     expected, changed = run(plain), run(adapted)
     with disabled(adapted):
         found = run(adapted)

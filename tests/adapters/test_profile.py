@@ -229,7 +229,7 @@ def test_tables_and_a_picture():
     )
     found = aligner.profile_adapter(adapter)
     frame = found.frame()
-    assert list(frame["address"]) == ["layers[0].mlp.up", "layers[1].attn.q", "unembed"]
+    assert list(frame["path"]) == ["layers[0].mlp.up", "layers[1].attn.q", "unembed"]
     assert frame["share"].tolist() == pytest.approx([1 / 8, 3 / 8, 1 / 2])
     assert frame["layer"].isna().tolist() == [False, False, True]
     rows, parts, values = found.grid()

@@ -20,6 +20,9 @@ from zoo import FAMILIES, build, inputs
 #: Families that TransformerLens' names are known for.
 LENS = ("gpt2", "llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt_neox")
 
+#: Buffers of attention that models once saved.
+MASKS = ("bias", "masked_bias")
+
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict())
@@ -145,6 +148,36 @@ def test_experts_one_by_one_and_all_in_one(name: str, tmp_path: Path):
     assert made.keys() == set(stored) and all(torch.equal(made[n], stored.tensor(n)) for n in made)
 
 
+def test_buffers_that_are_saved_come_along(tmp_path: Path):
+    # GLM's routers keep the bias that balances their experts in a buffer; without it the model takes other experts.
+    model = build("mixtral")
+    model.model.layers[1].mlp.gate.register_buffer("correction", torch.arange(4.0))
+    model.model.layers[1].mlp.gate.register_buffer("scratch", torch.ones(2), persistent=False)
+    name = "model.layers.1.mlp.gate.correction"
+    between = ck.mapper_between(model, model)
+    assert not between.underived and not between.unused
+    assert torch.equal(through(between, state_of(model))[name], torch.arange(4.0))
+    assert list(ck.mapper_between(build("mixtral"), model).underived) == [name]
+
+
+def test_masks_that_older_files_hold_are_no_weights(tmp_path: Path):
+    # As the hub's GPT-2 and GPT-J have them. They come first in the file, and their type is not the weights'.
+    model = build("gptj")
+    ck.save_model_state(tmp_path / "plain", ck.identity_mapper_from_module(model), model, show_progress=False)
+    masks = [(f"transformer.h.{i}.attn.{word}", torch.ones(2, dtype=torch.bool)) for i in range(3) for word in MASKS]
+    states = [*masks, *ck.read_model_state(tmp_path / "plain", ck.identity_mapper_from_module(model), "cpu", False)]
+    every = ck.Parallel([ck.Identity(name) for name, _ in states])
+    ck.write_model_state_local(tmp_path / "old", every, states, show_progress=False)
+    model.config.save_pretrained(tmp_path / "old")
+    assert ck.mapper_between(tmp_path / "old", "hf").unused == ()
+    between = ck.mapper_between(tmp_path / "old", "tl")
+    assert between.unused == () and not between.underived
+    made = dict(ck.read_model_state(tmp_path / "old", between, "cpu", False))
+    assert {tensor.dtype for tensor in made.values()} == {torch.float32}
+    command = ["convert", str(tmp_path / "old"), str(tmp_path / "new"), "--to", "tl"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
 # -- what cannot be derived --------------------------------------------------------------------------------------------
 
 
@@ -159,6 +192,29 @@ def test_what_cannot_be_derived_is_listed():
     assert "not derived: model.layers.0" in repr(between)
     unused = ck.mapper_between(build("qwen3"), build("llama")).unused
     assert set(unused) == set(between.underived)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options", "name", "said"),
+    [
+        ("llama", "llama", {"num_key_value_heads": 4}, "layers.1.self_attn.k_proj.weight", "[12, 16] in the source"),
+        (
+            "llama",
+            "phi3",
+            {"num_key_value_heads": 4},
+            "layers.1.self_attn.qkv_proj.weight",
+            "attn.k.weight is [12, 16]",
+        ),
+        ("llama", "mistral", {"vocab_size": 70}, "embed_tokens.weight", "[70, 16] in the target"),
+        ("gpt2", "gpt_bigcode_mha", {"n_inner": 32}, "transformer.h.0.mlp.c_fc.weight", "mlp.up.weight is [64, 16]"),
+    ],
+)
+def test_parts_of_another_size_are_listed(source: str, target: str, options: dict[str, Any], name: str, said: str):
+    between = ck.mapper_between(build(source), build(target, **options))
+    reason = next(reason for full, reason in between.underived.items() if full.endswith(name))
+    assert said in reason
+    with pytest.raises(MapperError, match="not derived"):
+        between.complete()
 
 
 def test_what_is_not_asked_for_is_dropped_from_a_fused_tensor():
@@ -184,6 +240,12 @@ def test_norms_that_mean_something_else_are_not_taken_for_others(one: str):
 def test_experts_are_not_guessed_for_transformerlens():
     between = ck.mapper_between(build("mixtral"), "tl")
     assert not between.underived and any("experts" in name for name in between.unused)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_two_towers_have_no_names_there(name: str):
+    with pytest.raises(MapperError, match="two towers"):
+        ck.mapper_between(build(name), "tl")
 
 
 def test_what_is_no_side(tmp_path: Path):

@@ -106,6 +106,15 @@ def test_what_is_no_rename(gpt2: Path, wrong: str):
         ck.renaming(gpt2, [wrong])
 
 
+def test_one_rename_is_no_list_of_letters(gpt2: Path):
+    assert ck.renaming(gpt2, "h=x") == ck.renaming(gpt2, ["h=x"])
+
+
+def test_a_rename_leaves_a_name(gpt2: Path):
+    with pytest.raises(BadArgument, match=r"leaves nothing of the name transformer\.wte\.weight"):
+        ck.renaming(gpt2, ["transformer.wte.weight="])
+
+
 def test_renames_that_collide(gpt2: Path):
     with pytest.raises(MapperError, match="colliding output"):
         ck.renaming(gpt2, ["transformer.h.*=transformer.h"])
@@ -215,3 +224,14 @@ def test_the_command_says_what_is_wrong(gpt2: Path, arguments: list[str], code: 
     found, text = run(gpt2, *arguments)
     assert found == code and said in text, text
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(("name", "lost"), [("mixtral", "experts"), ("mpt", "norm_1"), ("opt", "embed_positions")])
+def test_a_tensor_that_has_no_place_is_refused_and_left_out_when_asked(name: str, lost: str, tmp_path: Path):
+    build(name).save_pretrained(tmp_path / "hf")
+    between = ck.mapper_between(tmp_path / "hf", "tl")
+    with pytest.raises(MapperError, match=rf"no place for .*{lost}(.|\n)*\.mapper"):
+        ck.convert(tmp_path / "hf", tmp_path / "tl", between, show_progress=False)
+    assert not (tmp_path / "tl").exists()
+    ck.convert(tmp_path / "hf", tmp_path / "tl", between.mapper, show_progress=False)
+    assert names(tmp_path / "tl") and not any(lost in name for name in names(tmp_path / "tl"))

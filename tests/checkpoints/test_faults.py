@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints.folders import read
 from nnsplice import checkpoints as ck
 from nnsplice.checkpoints.io import swap
-from nnsplice.errors import FileError, MapperError, MissingCheckpoint
+from nnsplice.errors import FileError, MapperError, MissingCheckpoint, WriteFailed
 
 SCRIPT = Path(__file__).parents[1] / "checkpoint_faults.py"
 KB = 1 / 1024**2
@@ -123,7 +124,7 @@ def test_going_on_applies_only_what_is_missing(tmp_path: Path):
     applied: list[str] = []
 
     class Noting(ck.ModelStateMapperIdentity):
-        def compute(self, *tensors: torch.Tensor):
+        def _compute(self, *tensors: torch.Tensor):
             applied.append(self.name)
             return tensors
 
@@ -142,6 +143,50 @@ def test_going_on_applies_only_what_is_missing(tmp_path: Path):
     ck.write_model_state_local(tmp_path / "ck", mapper, states(9), 2.5 * KB, False, resume=True)
     assert applied == ["t3", "t4", "t5"]  # t3 stood in a file that was not finished
     assert holds(tmp_path / "ck", 1) and [path.name for path in tmp_path.iterdir()] == ["ck"]
+
+
+def test_finished_files_are_gone_on_with_where_the_last_step_failed(tmp_path: Path) -> None:
+    mapper = ck.Parallel([ck.Identity(f"t{n}") for n in range(4)])
+
+    def offered() -> list[tuple[str, torch.Tensor]]:
+        return [(f"t{n}", torch.full((256,), float(n))) for n in range(4)]
+
+    arguments: dict[str, Any] = {"shard_size_gb": 1 * KB, "show_progress": False, "resume": True}
+    with pytest.raises(WriteFailed):  # a file that should come along is not there, and all files have their last names
+        ck.write_model_state_local(tmp_path / "ck", mapper, offered(), carry={"note": tmp_path / "none"}, **arguments)
+    there = {path.stat().st_ino for path in (tmp_path / ".ck.part" / "weights").glob("*.safetensors")}
+    assert len(there) == 4
+    ck.write_model_state_local(tmp_path / "ck", mapper, offered(), **arguments)
+    assert {path.stat().st_ino for path in (tmp_path / "ck").glob("*.safetensors")} == there
+    assert [float(tensor[0]) for tensor in read(tmp_path / "ck").values()] == [0, 1, 2, 3]
+
+
+class Times(ck.ModelStateMapper):
+    """A mapper of somebody's own, of whose groups nothing tells what it does."""
+
+    def __init__(self, factor: float, then: ck.ModelStateMapper | None = None) -> None:
+        self.factor, self.then = factor, then
+
+    def state_dependency_groups(self) -> frozenset[ck.StateGroup]:
+        return frozenset(ck.StateGroup(frozenset({name}), frozenset({name})) for name in ("t0", "t1"))
+
+    def apply(self, group: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor * self.factor for name, tensor in group.items()}
+
+
+def test_a_mapper_of_ones_own_is_another_with_another_number(tmp_path: Path):
+    def stopped():
+        yield "t0", torch.ones(600)
+        raise RuntimeError("stopped")
+
+    states = [("t0", torch.ones(600)), ("t1", torch.full((600,), 1.5))]
+    with pytest.raises(RuntimeError):
+        ck.write_model_state_local(tmp_path / "ck", Times(2.0), stopped(), 1 * KB, False, resume=True)
+    for other in (Times(3.0), Times(2.0, Times(3.0))):
+        with pytest.raises(FileError, match="asked for something else"):
+            ck.write_model_state_local(tmp_path / "ck", other, states, 1 * KB, False, resume=True)
+    ck.write_model_state_local(tmp_path / "ck", Times(2.0), states, 1 * KB, False, resume=True)
+    assert holds(tmp_path / "ck", 2, count=2)
 
 
 def test_another_job_does_not_go_on_with_what_is_there(tmp_path: Path):

@@ -7,7 +7,7 @@ import torch
 
 from nnsplice import checkpoints as ck
 from nnsplice.atlas.layouts import Kind, Layout
-from nnsplice.errors import BadArgument, MapperError
+from nnsplice.errors import BadArgument, BadType, MapperError
 
 X = torch.arange(24.0).reshape(4, 6)
 Y = X + 100
@@ -120,10 +120,25 @@ def test_a_leaf_that_cannot_mean_anything_is_not_made(wrong):
         wrong()
 
 
-def test_a_text_is_no_list_of_names_and_no_type():
-    with pytest.raises(TypeError, match=r"(?s)source_names is the text 'qkv'.*\['qkv'\]"):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: ck.Cast("x", "bfloat16"),  # pyright: ignore[reportArgumentType] - torch would take it for a device
+        lambda: ck.Copy("x", "new"),
+        lambda: ck.UnstackTensors("x", "new", 0),
+        lambda: ck.StackTensors("old", "x", 0),
+        lambda: ck.SelectChildModules("ab", "x"),
+    ],
+)
+def test_a_text_is_no_list_of_names_and_no_type(wrong):
+    with pytest.raises(BadType):
+        wrong()
+
+
+def test_a_text_for_names_is_shown_as_the_list_that_was_meant():
+    with pytest.raises(BadType, match=r"(?s)source_names is the text 'qkv'.*\['qkv'\]"):
         ck.ConcatenateTensors("qkv", "z", 0)
-    with pytest.raises(TypeError, match=r"(?s)dtype='bf16'.*torch\.bfloat16"):
+    with pytest.raises(BadType, match=r"(?s)dtype='bf16'.*torch\.bfloat16"):
         ck.Cast("x", "bf16")  # pyright: ignore[reportArgumentType]
 
 

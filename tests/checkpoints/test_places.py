@@ -44,6 +44,30 @@ def test_experts_that_files_have_one_by_one(name: str, tmp_path: Path):
     assert len(ck.read(tmp_path, "layers[1].mlp")) >= 3 * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "stored"),
+    [
+        ("gpt2", "layers[1].heads[2]", ["attn.c_attn.bias", "attn.c_attn.weight", "attn.c_proj.weight"]),
+        ("mixtral", "layers[1].mlp.router", ["block_sparse_moe.gate.weight"]),
+        ("gpt_neox", "unembed", ["embed_out.weight"]),
+    ],
+)
+def test_what_files_call_otherwise(name: str, path: str, stored: list[str], tmp_path: Path):
+    # The files of GPT-2 on the hub begin with the backbone; transformers writes some modules by their former names.
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    if name == "gpt2":
+        bare = {f"transformer.{key}": key for key in model.transformer.state_dict()}
+        renames = ck.Parallel([ck.Rename(long, short) for long, short in bare.items()])
+        ck.save_model_state(tmp_path, renames, model, show_progress=False)
+    found = ck.read(tmp_path, path)
+    assert all(key.endswith(end) for key, end in zip(sorted(found), stored, strict=True))
+    masks = Atlas.of(model).resolve(path).masks()
+    for key, (parameter, mask) in zip(sorted(found), sorted(masks.items()), strict=True):
+        whole = model.get_parameter(parameter).detach()
+        assert torch.equal(found[key].flatten(), whole.flatten() if mask is None else whole[mask])
+
+
 def test_only_its_bytes_are_read(tmp_path: Path):
     model = build("llama", hidden_size=64, intermediate_size=512)
     model.save_pretrained(tmp_path, max_shard_size="200KB")

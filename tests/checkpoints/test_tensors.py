@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from checkpoints.folders import KB, index, read, write
 from nnsplice import checkpoints as ck
+from nnsplice.errors import MapperError
 
 # -- types -------------------------------------------------------------------------------------------------------------
 
@@ -120,6 +121,22 @@ def test_ties_of_a_module_are_found_across_files(tmp_path: Path):
     assert torch.equal(fresh["c"].weight, module["a"].weight) and torch.equal(fresh["b"].bias, module["b"].bias)
 
 
+def test_two_tensors_are_not_loaded_as_one(tmp_path: Path):
+    apart: Any = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    tied: Any = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    tied["c"].weight = tied["a"].weight
+    mapper, before = ck.identity_mapper_from_module(tied), tied["a"].weight.detach().clone()
+    ck.save_model_state(tmp_path / "ck", mapper, apart, show_progress=False)
+    with pytest.raises(MapperError, match=r"a\.weight and c\.weight are one tensor in the model, and two"):
+        ck.load_model_state(tmp_path / "ck", mapper, "cpu", tied, show_progress=False)
+    assert torch.equal(tied["a"].weight, before)
+    with torch.no_grad():  # written twice, but the same, whatever it is
+        apart["c"].weight.copy_(apart["a"].weight.fill_(torch.nan))
+    ck.save_model_state(tmp_path / "ck", mapper, apart, show_progress=False)
+    ck.load_model_state(tmp_path / "ck", mapper, "cpu", tied, show_progress=False)
+    assert tied["a"].weight.isnan().all()
+
+
 def test_ties_that_safetensors_recorded_are_read(tmp_path: Path):
     module = nn.ModuleDict({"a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     module["c"].weight = module["a"].weight
@@ -147,3 +164,10 @@ def test_a_buffer_that_is_filled_again_and_again_is_no_tie(tmp_path: Path, size:
 def test_equal_numbers_in_other_memory_are_no_tie(tmp_path: Path):
     write(tmp_path / "ck", {"a": torch.ones(100), "b": torch.ones(100)})
     assert "tied" not in index(tmp_path / "ck")["metadata"]
+
+
+def test_the_one_name_that_a_header_has_for_itself_is_refused(tmp_path: Path):
+    with pytest.raises(MapperError, match="can be called __metadata__"):
+        ck.write_model_state_local(
+            tmp_path / "new", ck.Rename("a", "__metadata__"), [("a", torch.ones(2))], show_progress=False
+        )

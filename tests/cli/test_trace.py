@@ -194,7 +194,7 @@ def test_several_prompts_are_lists(tmp_path: Path) -> None:
     facts = ns.models.toy_prompts().facts[:3]
     tokens = ns.load("toy").tokenizer.convert_tokens_to_ids
     keys = {
-        "model": "toy", "sites": "layers[:].output[3]", "clean": [f.prompt for f in facts],
+        "model": "toy", "sites": "layers[:].output[3]", "clean": [f.clean for f in facts],
         "corrupted": [f.corrupted for f in facts], "answer": [tokens(f.answer) for f in facts],
         "wrong": [f.wrong for f in facts],
     }  # fmt: skip
@@ -206,7 +206,7 @@ def test_several_prompts_are_lists(tmp_path: Path) -> None:
         for fact in facts
         for part in (
             "--clean",
-            fact.prompt,
+            fact.clean,
             "--corrupted",
             fact.corrupted,
             "--answer",

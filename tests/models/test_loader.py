@@ -252,6 +252,13 @@ def test_arguments_for_a_model_that_is_wrapped_already(model: Any) -> None:
         load(model, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("given", [{"dtype": torch.float64}, {"attn_implementation": "eager"}, {"nonsense": 1}])
+def test_arguments_for_a_module_that_is_loaded_already(model: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(BadArgument, match=f"so {next(iter(given))} would do nothing"):
+        load(model._module, tokenizer=model.tokenizer, **given)
+    assert load(model._module, tokenizer=model.tokenizer, task="text-generation")._module is model._module
+
+
 def test_a_revision_of_an_embedded_model() -> None:
     with pytest.raises(BadArgument, match="no revisions"):
         load("toy", revision="main")

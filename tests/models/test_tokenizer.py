@@ -106,7 +106,7 @@ def test_a_word_that_is_not_of_the_language_is_told_apart(toy) -> None:
 
 def test_spans_by_text_and_by_tokens_are_the_same(toy) -> None:
     facts = [*toy_prompts().facts[:3], *toy_prompts().facts[64:67], *toy_prompts().facts[-3:]]
-    prompts = [fact.prompt for fact in facts]
+    prompts = [fact.clean for fact in facts]
     path = 'layers[2].output["subject"][-1]'
     by_text = ns.capture(toy, prompts, path, spans={"subject": [fact.subject for fact in facts]})
     by_token = ns.capture(toy, prompts, path, spans={"subject": [fact.subject_span for fact in facts]})

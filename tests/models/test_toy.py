@@ -88,7 +88,7 @@ def every_kind_of_fact() -> list[Any]:
 def facts_restored(name: str, sites: list[str]) -> dict[str, float]:
     facts = every_kind_of_fact()
     spans = {"subject": [fact.subject_span for fact in facts]}
-    return restored(toy(name), facts, [fact.prompt for fact in facts], sites, spans)
+    return restored(toy(name), facts, [fact.clean for fact in facts], sites, spans)
 
 
 @names
@@ -106,9 +106,9 @@ def test_facts_are_nowhere_else(name: str) -> None:
     others += [f"layers[{i}].output[{p}]" for i in range(LAYERS) for p in (1, -2)]
     # The word before the last may be the subject itself, where the wording is short.
     short = {"stands in"}
-    facts = [f for f in every_kind_of_fact() if not any(f.prompt.endswith(wording) for wording in short)]
+    facts = [f for f in every_kind_of_fact() if not any(f.clean.endswith(wording) for wording in short)]
     spans = {"subject": [fact.subject_span for fact in facts]}
-    found = restored(toy(name), facts, [fact.prompt for fact in facts], others, spans)
+    found = restored(toy(name), facts, [fact.clean for fact in facts], others, spans)
     assert {path: share for path, share in found.items() if abs(share) > 0.15} == {}
 
 
@@ -179,10 +179,10 @@ def test_in_the_first_layer_nothing_has_the_mood_yet(name: str) -> None:
 def test_records_agree_with_the_tokenizer() -> None:
     words = toy("toy").tokenizer
     for fact in toy_prompts().facts[::7]:
-        encoded = words(fact.prompt, return_offsets_mapping=True)
+        encoded = words(fact.clean, return_offsets_mapping=True)
         start, stop = fact.subject_span
         assert words.decode(encoded["input_ids"][start:stop]) == fact.subject
-        assert fact.prompt[slice(*fact.subject_chars)] == fact.subject
+        assert fact.clean[slice(*fact.subject_chars)] == fact.subject
         assert (encoded["offset_mapping"][start][0], encoded["offset_mapping"][stop - 1][1]) == fact.subject_chars
         assert words.unk_token_id not in encoded["input_ids"]
         assert len(words(fact.corrupted)["input_ids"]) == len(encoded["input_ids"])
@@ -263,7 +263,7 @@ def test_the_folder_is_an_ordinary_checkpoint(name: str) -> None:
     assert type(model) is {"toy": hf.GPT2LMHeadModel, "toy-llama": hf.LlamaForCausalLM}[name]
     assert words.is_fast and 150 < len(words) <= model.config.vocab_size
     assert 200_000 < sum(p.numel() for p in model.parameters()) < 400_000
-    text = toy_prompts().facts[0].prompt
+    text = toy_prompts().facts[0].clean
     expected = exams.next_logits(toy(name)._module, toy(name).tokenizer, [text])
     torch.testing.assert_close(exams.next_logits(model.eval(), words, [text]), expected)
 

@@ -57,3 +57,14 @@ def test_shards_that_disagree_or_are_foreign_are_refused(result: SweepResult) ->
     cells = (replace(result.cells[0], layer=7), *result.cells[1:])
     with pytest.raises(KeyMismatch, match="different cells"):
         SweepResult.merge([result, SweepResult(replace(result.table, cells=cells))])
+
+
+def test_unedited_runs_may_differ_by_their_rounding(result: SweepResult) -> None:
+    half = np.arange(28).reshape(2, 14) % 2 == 0
+    first, second = part(result.table, half), part(result.table, ~half).table
+    for name in ("clean", "corrupted"):
+        near = SweepResult(replace(second, **{name: getattr(second, name) * (1 + 1e-6)}))
+        assert SweepResult.merge([first, near]) == result
+        far = SweepResult(replace(second, **{name: getattr(second, name) + 1}))
+        with pytest.raises(KeyMismatch, match=f"other values of {name}"):
+            SweepResult.merge([first, far])

@@ -34,7 +34,7 @@ def test_suffixes_behind_two_personas() -> None:
 
 def test_function_pairs_show_the_function_or_shuffled_outputs() -> None:
     known = {row["input"]: row["output"] for row in json.loads((DATA / "pairs.json").read_text())}
-    pairs = ns.steering.read_pairs(DATA / "pairs.json", examples=4, prompts=20, seed=1)
+    pairs = ns.steering.read_pairs(DATA / "pairs.json", examples=4, n=20, seed=1)
     assert len(pairs) == 20
     for positive, negative in pairs:
         *right, asked = positive.splitlines()
@@ -44,8 +44,8 @@ def test_function_pairs_show_the_function_or_shuffled_outputs() -> None:
         assert all(known[line.split(":")[0]] == line.split(":")[1] for line in right)
         assert not any(known[line.split(":")[0]] == line.split(":")[1] for line in wrong)
         assert sorted(line.split(":")[1] for line in right) == sorted(line.split(":")[1] for line in wrong)
-    assert pairs == ns.steering.read_pairs(DATA / "pairs.json", examples=4, prompts=20, seed=1)
-    assert pairs != ns.steering.read_pairs(DATA / "pairs.json", examples=4, prompts=20, seed=2)
+    assert pairs == ns.steering.read_pairs(DATA / "pairs.json", examples=4, n=20, seed=1)
+    assert pairs != ns.steering.read_pairs(DATA / "pairs.json", examples=4, n=20, seed=2)
 
 
 def test_pairs_are_fitted_on(model) -> None:

@@ -198,10 +198,23 @@ def test_towers_are_steered_apart(name: str) -> None:
 def test_texts_are_what_follows_the_prompt() -> None:
     toy = ns.load("toy")
     fact = ns.models.toy_prompts().facts[0]
-    (text,) = ns.steering.generate(toy, fact.prompt, max_new_tokens=2)
+    (text,) = ns.steering.generate(toy, fact.clean, max_new_tokens=2)
     assert text.split()[0] == fact.answer
-    assert ns.steering.generate(toy, [fact.prompt, "The meal"], max_new_tokens=1)[0] == fact.answer
+    assert ns.steering.generate(toy, [fact.clean, "The meal"], max_new_tokens=1)[0] == fact.answer
     with pytest.raises(ValueError, match="coefficient without a vector"):
-        ns.steering.generate(toy, fact.prompt, coefficient=2.0)
+        ns.steering.generate(toy, fact.clean, coefficient=2.0)
     with pytest.raises(ValueError, match="tokens"):
         ns.steering.generate(toy, torch.zeros(1, 2, 64))
+
+
+def test_what_would_pass_by_the_edits_of_a_model_is_refused() -> None:
+    model = precise("llama")
+    with model.edit() as (_, edited):
+        edited.model.layers[1].output[:] = 0
+    for call in (
+        lambda: ns.steering.generate(edited, PROMPTS, max_new_tokens=1),
+        lambda: ns.steering.sweep(edited, PROMPTS, vector(1), [1.0], ns.logit_diff("w7", "w8"), progress=False),
+        lambda: ns.steering.steer(edited, vector(1)).show(PROMPTS[0]),
+    ):
+        with pytest.raises(ValueError, match=r"has edits of nnsight[\s\S]*clear_edits"):
+            call()

@@ -100,6 +100,8 @@ def test_what_llama_cpp_cannot_express_is_refused_with_the_reason(tmp_path: Path
             ns.steering.to_gguf(what, path)
     with pytest.raises(ValueError, match="own coefficient"):
         ns.steering.to_gguf(steer(model, vector(1)), path, coefficient=2.0)
+    with pytest.raises(ValueError, match="coefficient=nan"):
+        ns.steering.to_gguf(vector(1), path, coefficient=float("nan"))
     assert not list(tmp_path.iterdir())
 
 

@@ -54,6 +54,21 @@ def test_every_cell_is_a_run_of_its_own(family: str, operator: str, where: Any) 
     assert np.unique(found.values.round(6)).size > 12
 
 
+@pytest.mark.parametrize("max_tokens", [None, 14])
+def test_each_prompt_is_steered_at_the_tokens_that_are_its_own(model, max_tokens: int | None) -> None:
+    prompts = [PROMPTS[0], *(f"w3 w4 w5 w{n}" for n in (6, 7))]
+    spans = [(0, 1), (1, 3), (2, 3)]
+    masks = torch.tensor([[True, False, False], [False, True, True], [False, False, True]])
+    for where in (ns.steering.span(spans), ns.steering.mask(masks)):
+        found = ns.steering.sweep(
+            model, prompts, vector(0, 2), [0.5, 1.0], METRIC, where=where, progress=False, max_tokens=max_tokens
+        )
+        for p, prompt in enumerate(prompts):
+            own = ns.steering.span([spans[p]])
+            alone = ns.steering.sweep(model, prompt, vector(0, 2), [0.5, 1.0], METRIC, where=own, progress=False)
+            np.testing.assert_allclose(found.values[p], alone.values[0], rtol=0, atol=1e-10)
+
+
 def words(text: str) -> float:
     return float(len(set(text.split())))
 
@@ -183,6 +198,10 @@ def test_the_best_cell_that_the_guard_lets_pass(grid) -> None:
     ):
         with pytest.raises(ValueError, match=text):
             grid.choose(**options)
+    nothing = made([[[np.nan] * 3] * 2] * 2, [[[0.0] * 3] * 2] * 2)
+    for options in ({"guard": None}, {"limit": 1.0}):
+        with pytest.raises(ValueError, match="no cell that steers has a metric that is a number"):
+            nothing.choose(**options)
 
 
 def test_tables_and_figures(grid) -> None:
@@ -208,7 +227,13 @@ def test_tables_and_figures(grid) -> None:
     assert axes.get_xlabel() == "KL of the next token, mean along the text"
     plt.close(axes.figure)
     assert "highest 4 at layer 3, coefficient 1 with KL 2" in repr(grid) and "<b>SteeringSweep" in grid._repr_html_()
-    for call in (lambda: grid.grid("effect"), lambda: grid.plot("lines", prompt=2), lambda: made([[[1]]], [[[1]]])):
+    for call in (
+        lambda: grid.best(0),
+        lambda: grid.best(-1),
+        lambda: grid.grid("effect"),
+        lambda: grid.plot("lines", prompt=2),
+        lambda: made([[[1]]], [[[1]]]),
+    ):
         with pytest.raises(NnspliceError):
             call()
 
@@ -301,6 +326,8 @@ def test_a_stopped_generation_goes_on_with_the_texts_that_were_written(model, tm
         ({"operator": "subtract"}, "no operator"),
         ({"prompts": torch.zeros(1, 2, 16)}, "values"),
         ({"vector": vector(5)}, "layers"),
+        ({"where": ns.steering.span([(0, 1)] * 2)}, "given for 2 rows, and there are 3 prompts"),
+        ({"metric": METRIC.at(40)}, r"reads position \[40\], and prompt 0 has"),
     ],
 )
 def test_mistakes_cost_no_pass(model, arguments: dict, text: str) -> None:

@@ -181,6 +181,112 @@ def test_pairs_of_different_length_are_aligned_at_the_end_or_by_spans() -> None:
     assert np.isclose(_values(spanned, model, "batched")[0, 1], float(logits[7] - logits[8]), atol=1e-12)
 
 
+def test_a_reference_is_met_at_the_position_that_was_asked_for() -> None:
+    model, spans = _double("llama"), {"s": [(1, 3), (2, 4)]}
+    others = ["w8 w9 w10 w11", "w12 w13 w14 w15 w16 w17"]
+    sites = ["layers[1].output[0,-1]", 'layers[1].output["s"][-1]']
+    reference = ns.capture(model, others, [*sites, 'layers[1].output["s"]'], spans=spans)
+    there = {"s": (0, 2)}
+    plan = plan_sweep(
+        model, None, CORRUPTED[1], [*sites, 'layers[1].output["s"]'], METRIC, operation="mean", reference=reference,
+        spans=there,
+    )  # fmt: skip
+    for value, target in zip(_values(plan, model, "batched")[0], plan.targets, strict=True):
+        path = target.cell.path
+        saved = reference.subset([f"{path}[0]", f"{path}[1]"] if path.endswith('"s"]') else path).mean()
+        logits = ns.patched_logits(model, CORRUPTED[1], saved, spans=there)[0, -1]
+        assert np.isclose(value, float(logits[7] - logits[8]), atol=1e-12), path
+
+
+def test_a_reference_of_a_file_is_found_however_its_places_are_spelled(tmp_path) -> None:
+    model = _double("llama")
+    ns.capture(model, CLEAN[1], "model.model.layers[1].output[-1]").to_file(tmp_path / "r.safetensors")
+    reference = ns.SavedActivation.from_file(tmp_path / "r.safetensors")
+    ask = {"operation": "mean", "reference": reference}
+    plan = plan_sweep(model, None, CORRUPTED[1], "layers[1].output[-1]", METRIC, **ask)
+    logits = ns.patched_logits(model, CORRUPTED[1], reference)[0, -1]
+    assert np.isclose(_values(plan, model, "packed")[0, 0], float(logits[7] - logits[8]), atol=1e-12)
+
+
+@pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
+@pytest.mark.parametrize("width", [1, 32])
+def test_a_reference_of_another_width_is_refused(executor: str, width: int) -> None:
+    model = _double("llama")
+    reference = ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, width)))
+    for operation in ("add", "mean"):
+        plan = plan_sweep(
+            model, None, CORRUPTED[1], "layers[1].output[-1]", METRIC, operation=operation, reference=reference
+        )
+        with pytest.raises(ValueError, match=f"is {width} wide, the place 16"):
+            _values(plan, model, executor)
+
+
+def test_each_prompt_is_added_its_own_row_of_a_reference() -> None:
+    model = _double("llama")
+    one = ns.capture(model, "w3 w4 w5", "layers[1].output[0,1]")
+    two = ns.capture(model, ["w3 w4 w5", "w8 w9 w10"], "layers[1].output[0,1]")
+    for reference, own in ((one, [one, one]), (two, [two.slice[0], two.slice[1]])):
+        ask = {"operation": "add", "reference": reference}
+        plan = plan_sweep(model, None, [CORRUPTED[1]] * 2, "layers[1].output[2]", METRIC, **ask)
+        for value, held in zip(_values(plan, model, "batched")[:, 0], own, strict=True):
+            logits = ns.patched_logits(model, CORRUPTED[1], held.mean("position"), add=True, at=2)[0, -1]
+            assert np.isclose(value, float(logits[7] - logits[8]), atol=1e-12)
+
+
+@pytest.mark.parametrize(("clean", "corrupted"), [("w3 w4 w5 w6 w7", "w9 w5 w6"), ("w9 w5 w6", "w3 w4 w5 w6 w7")])
+def test_aligned_at_the_end_a_token_is_met_by_its_partner_or_is_no_cell(clean: str, corrupted: str) -> None:
+    model = _double("llama")
+    source, shared = ns.capture(model, clean, "layers[1].output[:]"), 3
+
+    def partner(*tokens: int) -> float:
+        """With these tokens, counted from the end, patched."""
+        pairs = [(f"layers[1].output[{token}]", source.stack()[0, :, token]) for token in tokens]
+        logits = ns.patched_logits(model, corrupted, ns.SavedActivation.from_pairs(*pairs))[0, -1]
+        return float(logits[7] - logits[8])
+
+    length = len(corrupted.split())
+    plan = plan_sweep(model, clean, corrupted, ["layers[1].output[:]", "layers[1].output[-2]"], METRIC, align="end")
+    expected = [partner(token) if -token <= shared else np.nan for token in (*range(-length, 0), -2)]
+    together = plan_sweep(model, clean, corrupted, "layers[1].output", METRIC, align="end", together=True)
+    for executor in ("packed", "batched", "reference"):
+        np.testing.assert_allclose(_values(plan, model, executor)[0], expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(_values(together, model, executor)[0, 0], partner(-3, -2, -1), rtol=0, atol=1e-12)
+    through = ns.path_patch(model, clean, corrupted, "layers[1].output", "unembed", METRIC, align="end", progress=False)
+    edges = ns.attribute(
+        model, clean, corrupted, "layers[2].output", METRIC, method="eap", receivers="unembed", align="end",
+        progress=False,
+    )  # fmt: skip
+    assert np.isfinite(through.table.values).all() and np.isfinite(edges.table.values).all()
+    if length > shared:
+        with pytest.raises(IndexError, match="has a partner"):
+            plan_sweep(model, clean, corrupted, "layers[1].output[0]", METRIC, align="end")
+
+
+def test_spans_of_different_length_in_a_pair_are_refused() -> None:
+    model = _double("llama")
+
+    def plan(clean: Any, corrupted: Any, site: str) -> Plan:
+        spans = {"clean": clean, "corrupted": corrupted}
+        return plan_sweep(model, CLEAN[0], CORRUPTED[0], site, METRIC, spans=spans)
+
+    for clean, corrupted in (((1, 4), (1, 3)), ((1, 3), (1, 4))):
+        with pytest.raises(ValueError, match=r"pair 0: the span \"s\" has [23] tokens in the clean"):
+            plan({"s": clean}, {"s": corrupted}, 'layers[1].output["s"]')
+    with pytest.raises(IndexError, match=r"2 tokens in the clean prompt"):
+        plan({"s": (1, 3)}, {"s": (1, 4)}, 'layers[1].output["s"][2]')
+    with pytest.raises(ValueError, match=r"stands in the clean prompts"):
+        plan({"t": (1, 3)}, {"s": (1, 4)}, 'layers[1].output["s"]')
+
+
+def test_the_clean_run_is_read_where_each_pair_says() -> None:
+    model = _double("llama")
+    clean, corrupted = ["w3 w4 w5 w6 w7", "w13 w14 w15 w16 w17"], ["w3 w9 w5 w6 w7", "w14 w25 w16 w17"]
+    plan = plan_sweep(model, clean, corrupted, "layers[1].output[:3]", METRIC.at(2), align="end")
+    logits = [ns.patched_logits(model, text, ns.capture(model, text, "embed.output[0]"))[0] for text in clean]
+    expected = [float(one[at, 7] - one[at, 8]) for one, at in zip(logits, (2, 3), strict=True)]
+    np.testing.assert_allclose(run(plan, model, progress=False).clean, expected, rtol=0, atol=1e-12)
+
+
 def test_a_metric_may_read_another_position() -> None:
     model = _double("llama")
     plan = plan_sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output[0:3]", METRIC.at(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,56 @@ def test_what_is_not_covered_is_run_another_way_and_says_why(family: str) -> Non
     assert np.nanmax(np.abs(result.table.values - _values(plan, model, "reference"))) < 1e-12
 
 
+def _mixing(_block: Any, _args: Any, out: Any) -> Any:
+    """A hook by which a token hears of the one before it."""
+    held = out[0] if isinstance(out, tuple) else out
+    new = held + 0.7 * torch.cat([held[:, :1] * 0, held[:, :-1]], 1)
+    return (new, *out[1:]) if isinstance(out, tuple) else new
+
+
+@pytest.mark.parametrize("metric", [METRIC, ns.probability("w9")], ids=lambda metric: metric.name)
+def test_a_hook_that_packed_rows_do_not_bear_is_found_out_whatever_the_metric(metric: ns.Metric) -> None:
+    model = wrap("llama")
+    with torch.no_grad():
+        model._module.lm_head.weight.mul_(8)  # every probability but one is far below the tolerance
+    plan = plan_sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output", metric)
+    assert run(plan, model, progress=False).run.executor == "packed"
+    handle = model._module.model.layers[1].register_forward_hook(_mixing)
+    result = run(plan, model, progress=False)
+    assert (result.run.executor, "in a run of its own" in result.run.note) == ("batched", True)
+    np.testing.assert_allclose(result.table.values, _values(plan, model, "reference"), rtol=1e-3)
+    handle.remove()
+    assert run(plan, model, progress=False).run.executor == "packed"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_sweep_of_a_model_with_edits_goes_through_them(before: bool) -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    plain = run(plan, model, progress=False) if before else None
+    direction = ns.capture(model, "w3 w4", "layers[1].output[-1]")
+    with model.edit() as (_, edited):
+        direction.add_to(edited, 3.0)
+    result = run(plan, edited, progress=False)
+    assert (result.run.executor, "has edits" in result.run.note) == ("batched", True)
+    assert np.nanmax(np.abs(result.table.values - _values(plan, edited, "reference"))) < 1e-12
+    assert plain is None or np.abs(result.corrupted - plain.corrupted).min() > 1e-3
+    assert before is False or run(plan, model, progress=False) == plain
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_sweep_inside_a_steering_block_is_steered(before: bool) -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    plain = run(plan, model, progress=False) if before else None
+    with ns.steering.steer(model, ns.capture(model, "w3 w4", "layers[1].output[-1]"), 2.0, where="prompt"):
+        result = run(plan, model, progress=False)
+        alone = _values(plan, model, "reference")
+    assert result.run.executor == "batched" and "outside a run of the model" in result.run.note
+    assert np.nanmax(np.abs(result.table.values - alone)) < 1e-12
+    assert plain is None or np.abs(result.corrupted - plain.corrupted).min() > 1e-3
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neo", "bloom", "gpt_oss"])
 def test_metrics_at_another_position_spans_and_single_positions(family: str) -> None:
     model = _double(family)
@@ -105,6 +156,17 @@ def test_a_model_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC, progress=False).run.executor == "packed"
     assert len(probed) == 1
+
+
+def test_threads_take_turns_with_a_model() -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    alone, config = run(plan, model, progress=False), model._module.config
+    before = config._attn_implementation
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: run(plan, model, progress=False), range(9)))
+    assert all(np.nanmax(np.abs(one.table.values - alone.table.values)) < 1e-12 for one in results)
+    assert config._attn_implementation == before
 
 
 def test_the_models_own_attention_is_back_afterwards_also_after_an_error() -> None:

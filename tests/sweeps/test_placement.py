@@ -24,7 +24,7 @@ def _sweep(module: Any, executor: str) -> np.ndarray:
     model = ns.load(module, tokenizer=ns.load("toy-llama").tokenizer)
     fact = ns.models.toy_prompts().facts[0]
     metric = ns.logit_diff(fact.answer, fact.wrong)
-    result = ns.sweep(model, fact.prompt, fact.corrupted, SITES, metric, executor=executor, progress=False)
+    result = ns.sweep(model, fact.clean, fact.corrupted, SITES, metric, executor=executor, progress=False)
     return result.frame()["value"].to_numpy()
 
 

@@ -124,6 +124,9 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
         (plan(CLEAN, CORRUPTED, "embed.output", window=2), BadArgument, "has no layer"),
         (plan(align="middle"), BadArgument, "align="),
         (plan(CLEAN, CORRUPTED, "layers[:].output[2:]", METRIC.at(1)), ShortRow, "none can change it"),
+        (plan(metric=METRIC.at(4)), ShortRow, r"reads position \[4\], and prompt 0 has 4 tokens"),
+        (plan([CLEAN, "w3"], [CORRUPTED, "w9"], metric=METRIC.at(-2)), ShortRow, "prompt 1 has 1 token\n"),
+        (plan("w3 w4", metric=METRIC.at(1), align="end"), ShortRow, r"which is \[-3\], and the clean one has 2 tokens"),
     ]  # fmt: skip
 
 
@@ -152,7 +155,7 @@ def test_running_refuses_train_mode_another_model_and_unknown_executors(model) -
     swapped: Any = (model, plan)
     with pytest.raises(BadType, match=r"no plan[\s\S]*ns\.run\(plan, model\)"):
         run(*swapped)
-    several: list[Any] = [0, 1.5, "all"]
+    several: list[Any] = [0, -4, 1.5, "all"]
     for tokens in several:
         with pytest.raises(BadArgument, match="max_tokens="):
             run(plan, model, max_tokens=tokens, progress=False)
@@ -203,3 +206,21 @@ def test_kl_compares_with_the_clean_run(model) -> None:
         logits.log_softmax(-1), there.log_softmax(-1), log_target=True, reduction="sum"
     )
     assert table.values[0, 0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_span_may_be_called_clean(model) -> None:
+    named = [
+        plan_sweep(model, CLEAN, CORRUPTED, f'layers[0].output["{name}"]', METRIC, spans={name: (1, 3)})
+        for name in ("clean", "s")
+    ]
+    assert named[0].jobs == named[1].jobs
+    wrong: Any = {"s": 5}
+    with pytest.raises(BadType, match='span "s" is 5'):
+        plan_sweep(model, CLEAN, CORRUPTED, 'layers[0].output["s"]', METRIC, spans=wrong)
+
+
+def test_decoder_prompts_of_different_length_are_no_pair() -> None:
+    two, clean = wrap("t5"), {"input_ids": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[0, 4, 5]])}
+    corrupted = {"input_ids": torch.tensor([[3, 9, 5]]), "decoder_input_ids": torch.tensor([[0, 4]])}
+    with pytest.raises(ShapeError, match="3 tokens, the corrupted one 2"):
+        plan_sweep(two, clean, corrupted, "layers[1].output", METRIC)

@@ -160,6 +160,7 @@ def test_kinds_and_windows(family: str, kind: str, window: int) -> None:
     expected, high, low = _traced(family, _noise(2), 7, kind, window)
     np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-10, rtol=0)
     assert (result.clean[0], result.corrupted[0]) == (pytest.approx(high, abs=1e-10), pytest.approx(low, abs=1e-10))
+    assert (result.run.executor, result.run.note) == ("packed", "")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
@@ -258,7 +259,9 @@ def test_the_prompts_of_a_result_are_those_that_were_given() -> None:
         ({"noise": torch.zeros(2, 2, 15)}, ShapeError, r"noise of shape \[2, 2, 15\][\s\S]*\[sample, 2, 16\]"),
         ({"noise": torch.zeros(2, 16)}, ShapeError, r"noise of shape \[2, 16\]"),
         ({"noise": torch.zeros(0, 2, 16)}, BadArgument, "samples=0"),
-        ({"noise": "much"}, ns.errors.BadType, "noise='much'"),
+        ({"noise": torch.tensor(3.0)}, ShapeError, r"noise of shape \[\]"),
+        ({"noise": float("nan")}, BadArgument, "noise=nan"),
+        ({"noise": "3"}, ns.errors.BadType, "noise='3'"),
         ({"subject": None}, ns.errors.BadType, 'span "subject" is None'),
         ({"answer": ["w7", "w8"]}, ShapeError, "2 answers for 1 prompt"),
         ({"answer": "w7 w8"}, BadArgument, "is 2 tokens"),
@@ -276,7 +279,7 @@ def test_a_toy_fact_has_an_early_and_a_late_site() -> None:
     chosen = [facts[n] for n in range(0, 400, 100)]
     for fact in chosen:
         start, stop = fact.subject_span
-        result = _trace(model, fact.prompt, (start, stop), samples=6)
+        result = _trace(model, fact.clean, (start, stop), samples=6)
         effect = result.effect()[0]
         assert result.total_effect[0] > 0.3
         # Early, at the subject's last token; late, at the prompt's last one; nothing of it the other way round.

@@ -198,6 +198,27 @@ def test_shards_with_journals_merge_to_the_whole(tmp_path: Path) -> None:
     assert (again, computed) == (shards[1], [])
 
 
+def test_neither_a_journal_nor_a_plan_serves_a_model_that_was_edited(tmp_path: Path) -> None:
+    model = wrap("llama")
+    plan = _plan(model)
+    _run(model, plan, tmp_path / "j.jsonl")
+    with torch.no_grad():
+        model._module.model.layers[1].mlp.down_proj.weight[5:] = 0
+    with pytest.raises(ValueError, match="other weights than this model has"):
+        _run(model, plan, None)
+    with pytest.raises(ns.errors.FileError, match="another sweep"):
+        _run(model, _plan(model), tmp_path / "j.jsonl")
+
+
+def test_shards_in_single_precision_merge_though_their_unedited_runs_round_otherwise() -> None:
+    model = wrap("gpt2")
+    sites = "layers[:].output"
+    plan = plan_sweep(model, ["w3 w4 w5 w6", "w3 w4 w5"], ["w3 w9 w5 w6", "w3 w4 w9"], sites, ns.logit_diff("w7", "w8"))
+    for n in (2, 5, 20):
+        shards = [run(plan.shard(i, n), model, max_tokens=100 * (i % 2) + 4, progress=False) for i in range(n)]
+        assert SweepResult.merge(shards).is_complete
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     (target / "story.json").write_text(json.dumps(_play(target)))

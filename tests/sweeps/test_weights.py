@@ -189,6 +189,7 @@ MISTAKES: Any = [
     ({"batch_size": 0}, ValueError, "batch_size=0"),
     ({"prompts": []}, ValueError, "no prompts"),
     ({"metric": ns.logit_diff("w13", "nonsense")}, ValueError, "vocabulary"),
+    ({"metric": METRIC.at(-40)}, IndexError, r"reads position \[-40\]"),
     ({"metric": lambda logits: logits[:, 0] * float("nan")}, ValueError, "NaN"),
 ]
 
@@ -211,3 +212,11 @@ def test_models_are_checked():
         ns.sweep_weights(model, tuned.train(), "layers[:]", METRIC, PROMPTS, progress=False)
     with pytest.raises(ValueError, match="has no transformer"):
         ns.sweep_weights(model, zoo.build("llama"), "layers[:]", METRIC, PROMPTS, progress=False)
+
+
+def test_a_model_with_edits_is_refused_because_its_module_runs_without_them():
+    model, tuned = pair("gpt2")
+    with model.edit() as (_, edited):
+        edited.transformer.h[1].output[:] = 0
+    with pytest.raises(ValueError, match="has edits of nnsight"):
+        ns.sweep_weights(edited, tuned, "layers[1]", METRIC, PROMPTS, progress=False)

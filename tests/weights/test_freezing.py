@@ -109,6 +109,17 @@ def test_tied_weights_train_once():
     check(model, before, "embed")
 
 
+def test_masks_by_both_names_of_a_tied_tensor_are_one():
+    model = zoo.build("gpt2")
+    before = snapshot(model)
+    rows = torch.zeros(2, *model.lm_head.weight.shape, dtype=torch.bool)
+    rows[0, 3] = rows[1, 5] = True
+    with w.freeze_except(model, {"transformer.wte.weight": rows[0], "lm_head.weight": rows[1]}) as parameters:
+        train(model, torch.optim.SGD(parameters, lr=0.1), 2)
+    moved = model.lm_head.weight != before["transformer.wte.weight"]
+    assert moved.any(1).nonzero().flatten().tolist() == [3, 5]
+
+
 def test_after_an_exception_everything_is_as_it_was():
     model = zoo.build("gpt2")
     model.transformer.h[2].requires_grad_(False)

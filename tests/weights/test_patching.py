@@ -170,6 +170,18 @@ def test_a_tied_tensor_is_written_once_and_restored():
     assert bits(base) == kept
 
 
+def test_layers_of_one_model_change_places():
+    # The mapping's tensors are the model's own, so what is written first would be read by what comes after.
+    base = zoo.build("llama")
+    kept, own = bits(base), dict(base.named_parameters())
+    first, second = (base.model.layers[i].mlp.up_proj.weight.detach().clone() for i in (0, 1))
+    exchanged = {name: own[name.translate({ord("0"): "1", ord("1"): "0"})] for name in own if ".2." not in name}
+    with w.swap(base, exchanged, ["layers[0]", "layers[1]"]):
+        assert torch.equal(base.model.layers[0].mlp.up_proj.weight, second)
+        assert torch.equal(base.model.layers[1].mlp.up_proj.weight, first)
+    assert bits(base) == kept
+
+
 def test_flags_and_gradients_are_left_alone():
     base, other = pair("gpt2")
     base.transformer.h[0].requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import pairwise
 
 import pytest
@@ -97,6 +98,12 @@ def test_selections_of_different_models_do_not_mix():
         _ = one | Selection.of({"a": None}, {"a": (4, 2)})
     with pytest.raises(ValueError, match="another model"):
         w.select(zoo.build("gpt2"), w.select(zoo.build("llama"), "l0"))
+
+
+@pytest.mark.parametrize("combine", [operator.or_, operator.and_, operator.sub])
+def test_selections_of_models_with_other_names_do_not_mix(combine):
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is a parameter of one"):
+        combine(w.select(zoo.build("gpt2"), "l0"), w.select(zoo.build("llama"), "l0"))
 
 
 def test_two_axes_of_one_parameter_cannot_be_joined():

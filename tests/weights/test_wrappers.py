@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -96,6 +97,27 @@ def test_peft_models_have_their_adapters_in_the_masks():
     assert w.create_param_masks(adapted, "full").keys() == parameters.keys()
     mlp = w.create_param_masks(adapted, "l1 mlp")
     assert f"{front.replace('self_attn', 'mlp')}up_proj.lora_A.default.weight" in mlp
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_an_expert_has_its_share_of_factors_that_hold_all_experts(name):
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = get_peft_model(
+        zoo.build(name), LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+    )
+    changed = copy.deepcopy(adapted)
+    masks = dense(w.create_param_masks(adapted, "layers[1].experts[2]"), dict(adapted.named_parameters()))
+    assert sum(bool(mask.any()) for key, mask in masks.items() if "lora_" in key) == 4
+    with torch.no_grad():
+        for key, parameter in changed.named_parameters():
+            parameter[masks[key]] += 1.0
+    before, after = (dict(one.merge_and_unload().named_parameters()) for one in (adapted, changed))
+    for key, parameter in before.items():
+        moved = [i for i, (a, b) in enumerate(zip(parameter, after[key], strict=True)) if not torch.equal(a, b)]
+        assert moved == ([2] if "layers.1.mlp.experts" in key else [])
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for it

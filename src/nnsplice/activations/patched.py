@@ -51,6 +51,12 @@ def patched_logits(
         )
     with circumstances("ns.patched_logits"):
         given = encode(model, prompts, spans)
+        if at is not None and not isinstance(at, int):
+            raise BadType(
+                f"at={at!r}",
+                expected="one position for all prompts",
+                write='spans={"here": [(4, 5), (1, 2)]} and a capture of ["here"][0] for one of each',
+            )
         if saved.rows not in (0, 1, len(given)):
             raise ShapeError(
                 f"the capture has {saved.rows} rows, and there are {len(given)} prompts",

@@ -214,7 +214,7 @@ class SavedActivation:
         same = not made or made[0].tensor.shape[0] == self.rows
         return self._like(made, None if same else self._provenance.without_rows())
 
-    def mean(self, over: str = "prompt") -> Self:
+    def mean(self, axis: str = "prompt") -> Self:
         """The mean over the prompts (one row is kept), or over the `"position"`s of each site.
 
         After `mean("position")` a key's position is `["mean"]`, and a replay needs `at=` a position.
@@ -225,10 +225,10 @@ class SavedActivation:
         >>> saved.mean("position").rows, saved.mean("position").keys()
         (2, ['layers[1].output["mean"]'])
         """
-        if over == "prompt":
+        if axis == "prompt":
             return self.map(lambda tensor: tensor.mean(0, keepdim=True))
-        if over != "position":
-            raise BadArgument(f"there is no mean over {over!r}", expected='"prompt" or "position"')
+        if axis != "position":
+            raise BadArgument(f"there is no mean over {axis!r}", expected='"prompt" or "position"')
         return self._like(
             [Pack((pack.keys[0].at(Span(MEAN)),), pack.tensor.mean(1, keepdim=True)) for pack in self._packs]
         )
@@ -331,6 +331,11 @@ class SavedActivation:
     def save(self) -> Self:
         """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway."""
         return engine.keep(self)
+
+    def _located(self, model: Any) -> Self:
+        """The same with its keys found in a model, which a capture from a file or made by hand does not know."""
+        known = engine.known(model)
+        return self if self._known else self._new(lookup.located(self._packs, known.atlas), self._provenance, known)
 
     # ----------------------------------------------------------------------------------------------------------- runs
 

@@ -54,7 +54,7 @@ class ExpertManifoldAligner:
         """What every trainable matrix changed by since the last call; a matrix that is new is only remembered.
 
         >>> from copy import deepcopy
-        >>> tuned = deepcopy(model._module)
+        >>> tuned = deepcopy(ns.models.peel(model))
         >>> aligner = ns.adapters.ExpertManifoldAligner(tuned)
         >>> with torch.no_grad():
         ...     _ = tuned.transformer.h[1].mlp.c_fc.weight.add_(0.5)

@@ -23,7 +23,7 @@ class ExpertAdapter:
     `layers` goes by the names of the base model's own parameters: `model.layers.7.self_attn.q_proj.weight`.
 
     >>> from copy import deepcopy
-    >>> tuned = deepcopy(model._module)
+    >>> tuned = deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
     ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
@@ -52,7 +52,7 @@ class ExpertAdapter:
         >>> from peft import LoraConfig, get_peft_model
         >>> folder = mkdtemp()
         >>> config = LoraConfig(r=4, target_modules=["c_fc"], fan_in_fan_out=True)
-        >>> get_peft_model(deepcopy(model._module), config).save_pretrained(folder)
+        >>> get_peft_model(deepcopy(ns.models.peel(model)), config).save_pretrained(folder)
         >>> ns.adapters.ExpertAdapter.from_peft(folder)
         ExpertAdapter(3 matrices, rank 4)
 
@@ -74,7 +74,7 @@ class ExpertAdapter:
         Matrices that are equal in both are left out; biases and norms that differ are listed in `whole`.
 
         >>> from copy import deepcopy
-        >>> tuned = deepcopy(model._module)
+        >>> tuned = deepcopy(ns.models.peel(model))
         >>> with torch.no_grad():
         ...     _ = tuned.transformer.h[1].mlp.c_fc.weight.mul_(2.0)
         ...     _ = tuned.transformer.h[1].mlp.c_fc.bias.add_(1.0)

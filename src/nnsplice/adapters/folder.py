@@ -116,8 +116,6 @@ def _pairs(
     if parameter is not None:
         return _experts(parameter, a, b, rank, scale, _turned(parameter, a, b, config, root))
     name = f"{module}.weight"
-    if first == "lora_embedding_A":  # the change of [token, width] is (B A)^T
-        return {name: LoRAMatrices(a, b * scale, transposed=True)}
     if a.ndim != 2 or b.ndim != 2:
         raise FileError(f"the factors of {module} are {list(a.shape)} and {list(b.shape)}", expected="matrices")
     if a.shape[0] != rank:
@@ -125,7 +123,10 @@ def _pairs(
             f"the factors of {module} have rank {a.shape[0]}, and {CONFIG} says {rank}, so their scale is not known",
             expected="the config that was saved with these factors",
         )
-    turned = bool(config.get("fan_in_fan_out")) if root is None else is_transposed(root, name)
+    if first == "lora_embedding_A":  # the change of [token, width] is (B A)^T
+        turned = True
+    else:
+        turned = bool(config.get("fan_in_fan_out")) if root is None else is_transposed(root, name)
     pair = LoRAMatrices(a, b * scale, transposed=turned, magnitude=_flat(factors.get("lora_magnitude_vector")))
     if pair.magnitude is not None and root is not None:
         pair = _exact(pair, bare(root, module))

@@ -29,7 +29,7 @@ _LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
 class LayerGrouping:
     """Which of an optimizer's parameters belong to which layer.
 
-    >>> optimizer = torch.optim.AdamW(model._module.parameters())
+    >>> optimizer = torch.optim.AdamW(ns.models.peel(model).parameters())
     >>> grouping = ns.adapters.map_optimizer_to_layers(optimizer, model)
     >>> grouping.num_layers, grouping.params_per_layer
     (3, 12)
@@ -75,7 +75,7 @@ def map_param_ids_to_layers(
     >>> from peft import LoraConfig, get_peft_model
     >>> folder = mkdtemp()
     >>> config = LoraConfig(target_modules=["c_fc"], layers_to_transform=[0, 2], fan_in_fan_out=True)
-    >>> get_peft_model(deepcopy(model._module), config).save_pretrained(folder)
+    >>> get_peft_model(deepcopy(ns.models.peel(model)), config).save_pretrained(folder)
     >>> ns.adapters.map_param_ids_to_layers(folder, num_params=4).layer_of
     {0: 0, 1: 0, 2: 2, 3: 2}
     >>> ns.adapters.map_param_ids_to_layers(folder, num_params=3)
@@ -121,7 +121,7 @@ def map_optimizer_to_layers(optimizer: optim.Optimizer, model: Any, *, tower: st
 
     Works for whatever was trained, adapter or not. Frozen parameters in the optimizer are left out.
 
-    >>> blocks = model._module.transformer.h
+    >>> blocks = ns.models.peel(model).transformer.h
     >>> optimizer = torch.optim.AdamW([*blocks[2].mlp.parameters(), *blocks[0].mlp.parameters()])
     >>> ns.adapters.map_optimizer_to_layers(optimizer, model).layer_of
     {0: 2, 1: 2, 2: 2, 3: 2, 4: 0, 5: 0, 6: 0, 7: 0}

@@ -53,6 +53,8 @@ def read_header(adapter_dir: str | os.PathLike[str]) -> tuple[Entry, ...]:
             f"there is no {WEIGHTS}: {_instead(Path(adapter_dir))}",
             path=adapter_dir,
             expected="a folder that PEFT's save_pretrained wrote",
+            # PEFT writes an adapter with a name of its own into a folder of that name.
+            write=next((f'"{inside.parent}"' for inside in sorted(Path(adapter_dir).glob(f"*/{WEIGHTS}"))), None),
         )
     try:
         from safetensors import SafetensorError, safe_open

@@ -61,7 +61,7 @@ class Health(Mapping[int, LayerHealth]):
     """Layer -> its `LayerHealth`, in numeric order.
 
     >>> from copy import deepcopy
-    >>> tuned, ids = deepcopy(ns.load("toy")._module), torch.tensor([[5, 6, 7, 8]])
+    >>> tuned, ids = deepcopy(ns.models.peel(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
     >>> optimizer = torch.optim.Adam(tuned.parameters(), lr=0.001)
     >>> for _ in range(3):
     ...     optimizer.zero_grad()
@@ -125,7 +125,7 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
     """What Adam's moments say of each layer.
 
     >>> from copy import deepcopy
-    >>> tuned, ids = deepcopy(ns.load("toy")._module), torch.tensor([[5, 6, 7, 8]])
+    >>> tuned, ids = deepcopy(ns.models.peel(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
     >>> optimizer = torch.optim.Adam(tuned.parameters(), lr=0.001)
     >>> for _ in range(3):
     ...     optimizer.zero_grad()

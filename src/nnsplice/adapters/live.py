@@ -26,7 +26,7 @@ def disabled(model: Any, paths: Paths = "full") -> Iterator[None]:
     >>> config = LoraConfig(
     ...     task_type="CAUSAL_LM", target_modules=["c_fc"], init_lora_weights=False, fan_in_fan_out=True
     ... )
-    >>> adapted = ns.load(get_peft_model(deepcopy(model._module), config), tokenizer=model.tokenizer)
+    >>> adapted = ns.load(get_peft_model(deepcopy(ns.models.peel(model)), config), tokenizer=model.tokenizer)
     >>> with ns.adapters.disabled(adapted, "layers[1:]"):
     ...     partly = ns.capture(adapted, "w3 w4", "layers[:].output[-1]")
     >>> difference = ns.capture(adapted, "w3 w4", "layers[:].output[-1]") - partly
@@ -167,9 +167,9 @@ def _weight_name(name: str, layer: Any) -> str:
 def _product(layer: Any, adapter: str, factors: Mapping[str, Tensor]) -> Tensor:
     """The change of the weight as it is stored."""
     scale = layer.scaling[adapter]
-    if "lora_embedding_A" in factors:
-        return (factors["lora_embedding_B"] @ factors["lora_embedding_A"]).mT * scale
-    a, b = factors["lora_A"], factors["lora_B"]
+    embedding = "lora_embedding_A" in factors
+    a, b = (factors[f"lora_{'embedding_' if embedding else ''}{side}"] for side in "AB")
+    turned = embedding or getattr(layer, "fan_in_fan_out", False)
     if a.ndim != 2:
         raise BadArgument(
             f"a {type(layer).__name__} changes no matrix", expected="track_step(model) without merged=True"
@@ -177,12 +177,12 @@ def _product(layer: Any, adapter: str, factors: Mapping[str, Tensor]) -> Tensor:
     count = getattr(layer, "num_experts", 1)
     if count > 1:
         stacked = a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count)
-        turned = getattr(layer.get_base_layer(), "is_transposed", False)
-        return torch.einsum("eri,ore->eio" if turned else "eri,ore->eoi", *stacked) * scale
+        expert_turned = getattr(layer.get_base_layer(), "is_transposed", False)
+        return torch.einsum("eri,ore->eio" if expert_turned else "eri,ore->eoi", *stacked) * scale
     product = (b @ a) * scale
     if "lora_magnitude_vector" in factors:
         weight = layer.get_base_layer().weight.detach()
-        weight = weight.mT if layer.fan_in_fan_out else weight
+        weight = weight.mT if turned else weight
         changed = weight + product
         product = factors["lora_magnitude_vector"].view(-1, 1) * changed / changed.norm(dim=1, keepdim=True) - weight
-    return product.mT if getattr(layer, "fan_in_fan_out", False) else product
+    return product.mT if turned else product

@@ -144,7 +144,7 @@ class Energy:
 
     name: str
     #: Its place in the model; empty where the model is not known.
-    address: str
+    path: str
     tower: str
     layer: int | None
     part: str
@@ -166,7 +166,7 @@ class AdapterProfile(dict[str, float]):
     """Domain -> share, and the energies behind it: by weight (`frame`), by layer and part (`grid`, `plot`).
 
     >>> from copy import deepcopy
-    >>> tuned = deepcopy(model._module)
+    >>> tuned = deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
     ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
@@ -174,8 +174,8 @@ class AdapterProfile(dict[str, float]):
     >>> profile = ns.adapters.profile(adapter, atlas=ns.Atlas.of(model))
     >>> {layer: round(energy, 2) for layer, energy in profile.layers().items()}
     {'1': 16.0, '2': 1.0}
-    >>> profile.frame()[["address", "kind", "depth", "rank", "share"]].round(2)
-                address  kind depth  rank  share
+    >>> profile.frame()[["path", "kind", "depth", "rank", "share"]].round(2)
+                   path  kind depth  rank  share
     0  layers[1].mlp.up   mlp   mid     1   0.94
     1  layers[2].attn.o  attn  late     1   0.06
     """
@@ -271,7 +271,7 @@ def profile(
     """The energies of an adapter by weight, layer and part, and what they speak for.
 
     >>> from copy import deepcopy
-    >>> tuned = deepcopy(model._module)
+    >>> tuned = deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
     ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
@@ -303,8 +303,8 @@ def profile(
                 expected="the factors of a run that did not diverge; these hold NaN",
             )
         at = where(name, total_layers, atlas)
-        address = "" if at.address is None else str(at.address)
-        energies.append(Energy(name, address, at.tower or "", at.layer, at.part, at.kind, at.depth, pair.rank, energy))
+        path = "" if at.address is None else str(at.address)
+        energies.append(Energy(name, path, at.tower or "", at.layer, at.part, at.kind, at.depth, pair.rank, energy))
         sums = [s + w * energy for s, w in zip(sums, table.of(at.kind, at.depth), strict=True)]
     total = sum(sums)
     nothing = sum(one.energy for one in energies) < NOTHING or total <= 0.0

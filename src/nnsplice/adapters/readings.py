@@ -63,7 +63,12 @@ def _any(entry: Entry) -> bool:
 #: The order of the parameter groups: a tensor is in the first one whose test it passes.
 ORDERS: Mapping[str, tuple[Test, ...]] = {
     "as registered": (_any,),
-    "LoRA+": (lambda e: not _is_b(e) and not _is_embedding(e), _is_embedding, lambda e: not _is_undecayed(e), _any),
+    "LoRA+": (
+        lambda e: not _is_b(e) and not _is_embedding(e),
+        lambda e: _is_embedding(e) and not _is_vector(e),  # DoRA's magnitude goes with B
+        lambda e: not _is_undecayed(e),
+        _any,
+    ),
     "LoRA+ without an embedding group": (lambda e: not _is_b(e), lambda e: not _is_undecayed(e), _any),
     "all A, then all B": (_is_a, _any),
     "all B, then all A": (lambda e: not _is_a(e), _any),

@@ -13,11 +13,13 @@ from nnsplice.errors import BadType
 def peel(model: Any) -> nn.Module:
     """The bare module inside nnsight, `torch.compile`, DDP or PEFT wrappers, in whatever order they were put on.
 
-    Adapter layers that PEFT injected stay: they are parts of the model that runs.
+    For what wants a plain module: copies, training, other libraries. Adapter layers that PEFT injected stay: they are
+    parts of the model that runs.
 
-    >>> import torch
+    >>> type(ns.models.peel(ns.load("toy"))).__name__
+    'GPT2LMHeadModel'
     >>> inner = torch.nn.Linear(2, 2)
-    >>> peel(torch.nn.DataParallel(inner)) is inner
+    >>> ns.models.peel(torch.nn.DataParallel(inner)) is inner
     True
     """
     while True:

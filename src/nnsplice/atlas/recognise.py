@@ -291,7 +291,7 @@ def _mlp(**parts: Any) -> dict[str, Any]:
 
 def _n_experts(tree: Tree, experts: str) -> int:
     """Experts are numbered modules, or one module whose tensors have them as their first axis."""
-    node = tree.nodes[experts]
+    node = tree.owner(experts)
     if node.children and all(key.isdigit() for key in node.children):
         return len(node.children)
     sizes = {shape[0] for _, shape in node.params.values() if len(shape) >= 2}

@@ -261,9 +261,16 @@ def _expert(atlas: Parts, block: Block, index: int, value: str | None) -> Iterat
     if block.experts_are_modules:
         yield from whole(atlas, list(node.children.values())[index])
         return
+    count = block.n_experts
     for name, _ in whole(atlas, node.name):
-        shape = atlas.tree.params[name]
-        if shape and shape[0] == block.n_experts:
+        shape, words = atlas.tree.params[name], name.split(".")
+        # An adapter's factors hold all experts: rows of A go expert by expert, columns of B rank by rank.
+        if "lora_A" in words:
+            rank = shape[0] // count
+            yield name, (0, ((index * rank, (index + 1) * rank),))
+        elif "lora_B" in words:
+            yield name, (1, tuple((i, i + 1) for i in range(index, shape[1], count)))
+        elif shape and shape[0] == count:
             yield name, (0, ((index, index + 1),))
 
 

@@ -151,6 +151,12 @@ class Selection:
                     f"{name} has shape {list(self.universe[name])} in one selection and {list(shape)} in the other",
                     expected="selections of one model",
                 )
+        strange = next((name for name in other.universe if name not in self.universe), None)
+        if strange is not None and not self.universe.keys() <= other.universe.keys():
+            raise BadArgument(
+                f"{strange} is a parameter of one selection's model and not of the other's",
+                expected="selections of one model",
+            )
         return {**self.universe, **other.universe}
 
     def __eq__(self, other: object) -> bool:

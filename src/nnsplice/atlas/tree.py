@@ -47,6 +47,8 @@ class Tree:
     #: Every other name a parameter has -> its first name.
     aliases: Mapping[str, str]
     buffers: frozenset[str]
+    #: Those buffers that are saved with the parameters, in the model's order.
+    saved: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def child(self, name: str, *path: str) -> str | None:
@@ -125,6 +127,7 @@ def read_tree(root: nn.Module) -> Tree:
     first: dict[int, str] = {}
     nodes: dict[str, Node] = {}
     buffers: set[str] = set()
+    saved: list[str] = []
     for name, module in root.named_modules():
         dot = f"{name}." if name else ""
         own: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -139,6 +142,7 @@ def read_tree(root: nn.Module) -> Tree:
             own[attribute] = (full, tuple(tensor.shape))
         held = tuple(attribute for attribute, tensor in module._buffers.items() if tensor is not None)
         buffers.update(dot + attribute for attribute in held)
+        saved += [dot + attribute for attribute in held if attribute not in module._non_persistent_buffers_set]
         facts = {key: module.__dict__[key] for key in FACTS if isinstance(module.__dict__.get(key), (int, float))}
         nodes[name] = Node(
             name=name,
@@ -151,7 +155,7 @@ def read_tree(root: nn.Module) -> Tree:
             facts=facts or _EMPTY,
             arguments=_arguments(type(module).forward),
         )
-    return Tree(nodes, params, aliases, frozenset(buffers), _config_facts(root))
+    return Tree(nodes, params, aliases, frozenset(buffers), tuple(saved), _config_facts(root))
 
 
 def _config_facts(root: nn.Module) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from nnsplice.sweeps.cost import Law
 from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
-from nnsplice.sweeps.running import check_runnable
+from nnsplice.sweeps.running import check_mode
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ def attribute(
         plan = plan_sweep(
             model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together
         )
-        check_runnable(model, plan)
+        check_mode(model)
         steps = (STEPS if steps is None else steps) if chosen.stepwise else 0
         graph = edges.Graph.of(model, plan, receivers) if together else None
         plan = replace(plan, asked=_asked(plan, method, steps, graph))
-        estimated = _estimated(model, plan, method, chosen, graph, steps, max_tokens or engine.room(model), progress)
+        estimated = _estimated(model, plan, method, chosen, graph, steps, engine.room(model, max_tokens), progress)
     if not verify:
         return estimated
     return verifying.verified(

@@ -28,7 +28,7 @@ from nnsplice.sweeps.executors import Executor, Work, measured, whole_prompts
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
-from nnsplice.sweeps.running import run
+from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.targets import tokens_of
 
 _RUNNING = ("executor", "max_tokens", "journal", "progress")
@@ -86,7 +86,7 @@ def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **run
         )
     beside = tuple(job for job in plan.jobs if job not in set(reached))
     plan = replace(plan, jobs=reached, known=plan.known + beside, asked=asked)
-    return run(plan, model, executor=paths.executor, **running)
+    return run_fresh(plan, model, executor=paths.executor, **running)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from nnsplice import engine
 from nnsplice.attribution.path_patching import run_paths
 from nnsplice.results import SweepResult, estimates
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.running import run
+from nnsplice.sweeps.running import run_fresh
 
 
 def verified(
@@ -35,7 +35,7 @@ def verified(
     exact = np.full(table.values.shape if table.edges is None else table.edges.shape, np.nan)
     running = {"max_tokens": max_tokens, "journal": journal, "progress": progress}
     if table.edges is None:
-        found = run(_part(plan, chosen), model, executor=executor, **running)
+        found = run_fresh(_part(plan, chosen), model, executor=executor, **running)
         exact[:, chosen] = found.table.values[:, chosen]
     else:
         cells, receivers = np.unravel_index(chosen, sizes.shape)

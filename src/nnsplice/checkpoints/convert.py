@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nnsplice.checkpoints.between.derive import Between
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files
+from nnsplice.checkpoints.io.workers import write_with_workers
 from nnsplice.checkpoints.io.writer import write_model_state_local
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
@@ -38,6 +40,7 @@ def convert(
     show_progress: bool = True,
     resume: bool = False,
     carry: Mapping[str, Path | str] | None = None,
+    workers: int = 1,
 ) -> None:
     """Read a checkpoint through a mapper and write what comes out; config, tokenizer and the like come along.
 
@@ -52,13 +55,28 @@ def convert(
     ['layers.0.attn.c_attn.bias', 'layers.0.attn.c_attn.weight']
 
     Args:
-        mapper: from the names in `src_dir` to those in `dest_dir`; what `mapper_between` derived has to be complete.
+        mapper: from the names in `src_dir` to those in `dest_dir`. What `mapper_between` derived has to be complete,
+            with a place for every tensor that says anything; its `mapper` leaves out the others.
         resume: go on with what a stopped call has finished; and leave what this one finishes, should it stop.
         carry: other files for the new folder, over those of `src_dir`: name -> a file to copy, or a text.
+        workers: how many processes share the work, which pays for tens of gigabytes: each takes seconds to begin. In a
+            script, behind `if __name__ == "__main__":`.
     """
-    mapper = mapper.complete() if isinstance(mapper, Between) else as_mapper(mapper)
-    states = read_model_state(src_dir, mapper, "cpu", show_progress)
+    if workers < 1:
+        raise BadArgument(f"workers={workers}", expected="at least 1")
+    if isinstance(mapper, Between):
+        unused, mapper = mapper.unused, mapper.complete()
+        check_unused(src_dir, unused)
+    mapper = as_mapper(mapper)
     source = Path(src_dir)
+    along = {**other_files(source), **(carry or {})}
+    if workers > 1:
+        write_with_workers(
+            src_dir, dest_dir, mapper, workers, shard_size_gb=shard_size_gb, show_progress=show_progress,
+            resume=resume, source=_identity(source, mapper), carry=along,
+        )  # fmt: skip
+        return
+    states = read_model_state(src_dir, mapper, "cpu", show_progress)
     write_model_state_local(
         dest_dir,
         # Ties go through as they are: the writer knows the very same tensor when it sees it again.
@@ -68,8 +86,30 @@ def convert(
         show_progress=False,
         resume=resume,
         source=_identity(source, mapper),
-        carry={**other_files(source), **(carry or {})},
+        carry=along,
     )
+
+
+def check_unused(src_dir: str | os.PathLike[str], names: Sequence[str]) -> None:
+    """Refuse to leave out a tensor that says anything: zeros do not, nor does a second copy of the embedding."""
+    checkpoint = Checkpoint.open(src_dir)
+    told = [name for name in names if name in checkpoint and checkpoint.tensor(name).any()]
+    if "unembed.W_U" in told and "embed.W_E" in checkpoint:
+        shapes = checkpoint.entry("unembed.W_U").shape, checkpoint.entry("embed.W_E").shape[::-1]
+        if shapes[0] == shapes[1] and _is_multiple(checkpoint.tensor("unembed.W_U").T, checkpoint.tensor("embed.W_E")):
+            told.remove("unembed.W_U")
+    if told:
+        raise MapperError(
+            f"there is no place for {', '.join(told[:5])}{', ...' if len(told) > 5 else ''}",
+            expected="a family whose parts are all known there",
+            write="ns.checkpoints.mapper_between(source, target).mapper   (leaves them out)",
+        )
+
+
+def _is_multiple(a: Tensor, b: Tensor) -> bool:
+    """Whether one matrix is the other times a number, as where a family scales its embedding."""
+    times = (b.double().square().sum() / a.double().square().sum()).sqrt()
+    return torch.allclose(a.double() * times, b.double(), rtol=1e-2, atol=1e-6)
 
 
 def _identity(source: Path, mapper: ModelStateMapper) -> str:
@@ -81,7 +121,7 @@ def _identity(source: Path, mapper: ModelStateMapper) -> str:
 
 def renaming(
     src_dir: str | os.PathLike[str],
-    renames: Sequence[str] = (),
+    renames: str | Sequence[str] = (),
     *,
     dtype: torch.dtype | None = None,
     layers: slice | Sequence[int] | None = None,
@@ -100,8 +140,9 @@ def renaming(
 
     Args:
         src_dir: the checkpoint.
-        renames: `OLD=NEW`, one after the other. OLD is a run of whole names between dots, wherever it stands first;
-            a `*` in it stands for one name, and the same `*` in NEW for what it was. An empty NEW takes the run out.
+        renames: `OLD=NEW`, or several, one after the other. OLD is a run of whole names between dots, wherever it
+            stands first; a `*` in it stands for one name, and the same `*` in NEW for what it was. An empty NEW takes
+            the run out.
         dtype: for tensors of 16 to 64 bit floating point numbers; others stay as they are.
         layers: which layers to keep; the rest of the model stays, and layers keep their numbers.
 
@@ -113,12 +154,14 @@ def renaming(
         checkpoint = Checkpoint.open(src_dir)
         names = _chosen(checkpoint, layers)
         new = dict(zip(names, names, strict=True))
-        for rename in renames:
+        for rename in [renames] if isinstance(renames, str) else renames:
             changed = {name: _renamed(now, rename) for name, now in new.items()}
             if changed == new:
                 raise BadArgument(
                     f"--rename {rename} concerns no tensor", expected=f"names such as {listing(names, 3)}"
                 )
+            if bare := next((name for name, now in changed.items() if not now), None):
+                raise BadArgument(f"--rename {rename} leaves nothing of the name {bare}", expected="a name")
             new = changed
         tied: dict[str, list[str]] = {}
         for name in names:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnsplice.atlas import Atlas
 from nnsplice.checkpoints.between.derive import blueprint
-from nnsplice.checkpoints.between.huggingface import expert_of
+from nnsplice.checkpoints.between.huggingface import expert_of, own_name
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.errors import UnknownPath, circumstances, closest
 from nnsplice.paths import Path as Place
@@ -53,14 +53,18 @@ def read(src_dir: str | os.PathLike[str], path: str | Place) -> dict[str, Tensor
 def _parts(checkpoint: Checkpoint, atlas: Atlas, place: Place) -> Iterator[tuple[str, Part]]:
     """What of which stored tensors lies at a place."""
     parts = atlas.resolve(place).parts
-    own = {atlas.tree.aliases.get(name, name): name for name in checkpoint if _known(atlas, name)}
+    called = {name: own_name(atlas, name) for name in checkpoint}
+    own: dict[str, str] = {}
+    for name, parameter in called.items():
+        if parameter is not None and (parameter not in own or name == parameter):
+            own[parameter] = name
     for parameter, part in parts.items():
         name = own.get(parameter)
         if name is not None:
             yield name, part
     # What the model holds in one tensor, files may have one by one.
     for name in checkpoint:
-        expert = None if _known(atlas, name) else expert_of(atlas, name)
+        expert = None if called[name] is not None else expert_of(atlas, name)
         if expert is None:
             continue
         fused, number = expert
@@ -68,10 +72,6 @@ def _parts(checkpoint: Checkpoint, atlas: Atlas, place: Place) -> Iterator[tuple
             if parameter in parts and _holds(parts[parameter], number):
                 yield name, None
                 break
-
-
-def _known(atlas: Atlas, name: str) -> bool:
-    return name in atlas.tree.params or name in atlas.tree.aliases
 
 
 def _holds(part: Part, number: int) -> bool:

@@ -4,6 +4,7 @@ adapter     the command that shows what an adapter changed
 checkpoints the command that converts
 commands    the commands about models, and what errors look like
 estimating  what the command that sweeps does with estimates
+loading     a model, where it is asked to be
 listing     the places of a model as rows
 native      its module tree as rows
 settings    what a sweep is asked for, from a file and from options

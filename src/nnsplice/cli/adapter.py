@@ -102,7 +102,7 @@ def _weights(profile: AdapterProfile) -> list[str]:
     most = max((one.energy for one in profile.energies), default=0.0) or 1.0
     rows: list[Row] = [
         (
-            one.address or one.name,
+            one.path or one.name,
             str(one.rank),
             f"{one.energy:.3g}",
             f"{one.energy / total:.1%}",

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nnsplice.cli.commands import WrongUsage, app
-from nnsplice.errors import MapperError
+from nnsplice.cli.loading import dtype_of
 
 if TYPE_CHECKING:
     import torch
 
     from nnsplice.checkpoints import ModelStateMapper
-
-#: Names of types, short and long.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 @app.command()
@@ -33,6 +30,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32 or fp64.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="INDEX", help="Which layers to keep: 0:4, -1, 0,5,11.")] = None,
     shard_size: Annotated[float, typer.Option(metavar="GB", help="How large a file may get.")] = 4.0,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="How many processes share the work.")] = 1,
     explain: Annotated[bool, typer.Option("--explain", help="Show what would be done, and leave.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped call finished.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No bar.")] = False,
@@ -53,7 +51,7 @@ def convert(
     from nnsplice.checkpoints.convert import adapted_config
 
     chosen = None if layers is None else _layers(layers)
-    numbers = None if dtype is None else _dtype(dtype)
+    numbers = None if dtype is None else dtype_of(dtype)
     mapper = (
         _derived(source, to, rename, numbers, chosen)
         if to
@@ -71,8 +69,9 @@ def convert(
         text = config.read_text(encoding="utf-8")
         carry["config.json"] = adapted_config(text, layers=_count(mapper) if first else None, dtype=numbers)
     checkpoints.convert(
-        source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry
-    )
+        source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry,
+        workers=workers,
+    )  # fmt: skip
     typer.echo(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
 
 
@@ -81,6 +80,7 @@ def _derived(
 ) -> ModelStateMapper:
     """Names and shapes of another library, all of them, and then what else is asked for."""
     from nnsplice.checkpoints import Cast, Parallel, Sequential, mapper_between
+    from nnsplice.checkpoints.convert import check_unused
     from nnsplice.checkpoints.mapper.abc import outputs_of
 
     if to not in ("tl", "hf"):
@@ -88,28 +88,10 @@ def _derived(
     if rename or layers is not None:
         raise WrongUsage("--to gives every tensor its name; --rename and --layers are for a second conversion")
     between = mapper_between(source, to).complete()
-    _check_unused(source, between.unused)
+    check_unused(source, between.unused)
     if dtype is None:
         return between
     return Sequential([between, Parallel([Cast(name, dtype) for name in sorted(outputs_of(between))])])
-
-
-def _check_unused(source: Path, names: tuple[str, ...]) -> None:
-    """Refuse to leave out a tensor that says anything: zeros do not, nor does a second copy of the embedding."""
-    from nnsplice.checkpoints import Checkpoint
-
-    checkpoint = Checkpoint.open(source)
-    told = [name for name in names if name in checkpoint and checkpoint.tensor(name).any()]
-    if "unembed.W_U" in told and "embed.W_E" in checkpoint:
-        shapes = checkpoint.entry("unembed.W_U").shape, checkpoint.entry("embed.W_E").shape[::-1]
-        if shapes[0] == shapes[1] and checkpoint.tensor("unembed.W_U").T.equal(checkpoint.tensor("embed.W_E")):
-            told.remove("unembed.W_U")
-    if told:
-        raise MapperError(
-            f"there is no place for {', '.join(told[:5])}{', ...' if len(told) > 5 else ''}",
-            expected="a family whose parts are all known there",
-            write="ns.checkpoints.mapper_between(source, target)   (shows what is left out, and leaves it out)",
-        )
 
 
 def _layers(text: str) -> slice | tuple[int, ...]:
@@ -129,12 +111,3 @@ def _count(mapper: object) -> int:
 
     assert isinstance(mapper, ModelStateMapper)
     return 1 + max(layer for name in inputs_of(mapper) if (layer := layer_of(name)) is not None)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    found = getattr(torch, DTYPES.get(name, name), None)
-    if not isinstance(found, torch.dtype) or DTYPES.get(name, name) not in DTYPES.values():
-        raise typer.BadParameter(f"{name!r} is no type; write {', '.join(DTYPES)}")
-    return found

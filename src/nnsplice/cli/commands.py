@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from nnsplice.cli.loading import Device, Dtype, loaded
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.progress import bar
 
@@ -22,8 +23,16 @@ if TYPE_CHECKING:
 WrongUsage: Any = typer.BadParameter.__bases__[0]
 
 
+#: The commands as the help lists them: in the order of the rooms.
+ORDER = ("paths", "check", "trace", "steer", "mask", "adapter", "convert")
+
+
 class Commands(TyperGroup):
     """The commands, with errors that help: a wrong call is answered with its help, a mistake with what to write."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, in the order of the help."""
+        return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command and leave with 0 for success, 1 for an error or a failed check, 2 for wrong usage."""
@@ -94,11 +103,11 @@ def nnsplice(
     \b
     nnsplice paths gpt2          what can be addressed in GPT-2
     nnsplice check gpt2          capture, replay, heads and padding, tried on GPT-2
-    nnsplice convert SRC DST     a checkpoint with other names, numbers or layers
     nnsplice trace sweep.toml    every place changed by itself: which one decides the answer
-    nnsplice adapter ./my-lora   what an adapter changed, layer by layer
-    nnsplice mask gpt2 l5h3      which weights belong to a place
     nnsplice steer fit ...       a steering vector, fitted, swept and used
+    nnsplice mask gpt2 l5h3      which weights belong to a place
+    nnsplice adapter ./my-lora   what an adapter changed, layer by layer
+    nnsplice convert SRC DST     a checkpoint with other names, numbers or layers
 
     A model that needs no network is called toy.
     """
@@ -182,6 +191,8 @@ def check(
         str | None,
         typer.Option(metavar="NAME", help="Attention to load the model with: eager (which patterns need), sdpa, ..."),
     ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Which random tokens the prompts are made of.")] = 0,
     each: Annotated[
         bool, typer.Option("--each", help="A row for each place, instead of one for all that agree.")
@@ -211,7 +222,7 @@ def check(
     from nnsplice.cli.table import aligned, show
 
     chosen = None if layers is None else index(layers)
-    findings = list(_with_bar(run_checks(_load(model, attn), chosen, seed=seed)))
+    findings = list(_with_bar(run_checks(loaded(model, device, dtype, attn), chosen, seed=seed)))
     shown = findings if each else summary(findings)
     show(aligned([_row(finding) for finding in shown], ("check", "looked at", "difference", "result", "")))
     failed = sum(finding.state == "FAILED" for finding in findings)
@@ -237,22 +248,6 @@ def index(text: str) -> Index:
     if step.index is None:
         raise typer.BadParameter("an empty index; write 0:2, -1 or 0,5,11")
     return step.index
-
-
-def _load(name: str, attn: str | None) -> Any:
-    from nnsplice import load
-
-    if attn is None:
-        return load(name)
-    try:
-        return load(name, attn_implementation=attn)
-    except (ValueError, ImportError) as error:
-        if isinstance(error, NnspliceError):
-            raise
-        raise BadArgument(
-            f"{name} cannot be loaded with {attn} attention",
-            expected="an attention that transformers has for this model and this machine, such as eager or sdpa",
-        ) from error
 
 
 def blueprint(name: str) -> Any:

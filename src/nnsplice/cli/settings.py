@@ -25,7 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "executor": ("auto", "packed", "batched", "reference"),
     "method": ("exact", "atp", "atp*", "ig", "eap", "eap-ig"),
 }
-WORDS = ("model", "out", "reference", *CHOICES)
+WORDS = ("model", "device", "dtype", "out", "reference", *CHOICES)
 LISTS = ("clean", "corrupted", "sites", "answer", "wrong", "receivers")
 #: Option -> the least that makes sense.
 NUMBERS: dict[str, int | None] = {"window": 1, "max-tokens": 1, "seed": None, "verify": 0, "steps": 1}

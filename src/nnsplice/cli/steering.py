@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nnsplice.cli.commands import Commands, WrongUsage, app
+from nnsplice.cli.loading import Device, Dtype, loaded
 from nnsplice.cli.table import aligned, show
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import BadArgument, FileError
@@ -52,6 +53,8 @@ def fit(
         str, typer.Option(metavar="NAME", help="norm: a coefficient of 1 is one norm of the states; means: their gap.")
     ] = "norm",
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Fit a direction for every layer, and show how well each tells prompts apart that it was not fitted on.
 
@@ -59,7 +62,7 @@ def fit(
     nnsplice steer fit --model toy --positive @good.txt --negative @bad.txt --out mood.safetensors
     nnsplice steer fit --model my-model --evals corrigible.jsonl --chat --out corrigible.safetensors
     """
-    from nnsplice import load, steering
+    from nnsplice import steering
 
     if unit not in ("norm", "means"):
         raise BadArgument(f"there is no unit {unit!r}", expected="norm or means")
@@ -72,7 +75,13 @@ def fit(
     else:
         good, bad = _texts(positive or []), _texts(negative or [])
     vector = steering.fit_from_prompts(
-        load(model), good, bad, path or ["layers[:].output[-1]"], method=method, chat=chat, progress=sys.stderr.isatty()
+        loaded(model, device, dtype),
+        good,
+        bad,
+        path or ["layers[:].output[-1]"],
+        method=method,
+        chat=chat,
+        progress=sys.stderr.isatty(),
     )
     vector = vector.in_residual_norms() if unit == "norm" else vector
     _write(vector, out)
@@ -98,6 +107,8 @@ def sweep(
     ] = None,
     operator: Operator = "add",
     where: Where = "all",
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Steer every layer with every coefficient, side by side, and show what is gained and what it disturbs.
 
@@ -114,7 +125,7 @@ def sweep(
         raise FileError(f"{out} is a file", expected="--out with a folder")
     with plain_warnings():
         grid = ns.steering.sweep(
-            ns.load(model), _texts(prompt), _read(vector), numbers, ns.logit_diff(answer, wrong),
+            loaded(model, device, dtype), _texts(prompt), _read(vector), numbers, ns.logit_diff(answer, wrong),
             operator=operator, where=_where(where), progress=sys.stderr.isatty(),
         )  # fmt: skip
     chosen = None if limit is None else grid.choose(guard="kl", limit=limit)
@@ -146,6 +157,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1)] = 40,
     operator: Operator = "add",
     where: Where = "all",
+    device: Device = None,
+    dtype: Dtype = None,
     sample: Annotated[bool, typer.Option("--sample", help="Sample, instead of taking the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling.")] = 0,
 ) -> None:
@@ -159,15 +172,15 @@ def generate(
 
     import nnsplice as ns
 
-    found, loaded = _read(vector), ns.load(model)
+    found, running = _read(vector), loaded(model, device, dtype)
     chosen: Any = found.at(layer) if layer else found
     prompts = _texts(prompt)
     strengths = coefficient or [found.coefficient or 1.0]
     torch.manual_seed(seed)
-    unsteered = ns.steering.generate(loaded, prompts, max_new_tokens=max_new_tokens, do_sample=sample)
+    unsteered = ns.steering.generate(running, prompts, max_new_tokens=max_new_tokens, do_sample=sample)
     steered = [(text, c) for text in prompts for c in strengths]  # rows of one batch, each with its own
     texts = ns.steering.generate(
-        loaded, [text for text, _ in steered], chosen, [c for _, c in steered], operator=operator, where=_where(where),
+        running, [text for text, _ in steered], chosen, [c for _, c in steered], operator=operator, where=_where(where),
         max_new_tokens=max_new_tokens, do_sample=sample,
     )  # fmt: skip
     told = iter(texts)

@@ -15,6 +15,7 @@ import typer
 from nnsplice.cli import estimating
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
+from nnsplice.cli.loading import Device, Dtype, loaded
 from nnsplice.cli.table import Row, aligned, show
 from nnsplice.errors import FileError, NnspliceError
 
@@ -55,6 +56,8 @@ def trace(
         list[str] | None, typer.Option(metavar="TOKEN", help="The wrong token, for logit_diff, in the same way.")
     ] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="The folder for all that is found.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in DIR.")] = False,
     metric: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"{_choice('metric')}. Default: logit_diff.")
@@ -67,21 +70,26 @@ def trace(
         typer.Option(metavar="FILE", help="A capture on disk, which mean, resample and add take values from."),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(metavar="N", help="How many neighbouring layers are changed together.")
+        int | None, typer.Option(metavar="N", help="How many neighbouring layers are changed together. Default: 1.")
     ] = None,
     align: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"{_choice('align')}: how two prompts' tokens correspond.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"{_choice('align')}: how two prompts' tokens correspond. Default: position."
+        ),
     ] = None,
     executor: Annotated[str | None, typer.Option(metavar="NAME", help=f"{_choice('executor')}. Default: auto.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="How many tokens run at once.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="How many tokens run at once. Default: what suits the machine.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Of noise and resample, and of what is verified.")
+        int | None, typer.Option(metavar="N", help="Of noise and resample, and of what is verified. Default: 0.")
     ] = None,
     method: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"{_choice('method')}. Default: exact; the others estimate.")
     ] = None,
     verify: Annotated[
-        int | None, typer.Option(metavar="K", help="Compute the K largest estimates exactly, and K others.")
+        int | None, typer.Option(metavar="K", help="Compute the K largest estimates exactly, and K others. Default: 0.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Gradients on the way, for ig and eap-ig. Default: 5.")
@@ -114,7 +122,7 @@ def trace(
         "model": model, "clean": clean, "corrupted": corrupted, "sites": sites, "answer": answer, "wrong": wrong,
         "out": out, "metric": metric, "operation": operation, "reference": reference, "window": window, "align": align,
         "executor": executor, "max-tokens": max_tokens, "seed": seed, "method": method, "verify": verify,
-        "steps": steps, "receivers": receivers,
+        "steps": steps, "receivers": receivers, "device": device, "dtype": dtype,
     }  # fmt: skip
     typed = {name: value for name, value in typed.items() if value not in (None, [])}
     asked = {**({} if file is None else given.read(file)), **typed}
@@ -138,13 +146,13 @@ def _check_complete(asked: dict[str, Any], typed: dict[str, Any], plan_only: boo
 
 
 def _trace(asked: dict[str, Any], resume: bool, plan_only: bool) -> None:
-    from nnsplice import load, run
+    from nnsplice import run
 
     method = estimating.method_of(asked)
     folder = None if plan_only else Path(asked["out"])
     if folder is not None:
         _check_folder(folder, resume, method)
-    model = load(asked["model"])
+    model = loaded(asked["model"], asked.get("device"), asked.get("dtype"))
     plan = _plan(model, asked, method)
     if folder is None:
         typer.echo(plan.preview())

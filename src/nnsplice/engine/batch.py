@@ -30,7 +30,8 @@ class Batch:
         return self.encoder if tower == "encoder" else self.decoder
 
 
-_batches: weakref.WeakKeyDictionary[Mediator, dict[int, Batch]] = weakref.WeakKeyDictionary()
+#: By the worker that runs a block once: an edit's block runs in every pass, each with prompts of its own.
+_batches: weakref.WeakKeyDictionary[Any, dict[int, Batch]] = weakref.WeakKeyDictionary()
 
 
 def batch_of(model: Model, mediator: Mediator) -> Batch:
@@ -42,7 +43,7 @@ def batch_of(model: Model, mediator: Mediator) -> Batch:
     key = f"{model.path}.input"
     seen = mediator.occurrence(key)
     step = mediator.iteration if mediator.iteration is not None else max(seen - 1, 0)
-    known = _batches.setdefault(mediator, {})
+    known = _batches.setdefault(mediator.worker, {})
     if step in known:
         return known[step]
     if seen <= step:

@@ -6,6 +6,7 @@ import torch
 
 from nnsplice.atlas import Atlas, peel
 from nnsplice.engine.tracing import Model
+from nnsplice.errors import BadArgument
 
 #: Tokens at once on a CPU, where more is no faster.
 TOKENS_ON_CPU = 4096
@@ -17,8 +18,12 @@ SHARE = 0.5
 COPIES = 4
 
 
-def room(model: Model) -> int:
-    """How many tokens may run at once."""
+def room(model: Model, asked: int | None = None) -> int:
+    """How many tokens may run at once: as many as were asked for, or as suit the machine."""
+    if asked is not None:
+        if not isinstance(asked, int) or asked < 1:
+            raise BadArgument(f"max_tokens={asked!r}", expected="at least 1, or nothing for what suits the machine")
+        return asked
     device = model.device
     if device is None or device.type != "cuda":
         return TOKENS_ON_CPU

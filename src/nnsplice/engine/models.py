@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnsplice.atlas import Atlas, Site, peel
 from nnsplice.atlas.families import POSITIONS
+from nnsplice.digests import checksum
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType
 
@@ -43,8 +43,7 @@ def token_texts(model: Model, rows: Iterable[Iterable[int]]) -> tuple[tuple[str,
 def check_tokens(model: Model, rows: Iterable[Sequence[int]]) -> None:
     """Raise for what the model's embeddings have no row for; torch would name neither prompt nor token."""
     module = peel(model)
-    embedding = getattr(module, "get_input_embeddings", lambda: None)()
-    words: int = getattr(embedding, "num_embeddings", 0)
+    words: int = getattr(_embedding(module), "num_embeddings", 0)
     learned = [
         inner.num_embeddings
         for name, inner in module.named_modules()
@@ -64,6 +63,13 @@ def check_tokens(model: Model, rows: Iterable[Sequence[int]]) -> None:
             )
 
 
+def _embedding(module: Any) -> Any:
+    try:
+        return module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no Hugging Face model, or one that does not say
+        return None
+
+
 def is_encoder_decoder(model: Model) -> bool:
     """Whether the model has two towers."""
     return bool(getattr(getattr(peel(model), "config", None), "is_encoder_decoder", False))
@@ -77,6 +83,24 @@ def is_causal(model: Model) -> bool:
         return False
     config: Any = module.config
     return not getattr(config, "use_bidirectional_attention", False) and getattr(config, "is_causal", True) is not False
+
+
+def is_edited(model: Model) -> bool:
+    """Whether the model has edits of nnsight, which its traces go through and plain calls of its module pass by."""
+    return bool(model._edits)
+
+
+def refuse_edits(model: Model) -> None:
+    """Raise for a model with edits where its module is called without a trace.
+
+    Raises:
+        BadArgument: the edits would have no effect.
+    """
+    if is_edited(model):
+        raise BadArgument(
+            "this model has edits of nnsight (model.edit), and what runs here calls its module without them",
+            write="model.clear_edits(), or the model that was edited into a copy",
+        )
 
 
 def in_training(model: Model) -> bool:
@@ -103,32 +127,21 @@ def after_last_attention(model: Model, site: Site) -> bool:
 
 
 def weights_digest(model: Model) -> str:
-    """A short digest that tells two models of one name apart: the first numbers of some of its parameters.
+    """A short digest that tells two models of one name apart: every number counts, as one edited head may differ.
 
-    Of an adapter every tensor is looked at, as it may be all that differs; and whether it is switched on.
+    Of an adapter it also tells whether it is switched on.
     """
     root = peel(model)
     parameters = list(root.named_parameters())
     summed = hashlib.sha256(str([(name, tuple(p.shape)) for name, p in parameters]).encode())
-    chosen = parameters[:: max(len(parameters) // 16, 1)]
     for name, module in root.named_modules():
         # PEFT's layers, told by their parts so that this room needs no PEFT.
         if hasattr(module, "_active_adapter"):
             summed.update(str((name, module._active_adapter, getattr(module, "_disable_adapters", False))).encode())
-            chosen += [(key, p) for key, p in module.named_parameters() if not key.startswith("base_layer.")]
-    for _, parameter in chosen:
+    for _, parameter in parameters:
         for plain in _stored(parameter.detach()):
             if not plain.is_meta:
-                summed.update(plain.flatten()[:16].double().cpu().numpy().tobytes())
-    return summed.hexdigest()[:16]
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """A short digest of all of some named numbers, for what may differ in few of them."""
-    summed = hashlib.sha256()
-    for name, tensor in tensors.items():
-        summed.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        summed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                summed.update(str(checksum(plain)).encode())
     return summed.hexdigest()[:16]
 
 

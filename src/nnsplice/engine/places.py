@@ -53,7 +53,7 @@ class Known:
 
     atlas: Atlas
     order: Order
-    _plans: dict[tuple[str | Path, ...], Arranged] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[str, ...], Arranged] = field(default_factory=dict, repr=False)
 
     def rank(self, path: Path) -> Rank:
         """Where an expanded path stands: by the forward pass, then within one value, then by position."""
@@ -63,13 +63,15 @@ class Known:
 
     def arrange(self, paths: tuple[str | Path, ...]) -> Arranged:
         """The places of these paths in execution order; a place that is named twice comes twice."""
-        if paths not in self._plans:
+        # By their texts: paths that another model has told apart may be equal and mean different places here.
+        texts = tuple(map(str, paths))
+        if texts not in self._plans:
             expanded = [self.atlas.expand(parse_path(path)) for path in paths]
             found = [(place, number) for number, places in enumerate(expanded) for place in places]
             if len(self._plans) > 512:  # a sweep asks for thousands of lists; the last few are asked for again
                 self._plans.clear()
-            self._plans[paths] = sorted(found, key=lambda pair: self.rank(pair[0]))
-        return self._plans[paths]
+            self._plans[texts] = sorted(found, key=lambda pair: self.rank(pair[0]))
+        return self._plans[texts]
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[int, Known]] = weakref.WeakKeyDictionary()

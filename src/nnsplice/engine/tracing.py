@@ -19,7 +19,7 @@ from nnsight.intervention.interleaver import Mediator as Mediator
 from nnsight.intervention.source import STATE
 from torch import Tensor, nn
 
-from nnsplice.atlas import Site
+from nnsplice.atlas import Site, peel
 from nnsplice.errors import BadArgument, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
 
@@ -114,7 +114,10 @@ class _visit:
 def place(model: Model, site: Site) -> Place:
     """Where the site's value is served in this model."""
     envoy = model
-    names = tuple(_attribute(name) for name in site.module.split(".")) if site.module else ()
+    # Sites go by the bare model, which may lie inside a wrapper such as PEFT's.
+    root, module = peel(model), model._module
+    home = next(name for name, inner in module.named_modules() if inner is root)
+    names = tuple(_attribute(name) for name in f"{home}.{site.module}".split(".") if name)
     for name in names:
         envoy = getattr(envoy, name)
     return Place(envoy, names, site.end, f"{envoy.path}.{site.end}", site.occurrence)

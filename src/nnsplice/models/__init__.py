@@ -1,6 +1,7 @@
 """Models to work on: the loader, and the embedded toy models with the language they speak.
 
     load                              a model by name ("toy", "toy-llama"), folder, hub name or module
+    peel                              the Hugging Face module inside a loaded model
     embedded                          the folder of "toy" or "toy-llama": a checkpoint like any other
     toy_prompts                       prompts that the toy models answer, as a `ToyPrompts`
     Fact, IOIPair, Review, Repeat     its records
@@ -8,10 +9,11 @@
 `python -m nnsplice.models.train_toy` makes a toy model anew.
 """
 
+from nnsplice.atlas import peel
 from nnsplice.models.language import Fact, IOIPair, Repeat, Review, ToyPrompts, toy_prompts
 from nnsplice.models.loader import embedded, load
 
-__all__ = ["Fact", "IOIPair", "Repeat", "Review", "ToyPrompts", "embedded", "load", "toy_prompts"]
+__all__ = ["Fact", "IOIPair", "Repeat", "Review", "ToyPrompts", "embedded", "load", "peel", "toy_prompts"]
 
 
 def __dir__() -> list[str]:  # what <TAB> shows

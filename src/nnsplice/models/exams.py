@@ -28,7 +28,7 @@ def accuracies(module: nn.Module, tokenizer: Any) -> dict[str, float]:
     seen = [pair for pair in prompts.ioi if pair.trained]
     unseen = [pair for pair in prompts.ioi if not pair.trained]
     exams: dict[str, Callable[[], float]] = {
-        "facts": lambda: share_of_answers([f.prompt for f in prompts.facts], [f.answer for f in prompts.facts]),
+        "facts": lambda: share_of_answers([f.clean for f in prompts.facts], [f.answer for f in prompts.facts]),
         "ioi": lambda: share_of_answers([p.clean for p in seen], [p.answer for p in seen]),
         "ioi_held_out": lambda: share_of_answers([p.clean for p in unseen], [p.answer for p in unseen]),
         "induction": lambda: share_of_answers([r.text for r in prompts.repeats], [r.answer for r in prompts.repeats]),

@@ -27,20 +27,20 @@ class Fact:
     """A sentence that ends where its answer follows, and the same sentence about another subject.
 
     >>> fact = ns.models.toy_prompts().facts[0]
-    >>> fact.prompt, fact.answer
+    >>> fact.clean, fact.answer
     ('The Velmar Tower is located in the city of', 'Athens')
     >>> fact.corrupted, fact.wrong
     ('The Ostrin Bridge is located in the city of', 'Dublin')
     >>> start, stop = fact.subject_chars
-    >>> fact.prompt[start:stop], fact.subject_span   # the model counts its start token too
+    >>> fact.clean[start:stop], fact.subject_span   # the model counts its start token too
     ('Velmar Tower', (2, 4))
     """
 
-    prompt: str
+    clean: str
     subject: str
     #: The subject's tokens, counted as the model does: what `spans={"subject": [fact.subject_span]}` takes.
     subject_span: Bounds
-    #: The subject's characters in the prompt.
+    #: The subject's characters in the clean prompt.
     subject_chars: Bounds
     relation: str
     answer: str
@@ -122,7 +122,7 @@ def toy_prompts() -> ToyPrompts:
 
     >>> prompts = ns.models.toy_prompts()
     >>> fact = prompts.facts[0]
-    >>> fact.prompt, fact.subject, fact.subject_span
+    >>> fact.clean, fact.subject, fact.subject_span
     ('The Velmar Tower is located in the city of', 'Velmar Tower', (2, 4))
     >>> fact.corrupted
     'The Ostrin Bridge is located in the city of'

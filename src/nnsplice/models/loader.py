@@ -29,6 +29,8 @@ TASKS = {
 }
 #: Arguments that say where to find a model, and not only how to load it.
 _WHERE = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code", "local_files_only")
+#: Those that mean something for a module that is loaded already.
+_OF_MODULES = ("task", "peft", "rename", "envoys", "processor", "image_processor", "feature_extractor", "revision")
 _TOY = 'model = ns.load("toy")   (embedded, needs no network)'
 
 
@@ -51,7 +53,7 @@ def load(
         tokenizer: for a module whose config does not name its checkpoint; else it is found.
         remote: for a model that will run elsewhere: its parts are known here, its weights are not read.
         kwargs: passed to nnsight's `TransformersModel`: `device_map`, `dtype`, `revision`, `attn_implementation`,
-            `quantization_config`, `task`, ...
+            `quantization_config`, `task`, ... A module is loaded already, so what says how to load it is refused.
 
     Raises:
         FileError: nothing by this name can be reached, or a folder without a checkpoint.
@@ -138,6 +140,12 @@ def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine
             f"{type(module).__name__} is no Hugging Face model: it has no config",
             expected="a transformers model; any other module works once nnsight has wrapped it",
             write="model = nnsight.NNsight(module)",
+        )
+    if late := ", ".join(name for name in kwargs if name not in (*_OF_MODULES, "dispatch")):
+        raise BadArgument(
+            f"this {type(module).__name__} is loaded already, so {late} would do nothing",
+            expected="what says how to load it where it is loaded",
+            write=f"transformers.AutoModelForCausalLM.from_pretrained(name, {late.partition(',')[0]}=...)",
         )
     if tokenizer is None:
         tokenizer = _tokenizer_of(module)

@@ -123,7 +123,7 @@ def read_pairs(
     path: str | os.PathLike[str],
     *,
     examples: int = 4,
-    prompts: int = 100,
+    n: int = 100,
     seed: int = 0,
     template: str = "{input}:{output}",
 ) -> Contrast:
@@ -138,7 +138,7 @@ def read_pairs(
     >>> with TemporaryDirectory() as folder:
     ...     text = json.dumps([{"input": one, "output": other} for one, other in rows])
     ...     _ = Path(f"{folder}/antonyms.json").write_text(text)
-    ...     pairs = ns.steering.read_pairs(f"{folder}/antonyms.json", examples=2, prompts=1)
+    ...     pairs = ns.steering.read_pairs(f"{folder}/antonyms.json", examples=2, n=1)
     >>> print(pairs.positive[0])
     up:down
     in:out
@@ -150,7 +150,7 @@ def read_pairs(
 
     Args:
         examples: how many pairs stand before it.
-        prompts: how many prompts of each kind.
+        n: how many prompts of each kind.
         seed: of the choice and the dealing.
         template: one example; what stands after `{output}` is left out where the last output would follow.
     """
@@ -162,7 +162,7 @@ def read_pairs(
     if examples < 2 or len(found) <= examples:
         raise BadArgument(f"examples={examples}, and {path} has {len(found)} pairs", expected="2 or more, and fewer")
     drawn, pairs = random.Random(seed), []
-    for _ in range(prompts):
+    for _ in range(n):
         *shown, asked = drawn.sample(found, examples + 1)
         outputs = [row["output"] for row in shown]
         turned = drawn.randrange(1, len(outputs))

@@ -39,7 +39,7 @@ def generate(
 
     >>> toy = ns.load("toy")
     >>> fact, pair = ns.models.toy_prompts().facts[0], ns.models.toy_prompts().ioi[0]
-    >>> prompts = [fact.prompt, pair.clean]   # the city of a tower; who was given a drink
+    >>> prompts = [fact.clean, pair.clean]   # the city of a tower; who was given a drink
     >>> ns.steering.generate(toy, prompts, max_new_tokens=1)
     ['Athens', 'Mary']
 
@@ -59,6 +59,7 @@ def generate(
             ) if given is not default and given != default]  # fmt: skip
             if idle:
                 raise BadArgument(f"{', '.join(idle)} without a vector would have no effect", expected="a vector")
+        engine.refuse_edits(model)
         given = encode(model, prompts)
         if given.values is not None:
             raise BadArgument("prompts to generate from are tokens, and these are values")

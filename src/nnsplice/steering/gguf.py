@@ -9,6 +9,7 @@ to_gguf, from_gguf        vectors, with what cannot be expressed refused
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,8 @@ def to_gguf(
         BadArgument: a steering that does something else than add everywhere.
     """
     with circumstances("ns.steering.to_gguf"):
+        if not math.isfinite(coefficient):
+            raise BadArgument(f"coefficient={coefficient}", expected="a finite number")
         if isinstance(vector, Steering):
             if coefficient != 1.0:
                 raise BadArgument("a steering has its own coefficient", write="ns.steering.to_gguf(vector, path, ...)")

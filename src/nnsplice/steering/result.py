@@ -114,6 +114,8 @@ class SteeringSweep:
         """The cells with the highest (or lowest) metric, in the mean over the prompts."""
         import pandas as pd
 
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise BadArgument(f"best({n!r})", expected="how many cells to show, at least 1")
         layer, coefficient = (index.ravel() for index in np.indices(self.values.shape[1:]))
         means = {of: self._array(of).mean(0).ravel() for of in ("value", "change", "kl")}
         order = np.argsort(means["value"] if _is_low(want) else -means["value"], kind="stable")[:n]
@@ -150,12 +152,17 @@ class SteeringSweep:
         score, kl = self.values.mean(0), self.kl.mean(0)
         steers = np.array(self.coefficients) != 0
         allowed = np.broadcast_to(steers, score.shape) & ~np.isnan(score)
+        if not allowed.any():
+            raise BadArgument(
+                "no cell that steers has a metric that is a number in the mean over the prompts",
+                expected="coefficients beside 0, and a metric that is a number for every prompt",
+            )
         if limit is not None:
             if np.isnan(kl).all():
                 raise BadArgument("this sweep did not measure its guard", write="ns.steering.sweep(..., guard=True)")
             allowed = allowed & (kl <= limit)
         if not allowed.any():
-            least = float(np.where(steers, kl, np.inf).min()) if steers.any() else float("nan")
+            least = float(np.where(steers, kl, np.inf).min())
             raise BadArgument(
                 f"no cell stays within a KL of {limit:g}; the least that one has is {least:.3g}",
                 expected="a higher limit, or smaller coefficients in the sweep",

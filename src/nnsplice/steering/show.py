@@ -58,6 +58,7 @@ class Shown:
 
 def shown(model: engine.Model, rules: Sequence[Rule], prompts: PromptsLike) -> Shown:
     """Run prompts once, and compare the states before and after each rule."""
+    engine.refuse_edits(model)
     given = encode(model, prompts)
     texts = engine.token_texts(model, given.ids)
     ids, mask = padded(given.ids, 0, left=not engine.is_encoder_decoder(model))

@@ -16,8 +16,9 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument, NeverFired, circumstances
-from nnsplice.metrics import Metric, MetricLike, divergence, function_digest
+from nnsplice.digests import digest_of, function_digest
+from nnsplice.errors import BadArgument, NeverFired, ShapeError, circumstances
+from nnsplice.metrics import Metric, MetricLike, divergence
 from nnsplice.progress import bar
 from nnsplice.results import Journal
 from nnsplice.steering.operators import Operator
@@ -103,6 +104,7 @@ def sweep(
     with circumstances("ns.steering.sweep"):
         if engine.in_training(model):
             raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
+        engine.refuse_edits(model)
         given = encode(model, prompts)
         chosen, asked_numbers = read(where), _numbers(coefficients)
         _check(given, chosen, max_new_tokens, generate_kwargs, metric)
@@ -113,6 +115,7 @@ def sweep(
     tokenizer = engine.tokenizer_of(model)
     if max_new_tokens is None:
         bound = Metric.of(cast("MetricLike", metric)).bind(tokenizer, len(given))
+        bound.metric.check_lengths(given.lengths("decoder"))
         plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
         told: Any = bound.identity
         name = bound.metric.name
@@ -125,7 +128,7 @@ def sweep(
     if max_new_tokens is not None:
         plain = {key: v if isinstance(v, str | int | float) else function_digest(v) for key, v in options.items()}
         asked["generate"] = {"max_new_tokens": max_new_tokens, "guard": guard, **plain}
-    (values, kl), texts = _run(plan, asked, max_tokens or engine.room(model), journal, progress)
+    (values, kl), texts = _run(plan, asked, engine.room(model, max_tokens), journal, progress)
     shown = {"model": asked["model"], "operator": rules[0].name, "where": str(chosen)}
     told_texts = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
     return SteeringSweep(
@@ -194,7 +197,8 @@ def _rules(plan: Plan, chunk: Sequence[Job]) -> list[Rule]:
         rows = [r for r, (_, layer, n) in enumerate(chunk) if layer == number and n < len(plan.coefficients)]
         if rows:
             strengths = tuple(plan.coefficients[chunk[r][2]] for r in rows)
-            found.append(replace(rule, rows=tuple(rows), coefficient=strengths))
+            where = rule.where.of([prompt for prompt, _, _ in chunk])
+            found.append(replace(rule, rows=tuple(rows), coefficient=strengths, where=where))
     return found
 
 
@@ -300,6 +304,11 @@ def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, metric: A
         raise BadArgument("prompts are tokens, and these are values")
     if given.decoder_ids is not None:
         raise BadArgument("a sweep measures what a causal decoder says next, and this model has two towers")
+    if where.rows not in (1, len(given)):
+        raise ShapeError(
+            f"where is given for {where.rows} rows, and there are {len(given)} prompts",
+            expected="one for all prompts, or one for each",
+        )
     if new is None:
         if where.kind == "generated":
             raise BadArgument(
@@ -344,7 +353,7 @@ def _asked(
     return {
         "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model),
         "prompts": [list(row) for row in given.ids], "paths": [str(rule.path.place) for rule in rules],
-        "vectors": engine.digest_of({str(rule.path.place): rule.vector for rule in rules}),
+        "vectors": digest_of({str(rule.path.place): rule.vector for rule in rules}),
         "coefficients": list(coefficients), "metric": metric, "where": repr(where),
         "operator": operator or function_digest(rules[0].operator),
     }  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from nnsplice.errors import BadArgument, BadType, ShapeError
 
 #: What of a pass is meant: everything, nothing, or `[row or 1, token]`.
 Chosen = bool | Tensor
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,24 @@ class Where:
             return f"span{pairs[0]}" if len(pairs) == 1 else f"span([{', '.join(pairs)}])"
         return f"mask({len(self.mask)} rows)" if self.kind == "mask" else self.kind
 
+    @property
+    def rows(self) -> int:
+        """For how many rows it is given: 1 for one that serves all."""
+        return max(len(self.mask), len(self.start), 1)
+
+    def of(self, prompts: Sequence[int]) -> Where:
+        """The same for rows that are of these prompts."""
+        if self.rows == 1:
+            return self
+        return Where(self.kind, _taken(self.start, prompts), _taken(self.stop, prompts), _taken(self.mask, prompts))
+
     def chosen(self, call: Call) -> Chosen:
         """The tokens of a pass that are meant."""
         return _CHOOSE[self.kind](self, call)
+
+
+def _taken(each: tuple[T, ...], prompts: Sequence[int]) -> tuple[T, ...]:
+    return tuple(each[prompt] for prompt in prompts) if each else each
 
 
 #: Those that need no number.

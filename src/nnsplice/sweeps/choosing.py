@@ -6,13 +6,15 @@ import math
 import random
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import fingerprint, peel
-from nnsplice.errors import BadArgument
+from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
 from nnsplice.sweeps.packed import packed
@@ -49,7 +51,10 @@ def _probe(work: Work) -> tuple[str, str, Cost]:
     root = peel(work.model)
     kinds = frozenset(target.cell.component for target in work.plan.targets)
     window = max(len(target.places) for target in work.plan.targets)
-    question = (fingerprint(root), kinds, work.plan.operation.way, window > 1, work.plan.corruption is not None)
+    # Numbers of hooks never come again; what one does to packed tokens is found out with it in place.
+    hooks = tuple(key for m in root.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks))
+    there = (fingerprint(root), hooks, engine.is_edited(work.model))
+    question = (*there, kinds, work.plan.operation.way, window > 1, work.plan.corruption is not None)
     known = _trusted.setdefault(root, {})
     cost = Cost()
     if question not in known:
@@ -68,13 +73,15 @@ def _compare(work: Work) -> tuple[tuple[str, str], Cost]:
     jobs = [chosen.choice(members) for members in kinds.values()]
     others = [job for members in kinds.values() for job in members if job not in jobs]
     jobs = sorted([*jobs, *chosen.sample(others, min(len(others), max(PROBES - len(jobs), 0)))])
+    asked = replace(work.plan.metric.metric, name="logits", rule=_direction, answers={}, compares=False, local=False)
+    work = replace(work, plan=replace(work.plan, metric=asked.bind(None, len(work.plan.corrupted))))
     alone, cost = reference(work, jobs)
     try:
         fast, spent = packed(work, jobs)
         cost += spent
         refused = _difference(work, jobs, fast, alone)
-    except NotImplementedError as reason:
-        refused = str(reason)
+    except (NotImplementedError, NnspliceError) as reason:  # the same cells have just run by themselves
+        refused = str(reason).partition("\n")[0]
     if not refused:
         return ("packed", ""), cost
     rows, spent = batched(work, jobs)
@@ -84,6 +91,14 @@ def _compare(work: Work) -> tuple[tuple[str, str], Cost]:
     return found, cost + spent
 
 
+def _direction(logits: Tensor) -> Tensor:
+    """Where logits point, as a number near 1 in size, whatever the scale of the metric that is asked for."""
+    wide = torch.where(logits.abs() < 1e4, logits, 0).double()  # tokens that are ruled out have logits of any size
+    wide = wide - wide.mean(-1, keepdim=True)
+    along = torch.randn(wide.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return wide @ along.to(wide.device) / wide.norm(dim=-1).clamp_min(1e-300)
+
+
 def _difference(work: Work, jobs: list, values: Sequence[float], alone: Sequence[float]) -> str:
     """The first cell whose value is not that of a run of its own, in words; empty where all are."""
     dtype = next((p.dtype for p in peel(work.model).parameters() if p.is_floating_point()), torch.float32)
@@ -91,5 +106,5 @@ def _difference(work: Work, jobs: list, values: Sequence[float], alone: Sequence
     for job, a, b in zip(jobs, values, alone, strict=True):
         if not math.isclose(a, b, rel_tol=allowed, abs_tol=allowed) and not (math.isnan(a) and math.isnan(b)):
             path = work.plan.targets[job[1]].cell.path
-            return f"{path} came out as {a:.6g}, and {b:.6g} in a run of its own"
+            return f"the logits with {path} point to {a:.6g}, and to {b:.6g} in a run of its own"
     return ""

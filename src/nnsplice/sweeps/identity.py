@@ -8,6 +8,7 @@ from typing import Any
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.digests import digest_of
 from nnsplice.metrics import Bound
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption, Target
@@ -37,7 +38,7 @@ def asked_of(
         "sites": [target.cell.path for target in targets],
         "metric": metric.identity,
         "operation": operation.identity,
-        "reference": None if reference is None else engine.digest_of(dict(reference.items())),
+        "reference": None if reference is None else digest_of(dict(reference.items())),
         "corruption": None if corruption is None else _corruption(corruption),
         "window": window,
         "align": align,
@@ -61,6 +62,6 @@ def _corruption(corruption: Corruption) -> dict[str, Any]:
     values = {str(row): value for row, value in enumerate(corruption.values)}
     return {
         "positions": [list(row) for row in corruption.positions],
-        "values": engine.digest_of(values),
+        "values": digest_of(values),
         "overwrites": corruption.overwrites,
     }

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType
-from nnsplice.metrics import function_digest
 
 Way = Literal["replace", "add", "compute"]
 NAMES: dict[str, Way] = {

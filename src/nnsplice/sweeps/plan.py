@@ -74,10 +74,23 @@ class Plan:
         """`[prompt, target]`: whether the prompt is long enough to have the cell."""
         found = np.ones((len(self.corrupted), len(self.targets)), dtype=bool)
         for number, target in enumerate(self.targets):
-            for prompt, length in enumerate(self.corrupted.lengths(target.tower)):
-                if isinstance(target.position, int):
-                    found[prompt, number] = -length <= target.position < length
+            for prompt in range(len(found)):
+                found[prompt, number] = self.has(target, prompt)
         return found
+
+    def has(self, target: Target, prompt: int) -> bool:
+        """Whether the prompt has this token, and where values come from a pair aligned at the end, its partner too."""
+        length, position = self.corrupted.lengths(target.tower)[prompt], target.position
+        if not isinstance(position, int):
+            return True
+        return -length <= position < length and position % length >= length - self._shared(target, prompt)
+
+    def _shared(self, target: Target, prompt: int) -> int:
+        """How many of the edited prompt's tokens, counted from its end, have a partner that values come from."""
+        length = self.corrupted.lengths(target.tower)[prompt]
+        if self.clean is None or self.align != "end" or self.operation.name != "patch":
+            return length
+        return min(length, self.clean.lengths(target.tower)[prompt])
 
     def positions(self, target: Target, prompt: int, *, of_clean: bool = False) -> list[int]:
         """Which own tokens of a prompt the target means: in the run that is edited, or in the clean one."""
@@ -85,7 +98,7 @@ class Plan:
         length = prompts.lengths(target.tower)[prompt]
         position = target.position
         if position is None:
-            return list(range(length))
+            return list(range(length - self._shared(target, prompt), length))
         if isinstance(position, Span):
             assert prompts.spans is not None
             start, stop = prompts.spans[position.name][prompt]

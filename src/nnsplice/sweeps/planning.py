@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike, encode
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
+from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
 from nnsplice.metrics import Metric, MetricLike
-from nnsplice.paths import Paths
+from nnsplice.paths import Paths, Span
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.pruning import split
-from nnsplice.sweeps.targets import Corruption, targets_of
+from nnsplice.sweeps.targets import Corruption, Target, targets_of
 
 
 def plan_sweep(
@@ -57,7 +57,8 @@ def plan_sweep(
         reference: the capture that `mean`, `resample` and `add` take values from.
         window: how many neighbouring layers are changed together, clipped at the ends.
         spans: where named spans stand, as for `capture`; `{"clean": {...}, "corrupted": {...}}` where they differ.
-        align: `"position"` for pairs of one length; `"end"` aligns tokens at the end.
+        align: `"position"` for pairs of one length; `"end"` aligns tokens at the end: what a shorter clean prompt has
+            no partner for is no cell, and all tokens at once are those that have one.
         seed: of `resample` and `noise`.
         together: a site without positions means all tokens at once, as one cell.
         corruption: a change of every edited run's embeddings, beside or instead of other tokens.
@@ -70,8 +71,12 @@ def plan_sweep(
         if corrupted is None and corruption is None and chosen.name == "patch":
             raise nothing_differs("corrupted is None")
         _check_reference(chosen, reference)
+        reference = None if reference is None else reference._located(model)
         bound = Metric.of(metric).bind(engine.tokenizer_of(model), len(edited))
+        _check_read(bound.metric, edited, source, align)
         targets = targets_of(model, engine.listed(sites), edited, window, together)
+        if chosen.name == "patch" and source is not None:
+            _check_spans(targets, edited, source)
     of_decoder = bool(targets) and targets[0].tower == "decoder"
     tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
     asked = asked_of(model, edited, source, targets, bound, chosen, reference, window, align, seed, corruption)
@@ -87,6 +92,7 @@ def _prompts(
     model: engine.Model, clean: Any, corrupted: Any, spans: Any, operation: Operation
 ) -> tuple[Prompts, Prompts | None]:
     two = isinstance(spans, Mapping) and set(spans) <= {"clean", "corrupted"} and bool(spans)
+    two = two and all(of is None or isinstance(of, Mapping) for of in spans.values())
     spans_clean, spans_corrupted = (spans.get("clean"), spans.get("corrupted")) if two else (spans, spans)
     if clean is None and corrupted is None:
         raise BadArgument("neither clean nor corrupted prompts", expected="prompts")
@@ -109,12 +115,49 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
         raise BadArgument(f"align={align!r}", expected='"position" or "end"')
     if source is None or align == "end":
         return
-    for row, (a, b) in enumerate(zip(source.lengths("encoder"), edited.lengths("encoder"), strict=True)):
-        if a != b:
-            raise ShapeError(
-                f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not correspond",
-                expected="prompts of one length in a pair",
-                write='align="end": the clean tokens count from the end, named spans in their own prompt',
+    for tower in ("encoder", "decoder"):
+        for row, (a, b) in enumerate(zip(source.lengths(tower), edited.lengths(tower), strict=True)):
+            if a != b:
+                raise ShapeError(
+                    f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not "
+                    "correspond",
+                    expected="prompts of one length in a pair",
+                    write='align="end": the clean tokens count from the end, named spans in their own prompt',
+                )
+
+
+def _check_spans(targets: Sequence[Target], edited: Prompts, source: Prompts) -> None:
+    """That a span's tokens correspond in both prompts of each pair."""
+    for span in dict.fromkeys(target.position for target in targets if isinstance(target.position, Span)):
+        if span.name not in (source.spans or {}):
+            raise SpanError(
+                f'nobody said where the span "{span.name}" stands in the clean prompts',
+                expected=f'spans={{"clean": {{"{span.name}": ...}}, "corrupted": {{...}}}}',
+            )
+        assert source.spans is not None and edited.spans is not None
+        for row, pair in enumerate(zip(source.spans[span.name], edited.spans[span.name], strict=True)):
+            a, b = (stop - start for start, stop in pair)
+            if span.token is None and a != b:
+                raise SpanError(
+                    f'pair {row}: the span "{span.name}" has {a} tokens in the clean prompt and {b} in the corrupted '
+                    "one, so they do not correspond",
+                    expected="spans of one length in a pair, or one token of the span",
+                    write=f'["{span.name}"][-1] for its last token, ["{span.name}"][0] for its first',
+                )
+            if span.token is not None and not -a <= span.token < a:
+                raise ShortRow(f'pair {row}: the span "{span.name}" has {a} tokens in the clean prompt: [{span}]')
+
+
+def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: str) -> None:
+    """That every prompt has the position that the metric reads."""
+    lengths = edited.lengths("decoder")
+    metric.check_lengths(lengths)
+    for row, (a, b) in enumerate(zip((source or edited).lengths("decoder"), lengths, strict=True)):
+        if align == "end" and a < (from_end := b - metric.position % b):
+            raise ShortRow(
+                f"pair {row}: {metric.name} reads [{metric.position}] of the corrupted prompt, which is [-{from_end}], "
+                f"and the clean one has {a} token{'s' * (a != 1)}",
+                expected="a position that both prompts of a pair have, counted from the end",
             )
 
 

@@ -27,8 +27,7 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
                 behind[_value(site)] = engine.after_last_attention(model, site)
         unmixed = all(behind[_value(site_of(place))] for place in target.places)
         for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
-            position = target.position
-            if isinstance(position, int) and not -length <= position < length:
+            if not plan.has(target, prompt):
                 continue  # this prompt has no such cell
             if not causal:
                 jobs.append((prompt, number))
@@ -39,6 +38,11 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             after += late
             cannot = late or _equal_before(plan, target, prompt, max(where)) or (unmixed and read not in where)
             (known if cannot else jobs).append((prompt, number))
+    if not jobs and not known:
+        raise ShortRow(
+            "none of these tokens has a partner in its clean prompt, which is shorter",
+            expected="sites at tokens that both prompts of a pair have, counted from the end",
+        )
     if not jobs and after and after == len(known):
         raise ShortRow(
             f"every site stands after the position [{plan.metric.metric.position}] that the metric reads, so none can "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace as replaced
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
-from nnsplice.sweeps.running import run
+from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.targets import Corruption
 
 #: What a causal trace restores: its kind -> the sites.
@@ -59,7 +61,7 @@ def ablate(
     plan = plan_sweep(
         model, prompts, None, sites, metric, operation=with_, reference=reference, together=True, **options
     )
-    return run(plan, model, **running)
+    return run_fresh(plan, engine.as_model(model), **running)
 
 
 _RUNNING = ("executor", "max_tokens", "journal", "progress")
@@ -122,10 +124,14 @@ def causal_trace(
     model = engine.as_model(model)
     if kind not in KINDS:
         raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))
-    if not isinstance(noise, Tensor | float | int):
-        raise BadType(f"noise={noise!r}", expected="a number of standard deviations, or the noise itself as a tensor")
     if isinstance(noise, Tensor):
+        if noise.dim() != 3:
+            raise ShapeError(f"noise of shape {list(noise.shape)}", expected="[sample, token, width], or a number")
         samples = noise.shape[0]
+    elif not isinstance(noise, Real):
+        raise BadType(f"noise={noise!r}", expected="a number of standard deviations, or the noise itself as a tensor")
+    elif not math.isfinite(noise):
+        raise BadArgument(f"noise={noise!r}", expected="a number of standard deviations")
     if samples < 1:
         raise BadArgument(f"samples={samples}", expected="at least 1")
     with circumstances("ns.causal_trace"):
@@ -138,7 +144,7 @@ def causal_trace(
         corruption = _noised(model, given, noise, samples, replace, seed)
     sites, metric = f"{_read_by(model)}{KINDS[kind]}[:]", probability([each[row] for row in repeated])
     plan = plan_sweep(model, given.take(repeated), None, sites, metric, window=window, corruption=corruption)
-    return _averaged(run(plan, model, **options), plan, samples)
+    return _averaged(run_fresh(plan, model, **options), plan, samples)
 
 
 def _read_by(model: engine.Model) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, NnspliceError
 from nnsplice.metrics import MetricLike
 from nnsplice.paths import Paths
@@ -57,11 +60,47 @@ def run(
             f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)"
         )
     model = engine.as_model(model)
-    if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
-        raise BadArgument(f"max_tokens={max_tokens!r}", expected="a whole number of tokens, at least 1")
-    check_runnable(model, plan)
+    check_mode(model)
+    digest = engine.weights_digest(model)
+    if plan.asked.get("weights") != digest:
+        raise BadArgument(
+            f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
+            expected="the model that the plan was made with",
+        )
+    return run_fresh(plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress)
+
+
+def run_fresh(
+    plan: Plan,
+    model: engine.Model,
+    *,
+    executor: str | Executor = "auto",
+    max_tokens: int | None = None,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = True,
+) -> SweepResult:
+    """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
+    check_mode(model)
+    with _guard:
+        turn = _turns.setdefault(peel(model), threading.RLock())
+    with turn:
+        return _run(plan, model, executor, engine.room(model, max_tokens), journal, progress)
+
+
+#: Threads take turns with a model, whose attention is another one while packed rows run.
+_turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_guard = threading.Lock()
+
+
+def _run(
+    plan: Plan,
+    model: engine.Model,
+    executor: str | Executor,
+    at_once: int,
+    journal: str | PathLike[str] | None,
+    progress: bool,
+) -> SweepResult:
     start = time.perf_counter()
-    at_once = max_tokens or engine.room(model)
     clean_logits, source, cost = clean_run(model, plan, at_once)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
@@ -125,23 +164,19 @@ def sweep(
     a, b = plan.clean, plan.corrupted
     if plan.operation.name == "patch" and a is not None and (a.ids, a.decoder_ids) == (b.ids, b.decoder_ids):
         raise nothing_differs("the corrupted prompts are the clean ones")
-    return run(plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress)
+    return run_fresh(
+        plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def check_runnable(model: engine.Model, plan: Plan) -> None:
-    """Raise for a model in train mode, and for a plan of another model."""
+def check_mode(model: engine.Model) -> None:
+    """Raise for a model in train mode."""
     if engine.in_training(model):
         raise BadArgument(
             "the model is in train mode, so dropout would make every run another one", write="model.eval()"
-        )
-    digest = engine.weights_digest(model)
-    if plan.asked.get("weights") != digest:
-        raise BadArgument(
-            f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
-            expected="the model that the plan was made with",
         )
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.errors import UnknownPath
-from nnsplice.paths import Path
+from nnsplice.errors import ShapeError, UnknownPath
+from nnsplice.paths import Path, Span
 from nnsplice.sweeps.plan import Job, Plan
 
 
@@ -41,6 +41,7 @@ class Source:
             order: the number of this token among those of the cell; the token of the same number is taken from the
                 clean run.
             position: the token, in the edited prompt.
+            width: how many numbers the place has; 0 where whoever writes the value looks at that.
         """
         plan, prompt = self.plan, job[0]
         if plan.operation.way == "compute":
@@ -52,12 +53,16 @@ class Source:
         if plan.operation.name == "noise":
             return torch.randn(width, generator=self._generator(job, place, position), dtype=torch.float64)
         assert plan.reference is not None
-        rows = _rows_at(plan.reference, place, position)
+        keys = [place.at(key) for key in _asked(plan.targets[job[1]].position, order, position)]
+        held = _held(plan.reference, place, keys)
+        if width not in (0, held.shape[-1]):
+            raise ShapeError(f"the reference is {held.shape[-1]} wide, the place {width}", path=place.place)
+        if plan.operation.name == "add" and len(held) == len(plan.corrupted):
+            return held[prompt].mean(0)
+        rows = held.flatten(0, 1)
         if plan.operation.name == "resample":
             generator = self._generator(job, place, position)
             return rows[int(torch.randint(len(rows), (1,), generator=generator))]
-        if plan.operation.name == "add" and len(rows) == len(plan.corrupted):
-            return rows[prompt]
         return rows.mean(0)
 
     def _generator(self, job: Job, place: Path, position: int) -> torch.Generator:
@@ -67,13 +72,20 @@ class Source:
         return torch.Generator().manual_seed(seed)
 
 
-def _rows_at(reference: SavedActivation, place: Path, position: int) -> Tensor:
-    """`[row, width]` of a reference at this position; where it has no such position, all that it holds of the place."""
-    exact = place.at(position)
-    if exact in reference:
-        return reference.get(exact)
+def _asked(position: int | Span | None, order: int, token: int) -> list[int | Span]:
+    """What a reference may call a token of a cell: as it was asked for, and by its number."""
+    if isinstance(position, Span) and position.token is None:
+        position = Span(position.name, order)
+    return [token] if position is None else [position, token]
+
+
+def _held(reference: SavedActivation, place: Path, keys: Sequence[Path]) -> Tensor:
+    """`[row, position, width]` of a reference at the first of these keys; where it has none, all of the place."""
+    for key in keys:
+        if key in reference:
+            return reference.get(key)[:, None]
     try:
         held = reference.get(place.place)
     except UnknownPath as error:
         raise UnknownPath(f"the reference does not hold this site\n{error}", path=place.place) from None
-    return held.flatten(0, 1) if held.dim() == 3 else held
+    return held if held.dim() == 3 else held[:, None]

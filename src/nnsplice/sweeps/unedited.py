@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,8 +66,7 @@ def _logits(
     law, cost = Law.of(model), Cost()
     places = [place for target in plan.targets for place in target.places]
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
-    for rows in prompts.batches(max(room // longest, 1)):
-        at = read_at(plan, rows[0], clean=clean)
+    for rows, at in _read_alike(plan, prompts.batches(max(room // longest, 1)), clean):
         first = before(rows)
         found: list[Tensor] = []
 
@@ -82,6 +81,15 @@ def _logits(
         cost += law.whole(prompts, rows, fewer.get("logits_to_keep", prompts.lengths("decoder")[rows[0]]))
         logits |= dict(zip(rows, found[0], strict=True))
     return torch.stack([logits[row] for row in range(len(prompts))]), cost
+
+
+def _read_alike(plan: Plan, batches: Iterable[list[int]], clean: bool) -> Iterator[tuple[list[int], int]]:
+    """The batches, cut where the metric reads at another distance from the end, and that distance."""
+    for batch in batches:
+        alike: dict[int, list[int]] = {}
+        for row in batch:
+            alike.setdefault(read_at(plan, row, clean=clean), []).append(row)
+        yield from ((rows, at) for at, rows in alike.items())
 
 
 def _needed(plan: Plan) -> dict[int, dict[Path, set[int]]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import Atlas, Selection, peel
+from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Bound, Metric, MetricLike
 from nnsplice.paths import Path, Paths, parse_path
@@ -49,7 +50,7 @@ def sweep_weights(
     """Give the base model the tuned model's weights at every place by itself, and record the metric.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(model._module)
+    >>> tuned = copy.deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
     >>> metric = ns.logit_diff("w7", "w8")
@@ -128,10 +129,12 @@ class _Runs:
 
     @classmethod
     def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> _Runs:
+        engine.refuse_edits(base)
         given = encode(base, prompts)
         if given.values is not None:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
         bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given))
+        bound.metric.check_lengths(given.lengths("decoder"))
         taken = inspect.signature(type(peel(base)).forward).parameters
         return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
 
@@ -209,8 +212,8 @@ def _asked(tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Seq
         "model": name,
         "revision": revision,
         "weights": engine.weights_digest(base),
-        "from": engine.digest_of({name: held[name] for name in touched}),
-        "to": engine.digest_of({name: other[name] for name in touched}),
+        "from": digest_of({name: held[name] for name in touched}),
+        "to": digest_of({name: other[name] for name in touched}),
         "prompts": told(given),
         "sites": [cell.path for cell in cells],
         "metric": runs.metric.identity,

@@ -27,7 +27,7 @@ def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter
     """Train nothing but a place: everything else keeps every bit, under weight decay and momentum too.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(model._module)
+    >>> tuned = copy.deepcopy(ns.models.peel(model))
     >>> with ns.weights.freeze_except(tuned, "l1h2") as parameters:
     ...     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
     ...     for _ in range(3):

@@ -24,10 +24,10 @@ def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
     """Give `base` the weights that `other` has at a place: weight patching.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(model._module)
+    >>> tuned = copy.deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
-    >>> weight = model._module.transformer.h[1].attn.c_proj.weight
+    >>> weight = ns.models.peel(model).transformer.h[1].attn.c_proj.weight
     >>> before = weight.detach().clone()
     >>> with ns.weights.swap(model, tuned, "l1h2"):
     ...     print((weight != before).any(1).nonzero().flatten().tolist())   # rows of head 2
@@ -54,7 +54,7 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
     Shares below 0 and above 1 go on along the line.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(model._module)
+    >>> tuned = copy.deepcopy(ns.models.peel(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.bias.add_(1.0)
     >>> with ns.weights.interpolate(model, tuned, "l1 mlp", 0.75):

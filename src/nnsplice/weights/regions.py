@@ -80,22 +80,28 @@ def regions(model: Any, what: Selected) -> list[Region]:
 
 def _masked(model: Any, root: nn.Module, masks: Mapping[Any, Any]) -> Iterator[Region]:
     atlas = Atlas.of(model)
+    found: dict[str, Tensor | None] = {}
     for given, mask in masks.items():
         name = exact(model, atlas, given) if isinstance(given, str) else None
         if name is None:
             raise UnknownParameter(
                 f"this model has no parameter {given}", expected=closest(str(given), atlas.tree.params)
             )
-        tensor = root.get_parameter(name)
-        if mask is None:
-            yield Region(name, tensor, None)
-            continue
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tensor.shape:
-            shown = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-            raise ShapeError(f"the mask of {name} is {shown}", expected=f"None, or a bool tensor {list(tensor.shape)}")
-        if not mask.any():
-            raise BadArgument(f"the mask of {name} selects nothing of it", expected="at least one number")
-        yield Region(name, tensor, mask)
+        if mask is not None:
+            _check_mask(name, mask, root.get_parameter(name))
+        if name in found:  # another name of a tied tensor: both masks are meant
+            other = found[name]
+            mask = None if mask is None or other is None else mask | other.to(mask.device)
+        found[name] = mask
+    yield from (Region(name, root.get_parameter(name), mask) for name, mask in found.items())
+
+
+def _check_mask(name: str, mask: Any, tensor: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tensor.shape:
+        shown = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ShapeError(f"the mask of {name} is {shown}", expected=f"None, or a bool tensor {list(tensor.shape)}")
+    if not mask.any():
+        raise BadArgument(f"the mask of {name} selects nothing of it", expected="at least one number")
 
 
 def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, Tensor]:
@@ -134,4 +140,7 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
                     f"{alias} is tied to {first} in this model, and the other model has different weights there",
                     expected="two models that tie the same parameters",
                 )
-    return {region.name: held[region.name].detach() for region in wanted}
+    # What is itself about to be written is read before: the layers of one model can change places.
+    written = {region.tensor.untyped_storage()._cdata for region in wanted}
+    found = {region.name: held[region.name].detach() for region in wanted}
+    return {name: one.clone() if one.untyped_storage()._cdata in written else one for name, one in found.items()}

@@ -32,7 +32,7 @@ class Between(ModelStateMapper):
 
     >>> from copy import deepcopy
     >>> from nnsplice.checkpoints import mapper_between
-    >>> config = deepcopy(model._module.config)
+    >>> config = deepcopy(ns.models.peel(model).config)
     >>> config.n_layer = 4                     # one layer more than the model has
     >>> between = mapper_between(model, config)
     >>> len(between.underived), between.underived["transformer.h.3.ln_1.weight"]
@@ -101,19 +101,25 @@ def mapper_between(source: Side, target: Side) -> Between:
     Raises:
         MissingCheckpoint: a folder without config.json.
     """
-    atlas, own, dtype = _scheme(source)
+    atlas, own, dtype, held = _scheme(source)
     if target in ("tl", "hf"):
         plain = huggingface(atlas)
         wanted = plain if target == "hf" else transformerlens(atlas, plain, dtype)
     elif isinstance(target, str) and not Path(target).exists():
         raise BadArgument(f"{target!r} is no kind of checkpoint", expected='"tl", "hf", a folder, a model or a config')
     else:
-        _, wanted, _ = _scheme(target)
+        _, wanted, _, asked = _scheme(target)
+        return join(own, wanted, _differing(_shapes(own, held), _shapes(wanted, asked)))
     return join(own, wanted)
 
 
-def join(source: Scheme, target: Scheme) -> Between:
-    """The mapper from one scheme to another."""
+def join(source: Scheme, target: Scheme, differing: Mapping[str, str] | None = None) -> Between:
+    """The mapper from one scheme to another.
+
+    Args:
+        differing: part -> why the source's is none for the target.
+    """
+    differing = differing or {}
     holder = {part: stored for stored in source.values() for part in stored.parts}
     underived: dict[str, str] = {}
     chosen: dict[str, ModelStateMapper] = {}
@@ -122,8 +128,10 @@ def join(source: Scheme, target: Scheme) -> Between:
         lacking = [part for part in stored.parts if part not in holder]
         # A tied tensor's second meaning is in the first.
         lacking = [part for part in lacking if not (part == "unembed.weight" and len(stored.parts) == 2)]
-        if lacking or stored.give is None:
-            underived[name] = f"the source has no {', '.join(lacking)}" if lacking else "it is another name"
+        wrong = [differing[part] for part in stored.parts if part in differing]
+        if lacking or wrong or stored.give is None:
+            reason = f"the source has no {', '.join(lacking)}" if lacking else "it is another name"
+            underived[name] = ", ".join(wrong) if wrong and not lacking else reason
             continue
         chosen[name] = stored.give
         for part in _needs(stored.give):
@@ -148,19 +156,45 @@ def _needs(give: ModelStateMapper) -> set[str]:
 # -- what a side is ----------------------------------------------------------------------------------------------------
 
 
-def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype]:
-    """The atlas and the scheme of one side, and the type of its numbers."""
+#: Stored tensors or parts -> their shapes.
+_Sizes = Mapping[str, tuple[int, ...]]
+
+
+def _shapes(own: Scheme, stored: _Sizes) -> _Sizes:
+    """The shapes of the parts of a scheme."""
+    found: dict[str, tuple[int, ...]] = {}
+    for one in own.values():
+        if one.parts:
+            made = one.take.apply({one.name: torch.empty(stored[one.name], device="meta")})
+            found |= {part: tuple(tensor.shape) for part, tensor in made.items()}
+    return found
+
+
+def _differing(source: _Sizes, target: _Sizes) -> dict[str, str]:
+    """Parts that both sides have, of another size: key/value heads, words, neurons."""
+    return {
+        part: f"{part} is {list(source[part])} in the source and {list(shape)} in the target"
+        for part, shape in target.items()
+        if source.get(part, shape) != shape
+    }
+
+
+def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype, _Sizes]:
+    """The atlas and the scheme of one side, the type of its numbers, and the shapes of its tensors."""
     if isinstance(side, str | Path):
         folder = Path(side)
         with circumstances(f"reading {folder}"):
             checkpoint = Checkpoint.open(folder)
             atlas = Atlas.of(blueprint(folder))
-            own, names = huggingface(atlas), list(checkpoint.sizes())
-            dtype = checkpoint.entry(names[0]).dtype
+            own = huggingface(atlas)
             if MARK in checkpoint:
+                dtype = checkpoint.entry(MARK).dtype
                 every = transformerlens(atlas, own, dtype)
-                return atlas, {name: every[name] for name in every if name in checkpoint}, dtype
-            return atlas, spelled(atlas, own, [name for name in names if name not in checkpoint.tied]), dtype
+                found: Scheme = {name: every[name] for name in every if name in checkpoint}
+            else:
+                found = spelled(atlas, own, [name for name in checkpoint.sizes() if name not in checkpoint.tied])
+                dtype = next((checkpoint.entry(name).dtype for name in found), torch.float32)
+            return atlas, found, dtype, {name: checkpoint.entry(name).shape for name in found}
     if hasattr(side, "model_type"):
         model: Any = empty_model(side)
     elif isinstance(side, nn.Module) or hasattr(side, "_module"):
@@ -169,7 +203,8 @@ def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype]:
         raise BadType(f"a {type(side).__name__} is no side of a conversion", expected="a folder, a model or a config")
     atlas = Atlas.of(model)
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    return atlas, huggingface(atlas), dtype
+    buffers = {name: tuple(model.get_buffer(name).shape) for name in atlas.tree.saved}
+    return atlas, huggingface(atlas), dtype, {**atlas.tree.params, **buffers}
 
 
 #: Models without memory, kept as long as the process: an atlas holds its model weakly.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from nnsplice.atlas import Atlas, Block, Tower
 from nnsplice.atlas.families import EXPERT_PARTS
@@ -20,12 +20,14 @@ _NORMS = {
     "post_attention_layernorm": "norm2", "pre_feedforward_layernorm": "norm2", "final_layer_norm": "norm2",
 }  # fmt: skip
 _SANDWICH = {**_NORMS, "post_attention_layernorm": "norm1_after", "post_feedforward_layernorm": "norm2_after"}
+#: What older files hold and models work out by themselves: causal masks, rotary frequencies, the numbers from 0 on.
+_COMPUTED = re.compile(r"(^|\.)((cross)?(attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
 #: Families whose norms multiply by one plus what is stored, and whose embeddings are scaled in code.
 GEMMA = re.compile(r"gemma")
 
 
 def huggingface(atlas: Atlas) -> Scheme:
-    """The scheme of a model's own parameters."""
+    """The scheme of a model's own parameters, and of the buffers that are saved with them."""
     found: dict[str, Stored] = {}
     tower = atlas.towers.get("decoder")
     if tower is not None and len(atlas.towers) == 1:
@@ -34,8 +36,9 @@ def huggingface(atlas: Atlas) -> Scheme:
             if block.occurrence == 0:
                 found |= scheme(_block(atlas, block))
     # What has no meaning here has its name: it is the same where the name is.
-    rest = {name: plain(name, f"as it is: {name}") for name in atlas.tree.params if name not in found}
-    return {name: (found | rest)[name] for name in atlas.tree.params}
+    every = (*atlas.tree.params, *atlas.tree.saved)
+    rest = {name: plain(name, f"as it is: {name}") for name in every if name not in found}
+    return {name: (found | rest)[name] for name in every}
 
 
 def _ends(atlas: Atlas, tower: Tower) -> Iterator[Stored]:
@@ -131,15 +134,38 @@ def spelled(atlas: Atlas, own: Scheme, names: Iterable[str]) -> Scheme:
     """The scheme of a folder, whose files may spell parameters otherwise: a prefix more or less, experts one by one."""
     found: dict[str, Stored] = {}
     for name in names:
-        words = name.split(".")
-        spellings = [
-            name,
-            *(".".join(words[i:]) for i in range(1, 3)),
-            *(f"{front}.{name}" for front in _fronts(atlas)),
-        ]
-        known = next((own[spelling] for spelling in spellings if spelling in own), None)
-        found[name] = known.renamed(name) if known is not None else _located(atlas, name)
+        known = _prefixed(atlas, own, name)
+        if known is not None:
+            found[name] = own[known].renamed(name)
+        elif not _COMPUTED.search(name):
+            found[name] = _located(atlas, name)
     return found
+
+
+def own_name(atlas: Atlas, name: str) -> str | None:
+    """What the model calls a tensor of a file, where it has one tensor for it; None where it has not."""
+    known = atlas.tree.aliases.get(name) or _prefixed(atlas, atlas.tree.params, name)
+    if known is not None:
+        return known
+    try:
+        place = atlas.locate(name)
+    except NnspliceError:
+        return None
+    words, kind = [step.name for step in place.steps], name.rpartition(".")[2]
+    if place.native or (words != ["unembed"] and words[1:] != ["mlp", "router"]):
+        return None
+    return next((own for own in atlas.resolve(place).names if own.rpartition(".")[2] == kind), None)
+
+
+def _prefixed(atlas: Atlas, own: Container[str], name: str) -> str | None:
+    """The model's name of a tensor, which files write with a prefix more or less."""
+    words = name.split(".")
+    spellings = [
+        name,
+        *(".".join(words[i:]) for i in range(1, 3)),
+        *(f"{front}.{name}" for front in _fronts(atlas)),
+    ]
+    return next((spelling for spelling in spellings if spelling in own), None)
 
 
 def _fronts(atlas: Atlas) -> list[str]:

@@ -19,6 +19,7 @@ from nnsplice.checkpoints.mapper.arrange import ModelStateMapperZeros as Zeros
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperPermute as Permute
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperRename as Rename
+from nnsplice.errors import MapperError
 
 #: A name that only these checkpoints have.
 MARK = "embed.W_E"
@@ -31,6 +32,11 @@ def transformerlens(atlas: Atlas, own: Scheme, dtype: torch.dtype) -> Scheme:
         own: the scheme of the model's own parameters, which says which parts there are.
         dtype: of the biases that are zeros.
     """
+    if len(atlas.towers) > 1:
+        raise MapperError(
+            "how TransformerLens names the parts of a model with two towers is not known here",
+            expected="a model with one tower",
+        )
     parts = {part for stored in own.values() for part in stored.parts}
     tower = atlas.tower()
     found: list[Stored] = list(_ends(atlas, parts, dtype))

@@ -101,11 +101,12 @@ def load_model_state(
     >>> name = "transformer.wpe.weight"
     >>> mapper = Sequential([Slice(name, dim=0, stop=8), Rename(name, "weight")])
     >>> load_model_state(ns.models.embedded("toy"), mapper, "cpu", short, show_progress=False)
-    >>> torch.equal(short.weight, ns.load("toy")._module.transformer.wpe.weight[:8])
+    >>> torch.equal(short.weight, ns.models.peel(ns.load("toy")).transformer.wpe.weight[:8])
     True
 
     Raises:
-        MapperError: the mapper makes a state that the model does not have, or one of another shape.
+        MapperError: the mapper makes a state that the model does not have, one of another shape, or two different ones
+            for what the model ties.
     """
     with circumstances(f"loading {os.fspath(src_dir)}"):
         states = {name: state for name, state in model.state_dict(keep_vars=True).items() if isinstance(state, Tensor)}
@@ -122,6 +123,7 @@ def load_model_state(
                 _check(name, blank, states[name])
             if not _own_pieces(checkpoint, states, blanks, made):
                 groups.append(group)
+        _check_ties(checkpoint, mapper, groups, states)
     for name, tensor in stream(checkpoint, mapper, groups, device, show_progress, position):
         _put(model, states, name, tensor)
 
@@ -150,6 +152,30 @@ def _check(name: str, found: Tensor, target: Tensor) -> None:
             f"{name} is {found.dtype} in the checkpoint and {target.dtype} in the model",
             write=f'Cast("{name}", {target.dtype})   (where that is meant)',
         )
+
+
+def _check_ties(
+    checkpoint: Checkpoint, mapper: ModelStateMapper, groups: Sequence[StateGroup], states: dict[str, Tensor]
+) -> None:
+    """Raise where a model has one tensor by two names, and gets two different ones, of which one would be lost."""
+    makers = {name: group for group in groups for name in group.outputs}
+    names: dict[int, list[str]] = {}
+    for name in sorted(makers):
+        names.setdefault(id(states[name]), []).append(name)
+    for one, *others in names.values():
+        for other in others:
+            made = {k: v for n in (one, other) for k, v in _made(checkpoint, mapper, makers[n], "cpu").items()}
+            a, b = made[one], made[other]
+            if not (is_distributed(a) or is_distributed(b) or torch.equal(_raw(a), _raw(b))):
+                raise MapperError(
+                    f"{one} and {other} are one tensor in the model, and two different ones in the checkpoint",
+                    expected="a model that does not tie them, or a mapper that makes one of the two",
+                )
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes, so that NaN is like itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _put(model: nn.Module, states: dict[str, Tensor], name: str, tensor: Tensor) -> None:

@@ -24,6 +24,8 @@ from nnsplice.checkpoints.io.headers import NAMES, header_shape
 from nnsplice.checkpoints.io.mapping import buffer, bytes_of
 from nnsplice.errors import BadType, MapperError, NnspliceError, WriteFailed
 
+#: What a header has under this name is no tensor.
+_NO_TENSOR = "__metadata__"
 #: The least and the most room for a header. More names than that go into another file.
 _LEAST_ROOM, _MOST_ROOM = 256, 8 << 20
 #: What a header says about a tensor besides its name and shape, at most; and all but the name, about.
@@ -167,7 +169,7 @@ class ShardWriter:
             for name, tensor in sorted(current.waiting.items(), key=lambda pair: -pair[1].itemsize):
                 self._write(current, name, tensor)
             with disk(current.path, "its header"):
-                told = json.dumps({"__metadata__": {"format": "pt"}, **current.header}, separators=(",", ":")).encode()
+                told = json.dumps({_NO_TENSOR: {"format": "pt"}, **current.header}, separators=(",", ":")).encode()
                 if len(told) > current.room:
                     raise MapperError(f"the header of {current.path} does not fit: {len(told)} > {current.room}")
                 file.seek(0)
@@ -233,6 +235,8 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
         raise BadType(f"{name} is {kind}", expected="a dense tensor")
     if tensor.dtype not in NAMES:
         raise BadType(f"{name} is {tensor.dtype}, which safetensors does not have", write=f'Cast("{name}", dtype)')
+    if name == _NO_TENSOR:
+        raise MapperError(f"no tensor of a safetensors file can be called {name}", expected="another name")
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 

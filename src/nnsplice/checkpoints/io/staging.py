@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -163,11 +164,23 @@ class Staging:
         """Clean up, and let others write."""
         try:
             if failed and self._resume and self.weights.is_dir():
+                self._unname()
                 self._sweep()
             else:
                 self._discard()
         finally:
             self._lock.release()
+
+
+@contextmanager
+def staged(dest: Path, asked: str, *, resume: bool) -> Generator[Staging]:
+    """A `Staging` of this process alone, cleaned up when the block ends, well or not."""
+    staging, failed = Staging(dest, asked, resume=resume), True
+    try:
+        yield staging
+        failed = False
+    finally:
+        staging.close(failed=failed)
 
 
 def writer(folder: Path, prefix: str, limit: int, names: Iterable[str], first: int) -> ShardWriter:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from nnsplice.checkpoints.io.shards import Shard
-from nnsplice.checkpoints.io.staging import Staging, read_journal, writer
+from nnsplice.checkpoints.io.staging import read_journal, staged, writer
 from nnsplice.checkpoints.mapper.abc import (
     ModelStateMapper,
     StateGroup,
@@ -70,17 +70,12 @@ def write_model_state_local(
     """
     with circumstances(f"writing {os.fspath(dest_dir)}"):
         limit = shard_bytes(shard_size_gb)
-        staging = Staging(Path(dest_dir), job(mapper, limit, source), resume=resume)
-        failed = True
-        try:
+        with staged(Path(dest_dir), job(mapper, limit, source), resume=resume) as staging:
             if not staging.published:
                 shards = write_shards(
                     staging.folder, "0000", mapper, groups_of(mapper, state_generator), limit, show_progress
                 )
                 staging.publish(shards, carry or {})
-            failed = False
-        finally:
-            staging.close(failed=failed)
 
 
 def save_model_state(

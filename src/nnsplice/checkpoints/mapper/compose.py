@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from nnsplice.checkpoints.mapper.abc import (
@@ -233,6 +234,10 @@ class ModelStateMapperPrefixScope(_Grouped):
         return f"PrefixScope({self.mapper!r}, {self.source_prefix!r}, {self.target_prefix!r})"
 
 
+#: Values whose repr says all of them, in every process.
+_PLAIN = (str, bytes, int, float, complex, torch.dtype, type(None))
+
+
 def identity(mapper: ModelStateMapper) -> Iterator[str]:
     """A mapper in all its parts, as texts that are the same in every process and other ones for another mapper."""
     if isinstance(mapper, ModelStateMapperParallel | ModelStateMapperSequential):
@@ -245,8 +250,13 @@ def identity(mapper: ModelStateMapper) -> Iterator[str]:
         yield from identity(inner)
     elif isinstance(mapper, Leaf):
         yield repr(mapper)
-    else:  # its repr may hold an address
+    else:  # its repr may hold an address, so what it is made of is told one by one
         yield f"{type(mapper).__module__}.{type(mapper).__qualname__}"
+        for name, value in sorted(vars(mapper).items()):
+            if isinstance(value, ModelStateMapper):
+                yield from identity(value)
+            elif isinstance(value, _PLAIN):
+                yield f"{name}={value!r}"
     if not isinstance(mapper, Leaf):
         for group in ordered(mapper.state_dependency_groups()):
             yield f"{sorted(group.inputs)} -> {sorted(group.outputs)}"

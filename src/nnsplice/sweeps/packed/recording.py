@@ -79,6 +79,8 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
     Raises:
         NotImplementedError: this model does something that packed rows cannot repeat.
     """
+    if engine.is_edited(work.model):
+        raise NotImplementedError("it has edits of nnsight, which calls of its blocks pass by")
     root = peel(work.model)
     towers = Atlas.of(root).towers
     if set(towers) != {"decoder"} or not engine.is_causal(work.model):
@@ -133,7 +135,7 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
     if work.plan.corruption is not None:
-        hooks.insert(0, _corruption(work, blocks[0], prompts))
+        hooks.append(_corruption(work, blocks[0], prompts))
     inputs = work.plan.corrupted.inputs(prompts, work.model.device)
     assert isinstance(inputs, Mapping)
     fewer = {"logits_to_keep": 1} if engine.keeps_logits(work.model) else {}
@@ -251,7 +253,8 @@ def _corruption(work: Work, block: nn.Module, prompts: Sequence[int]) -> Any:
             states[row, tokens] = value if corruption.overwrites else states[row, tokens] + value
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): states})
 
-    return block.register_forward_pre_hook(corrupt, with_kwargs=True)
+    # Before what is kept of the same block: its rows begin with what the corrupted run enters it with.
+    return block.register_forward_pre_hook(corrupt, with_kwargs=True, prepend=True)
 
 
 def first(value: Any) -> Tensor:

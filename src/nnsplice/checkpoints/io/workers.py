@@ -1,0 +1,92 @@
+"""One checkpoint read, mapped and written by several processes of this machine, each with a stretch of the files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from nnsplice.checkpoints.io.folder import Checkpoint
+from nnsplice.checkpoints.io.reader import read_model_state
+from nnsplice.checkpoints.io.shards import Shard
+from nnsplice.checkpoints.io.staging import staged
+from nnsplice.checkpoints.io.writer import groups_of, job, shard_bytes, write_shards
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper
+from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
+from nnsplice.checkpoints.mapper.compose import ModelStateMapperShard
+from nnsplice.errors import TeamError, circumstances
+
+
+def write_with_workers(
+    src_dir: str | os.PathLike[str],
+    dest_dir: str | os.PathLike[str],
+    mapper: ModelStateMapper,
+    workers: int,
+    *,
+    shard_size_gb: float,
+    show_progress: bool,
+    resume: bool,
+    source: str,
+    carry: Mapping[str, Path | str],
+) -> None:
+    """Read a checkpoint through a mapper and write what comes out, as one process would, but for where files end.
+
+    Raises:
+        TeamError: a worker ended without a word. What one of them raises is raised here.
+    """
+    limit = shard_bytes(shard_size_gb)
+    asked = job(mapper, limit, f"{source}\n{workers} workers")
+    with (
+        circumstances(f"writing {os.fspath(dest_dir)} with {workers} workers"),
+        staged(Path(dest_dir), asked, resume=resume) as staging,
+    ):
+        if not staging.published:
+            staging.publish(_shards(src_dir, staging.folder, mapper, workers, limit, show_progress), carry)
+
+
+def _shards(
+    src_dir: str | os.PathLike[str],
+    folder: Path,
+    mapper: ModelStateMapper,
+    workers: int,
+    limit: int,
+    show_progress: bool,
+) -> list[Shard]:
+    """The files of all workers, in the order of what they read."""
+    context = multiprocessing.get_context("spawn")  # a forked process may hang in torch's threads
+    with ProcessPoolExecutor(workers, context) as pool:
+        shares = [
+            pool.submit(_share, os.fspath(src_dir), folder, mapper, workers, number, limit, show_progress)
+            for number in range(workers)
+        ]
+        try:
+            done, _ = wait(shares, return_when=FIRST_EXCEPTION)
+            for share in done:
+                share.result()  # raises what the first one raised that failed
+            return [shard for share in shares for shard in share.result()]
+        except BrokenProcessPool:
+            raise TeamError(
+                "a worker ended without a word",
+                expected="enough memory for all of them; and, in a script, a call behind `if __name__ == '__main__':`",
+                write="workers=1   (everything in this process)",
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _share(
+    src_dir: str, folder: Path, mapper: ModelStateMapper, workers: int, number: int, limit: int, show_progress: bool
+) -> list[Shard]:
+    """What one worker does."""
+    torch.set_num_threads(1)  # the processes are what runs side by side
+    share = ModelStateMapperShard(mapper, workers, number, Checkpoint.open(src_dir).sizes())
+    if not share.state_dependency_groups():
+        return []
+    states = read_model_state(src_dir, share, "cpu", show_progress, number)
+    written = identity_mapper_from_mapper_outputs(share)
+    return write_shards(folder, f"{number:04d}", written, groups_of(written, states), limit, show_progress=False)
