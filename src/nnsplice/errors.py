@@ -417,6 +417,12 @@ class TeamError(NnspliceError, RuntimeError):
     """Another one of the processes that do one thing together failed."""
 
 
+def named(value: object) -> str:
+    """What a value is, with its article: `"an int"`, `"a Tensor"`."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
 @contextmanager
 def circumstances(text: str) -> Iterator[None]:
     """Add where it happened to an error raised inside, and hide the inner frames' chain from the reader."""

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nnsplice.digests import function_digest
-from nnsplice.errors import BadArgument, BadType, ShortRow
+from nnsplice.errors import BadArgument, BadType, ShortRow, named
 
 #: One token for all prompts, or one for each: as text or as id.
 Answer = str | int | Sequence[str | int]
@@ -59,7 +59,7 @@ class Metric:
             return metric
         if not callable(metric):
             raise BadType(
-                f"a {type(metric).__name__} is no metric",
+                f"{named(metric)} is no metric",
                 expected="ns.logit_diff(answer, wrong) or another metric, or a function logits[row, vocab] -> [row]",
             )
         return cls(getattr(metric, "__name__", type(metric).__name__), metric)
@@ -147,7 +147,7 @@ class Bound:
                 )
             raise
         if not isinstance(value, Tensor) or value.shape != (logits.shape[0],):
-            found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"{named(value)}"
             raise BadArgument(
                 f"{self.metric.name} made {found} of logits {list(logits.shape)}", expected="one number for each row"
             )

@@ -115,7 +115,7 @@ def test_wrong_arguments_are_named(gpt2) -> None:
             BadArgument,
             "65 tokens, and the model has positions for 64",
         ),
-        (lambda: ns.capture(gpt2, PROMPT, SPANNED, spans=number), BadType, "spans is a int[\\s\\S]*spans={"),
+        (lambda: ns.capture(gpt2, PROMPT, SPANNED, spans=number), BadType, "spans is an int[\\s\\S]*spans={"),
         (lambda: ns.capture(gpt2, PROMPT, SPANNED, spans={"s": number}), BadType, 'span "s" is 3[\\s\\S]*a text'),
         (lambda: ns.capture(gpt2, PROMPT, number), BadType, "path"),
         (lambda: ns.capture(gpt2, PROMPT, ["layers[0].output[-1]", number]), BadType, "a path is a text or a Path"),

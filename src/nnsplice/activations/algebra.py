@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnsplice.activations.lookup import Index
 from nnsplice.activations.packs import Pack
-from nnsplice.errors import BadArgument, DuplicatePath, KeyMismatch, ShapeError
+from nnsplice.errors import BadArgument, DuplicatePath, KeyMismatch, ShapeError, named
 
 
 def mapped(packs: Sequence[Pack], fn: Callable[[Tensor], Tensor]) -> list[Pack]:
@@ -19,7 +19,7 @@ def mapped(packs: Sequence[Pack], fn: Callable[[Tensor], Tensor]) -> list[Pack]:
     for pack in packs:
         new = fn(pack.tensor)
         if not isinstance(new, Tensor) or new.dim() != 3 or new.shape[1] != len(pack.keys):
-            found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+            found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"{named(new)}"
             raise ShapeError(
                 f"the function made {found} of {list(pack.tensor.shape)}",
                 path=pack.keys[0].place,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnsplice.engine import Rank
-from nnsplice.errors import DuplicatePath, MissingPosition, PathError, ShapeError
+from nnsplice.errors import DuplicatePath, MissingPosition, PathError, ShapeError, named
 from nnsplice.paths import Path, Span
 from nnsplice.tokens import absolute
 
@@ -109,7 +109,7 @@ def from_entries(entries: Iterable[tuple[Path, Tensor]]) -> list[Pack]:
     for key, tensor in entries:
         check_key(key)
         if not isinstance(tensor, Tensor) or tensor.dim() != 2:
-            found = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            found = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"{named(tensor)}"
             raise ShapeError(f"an entry of {found} is not [prompt, width]", path=key)
         if not tensor.shape[0]:
             raise ShapeError("an entry without rows", path=key, expected="[prompt, width] of at least one prompt")

@@ -14,7 +14,7 @@ from nnsplice.activations import writing
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
+from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances, named
 from nnsplice.tokens import Spans
 
 
@@ -45,7 +45,7 @@ def patched_logits(
     model = engine.as_model(model)
     if not isinstance(saved, SavedActivation):
         raise BadType(
-            f"a {type(saved).__name__} is no capture",
+            f"{named(saved)} is no capture",
             expected="a SavedActivation",
             write='ns.capture(model, prompts, paths), or SavedActivation.from_pairs(("layers[3].output[-1]", tensor))',
         )

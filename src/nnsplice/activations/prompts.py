@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.errors import BadArgument, BadType, SpanError
+from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.tokens import Rows, Spans
 
 
@@ -96,7 +96,7 @@ def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = 
     if isinstance(prompts, Prompts):
         return prompts
     if spans is not None and not isinstance(spans, Mapping):
-        raise BadType(f"spans is a {type(spans).__name__}", expected='a name for each span: spans={"subject": [...]}')
+        raise BadType(f"spans is {named(spans)}", expected='a name for each span: spans={"subject": [...]}')
     if isinstance(prompts, Tensor) and prompts.is_floating_point():
         if prompts.dim() != 3:
             raise BadType(
@@ -134,7 +134,7 @@ def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids
         return None, _unpadded(prompts, None), None
     if not isinstance(prompts, Sequence):
         raise BadType(
-            f"a {type(prompts).__name__} is no prompt",
+            f"{named(prompts)} is no prompt",
             expected="a text, a list of texts, token ids (a list, a list of lists, a tensor), or an encoding",
         )
     if all(isinstance(prompt, str) for prompt in prompts):

@@ -20,7 +20,7 @@ from nnsplice.activations import algebra, display, lookup, packs, storage, tree,
 from nnsplice.activations.packs import MEAN, Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
-from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath
+from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath, named
 from nnsplice.paths import Path, Paths, Span, parse_path
 
 
@@ -49,7 +49,7 @@ class SavedActivation:
         ['model.transformer.h[2].output[10]']
         """
         if not isinstance(tree_of_tensors, Mapping):
-            raise BadType(f"a {type(tree_of_tensors).__name__} is no nested mapping", expected='{"layers": {0: {...}}}')
+            raise BadType(f"{named(tree_of_tensors)} is no nested mapping", expected='{"layers": {0: {...}}}')
         self._fill(packs.from_entries(tree.flatten(tree_of_tensors)), Provenance(), None)
 
     @classmethod
@@ -62,9 +62,7 @@ class SavedActivation:
         """
         for pair in pairs:
             if not isinstance(pair, tuple) or len(pair) != 2:
-                raise BadType(
-                    f"a {type(pair).__name__} is no pair", expected="(path, tensor)", write="from_pairs(*pairs)"
-                )
+                raise BadType(f"{named(pair)} is no pair", expected="(path, tensor)", write="from_pairs(*pairs)")
         return cls._new(packs.from_entries((parse_path(path), tensor) for path, tensor in pairs), Provenance(), None)
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath, closest
+from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath, closest, named
 from nnsplice.paths import Path, Span, parse_path
 
 
@@ -115,7 +115,7 @@ def _leaves(tree: Mapping[Any, Any], names: tuple[str | int, ...]) -> Iterator[t
     for name, child in tree.items():
         if isinstance(name, bool) or not isinstance(name, str | int):
             raise BadType(
-                f"a {type(name).__name__} cannot be a key of the tree: {name!r}",
+                f"{named(name)} cannot be a key of the tree: {name!r}",
                 expected="attribute names (str), indices and token positions (int)",
             )
         if isinstance(child, Mapping):
@@ -123,7 +123,7 @@ def _leaves(tree: Mapping[Any, Any], names: tuple[str | int, ...]) -> Iterator[t
         elif isinstance(child, Tensor):
             yield (*names, name), child
         else:
-            raise BadType(f"a leaf of the tree is a tensor, not a {type(child).__name__}", expected="{10: tensor}")
+            raise BadType(f"a leaf of the tree is a tensor, not {named(child)}", expected="{10: tensor}")
 
 
 def _path(names: tuple[str | int, ...]) -> Path:

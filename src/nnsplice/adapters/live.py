@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnsplice.adapters.keys import read_key
 from nnsplice.atlas import Atlas, peel
-from nnsplice.errors import BadArgument, MissingPackage, RefusedPlace, UnknownPath
+from nnsplice.errors import BadArgument, MissingPackage, RefusedPlace, UnknownPath, named
 from nnsplice.paths import Path, Paths
 
 
@@ -171,9 +171,7 @@ def _product(layer: Any, adapter: str, factors: Mapping[str, Tensor]) -> Tensor:
     a, b = (factors[f"lora_{'embedding_' if embedding else ''}{side}"] for side in "AB")
     turned = embedding or getattr(layer, "fan_in_fan_out", False)
     if a.ndim != 2:
-        raise BadArgument(
-            f"a {type(layer).__name__} changes no matrix", expected="track_step(model) without merged=True"
-        )
+        raise BadArgument(f"{named(layer)} changes no matrix", expected="track_step(model) without merged=True")
     count = getattr(layer, "num_experts", 1)
     if count > 1:
         stacked = a.reshape(count, -1, a.shape[1]), b.reshape(b.shape[0], -1, count)

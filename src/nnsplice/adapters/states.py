@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nnsplice.errors import BadType, FileError
+from nnsplice.errors import BadType, FileError, named
 
 #: Where checkpoints that hold more than an optimizer keep it.
 _HOMES = ("optimizer", "optimizer_state_dict", "optimizer_states")
@@ -50,7 +50,7 @@ def as_optimizer(state: Mapping[Any, Any]) -> Optimizer:
         BadType: something else.
     """
     if not isinstance(state, Mapping):
-        raise BadType(f"a {type(state).__name__} is no optimizer's state", expected=_EXPECTED)
+        raise BadType(f"{named(state)} is no optimizer's state", expected=_EXPECTED)
     if "state" not in state:
         if not all(isinstance(key, int) and isinstance(value, Mapping) for key, value in state.items()):
             raise BadType(f"a dictionary with {', '.join(map(str, list(state)[:4]))} is no state", expected=_EXPECTED)

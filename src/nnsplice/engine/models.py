@@ -13,14 +13,14 @@ from nnsplice.atlas import Atlas, Site, peel
 from nnsplice.atlas.families import POSITIONS
 from nnsplice.digests import checksum
 from nnsplice.engine.tracing import Model
-from nnsplice.errors import BadArgument, BadType
+from nnsplice.errors import BadArgument, BadType, named
 
 
 def as_model(model: object) -> Model:
     """The nnsight model, or an error that says how to make one."""
     if not isinstance(model, Model):
         raise BadType(
-            f"a {type(model).__name__} is not wrapped for tracing",
+            f"{named(model)} is not wrapped for tracing",
             expected="an nnsight model",
             write=f"model = ns.load({'name' if isinstance(model, str) else 'module, tokenizer=tokenizer'})",
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from nnsplice.atlas import Atlas, Order, fingerprint, peel
 from nnsplice.engine.recording import order_of
-from nnsplice.errors import BadType
+from nnsplice.errors import BadType, named
 from nnsplice.paths import Path, Paths, parse_path, position_rank
 
 
@@ -37,7 +37,7 @@ def listed(paths: Paths) -> tuple[str | Path, ...]:
     several = tuple(paths) if isinstance(paths, Iterable) else (paths,)
     for path in several:
         if not isinstance(path, str | Path):
-            raise BadType(f"a path is a text or a Path, not a {type(path).__name__}", expected="'layers[2].output[-1]'")
+            raise BadType(f"a path is a text or a Path, not {named(path)}", expected="'layers[2].output[-1]'")
     return several
 
 

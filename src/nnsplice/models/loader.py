@@ -12,7 +12,7 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument, BadType, FileError, closest
+from nnsplice.errors import BadArgument, BadType, FileError, closest, named
 
 #: Models that are part of the package: name -> folder.
 EMBEDDED: Mapping[str, Path] = {name: Path(__file__).parent / "data" / name for name in ("toy", "toy-llama")}
@@ -79,7 +79,7 @@ def load(
         return _folder(Path(name_or_module), tokenizer, kwargs)
     if not isinstance(name_or_module, str):
         raise BadType(
-            f"a {type(name_or_module).__name__} is no model",
+            f"{named(name_or_module)} is no model",
             expected="an embedded name, a folder with a checkpoint, a name on the hub, or a Hugging Face module",
             write=_TOY,
         )

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, cast
 
-from nnsplice.errors import BadType, PathError, closest
+from nnsplice.errors import BadType, PathError, closest, named
 from nnsplice.paths import hooks, mistakes
 from nnsplice.paths.path import ATTRIBUTE_PREFIX, ESCAPES, Index, Path, Position, Slice, Span, Step
 
@@ -47,7 +47,7 @@ def parse_path(text: str | Path) -> Path:
     if isinstance(text, Path):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without a type checker
         return text
     raise BadType(
-        f"a path is a text or a Path, and this is a {type(text).__name__}",
+        f"a path is a text or a Path, and this is {named(text)}",
         expected='"layers[5].output[-1]" or parse_path("layers[5].output[-1]")',
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nnsplice.errors import BadType, FileError, NnspliceError
+from nnsplice.errors import BadType, FileError, NnspliceError, named
 from nnsplice.files import is_pickle, whole
 from nnsplice.results.table import Cell, Run, Table, settled
 
@@ -151,7 +151,7 @@ def _texts(table: Table) -> dict[str, Any]:
 def _number(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{value!r} is a {type(value).__name__}")
+    raise TypeError(f"{value!r} is {named(value)}")
 
 
 def _short(value: object) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnsplice import plots
-from nnsplice.errors import BadArgument, BadType
+from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.paths import Path
 from nnsplice.results import display, estimates, figure, files, labelled, merging, page
 from nnsplice.results.estimates import Verification
@@ -49,7 +49,7 @@ class SweepResult:
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, Table):
-            raise BadType(f"a {type(self.table).__name__} is no table of a sweep", expected="what ns.sweep returns")
+            raise BadType(f"{named(self.table)} is no table of a sweep", expected="what ns.sweep returns")
         object.__setattr__(self, "table", settled(self.table))
 
     # --- what it is

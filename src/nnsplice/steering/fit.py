@@ -13,7 +13,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation, capture
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import SpanTexts
-from nnsplice.errors import BadArgument, BadType, circumstances
+from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.paths import Paths
 from nnsplice.steering.directions import checked, direction
 from nnsplice.steering.quality import held_out
@@ -61,7 +61,7 @@ def fit(
         for name, saved in (("positive", positive), ("negative", negative)):
             if not isinstance(saved, SavedActivation):
                 raise BadType(
-                    f"{name} is a {type(saved).__name__}",
+                    f"{name} is {named(saved)}",
                     expected="a capture",
                     write="ns.steering.fit_from_prompts(model, positive, negative) for prompts",
                 )
@@ -150,7 +150,7 @@ def fit_from_prompts(
     with circumstances("ns.steering.fit_from_prompts"):
         for name, given in (("positive", positive), ("negative", negative)):
             if not isinstance(given, Iterable):
-                raise BadType(f"{name} is a {type(given).__name__}", expected="a prompt, or several")
+                raise BadType(f"{name} is {named(given)}", expected="a prompt, or several")
         positive, negative = (([one] if isinstance(one, str) else list(one)) for one in (positive, negative))
         checked(method, options)
         if not positive or not negative:

@@ -23,7 +23,7 @@ from torch import Tensor
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas
-from nnsplice.errors import BadArgument, BadType, FileError, RefusedPlace, circumstances
+from nnsplice.errors import BadArgument, BadType, FileError, RefusedPlace, circumstances, named
 from nnsplice.files import whole
 from nnsplice.paths import Path, Step
 from nnsplice.steering.block import Steering
@@ -86,7 +86,7 @@ def to_gguf(
             directions = [(place, float(coefficient) * direction.double()) for place, direction in vectors_of(vector)]
             model_hint = model_hint or (vector.about.model_type if isinstance(vector, SteeringVector) else None)
         else:
-            raise BadType(f"a {type(vector).__name__} is no vector", expected="a steering vector, or a steering")
+            raise BadType(f"{named(vector)} is no vector", expected="a steering vector, or a steering")
         tensors: dict[int, Tensor] = {}
         for place, direction in directions:
             block = _block(place)

@@ -14,7 +14,7 @@ from nnsplice.activations import SavedActivation
 from nnsplice.activations.access import site_of
 from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import Site
-from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath
+from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, parse_path
 from nnsplice.steering.operators import OPERATORS, Operator, rotation
 from nnsplice.steering.vector import vectors_of
@@ -156,9 +156,7 @@ def rules_of(
         BadArgument: an operator that is not there, an option without effect.
     """
     if not isinstance(vector, SavedActivation):
-        raise BadType(
-            f"a {type(vector).__name__} is no vector", expected="what ns.steering.fit returns, or a capture of one row"
-        )
+        raise BadType(f"{named(vector)} is no vector", expected="what ns.steering.fit returns, or a capture of one row")
     if vector.rows != 1:
         raise ShapeError(
             f"a capture of {vector.rows} rows is no one direction",
@@ -166,7 +164,7 @@ def rules_of(
             write="saved.mean()",
         )
     if when is not None and not isinstance(when, Condition):
-        raise BadType(f"when is a {type(when).__name__}", expected="ns.steering.similar(direction, path, above=0.2)")
+        raise BadType(f"when is {named(when)}", expected="ns.steering.similar(direction, path, above=0.2)")
     name, function = _named(operator)
     if plane is not None and name != "rotate":
         raise BadArgument(f"{name} turns nothing, so plane= would have no effect", write='operator="rotate"')

@@ -12,7 +12,7 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site, peel
-from nnsplice.errors import BadArgument, NeverFired, ShapeError
+from nnsplice.errors import BadArgument, NeverFired, ShapeError, named
 from nnsplice.paths import Path
 from nnsplice.steering.rules import Condition, Rule
 from nnsplice.steering.where import Chosen, spread
@@ -274,7 +274,7 @@ def _wide(states: Tensor) -> Tensor:
 
 def _checked(rule: Rule, new: Any, states: Tensor) -> Tensor:
     if not isinstance(new, Tensor) or new.shape != states.shape:
-        found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+        found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"{named(new)}"
         raise ShapeError(
             f"the operator {rule.name} made {found} of states {list(states.shape)}",
             expected="f(h, v, c) -> h: the new states, not what is added to them, in the same shape",

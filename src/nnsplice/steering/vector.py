@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnsplice import engine, plots
 from nnsplice.activations import SavedActivation, storage
-from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath
+from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.steering.quality import auc
 
@@ -70,7 +70,7 @@ class SteeringVector(SavedActivation):
         """
         if not isinstance(saved, SavedActivation):
             raise BadType(
-                f"a {type(saved).__name__} is no capture",
+                f"{named(saved)} is no capture",
                 expected="a SavedActivation of one row",
                 write='SteeringVector.of(ns.SavedActivation.from_pairs(("layers[3].output[-1]", tensor)))',
             )

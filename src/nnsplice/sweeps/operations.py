@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nnsplice.digests import function_digest
-from nnsplice.errors import BadArgument, BadType
+from nnsplice.errors import BadArgument, BadType, named
 
 Way = Literal["replace", "add", "compute"]
 NAMES: dict[str, Way] = {
@@ -55,7 +55,7 @@ class Operation:
             assert self.compute is not None
             new = self.compute(current)
             if not isinstance(new, Tensor) or new.shape != current.shape:
-                found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+                found = f"shape {list(new.shape)}" if isinstance(new, Tensor) else f"{named(new)}"
                 raise BadArgument(
                     f"the operation {self.name} made {found} of {list(current.shape)}", expected="the same shape"
                 )

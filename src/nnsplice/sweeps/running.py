@@ -16,7 +16,7 @@ from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument, BadType, NnspliceError
+from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import MetricLike
 from nnsplice.paths import Paths
 from nnsplice.results import Run, SweepResult, Table
@@ -56,9 +56,7 @@ def run(
         progress: show a bar.
     """
     if not isinstance(plan, Plan):
-        raise BadType(
-            f"a {type(plan).__name__} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)"
-        )
+        raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
     model = engine.as_model(model)
     check_mode(model)
     digest = engine.weights_digest(model)

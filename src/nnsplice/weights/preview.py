@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnsplice.atlas import Row, by_number, draw, peel
-from nnsplice.errors import BadType, ShapeError, UnknownParameter, closest
+from nnsplice.errors import BadType, ShapeError, UnknownParameter, closest, named
 from nnsplice.weights.masks import ParamMasks
 
 
@@ -48,7 +48,7 @@ def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[Row]:
     """The parameters of masks, with how many of their numbers are meant."""
     if not isinstance(masks, Mapping):
         raise BadType(
-            f"masks is a {type(masks).__name__}",
+            f"masks is {named(masks)}",
             expected="a mask for each parameter's name",
             write='ns.weights.create_param_masks(model, "l5h3")',
         )

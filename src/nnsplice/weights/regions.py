@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.atlas import Atlas, Part, Selection, peel, rest_of
-from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest
+from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest, named
 from nnsplice.paths import Path
 from nnsplice.weights.chosen import Restriction, exact, select
 
@@ -98,7 +98,7 @@ def _masked(model: Any, root: nn.Module, masks: Mapping[Any, Any]) -> Iterator[R
 
 def _check_mask(name: str, mask: Any, tensor: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tensor.shape:
-        shown = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        shown = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else f"{named(mask)}"
         raise ShapeError(f"the mask of {name} is {shown}", expected=f"None, or a bool tensor {list(tensor.shape)}")
     if not mask.any():
         raise BadArgument(f"the mask of {name} selects nothing of it", expected="at least one number")

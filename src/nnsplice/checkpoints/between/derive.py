@@ -20,7 +20,7 @@ from nnsplice.checkpoints.mapper.arrange import ModelStateMapperDrop as Drop
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
-from nnsplice.errors import BadArgument, BadType, MapperError, MissingCheckpoint, circumstances
+from nnsplice.errors import BadArgument, BadType, MapperError, MissingCheckpoint, circumstances, named
 
 #: What a side may be: a folder, a model, a config, and for the target `"tl"` or `"hf"`.
 Side = object
@@ -200,7 +200,7 @@ def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype, _Sizes]:
     elif isinstance(side, nn.Module) or hasattr(side, "_module"):
         model = peel(side)
     else:
-        raise BadType(f"a {type(side).__name__} is no side of a conversion", expected="a folder, a model or a config")
+        raise BadType(f"{named(side)} is no side of a conversion", expected="a folder, a model or a config")
     atlas = Atlas.of(model)
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     buffers = {name: tuple(model.get_buffer(name).shape) for name in atlas.tree.saved}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from nnsplice.errors import BadType, MapperError, closest
+from nnsplice.errors import BadType, MapperError, closest, named
 
 if TYPE_CHECKING:
     from nnsplice.checkpoints.io.explain import Explanation
@@ -85,7 +85,7 @@ def as_mapper(given: object) -> ModelStateMapper:
     """The mapper, or an error that says how to make one."""
     if not isinstance(given, ModelStateMapper):
         raise BadType(
-            f"a {type(given).__name__} is no mapper",
+            f"{named(given)} is no mapper",
             expected="a ModelStateMapper, such as Rename(old, new)",
             write='ns.checkpoints.renaming(folder, ["old=new"])',
         )

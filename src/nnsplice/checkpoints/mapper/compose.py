@@ -19,7 +19,7 @@ from nnsplice.checkpoints.mapper.abc import (
 )
 from nnsplice.checkpoints.mapper.chain import Net, link
 from nnsplice.checkpoints.mapper.one_group import Leaf
-from nnsplice.errors import BadArgument, BadType, MapperError
+from nnsplice.errors import BadArgument, BadType, MapperError, named
 
 
 def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelStateMapper]:
@@ -30,7 +30,7 @@ def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelState
     [ModelStateMapperRename(name_from='a', name_to='b')]
     """
     if isinstance(mappers, ModelStateMapper):
-        raise BadType(f"a {type(mappers).__name__} alone", expected="a list of mappers", write="[mapper]")
+        raise BadType(f"{named(mappers)} alone", expected="a list of mappers", write="[mapper]")
     return [mapper for mapper in map(as_mapper, mappers) if mapper.state_dependency_groups()]
 
 
