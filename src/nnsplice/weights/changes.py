@@ -53,7 +53,7 @@ def diff(base: Any, tuned: Any, by: str | Path | list[str | Path] = "layers") ->
 def _places(model: Any, by: Any) -> dict[str, Selection]:
     atlas = Atlas.of(model)
     texts = by if isinstance(by, list) else [by]
-    if not texts or not all(isinstance(text, str | Path) for text in texts):
+    if not all(isinstance(text, str | Path) for text in texts):
         raise BadType(f"by={by!r}", expected='"layers", "heads", "groups", an address, or a list of addresses')
     if not texts:
         raise BadArgument("by=[] compares nothing", expected="at least one address")
