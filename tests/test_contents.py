@@ -6,6 +6,8 @@ import importlib
 import inspect
 import json
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from types import GenericAlias
@@ -30,7 +32,7 @@ def names_of(page: str) -> list[str]:
 
 def docstrings_of(page: str) -> dict[str, str]:
     """What each public function, class and room of a page says; a type alias has only what it stands for."""
-    values = {name: vars(importlib.import_module(page))[name] for name in names_of(page)}
+    values = {name: getattr(importlib.import_module(page), name) for name in names_of(page)}
     return {
         name: inspect.getdoc(value) or ""
         for name, value in values.items()
@@ -60,6 +62,28 @@ def test_completion_shows_the_contents_and_no_more(page: str) -> None:
     names = names_of(page)
     assert dir(importlib.import_module(page)) == sorted(names)
     assert len(set(names)) == len(names)
+
+
+def test_a_name_that_the_contents_do_not_have_is_an_error_as_in_any_module() -> None:
+    assert not hasattr(ns, "sweeep")
+    with pytest.raises(ImportError, match="sweeep"):
+        exec("from nnsplice import sweeep")
+
+
+def test_the_help_is_shown_without_the_libraries_that_take_seconds_to_import() -> None:
+    heavy = ("torch", "nnsight", "transformers", "numpy", "pandas", "xarray", "matplotlib")
+    code = f"""
+import sys
+from nnsplice.cli import app
+try:
+    app(["trace", "--help"])
+except SystemExit:
+    pass
+print([name for name in {heavy} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--sites" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_rooms_behind_the_contents_are_not_offered() -> None:

@@ -18,19 +18,20 @@ One address language for every part of a model, and many views of an address. Th
     errors, plots                                 every exception; figures of labelled arrays
 """
 
-from nnsplice import adapters, checkpoints, errors, models, plots, steering, weights
-from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
-from nnsplice.atlas import Atlas
-from nnsplice.attribution import attribute, path_patch
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# What nnsight answers when a remote trace names this package: see engine/tracing.py.
-from nnsplice.engine import ONLY_LOCAL as _persistent_id  # noqa: N811
-from nnsplice.engine import expand
-from nnsplice.metrics import Metric, kl_divergence, log_probability, logit_diff, probability, rank
-from nnsplice.models import load
-from nnsplice.paths import Path, parse_path
-from nnsplice.results import SweepResult
-from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
+if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
+    from nnsplice import adapters, checkpoints, errors, models, plots, steering, weights
+    from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
+    from nnsplice.atlas import Atlas
+    from nnsplice.attribution import attribute, path_patch
+    from nnsplice.engine import expand
+    from nnsplice.metrics import Metric, kl_divergence, log_probability, logit_diff, probability, rank
+    from nnsplice.models import load
+    from nnsplice.paths import Path, parse_path
+    from nnsplice.results import SweepResult
+    from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
 
 __all__ = [
     "Atlas",
@@ -67,6 +68,33 @@ __all__ = [
     "updates",
     "weights",
 ]
+
+
+#: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
+_CONTENTS: dict[str, tuple[str, ...]] = {
+    "": ("adapters", "checkpoints", "errors", "models", "plots", "steering", "weights"),
+    "activations": ("SavedActivation", "capture", "patched_logits", "save_activations", "updates"),
+    "atlas": ("Atlas",),
+    "attribution": ("attribute", "path_patch"),
+    "engine": ("expand",),
+    "metrics": ("Metric", "kl_divergence", "log_probability", "logit_diff", "probability", "rank"),
+    "models": ("load",),
+    "paths": ("Path", "parse_path"),
+    "results": ("SweepResult",),
+    "sweeps": ("Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"),
+}
+_ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # torch, nnsight and transformers take seconds to import, and `nnsplice --help` needs none of them.
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'nnsplice' has no attribute {name!r}")
+    room = _ROOM_OF[name]
+    home = importlib.import_module(f"nnsplice.{room or name}")
+    value = getattr(home, name) if room else home
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:  # what <TAB> shows: the contents, and not the rooms behind them
