@@ -20,10 +20,10 @@ from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable,
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
 from nnsplice.metrics import MetricLike
+from nnsplice.packed.cost import Law
 from nnsplice.paths import Paths
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
-from nnsplice.sweeps.cost import Law
 from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep

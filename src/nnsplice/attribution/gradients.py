@@ -15,8 +15,8 @@ from nnsplice.activations.access import accesses, site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, peel
 from nnsplice.errors import BadArgument, RefusedPlace
+from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
-from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 

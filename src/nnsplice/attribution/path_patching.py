@@ -21,9 +21,9 @@ from nnsplice.activations.prompts import PromptsLike
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import MetricLike
+from nnsplice.packed.cost import Cost
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
-from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, measured, whole_prompts
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep

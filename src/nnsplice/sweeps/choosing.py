@@ -15,9 +15,9 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import fingerprint, peel
 from nnsplice.errors import BadArgument, NnspliceError
-from nnsplice.sweeps.cost import Cost
+from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
-from nnsplice.sweeps.packed import packed
+from nnsplice.sweeps.packing import packed
 
 EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
 #: How far two ways of computing one number may lie apart, in the model's dtype, before one of them is wrong.

@@ -19,8 +19,8 @@ from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
+from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
-from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Source

@@ -18,10 +18,10 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import MetricLike
+from nnsplice.packed.cost import Cost
 from nnsplice.paths import Paths
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
-from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job, Plan

@@ -11,8 +11,8 @@ from nnsplice import engine, wire
 from nnsplice.activations.capture import gather
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts
+from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
-from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.executors import corrupt
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at

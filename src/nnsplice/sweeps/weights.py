@@ -24,10 +24,10 @@ from nnsplice.atlas import Atlas, Selection, peel
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Bound, Metric, MetricLike
+from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import Cell, Run, SweepResult, Table
 from nnsplice.sweeps.cells import cell_of
-from nnsplice.sweeps.cost import Cost, Law
 from nnsplice.sweeps.identity import told
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job

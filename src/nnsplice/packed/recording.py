@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import Atlas, Tower, peel
-from nnsplice.sweeps.cost import Cost
-from nnsplice.sweeps.executors import Work
-from nnsplice.sweeps.packed import heads
-from nnsplice.sweeps.packed.attention import KeysAndValues, KeyValue, attention
-from nnsplice.sweeps.packed.whole import Call, Whole, listening
+from nnsplice.atlas import Atlas, Tower
+from nnsplice.packed import heads
+from nnsplice.packed.attention import KeysAndValues, KeyValue, attention
+from nnsplice.packed.base import Base
+from nnsplice.packed.cost import Cost
+from nnsplice.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
 _DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "layer_past", "head_mask"}
@@ -73,42 +73,42 @@ class _Pass:
     returned: Any
 
 
-def record(work: Work, prompts: Sequence[int]) -> Recording:
-    """Run the corrupted prompts once.
+def record(base: Base, prompts: Sequence[int]) -> Recording:
+    """Run these prompts once.
 
     Raises:
         NotImplementedError: this model does something that packed rows cannot repeat.
     """
-    if engine.is_edited(work.model):
+    if engine.is_edited(base.model):
         raise NotImplementedError("it has edits of nnsight, which calls of its blocks pass by")
-    root = peel(work.model)
+    root = base.root
     towers = Atlas.of(root).towers
-    if set(towers) != {"decoder"} or not engine.is_causal(work.model):
+    if set(towers) != {"decoder"} or not engine.is_causal(base.model):
         raise NotImplementedError("it is no causal decoder")
     tower = towers["decoder"]
     if any(block.occurrence for block in tower.blocks) or tower.unembed is None:
         raise NotImplementedError("its layers share modules, or it has no unembedding")
     if not tower.prefix:
         raise NotImplementedError("its head is no part of its own")
-    batches = work.plan.corrupted.take(prompts).batches(None)
+    batches = base.prompts.take(prompts).batches(None)
     batches = [[prompts[row] for row in rows] for rows in batches]
     if root not in _own_attention:
         try:
-            passes = [_run(work, root, tower, rows, whole=False) for rows in batches]
+            passes = [_run(base, root, tower, rows, whole=False) for rows in batches]
         except NotImplementedError:
             _own_attention.add(root)
     if root in _own_attention:
-        passes = [_run(work, root, tower, rows, whole=True) for rows in batches]
+        passes = [_run(base, root, tower, rows, whole=True) for rows in batches]
     bases, at = {}, 0
-    lengths = work.plan.corrupted.lengths("decoder")
+    lengths = base.prompts.lengths("decoder")
     for prompt in (prompt for rows in batches for prompt in rows):
         bases[prompt], at = at, at + lengths[prompt]
     entering = tuple(
         torch.cat([tensor.flatten(0, 1) for tensor in column])
         for column in zip(*(one.entering for one in passes), strict=True)
     )
-    if "head" not in work.memo:  # what stands there is the model's, whatever the prompts
-        work.memo["head"] = heads.Head.of(root, tower, entering[-1], passes)
+    if "head" not in base.memo:  # what stands there is the model's, whatever the prompts
+        base.memo["head"] = heads.Head.of(root, tower, entering[-1], passes)
     return Recording(
         prompts=tuple(prompts),
         bases=bases,
@@ -118,12 +118,12 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
         calls=tuple(_joined(column) for column in zip(*(one.calls for one in passes), strict=True)),
         attended={module: _flat([one.attended[module] for one in passes]) for module in passes[0].attended},
         whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
-        head=work.memo["head"],
-        cost=sum((work.law.whole(work.plan.corrupted, rows, 1) for rows in batches), Cost()),
+        head=base.memo["head"],
+        cost=sum((base.law.whole(base.prompts, rows, 1) for rows in batches), Cost()),
     )
 
 
-def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> _Pass:
+def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> _Pass:
     blocks = [root.get_submodule(block.module) for block in tower.blocks]
     backbone = root.get_submodule(tower.prefix)
     entering: list[Tensor] = []
@@ -134,13 +134,11 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     hooks = [block.register_forward_pre_hook(_keeper(entering, calls, whole), with_kwargs=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
-    if work.plan.corruption is not None:
-        hooks.append(_corruption(work, blocks[0], prompts))
-    inputs = work.plan.corrupted.inputs(prompts, work.model.device)
+    inputs = base.prompts.inputs(prompts, base.model.device)
     assert isinstance(inputs, Mapping)
-    fewer = {"logits_to_keep": 1} if engine.keeps_logits(work.model) else {}
+    fewer = {"logits_to_keep": 1} if engine.keeps_logits(base.model) else {}
     try:
-        with torch.no_grad(), _hearing(root, tower, kept, heard, whole):
+        with torch.no_grad(), base.around(prompts), _hearing(root, tower, kept, heard, whole):
             root(**inputs, **fewer, use_cache=False)
     except NotImplementedError:
         raise
@@ -240,21 +238,6 @@ def _at(value: Any, tokens: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value[tokens] if value.dim() == 1 else value[:, tokens]
-
-
-def _corruption(work: Work, block: nn.Module, prompts: Sequence[int]) -> Any:
-    corruption = work.plan.corruption
-    assert corruption is not None
-
-    def corrupt(_block: nn.Module, args: tuple, kwargs: dict) -> Any:
-        states = (args[0] if args else next(iter(kwargs.values()))).clone()
-        for row, prompt in enumerate(prompts):
-            tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(states)
-            states[row, tokens] = value if corruption.overwrites else states[row, tokens] + value
-        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): states})
-
-    # Before what is kept of the same block: its rows begin with what the corrupted run enters it with.
-    return block.register_forward_pre_hook(corrupt, with_kwargs=True, prepend=True)
 
 
 def first(value: Any) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnsplice.sweeps.packed.layout import Group, visible
+from nnsplice.packed.layout import Group, visible
 
 NAME = "nnsplice_packed"
 #: `(attention module, query, key, value, variant)` -> `[batch, token, head, width]`; heads first in what comes in.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnsplice.sweeps.packed.rows import Row
+from nnsplice.packed.rows import Begun
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Layout:
     """Which tokens stand side by side in one call of a block.
 
     Attributes:
-        long: rows with every token from their first changed one to the one that is read.
+        long: rows with every token from their first changed one to the last that is wanted.
         short: rows with their changed tokens alone, which attend to nothing but recorded tokens.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[Begun]
     long: Sequence[int]
     short: Sequence[int] = ()
 
@@ -40,7 +40,7 @@ class Layout:
     @cached_property
     def positions(self) -> np.ndarray:
         """`[token]`, the position of every packed token in its prompt."""
-        long = [np.arange(self.rows[n].start, self.rows[n].read + 1) for n in self.long]
+        long = [np.arange(self.rows[n].start, self.rows[n].last + 1) for n in self.long]
         return np.concatenate([np.empty(0, int), *long, *(np.array(self.rows[n].changed) for n in self.short)])
 
     @cached_property
@@ -60,14 +60,14 @@ class Layout:
         row = self.rows[number]
         if number in self._short:
             return self.offsets[number] + row.changed.index(position) if position in row.changed else None
-        return self.offsets[number] + position - row.start if row.start <= position <= row.read else None
+        return self.offsets[number] + position - row.start if row.start <= position <= row.last else None
 
     @cached_property
     def _short(self) -> frozenset[int]:
         return frozenset(self.short)
 
     def ends(self) -> list[int]:
-        """Where the token that is read stands in the pack, of every long row."""
+        """Where the last token stands in the pack, of every long row."""
         return [self.offsets[n] + self.rows[n].length - 1 for n in self.long]
 
     def groups(self, total: int, grain: int, device: torch.device, *, thin: bool = False) -> list[Group]:
@@ -77,25 +77,25 @@ class Layout:
             total: how many recorded tokens there are.
             grain: numbers of queries and keys are rounded up to a multiple of this, and rows that are then alike share
                 a call: 1 for no padding at all.
-            thin: only the token that is read asks, of a pack that holds one token of each row; keys and values are
+            thin: only the last token asks, of a pack that holds one token of each row; keys and values are
                 those of this layout.
         """
         alike: dict[tuple[int, int], list[int]] = {}
         for n in self.long:
             row = self.rows[n]
             asks = 1 if thin else _up(row.length, grain)
-            alike.setdefault((asks, _up(row.read + 1, grain)), []).append(n)
+            alike.setdefault((asks, _up(row.last + 1, grain)), []).append(n)
         order = {n: place for place, n in enumerate(self.long)}
         groups = []
         for (queries, keys), members in alike.items():
             rows = [self.rows[n] for n in members]
-            start, read, base = (
-                np.array([getattr(row, name) for row in rows])[:, None] for name in ("start", "read", "base")
+            start, last, base = (
+                np.array([getattr(row, name) for row in rows])[:, None] for name in ("start", "last", "base")
             )
             offset = np.array([self.offsets[n] for n in members])[:, None]
-            at = np.minimum(np.arange(keys), read)
+            at = np.minimum(np.arange(keys), last)
             held = np.where(at < start, base + at, total + offset + at - start)
-            asked = read if thin else np.minimum(start + np.arange(queries), read)
+            asked = last if thin else np.minimum(start + np.arange(queries), last)
             where = np.array([order[n] for n in members])[:, None] if thin else offset + asked - start
             groups.append(Group.of(where, held, asked, device))
         return groups + self._shorts(device, thin)
@@ -105,7 +105,7 @@ class Layout:
         prompts: dict[int, list[tuple[int, int]]] = {}
         for order, n in enumerate(self.short):
             row = self.rows[n]
-            asking = [(len(self.long) + order, row.read)] if thin else enumerate(row.changed, self.offsets[n])
+            asking = [(len(self.long) + order, row.last)] if thin else enumerate(row.changed, self.offsets[n])
             prompts.setdefault(row.base, []).extend(asking)
         groups = []
         for base, members in prompts.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.sweeps import choosing, plan_sweep, run, running, unedited
+from nnsplice.packed import attention, heads, recording
+from nnsplice.sweeps import choosing, packing, plan_sweep, run, running, unedited
 from nnsplice.sweeps.executors import Work
-from nnsplice.sweeps.packed import attention, executor, heads, recording
 from zoo import FAMILIES, having, wrap
 
 CLEAN = ["w3 w4 w5 w6 w7", "w13 w14 w15", "w3 w4 w5 w6 w17"]
@@ -24,6 +25,8 @@ SITES = (
     "layers[:].groups[:].v", "layers[:].neurons[3]", "layers[:].mlp.up", "layers[:].attn.q", "layers[:].attn.o",
 )  # fmt: skip
 METRIC = ns.logit_diff("w7", "w8")
+#: The module, whose name a function of the room bears too.
+running_rows = importlib.import_module("nnsplice.packed.run")
 #: No causal decoders.
 NOT_COVERED = ("t5", "bart", "bert")
 #: gpt_oss has sinks, mpt and bloom ALiBi; gptj, gpt_neo, bloom, falcon, codegen, mpt have attention code of their own.
@@ -140,7 +143,7 @@ def test_one_cached_value_off_by_a_hundredth_is_noticed(monkeypatch: pytest.Monk
         value[:, :, 0] *= 1.01
         return made
 
-    monkeypatch.setattr(executor, "record", wrong)
+    monkeypatch.setattr(running_rows, "record", wrong)
     assert np.nanmax(np.abs(_values(plan, model, "packed") - right)) > 1e-6
     choosing._trusted.clear()
     result = run(plan, model, progress=False)
@@ -296,7 +299,7 @@ def test_rows_padded_to_share_a_call_of_attention_give_the_same_numbers(
     plan = plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC)
     exact = _values(plan, model, "packed")
     for grain in (2, 64):
-        monkeypatch.setitem(executor.GRAIN, "cpu", grain)
+        monkeypatch.setitem(running_rows.GRAIN, "cpu", grain)
         assert np.nanmax(np.abs(_values(plan, model, "packed") - exact)) < near
 
 
@@ -309,7 +312,7 @@ def test_a_padded_pack_calls_attention_once_a_block(monkeypatch: pytest.MonkeyPa
     counts = []
     for grain in (1, 64):
         calls.clear()
-        monkeypatch.setitem(executor.GRAIN, "cpu", grain)
+        monkeypatch.setitem(running_rows.GRAIN, "cpu", grain)
         _values(plan, model, "packed")
         counts.append(len(calls))
     recorded = 3 * 2  # three layers, prompts of two lengths
@@ -327,7 +330,7 @@ def test_only_the_logits_that_the_metric_reads_are_computed(monkeypatch: pytest.
     assert asked == [1, 3]  # the trial of the head, and the corrupted prompts as they are
     whole = ns.Metric.of(lambda logits: logits[:, 7] - logits[:, 8])
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", whole)
-    monkeypatch.setattr(executor, "LOGITS", 128)  # two rows of logits at once
+    monkeypatch.setattr(packing, "LOGITS", 128)  # two rows of logits at once
     assert np.nanmax(np.abs(_values(plan, model, "packed") - two)) < 1e-12
     assert asked[2:] == [1, 3, *[2] * (len(plan.jobs) // 2), *[1] * (len(plan.jobs) % 2)]
 
@@ -336,7 +339,7 @@ def test_only_the_logits_that_the_metric_reads_are_computed(monkeypatch: pytest.
 def test_a_head_that_does_more_than_multiply_is_run_as_it_is(family: str) -> None:
     model = _double(family)
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
-    assert not recording.record(_work(model, plan), [0]).head.plain
+    assert not recording.record(packing.base_of(_work(model, plan)), [0]).head.plain
     assert np.nanmax(np.abs(_values(plan, model, "packed") - _values(plan, model, "reference"))) < 1e-12
 
 

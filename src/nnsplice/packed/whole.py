@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnsplice.sweeps.packed.layout import Layout
+from nnsplice.packed.layout import Layout
 
 #: The arguments of an attention module that belong to the run, not to the prompt: its tokens, and the stream that some
 #: add in the module.
@@ -150,7 +150,7 @@ def _places(layout: Layout, members: Sequence[int]) -> tuple[Tensor, tuple[Tenso
     """Where the tokens of these rows stand in the pack, and in `[row, token]` of whole prompts."""
     rows = [layout.rows[n] for n in members]
     own = np.concatenate([np.arange(row.length) + layout.offsets[n] for n, row in zip(members, rows, strict=True)])
-    at = np.concatenate([np.arange(row.start, row.read + 1) for row in rows])
+    at = np.concatenate([np.arange(row.start, row.last + 1) for row in rows])
     order = np.repeat(np.arange(len(rows)), [row.length for row in rows])
     return torch.as_tensor(own), (torch.as_tensor(order), torch.as_tensor(at))
 

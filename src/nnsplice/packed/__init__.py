@@ -1,0 +1,27 @@
+"""The engine under every exact question: tokens of many edited runs packed into one sequence, each block called once.
+
+An edit changes nothing before its layer and before its token. So its row begins there: what enters that layer is taken
+from the recorded run, and the tokens before come in as recorded keys and values. Rows stand side by side without
+padding, and each block is called once for all of them. In the last block a row needs its keys and values, and then one
+token: the one whose state is wanted.
+
+rows         what is asked: a prompt, edits, reads, an end; and where each row begins
+base         the runs that rows are edits of
+recording    one pass of these runs: what enters every block, keys and values
+layout       where every token stands, and which rows attend together
+attention    attention of packed rows, through transformers' public registry
+whole        attention modules with code of their own, which run whole prompts
+wave         the way through the blocks
+edits        writing into packed tokens, and reading them
+heads        from final states to logits
+run          rows in, final states and readings out
+cost         what that is: passes, calls of blocks, tokens, operations
+"""
+
+from nnsplice.packed.base import Base
+from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.heads import LOGITS, Head
+from nnsplice.packed.rows import Edit, Read, Row, replaced
+from nnsplice.packed.run import Ran, recorded, run
+
+__all__ = ["LOGITS", "Base", "Cost", "Edit", "Head", "Law", "Ran", "Read", "Row", "recorded", "replaced", "run"]

@@ -1,0 +1,127 @@
+"""Writing into packed tokens, and reading them: at the ends of a block, and inside it while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice import wire
+from nnsplice.atlas import Site
+from nnsplice.packed.rows import Change, Edit, Placed, Read
+
+#: The number of a row, and one of its edits or reads.
+Numbered = tuple[int, Placed]
+#: A row and a position -> where that token stands; None where it does not run.
+Find = Callable[[int, int], int | None]
+
+
+def edited(values: Tensor, edits: Sequence[Numbered], find: Find) -> Tensor:
+    """A copy of `[token, width]` with these edits done; all of them at one place, or of the whole width."""
+    alike: dict[Change, list[tuple[int, Edit]]] = {}
+    for number, placed in edits:
+        assert isinstance(placed.what, Edit)
+        alike.setdefault(placed.what.change, []).append((number, placed.what))
+    out = None
+    for change, members in alike.items():
+        at, given = _gathered(members, find, values)
+        if len(at):
+            out = values.clone() if out is None else out
+            # Of `out`, as an edit may stand on what another change made of the same token.
+            out[at] = change(out[at], given).to(out)
+    return values if out is None else out
+
+
+def _gathered(members: Sequence[tuple[int, Edit]], find: Find, values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the edited tokens stand, and what is given for them."""
+    where: list[int] = []
+    news: list[Tensor] = []
+    for number, edit in members:
+        there = [
+            (order, at) for order, position in enumerate(edit.positions) if (at := find(number, position)) is not None
+        ]
+        if not there:
+            continue
+        where += [at for _, at in there]
+        given = edit.values(values.shape[-1])
+        if given is not None:
+            orders = [order for order, _ in there]
+            news.append((given if len(orders) == len(given) else given[orders]).to(values))
+    return torch.tensor(where, dtype=torch.long, device=values.device), torch.cat(news) if news else None
+
+
+#: What rows have read on their way: by the number of the row and the read, `[position, width]`.
+Readings = dict[tuple[int, Read], Tensor]
+
+
+def read(values: Tensor, reads: Sequence[Numbered], find: Find, into: Readings) -> None:
+    """Keep what stands in `[token, width]` at the tokens that reads of this place ask for."""
+    for number, placed in reads:
+        assert isinstance(placed.what, Read)
+        at = [find(number, position) for position in placed.what.positions]
+        where = [token for token in at if token is not None]
+        if where:
+            assert len(where) == len(at), "a read of tokens that do not run"
+            into[number, placed.what] = values[where].clone()
+
+
+@contextmanager
+def hooked(root: nn.Module, inside: Sequence[Numbered], find: Callable[[], Find], into: Readings) -> Iterator[None]:
+    """Do the edits and reads of a block's inside while it runs."""
+    sites: dict[Site, list[Numbered]] = {}
+    for number, placed in inside:
+        sites.setdefault(placed.site, []).append((number, placed))
+    # Of one module, edits come before reads, so that a read sees what was written.
+    order = sorted(sites, key=lambda site: all(isinstance(placed.what, Read) for _, placed in sites[site]))
+    hooks = []
+    for site in order:
+        module = root.get_submodule(site.module)
+        if site.end == "input":
+            hooks.append(module.register_forward_pre_hook(_before(site, sites[site], find, into), with_kwargs=True))
+        else:
+            hooks.append(module.register_forward_hook(_after(site, sites[site], find, into)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _changed(tensor: Tensor, site: Site, members: Sequence[Numbered], find: Find, into: Readings) -> Tensor:
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    start, stop = site.columns or (0, flat.shape[-1])
+    part = flat[:, start:stop]
+    edits = [(number, placed) for number, placed in members if isinstance(placed.what, Edit)]
+    new = edited(part, edits, find)
+    read(new, [(number, placed) for number, placed in members if isinstance(placed.what, Read)], find, into)
+    if new is part:
+        return tensor
+    whole = flat.clone()
+    whole[:, start:stop] = new
+    return whole.reshape(tensor.shape)
+
+
+def _before(site: Site, members: Sequence[Numbered], find: Callable[[], Find], into: Readings) -> Any:
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        held = args[0] if args else next(iter(kwargs.values()))
+        new = _changed(held, site, members, find(), into)
+        if new is held:
+            return None
+        if site.kind == "stream":
+            held.copy_(new)  # the skip path holds the same tensor, and the stream is both
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
+
+    return hook
+
+
+def _after(site: Site, members: Sequence[Numbered], find: Callable[[], Find], into: Readings) -> Any:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        held = wire.unpack(output, site.item)
+        new = _changed(held, site, members, find(), into)
+        return None if new is held else wire.repack(output, site.item, new)
+
+    return hook

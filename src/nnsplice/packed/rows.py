@@ -1,0 +1,220 @@
+"""Rows: what is asked of the packed engine, and where each begins among the blocks.
+
+A row is one prompt with some edits: places that get other values on the way. It asks for the state that leaves the last
+block at one token, for values of places behind the edits, or for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Block, Site, Tower
+from nnsplice.errors import OverlappingWrite
+from nnsplice.paths import Path
+
+#: What becomes of values: `([token, width] as the run computed them, [token, width] that were given or None)` -> new
+#: ones. Edits that share one are done in one call.
+Change = Callable[[Tensor, Tensor | None], Tensor]
+#: The width of a place -> `[position, width]`, or None where the change needs no values.
+Values = Callable[[int], Tensor | None]
+
+
+def replaced(current: Tensor, value: Tensor | None) -> Tensor:
+    """The change that takes the given values instead of those of the run."""
+    assert value is not None
+    return value.expand_as(current)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What one place of a row gets."""
+
+    #: As `expand` returns it.
+    place: Path
+    #: Which of the prompt's tokens, each once.
+    positions: tuple[int, ...]
+    change: Change
+    values: Values
+
+    @classmethod
+    def of(cls, place: Path, positions: Sequence[int], values: Tensor) -> Edit:
+        """These values, `[position, width]`, instead of those of the run."""
+        return cls(place, tuple(positions), replaced, lambda width: values)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A place of a row whose values are wanted, after the edits before it."""
+
+    place: Path
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt, what is changed in its run, and what is wanted of it."""
+
+    prompt: int
+    #: In the order of the forward pass.
+    edits: tuple[Edit, ...]
+    #: The token whose state behind the last block is wanted; None where only `reads` are.
+    end: int | None
+    reads: tuple[Read, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An edit or a read, and where it stands: which layer, and how far its effect goes in it."""
+
+    what: Edit | Read
+    layer: int
+    #: `input` or `output` of the block itself, `point` inside it where a token's change stays with the token until the
+    #: next layer, `keys` where other tokens read it in the same layer.
+    where: str
+
+    @property
+    def site(self) -> Site:
+        """The place as the model has it."""
+        return site_of(self.what.place)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A row, from the first layer that it changes."""
+
+    row: Row
+    edits: tuple[Placed, ...]
+    reads: tuple[Placed, ...]
+    #: The first block that runs for it, and the first token that does.
+    layer: int
+    start: int
+    #: The last token that runs.
+    last: int
+    #: Where its prompt begins among the recorded tokens.
+    base: int
+    #: Whether its first block runs for the changed tokens alone: the others come out of it as they were recorded.
+    alone: bool
+    #: The tokens that its first edits change, as far as they can matter.
+    changed: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """How many tokens run."""
+        return self.last + 1 - self.start
+
+    def runs(self, layer: int) -> bool:
+        """Whether anything behind this layer is wanted."""
+        return self.row.end is not None or any(read.layer > layer for read in self.reads)
+
+    @property
+    def beginning(self) -> tuple[Placed, ...]:
+        """The edits of the stream that its first block is given."""
+        return tuple(
+            edit for edit in self.edits
+            if (edit.layer, edit.where) in ((self.layer, "input"), (self.layer - 1, "output"))
+        )  # fmt: skip
+
+
+class Homes:
+    """Where sites stand among the blocks of a tower."""
+
+    def __init__(self, tower: Tower) -> None:
+        self.tower = tower
+        self._layers = {block.module: block.index for block in tower.blocks}
+        self._known: dict[Site, tuple[int, str]] = {}
+
+    def placed(self, what: Edit | Read) -> Placed:
+        """Where an edit or a read stands.
+
+        Raises:
+            NotImplementedError: its site stands in no block.
+        """
+        site = site_of(what.place)
+        if site not in self._known:
+            self._known[site] = self._find(what.place, site)
+        return Placed(what, *self._known[site])
+
+    def _find(self, place: Path, site: Site) -> tuple[int, str]:
+        if site.kind not in ("plain", "stream"):
+            raise NotImplementedError(f"{place.place} is derived from several values")
+        if site.module in self._layers:
+            return self._layers[site.module], site.end
+        name = site.module
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self._layers:
+                layer = self._layers[name]
+                return layer, _inside(site, self.tower.blocks[layer])
+        raise NotImplementedError(f"{place.place} stands in no layer")
+
+
+def _inside(site: Site, block: Block) -> str:
+    """Whether other tokens of the same layer read what is written there."""
+    after = {block.o, block.attn_added, block.mlp_added, block.mlp, block.down, block.up, block.gate, block.gate_up}
+    after |= {block.mid and block.mid[0]} if block.mid else set()
+    if site.module in after or site.module == block.q:
+        return "point"
+    if site.module == block.attn and site.end == "output":
+        return "point"
+    if site.module == block.fused and site.columns is not None and block.layout is not None:
+        start, stop = site.columns
+        if any(low <= start and stop <= high for low, high in block.layout.whole("q")):
+            return "point"
+    return "keys"
+
+
+def begun(row: Row, homes: Homes, bases: Mapping[int, int], *, alone: bool = True) -> Begun:
+    """Where a row begins.
+
+    Args:
+        bases: prompt -> where it begins among the recorded tokens.
+        alone: whether a block can run for some tokens of a prompt alone.
+
+    Raises:
+        NotImplementedError: a site that stands in no block.
+        OverlappingWrite: two edits of the row give one number two values.
+    """
+    reads = tuple(homes.placed(read) for read in row.reads)
+    last = max((position for read in row.reads for position in read.positions), default=0)
+    last = last if row.end is None else max(last, row.end)
+    edits = [homes.placed(edit) for edit in row.edits]
+    _check_overlaps(edits)
+    # What is changed behind the last token that is wanted changes nothing of it.
+    edits = [edit for edit in edits if any(position <= last for position in edit.what.positions)]
+    layers = [_first_layer(edit) for edit in edits] or [read.layer for read in reads]
+    layer = min(layers, default=len(homes.tower.blocks))
+    first = [edit for edit in edits if _first_layer(edit) == layer]
+    own = [*first, *(placed for placed in (*edits, *reads) if placed.layer == layer)]
+    return Begun(
+        row, tuple(edits), reads, layer,
+        start=min((position for edit in (*edits, *reads) for position in edit.what.positions), default=last),
+        last=last,
+        base=bases[row.prompt],
+        alone=alone and bool(first) and all(isinstance(p.what, Edit) and p.where == "point" for p in own),
+        changed=tuple(sorted({position for edit in first for position in edit.what.positions if position <= last})),
+    )  # fmt: skip
+
+
+def _first_layer(edit: Placed) -> int:
+    """The first block that runs otherwise: what leaves a layer enters the next."""
+    return edit.layer + (edit.where == "output")
+
+
+def _check_overlaps(edits: Sequence[Placed]) -> None:
+    for number, one in enumerate(edits):
+        for other in edits[:number]:
+            a, b = one.site, other.site
+            same = a.location == b.location and _meet(a.columns, b.columns)
+            if same and set(one.what.positions) & set(other.what.positions):
+                raise OverlappingWrite(
+                    f"{other.what.place.place} and {one.what.place.place} overlap at the same token",
+                    expected="each number of a run written once",
+                )
+
+
+def _meet(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])

@@ -1,0 +1,65 @@
+"""Rows in, final states and readings out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnsplice.packed.base import Base
+from nnsplice.packed.cost import Cost
+from nnsplice.packed.heads import Head
+from nnsplice.packed.recording import Recording, record
+from nnsplice.packed.rows import Homes, Read, Row, begun
+from nnsplice.packed.wave import Wave
+
+#: Numbers of queries and keys that are rounded up to a multiple share one call of attention: measured, see
+#: bench/RESULTS.md. A launch on a GPU costs more than the padding does.
+GRAIN = {"cpu": 1, "cuda": 64}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a pack of rows gave."""
+
+    head: Head
+    #: By the row's number, the state that left the last block at its `end`: `[width]`.
+    ends: Mapping[int, Tensor]
+    #: By the row's number and the read: `[position, width]`.
+    readings: Mapping[tuple[int, Read], Tensor]
+    cost: Cost
+
+    def states(self) -> Tensor:
+        """The states of all rows that have an end, in their order: `[row, width]`."""
+        return torch.stack([self.ends[number] for number in sorted(self.ends)])
+
+
+def run(base: Base, rows: Sequence[Row]) -> Ran:
+    """Run rows side by side; their prompts may have different lengths.
+
+    Raises:
+        NotImplementedError: this model, or one of these sites, is not covered.
+    """
+    recording, spent = recorded(base, [row.prompt for row in rows])
+    homes = Homes(recording.tower)
+    placed = [begun(row, homes, recording.bases, alone=not recording.whole.calls) for row in rows]
+    grain = GRAIN.get(recording.entering[0].device.type, 1)
+    wave = Wave(base.root, recording, placed, base.law, grain)
+    with torch.no_grad():
+        ends = wave.run()
+    return Ran(recording.head, ends, wave.readings, spent + wave.cost)
+
+
+def recorded(base: Base, prompts: Sequence[int]) -> tuple[Recording, Cost]:
+    """The recorded pass of just these prompts, so that what a chunk gives never depends on the chunks before it.
+
+    And what it cost, where it was made now.
+    """
+    wanted = tuple(dict.fromkeys(prompts))
+    known = base.memo.get("recording")
+    if known is not None and wanted == known.prompts:
+        return known, Cost()
+    recording = base.memo["recording"] = record(base, wanted)
+    return recording, recording.cost

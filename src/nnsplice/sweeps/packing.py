@@ -1,0 +1,140 @@
+"""The packed executor: jobs become rows of the packed engine, and its final states what the metric reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice import packed as engine_of_rows
+from nnsplice import wire
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import peel
+from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, Row
+from nnsplice.paths import Path
+from nnsplice.sweeps.executors import Executor, Work, measured
+from nnsplice.sweeps.plan import Job
+
+
+def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+    """The values of jobs; their prompts may have different lengths.
+
+    Raises:
+        NotImplementedError: this model, or one of these sites, is not covered.
+    """
+    ran = engine_of_rows.run(base_of(work), [row_of(work, job) for job in jobs])
+    with torch.no_grad():
+        values, head = _measured(work, ran.head, ran.states(), jobs)
+    return values, ran.cost + head
+
+
+def row_of(work: Work, job: Job) -> Row:
+    """What a job asks of the engine."""
+    plan, prompt = work.plan, job[0]
+    target = plan.targets[job[1]]
+    positions = tuple(plan.positions(target, prompt))
+    edits = tuple(
+        Edit(place, positions, plan.operation.apply, _values(work, job, place, positions)) for place in target.places
+    )
+    return Row(prompt, edits, plan.metric.metric.position % plan.corrupted.lengths("decoder")[prompt])
+
+
+def _values(work: Work, job: Job, place: Path, positions: Sequence[int]) -> Any:
+    def values(width: int) -> Tensor | None:
+        each = [work.source.value(job, place, order, position, width) for order, position in enumerate(positions)]
+        return None if each[0] is None else torch.stack([value for value in each if value is not None])
+
+    return values
+
+
+def base_of(work: Work) -> Base:
+    """The runs that jobs are edits of: the corrupted ones."""
+    if "base" not in work.memo:
+        work.memo["base"] = Base(work.model, work.plan.corrupted, lambda prompts: _corrupted(work, prompts))
+    return work.memo["base"]
+
+
+def corrupted_logits(work: Work) -> tuple[Tensor, Cost]:
+    """The logits of the corrupted prompts where the metric reads, from the pass that is recorded anyway."""
+    recording, spent = engine_of_rows.recorded(base_of(work), range(len(work.plan.corrupted)))
+    lengths = work.plan.corrupted.lengths("decoder")
+    position = work.plan.metric.metric.position
+    read = [recording.bases[prompt] + position % length for prompt, length in enumerate(lengths)]
+    return recording.head.logits(recording.entering[-1][read]), spent + _head(work, recording.head, len(read))
+
+
+def tokens_of(work: Work, jobs: Sequence[Job]) -> list[int]:
+    """How many tokens each job adds to a pack."""
+    lengths = work.plan.corrupted.lengths("decoder")
+    position = work.plan.metric.metric.position
+    targets = work.plan.targets
+    return [position % lengths[job[0]] + 1 - min(work.plan.positions(targets[job[1]], job[0])) for job in jobs]
+
+
+packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupted_logits)
+
+
+# --- the metric -------------------------------------------------------------------------------------------------------
+
+
+def _measured(work: Work, head: Head, states: Tensor, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+    """The metric of each job, and what that cost; as many rows of logits at once as fit."""
+    metric = work.plan.metric
+    if head.plain and metric.metric.local:
+        prompts = [prompt for prompt, _ in jobs]
+        tokens = metric.tokens(prompts).to(states.device)
+        values = metric.of_tokens(head.logits_of(states, tokens), prompts).double().tolist()
+        return values, Cost(flops=2 * tokens.numel() * states.shape[-1])
+    step = max(LOGITS // head.vocabulary, 1)
+    values: list[float] = []
+    for start in range(0, len(jobs), step):
+        some = slice(start, start + step)
+        values += measured(work, head.logits(states[some]), jobs[some])
+    return values, _head(work, head, len(jobs))
+
+
+def _head(work: Work, head: Head, rows: int) -> Cost:
+    return Cost(flops=rows * work.law.per_token(head.tower.unembed))
+
+
+# --- the corruption ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _corrupted(work: Work, prompts: Sequence[int]) -> Iterator[None]:
+    """Do to the embeddings of these prompts what the plan says, while this lasts."""
+    corruption = work.plan.corruption
+    if corruption is None:
+        yield
+        return
+    site = site_of(corruption.place)
+    module = peel(work.model).get_submodule(site.module)
+
+    def corrupt(states: Tensor) -> Tensor:
+        states = states.clone()
+        for row, prompt in enumerate(prompts):
+            tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(states)
+            states[row, tokens] = value if corruption.overwrites else states[row, tokens] + value
+        return states
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        if args:
+            return (corrupt(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: corrupt(kwargs[name])}
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return wire.repack(output, site.item, corrupt(wire.unpack(output, site.item)))
+
+    # Before whatever else listens there: the runs that rows start from begin with what is made here.
+    if site.end == "input":
+        hook = module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    else:
+        hook = module.register_forward_hook(after, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,188 @@
+"""Rows of the packed engine: several edits at any layers, reads on the way, ends; against plain hooks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nnsplice as ns
+from nnsplice import engine, wire
+from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import encode
+from nnsplice.errors import OverlappingWrite
+from nnsplice.packed import Base, Edit, Read, Row, run
+from nnsplice.paths import Path
+from zoo import FAMILIES, having, wrap
+
+PROMPTS = ["w3 w9 w5 w6 w7 w11", "w13 w24 w15", "w3 w4 w5 w26 w17"]
+SITES = (
+    "layers[:].input", "layers[:].output", "layers[:].mid", "layers[:].attn.output", "layers[:].mlp.output",
+    "layers[:].heads[:].output", "layers[:].heads[:].q", "layers[:].groups[:].k", "layers[:].groups[:].v",
+    "layers[:].neurons[3]", "layers[:].mlp.up",
+)  # fmt: skip
+COVERED = [family for family in (*FAMILIES, "gpt_oss") if family not in ("t5", "bart", "bert")]
+
+
+def _double(family: str) -> Any:
+    model = wrap(family)
+    model._module.double()
+    return model
+
+
+def _place(tensor: Tensor, site: Any) -> Tensor:
+    start, stop = site.columns or (0, tensor.shape[-1])
+    return tensor[..., start:stop]
+
+
+def by_hooks(model: Any, prompt: Sequence[int], row: Row) -> tuple[Tensor, list[Tensor]]:
+    """The same row by torch's hooks on the bare module: the last block's output at its end, and what was read."""
+    root, hooks, seen = model._module, [], {}
+    last = ns.Atlas.of(model).tower().blocks[-1].module
+
+    def at(site: Any, act: Callable[[Tensor], Tensor | None]) -> None:
+        module = root.get_submodule(site.module)
+
+        def before(_m: Any, args: tuple, kwargs: dict) -> Any:
+            held = args[0] if args else next(iter(kwargs.values()))
+            new = act(held)
+            if new is None:
+                return None
+            if site.kind == "stream":
+                held.copy_(new)
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
+
+        def after(_m: Any, _args: Any, out: Any) -> Any:
+            new = act(wire.unpack(out, site.item))
+            return None if new is None else wire.repack(out, site.item, new)
+
+        if site.end == "input":
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        else:
+            hooks.append(module.register_forward_hook(after))
+
+    def writing(edit: Edit) -> Callable[[Tensor], Tensor]:
+        def write(held: Tensor) -> Tensor:
+            new = held.clone()
+            flat = new.reshape(-1, new.shape[-1])
+            part = _place(flat, site_of(edit.place))
+            at_ = list(edit.positions)
+            part[at_] = edit.change(part[at_], edit.values(part.shape[-1]))
+            return flat.reshape(held.shape)
+
+        return write
+
+    def keeping(read: Read) -> Callable[[Tensor], None]:
+        def keep(held: Tensor) -> None:
+            flat = held.reshape(-1, held.shape[-1])
+            seen[read] = _place(flat, site_of(read.place))[list(read.positions)].clone()
+
+        return keep
+
+    for edit in row.edits:
+        at(site_of(edit.place), writing(edit))
+    for read in row.reads:
+        at(site_of(read.place), keeping(read))
+    ends: list[Tensor] = []
+    hooks.append(
+        root.get_submodule(last).register_forward_hook(
+            lambda _m, _a, out: ends.append((out[0] if isinstance(out, tuple) else out)[0])
+        )
+    )
+    try:
+        with torch.no_grad():
+            root(input_ids=torch.tensor([list(prompt)]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (ends[0][row.end] if row.end is not None else ends[0][-1]), [seen[read] for read in row.reads]
+
+
+def _doubled(current: Tensor, value: Tensor | None) -> Tensor:
+    return 2 * current - 1
+
+
+def _random_row(
+    model: Any, places: Sequence[Path], ids: Sequence[Sequence[int]], chosen: random.Random, generator: Any
+) -> Row:
+    known, prompt = engine.known(model), chosen.randrange(len(ids))
+    length = len(ids[prompt])
+    edits: list[Edit] = []
+    for place in sorted(chosen.sample(places, chosen.choice([1, 2, 3])), key=known.rank):
+        positions = sorted(chosen.sample(range(length), chosen.choice([1, 2])))
+        if chosen.random() < 0.3:
+            edits.append(Edit(place, tuple(positions), _doubled, lambda width: None))
+        else:
+            drawn = torch.randn(len(positions), 256, generator=generator, dtype=torch.float64)
+            edits.append(Edit.of(place, positions, drawn[:, : _width(model, place)]))
+    return Row(prompt, tuple(edits), chosen.randrange(length))
+
+
+def _width(model: Any, place: Path) -> int:
+    return ns.capture(model, "w3 w4", place.at(-1))[str(place.at(-1))].shape[-1]
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_rows_with_several_edits_at_any_layers_equal_hooks(family: str) -> None:
+    model = _double(family)
+    places = engine.expand(model, having(model, SITES))
+    given = encode(model, PROMPTS)
+    chosen, generator = random.Random(family), torch.Generator().manual_seed(0)
+    rows: list[Row] = []
+    while len(rows) < 12:
+        row = _random_row(model, places, given.ids, chosen, generator)
+        try:
+            run(Base(model, given), [row])
+        except OverlappingWrite:
+            continue
+        rows.append(row)
+    ran = run(Base(model, given), rows)
+    for number, row in enumerate(rows):
+        expected, _ = by_hooks(model, given.ids[row.prompt], row)
+        torch.testing.assert_close(ran.ends[number], expected, rtol=0, atol=2e-12)
+
+
+@pytest.mark.parametrize("family", COVERED)
+def test_values_read_behind_edits_equal_those_of_hooks(family: str) -> None:
+    model = _double(family)
+    known = engine.known(model)
+    places = engine.expand(model, having(model, SITES))
+    given = encode(model, PROMPTS)
+    chosen, generator = random.Random(family), torch.Generator().manual_seed(1)
+    rows: list[Row] = []
+    for number in range(12):
+        prompt = chosen.randrange(len(given))
+        length = len(given.ids[prompt])
+        place = chosen.choice(places)
+        at = chosen.randrange(length)
+        behind = [other for other in places if known.rank(other) > known.rank(place)]
+        reads = [
+            Read(other, tuple(sorted(chosen.sample(range(at, length), chosen.choice([1, length - at])))))
+            for other in chosen.sample(behind, min(2, len(behind)))
+        ]
+        edit = Edit.of(
+            place, (at,), torch.randn(1, 256, generator=generator, dtype=torch.float64)[:, : _width(model, place)]
+        )
+        rows.append(Row(prompt, (edit,), chosen.randrange(length) if number % 2 else None, tuple(reads)))
+    rows = [row for row in rows if row.reads]
+    ran = run(Base(model, given), rows)
+    for number, row in enumerate(rows):
+        end, values = by_hooks(model, given.ids[row.prompt], row)
+        if row.end is not None:
+            torch.testing.assert_close(ran.ends[number], end, rtol=0, atol=2e-12)
+        for read, value in zip(row.reads, values, strict=True):
+            torch.testing.assert_close(ran.readings[number, read], value, rtol=0, atol=2e-12)
+    assert set(ran.ends) == {number for number, row in enumerate(rows) if row.end is not None}
+
+
+def test_two_edits_of_one_number_are_refused() -> None:
+    model = _double("llama")
+    whole, part = engine.expand(model, ["layers[1].attn.q.output", "layers[1].heads[2].q"])
+    edits = tuple(Edit.of(place, (1,), torch.zeros(1, 24 if n == 0 else 6)) for n, place in enumerate((whole, part)))
+    with pytest.raises(OverlappingWrite, match=r"overlap at the same token"):
+        run(Base(model, encode(model, PROMPTS)), [Row(0, edits, 3)])
