@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nnsplice import engine, wire
 from nnsplice.activations import remote as runs
 from nnsplice.activations import writing
 from nnsplice.activations.packs import Pack
-from nnsplice.activations.prompts import PromptsLike, SpanTexts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances, named
+from nnsplice.atlas import Site
+from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, circumstances, named
+from nnsplice.paths import Path
 from nnsplice.tokens import Spans
 
 
@@ -26,20 +30,30 @@ def patched_logits(
     add: bool = False,
     at: int | None = None,
     spans: SpanTexts | None = None,
+    positions: int | Sequence[int] | None = None,
+    batch_size: int | None = None,
+    keep_graph: bool = False,
     remote: bool | str = False,
 ) -> Tensor:
     """Run prompts with a capture written into the run: `[prompt, token, vocab]`.
 
-    Rows are aligned at their last token; where a row has no token its logits are NaN.
+    Rows are aligned at their last token; where a row has no token its logits are NaN. With `positions`, the logits of
+    these tokens of each prompt, and no others are computed where the model can be asked for that: `[prompt, vocab]` for
+    one, `[prompt, position, vocab]` for several.
 
     >>> clean = ns.capture(model, "w3 w4 w5", "layers[1].output[-1]")
     >>> ns.patched_logits(model, ["w6 w7 w8", "w9 w10"], clean).shape
     torch.Size([2, 3, 64])
+    >>> ns.patched_logits(model, ["w6 w7 w8", "w9 w10"], clean, positions=-1).shape
+    torch.Size([2, 64])
 
     Args:
         add: add the capture instead of replacing with it.
         at: write at this position instead of the keys' own.
         spans: where the named spans of the capture stand in these prompts.
+        positions: which of each prompt's own tokens; all of them where None.
+        batch_size: how many prompts run at once; None runs all of one length together.
+        keep_graph: let gradients flow, to the capture and to the model's parameters; nothing is recorded otherwise.
         remote: run on nnsight's remote service.
     """
     model = engine.as_model(model)
@@ -64,22 +78,64 @@ def patched_logits(
             )
         if not len(saved):
             raise BadArgument("this capture is empty, so writing it would do nothing")
-    longest = max(given.lengths("decoder"))
-    out: Tensor | None = None
-    for rows in given.batches(None):
+        if keep_graph and remote:
+            raise BadArgument("gradients do not cross the wire", expected="keep_graph=True or remote=True, not both")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise BadArgument(f"batch_size={batch_size!r}", expected="a whole number, at least 1")
+        wanted = _wanted(positions, given)
+    found: dict[int, Tensor] = {}
+    for rows in given.batches(batch_size):
         packs = [_rows(pack, rows) for pack in saved._packs]
-        inputs, found = given.inputs(rows, model.device), given.spans_of(rows)
+        inputs, spanned = given.inputs(rows, model.device), given.spans_of(rows)
+        length = given.lengths("decoder")[rows[0]]
+        at_end = range(-length, 0) if wanted is None else [position % length - length for position in wanted]
         if remote:
             batch = given.batch(rows)
-            logits = runs.logits(model, packs, inputs, batch, add=add, at=at, spans=found, remote=remote)
+            logits = runs.logits(model, packs, inputs, batch, add=add, at=at, spans=spanned, remote=remote)
         else:
-            logits = _local(model, packs, inputs, add=add, at=at, spans=found)
-        if out is None:
-            shape = (len(given), longest, logits.shape[-1])
-            out = torch.full(shape, float("nan"), dtype=logits.dtype, device=logits.device)
-        out[rows, longest - logits.shape[1] :] = logits
-    assert out is not None
-    return out
+            kept = fewer_logits(model, min(at_end), (key for pack in packs for key in pack.keys))
+            with nullcontext() if keep_graph else torch.no_grad():
+                logits = _local(model, packs, inputs, kept, add=add, at=at, spans=spanned)
+        found |= dict(zip(rows, logits[:, list(at_end)], strict=True))
+    each = [found[row] for row in range(len(given))]
+    if wanted is not None:
+        return torch.stack([row[0] for row in each] if isinstance(positions, int) else each)
+    longest = max(given.lengths("decoder"))
+    return torch.stack([_padded(row, longest) for row in each])
+
+
+def _padded(logits: Tensor, length: int) -> Tensor:
+    return logits if len(logits) == length else F.pad(logits, (0, 0, length - len(logits), 0), value=float("nan"))
+
+
+def _wanted(positions: int | Sequence[int] | None, given: Prompts) -> list[int] | None:
+    """Which tokens' logits are asked for; all where None."""
+    if positions is None:
+        return None
+    wanted = [positions] if isinstance(positions, int) else list(positions)
+    if not wanted or any(isinstance(one, bool) or not isinstance(one, int) for one in wanted):
+        raise BadType(f"positions={positions!r}", expected="a position, or a list of positions", write="positions=-1")
+    for row, length in enumerate(given.lengths("decoder")):
+        short = next((one for one in wanted if not -length <= one < length), None)
+        if short is not None:
+            raise ShortRow(f"prompt {row} has {length} tokens, and no position [{short}]")
+    return wanted
+
+
+def fewer_logits(model: engine.Model, first: int, keys: Iterable[Path]) -> dict[str, Any]:
+    """What to give a model so that it computes the logits from a token on, where it can be asked for that.
+
+    Args:
+        first: the first token, counted from the end.
+        keys: what is written; where these are the logits themselves, all have to be there.
+    """
+    tower = engine.known(model).atlas.towers.get("decoder")
+    if tower is None or not engine.keeps_logits(model):
+        return {}
+    sites = [place.site for key in keys for place in engine.expand(model, key.place)]
+    if any(isinstance(site, Site) and site.module == tower.unembed for site in sites):
+        return {}
+    return {"logits_to_keep": -first}
 
 
 def _rows(pack: Pack, rows: Sequence[int]) -> Pack:
@@ -87,7 +143,14 @@ def _rows(pack: Pack, rows: Sequence[int]) -> Pack:
 
 
 def _local(
-    model: engine.Model, packs: Sequence[Pack], inputs: Any, *, add: bool, at: int | None, spans: Spans | None
+    model: engine.Model,
+    packs: Sequence[Pack],
+    inputs: Any,
+    arguments: Mapping[str, Any],
+    *,
+    add: bool,
+    at: int | None,
+    spans: Spans | None,
 ) -> Tensor:
     found: list[Tensor] = []
 
@@ -95,6 +158,5 @@ def _local(
         writing.write(model, packs, 1.0 if add else None, at=at, spans=spans)
         found.append(wire.logits_of(model).clone())
 
-    with torch.no_grad():
-        engine.run(model, inputs, body)
+    engine.run(model, {**inputs, **arguments} if arguments else inputs, body)
     return found[0]

@@ -19,6 +19,7 @@ from nnsplice import engine, wire
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.attribution.branches import Branch, Branches, branches_of
+from nnsplice.attribution.packed_paths import PackedPaths
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import MetricLike
 from nnsplice.packed.cost import Cost
@@ -127,7 +128,15 @@ class Routes:
     @property
     def executor(self) -> Executor:
         """As sweeps run it: a cell has two rows, and each prompt may have one more."""
-        return Executor(self.run, lambda work, jobs: [3 * size for size in whole_prompts(work, jobs)], name="paths")
+        fast = PackedPaths(self.branches, self.receivers, self.rank)
+
+        def run(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+            try:
+                return fast(work, jobs)
+            except NotImplementedError:
+                return self.run(work, jobs)
+
+        return Executor(run, lambda work, jobs: [3 * size for size in whole_prompts(work, jobs)], name="paths")
 
     def run(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         """Jobs -> the metric of each, and what it cost."""

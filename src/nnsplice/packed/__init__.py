@@ -15,6 +15,7 @@ wave         the way through the blocks
 edits        writing into packed tokens, and reading them
 heads        from final states to logits
 run          rows in, final states and readings out
+still        rows of which every branch but the edited one adds what it added before
 cost         what that is: passes, calls of blocks, tokens, operations
 """
 
@@ -23,5 +24,22 @@ from nnsplice.packed.cost import Cost, Law
 from nnsplice.packed.heads import LOGITS, Head
 from nnsplice.packed.rows import Edit, Read, Row, replaced
 from nnsplice.packed.run import Ran, recorded, run
+from nnsplice.packed.still import Branch, StillRow, run_still
 
-__all__ = ["LOGITS", "Base", "Cost", "Edit", "Head", "Law", "Ran", "Read", "Row", "recorded", "replaced", "run"]
+__all__ = [
+    "LOGITS",
+    "Base",
+    "Branch",
+    "Cost",
+    "Edit",
+    "Head",
+    "Law",
+    "Ran",
+    "Read",
+    "Row",
+    "StillRow",
+    "recorded",
+    "replaced",
+    "run",
+    "run_still",
+]

@@ -14,6 +14,7 @@ from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import peel
 from nnsplice.packed.cost import Law
+from nnsplice.paths import Path
 
 #: Numbers of prompts that run together -> what they run in.
 Around = Callable[[Sequence[int]], AbstractContextManager[Any]]
@@ -33,6 +34,8 @@ class Base:
     #: For edits that all rows share, such as the noise of a causal trace: while this context lasts, a call of the model
     #: is the run that rows start from.
     around: Around = plainly
+    #: Places, as `expand` returns them, whose values are kept of the runs.
+    keep: tuple[Path, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice import engine
-from nnsplice.atlas import Atlas, Tower
+from nnsplice import engine, wire
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Atlas, Site, Tower
 from nnsplice.packed import heads
 from nnsplice.packed.attention import KeysAndValues, KeyValue, attention
 from nnsplice.packed.base import Base
@@ -46,6 +47,8 @@ class Recording:
     attended: Mapping[nn.Module, KeyValue]
     #: How attention modules were called, where they run code of their own; else empty.
     whole: Whole
+    #: By its site, the values of each place that `Base.keep` names: `[token, width]`.
+    kept: Mapping[Site, Tensor]
     #: The model's own head.
     head: heads.Head
     #: What the pass cost.
@@ -69,6 +72,7 @@ class _Pass:
     calls: list[dict[str, Any]]
     attended: dict[nn.Module, KeyValue]
     attention_calls: dict[nn.Module, Call]
+    kept: dict[Site, Tensor]
     #: What the model without its head returned.
     returned: Any
 
@@ -117,6 +121,7 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
         entering=entering,
         calls=tuple(_joined(column) for column in zip(*(one.calls for one in passes), strict=True)),
         attended={module: _flat([one.attended[module] for one in passes]) for module in passes[0].attended},
+        kept={site: torch.cat([one.kept[site].flatten(0, -2) for one in passes]) for site in passes[0].kept},
         whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
         head=base.memo["head"],
         cost=sum((base.law.whole(base.prompts, rows, 1) for rows in batches), Cost()),
@@ -136,6 +141,8 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
     inputs = base.prompts.inputs(prompts, base.model.device)
     assert isinstance(inputs, Mapping)
+    sites: dict[Site, Tensor] = {}
+    hooks += [_site_keeper(root, site_of(place), sites) for place in base.keep]
     fewer = {"logits_to_keep": 1} if engine.keeps_logits(base.model) else {}
     try:
         with torch.no_grad(), base.around(prompts), _hearing(root, tower, kept, heard, whole):
@@ -153,7 +160,7 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     attention_runs = heard if whole else kept.of
     if len(entering) != len(blocks) + 1 or len(attention_runs) != len(blocks) or len(ends) != 1:
         raise NotImplementedError("a layer of it has no attention, or more than one")
-    return _Pass(entering, calls, kept.of, heard, ends[0])
+    return _Pass(entering, calls, kept.of, heard, sites, ends[0])
 
 
 @contextmanager
@@ -180,6 +187,16 @@ def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], whole: bool) ->
         calls.append({name: _checked(name, value, states, whole) for name, value in given.items()})
 
     return keep
+
+
+def _site_keeper(root: nn.Module, site: Site, into: dict[Site, Tensor]) -> Any:
+    assert site.end == "output", "what is kept is what modules return"
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        # A copy, as some blocks add into a branch's output in place.
+        into[site] = wire.unpack(output, site.item).clone()
+
+    return root.get_submodule(site.module).register_forward_hook(keep)
 
 
 def _checked(name: str, value: Any, states: Tensor, whole: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from nnsplice import wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import peel
 from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, Row
+from nnsplice.packed.rows import Values
 from nnsplice.paths import Path
 from nnsplice.sweeps.executors import Executor, Work, measured
 from nnsplice.sweeps.plan import Job
@@ -27,7 +28,7 @@ def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     """
     ran = engine_of_rows.run(base_of(work), [row_of(work, job) for job in jobs])
     with torch.no_grad():
-        values, head = _measured(work, ran.head, ran.states(), jobs)
+        values, head = measured_states(work, ran.head, ran.states(), jobs)
     return values, ran.cost + head
 
 
@@ -35,25 +36,31 @@ def row_of(work: Work, job: Job) -> Row:
     """What a job asks of the engine."""
     plan, prompt = work.plan, job[0]
     target = plan.targets[job[1]]
-    positions = tuple(plan.positions(target, prompt))
+    same = plan.shared_start(target, prompt)
+    # Before its first difference a pair is one run, and what is patched there is what stands there.
+    tokens = {position: order for order, position in enumerate(plan.positions(target, prompt)) if position >= same}
     edits = tuple(
-        Edit(place, positions, plan.operation.apply, _values(work, job, place, positions)) for place in target.places
+        Edit(place, tuple(tokens), plan.operation.apply, _values(work, job, place, tokens)) for place in target.places
     )
     return Row(prompt, edits, plan.metric.metric.position % plan.corrupted.lengths("decoder")[prompt])
 
 
-def _values(work: Work, job: Job, place: Path, positions: Sequence[int]) -> Any:
+def _values(work: Work, job: Job, place: Path, tokens: Mapping[int, int]) -> Values:
     def values(width: int) -> Tensor | None:
-        each = [work.source.value(job, place, order, position, width) for order, position in enumerate(positions)]
+        each = [work.source.value(job, place, order, position, width) for position, order in tokens.items()]
         return None if each[0] is None else torch.stack([value for value in each if value is not None])
 
     return values
 
 
-def base_of(work: Work) -> Base:
-    """The runs that jobs are edits of: the corrupted ones."""
+def base_of(work: Work, keep: tuple[Path, ...] = ()) -> Base:
+    """The runs that jobs are edits of: the corrupted ones.
+
+    Args:
+        keep: places whose values are kept of them.
+    """
     if "base" not in work.memo:
-        work.memo["base"] = Base(work.model, work.plan.corrupted, lambda prompts: _corrupted(work, prompts))
+        work.memo["base"] = Base(work.model, work.plan.corrupted, lambda prompts: _corrupted(work, prompts), keep)
     return work.memo["base"]
 
 
@@ -71,7 +78,11 @@ def tokens_of(work: Work, jobs: Sequence[Job]) -> list[int]:
     lengths = work.plan.corrupted.lengths("decoder")
     position = work.plan.metric.metric.position
     targets = work.plan.targets
-    return [position % lengths[job[0]] + 1 - min(work.plan.positions(targets[job[1]], job[0])) for job in jobs]
+
+    def start(job: Job) -> int:
+        return max(min(work.plan.positions(targets[job[1]], job[0])), work.plan.shared_start(targets[job[1]], job[0]))
+
+    return [max(position % lengths[job[0]] + 1 - start(job), 1) for job in jobs]
 
 
 packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupted_logits)
@@ -80,7 +91,7 @@ packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupt
 # --- the metric -------------------------------------------------------------------------------------------------------
 
 
-def _measured(work: Work, head: Head, states: Tensor, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+def measured_states(work: Work, head: Head, states: Tensor, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     """The metric of each job, and what that cost; as many rows of logits at once as fit."""
     metric = work.plan.metric
     if head.plain and metric.metric.local:

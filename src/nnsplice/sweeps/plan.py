@@ -70,6 +70,19 @@ class Plan:
             raise BadArgument(f"shard({i}, {n})", expected="shard(i, n) with 0 <= i < n")
         return replace(self, jobs=self.jobs[i::n], known=self.known[i::n])
 
+    def shared_start(self, target: Target, prompt: int) -> int:
+        """How many tokens the two runs of a pair share from their start, where the target takes each from its like.
+
+        What is patched there is what stands there already. 0 for whatever is no patch of a pair.
+        """
+        if self.operation.name != "patch" or self.clean is None or self.align != "position":
+            return 0
+        if isinstance(target.position, Span) and self.clean.spans != self.corrupted.spans:
+            return 0
+        pair = zip(self.clean.ids[prompt], self.corrupted.ids[prompt], strict=True)
+        first = next((position for position, (a, b) in enumerate(pair) if a != b), len(self.corrupted.ids[prompt]))
+        return min([first, *(self.corruption.positions[prompt] if self.corruption is not None else ())])
+
     def exists(self) -> np.ndarray:
         """`[prompt, target]`: whether the prompt is long enough to have the cell."""
         found = np.ones((len(self.corrupted), len(self.targets)), dtype=bool)

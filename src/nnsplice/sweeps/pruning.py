@@ -8,9 +8,7 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site
 from nnsplice.errors import ShortRow
-from nnsplice.paths import Span
 from nnsplice.sweeps.plan import Job, Plan
-from nnsplice.sweeps.targets import Target
 
 
 def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
@@ -32,11 +30,11 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             if not causal:
                 jobs.append((prompt, number))
                 continue
-            where = plan.positions(target, prompt)
+            where, same = plan.positions(target, prompt), plan.shared_start(target, prompt)
             read = plan.metric.metric.position % length
             late = min(where) > read
             after += late
-            cannot = late or _equal_before(plan, target, prompt, max(where)) or (unmixed and read not in where)
+            cannot = late or max(where) < same or (unmixed and read not in where)
             (known if cannot else jobs).append((prompt, number))
     if not jobs and not known:
         raise ShortRow(
@@ -59,14 +57,3 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
 
 def _value(site: Site) -> tuple:
     return (*site.location, site.kind, site.tower)
-
-
-def _equal_before(plan: Plan, target: Target, prompt: int, last: int) -> bool:
-    """Whether the two runs agree up to this token, so that patching one into the other changes nothing."""
-    if plan.operation.name != "patch" or plan.clean is None or plan.align != "position":
-        return False
-    if isinstance(target.position, Span) and plan.clean.spans != plan.corrupted.spans:
-        return False
-    if plan.corruption is not None and min(plan.corruption.positions[prompt], default=last + 1) <= last:
-        return False
-    return plan.clean.ids[prompt][: last + 1] == plan.corrupted.ids[prompt][: last + 1]
