@@ -188,7 +188,7 @@ def test_the_models_own_attention_is_back_afterwards_also_after_an_error() -> No
 
 def test_attention_can_be_exchanged_inside_an_exchange() -> None:
     model = _double("llama")
-    outer, inner = attention.KeysAndValues(), attention.KeysAndValues()
+    outer, inner = attention.Recorder(), attention.Recorder()
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad(), attention.attention(model._module, outer):
         with attention.attention(model._module, inner):
@@ -304,8 +304,8 @@ def test_a_padded_pack_calls_attention_once_a_block(monkeypatch: pytest.MonkeyPa
     model = _double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     calls: list[int] = []
-    attended = attention.attended
-    monkeypatch.setattr(attention, "attended", lambda *given: (calls.append(1), attended(*given))[1])
+    attended = attention.AttentionCall.attended
+    monkeypatch.setattr(attention.AttentionCall, "attended", lambda *given: (calls.append(1), attended(*given))[1])
     counts = []
     for grain in (1, 64):
         calls.clear()
@@ -371,8 +371,8 @@ def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pyte
     asked: list[int] = []
     keeper = recording._keeper
 
-    def narrow(entering: list[Any], calls: list[Any], whole: bool) -> Any:
-        keep = keeper(entering, calls, whole)
+    def narrow(entering: list[Any], *more: Any) -> Any:
+        keep = keeper(entering, *more)
 
         def kept(block: Any, args: Any, kwargs: Any) -> None:
             asked.append(len(args[0]))

@@ -60,7 +60,7 @@ def _recorded(work: Work, prompts: tuple[int, ...]) -> tuple[Recording, Cost]:
     And what it cost, where it was made now.
     """
     known = work.memo.get("recording")
-    if known is not None and prompts == known.prompts:
+    if known is not None and prompts == known.prompts and work.memo.get("way") == known.way:
         return known, Cost()
     recording = work.memo["recording"] = record(work, prompts)
     return recording, recording.cost

@@ -6,7 +6,6 @@ Prompts of one length run together; what is kept of them is flat, prompt after p
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from nnsplice import engine
 from nnsplice.atlas import Atlas, Tower, peel
 from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Work
-from nnsplice.sweeps.packed import heads
-from nnsplice.sweeps.packed.attention import KeysAndValues, KeyValue, attention
+from nnsplice.sweeps.packed import heads, masks
+from nnsplice.sweeps.packed.attention import KeyValue, Recorder, attention
 from nnsplice.sweeps.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
-_DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "layer_past", "head_mask"}
-#: Models that were seen to run attention code of their own, so that nobody tries again.
-_own_attention: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "cache", "layer_past", "head_mask"}
+#: The ways of a recording: with the attention function exchanged, or with attention modules that run whole prompts.
+WAYS = ("exchanged", "whole")
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class Recording:
     """A pass over prompts; tensors hold the tokens of all of them, one prompt after another."""
 
     prompts: tuple[int, ...]
+    #: One of `WAYS`.
+    way: str
     #: Prompt -> where its tokens begin.
     bases: Mapping[int, int]
     tower: Tower
@@ -44,6 +45,8 @@ class Recording:
     calls: tuple[Mapping[str, Any], ...]
     #: Keys and values, by attention module: `[group, token, width]`.
     attended: Mapping[nn.Module, KeyValue]
+    #: What each of them sees: see `masks.tables`.
+    masks: Mapping[nn.Module, Tensor | None]
     #: How attention modules were called, where they run code of their own; else empty.
     whole: Whole
     #: The model's own head.
@@ -68,13 +71,14 @@ class _Pass:
     entering: list[Tensor]
     calls: list[dict[str, Any]]
     attended: dict[nn.Module, KeyValue]
+    masks: dict[nn.Module, Tensor]
     attention_calls: dict[nn.Module, Call]
     #: What the model without its head returned.
     returned: Any
 
 
 def record(work: Work, prompts: Sequence[int]) -> Recording:
-    """Run the corrupted prompts once.
+    """Run the corrupted prompts once, the way that `work.memo["way"]` says; where it says none, the first that runs.
 
     Raises:
         NotImplementedError: this model does something that packed rows cannot repeat.
@@ -90,15 +94,19 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
         raise NotImplementedError("its layers share modules, or it has no unembedding")
     if not tower.prefix:
         raise NotImplementedError("its head is no part of its own")
-    batches = work.plan.corrupted.take(prompts).batches(None)
-    batches = [[prompts[row] for row in rows] for rows in batches]
-    if root not in _own_attention:
-        try:
-            passes = [_run(work, root, tower, rows, whole=False) for rows in batches]
-        except NotImplementedError:
-            _own_attention.add(root)
-    if root in _own_attention:
-        passes = [_run(work, root, tower, rows, whole=True) for rows in batches]
+    if "way" in work.memo:
+        return _recorded(work, root, tower, prompts, work.memo["way"])
+    try:
+        recording = _recorded(work, root, tower, prompts, "exchanged")
+    except NotImplementedError:
+        recording = _recorded(work, root, tower, prompts, "whole")
+    work.memo["way"] = recording.way
+    return recording
+
+
+def _recorded(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], way: str) -> Recording:
+    batches = [[prompts[row] for row in rows] for rows in work.plan.corrupted.take(prompts).batches(None)]
+    passes = [_run(work, root, tower, rows, whole=way == "whole") for rows in batches]
     bases, at = {}, 0
     lengths = work.plan.corrupted.lengths("decoder")
     for prompt in (prompt for rows in batches for prompt in rows):
@@ -111,12 +119,14 @@ def record(work: Work, prompts: Sequence[int]) -> Recording:
         work.memo["head"] = heads.Head.of(root, tower, entering[-1], passes)
     return Recording(
         prompts=tuple(prompts),
+        way=way,
         bases=bases,
         tower=tower,
         blocks=tuple(root.get_submodule(block.module) for block in tower.blocks),
         entering=entering,
         calls=tuple(_joined(column) for column in zip(*(one.calls for one in passes), strict=True)),
         attended={module: _flat([one.attended[module] for one in passes]) for module in passes[0].attended},
+        masks=masks.tables([one.masks for one in passes], [one.entering[0].shape[:2] for one in passes]),
         whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
         head=work.memo["head"],
         cost=sum((work.law.whole(work.plan.corrupted, rows, 1) for rows in batches), Cost()),
@@ -129,9 +139,10 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     entering: list[Tensor] = []
     calls: list[dict[str, Any]] = []
     ends: list[Any] = []
-    kept = KeysAndValues()
+    kept = Recorder()
     heard: dict[nn.Module, Call] = {}
-    hooks = [block.register_forward_pre_hook(_keeper(entering, calls, whole), with_kwargs=True) for block in blocks]
+    keep = _keeper(entering, calls, kept, whole)
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
     if work.plan.corruption is not None:
@@ -155,12 +166,12 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     attention_runs = heard if whole else kept.of
     if len(entering) != len(blocks) + 1 or len(attention_runs) != len(blocks) or len(ends) != 1:
         raise NotImplementedError("a layer of it has no attention, or more than one")
-    return _Pass(entering, calls, kept.of, heard, ends[0])
+    return _Pass(entering, calls, kept.of, kept.masks, heard, ends[0])
 
 
 @contextmanager
 def _hearing(
-    root: nn.Module, tower: Tower, kept: KeysAndValues, heard: dict[nn.Module, Call], whole: bool
+    root: nn.Module, tower: Tower, kept: Recorder, heard: dict[nn.Module, Call], whole: bool
 ) -> Iterator[None]:
     """Keep what every attention needs: keys and values, or how the module was called."""
     if not whole:
@@ -173,8 +184,9 @@ def _hearing(
         yield
 
 
-def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], whole: bool) -> Any:
+def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], kept: Recorder, whole: bool) -> Any:
     def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        kept.given = list(_tensors((args, kwargs)))
         names = list(inspect.signature(type(block).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
         states = given.pop(names[0])
@@ -182,6 +194,15 @@ def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], whole: bool) ->
         calls.append({name: _checked(name, value, states, whole) for name, value in given.items()})
 
     return keep
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in arguments, in whatever containers they stand."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 def _checked(name: str, value: Any, states: Tensor, whole: bool) -> Any:

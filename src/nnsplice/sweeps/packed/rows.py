@@ -35,7 +35,8 @@ class Row:
     start: int
     #: The token that the metric reads; nothing after it runs.
     read: int
-    #: Where its prompt begins among the recorded tokens.
+    #: Its prompt: by its order among the recorded ones, and where it begins among the recorded tokens.
+    prompt: int
     base: int
     #: Whether that block runs for the changed tokens alone: the others come out of it as they were recorded.
     alone: bool
@@ -57,13 +58,14 @@ def rows_of(
     """The rows of these jobs.
 
     Args:
-        bases: prompt -> where it begins among the recorded tokens.
+        bases: prompt -> where it begins among the recorded tokens, in the order of these.
         alone: whether a block can run for some tokens of a prompt alone.
 
     Raises:
         NotImplementedError: a site that stands in no block.
     """
     homes = {block.module: block.index for block in tower.blocks}
+    order = {prompt: number for number, prompt in enumerate(bases)}
     lengths = work.plan.corrupted.lengths("decoder")
     rows = []
     for job in jobs:
@@ -78,6 +80,7 @@ def rows_of(
                 layer=first.layer + (first.where == "output"),  # what leaves a layer enters the next
                 start=min(positions),
                 read=work.plan.metric.metric.position % lengths[prompt],
+                prompt=order[prompt],
                 base=bases[prompt],
                 alone=alone and first.where == "point",
             )
