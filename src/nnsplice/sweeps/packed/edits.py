@@ -53,8 +53,8 @@ def hooked(root: nn.Module, edits: Sequence[Numbered], change: Change) -> Iterat
         module = root.get_submodule(site.module)
         if site.end == "input":
             hooks.append(module.register_forward_pre_hook(_before(site, members, change), with_kwargs=True))
-        else:
-            hooks.append(module.register_forward_hook(_after(site, members, change)))
+        else:  # what the module returned, before hooks of the user's see it
+            hooks.append(module.register_forward_hook(_after(site, members, change), prepend=True))
     try:
         yield
     finally:

@@ -142,7 +142,8 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     kept = Recorder()
     heard: dict[nn.Module, Call] = {}
     keep = _keeper(entering, calls, kept, whole)
-    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    # Before hooks of the user's, which run again where packed rows enter the block.
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
     if work.plan.corruption is not None:
@@ -159,7 +160,8 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
         if engine.is_memory(error):  # that is no reason to run another way, but to run less at once
             raise
         # A model with attention code of its own may fail in any way when it is told another name for it.
-        raise NotImplementedError(f"it does not run with its attention exchanged ({error})") from None
+        how = "when the calls of its attention are noted" if whole else "with its attention exchanged"
+        raise NotImplementedError(f"it does not run {how} ({error})") from None
     finally:
         for hook in hooks:
             hook.remove()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Block, Site, Tower
+from nnsplice.atlas import Block, Site, Tower, peel
 from nnsplice.paths import Path
 from nnsplice.sweeps.executors import Work
 from nnsplice.sweeps.plan import Job
@@ -64,14 +66,16 @@ def rows_of(
     Raises:
         NotImplementedError: a site that stands in no block.
     """
-    homes = {block.module: block.index for block in tower.blocks}
+    root = peel(work.model)
+    blocks = [_Home(block, root.get_submodule(block.module)) for block in tower.blocks]
+    homes = {home.block.module: home for home in blocks}
     order = {prompt: number for number, prompt in enumerate(bases)}
     lengths = work.plan.corrupted.lengths("decoder")
     rows = []
     for job in jobs:
         prompt, target = job[0], work.plan.targets[job[1]]
         positions = tuple(work.plan.positions(target, prompt))
-        edits = tuple(_edit(place, tower, homes, positions) for place in target.places)
+        edits = tuple(_edit(place, homes, positions) for place in target.places)
         first = edits[0]
         rows.append(
             Row(
@@ -88,15 +92,34 @@ def rows_of(
     return rows
 
 
-def _edit(place: Path, tower: Tower, homes: Mapping[str, int], positions: tuple[int, ...]) -> Edit:
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """A block, and its module."""
+
+    block: Block
+    module: nn.Module
+
+    def end(self, end: str) -> str:
+        """Where an edit of the block's own input or output is made.
+
+        A value is what a module returned, before hooks of the user's see it, and what it was given, after they did. So
+        where there are such hooks the block runs, and the edit is made between the two.
+        """
+        if end == "input":
+            return "keys" if self.module._forward_pre_hooks else "input"
+        return "point" if self.module._forward_hooks else "output"
+
+
+def _edit(place: Path, homes: Mapping[str, _Home], positions: tuple[int, ...]) -> Edit:
     site = site_of(place)
     if site.kind not in ("plain", "stream"):
         raise NotImplementedError(f"{place.place} is derived from several values")
     if site.module in homes:
-        return Edit(place, homes[site.module], site.end, positions)
-    for module, layer in homes.items():
+        home = homes[site.module]
+        return Edit(place, home.block.index, home.end(site.end), positions)
+    for module, home in homes.items():
         if site.module.startswith(f"{module}."):
-            return Edit(place, layer, _inside(site, tower.blocks[layer]), positions)
+            return Edit(place, home.block.index, _inside(site, home.block), positions)
     raise NotImplementedError(f"{place.place} stands in no layer")
 
 
