@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as hf
-from nnsight.modeling.transformers import TransformersModel
 
 import nnsplice as ns
-from nnsplice.sweeps import Plan, plan_sweep, run
+from hooked import build, by_hooks, wrapped
+from nnsplice.sweeps import plan_sweep, run
 from nnsplice.sweeps.packed import masks
 from nnsplice.sweeps.packed.layout import Group
-from zoo import _MODERN, _MOE, tokenizer
+from zoo import _MODERN, _MOE
 
 METRIC = ns.logit_diff(7, 8)
 _LLAMA4 = {
@@ -33,54 +32,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "doge": ("DogeConfig", {**_MODERN, "sliding_window": 3}),
     "llama4": ("Llama4TextConfig", {**_LLAMA4, "attn_temperature_tuning": False}),
+    # ... whose layers without rotary embeddings count the tokens that they are given as positions.
+    "llama4_tuned": ("Llama4TextConfig", {**_LLAMA4, "floor_scale": 2, "attn_scale": 1.5, "no_rope_layers": [1, 0, 1]}),
 }  # fmt: skip
 CLEAN, CORRUPTED = [*range(3, 12)], [3, 40, 20, 6, 45, 8, 33, 10, 31]
 #: Llama 4 turns its queries and keys in float32, whatever its dtype.
-NEAR = {"llama4": 1e-6}
-
-
-def build(kind: str, arguments: dict[str, Any], attention: str = "sdpa") -> Any:
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    config = getattr(hf, kind)(**arguments)
-    model = hf.AutoModelForCausalLM.from_config(config, experts_implementation="eager", attn_implementation=attention)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    torch.random.set_rng_state(state)
-    return model.eval().double()
-
-
-def by_hooks(module: Any, plan: Plan, clean: list[int], corrupted: list[int]) -> np.ndarray:
-    """Every block output patched by torch hooks on the bare module."""
-    layers, kept = module.model.layers, {}
-    hooks = [
-        layer.register_forward_hook(lambda _m, _a, out, n=n: kept.__setitem__(n, out.clone()))
-        for n, layer in enumerate(layers)
-    ]
-    with torch.no_grad():
-        module(torch.tensor([clean]), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    values = []
-    for target in plan.targets:
-        layer, position = target.cell.layer, target.cell.position
-
-        def patch(_m: Any, _a: Any, out: Any, layer: Any = layer, position: Any = position) -> Any:
-            out = out.clone()
-            out[:, position] = kept[layer][:, position]
-            return out
-
-        hook = layers[layer].register_forward_hook(patch)
-        with torch.no_grad():
-            logits = module(torch.tensor([corrupted]), use_cache=False).logits[0, -1]
-        hook.remove()
-        values.append(float(logits[7] - logits[8]))
-    return np.array(values)
-
-
-def wrapped(module: Any) -> Any:
-    return TransformersModel(module, tokenizer=tokenizer(), task="text-generation")
+NEAR = {"llama4": 1e-6, "llama4_tuned": 1e-6}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -10,6 +10,7 @@ recording    one pass of the corrupted prompts: what enters every block, keys an
 rows         where each job's row begins, what is written on the way
 layout       where every token stands, and which rows attend together
 attention    attention of packed rows, through transformers' public registry
+masks        which token sees which, as the model's own masks say
 whole        attention modules with code of their own, which run whole prompts
 wave         the way through the blocks
 edits        writing into packed tokens
@@ -18,7 +19,8 @@ heads        from final states to what the metric reads
 
 from nnsplice.sweeps.executors import Executor
 from nnsplice.sweeps.packed.executor import corrupted_logits, run_packed, tokens_of
+from nnsplice.sweeps.packed.recording import WAYS
 
 packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupted_logits)
 
-__all__ = ["packed"]
+__all__ = ["WAYS", "packed"]

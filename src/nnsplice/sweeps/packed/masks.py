@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-
 #: Why a model is refused whose tokens change those before them.
 LATER = "its attention lets tokens see later ones"
 
@@ -49,7 +48,7 @@ def tables(
 
 
 def _read(mask: Tensor, prompts: int, length: int) -> Tensor:
-    """`[prompt, head or 1, token, token]`: a mask as `bool`, or as what is added to scores where that is more than nothing or everything.
+    """`[prompt, head or 1, token, token]`: which token sees which, or what is added to scores where that says more.
 
     Raises:
         NotImplementedError: it is of another shape, or a token sees later ones.
