@@ -115,7 +115,7 @@ def _bad() -> list[tuple[Callable[[], Any], type[Exception], str]]:
         (lambda: ns.logit_diff(3, [3, 3, 3])(LOGITS), BadArgument, "answer and wrong are the same"),
         (lambda: ns.kl_divergence()(LOGITS), BadArgument, r"compares two runs, and there is one[\s\S]*reference="),
         (lambda: ns.Metric.of(anything), BadType, "NoneType is no metric"),
-        (lambda: ns.Metric.of(lambda logits: logits)(LOGITS), BadArgument, r"shape \[3, 12\] of logits \[3, 12\]"),
+        (lambda: ns.Metric.of(lambda logits: logits)(LOGITS), BadArgument, r"shape \[1, 12\] of logits \[1, 12\]"),
         (lambda: ns.Metric.of(lambda logits: logits.mean())(LOGITS), BadArgument, r"shape \[\] of logits"),
         (lambda: ns.Metric.of(lambda logits: anything)(LOGITS), BadArgument, "a NoneType of logits"),
     ]

@@ -117,9 +117,16 @@ class Bound:
     ) -> Tensor:
         """The number for each row, whose prompts are given by their numbers.
 
+        A function of the user's own is given one row at a time, so that a row's number never depends on the others.
+
         Args:
             reference: for a metric that compares, the other run's logits of the same rows.
         """
+        if self.metric.rule not in _OWN and len(logits) > 1:
+            rows = ([number] for number in range(len(logits)))
+            return torch.cat(
+                [self(logits[r], [prompts[r[0]]], None if reference is None else reference[r]) for r in rows]
+            )
         for name, ids in self.ids.items():
             wrong = next((i for i in ids if not 0 <= i < logits.shape[-1]), None)
             if wrong is not None:

@@ -153,8 +153,8 @@ def test_one_cached_value_off_by_a_hundredth_is_noticed(monkeypatch: pytest.Monk
 
 def test_a_model_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[int] = []
-    compare = choosing._compare
-    monkeypatch.setattr(choosing, "_compare", lambda work: (probed.append(1), compare(work))[1])
+    compare = choosing.compare
+    monkeypatch.setattr(choosing, "compare", lambda *asked: (probed.append(1), compare(*asked))[1])
     model = _double("llama")
     for _ in range(2):
         assert ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC, progress=False).run.executor == "packed"
@@ -191,13 +191,18 @@ def test_the_models_own_attention_is_back_afterwards_also_after_an_error() -> No
 
 def test_attention_can_be_exchanged_inside_an_exchange() -> None:
     model = _double("llama")
-    outer, inner = attention.KeysAndValues(), attention.KeysAndValues()
+    outer: list[Any] = []
+    inner: list[Any] = []
+
+    def noting(calls: list[Any]) -> attention.Attend:
+        return lambda call: (calls.append(call), call.attended(call.query, call.key, call.value, call.mask))[1]
+
     ids = torch.tensor([[3, 4, 5]])
-    with torch.no_grad(), attention.attention(model._module, outer):
-        with attention.attention(model._module, inner):
+    with torch.no_grad(), attention.attention(model._module, noting(outer)):
+        with attention.attention(model._module, noting(inner)):
             a = model._module(ids, use_cache=False).logits
         b = model._module(ids, use_cache=False).logits
-    assert len(outer.of) == len(inner.of) == 3
+    assert len(outer) == len(inner) == 3 and {call.own for call in (*outer, *inner)} == {"sdpa"}
     assert torch.equal(a, b)
 
 
@@ -206,6 +211,7 @@ def test_the_tokens_that_run_are_those_of_the_cost_law() -> None:
     length, layers = 12, 3
     clean, corrupted = list(range(3, 3 + length)), list(range(30, 30 + length))
     plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
+    run(plan, model, executor="packed", progress=False)  # a model is probed only once
     result = run(plan, model, executor="packed", progress=False)
     suffixes = length * (length + 1) // 2
     # Blocks 1 and 2 see the suffix of every site patched below; the last then runs one token of each.
@@ -235,6 +241,7 @@ def test_operations_are_those_that_torch_counts_and_the_cost_law_foretells() -> 
     block = model._module.model.layers[0]
     clean, corrupted = list(range(3, 3 + length)), list(range(30, 30 + length))
     plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
+    run(plan, model, executor="packed", progress=False)  # a model is probed only once
     result, counted = _multiplied(lambda: run(plan, model, executor="packed", progress=False))
 
     def per_token(module: Any) -> int:
@@ -258,7 +265,7 @@ def test_operations_are_those_that_torch_counts_and_the_cost_law_foretells() -> 
 def test_the_operations_that_a_result_tells_are_those_that_torch_counts(family: str) -> None:
     model = wrap(family)
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output[1:]", ns.rank("w7"))
-    run(plan, model, executor="packed", progress=False)  # the head is tried, and own attention found, only once
+    run(plan, model, executor="packed", progress=False)  # a model is probed only once
     rows, counted = _multiplied(lambda: run(plan, model, executor="batched", progress=False))
     assert rows.run.flops == counted > 0
     packed, counted = _multiplied(lambda: run(plan, model, executor="packed", progress=False))
@@ -307,8 +314,8 @@ def test_a_padded_pack_calls_attention_once_a_block(monkeypatch: pytest.MonkeyPa
     model = _double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     calls: list[int] = []
-    attended = attention.attended
-    monkeypatch.setattr(attention, "attended", lambda *given: (calls.append(1), attended(*given))[1])
+    attended = attention.AttentionCall.attended
+    monkeypatch.setattr(attention.AttentionCall, "attended", lambda *given: (calls.append(1), attended(*given))[1])
     counts = []
     for grain in (1, 64):
         calls.clear()
@@ -326,13 +333,17 @@ def test_only_the_logits_that_the_metric_reads_are_computed(monkeypatch: pytest.
     logits = heads.Head.logits
     monkeypatch.setattr(heads.Head, "logits", lambda self, states: (asked.append(len(states)), logits(self, states))[1])
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    _values(plan, model, "packed")  # a model is probed only once
+    asked.clear()
     two = _values(plan, model, "packed")
     assert asked == [1, 3]  # the trial of the head, and the corrupted prompts as they are
     whole = ns.Metric.of(lambda logits: logits[:, 7] - logits[:, 8])
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", whole)
+    _values(plan, model, "packed")
+    asked.clear()
     monkeypatch.setattr(packing, "LOGITS", 128)  # two rows of logits at once
     assert np.nanmax(np.abs(_values(plan, model, "packed") - two)) < 1e-12
-    assert asked[2:] == [1, 3, *[2] * (len(plan.jobs) // 2), *[1] * (len(plan.jobs) % 2)]
+    assert asked == [1, 3, *[2] * (len(plan.jobs) // 2), *[1] * (len(plan.jobs) % 2)]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
@@ -374,8 +385,8 @@ def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pyte
     asked: list[int] = []
     keeper = recording._keeper
 
-    def narrow(entering: list[Any], calls: list[Any], whole: bool) -> Any:
-        keep = keeper(entering, calls, whole)
+    def narrow(entering: list[Any], *more: Any) -> Any:
+        keep = keeper(entering, *more)
 
         def kept(block: Any, args: Any, kwargs: Any) -> None:
             asked.append(len(args[0]))

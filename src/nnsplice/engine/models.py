@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -109,8 +110,18 @@ def in_training(model: Model) -> bool:
 
 
 def keeps_logits(model: Model) -> bool:
-    """Whether the model can be asked for the logits of its last tokens only."""
-    return "logits_to_keep" in inspect.signature(type(peel(model)).forward).parameters
+    """Whether the model can be asked for the logits of its last tokens only, and runs all its layers on all tokens."""
+    root = peel(model)
+    if not _takes_logits(type(root)):
+        return False
+    # Gemma 4 hands the wish to its layers that share keys and values, which then run for the last tokens alone.
+    inner = {type(module) for module in root.modules() if hasattr(module, "config")} - {type(root)}
+    return not any(_takes_logits(kind) for kind in inner)
+
+
+@cache
+def _takes_logits(kind: type) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
 
 
 def after_last_attention(model: Model, site: Site) -> bool:

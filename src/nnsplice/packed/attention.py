@@ -1,12 +1,14 @@
 """Attention for packed tokens: Hugging Face's blocks as they are, with one function of theirs exchanged.
 
 Transformers looks its attention function up by name, in a public registry. Under the name registered here a function
-runs that the caller has chosen for the time being: one that records the keys and values of a whole run, or one that
-lets each packed row attend to the recorded prefix and its own tokens.
+runs that the caller has chosen for the time being: one that records keys, values and masks of a whole run, or one that
+lets each packed row attend to the recorded prefix and its own tokens. What is computed of queries, keys, values and a
+mask is left to the function that the model would have called itself.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,36 +16,62 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnsplice.packed.layout import Group, visible
+from nnsplice.packed.layout import Group
+from nnsplice.packed.masks import LATER, causal
 
 NAME = "nnsplice_packed"
-#: `(attention module, query, key, value, variant)` -> `[batch, token, head, width]`; heads first in what comes in.
-Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, "Variant"], Tensor]
 #: `[group, token, width]` each.
 KeyValue = tuple[Tensor, Tensor]
-#: What runs, and what ran before: the name of its attention by each config's id.
-_active: ContextVar[tuple[Attend, Mapping[int, str]] | None] = ContextVar("nnsplice_attention", default=None)
 
-#: What attention modules pass along that changes nothing here, or is None or zero outside of training.
-_HARMLESS = {
-    "attention_mask", "dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions",
-    "past_key_values", "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep",
+#: What attention modules pass along that belongs to the run, not to what is computed of queries, keys and values.
+_OF_THE_RUN = {
+    "position_ids", "cache_position", "use_cache", "output_attentions", "past_key_values", "cache",
+    "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep",
 }  # fmt: skip
+#: What attention functions of transformers read.
+_READ = {"dropout", "scaling", "softcap", "s_aux", "sliding_window"}
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """How this attention differs from the plain one."""
+class AttentionCall:
+    """One call of a model's attention function, heads first: `[batch, head, token, width]`."""
 
-    scaling: float
-    #: A query sees this many tokens back, itself included; None for all.
-    window: int | None = None
-    softcap: float | None = None
-    #: A logit for each head that takes its share of the probability and gives nothing.
-    sinks: Tensor | None = None
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    #: What the module was given as its mask.
+    mask: Tensor | None
+    is_causal: bool
+    #: The other arguments that the function reads.
+    more: Mapping[str, Any]
+    #: The name of the attention that the model is set to: `"sdpa"`, `"eager"`, ...
+    own: str
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """What the model's own function makes of other tokens: `[row, query, head, width]`.
+
+        Args:
+            mask: `[row or 1, head or 1, query, key]`, which token sees which, or what is added to their scores; None:
+                every query sees every key.
+        """
+        if self.own != "eager":
+            return _registered("sdpa")(self.module, query, key, value, mask, is_causal=False, **self.more)[0]
+        if mask is not None and mask.dtype is torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        return _eager(self.module)(self.module, query, key, value, mask, **self.more)[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the mask stands in arguments alone, as flash attention has it."""
+        return "flash" in self.own
+
+
+Attend = Callable[[AttentionCall], Tensor]
+#: What runs, and what ran before: the name of its attention by each config's id.
+_active: ContextVar[tuple[Attend, Mapping[int, str]] | None] = ContextVar("nnsplice_attention", default=None)
 
 
 @contextmanager
@@ -53,7 +81,9 @@ def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
     configs = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
     configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation")}
     before = {i: c._attn_implementation for i, c in configs.items()}
-    token = _active.set((attend, before))
+    outer = _active.get()
+    own = {i: outer[1].get(i, "sdpa") if name == NAME and outer is not None else name for i, name in before.items()}
+    token = _active.set((attend, own))
     try:
         for config in configs.values():
             config._attn_implementation = NAME
@@ -68,12 +98,35 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _dispatch)
-    # Which token sees which is decided here, so no mask need be made.
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+def _registered(name: str) -> Callable[..., Any]:
+    from transformers import AttentionInterface
+
+    return AttentionInterface()[name]
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention of a module, which transformers keeps beside its class."""
+    for kind in type(module).__mro__:
+        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise NotImplementedError("its attention is eager, and the function that computes it was not found")
+
+
+def _own(config: Any) -> str:
+    active = _active.get()
+    return (active[1].get(id(config)) if active is not None else None) or "sdpa"
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask that the model makes of its own accord, written out where it would have been left to the kernel."""
+    from transformers import AttentionMaskInterface
+
+    made = AttentionMaskInterface()["eager" if _own(kwargs.get("config")) == "eager" else "sdpa"]
+    return made(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 def _dispatch(
@@ -81,65 +134,60 @@ def _dispatch(
 ) -> tuple[Tensor, None]:
     active = _active.get()
     assert active is not None, "packed attention was left switched on"
-    attend, before = active
-    scaling, softcap = more.pop("scaling", None), more.pop("softcap", None)
-    if before.get(id(getattr(module, "config", None))) == "sdpa":
-        softcap = None  # sdpa has none: older transformers leave it out without a word, newer ones refuse to run
-    variant = Variant(
-        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        more.pop("sliding_window", None), softcap, more.pop("s_aux", None),
-    )  # fmt: skip
-    unknown = [
-        name for name, given in more.items() if name not in _HARMLESS and given is not None and given is not False
-    ]
+    is_causal = more.pop("is_causal", None)
+    given = {name: value for name, value in more.items() if name not in _OF_THE_RUN}
+    unknown = [n for n, value in given.items() if n not in _READ and value is not None and value is not False]
     if unknown:
         raise NotImplementedError(f"its attention is given {', '.join(unknown)}, which packed rows do not handle")
-    return attend(module, query, key, value, variant), None
-
-
-def attended(query: Tensor, key: Tensor, value: Tensor, sees: Tensor | None, variant: Variant) -> Tensor:
-    """Attention of `[row, head, query, width]` over `[row, group, key, width]`: `[row, query, head, width]`.
-
-    Args:
-        sees: `[row or 1, 1, query, key]`, which token sees which; None for all.
-    """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if variant.softcap is None and variant.sinks is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=sees, scale=variant.scaling)
-        return out.transpose(1, 2)
-    scores = query @ key.transpose(-1, -2) * variant.scaling
-    if variant.softcap is not None:
-        scores = (scores / variant.softcap).tanh() * variant.softcap
-    if sees is not None:
-        scores = scores.masked_fill(~sees, float("-inf"))
-    if variant.sinks is not None:
-        sinks = variant.sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
-        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
-    else:
-        # Transformers' own code for capped scores takes the softmax in float32, whatever the model's dtype.
-        weights = scores.softmax(-1, dtype=torch.float32).to(scores)
-    return (weights @ value).transpose(1, 2)
+    call = AttentionCall(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        {name: value for name, value in given.items() if name in _READ},
+        _own(getattr(module, "config", None)),
+    )
+    return active[0](call), None
 
 
 # --- the two uses -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class KeysAndValues:
-    """Keys and values of a whole run, by attention module: `[prompt, group, token, width]`."""
+class Recorder:
+    """Keys, values and masks of a whole run, by attention module."""
 
+    #: `[prompt, group, token, width]`
     of: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[nn.Module, Tensor] = field(default_factory=dict)
+    #: The tensors that the block was given whose attention runs next.
+    given: Sequence[Tensor] = ()
+    #: Masks that stand in arguments alone: by length and window.
+    _written: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
-        """Plain causal attention that keeps what it is given."""
-        if module in self.of:
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """The model's own attention, with everything kept that it is given."""
+        if call.module in self.of:
             raise NotImplementedError("one attention module runs several times in a pass")
-        self.of[module] = (key, value)
-        length = key.shape[2]
-        sees = visible(torch.arange(length, device=key.device)[None], length, variant.window)
-        return attended(query, key, value, sees, variant)
+        self.of[call.module] = (call.key, call.value)
+        self.masks[call.module] = mask = self._mask(call)
+        return call.attended(call.query, call.key, call.value, mask)
+
+    def _mask(self, call: AttentionCall) -> Tensor:
+        mask, length = call.mask, call.key.shape[2]
+        if call.plain or mask is None:
+            if not call.is_causal or (call.own == "eager" and mask is None):
+                raise NotImplementedError(LATER)
+            window = call.more.get("sliding_window") if call.plain else None
+            return self._written.setdefault((length, window), causal(length, window, call.key.device))
+        if not isinstance(mask, Tensor):
+            raise NotImplementedError(f"its attention is given a {type(mask).__name__} as a mask")
+        memory = mask.untyped_storage().data_ptr()
+        if not any(tensor.untyped_storage().data_ptr() == memory for tensor in self.given):
+            raise NotImplementedError("its layers compute a mask of their own from what they are given")
+        return mask
 
 
 @dataclass
@@ -148,25 +196,28 @@ class Packed:
 
     #: Of all recorded tokens, by attention module.
     recorded: Mapping[nn.Module, KeyValue]
+    #: See `masks.table`.
+    masks: Mapping[nn.Module, Tensor | None]
     groups: Sequence[Group]
     #: Own keys and values from an earlier pass through this block, whose queries were not asked.
     own: KeyValue | None = None
     #: Whether this is such an earlier pass.
     leaves: bool = False
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
+    def __call__(self, call: AttentionCall) -> Tensor:
         """`[1, token, head, width]` for the packed tokens."""
+        query, module = call.query, call.module
         if module not in self.recorded:
             raise NotImplementedError("an attention module runs that the recorded pass did not run")
         if self.leaves:
-            raise Left((key[0], value[0]))
-        own = self.own or (key[0], value[0])
+            raise Left((call.key[0], call.value[0]))
+        own = self.own or (call.key[0], call.value[0])
         keys, values = (torch.cat(pair, 1) for pair in zip(self.recorded[module], own, strict=True))
-        out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+        out = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
         for group in self.groups:
             asks = query[0][:, group.asks].transpose(0, 1)
             k, v = (t[:, group.keys].transpose(0, 1) for t in (keys, values))
-            out[0, group.asks] = attended(asks, k, v, group.sees(variant.window), variant)
+            out[0, group.asks] = call.attended(asks, k, v, group.mask(self.masks[module])).to(out)
         return out
 
 

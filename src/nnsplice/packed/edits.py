@@ -77,12 +77,13 @@ def hooked(root: nn.Module, inside: Sequence[Numbered], find: Callable[[], Find]
     # Of one module, edits come before reads, so that a read sees what was written.
     order = sorted(sites, key=lambda site: all(isinstance(placed.what, Read) for _, placed in sites[site]))
     hooks = []
-    for site in order:
-        module = root.get_submodule(site.module)
-        if site.end == "input":
-            hooks.append(module.register_forward_pre_hook(_before(site, sites[site], find, into), with_kwargs=True))
-        else:
-            hooks.append(module.register_forward_hook(_after(site, sites[site], find, into)))
+    for site in (site for site in order if site.end == "input"):
+        before = _before(site, sites[site], find, into)
+        hooks.append(root.get_submodule(site.module).register_forward_pre_hook(before, with_kwargs=True))
+    # What the module returned, before hooks of the user's see it; of those put in front, the last comes first.
+    for site in (site for site in reversed(order) if site.end == "output"):
+        after = _after(site, sites[site], find, into)
+        hooks.append(root.get_submodule(site.module).register_forward_hook(after, prepend=True))
     try:
         yield
     finally:

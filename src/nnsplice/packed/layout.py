@@ -97,20 +97,20 @@ class Layout:
             held = np.where(at < start, base + at, total + offset + at - start)
             asked = last if thin else np.minimum(start + np.arange(queries), last)
             where = np.array([order[n] for n in members])[:, None] if thin else offset + asked - start
-            groups.append(Group.of(where, held, asked, device))
+            groups.append(Group.of(where, held, asked, [row.prompt for row in rows], device))
         return groups + self._shorts(device, thin)
 
     def _shorts(self, device: torch.device, thin: bool) -> list[Group]:
         """Rows of changed tokens alone: all of one prompt ask the same keys, in one call."""
-        prompts: dict[int, list[tuple[int, int]]] = {}
+        prompts: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for order, n in enumerate(self.short):
             row = self.rows[n]
             asking = [(len(self.long) + order, row.last)] if thin else enumerate(row.changed, self.offsets[n])
-            prompts.setdefault(row.base, []).extend(asking)
+            prompts.setdefault((row.base, row.prompt), []).extend(asking)
         groups = []
-        for base, members in prompts.items():
+        for (base, prompt), members in prompts.items():
             where, asked = (np.array(column)[None] for column in zip(*members, strict=True))
-            groups.append(Group.of(where, base + np.arange(asked.max() + 1)[None], asked, device))
+            groups.append(Group.of(where, base + np.arange(asked.max() + 1)[None], asked, [prompt], device))
         return groups
 
 
@@ -128,26 +128,36 @@ class Group:
     keys: Tensor
     #: `[row, query]`, where in its prompt each asking token stands; one row where that is the same for all.
     positions: Tensor
-    _seen: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False)
+    #: `[row]`, the prompts by their order among the recorded ones.
+    prompts: Tensor
+    _made: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, asks: np.ndarray, keys: np.ndarray, positions: np.ndarray, device: torch.device) -> Group:
+    def of(
+        cls, asks: np.ndarray, keys: np.ndarray, positions: np.ndarray, prompts: Sequence[int], device: torch.device
+    ) -> Group:
         """A group of arrays, on the device."""
         same = positions[:1] if (positions == positions[:1]).all() else positions
-        a, k, p = (torch.as_tensor(array).to(device) for array in (asks, keys, same))
-        return cls(a, k, p)
+        a, k, p, n = (torch.as_tensor(array).to(device) for array in (asks, keys, same, prompts))
+        return cls(a, k, p, n)
 
-    def sees(self, window: int | None) -> Tensor | None:
-        """`[row or 1, 1, query, key]`, which token sees which; None for all."""
-        if window not in self._seen:
-            self._seen[window] = visible(self.positions, self.keys.shape[1], window)
-        return self._seen[window]
+    def mask(self, table: Tensor | None) -> Tensor | None:
+        """`[row or 1, head or 1, query, key]` of a table of `masks.tables`; None: every query sees every key."""
+        known = id(table)  # the recording keeps its tables for as long as groups live
+        if known not in self._made:
+            self._made[known] = self._of(table)
+        return self._made[known]
 
-
-def visible(positions: Tensor, keys: int, window: int | None) -> Tensor | None:
-    """`[row, 1, query, key]`: a token sees itself and those before it, as far as the window; None: all."""
-    at = torch.arange(keys, device=positions.device)
-    sees = at <= positions[..., None]
-    if window is not None and window < keys:
-        sees &= at > positions[..., None] - window
-    return None if bool(sees.all()) else sees[:, None]
+    def _of(self, table: Tensor | None) -> Tensor | None:
+        at = torch.arange(self.keys.shape[1], device=self.keys.device)
+        before = (at <= self.positions[..., None])[:, None]
+        if table is None:
+            return None if bool(before.all()) else before
+        prompts = self.prompts if len(table) > 1 else self.prompts[:1] * 0
+        # Keys that only fill up a row stand behind the last token that asks.
+        chosen = table[prompts[:, None, None], :, self.positions[..., None], at.clamp(max=table.shape[-1] - 1)]
+        chosen = chosen.permute(0, 3, 1, 2)
+        if table.dtype is not torch.bool:
+            return chosen.masked_fill(~before, float("-inf"))
+        sees = chosen & before
+        return None if bool(sees.all()) else sees

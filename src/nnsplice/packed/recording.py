@@ -6,7 +6,6 @@ Prompts of one length run together; what is kept of them is flat, prompt after p
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,16 +17,16 @@ from torch import Tensor, nn
 from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas, Site, Tower
-from nnsplice.packed import heads
-from nnsplice.packed.attention import KeysAndValues, KeyValue, attention
+from nnsplice.packed import heads, masks
+from nnsplice.packed.attention import KeyValue, Recorder, attention
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
-_DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "layer_past", "head_mask"}
-#: Models that were seen to run attention code of their own, so that nobody tries again.
-_own_attention: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "cache", "layer_past", "head_mask"}
+#: The ways of a recording: with the attention function exchanged, or with attention modules that run whole prompts.
+WAYS = ("exchanged", "whole")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Recording:
     """A pass over prompts; tensors hold the tokens of all of them, one prompt after another."""
 
     prompts: tuple[int, ...]
+    #: One of `WAYS`.
+    way: str
     #: Prompt -> where its tokens begin.
     bases: Mapping[int, int]
     tower: Tower
@@ -45,6 +46,8 @@ class Recording:
     calls: tuple[Mapping[str, Any], ...]
     #: Keys and values, by attention module: `[group, token, width]`.
     attended: Mapping[nn.Module, KeyValue]
+    #: What each of them sees: see `masks.tables`.
+    masks: Mapping[nn.Module, Tensor | None]
     #: How attention modules were called, where they run code of their own; else empty.
     whole: Whole
     #: By its site, the values of each place that `Base.keep` names: `[token, width]`.
@@ -71,6 +74,7 @@ class _Pass:
     entering: list[Tensor]
     calls: list[dict[str, Any]]
     attended: dict[nn.Module, KeyValue]
+    masks: dict[nn.Module, Tensor]
     attention_calls: dict[nn.Module, Call]
     kept: dict[Site, Tensor]
     #: What the model without its head returned.
@@ -78,7 +82,7 @@ class _Pass:
 
 
 def record(base: Base, prompts: Sequence[int]) -> Recording:
-    """Run these prompts once.
+    """Run these prompts once, the way that `base.memo["way"]` says; where it says none, the first that runs.
 
     Raises:
         NotImplementedError: this model does something that packed rows cannot repeat.
@@ -94,15 +98,19 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
         raise NotImplementedError("its layers share modules, or it has no unembedding")
     if not tower.prefix:
         raise NotImplementedError("its head is no part of its own")
-    batches = base.prompts.take(prompts).batches(None)
-    batches = [[prompts[row] for row in rows] for rows in batches]
-    if root not in _own_attention:
-        try:
-            passes = [_run(base, root, tower, rows, whole=False) for rows in batches]
-        except NotImplementedError:
-            _own_attention.add(root)
-    if root in _own_attention:
-        passes = [_run(base, root, tower, rows, whole=True) for rows in batches]
+    if "way" in base.memo:
+        return _recorded(base, root, tower, prompts, base.memo["way"])
+    try:
+        recording = _recorded(base, root, tower, prompts, "exchanged")
+    except NotImplementedError:
+        recording = _recorded(base, root, tower, prompts, "whole")
+    base.memo["way"] = recording.way
+    return recording
+
+
+def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], way: str) -> Recording:
+    batches = [[prompts[row] for row in rows] for rows in base.prompts.take(prompts).batches(None)]
+    passes = [_run(base, root, tower, rows, whole=way == "whole") for rows in batches]
     bases, at = {}, 0
     lengths = base.prompts.lengths("decoder")
     for prompt in (prompt for rows in batches for prompt in rows):
@@ -115,12 +123,14 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
         base.memo["head"] = heads.Head.of(root, tower, entering[-1], passes)
     return Recording(
         prompts=tuple(prompts),
+        way=way,
         bases=bases,
         tower=tower,
         blocks=tuple(root.get_submodule(block.module) for block in tower.blocks),
         entering=entering,
         calls=tuple(_joined(column) for column in zip(*(one.calls for one in passes), strict=True)),
         attended={module: _flat([one.attended[module] for one in passes]) for module in passes[0].attended},
+        masks=masks.tables([one.masks for one in passes], [one.entering[0].shape[:2] for one in passes]),
         kept={site: torch.cat([one.kept[site].flatten(0, -2) for one in passes]) for site in passes[0].kept},
         whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
         head=base.memo["head"],
@@ -134,9 +144,11 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     entering: list[Tensor] = []
     calls: list[dict[str, Any]] = []
     ends: list[Any] = []
-    kept = KeysAndValues()
+    kept = Recorder()
     heard: dict[nn.Module, Call] = {}
-    hooks = [block.register_forward_pre_hook(_keeper(entering, calls, whole), with_kwargs=True) for block in blocks]
+    keep = _keeper(entering, calls, kept, whole)
+    # Before hooks of the user's, which run again where packed rows enter the block.
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
     inputs = base.prompts.inputs(prompts, base.model.device)
@@ -153,19 +165,20 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
         if engine.is_memory(error):  # that is no reason to run another way, but to run less at once
             raise
         # A model with attention code of its own may fail in any way when it is told another name for it.
-        raise NotImplementedError(f"it does not run with its attention exchanged ({error})") from None
+        how = "when the calls of its attention are noted" if whole else "with its attention exchanged"
+        raise NotImplementedError(f"it does not run {how} ({error})") from None
     finally:
         for hook in hooks:
             hook.remove()
     attention_runs = heard if whole else kept.of
     if len(entering) != len(blocks) + 1 or len(attention_runs) != len(blocks) or len(ends) != 1:
         raise NotImplementedError("a layer of it has no attention, or more than one")
-    return _Pass(entering, calls, kept.of, heard, sites, ends[0])
+    return _Pass(entering, calls, kept.of, kept.masks, heard, sites, ends[0])
 
 
 @contextmanager
 def _hearing(
-    root: nn.Module, tower: Tower, kept: KeysAndValues, heard: dict[nn.Module, Call], whole: bool
+    root: nn.Module, tower: Tower, kept: Recorder, heard: dict[nn.Module, Call], whole: bool
 ) -> Iterator[None]:
     """Keep what every attention needs: keys and values, or how the module was called."""
     if not whole:
@@ -178,8 +191,9 @@ def _hearing(
         yield
 
 
-def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], whole: bool) -> Any:
+def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], kept: Recorder, whole: bool) -> Any:
     def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        kept.given = list(_tensors((args, kwargs)))
         names = list(inspect.signature(type(block).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
         states = given.pop(names[0])
@@ -196,7 +210,16 @@ def _site_keeper(root: nn.Module, site: Site, into: dict[Site, Tensor]) -> Any:
         # A copy, as some blocks add into a branch's output in place.
         into[site] = wire.unpack(output, site.item).clone()
 
-    return root.get_submodule(site.module).register_forward_hook(keep)
+    return root.get_submodule(site.module).register_forward_hook(keep, prepend=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in arguments, in whatever containers they stand."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 def _checked(name: str, value: Any, states: Tensor, whole: bool) -> Any:

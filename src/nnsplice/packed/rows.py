@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site, Tower
@@ -94,7 +95,8 @@ class Begun:
     start: int
     #: The last token that runs.
     last: int
-    #: Where its prompt begins among the recorded tokens.
+    #: Its prompt: by its order among the recorded ones, and where it begins among the recorded tokens.
+    prompt: int
     base: int
     #: Whether its first block runs for the changed tokens alone: the others come out of it as they were recorded.
     alone: bool
@@ -119,12 +121,32 @@ class Begun:
         )  # fmt: skip
 
 
+class Blocks(Protocol):
+    """What is known of the blocks that rows go through: a recording."""
+
+    @property
+    def tower(self) -> Tower:
+        """Their parts by name."""
+        ...
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """Their modules."""
+        ...
+
+    @property
+    def bases(self) -> Mapping[int, int]:
+        """Prompt -> where its tokens begin among the recorded ones, in the order of these."""
+        ...
+
+
 class Homes:
     """Where sites stand among the blocks of a tower."""
 
-    def __init__(self, tower: Tower) -> None:
-        self.tower = tower
-        self._layers = {block.module: block.index for block in tower.blocks}
+    def __init__(self, blocks: Blocks) -> None:
+        self.of = blocks
+        self.tower = blocks.tower
+        self._layers = {block.module: block.index for block in blocks.tower.blocks}
         self._known: dict[Site, tuple[int, str]] = {}
 
     def placed(self, what: Edit | Read) -> Placed:
@@ -142,7 +164,8 @@ class Homes:
         if site.kind not in ("plain", "stream"):
             raise NotImplementedError(f"{place.place} is derived from several values")
         if site.module in self._layers:
-            return self._layers[site.module], site.end
+            layer = self._layers[site.module]
+            return layer, _end(site.end, self.of.blocks[layer])
         name = site.module
         while name:
             name = name.rpartition(".")[0]
@@ -150,6 +173,17 @@ class Homes:
                 layer = self._layers[name]
                 return layer, _inside(site, self.tower.blocks[layer])
         raise NotImplementedError(f"{place.place} stands in no layer")
+
+
+def _end(end: str, block: nn.Module) -> str:
+    """Where an edit of the block's own input or output is made.
+
+    A value is what a module returned, before hooks of the user's see it, and what it was given, after they did. So
+    where there are such hooks the block runs, and the edit is made between the two.
+    """
+    if end == "input":
+        return "keys" if block._forward_pre_hooks else "input"
+    return "point" if block._forward_hooks else "output"
 
 
 def _inside(site: Site, block: Block) -> str:
@@ -167,11 +201,10 @@ def _inside(site: Site, block: Block) -> str:
     return "keys"
 
 
-def begun(row: Row, homes: Homes, bases: Mapping[int, int], *, alone: bool = True) -> Begun:
+def begun(row: Row, homes: Homes, *, alone: bool = True) -> Begun:
     """Where a row begins.
 
     Args:
-        bases: prompt -> where it begins among the recorded tokens.
         alone: whether a block can run for some tokens of a prompt alone.
 
     Raises:
@@ -193,7 +226,8 @@ def begun(row: Row, homes: Homes, bases: Mapping[int, int], *, alone: bool = Tru
         row, tuple(edits), reads, layer,
         start=min((position for edit in (*edits, *reads) for position in edit.what.positions), default=last),
         last=last,
-        base=bases[row.prompt],
+        prompt=list(homes.of.bases).index(row.prompt),
+        base=homes.of.bases[row.prompt],
         alone=alone and bool(first) and all(isinstance(p.what, Edit) and p.where == "point" for p in own),
         changed=tuple(sorted({position for edit in first for position in edit.what.positions if position <= last})),
     )  # fmt: skip

@@ -43,8 +43,8 @@ def run(base: Base, rows: Sequence[Row]) -> Ran:
         NotImplementedError: this model, or one of these sites, is not covered.
     """
     recording, spent = recorded(base, [row.prompt for row in rows])
-    homes = Homes(recording.tower)
-    placed = [begun(row, homes, recording.bases, alone=not recording.whole.calls) for row in rows]
+    homes = Homes(recording)
+    placed = [begun(row, homes, alone=not recording.whole.calls) for row in rows]
     grain = GRAIN.get(recording.entering[0].device.type, 1)
     wave = Wave(base.root, recording, placed, base.law, grain)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def recorded(base: Base, prompts: Sequence[int]) -> tuple[Recording, Cost]:
     """
     wanted = tuple(dict.fromkeys(prompts))
     known = base.memo.get("recording")
-    if known is not None and wanted == known.prompts:
+    if known is not None and wanted == known.prompts and base.memo.get("way") == known.way:
         return known, Cost()
     recording = base.memo["recording"] = record(base, wanted)
     return recording, recording.cost

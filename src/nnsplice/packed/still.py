@@ -79,7 +79,9 @@ def run_still(base: Base, rows: Sequence[StillRow], branches: Sequence[Branch]) 
     recording, spent = recorded(base, [row.row.prompt for row in rows])
     if any(block.post_norm or block.scale != 1.0 or block.beside for block in recording.tower.blocks):
         raise NotImplementedError("its stream is normed or scaled on its way, so that a difference does not stay one")
-    homes = Homes(recording.tower)
+    if any(module._forward_hooks or module._forward_pre_hooks for b in recording.blocks for module in b.modules()):
+        raise NotImplementedError("hooks of the user's stand in its blocks, which may change a difference on its way")
+    homes = Homes(recording)
     walk = _Walk(base, recording, [_walker(recording, homes, row) for row in rows], branches)
     with torch.no_grad():
         walk.run()
@@ -105,15 +107,15 @@ class _Walker:
 
 
 def _walker(recording: Recording, homes: Homes, asked: StillRow) -> _Walker:
-    row = begun(asked.row, homes, recording.bases)
+    row = begun(asked.row, homes)
     wanted = {position for read in row.reads for position in read.what.positions} | {row.row.end}
     sent = {position for edit in row.edits for position in edit.what.positions}
-    narrow = not recording.whole.calls and _is_narrow(row, homes)
+    narrow = not recording.whole.calls and _is_narrow(row, recording)
     tokens = sorted(sent & wanted) if narrow else range(row.start, row.last + 1) if row.edits else ()
     return _Walker(replace(row, changed=tuple(tokens), alone=narrow), asked.free, narrow)
 
 
-def _is_narrow(row: Begun, homes: Homes) -> bool:
+def _is_narrow(row: Begun, recording: Recording) -> bool:
     """Whether no token of the row reads what is moved at another one."""
     inside = [edit for edit in row.edits if edit.where not in ("input", "output")]
     # A second edited place would be reached by the first, and attention then mixes its tokens.
@@ -121,7 +123,7 @@ def _is_narrow(row: Begun, homes: Homes) -> bool:
         return False
     if any(edit.where == "keys" for edit in inside):
         return False
-    return not any(_mixed(read.site, homes.tower.blocks[read.layer]) for read in row.reads)
+    return not any(_mixed(read.site, recording.tower.blocks[read.layer]) for read in row.reads)
 
 
 def _mixed(site: Site, block: Block) -> bool:
@@ -212,7 +214,7 @@ class _Walk:
         asked: list[Numbered] = []
         wanted: list[tuple[int, Read, Read]] = []  # the row, what it asked for, and the same at the tokens that run
         own: dict[tuple[int, Site], Read] = {}
-        homes = Homes(self.recording.tower)
+        homes = Homes(self.recording)
         for number in numbers:
             tokens = self.walkers[number].tokens
             for placed in filter(_stands_inside(layer), self._all(number)):
@@ -270,14 +272,16 @@ class _Walk:
         find: list[Find] = [layout.find]
         grain = GRAIN.get(pack.device.type, 1)
         with ExitStack() as stack:
-            stack.enter_context(hooked(self.base.root, asked, lambda: find[0], readings))
+            # Hooks of both go before the user's; those that are registered last run first.
             stack.enter_context(self._standing(layer, layout, readings, count))
+            stack.enter_context(hooked(self.base.root, asked, lambda: find[0], readings))
             if recording.whole.calls:
                 running = recording.whole.running(layout, lambda inner: find.__setitem__(0, inner or layout.find))
                 stack.enter_context(running)
             else:
                 groups = layout.groups(recording.total, grain, pack.device)
-                stack.enter_context(attention(self.base.root, Packed(recording.attended, groups)))
+                attend = Packed(recording.attended, recording.masks, groups)
+                stack.enter_context(attention(self.base.root, attend))
             with suppress(_Done):
                 recording.blocks[layer](pack[None], **recording.arguments(layer, index))
         block = recording.tower.blocks[layer]
@@ -295,11 +299,12 @@ class _Walk:
             at = [token for n in still for token in range(layout.offsets[n], layout.offsets[n] + self._size(n))]
             recorded = kept[branch.site][torch.as_tensor(layout.recorded[at], dtype=torch.long)] if at else None
             hook = _standing_still(branch.site, at, recorded, lambda: len(readings) >= count)
-            hooks.append(root.get_submodule(branch.site.module).register_forward_hook(hook))
+            hooks.append(root.get_submodule(branch.site.module).register_forward_hook(hook, prepend=True))
         modules = {placed.site.module for n in layout.offsets for placed in self._all(n) if placed.layer == layer}
         for name in modules:
             module = root.get_submodule(name)
-            hooks.append(module.register_forward_hook(lambda *_: _leave(len(readings) >= count)))
+            left = module.register_forward_hook(lambda *_: _leave(len(readings) >= count), prepend=True)
+            hooks.append(left)
         try:
             yield
         finally:

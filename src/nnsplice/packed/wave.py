@@ -116,13 +116,13 @@ class Wave:
         long = Layout(self.rows, layout.long)
         own: KeyValue | None = None
         if long.size:
-            packed = Packed(self.recording.attended, [], leaves=True)
+            packed = Packed(self.recording.attended, self.recording.masks, [], leaves=True)
             own = self._keys_and_values(layer, long, states, packed)
         find = self._only_last(numbers)
         ends = [self.rows[n].base + self.rows[n].last for n in numbers]
         pack = torch.cat([states[long.ends()], self.recording.entering[layer][ends[len(layout.long) :]]])
         groups = layout.groups(self.recording.total, self.grain, states.device, thin=True)
-        attend = Packed(self.recording.attended, groups, own=own or self._none(layer))
+        attend = Packed(self.recording.attended, self.recording.masks, groups, own=own or self._none(layer))
         inside = hooked(self.root, self._inside(layer, layout), lambda: find, self.readings)
         with attention(self.root, attend), inside:
             out = self._block(layer, pack, self._index(ends))
@@ -164,7 +164,8 @@ class Wave:
                 stack.enter_context(whole.running(layout, lambda inner: find.__setitem__(0, inner or layout.find)))
             else:
                 groups = layout.groups(self.recording.total, self.grain, pack.device)
-                stack.enter_context(attention(self.root, Packed(self.recording.attended, groups)))
+                attend = Packed(self.recording.attended, self.recording.masks, groups)
+                stack.enter_context(attention(self.root, attend))
             return self._block(layer, pack, self._index(layout.recorded))
 
     def _count(self, layer: int, tokens: int, parts: Sequence[str | None] = ()) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.packed.layout import Layout
+from nnsplice.packed.masks import refuse_later
 
 #: The arguments of an attention module that belong to the run, not to the prompt: its tokens, and the stream that some
 #: add in the module.
@@ -60,6 +61,8 @@ def listening(modules: Sequence[nn.Module], heard: dict[nn.Module, Call]) -> Ite
         names = _arguments(module)
         given = dict(zip(names, args, strict=False)) | kwargs
         live = {name: given.pop(name) for name in (names[0], *_LIVE) if name in given}
+        if isinstance(mask := given.get("attention_mask"), Tensor):
+            _refuse_later(mask)
         heard[module] = Call(live, given)
 
     hooks = [module.register_forward_pre_hook(listen, with_kwargs=True) for module in modules]
@@ -68,6 +71,14 @@ def listening(modules: Sequence[nn.Module], heard: dict[nn.Module, Call]) -> Ite
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _refuse_later(mask: Tensor) -> None:
+    """Raise for a mask by which a token sees later ones; in code of one's own, True may mean seen or hidden."""
+    if mask.dtype is torch.bool and mask.shape[-1] == mask.shape[-2]:
+        refuse_later(mask != mask.diagonal(dim1=-2, dim2=-1)[..., None, :1].logical_not())
+    elif mask.is_floating_point():
+        refuse_later(mask)
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,37 @@
-"""Which executor runs a plan: the fastest that gives the right numbers on this very model."""
+"""Which executor runs a plan: the fastest that gives the right numbers on this very model.
+
+Asked once of a question, and a question is everything that an answer may depend on: the model with its hooks, its dtype
+and its attention, the kinds of site, the operation, the metric, and prompts no longer than those that were tried.
+"""
 
 from __future__ import annotations
 
-import math
-import random
 import weakref
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Hashable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import fingerprint, peel
-from nnsplice.errors import BadArgument, NnspliceError
+from nnsplice.errors import BadArgument
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
 from nnsplice.sweeps.packing import packed
+from nnsplice.sweeps.probing import Answer, compare
 
 EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
-#: How far two ways of computing one number may lie apart, in the model's dtype, before one of them is wrong.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-#: Cells that are computed both ways before packed is trusted.
-PROBES = 4
 
-_trusted: weakref.WeakKeyDictionary[nn.Module, dict[object, tuple[str, str]]] = weakref.WeakKeyDictionary()
+_trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Answer]] = weakref.WeakKeyDictionary()
 
 
 def choose(name: str, work: Work) -> tuple[str, str, Cost]:
-    """The executor's name, why it is not the fastest where that is so, and what it cost to know."""
+    """The executor's name, what there is to know about it, and what it cost to know.
+
+    Raises:
+        NotImplementedError: packed rows were asked for, and they give other numbers here, or none.
+    """
     if name not in (*EXECUTORS, "auto"):
         raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
     targets = work.plan.targets
@@ -39,72 +41,56 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
         if name != "auto":
             raise BadArgument(note, expected='executor="reference" or "auto"')
         return "reference", note, Cost()
-    if name != "auto":
+    if name in ("reference", "batched"):
         return name, "", Cost()
     if not work.plan.jobs:
         return "batched", "", Cost()
-    return _probe(work)
+    answer, cost = _asked(work)
+    if answer.way is not None:
+        work.memo["way"] = answer.way
+    if name == "packed" and answer.executor != "packed":
+        raise NotImplementedError(answer.refused)
+    return answer.executor, answer.note, cost
 
 
-def _probe(work: Work) -> tuple[str, str, Cost]:
-    """The fastest that is right for this model and these kinds of site, and why no faster. Asked once of a model."""
-    root = peel(work.model)
-    kinds = frozenset(target.cell.component for target in work.plan.targets)
-    window = max(len(target.places) for target in work.plan.targets)
+def _asked(work: Work) -> tuple[Answer, Cost]:
+    known = _trusted.setdefault(peel(work.model), {})
+    question, longest = _question(work), _longest(work)
+    answer = known.get(question)
+    if answer is not None and longest <= answer.longest:
+        return answer, Cost()
+    if len(known) > 256:  # a metric made anew in a loop is a new question each time
+        known.clear()
+    known[question], cost = compare(work, longest)
+    return known[question], cost
+
+
+def _longest(work: Work) -> int:
+    encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
+    return max(max(encoder[prompt], decoder[prompt]) for prompt in {prompt for prompt, _ in work.plan.jobs})
+
+
+def _question(work: Work) -> Hashable:
+    """All that an answer depends on, but for the length of the prompts."""
+    root, plan = peel(work.model), work.plan
+    modules = list(root.modules())
     # Numbers of hooks never come again; what one does to packed tokens is found out with it in place.
-    hooks = tuple(key for m in root.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks))
-    there = (fingerprint(root), hooks, engine.is_edited(work.model))
-    question = (*there, kinds, work.plan.operation.way, window > 1, work.plan.corruption is not None)
-    known = _trusted.setdefault(root, {})
-    cost = Cost()
-    if question not in known:
-        known[question], cost = _compare(work)
-    return *known[question], cost
-
-
-def _compare(work: Work) -> tuple[tuple[str, str], Cost]:
-    """All ways on a few cells of one prompt, one of each kind of site where there are that many."""
-    chosen = random.Random(0)
-    prompt = work.plan.jobs[0][0]
-    kinds: dict[str, list] = {}
-    for job in work.plan.jobs:
-        if job[0] == prompt:
-            kinds.setdefault(work.plan.targets[job[1]].cell.component, []).append(job)
-    jobs = [chosen.choice(members) for members in kinds.values()]
-    others = [job for members in kinds.values() for job in members if job not in jobs]
-    jobs = sorted([*jobs, *chosen.sample(others, min(len(others), max(PROBES - len(jobs), 0)))])
-    asked = replace(work.plan.metric.metric, name="logits", rule=_direction, answers={}, compares=False, local=False)
-    work = replace(work, plan=replace(work.plan, metric=asked.bind(None, len(work.plan.corrupted))))
-    alone, cost = reference(work, jobs)
-    try:
-        fast, spent = packed(work, jobs)
-        cost += spent
-        refused = _difference(work, jobs, fast, alone)
-    except (NotImplementedError, NnspliceError) as reason:  # the same cells have just run by themselves
-        refused = str(reason).partition("\n")[0]
-    if not refused:
-        return ("packed", ""), cost
-    rows, spent = batched(work, jobs)
-    # Where numbers are rounded by a whole batch's largest (dynamic int8), the rows beside a cell change it.
-    mixed = _difference(work, jobs, rows, alone)
-    found = ("reference", f"not batched: {mixed}") if mixed else ("batched", f"not packed: {refused}")
-    return found, cost + spent
-
-
-def _direction(logits: Tensor) -> Tensor:
-    """Where logits point, as a number near 1 in size, whatever the scale of the metric that is asked for."""
-    wide = torch.where(logits.abs() < 1e4, logits, 0).double()  # tokens that are ruled out have logits of any size
-    wide = wide - wide.mean(-1, keepdim=True)
-    along = torch.randn(wide.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return wide @ along.to(wide.device) / wide.norm(dim=-1).clamp_min(1e-300)
-
-
-def _difference(work: Work, jobs: list, values: Sequence[float], alone: Sequence[float]) -> str:
-    """The first cell whose value is not that of a run of its own, in words; empty where all are."""
-    dtype = next((p.dtype for p in peel(work.model).parameters() if p.is_floating_point()), torch.float32)
-    allowed = TOLERANCE.get(dtype, 2e-1)
-    for job, a, b in zip(jobs, values, alone, strict=True):
-        if not math.isclose(a, b, rel_tol=allowed, abs_tol=allowed) and not (math.isnan(a) and math.isnan(b)):
-            path = work.plan.targets[job[1]].cell.path
-            return f"the logits with {path} point to {a:.6g}, and to {b:.6g} in a run of its own"
-    return ""
+    hooks = tuple(key for m in modules for key in (*m._forward_hooks, *m._forward_pre_hooks))
+    configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
+    attentions = tuple(str(getattr(config, "_attn_implementation", None)) for config in configs.values())
+    devices = {"cpu", torch.device(work.model.device or "cpu").type}
+    casts = tuple((d, torch.get_autocast_dtype(d)) for d in sorted(devices) if torch.is_autocast_enabled(d))
+    metric, corruption = plan.metric.metric, plan.corruption
+    return (
+        fingerprint(root),
+        hooks,
+        engine.is_edited(work.model),
+        frozenset((p.dtype, p.device) for p in root.parameters()),
+        attentions,
+        casts,
+        frozenset((t.cell.component, type(t.position), len(t.places)) for t in plan.targets),
+        str(plan.operation.identity),
+        None if corruption is None else corruption.overwrites,
+        (metric.position, metric.local, metric.compares, plan.metric.identity.get("source")),
+        len({prompt for prompt, _ in plan.jobs}) > 1,
+    )

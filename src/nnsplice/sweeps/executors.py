@@ -19,6 +19,7 @@ from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
+from nnsplice.errors import ShapeError
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
 from nnsplice.sweeps.plan import Job, Plan
@@ -78,12 +79,13 @@ def _reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     values: list[float] = []
     cost = Cost()
     for job in jobs:
-        values += measured(work, _one(work, job), [job])
+        values += measured(work, alone(work, job), [job])
         cost += work.law.whole(work.plan.corrupted, [job[0]], work.plan.corrupted.lengths("decoder")[job[0]])
     return values, cost
 
 
-def _one(work: Work, job: Job) -> Tensor:
+def alone(work: Work, job: Job) -> Tensor:
+    """The logits that the metric reads in a run of one job's own: `[1, vocab]`."""
     plan, model = work.plan, work.model
     inputs = plan.corrupted.inputs([job[0]], model.device)
     found: list[Tensor] = []
@@ -160,6 +162,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         corrupt(model, plan, prompts)
         for access in stops:
             held = hold(access, mediator, batch.rows(access.tower))
+            _check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
             held.write(_changed(work, access, held.tensor, writes))
         found.append(wire.logits_of(model)[:, at].clone())
 
@@ -167,6 +170,16 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         engine.run(model, {**inputs, **(fewer := only_read(model, at, writes))}, body)
     logits = fewer.get("logits_to_keep", plan.corrupted.lengths("decoder")[prompts[0]])
     return measured(work, found[0], jobs), work.law.whole(plan.corrupted, prompts, logits)
+
+
+def _check_length(access: Access, tensor: Tensor, length: int) -> None:
+    """Raise for a value that does not hold all tokens of its prompts, whose tokens would be taken for others."""
+    if tensor.shape[1] != length:
+        raise ShapeError(
+            f"{tensor.shape[1]} tokens stand there, and the prompts have {length}",
+            path=access.name,
+            expected="a place that every token of a prompt passes",
+        )
 
 
 def _changed(work: Work, access: Access, tensor: Tensor, writes: dict[Path, list[Write]]) -> Tensor:
@@ -191,6 +204,7 @@ def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
     mediator = engine.worker(model, "a sweep")
     (access,) = accesses(model, [corruption.place])
     held = hold(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
+    _check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
     new = held.tensor.clone()
     for row, prompt in enumerate(prompts):
         tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(new)

@@ -60,7 +60,8 @@ def base_of(work: Work, keep: tuple[Path, ...] = ()) -> Base:
         keep: places whose values are kept of them.
     """
     if "base" not in work.memo:
-        work.memo["base"] = Base(work.model, work.plan.corrupted, lambda prompts: _corrupted(work, prompts), keep)
+        around = lambda prompts: _corrupted(work, prompts)  # noqa: E731
+        work.memo["base"] = Base(work.model, work.plan.corrupted, around, keep, work.memo)
     return work.memo["base"]
 
 

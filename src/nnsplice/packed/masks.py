@@ -1,0 +1,101 @@
+"""Which token sees which: the masks that a model made for the recorded prompts, as packed rows look them up.
+
+A packed token is a token of a prompt, so what it sees is a row of the mask that its attention module was given in the
+recorded pass: whatever windows, chunks or documents there are stand in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+#: Why a model is refused whose tokens change those before them.
+LATER = "its attention lets tokens see later ones"
+
+
+def causal(length: int, window: int | None, device: torch.device) -> Tensor:
+    """`[1, 1, query, key]`: a token sees itself and those before it, as far as the window."""
+    at = torch.arange(length, device=device)
+    sees = at <= at[:, None]
+    if window is not None:
+        sees &= at > at[:, None] - window
+    return sees[None, None]
+
+
+def tables(
+    passes: Sequence[Mapping[nn.Module, Tensor]], shapes: Sequence[tuple[int, int]]
+) -> dict[nn.Module, Tensor | None]:
+    """The mask of every attention module for all recorded prompts; modules that were given one mask share a table.
+
+    Args:
+        passes: the masks of several passes, `[prompt or 1, head or 1, token, token]`, as the modules were given them.
+        shapes: how many prompts each pass has, and how many tokens each of them.
+
+    Returns:
+        `[prompt or 1, head or 1, token, token]` as long as the longest prompt: which token sees which, or what is added
+        to their scores. None: a token sees itself and all before it.
+    """
+    known: dict[tuple[int, ...], Tensor | None] = {}
+    found: dict[nn.Module, Tensor | None] = {}
+    for module in passes[0]:
+        key = tuple(id(masks[module]) for masks in passes)
+        if key not in known:
+            known[key] = _table([_read(masks[module], *shape) for masks, shape in zip(passes, shapes, strict=True)])
+        found[module] = known[key]
+    return found
+
+
+def _read(mask: Tensor, prompts: int, length: int) -> Tensor:
+    """`[prompt, head or 1, token, token]`: which token sees which, or what is added to scores where that says more.
+
+    Raises:
+        NotImplementedError: it is of another shape, or a token sees later ones.
+    """
+    if mask.dim() != 4 or mask.shape[-2:] != (length, length) or mask.shape[0] not in (1, prompts):
+        raise NotImplementedError(f"its attention is given a mask of shape {list(mask.shape)} for {length} tokens")
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise NotImplementedError(f"its attention is given a mask of {mask.dtype}")
+    refuse_later(mask)
+    mask = mask.expand(prompts, -1, -1, -1)
+    sees = seen(mask)
+    if mask.is_floating_point() and mask[sees].any():
+        return mask.masked_fill(~sees, float("-inf"))
+    return sees
+
+
+def seen(mask: Tensor) -> Tensor:
+    """Where a mask lets tokens be seen: those of floating point are added to scores."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask
+
+
+def refuse_later(mask: Tensor) -> None:
+    """Raise for a mask `[..., token, token]` by which a token sees later ones.
+
+    Raises:
+        NotImplementedError: what a token changes then changes those before it.
+    """
+    if mask.shape[-1] == mask.shape[-2] and seen(mask).triu(1).any():
+        raise NotImplementedError(LATER)
+
+
+def _table(masks: Sequence[Tensor]) -> Tensor | None:
+    if any(mask.is_floating_point() for mask in masks):
+        masks = [mask if mask.is_floating_point() else _added(mask) for mask in masks]
+    longest = max(masks, key=lambda mask: mask.shape[-1])[:1]
+    if all((mask == longest[..., : mask.shape[-2], : mask.shape[-1]]).all() for mask in masks):
+        plain = longest.dtype is torch.bool and bool((longest == causal(longest.shape[-1], None, longest.device)).all())
+        return None if plain else longest.contiguous()
+    empty = False if longest.dtype is torch.bool else float("-inf")
+    size, heads = longest.shape[-1], max(mask.shape[1] for mask in masks)
+    made = longest.new_full((sum(len(mask) for mask in masks), heads, size, size), empty)
+    at = 0
+    for mask in masks:
+        made[at : at + len(mask), :, : mask.shape[-2], : mask.shape[-1]] = mask
+        at += len(mask)
+    return made
+
+
+def _added(sees: Tensor) -> Tensor:
+    return torch.zeros_like(sees, dtype=torch.get_default_dtype()).masked_fill(~sees, float("-inf"))

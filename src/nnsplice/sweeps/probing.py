@@ -1,0 +1,303 @@
+"""A few cells of a plan, computed in every way: how far packed and batched rows are from runs of their own.
+
+The cells stand for the job: its longest prompt and its shortest, every kind of site, layers of every kind, tokens at
+both ends. What is compared is where the logits point, whatever the metric.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice import engine, wire
+from nnsplice.atlas import Atlas, peel
+from nnsplice.packed import WAYS
+from nnsplice.packed.cost import Cost
+from nnsplice.sweeps.executors import Executor, Work, alone, batched, measured, whole_prompts
+from nnsplice.sweeps.packing import packed
+from nnsplice.sweeps.plan import Job
+
+#: How far two ways of computing one number may lie apart, in the model's dtype, before one of them is wrong.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+#: ... and as a multiple of what rounding does to it, in a model of float64 that rounds to less on its way.
+NOISE, MOST = 32, TOLERANCE[torch.float32]
+#: How far embeddings are moved to see that, relative to themselves.
+MOVED = 1e-10
+#: Dtypes in which a small effect may be rounding.
+ROUGH = (torch.float16, torch.bfloat16)
+#: At least so many cells are computed, and so many kinds of layer are told apart.
+PROBES, LAYERS = 4, 6
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a probe found."""
+
+    executor: str
+    note: str
+    #: Prompts up to this length were tried.
+    longest: int
+    #: Why packed rows are not used.
+    refused: str = ""
+    #: How packed rows come by their attention.
+    way: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a way of running the cells gave, beside runs of their own."""
+
+    #: The first cell that differs, in words; empty where none does.
+    differs: str
+    #: How far the metric was off at most.
+    off: float
+    cost: Cost
+
+
+def compare(work: Work, longest: int) -> tuple[Answer, Cost]:
+    """All ways on a few cells, the fastest first, until one agrees with runs of their own."""
+    probe = _Probe(work, cells(work))
+    cost, mismatch, raised = probe.cost, "", ""
+    for way in WAYS:
+        work.memo["way"] = way
+        try:
+            tried = probe.tried(packed, [probe.jobs])
+        except Exception as error:
+            raised = _reason(error)
+            continue
+        cost += tried.cost
+        if not tried.differs:
+            return Answer("packed", probe.note(tried), longest, way=way), cost + probe.noise_cost
+        mismatch = mismatch or tried.differs
+    del work.memo["way"]
+    refused = mismatch or raised
+    try:
+        tried = probe.tried(batched, _by_length(work, probe.jobs))
+    except Exception as error:
+        note = f"not packed: {refused}; not batched: {_reason(error)}"
+        return Answer("reference", note, longest, refused), cost + probe.noise_cost
+    cost += tried.cost + probe.noise_cost
+    # Where numbers are rounded by a whole batch's largest (dynamic int8), the rows beside a cell change it.
+    if tried.differs:
+        return Answer("reference", f"not batched: {tried.differs}", longest, refused), cost
+    note = "; ".join(part for part in (f"not packed: {refused}", probe.note(tried)) if part)
+    return Answer("batched", note, longest, refused), cost
+
+
+def _reason(error: Exception) -> str:
+    """Why a way did not run; memory that ran out is no reason to run another way."""
+    if engine.is_memory(error):
+        raise error
+    text = str(error).partition("\n")[0] or "no more is said"
+    return text if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"
+
+
+def _by_length(work: Work, jobs: Sequence[Job]) -> list[list[Job]]:
+    groups: dict[int, list[Job]] = {}
+    for job, length in zip(jobs, whole_prompts(work, jobs), strict=True):
+        groups.setdefault(length, []).append(job)
+    return list(groups.values())
+
+
+class _Probe:
+    """The cells with the logits of runs of their own."""
+
+    def __init__(self, work: Work, jobs: Sequence[Job]) -> None:
+        self.work, self.jobs = work, list(jobs)
+        self.kept: list[Tensor] = []
+        asked = replace(
+            work.plan.metric.metric, name="logits", rule=self._keep, answers={}, compares=False, local=False
+        )
+        self.asking = replace(work, plan=replace(work.plan, metric=asked.bind(None, len(work.plan.corrupted))))
+        self.logits = {job: alone(self.asking, job) for job in self.jobs}
+        self.points = {job: float(_direction(logits)) for job, logits in self.logits.items()}
+        self.cost, self.noise_cost = Cost(), Cost()
+        for prompt, _ in self.jobs:
+            length = work.plan.corrupted.lengths("decoder")[prompt]
+            self.cost += work.law.whole(work.plan.corrupted, [prompt], length)
+        dtypes = [p.dtype for p in peel(work.model).parameters() if p.is_floating_point()]
+        self.dtype = next(iter(dtypes), torch.float32)
+        self.allowed = TOLERANCE.get(self.dtype, 2e-1)
+        self.noise: float | None = None
+
+    def _keep(self, logits: Tensor) -> Tensor:
+        self.kept.append(logits)
+        return _direction(logits)
+
+    def tried(self, executor: Executor, chunks: Sequence[Sequence[Job]]) -> Tried:
+        """Run the cells another way."""
+        cost, differs, off = Cost(), "", 0.0
+        for jobs in chunks:
+            self.kept.clear()
+            points, spent = executor(self.asking, jobs)
+            cost += spent
+            differs = differs or self._difference(jobs, points)
+            metric = self.work.plan.metric.metric
+            mine = [measured(self.work, self.logits[job], [job])[0] for job in jobs]
+            if executor is packed and metric.local and not differs:  # which computes the logits of its answers alone
+                values, spent = executor(self.work, jobs)
+                cost += spent
+                scale = max(float(self.logits[job].abs().max()) for job in jobs)
+                differs = self._first(jobs, values, mine, metric.name, max(scale, 1.0))
+            else:
+                values = measured(self.work, torch.cat(self.kept), jobs)
+            off = max([off, *(abs(a - b) for a, b in zip(values, mine, strict=True) if math.isfinite(a - b))])
+        return Tried(differs, off, cost)
+
+    def note(self, tried: Tried) -> str:
+        """What a result says of numbers that agree with runs of their own as well as this model's can."""
+        if self.dtype in ROUGH:
+            name, kind = self.work.plan.metric.metric.name, str(self.dtype).removeprefix("torch.")
+            return (
+                f"in {kind}, {name} of {len(self.jobs)} cells lay up to {tried.off:.2g} from runs of their own: "
+                "an effect that is no larger may be rounding, its sign too"
+            )
+        if self.noise is None:
+            return ""
+        return (
+            f"equal to runs of their own within {self.allowed:.2g}, as parts of this model round to less than its "
+            f"{str(self.dtype).removeprefix('torch.')}: rounding moves its logits by {self.noise:.2g}"
+        )
+
+    def _difference(self, jobs: Sequence[Job], points: Sequence[float]) -> str:
+        mine = [self.points[job] for job in jobs]
+        found = self._first(jobs, points, mine, "the logits", 1.0)
+        if found and self.dtype is torch.float64 and self.noise is None:
+            self.noise, self.noise_cost = _noise(self.work, self.jobs)
+            self.allowed = min(max(self.allowed, NOISE * self.noise), MOST)
+            if self.allowed <= TOLERANCE[torch.float64]:
+                self.noise = None
+            return self._first(jobs, points, mine, "the logits", 1.0)
+        return found
+
+    def _first(
+        self, jobs: Sequence[Job], values: Sequence[float], mine: Sequence[float], what: str, scale: float
+    ) -> str:
+        """The first cell whose value is not that of a run of its own, in words; empty where all are."""
+        for job, a, b in zip(jobs, values, mine, strict=True):
+            if math.isclose(a, b, rel_tol=self.allowed, abs_tol=self.allowed * scale):
+                continue
+            if a == b or (math.isnan(a) and math.isnan(b)):
+                continue
+            path = self.work.plan.targets[job[1]].cell.path
+            verb = "point to" if what == "the logits" else "is"
+            return (
+                f"{what} with {path} {verb} {a:.6g}, and {b:.6g} in a run of its own "
+                f"({abs(a - b):.2g} apart, {self.allowed * scale:.2g} allowed)"
+            )
+        return ""
+
+
+def _direction(logits: Tensor) -> Tensor:
+    """Where logits point, as a number near 1 in size, whatever the scale of the metric that is asked for."""
+    wide = torch.where(logits.abs() < 1e4, logits, 0).double()  # tokens that are ruled out have logits of any size
+    wide = wide - wide.mean(-1, keepdim=True)
+    along = torch.randn(wide.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return wide @ along.to(wide.device) / wide.norm(dim=-1).clamp_min(1e-300)
+
+
+def _noise(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
+    """How far the logits of a prompt move, at every token of it, in a batch and with embeddings a little moved.
+
+    By so little that arithmetic in float64 hardly shows it, and enough to turn some roundings to float32.
+    """
+    lengths = work.plan.corrupted.lengths("decoder")
+    prompt = max((prompt for prompt, _ in jobs), key=lambda prompt: lengths[prompt])
+    draws = torch.Generator().manual_seed(0)
+
+    def shaken(_module: nn.Module, _args: Any, out: Any) -> Any:
+        if not isinstance(out, Tensor) or len(out) == 1:
+            return out
+        noise = torch.randn(out.shape, generator=draws, dtype=torch.float64).to(out)
+        return out * (1 + MOVED * noise)
+
+    found: list[Tensor] = []
+    embedding: Any = peel(work.model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    hook = embedding.register_forward_hook(shaken)
+    cost = Cost()
+    try:
+        for rows in ([prompt], [prompt] * 4):
+            with torch.no_grad():
+                engine.run(
+                    work.model,
+                    work.plan.corrupted.inputs(rows, work.model.device),
+                    lambda: found.append(_direction(wire.logits_of(work.model))),
+                )
+            cost += work.law.whole(work.plan.corrupted, rows, lengths[prompt])
+    finally:
+        hook.remove()
+    return float((found[1] - found[0]).abs().max()), cost
+
+
+# --- which cells ------------------------------------------------------------------------------------------------------
+
+
+def cells(work: Work) -> list[Job]:
+    """Few jobs that have every property that some job of the plan has."""
+    chosen = random.Random(0)
+    lengths = dict(zip((job[0] for job in work.plan.jobs), whole_prompts(work, work.plan.jobs), strict=True))
+    ends = {max(lengths, key=lengths.__getitem__): "longest", min(lengths, key=lengths.__getitem__): "shortest"}
+    kinds = _kinds_of_layer(work)
+    alike: dict[frozenset[Hashable], list[Job]] = {}
+    for job in work.plan.jobs:
+        if job[0] in ends:
+            alike.setdefault(frozenset(_properties(work, job, ends[job[0]], lengths[job[0]], kinds)), []).append(job)
+    several = {properties: chosen.choice(members) for properties, members in alike.items()}
+    missing, jobs = frozenset[Hashable]().union(*several), []
+    while missing:
+        best = max(several, key=lambda properties: len(properties & missing))
+        jobs.append(several[best])
+        missing -= best
+    others = [job for members in alike.values() for job in members if job not in jobs]
+    return sorted([*jobs, *chosen.sample(others, min(len(others), max(PROBES - len(jobs), 0)))])
+
+
+def _properties(
+    work: Work, job: Job, prompt: str, length: int, kinds: Mapping[tuple[str, int | None], Hashable]
+) -> Iterator[Hashable]:
+    target = work.plan.targets[job[1]]
+    yield prompt
+    yield "kind", target.cell.component
+    yield "layer", kinds.get((target.tower, target.cell.layer))
+    # Before the window of the last token, and within it.
+    yield prompt, 3 * min(work.plan.positions(target, job[0])) // length
+
+
+def _kinds_of_layer(work: Work) -> dict[tuple[str, int | None], Hashable]:
+    """The kind of every layer: its modules, their settings and hooks, and whether it is the first or the last."""
+    root = peel(work.model)
+    found: dict[tuple[str, int | None], Hashable] = {}
+    for tower in Atlas.of(root).towers.values():
+        blocks = [root.get_submodule(block.module) for block in tower.blocks]
+        kinds: list[Hashable] = [_built(block, settings=True) for block in blocks]
+        if len(set(kinds)) > LAYERS:  # some setting numbers them
+            kinds = [_built(block, settings=False) for block in blocks]
+        order = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+        last = len(blocks) - 1
+        for number, kind in enumerate(kinds):
+            found[tower.name, number] = (min(order[kind], LAYERS), number == 0, number == last)
+    return found
+
+
+def _built(block: nn.Module, *, settings: bool) -> Hashable:
+    return tuple(
+        (
+            name,
+            type(module),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            tuple(sorted((k, v) for k, v in vars(module).items() if _is_setting(k, v))) if settings else (),
+        )
+        for name, module in block.named_modules()
+    )
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    numbers = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
+    return isinstance(value, bool | int | float | str) and not name.startswith("_") and name not in numbers

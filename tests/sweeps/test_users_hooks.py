@@ -1,0 +1,98 @@
+"""Torch hooks of the user's stand where they stand: a value is what a module returned, and what it was given.
+
+That is what nnsight reads: an output before forward hooks see it, an input after pre-hooks have changed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import nnsplice as ns
+from nnsplice.sweeps import plan_sweep, run
+from zoo import wrap
+
+CLEAN, CORRUPTED = [*range(3, 8)], [3, 40, 20, 6, 45]
+METRIC = ns.logit_diff(7, 8)
+#: Address -> the module in a layer, and its end.
+SITES: dict[str, tuple[str, str]] = {
+    "output": ("", "output"), "input": ("", "input"), "attn.output": ("self_attn", "output"),
+    "mlp.output": ("mlp", "output"), "attn.v": ("self_attn.v_proj", "output"), "attn.o": ("self_attn.o_proj", "output"),
+}  # fmt: skip
+
+
+def _changed(value: torch.Tensor) -> torch.Tensor:
+    return value * 1.5 + 0.3 * torch.sin(value)
+
+
+def _opened(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return (change(value[0]), *value[1:]) if isinstance(value, tuple) else change(value)
+
+
+#: Name -> (layer, module in it, end, whether it changes what it sees).
+HOOKS: dict[str, tuple[int, str, str, bool]] = {
+    "a block's output": (1, "", "output", True),
+    "the last block's output": (2, "", "output", True),
+    "a block's input": (1, "", "input", True),
+    "the first block's input": (0, "", "input", True),
+    "attention's output": (1, "self_attn", "output", True),
+    "the MLP's output": (1, "mlp", "output", True),
+    "the MLP's input": (1, "mlp", "input", True),
+    "a projection's output": (1, "self_attn.v_proj", "output", True),
+    "a projection's input": (1, "self_attn.o_proj", "input", True),
+    "a block's output, which it only looks at": (1, "", "output", False),
+    "a block's input, which it only looks at": (1, "", "input", False),
+}
+
+
+def _hook(module: Any, end: str, change: Callable[[torch.Tensor], torch.Tensor] | None, first: bool = False) -> Any:
+    def after(_m: Any, _a: Any, out: Any) -> Any:
+        return None if change is None else _opened(out, change)
+
+    def before(_m: Any, args: Any) -> Any:
+        return None if change is None else _opened(args, change)
+
+    if end == "output":
+        return module.register_forward_hook(after, prepend=first)
+    return module.register_forward_pre_hook(before)
+
+
+def _by_hooks(module: Any, path: str, end: str, layer: int, position: int, zero: bool) -> float:
+    place = module.model.layers[layer].get_submodule(path)
+    kept: list[torch.Tensor] = []
+    with torch.no_grad():
+        hook = _hook(place, end, lambda value: (kept.append(value.clone()), value)[1], first=True)
+        module(torch.tensor([CLEAN]), use_cache=False)
+        hook.remove()
+
+        def write(value: torch.Tensor) -> torch.Tensor:
+            value = value.clone()
+            value[:, position] = 0 if zero else kept[0][:, position]
+            return value
+
+        hook = _hook(place, end, write, first=True)
+        logits = module(torch.tensor([CORRUPTED]), use_cache=False).logits[0, -1]
+        hook.remove()
+    return float(logits[7] - logits[8])
+
+
+@pytest.mark.parametrize("operation", ["patch", "zero"])
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_executor_goes_through_a_hook_of_the_users(name: str, operation: str) -> None:
+    model = wrap("llama")
+    module = model._module.double()
+    layer, path, end, changes = HOOKS[name]
+    _hook(module.model.layers[layer].get_submodule(path), end, _changed if changes else None)
+    plan = plan_sweep(model, CLEAN, CORRUPTED, [f"layers[:].{site}" for site in SITES], METRIC, operation=operation)
+    packed, batched = (run(plan, model, executor=how, progress=False) for how in ("packed", "batched"))
+    assert np.nanmax(np.abs(packed.table.values - batched.table.values)) < 1e-12
+    for prompt, number in plan.jobs:
+        cell = plan.targets[number].cell
+        site = next(s for s in SITES if cell.component in (f"layers[:].{s}", f"layers[:].{s}.output"))
+        assert cell.layer is not None and isinstance(cell.position, int)
+        expected = _by_hooks(module, *SITES[site], cell.layer, cell.position, operation == "zero")
+        assert abs(packed.table.values[prompt, number] - expected) < 1e-12, cell.path
