@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -66,7 +65,8 @@ class Atlas(Parts):
         if known is not None and known[0] == mark:
             return known[1]
         tree = read_tree(root)
-        atlas = cls(tree, MappingProxyType(find_towers(tree)), weakref.ref(root))
+        found = find_towers(tree)
+        atlas = cls(tree, found.towers, weakref.ref(root), found.stacks, found.doubt)
         _ATLASES[root] = (mark, atlas)
         return atlas
 

@@ -186,6 +186,8 @@ SPLIT_STACKS = {"attentions": ("ffns", "layer_norm1", "layer_norm2")}
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
+#: Who tells the number of layers of the text's tower.
+N_LAYERS = ("num_hidden_layers", "num_layers")
 #: Relative to the module that holds the list of blocks, or to one of its parents.
 EMBED = (
     "embed_tokens",
@@ -220,4 +222,11 @@ UNEMBED = (
     "head",
 )
 #: Parts of a prefix that mark a tower for something else than text.
-NOT_TEXT = frozenset({"vision_tower", "vision_model", "visual", "audio_tower", "vision_encoder", "audio_encoder"})
+NOT_TEXT = frozenset(
+    {
+        "vision_tower", "vision_model", "visual", "vision_encoder", "video_tower", "image_tower", "image_encoder",
+        "audio_tower", "audio_encoder", "speech_encoder", "codec_model",
+    }
+)  # fmt: skip
+#: Parts of a prefix that mark a tower for text, among towers without a mark.
+TEXT = frozenset({"language_model", "text_model", "text_decoder"})
