@@ -7,7 +7,7 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations import capture
-from nnsplice.atlas import Tower
+from nnsplice.atlas import Tower, text_config
 from nnsplice.checks.finding import Finding, Kind, Subject, attempt, kinds
 from nnsplice.checks.outline import place_of, stream_width
 from nnsplice.errors import RefusedPlace
@@ -61,10 +61,9 @@ def _recognised(subject: Subject, tower: Tower) -> Iterator[Finding]:
 
 
 def _said(subject: Subject, tower: Tower, names: tuple[str, ...]) -> int | None:
-    config: Any = getattr(subject.root, "config", None)
+    config: Any = text_config(subject.root)
     if config is None:
         return None
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = (getattr(config, name.format(tower=tower.name), None) for name in names)
     return next((number for number in found if isinstance(number, int)), None)
 
