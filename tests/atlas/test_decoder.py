@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import composite
 import nnsplice as ns
+import unusual
 import zoo
 from nnsplice.atlas import Atlas
 from nnsplice.errors import RefusedPlace, UnrecognisedModel
@@ -29,7 +29,7 @@ PROBE = torch.tensor([[3, 9, 4, 7]])
     ],
 )
 def test_the_decoder_among_several_towers_is_the_one_of_the_text(name: str, stack: str, unembed: str | None) -> None:
-    model = composite.build(name)
+    model = unusual.build(name)
     atlas = Atlas.of(model)
     assert set(atlas.towers) == {"decoder"}
     tower = atlas.towers["decoder"]
@@ -39,7 +39,7 @@ def test_the_decoder_among_several_towers_is_the_one_of_the_text(name: str, stac
 
 @pytest.mark.parametrize("name", ["idefics2", "video_llava", "evolla"])
 def test_what_is_captured_there_is_what_a_hook_on_the_text_tower_sees(name: str) -> None:
-    module = composite.build(name)
+    module = unusual.build(name)
     layers = module.get_decoder().layers
     seen: list[torch.Tensor] = []
     hook = layers[1].register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
@@ -58,7 +58,7 @@ def test_what_is_captured_there_is_what_a_hook_on_the_text_tower_sees(name: str)
     ],
 )
 def test_several_lists_that_fit_are_refused_with_their_names(name: str, stacks: list[str]) -> None:
-    atlas = Atlas.of(composite.build(name))
+    atlas = Atlas.of(unusual.build(name))
     with pytest.raises(UnrecognisedModel) as error:
         atlas.expand("layers[1].output[-1]")
     assert all(stack in str(error.value) for stack in stacks)
@@ -70,11 +70,11 @@ def test_several_lists_that_fit_are_refused_with_their_names(name: str, stacks: 
 
 def test_an_encoder_whose_decoder_is_not_recognised_is_not_taken_for_it() -> None:
     with pytest.raises(UnrecognisedModel, match=r"the encoder alone is recognised: model\.encoder\.layers"):
-        Atlas.of(composite.build("moonshine")).expand("layers[0].output")
+        Atlas.of(unusual.build("moonshine")).expand("layers[0].output")
 
 
 def test_a_nearer_list_that_is_not_recognised_is_not_passed_by() -> None:
-    module = composite.build("idefics2")
+    module = unusual.build("idefics2")
     for layer in module.model.text_model.layers:
         layer.self_attn.q_proj = nn.Identity()
     with pytest.raises(UnrecognisedModel, match=r"the layers of its decoder, model\.text_model\.layers"):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-import composite
 import nnsplice as ns
+import unusual
 from nnsplice.atlas import Site
 from nnsplice.engine import order_of, record
 from nnsplice.errors import NeedsProbe, NeverFired
@@ -193,7 +193,7 @@ TEXT_TOWERS = ("gemma3", "llava", "qwen2_vl", "qwen3_5", "llama4", "idefics2")
 
 @pytest.mark.parametrize("name", TEXT_TOWERS)
 def test_a_model_with_towers_beside_the_text_needs_no_probe(name: str) -> None:
-    module = composite.build(name)
+    module = unusual.build(name)
     layers = module.get_decoder().layers if name != "llama4" else module.language_model.model.layers
     seen: list[torch.Tensor] = []
     hook = layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -208,7 +208,7 @@ def test_a_model_with_towers_beside_the_text_needs_no_probe(name: str) -> None:
 
 @pytest.mark.parametrize("name", TEXT_TOWERS)
 def test_a_twin_of_a_model_with_several_towers_has_its_order(name: str) -> None:
-    module = composite.build(name)
+    module = unusual.build(name)
     assert order_of(copy.deepcopy(module).to("meta")).ranks == order_of(module).ranks
 
 
@@ -218,11 +218,11 @@ def test_a_twin_of_a_model_with_several_towers_has_its_order(name: str) -> None:
 )
 def test_a_model_that_does_not_run_from_tokens_says_what_to_give(name: str, needs: str) -> None:
     with pytest.raises(NeedsProbe, match=f"an input to run it with, once: {needs}"):
-        ns.expand(nnsight.NNsight(composite.build(name)), "layers[0].output")
+        ns.expand(nnsight.NNsight(unusual.build(name)), "layers[0].output")
 
 
 def test_whisper_is_ordered_once_it_has_an_input() -> None:
-    model = nnsight.NNsight(composite.build("whisper"))
+    model = nnsight.NNsight(unusual.build("whisper"))
     probe = {"input_features": torch.zeros(1, 8, 32, dtype=torch.float64), "decoder_input_ids": torch.tensor([[3, 4]])}
     paths = ns.expand(model, ["layers[0].output", "encoder.layers[2].output"], probe=probe)
     assert [str(path) for path in paths] == ["encoder.layers[2].output", "layers[0].output"]

@@ -11,6 +11,7 @@ from torch import nn
 
 from nnsplice.atlas.locate import locate
 from nnsplice.atlas.native import expand_native
+from nnsplice.atlas.ownership import unclaimed
 from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.peel import peel
 from nnsplice.atlas.recognise import find_towers
@@ -104,6 +105,16 @@ class Atlas(Parts):
         ['layers[1].attn.q', 'layers[2].attn.q']
         """
         return list(split(self, parse_path(path)))
+
+    def unclaimed(self, layer: int, tower: str = "decoder") -> tuple[str, ...]:
+        """Parameters of a layer's attention that no head is known to own, and that are not all heads' alike.
+
+        Where there are any, a mask of one head would leave out a part of it, and is refused.
+
+        >>> ns.Atlas.of(model).unclaimed(0)
+        ()
+        """
+        return unclaimed(self, self.towers[tower].blocks[layer])
 
     def verify(self, *, layers: Iterable[int] | None = None) -> list[Check]:
         """Ask the model itself whether heads, roles and stream are where this atlas says; changes nothing in it.

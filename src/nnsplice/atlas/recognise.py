@@ -207,6 +207,7 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
         # GPT-Neo wraps the module once more, with nothing else inside: users name the outer one.
         while attn != block and len(tree.nodes[attn.rpartition(".")[0]].children) == 1:
             attn = attn.rpartition(".")[0]
+        layout, mixed = _read_layout(tree, home, (q, k, v), fused, o), _mixed(tree, home)
         return {
             "attn": None if attn == block else attn,
             "pattern": None if home == block else (home, rows.PATTERN_ITEM.get(last, rows.PATTERN_ITEM_DEFAULT)),
@@ -215,16 +216,32 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             "v": None if fused else v,
             "fused": fused,
             "o": o,
-            "head_gates": _head_gates(tree, home, o),
-            "layout": _read_layout(tree, home, (q, k, v), fused, o),
+            "head_gates": _head_gates(tree, home, o, layout),
+            "group_rows": tuple((m, role) for row, role in rows.GROUP_ROWS.items() if (m := tree.child(home, row))),
+            "layout": None if mixed else layout,
+            "mixed": mixed,
         }
     return {**dict.fromkeys(("attn", "pattern", "q", "k", "v", "fused", "o", "layout")), "head_gates": ()}
 
 
-def _head_gates(tree: Tree, home: str, o: str) -> tuple[str, ...]:
-    """Layers that give a number to each column that the output projection reads."""
-    inner, gates = tree.weight(o), [tree.child(home, row) for row in rows.HEAD_GATES]
-    return tuple(g for g in gates if g and inner and (shape := tree.weight(g)) and shape[0] == inner[1])
+def _mixed(tree: Tree, home: str) -> str | None:
+    """Why the heads of an attention module are not plain; None where nothing says so."""
+    own = {*tree.nodes[home].params, *tree.nodes[home].children}
+    return next((reason for name, reason in rows.MIXED_HEADS.items() if name in own), None)
+
+
+def _head_gates(tree: Tree, home: str, o: str, layout: Layout | None) -> tuple[str, ...]:
+    """Layers whose output goes to the heads in equal shares."""
+    inner, n_heads = tree.weight(o), layout.n_heads if layout else 0
+    found: list[str] = []
+    for row in (*rows.HEAD_GATES, *rows.HEAD_ROWS):
+        module = tree.child(home, row)
+        shape = tree.weight(module) if module else None
+        if module is None or inner is None or shape is None:
+            continue
+        if shape[0] in (inner[1], n_heads) or (row in rows.HEAD_ROWS and n_heads and not shape[0] % n_heads):
+            found.append(module)
+    return tuple(found)
 
 
 def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused: str | None, o: str) -> Layout | None:

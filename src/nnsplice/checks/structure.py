@@ -42,7 +42,7 @@ def _another_class(subject: Subject) -> Iterator[Finding]:
 
 
 def _recognised(subject: Subject, tower: Tower) -> Iterator[Finding]:
-    unclear = [block.index for block in tower.blocks if block.o is not None and block.layout is None]
+    unclear = [b.index for b in tower.blocks if b.o is not None and b.layout is None and b.mixed is None]
     if unclear:
         what = f"{tower.name}: heads of layers {', '.join(map(str, unclear))}"
         yield Finding("parts", what, "FAILED", detail="their number is unknown, or does not fit the projections")

@@ -1,4 +1,4 @@
-"""Tiny random models with several towers, built offline: images and sound beside text, and parts run in turns."""
+"""Tiny random models of unusual families, built offline: towers beside the text, parts run in turns, mixed heads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "patch_size"), 8),
     **dict.fromkeys(("max_position_embeddings", "max_target_positions", "max_source_positions"), 64),
     **dict.fromkeys(("eos_token_id", "bos_token_id", "decoder_start_token_id"), 1),
-    **dict.fromkeys(("num_local_experts", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "kv_lora_rank", "v_head_dim"), 12),
+    **dict.fromkeys(("dense_intermediate_size", "prefix_dense_intermediate_size", "unpadded_vocab_size"), VOCAB),
+    **dict.fromkeys(("linear_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    **dict.fromkeys(("swa_num_attention_heads", "linear_num_heads"), 4),
+    **dict.fromkeys(("swa_num_key_value_heads", "num_experts_per_tok", "num_experts_per_token", "n_group"), 2),
+    "swa_head_dim": 16,
+    "sliding_window_size": 4,
+    "topk_group": 1,
     "pad_token_id": 0,
     "head_dim": 16,
     "image_size": 16,
@@ -31,12 +39,19 @@ _SIZES: dict[str, Any] = {
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 #: Model type -> (class, what its config needs besides; a name with a dot belongs to a config inside it).
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "beam": ("BeamForCausalLM", {}),
     "blt": ("BltForCausalLM", {"encoder_hash_byte_group_vocab": 64}),
+    "diffllama": ("DiffLlamaForCausalLM", {}),
+    "doge": ("DogeForCausalLM", {}),
     "evolla": ("EvollaForProteinText2Text", {}),
     "gemma3": ("Gemma3ForConditionalGeneration", {}),
     "hrm_text": ("HrmTextForCausalLM", {"num_hidden_layers": None, "layer_types": None}),
     "idefics2": ("Idefics2ForConditionalGeneration", {}),
+    "inkling_text": ("InklingForCausalLM", {}),
     "instructblip": ("InstructBlipForConditionalGeneration", {}),
+    "kimi_linear": ("KimiLinearForCausalLM", {}),
+    "laguna": ("LagunaForCausalLM", {"num_attention_heads_per_layer": [4, 8, 4]}),
+    "lfm3": ("Lfm3ForCausalLM", {}),
     "llama4": ("Llama4ForConditionalGeneration", {}),
     "llava": ("LlavaForConditionalGeneration", {}),
     "moonshine": ("MoonshineForConditionalGeneration", {}),
@@ -56,7 +71,7 @@ def build(name: str) -> Any:
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         config = _small(CONFIG_MAPPING[name], needs)
-        config._attn_implementation = "eager"
+        config._attn_implementation = config._experts_implementation = "eager"
         model = getattr(hf, kind)(config)
         with torch.no_grad():
             for parameter in model.parameters():
