@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 import nnsight
 import pytest
 import torch
@@ -127,6 +130,7 @@ def test_the_call_that_the_refusal_writes_is_the_one_that_a_hook_counts() -> Non
     with torch.no_grad():
         module(PROBE)
     hook.remove()
+    tracer: Any
     with torch.no_grad(), model.trace(PROBE) as tracer:
         for _ in tracer.iter[2]:
             value = model.blocks[1].output.save()
@@ -148,3 +152,16 @@ def test_a_second_list_that_runs_after_the_first_is_seen_in_the_order() -> None:
     with pytest.raises(UnrecognisedModel, match=r"run one after the other.*: blocks, after\.blocks"):
         ns.expand(model, "layers[0].output", probe=PROBE)
     assert ns.expand(model, "model.after.blocks[0].output")
+
+
+def test_a_sequential_with_named_parts_has_native_addresses() -> None:
+    module: Any = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), then=nn.ReLU()))
+    values = torch.randn(1, 3, 4)
+    saved = ns.capture(nnsight.NNsight(module), values, "model.first.output[-1]")
+    assert torch.equal(saved["model.first.output[-1]"], module.first(values)[:, -1])
+
+
+def test_an_atlas_is_one_line() -> None:
+    assert repr(Atlas.of(zoo.build("llama"))) == "Atlas(LlamaForCausalLM: model.layers with 3 layers of 4 heads)"
+    assert repr(Atlas.of(nn.Linear(2, 2))) == "Atlas(Linear: its parts are not recognised)"
+    assert "several lists could be the layers" in repr(Atlas.of(unusual.build("hrm_text")))

@@ -17,7 +17,7 @@ def rows_with_gradient(module: nn.Module, layer: int, head: int) -> dict[str, se
     """Parameters of a layer's attention -> their rows that the head's slice before the output projection depends on."""
     block = Atlas.of(module).towers["decoder"].blocks[layer]
     seen: list[torch.Tensor] = []
-    hook = module.get_submodule(block.o).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = module.get_submodule(str(block.o)).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     module(input_ids=torch.tensor([[3, 9, 4, 7, 5, 8]]))
     hook.remove()
     part = seen[0][..., head * block.head_dim : (head + 1) * block.head_dim]

@@ -43,7 +43,7 @@ def fingerprint(root: nn.Module) -> int:
     return hash(tuple(seen))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Atlas(Parts):
     """Where one model keeps its parts.
 
@@ -53,6 +53,8 @@ class Atlas(Parts):
     A model whose parts are not recognised has an atlas too: native paths work, portable ones say what was missing.
 
     >>> atlas = ns.Atlas.of(model)
+    >>> atlas
+    Atlas(GPT2LMHeadModel: transformer.h with 3 layers of 4 heads)
     >>> print(atlas.locate("transformer.h.1.attn.c_proj.bias"))
     layers[1].attn.o
     """

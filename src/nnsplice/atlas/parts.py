@@ -21,7 +21,7 @@ from nnsplice.errors import UnknownPath, UnrecognisedModel
 from nnsplice.paths.path import Path, Step
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Parts:
     """What is known of one model."""
 
@@ -40,6 +40,19 @@ class Parts:
         """Attention modules, whose output is a tuple in every family."""
         blocks = [block for tower in self.towers.values() for block in tower.blocks]
         return frozenset(name for block in blocks for name in (block.attn, block.pattern and block.pattern[0]) if name)
+
+    def __repr__(self) -> str:
+        root = self.root()
+        kind = "a model that is gone" if root is None else type(root).__name__
+        if not self.towers:
+            why = self.doubt.reason if self.doubt is not None else "its parts are not recognised"
+            return f"{type(self).__name__}({kind}: {why})"
+        found = [
+            f"{tower.stack} with {tower.n_layers} layers"
+            + (f" of {heads} heads" if (heads := max(block.n_heads for block in tower.blocks)) else "")
+            for tower in self.towers.values()
+        ]
+        return f"{type(self).__name__}({kind}: {', '.join(found)})"
 
     def tower(self, path: Path | None = None) -> Tower:
         """The tower that a path speaks of; the decoder where it does not say."""

@@ -6,10 +6,13 @@ memory      how much of it runs at once
 recording   the order of its modules, recorded once
 places      paths -> places of the model, in that order
 batch       where the prompts' own tokens stand in a run
+arguments   what a module's call takes
+proof       whether the recorded order agrees with the atlas
 calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
 """
 
+from nnsplice.engine.arguments import ANY, Taken, as_taken, taken_by
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
 from nnsplice.engine.intercept import Interception
@@ -48,10 +51,12 @@ from nnsplice.engine.tracing import (
     with_first_input,
     worker,
     wrap,
+    wrap_bare,
     write_remote,
 )
 
 __all__ = [
+    "ANY",
     "ONLY_LOCAL",
     "Batch",
     "Call",
@@ -62,9 +67,11 @@ __all__ = [
     "Rank",
     "Scope",
     "Sequence",
+    "Taken",
     "Watch",
     "after_last_attention",
     "as_model",
+    "as_taken",
     "attention_of",
     "batch_of",
     "check_tokens",
@@ -90,6 +97,7 @@ __all__ = [
     "room",
     "run",
     "scope_of",
+    "taken_by",
     "token_texts",
     "tokenizer_of",
     "unwatch",
@@ -98,5 +106,6 @@ __all__ = [
     "with_first_input",
     "worker",
     "wrap",
+    "wrap_bare",
     "write_remote",
 ]

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor
 
@@ -46,25 +45,28 @@ def taken_by(kind: type) -> Taken:
     )
 
 
-def accepted(kind: type, inputs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Our inputs as a class's forward takes them: `(args, kwargs)`.
+#: What models of transformers take, and all that is known of others where nothing was asked.
+ANY = Taken((), (), open=True)
 
-    A mask that masks nothing is left out where it is not taken; tokens go by place where they have another name.
+
+def as_taken(taken: Taken, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our inputs under the names that a forward has for them.
+
+    A mask that masks nothing is left out where it is not taken; tokens go to the first argument where they have
+    another name.
 
     Raises:
         BadArgument: the forward does not take what it would need.
     """
-    takes = taken_by(kind)
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
+    kept: dict[str, Tensor] = {}
     for name, value in inputs.items():
-        if takes.takes(name):
-            kwargs[name] = value
-        elif name == "input_ids" and takes.first is not None and not args and takes.first not in inputs:
-            args = (value,)
-        elif not (name.endswith("attention_mask") and isinstance(value, Tensor) and bool(value.bool().all())):
+        if taken.takes(name):
+            kept[name] = value
+        elif name == "input_ids" and taken.first is not None and taken.first not in inputs:
+            kept[taken.first] = value
+        elif not (name.endswith("attention_mask") and bool(value.bool().all())):
             raise BadArgument(
-                f"{kind.__name__}.forward takes no {name}, and these prompts need one",
-                expected=f"prompts for what it takes: {', '.join(takes.names) or 'nothing'}",
+                f"this model's forward takes no {name}, and these prompts need one",
+                expected=f"prompts for what it takes: {', '.join(taken.names) or 'nothing'}",
             )
-    return args, kwargs
+    return kept

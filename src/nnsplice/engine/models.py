@@ -31,7 +31,8 @@ def as_model(model: object) -> Model:
 
 def tokenizer_of(model: Model) -> Any:
     """The model's tokenizer, or None."""
-    return model.__dict__.get("tokenizer")
+    held = model.__dict__
+    return held.get("tokenizer") or getattr(held.get("processor"), "tokenizer", None)
 
 
 def token_texts(model: Model, rows: Iterable[Iterable[int]]) -> tuple[tuple[str, ...], ...]:

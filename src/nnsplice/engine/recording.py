@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnsplice.atlas import Order, fingerprint, peel, text_config
-from nnsplice.engine.arguments import taken_by
+from nnsplice.engine.arguments import as_taken, taken_by
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import NeedsProbe, NnspliceError
 
@@ -107,7 +107,7 @@ def _probe(root: nn.Module, probe: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     if takes.names and "input_ids" not in takes.names:
         if takes.first is None or takes.first in inputs or len(needed) > 1 or hasattr(root, "main_input_name"):
             raise _needs(root, [getattr(root, "main_input_name", None) or str(takes.first), *list(inputs)[1:]])
-        return (ids,), {}  # a module of the user's own, which calls its tokens something else
+        return (), as_taken(takes, inputs)  # a module of the user's own, which calls its tokens something else
     if needed:
         raise _needs(root, ["input_ids", *needed])
     return (), {name: value for name, value in inputs.items() if takes.takes(name)}

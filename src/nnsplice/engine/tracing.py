@@ -41,6 +41,11 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
     return model
 
 
+def wrap_bare(module: nn.Module, **kwargs: Any) -> Model:
+    """nnsight's wrapper of a module without a tokenizer."""
+    return nnsight.NNsight(module, **kwargs)
+
+
 def keep(value: T) -> T:
     """Let a value outlive the trace that it is made in; outside a trace it lives anyway."""
     try:
