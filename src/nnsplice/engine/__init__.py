@@ -12,7 +12,7 @@ calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
 """
 
-from nnsplice.engine.arguments import ANY, Taken, as_taken, taken_by
+from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
 from nnsplice.engine.intercept import Interception

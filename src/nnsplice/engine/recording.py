@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nnsplice.atlas import Order, fingerprint, peel, text_config
-from nnsplice.engine.arguments import as_taken, taken_by
+from nnsplice.engine.signatures import as_taken, taken_by
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import NeedsProbe, NnspliceError
 
