@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nnsplice import engine
+
 NAME = "nnsplice_probabilities"
 
 #: What attention modules pass along that changes nothing in the plain form.
 _HARMLESS = {
-    "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "past_key_values",
+    "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", *engine.BLOCK_CACHE_NAMES,
     "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep", "sliding_window", "dropout",
 }  # fmt: skip
 

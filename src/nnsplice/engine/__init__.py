@@ -5,11 +5,13 @@ models      what is asked of a model as a whole
 memory      how much of it runs at once
 recording   the order of its modules, recorded once
 places      paths -> places of the model, in that order
+arguments   what a call was given, by name, and how many tokens came before
 batch       where the prompts' own tokens stand in a run
 calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
 """
 
+from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
 from nnsplice.engine.intercept import Interception
@@ -52,6 +54,8 @@ from nnsplice.engine.tracing import (
 )
 
 __all__ = [
+    "BLOCK_CACHE_NAMES",
+    "CACHE_NAMES",
     "ONLY_LOCAL",
     "Batch",
     "Call",
@@ -67,6 +71,8 @@ __all__ = [
     "as_model",
     "attention_of",
     "batch_of",
+    "cache_argument",
+    "cache_of",
     "check_tokens",
     "decoder_start",
     "expand",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.atlas import Atlas, peel
-from nnsplice.engine.batch import parameters_of
+from nnsplice.engine.arguments import arguments_of, cache_of, mask_of, parameters_of, tokens_before
 from nnsplice.errors import BadArgument
 
 
@@ -40,7 +40,8 @@ class Call:
     sequence: Sequence
     rows: int
     new: int
-    cached: int
+    #: How many tokens came before, in the cache; where the call does not tell, what is to be said of that.
+    before: int | str
     device: torch.device
     #: `[row, column]`, whether a token stands there; None where no row is padded.
     mask: Tensor | None
@@ -53,13 +54,25 @@ class Call:
         self.visits[listener] = number + 1
         return number
 
+    @property
+    def cached(self) -> int:
+        """How many tokens came before, in the cache.
+
+        Raises:
+            BadArgument: the call does not tell.
+        """
+        if isinstance(self.before, str):
+            raise BadArgument(self.before)
+        return self.before
+
     @cached_property
     def positions(self) -> Tensor:
         """`[row or 1, new]`: which own token of its row each column is; -1 for padding."""
+        cached = self.cached
         if self.mask is None:
-            return torch.arange(self.cached, self.cached + self.new, device=self.device)[None]
+            return torch.arange(cached, cached + self.new, device=self.device)[None]
         counted = self.mask.long().cumsum(-1) - 1
-        return counted.masked_fill(~self.mask, -1)[:, self.cached :]
+        return counted.masked_fill(~self.mask, -1)[:, cached:]
 
     @cached_property
     def prompt_lengths(self) -> Tensor:
@@ -78,6 +91,8 @@ class Call:
             BadArgument: nobody listened when the prompt ran.
         """
         if self.sequence.prompt is None:
+            if isinstance(self.before, str):
+                raise BadArgument(self.before)
             raise BadArgument(
                 "this run goes on with a cache that was filled before, so where its prompt ends is unknown",
                 expected="the prompt and what follows it in one steering block",
@@ -165,38 +180,45 @@ class Watch:
             if owner is module:
                 del self._current[tower]
                 if not call.sequence.cached:
-                    self._remember(getattr(output, "past_key_values", None), call.sequence)
+                    self._remember(cache_of(output), call.sequence)
 
     def _remember(self, cache: Any, sequence: Sequence) -> None:
         if hasattr(cache, "get_seq_length"):
             self._caches[cache], sequence.cached = sequence, True
 
     def _read(self, module: nn.Module, tower: str, args: tuple, kwargs: dict, prefix: str | None) -> Call | None:
-        given = dict(zip(parameters_of(type(module)), args, strict=False)) | kwargs
+        given = arguments_of(module, args, kwargs)
         two = prefix is None and "decoder_input_ids" in parameters_of(type(module))
-        before = "decoder_" if two and tower == "decoder" else ""
-        tokens = (given.get(before + name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
+        own = "decoder_" if two and tower == "decoder" else ""
+        tokens = (given.get(own + name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
         ids = next((value for value in tokens if isinstance(value, Tensor)), None)
         if ids is None or ids.dim() < 2:
             return None
-        cache: Any = None if tower == "encoder" else given.get("past_key_values")
-        cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         rows, new = ids.shape[:2]
-        mask = _mask(given.get(f"{before}attention_mask"), cached + new)
-        return Call(self._sequence(tower, cache, cached, rows, new), rows, new, cached, ids.device, mask)
+        before: int | str = 0
+        if tower != "encoder":
+            try:
+                before = tokens_before(given, new, own)
+            except BadArgument as untold:  # raised where somebody asks: what steers every token need not know
+                before = str(untold)
+        mask = None if isinstance(before, str) else _columns(mask_of(given, own), before + new)
+        return Call(self._sequence(tower, cache_of(given), before, rows, new), rows, new, before, ids.device, mask)
 
-    def _sequence(self, tower: str, cache: Any, cached: int, rows: int, new: int) -> Sequence:
+    def _sequence(self, tower: str, cache: Any, before: int | str, rows: int, new: int) -> Sequence:
         if tower == "encoder":
             return Sequence(new, rows)
         if self._generation is not None:
-            if self._generation.prompt is None:
-                self._generation.prompt = cached + new
+            if self._generation.prompt is None and isinstance(before, int):
+                self._generation.prompt = before + new
             return self._generation
-        if cached:
-            return self._caches.get(cache) or Sequence(None, rows)
+        if before:  # some, or an unknown number
+            return self._remembered(cache) or Sequence(None, rows)
         sequence = Sequence(new, rows)
         self._remember(cache, sequence)
         return sequence
+
+    def _remembered(self, cache: Any) -> Sequence | None:
+        return self._caches.get(cache) if hasattr(cache, "get_seq_length") else None
 
 
 def _begun(args: tuple, kwargs: Mapping[str, Any], two_towers: bool) -> Sequence:
@@ -208,15 +230,14 @@ def _begun(args: tuple, kwargs: Mapping[str, Any], two_towers: bool) -> Sequence
     return Sequence(None if ids is None or two_towers else ids.shape[1], None if ids is None else ids.shape[0])
 
 
-def _mask(mask: Any, width: int) -> Tensor | None:
-    if isinstance(mask, Mapping):  # one for each kind of attention, made by `generate` for caches of a fixed size
-        mask = mask.get("full_attention")
-    if not isinstance(mask, Tensor):
+def _columns(mask: Tensor | None, width: int) -> Tensor | None:
+    """`[row, column]`, whether a token stands there."""
+    if mask is None:
         return None
     if mask.dim() == 4:  # the newest token sees every token of its row
         last = mask[:, 0, -1, :width]
         return last if last.dtype == torch.bool else last == 0
-    return mask[:, :width] != 0 if mask.dim() == 2 else None
+    return mask[:, :width] != 0
 
 
 _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()

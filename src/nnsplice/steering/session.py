@@ -239,6 +239,13 @@ def _met(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
     inner = engine.first_input(value) if site.end == "input" else value
     held = wire.unpack(inner, site.item)
     states = held if held.dim() == 3 else wire.as_rows(held, call.rows)
+    if states.shape[1] != call.new:
+        raise BadArgument(
+            f"{site.module} holds {states.shape[1]} tokens in a pass that was given {call.new}, so which they are is "
+            "unknown",
+            expected="a model that computes every token that it is given",
+            write="use_cache=False",
+        )
     start, stop = site.columns or (0, states.shape[-1])
     whole = site.columns is None
     part = states if whole else states[..., start:stop]
