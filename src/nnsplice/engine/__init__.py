@@ -5,12 +5,15 @@ models      what is asked of a model as a whole
 memory      how much of it runs at once
 recording   the order of its modules, recorded once
 places      paths -> places of the model, in that order
+anyio_first what has to be imported before nnsight
 arguments   what a call was given, by name, and how many tokens came before
 batch       where the prompts' own tokens stand in a run
 calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
+turns       what threads share and take turns with
 """
 
+import nnsplice.engine.anyio_first  # noqa: F401  # before nnsight
 from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
@@ -52,6 +55,7 @@ from nnsplice.engine.tracing import (
     wrap,
     write_remote,
 )
+from nnsplice.engine.turns import Home, elsewhere, home, is_aside, other_attention, turn
 
 __all__ = [
     "BLOCK_CACHE_NAMES",
@@ -59,6 +63,7 @@ __all__ = [
     "ONLY_LOCAL",
     "Batch",
     "Call",
+    "Home",
     "Interception",
     "Known",
     "Model",
@@ -75,9 +80,12 @@ __all__ = [
     "cache_of",
     "check_tokens",
     "decoder_start",
+    "elsewhere",
     "expand",
     "first_input",
+    "home",
     "in_training",
+    "is_aside",
     "is_causal",
     "is_edited",
     "is_encoder_decoder",
@@ -89,6 +97,7 @@ __all__ = [
     "name_of",
     "only_local",
     "order_of",
+    "other_attention",
     "place",
     "read_remote",
     "record",
@@ -98,6 +107,7 @@ __all__ = [
     "scope_of",
     "token_texts",
     "tokenizer_of",
+    "turn",
     "unwatch",
     "watch",
     "weights_digest",

@@ -7,6 +7,7 @@ of the run it computes, which of them are padding, and where the prompt ends.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -101,20 +102,27 @@ class Call:
         return self.sequence.prompt
 
 
+class _Running(threading.local):
+    """What runs in one thread: the pass of each tower, with the module that began it, and the generation around it."""
+
+    def __init__(self) -> None:
+        self.passes: dict[str, tuple[nn.Module, Call]] = {}
+        self.generation: Sequence | None = None
+
+
 class Watch:
-    """Listens to a model: `current(tower)` is the pass that runs now."""
+    """Listens to a model: `current(tower)` is the pass that this thread runs now."""
 
     def __init__(self, model: Any) -> None:
         self.root: nn.Module = peel(model)
-        self._current: dict[str, tuple[nn.Module, Call]] = {}
-        self._generation: Sequence | None = None
+        self._running: _Running = _Running()
         self._caches: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
         self.before_pass: list[Callable[[], None]] = []
         self.users = 0
 
     def current(self, tower: str) -> Call | None:
-        """The pass of this tower that runs now; None where a module is called by itself."""
-        found = self._current.get(tower)
+        """The pass of this tower that runs now in this thread; None where a module is called by itself."""
+        found = self._running.passes.get(tower)
         return None if found is None else found[1]
 
     # --- coming and going
@@ -148,11 +156,11 @@ class Watch:
     def _listening(self, generate: Any) -> Any:
         @wraps(generate)
         def listening(*args: Any, **kwargs: Any) -> Any:
-            before, self._generation = self._generation, _begun(args, kwargs, self._two)
+            before, self._running.generation = self._running.generation, _begun(args, kwargs, self._two)
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._generation = before
+                self._running.generation = before
 
         return listening
 
@@ -166,19 +174,19 @@ class Watch:
 
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             for tower in towers:
-                if tower not in self._current:
+                if tower not in self._running.passes:
                     call = self._read(module, tower, args, kwargs, "" if own else None)
                     if call is not None:
-                        self._current[tower] = (module, call)
-                        for told in self.before_pass:
+                        self._running.passes[tower] = (module, call)
+                        for told in tuple(self.before_pass):
                             told()
 
         return begin
 
     def _after(self, module: nn.Module, _args: Any, output: Any) -> None:
-        for tower, (owner, call) in list(self._current.items()):
+        for tower, (owner, call) in list(self._running.passes.items()):
             if owner is module:
-                del self._current[tower]
+                del self._running.passes[tower]
                 if not call.sequence.cached:
                     self._remember(cache_of(output), call.sequence)
 
@@ -207,10 +215,10 @@ class Watch:
     def _sequence(self, tower: str, cache: Any, before: int | str, rows: int, new: int) -> Sequence:
         if tower == "encoder":
             return Sequence(new, rows)
-        if self._generation is not None:
-            if self._generation.prompt is None and isinstance(before, int):
-                self._generation.prompt = before + new
-            return self._generation
+        if self._running.generation is not None:
+            if self._running.generation.prompt is None and isinstance(before, int):
+                self._running.generation.prompt = before + new
+            return self._running.generation
         if before:  # some, or an unknown number
             return self._remembered(cache) or Sequence(None, rows)
         sequence = Sequence(new, rows)
@@ -240,23 +248,26 @@ def _columns(mask: Tensor | None, width: int) -> Tensor | None:
     return mask[:, :width] != 0
 
 
+_guard = threading.Lock()
 _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
 
 def watch(model: Any) -> Watch:
     """The listener of a model; it is the same for all who ask, and goes with the last of them (`unwatch`)."""
     root = peel(model)
-    found = _watches.get(root)
-    if found is None:
-        found = _watches[root] = Watch(model)
-        found.start()
-    found.users += 1
+    with _guard:
+        found = _watches.get(root)
+        if found is None:
+            found = _watches[root] = Watch(model)
+            found.start()
+        found.users += 1
     return found
 
 
 def unwatch(found: Watch) -> None:
     """Stop listening, if nobody else does."""
-    found.users -= 1
-    if not found.users:
-        found.stop()
-        del _watches[found.root]
+    with _guard:
+        found.users -= 1
+        if not found.users:
+            found.stop()
+            del _watches[found.root]

@@ -2,7 +2,7 @@
 
 What of nnsight is private is used here alone, and `tests/engine/test_tracing.py` fails when nnsight changes it: a
 worker's `Mediator` (which visit of a place it waits for, which rows are its own), the names of submodules that nnsight
-moves, and the body that a module's controller calls.
+moves, the body that a module's controller calls, and how it tells `with loss.backward():` from a plain call.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nnsight.intervention.source import STATE
 from torch import Tensor, nn
 
 from nnsplice.atlas import Site, peel
+from nnsplice.engine.turns import turn
 from nnsplice.errors import BadArgument, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
 
@@ -198,10 +199,11 @@ def run(model: Model, inputs: Mapping[str, Any] | Tensor, body: Callable[[], Non
     """
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
     tracer: Any
-    with model.trace(*args, **kwargs) as tracer:
-        body()
-        if last:
-            tracer.stop()
+    with turn(model):  # noqa: SIM117  # nnsight reads a trace's block from its own `with`
+        with model.trace(*args, **kwargs) as tracer:
+            body()
+            if last:
+                tracer.stop()
 
 
 # --- remote runs ---

@@ -241,7 +241,7 @@ class _Logits:
         length = self.prompts.lengths("decoder")[prompts[0]]
         at = self.metric.metric.position % length - length
         kept = {"logits_to_keep": -at} if engine.keeps_logits(self.model) else {}
-        with torch.no_grad():
+        with engine.turn(self.model), torch.no_grad():
             return peel(self.model)(**inputs, **kept, use_cache=False).logits[:, at]
 
 
@@ -250,7 +250,7 @@ def _generated(plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[
     model, root = plan.model, cast(Any, peel(plan.model))
     ids = torch.tensor([plan.prompts.ids[prompt] for prompt, _, _ in jobs], device=model.device)
     asked: Any = {"pad_token_id": padding_of(model), "max_new_tokens": plan.new_tokens, **(plan.generate or {})}
-    with torch.no_grad():
+    with engine.turn(model), torch.no_grad():
         with session:
             out = root.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
