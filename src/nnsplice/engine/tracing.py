@@ -11,11 +11,14 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from dis import opmap, opname
+from functools import lru_cache, wraps
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import nnsight
 import torch
+from nnsight.intervention import backward as _gradients
 from nnsight.intervention.interleaver import Mediator as Mediator
 from nnsight.intervention.source import STATE
 from torch import Tensor, nn
@@ -204,6 +207,41 @@ def run(model: Model, inputs: Mapping[str, Any] | Tensor, body: Callable[[], Non
             body()
             if last:
                 tracer.stop()
+
+
+# --- backward ---
+
+
+@wraps(torch.Tensor.backward)
+def _backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.backward` as nnsight has it, except that `with block: loss.backward()` on one line computes gradients.
+
+    nnsight asks whether a `with` stands in the line of the call, takes the call for the opening of a block, and returns
+    without a gradient. What is asked here is what the caller does with the result.
+    """
+    plain = _gradients._original_backward
+    if not _enters(sys._getframe(1)):
+        return plain(tensor, *args, **kwargs)
+    tracer = _gradients.BackwardTracer(tensor, plain, *args, **kwargs)
+    try:
+        tracer.capture()
+    except _gradients.WithBlockNotFoundError:
+        return plain(tensor, *args, **kwargs)
+    return tracer
+
+
+torch.Tensor.backward = _backward
+
+
+def _enters(frame: FrameType) -> bool:
+    """Whether the call that this frame waits for is what a `with` enters: the next thing that its code does."""
+    code, at = frame.f_code.co_code, frame.f_lasti + 2
+    while code[at] == opmap["CACHE"]:
+        at += 2
+    # Python 3.14 copies the result and looks `__exit__` up; before, one instruction does it all.
+    return opname[code[at]] in ("BEFORE_WITH", "BEFORE_ASYNC_WITH") or (
+        opname[code[at]] == "COPY" and opname[code[at + 2]] == "LOAD_SPECIAL"
+    )
 
 
 # --- remote runs ---
