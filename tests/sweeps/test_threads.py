@@ -98,6 +98,7 @@ class Stubborn:
     """A config that takes no other attention."""
 
     sub_configs: dict = {}  # noqa: RUF012  # as transformers declares it
+    _attn_implementation: str
 
     def __init__(self) -> None:
         self.__dict__["_attn_implementation"] = "own"
@@ -109,7 +110,8 @@ class Stubborn:
 
 def test_what_was_set_before_an_error_is_put_back() -> None:
     model = double()
-    config, last = model._module.config, nn.Identity()
+    config = model._module.config
+    last: Any = nn.Identity()
     before = config._attn_implementation
     last.config = Stubborn()
     model._module.last = last
@@ -130,7 +132,7 @@ def test_configs_inside_a_config_come_back_too() -> None:
         one._attn_implementation = ("sdpa", "eager")[number % 2]
     config._attn_implementation_internal = "eager"
     before = [one._attn_implementation for one in (config, *inner)]
-    root = nn.Identity()
+    root: Any = nn.Identity()
     root.config = config
     with engine.other_attention(root, "another"):
         assert [one._attn_implementation for one in (config, *inner)] == ["another"] * len(before)

@@ -230,7 +230,7 @@ def _backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     return tracer
 
 
-torch.Tensor.backward = _backward
+cast("Any", torch.Tensor).backward = _backward
 
 
 def _enters(frame: FrameType) -> bool:
