@@ -173,3 +173,14 @@ def test_a_capture_in_a_step_of_an_unknown_cache_is_refused() -> None:
     with pytest.raises(ns.errors.BadArgument, match="mask has 5 columns and the pass 1"):
         with torch.no_grad(), model.trace(input_ids=ONE, attention_mask=torch.ones(1, 5)):
             ns.save_activations(model, "layers[1].output[2]")
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_prompts_that_bring_a_cache_are_refused_as_they_are_run_whole(name: str) -> None:
+    model = precise("llama")
+    with pytest.raises(ns.errors.BadArgument, match="go on with 4 tokens in a cache"):
+        ns.capture(model, {"input_ids": ONE, name: cache(4)}, "layers[1].output[-1]")
+    with pytest.raises(ns.errors.BadArgument, match="mask has 5 columns"):
+        ns.capture(model, {"input_ids": ONE, "attention_mask": torch.ones(1, 5)}, "layers[1].output[-1]")
+    whole = {"input_ids": torch.tensor([[3, 4, 5]]), name: None, "attention_mask": torch.ones(1, 3)}
+    assert ns.capture(model, whole, "layers[1].output[-1]")["layers[1].output[-1]"].shape == (1, 16)

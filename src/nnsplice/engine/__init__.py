@@ -14,7 +14,7 @@ turns       what threads share and take turns with
 """
 
 import nnsplice.engine.anyio_first  # noqa: F401  # before nnsight
-from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of
+from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of, tokens_before
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
 from nnsplice.engine.intercept import Interception
@@ -107,6 +107,7 @@ __all__ = [
     "scope_of",
     "token_texts",
     "tokenizer_of",
+    "tokens_before",
     "turn",
     "unwatch",
     "watch",

@@ -21,17 +21,19 @@ from nnsplice.errors import BadArgument
 #: A lock for each object that is shared, by its id, and how many use it or wait for it.
 _locks: dict[int, tuple[threading.RLock, int]] = {}
 _guard = threading.Lock()
-_configs: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+#: By model: its own config when it was looked through, and all that were found.
+_configs: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[Any]]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def turn(model: Any) -> Iterator[None]:
     """Run a model while no other thread exchanges its attention, or that of a model with which it shares a config."""
     root = peel(model)
+    own = getattr(root, "config", None)
     known = _configs.get(root)
-    if known is None or known[:1] != [getattr(root, "config", None)]:
-        known = _configs[root] = configs_of(root)
-    shared = [root, *known]
+    if known is None or known[0] is not own:
+        known = _configs[root] = own, configs_of(root)
+    shared = [root, *known[1]]
     with ExitStack() as stack:
         for key in sorted({id(one) for one in shared}):  # in one order, so that nobody waits for each other
             stack.enter_context(_held(key))
