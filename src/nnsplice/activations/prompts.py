@@ -132,6 +132,7 @@ def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids
         prompts = [prompts]
     if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
         decoder = prompts.get("decoder_input_ids")
+        _refuse_cache(prompts, "" if decoder is None else "decoder_")
         ids = _unpadded(prompts["input_ids"], prompts.get("attention_mask"))
         return None, ids, None if decoder is None else _unpadded(decoder, prompts.get("decoder_attention_mask"))
     if isinstance(prompts, Tensor):
@@ -156,6 +157,17 @@ def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids
     if all(isinstance(row, Sequence) and all(isinstance(t, int) for t in row) for row in prompts):
         return None, tuple(tuple(row) for row in prompts), None
     raise BadType("prompts of mixed kinds", expected="all texts, or all lists of token ids")
+
+
+def _refuse_cache(prompts: Any, prefix: str) -> None:
+    """Prompts are run whole here, from their tokens; what a cache holds besides would be left out."""
+    width = torch.as_tensor(prompts[f"{prefix}input_ids"]).shape[-1]
+    before = engine.tokens_before(dict(prompts), width, prefix)
+    if before:
+        raise BadArgument(
+            f"these prompts go on with {before} tokens in a cache, which would be left out",
+            expected="prompts with all of their tokens, and no cache",
+        )
 
 
 def _unpadded(ids: Any, mask: Any) -> Ids:

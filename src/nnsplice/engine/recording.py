@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from nnsplice.atlas import Order, fingerprint, peel, text_config
 from nnsplice.engine.signatures import as_taken, taken_by
 from nnsplice.engine.tracing import Model
+from nnsplice.engine.turns import aside, turn
 from nnsplice.errors import NeedsProbe, NnspliceError
 
 _orders: weakref.WeakKeyDictionary[nn.Module, tuple[int, Order]] = weakref.WeakKeyDictionary()
@@ -57,13 +59,14 @@ def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     root = peel(model)
     names = {id(module): name for name, module in root.named_modules()}
     sequence: list[tuple[str, str]] = []
+    here = threading.get_ident()  # the hooks are everywhere, and other threads may run this model meanwhile
 
     def before(module: nn.Module, args: Any) -> None:
-        if id(module) in names:
+        if id(module) in names and threading.get_ident() == here:
             sequence.append((names[id(module)], "input"))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if id(module) in names:
+        if id(module) in names and threading.get_ident() == here:
             sequence.append((names[id(module)], "output"))
 
     registry = nn.modules.module
@@ -75,7 +78,7 @@ def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     try:
         for module in training:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with turn(root), aside(), torch.no_grad(), torch.random.fork_rng(devices=devices):
             call(*args, **kwargs)
     finally:
         for hook in hooks:

@@ -7,9 +7,9 @@ lets each packed row attend to the recorded prefix and its own tokens.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnsplice import engine
 from nnsplice.sweeps.packed.layout import Group, visible
 
 NAME = "nnsplice_packed"
@@ -24,8 +25,20 @@ NAME = "nnsplice_packed"
 Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, "Variant"], Tensor]
 #: `[group, token, width]` each.
 KeyValue = tuple[Tensor, Tensor]
-#: What runs, and what ran before: the name of its attention by each config's id.
-_active: ContextVar[tuple[Attend, Mapping[int, str]] | None] = ContextVar("nnsplice_attention", default=None)
+
+
+class _Active(threading.local):
+    """What runs in this thread, and what ran before: the name of its attention by each config's id."""
+
+    now: tuple[Attend, Mapping[int, str]] | None = None
+
+    def __call__(self) -> tuple[Attend, Mapping[int, str]]:
+        if self.now is None:
+            raise engine.elsewhere()
+        return self.now
+
+
+_active = _Active()
 
 #: What attention modules pass along that changes nothing here, or is None or zero outside of training.
 _HARMLESS = {
@@ -48,20 +61,17 @@ class Variant:
 
 @contextmanager
 def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
-    """Let every attention of the model run `attend`; the model's own choice is back afterwards, whatever happens."""
+    """Let every attention of the model run `attend`; the model's own choice is back afterwards, whatever happens.
+
+    It runs in this thread alone: another that runs the model meanwhile is refused.
+    """
     _register()
-    configs = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
-    configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation")}
-    before = {i: c._attn_implementation for i, c in configs.items()}
-    token = _active.set((attend, before))
-    try:
-        for config in configs.values():
-            config._attn_implementation = NAME
-        yield
-    finally:
-        for i, config in configs.items():
-            config._attn_implementation = before[i]
-        _active.reset(token)
+    with engine.other_attention(root, NAME) as before:
+        outer, _active.now = _active.now, (attend, before)
+        try:
+            yield
+        finally:
+            _active.now = outer
 
 
 def _register() -> None:
@@ -73,15 +83,13 @@ def _register() -> None:
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+    _active()
 
 
 def _dispatch(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **more: Any
 ) -> tuple[Tensor, None]:
-    active = _active.get()
-    assert active is not None, "packed attention was left switched on"
-    attend, before = active
+    attend, before = _active()
     scaling, softcap = more.pop("scaling", None), more.pop("softcap", None)
     if before.get(id(getattr(module, "config", None))) == "sdpa":
         softcap = None  # sdpa has none: older transformers leave it out without a word, newer ones refuse to run

@@ -24,7 +24,7 @@ from nnsplice.sweeps.packed.attention import KeysAndValues, KeyValue, attention
 from nnsplice.sweeps.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
-_DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "layer_past", "head_mask"}
+_DROPPED = {"attention_mask", "causal_mask", "head_mask"} | engine.BLOCK_CACHE_NAMES
 #: Models that were seen to run attention code of their own, so that nobody tries again.
 _own_attention: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
