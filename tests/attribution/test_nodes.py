@@ -301,7 +301,7 @@ def test_mistakes_are_answered(options: dict, words: str) -> None:
         attribute(double("gpt2"), **{"sites": "layers[:].mlp", **options})
 
 
-@pytest.mark.parametrize("family", ["gptj", "bloom", "codegen"])
+@pytest.mark.parametrize("family", ["gpt_neo", "bloom", "falcon_mha"])
 def test_attention_that_keeps_its_probabilities_to_itself_is_refused_for_queries_and_not_else(family: str) -> None:
     model = double(family)
     with pytest.raises(ns.errors.BadArgument, match="see the probabilities"):

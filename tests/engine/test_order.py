@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import nnsight
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import nnsplice as ns
+import unusual
 from nnsplice.atlas import Site
 from nnsplice.engine import order_of, record
 from nnsplice.errors import NeedsProbe, NeverFired
@@ -182,3 +184,45 @@ def test_a_lora_on_the_model_leaves_every_address_valid() -> None:
     saved = ns.capture(model, "w3 w4 w5", "layers[1].heads[2].q[-1]")
     reference = ns.capture(wrap("llama"), "w3 w4 w5", "layers[1].heads[2].q[-1]")
     assert saved.allclose(reference, atol=1e-6)  # a fresh LoRA adds nothing
+
+
+# -- models of several towers, and those that do not run from tokens ---------------------------------------------------
+
+TEXT_TOWERS = ("gemma3", "llava", "qwen2_vl", "qwen3_5", "llama4", "idefics2")
+
+
+@pytest.mark.parametrize("name", TEXT_TOWERS)
+def test_a_model_with_towers_beside_the_text_needs_no_probe(name: str) -> None:
+    module = unusual.build(name)
+    layers = module.get_decoder().layers if name != "llama4" else module.language_model.model.layers
+    seen: list[torch.Tensor] = []
+    hook = layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        logits = module(input_ids=torch.tensor([[3, 9, 4, 7]])).logits
+    hook.remove()
+    model = nnsight.NNsight(module)
+    saved = ns.capture(model, [3, 9, 4, 7], ["layers[2].input[1]", "layers[0].output[-1]"])
+    assert torch.equal(saved["layers[2].input[1]"], seen[0][:, 1])
+    assert torch.equal(ns.patched_logits(model, [3, 9, 4, 7], saved), logits)
+
+
+@pytest.mark.parametrize("name", TEXT_TOWERS)
+def test_a_twin_of_a_model_with_several_towers_has_its_order(name: str) -> None:
+    module = unusual.build(name)
+    assert order_of(copy.deepcopy(module).to("meta")).ranks == order_of(module).ranks
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("whisper", "input_features, decoder_input_ids"), ("instructblip", "input_ids, pixel_values, qformer_input_ids")],
+)
+def test_a_model_that_does_not_run_from_tokens_says_what_to_give(name: str, needs: str) -> None:
+    with pytest.raises(NeedsProbe, match=f"an input to run it with, once: {needs}"):
+        ns.expand(nnsight.NNsight(unusual.build(name)), "layers[0].output")
+
+
+def test_whisper_is_ordered_once_it_has_an_input() -> None:
+    model = nnsight.NNsight(unusual.build("whisper"))
+    probe = {"input_features": torch.zeros(1, 8, 32, dtype=torch.float64), "decoder_input_ids": torch.tensor([[3, 4]])}
+    paths = ns.expand(model, ["layers[0].output", "encoder.layers[2].output"], probe=probe)
+    assert [str(path) for path in paths] == ["encoder.layers[2].output", "layers[0].output"]

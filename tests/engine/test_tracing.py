@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -108,3 +110,73 @@ def test_a_modules_body_can_be_exchanged_and_every_call_goes_through_it() -> Non
     assert torch.equal(seen, 2 * once)
     with pytest.raises(ValueError, match="not part of the wrapped model"):
         Body(torch.nn.Linear(2, 2))
+
+
+# --- backward, which nnsight replaces for everybody -------------------------------------------------------------------
+
+
+def test_a_backward_in_the_line_of_a_with_computes_gradients() -> None:
+    from contextlib import nullcontext
+
+    weight = torch.ones(2, requires_grad=True)
+    loss = (weight * 3).sum()
+    # fmt: off
+    with nullcontext(): loss.backward(retain_graph=True)  # noqa: E701
+    assert weight.grad is not None and weight.grad.tolist() == [3, 3]
+    with nullcontext(), nullcontext(): loss.backward(retain_graph=True); loss.backward()  # noqa: E701, E702
+    # fmt: on
+    assert weight.grad.tolist() == [9, 9]
+
+
+def test_a_backward_in_the_line_of_our_own_blocks_computes_gradients() -> None:
+    model = wrap("gpt2")
+    root = model._module
+    vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4 w5", "layers[1].output[-1]"))
+    ids = torch.tensor([[3, 4, 5]])
+    # fmt: off
+    with ns.steering.steer(model, vector): root(ids, labels=ids).loss.backward()  # noqa: E701
+    steered = root.transformer.wte.weight.grad.clone()
+    root.zero_grad()
+    with ns.steering.steer(model, vector):
+        root(ids, labels=ids).loss.backward()
+    assert torch.equal(root.transformer.wte.weight.grad, steered) and steered.abs().max() > 0
+    root.zero_grad()
+    with ns.weights.freeze_except(root, "l1h2") as trained: root(ids, labels=ids).loss.backward()  # noqa: E701
+    # fmt: on
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained)
+
+
+def test_a_backward_that_opens_a_block_is_nnsights_own() -> None:
+    model = wrap("gpt2")
+    with model.trace("w3 w4 w5"):
+        states = model.transformer.h[1].output
+        loss = model.output.logits.sum()
+        with loss.backward():
+            inside = states.grad.save()
+    ids = model.tokenizer("w3 w4 w5", return_tensors="pt")["input_ids"]
+    held = []
+    handle = model._module.transformer.h[1].register_forward_hook(
+        lambda _m, _a, out: held.append(out if isinstance(out, torch.Tensor) else out[0]) or held[0].retain_grad()
+    )
+    loss = model._module(ids).logits.sum()
+    loss.backward()
+    handle.remove()
+    assert torch.allclose(inside, held[0].grad) and inside.abs().max() > 0
+
+
+def test_anyio_runs_after_nnsplice_is_imported() -> None:
+    """nnsight gives every object a `.save`, which classes of anyio that are made later take for their own."""
+    pytest.importorskip("anyio")
+    program = """
+import nnsplice as ns
+ns.load
+import anyio
+import anyio.streams.file, anyio.streams.tls, anyio.abc
+async def asked():
+    await anyio.sleep(0)
+    return 3
+assert anyio.run(asked) == 3
+assert anyio.abc.SocketAttribute and anyio.streams.file.FileStreamAttribute
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import nnsplice as ns
+import unusual
 import zoo
 from nnsplice import engine
 from nnsplice.errors import BadArgument, BadType, FileError
@@ -196,10 +197,65 @@ def test_a_module_that_is_not_from_transformers() -> None:
     said(error, "Linear is no Hugging Face model", "NNsight(module)")
 
 
-def test_a_module_without_a_name_or_a_tokenizer() -> None:
+@pytest.mark.parametrize("tokenizer", [None, False])
+def test_a_module_without_a_tokenizer_takes_token_ids(tokenizer: Any) -> None:
+    module = zoo.build("gpt2")
+    model = load(module, tokenizer)
+    ids = torch.tensor([[3, 9, 4]])
+    saved = ns.capture(model, ids, "layers[1].output[-1]")
+    with torch.no_grad():
+        states = module(ids, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(saved["layers[1].output[-1]"], states[:, -1])
+    assert torch.equal(ns.patched_logits(model, [3, 9, 4], saved), module(ids).logits)
     with pytest.raises(BadArgument) as error:
-        load(zoo.build("gpt2"))
-    said(error, "tokenizer is not known", "ns.load(module, tokenizer=tokenizer)")
+        ns.capture(model, "w3 w9 w4", "layers[1].output[-1]")
+    said(error, "this model has no tokenizer", "ns.load(module, tokenizer=tokenizer)")
+
+
+def test_what_needs_a_tokenizer_is_refused_without_one(checkpoint: Path) -> None:
+    with pytest.raises(BadArgument) as error:
+        load(zoo.build("gpt2"), peft="some/adapter")
+    said(error, "peft needs a tokenizer", "ns.load(module, tokenizer=tokenizer, peft=...)")
+    with pytest.raises(BadArgument) as error:
+        load(checkpoint, tokenizer=False)
+    said(error, "tokenizer=False is for a module", "tokenizer=False)")
+
+
+def test_shards_over_processes_are_refused_in_one(checkpoint: Path) -> None:
+    with pytest.raises(BadArgument) as error:
+        load(checkpoint, tp_plan="auto")
+    said(error, "tp_plan shards a model over several processes, and this is one", 'device_map="auto"')
+
+
+#: The embedding here, and layers on the disk.
+DISK = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+        "model.layers.2": "disk", "model.norm": "cpu", "lm_head": "cpu"}  # fmt: skip
+
+
+def test_parts_on_the_disk_run_and_a_first_part_there_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    offloaded = load(checkpoint, device_map=DISK, offload_folder=str(tmp_path / "off"))
+    assert any(parameter.is_meta for parameter in offloaded._module.parameters())
+    place = "layers[2].output[-1]"
+    found, here = (ns.capture(model, "w3 w4", place)[place] for model in (offloaded, load(checkpoint)))
+    assert torch.equal(found, here)
+    with pytest.raises(BadArgument) as error:
+        load(checkpoint, device_map={"": "disk"}, offload_folder=str(tmp_path / "off"))
+    said(error, "the model's first part on the disk", "the embedding on a device")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_a_folder_of_a_model_that_sees_is_used_by_its_tokens(name: str, tmp_path: Path) -> None:
+    module = unusual.build(name)
+    module.save_pretrained(tmp_path)
+    zoo.tokenizer().save_pretrained(tmp_path)
+    model = load(tmp_path, dtype=torch.float64, attn_implementation="eager")
+    assert type(model._module) is type(module)
+    with torch.no_grad():
+        states = module(torch.tensor([[3, 9, 4]]), output_hidden_states=True).hidden_states[2]
+    saved = ns.capture(model, "w3 w9 w4", "layers[1].output[-1]")
+    # A scale that is no parameter may be read in another precision.
+    torch.testing.assert_close(saved["layers[1].output[-1]"], states[:, -1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_module_whose_checkpoint_is_out_of_reach() -> None:
@@ -207,7 +263,7 @@ def test_a_module_whose_checkpoint_is_out_of_reach() -> None:
     module.config._name_or_path = module.name_or_path = "no/body"
     with pytest.raises(FileError) as error:
         load(module)
-    said(error, "'no/body'", "ns.load(module, tokenizer=tokenizer)")
+    said(error, "'no/body'", "tokenizer=False, for prompts of token ids")
 
 
 @pytest.mark.parametrize("make", [lambda folder: str(folder), lambda folder: folder])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import nnsplice as ns
+from caches import CACHE, filled
 from nnsplice.activations.prompts import encode
 from nnsplice.steering.generate import continued
 from nnsplice.steering.padding import padded
@@ -139,7 +140,7 @@ def test_a_loop_of_ones_own_with_a_cache_is_followed(llama) -> None:
             out = llama._module(torch.tensor([row]), use_cache=True)
             found = [int(out.logits[0, -1].argmax())]
             while len(found) < NEW:
-                out = llama._module(torch.tensor([found[-1:]]), past_key_values=out.past_key_values)
+                out = llama._module(torch.tensor([found[-1:]]), **{CACHE: filled(out)})
                 found.append(int(out.logits[0, -1].argmax()))
         assert found == expected
 
@@ -149,10 +150,8 @@ def test_a_prompt_whose_beginning_is_in_the_cache_already(llama) -> None:
     for name in ("generated", "prompt", "from_token(4)"):
         with ns.steering.steer(llama, vector(1), 2.0, where=policy(name)), torch.no_grad():
             (expected,) = tokens(llama, PROMPTS[0])
-            cache = llama._module(torch.tensor([row[:3]]), use_cache=True).past_key_values
-            out = llama._module.generate(
-                torch.tensor([row]), past_key_values=cache, max_new_tokens=NEW, do_sample=False
-            )
+            cache = {CACHE: filled(llama._module(torch.tensor([row[:3]]), use_cache=True))}
+            out = llama._module.generate(torch.tensor([row]), **cache, max_new_tokens=NEW, do_sample=False)
         assert out[0, len(row) :].tolist() == expected, name
 
 
@@ -170,10 +169,10 @@ def test_embeddings_in_place_of_tokens(llama) -> None:
 def test_a_cache_that_was_filled_before_the_block_says_nothing_about_the_prompt(llama) -> None:
     (row,) = ids(llama, PROMPTS[:1])
     with torch.no_grad():
-        cache = llama._module(torch.tensor([row]), use_cache=True).past_key_values
+        cache = {CACHE: filled(llama._module(torch.tensor([row]), use_cache=True))}
         with pytest.raises(ValueError, match="filled before"):
             with ns.steering.steer(llama, vector(1), where="generated"):
-                llama._module(torch.tensor([[5]]), past_key_values=cache)
+                llama._module(torch.tensor([[5]]), **cache)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

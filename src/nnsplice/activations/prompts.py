@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.tokens import Rows, Spans
 
@@ -25,6 +26,8 @@ class Prompts:
     #: `[prompt, token, width]` for a plain module.
     values: Tensor | None = None
     spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
+    #: What the model's forward takes.
+    taken: engine.Taken = field(default=engine.ANY, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids) if self.values is None else self.values.shape[0]
@@ -44,6 +47,7 @@ class Prompts:
             None if self.decoder_ids is None else tuple(self.decoder_ids[row] for row in rows),
             None if self.values is None else self.values[list(rows)],
             None if self.spans is None else {n: tuple(bounds[row] for row in rows) for n, bounds in self.spans.items()},
+            self.taken,
         )
 
     def rows(self, tower: str) -> Rows:
@@ -69,7 +73,7 @@ class Prompts:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.decoder_ids is not None:
             inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
-        return inputs
+        return engine.as_taken(self.taken, inputs)
 
     def batch(self, rows: Sequence[int]) -> engine.Batch:
         """Where the tokens of these rows, all of one length, stand in such a pass."""
@@ -117,7 +121,7 @@ def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = 
     found = None if spans is None else {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in spans.items()}
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
-    return Prompts(ids, texts, decoder_ids, None, found)
+    return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))))
 
 
 Ids = tuple[tuple[int, ...], ...]
@@ -128,6 +132,7 @@ def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids
         prompts = [prompts]
     if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
         decoder = prompts.get("decoder_input_ids")
+        _refuse_cache(prompts, "" if decoder is None else "decoder_")
         ids = _unpadded(prompts["input_ids"], prompts.get("attention_mask"))
         return None, ids, None if decoder is None else _unpadded(decoder, prompts.get("decoder_attention_mask"))
     if isinstance(prompts, Tensor):
@@ -152,6 +157,17 @@ def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids
     if all(isinstance(row, Sequence) and all(isinstance(t, int) for t in row) for row in prompts):
         return None, tuple(tuple(row) for row in prompts), None
     raise BadType("prompts of mixed kinds", expected="all texts, or all lists of token ids")
+
+
+def _refuse_cache(prompts: Any, prefix: str) -> None:
+    """Prompts are run whole here, from their tokens; what a cache holds besides would be left out."""
+    width = torch.as_tensor(prompts[f"{prefix}input_ids"]).shape[-1]
+    before = engine.tokens_before(dict(prompts), width, prefix)
+    if before:
+        raise BadArgument(
+            f"these prompts go on with {before} tokens in a cache, which would be left out",
+            expected="prompts with all of their tokens, and no cache",
+        )
 
 
 def _unpadded(ids: Any, mask: Any) -> Ids:

@@ -4,6 +4,8 @@ from nnsplice.atlas.atlas import Atlas as Atlas
 from nnsplice.atlas.atlas import fingerprint as fingerprint
 from nnsplice.atlas.block import Block as Block
 from nnsplice.atlas.block import Tower as Tower
+from nnsplice.atlas.choose import Doubt as Doubt
+from nnsplice.atlas.choose import reads_text as reads_text
 from nnsplice.atlas.drawing import Row as Row
 from nnsplice.atlas.drawing import by_number as by_number
 from nnsplice.atlas.drawing import draw as draw
@@ -15,6 +17,8 @@ from nnsplice.atlas.selection import Selection as Selection
 from nnsplice.atlas.selection import rest_of as rest_of
 from nnsplice.atlas.site import Kind as Kind
 from nnsplice.atlas.site import Site as Site
+from nnsplice.atlas.sites import native_text as native_text
+from nnsplice.atlas.tree import text_config as text_config
 from nnsplice.atlas.verify import Check as Check
 
 #: What users need of it; the rest is for the rooms above.

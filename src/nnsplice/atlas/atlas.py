@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from nnsplice.atlas.locate import locate
 from nnsplice.atlas.native import expand_native
+from nnsplice.atlas.ownership import unclaimed
 from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.peel import peel
 from nnsplice.atlas.recognise import find_towers
@@ -43,7 +43,7 @@ def fingerprint(root: nn.Module) -> int:
     return hash(tuple(seen))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Atlas(Parts):
     """Where one model keeps its parts.
 
@@ -53,6 +53,8 @@ class Atlas(Parts):
     A model whose parts are not recognised has an atlas too: native paths work, portable ones say what was missing.
 
     >>> atlas = ns.Atlas.of(model)
+    >>> atlas
+    Atlas(GPT2LMHeadModel: transformer.h with 3 layers of 4 heads)
     >>> print(atlas.locate("transformer.h.1.attn.c_proj.bias"))
     layers[1].attn.o
     """
@@ -66,7 +68,8 @@ class Atlas(Parts):
         if known is not None and known[0] == mark:
             return known[1]
         tree = read_tree(root)
-        atlas = cls(tree, MappingProxyType(find_towers(tree)), weakref.ref(root))
+        found = find_towers(tree)
+        atlas = cls(tree, found.towers, weakref.ref(root), found.stacks, found.doubt)
         _ATLASES[root] = (mark, atlas)
         return atlas
 
@@ -104,6 +107,16 @@ class Atlas(Parts):
         ['layers[1].attn.q', 'layers[2].attn.q']
         """
         return list(split(self, parse_path(path)))
+
+    def unclaimed(self, layer: int, tower: str = "decoder") -> tuple[str, ...]:
+        """Parameters of a layer's attention that no head is known to own, and that are not all heads' alike.
+
+        Where there are any, a mask of one head would leave out a part of it, and is refused.
+
+        >>> ns.Atlas.of(model).unclaimed(0)
+        ()
+        """
+        return unclaimed(self, self.towers[tower].blocks[layer])
 
     def verify(self, *, layers: Iterable[int] | None = None) -> list[Check]:
         """Ask the model itself whether heads, roles and stream are where this atlas says; changes nothing in it.

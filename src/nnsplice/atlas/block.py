@@ -29,7 +29,7 @@ class Block:
     #: The one projection of q, k and v, where they are fused (`q`, `k`, `v` are None then).
     fused: str | None
     o: str | None
-    #: Layers whose output columns scale the heads' own.
+    #: Layers whose output columns are the heads' own, in equal shares.
     head_gates: tuple[str, ...]
     #: How heads lie along those axes; None where the number of heads is unknown.
     layout: Layout | None
@@ -71,6 +71,10 @@ class Block:
     end: str | None = None
     #: Parts of the MLP beside `mlp`.
     mlp_beside: tuple[str, ...] = ()
+    #: Layers behind the projections of keys and values, whose rows are the groups' -> the role.
+    group_rows: tuple[tuple[str, str], ...] = ()
+    #: Why no head can be named, where heads share what they read; then there is no layout.
+    mixed: str | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -60,9 +60,20 @@ FUSED: dict[str, Kind] = {
 FUSED_BY_CLASS: dict[str, Kind] = {"CodeGen": "quartered", "MiniMaxLightning": "interleaved"}
 
 #: Parameters of the attention module with one number per head.
-PER_HEAD = ("sinks",)
-#: Layers of the attention module whose output columns scale the heads' own, one for one.
-HEAD_GATES = ("gate_proj", "output_gate")
+PER_HEAD = ("sinks", "gate_bias")
+#: Layers of the attention module whose output scales the heads' own: one number for each column, or for each head.
+HEAD_GATES = ("gate_proj", "output_gate", "g_proj")
+#: Layers of the attention module that give every head an equal share of their output: queries of relative positions.
+HEAD_ROWS = ("r_proj",)
+#: Layers behind a projection whose rows go to the key/value heads in equal shares -> the role that they belong to.
+GROUP_ROWS = {"k_sconv.conv1d": "k", "v_sconv.conv1d": "v"}
+#: What all heads of a layer have in common, beside norms and parameters of one number; no head owns any of it.
+SHARED_BY_HEADS = ("relative_attention_bias", "rel_logits_proj")
+#: Attention whose heads are not plain, told by a parameter of its own: the name -> how its heads share what they read.
+MIXED_HEADS = {
+    "lambda_q1": "attention is differential: a slice subtracts two softmaxes over values that several heads share",
+    "dt_proj": "which tokens a head attends to is chosen from the values of all heads",
+}
 #: The output projection's bias, where the attention module keeps it; it is added outside of that module.
 O_BIAS = ("dense_bias",)
 
@@ -186,6 +197,8 @@ SPLIT_STACKS = {"attentions": ("ffns", "layer_norm1", "layer_norm2")}
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
+#: Who tells the number of layers of the text's tower.
+N_LAYERS = ("num_hidden_layers", "num_layers")
 #: Relative to the module that holds the list of blocks, or to one of its parents.
 EMBED = (
     "embed_tokens",
@@ -220,4 +233,11 @@ UNEMBED = (
     "head",
 )
 #: Parts of a prefix that mark a tower for something else than text.
-NOT_TEXT = frozenset({"vision_tower", "vision_model", "visual", "audio_tower", "vision_encoder", "audio_encoder"})
+NOT_TEXT = frozenset(
+    {
+        "vision_tower", "vision_model", "visual", "vision_encoder", "video_tower", "image_tower", "image_encoder",
+        "audio_tower", "audio_encoder", "speech_encoder", "codec_model",
+    }
+)  # fmt: skip
+#: Parts of a prefix that mark a tower for text, among towers without a mark.
+TEXT = frozenset({"language_model", "text_model", "text_decoder"})

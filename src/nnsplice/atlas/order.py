@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from nnsplice.atlas.site import Site
 from nnsplice.errors import NeverFired
@@ -32,6 +33,22 @@ class Order:
             visits[module, end] = visit + 1
             ranks[module, end, visit] = len(ranks)
         return Order(ranks)
+
+    def first(self, module: str | None, end: str) -> int | None:
+        """Where a pass meets an end of a module first; None where it does not."""
+        return None if module is None else self.ranks.get((module, end, 0))
+
+    def calls(self, module: str) -> int:
+        """How often a pass goes into a module."""
+        return self._calls.get(module, 0)
+
+    @cached_property
+    def _calls(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for module, end, _ in self.ranks:
+            if end == "input":
+                counts[module] = counts.get(module, 0) + 1
+        return counts
 
     def rank(self, site: Site) -> int:
         """Where in the pass the site's value is met.

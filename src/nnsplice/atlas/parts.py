@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,14 +13,15 @@ from torch import nn
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Tower
+from nnsplice.atlas.choose import Doubt
 from nnsplice.atlas.modules import module_places
 from nnsplice.atlas.selection import Selection
 from nnsplice.atlas.tree import Tree
 from nnsplice.errors import UnknownPath, UnrecognisedModel
-from nnsplice.paths.path import Path
+from nnsplice.paths.path import Path, Step
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Parts:
     """What is known of one model."""
 
@@ -28,6 +30,10 @@ class Parts:
     towers: Mapping[str, Tower]
     #: The model it was read from, for `verify`; dead when the model is gone.
     root: weakref.ref[nn.Module] = field(repr=False)
+    #: Every list of blocks that was recognised -> its modules, whether it is a tower or not.
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    #: Why there are no towers, though there are lists of layers.
+    doubt: Doubt | None = None
 
     @cached_property
     def tuple_modules(self) -> frozenset[str]:
@@ -35,8 +41,23 @@ class Parts:
         blocks = [block for tower in self.towers.values() for block in tower.blocks]
         return frozenset(name for block in blocks for name in (block.attn, block.pattern and block.pattern[0]) if name)
 
+    def __repr__(self) -> str:
+        root = self.root()
+        kind = "a model that is gone" if root is None else type(root).__name__
+        if not self.towers:
+            why = self.doubt.reason if self.doubt is not None else "its parts are not recognised"
+            return f"{type(self).__name__}({kind}: {why})"
+        found = [
+            f"{tower.stack} with {tower.n_layers} layers"
+            + (f" of {heads} heads" if (heads := max(block.n_heads for block in tower.blocks)) else "")
+            for tower in self.towers.values()
+        ]
+        return f"{type(self).__name__}({kind}: {', '.join(found)})"
+
     def tower(self, path: Path | None = None) -> Tower:
         """The tower that a path speaks of; the decoder where it does not say."""
+        if self.doubt is not None:
+            raise self._doubtful(self.doubt, path)
         if not self.towers:
             raise UnrecognisedModel(
                 "the parts of this model cannot be told apart",
@@ -55,6 +76,32 @@ class Parts:
                 write=str(path).removeprefix(f"{wanted}."),
             )
         return self.towers[wanted]
+
+    @cached_property
+    def layer_modules(self) -> Mapping[str, int]:
+        """Modules that are a layer of some list -> how many layers of its tower each is: more than 1 in ALBERT."""
+        counts = {module: 1 for modules in self.stacks.values() for module in modules}
+        for tower in self.towers.values():
+            counts |= Counter(module for block in tower.blocks for module in block.modules)
+        return MappingProxyType(counts)
+
+    def layer_around(self, module: str) -> str | None:
+        """The layer that a module is, or is a part of."""
+        while module and module not in self.layer_modules:
+            module = module.rpartition(".")[0]
+        return module or None
+
+    def _doubtful(self, doubt: Doubt, path: Path | None) -> UnrecognisedModel:
+        asked = path.steps[0].index if path is not None and len(path.steps) == 1 else None
+        *home, last = doubt.stacks[0].split(".")
+        steps = (*map(Step, home), Step(last, 0 if asked is None else asked))
+        value = path.value if path is not None and path.value in ("input", "output") else "output"
+        return UnrecognisedModel(
+            doubt.reason,
+            path=path,
+            expected="the list that is meant, by the model's own names",
+            write=str(Path(steps, native=True, value=value, position=path.position if path is not None else None)),
+        )
 
     def tower_phrase(self, tower: Tower) -> str:
         """What has the layers, in a sentence."""

@@ -4,46 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block, Tower, TowerName
+from nnsplice.atlas.choose import Towers, choose, is_numbered
 from nnsplice.atlas.layouts import Kind, Layout, fits
 from nnsplice.atlas.stacked import read_stacked
 from nnsplice.atlas.stream import read_stream
 from nnsplice.atlas.tree import Node, Tree, is_norm
 
 
-def find_towers(tree: Tree) -> dict[str, Tower]:
-    """The towers of a model by name; empty where no list of blocks is recognised."""
-    stacks: list[tuple[str, tuple[Block, ...]]] = []
+def find_stacks(tree: Tree) -> dict[str, tuple[Block, ...]]:
+    """Every list of blocks that is recognised, whatever it is for: its name -> the blocks, in the model's order."""
+    stacks: dict[str, tuple[Block, ...]] = {}
     for node in tree.nodes.values():
-        inside = any(node.name.startswith(f"{stack}.") for stack, _ in stacks)
+        inside = any(node.name.startswith(f"{stack}.") for stack in stacks)
         if node.facts.get("inner_group_num", tree.facts.get("inner_group_num", 1)) != 1:
             continue  # ALBERT with several layers in a group: none of its modules is one layer
-        if inside or not _numbered(node) or rows.NOT_TEXT & set(node.name.split(".")):
+        if inside or not is_numbered(node) or rows.NOT_TEXT & set(node.name.split(".")):
             continue
         blocks = _read_split(tree, node) or [read_block(tree, m, i) for i, m in enumerate(node.children.values())]
         found = tuple(block for block in blocks if block is not None)
         # Some layers may do without attention (or with one that has no such heads); all of them may not.
         if len(found) == len(node.children) and any(block.has_attention for block in found):
-            stacks.append((node.name, found))
-    towers: dict[str, Tower] = {}
-    for stack, blocks in stacks:
-        name = _tower_name(stack, [other for other, _ in stacks])
-        if name not in towers:
-            towers[name] = _tower(tree, name, stack, _unroll(tree, blocks))
-    return towers
+            stacks[node.name] = found
+    return stacks
 
 
-def _numbered(node: Node) -> bool:
-    return node.indexed and bool(node.children) and all(key.isdigit() for key in node.children)
+def find_towers(tree: Tree) -> Towers:
+    """The towers of a model by name; none where no list of blocks is recognised, or where several could be the one."""
+    stacks = find_stacks(tree)
+    chosen = choose(
+        tree, {name: len(blocks) for name, blocks in stacks.items()}, lambda name: _width(tree, stacks[name])
+    )
+    towers = {name: _tower(tree, name, stack, _unroll(tree, stacks[stack])) for name, stack in chosen.towers.items()}
+    layers = {name: tuple(module for block in blocks for module in block.modules) for name, blocks in stacks.items()}
+    return Towers(MappingProxyType(towers), MappingProxyType(layers), chosen.doubt)
 
 
-def _tower_name(stack: str, all_stacks: list[str]) -> TowerName:
-    """BERT's only stack is called `encoder` too, but a model with one tower has no need for the word."""
-    decoders = [other for other in all_stacks if "decoder" in other.split(".")]
-    return "encoder" if decoders and stack not in decoders and "encoder" in stack.split(".") else "decoder"
+def _width(tree: Tree, blocks: tuple[Block, ...]) -> int | None:
+    """How wide the stream is that a stack reads and writes."""
+    shapes = (tree.weight(block.o) for block in blocks if block.o is not None)
+    return next((shape[0] for shape in shapes if shape is not None), None)
 
 
 def _unroll(tree: Tree, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
@@ -66,20 +70,31 @@ def _tower(tree: Tree, name: TowerName, stack: str, blocks: tuple[Block, ...]) -
     homes = [prefix]
     while homes[-1]:
         homes.append(homes[-1].rpartition(".")[0])
+    embed = next((m for home in homes for row in rows.EMBED if _matrix(tree, m := tree.child(home, row))), None)
     unembed = None
     if name == "decoder":
-        unembed = next((home for row in rows.UNEMBED for home in [tree.child("", row)] if _matrix(tree, home)), None)
+        said = None if tree.facts.get("is_encoder_decoder") else tree.ends.get("embed")
+        embed = said if embed is None and _matrix(tree, said) else embed
+        unembed = _unembed(tree, embed)
     return Tower(
         name=name,
         prefix=prefix,
         stack=stack,
         blocks=blocks,
-        embed=next((m for home in homes for row in rows.EMBED if _matrix(tree, m := tree.child(home, row))), None),
+        embed=embed,
         final_norm=next(
             (m for home in homes for row in rows.FINAL_NORM if (m := tree.child(home, row)) and is_norm(tree, m)), None
         ),
         unembed=unembed,
     )
+
+
+def _unembed(tree: Tree, embed: str | None) -> str | None:
+    """The head that makes logits: the one that the model itself names, else one of a known name."""
+    said = tree.ends.get("unembed")
+    if said is not None and said not in (embed, tree.ends.get("embed")) and _matrix(tree, said):
+        return said
+    return next((home for row in rows.UNEMBED for home in [tree.child("", row)] if _matrix(tree, home)), None)
 
 
 def _matrix(tree: Tree, name: str | None) -> bool:
@@ -192,6 +207,7 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
         # GPT-Neo wraps the module once more, with nothing else inside: users name the outer one.
         while attn != block and len(tree.nodes[attn.rpartition(".")[0]].children) == 1:
             attn = attn.rpartition(".")[0]
+        layout, mixed = _read_layout(tree, home, (q, k, v), fused, o), _mixed(tree, home)
         return {
             "attn": None if attn == block else attn,
             "pattern": None if home == block else (home, rows.PATTERN_ITEM.get(last, rows.PATTERN_ITEM_DEFAULT)),
@@ -200,16 +216,32 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             "v": None if fused else v,
             "fused": fused,
             "o": o,
-            "head_gates": _head_gates(tree, home, o),
-            "layout": _read_layout(tree, home, (q, k, v), fused, o),
+            "head_gates": _head_gates(tree, home, o, layout),
+            "group_rows": tuple((m, role) for row, role in rows.GROUP_ROWS.items() if (m := tree.child(home, row))),
+            "layout": None if mixed else layout,
+            "mixed": mixed,
         }
     return {**dict.fromkeys(("attn", "pattern", "q", "k", "v", "fused", "o", "layout")), "head_gates": ()}
 
 
-def _head_gates(tree: Tree, home: str, o: str) -> tuple[str, ...]:
-    """Layers that give a number to each column that the output projection reads."""
-    inner, gates = tree.weight(o), [tree.child(home, row) for row in rows.HEAD_GATES]
-    return tuple(g for g in gates if g and inner and (shape := tree.weight(g)) and shape[0] == inner[1])
+def _mixed(tree: Tree, home: str) -> str | None:
+    """Why the heads of an attention module are not plain; None where nothing says so."""
+    own = {*tree.nodes[home].params, *tree.nodes[home].children}
+    return next((reason for name, reason in rows.MIXED_HEADS.items() if name in own), None)
+
+
+def _head_gates(tree: Tree, home: str, o: str, layout: Layout | None) -> tuple[str, ...]:
+    """Layers whose output goes to the heads in equal shares."""
+    inner, n_heads = tree.weight(o), layout.n_heads if layout else 0
+    found: list[str] = []
+    for row in (*rows.HEAD_GATES, *rows.HEAD_ROWS):
+        module = tree.child(home, row)
+        shape = tree.weight(module) if module else None
+        if module is None or inner is None or shape is None:
+            continue
+        if shape[0] in (inner[1], n_heads) or (row in rows.HEAD_ROWS and n_heads and not shape[0] % n_heads):
+            found.append(module)
+    return tuple(found)
 
 
 def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused: str | None, o: str) -> Layout | None:

@@ -10,11 +10,12 @@ from nnsplice.atlas.block import Block
 from nnsplice.atlas.indices import at, column, resolve_index
 from nnsplice.atlas.layouts import ROLES, Role
 from nnsplice.atlas.native import follow
+from nnsplice.atlas.ownership import per_head, unclaimed, whole_names
 from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.selection import Part, Ranges, Selection, join
 from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, take_apart
 from nnsplice.atlas.tree import is_norm
-from nnsplice.errors import PathError, UnknownPath
+from nnsplice.errors import PathError, RefusedPlace, UnknownPath
 from nnsplice.paths.path import Path
 
 #: One parameter by its first name, and what of it.
@@ -122,8 +123,7 @@ def _one(atlas: Parts, path: Path) -> Iterator[Piece]:
 
 def whole(atlas: Parts, module: str) -> Iterator[Piece]:
     """Every parameter at and below a module."""
-    for name in (module, *atlas.tree.under(module)):
-        yield from ((full, None) for full, _ in atlas.tree.nodes[name].params.values())
+    yield from ((name, None) for name in whole_names(atlas.tree, module))
 
 
 def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
@@ -138,7 +138,10 @@ def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
                 yield from whole(atlas, module)
         yield from _stacked(block, (*ROLES, "o"), None)
         yield from _own(atlas, block.attn, (*rows.O_BIAS, *rows.STACKED_BIASES))
-        yield from _per_head(atlas, block, None)
+        yield from ((name, None) for name in per_head(atlas, block))
+        for module, _ in block.group_rows:
+            yield from whole(atlas, module)
+        yield from ((name, None) for name in unclaimed(atlas, block))
     elif role in block.stacked:
         yield from _stacked(block, (role,), None)
     elif role == "mlp":
@@ -215,18 +218,11 @@ def _adapter(atlas: Parts, module: str, kinds: Iterable[str], axis: int, ranges:
                 yield name, (axis, ranges)
 
 
-def _per_head(atlas: Parts, block: Block, heads: Ranges | None) -> Iterator[Piece]:
-    """Parameters with one number per head, such as GPT-OSS's sinks."""
-    node = atlas.tree.nodes.get(block.pattern[0] if block.pattern else "")
-    for attribute in rows.PER_HEAD if node else ():
-        entry = node.params.get(attribute) if node else None
-        if entry is not None:
-            yield entry[0], None if heads is None else (0, heads)
-
-
 def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
     layout = block.layout
     assert layout is not None
+    if value not in ROLES:
+        _refuse_unclaimed(atlas, block)
     wanted: dict[Role, Iterable[int]] = {"q": heads, "k": (group,), "v": (group,)}
     if block.stacked:
         for role, of in {**wanted, "o": heads}.items():
@@ -242,8 +238,30 @@ def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | No
         d = layout.head_dim
         yield from _in(atlas, block.o, ((heads.start * d, heads.stop * d),))
         for gate in block.head_gates:
-            yield from _out(atlas, gate, ((heads.start * d, heads.stop * d),))
-        yield from _per_head(atlas, block, ((heads.start, heads.stop),))
+            yield from _out(atlas, gate, (_share(atlas, gate, heads, layout.n_heads),))
+        for name in per_head(atlas, block):
+            yield name, (0, ((heads.start, heads.stop),))
+    for module, role in block.group_rows:
+        if value in (None, "output", "weight", "bias", role):
+            yield from _out(atlas, module, (_share(atlas, module, range(group, group + 1), layout.n_kv),))
+
+
+def _refuse_unclaimed(atlas: Parts, block: Block) -> None:
+    left = unclaimed(atlas, block)
+    if left:
+        raise RefusedPlace(
+            f"which parameters are one head's is not known in layer {block.index}: {', '.join(left[:4])}"
+            + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+            + " may be a part of it",
+            expected="the layer's attention, or a part of the head",
+            write=f"layers[{block.index}].attn",
+        )
+
+
+def _share(atlas: Parts, module: str, wanted: range, count: int) -> tuple[int, int]:
+    """The rows of some heads, where a layer's rows go to all of them in equal shares."""
+    each = atlas.tree.owner(module).params["weight"][1][0] // count
+    return wanted.start * each, wanted.stop * each
 
 
 def _head(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:

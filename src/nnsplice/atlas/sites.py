@@ -151,8 +151,8 @@ def count(path: Path, block: Block, name: str) -> int:
             raise no_attention(path, block)
         if block.layout is None:
             raise RefusedPlace(
-                f"the heads of layer {block.index} cannot be told apart: their number is unknown, or does not fit the "
-                f"shape of {block.o}",
+                f"the heads of layer {block.index} cannot be told apart: "
+                + (block.mixed or f"their number is unknown, or does not fit the shape of {block.o}"),
                 path=path,
                 column=at,
             )

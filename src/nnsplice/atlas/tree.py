@@ -50,6 +50,8 @@ class Tree:
     #: Those buffers that are saved with the parameters, in the model's order.
     saved: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    #: What the model itself says: `embed`, `unembed`, `decoder`, `encoder` -> the module (see `_ENDS`).
+    ends: Mapping[str, str] = field(default_factory=dict)
 
     def child(self, name: str, *path: str) -> str | None:
         """The module at a relative path under `name`, or None."""
@@ -155,7 +157,42 @@ def read_tree(root: nn.Module) -> Tree:
             facts=facts or _EMPTY,
             arguments=_arguments(type(module).forward),
         )
-    return Tree(nodes, params, aliases, frozenset(buffers), tuple(saved), _config_facts(root))
+    ends = {end: name for end, ask in _ENDS.items() if (name := names.get(id(_said(root, ask))))}
+    return Tree(nodes, params, aliases, frozenset(buffers), tuple(saved), _config_facts(root), ends)
+
+
+#: What transformers' models answer about themselves. A root that is its own decoder says nothing with it.
+_ENDS = {
+    "embed": "get_input_embeddings",
+    "unembed": "get_output_embeddings",
+    "decoder": "get_decoder",
+    "encoder": "get_encoder",
+}
+
+
+def _said(root: nn.Module, ask: str) -> Any:
+    try:
+        return getattr(root, ask)()
+    except Exception:  # not every model has an answer, and how it says so differs
+        return None
+
+
+def text_config(root: nn.Module) -> Any:
+    """The config of the part that reads text and writes it: the model's own, or one inside it; None where it has none.
+
+    >>> from nnsplice.atlas.tree import text_config
+    >>> text_config(ns.models.peel(model)).vocab_size
+    64
+    """
+    config: Any = getattr(root, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        # A flat config of two towers would answer for its decoder with a copy under other names.
+        two = getattr(config, "is_encoder_decoder", False)
+        return config.get_text_config() if two else config.get_text_config(decoder=True)
+    except ValueError:  # several of them, of which none is the one
+        return config
 
 
 def _config_facts(root: nn.Module) -> dict[str, Any]:
@@ -163,11 +200,15 @@ def _config_facts(root: nn.Module) -> dict[str, Any]:
     config: Any = getattr(root, "config", None)
     if config is None:
         return {}
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     facts: dict[str, Any] = {}
-    for source in (config, inner):
+    for source in (config, text_config(root)):
         for key in FACTS:
-            value = getattr(source, key, None)
+            try:
+                value = getattr(source, key, None)
+            except Exception:  # what differs from layer to layer, a config may refuse to say at all
+                continue
             if isinstance(value, (int, float, str)):
                 facts[key] = value
+    if hasattr(config, "is_encoder_decoder"):  # of the whole; a tower's own config says no
+        facts["is_encoder_decoder"] = bool(config.is_encoder_decoder)
     return facts

@@ -25,6 +25,7 @@ from torch import nn
 
 from nnsplice.atlas.block import Block, Tower
 from nnsplice.atlas.layouts import ROLES, Layout, Role, merge
+from nnsplice.atlas.ownership import per_head, unclaimed
 from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.resolve import resolve
 from nnsplice.atlas.tree import is_norm
@@ -41,7 +42,8 @@ class Check:
 
     tower: str
     layer: int
-    #: `q`, `k`, `v` (columns of the projections), `parameters` (all of a head) or `stream` (branches add up).
+    #: `q`, `k`, `v` (columns of the projections), `parameters` (all of a head) or `stream` (branches add up); `claims`
+    #: where parameters of the attention are in no head.
     role: str
     ok: bool
     #: What was found instead; empty where all is well.
@@ -66,6 +68,7 @@ def verify(atlas: Parts, *, layers: Iterable[int] | None = None) -> list[Check]:
         _run(root, atlas)
         generator = torch.Generator().manual_seed(0)
         for tower, block in jobs:
+            checks += _check_claims(atlas, tower, block)
             checks += _check_heads(atlas, root, tower, block, seen, generator)
             checks += _check_stream(tower, block, seen)
     return checks
@@ -165,6 +168,16 @@ def _run(root: nn.Module, atlas: Parts) -> None:
     root(**inputs) if inputs else root(ids)
 
 
+# -- claims ------------------------------------------------------------------------------------------------------------
+
+
+def _check_claims(atlas: Parts, tower: Tower, block: Block) -> Iterator[Check]:
+    """The parameters of the attention that no role claims, where there are any."""
+    left = unclaimed(atlas, block)
+    if left:
+        yield Check(tower.name, block.index, "claims", False, f"in no head: {', '.join(left)}")
+
+
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +192,8 @@ def _check_heads(
     layout = block.layout
     if block.o is None:
         return  # a layer without attention, or one whose heads are an axis of their own
+    if block.mixed is not None:
+        return  # it has no head that could be named
     if layout is None:
         yield Check(tower.name, block.index, "parameters", False, "the number of heads is unknown")
         return
@@ -190,11 +205,13 @@ def _check_heads(
         return
     parameters = {
         name: root.get_parameter(name)
-        for module in (*projected, *block.head_gates)
+        for module in (*projected, *block.head_gates, *(module for module, _ in block.group_rows))
         for name, _ in atlas.tree.owner(module).params.values()
         if root.get_parameter(name).is_floating_point()
-    }
-    wrong: dict[str, list[str]] = {role: [] for role in (*ROLES, "parameters")}
+    } | {name: root.get_parameter(name) for name in per_head(atlas, block)}
+    # Where nobody knows whose a parameter is, no mask of a head is given, and none can be wrong.
+    masked = not unclaimed(atlas, block)
+    wrong: dict[str, list[str]] = {role: [] for role in (*ROLES, *(("parameters",) if masked else ()))}
     for head in range(layout.n_heads):
         grads = _Gradients(slots, projected, parameters, head * layout.head_dim, layout.head_dim, generator)  # pyright: ignore[reportArgumentType]
         for role, columns in grads.roles(modules, layout).items():
@@ -202,7 +219,8 @@ def _check_heads(
             if columns != set(range(start, stop)):
                 wrong[role].append(f"head {head}: {_spans(columns)} instead of {start}:{stop}")
         place = Path((Step("layers", block.index), Step("heads", head)), tower=tower.name)
-        wrong["parameters"] += [f"head {head}: {text}" for text in grads.strangers(atlas, place, modules["k"])]
+        if masked:
+            wrong["parameters"] += [f"head {head}: {text}" for text in grads.strangers(atlas, place, modules["k"])]
     for role, texts in wrong.items():
         yield Check(tower.name, block.index, role, not texts, "; ".join(texts[:3]))
 

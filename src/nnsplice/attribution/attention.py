@@ -6,20 +6,22 @@ plain one, scores, softmax, mixture, which keeps what it made.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnsplice import engine
+
 NAME = "nnsplice_probabilities"
 
 #: What attention modules pass along that changes nothing in the plain form.
 _HARMLESS = {
-    "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "past_key_values",
+    "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", *engine.BLOCK_CACHE_NAMES,
     "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep", "sliding_window", "dropout",
 }  # fmt: skip
 
@@ -57,8 +59,15 @@ class Attended:
 
 
 Seen = dict[nn.Module, Attended]
-#: What is kept, and what ran before: the name of its attention by each config's id.
-_seen: ContextVar[tuple[Seen, dict[int, str]] | None] = ContextVar("nnsplice_probabilities", default=None)
+
+
+class _Active(threading.local):
+    """What this thread keeps, and what ran before: the name of its attention by each config's id."""
+
+    now: tuple[Seen, dict[int, str]] | None = None
+
+
+_active = _Active()
 
 
 @contextmanager
@@ -69,26 +78,20 @@ def probabilities(root: nn.Module) -> Iterator[Seen]:
 
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, eager_mask)
-    configs = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
-    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
-    seen: Seen = {}
-    token = _seen.set((seen, {id(config): implementation for config, implementation in before}))
-    try:
-        for config, _ in before:
-            config._attn_implementation = NAME
-        yield seen
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
-        _seen.reset(token)
+    with engine.other_attention(root, NAME) as before:
+        outer, _active.now = _active.now, ({}, before)
+        try:
+            yield _active.now[0]
+        finally:
+            _active.now = outer
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> tuple[Tensor, None]:
-    active = _seen.get()
-    assert active is not None, "attention that keeps its probabilities was left switched on"
-    seen, before = active
+    if _active.now is None:
+        raise engine.elsewhere()
+    seen, before = _active.now
     scaling, softcap, sinks = more.pop("scaling", None), more.pop("softcap", None), more.pop("s_aux", None)
     unknown = [
         name for name, given in more.items() if name not in _HARMLESS and given is not None and given is not False

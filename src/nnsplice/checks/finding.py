@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import Atlas, Tower, peel
+from nnsplice.atlas import Atlas, Tower, peel, text_config
 from nnsplice.checks.outline import Outline, Value, outline, place_of
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Index, Path, Slice
@@ -148,7 +148,7 @@ def _vocabulary(model: engine.Model, atlas: Atlas) -> int:
     tower = atlas.towers.get("decoder")
     if tower is not None and tower.embed is not None:
         return atlas.tree.owner(tower.embed).params["weight"][1][0]
-    return getattr(getattr(peel(model), "config", None), "vocab_size", 2)
+    return getattr(text_config(peel(model)), "vocab_size", 2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations import capture
-from nnsplice.atlas import Tower
+from nnsplice.atlas import Tower, text_config
 from nnsplice.checks.finding import Finding, Kind, Subject, attempt, kinds
 from nnsplice.checks.outline import place_of, stream_width
 from nnsplice.errors import RefusedPlace
@@ -42,7 +42,7 @@ def _another_class(subject: Subject) -> Iterator[Finding]:
 
 
 def _recognised(subject: Subject, tower: Tower) -> Iterator[Finding]:
-    unclear = [block.index for block in tower.blocks if block.o is not None and block.layout is None]
+    unclear = [b.index for b in tower.blocks if b.o is not None and b.layout is None and b.mixed is None]
     if unclear:
         what = f"{tower.name}: heads of layers {', '.join(map(str, unclear))}"
         yield Finding("parts", what, "FAILED", detail="their number is unknown, or does not fit the projections")
@@ -61,10 +61,9 @@ def _recognised(subject: Subject, tower: Tower) -> Iterator[Finding]:
 
 
 def _said(subject: Subject, tower: Tower, names: tuple[str, ...]) -> int | None:
-    config: Any = getattr(subject.root, "config", None)
+    config: Any = text_config(subject.root)
     if config is None:
         return None
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = (getattr(config, name.format(tower=tower.name), None) for name in names)
     return next((number for number in found if isinstance(number, int)), None)
 

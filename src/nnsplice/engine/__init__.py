@@ -5,11 +5,18 @@ models      what is asked of a model as a whole
 memory      how much of it runs at once
 recording   the order of its modules, recorded once
 places      paths -> places of the model, in that order
+anyio_first what has to be imported before nnsight
+arguments   what a call was given, by name, and how many tokens came before
 batch       where the prompts' own tokens stand in a run
+signatures  what a module's call takes
+proof       whether the recorded order agrees with the atlas
 calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
+turns       what threads share and take turns with
 """
 
+import nnsplice.engine.anyio_first  # noqa: F401  # before nnsight
+from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of, tokens_before
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
 from nnsplice.engine.intercept import Interception
@@ -33,6 +40,7 @@ from nnsplice.engine.models import (
 )
 from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import order_of, record
+from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
     Model,
@@ -48,13 +56,19 @@ from nnsplice.engine.tracing import (
     with_first_input,
     worker,
     wrap,
+    wrap_bare,
     write_remote,
 )
+from nnsplice.engine.turns import Home, elsewhere, home, is_aside, other_attention, turn
 
 __all__ = [
+    "ANY",
+    "BLOCK_CACHE_NAMES",
+    "CACHE_NAMES",
     "ONLY_LOCAL",
     "Batch",
     "Call",
+    "Home",
     "Interception",
     "Known",
     "Model",
@@ -62,16 +76,23 @@ __all__ = [
     "Rank",
     "Scope",
     "Sequence",
+    "Taken",
     "Watch",
     "after_last_attention",
     "as_model",
+    "as_taken",
     "attention_of",
     "batch_of",
+    "cache_argument",
+    "cache_of",
     "check_tokens",
     "decoder_start",
+    "elsewhere",
     "expand",
     "first_input",
+    "home",
     "in_training",
+    "is_aside",
     "is_causal",
     "is_edited",
     "is_encoder_decoder",
@@ -83,6 +104,7 @@ __all__ = [
     "name_of",
     "only_local",
     "order_of",
+    "other_attention",
     "place",
     "read_remote",
     "record",
@@ -90,13 +112,17 @@ __all__ = [
     "room",
     "run",
     "scope_of",
+    "taken_by",
     "token_texts",
     "tokenizer_of",
+    "tokens_before",
+    "turn",
     "unwatch",
     "watch",
     "weights_digest",
     "with_first_input",
     "worker",
     "wrap",
+    "wrap_bare",
     "write_remote",
 ]

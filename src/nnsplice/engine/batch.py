@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
 from nnsplice.atlas import peel
+from nnsplice.engine.arguments import arguments_of, tokens_before
 from nnsplice.engine.models import is_encoder_decoder, tokenizer_of
 from nnsplice.engine.tracing import Mediator, Model, call_of
 from nnsplice.tokens import Rows
@@ -65,30 +64,24 @@ def _single_row(mediator: Mediator) -> bool:
 
 
 def _batch(model: Model, args: tuple, kwargs: dict) -> Batch:
-    module = peel(model)
-    given = dict(zip(parameters_of(type(module)), args, strict=False)) | kwargs
-    # A decode step computes the newest token; the ones before it stand in the cache.
-    cache: Any = given.get("past_key_values")
-    cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    given = arguments_of(peel(model), args, kwargs)
     if not is_encoder_decoder(model):
-        rows, ids = _rows(given, "", cached), given.get("input_ids")
+        rows, ids = _rows(given, "", "decoder"), given.get("input_ids")
         return Batch(rows, rows, ids if isinstance(ids, Tensor) else None)
     ids = given.get("decoder_input_ids")
-    return Batch(_rows(given, "decoder_", cached), _rows(given, "", 0), ids if isinstance(ids, Tensor) else None)
+    return Batch(
+        _rows(given, "decoder_", "decoder"), _rows(given, "", "encoder"), ids if isinstance(ids, Tensor) else None
+    )
 
 
-def _rows(given: Mapping[str, Any], prefix: str, cached: int) -> Rows:
+def _rows(given: Mapping[str, Any], prefix: str, tower: str) -> Rows:
     mask = given.get(f"{prefix}attention_mask")
     ids = given.get(f"{prefix}input_ids")
     ids = ids if isinstance(ids, Tensor) else given.get(f"{prefix}inputs_embeds")
     batch, new = ids.shape[:2] if isinstance(ids, Tensor) and ids.dim() > 1 else (None, None)
+    # A decode step computes the newest token; the ones before it stand in the cache.
+    cached = 0 if new is None or tower == "encoder" else tokens_before(given, new, prefix)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         rows = Rows.from_mask(mask)
         return replace(rows, batch=batch or rows.batch, new=new)
     return Rows(batch, None if new is None else cached + new, new=new)
-
-
-@lru_cache(maxsize=256)
-def parameters_of(kind: type) -> tuple[str, ...]:
-    """The names of what a module's call takes."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]

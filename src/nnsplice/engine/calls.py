@@ -7,6 +7,7 @@ of the run it computes, which of them are padding, and where the prompt ends.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.atlas import Atlas, peel
-from nnsplice.engine.batch import parameters_of
+from nnsplice.engine.arguments import arguments_of, cache_of, mask_of, parameters_of, tokens_before
 from nnsplice.errors import BadArgument
 
 
@@ -40,7 +41,8 @@ class Call:
     sequence: Sequence
     rows: int
     new: int
-    cached: int
+    #: How many tokens came before, in the cache; where the call does not tell, what is to be said of that.
+    before: int | str
     device: torch.device
     #: `[row, column]`, whether a token stands there; None where no row is padded.
     mask: Tensor | None
@@ -53,13 +55,25 @@ class Call:
         self.visits[listener] = number + 1
         return number
 
+    @property
+    def cached(self) -> int:
+        """How many tokens came before, in the cache.
+
+        Raises:
+            BadArgument: the call does not tell.
+        """
+        if isinstance(self.before, str):
+            raise BadArgument(self.before)
+        return self.before
+
     @cached_property
     def positions(self) -> Tensor:
         """`[row or 1, new]`: which own token of its row each column is; -1 for padding."""
+        cached = self.cached
         if self.mask is None:
-            return torch.arange(self.cached, self.cached + self.new, device=self.device)[None]
+            return torch.arange(cached, cached + self.new, device=self.device)[None]
         counted = self.mask.long().cumsum(-1) - 1
-        return counted.masked_fill(~self.mask, -1)[:, self.cached :]
+        return counted.masked_fill(~self.mask, -1)[:, cached:]
 
     @cached_property
     def prompt_lengths(self) -> Tensor:
@@ -78,6 +92,8 @@ class Call:
             BadArgument: nobody listened when the prompt ran.
         """
         if self.sequence.prompt is None:
+            if isinstance(self.before, str):
+                raise BadArgument(self.before)
             raise BadArgument(
                 "this run goes on with a cache that was filled before, so where its prompt ends is unknown",
                 expected="the prompt and what follows it in one steering block",
@@ -86,20 +102,27 @@ class Call:
         return self.sequence.prompt
 
 
+class _Running(threading.local):
+    """What runs in one thread: the pass of each tower, with the module that began it, and the generation around it."""
+
+    def __init__(self) -> None:
+        self.passes: dict[str, tuple[nn.Module, Call]] = {}
+        self.generation: Sequence | None = None
+
+
 class Watch:
-    """Listens to a model: `current(tower)` is the pass that runs now."""
+    """Listens to a model: `current(tower)` is the pass that this thread runs now."""
 
     def __init__(self, model: Any) -> None:
         self.root: nn.Module = peel(model)
-        self._current: dict[str, tuple[nn.Module, Call]] = {}
-        self._generation: Sequence | None = None
+        self._running: _Running = _Running()
         self._caches: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
         self.before_pass: list[Callable[[], None]] = []
         self.users = 0
 
     def current(self, tower: str) -> Call | None:
-        """The pass of this tower that runs now; None where a module is called by itself."""
-        found = self._current.get(tower)
+        """The pass of this tower that runs now in this thread; None where a module is called by itself."""
+        found = self._running.passes.get(tower)
         return None if found is None else found[1]
 
     # --- coming and going
@@ -133,11 +156,11 @@ class Watch:
     def _listening(self, generate: Any) -> Any:
         @wraps(generate)
         def listening(*args: Any, **kwargs: Any) -> Any:
-            before, self._generation = self._generation, _begun(args, kwargs, self._two)
+            before, self._running.generation = self._running.generation, _begun(args, kwargs, self._two)
             try:
                 return generate(*args, **kwargs)
             finally:
-                self._generation = before
+                self._running.generation = before
 
         return listening
 
@@ -151,52 +174,59 @@ class Watch:
 
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             for tower in towers:
-                if tower not in self._current:
+                if tower not in self._running.passes:
                     call = self._read(module, tower, args, kwargs, "" if own else None)
                     if call is not None:
-                        self._current[tower] = (module, call)
-                        for told in self.before_pass:
+                        self._running.passes[tower] = (module, call)
+                        for told in tuple(self.before_pass):
                             told()
 
         return begin
 
     def _after(self, module: nn.Module, _args: Any, output: Any) -> None:
-        for tower, (owner, call) in list(self._current.items()):
+        for tower, (owner, call) in list(self._running.passes.items()):
             if owner is module:
-                del self._current[tower]
+                del self._running.passes[tower]
                 if not call.sequence.cached:
-                    self._remember(getattr(output, "past_key_values", None), call.sequence)
+                    self._remember(cache_of(output), call.sequence)
 
     def _remember(self, cache: Any, sequence: Sequence) -> None:
         if hasattr(cache, "get_seq_length"):
             self._caches[cache], sequence.cached = sequence, True
 
     def _read(self, module: nn.Module, tower: str, args: tuple, kwargs: dict, prefix: str | None) -> Call | None:
-        given = dict(zip(parameters_of(type(module)), args, strict=False)) | kwargs
+        given = arguments_of(module, args, kwargs)
         two = prefix is None and "decoder_input_ids" in parameters_of(type(module))
-        before = "decoder_" if two and tower == "decoder" else ""
-        tokens = (given.get(before + name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
+        own = "decoder_" if two and tower == "decoder" else ""
+        tokens = (given.get(own + name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
         ids = next((value for value in tokens if isinstance(value, Tensor)), None)
         if ids is None or ids.dim() < 2:
             return None
-        cache: Any = None if tower == "encoder" else given.get("past_key_values")
-        cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         rows, new = ids.shape[:2]
-        mask = _mask(given.get(f"{before}attention_mask"), cached + new)
-        return Call(self._sequence(tower, cache, cached, rows, new), rows, new, cached, ids.device, mask)
+        before: int | str = 0
+        if tower != "encoder":
+            try:
+                before = tokens_before(given, new, own)
+            except BadArgument as untold:  # raised where somebody asks: what steers every token need not know
+                before = str(untold)
+        mask = None if isinstance(before, str) else _columns(mask_of(given, own), before + new)
+        return Call(self._sequence(tower, cache_of(given), before, rows, new), rows, new, before, ids.device, mask)
 
-    def _sequence(self, tower: str, cache: Any, cached: int, rows: int, new: int) -> Sequence:
+    def _sequence(self, tower: str, cache: Any, before: int | str, rows: int, new: int) -> Sequence:
         if tower == "encoder":
             return Sequence(new, rows)
-        if self._generation is not None:
-            if self._generation.prompt is None:
-                self._generation.prompt = cached + new
-            return self._generation
-        if cached:
-            return self._caches.get(cache) or Sequence(None, rows)
+        if self._running.generation is not None:
+            if self._running.generation.prompt is None and isinstance(before, int):
+                self._running.generation.prompt = before + new
+            return self._running.generation
+        if before:  # some, or an unknown number
+            return self._remembered(cache) or Sequence(None, rows)
         sequence = Sequence(new, rows)
         self._remember(cache, sequence)
         return sequence
+
+    def _remembered(self, cache: Any) -> Sequence | None:
+        return self._caches.get(cache) if hasattr(cache, "get_seq_length") else None
 
 
 def _begun(args: tuple, kwargs: Mapping[str, Any], two_towers: bool) -> Sequence:
@@ -208,34 +238,36 @@ def _begun(args: tuple, kwargs: Mapping[str, Any], two_towers: bool) -> Sequence
     return Sequence(None if ids is None or two_towers else ids.shape[1], None if ids is None else ids.shape[0])
 
 
-def _mask(mask: Any, width: int) -> Tensor | None:
-    if isinstance(mask, Mapping):  # one for each kind of attention, made by `generate` for caches of a fixed size
-        mask = mask.get("full_attention")
-    if not isinstance(mask, Tensor):
+def _columns(mask: Tensor | None, width: int) -> Tensor | None:
+    """`[row, column]`, whether a token stands there."""
+    if mask is None:
         return None
     if mask.dim() == 4:  # the newest token sees every token of its row
         last = mask[:, 0, -1, :width]
         return last if last.dtype == torch.bool else last == 0
-    return mask[:, :width] != 0 if mask.dim() == 2 else None
+    return mask[:, :width] != 0
 
 
+_guard = threading.Lock()
 _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
 
 def watch(model: Any) -> Watch:
     """The listener of a model; it is the same for all who ask, and goes with the last of them (`unwatch`)."""
     root = peel(model)
-    found = _watches.get(root)
-    if found is None:
-        found = _watches[root] = Watch(model)
-        found.start()
-    found.users += 1
+    with _guard:
+        found = _watches.get(root)
+        if found is None:
+            found = _watches[root] = Watch(model)
+            found.start()
+        found.users += 1
     return found
 
 
 def unwatch(found: Watch) -> None:
     """Stop listening, if nobody else does."""
-    found.users -= 1
-    if not found.users:
-        found.stop()
-        del _watches[found.root]
+    with _guard:
+        found.users -= 1
+        if not found.users:
+            found.stop()
+            del _watches[found.root]

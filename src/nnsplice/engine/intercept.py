@@ -7,6 +7,7 @@ of calling the model goes through; and an input in a torch hook, which comes bef
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,7 @@ class _Tap:
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         value: Any = (args, kwargs)
-        for change in self.changes:
+        for change in tuple(self.changes):  # another thread may take one out
             value = change(value)
         return value
 
@@ -58,13 +59,15 @@ class _Tap:
 def _around(inner: Callable[..., Any], changes: list[Change]) -> Callable[..., Any]:
     def body(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         value = inner(module, *args, **kwargs)
-        for change in changes:
+        for change in tuple(changes):
             value = change(value)
         return value
 
     return body
 
 
+#: One thread at a time puts changes in and takes them out.
+_guard = threading.Lock()
 _taps: weakref.WeakKeyDictionary[nn.Module, dict[str, _Tap]] = weakref.WeakKeyDictionary()
 
 
@@ -75,17 +78,20 @@ class Interception:
         self.module: nn.Module = module
         self.end: str = end
         self.change: Change = change
-        taps = _taps.setdefault(module, {})
-        self.tap: _Tap = taps.get(end) or taps.setdefault(end, _Tap(module, end))
-        self.tap.changes.append(change)
+        with _guard:
+            taps = _taps.setdefault(module, {})
+            self.tap: _Tap = taps.get(end) or taps.setdefault(end, _Tap(module, end))
+            self.tap.changes.append(change)
 
     def attach(self) -> None:
         """See to it that the change is met, whatever happened to the module meanwhile."""
-        self.tap.attach()
+        with _guard:
+            self.tap.attach()
 
     def remove(self) -> None:
         """Take the change out; the module is as it was when no other is left."""
-        self.tap.changes.remove(self.change)
-        if not self.tap.changes:
-            self.tap.remove()
-            del _taps[self.module][self.end]
+        with _guard:
+            self.tap.changes.remove(self.change)
+            if not self.tap.changes:
+                self.tap.remove()
+                del _taps[self.module][self.end]

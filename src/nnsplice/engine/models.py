@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas import Atlas, Site, peel
-from nnsplice.atlas.families import POSITIONS
+from nnsplice.atlas import Atlas, Site, peel, text_config
+from nnsplice.atlas.families import NOT_TEXT, POSITIONS
 from nnsplice.digests import checksum
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType, named
@@ -32,7 +32,8 @@ def as_model(model: object) -> Model:
 
 def tokenizer_of(model: Model) -> Any:
     """The model's tokenizer, or None."""
-    return model.__dict__.get("tokenizer")
+    held = model.__dict__
+    return held.get("tokenizer") or getattr(held.get("processor"), "tokenizer", None)
 
 
 def token_texts(model: Model, rows: Iterable[Iterable[int]]) -> tuple[tuple[str, ...], ...]:
@@ -48,7 +49,9 @@ def check_tokens(model: Model, rows: Iterable[Sequence[int]]) -> None:
     learned = [
         inner.num_embeddings
         for name, inner in module.named_modules()
-        if isinstance(inner, nn.Embedding) and name.rpartition(".")[2] in POSITIONS
+        if isinstance(inner, nn.Embedding)
+        and name.rpartition(".")[2] in POSITIONS
+        and not NOT_TEXT & set(name.split("."))
     ]
     for number, ids in enumerate(rows):
         strange = next((token for token in ids if not 0 <= token < words), None)
@@ -82,8 +85,10 @@ def is_causal(model: Model) -> bool:
     generates = getattr(module, "can_generate", None)
     if generates is None or is_encoder_decoder(model) or not generates():
         return False
-    config: Any = module.config
-    return not getattr(config, "use_bidirectional_attention", False) and getattr(config, "is_causal", True) is not False
+    return all(
+        not getattr(config, "use_bidirectional_attention", False) and getattr(config, "is_causal", True) is not False
+        for config in (module.config, text_config(module))
+    )
 
 
 def is_edited(model: Model) -> bool:
@@ -167,7 +172,7 @@ def _stored(tensor: Any) -> Iterator[Any]:
 
 def attention_of(model: Model) -> str | None:
     """Which implementation of attention the model runs with, where transformers says so."""
-    return getattr(getattr(peel(model), "config", None), "_attn_implementation", None)
+    return getattr(text_config(peel(model)), "_attn_implementation", None)
 
 
 def decoder_start(model: Model) -> int:

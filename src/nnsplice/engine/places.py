@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from nnsplice.atlas import Atlas, Order, fingerprint, peel
+from nnsplice.engine.proof import check_calls, with_proof
 from nnsplice.engine.recording import order_of
 from nnsplice.errors import BadType, named
 from nnsplice.paths import Path, Paths, parse_path, position_rank
@@ -58,6 +59,7 @@ class Known:
     def rank(self, path: Path) -> Rank:
         """Where an expanded path stands: by the forward pass, then within one value, then by position."""
         site = path.site
+        check_calls(self.atlas, self.order, path)
         within = (site.item or 0, site.columns or (-1, -1), -1 if site.index is None else site.index)
         return (self.order.rank(site), *within, position_rank(path.position))
 
@@ -83,5 +85,6 @@ def known(model: object, probe: Any = None) -> Known:
     now = fingerprint(root)
     found = _known.get(root)
     if found is None or found[0] != now:
-        found = _known[root] = (now, Known(Atlas.of(root), order_of(model, probe)))
+        atlas, order = Atlas.of(root), order_of(model, probe)
+        found = _known[root] = (now, Known(with_proof(atlas, order), order))
     return found[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsplice.atlas import Order, fingerprint, peel
+from nnsplice.atlas import Order, fingerprint, peel, text_config
+from nnsplice.engine.signatures import as_taken, taken_by
 from nnsplice.engine.tracing import Model
-from nnsplice.errors import NeedsProbe
+from nnsplice.engine.turns import aside, turn
+from nnsplice.errors import NeedsProbe, NnspliceError
 
 _orders: weakref.WeakKeyDictionary[nn.Module, tuple[int, Order]] = weakref.WeakKeyDictionary()
 
@@ -28,13 +31,27 @@ def order_of(model: object, probe: Any = None) -> Order:
     known = _orders.get(root)
     if known is not None and known[0] == now:
         return known[1]
-    runnable = root
-    if any(parameter.is_meta for parameter in root.parameters()):
-        runnable = _twin(root)
-    args, kwargs = _probe(runnable, probe)
-    order = Order.of(record(model if runnable is root else runnable, args, kwargs))
+    order = Order.of(_recorded(model, root, probe))
     _orders[root] = (now, order)
     return order
+
+
+def _recorded(model: object, root: nn.Module, probe: Any) -> list[tuple[str, str]]:
+    # Weights that accelerate keeps elsewhere come when they are needed, so such a model runs as it is.
+    elsewhere = any(parameter.is_meta for parameter in root.parameters())
+    runnable = _twin(root) if elsewhere and not any(hasattr(module, "_hf_hook") for module in root.modules()) else root
+    args, kwargs = _probe(runnable, probe)
+    try:
+        return record(model if runnable is root else runnable, args, kwargs)
+    except Exception as error:
+        if probe is not None or isinstance(error, NnspliceError):
+            raise
+        raise NeedsProbe(
+            f"the order of {type(root).__name__} is learned from one short run, and a run from tokens alone failed: "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            expected="an input to run it with, once",
+            write="ns.expand(model, paths, probe=example_input)",
+        ) from error
 
 
 def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -42,13 +59,14 @@ def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     root = peel(model)
     names = {id(module): name for name, module in root.named_modules()}
     sequence: list[tuple[str, str]] = []
+    here = threading.get_ident()  # the hooks are everywhere, and other threads may run this model meanwhile
 
     def before(module: nn.Module, args: Any) -> None:
-        if id(module) in names:
+        if id(module) in names and threading.get_ident() == here:
             sequence.append((names[id(module)], "input"))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if id(module) in names:
+        if id(module) in names and threading.get_ident() == here:
             sequence.append((names[id(module)], "output"))
 
     registry = nn.modules.module
@@ -60,7 +78,7 @@ def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     try:
         for module in training:
             module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with turn(root), aside(), torch.no_grad(), torch.random.fork_rng(devices=devices):
             call(*args, **kwargs)
     finally:
         for hook in hooks:
@@ -75,17 +93,36 @@ def _probe(root: nn.Module, probe: Any) -> tuple[tuple[Any, ...], dict[str, Any]
         if isinstance(probe, Mapping):
             return (), dict(probe)
         return (probe if isinstance(probe, tuple) else (probe,)), {}
-    config = getattr(root, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    if config is None or vocabulary is None:
+    vocabulary = getattr(text_config(root), "vocab_size", None)
+    if not isinstance(vocabulary, int):
         raise NeedsProbe(
             f"the order of {type(root).__name__} is learned from one short run, and its inputs are not known",
             expected="an input to run it with, once",
             write="ns.expand(model, paths, probe=example_input)",
         )
-    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
+    device = next((p.device for p in root.parameters() if not p.is_meta), torch.device("cpu"))
     ids = torch.tensor([[min(3, vocabulary - 1), min(4, vocabulary - 1)]], device=device)
-    return (), {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+    inputs = {"input_ids": ids}
+    if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    takes = taken_by(type(root))
+    needed = [name for name in takes.required if name not in inputs]
+    if takes.names and "input_ids" not in takes.names:
+        if takes.first is None or takes.first in inputs or len(needed) > 1 or hasattr(root, "main_input_name"):
+            raise _needs(root, [getattr(root, "main_input_name", None) or str(takes.first), *list(inputs)[1:]])
+        return (), as_taken(takes, inputs)  # a module of the user's own, which calls its tokens something else
+    if needed:
+        raise _needs(root, ["input_ids", *needed])
+    return (), {name: value for name, value in inputs.items() if takes.takes(name)}
+
+
+def _needs(root: nn.Module, names: list[str]) -> NeedsProbe:
+    given = ", ".join(f'"{name}": ...' for name in dict.fromkeys(names))
+    return NeedsProbe(
+        f"the order of {type(root).__name__} is learned from one short run, and it does not run from tokens alone",
+        expected=f"an input to run it with, once: {', '.join(dict.fromkeys(names))}",
+        write=f"ns.expand(model, paths, probe={{{given}}})",
+    )
 
 
 #: What of a config sets the width of a model; made small in a twin, which keeps every module and its order.
@@ -96,21 +133,16 @@ _WIDTHS = {
 }  # fmt: skip
 
 
+#: Who tells the number of heads, and the widths of the stream that follow from it.
+_HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads")
+_STREAMS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embed_dim")
+
+
 def _twin(root: nn.Module) -> nn.Module:
     """A small model of the same class and depth with real weights, for a model whose own are not here."""
     try:
         config: Any = copy.deepcopy(root.config)
-        heads = getattr(config, "num_attention_heads", None) or getattr(config, "encoder_attention_heads")  # noqa: B009
-        widths = _WIDTHS | {"hidden_size": 8 * heads, "n_embd": 8 * heads, "d_model": 8 * heads}
-        widths["word_embed_proj_dim"] = 8 * heads
-        # A config answers to several names for one setting; only those it holds itself are set.
-        held = config.to_dict()
-        for name, width in widths.items():
-            if isinstance(held.get(name), int):
-                setattr(config, name, width)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-            if isinstance(held.get(name), int):
-                setattr(config, name, 1)
+        _shrink(config)
         return type(root)(config).eval()
     except Exception as error:
         raise NeedsProbe(
@@ -118,3 +150,22 @@ def _twin(root: nn.Module) -> nn.Module:
             expected="a model whose weights are loaded",
             write="model.dispatch()",
         ) from None
+
+
+def _shrink(config: Any, *, root: bool = True) -> None:
+    """Make a config's widths small, and those of the configs inside it."""
+    held = config.to_dict()
+    inner = [value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "model_type")]
+    for part in inner:
+        _shrink(part, root=False)
+    heads = next((n for key in _HEADS if isinstance(n := getattr(config, key, None), int)), None)
+    if heads is None and root and not inner:
+        raise ValueError("its config does not say how many heads it has")
+    widths = dict(_WIDTHS) if heads is None else _WIDTHS | dict.fromkeys(_STREAMS, 8 * heads)
+    # A config answers to several names for one setting; only those it holds itself are set.
+    for name, width in widths.items():
+        if isinstance(held.get(name), int):
+            setattr(config, name, width)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        if isinstance(held.get(name), int):
+            setattr(config, name, 1)

@@ -2,7 +2,7 @@
 
 What of nnsight is private is used here alone, and `tests/engine/test_tracing.py` fails when nnsight changes it: a
 worker's `Mediator` (which visit of a place it waits for, which rows are its own), the names of submodules that nnsight
-moves, and the body that a module's controller calls.
+moves, the body that a module's controller calls, and how it tells `with loss.backward():` from a plain call.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from dis import opmap, opname
+from functools import lru_cache, wraps
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import nnsight
 import torch
+from nnsight.intervention import backward as _gradients
 from nnsight.intervention.interleaver import Mediator as Mediator
 from nnsight.intervention.source import STATE
 from torch import Tensor, nn
 
 from nnsplice.atlas import Site, peel
+from nnsplice.engine.turns import turn
 from nnsplice.errors import BadArgument, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
 
@@ -39,6 +43,11 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
         # The layers of an adapter come in train mode, into a model that is not.
         model._module.eval()
     return model
+
+
+def wrap_bare(module: nn.Module, **kwargs: Any) -> Model:
+    """nnsight's wrapper of a module without a tokenizer."""
+    return nnsight.NNsight(module, **kwargs)
 
 
 def keep(value: T) -> T:
@@ -198,10 +207,46 @@ def run(model: Model, inputs: Mapping[str, Any] | Tensor, body: Callable[[], Non
     """
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
     tracer: Any
-    with model.trace(*args, **kwargs) as tracer:
-        body()
-        if last:
-            tracer.stop()
+    with turn(model):  # noqa: SIM117  # nnsight reads a trace's block from its own `with`
+        with model.trace(*args, **kwargs) as tracer:
+            body()
+            if last:
+                tracer.stop()
+
+
+# --- backward ---
+
+
+@wraps(torch.Tensor.backward)
+def _backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.backward` as nnsight has it, except that `with block: loss.backward()` on one line computes gradients.
+
+    nnsight asks whether a `with` stands in the line of the call, takes the call for the opening of a block, and returns
+    without a gradient. What is asked here is what the caller does with the result.
+    """
+    plain = _gradients._original_backward
+    if not _enters(sys._getframe(1)):
+        return plain(tensor, *args, **kwargs)
+    tracer = _gradients.BackwardTracer(tensor, plain, *args, **kwargs)
+    try:
+        tracer.capture()
+    except _gradients.WithBlockNotFoundError:
+        return plain(tensor, *args, **kwargs)
+    return tracer
+
+
+cast("Any", torch.Tensor).backward = _backward
+
+
+def _enters(frame: FrameType) -> bool:
+    """Whether the call that this frame waits for is what a `with` enters: the next thing that its code does."""
+    code, at = frame.f_code.co_code, frame.f_lasti + 2
+    while code[at] == opmap["CACHE"]:
+        at += 2
+    # Python 3.14 copies the result and looks `__exit__` up; before, one instruction does it all.
+    return opname[code[at]] in ("BEFORE_WITH", "BEFORE_ASYNC_WITH") or (
+        opname[code[at]] == "COPY" and opname[code[at + 2]] == "LOAD_SPECIAL"
+    )
 
 
 # --- remote runs ---

@@ -12,7 +12,7 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument, BadType, FileError, closest, named
+from nnsplice.errors import BadArgument, BadType, FileError, NnspliceError, closest, named
 
 #: Models that are part of the package: name -> folder.
 EMBEDDED: Mapping[str, Path] = {name: Path(__file__).parent / "data" / name for name in ("toy", "toy-llama")}
@@ -50,7 +50,8 @@ def load(
 
     Args:
         name_or_module: an embedded name, a folder with a checkpoint, a name on the Hugging Face hub, or a module.
-        tokenizer: for a module whose config does not name its checkpoint; else it is found.
+        tokenizer: for a module whose config does not name its checkpoint; else it is found. Without one, or with
+            False, prompts are token ids.
         remote: for a model that will run elsewhere: its parts are known here, its weights are not read.
         kwargs: passed to nnsight's `TransformersModel`: `device_map`, `dtype`, `revision`, `attn_implementation`,
             `quantization_config`, `task`, ... A module is loaded already, so what says how to load it is refused.
@@ -73,8 +74,14 @@ def load(
                 f"this model is wrapped already, so {given} would do nothing", write="model = ns.load(model)"
             )
         return name_or_module
+    _refuse_alone(kwargs)
     if isinstance(name_or_module, nn.Module):
         return _module(name_or_module, tokenizer, kwargs)
+    if tokenizer is False:
+        raise BadArgument(
+            "tokenizer=False is for a module that is loaded already; a checkpoint is read with its tokenizer",
+            write="ns.load(transformers.AutoModelForCausalLM.from_pretrained(name), tokenizer=False)",
+        )
     if isinstance(name_or_module, os.PathLike):
         return _folder(Path(name_or_module), tokenizer, kwargs)
     if not isinstance(name_or_module, str):
@@ -91,6 +98,17 @@ def load(
     if _is_here(name):
         return _folder(Path(name).expanduser(), tokenizer, kwargs)
     return _named(name, tokenizer, kwargs)
+
+
+def _refuse_alone(kwargs: Mapping[str, Any]) -> None:
+    """Raise for sharding over processes where there is one process, in which it would do nothing."""
+    given = [name for name in ("tp_plan", "tp_size") if kwargs.get(name) is not None]
+    if given and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise BadArgument(
+            f"{given[0]} shards a model over several processes, and this is one: it would do nothing",
+            expected="processes that torchrun started, or device_map for several devices in one process",
+            write='ns.load(name, device_map="auto")',
+        )
 
 
 def embedded(name: str) -> Path:
@@ -147,28 +165,36 @@ def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine
             expected="what says how to load it where it is loaded",
             write=f"transformers.AutoModelForCausalLM.from_pretrained(name, {late.partition(',')[0]}=...)",
         )
-    if tokenizer is None:
+    if tokenizer is None and getattr(module.config, "_name_or_path", ""):
         tokenizer = _tokenizer_of(module)
+    if tokenizer is None or tokenizer is False:
+        return _without_tokenizer(module, kwargs)
     return engine.wrap(module, tokenizer, **kwargs)
+
+
+def _without_tokenizer(module: nn.Module, kwargs: dict[str, Any]) -> engine.Model:
+    """A module whose prompts will be token ids."""
+    kept = {name: value for name, value in kwargs.items() if name in ("rename", "envoys")}
+    needs = ", ".join(name for name in kwargs if name not in (*kept, "dispatch", "task", "revision"))
+    if needs:
+        raise BadArgument(
+            f"{needs} needs a tokenizer beside it, and this {type(module).__name__} names no checkpoint that has one",
+            write=f"ns.load(module, tokenizer=tokenizer, {needs.partition(',')[0]}=...)",
+        )
+    return engine.wrap_bare(module, **kept)
 
 
 def _tokenizer_of(module: nn.Module) -> Any:
     """The tokenizer of the checkpoint that a module was read from."""
     from transformers import AutoTokenizer
 
-    source = getattr(module.config, "_name_or_path", "")
-    if not source:
-        raise BadArgument(
-            f"this {type(module).__name__} does not say which checkpoint it is, so its tokenizer is not known",
-            expected="a tokenizer beside a module that was made in memory",
-            write="ns.load(module, tokenizer=tokenizer)",
-        )
+    source: Any = getattr(module.config, "_name_or_path", "")
     try:
         return AutoTokenizer.from_pretrained(EMBEDDED.get(source, source))
     except (OSError, ValueError) as error:
         raise FileError(
             f"the tokenizer of this {type(module).__name__} is not to be had from {source!r}: {_first_line(error)}",
-            write="ns.load(module, tokenizer=tokenizer)",
+            write="ns.load(module, tokenizer=tokenizer)   (or tokenizer=False, for prompts of token ids)",
         ) from error
 
 
@@ -194,6 +220,8 @@ def _folder(folder: Path, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Mode
         )
     try:
         return _from(str(folder), tokenizer, kwargs)
+    except NnspliceError:
+        raise
     except (OSError, ValueError) as error:
         raise FileError(
             f"this folder does not hold all of a checkpoint: {_first_line(error)}",
@@ -220,11 +248,37 @@ def _from(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
     if "task" not in kwargs:
         where = {name: kwargs[name] for name in _WHERE if name in kwargs}
         config = kwargs.get("config") or AutoConfig.from_pretrained(source, **where)
-        if _has_two_towers(config) and kwargs.get("dispatch", True):
-            return _two_towers(source, tokenizer, kwargs)
-        task = _task(config)
+        if _generates_beside(config) and kwargs.get("dispatch", True):
+            if config.is_encoder_decoder or (Path(source).is_dir() and not _has_processor(Path(source), kwargs)):
+                return _beside(source, config, tokenizer, kwargs)
+            kwargs = {"task": "image-text-to-text", **kwargs} if _sees(config) else kwargs
+        task = kwargs.get("task") or _task(config)
         kwargs = kwargs if task is None else {"task": task, **kwargs}
-    return engine.wrap(source, tokenizer, **kwargs)
+    with _explained(kwargs):
+        return engine.wrap(source, tokenizer, **kwargs)
+
+
+@contextmanager
+def _explained(kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """What libraries below say about devices and shards that do not work, in words."""
+    try:
+        yield
+    except ImportError as error:
+        if "tp_plan" not in kwargs and "tp_size" not in kwargs:
+            raise
+        raise BadArgument(
+            f"nnsight cannot shard a model with this version of transformers: {_first_line(error)}",
+            expected="versions of both that go together, or device_map",
+            write='ns.load(name, device_map="auto")',
+        ) from error
+    except RuntimeError as error:
+        if "device string: disk" not in str(error):
+            raise
+        raise BadArgument(
+            "device_map puts the model's first part on the disk, and the tokens have to be somewhere",
+            expected="the embedding on a device, other parts on the disk",
+            write='ns.load(name, device_map="auto", max_memory={...}, offload_folder=...)',
+        ) from error
 
 
 def _task(config: Any) -> str | None:
@@ -235,23 +289,39 @@ def _task(config: Any) -> str | None:
     return None
 
 
-def _has_two_towers(config: Any) -> bool:
-    kinds = getattr(config, "architectures", None) or ()
-    return bool(getattr(config, "is_encoder_decoder", False)) and any(
-        k.endswith("ForConditionalGeneration") for k in kinds
-    )
+def _generates_beside(config: Any) -> bool:
+    """Whether a model generates from more than the tokens before: it has an encoder, or towers for images."""
+    return any(kind.endswith("ForConditionalGeneration") for kind in getattr(config, "architectures", None) or ())
 
 
-def _two_towers(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
-    """A model with an encoder and a decoder: transformers' pipelines have no task for it, and would read half of it."""
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+def _has_processor(folder: Path, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint says how images or sound become inputs."""
+    inside = folder / kwargs.get("subfolder", "")
+    return any((inside / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+
+
+def _sees(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def _beside(source: str, config: Any, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    """A model with an encoder, or with towers for images and no processor: transformers' pipelines would not read it.
+
+    It is used by its tokens, which the text's tower alone can run from.
+    """
+    import transformers
 
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
-    kwargs = {name: value for name, value in kwargs.items() if name != "dispatch"}
-    module = AutoModelForSeq2SeqLM.from_pretrained(source, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(source, **where) if tokenizer is None else tokenizer
+    ours = {name: kwargs[name] for name in ("rename", "envoys") if name in kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("dispatch", *ours)}
+    kind: Any = getattr(transformers, config.architectures[0], transformers.AutoModelForSeq2SeqLM)
+    with _explained(kwargs):
+        module = kind.from_pretrained(source, **kwargs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where) if tokenizer is None else tokenizer
     with _quiet():
-        return engine.wrap(module, tokenizer, task="text-generation")
+        return engine.wrap(module, tokenizer, task="text-generation", **ours)
 
 
 @contextmanager

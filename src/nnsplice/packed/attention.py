@@ -9,15 +9,16 @@ mask is left to the function that the model would have called itself.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nnsplice import engine
 from nnsplice.packed.layout import Group
 from nnsplice.packed.masks import LATER, causal
 
@@ -27,7 +28,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 #: What attention modules pass along that belongs to the run, not to what is computed of queries, keys and values.
 _OF_THE_RUN = {
-    "position_ids", "cache_position", "use_cache", "output_attentions", "past_key_values", "cache",
+    "position_ids", "cache_position", "use_cache", "output_attentions", *engine.BLOCK_CACHE_NAMES,
     "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep",
 }  # fmt: skip
 #: What attention functions of transformers read.
@@ -70,28 +71,37 @@ class AttentionCall:
 
 
 Attend = Callable[[AttentionCall], Tensor]
-#: What runs, and what ran before: the name of its attention by each config's id.
-_active: ContextVar[tuple[Attend, Mapping[int, str]] | None] = ContextVar("nnsplice_attention", default=None)
+
+
+class _Active(threading.local):
+    """What runs in this thread, and what ran before: the name of its attention by each config's id."""
+
+    now: tuple[Attend, Mapping[int, str]] | None = None
+
+    def __call__(self) -> tuple[Attend, Mapping[int, str]]:
+        if self.now is None:
+            raise engine.elsewhere()
+        return self.now
+
+
+_active = _Active()
 
 
 @contextmanager
 def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
-    """Let every attention of the model run `attend`; the model's own choice is back afterwards, whatever happens."""
+    """Let every attention of the model run `attend`; the model's own choice is back afterwards, whatever happens.
+
+    It runs in this thread alone: another that runs the model meanwhile is refused.
+    """
     _register()
-    configs = {id(c): c for module in root.modules() if (c := getattr(module, "config", None)) is not None}
-    configs = {i: c for i, c in configs.items() if hasattr(c, "_attn_implementation")}
-    before = {i: c._attn_implementation for i, c in configs.items()}
-    outer = _active.get()
-    own = {i: outer[1].get(i, "sdpa") if name == NAME and outer is not None else name for i, name in before.items()}
-    token = _active.set((attend, own))
-    try:
-        for config in configs.values():
-            config._attn_implementation = NAME
-        yield
-    finally:
-        for i, config in configs.items():
-            config._attn_implementation = before[i]
-        _active.reset(token)
+    with engine.other_attention(root, NAME) as before:
+        outer = _active.now
+        own = {i: outer[1].get(i, "sdpa") if name == NAME and outer is not None else name for i, name in before.items()}
+        _active.now = (attend, own)
+        try:
+            yield
+        finally:
+            _active.now = outer
 
 
 def _register() -> None:
@@ -117,8 +127,7 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
 
 
 def _own(config: Any) -> str:
-    active = _active.get()
-    return (active[1].get(id(config)) if active is not None else None) or "sdpa"
+    return _active()[1].get(id(config)) or "sdpa"
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
@@ -132,8 +141,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 def _dispatch(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **more: Any
 ) -> tuple[Tensor, None]:
-    active = _active.get()
-    assert active is not None, "packed attention was left switched on"
+    attend, _ = _active()
     is_causal = more.pop("is_causal", None)
     given = {name: value for name, value in more.items() if name not in _OF_THE_RUN}
     unknown = [n for n, value in given.items() if n not in _READ and value is not None and value is not False]
@@ -149,7 +157,7 @@ def _dispatch(
         {name: value for name, value in given.items() if name in _READ},
         _own(getattr(module, "config", None)),
     )
-    return active[0](call), None
+    return attend(call), None
 
 
 # --- the two uses -----------------------------------------------------------------------------------------------------

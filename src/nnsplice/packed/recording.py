@@ -24,7 +24,7 @@ from nnsplice.packed.cost import Cost
 from nnsplice.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
-_DROPPED = {"attention_mask", "causal_mask", "past_key_values", "past_key_value", "cache", "layer_past", "head_mask"}
+_DROPPED = {"attention_mask", "causal_mask", "head_mask"} | engine.BLOCK_CACHE_NAMES
 #: The ways of a recording: with the attention function exchanged, or with attention modules that run whole prompts.
 WAYS = ("exchanged", "whole")
 

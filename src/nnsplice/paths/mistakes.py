@@ -179,6 +179,18 @@ _NATIVE = (
         ("model.transformer.wte.weight[0]", "layers[5].attn.bias[-1]", "embed.weight[3:5]"),
     ),
     Mistake(
+        r"model(?P<at>)",
+        "model alone is no place; what it returns is its output, and all its parameters are full",
+        "model.output",
+        ("model",),
+    ),
+    Mistake(
+        r"model\s*(?P<at>\[\s*-?\d+\s*\])\s*\.(?P<after>.*)",
+        "the model itself has no index; give parts of a Sequential names: torch.nn.Sequential(OrderedDict(name=..))",
+        "model.name.{after}",
+        ("model[0].output", "model[2].weight", "model[-1].inner.output[-1]"),
+    ),
+    Mistake(
         r"model\s*(?P<at>\[.*)",
         "the model itself has no index; positions come after a value",
         "model.output{at}",

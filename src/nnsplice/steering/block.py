@@ -24,7 +24,9 @@ class Steering:
     """What will be steered: a value, and a block that does it.
 
     Inside the block `model.generate`, `model.trace` and calls of the wrapped Hugging Face module are all steered; after
-    it the model is exactly as it was, also when the block raised. `a + b` does both, `a` first where they meet.
+    it the model is exactly as it was, also when the block raised. A block is of the thread that opened it, and of what
+    that hands to `asyncio.to_thread`: threads with blocks of their own do not steer each other, and one without is
+    refused. `a + b` does both, `a` first where they meet.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -60,7 +62,9 @@ class Steering:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        session = self._open.pop()
+        own = [session for session in self._open if session.is_here()]  # another thread may be inside the same value
+        session = (own or self._open)[-1]
+        self._open.remove(session)
         session.stop()
         if error is None:
             with circumstances("ns.steering.steer"):

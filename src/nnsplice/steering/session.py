@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -59,6 +61,7 @@ class Work:
         self.fired: bool | Tensor = False
         #: The states before and after, with their pass, where somebody wants to see them.
         self.seen: list[tuple[Tensor, Tensor, engine.Call]] | None = None
+        self._lock = threading.Lock()
         self._tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Any]] = {}
         self._steps: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -72,7 +75,8 @@ class Work:
         chosen = self._chosen(call)
         if chosen is False:
             return states
-        self.fired = True if chosen is True else _any(self.fired, chosen)
+        with self._lock:  # threads may run inside one block
+            self.fired = True if chosen is True else _any(self.fired, chosen)
         if rule.rows is not None:
             return self._some_rows(states, chosen)
         new = self._changed(states, call)
@@ -134,7 +138,10 @@ class Work:
 
 
 class Session:
-    """Rules in a model, from `start` to `stop`."""
+    """Rules in a model, from `start` to `stop`.
+
+    They belong to the thread that starts them, and to what it hands its context to (as `asyncio.to_thread` does).
+    """
 
     def __init__(self, model: engine.Model, rules: Sequence[Rule]) -> None:
         self.model: engine.Model = model
@@ -150,6 +157,7 @@ class Session:
         for work in self.works:
             self._add(work.rule.path, work)
         self.passes: int = 0
+        self.is_open: bool = False
 
     def _add(self, path: Path, what: Any) -> None:
         site = site_of(path)
@@ -158,26 +166,54 @@ class Session:
     def start(self) -> None:
         """Stand in the way of the model's values."""
         root = peel(self.model)
+        self.home: engine.Home = engine.home()
         self.watch: engine.Watch = engine.watch(self.model)
         self.watch.before_pass.append(self._begun)
         self._standing: list[engine.Interception] = []
         try:
             for (module, end, tower), members in self._places.items():
-                change = _Change(self.watch, tower, module, members)
+                change = _Change(self, tower, module, members)
                 self._standing.append(engine.Interception(root.get_submodule(module), end, change))
         except BaseException:
             self.stop()
             raise
+        self.is_open = True
+        _inside.set(_inside.get() | {self})
 
     def stop(self) -> None:
         """Leave the model as it was."""
+        self.is_open = False
+        _inside.set(_inside.get() - {self})
         for one in self._standing:
             one.remove()
         self.watch.before_pass.remove(self._begun)
         engine.unwatch(self.watch)
 
+    def is_here(self) -> bool:
+        """Whether what runs now runs inside this block."""
+        return self in _inside.get() or self.home == engine.home()
+
+    def steers(self) -> bool:
+        """Whether the pass that runs now is this block's.
+
+        Raises:
+            BadArgument: it is another thread's, which has no block of its own.
+        """
+        if engine.is_aside():
+            return False
+        if self.is_here():
+            return True
+        if any(other.is_open and other.watch is self.watch for other in _inside.get()):
+            return False
+        raise BadArgument(
+            "this thread runs a model that a steering block of another thread steers, so whether it is to be steered "
+            "is unknown",
+            expected="a steering block in each thread, or asyncio.to_thread(...), which takes the block along",
+            write="threading.Thread(target=contextvars.copy_context().run, args=(f,))   # f runs inside the block",
+        )
+
     def _begun(self) -> None:
-        self.passes += 1
+        self.passes += self.is_here() and not engine.is_aside()
         for one in self._standing:
             one.attach()
 
@@ -205,6 +241,9 @@ class Session:
             )
 
 
+#: The blocks that this thread, or this task of an event loop, is inside of.
+_inside: ContextVar[frozenset[Session]] = ContextVar("nnsplice_steering", default=frozenset())
+
 _EXPECTED = {
     "generated": "a generation of two tokens or more: the first one is predicted by the prompt's last token",
     "from": "a run that is so long, or from_token with a smaller number",
@@ -216,12 +255,14 @@ _EXPECTED = {
 class _Change:
     """What happens to the value at one end of one module."""
 
-    def __init__(self, watch: engine.Watch, tower: str, module: str, members: Sequence[tuple[Path, Any]]) -> None:
-        self.watch, self.tower, self.module = watch, tower, module
+    def __init__(self, session: Session, tower: str, module: str, members: Sequence[tuple[Path, Any]]) -> None:
+        self.session, self.tower, self.module = session, tower, module
         self.members = [(site_of(path), what) for path, what in members]
 
     def __call__(self, value: Any) -> Any:
-        call = self.watch.current(self.tower)
+        if not self.session.steers():
+            return value
+        call = self.session.watch.current(self.tower)
         if call is None:
             raise BadArgument(
                 f"{self.module} was called by itself, outside a run of the model, so its tokens are unknown",
@@ -239,6 +280,13 @@ def _met(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
     inner = engine.first_input(value) if site.end == "input" else value
     held = wire.unpack(inner, site.item)
     states = held if held.dim() == 3 else wire.as_rows(held, call.rows)
+    if states.shape[1] != call.new:
+        raise BadArgument(
+            f"{site.module} holds {states.shape[1]} tokens in a pass that was given {call.new}, so which they are is "
+            "unknown",
+            expected="a model that computes every token that it is given",
+            write="use_cache=False",
+        )
     start, stop = site.columns or (0, states.shape[-1])
     whole = site.columns is None
     part = states if whole else states[..., start:stop]

@@ -241,7 +241,7 @@ class _Logits:
         length = self.prompts.lengths("decoder")[prompts[0]]
         at = self.metric.metric.position % length - length
         kept = {"logits_to_keep": -at} if engine.keeps_logits(self.model) else {}
-        with torch.no_grad():
+        with engine.turn(self.model), torch.no_grad():
             return peel(self.model)(**inputs, **kept, use_cache=False).logits[:, at]
 
 
@@ -250,7 +250,7 @@ def _generated(plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[
     model, root = plan.model, cast(Any, peel(plan.model))
     ids = torch.tensor([plan.prompts.ids[prompt] for prompt, _, _ in jobs], device=model.device)
     asked: Any = {"pad_token_id": padding_of(model), "max_new_tokens": plan.new_tokens, **(plan.generate or {})}
-    with torch.no_grad():
+    with engine.turn(model), torch.no_grad():
         with session:
             out = root.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
@@ -276,7 +276,7 @@ def _unsteered(root: Any, ids: Tensor, new: Tensor, prompts: Sequence[int]) -> T
     numbers = {prompt: n for n, prompt in enumerate(first)}
     rows = torch.tensor([numbers[prompt] for prompt in prompts], device=ids.device)
     begun = root(input_ids=ids[list(first.values())], use_cache=True)
-    cache = begun.past_key_values
+    cache = engine.cache_of(begun)
     if not hasattr(cache, "batch_select_indices"):
         whole = root(input_ids=torch.cat([ids, new], dim=1), use_cache=False).logits
         return whole[:, ids.shape[1] - 1 : -1]
@@ -284,7 +284,8 @@ def _unsteered(root: Any, ids: Tensor, new: Tensor, prompts: Sequence[int]) -> T
     if new.shape[1] == 1:
         return last
     cache.batch_select_indices(rows)
-    return torch.cat([last, root(input_ids=new[:, :-1], past_key_values=cache, use_cache=True).logits], dim=1)
+    then = root(input_ids=new[:, :-1], use_cache=True, **{engine.cache_argument(root): cache})
+    return torch.cat([last, then.logits], dim=1)
 
 
 def _before_end(tokens: Tensor, root: Any) -> Tensor:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import MetricLike
 from nnsplice.packed.cost import Cost
@@ -79,15 +76,8 @@ def run_fresh(
 ) -> SweepResult:
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
-    with _guard:
-        turn = _turns.setdefault(peel(model), threading.RLock())
-    with turn:
+    with engine.turn(model):  # its attention is another one while packed rows run
         return _run(plan, model, executor, engine.room(model, max_tokens), journal, progress)
-
-
-#: Threads take turns with a model, whose attention is another one while packed rows run.
-_turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_guard = threading.Lock()
 
 
 def _run(

@@ -72,7 +72,7 @@ def sweep_weights(
     """
     base = engine.as_model(base)
     start = time.perf_counter()
-    with circumstances("ns.sweep_weights"), torch.no_grad():
+    with circumstances("ns.sweep_weights"), engine.turn(base), torch.no_grad():
         if batch_size is not None and batch_size < 1:
             raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
         places = _places(base, sites)
@@ -86,7 +86,8 @@ def sweep_weights(
     asked = _asked(tuned, runs, places, cells)
     cost = Cost()
     shape = len(every), len(cells)
-    with ledger(shape, list(np.ndindex(shape)), asked, journal, progress) as book, torch.no_grad():
+    # The weights are other ones while this runs, so other threads' sweeps of the model wait.
+    with engine.turn(base), ledger(shape, list(np.ndindex(shape)), asked, journal, progress) as book, torch.no_grad():
         for jobs, found, spent in _measured(runs, tuned, list(places.values()), clean_logits, book.done):
             book.note(jobs, found)
             cost += spent
