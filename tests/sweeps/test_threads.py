@@ -14,7 +14,7 @@ from torch import nn
 import nnsplice as ns
 from nnsplice import engine
 from nnsplice.attribution.attention import probabilities
-from nnsplice.packed.attention import KeysAndValues, attention
+from nnsplice.packed.attention import Recorder, attention
 from zoo import wrap
 
 CLEAN, CORRUPTED, METRIC = "w3 w4 w5 w6", "w3 w7 w5 w6", ns.logit_diff("w8", "w9")
@@ -40,7 +40,7 @@ def logits(model: Any) -> torch.Tensor:
         return model._module(IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("exchanged", [lambda root: attention(root, KeysAndValues()), probabilities])
+@pytest.mark.parametrize("exchanged", [lambda root: attention(root, Recorder()), probabilities])
 def test_a_thread_that_meets_the_exchanged_attention_is_refused(exchanged: Any) -> None:
     model = double()
     plain, config = logits(model), model._module.config
@@ -59,13 +59,13 @@ def test_models_that_share_a_config_take_turns() -> None:
     before, entered = config._attn_implementation, threading.Event()
 
     def enters() -> str:
-        with attention(second._module, KeysAndValues()):
+        with attention(second._module, Recorder()):
             entered.set()
             logits(second)
         return config._attn_implementation
 
     with ThreadPoolExecutor(1) as pool:
-        with attention(first._module, KeysAndValues()):
+        with attention(first._module, Recorder()):
             waits = pool.submit(enters)
             assert not entered.wait(0.3)
             logits(first)
