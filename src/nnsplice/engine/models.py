@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas import Atlas, Site, peel
+from nnsplice.atlas import Atlas, Site, peel, whole_here
 from nnsplice.atlas.families import POSITIONS
 from nnsplice.digests import checksum
 from nnsplice.engine.tracing import Model
@@ -26,6 +26,7 @@ def as_model(model: object) -> Model:
         )
     if model.parent is not None:
         raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")
+    whole_here(peel(model), "what is read or written")
     return model
 
 

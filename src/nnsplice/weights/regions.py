@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Part, Selection, peel, rest_of
+from nnsplice.atlas import Atlas, Part, Selection, peel, refuse_sharded, rest_of
 from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest, named
 from nnsplice.paths import Path
 from nnsplice.weights.chosen import Restriction, exact, select
@@ -77,6 +77,7 @@ def regions(model: Any, what: Selected) -> list[Region]:
         found = [Region(name, root.get_parameter(name), part) for name, part in selection.parts.items()]
     if not found:
         raise BadArgument("this selects no parameter, so it would do nothing", expected="at least one place")
+    refuse_sharded(((region.name, region.tensor) for region in found), "these weights")
     for region in found:
         if region.tensor.is_meta:
             raise BadArgument(f"{region.name} is on the meta device: this model has no weights yet")
@@ -129,6 +130,7 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
         if peel(other) is peel(model):
             raise BadArgument("both are the same model, so nothing would change", expected="two models")
         held = dict(peel(other).named_parameters(remove_duplicate=False))
+    refuse_sharded(((r.name, held[r.name]) for r in wanted if r.name in held), "the other model's weights")
     for region in wanted:
         tensor = held.get(region.name)
         if tensor is None:
