@@ -84,7 +84,7 @@ def sweep_weights(
         corrupted = runs.measured(every, runs.all_logits(peel(base)), clean_logits)
         check_baselines(runs.metric, tuned=clean, base=corrupted)
     cells = tuple(cell_of(place) for place in places)
-    asked = _asked(tuned, runs, places, cells)
+    asked = _asked(tuned, runs, places, cells, anew=journal is not None)
     cost = Cost()
     shape = len(every), len(cells)
     # The weights are other ones while this runs, so other threads' sweeps of the model wait.
@@ -204,7 +204,9 @@ def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> 
         counterpart(base, tuned, regions(base, selection))  # raises where the two do not fit
 
 
-def _asked(tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Sequence[Cell]) -> dict[str, Any]:
+def _asked(
+    tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Sequence[Cell], anew: bool
+) -> dict[str, Any]:
     base, given = runs.base, runs.given
     atlas = Atlas.of(base)
     name, revision = engine.name_of(base)
@@ -216,7 +218,7 @@ def _asked(tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Seq
     return {
         "model": name,
         "revision": revision,
-        "weights": engine.weights_digest(base),
+        "weights": engine.weights_digest(base, anew=anew),
         "from": digest_of({name: held[name] for name in touched}),
         "to": digest_of({name: other[name] for name in touched}),
         "prompts": told(given),
