@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from matplotlib.patches import Rectangle
@@ -141,3 +142,17 @@ def test_files_that_are_no_optimizer(tmp_path):
     torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
     with pytest.raises(FileError, match=r"write: .*optimizer\.pt"):
         read_optimizer(tmp_path)
+
+
+def test_a_file_with_random_states_beside_the_optimizer_says_how_to_save_it(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"optimizer": optimizer.state_dict(), "numpy": np.random.default_rng(0).bit_generator.state,
+                "old": np.random.RandomState(0).get_state()}, path)  # fmt: skip
+    with pytest.raises(FileError, match=r"without random states.*\n.*write: torch\.save\(torch\.load\("):
+        read_optimizer(path)
+    torch.save(torch.load(path, weights_only=False)["optimizer"], tmp_path / "optimizer.pt")  # what it says
+    assert read_optimizer(tmp_path / "optimizer.pt")["state"][0]["exp_avg"].shape == (2,)
