@@ -260,7 +260,7 @@ def test_nothing_in_common(tmp_path):
 def test_repeated_layers_need_the_model_that_repeats_them(tmp_path):
     """`layer_replication`: the adapter's layers are numbered in a longer model than the base."""
     model = zoo.build("llama")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 3)])
     longer: Any = peft.get_peft_model(copy.deepcopy(model), config)
     with torch.no_grad():
         for name, parameter in longer.named_parameters():
