@@ -1,7 +1,8 @@
 """Captures on disk: a safetensors file, its keys and provenance as JSON in the header.
 
 Each site is one tensor named by its place, so single places are read without the rest. Nothing is ever unpickled. A
-file is written under another name and renamed when it is whole.
+file is written under another name and renamed when it is whole. The header repeats the shape and kind of every tensor
+with a checksum of its numbers, as what safetensors itself says may be damaged and still fit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import lookup
 from nnsplice.activations.packs import Pack, Provenance, check_key, common_length
+from nnsplice.digests import checksum
 from nnsplice.errors import BadType, FileError, PathError
 from nnsplice.files import is_pickle, whole
 from nnsplice.paths import Path, Paths, parse_path
@@ -46,6 +48,7 @@ def write(
         tensors[name] = pack.tensor.detach().clone(memory_format=torch.contiguous_format)
         keys[name] = [str(key) for key in pack.keys]
     header = {"kind": KIND, "format": FORMAT, "version": version("nnsplice"), "keys": keys, **_plain(provenance)}
+    header["tensors"] = {name: [_kind(t), list(t.shape), f"{checksum(t):x}"] for name, t in tensors.items()}
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER: json.dumps(header), **(notes or {})})
 
@@ -68,7 +71,7 @@ def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list
             keys, rows = _keys(path, header, file)
             provenance = _provenance(path, header, rows)
             chosen = _everything(keys) if paths is None else _chosen(keys, engine.listed(paths), provenance)
-            packs = [_pack(file, name, keys[name], numbers) for name, numbers in chosen.items()]
+            packs = [_pack(path, header, file, name, keys[name], numbers) for name, numbers in chosen.items()]
     except (SafetensorError, RuntimeError) as error:
         problem = f"{path} is damaged or no safetensors file: {error}"
     # safetensors opens a file twice, and may have met two.
@@ -133,6 +136,8 @@ def _keys(path: str | os.PathLike[str], header: dict[str, Any], file: Any) -> tu
         raise FileError(
             f"the tensors in {path} have {' and '.join(map(str, sorted(counts)))} rows", expected="one number"
         )
+    for name in keys:
+        _check(path, name, "shape", list(file.get_slice(name).get_shape()), _written(header, name, 1))
     return keys, counts.pop() if counts else 0
 
 
@@ -154,9 +159,38 @@ def _chosen(
     return chosen
 
 
-def _pack(file: Any, name: str, keys: Sequence[Path], numbers: Sequence[int]) -> Pack:
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _written(header: Mapping[str, Any], name: str, which: int) -> Any:
+    """What the header repeats of a tensor; None in files that were written before it did."""
+    found = header.get("tensors")
+    one = found.get(name) if isinstance(found, Mapping) else None
+    return one[which] if isinstance(one, list) and len(one) == 3 else None
+
+
+def _check(path: str | os.PathLike[str], name: str, what: str, found: object, written: object) -> None:
+    if written is not None and found != written:
+        raise FileError(
+            f"{path} is damaged: {name} has {what} {found}, and was written with {written}",
+            expected="a file that SavedActivation.to_file wrote",
+        )
+
+
+def _pack(
+    path: str | os.PathLike[str],
+    header: Mapping[str, Any],
+    file: Any,
+    name: str,
+    keys: Sequence[Path],
+    numbers: Sequence[int],
+) -> Pack:
     first = numbers[0]
     tensor = file.get_slice(name)[:, first : numbers[-1] + 1]
+    _check(path, name, "numbers of the kind", _kind(tensor), _written(header, name, 0))
+    if len(keys) == tensor.shape[1]:  # of a part the sum is not known
+        _check(path, name, "the checksum", f"{checksum(tensor):x}", _written(header, name, 2))
     if len(numbers) < tensor.shape[1]:
         tensor = tensor[:, [number - first for number in numbers]]
     return Pack(tuple(keys[number] for number in numbers), tensor)

@@ -58,6 +58,8 @@ def read_folder(
                 whole.append(f"{key.module}.weight")
             else:
                 modules[key.module, key.depth][key.factor] = tensors[entry.name]
+        if root is not None and config.get("layer_replication"):
+            _check_replicated(config["layer_replication"], root, [module for module, _ in modules])
         layers: dict[str, LoRAMatrices] = {}
         for (module, depth), factors in modules.items():
             layers |= _pairs(module, depth, factors, config, root, modules)
@@ -88,6 +90,20 @@ def _check_kind(config: Mapping[str, Any]) -> None:
             f"this adapter was made with {strange[0]}, with which the change is no product of two factors",
             write="ExpertAdapter.from_model_delta(base, tuned, rank)   (with the adapter merged into `tuned`)",
         )
+
+
+def _check_replicated(ranges: Any, root: nn.Module, modules: list[str]) -> None:
+    """Raise for a base model without the layers that the adapter was trained on, each a copy of one of its own."""
+    for module in modules:
+        try:
+            bare(root, module)
+        except FileError:
+            raise FileError(
+                f"this adapter was made with layer_replication={ranges}, which repeats layers: {module} is one of the "
+                "longer model, and `base` has no such layer",
+                expected="the model with its layers repeated, or no base",
+                write="ExpertAdapter.from_peft(adapter_dir, base=PeftModel.from_pretrained(base, adapter_dir))",
+            ) from None
 
 
 def _tensors(path: Path, names: set[str]) -> dict[str, Tensor]:

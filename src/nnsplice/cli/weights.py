@@ -26,7 +26,8 @@ def mask(
     nnsplice mask toy "l1 mlp" l2h3
     nnsplice mask toy 'layers[0:3].attn.q' --plain
 
-    Several places are shown together. A key/value head that several heads share is shown with each of them.
+    Several places are shown together. A key/value head that several heads share is shown with each of
+    them, with a note: what acts on weights takes it with the whole group (l1g0).
     """
     from nnsplice.weights import create_param_masks, preview_weight_restriction
 

@@ -76,6 +76,14 @@ def run_fresh(
 ) -> SweepResult:
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
+    # A file tells its question from others by every number of the model, also by those written past torch's notice.
+    if journal is not None and plan.asked.get("weights") != engine.weights_digest(model, anew=True):
+        raise BadArgument(
+            "the model has other weights than the plan was made with: they were written through .data, or past torch, "
+            "since they were last read",
+            expected="a plan of the model as it is",
+            write="the same call again, which sees them; with torch.no_grad(): weight[...] = ... is always seen",
+        )
     with engine.turn(model):  # its attention is another one while packed rows run
         return _run(plan, model, executor, engine.room(model, max_tokens), journal, progress)
 
