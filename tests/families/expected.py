@@ -33,7 +33,9 @@ def of(judgement: Judgement) -> Expectation:
 def read() -> dict[str, Expectation]:
     """All that is recorded."""
     held = json.loads(FILE.read_text()) if FILE.exists() else {}
-    return {name: Expectation(one["verdict"], tuple(one["refused"]), one.get("today", "")) for name, one in held.items()}
+    return {
+        name: Expectation(one["verdict"], tuple(one["refused"]), one.get("today", "")) for name, one in held.items()
+    }
 
 
 def write(expected: Mapping[str, Expectation]) -> None:

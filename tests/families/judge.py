@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from families.build import FAMILIES
 from families.patterns_of import judge_patterns
 from families.recognition import recognise
+from families.sizes import FLOAT32
 from families.subject import Finding, State, Subject
 from families.sweeps_of import judge_sweeps
 from families.values_of import judge_values, serve
@@ -61,5 +64,8 @@ def judge(family: str) -> Judgement:
         served = serve(subject)
         judge_values(subject, served)
         judge_patterns(subject, served)
-        executor, note = judge_sweeps(subject, served)
+        executor, note = judge_sweeps(subject, served, ("packed", "auto"))
+        if family not in FLOAT32:
+            # In float64 what is rounded in float32 on the way is enough to send `auto` to a slower executor.
+            judge_sweeps(Subject(family, torch.float32, subject.findings), served, ("auto",))
     return Judgement(family, tuple(subject.findings), shape, executor, note, subject.tolerance)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from families.subject import Subject, after, before, first_tensor, gap, hooks
+from families.subject import LONG, Subject, after, before, first_tensor, gap, hooks
 
 #: Where a change is put, of twelve tokens.
 _AT = 5
@@ -44,9 +44,12 @@ def _stack(subject: Subject) -> None:
         base = subject.logits(subject.ids)
     expected = [block.module for block in sorted(blocks, key=lambda block: block.index)]
     if calls != expected:
-        subject.claim("recognition", False, f"layers run {len(calls)} times: {' '.join(calls[:8])}; {len(expected)} claimed")
+        subject.claim(
+            "recognition", False, f"layers run {len(calls)} times: {' '.join(calls[:8])}; {len(expected)} claimed"
+        )
         return
     subject.claim("recognition", True)
+    at = entered[0].shape[-2] - LONG + _AT
     chain = max((gap(entered[i + 1], left[i]) for i in range(len(blocks) - 1)), default=0.0)
     subject.found("recognition: each layer reads what the one before made", chain)
 
@@ -61,7 +64,7 @@ def _stack(subject: Subject) -> None:
 
     # (The tokens are second to last: [.., token, width].)
     moved = (first(base, _AT) - entered[0]).abs().reshape(-1, *entered[0].shape[-2:]).amax((0, 2))
-    elsewhere = torch.cat([moved[:_AT], moved[_AT + 1 :]]).max() / moved[_AT].clamp_min(1e-30)
+    elsewhere = torch.cat([moved[:at], moved[at + 1 :]]).max() / moved[at].clamp_min(1e-30)
     subject.claim("recognition: no token is mixed before the first layer", float(elsewhere) < 1e-6,
                   "the first layer's input at other tokens moves with a token, so layers run before it")  # fmt: skip
 
@@ -75,7 +78,7 @@ def _stack(subject: Subject) -> None:
 
     def bumped(out: Tensor) -> Tensor:
         out = out.clone()
-        out[..., _AT, :] += torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(0)).to(out)
+        out[..., at, :] += torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(0)).to(out)
         return out
 
     with hooks(after(bare.get_submodule(blocks[-1].end or blocks[-1].module), bumped)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 import nnsplice as ns
 from families.build import build, prompt
-from families.sizes import VOCAB
 from nnsplice.atlas import Block, Site, Tower
 from nnsplice.errors import NnspliceError
 from zoo import tokenizer
@@ -36,22 +36,30 @@ class Finding:
     text: str = ""
 
 
+class JudgeError(Exception):
+    """The judge itself does not work on a family: no fault of nnsplice."""
+
+
 @dataclass
 class Subject:
     """A family, built twice with the same weights: once bare, for the truth, and once for nnsplice."""
 
     name: str
+    dtype: torch.dtype = torch.float64
     findings: list[Finding] = field(default_factory=list)
+
+    def _built(self) -> Any:
+        return build(self.name) if self.dtype == torch.float64 else build(self.name).to(self.dtype)
 
     @cached_property
     def bare(self) -> Any:
         """The plain module that hooks and gradients ask."""
-        return build(self.name)
+        return self._built()
 
     @cached_property
     def model(self) -> Any:
         """The same model, as a user loads it who has the module in memory."""
-        return ns.load(build(self.name), tokenizer=tokenizer(), task="text-generation")
+        return ns.load(self._built(), tokenizer=tokenizer(), task="text-generation")
 
     @cached_property
     def tower(self) -> Tower:
@@ -85,8 +93,8 @@ class Subject:
     def tolerance(self) -> float:
         """What rounding does to the logits, relative to the largest of them, with a margin.
 
-        Many families compute norms, routers or masks in float32 whatever the model is. Where numbers are smooth, a small
-        step of the embedding does half of what two do; what is missing to that is rounding.
+        Many families compute norms, routers or masks in float32 whatever the model is. Where numbers are smooth, a
+        small step of the embedding does half of what two do; what is missing to that is rounding.
         """
         base = self.logits(self.ids)
         eps = max(torch.finfo(dtype).eps for dtype in (base.dtype, next(self.bare.parameters()).dtype))
@@ -126,7 +134,15 @@ class Subject:
     def failed(self, check: str, error: Exception, what: str = "") -> None:
         """Note an error."""
         text = f"{what}: {told(error)}" if what else told(error)
+        ours = any("/nnsplice/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+        if not ours:
+            raise JudgeError(f"{self.name}, {check}: {text}") from error
         self.findings.append(Finding(check, "refused" if is_refusal(error) else "crash", None, text))
+
+
+def own(value: Tensor, length: int = LONG) -> Tensor:
+    """`[.., token, width]` of the prompt's own tokens: some families put tokens of their own before them."""
+    return value[..., value.shape[-2] - length :, :]
 
 
 def is_refusal(error: Exception) -> bool:
@@ -186,8 +202,9 @@ def after(module: nn.Module, edit: Callable[[Tensor], Tensor | None]) -> Any:
     """Let `edit` see and change a module's output, or what stands first in it."""
 
     def hook(_: nn.Module, args: tuple, out: Any) -> Any:
-        made = edit(out[0] if isinstance(out, tuple) else out)
-        return None if made is None else (made, *out[1:]) if isinstance(out, tuple) else made
+        whole = isinstance(out, Tensor)
+        made = edit(out if whole else out[0])
+        return None if made is None else made if whole else type(out)([made, *out[1:]])
 
     return module.register_forward_hook(hook)
 
@@ -196,6 +213,3 @@ def site_of(path: ns.Path) -> Site:
     """The site of an expanded path."""
     assert path.site is not None
     return path.site
-
-
-__all__ = ["VOCAB"]

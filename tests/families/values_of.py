@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 import nnsplice as ns
-from activations.oracle import run, values
-from families.subject import Subject, after, before, gap, hooks, site_of, told
+from activations.oracle import Edit, run, values
+from families.subject import Subject, after, before, gap, hooks, own, site_of
 from families.weights_of import through
-from nnsplice.errors import NnspliceError
 
 #: Every kind of place, as it is asked for.
 KINDS = (
@@ -91,8 +90,14 @@ def judge_values(subject: Subject, served: dict[str, Served]) -> None:
         if one.values and not one.derived:
             with subject.check(f"capture {one.kind}"):
                 seen = values(subject.bare, {"input_ids": subject.ids}, [site_of(path) for path in one.values])
-                off = max(gap(found, seen[site_of(path)][0]) for path, found in one.values.items())
+                off = max(gap(found, own(seen[site_of(path)])[0]) for path, found in one.values.items())
                 subject.found(f"capture {one.kind}", off)
+    for path, found in served["layers[:].heads[:].pattern"].values.items():
+        length = subject.ids.shape[1]
+        probable = found.shape[0] == length and bool((found >= 0).all()) and bool((found.sum(-1) < 1 + 1e-5).all())
+        subject.claim(
+            "capture layers[:].heads[:].pattern", probable, f"{path} holds no probabilities: {list(found.shape)}"
+        )
     with subject.check("sums"):
         _sums(subject, served)
     with subject.check("heads"):
@@ -115,6 +120,10 @@ def _sums(subject: Subject, served: dict[str, Served]) -> None:
         start, end, mid, attn, mlp = get.values()
         norms = _norms(subject, block)
         layer = f"layer {block.index}"
+        widths = {value.shape for value in get.values() if value is not None}
+        if len(widths) > 1:
+            subject.claim("sums", False, f"{layer}: parts of {sorted(map(list, widths))} cannot be added")
+            continue
         if start is not None and attn is not None and mid is not None:
             subject.found("mid = input + attn", min(gap(v, mid) for v in norms(start + attn)), layer)
         if mid is not None and mlp is not None and end is not None:
@@ -128,8 +137,8 @@ def _sums(subject: Subject, served: dict[str, Served]) -> None:
 
 def _norms(subject: Subject, block):
     """A value, and what the layer's own norms make of it: some families norm the stream itself after each branch."""
-    home = subject.bare.get_submodule(block.module)
-    found = [m for m in home.modules() if "Norm" in type(m).__name__]
+    homes = [subject.bare.get_submodule(name) for name in (*block.modules, *([block.end] if block.end else []))]
+    found = [module for home in homes for module in home.modules() if "Norm" in type(module).__name__]
 
     def made(value: Tensor) -> Iterator[Tensor]:
         yield value
@@ -149,8 +158,12 @@ def _adds(subject: Subject, served: dict[str, Served], block, end: Tensor) -> No
     step = torch.randn(end.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(end)
     seen: list[Tensor] = []
     with hooks(after(subject.bare.get_submodule(block.end or block.module), lambda out: seen.append(out.clone()))):
-        run(subject.bare, {"input_ids": subject.ids}, {site_of(path): lambda value: value + step})
-    subject.found("mlp is added to the output", gap(seen[0][0] - end, step), f"layer {block.index}",
+        run(
+            subject.bare,
+            {"input_ids": subject.ids},
+            {site_of(path): lambda value: _exchanged(own(value) + step)(value)},
+        )
+    subject.found("mlp is added to the output", gap(own(seen[0])[0] - end, step), f"layer {block.index}",
                   tolerance=max(subject.tolerance, 1e-7))  # fmt: skip
 
 
@@ -162,12 +175,12 @@ def _heads(subject: Subject, served: dict[str, Served]) -> None:
     keys, vs = served["layers[:].groups[:].k"], served["layers[:].groups[:].v"]
     patterns = served["layers[:].heads[:].pattern"]
     for block in subject.blocks:
-        own = {p: v for p, v in heads.values.items() if p.steps[0].index == block.index}
-        if not own or block.o is None:
+        mine = {p: v for p, v in heads.values.items() if p.steps[0].index == block.index}
+        if not mine or block.o is None:
             continue
         layer = f"layer {block.index}"
         if _of_layer(served["layers[:].attn.output"], block.index) is not None:
-            _all_of_attention(subject, served, block, list(own))
+            _all_of_attention(subject, served, block, list(mine))
         for kind, per_head in ((queries, True), (keys, False), (vs, False)):
             for path in [p for p in kind.values if p.steps[0].index == block.index]:
                 number = path.steps[1].index
@@ -176,7 +189,7 @@ def _heads(subject: Subject, served: dict[str, Served]) -> None:
                 _moves(subject, block, path, moves, kind.kind)
         mixes = {p.steps[1].index: v for p, v in patterns.values.items() if p.steps[0].index == block.index}
         values_ = {p.steps[1].index: v for p, v in vs.values.items() if p.steps[0].index == block.index}
-        for path, slice_ in own.items():
+        for path, slice_ in mine.items():
             head = path.steps[1].index
             group = head // max(block.n_heads // block.n_kv, 1)
             if head in mixes and group in values_ and mixes[head].shape[-1] == values_[group].shape[0]:
@@ -184,16 +197,16 @@ def _heads(subject: Subject, served: dict[str, Served]) -> None:
                 subject.found("slice = pattern @ v", gap(made, slice_), layer)
 
 
-def _all_of_attention(subject: Subject, served: dict[str, Served], block, own: list[ns.Path]) -> None:
+def _all_of_attention(subject: Subject, served: dict[str, Served], block, mine: list[ns.Path]) -> None:
     """Without its heads, attention adds what does not depend on the tokens; and heads add up."""
     place = next(p for p in served["layers[:].attn.output"].values if p.steps[0].index == block.index)
-    zero = {site_of(path): torch.zeros_like for path in own}
+    zero = {site_of(path): torch.zeros_like for path in mine}
     left = []
     for ids in (subject.ids, subject.other.flip(-1)):
         seen: dict[str, Tensor] = {}
         keep = {site_of(place): lambda value, seen=seen: seen.setdefault("left", value.clone())}
         run(subject.bare, {"input_ids": ids}, {**zero, **keep})
-        left.append(seen["left"][0])
+        left.append(own(seen["left"])[0])
     size = served["layers[:].attn.output"].values[place].abs().max().clamp_min(1e-30)
     off = float((left[0] - left[1]).abs().max() / size)
     subject.found("heads make all of attention", off, f"layer {block.index}")
@@ -223,13 +236,20 @@ def _moves(subject: Subject, block, path: ns.Path, expected: set[int], kind: str
 
     for passing in (False, True):  # a norm over all heads couples them, as the family means it
         moved = change(passing)
-        found = {head for head in range(block.n_heads) if float(moved[head]) > 1e-9 * float(moved.max().clamp_min(1e-30))}
+        found = {
+            head for head in range(block.n_heads) if float(moved[head]) > 1e-9 * float(moved.max().clamp_min(1e-30))
+        }
         if found == expected:
             break
     subject.claim(f"one at a time {kind}", found == expected, f"{path} moves the slices of heads {sorted(found)}")
 
 
 # --- replays ----------------------------------------------------------------------------------------------------------
+
+
+def _exchanged(tokens: Tensor) -> Edit:
+    """The prompt's own tokens exchanged for others."""
+    return lambda value: torch.cat([value[:, : value.shape[1] - tokens.shape[1]], tokens], 1)
 
 
 def _replays(subject: Subject, served: dict[str, Served]) -> None:
@@ -244,12 +264,11 @@ def _replays(subject: Subject, served: dict[str, Served]) -> None:
                 continue
             sites = [site_of(path) for path in one.values]
             other = values(subject.bare, {"input_ids": subject.other}, sites)
-            truth = run(subject.bare, {"input_ids": subject.ids}, {s: lambda v, s=s: other[s] for s in sites})
-            pairs = [(f"{p}[{t}]", other[site_of(p)][:, t]) for p in one.values for t in range(subject.ids.shape[1])]
+            truth = run(subject.bare, {"input_ids": subject.ids}, {s: _exchanged(own(other[s])) for s in sites})
+            pairs = [
+                (f"{p}[{t}]", own(other[site_of(p)])[:, t]) for p in one.values for t in range(subject.ids.shape[1])
+            ]
             found = ns.patched_logits(subject.model, subject.ids, ns.SavedActivation.from_pairs(*pairs))
             subject.found(f"replay {one.kind}", gap(found, truth), "another prompt's values")
             if one.kind not in ("layers[:].mlp.gate.output",):
                 subject.claim(f"replay {one.kind}", gap(truth, base) > 1e-6, "another prompt's values change nothing")
-
-
-__all__ = ["KINDS", "NnspliceError", "Served", "judge_values", "serve", "told"]

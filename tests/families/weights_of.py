@@ -1,4 +1,4 @@
-"""Are the masks of heads and groups the numbers that the model's own gradients say, and is any number of a head left out?"""
+"""Are the masks of heads and groups the numbers that the model's own gradients say, and is none left out?"""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import nnsplice as ns
-from families.subject import Subject, before, hooks, is_refusal
+from families.subject import Subject, before, hooks
 from nnsplice.atlas import Block
-from nnsplice.errors import NnspliceError
 
 
 def judge_weights(subject: Subject) -> None:
@@ -33,6 +32,9 @@ def _layer(subject: Subject, block: Block) -> None:
     if block.o is None:
         return  # heads that are an axis of the parameters: tests/weights
     slots = _slots(subject, block)
+    if not slots.requires_grad:
+        subject.claim("weights: heads", False, f"layer {block.index}: the call that is read makes no gradients")
+        return
     width = slots.shape[-1] // heads
     subject.claim("weights: heads", slots.shape[-1] == width * heads and heads % groups == 0,
                   f"{slots.shape[-1]} columns for {heads} heads in {groups} groups")  # fmt: skip
@@ -46,7 +48,6 @@ def _layer(subject: Subject, block: Block) -> None:
             continue
         needs = torch.stack([need[name] for need in needed])
         claims = torch.stack([_dense(mask, name, parameter) for mask in masks])
-        count = needs.sum(0)
         of_groups = needs.reshape(groups, per_group, *parameter.shape).any(1).sum(0)
         missing = needs & ~claims
         own = missing & (of_groups == 1)
@@ -57,10 +58,10 @@ def _layer(subject: Subject, block: Block) -> None:
         stray = claims & ~needs
         if stray.any() and name != f"{keys}.bias":
             wrong.append(f"{name}: {int(stray.sum())} numbers of the masks do nothing to their heads")
-        del count
-    subject.claim("weights: heads", not wrong, f"layer {block.index}: " + "; ".join(wrong[:2]))
-    subject.claim("weights: no number of a head is left out", not homeless,
-                  f"layer {block.index}: {', '.join(sorted(homeless)[:3])} is of single heads and in no head's mask")  # fmt: skip
+        subject.claim("weights: heads", not wrong, f"layer {block.index}: " + "; ".join(wrong[:2]))
+    names = ", ".join(sorted(homeless)[:3])
+    text = f"layer {block.index}: {names} is of single heads and in no head's mask"
+    subject.claim("weights: no number of a head is left out", not homeless, text)
     _read(subject, block, masks, width)
     _one_head(subject, block, slices[0], parameters)
 
@@ -98,7 +99,9 @@ def _parameters(subject: Subject, block: Block, masks: list[dict]) -> dict[str, 
 
 def _support(value: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(value)
-    grads = torch.autograd.grad((value * weights).sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(
+        (value * weights).sum(), list(parameters.values()), retain_graph=True, allow_unused=True
+    )
     return {
         name: torch.zeros(p.shape, dtype=torch.bool) if grad is None else grad.ne(0)
         for (name, p), grad in zip(parameters.items(), grads, strict=True)
@@ -129,9 +132,8 @@ def _one_head(subject: Subject, block: Block, part: Tensor, parameters: dict[str
     if block.q is None or f"{block.q}.weight" not in parameters:
         return
     asked = {name: parameters[name] for name in (f"{block.q}.weight",)}
-    supports = [_support(part[:, column : column + 1], asked)[f"{block.q}.weight"] for column in (0, part.shape[-1] - 1)]
+    supports = [
+        _support(part[:, column : column + 1], asked)[f"{block.q}.weight"] for column in (0, part.shape[-1] - 1)
+    ]
     subject.claim("weights: a head is one head", torch.equal(*supports),
                   f"layer {block.index}: columns of one head read different queries")  # fmt: skip
-
-
-__all__ = ["NnspliceError", "is_refusal", "judge_weights", "through"]
