@@ -22,14 +22,11 @@ _LATENT = {"head_dim": "qk_rope_head_dim", "num_key_value_heads": "num_attention
 
 
 def aliases() -> dict[str, str]:
-    """Model type -> an earlier one with the same config class and the same model class."""
-    first: dict[tuple[str, type], str] = {}
-    found: dict[str, str] = {}
-    for name, kind in FAMILIES.items():
-        key = (kind, CONFIG_MAPPING[name])
-        if first.setdefault(key, name) != name:
-            found[name] = first[key]
-    return found
+    """Model type -> the one that has its config class and its model class as its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kinds = {name: (kind, CONFIG_MAPPING[name].model_type) for name, kind in FAMILIES.items()}
+    return {name: own for name, (kind, own) in kinds.items() if own != name and kinds.get(own) == (kind, own)}
 
 
 def config_of(name: str, **overrides: Any) -> Any:
