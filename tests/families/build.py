@@ -10,7 +10,7 @@ import transformers as hf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from families.sizes import FLOAT32, LAYERS, NEEDS, NOT_BUILT, PART, SIZES
+from families.sizes import FLOAT32, LAYERS, NEEDS, NOT_BUILT, PART, SIZES, VARIANTS
 
 #: Model type -> the class that AutoModelForCausalLM makes of it.
 FAMILIES: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -29,12 +29,20 @@ def aliases() -> dict[str, str]:
     return {name: own for name, (kind, own) in kinds.items() if own != name and kinds.get(own) == (kind, own)}
 
 
+def names() -> list[str]:
+    """All that can be judged: every family that is built and is none of the aliases, and the variants."""
+    known = aliases()
+    built = [name for name in FAMILIES if name not in NOT_BUILT and name not in known]
+    return [name for family in built for name in (family, *(v for v in VARIANTS if v.partition("/")[0] == family))]
+
+
 def config_of(name: str, **overrides: Any) -> Any:
-    """The config of a tiny model of one family."""
+    """The config of a tiny model of one family, or of a variant of it (`falcon/groups`)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        given = {**NEEDS.get(name, {}), **overrides}
-        return _small(CONFIG_MAPPING[name], given)
+        family, _, variant = name.partition("/")
+        given = {**(VARIANTS[name] if variant else NEEDS.get(family, {})), **overrides}
+        return _small(CONFIG_MAPPING[family], given)
 
 
 def _small(kind: Any, given: dict[str, Any]) -> Any:

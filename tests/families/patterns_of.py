@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import nnsplice as ns
-from families.subject import Subject, gap, hooks
+from families.subject import Subject, gap, hooks, number
 from families.values_of import Served
 
 _SOFTMAX = {torch.softmax, torch.nn.functional.softmax, torch.Tensor.softmax}
@@ -38,7 +38,7 @@ def judge_patterns(subject: Subject, served: dict[str, Served]) -> None:
     if not of.values:
         return
     for block in subject.blocks:
-        mine = [path for path in of.values if path.steps[0].index == block.index]
+        mine = [path for path in of.values if number(path, 0) == block.index]
         if not mine or block.pattern is None:
             continue
         path = mine[-1]
@@ -49,7 +49,7 @@ def judge_patterns(subject: Subject, served: dict[str, Served]) -> None:
             new = new / new.sum(-1, keepdim=True).clamp_min(1e-30)
             saved = ns.SavedActivation.from_pairs(*((f"{path}[{t}]", new[None, t]) for t in range(new.shape[0])))
             found = ns.patched_logits(subject.model, subject.ids, saved)
-            mode = _Softmax(int(path.steps[1].index), block.n_heads, new)  # pyright: ignore[reportArgumentType]
+            mode = _Softmax(number(path, 1), block.n_heads, new)
             home = subject.bare.get_submodule(block.pattern[0])
             enter = home.register_forward_pre_hook(lambda *_, mode=mode: setattr(mode, "inside", True))
             leave = home.register_forward_hook(lambda *_, mode=mode: setattr(mode, "inside", False))

@@ -257,6 +257,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "longcat_flash": {"zero_expert_num": 2},
     "laguna": {"num_attention_heads_per_layer": [4, 6, 4]},
     "minimax": {"sliding_window": None},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
     "musicgen": {"decoder.num_codebooks": 1},
     "musicgen_melody": {"decoder.num_codebooks": 1},
     "phi4_multimodal": {
@@ -304,6 +305,35 @@ NEEDS: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
+
+#: Other wirings of a family that its default config does not have: model type, a slash, a name -> what is other.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "doge/experts": {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 2},
+    "falcon/groups": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon/each": {
+        "new_decoder_architecture": False,
+        "multi_query": False,
+        "parallel_attn": False,
+        "alibi": True,
+        "bias": True,
+        "num_kv_heads": HEADS,
+    },
+    "gemma4_text/experts": {
+        **_GEMMA4,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 12,
+    },
+    "gemma4_text/keys": {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 2, "global_head_dim": 16},
+    "gpt2/scaled": {"scale_attn_by_inverse_layer_idx": True},
+    "gpt_bigcode/each": {"multi_query": False},
+    "gpt_neox/sequential": {"use_parallel_residual": False},
+    "opt/after": {"do_layer_norm_before": False},
+    "opt/projected": {"word_embed_proj_dim": 16},
+    "stablelm/parallel": {"use_parallel_residual": True, "qk_layernorm": True},
+    "xlm/causal": {"causal": True},
 }
 
 #: Model type -> why no tiny model of it is built.

@@ -213,3 +213,10 @@ def site_of(path: ns.Path) -> Site:
     """The site of an expanded path."""
     assert path.site is not None
     return path.site
+
+
+def number(path: ns.Path, step: int) -> int:
+    """The index of one step of an expanded path: its layer, its head."""
+    index = path.steps[step].index
+    assert isinstance(index, int)
+    return index

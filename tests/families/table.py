@@ -19,7 +19,7 @@ import transformers
 
 import nnsplice as ns
 from families import expected
-from families.build import FAMILIES, aliases
+from families.build import FAMILIES, aliases, names
 from families.judge import Judgement, judge
 from families.sizes import NOT_BUILT
 
@@ -48,9 +48,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    names = options.only or [name for name in FAMILIES if name not in NOT_BUILT and name not in aliases()]
     found: list[Judgement] = []
-    for name in names:
+    for name in options.only or names():
         start = time.process_time()
         one = judge(name)
         found.append(one)
@@ -71,12 +70,15 @@ def table(found: Iterable[Judgement]) -> str:
     found = list(found)
     verdicts = [one.verdict for one in found]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("exact", "refused", "wrong", "crash") if v in verdicts)
-    counts = f"{len(FAMILIES)} families: {counts}; {len(aliases())} the same as another, {len(NOT_BUILT)} not built."
+    wirings = sum("/" in one.family for one in found)
+    wirings = sum("/" in one.family for one in found)
+    others = f"{len(aliases())} the same as another, {len(NOT_BUILT)} not built"
+    counts = f"{len(FAMILIES)} families, and {wirings} other wirings of some: {counts}; {others}."
     head = _HEAD.format(transformers=transformers.__version__, torch=torch.__version__, counts=counts)
     rows = {one.family: _row(one) for one in found}
     rows |= {name: f"| {name} | the same as {other} | | | | | |" for name, other in aliases().items()}
     rows |= {name: f"| {name} | not built | | | | | {reason} |" for name, reason in NOT_BUILT.items()}
-    return head + "\n".join(rows[name] for name in FAMILIES if name in rows) + "\n"
+    return head + "\n".join(rows[name] for name in sorted(rows)) + "\n"
 
 
 def _row(one: Judgement) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nnsplice as ns
 from activations.oracle import Edit, run, values
-from families.subject import Subject, after, before, gap, hooks, own, site_of
+from families.subject import Subject, after, before, gap, hooks, number, own, site_of
 from families.weights_of import through
 
 #: Every kind of place, as it is asked for.
@@ -109,7 +109,7 @@ def judge_values(subject: Subject, served: dict[str, Served]) -> None:
 
 
 def _of_layer(served: Served, layer: int) -> Tensor | None:
-    return next((v for path, v in served.values.items() if path.steps[0].index == layer), None)
+    return next((v for path, v in served.values.items() if number(path, 0) == layer), None)
 
 
 def _sums(subject: Subject, served: dict[str, Served]) -> None:
@@ -154,7 +154,7 @@ def _norms(subject: Subject, block):
 
 def _adds(subject: Subject, served: dict[str, Served], block, end: Tensor) -> None:
     """What is added to the MLP's output is added to the layer's output."""
-    path = next(p for p in served["layers[:].mlp.output"].values if p.steps[0].index == block.index)
+    path = next(p for p in served["layers[:].mlp.output"].values if number(p, 0) == block.index)
     step = torch.randn(end.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(end)
     seen: list[Tensor] = []
     with hooks(after(subject.bare.get_submodule(block.end or block.module), lambda out: seen.append(out.clone()))):
@@ -175,22 +175,22 @@ def _heads(subject: Subject, served: dict[str, Served]) -> None:
     keys, vs = served["layers[:].groups[:].k"], served["layers[:].groups[:].v"]
     patterns = served["layers[:].heads[:].pattern"]
     for block in subject.blocks:
-        mine = {p: v for p, v in heads.values.items() if p.steps[0].index == block.index}
+        mine = {p: v for p, v in heads.values.items() if number(p, 0) == block.index}
         if not mine or block.o is None:
             continue
         layer = f"layer {block.index}"
         if _of_layer(served["layers[:].attn.output"], block.index) is not None:
             _all_of_attention(subject, served, block, list(mine))
         for kind, per_head in ((queries, True), (keys, False), (vs, False)):
-            for path in [p for p in kind.values if p.steps[0].index == block.index]:
-                number = path.steps[1].index
+            for path in [p for p in kind.values if number(p, 0) == block.index]:
+                at = number(path, 1)
                 size = block.n_heads // block.n_kv
-                moves = {number} if per_head else set(range(number * size, (number + 1) * size))
+                moves = {at} if per_head else set(range(at * size, (at + 1) * size))
                 _moves(subject, block, path, moves, kind.kind)
-        mixes = {p.steps[1].index: v for p, v in patterns.values.items() if p.steps[0].index == block.index}
-        values_ = {p.steps[1].index: v for p, v in vs.values.items() if p.steps[0].index == block.index}
+        mixes = {number(p, 1): v for p, v in patterns.values.items() if number(p, 0) == block.index}
+        values_ = {number(p, 1): v for p, v in vs.values.items() if number(p, 0) == block.index}
         for path, slice_ in mine.items():
-            head = path.steps[1].index
+            head = number(path, 1)
             group = head // max(block.n_heads // block.n_kv, 1)
             if head in mixes and group in values_ and mixes[head].shape[-1] == values_[group].shape[0]:
                 made = mixes[head].to(values_[group]) @ values_[group]
@@ -199,7 +199,7 @@ def _heads(subject: Subject, served: dict[str, Served]) -> None:
 
 def _all_of_attention(subject: Subject, served: dict[str, Served], block, mine: list[ns.Path]) -> None:
     """Without its heads, attention adds what does not depend on the tokens; and heads add up."""
-    place = next(p for p in served["layers[:].attn.output"].values if p.steps[0].index == block.index)
+    place = next(p for p in served["layers[:].attn.output"].values if number(p, 0) == block.index)
     zero = {site_of(path): torch.zeros_like for path in mine}
     left = []
     for ids in (subject.ids, subject.other.flip(-1)):
