@@ -25,7 +25,7 @@ class Expectation:
 
 def of(judgement: Judgement) -> Expectation:
     """A judgement as it is recorded."""
-    refused = sorted({f.check for f in judgement.findings if f.state == "refused"})
+    refused = sorted({f.check for f in judgement.findings if f.state in ("refused", "absent")})
     today = "; ".join(f"{f.check}: {f.state}" for f in judgement.bad())
     return Expectation(judgement.verdict, tuple(refused), today)
 

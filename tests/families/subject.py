@@ -17,10 +17,11 @@ from torch import Tensor, nn
 import nnsplice as ns
 from families.build import build, prompt
 from nnsplice.atlas import Block, Site, Tower
-from nnsplice.errors import NnspliceError
+from nnsplice.errors import NnspliceError, UnknownPath
 from zoo import tokenizer
 
-State = Literal["exact", "refused", "wrong", "crash"]
+#: `absent`: the model has no such part, which is said by name like a refusal.
+State = Literal["exact", "refused", "absent", "wrong", "crash"]
 #: Tokens of the prompts: longer than every window of the tiny models; one is shorter than the windows.
 LONG, MIDDLE, SHORT = 12, 9, 3
 
@@ -137,7 +138,8 @@ class Subject:
         ours = any("/nnsplice/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
         if not ours:
             raise JudgeError(f"{self.name}, {check}: {text}") from error
-        self.findings.append(Finding(check, "refused" if is_refusal(error) else "crash", None, text))
+        state: State = "crash" if not is_refusal(error) else "absent" if isinstance(error, UnknownPath) else "refused"
+        self.findings.append(Finding(check, state, None, text))
 
 
 def own(value: Tensor, length: int = LONG) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import transformers
 
-import nnsplice as ns
 from families import expected
 from families.build import FAMILIES, aliases, names
 from families.judge import Judgement, judge
@@ -25,6 +26,7 @@ from families.sizes import NOT_BUILT
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs" / "families.md"
+_WORDS = ("exact", "refused", "wrong", "crash", "the same", "not built")
 _HEAD = """# What nnsplice gives of each model family
 
 Made by `make families` with transformers {transformers}, torch {torch}; do not edit. Every family of the table behind
@@ -41,43 +43,50 @@ given is refused with an error that says so. **refused**: nothing is given.
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="*", help="these families alone; nothing is written")
+    parser.add_argument("--only", nargs="*", help="judge these alone, and change their rows")
     parser.add_argument("--all-findings", action="store_true", help="print what is exact and refused too")
     parser.add_argument("--record", action="store_true", help="expect from now on what is found")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    found: list[Judgement] = []
+    rows = _kept() if options.only else _others()
+    record = expected.read() if options.only else {}
     for name in options.only or names():
         start = time.process_time()
         one = judge(name)
-        found.append(one)
         print(f"{one.verdict:8} {name}  {time.process_time() - start:.1f}s", flush=True)
         for finding in one.findings if options.all_findings else one.bad():
             number = "" if finding.number is None else f" {finding.number:.2g}"
             print(f"    {finding.check}: {finding.state}{number}  {finding.text}", flush=True)
-    if options.record:
-        kept = expected.read() if options.only else {}
-        expected.write({**kept, **{one.family: expected.of(one) for one in found}})
-    if not options.only:
+        # Written after each, so that what was judged before a stop is kept.
+        rows[name], record[name] = _row(one), expected.of(one)
         FILE.parent.mkdir(exist_ok=True)
-        FILE.write_text(table(found))
+        FILE.write_text(_table(rows))
+        if options.record:
+            expected.write(record)
 
 
-def table(found: Iterable[Judgement]) -> str:
+def _kept() -> dict[str, str]:
+    """The rows that are there, by family."""
+    lines = FILE.read_text().splitlines() if FILE.exists() else []
+    rows = (line for line in lines if line.startswith("| ") and not line.startswith("| family"))
+    return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
+
+
+def _others() -> dict[str, str]:
+    """The rows of families that are not judged."""
+    rows = {name: f"| {name} | the same as {other} | | | | | |" for name, other in aliases().items()}
+    return rows | {name: f"| {name} | not built | | | | | {reason} |" for name, reason in NOT_BUILT.items()}
+
+
+def _table(rows: Mapping[str, str]) -> str:
     """The whole document."""
-    found = list(found)
-    verdicts = [one.verdict for one in found]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("exact", "refused", "wrong", "crash") if v in verdicts)
-    wirings = sum("/" in one.family for one in found)
-    wirings = sum("/" in one.family for one in found)
-    others = f"{len(aliases())} the same as another, {len(NOT_BUILT)} not built"
-    counts = f"{len(FAMILIES)} families, and {wirings} other wirings of some: {counts}; {others}."
+    verdicts = Counter(re.findall(r"[a-z ]+", line.split(" | ")[1])[0].partition(" as ")[0] for line in rows.values())
+    counts = ", ".join(f"{verdicts[word]} {word}" for word in _WORDS if verdicts[word])
+    wirings = sum("/" in name for name in rows)
+    counts = f"{len(FAMILIES)} families, and {wirings} other wirings of some: {counts}."
     head = _HEAD.format(transformers=transformers.__version__, torch=torch.__version__, counts=counts)
-    rows = {one.family: _row(one) for one in found}
-    rows |= {name: f"| {name} | the same as {other} | | | | | |" for name, other in aliases().items()}
-    rows |= {name: f"| {name} | not built | | | | | {reason} |" for name, reason in NOT_BUILT.items()}
     return head + "\n".join(rows[name] for name in sorted(rows)) + "\n"
 
 
@@ -92,20 +101,20 @@ def _refused(one: Judgement) -> str:
     by_text: dict[str, list[str]] = {}
     for finding in one.findings:
         if finding.state == "refused":
-            text = finding.text.partition(": ")[2] if finding.text.startswith("layer ") else finding.text
-            places = by_text.setdefault(_general(text), [])
+            places = by_text.setdefault(_general(finding.text), [])
             name = finding.check.removeprefix("served ").replace("[:]", "").replace("layers.", "")
             if name not in places:
                 places.append(name)
-    return "; ".join(f"{', '.join(places)}: {text}" for text, places in by_text.items()).replace("|", "\\|")
+    said = (f"{', '.join(places) if len(places) < 12 else 'all'}: {text}" for text, places in by_text.items())
+    return "; ".join(said).replace("|", "\\|")
 
 
 def _general(text: str) -> str:
-    import re
-
-    return re.sub(r"\blayer \d+\b", "a layer", re.sub(r"layers?[.\[]\d+\]?", "layers[i]", text))
+    """A reason without the number of a layer or a head."""
+    text = re.sub(r"^layer \d+: ", "", text)
+    text = re.sub(r"\blayer \d+\b", "a layer", re.sub(r"layers[.\[]\d+\]?", "layers[i]", text))
+    return re.sub(r"\bhead \d+\b", "a head", text)
 
 
 if __name__ == "__main__":
-    assert ns
     main()

@@ -12,6 +12,7 @@ import nnsplice as ns
 from activations.oracle import Edit, run, values
 from families.subject import Subject, after, before, gap, hooks, number, own, site_of
 from families.weights_of import through
+from nnsplice.atlas import Block, Site
 
 #: Every kind of place, as it is asked for.
 KINDS = (
@@ -131,11 +132,14 @@ def _sums(subject: Subject, served: dict[str, Served]) -> None:
         if mid is None and start is not None and attn is not None and mlp is not None and end is not None:
             stream = [value for made in norms(start + attn) for value in norms(made + mlp)]
             subject.found("output = input + attn + mlp", min(gap(v, end) for v in stream), layer)
-        if mid is None and attn is None and mlp is not None and end is not None:
-            _adds(subject, served, block, end)
+        # Where a part of a sum is not to be had, a step of one summand has to be seen in the sum.
+        if start is None and attn is not None and mid is not None:
+            _adds(subject, served, block, "attn", mid)
+        if mlp is not None and (end is None or (mid is None and (attn is None or start is None))):
+            _adds(subject, served, block, "mlp", None)
 
 
-def _norms(subject: Subject, block):
+def _norms(subject: Subject, block: Block):
     """A value, and what the layer's own norms make of it: some families norm the stream itself after each branch."""
     homes = [subject.bare.get_submodule(name) for name in (*block.modules, *([block.end] if block.end else []))]
     found = [module for home in homes for module in home.modules() if "Norm" in type(module).__name__]
@@ -152,19 +156,40 @@ def _norms(subject: Subject, block):
     return made
 
 
-def _adds(subject: Subject, served: dict[str, Served], block, end: Tensor) -> None:
-    """What is added to the MLP's output is added to the layer's output."""
-    path = next(p for p in served["layers[:].mlp.output"].values if number(p, 0) == block.index)
-    step = torch.randn(end.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(end)
+def _adds(subject: Subject, served: dict[str, Served], block: Block, part: str, mid: Tensor | None) -> None:
+    """What is added to a branch's output is added to the stream behind it: to `mid`, else to the layer's output."""
+    path = next(p for p in served[f"layers[:].{part}.output"].values if number(p, 0) == block.index)
+    inputs = {"input_ids": subject.ids}
+    end = (
+        site_of(next(p for p in served["layers[:].mid"].values if number(p, 0) == block.index))
+        if mid is not None
+        else None
+    )
     seen: list[Tensor] = []
-    with hooks(after(subject.bare.get_submodule(block.end or block.module), lambda out: seen.append(out.clone()))):
-        run(
-            subject.bare,
-            {"input_ids": subject.ids},
-            {site_of(path): lambda value: _exchanged(own(value) + step)(value)},
-        )
-    subject.found("mlp is added to the output", gap(own(seen[0])[0] - end, step), f"layer {block.index}",
-                  tolerance=max(subject.tolerance, 1e-7))  # fmt: skip
+
+    def keep(value: Tensor) -> Tensor:
+        seen.append(own(value).clone())
+        return value
+
+    def passed(edits: dict[Site, Edit]) -> Tensor:
+        seen.clear()
+        if end is not None:
+            run(subject.bare, inputs, {**edits, end: keep})
+        else:
+            with hooks(
+                after(subject.bare.get_submodule(block.end or block.module), lambda out: seen.append(own(out).clone()))
+            ):
+                run(subject.bare, inputs, edits)
+        return seen[0]
+
+    step = torch.randn(
+        served[f"layers[:].{part}.output"].values[path].shape,
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float64,
+    )
+    moved = passed({site_of(path): lambda value: _exchanged(own(value) + step.to(value))(value)}) - passed({})
+    off = gap(moved[0] if moved.shape[0] == 1 else moved, step)
+    subject.found(f"{part} is added to the stream", off, f"layer {block.index}", tolerance=max(subject.tolerance, 1e-7))
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -197,7 +222,7 @@ def _heads(subject: Subject, served: dict[str, Served]) -> None:
                 subject.found("slice = pattern @ v", gap(made, slice_), layer)
 
 
-def _all_of_attention(subject: Subject, served: dict[str, Served], block, mine: list[ns.Path]) -> None:
+def _all_of_attention(subject: Subject, served: dict[str, Served], block: Block, mine: list[ns.Path]) -> None:
     """Without its heads, attention adds what does not depend on the tokens; and heads add up."""
     place = next(p for p in served["layers[:].attn.output"].values if number(p, 0) == block.index)
     zero = {site_of(path): torch.zeros_like for path in mine}
@@ -220,7 +245,7 @@ def _all_of_attention(subject: Subject, served: dict[str, Served], block, mine: 
     subject.found("heads add up in the output projection", off, f"layer {block.index}")
 
 
-def _moves(subject: Subject, block, path: ns.Path, expected: set[int], kind: str) -> None:
+def _moves(subject: Subject, block: Block, path: ns.Path, expected: set[int], kind: str) -> None:
     """A change of one head's query (or one group's key or value) changes that head's slice alone."""
 
     def change(passing: bool) -> Tensor:
