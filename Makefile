@@ -26,7 +26,8 @@ help:
 	@echo "make check    style, floors and types"
 	@echo "make format   repair the style"
 	@echo "make versions the tests with the lowest and with the newest versions that pyproject.toml allows"
-	@echo "make families judge every model family of transformers, and write docs/families.md (ONLY=llama for one)"
+	@echo "make families judge every model family of transformers, and write docs/families.md (ONLY=llama for one;"
+	@echo "              RECORD=1 makes what is found what the tests expect)"
 	@echo "make bench    measure, and print a table"
 	@echo "make clean    remove caches, builds and demo output, and what make versions installed (.venv stays)"
 	@echo
@@ -83,7 +84,7 @@ test-lowest test-newest: test-%:
 
 families: $(READY)
 	@echo "== the model families"
-	@$(BIN)/python tests/families/table.py $(if $(ONLY),--only $(ONLY))
+	@$(BIN)/python tests/families/table.py $(if $(RECORD),--record) $(if $(ONLY),--only $(ONLY))
 
 bench: $(READY)
 	@echo "== benchmarks"
