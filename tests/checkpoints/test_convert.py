@@ -13,7 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from nnsplice import checkpoints as ck
-from nnsplice.checkpoints.convert import layer_of
+from nnsplice.checkpoints.cutting import layer_of
 from nnsplice.cli import app
 from nnsplice.errors import BadArgument, MapperError, OutOfRange
 from zoo import FAMILIES, MASKED, SEQ2SEQ, build, inputs
@@ -195,16 +195,6 @@ def test_the_command_converts(gpt2: Path, tmp_path: Path):
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (gpt2, tmp_path / "new"))
     assert new == {**old, "dtype": "bfloat16"}
 
-
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_the_first_layers_are_a_model_that_transformers_reads(name: str, tmp_path: Path):
-    model = build(name)
-    model.save_pretrained(tmp_path / "all")
-    code, text = run(tmp_path / "all", tmp_path / "two", "--layers", "0:2", "--quiet")
-    assert code == 0, text
-    blocks = model.transformer.h if name == "gpt2" else model.model.layers
-    del blocks[2:]
-    assert torch.equal(logits(name, load(name, tmp_path / "two")), logits(name, model))
 
 
 def test_the_command_explains(gpt2: Path):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnsplice.checkpoints.between.derive import Between
+from nnsplice.checkpoints.cutting import layer_of
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files
@@ -27,8 +25,6 @@ from nnsplice.errors import BadArgument, MapperError, OutOfRange, circumstances
 
 #: What a cast is for. Packed and 8-bit weights mean something only together with their scales, so they stay.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-#: How configs call the number of layers.
-_DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def convert(
@@ -65,8 +61,9 @@ def convert(
     if workers < 1:
         raise BadArgument(f"workers={workers}", expected="at least 1")
     if isinstance(mapper, Between):
-        unused, mapper = mapper.unused, mapper.complete()
-        check_unused(src_dir, unused)
+        between = mapper.complete()
+        check_unused(src_dir, between)
+        mapper = between
     mapper = as_mapper(mapper)
     source = Path(src_dir)
     along = {**other_files(source), **(carry or {})}
@@ -90,14 +87,22 @@ def convert(
     )
 
 
-def check_unused(src_dir: str | os.PathLike[str], names: Sequence[str]) -> None:
+def check_unused(src_dir: str | os.PathLike[str], between: Between) -> None:
     """Refuse to leave out a tensor that says anything: zeros do not, nor does a second copy of the embedding."""
     checkpoint = Checkpoint.open(src_dir)
-    told = [name for name in names if name in checkpoint and checkpoint.tensor(name).any()]
+    told = [name for name in between.unused if name in checkpoint and checkpoint.tensor(name).any()]
     if "unembed.W_U" in told and "embed.W_E" in checkpoint:
         shapes = checkpoint.entry("unembed.W_U").shape, checkpoint.entry("embed.W_E").shape[::-1]
         if shapes[0] == shapes[1] and _is_multiple(checkpoint.tensor("unembed.W_U").T, checkpoint.tensor("embed.W_E")):
             told.remove("unembed.W_U")
+    for name, kept in between.same.items():
+        if name in told and kept in checkpoint:
+            if not torch.equal(checkpoint.tensor(name), checkpoint.tensor(kept)):
+                raise MapperError(
+                    f"{name} and {kept} are two different tensors, and the target ties them into one",
+                    expected="a target whose config has tie_word_embeddings=False",
+                )
+            told.remove(name)
     if told:
         raise MapperError(
             f"there is no place for {', '.join(told[:5])}{', ...' if len(told) > 5 else ''}",
@@ -202,16 +207,6 @@ def _renamed(name: str, rename: str) -> str:
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to: the first number among its names, in every family's checkpoints.
-
-    >>> from nnsplice.checkpoints import layer_of
-    >>> layer_of("model.layers.12.mlp.experts.3.up_proj.weight"), layer_of("lm_head.weight")
-    (12, None)
-    """
-    return next((int(word) for before, word in pairwise(name.split(".")) if word.isdigit() and before), None)
-
-
 def _chosen(checkpoint: Checkpoint, layers: slice | Sequence[int] | None) -> list[str]:
     """The tensors of some layers and of no layer, in the order of the files."""
     names = list(checkpoint.sizes())
@@ -229,33 +224,3 @@ def _numbers(layers: Iterable[int], count: int) -> set[int]:
         if not -count <= layer < count:
             raise OutOfRange(f"layer {layer} is not there", expected=f"0 to {count - 1}")
     return {layer % count for layer in layers}
-
-
-def adapted_config(text: str, *, layers: int | None = None, dtype: torch.dtype | None = None) -> str:
-    """A config.json for a model of which the first layers are kept, or whose numbers are of another type.
-
-    >>> from nnsplice.checkpoints import adapted_config
-    >>> print(adapted_config('{"model_type": "gpt2", "n_layer": 12}', layers=4, dtype=torch.bfloat16))
-    {
-      "model_type": "gpt2",
-      "n_layer": 4,
-      "dtype": "bfloat16"
-    }
-
-    Raises:
-        MapperError: the config does not say how many layers it has.
-    """
-    config: dict[str, Any] = json.loads(text)
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        config.update(dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"], name))
-    if layers is None:
-        return json.dumps(config, indent=2) + "\n"
-    keys = [key for key in _DEPTH if isinstance(config.get(key), int)]
-    if not keys:
-        raise MapperError("config.json does not say how many layers there are", expected=f"one of {', '.join(_DEPTH)}")
-    config.update(dict.fromkeys(keys, layers))
-    for key in ("layer_types", "attention_layers"):
-        if isinstance(config.get(key), list):
-            config[key] = config[key][:layers]
-    return json.dumps(config, indent=2) + "\n"

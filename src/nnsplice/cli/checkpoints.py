@@ -48,7 +48,7 @@ def convert(
     what it held until the new checkpoint is whole.
     """
     from nnsplice import checkpoints
-    from nnsplice.checkpoints.convert import adapted_config
+    from nnsplice.checkpoints.cutting import adapted_config
 
     chosen = None if layers is None else _layers(layers)
     numbers = None if dtype is None else dtype_of(dtype)
@@ -88,7 +88,7 @@ def _derived(
     if rename or layers is not None:
         raise WrongUsage("--to gives every tensor its name; --rename and --layers are for a second conversion")
     between = mapper_between(source, to).complete()
-    check_unused(source, between.unused)
+    check_unused(source, between)
     if dtype is None:
         return between
     return Sequential([between, Parallel([Cast(name, dtype) for name in sorted(outputs_of(between))])])
@@ -106,7 +106,7 @@ def _layers(text: str) -> slice | tuple[int, ...]:
 
 def _count(mapper: object) -> int:
     from nnsplice.checkpoints import ModelStateMapper
-    from nnsplice.checkpoints.convert import layer_of
+    from nnsplice.checkpoints.cutting import layer_of
     from nnsplice.checkpoints.mapper.abc import inputs_of
 
     assert isinstance(mapper, ModelStateMapper)
