@@ -40,7 +40,9 @@ def cut_by_hand(model: nn.Module, layers: int) -> None:
     for owner in model.modules():
         for name, child in owner.named_children():
             # T5 calls the three parts of a block `layer` too.
-            stack = name in ("layers", "h", "block", "blocks") or (name == "layer" and "Encoder" in type(owner).__name__)
+            stack = name in ("layers", "h", "block", "blocks") or (
+                name == "layer" and "Encoder" in type(owner).__name__
+            )
             if stack and isinstance(child, nn.ModuleList) and len(child) == LAYERS:
                 del child[layers:]
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from nnsplice.checkpoints.between.derive import empty_model
 from nnsplice.errors import FileError, MapperError
+from nnsplice.files import from_json
 
 #: How configs call a number of layers.
 _COUNT = re.compile(
@@ -62,10 +63,7 @@ def adapted_config(text: str, *, layers: int | None = None, dtype: torch.dtype |
         FileError: the text is no config.
         MapperError: the config does not say how many layers it has, or describes another model when it is cut.
     """
-    try:
-        config: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"config.json is damaged: {error}", expected="an object in JSON") from None
+    config: Any = from_json(text, "config.json")
     if not isinstance(config, dict):
         raise FileError("config.json is no object in JSON", expected='{"model_type": ..., ...}')
     config = cast("dict[str, Any]", config)
@@ -195,7 +193,11 @@ def _described(config: Mapping[str, Any], words: str) -> dict[str, Any]:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     plain = bool | int | float | str | None
-    told = {name: value for name, value in vars(module).items() if isinstance(value, plain) and name[0] != "_" and name != "name_or_path"}
+    told = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and name[0] != "_" and name != "name_or_path"
+    }
     return {"class": type(module).__name__, **told}
 
 

@@ -9,6 +9,7 @@ import typer
 
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.loading import dtype_of
+from nnsplice.cli.table import say
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def convert(
         else checkpoints.renaming(source, rename or (), dtype=numbers, layers=chosen)
     )
     if explain:
-        typer.echo(repr(mapper.explain(source)))
+        say(repr(mapper.explain(source)))
         return
     if dest is None:
         raise WrongUsage("Missing: DST (or --explain, which needs none)")
@@ -72,7 +73,7 @@ def convert(
         source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry,
         workers=workers,
     )  # fmt: skip
-    typer.echo(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
+    say(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
 
 
 def _derived(

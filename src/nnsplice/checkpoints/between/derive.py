@@ -20,7 +20,8 @@ from nnsplice.checkpoints.mapper.arrange import ModelStateMapperDrop as Drop
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
-from nnsplice.errors import BadArgument, BadType, MapperError, MissingCheckpoint, circumstances, named
+from nnsplice.errors import BadArgument, BadType, FileError, MapperError, MissingCheckpoint, circumstances, named
+from nnsplice.shown import shown
 
 #: What a side may be: a folder, a model, a config, and for the target `"tl"` or `"hf"`.
 Side = object
@@ -79,7 +80,7 @@ class Between(ModelStateMapper):
 
     def __repr__(self) -> str:
         lines = [f"Between({len(self.state_dependency_groups())} groups)"]
-        lines += [f"  not derived: {name}: {reason}" for name, reason in self.underived.items()]
+        lines += [f"  not derived: {shown(name)}: {shown(reason)}" for name, reason in self.underived.items()]
         return "\n".join([*lines, *([f"  not used: {listing(self.unused)}"] if self.unused else [])])
 
 
@@ -259,7 +260,13 @@ def blueprint(folder: Path) -> nn.Module:
         raise MissingCheckpoint(f"{folder} has no config.json, so what its tensors mean is not known")
     text = path.read_text(encoding="utf-8")
     if text not in _BLUEPRINTS:
-        _BLUEPRINTS[text] = empty_model(cast("Any", transformers.AutoConfig).from_pretrained(folder))
+        try:
+            _BLUEPRINTS[text] = empty_model(cast("Any", transformers.AutoConfig).from_pretrained(folder))
+        except Exception as error:  # whatever transformers says to a config
+            raise FileError(
+                f"transformers makes no model of {path}: {type(error).__name__}: {str(error).strip()[:200]}",
+                expected="the config of a family that transformers has",
+            ) from None
     return _BLUEPRINTS[text]
 
 

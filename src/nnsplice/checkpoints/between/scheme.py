@@ -44,7 +44,6 @@ class Stored:
         give = None if self.give is None else Sequential([self.give, Rename(self.name, name)])
         return replace(self, name=name, take=Sequential([Rename(name, self.name), self.take]), give=give)
 
-
     def without(self, parts: Collection[str]) -> Stored:
         """The same tensor, where some of the parts that it is besides have a tensor of their own."""
         return tied(self.name, self.parts[0], [part for part in self.parts[1:] if part not in parts])
