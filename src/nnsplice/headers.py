@@ -53,9 +53,8 @@ class Entry:
             FileError: this torch does not have it.
         """
         if self.kind not in DTYPES:
-            raise FileError(
-                f"{shown(self.name)} in {self.path} is of type {shown(self.kind)}, which torch {torch.__version__} lacks"
-            )
+            what = f"{shown(self.name)} in {self.path} is of type {shown(self.kind)}"
+            raise FileError(f"{what}, which torch {torch.__version__} lacks")
         return DTYPES[self.kind]
 
 

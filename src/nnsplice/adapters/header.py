@@ -14,7 +14,6 @@ from nnsplice import headers
 from nnsplice.adapters.keys import AdapterKey, read_key
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.names import NamedLayer, layer_of
-
 from nnsplice.errors import FileError, ParamMappingError
 from nnsplice.files import from_json
 from nnsplice.shown import shown

@@ -17,7 +17,7 @@ from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files
 from nnsplice.checkpoints.io.workers import write_with_workers
 from nnsplice.checkpoints.io.writer import write_model_state_local
-from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, listing
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, inputs_of, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCast, ModelStateMapperCopy, ModelStateMapperRename
@@ -66,11 +66,13 @@ def convert(
         mapper = between
     mapper = as_mapper(mapper)
     source = Path(src_dir)
+    Checkpoint.open(source)  # says what is wrong with the folder, where it is none
     along = {**other_files(source), **(carry or {})}
+    like = [source, *_read_files(source, mapper)]
     if workers > 1:
         write_with_workers(
             src_dir, dest_dir, mapper, workers, shard_size_gb=shard_size_gb, show_progress=show_progress,
-            resume=resume, source=_identity(source, mapper), carry=along,
+            resume=resume, source=_identity(source, mapper), carry=along, like=like,
         )  # fmt: skip
         return
     states = read_model_state(src_dir, mapper, "cpu", show_progress)
@@ -84,6 +86,7 @@ def convert(
         resume=resume,
         source=_identity(source, mapper),
         carry=along,
+        like=like,
     )
 
 
@@ -117,10 +120,18 @@ def _is_multiple(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a.double() * times, b.double(), rtol=1e-2, atol=1e-6)
 
 
+def _read_files(source: Path, mapper: ModelStateMapper) -> list[Path]:
+    """The files that a mapper reads; what else lies in the folder, such as its own new files, is nothing to it."""
+    checkpoint = Checkpoint.open(source)
+    return sorted({checkpoint.entry(name).path for name in inputs_of(mapper) if name in checkpoint})
+
+
 def _identity(source: Path, mapper: ModelStateMapper) -> str:
     """A checkpoint and what is made of it, in words that are others when either changes."""
-    files = sorted(path for path in source.rglob("*.safetensors*") if path.is_file())
-    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    stamps: list[str] = []
+    for path in _read_files(source, mapper):
+        found = path.stat()
+        stamps.append(f"{path.relative_to(source)} {found.st_size} {found.st_mtime_ns}")
     return "\n".join((str(source.resolve()), *stamps, *identity(mapper)))
 
 

@@ -128,7 +128,7 @@ def _cut_list(key: str, value: list[Any], layers: int, depths: set[int]) -> list
     if len(value) in depths and not _NOT_BY_LAYER.fullmatch(key):
         return value[:layers]
     numbers = all(type(one) is int for one in value) and all(a < b for a, b in pairwise(value))
-    if numbers and value and 0 <= value[0] and value[-1] < max(depths, default=0) and "layer" in key:
+    if numbers and value and value[0] >= 0 and value[-1] < max(depths, default=0) and "layer" in key:
         return [one for one in value if one < layers]  # numbers of layers
     return value
 

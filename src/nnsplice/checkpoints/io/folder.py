@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice.files import from_json
-from nnsplice.headers import Entry, Header, read_header
 from nnsplice.checkpoints.io.mapping import block_of, bytes_of
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, inputs_of, listing, ordered
 from nnsplice.errors import FileError, MapperError, MissingCheckpoint, closest
+from nnsplice.files import from_json
+from nnsplice.headers import Entry, Header, read_header
 from nnsplice.shown import shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
