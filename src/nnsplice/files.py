@@ -57,3 +57,15 @@ def from_json(text: str | bytes, of: object) -> Any:
         raise FileError(f"{of} is damaged: it is nested deeper than anything of use", expected="JSON") from None
     except ValueError as error:
         raise FileError(f"{of} is damaged, or no JSON: {error}", expected="JSON") from None
+
+
+def text_of(path: str | os.PathLike[str]) -> str:
+    """What stands in a file of text.
+
+    Raises:
+        FileError: it is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is damaged, or no text: {error}", expected="text in UTF-8") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def check_like_by_hand(model: Any, name: str, folder: Path) -> None:
     assert code == 0, text
     kind = hf.AutoModelForMaskedLM if name in MASKED else hf.AutoModelForCausalLM
     kind = hf.AutoModelForSeq2SeqLM if name in SEQ2SEQ else kind
-    again, told = kind.from_pretrained(folder / "few", output_loading_info=True, experts_implementation="eager")
+    again, told = cast("Any", kind).from_pretrained(folder / "few", output_loading_info=True, experts_implementation="eager")
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
     whole = logits(model, name)
     cut_by_hand(model, 2)
@@ -97,7 +97,7 @@ def test_two_stacks_of_different_depth_keep_what_they_have(tmp_path: Path):
     [
         ("albert", "3 layers of this albert share the tensors of 1"),
         ("gpt_neox_japanese", "would have use_bias True instead of False"),
-        ("gemma4_text", r"embed_tokens_per_layer.weight is \[64, .*\] in the whole"),
+        ("gemma4_text", r"embed_tokens_per_layer.weight would have shape \[64, "),
     ],
 )
 def test_layers_that_depend_on_how_many_there_are_are_refused(name: str, said: str, tmp_path: Path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def saved(name: str, folder: Path, tie: bool) -> Any:
 
 def loaded(name: str, folder: Path) -> Any:
     kind = hf.AutoModelForSeq2SeqLM if name in SEQ2SEQ else hf.AutoModelForCausalLM
-    model, told = kind.from_pretrained(folder, output_loading_info=True)
+    model, told = cast("Any", kind).from_pretrained(folder, output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
     return model.eval()
 

@@ -17,6 +17,7 @@ from torch import nn
 from nnsplice.checkpoints.between.derive import empty_model
 from nnsplice.errors import FileError, MapperError
 from nnsplice.files import from_json
+from nnsplice.shown import shown
 
 #: How configs call a number of layers.
 _COUNT = re.compile(
@@ -94,20 +95,20 @@ def cut(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 def _depths(config: Mapping[str, Any]) -> set[int]:
     """How many layers the stacks of a config have."""
-    counts = {value for key, value in config.items() if _COUNT.fullmatch(key) and type(value) is int}
+    counts = {value for key, value in config.items() if _COUNT.fullmatch(key) and type(value) is int and value > 0}
     if not counts:  # some say it by a list alone
         lists = [config.get(key) for key in ("layer_types", "layers_block_type")]
-        counts = {len(found) for found in lists if isinstance(found, list)}
+        counts = {len(cast("list[Any]", found)) for found in lists if isinstance(found, list)}
     return counts
 
 
 def _cut(key: str, value: Any, layers: int, depths: set[int]) -> Any:
     if isinstance(value, dict):
-        numbered = "layer" in key and bool(value) and all(str(one).isdigit() for one in value)
-        if numbered:  # {"0": {...}, "5": {...}}
-            return {one: told for one, told in cast("dict[str, Any]", value).items() if int(one) < layers}
-        inside = key.endswith("_config") or "model_type" in value or bool(_depths(cast("dict[str, Any]", value)))
-        return cut(cast("dict[str, Any]", value), layers) if inside else value
+        inner = cast("dict[str, Any]", value)
+        if "layer" in key and inner and all(one.isdigit() for one in inner):  # {"0": {...}, "5": {...}}
+            return {one: told for one, told in inner.items() if int(one) < layers}
+        inside = key.endswith("_config") or "model_type" in inner or bool(_depths(inner))
+        return cut(inner, layers) if inside else inner
     depth = max(depths, default=0)
     if type(value) is int:
         if _COUNT.fullmatch(key):
@@ -136,11 +137,17 @@ def _cut_list(key: str, value: list[Any], layers: int, depths: set[int]) -> list
 # -- the model that comes of it ----------------------------------------------------------------------------------------
 
 
+#: What is known of a tensor or a module.
+_Told = Mapping[str, object]
+
+
 def _try(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> None:
     """Refuse a config that describes anything but the first layers of the whole one."""
     from transformers import CONFIG_MAPPING
 
     kind = whole.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise FileError(f"config.json says that model_type is {shown(kind)}", expected="the name of a family")
     if kind not in CONFIG_MAPPING:
         warnings.warn(
             f"config.json was cut by the names in it alone: transformers knows no {kind!r} to try it on",
@@ -160,7 +167,7 @@ def _try(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> No
     kept = {name: told for name, told in old.items() if (layer := layer_of(name)) is None or layer < layers}
     for name in dict.fromkeys((*kept, *new)):
         before, after = kept.get(name), new.get(name)
-        if before == after or _only_counts(before, after, depths, layers):
+        if before is not None and after is not None and _only_counts(before, after, depths, layers):
             continue
         raise MapperError(
             f"the first {layers} layers of a {kind} are no model of its own: {_why(name, before, after)}",
@@ -174,7 +181,7 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [config, *(part for one in inside for part in _parts(one))]
 
 
-def _described(config: Mapping[str, Any], words: str) -> dict[str, Any]:
+def _described(config: Mapping[str, Any], words: str) -> dict[str, _Told]:
     """What a config describes: the shapes of tensors, and what modules are and are set to."""
     from transformers import AutoConfig
 
@@ -182,16 +189,17 @@ def _described(config: Mapping[str, Any], words: str) -> dict[str, Any]:
         # From a file, as it will be read: a config in memory takes some numbers otherwise.
         with TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-            model = empty_model(cast("Any", AutoConfig).from_pretrained(folder))
+            model: nn.Module = empty_model(cast("Any", AutoConfig).from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # whatever transformers says to a config
         raise MapperError(
             f"transformers makes no model of config.json {words}: {type(error).__name__}: {str(error).strip()[:200]}"
         ) from None
-    found: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    states = cast("dict[str, torch.Tensor]", model.state_dict())
+    found: dict[str, _Told] = {name: {"shape": list(tensor.shape)} for name, tensor in states.items()}
     return found | {f"{name}." if name else "the model": _settings(module) for name, module in model.named_modules()}
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def _settings(module: nn.Module) -> _Told:
     plain = bool | int | float | str | None
     told = {
         name: value
@@ -201,19 +209,15 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {"class": type(module).__name__, **told}
 
 
-def _only_counts(before: Any, after: Any, depths: set[int], layers: int) -> bool:
+def _only_counts(before: _Told, after: _Told, depths: set[int], layers: int) -> bool:
     """Whether modules differ only in how many layers they say there are."""
-    if not isinstance(before, dict) or not isinstance(after, dict) or before.keys() != after.keys():
-        return False
-    pairs = [(before[name], after[name]) for name in before if before[name] != after[name]]
-    return all(a in depths and b == min(a, layers) for a, b in pairs)
+    pairs = [(before.get(name), after.get(name)) for name in (*before, *after) if before.get(name) != after.get(name)]
+    return all(type(a) is int and a in depths and b == min(a, layers) for a, b in pairs)
 
 
-def _why(name: str, before: Any, after: Any) -> str:
+def _why(name: str, before: _Told | None, after: _Told | None) -> str:
     name = name.rstrip(".")
     if before is None or after is None:
         return f"they {'lack' if before is None else 'leave over'} {name}"
-    if isinstance(before, dict) and isinstance(after, dict):
-        key = next(key for key in (*before, *after) if before.get(key) != after.get(key))
-        return f"{name} would have {key} {after.get(key)!r} instead of {before.get(key)!r}"
-    return f"{name} is {list(before)} in the whole and would be {list(after)}"
+    key = next(key for key in (*before, *after) if before.get(key) != after.get(key))
+    return f"{name} would have {key} {after.get(key)!r} instead of {before.get(key)!r}"

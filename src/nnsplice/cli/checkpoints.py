@@ -10,6 +10,7 @@ import typer
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.loading import dtype_of
 from nnsplice.cli.table import say
+from nnsplice.files import text_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ def convert(
     config = source / "config.json"
     first = isinstance(chosen, slice) and not chosen.start and chosen.step in (None, 1)
     if config.is_file() and (first or numbers is not None):
-        text = config.read_text(encoding="utf-8")
+        text = text_of(config)
         carry["config.json"] = adapted_config(text, layers=_count(mapper) if first else None, dtype=numbers)
     checkpoints.convert(
         source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry,

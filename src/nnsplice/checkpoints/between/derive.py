@@ -21,6 +21,7 @@ from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Para
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
 from nnsplice.errors import BadArgument, BadType, FileError, MapperError, MissingCheckpoint, circumstances, named
+from nnsplice.files import text_of
 from nnsplice.shown import shown
 
 #: What a side may be: a folder, a model, a config, and for the target `"tl"` or `"hf"`.
@@ -258,10 +259,10 @@ def blueprint(folder: Path) -> nn.Module:
     path = folder / "config.json"
     if not path.is_file():
         raise MissingCheckpoint(f"{folder} has no config.json, so what its tensors mean is not known")
-    text = path.read_text(encoding="utf-8")
+    text = text_of(path)
     if text not in _BLUEPRINTS:
         try:
-            _BLUEPRINTS[text] = empty_model(cast("Any", transformers.AutoConfig).from_pretrained(folder))
+            _BLUEPRINTS[text] = empty_model(cast("Any", transformers.AutoConfig).from_pretrained(folder, trust_remote_code=False))
         except Exception as error:  # whatever transformers says to a config
             raise FileError(
                 f"transformers makes no model of {path}: {type(error).__name__}: {str(error).strip()[:200]}",
@@ -275,7 +276,9 @@ def empty_model(config: Any) -> nn.Module:
     import transformers
 
     names: list[str] = getattr(config, "architectures", None) or []
-    kind: Any = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    every = (getattr(transformers, name, None) for name in names)
+    # A config may name anything: only a model is called.
+    kind: Any = next((k for k in every if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
     if kind is None:
         two = getattr(config, "is_encoder_decoder", False)
         kind = cast("Any", transformers.AutoModelForSeq2SeqLM if two else transformers.AutoModelForCausalLM).from_config

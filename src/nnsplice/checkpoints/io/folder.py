@@ -191,16 +191,19 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     form = '{"weight_map": {"name": "file", ...}}'
     try:
         found: Any = from_json(path.read_text(encoding="utf-8"), path)
-        files: dict[str, str] = dict(found["weight_map"].items())
+        named: dict[str, Any] = dict(found["weight_map"].items())
         metadata: Any = found.get("metadata") or {}
-        tied: dict[str, str] = dict((metadata.get("tied") or {}).items())
+        other_names: Any = metadata.get("tied") or {}
+        called: dict[str, Any] = dict(other_names.items())
     except FileError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path} is damaged: {error!r}", expected=form) from None
-    for name, other in (*files.items(), *tied.items()):
+    for name, other in (*named.items(), *called.items()):
         if not isinstance(other, str):
             raise FileError(f"{path} says {shown(other)} of {shown(name)}", expected=form)
+    files: dict[str, str] = named
+    tied: dict[str, str] = called
     for name, file in files.items():
         inside = PurePosixPath(file)
         if inside.is_absolute() or ".." in inside.parts or "\0" in file:
