@@ -383,8 +383,8 @@ class FileError(NnspliceError, ValueError):
 
     >>> ns.SavedActivation.from_file(ns.models.embedded("toy") / "config.json")
     Traceback (most recent call last):
-    nnsplice.errors.FileError: ... is damaged or no safetensors file: ...
-      expected: a file that SavedActivation.to_file wrote
+    nnsplice.errors.FileError: ... is cut off, damaged or no safetensors file: it has 814 bytes, its header ...
+      expected: 8 bytes of length, then a header
     """
 
 

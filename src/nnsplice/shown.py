@@ -25,7 +25,7 @@ def shown(name: object) -> str:
 
     >>> from nnsplice.shown import shown
     >>> print(shown("a\nb"), len(shown("a" * 5000)))
-    a\nb 219
+    a\nb 221
     """
     text = str(name)
     if len(text) > LONGEST:

@@ -260,3 +260,18 @@ def test_a_file_is_as_readable_as_any_other_that_is_made_here(tmp_path: Path) ->
     (tmp_path / "plain").touch()
     hand(*KEYS).to_file(tmp_path / "x")
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(not hasattr(os, "umask"), reason="modes of files are a matter of POSIX")
+def test_a_private_file_stays_private_when_it_is_written_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.chmod(0o600)
+    meanwhile: list[int] = []
+    real = safetensors.torch.save_file
+
+    def looking(tensors: Any, path: Path, metadata: Any) -> None:
+        meanwhile.append(path.stat().st_mode & 0o777)
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", looking)
+    hand(*KEYS).to_file(file)
+    assert file.stat().st_mode & 0o777 == 0o600 and meanwhile == [0o600]

@@ -63,7 +63,9 @@ def check_like_by_hand(model: Any, name: str, folder: Path) -> None:
     assert code == 0, text
     kind = hf.AutoModelForMaskedLM if name in MASKED else hf.AutoModelForCausalLM
     kind = hf.AutoModelForSeq2SeqLM if name in SEQ2SEQ else kind
-    again, told = cast("Any", kind).from_pretrained(folder / "few", output_loading_info=True, experts_implementation="eager")
+    again, told = cast("Any", kind).from_pretrained(
+        folder / "few", output_loading_info=True, experts_implementation="eager"
+    )
     assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
     whole = logits(model, name)
     cut_by_hand(model, 2)

@@ -196,7 +196,8 @@ def _described(config: Mapping[str, Any], words: str) -> dict[str, _Told]:
         ) from None
     states = cast("dict[str, torch.Tensor]", model.state_dict())
     found: dict[str, _Told] = {name: {"shape": list(tensor.shape)} for name, tensor in states.items()}
-    return found | {f"{name}." if name else "the model": _settings(module) for name, module in model.named_modules()}
+    modules = cast("dict[str, nn.Module]", dict(model.named_modules()))
+    return found | {f"{name}." if name else "the model": _settings(module) for name, module in modules.items()}
 
 
 def _settings(module: nn.Module) -> _Told:

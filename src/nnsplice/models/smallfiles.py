@@ -44,7 +44,9 @@ def _check_config(folder: Path, told: dict[str, Any]) -> None:
 
     names = told.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in cast("list[Any]", names)):
-        raise FileError(f"{folder / 'config.json'} says that architectures is {shown(names)}", expected="a list of names")
+        raise FileError(
+            f"{folder / 'config.json'} says that architectures is {shown(names)}", expected="a list of names"
+        )
     if told.get("model_type") not in CONFIG_MAPPING:
         return  # transformers says this well
     try:

@@ -262,7 +262,9 @@ def blueprint(folder: Path) -> nn.Module:
     text = text_of(path)
     if text not in _BLUEPRINTS:
         try:
-            _BLUEPRINTS[text] = empty_model(cast("Any", transformers.AutoConfig).from_pretrained(folder, trust_remote_code=False))
+            _BLUEPRINTS[text] = empty_model(
+                cast("Any", transformers.AutoConfig).from_pretrained(folder, trust_remote_code=False)
+            )
         except Exception as error:  # whatever transformers says to a config
             raise FileError(
                 f"transformers makes no model of {path}: {type(error).__name__}: {str(error).strip()[:200]}",
