@@ -196,7 +196,7 @@ def _described(config: Mapping[str, Any], words: str) -> dict[str, _Told]:
         ) from None
     states = cast("dict[str, torch.Tensor]", model.state_dict())
     found: dict[str, _Told] = {name: {"shape": list(tensor.shape)} for name, tensor in states.items()}
-    modules = cast("dict[str, nn.Module]", dict(model.named_modules()))
+    modules: dict[str, nn.Module] = dict(cast("Any", model).named_modules())
     return found | {f"{name}." if name else "the model": _settings(module) for name, module in modules.items()}
 
 
