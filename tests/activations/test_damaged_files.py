@@ -297,3 +297,18 @@ def test_files_without_these_notes_are_read_as_before(file: Path) -> None:
     del header["tensors"]
     safetensors.torch.save_file(safetensors.torch.load_file(file), file, {HEADER: json.dumps(header)})
     assert same(ns.SavedActivation.from_file(file), before)
+
+
+@pytest.mark.skipif(not hasattr(os, "umask"), reason="modes of files are a matter of POSIX")
+def test_a_private_file_stays_private_when_it_is_written_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.chmod(0o600)
+    meanwhile: list[int] = []
+    real = safetensors.torch.save_file
+
+    def looking(tensors: Any, path: Path, metadata: Any) -> None:
+        meanwhile.append(path.stat().st_mode & 0o777)
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", looking)
+    hand(*KEYS).to_file(file)
+    assert file.stat().st_mode & 0o777 == 0o600 and meanwhile == [0o600]

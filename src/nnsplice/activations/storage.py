@@ -22,8 +22,10 @@ from nnsplice.activations import lookup
 from nnsplice.activations.packs import Pack, Provenance, check_key, common_length
 from nnsplice.digests import checksum
 from nnsplice.errors import BadType, FileError, PathError
-from nnsplice.files import is_pickle, whole
+from nnsplice.files import from_json, is_pickle, whole
+from nnsplice.headers import Header, read_header
 from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.shown import shown
 
 HEADER = "nnsplice"
 KIND = "SavedActivation"
@@ -66,28 +68,30 @@ def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list
     before, problem = _stamp(path), None
     packs, provenance = [], Provenance()
     try:
+        told = read_header(path)
+        header = _header(path, told.metadata)
+        keys, rows = _keys(path, header, told)
         with safe_open(os.fspath(path), framework="pt") as file:
-            header = _header(path, file.metadata())
-            keys, rows = _keys(path, header, file)
             provenance = _provenance(path, header, rows)
             chosen = _everything(keys) if paths is None else _chosen(keys, engine.listed(paths), provenance)
             packs = [_pack(path, header, file, name, keys[name], numbers) for name, numbers in chosen.items()]
+    except FileError as error:
+        problem = error
     except (SafetensorError, RuntimeError) as error:
-        problem = f"{path} is damaged or no safetensors file: {error}"
+        problem = FileError(
+            f"{path} is damaged or no safetensors file: {error}", expected="a file that SavedActivation.to_file wrote"
+        )
     # safetensors opens a file twice, and may have met two.
     if _stamp(path) != before:
         raise FileError(f"{path} was replaced while it was read", expected="a file that nobody writes meanwhile")
     if problem is not None:
-        raise FileError(problem, expected="a file that SavedActivation.to_file wrote")
+        raise problem
     return packs, provenance
 
 
 def note(path: str | os.PathLike[str], name: str) -> str | None:
     """A further text of the header."""
-    from safetensors import safe_open
-
-    with safe_open(os.fspath(path), framework="pt") as file:
-        return (file.metadata() or {}).get(name)
+    return read_header(path).metadata.get(name)
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int]:
@@ -96,12 +100,12 @@ def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(HEADER)
+def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(HEADER)
     if text is None:
         raise FileError(f"{path} is a safetensors file without nnsplice's header, so no capture")
     try:
-        header = json.loads(text)
+        header = from_json(text, f"the header of {path}")
         known = header["kind"] == KIND and isinstance(header["keys"], dict) and isinstance(header["format"], int)
     except (ValueError, TypeError, KeyError):
         known = False
@@ -112,16 +116,18 @@ def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> di
     return header
 
 
-def _keys(path: str | os.PathLike[str], header: dict[str, Any], file: Any) -> tuple[dict[str, tuple[Path, ...]], int]:
+def _keys(
+    path: str | os.PathLike[str], header: dict[str, Any], file: Header
+) -> tuple[dict[str, tuple[Path, ...]], int]:
     """The keys of every tensor, checked against its shape, and how many rows there are; no tensor is read for it."""
-    held = set(file.keys())
+    held = set(file.entries)
     if held != set(header["keys"]):
-        names = ", ".join(sorted(held.symmetric_difference(header["keys"]))[:5])
+        names = ", ".join(map(shown, sorted(held.symmetric_difference(header["keys"]))[:5]))
         raise FileError(f"the header of {path} and the tensors in it do not agree on {names}")
     keys: dict[str, tuple[Path, ...]] = {}
     counts: set[int] = set()
     for name, texts in header["keys"].items():
-        shape = file.get_slice(name).get_shape()
+        shape = list(file.entries[name].shape)
         if not isinstance(texts, list) or len(shape) != 3 or len(texts) != shape[1] or not texts:
             listed = len(texts) if isinstance(texts, list) else "no"
             raise FileError(
@@ -137,7 +143,7 @@ def _keys(path: str | os.PathLike[str], header: dict[str, Any], file: Any) -> tu
             f"the tensors in {path} have {' and '.join(map(str, sorted(counts)))} rows", expected="one number"
         )
     for name in keys:
-        _check(path, name, "shape", list(file.get_slice(name).get_shape()), _written(header, name, 1))
+        _check(path, name, "shape", list(file.entries[name].shape), _written(header, name, 1))
     return keys, counts.pop() if counts else 0
 
 

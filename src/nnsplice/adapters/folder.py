@@ -17,6 +17,7 @@ from nnsplice.adapters.header import CONFIG, WEIGHTS, read_config, read_header
 from nnsplice.adapters.matrices import LoRAMatrices, bare, expert_name, experts_turned, is_transposed
 from nnsplice.atlas import peel
 from nnsplice.errors import FileError, ParamMappingError, circumstances
+from nnsplice.shown import shown
 
 #: Ways to start that change the base model's weights, so that the factors are not what was added to those it came with.
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -72,7 +73,7 @@ def _check_kind(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise FileError(
-            f"this is a {kind} adapter, whose change is no product of two factors with a scale",
+            f"this is a {shown(kind)} adapter, whose change is no product of two factors with a scale",
             expected="LoRA, or one of its variants",
             write="ExpertAdapter.from_model_delta(base, tuned, rank)   (with the adapter merged into `tuned`)",
         )
@@ -126,6 +127,9 @@ def _pairs(
         raise FileError(f"{module} has {', '.join(factors)}", expected="a pair of lora_A and lora_B")
     a, b = factors[first], factors[PAIRS[first]]
     parameter = _parameter(module, depth, config, modules, root)
+    lacking = [name for name in ("r", "lora_alpha") if config.get(name) is None]
+    if lacking:
+        raise FileError(f"{CONFIG} does not say {' and '.join(lacking)}, so the scale of the factors is not known")
     rank = _pattern(config, "rank_pattern", parameter or module, config["r"])
     alpha = _pattern(config, "alpha_pattern", parameter or module, config["lora_alpha"])
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

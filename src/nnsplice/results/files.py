@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from nnsplice.errors import BadType, FileError, NnspliceError, named
-from nnsplice.files import is_pickle, whole
+from nnsplice.files import from_json, is_pickle, whole
+from nnsplice.headers import read_header
 from nnsplice.results.table import Cell, Run, Table, settled
 
 HEADER = "nnsplice"
@@ -104,8 +105,8 @@ def read(path: str | os.PathLike[str]) -> Table:
             expected=WRITTEN,
         )
     try:
+        header = _header(path, read_header(path).metadata)
         with safe_open(os.fspath(path), framework="np") as file:
-            header = _header(path, file.metadata())
             held = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
             if held != {**_ARRAYS, **{name: kind for name, kind in _MORE.items() if name in held}}:
                 raise FileError(f"{path} is damaged: it holds {held}", expected=WRITTEN)
@@ -130,8 +131,8 @@ def read(path: str | os.PathLike[str]) -> Table:
     return table
 
 
-def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
-    header = json.loads((metadata or {}).get(HEADER, "null"))
+def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    header = from_json(metadata.get(HEADER, "null"), f"the header of {path}")
     kind = header.get("kind") if isinstance(header, dict) else None
     if kind != KIND:
         found = f"a {kind}" if isinstance(kind, str) else "a safetensors file of something else"

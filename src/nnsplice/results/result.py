@@ -19,6 +19,7 @@ from nnsplice.results import display, estimates, figure, files, labelled, mergin
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
 from nnsplice.results.table import Cell, Run, Table, settled
+from nnsplice.shown import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -273,7 +274,7 @@ class SweepResult:
         return cls(merging.merge([result.table for result in results]))
 
     def __repr__(self) -> str:
-        return display.text(self.table, self.metric)
+        return printable(display.text(self.table, self.metric))
 
     def _repr_html_(self) -> str:
         return display.html(self.table, self.metric)
