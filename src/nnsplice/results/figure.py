@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnsplice.errors import BadArgument
-from nnsplice.results import labelled
+from nnsplice.results import labelled, measures
 from nnsplice.results.table import AXES, Table
 
 if TYPE_CHECKING:
@@ -32,12 +32,10 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
     Args:
         prompt: which prompt; left out, the mean over all of them.
     """
-    prompts = grid.sizes["prompt"]
-    if prompt is not None and (isinstance(prompt, bool) or not -prompts <= prompt < prompts):
-        raise BadArgument(f"prompt={prompt}", expected=f"a number below {prompts}, or nothing for the mean over them")
-    if prompt is None and (problem := no_mean(table, grid.attrs["component"])):
-        raise BadArgument(problem, expected="one prompt", write="plot(prompt=0)")
-    values = labelled.mean(grid.values) if prompt is None else grid.values[prompt]
+    labelled.check_prompt(table, prompt)
+    if prompt is None and (problem := labelled.no_mean(table, grid.attrs["component"])):
+        raise BadArgument(problem, expected="one prompt, or roles of tokens", write="plot(prompt=0)")
+    values = measures.mean(grid.values) if prompt is None else grid.values[prompt]
     axes = [str(axis) for axis in grid.dims[1:]]
     down, across = sides(axes, [grid.sizes[axis] for axis in axes])
     labels = {axis: _labels(grid, axis, prompt) for axis in axes}
@@ -63,17 +61,6 @@ def sides(axes: list[str], sizes: list[int]) -> tuple[list[str], list[str]]:
         *across,
         *(["position"] if "position" in axes and not tokens else []),
     ]
-
-
-def no_mean(table: Table, kind: str) -> str | None:
-    """Why a mean over prompts would mix unlike things, where it would."""
-    of_kind = [n for n, cell in enumerate(table.cells) if cell.component == kind]
-    exists = table.exists[:, of_kind]
-    if (exists == exists[:1]).all():
-        return None
-    lengths = sorted({len(row) for row in table.tokens}) or ["different numbers of"]
-    counts = " and ".join(map(str, lengths)) if len(lengths) < 5 else f"{lengths[0]} to {lengths[-1]}"
-    return f"the prompts have {counts} tokens, so a column would be the mean of some of them only"
 
 
 def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:

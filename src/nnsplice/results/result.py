@@ -15,7 +15,7 @@ import numpy as np
 from nnsplice import plots
 from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.paths import Path
-from nnsplice.results import display, estimates, figure, files, labelled, merging, page
+from nnsplice.results import display, estimates, figure, files, labelled, measures, merging, page
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
 from nnsplice.results.table import Cell, Run, Table, settled
@@ -67,8 +67,7 @@ class SweepResult:
     @property
     def total_effect(self) -> np.ndarray:
         """What the corruption costs: clean less corrupted, per prompt."""
-        with labelled.quiet():
-            return self.table.clean - self.table.corrupted
+        return measures.span(self.table)
 
     @property
     def run(self) -> Run:
@@ -145,16 +144,25 @@ class SweepResult:
         """
         return self._array("value", component)
 
-    def effect(self, component: str | Path | None = None) -> xr.DataArray:
+    def effect(self, component: str | Path | None = None, *, per_prompt: bool = False) -> xr.DataArray:
         """The share of the way back: 0 where nothing was gained on the corrupted run, 1 where the clean is reached.
+
+        Each prompt's change is counted in the mean total effect of all prompts, so `.mean("prompt")` is the pooled
+        share: differences are averaged, then divided. A prompt whose corruption costs nearly nothing counts for nearly
+        nothing there.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", metric, progress=False)
         >>> result.effect().sel(prompt=0, layer=2).values.round(3)   # after the last layer only the last token is read
         array([0., 1.])
+
+        Args:
+            component: which kind of place, where several were changed.
+            per_prompt: each prompt's share of its own total effect instead; a warning names the prompts where that is
+                so small that their ratios are mostly noise.
         """
-        self._warn_of_no_span()
-        return self._array("effect", component)
+        self._warn(own=per_prompt)
+        return self._array("share" if per_prompt else "effect", component)
 
     def change(self, component: str | Path | None = None) -> xr.DataArray:
         """How far the metric moved from the corrupted run's: what an ablation asks."""
@@ -162,6 +170,8 @@ class SweepResult:
 
     def frame(self) -> pd.DataFrame:
         """A row for each prompt and cell that was measured, with the ends of its scale as columns.
+
+        The column `effect` is counted as in `effect()`: its mean over the prompts of a cell is the pooled share.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[2].output[:]", metric, progress=False)
@@ -172,14 +182,28 @@ class SweepResult:
         """
         return labelled.frame(self.table)
 
-    def best(self, n: int = 10) -> pd.DataFrame:
-        """The cells that matter most: by the size of their effect in the mean over prompts, shown with its sign.
+    def best(self, n: int = 10, *, prompt: int | None = None) -> pd.DataFrame:
+        """The cells that matter most, shown with their sign: by the size of their effect.
 
-        Where clean and corrupted runs are the same, as in an ablation, the change of the metric stands for the effect.
+        The effect is pooled over prompts: differences are averaged, then divided. Where clean and corrupted runs are
+        the same, as in an ablation, the change of the metric stands for it.
+
+        >>> metric = ns.logit_diff("w7", "w8")
+        >>> pairs = ["w3 w4", "w3 w9"], ["w5 w4", "w5 w9"]
+        >>> result = ns.sweep(model, *pairs, "layers[:].output[:]", metric, progress=False)
+        >>> result.best(1)["path"].tolist(), result.best(1)["effect"].round(3).tolist()
+        (['layers[2].output[1]'], [1.0])
+
+        Args:
+            prompt: of one prompt alone.
+
+        Raises:
+            BadArgument: the prompts have different lengths, so that a mean would mix unlike positions.
         """
+        labelled.check_prompt(self.table, prompt)
         if not self._is_flat:
-            self._warn_of_no_span()
-        return labelled.best(self.table, n)
+            self._warn(own=prompt is not None, prompt=prompt)
+        return labelled.best(self.table, n, prompt)
 
     def edges(self, prompt: int | None = None) -> pd.DataFrame:
         """A row for each edge that `"eap"` scored, the largest first: sender, receiver, score.
@@ -202,7 +226,7 @@ class SweepResult:
         of: str | None = None,
         ax: plots.Axes | None = None,
     ) -> plots.Axes:
-        """A heatmap: layer by token, or layer by head, the mean over prompts unless one is chosen.
+        """A heatmap: layer by token, or layer by head, pooled over prompts unless one is chosen.
 
         Args:
             component: which kind of place, where several were changed.
@@ -213,13 +237,16 @@ class SweepResult:
         chosen = of or self.shown
         if chosen not in ("effect", "value", "change"):
             raise BadArgument(f"of={of!r}", expected='"effect", "value" or "change"')
+        labelled.check_prompt(self.table, prompt)
         if chosen == "effect":
-            self._warn_of_no_span()
-        array = self._array(chosen, component)
+            self._warn(own=prompt is not None, prompt=prompt)
+        own = chosen == "effect" and prompt is not None
+        array = self._array("share" if own else chosen, component)
         plane = figure.plane(self.table, array, prompt)
         labels = {"effect": "share of the effect restored", "value": self.metric, "change": f"change of {self.metric}"}
         prompts = len(self.clean)
-        which = "" if prompts == 1 else f", mean of {prompts} prompts" if prompt is None else f", prompt {prompt}"
+        many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
+        which = "" if prompts == 1 else many if prompt is None else f", prompt {prompt}"
         return plots.heatmap(
             plane.values,
             rows=plane.rows,
@@ -284,20 +311,15 @@ class SweepResult:
         kind = kind_named(self.cells, component)
         if of == "value":
             return labelled.array(self.table, self.table.values, kind, self.metric)
-        if of == "effect":
-            return labelled.array(self.table, labelled.effect(self.table), kind, "effect")
-        return labelled.array(self.table, labelled.change(self.table), kind, f"change of {self.metric}")
+        if of in ("effect", "share"):
+            shares = measures.effect(self.table) if of == "effect" else measures.share(self.table)
+            return labelled.array(self.table, shares, kind, "effect")
+        return labelled.array(self.table, measures.change(self.table), kind, f"change of {self.metric}")
 
     @property
     def _is_flat(self) -> bool:
-        return bool(labelled.spanless(self.table).all())
+        return bool(measures.spanless(self.table).all())
 
-    def _warn_of_no_span(self) -> None:
-        flat = np.flatnonzero(labelled.spanless(self.table))
-        if len(flat):
-            numbers = ", ".join(map(str, flat[:8])) + (f", ... ({len(flat)} in all)" if len(flat) > 8 else "")
-            warnings.warn(
-                f"{self.metric} of clean and corrupted runs is the same for prompt {numbers}, so there is no share of "
-                "their difference: NaN there; change() has the differences themselves",
-                stacklevel=3,
-            )
+    def _warn(self, *, own: bool, prompt: int | None = None) -> None:
+        for doubt in measures.doubts(self.table, self.metric, own=own, prompt=prompt):
+            warnings.warn(doubt, stacklevel=3)
