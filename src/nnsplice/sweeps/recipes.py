@@ -117,7 +117,8 @@ def causal_trace(
         noise: its standard deviation, in those of the subject's token embeddings; or the noise itself,
             `[sample, token, width]`. A prompt's noise is the same whatever other prompts are traced beside it.
         samples: how many noised runs each number is the mean of; they share their noise across cells.
-        replace: put the noise in the place of the embeddings instead of adding it.
+        replace: put the noise in the place of the token embeddings instead of adding it; where a model adds positions
+            to them (GPT-2), those stay.
         answer: a token for each prompt; the one that the clean run puts first, if left out.
         options: those of `ns.run`.
     """
@@ -164,7 +165,9 @@ def _noised(
     model: engine.Model, given: Prompts, noise: float | Tensor, samples: int, overwrites: bool, seed: int
 ) -> Corruption:
     assert given.spans is not None
-    (place,) = engine.expand(model, f"{_read_by(model)}embed.output")
+    # Added noise is the same before and after positions are added; what takes the place of the embedding leaves them.
+    wanted = _embedding(model) if overwrites else f"{_read_by(model)}embed.output"
+    (place,) = engine.expand(model, wanted)
     bounds = given.spans["subject"]
     width = capture(model, given.take([0]), [place.at(0)]).get(place.at(0)).shape[-1]
     positions: list[tuple[int, ...]] = []
@@ -194,13 +197,18 @@ def _drawn(noise: float | Tensor, samples: int, tokens: int, width: int, seed: s
 
 def _spread(model: engine.Model, given: Prompts) -> float:
     """The standard deviation of the numbers in the subject's token embeddings, of one prompt."""
-    start_of = _read_by(model)
-    embed = Atlas.of(model).tower(parse_path(f"{start_of}embed.output")).embed
-    place = f"{start_of}embed.output" if embed is None else f"model.{_native(embed)}.output"
+    place = _embedding(model)
     assert given.spans is not None
     ((start, stop),) = given.spans["subject"]
     saved = capture(model, given, f"{place}[{','.join(map(str, range(start, stop)))},]")
     return float(torch.cat([tensor.flatten() for _, tensor in saved.items()]).double().std())
+
+
+def _embedding(model: engine.Model) -> str:
+    """What the token embedding gives, by itself; the stream that enters the first layer, where there is no such module."""
+    stream = f"{_read_by(model)}embed.output"
+    embed = Atlas.of(model).tower(parse_path(stream)).embed
+    return stream if embed is None else f"model.{_native(embed)}.output"
 
 
 def _native(module: str) -> str:
