@@ -134,7 +134,7 @@ def test_the_effect_of_a_prompt_on_request_is_the_share_of_its_own_way_back(resu
 
 
 def _two_ways() -> SweepResult:
-    """Cell 0 restores a tenth of the usual effect, and a lot of one that is nearly nothing; cell 1 half of the usual."""
+    """Cell 0 restores a tenth of the usual effect, and much of one that is nearly nothing; cell 1 half of the usual."""
     cells = [Cell(f"layers[{n}].output[0]", STREAM, layer=n, position=0) for n in (0, 1)]
     tokens = (("a",),) * 4
     corrupted = np.zeros(4)

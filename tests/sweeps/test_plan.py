@@ -101,7 +101,6 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
 
     return [
         (plan(CLEAN, CORRUPTED + " w1"), ShapeError, r"4 tokens, the corrupted one 5[\s\S]*align=\"end\""),
-        (lambda: ns.sweep(model, CLEAN, CLEAN, "embed", METRIC), BadArgument, r"the clean ones[\s\S]*ns\.ablate"),
         (plan(CLEAN, None), BadArgument, "corrupted is None, so patching would change nothing"),
         (plan([CLEAN, CLEAN], CORRUPTED), ShapeError, "2 clean prompts and 1 corrupted"),
         (plan(CLEAN, CORRUPTED, []), BadArgument, "no sites"),
@@ -224,3 +223,14 @@ def test_decoder_prompts_of_different_length_are_no_pair() -> None:
     corrupted = {"input_ids": torch.tensor([[3, 9, 5]]), "decoder_input_ids": torch.tensor([[0, 4]])}
     with pytest.raises(ShapeError, match="3 tokens, the corrupted one 2"):
         plan_sweep(two, clean, corrupted, "layers[1].output", METRIC)
+
+
+def test_a_clean_run_that_an_operation_never_sees_is_told() -> None:
+    model = wrap("gpt2")
+    for operation in ("zero", torch.zeros_like):
+        with pytest.warns(UserWarning, match=r"takes nothing from the clean prompts[\s\S]*clean=None"):
+            plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC, operation=operation)
+        plan_sweep(model, None, CORRUPTED, "layers[:].output", METRIC, operation=operation)
+        plan_sweep(model, CLEAN, None, "layers[:].output", METRIC, operation=operation)
+        # One that compares the two runs does see it.
+        plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", ns.kl_divergence(), operation=operation)

@@ -103,8 +103,8 @@ def doubts(table: Table, metric: str, *, own: bool, prompt: int | None = None) -
             return [_none(metric, told, np.flatnonzero(spanless(table)))]
         if way < SMALL * usual:
             return [
-                f"the total effects of the prompts have both signs and cancel: {way:.3g} in the mean, of {usual:.3g} in "
-                "size; shares of that are mostly noise. change() has the differences themselves"
+                f"the total effects of the prompts have both signs and cancel: {way:.3g} in the mean, of {usual:.3g} "
+                "in size; shares of that are mostly noise. change() has the differences themselves"
             ]
         return []
     flat = spanless(table)[chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from nnsplice.paths import Paths, Span
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.pruning import split
+from nnsplice.sweeps.pruning import same, split
 from nnsplice.sweeps.targets import Corruption, Target, targets_of
 
 
@@ -50,6 +51,7 @@ def plan_sweep(
     Args:
         model: for its tokens and places; the plan keeps no part of it.
         clean: where values come from: a text, texts, or token ids; prompt i of it belongs to prompt i of `corrupted`.
+            Where both prompts of a pair are the same, its cells are known to be the corrupted run's value.
         corrupted: the run that is edited; None edits the clean run.
         sites: paths; without positions, or with `[:]`, every position is a cell of its own.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
@@ -77,6 +79,7 @@ def plan_sweep(
         targets = targets_of(model, engine.listed(sites), edited, window, together)
         if chosen.name == "patch" and source is not None:
             _check_spans(targets, edited, source)
+        _tell(chosen, bound.metric, edited, source, corruption)
     of_decoder = bool(targets) and targets[0].tower == "decoder"
     tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
     asked = asked_of(model, edited, source, targets, bound, chosen, reference, window, align, seed, corruption)
@@ -159,6 +162,25 @@ def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: 
                 f"and the clean one has {a} token{'s' * (a != 1)}",
                 expected="a position that both prompts of a pair have, counted from the end",
             )
+
+
+def _tell(
+    operation: Operation, metric: Metric, edited: Prompts, source: Prompts | None, corruption: Corruption | None
+) -> None:
+    """Say so where a question is answered that may not be the one that was meant."""
+    if source is None or corruption is not None or source is edited:
+        return
+    if operation.name == "patch" and all(same(edited, source, row) for row in range(len(edited))):
+        warnings.warn(
+            "the corrupted prompts are the clean ones, so nothing can differ: every cell is the corrupted run's value",
+            stacklevel=4,
+        )
+    elif operation.name != "patch" and not metric.compares:
+        warnings.warn(
+            f"{operation.name} takes nothing from the clean prompts: the corrupted run is edited, and the clean one is "
+            "the upper end of its scale alone. corrupted=None edits the clean run, clean=None leaves the scale out",
+            stacklevel=4,
+        )
 
 
 def nothing_differs(found: str) -> BadArgument:

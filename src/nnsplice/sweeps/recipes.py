@@ -205,7 +205,7 @@ def _spread(model: engine.Model, given: Prompts) -> float:
 
 
 def _embedding(model: engine.Model) -> str:
-    """What the token embedding gives, by itself; the stream that enters the first layer, where there is no such module."""
+    """What the token embedding gives by itself; where there is no such module, the stream that enters the layers."""
     stream = f"{_read_by(model)}embed.output"
     embed = Atlas.of(model).tower(parse_path(stream)).embed
     return stream if embed is None else f"model.{_native(embed)}.output"

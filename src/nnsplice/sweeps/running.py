@@ -25,7 +25,7 @@ from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job, Plan
-from nnsplice.sweeps.planning import nothing_differs, plan_sweep
+from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
 
 
@@ -159,9 +159,6 @@ def sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
         align=align, seed=seed,
     )  # fmt: skip
-    a, b = plan.clean, plan.corrupted
-    if plan.operation.name == "patch" and a is not None and (a.ids, a.decoder_ids) == (b.ids, b.decoder_ids):
-        raise nothing_differs("the corrupted prompts are the clean ones")
     return run_fresh(
         plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress
     )
