@@ -9,7 +9,7 @@ import numpy as np
 
 from nnsplice.errors import BadArgument
 from nnsplice.results import labelled, measures
-from nnsplice.results.table import AXES, Table
+from nnsplice.results.table import AXES, OF_TOKENS, Table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,20 +47,18 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
         rows,
         columns,
         ".".join(down) or "place",
-        across[0] if len(across) > 1 and grid.sizes["position"] == 1 else ".".join(across) or "position",
+        across[0] if len(across) > 1 and grid.sizes[across[-1]] == 1 else ".".join(across) or "position",
     )
 
 
 def sides(axes: list[str], sizes: list[int]) -> tuple[list[str], list[str]]:
     """Which axes go down and which across: parts of a layer leave the width to the tokens where there are several."""
     parts = [axis for axis in axes if axis in AXES[1:]]
-    tokens = "position" in axes and (sizes[axes.index("position")] > 1 or not parts)
-    across = ["position"] if tokens else parts
+    named = [axis for axis in axes if axis in OF_TOKENS]
+    tokens = bool(named) and (sizes[axes.index(named[0])] > 1 or not parts)
+    across = named if tokens else [*parts, *named]
     # An axis that is on neither side has one label.
-    return [axis for axis in axes if axis == "layer" or (tokens and axis in parts)], [
-        *across,
-        *(["position"] if "position" in axes and not tokens else []),
-    ]
+    return [axis for axis in axes if axis == "layer" or (tokens and axis in parts)], across
 
 
 def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from nnsplice.errors import BadArgument
 from nnsplice.results import measures
-from nnsplice.results.table import AXES, Cell, Table
+from nnsplice.results.table import AXES, OF_TOKENS, Cell, Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +58,10 @@ def frame(table: Table) -> pd.DataFrame:
     cells = [table.cells[n] for n in numbers]
     columns: dict[str, Any] = {"prompt": prompts, "component": [cell.component for cell in cells], **_columns(cells)}
     columns["token"] = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
+    if any(cell.role is not None for cell in table.cells):
+        columns["role"] = [cell.role for cell in cells]
+    if table.counts is not None:
+        columns["n"] = table.counts[prompts, numbers].astype(int)
     columns["value"] = table.values[prompts, numbers]
     if table.exact is not None and table.edges is None:
         columns["exact"] = table.exact[prompts, numbers]
@@ -87,8 +91,10 @@ def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
     order = order[~np.isnan(size[order])]
     cells = [table.cells[number] for number in order]
     columns: dict[str, Any] = {"component": [cell.component for cell in cells]}
-    used = {axis for axis in (*AXES, "position") if any(getattr(cell, axis) is not None for cell in table.cells)}
+    used = {axis for axis in (*AXES, *OF_TOKENS) if any(getattr(cell, axis) is not None for cell in table.cells)}
     columns |= {axis: column for axis, column in _columns(cells).items() if axis in used}
+    if "role" in used:
+        columns["role"] = [cell.role for cell in cells]
     if len(table.clean) == 1:
         columns["token"] = [token(table, 0, cell.position) for cell in cells]
     columns |= {name: measures.mean(values)[order] for name, values in found.items()}
@@ -106,7 +112,8 @@ def only(table: Table, prompt: int) -> Table:
     """The table of one prompt."""
     row = [range(len(table.clean))[prompt]]
     arrays = {
-        name: getattr(table, name) for name in ("values", "done", "exists", "clean", "corrupted", "edges", "exact")
+        name: getattr(table, name)
+        for name in ("values", "done", "exists", "clean", "corrupted", "edges", "exact", "counts")
     }
     kept = {name: array[row] for name, array in arrays.items() if array is not None}
     return replace(table, tokens=tuple(table.tokens[n] for n in row) if table.tokens else (), **kept)
@@ -114,7 +121,8 @@ def only(table: Table, prompt: int) -> Table:
 
 def no_mean(table: Table, kind: str | None = None) -> str | None:
     """Why a mean over prompts would mix unlike things, where it would."""
-    of_kind = [n for n, cell in enumerate(table.cells) if kind in (None, cell.component)]
+    # A role is the same thing in every prompt, also where some lack it.
+    of_kind = [n for n, cell in enumerate(table.cells) if kind in (None, cell.component) and cell.role is None]
     exists = table.exists[:, of_kind]
     if (exists == exists[:1]).all():
         return None
@@ -140,7 +148,8 @@ def points(cells: Sequence[Cell]) -> tuple[dict[str, list[Label]], np.ndarray]:
     Raises:
         BadArgument: two cells stand at one point, where one of them would be lost.
     """
-    labels = {axis: found for axis in (*AXES, "position") if (found := _labels([getattr(c, axis) for c in cells]))}
+    axes = (*AXES, *OF_TOKENS)
+    labels = {axis: found for axis in axes if (found := _labels([getattr(c, axis) for c in cells]))}
     places = {axis: {label: n for n, label in enumerate(of)} for axis, of in labels.items()}
     taken: dict[tuple[int, ...], Cell] = {}
     for cell in cells:

@@ -18,6 +18,7 @@ from nnsplice.paths import Path
 from nnsplice.results import display, estimates, figure, files, labelled, measures, merging, page
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
+from nnsplice.results.roles import Roles, by_role
 from nnsplice.results.table import Cell, Run, Table, settled
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 class SweepResult:
     """The metric of every cell, with the two ends of its scale.
 
-    `grid()` has named axes (`prompt`, `layer`, then `head`, `group`, `neuron` or `expert`, then `position`), `frame()`
-    a row for each cell, `effect()` the share of the way from the corrupted to the clean run.
+    `grid()` has named axes (`prompt`, `layer`, then `head`, `group`, `neuron` or `expert`, then `position` or `role`),
+    `frame()` a row for each cell, `effect()` the share of the way from the corrupted to the clean run.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", metric, progress=False)
@@ -204,6 +205,27 @@ class SweepResult:
         if not self._is_flat:
             self._warn(own=prompt is not None, prompt=prompt)
         return labelled.best(self.table, n, prompt)
+
+    def by_role(self, roles: Roles | None = None) -> SweepResult:
+        """The same result by what the tokens are in their prompts, so that prompts of any length can be averaged.
+
+        By itself, from the span `"subject"`: `subject first`, `subject middle`, `subject last`, `first after`,
+        `further` and `last`, and every other span by its name. Of several tokens of a role the mean
+        is taken in each prompt; the column `n` of `frame()` counts them.
+
+        >>> prompts, subjects = ["w3 w4 w5 w6", "w3 w4 w6 w7 w9"], ["w4 w5", "w4"]
+        >>> traced = ns.causal_trace(model, prompts, subjects, samples=2, progress=False).by_role()
+        >>> traced.grid().role.values.tolist()
+        ['subject first', 'subject last', 'first after', 'further', 'last']
+
+        Args:
+            roles: names of one's own with their tokens: a token for all prompts, `{"last": -1}`, tokens for each,
+                `{"verb": [[3], [4, 5]]}`, or a span that the sweep was given, `{"end": "subject[-1]"}`.
+
+        Raises:
+            SpanError: nobody said where the subjects stand.
+        """
+        return SweepResult(by_role(self.table, roles))
 
     def edges(self, prompt: int | None = None) -> pd.DataFrame:
         """A row for each edge that `"eap"` scored, the largest first: sender, receiver, score.

@@ -11,8 +11,10 @@ import numpy as np
 
 from nnsplice.errors import BadArgument
 
-#: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them, `position` after).
+#: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them).
 AXES = ("layer", "head", "group", "neuron", "expert")
+#: What comes after them: which tokens were changed, by their numbers or by what they are.
+OF_TOKENS = ("position", "role")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Cell:
     expert: int | None = None
     #: A token of the prompt, a span's name (`"subject"`, `"subject"[-1]`), or None for all tokens at once.
     position: int | str | None = None
+    #: What the tokens are in their prompts (`"subject last"`), where cells are roles and no positions.
+    role: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,8 @@ class Table:
     #: The true metric where an estimate was checked, shaped like the values, or like the edges where there are some;
     #: NaN where it was not.
     exact: np.ndarray | None = None
+    #: `[prompt, cell]`: how many tokens a value is the mean of, where cells are roles.
+    counts: np.ndarray | None = None
 
 
 def settled(table: Table) -> Table:
@@ -100,6 +106,8 @@ def settled(table: Table) -> Table:
         found = getattr(table, name)
         if found is not None and np.shape(found) != scored:
             raise BadArgument(f"{name} has shape {list(np.shape(found))}", expected=f"{list(scored)}")
+    if table.counts is not None and np.shape(table.counts) != (prompts, len(cells)):
+        raise BadArgument(f"counts has shape {list(np.shape(table.counts))}", expected=f"{[prompts, len(cells)]}")
     if table.tokens and len(table.tokens) != prompts:
         raise BadArgument(f"the tokens are of {len(table.tokens)} prompts, the values of {prompts}")
     exists = np.array(table.exists, dtype=bool)
@@ -107,14 +115,16 @@ def settled(table: Table) -> Table:
     # `where` and not a product: what was not measured may be any number, and NaN is one value, not many.
     values = np.where(done, np.asarray(table.values, dtype=np.float64), np.nan)
     values[np.isnan(values)] = np.nan
-    edges, exact = (None if a is None else np.array(a, dtype=np.float64) for a in (table.edges, table.exact))
-    for array in (values, done, exists, clean, corrupted, edges, exact):
+    edges, exact, counts = (
+        None if a is None else np.array(a, dtype=np.float64) for a in (table.edges, table.exact, table.counts)
+    )
+    for array in (values, done, exists, clean, corrupted, edges, exact, counts):
         if array is not None:
             array.setflags(write=False)
     return replace(
         table, cells=cells, values=values, done=done, exists=exists, clean=clean, corrupted=corrupted,
         tokens=tuple(tuple(row) for row in table.tokens), asked=copy.deepcopy(dict(table.asked)),
-        edges=edges, exact=exact, receivers=tuple(table.receivers),
+        edges=edges, exact=exact, counts=counts, receivers=tuple(table.receivers),
     )  # fmt: skip
 
 

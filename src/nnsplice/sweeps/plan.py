@@ -83,28 +83,50 @@ class Plan:
         length, position = self.corrupted.lengths(target.tower)[prompt], target.position
         if not isinstance(position, int):
             return True
-        return -length <= position < length and position % length >= length - self._shared(target, prompt)
+        return -length <= position < length and self._partner(target, prompt, position % length) is not None
 
-    def _shared(self, target: Target, prompt: int) -> int:
-        """How many of the edited prompt's tokens, counted from its end, have a partner that values come from."""
-        length = self.corrupted.lengths(target.tower)[prompt]
-        if self.clean is None or self.align != "end" or self.operation.name != "patch":
-            return length
-        return min(length, self.clean.lengths(target.tower)[prompt])
+    def _partner(self, target: Target, prompt: int, token: int) -> int | None:
+        """The clean prompt's token that an edited one's corresponds to, where values come from there."""
+        if self.clean is None or self.align == "position" or self.operation.name != "patch":
+            return token
+        if self.align == "role":
+            return partner(self.corrupted, self.clean, prompt, token)
+        found = token + self.clean.lengths(target.tower)[prompt] - self.corrupted.lengths(target.tower)[prompt]
+        return found if found >= 0 else None
 
     def positions(self, target: Target, prompt: int, *, of_clean: bool = False) -> list[int]:
         """Which own tokens of a prompt the target means: in the run that is edited, or in the clean one."""
         prompts = self.clean if of_clean and self.clean is not None else self.corrupted
-        length = prompts.lengths(target.tower)[prompt]
-        position = target.position
-        if position is None:
-            return list(range(length - self._shared(target, prompt), length))
+        position, length = target.position, self.corrupted.lengths(target.tower)[prompt]
         if isinstance(position, Span):
             assert prompts.spans is not None
             start, stop = prompts.spans[position.name][prompt]
             if position.token is None:
                 return list(range(start, stop))
             return [(start if position.token >= 0 else stop) + position.token]
-        if position >= 0 and of_clean and self.align == "end":
-            position += length - self.corrupted.lengths(target.tower)[prompt]
-        return [position % length if position < 0 else position]
+        own = range(length) if position is None else [position % length if position < 0 else position]
+        pairs = [(token, self._partner(target, prompt, token)) for token in own]
+        return [there if of_clean else token for token, there in pairs if there is not None]
+
+
+def partner(edited: Prompts, source: Prompts, prompt: int, token: int) -> int | None:
+    """The token of the other prompt that is by its subject what this one is by its own; None where there is none."""
+    assert edited.spans is not None and source.spans is not None
+    here, there = (
+        _stretches(*prompts.spans["subject"][prompt], len(prompts.ids[prompt]))  # type: ignore[index]
+        for prompts in (edited, source)
+    )
+    for (start, stop), (first, last) in zip(here, there, strict=True):
+        if start <= token < stop:
+            return first + token - start if stop - start == last - first else None
+    return None
+
+
+def _stretches(start: int, stop: int, length: int) -> list[tuple[int, int]]:
+    """Before the subject, its first token, those between, its last, the first after it, those between, the last."""
+    after, end = min(stop + 1, length - 1), length - 1
+    inner = min(start + 1, stop - 1)
+    return [
+        (0, start), (start, inner), (inner, stop - 1), (stop - 1, stop),
+        (stop, max(after, stop)), (max(after, stop), max(end, stop)), (max(end, stop), length),
+    ]  # fmt: skip

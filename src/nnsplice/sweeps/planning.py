@@ -17,7 +17,7 @@ from nnsplice.metrics import Metric, MetricLike
 from nnsplice.paths import Paths, Span
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
-from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.plan import Plan, partner
 from nnsplice.sweeps.pruning import same, split
 from nnsplice.sweeps.targets import Corruption, Target, targets_of
 
@@ -60,7 +60,9 @@ def plan_sweep(
         window: how many neighbouring layers are changed together, clipped at the ends.
         spans: where named spans stand, as for `capture`; `{"clean": {...}, "corrupted": {...}}` where they differ.
         align: `"position"` for pairs of one length; `"end"` aligns tokens at the end: what a shorter clean prompt has
-            no partner for is no cell, and all tokens at once are those that have one.
+            no partner for is no cell, and all tokens at once are those that have one; `"role"` aligns them by what they
+            are beside the span `"subject"`: its first, its last, the first after it, the last of all, and stretches
+            between these where both have the same number of tokens.
         seed: of `resample` and `noise`.
         together: a site without positions means all tokens at once, as one cell.
         corruption: a change of every edited run's embeddings, beside or instead of other tokens.
@@ -114,9 +116,21 @@ def _prompts(
 
 
 def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
-    if align not in ("position", "end"):
-        raise BadArgument(f"align={align!r}", expected='"position" or "end"')
-    if source is None or align == "end":
+    if align not in ("position", "end", "role"):
+        raise BadArgument(f"align={align!r}", expected='"position", "end" or "role"')
+    if align == "role" and edited.decoder_ids is not None:
+        raise BadArgument(
+            'align="role" counts tokens from the subjects, which a model of two towers has in one of them alone',
+            expected='"position" or "end"',
+        )
+    if align == "role":
+        for prompts in (edited, source or edited):
+            if "subject" not in (prompts.spans or {}):
+                raise SpanError(
+                    'align="role" counts tokens from the subjects, and nobody said where they stand',
+                    expected='spans={"clean": {"subject": ...}, "corrupted": {"subject": ...}}',
+                )
+    if source is None or align != "position":
         return
     for tower in ("encoder", "decoder"):
         for row, (a, b) in enumerate(zip(source.lengths(tower), edited.lengths(tower), strict=True)):
@@ -125,7 +139,8 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
                     f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not "
                     "correspond",
                     expected="prompts of one length in a pair",
-                    write='align="end": the clean tokens count from the end, named spans in their own prompt',
+                    write='align="end": the clean tokens count from the end, named spans in their own prompt; or '
+                    'align="role", with the span "subject"',
                 )
 
 
@@ -156,6 +171,12 @@ def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: 
     lengths = edited.lengths("decoder")
     metric.check_lengths(lengths)
     for row, (a, b) in enumerate(zip((source or edited).lengths("decoder"), lengths, strict=True)):
+        if align == "role" and source is not None and partner(edited, source, row, metric.position % b) is None:
+            raise ShortRow(
+                f"pair {row}: {metric.name} reads [{metric.position}] of the corrupted prompt, whose role the clean "
+                "one does not have",
+                expected="a position that both prompts of a pair have by its role, such as the last",
+            )
         if align == "end" and a < (from_end := b - metric.position % b):
             raise ShortRow(
                 f"pair {row}: {metric.name} reads [{metric.position}] of the corrupted prompt, which is [-{from_end}], "

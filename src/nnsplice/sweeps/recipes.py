@@ -93,6 +93,7 @@ def causal_trace(
     subject: SpanText,
     *,
     kind: str = "residual",
+    sites: Paths | None = None,
     window: int = 1,
     noise: float | Tensor = 3.0,
     samples: int = 10,
@@ -109,10 +110,13 @@ def causal_trace(
     >>> result = ns.causal_trace(model, "w3 w4 w5 w6", "w4 w5", samples=2, progress=False)
     >>> result.grid().sizes
     Frozen({'prompt': 1, 'layer': 3, 'position': 4})
+    >>> result.by_role().grid().sizes     # prompts of any length, averaged by what their tokens are: .by_role().plot()
+    Frozen({'prompt': 1, 'layer': 3, 'role': 3})
 
     Args:
         subject: the subject in each prompt: one text, one for each prompt, or (start, stop) in tokens.
         kind: what is restored: the stream after each layer, or what its MLP or its attention adds.
+        sites: what is restored instead, as for `ns.sweep`; `'layers[:].output["subject"][-1]'` runs that role alone.
         window: how many neighbouring layers are restored together.
         noise: its standard deviation, in those of the subject's token embeddings; or the noise itself,
             `[sample, token, width]`. A prompt's noise is the same whatever other prompts are traced beside it.
@@ -125,6 +129,8 @@ def causal_trace(
     model = engine.as_model(model)
     if kind not in KINDS:
         raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))
+    if sites is not None and kind != "residual":
+        raise BadArgument(f"kind={kind!r} beside sites", expected="one of them, as sites say what is restored")
     if isinstance(noise, Tensor):
         if noise.dim() != 3:
             raise ShapeError(f"noise of shape {list(noise.shape)}", expected="[sample, token, width], or a number")
@@ -143,8 +149,9 @@ def causal_trace(
             raise ShapeError(f"{len(each)} answers for {len(given)} prompts", expected="one for each")
         repeated = [row for row in range(len(given)) for _ in range(samples)]
         corruption = _noised(model, given, noise, samples, replace, seed)
-    sites, metric = f"{_read_by(model)}{KINDS[kind]}[:]", probability([each[row] for row in repeated])
-    plan = plan_sweep(model, given.take(repeated), None, sites, metric, window=window, corruption=corruption)
+    restored = f"{_read_by(model)}{KINDS[kind]}[:]" if sites is None else sites
+    metric = probability([each[row] for row in repeated])
+    plan = plan_sweep(model, given.take(repeated), None, restored, metric, window=window, corruption=corruption)
     return _averaged(run_fresh(plan, model, **options), plan, samples)
 
 
