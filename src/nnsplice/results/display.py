@@ -31,7 +31,10 @@ def _lines(table: Table, metric: str) -> list[str]:
     lines = [f"{int(table.done.sum())} cells, {prompts} prompt{'s' * (prompts != 1)}, {metric}{part}", *kinds[:SHOWN]]
     if len(kinds) > SHOWN:
         lines.append(f"... and {len(kinds) - SHOWN} more kinds of place")
-    lines.append(f"clean {_ends(table.clean)}, corrupted {_ends(table.corrupted)}")
+    for at, name in enumerate(table.metrics):
+        lines.append(f"{name}: clean {_ends(table.clean[:, at])}, corrupted {_ends(table.corrupted[:, at])}")
+    if not table.metrics:
+        lines.append(f"clean {_ends(table.clean)}, corrupted {_ends(table.corrupted)}")
     if method := estimates.method_of(table):
         edges = "" if table.edges is None else f", of {int((~np.isnan(measures.mean(table.edges))).sum())} edges"
         lines.append(f"estimated by {method}{edges}, not measured")

@@ -118,6 +118,7 @@ def read(path: str | os.PathLike[str]) -> Table:
                 asked=header["asked"],
                 run=Run(**header["run"]),
                 receivers=tuple(header.get("receivers", ())),
+                metrics=tuple(header.get("metrics", ())),
             )
         )
         same = digest(table) == header["digest"]
@@ -146,7 +147,8 @@ def _texts(table: Table) -> dict[str, Any]:
     rows = (dataclasses.astuple(cell) for cell in table.cells)
     cells = [row if row[-1] is not None else row[:-1] for row in rows]  # most have no role
     texts: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
-    return {**texts, "receivers": table.receivers} if table.receivers else texts
+    more = {"receivers": table.receivers, "metrics": table.metrics}
+    return texts | {name: value for name, value in more.items() if value}
 
 
 def _number(value: Any) -> Any:

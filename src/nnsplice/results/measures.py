@@ -83,6 +83,11 @@ def size(table: Table, moved: np.ndarray) -> np.ndarray:
     return np.abs(mean(moved) if np.isnan(shares).all() else shares)
 
 
+def shown(table: Table) -> str:
+    """What a figure shows by itself: `"effect"`, or `"change"` where no prompt has one."""
+    return "change" if spanless(table).all() else "effect"
+
+
 def doubts(table: Table, metric: str, *, own: bool, prompt: int | None = None) -> list[str]:
     """What a reader of shares has to know: which are none, and which are too small to trust.
 

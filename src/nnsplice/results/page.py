@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.files import whole
-from nnsplice.results import estimates, figure, labelled, measures
+from nnsplice.results import estimates, figure, labelled, measures, several
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
 
@@ -25,31 +25,31 @@ from nnsplice.results.table import Table
 DIGITS = 7
 
 
-def write(path: str | os.PathLike[str], table: Table, metric: str, shown: str) -> None:
+def write(path: str | os.PathLike[str], table: Table, metric: str) -> None:
     """Write the page: the whole of it, or nothing."""
-    text = page(table, metric, shown)
+    text = page(table, metric)
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
-def page(table: Table, metric: str, shown: str) -> str:
+def page(table: Table, metric: str) -> str:
     """The page's text.
 
     Args:
-        metric: its name.
-        shown: what is drawn first: `"effect"`, `"value"` or `"change"`.
+        metric: its name; of several, the page lets one be chosen.
     """
     template = resources.files("nnsplice.results").joinpath("page.html").read_text(encoding="utf-8")
     before, between, after = template.split("@@")
     model = table.asked.get("model")
     title = f"{metric}, {model}" if isinstance(model, str) else metric
     # `<` could end the script that the data stands in; as an escape it is the same JSON.
-    data = json.dumps(_data(table, metric, shown), separators=(",", ":"), allow_nan=False)
+    each = {name: several.one(table, name) for name in table.metrics} or {metric: table}
+    data = json.dumps([_data(one, name) for name, one in each.items()], separators=(",", ":"), allow_nan=False)
     escaped = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return before + html.escape(title) + between + escaped + after
 
 
-def _data(table: Table, metric: str, shown: str) -> dict[str, Any]:
+def _data(table: Table, metric: str) -> dict[str, Any]:
     moved = measures.change(table)
     # One prompt shows its own share; all of them the pooled one, which is no mean of those.
     each = {"effect": measures.share(table), "change": moved, "value": table.values}
@@ -67,7 +67,7 @@ def _data(table: Table, metric: str, shown: str) -> dict[str, Any]:
         "model": _told(table.asked, "model"),
         "operation": _told(table.asked, "operation"),
         "method": estimates.method_of(table) or "",
-        "shown": shown,
+        "shown": measures.shown(table),
         "prompts": prompts,
         "kinds": [_kind(table, kind, each, pooled) for kind in kinds_of(table.cells)],
     }

@@ -15,7 +15,7 @@ import numpy as np
 from nnsplice import plots
 from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.paths import Path
-from nnsplice.results import display, estimates, figure, files, labelled, measures, merging, page
+from nnsplice.results import display, estimates, figure, files, labelled, measures, merging, page, several
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
 from nnsplice.results.roles import Roles, by_role
@@ -91,8 +91,15 @@ class SweepResult:
         return self.table.tokens
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics, in the order in which they were asked for."""
+        return self.table.metrics or (self.metric,)
+
+    @property
     def metric(self) -> str:
-        """The metric's name."""
+        """The metric's name; of several, all of them."""
+        if self.table.metrics:
+            return ", ".join(self.table.metrics)
         told = self.table.asked.get("metric")
         return str((told.get("name") if isinstance(told, Mapping) else told) or "value")
 
@@ -132,6 +139,20 @@ class SweepResult:
         return hash(self.digest)
 
     # --- numbers
+
+    def only(self, metric: str) -> SweepResult:
+        """The result of one of several metrics, the same as if it had been asked for alone.
+
+        >>> metrics = [ns.logit_diff("w7", "w8"), ns.probability("w7")]
+        >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", metrics, progress=False)
+        >>> result.grid().dims, result.metrics
+        (('prompt', 'metric', 'layer', 'position'), ('logit_diff', 'probability'))
+        >>> result.only("probability") == ns.sweep(
+        ...     model, "w3 w4", "w5 w4", "layers[:].output[:]", metrics[1], progress=False
+        ... )
+        True
+        """
+        return SweepResult(several.one(self.table, metric)) if metric not in self._alone else self
 
     def grid(self, component: str | Path | None = None) -> xr.DataArray:
         """The raw metric with named axes, NaN where a cell was not measured.
@@ -181,7 +202,7 @@ class SweepResult:
         0       0      2         0    w5  layers[2].output[0]
         1       0      2         1    w4  layers[2].output[1]
         """
-        return labelled.frame(self.table)
+        return several.frames(self.table, labelled.frame) if self.table.metrics else labelled.frame(self.table)
 
     def best(self, n: int = 10, *, prompt: int | None = None) -> pd.DataFrame:
         """The cells that matter most, shown with their sign: by the size of their effect.
@@ -201,6 +222,7 @@ class SweepResult:
         Raises:
             BadArgument: the prompts have different lengths, so that a mean would mix unlike positions.
         """
+        several.check_one(self.table, "best")
         labelled.check_prompt(self.table, prompt)
         if not self._is_flat:
             self._warn(own=prompt is not None, prompt=prompt)
@@ -256,6 +278,7 @@ class SweepResult:
             of: `"effect"`, `"value"` or `"change"`; the effect where there is one.
             ax: axes to draw on; a new figure when left out.
         """
+        several.check_one(self.table, "plot")
         chosen = of or self.shown
         if chosen not in ("effect", "value", "change"):
             raise BadArgument(f"of={of!r}", expected='"effect", "value" or "change"')
@@ -284,11 +307,11 @@ class SweepResult:
     @property
     def shown(self) -> str:
         """What a figure shows by itself: `"effect"`, or `"change"` where no prompt has one."""
-        return "change" if self._is_flat else "effect"
+        return measures.shown(self.table)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a page that stands by itself: pointing at a cell shows its address, token and numbers."""
-        page.write(path, self.table, self.metric, self.shown)
+        page.write(path, self.table, self.metric)
 
     # --- files and shards
 
@@ -329,8 +352,15 @@ class SweepResult:
 
     # --- inside
 
+    @property
+    def _alone(self) -> tuple[str, ...]:
+        return () if self.table.metrics else (self.metric,)
+
     def _array(self, of: str, component: str | Path | None) -> xr.DataArray:
         kind = kind_named(self.cells, component)
+        if self.table.metrics:
+            whole = several.arrays(self.table, lambda table: SweepResult(table)._array(of, kind))
+            return whole.assign_attrs(component=kind).rename("effect" if of == "share" else of)
         if of == "value":
             return labelled.array(self.table, self.table.values, kind, self.metric)
         if of in ("effect", "share"):
@@ -343,5 +373,7 @@ class SweepResult:
         return bool(measures.spanless(self.table).all())
 
     def _warn(self, *, own: bool, prompt: int | None = None) -> None:
-        for doubt in measures.doubts(self.table, self.metric, own=own, prompt=prompt):
-            warnings.warn(doubt, stacklevel=3)
+        for name in self.metrics:
+            table = several.one(self.table, name) if self.table.metrics else self.table
+            for doubt in measures.doubts(table, name, own=own, prompt=prompt):
+                warnings.warn(doubt, stacklevel=3)

@@ -81,6 +81,8 @@ class Table:
     #: The true metric where an estimate was checked, shaped like the values, or like the edges where there are some;
     #: NaN where it was not.
     exact: np.ndarray | None = None
+    #: The names of several metrics; then values, and the ends of the scale, have a last axis of them.
+    metrics: tuple[str, ...] = ()
     #: `[prompt, cell]`: how many tokens a value is the mean of, where cells are roles.
     counts: np.ndarray | None = None
 
@@ -91,9 +93,14 @@ def settled(table: Table) -> Table:
     Raises:
         BadArgument: the arrays do not fit each other.
     """
-    clean, corrupted = _vector(table.clean, "clean"), _vector(table.corrupted, "corrupted")
+    several = (len(table.metrics),) if table.metrics else ()
+    clean, corrupted = (_ends(getattr(table, name), name, several) for name in ("clean", "corrupted"))
     prompts, cells = len(clean), tuple(table.cells)
-    expected = {"corrupted": (prompts,), **dict.fromkeys(("values", "done", "exists"), (prompts, len(cells)))}
+    expected = {
+        "corrupted": (prompts, *several),
+        "values": (prompts, len(cells), *several),
+        **dict.fromkeys(("done", "exists"), (prompts, len(cells))),
+    }
     for name, shape in expected.items():
         found = np.shape(getattr(table, name))
         if found != shape:
@@ -113,7 +120,7 @@ def settled(table: Table) -> Table:
     exists = np.array(table.exists, dtype=bool)
     done = np.array(table.done, dtype=bool) & exists
     # `where` and not a product: what was not measured may be any number, and NaN is one value, not many.
-    values = np.where(done, np.asarray(table.values, dtype=np.float64), np.nan)
+    values = np.where(done[..., None] if several else done, np.asarray(table.values, dtype=np.float64), np.nan)
     values[np.isnan(values)] = np.nan
     edges, exact, counts = (
         None if a is None else np.array(a, dtype=np.float64) for a in (table.edges, table.exact, table.counts)
@@ -124,12 +131,15 @@ def settled(table: Table) -> Table:
     return replace(
         table, cells=cells, values=values, done=done, exists=exists, clean=clean, corrupted=corrupted,
         tokens=tuple(tuple(row) for row in table.tokens), asked=copy.deepcopy(dict(table.asked)),
-        edges=edges, exact=exact, counts=counts, receivers=tuple(table.receivers),
+        edges=edges, exact=exact, counts=counts, receivers=tuple(table.receivers), metrics=tuple(table.metrics),
     )  # fmt: skip
 
 
-def _vector(values: np.ndarray, name: str) -> np.ndarray:
+def _ends(values: np.ndarray, name: str, several: tuple[int, ...]) -> np.ndarray:
     array = np.array(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise BadArgument(f"{name} has shape {list(array.shape)}", expected="one number for each prompt")
+    if array.ndim != 1 + len(several) or array.shape[1:] != several:
+        raise BadArgument(
+            f"{name} has shape {list(array.shape)}",
+            expected="one number for each prompt" + (" and metric" if several else ""),
+        )
     return array

@@ -13,12 +13,13 @@ from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
-from nnsplice.metrics import Metric, MetricLike
+from nnsplice.metrics import Metric, Metrics, bound_of
 from nnsplice.paths import Paths, Span
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
 from nnsplice.sweeps.plan import Plan, partner
 from nnsplice.sweeps.pruning import same, split
+from nnsplice.sweeps.sequences import spread
 from nnsplice.sweeps.targets import Corruption, Target, targets_of
 
 
@@ -27,7 +28,7 @@ def plan_sweep(
     clean: PromptsLike | None,
     corrupted: PromptsLike | None,
     sites: Paths,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
@@ -54,7 +55,9 @@ def plan_sweep(
             Where both prompts of a pair are the same, its cells are known to be the corrupted run's value.
         corrupted: the run that is edited; None edits the clean run.
         sites: paths; without positions, or with `[:]`, every position is a cell of its own.
-        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
+        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; or several
+            of them, in a list or by names of one's own in a dictionary, all made of the same runs: the grid has an axis
+            `metric` then.
         operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function of the value.
         reference: the capture that `mean`, `resample` and `add` take values from.
         window: how many neighbouring layers are changed together, clipped at the ends.
@@ -76,7 +79,13 @@ def plan_sweep(
             raise nothing_differs("corrupted is None")
         _check_reference(chosen, reference)
         reference = None if reference is None else reference._located(model)
-        bound = Metric.of(metric).bind(engine.tokenizer_of(model), len(edited))
+        runs = None
+        if isinstance(metric, Metric) and metric.sequence:
+            runs = spread(model, metric, edited, source, align)
+            bound = runs.metric
+        else:
+            texts = edited.texts if edited.decoder_ids is None else None
+            bound = bound_of(metric, engine.tokenizer_of(model), len(edited), texts)
         _check_read(bound.metric, edited, source, align)
         targets = targets_of(model, engine.listed(sites), edited, window, together)
         if chosen.name == "patch" and source is not None:
@@ -84,8 +93,11 @@ def plan_sweep(
         _tell(chosen, bound.metric, edited, source, corruption)
     of_decoder = bool(targets) and targets[0].tower == "decoder"
     tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
-    asked = asked_of(model, edited, source, targets, bound, chosen, reference, window, align, seed, corruption)
+    told = bound.identity if runs is None else runs.identity
+    asked = asked_of(model, edited, source, targets, told, chosen, reference, window, align, seed, corruption)
     plan = Plan(edited, source, targets, bound, chosen, reference, align, seed, (), (), asked, corruption, tokens)
+    if runs is not None:
+        plan = replace(plan, corrupted=runs.corrupted, clean=runs.clean, owners=runs.owners, appended=runs.appended)
     jobs, known = split(model, plan)
     return replace(plan, jobs=jobs, known=known)
 

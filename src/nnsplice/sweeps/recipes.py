@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace as replaced
 from numbers import Real
 from typing import Any
@@ -19,7 +20,7 @@ from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
-from nnsplice.metrics import Answer, MetricLike, probability
+from nnsplice.metrics import Answer, Metrics, probability
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.plan import Plan
@@ -35,7 +36,7 @@ def ablate(
     model: Any,
     prompts: PromptsLike,
     sites: Paths,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     with_: str | Callable[[Tensor], Tensor] = "zero",
     reference: SavedActivation | None = None,
@@ -144,7 +145,7 @@ def causal_trace(
     with circumstances("ns.causal_trace"):
         given = encode(model, prompts, {"subject": subject})
         answers = _top(model, given) if answer is None else answer
-        each = [answers] * len(given) if isinstance(answers, str | int) else list(answers)
+        each = [answers] * len(given) if isinstance(answers, str | int | AbstractSet) else list(answers)
         if len(each) != len(given):
             raise ShapeError(f"{len(each)} answers for {len(given)} prompts", expected="one for each")
         repeated = [row for row in range(len(given)) for _ in range(samples)]

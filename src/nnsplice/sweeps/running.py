@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -17,7 +18,7 @@ from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics, Several
 from nnsplice.paths import Paths
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
@@ -26,6 +27,7 @@ from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
+from nnsplice.sweeps.sequences import summed
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
 
 
@@ -114,7 +116,8 @@ def _run(
     corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
     check_baselines(plan.metric, clean=clean, corrupted=corrupted)
 
-    with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress) as book:
+    names = plan.metric.names if isinstance(plan.metric, Several) else ()
+    with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress, len(names)) as book:
         for prompt, target in plan.known:
             book.values[prompt, target], book.done[prompt, target] = corrupted[prompt], True
         left = [job for job in plan.jobs if not book.done[job]]
@@ -124,7 +127,9 @@ def _run(
     book.warn_of_nan()
     about = Run(name, time.perf_counter() - start, **cost.told(), known=len(plan.known), note=note)
     cells = tuple(target.cell for target in plan.targets)
-    table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, plan.tokens, plan.asked, about)
+    texts = () if plan.owners else plan.tokens
+    table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about)
+    table = summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
     return SweepResult(table)
 
 
@@ -133,7 +138,7 @@ def sweep(
     clean: PromptsLike | None,
     corrupted: PromptsLike | None,
     sites: Paths,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
