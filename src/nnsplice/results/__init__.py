@@ -4,6 +4,7 @@ table           the measured values as plain arrays: Cell, Run, Table
 result          SweepResult: everything below as methods of one value
 kinds           which kind of place is meant
 measures        changes and shares of the way back, pooled over prompts
+uncertainty     intervals, tests and stability of averages over prompts
 labelled        grid with named axes, rows, the best cells
 roles           tokens by what they are in their prompts
 estimates       what estimates are made of, and how far off those were that were checked

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnsplice import plots
 from nnsplice.errors import BadArgument
 from nnsplice.results import labelled, measures
 from nnsplice.results.table import AXES, OF_TOKENS, Table
@@ -24,6 +25,34 @@ class Plane:
     columns: list[str]
     row_label: str
     column_label: str
+
+
+def draw(
+    table: Table,
+    array: xr.DataArray,
+    chosen: str,
+    prompt: int | None,
+    metric: str,
+    method: str | None,
+    ax: plots.Axes | None,
+) -> plots.Axes:
+    """A heatmap of an array of effects, values or changes, with all that its labels have to say."""
+    shown = plane(table, array, prompt)
+    labels = {"effect": "share of the effect restored", "value": metric, "change": f"change of {metric}"}
+    prompts = len(table.clean)
+    many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
+    which = "" if prompts == 1 else many if prompt is None else f", prompt {prompt}"
+    return plots.heatmap(
+        shown.values,
+        rows=shown.rows,
+        columns=shown.columns,
+        row_label=shown.row_label,
+        column_label=shown.column_label,
+        title=array.attrs["component"] + which + (f", estimated by {method}" if method else ""),
+        value_label=labels[chosen],
+        centre=None if chosen == "value" else 0.0,
+        ax=ax,
+    )
 
 
 def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:

@@ -15,7 +15,7 @@ import numpy as np
 from nnsplice import plots
 from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.paths import Path
-from nnsplice.results import display, estimates, figure, files, labelled, measures, merging, page, several
+from nnsplice.results import display, estimates, figure, files, labelled, measures, merging, page, several, uncertainty
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
 from nnsplice.results.roles import Roles, by_role
@@ -249,6 +249,62 @@ class SweepResult:
         """
         return SweepResult(by_role(self.table, roles))
 
+    # --- how sure the averages are
+
+    def ci(
+        self, level: float = 0.95, component: str | Path | None = None, *, draws: int = 2000, seed: int = 0
+    ) -> xr.DataArray:
+        """The interval of every pooled effect, by a bootstrap over prompts; of the mean change where there is none.
+
+        Prompts are drawn with replacement, each with all its cells, and the ends are the percentiles of what comes out;
+        an axis `end` has `"low"` and `"high"`. It is NaN where fewer than two prompts have a cell.
+
+        >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
+        >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
+        >>> result.ci(0.9).sizes
+        Frozen({'layer': 3, 'position': 1, 'end': 2})
+
+        Args:
+            level: the share of draws inside.
+            component: which kind of place, where several were changed.
+            draws: how many.
+            seed: of the draws.
+        """
+        several.check_one(self.table, "ci")
+        ends = uncertainty.interval(self.table, level, draws, seed)
+        import xarray as xr
+
+        both = [self._of_cells(ends[:, n], component) for n in (0, 1)]
+        return xr.concat(both, "end").assign_coords(end=["low", "high"]).transpose(..., "end").rename("ci")
+
+    def pvalue(self, component: str | Path | None = None, *, draws: int = 10_000, seed: int = 0) -> xr.DataArray:
+        """Of every cell, how likely its mean change is where the cell does nothing: by flipping signs of prompts.
+
+        Two-sided. All patterns of up to twelve prompts are tried, else so many are drawn. With thousands of cells some
+        are small by chance; no correction for that is made.
+
+        >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
+        >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
+        >>> float(result.pvalue().min()) >= 2 / 2**3       # three prompts cannot say more
+        True
+        """
+        several.check_one(self.table, "pvalue")
+        return self._of_cells(uncertainty.pvalues(self.table, draws, seed), component).rename("p")
+
+    def stability(self, k: int = 10, *, draws: int = 1000, seed: int = 0) -> float:
+        """How much of `best(k)` comes again with other prompts: 1 is all of it, in every draw.
+
+        Prompts are drawn with replacement; of each draw's first k cells and those of all prompts, the share of both
+        among either (Jaccard), in the mean.
+
+        >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
+        >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
+        >>> 0.0 <= result.stability(1) <= 1.0
+        True
+        """
+        several.check_one(self.table, "stability")
+        return uncertainty.stability(self.table, k, draws, seed)
+
     def edges(self, prompt: int | None = None) -> pd.DataFrame:
         """A row for each edge that `"eap"` scored, the largest first: sender, receiver, score.
 
@@ -287,22 +343,7 @@ class SweepResult:
             self._warn(own=prompt is not None, prompt=prompt)
         own = chosen == "effect" and prompt is not None
         array = self._array("share" if own else chosen, component)
-        plane = figure.plane(self.table, array, prompt)
-        labels = {"effect": "share of the effect restored", "value": self.metric, "change": f"change of {self.metric}"}
-        prompts = len(self.clean)
-        many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
-        which = "" if prompts == 1 else many if prompt is None else f", prompt {prompt}"
-        return plots.heatmap(
-            plane.values,
-            rows=plane.rows,
-            columns=plane.columns,
-            row_label=plane.row_label,
-            column_label=plane.column_label,
-            title=array.attrs["component"] + which + (f", estimated by {self.method}" if self.method else ""),
-            value_label=labels[chosen],
-            centre=None if chosen == "value" else 0.0,
-            ax=ax,
-        )
+        return figure.draw(self.table, array, chosen, prompt, self.metric, self.method, ax)
 
     @property
     def shown(self) -> str:
@@ -367,6 +408,14 @@ class SweepResult:
             shares = measures.effect(self.table) if of == "effect" else measures.share(self.table)
             return labelled.array(self.table, shares, kind, "effect")
         return labelled.array(self.table, measures.change(self.table), kind, f"change of {self.metric}")
+
+    def _of_cells(self, values: np.ndarray, component: str | Path | None) -> xr.DataArray:
+        """A number for each cell, on the axes of a grid without prompts."""
+        whole = np.broadcast_to(values, self.table.values.shape)
+        array = labelled.array(self.table, whole, kind_named(self.cells, component), "")
+        if "token" in array.coords and "prompt" in array.coords["token"].dims:
+            array = array.drop_vars("token")  # each prompt has tokens of its own
+        return array.isel(prompt=0, drop=True)
 
     @property
     def _is_flat(self) -> bool:

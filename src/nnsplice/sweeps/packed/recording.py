@@ -256,7 +256,8 @@ def _corruption(work: Work, root: nn.Module, block: nn.Module, prompts: Sequence
         return states
 
     def enter(_block: nn.Module, args: tuple, kwargs: dict) -> Any:
-        states = changed(args[0] if args else next(iter(kwargs.values())))
+        states: Any = args[0] if args else next(iter(kwargs.values()))
+        states = changed(states)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): states})
 
     if site.end == "output":  # the token embedding, before positions are added
