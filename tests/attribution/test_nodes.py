@@ -319,3 +319,20 @@ def test_attention_that_keeps_its_probabilities_to_itself_is_refused_for_queries
     with pytest.raises(ns.errors.BadArgument, match="see the probabilities"):
         attribute(model, "layers[:].heads[:].q", "atp*")
     assert np.ptp(attribute(model, ["layers[:].mlp", "layers[:].heads[:]"], "atp*").table.values) > 1e-4
+
+
+def test_pairs_by_role_have_the_gradients_of_their_own_tokens() -> None:
+    """At the last layer's last token nothing but a norm follows, and the estimate of a small step is the sweep's."""
+    clean, corrupted = "w3 w4 w5 w6 w7 w9 w10", "w13 w11 w14 w15 w16 w17 w6 w9 w20"
+    spans = {"clean": {"subject": (1, 3)}, "corrupted": {"subject": (2, 6)}}
+    options: Any = {"spans": spans, "align": "role", "progress": False}
+    model, sites = double("gpt2"), ["final_norm.output[-1]", "layers[:].output[:]"]
+    result = ns.attribute(model, clean, corrupted, sites, METRIC, **options)
+    exact = ns.sweep(model, clean, corrupted, sites, METRIC, **options)
+    assert (result.table.exists == exact.table.exists).all() and result.table.exists.sum() == 1 + 3 * 4
+    norm = [cell.path for cell in result.cells].index("final_norm.output[-1]")
+    assert abs(result.table.values[0, norm] - exact.table.values[0, norm]) < 1e-11
+    assert abs(exact.table.values[0, norm] - exact.corrupted[0]) > 1e-2
+    for method in ("ig", "atp*", "eap"):
+        with pytest.raises(ns.errors.BadArgument, match="token by token"):
+            ns.attribute(model, clean, corrupted, "layers[:].heads[:]", METRIC, method=method, **options)
