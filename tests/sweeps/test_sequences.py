@@ -102,7 +102,8 @@ def test_a_shorter_pair_is_aligned_at_its_prompts_end() -> None:
 
 
 def test_one_token_is_its_log_probability_and_ids_are_texts() -> None:
-    model, options = _double("gpt2"), {"progress": False}
+    model = _double("gpt2")
+    options: Any = {"progress": False}
     one = ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output", ns.sequence_log_probability("w7"), **options)
     plain = ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output", ns.log_probability("w7"), **options)
     np.testing.assert_allclose(one.table.values, plain.table.values, atol=1e-12)

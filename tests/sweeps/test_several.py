@@ -144,5 +144,6 @@ def test_what_makes_no_sense_is_refused(metric: Any, kind: type[Exception], mess
 
 
 def test_an_estimate_is_of_one_metric() -> None:
+    several: Any = LOCAL
     with pytest.raises(BadArgument, match="gradient of one metric"):
-        ns.attribute(wrap("gpt2"), CLEAN, CORRUPTED, SITES, LOCAL, progress=False)
+        ns.attribute(wrap("gpt2"), CLEAN, CORRUPTED, SITES, several, progress=False)

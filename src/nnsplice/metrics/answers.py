@@ -13,6 +13,8 @@ from nnsplice.errors import BadArgument, BadType
 Token = str | int | AbstractSet[str | int] | Sequence[str | int]
 #: One token or set for all prompts, or a list of one for each. For a single prompt a list is a set.
 Answer = str | int | AbstractSet[str | int] | Sequence[Token]
+#: An answer of several tokens, for all prompts or for each.
+TokenSequence = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 #: For each prompt its token, or the tokens of its set.
 Ids = tuple[int | tuple[int, ...], ...]
 

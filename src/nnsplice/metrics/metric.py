@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, ShortRow, named
-from nnsplice.metrics.answers import Answer, Ids, ids_of
+from nnsplice.metrics.answers import Answer, Ids, TokenSequence, ids_of
 
 #: `(logits, named token ids [row], reference)` -> `[row]`
 Rule = Callable[..., Tensor]
@@ -32,7 +32,7 @@ class Metric:
     name: str
     rule: Rule = field(repr=False)
     #: What it asks about: the rule's argument -> the token or tokens.
-    answers: Mapping[str, Answer] = field(default_factory=dict)
+    answers: Mapping[str, Answer | TokenSequence] = field(default_factory=dict)
     #: The position of the prompt whose logits it reads.
     position: int = -1
     #: Whether it compares with the logits of another run.

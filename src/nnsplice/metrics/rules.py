@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nnsplice.metrics.answers import Answer
+from nnsplice.metrics.answers import Answer, TokenSequence
 from nnsplice.metrics.metric import Metric
 
 
@@ -87,7 +87,7 @@ def js_divergence(*, position: int = -1) -> Metric:
     return Metric("js_divergence", _js_divergence, {}, position, compares=True)
 
 
-def sequence_log_probability(answer: str | list) -> Metric:
+def sequence_log_probability(answer: TokenSequence) -> Metric:
     """The logarithm of the probability of an answer of several tokens, each given those before it.
 
     A sweep appends the answer's tokens to clean and corrupted prompts alike; positions count the prompt's own tokens.

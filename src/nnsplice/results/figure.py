@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnsplice import plots
-from nnsplice.errors import BadArgument
 from nnsplice.results import labelled, measures
 from nnsplice.results.table import AXES, OF_TOKENS, Table
 
@@ -62,8 +61,7 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
         prompt: which prompt; left out, the mean over all of them.
     """
     labelled.check_prompt(table, prompt)
-    if prompt is None and (problem := labelled.no_mean(table, grid.attrs["component"])):
-        raise BadArgument(problem, expected="one prompt, or roles of tokens", write="plot(prompt=0)")
+    labelled.check_mean(table, prompt, "plot", grid.attrs["component"])
     values = measures.mean(grid.values) if prompt is None else grid.values[prompt]
     axes = [str(axis) for axis in grid.dims[1:]]
     down, across = sides(axes, [grid.sizes[axis] for axis in axes])

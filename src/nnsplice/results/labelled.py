@@ -78,8 +78,7 @@ def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise BadArgument(f"best({n!r})", expected="how many cells to show, at least 1")
     check_prompt(table, prompt)
-    if prompt is None and (problem := no_mean(table)):
-        raise BadArgument(problem, expected="one prompt, or roles of tokens", write=f"best({n}, prompt=0)")
+    check_mean(table, prompt, "best")
     if prompt is not None:
         table = only(table, prompt)
     moved = measures.change(table)
@@ -117,6 +116,14 @@ def only(table: Table, prompt: int) -> Table:
     }
     kept = {name: array[row] for name, array in arrays.items() if array is not None}
     return replace(table, tokens=tuple(table.tokens[n] for n in row) if table.tokens else (), **kept)
+
+
+def check_mean(table: Table, prompt: int | None, what: str, kind: str | None = None) -> None:
+    """Raise where all prompts are meant, and a mean over them would mix unlike things."""
+    if prompt is None and (problem := no_mean(table, kind)):
+        raise BadArgument(
+            problem, expected="one prompt, or roles of tokens", write=f"{what}(prompt=0), or by_role().{what}()"
+        )
 
 
 def no_mean(table: Table, kind: str | None = None) -> str | None:

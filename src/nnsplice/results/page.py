@@ -80,7 +80,7 @@ def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mappi
     axes = list(labels)
     down, across = figure.sides(axes, [len(of) for of in labels.values()])
     mean = len(table.clean) > 1 and labelled.no_mean(table, kind) is None
-    some = table.done[:, numbers].any(0).tolist()
+    some = [bool(table.done[:, n].any()) for n in numbers]
     return {
         "name": kind,
         "axes": axes,

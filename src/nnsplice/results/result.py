@@ -152,7 +152,9 @@ class SweepResult:
         ... )
         True
         """
-        return SweepResult(several.one(self.table, metric)) if metric not in self._alone else self
+        if metric not in self.metrics:
+            raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(self.metrics)}")
+        return SweepResult(several.one(self.table, metric)) if self.table.metrics else self
 
     def grid(self, component: str | Path | None = None) -> xr.DataArray:
         """The raw metric with named axes, NaN where a cell was not measured.
@@ -392,10 +394,6 @@ class SweepResult:
         return display.html(self.table, self.metric)
 
     # --- inside
-
-    @property
-    def _alone(self) -> tuple[str, ...]:
-        return () if self.table.metrics else (self.metric,)
 
     def _array(self, of: str, component: str | Path | None) -> xr.DataArray:
         kind = kind_named(self.cells, component)

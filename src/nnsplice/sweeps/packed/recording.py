@@ -260,8 +260,11 @@ def _corruption(work: Work, root: nn.Module, block: nn.Module, prompts: Sequence
         states = changed(states)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): states})
 
+    def embedded(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        return changed(out)
+
     if site.end == "output":  # the token embedding, before positions are added
-        return root.get_submodule(site.module).register_forward_hook(lambda _m, _a, out: changed(out))
+        return root.get_submodule(site.module).register_forward_hook(embedded)
     # Before what is kept of the same block: its rows begin with what the corrupted run enters it with.
     return block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
 
