@@ -81,7 +81,7 @@ def test_every_operation_is_the_same_in_every_executor(family: str, operation: A
     needs = operation in ("mean", "resample", "add")
     reference = ns.capture(model, ["w20 w21 w22", "w23 w24 w25"], [s if "[" in s[-4:] else f"{s}[:]" for s in sites])
     plan = plan_sweep(
-        model, None, CORRUPTED, sites, METRIC, operation=operation, reference=reference if needs else None, seed=3
+        model, CLEAN, CORRUPTED, sites, METRIC, operation=operation, reference=reference if needs else None, seed=3
     )
     batched, one = _values(plan, model, "batched"), _values(plan, model, "reference")
     assert np.nanmax(np.abs(batched - one)) < 1e-11

@@ -124,7 +124,7 @@ def test_metrics_at_another_position_spans_and_single_positions(family: str) -> 
         (["layers[:].heads[:].output[-1]", "layers[1].mlp.output[1]"], METRIC),
         ('layers[:].mlp.output["s"]', ns.probability("w7")),
     ):
-        plan = plan_sweep(model, None, CORRUPTED, sites, metric, spans=spans, operation="zero")
+        plan = plan_sweep(model, CLEAN, CORRUPTED, sites, metric, spans=spans, operation="zero")
         assert np.nanmax(np.abs(_values(plan, model, "packed") - _values(plan, model, "reference"))) < 1e-12
 
 

@@ -227,10 +227,11 @@ def test_decoder_prompts_of_different_length_are_no_pair() -> None:
 
 def test_a_clean_run_that_an_operation_never_sees_is_told() -> None:
     model = wrap("gpt2")
+    sites: Any = "layers[:].output[-1]"
     for operation in ("zero", torch.zeros_like):
         with pytest.warns(UserWarning, match=r"takes nothing from the clean prompts[\s\S]*clean=None"):
-            plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC, operation=operation)
-        plan_sweep(model, None, CORRUPTED, "layers[:].output", METRIC, operation=operation)
-        plan_sweep(model, CLEAN, None, "layers[:].output", METRIC, operation=operation)
+            ns.sweep(model, CLEAN, CORRUPTED, sites, METRIC, operation=operation, progress=False)
+        ns.sweep(model, None, CORRUPTED, sites, METRIC, operation=operation, progress=False)
+        ns.sweep(model, CLEAN, None, sites, METRIC, operation=operation, progress=False)
         # One that compares the two runs does see it.
-        plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", ns.kl_divergence(), operation=operation)
+        ns.sweep(model, CLEAN, CORRUPTED, sites, ns.kl_divergence(), operation=operation, progress=False)

@@ -90,7 +90,8 @@ def plan_sweep(
         targets = targets_of(model, engine.listed(sites), edited, window, together)
         if chosen.name == "patch" and source is not None:
             _check_spans(targets, edited, source)
-        _tell(chosen, bound.metric, edited, source, corruption)
+        if chosen.name == "patch" and corruption is None:
+            _tell_of_sameness(edited, source)
     of_decoder = bool(targets) and targets[0].tower == "decoder"
     tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
     told = bound.identity if runs is None else runs.identity
@@ -197,21 +198,11 @@ def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: 
             )
 
 
-def _tell(
-    operation: Operation, metric: Metric, edited: Prompts, source: Prompts | None, corruption: Corruption | None
-) -> None:
-    """Say so where a question is answered that may not be the one that was meant."""
-    if source is None or corruption is not None or source is edited:
-        return
-    if operation.name == "patch" and all(same(edited, source, row) for row in range(len(edited))):
+def _tell_of_sameness(edited: Prompts, source: Prompts | None) -> None:
+    """Say so where a question has an answer, and is not likely to be the one that was meant."""
+    if source is not None and source is not edited and all(same(edited, source, row) for row in range(len(edited))):
         warnings.warn(
             "the corrupted prompts are the clean ones, so nothing can differ: every cell is the corrupted run's value",
-            stacklevel=4,
-        )
-    elif operation.name != "patch" and not metric.compares:
-        warnings.warn(
-            f"{operation.name} takes nothing from the clean prompts: the corrupted run is edited, and the clean one is "
-            "the upper end of its scale alone. corrupted=None edits the clean run, clean=None leaves the scale out",
             stacklevel=4,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -164,6 +165,17 @@ def sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
         align=align, seed=seed,
     )  # fmt: skip
+    if (
+        clean is not None
+        and corrupted is not None
+        and plan.operation.name != "patch"
+        and not plan.metric.metric.compares
+    ):
+        warnings.warn(
+            f"{plan.operation.name} takes nothing from the clean prompts: the corrupted run is edited, and the clean one "
+            "is the upper end of its scale alone. corrupted=None edits the clean run, clean=None leaves the scale out",
+            stacklevel=2,
+        )
     return run_fresh(
         plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress
     )
