@@ -165,15 +165,11 @@ def sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
         align=align, seed=seed,
     )  # fmt: skip
-    if (
-        clean is not None
-        and corrupted is not None
-        and plan.operation.name != "patch"
-        and not plan.metric.metric.compares
-    ):
+    unseen = plan.operation.name != "patch" and not plan.metric.metric.compares
+    if unseen and clean is not None and corrupted is not None:
         warnings.warn(
-            f"{plan.operation.name} takes nothing from the clean prompts: the corrupted run is edited, and the clean one "
-            "is the upper end of its scale alone. corrupted=None edits the clean run, clean=None leaves the scale out",
+            f"{plan.operation.name} takes nothing from the clean prompts: the corrupted run is edited, and the clean "
+            "one is the upper end of its scale alone. corrupted=None edits the clean run, clean=None leaves the scale out",
             stacklevel=2,
         )
     return run_fresh(
