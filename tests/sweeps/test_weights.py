@@ -117,7 +117,8 @@ def test_only_what_was_tuned_has_an_effect():
             ids = torch.tensor([[3, 4, 5, 6]])
             tuned(ids, labels=ids).loss.backward()
             optimizer.step()
-    effect = ns.sweep_weights(model, tuned, "layers[:].heads[:]", METRIC, PROMPTS, progress=False).effect()
+    result = ns.sweep_weights(model, tuned, "layers[:].heads[:]", METRIC, PROMPTS, progress=False)
+    effect = result.effect(per_prompt=True)
     expected = np.zeros((3, 3, 4))
     expected[:, 1, 2] = 1.0
     assert np.array_equal(effect.values, expected)

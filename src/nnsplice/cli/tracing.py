@@ -17,7 +17,7 @@ from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.loading import Device, Dtype, loaded
 from nnsplice.cli.table import Row, aligned, say, show
-from nnsplice.errors import FileError, NnspliceError
+from nnsplice.errors import BadArgument, FileError, NnspliceError
 
 if TYPE_CHECKING:
     from nnsplice.metrics import Metric
@@ -270,7 +270,11 @@ def _ends(result: SweepResult) -> list[str]:
 def _best(result: SweepResult) -> tuple[list[Row], Row]:
     if result.table.edges is not None:
         return estimating.rows(result)
-    best = result.best(10)
+    try:
+        best = result.best(10)
+    except BadArgument as error:  # prompts of unlike length, whose positions have no mean
+        typer.echo(f"of prompt 0 alone, as {str(error).partition(chr(10))[0]}\n")
+        best = result.best(10, prompt=0)
     by = "change" if bool(best["effect"].isna().to_numpy().all()) else "effect"
     frame = result.frame()
     tokens = {path: set(texts) for path, texts in frame.groupby("path")["token"]}

@@ -27,8 +27,8 @@ FORMAT = 1
 WRITTEN = "a file that SweepResult.to_file wrote"
 
 _ARRAYS = {"values": "F64", "done": "BOOL", "exists": "BOOL", "clean": "F64", "corrupted": "F64"}
-#: What only estimates have.
-_MORE = {"edges": "F64", "exact": "F64"}
+#: What only estimates, and means by role, have.
+_MORE = {"edges": "F64", "exact": "F64", "counts": "F64"}
 
 
 def digest(table: Table) -> str:
@@ -119,6 +119,7 @@ def read(path: str | os.PathLike[str]) -> Table:
                 asked=header["asked"],
                 run=Run(**header["run"]),
                 receivers=tuple(header.get("receivers", ())),
+                metrics=tuple(header.get("metrics", ())),
             )
         )
         same = digest(table) == header["digest"]
@@ -144,9 +145,11 @@ def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
 
 def _texts(table: Table) -> dict[str, Any]:
     # Rows and not dictionaries: the names of a cell's fields would be most of the header.
-    cells = [dataclasses.astuple(cell) for cell in table.cells]
+    rows = (dataclasses.astuple(cell) for cell in table.cells)
+    cells = [row if row[-1] is not None else row[:-1] for row in rows]  # most have no role
     texts: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
-    return {**texts, "receivers": table.receivers} if table.receivers else texts
+    more = {"receivers": table.receivers, "metrics": table.metrics}
+    return texts | {name: value for name, value in more.items() if value}
 
 
 def _number(value: Any) -> Any:

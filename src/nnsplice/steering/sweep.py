@@ -114,7 +114,9 @@ def sweep(
         layers = _layers(rules)
     tokenizer = engine.tokenizer_of(model)
     if max_new_tokens is None:
-        bound = Metric.of(cast("MetricLike", metric)).bind(tokenizer, len(given))
+        bound = Metric.of(cast("MetricLike", metric)).bind(
+            tokenizer, len(given), given.texts if given.decoder_ids is None else None
+        )
         bound.metric.check_lengths(given.lengths("decoder"))
         plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
         told: Any = bound.identity

@@ -6,6 +6,7 @@ import warnings
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site
 from nnsplice.errors import ShortRow
 from nnsplice.paths import Span
@@ -29,6 +30,9 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
         for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
             if not plan.has(target, prompt):
                 continue  # this prompt has no such cell
+            if plan.operation.name == "patch" and plan.corruption is None and same(plan.corrupted, plan.clean, prompt):
+                known.append((prompt, number))
+                continue
             if not causal:
                 jobs.append((prompt, number))
                 continue
@@ -55,6 +59,14 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             stacklevel=4,
         )
     return tuple(jobs), tuple(known)
+
+
+def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:
+    """Whether both prompts of a pair are one, their spans and all, so that one patched into the other is itself."""
+    if source is None:
+        return False
+    a, b = edited.take([prompt]), source.take([prompt])
+    return (a.ids, a.decoder_ids, a.spans) == (b.ids, b.decoder_ids, b.spans)
 
 
 def _value(site: Site) -> tuple:

@@ -135,7 +135,8 @@ class _Runs:
         given = encode(base, prompts)
         if given.values is not None:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
-        bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given))
+        texts = given.texts if given.decoder_ids is None else None
+        bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
         bound.metric.check_lengths(given.lengths("decoder"))
         taken = inspect.signature(type(peel(base)).forward).parameters
         return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})

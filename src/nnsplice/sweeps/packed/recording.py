@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
+from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas, Tower, peel
 from nnsplice.sweeps.cost import Cost
 from nnsplice.sweeps.executors import Work
@@ -135,7 +136,7 @@ def _run(work: Work, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
     if work.plan.corruption is not None:
-        hooks.append(_corruption(work, blocks[0], prompts))
+        hooks.append(_corruption(work, root, blocks[0], prompts))
     inputs = work.plan.corrupted.inputs(prompts, work.model.device)
     assert isinstance(inputs, Mapping)
     fewer = {"logits_to_keep": 1} if engine.keeps_logits(work.model) else {}
@@ -242,19 +243,30 @@ def _at(value: Any, tokens: Tensor) -> Any:
     return value[tokens] if value.dim() == 1 else value[:, tokens]
 
 
-def _corruption(work: Work, block: nn.Module, prompts: Sequence[int]) -> Any:
+def _corruption(work: Work, root: nn.Module, block: nn.Module, prompts: Sequence[int]) -> Any:
     corruption = work.plan.corruption
     assert corruption is not None
+    site = site_of(corruption.place)
 
-    def corrupt(_block: nn.Module, args: tuple, kwargs: dict) -> Any:
-        states = (args[0] if args else next(iter(kwargs.values()))).clone()
+    def changed(states: Tensor) -> Tensor:
+        states = states.clone()
         for row, prompt in enumerate(prompts):
             tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(states)
             states[row, tokens] = value if corruption.overwrites else states[row, tokens] + value
+        return states
+
+    def enter(_block: nn.Module, args: tuple, kwargs: dict) -> Any:
+        states: Any = args[0] if args else next(iter(kwargs.values()))
+        states = changed(states)
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): states})
 
+    def embedded(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        return changed(out)
+
+    if site.end == "output":  # the token embedding, before positions are added
+        return root.get_submodule(site.module).register_forward_hook(embedded)
     # Before what is kept of the same block: its rows begin with what the corrupted run enters it with.
-    return block.register_forward_pre_hook(corrupt, with_kwargs=True, prepend=True)
+    return block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
 
 
 def first(value: Any) -> Tensor:
