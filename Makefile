@@ -17,7 +17,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 CALLS := tests/activations tests/attribution tests/engine tests/steering \
 	tests/sweeps/test_executors.py tests/sweeps/test_packing.py tests/packed tests/sweeps/test_threads.py
 
-.PHONY: help demo ci test check format versions test-lowest test-newest bench clean
+.PHONY: help demo ci test check format versions test-lowest test-newest families bench clean
 
 help:
 	@echo "make demo     see what nnsplice does, on a model that needs no download"
@@ -26,6 +26,8 @@ help:
 	@echo "make check    style, floors and types"
 	@echo "make format   repair the style"
 	@echo "make versions the tests with the lowest and with the newest versions that pyproject.toml allows"
+	@echo "make families judge every model family of transformers, and write docs/families.md (ONLY=llama for one;"
+	@echo "              RECORD=1 makes what is found what the tests expect)"
 	@echo "make bench    measure, and print a table"
 	@echo "make clean    remove caches, builds and demo output, and what make versions installed (.venv stays)"
 	@echo
@@ -79,6 +81,10 @@ test-lowest test-newest: test-%:
 		{ echo "the $* versions could not be installed here (pip says why above), so nothing was tested with them"; exit 1; }
 	@echo "== the tests, with $$(.venv-$*/bin/python tests/versions.py installed)"
 	@.venv-$*/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(ROOMS)
+
+families: $(READY)
+	@echo "== the model families"
+	@$(BIN)/python tests/families/table.py $(if $(RECORD),--record) $(if $(ONLY),--only $(ONLY))
 
 bench: $(READY)
 	@echo "== benchmarks"

@@ -106,6 +106,47 @@ def goes_on(folder: Path, rank: int, size: int) -> Result:
     return {"said": said, "kept": kept, "same": same, "left": sorted(path.name for path in folder.glob(".ck*"))}
 
 
+def killed(folder: Path, rank: int, size: int) -> Result:
+    """The last process is killed in the middle; the others say so, the old checkpoint stays, and one goes on alone."""
+    write_together(folder, rank, size)
+    before = everything(folder / "ck")
+    distributed.barrier()
+    whole = ck.Parallel([ck.Rename(name, f"made.{name}") for name in states()])
+    own = ck.Shard(whole, size, rank)
+    needed = {name for group in own.state_dependency_groups() for name in group.inputs}
+
+    def offered():
+        for number, (name, tensor) in enumerate((n, t) for n, t in states().items() if n in needed):
+            if rank == size - 1 and number == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield name, tensor
+
+    said = ""
+    try:
+        ck.write_model_state_distributed(folder / "ck", own, offered(), world(), 0.3 * KB, False)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    after = everything(folder / "ck")
+    same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return {"said": said, "same": same, "left": sorted(path.name for path in folder.glob(".ck*"))}
+
+
+def killed_before_it_is_gathered(folder: Path, rank: int, size: int) -> Result:
+    """A process is killed while a tensor that is spread over it is asked for."""
+    mesh = mesh_of(size, True)
+    number = mesh.get_local_rank("pp")
+    stage = Stage(number, mesh)
+    mapper = ck.Parallel([ck.Identity(f"stage{number}.a"), ck.Identity(f"stage{number}.b")])
+    if rank == size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    said = ""
+    try:
+        ck.save_model_state_pipeline_parallel(folder / "ck", mapper, mesh, "pp", [stage], 1 * KB, False)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    return {"said": said, "same": not (folder / "ck").exists(), "left": sorted(p.name for p in folder.glob(".ck*"))}
+
+
 def collide(folder: Path, rank: int, size: int) -> Result:
     """Two processes write the same name."""
     try:
@@ -231,6 +272,8 @@ SCENARIOS: dict[str, Callable[[Path, int, int], Result]] = {
     "shards": shards,
     "one fails": one_fails,
     "goes on": goes_on,
+    "killed": killed,
+    "killed before it is gathered": killed_before_it_is_gathered,
     "collide": collide,
     "leaves": leaves,
     "own slice": own_slice,
@@ -256,7 +299,8 @@ def run(folder: Path, size: int, name: str) -> None:
             except Exception as error:
                 result, code = {"error": repr(error)}, 1
             (folder / f"rank{rank}.json").write_text(json.dumps(result))
-            distributed.destroy_process_group()
+            if not name.startswith("killed"):  # which waits for those that are gone
+                distributed.destroy_process_group()
             os._exit(code)
         children.append(child)
     started = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import nnsplice as ns
+from models import bpe
 from nnsplice.errors import BadArgument, BadType
 from zoo import tokenizer
 
@@ -88,6 +90,82 @@ def test_texts_are_read_by_the_tokenizer() -> None:
     assert bound.identity == ns.logit_diff([7, 9], 8).bind(None, 2).identity
     assert ns.logit_diff("w7", "w8").at(2).bind(tokenizer(), 1).identity["position"] == 2
     assert ns.probability("w7", position=3).position == 3
+
+
+# --- sets of answers
+
+
+SETS, LESS = [{4, 5}, {11}, {0, 2, 3}], [{7}, {1, 8}, {6}]
+
+
+def test_a_set_of_answers_counts_as_one_token_with_their_sum() -> None:
+    probabilities = LOGITS.softmax(-1)
+    sums = torch.stack([probabilities[row, sorted(one)].sum() for row, one in enumerate(SETS)])
+    wrong = torch.stack([probabilities[row, sorted(one)].sum() for row, one in enumerate(LESS)])
+    torch.testing.assert_close(ns.probability(SETS)(LOGITS), sums)
+    torch.testing.assert_close(ns.log_probability(SETS)(LOGITS), sums.log())
+    torch.testing.assert_close(ns.logit_diff(SETS, LESS)(LOGITS), (sums / wrong).log())
+    ranks = [min(int((LOGITS[row] > LOGITS[row, token]).sum()) for token in one) for row, one in enumerate(SETS)]
+    assert ns.rank(SETS)(LOGITS).tolist() == ranks
+    # One set for all prompts; lists of one for each; a list for a single prompt.
+    torch.testing.assert_close(ns.probability({4, 5})(LOGITS), probabilities[:, [4, 5]].sum(-1))
+    torch.testing.assert_close(ns.probability([[4, 5], 11, (0, 2, 3)])(LOGITS), sums)
+    torch.testing.assert_close(ns.probability([4, 5])(LOGITS[:1]), probabilities[:1, [4, 5]].sum(-1))
+    assert ns.probability([{4}, {5}, {11}]).bind(None, 3).identity == ns.probability([4, 5, 11]).bind(None, 3).identity
+    bound = ns.logit_diff(SETS, LESS).bind(None, 3)
+    assert bound.identity["ids"] == {"answer": [[4, 5], 11, [0, 2, 3]], "wrong": [7, [1, 8], 6]}
+    for order in ([2, 0, 0], [1], [1, 2]):
+        at = LOGITS[order]
+        local = bound.of_tokens(at.gather(-1, bound.tokens(order)), order)
+        torch.testing.assert_close(local, bound(at, order))
+
+
+def test_accuracy_is_whether_the_answer_is_first() -> None:
+    top = LOGITS.argmax(-1).tolist()
+    assert ns.accuracy(top)(LOGITS).tolist() == [1.0, 1.0, 1.0]
+    assert ns.accuracy([top[0], top[1], (top[2] + 1) % 12])(LOGITS).tolist() == [1.0, 1.0, 0.0]
+    assert ns.accuracy([{top[0], (top[0] + 1) % 12}, {(top[1] + 1) % 12}, {top[2]}])(LOGITS).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_the_divergence_of_jensen_and_shannon() -> None:
+    p, q = LOGITS.softmax(-1), OTHER.softmax(-1)
+    middle = (p + q) / 2
+    expected = ((p * (p / middle).log()).sum(-1) + (q * (q / middle).log()).sum(-1)) / 2
+    torch.testing.assert_close(ns.js_divergence()(LOGITS, OTHER), expected)
+    torch.testing.assert_close(ns.js_divergence()(OTHER, LOGITS), expected)
+    sure = torch.tensor([[500.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(ns.js_divergence()(sure, sure.flip(-1)), torch.tensor([2.0]).double().log())
+    assert ns.js_divergence()(LOGITS, LOGITS).abs().max() < 1e-15
+
+
+# --- the token that follows a prompt
+
+
+def test_a_word_without_its_space_is_told_where_the_tokenizer_makes_another_token_of_it() -> None:
+    words = bpe.tokenizer()
+    (spaced,), (bare,) = (words(text, add_special_tokens=False)["input_ids"] for text in (" Paris", "Paris"))
+    assert spaced != bare
+    with pytest.warns(UserWarning, match=r"'Paris', given to logit_diff as answer=[\s\S]*write answer=' Paris'"):
+        ns.logit_diff("Paris", " Rome").bind(words, 1, ["The Tower is in"])
+    with pytest.warns(UserWarning, match="'Rome', given to probability"):
+        ns.probability({" Paris", "Rome"}).bind(words, 1, ["The Tower is in:"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ns.logit_diff(" Paris", " Rome").bind(words, 1, ["The Tower is in"])
+        ns.probability({" Paris", "Paris"}).bind(words, 1, ["The Tower is in"])  # both are meant
+        ns.probability(bare).bind(words, 1, ["The Tower is in"])  # an id is what it is
+        for ending in ("The Tower is in ", 'The Tower is "', "The Tower is in\n", "The Tower is ("):
+            ns.probability("Paris").bind(words, 1, [ending])
+        # A tokenizer of whole words has one token for both.
+        ns.probability("w7").bind(tokenizer(), 1, ["w3 w4"])
+
+
+def test_the_advice_for_an_answer_of_several_tokens_is_one_that_works() -> None:
+    words = bpe.tokenizer()
+    with pytest.raises(BadArgument, match=r"is 7 tokens[\s\S]*ns\.sequence_log_probability\(' Velmar'\)"):
+        ns.probability(" Velmar").bind(words, 1)
+    with pytest.raises(BadArgument, match="they have to stand in the prompts"):
+        ns.sequence_log_probability(" Velmar").bind(words, 1)
 
 
 def _bad() -> list[tuple[Callable[[], Any], type[Exception], str]]:

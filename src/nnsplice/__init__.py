@@ -10,7 +10,8 @@ One address language for every part of a model, and many views of an address. Th
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     Metric, logit_diff, probability,              from the logits of a run to one number per row
-    log_probability, rank, kl_divergence
+    log_probability, sequence_log_probability,
+    rank, accuracy, kl_divergence, js_divergence
     steering                                      directions fitted, applied, swept and saved
     weights                                       which parameters a place has; swapped, ablated, frozen, compared
     adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
@@ -27,7 +28,17 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
     from nnsplice.engine import expand
-    from nnsplice.metrics import Metric, kl_divergence, log_probability, logit_diff, probability, rank
+    from nnsplice.metrics import (
+        Metric,
+        accuracy,
+        js_divergence,
+        kl_divergence,
+        log_probability,
+        logit_diff,
+        probability,
+        rank,
+        sequence_log_probability,
+    )
     from nnsplice.models import load
     from nnsplice.paths import Path, parse_path
     from nnsplice.results import SweepResult
@@ -41,6 +52,7 @@ __all__ = [
     "SavedActivation",
     "SweepResult",
     "ablate",
+    "accuracy",
     "adapters",
     "attribute",
     "capture",
@@ -48,6 +60,7 @@ __all__ = [
     "checkpoints",
     "errors",
     "expand",
+    "js_divergence",
     "kl_divergence",
     "load",
     "log_probability",
@@ -62,6 +75,7 @@ __all__ = [
     "rank",
     "run",
     "save_activations",
+    "sequence_log_probability",
     "steering",
     "sweep",
     "sweep_weights",
@@ -77,7 +91,17 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
     "engine": ("expand",),
-    "metrics": ("Metric", "kl_divergence", "log_probability", "logit_diff", "probability", "rank"),
+    "metrics": (
+        "Metric",
+        "accuracy",
+        "js_divergence",
+        "kl_divergence",
+        "log_probability",
+        "logit_diff",
+        "probability",
+        "rank",
+        "sequence_log_probability",
+    ),
     "models": ("load",),
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),

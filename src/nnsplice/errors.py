@@ -40,6 +40,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+from nnsplice.shown import printable, shown
+
 __all__ = [
     "BadArgument",
     "BadType",
@@ -115,7 +117,7 @@ class NnspliceError(Exception):
             lines.append(f"  expected: {expected}")
         if write is not None:
             lines.append(f"  write: {write}")
-        super().__init__("\n".join(lines))
+        super().__init__(printable("\n".join(lines)))  # it may quote a name out of a file
 
     def __str__(self) -> str:
         # KeyError would show the repr of its message, with every line break escaped.
@@ -381,8 +383,8 @@ class FileError(NnspliceError, ValueError):
 
     >>> ns.SavedActivation.from_file(ns.models.embedded("toy") / "config.json")
     Traceback (most recent call last):
-    nnsplice.errors.FileError: ... is damaged or no safetensors file: ...
-      expected: a file that SavedActivation.to_file wrote
+    nnsplice.errors.FileError: ... is cut off, damaged or no safetensors file: it has 814 bytes, its header ...
+      expected: 8 bytes of length, then a header
     """
 
 
@@ -429,7 +431,7 @@ def circumstances(text: str) -> Iterator[None]:
     try:
         yield
     except NnspliceError as error:
-        error.args = (f"{error.args[0]}\n  in: {text}",)
+        error.args = (f"{error.args[0]}\n  in: {printable(text)}",)
         raise error from None
 
 
@@ -437,6 +439,6 @@ def closest(name: str, names: Iterable[str], n: int = 3) -> str:
     """The names most like `name`, as text for a message; all of them when there are few and none is close."""
     names = list(dict.fromkeys(names))
     near = get_close_matches(name, names, n=n, cutoff=0.5)
-    shown = near or names[: 2 * n]
+    chosen = near or names[: 2 * n]
     more = "" if near or len(names) <= 2 * n else f", ... ({len(names)} in all)"
-    return ", ".join(shown) + more if shown else "nothing"
+    return ", ".join(map(shown, chosen)) + more if chosen else "nothing"

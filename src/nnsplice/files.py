@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from nnsplice.errors import FileError
 
 
 @contextmanager
@@ -18,7 +22,9 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what every new file gets here; safetensors would let nobody else read it
+        # What every new file gets here (safetensors would let nobody else read it), or what the old one has.
+        mode = (target if target.is_file() else temporary).stat().st_mode
+        temporary.chmod(0o600)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -34,3 +40,32 @@ def is_pickle(path: str | os.PathLike[str]) -> bool:
         start = file.read(9)
     # The length of a safetensors header can begin with the very bytes of a pickle; the header itself begins with {.
     return start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def from_json(text: str | bytes, of: object) -> Any:
+    """What a JSON text says, whoever wrote it.
+
+    Args:
+        of: what the text is, for the message.
+
+    Raises:
+        FileError: it is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise FileError(f"{of} is damaged: it is nested deeper than anything of use", expected="JSON") from None
+    except ValueError as error:
+        raise FileError(f"{of} is damaged, or no JSON: {error}", expected="JSON") from None
+
+
+def text_of(path: str | os.PathLike[str]) -> str:
+    """What stands in a file of text.
+
+    Raises:
+        FileError: it is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is damaged, or no text: {error}", expected="text in UTF-8") from None

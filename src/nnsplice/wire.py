@@ -5,6 +5,7 @@ the standard library only, know no other part of nnsplice, and take and return p
 Local runs use the very same functions.
 
     unpack / repack     the tensor in a module's value, and the value again around another tensor
+    spread              whether a tensor is spread over processes
     as_rows             [prompt, token, width], also where a model keeps its tokens flat
     pick / put          chosen tokens and columns out of a tensor, and into a copy of it
     read_all, write_all what a remote run does: all the accesses of a plan, in order
@@ -33,7 +34,20 @@ def unpack(value: Any, item: int | None = None) -> Tensor:
         raise ValueError(f"element [{item}] was asked for, but the value is no container: {type(value).__name__}")
     if not isinstance(value, Tensor):
         raise ValueError(f"a {type(value).__name__} stands there, not a tensor")
+    how = spread(value)
+    if how:
+        raise ValueError(f"the value is {how}, of which this process may have a part only: take its full_tensor()")
     return value
+
+
+def spread(tensor: Any) -> str:
+    """How a tensor is spread over processes, as words; empty where it is here as a whole."""
+    if hasattr(tensor, "full_tensor") and hasattr(tensor, "placements"):
+        placed = ", ".join(map(str, tensor.placements))
+        return f"a DTensor over {tensor.device_mesh.size()} process(es), placed {placed}"
+    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
+        return "a part of the flat parameter of FullyShardedDataParallel"
+    return ""
 
 
 def repack(value: Any, item: int | None, tensor: Tensor) -> Any:

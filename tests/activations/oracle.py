@@ -15,15 +15,15 @@ Edit = Callable[[Tensor], Tensor]
 
 
 def _first(value: Any, item: int | None) -> Tensor:
-    return value[item or 0] if isinstance(value, tuple) else value
+    return value[item or 0] if isinstance(value, tuple | list) else value
 
 
 def _again(value: Any, item: int | None, tensor: Tensor) -> Any:
-    if not isinstance(value, tuple):
+    if not isinstance(value, tuple | list):
         return tensor
     parts = list(value)
     parts[item or 0] = tensor
-    return tuple(parts)
+    return type(value)(parts)
 
 
 def _edited(tensor: Tensor, site: Site, rows: int, edit: Edit) -> Tensor:

@@ -260,3 +260,55 @@ def test_a_file_is_as_readable_as_any_other_that_is_made_here(tmp_path: Path) ->
     (tmp_path / "plain").touch()
     hand(*KEYS).to_file(tmp_path / "x")
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_shapes_turned_round_in_the_header_are_seen(tmp_path: Path) -> None:
+    """The sizes still fit, the keys too: rows and width have changed places."""
+    path = tmp_path / "saved.safetensors"
+    values = torch.arange(2 * 3 * 5.0).reshape(2, 3, 5)
+    saved = ns.SavedActivation.from_pairs(*((f"layers[0].output[{p}]", values[:, p]) for p in range(3)))
+    saved.to_file(path)
+    content = path.read_bytes()
+    turned = content.replace(b'"shape":[2,3,5]', b'"shape":[5,3,2]')
+    assert turned != content
+    path.write_bytes(turned)
+    for paths in (None, "layers[0].output[1]"):
+        with pytest.raises(
+            FileError, match=r"layers\[0\].output has shape \[5, 3, 2\], and was written with \[2, 3, 5\]"
+        ):
+            ns.SavedActivation.from_file(path, paths)
+    path.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"I32"'))
+    with pytest.raises(FileError, match="int32, and was written with float32"):
+        ns.SavedActivation.from_file(path)
+    flipped = bytearray(content)
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    with pytest.raises(FileError, match="checksum"):
+        ns.SavedActivation.from_file(path)
+    path.write_bytes(content)
+    assert same(ns.SavedActivation.from_file(path), saved)
+
+
+def test_files_without_these_notes_are_read_as_before(file: Path) -> None:
+    """Files of versions that did not repeat shapes in the header."""
+    before = ns.SavedActivation.from_file(file)
+    with safetensors.safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()[HEADER])
+    del header["tensors"]
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, {HEADER: json.dumps(header)})
+    assert same(ns.SavedActivation.from_file(file), before)
+
+
+@pytest.mark.skipif(not hasattr(os, "umask"), reason="modes of files are a matter of POSIX")
+def test_a_private_file_stays_private_when_it_is_written_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.chmod(0o600)
+    meanwhile: list[int] = []
+    real = safetensors.torch.save_file
+
+    def looking(tensors: Any, path: Path, metadata: Any) -> None:
+        meanwhile.append(path.stat().st_mode & 0o777)
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", looking)
+    hand(*KEYS).to_file(file)
+    assert file.stat().st_mode & 0o777 == 0o600 and meanwhile == [0o600]

@@ -107,9 +107,23 @@ def test_a_step_of_zero_is_an_error_as_in_python(saved: ns.SavedActivation) -> N
         saved.slice[::0]
 
 
-def test_neighbouring_rows_are_taken_without_a_copy(saved: ns.SavedActivation) -> None:
-    part = saved.slice[2:5]
-    assert part[KEY].untyped_storage().data_ptr() == saved[KEY].untyped_storage().data_ptr()
-    own = part.clone()
-    own[KEY].zero_()
-    assert part[KEY].all() and saved[KEY].all()
+def test_rows_and_places_that_are_taken_own_their_memory() -> None:
+    rows, positions, width = 40, 3, 16
+    saved = ns.SavedActivation.from_pairs(
+        *((f"layers[{i}].output[{p}]", torch.randn(rows, width)) for i in range(2) for p in range(positions))
+    )
+    assert held(saved) == 2 * rows * positions * width * 4
+    assert held(saved.slice[3]) == held(saved) // rows
+    assert held(saved.slice[0:4]) == held(saved.slice[0, 7, 9, 2]) == held(saved) // rows * 4
+    assert held(saved.subset("layers[0].output[1]")) == held(saved.subset("layers[1].output[1:2]")) == held(saved) // 6
+    assert held(saved.subset("layers[0].output[1:3]").slice[3:5]) == 2 * 2 * width * 4
+    whole = saved.slice[:]  # all of it needs no copy
+    assert whole._packs[0].tensor.untyped_storage().data_ptr() == saved._packs[0].tensor.untyped_storage().data_ptr()
+    row = saved.slice[3]
+    assert torch.equal(row["layers[1].output[2]"], saved["layers[1].output[2]"][3:4])
+
+
+def held(saved: ns.SavedActivation) -> int:
+    """The bytes that a capture keeps alive."""
+    storages = {p.tensor.untyped_storage().data_ptr(): p.tensor.untyped_storage().nbytes() for p in saved._packs}
+    return sum(storages.values())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -253,3 +255,24 @@ def test_nothing_in_common(tmp_path):
     aligner = ExpertManifoldAligner(trained.model)
     with pytest.raises(BadArgument, match="merged=True"):
         aligner.align(ExpertAdapter.from_peft(tmp_path), aligner.track_step(trained.model))
+
+
+def test_repeated_layers_need_the_model_that_repeats_them(tmp_path):
+    """`layer_replication`: the adapter's layers are numbered in a longer model than the base."""
+    model = zoo.build("llama")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 3)])
+    longer: Any = peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for name, parameter in longer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    longer.save_pretrained(tmp_path)
+    with pytest.raises(FileError, match=r"layer_replication=\[\[0, 2\], \[1, 3\]\], which repeats layers"):
+        ExpertAdapter.from_peft(tmp_path, base=model)
+    loaded = peft.PeftModel.from_pretrained(zoo.build("llama"), tmp_path)  # what the message says to write
+    for adapter in (ExpertAdapter.from_peft(tmp_path, base=loaded), ExpertAdapter.from_peft(tmp_path)):
+        assert len(adapter.layers) == 4
+        factors = longer.base_model.model.model.layers[3].self_attn.q_proj
+        expected = factors.get_delta_weight("default")
+        found = adapter.layers["model.layers.3.self_attn.q_proj.weight"]
+        assert torch.allclose(found.delta(), expected, atol=1e-6)

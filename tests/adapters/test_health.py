@@ -5,13 +5,22 @@ from __future__ import annotations
 import pickle
 
 import matplotlib.pyplot as plt
+import numpy as np
+import peft
 import pytest
 import torch
 from matplotlib.patches import Rectangle
 
 import nnsplice as ns
+import zoo
 from adapters.peft_models import OPTIMIZERS, adapt, count, train
-from nnsplice.adapters import LayerGrouping, layer_health, read_optimizer
+from nnsplice.adapters import (
+    LayerGrouping,
+    layer_health,
+    map_optimizer_to_layers,
+    map_param_ids_to_layers,
+    read_optimizer,
+)
 from nnsplice.errors import BadArgument, FileError, ParamMappingError
 
 TWO = LayerGrouping((0, 1), 2, {0: 0, 1: 0, 2: 1, 3: 1}, how="names")
@@ -71,7 +80,7 @@ def test_an_order_that_the_state_contradicts(tmp_path):
         optimizer = OPTIMIZERS[name](trained)
         train(trained, optimizer)
         grouping = ns.adapters.map_param_ids_to_layers(tmp_path, count(optimizer))
-        with pytest.raises(ParamMappingError, match="state="):
+        with pytest.raises(ParamMappingError, match=r"state=|map_optimizer_to_layers"):
             layer_health(optimizer.state_dict(), grouping)
 
 
@@ -141,3 +150,47 @@ def test_files_that_are_no_optimizer(tmp_path):
     torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
     with pytest.raises(FileError, match=r"write: .*optimizer\.pt"):
         read_optimizer(tmp_path)
+
+
+def test_a_file_with_random_states_beside_the_optimizer_says_how_to_save_it(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"optimizer": optimizer.state_dict(), "numpy": np.random.default_rng(0).bit_generator.state,
+                "old": np.random.RandomState(0).get_state()}, path)  # fmt: skip
+    with pytest.raises(FileError, match=r"without random states.*\n.*write: torch\.save\(torch\.load\("):
+        read_optimizer(path)
+    torch.save(torch.load(path, weights_only=False)["optimizer"], tmp_path / "optimizer.pt")  # what it says
+    assert read_optimizer(tmp_path / "optimizer.pt")["state"][0]["exp_avg"].shape == (2,)
+
+
+@pytest.mark.parametrize("order", ["sparse", "reversed", "factors apart"])
+def test_the_call_that_is_proposed_works(tmp_path, order):
+    model = peft.get_peft_model(zoo.build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.save_pretrained(tmp_path)
+    factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    a, b = ({name: p for name, p in factors.items() if kind in name} for kind in ("lora_A", "lora_B"))
+    given = {
+        "sparse": dict(model.named_parameters()),
+        "reversed": dict(reversed(factors.items())),
+        "factors apart": {**a, **b},
+    }[order]
+    optimizer = torch.optim.AdamW(list(given.values()))
+    ids = torch.tensor([[3, 4, 5]])
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    true = layer_health(state, map_optimizer_to_layers(optimizer, model))
+    plain = map_param_ids_to_layers(tmp_path, len(given))
+    with pytest.raises(ParamMappingError) as refused:
+        layer_health(state, plain)
+    said = str(refused.value)
+    if "state=optimizer_state" in said:
+        made = map_param_ids_to_layers(tmp_path, len(given), state=state)
+    else:
+        assert "map_optimizer_to_layers(optimizer, model)" in said
+        made = map_param_ids_to_layers(tmp_path, len(given), names=dict(enumerate(given)))
+    assert order != "reversed" or "state=optimizer_state" not in said  # no known order: the state alone is not enough
+    assert dict(layer_health(state, made)) == dict(true)

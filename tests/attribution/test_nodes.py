@@ -132,28 +132,40 @@ def test_on_a_straight_line_the_estimate_is_the_exact_effect(method: str, option
     assert np.ptp(exact.table.values) > 1e-2
 
 
+SAME = "the corrupted prompts are the clean ones, so nothing can differ"
+
+
 @pytest.mark.parametrize("method", ["atp", "atp*", "ig", "eap", "eap-ig"])
 def test_identical_inputs_give_exactly_zero(method: str) -> None:
     sites = ["embed", "layers[:].heads[:]"] if "eap" in method else ["embed", "layers[:].heads[:].q", "layers[:].mlp"]
     for family in ("gpt2", "mixtral"):
-        result: Any = ns.attribute(wrap(family), CLEAN, CLEAN, sites, METRIC, method=method, progress=False)
+        with pytest.warns(UserWarning, match=SAME):
+            result: Any = ns.attribute(wrap(family), CLEAN, CLEAN, sites, METRIC, method=method, progress=False)
         assert (result.table.values == result.corrupted[:, None]).all()
         if "eap" in method:
             assert (result.edges()["score"] == 0.0).all() and len(result.edges()) > 50
 
 
-@pytest.mark.parametrize("method", ["atp", "atp*", "ig", "eap", "eap-ig"])
-def test_identical_inputs_give_exactly_zero_also_where_it_has_to_be_computed(method: str) -> None:
-    """A masked model's tokens all see each other, so nothing is known beforehand; and so with pairs by their ends."""
-    sites = ["embed", "layers[:].heads[:]"]
-    if method in ("atp", "ig"):
-        result = ns.attribute(wrap("bert"), CLEAN, CLEAN, sites, METRIC, method=method, progress=False)
-        assert result.run.known == 0 and (result.table.values == result.corrupted[:, None]).all()
-    result = ns.attribute(
-        wrap("llama"), CLEAN, CLEAN, [*sites, *([] if "eap" in method else ["layers[:].mlp"])], METRIC,
-        method=method, align="end", progress=False,
-    )  # fmt: skip
-    assert result.run.known < len(result.cells) and (result.table.values == result.corrupted[:, None]).all()
+@pytest.mark.parametrize(("family", "align"), [("gpt2", "position"), ("llama", "end"), ("bert", "position")])
+def test_identical_inputs_are_known_zeros_in_sweeps_paths_and_estimates(family: str, align: str) -> None:
+    model, sites = wrap(family), ["layers[:].heads[:]", "layers[:].output"]
+    options: Any = {"align": align, "progress": False}
+    paths = [lambda: ns.path_patch(model, CLEAN, CLEAN, sites, "unembed", METRIC, **options)]
+    asked = [
+        lambda: ns.sweep(model, CLEAN, CLEAN, sites, METRIC, **options),
+        lambda: ns.attribute(model, CLEAN, CLEAN, sites, METRIC, **options),
+        *(paths if family != "bert" else []),
+    ]
+    for ask in asked:
+        with pytest.warns(UserWarning, match=SAME):
+            result = ask()
+        assert result.run.known == int(result.table.exists.sum())
+        assert (result.table.values == result.corrupted[:, None])[result.table.exists].all()
+    # One pair that is the same among others that differ is no mistake.
+    clean, corrupted = [CLEAN, CLEAN], [CORRUPTED, CLEAN]
+    result = ns.sweep(model, clean, corrupted, sites, METRIC, **options)
+    assert (result.table.values[-1] == result.corrupted[-1])[result.table.exists[-1]].all()
+    assert (result.table.values[0] != result.corrupted[0]).any()
 
 
 @pytest.mark.parametrize("method", ["atp", "atp*", "ig", "eap", "eap-ig"])
@@ -307,3 +319,20 @@ def test_attention_that_keeps_its_probabilities_to_itself_is_refused_for_queries
     with pytest.raises(ns.errors.BadArgument, match="see the probabilities"):
         attribute(model, "layers[:].heads[:].q", "atp*")
     assert np.ptp(attribute(model, ["layers[:].mlp", "layers[:].heads[:]"], "atp*").table.values) > 1e-4
+
+
+def test_pairs_by_role_have_the_gradients_of_their_own_tokens() -> None:
+    """At the last layer's last token nothing but a norm follows, and the estimate of a small step is the sweep's."""
+    clean, corrupted = "w3 w4 w5 w6 w7 w9 w10", "w13 w11 w14 w15 w16 w17 w6 w9 w20"
+    spans = {"clean": {"subject": (1, 3)}, "corrupted": {"subject": (2, 6)}}
+    options: Any = {"spans": spans, "align": "role", "progress": False}
+    model, sites = double("gpt2"), ["final_norm.output[-1]", "layers[:].output[:]"]
+    result = ns.attribute(model, clean, corrupted, sites, METRIC, **options)
+    exact = ns.sweep(model, clean, corrupted, sites, METRIC, **options)
+    assert (result.table.exists == exact.table.exists).all() and result.table.exists.sum() == 1 + 3 * 4
+    norm = [cell.path for cell in result.cells].index("final_norm.output[-1]")
+    assert abs(result.table.values[0, norm] - exact.table.values[0, norm]) < 1e-11
+    assert abs(exact.table.values[0, norm] - exact.corrupted[0]) > 1e-2
+    for method in ("ig", "atp*", "eap"):
+        with pytest.raises(ns.errors.BadArgument, match="token by token"):
+            ns.attribute(model, clean, corrupted, "layers[:].heads[:]", METRIC, method=method, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from nnsplice import checkpoints as ck
-from nnsplice.checkpoints.convert import layer_of
+from nnsplice.checkpoints.cutting import layer_of
 from nnsplice.cli import app
-from nnsplice.errors import BadArgument, MapperError, OutOfRange
+from nnsplice.errors import BadArgument, FileError, MapperError, MissingCheckpoint, OutOfRange
 from zoo import FAMILIES, MASKED, SEQ2SEQ, build, inputs
 
 
@@ -196,17 +197,6 @@ def test_the_command_converts(gpt2: Path, tmp_path: Path):
     assert new == {**old, "dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_the_first_layers_are_a_model_that_transformers_reads(name: str, tmp_path: Path):
-    model = build(name)
-    model.save_pretrained(tmp_path / "all")
-    code, text = run(tmp_path / "all", tmp_path / "two", "--layers", "0:2", "--quiet")
-    assert code == 0, text
-    blocks = model.transformer.h if name == "gpt2" else model.model.layers
-    del blocks[2:]
-    assert torch.equal(logits(name, load(name, tmp_path / "two")), logits(name, model))
-
-
 def test_the_command_explains(gpt2: Path):
     code, text = run(gpt2, "--rename", "transformer.h=layers", "--layers", "0", "--explain")
     assert code == 0 and "transformer.h.*.attn.c_attn.bias" in text and "not read: transformer.h.1.attn" in text
@@ -235,3 +225,113 @@ def test_a_tensor_that_has_no_place_is_refused_and_left_out_when_asked(name: str
     assert not (tmp_path / "tl").exists()
     ck.convert(tmp_path / "hf", tmp_path / "tl", between.mapper, show_progress=False)
     assert names(tmp_path / "tl") and not any(lost in name for name in names(tmp_path / "tl"))
+
+
+def test_going_on_with_a_conversion_into_a_folder_of_its_source(gpt2: Path, monkeypatch: pytest.MonkeyPatch):
+    mapper = ck.renaming(gpt2, ["transformer="])
+    real, calls = ck.Checkpoint.tensor, []
+
+    def failing(self: ck.Checkpoint, name: str) -> Tensor:
+        calls.append(name)
+        if len(calls) == 20:
+            raise OSError("the cable was pulled")
+        return real(self, name)
+
+    options: dict[str, Any] = {"shard_size_gb": 1e-5, "show_progress": False, "resume": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(ck.Checkpoint, "tensor", failing)
+        with pytest.raises(OSError, match="cable"):
+            ck.convert(gpt2, gpt2 / "new", mapper, **options)
+    staged = sorted(path.name for path in (gpt2 / ".new.part" / "weights").iterdir())
+    assert staged
+    ck.convert(gpt2, gpt2 / "new", mapper, **options)
+    assert names(gpt2 / "new") == {name.removeprefix("transformer.") for name in names(gpt2)}
+    # A source that changed is another job, as before.
+    with monkeypatch.context() as patch:
+        calls.clear()
+        patch.setattr(ck.Checkpoint, "tensor", failing)
+        with pytest.raises(OSError, match="cable"):
+            ck.convert(gpt2, gpt2 / "again", mapper, **options)
+    next(gpt2.glob("model*.safetensors")).touch()
+    with pytest.raises(FileError, match="asked for something else"):
+        ck.convert(gpt2, gpt2 / "again", mapper, **options)
+
+
+def test_a_source_that_is_not_there_says_so(gpt2: Path, tmp_path: Path):
+    with pytest.raises(MissingCheckpoint, match="is not there"):
+        ck.convert(tmp_path / "nowhere", tmp_path / "new", ck.renaming(gpt2))
+
+
+# -- who may read it ---------------------------------------------------------------------------------------------------
+
+
+def modes(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): oct(p.stat().st_mode & 0o777) for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def usual():
+    """A mask as most have it, with which new files are read by all."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are a matter of POSIX")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_private_file_stays_private(gpt2: Path, tmp_path: Path, workers: int):
+    for path in gpt2.iterdir():
+        path.chmod(0o600 if path.suffix == ".safetensors" else 0o640)
+    mapper = ck.renaming(gpt2, ["transformer="])
+    ck.convert(gpt2, tmp_path / "new", mapper, show_progress=False, carry={"note": "x"}, workers=workers)
+    found = modes(tmp_path / "new")
+    assert {mode for name, mode in found.items() if "model" in name or name == "note"} == {"0o600"}
+    assert found["config.json"] == "0o640"
+    # A public one is as new files are here.
+    for path in gpt2.iterdir():
+        path.chmod(0o644)
+    ck.convert(gpt2, tmp_path / "public", mapper, show_progress=False, carry={"note": "x"}, workers=workers)
+    assert set(modes(tmp_path / "public").values()) == {"0o644"}
+    assert (tmp_path / "public").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are a matter of POSIX")
+def test_a_private_folder_and_what_it_held_stay_private(gpt2: Path, tmp_path: Path):
+    gpt2.chmod(0o700)
+    mapper = ck.renaming(gpt2, ["transformer="])
+    ck.convert(gpt2, tmp_path / "new", mapper, show_progress=False)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    gpt2.chmod(0o755)
+    for inside, mode in (("keys", 0o700), ("keys/inner", 0o500), ("shared", 0o775)):
+        (tmp_path / "new" / inside).mkdir()
+        (tmp_path / "new" / inside / "a").write_text("a")
+        (tmp_path / "new" / inside / "a").chmod(0o640)
+        (tmp_path / "new" / inside).chmod(mode)
+    for path in (tmp_path / "new").glob("*.safetensors"):
+        path.chmod(0o600)
+    before = modes(tmp_path / "new")
+    ck.convert(gpt2, tmp_path / "new", mapper, show_progress=False)
+    after = modes(tmp_path / "new")
+    assert {name: after[name] for name in before if "model" not in name} == {
+        name: mode for name, mode in before.items() if "model" not in name
+    }
+    assert {mode for name, mode in after.items() if name.endswith(".safetensors")} == {"0o600"}
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "new" / "keys" / "inner").chmod(0o700)
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are a matter of POSIX")
+def test_nobody_else_reads_what_is_being_made(gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+    real = ck.Checkpoint.tensor
+
+    def looking(self: ck.Checkpoint, name: str) -> Tensor:
+        seen.append((tmp_path / ".new.part").stat().st_mode & 0o777)
+        return real(self, name)
+
+    monkeypatch.setattr(ck.Checkpoint, "tensor", looking)
+    convert(gpt2, tmp_path / "new")
+    assert set(seen) == {0o700}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,10 @@ def team(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     found: dict[str, Ranks] = {}
     for line in done.stdout.splitlines():
         told = json.loads(line)
-        assert told["code"] == 0, (told, done.stderr)
+        last = told["scenario"].startswith("killed") and told["rank"] == request.param - 1
+        assert told["code"] == (-signal.SIGKILL if last else 0), (told, done.stderr)
         found.setdefault(told["scenario"], []).append(told)
-    assert len(found) == 10 and all(len(ranks) == request.param for ranks in found.values()), done.stderr
+    assert len(found) == 12 and all(len(ranks) == request.param for ranks in found.values()), done.stderr
     return found
 
 
@@ -52,6 +54,14 @@ def test_one_fails_and_all_raise(team: dict[str, Ranks]):
     raised(team["one fails"], "RuntimeError: no more memory")
     for rank in team["one fails"]:
         assert rank["same"] and rank["left"] == []
+
+
+@pytest.mark.parametrize("scenario", ["killed", "killed before it is gathered"])
+def test_one_is_killed_and_all_others_say_so(team: dict[str, Ranks], scenario: str):
+    for rank in team[scenario][:-1]:
+        assert rank["said"].startswith("TeamError: a process of the team cannot be reached"), rank
+        assert "pair.cc" not in rank["said"] and rank["same"]
+    assert team[scenario][0]["left"] == []  # the one that cleans up
 
 
 def test_all_go_on_with_what_was_finished(team: dict[str, Ranks]):

@@ -28,7 +28,7 @@ def test_a_plot_is_labelled_and_can_be_drawn_into_axes(result: SweepResult) -> N
         "layer", "position", f"{STREAM}, prompt 0",
     )  # fmt: skip
     assert [tick.get_text() for tick in ax.get_xticklabels()] == list(TOKENS[0])
-    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), result.effect(STREAM)[0].values)
+    np.testing.assert_allclose(np.asarray(ax.images[0].get_array()), result.effect(STREAM, per_prompt=True)[0].values)
     plt.close("all")
     figure, given_ax = plt.subplots()
     assert result.plot(HEAD, of="value", ax=given_ax) is given_ax

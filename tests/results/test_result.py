@@ -119,30 +119,92 @@ def test_a_grid_is_of_one_kind_of_place(result: SweepResult) -> None:
 # --- shares
 
 
-def test_the_effect_is_the_share_of_the_way_back(result: SweepResult) -> None:
+def test_the_effect_of_a_prompt_on_request_is_the_share_of_its_own_way_back(result: SweepResult) -> None:
     t = result.table
     expected = (t.values - t.corrupted[:, None]) / (t.clean - t.corrupted)[:, None]
-    np.testing.assert_array_equal(result.effect(STREAM).values, expected[:, :8].reshape(2, 2, 4))
-    np.testing.assert_array_equal(result.effect(HEAD).values[..., 0], expected[:, 8:].reshape(2, 2, 3))
+    np.testing.assert_array_equal(result.effect(STREAM, per_prompt=True).values, expected[:, :8].reshape(2, 2, 4))
+    np.testing.assert_array_equal(result.effect(HEAD, per_prompt=True).values[..., 0], expected[:, 8:].reshape(2, 2, 3))
     np.testing.assert_array_equal(
         result.change(STREAM).values, (t.values - t.corrupted[:, None])[:, :8].reshape(2, 2, 4)
     )
     assert (result.effect(STREAM).name, result.change(STREAM).name) == ("effect", "change of logit_diff")
     np.testing.assert_array_equal(result.total_effect, [4.0, 6.0])
+    alone = SweepResult(table(stream_cells(), TOKENS[:1]))
+    assert alone.effect().equals(alone.effect(per_prompt=True))
+
+
+def _two_ways() -> SweepResult:
+    """Cell 0 restores a tenth of the usual effect, and much of one that is nearly nothing; cell 1 half of the usual."""
+    cells = [Cell(f"layers[{n}].output[0]", STREAM, layer=n, position=0) for n in (0, 1)]
+    tokens = (("a",),) * 4
+    corrupted = np.zeros(4)
+    clean = np.array([1.0, 1.0, 1.0, 0.003])
+    values = np.array([[0.1, 0.5], [0.1, 0.5], [0.1, 0.5], [0.1437, 0.0]])
+    return SweepResult(table(cells, tokens, values=values, clean=clean, corrupted=corrupted))
+
+
+def test_differences_are_averaged_and_then_divided() -> None:
+    """By ratios of single prompts the wrong cell would come first: 0.1437 / 0.003 is 4790%."""
+    result = _two_ways()
+    change, total = result.change().values[..., 0], result.total_effect
+    pooled = change.mean(0) / total.mean()
+    with pytest.warns(UserWarning, match=r"small in prompt 3 \(below 10% of the usual 0\.751\)[\s\S]*pools"):
+        ratios = result.effect(per_prompt=True).values[..., 0]
+    assert ratios[3, 0] == pytest.approx(47.9)
+    assert ratios.mean(0).argmax() == 0 and pooled.argmax() == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(result.effect().mean("prompt").values[:, 0], pooled, atol=1e-15)
+        best = result.best()
+        drawn = np.asarray(result.plot().images[0].get_array())[:, 0]
+    assert best["layer"].tolist() == [1, 0]
+    np.testing.assert_allclose(best["effect"], pooled[::-1], atol=1e-15)
+    np.testing.assert_allclose(drawn, pooled, atol=1e-15)
+    frame = result.frame()
+    np.testing.assert_allclose(np.asarray(frame.groupby("layer")["effect"].mean()), pooled, atol=1e-15)
+    assert result.best(prompt=0)["effect"].tolist() == [0.5, 0.1]
+    with pytest.warns(UserWarning, match="small in prompt 3"):
+        assert result.best(prompt=3)["effect"].tolist() == pytest.approx([47.9, 0.0])
+    with pytest.warns(UserWarning, match="small in prompt 3"):
+        result.plot(prompt=3)
+
+
+def test_the_best_come_by_the_size_of_their_mean_and_not_by_the_mean_of_their_sizes() -> None:
+    cells = [Cell(f"layers[{n}].output[0]", STREAM, layer=n, position=0) for n in (0, 1)]
+    values = np.array([[0.9, 0.3], [-0.9, 0.3]])
+    both = table(cells, (("a",),) * 2, values=values, clean=np.ones(2), corrupted=np.zeros(2))
+    assert SweepResult(both).best()["layer"].tolist() == [1, 0]
+
+
+def test_total_effects_that_cancel_are_told() -> None:
+    cells = [Cell("layers[0].output[0]", STREAM, layer=0, position=0)]
+    ends = {"clean": np.array([1.0, -0.9]), "corrupted": np.zeros(2)}
+    result = SweepResult(table(cells, (("a",),) * 2, values=np.array([[0.5], [0.2]]), **ends))
+    with pytest.warns(UserWarning, match=r"both signs and cancel: 0\.05 in the mean, of 0\.95 in size"):
+        assert float(result.effect().mean()) == pytest.approx(0.35 / 0.05)
+    with pytest.warns(UserWarning, match="cancel"):
+        result.best()
 
 
 @pytest.mark.parametrize("end", [0.0, -2.5, 1e6])
 def test_where_clean_and_corrupted_are_the_same_there_is_no_share(end: float) -> None:
     flat = SweepResult(table(stream_cells(), clean=np.array([end, 3.0]), corrupted=np.array([end, 1.0])))
     with pytest.warns(UserWarning, match=r"the same for prompt 0[\s\S]*change\(\)"):
-        effect = flat.effect()
+        effect = flat.effect(per_prompt=True)
     assert np.isnan(effect[0]).all() and np.isfinite(effect[1, :, :3]).all()
-    assert flat.frame().loc[lambda f: f["prompt"] == 0, "effect"].isna().all()
+    if end < 1e6:  # beside a size of a million, a difference of one is nothing
+        np.testing.assert_allclose(flat.effect()[0, :, :3], flat.change()[0, :, :3])
+    same = np.array([end, 3.0])
+    none = SweepResult(table(stream_cells(), clean=same, corrupted=same))
+    with pytest.warns(UserWarning, match="the same for prompt 0, 1"):
+        assert np.isnan(none.effect()).all()
 
 
 def test_small_scales_are_no_tiny_differences() -> None:
     small = SweepResult(table(stream_cells(), clean=np.array([2e-9, 1.0]), corrupted=np.array([1e-9, 0.0])))
     assert np.isfinite(small.effect()[0]).all()
+    alone = SweepResult(table(stream_cells(), TOKENS[:1], clean=np.array([2e-9]), corrupted=np.array([1e-9])))
+    assert np.isfinite(alone.effect()).all()
 
 
 # --- frames
@@ -162,7 +224,7 @@ def test_a_frame_has_a_row_for_each_cell_that_was_measured(result: SweepResult) 
     row = frame[(frame["prompt"] == 1) & (frame["path"] == "layers[1].output[2]")].iloc[0]
     assert (row["layer"], row["position"], row["token"]) == (1, 2, " ran")
     assert (row["clean"], row["corrupted"]) == (4.0, -2.0)
-    assert row["effect"] == pytest.approx((row["value"] + 2) / 6)
+    assert row["effect"] == pytest.approx((row["value"] + 2) / 5)  # the mean of 4 and 6
 
 
 def test_what_was_not_measured_is_in_no_frame(result: SweepResult) -> None:
@@ -173,19 +235,34 @@ def test_what_was_not_measured_is_in_no_frame(result: SweepResult) -> None:
     assert (shard.is_complete, result.is_complete) == (False, True)
 
 
-def test_the_best_cells_come_first(result: SweepResult) -> None:
+def test_the_best_cells_come_first() -> None:
+    result = SweepResult(table(tokens=(TOKENS[0], TOKENS[0])))
     best = result.best(4)
     t = result.table
-    share = np.nanmean((t.values - t.corrupted[:, None]) / (t.clean - t.corrupted)[:, None], axis=0)
+    share = (t.values - t.corrupted[:, None]).mean(0) / (t.clean - t.corrupted).mean()
     order = np.argsort(-np.abs(share), kind="stable")[:4]
     assert best["path"].tolist() == [result.cells[n].path for n in order]
     np.testing.assert_allclose(best["effect"], share[order])
     assert "group" not in best.columns and "head" in best.columns
     flat = SweepResult(replace(t, corrupted=t.clean))
-    change = np.nanmean(t.values - t.clean[:, None], axis=0)
+    change = (t.values - t.clean[:, None]).mean(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert flat.best(1)["path"].tolist()[0] == result.cells[int(np.argmax(np.abs(change)))].path
+
+
+def test_the_best_of_prompts_of_unlike_length_are_no_mean(result: SweepResult) -> None:
+    with pytest.raises(BadArgument, match=r"3 and 4 tokens[\s\S]*best\(prompt=0\), or by_role"):
+        result.best(4)
+    t = result.table
+    share = (t.values[1] - t.corrupted[1]) / (t.clean[1] - t.corrupted[1])
+    first = int(np.nanargmax(np.abs(share)))
+    best = result.best(1, prompt=1)
+    assert best["path"].tolist() == [result.cells[first].path]
+    np.testing.assert_allclose(best["effect"], share[first])
+    assert len(SweepResult(table(head_cells())).best(2)) == 2  # the last token is in all of them
+    with pytest.raises(BadArgument, match="prompt=2"):
+        result.best(prompt=2)
 
 
 # --- identity

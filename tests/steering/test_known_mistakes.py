@@ -24,9 +24,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import nnsplice as ns
+from nnsplice.errors import ShapeError
 from steering.vectors import PROMPTS, ids, precise, vector
 from zoo import wrap
 
@@ -125,3 +127,12 @@ def test_hooks_and_settings_of_the_user_stay() -> None:
     handle.remove()
     assert len(seen) == count + 1 > 3
     assert settings == (tokenizer.pad_token_id, tokenizer.padding_side, model._module.generation_config.to_dict())
+
+
+def test_a_mask_with_rows_of_several_lengths_says_how_to_fill_them():
+    rows = [[True, False, True], [False, True]]
+    with pytest.raises(ShapeError, match=r"2 and 3 tokens(.|\n)*write: \[row \+ \[False\]"):
+        ns.steering.mask(rows)
+    width = 3
+    filled = ns.steering.mask([row + [False] * (width - len(row)) for row in rows])  # what it says
+    assert filled.mask == ((True, False, True), (False, True, False))

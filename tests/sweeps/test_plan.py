@@ -101,7 +101,6 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
 
     return [
         (plan(CLEAN, CORRUPTED + " w1"), ShapeError, r"4 tokens, the corrupted one 5[\s\S]*align=\"end\""),
-        (lambda: ns.sweep(model, CLEAN, CLEAN, "embed", METRIC), BadArgument, r"the clean ones[\s\S]*ns\.ablate"),
         (plan(CLEAN, None), BadArgument, "corrupted is None, so patching would change nothing"),
         (plan([CLEAN, CLEAN], CORRUPTED), ShapeError, "2 clean prompts and 1 corrupted"),
         (plan(CLEAN, CORRUPTED, []), BadArgument, "no sites"),
@@ -114,7 +113,7 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
         (plan(CLEAN, CORRUPTED, "layers[:].output", 3), BadType, "is no metric"),
         (plan(metric=ns.logit_diff("w7 w8", "w9")), BadArgument, r"is 2 tokens: 'w7', 'w8'"),
         (plan(metric=ns.logit_diff("Paris", "w9")), BadArgument, "not in this model's"),
-        (plan(metric=ns.logit_diff(["w7", "w8"], "w9")), BadArgument, "2 tokens as answer="),
+        (plan([CLEAN] * 3, [CORRUPTED] * 3, metric=ns.rank(["w7", "w8"])), BadArgument, r"as answer=[\s\S]*a set"),
         (plan(operation="patsch"), BadArgument, r"no operation 'patsch'[\s\S]*patch"),
         (plan(operation=3), BadType, "operation of type int"),
         (plan(operation="mean"), BadArgument, r"takes its values from a reference[\s\S]*ns\.capture"),
@@ -130,7 +129,7 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize("number", range(26))
 def test_what_makes_no_sense_is_refused(model, number: int) -> None:
     call, kind, message = _bad(model)[number]
     with pytest.raises(kind, match=message):
@@ -224,3 +223,15 @@ def test_decoder_prompts_of_different_length_are_no_pair() -> None:
     corrupted = {"input_ids": torch.tensor([[3, 9, 5]]), "decoder_input_ids": torch.tensor([[0, 4]])}
     with pytest.raises(ShapeError, match="3 tokens, the corrupted one 2"):
         plan_sweep(two, clean, corrupted, "layers[1].output", METRIC)
+
+
+def test_a_clean_run_that_an_operation_never_sees_is_told() -> None:
+    model = wrap("gpt2")
+    sites: Any = "layers[:].output[-1]"
+    for operation in ("zero", torch.zeros_like):
+        with pytest.warns(UserWarning, match=r"takes nothing from the clean prompts[\s\S]*clean=None"):
+            ns.sweep(model, CLEAN, CORRUPTED, sites, METRIC, operation=operation, progress=False)
+        ns.sweep(model, None, CORRUPTED, sites, METRIC, operation=operation, progress=False)
+        ns.sweep(model, CLEAN, None, sites, METRIC, operation=operation, progress=False)
+        # One that compares the two runs does see it.
+        ns.sweep(model, CLEAN, CORRUPTED, sites, ns.kl_divergence(), operation=operation, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import nnsplice as ns
 import zoo
+from weights.oracle import own_masks
 
 PROMPTS = ["w3 w4 w5", "w6 w7 w8 w9", "w10 w11 w12"]
 METRIC = ns.logit_diff("w13", "w14")
@@ -38,7 +40,8 @@ def by_hand(model: Any, tuned: Any, place: str, prompt: str) -> float:
     """Copy the module, copy the weights where the mask says so, run it: nothing of sweeps is used."""
     module = copy.deepcopy(model._module)
     own, other = dict(module.named_parameters()), dict(tuned.named_parameters())
-    masks = ns.weights.create_param_masks(module, place)
+    head = re.fullmatch(r"layers\[(\d)\]\.heads\[(\d)\]", place)
+    masks = own_masks(module, *map(int, head.groups())) if head else ns.weights.create_param_masks(module, place)
     ids = torch.tensor(model.tokenizer([prompt])["input_ids"])
     with torch.no_grad():
         for name, mask in masks.items():
@@ -114,7 +117,8 @@ def test_only_what_was_tuned_has_an_effect():
             ids = torch.tensor([[3, 4, 5, 6]])
             tuned(ids, labels=ids).loss.backward()
             optimizer.step()
-    effect = ns.sweep_weights(model, tuned, "layers[:].heads[:]", METRIC, PROMPTS, progress=False).effect()
+    result = ns.sweep_weights(model, tuned, "layers[:].heads[:]", METRIC, PROMPTS, progress=False)
+    effect = result.effect(per_prompt=True)
     expected = np.zeros((3, 3, 4))
     expected[:, 1, 2] = 1.0
     assert np.array_equal(effect.values, expected)

@@ -1,6 +1,6 @@
 """The model's own answer to which numbers make a head: those that its slice in front of the output projection needs.
 
-Nothing of the library is used here but the name of that projection.
+Nothing of the library is used here but the name of that projection, and masks where they are the contract.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from nnsplice.weights import create_param_masks
 
 IDS = torch.tensor([[3, 10, 17, 24, 31]])
 
@@ -66,6 +68,17 @@ def bits(model: nn.Module) -> dict[str, bytes]:
         name: tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         for name, tensor in model.state_dict().items()
     }
+
+
+def own_masks(model: Any, layer: int, head: int, heads: int = 4) -> dict[str, torch.Tensor]:
+    """The masks of a head without what any other head of its layer has too."""
+    masks = {i: create_param_masks(model, f"layers[{layer}].heads[{i}]") for i in range(heads)}
+    found = {name: mask.clone() for name, mask in masks[head].items() if mask is not None}
+    for other in range(heads):
+        for name in found:
+            if other != head and (mask := masks[other].get(name)) is not None:
+                found[name] &= ~mask
+    return {name: mask for name, mask in found.items() if mask.any()}
 
 
 def dense(masks: Mapping[str, torch.Tensor | None], parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

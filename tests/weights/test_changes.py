@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import nnsplice as ns
 import zoo
 from nnsplice import weights as w
-from weights.oracle import dense
+from weights.oracle import dense, own_masks
 
 
 def pair(name: str) -> tuple[Any, Any]:
@@ -37,7 +38,14 @@ def test_rows_are_their_masks(by):
     base, tuned = base.requires_grad_(False), tuned.requires_grad_(False)
     own, other = dict(base.named_parameters()), dict(tuned.named_parameters())
     for place in rows.index:
-        masks = dense(w.create_param_masks(base, place), own)
+        path = ns.parse_path(place)
+        if by == "heads" and path.steps[1].name == "heads":
+            layer, head = (step.index for step in path.steps)
+            assert isinstance(layer, int) and isinstance(head, int)
+            masks = own_masks(base, layer, head)
+        else:
+            masks = w.create_param_masks(base, place)
+        masks = dense(masks, own)
         change = torch.cat([(other[n] - own[n])[m] for n, m in masks.items()])
         before = torch.cat([own[n][m] for n, m in masks.items()])
         row = rows.loc[place]
@@ -49,7 +57,12 @@ def test_rows_are_their_masks(by):
 
 def test_number_of_rows():
     base, tuned = pair("llama")
-    assert len(w.diff(base, tuned, by="heads")) == 12 and len(w.diff(base, tuned, by="groups")) == 6
+    heads, groups = (w.diff(base, tuned, by=by) for by in ("heads", "groups"))
+    assert len(groups) == 6
+    # Each head by itself, and what two heads share: everything once.
+    assert len(heads) == 12 + 2 * 6 and heads.numel.sum() == groups.numel.sum()
+    assert math.isclose(heads.norm.pow(2).sum(), groups.norm.pow(2).sum(), rel_tol=1e-12)
+    assert len(w.diff(*pair("gpt2"), by="heads")) == 12  # nothing is shared
 
 
 def test_no_change_is_zero_and_one_change_is_found():

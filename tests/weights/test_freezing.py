@@ -10,7 +10,7 @@ import torch
 
 import zoo
 from nnsplice import weights as w
-from weights.oracle import IDS, bits, dense
+from weights.oracle import IDS, bits, dense, own_masks
 
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
@@ -35,7 +35,8 @@ def train(model: Any, optimizer: Any, steps: int, *, to_none: bool = True) -> No
 def check(model: Any, before: dict[str, torch.Tensor], selection: Any) -> None:
     """The selection moved, and only the selection: every other bit is what it was."""
     parameters = dict(model.named_parameters())
-    masks = dense(w.create_param_masks(model, selection), parameters)
+    own = own_masks(model, 1, 2) if selection == "l1h2" else w.create_param_masks(model, selection)
+    masks = dense(own, parameters)
     for name, mask in masks.items():
         moved = parameters[name].detach().view(torch.int32) != before[name].view(torch.int32)
         assert not (moved & ~mask).any(), f"{name} moved outside of the selection"
@@ -91,7 +92,7 @@ def test_gradients_outside_are_zero_and_do_not_count_for_clipping():
     parameters = dict(model.named_parameters())
     with w.freeze_except(model, "l1h2"):
         model(IDS, labels=IDS).loss.backward()
-        masks = dense(w.create_param_masks(model, "l1h2"), parameters)
+        masks = dense(own_masks(model, 1, 2), parameters)
         for name, mask in masks.items():
             grad = parameters[name].grad
             assert (grad is None) == (not mask.any()) and (grad is None or not grad[~mask].any())
@@ -163,14 +164,14 @@ def test_other_models_train_freely_meanwhile():
 def test_masks_and_selections_are_taken():
     base = zoo.build("llama")
     results = []
-    masks = w.create_param_masks(base, "l1h2")
+    masks = w.create_param_masks(base, "l1g1")
     dense_masks = {name: None if mask is None else mask.clone() for name, mask in masks.items()}
-    for what in ("l1h2", w.select(base, "l1h2"), masks, dense_masks):
+    for what in ("l1g1", ["l1h2", "l1h3"], w.select(base, "l1g1"), masks, dense_masks):
         model = copy.deepcopy(base)
         with w.freeze_except(model, what):
             train(model, OPTIMIZERS["AdamW"](model.parameters()), 3)
         results.append(bits(model))
-    assert results[0] == results[1] == results[2] == results[3] != bits(base)
+    assert all(result == results[0] for result in results) and results[0] != bits(base)
 
 
 def test_nothing_to_train_is_an_error():

@@ -28,17 +28,26 @@ class Pack:
         """Only these of its positions; in one piece where they stand side by side."""
         keys = tuple(self.keys[i] for i in indices)
         if list(indices) == list(range(indices[0], indices[0] + len(indices))):
-            return Pack(keys, self.tensor[:, indices[0] : indices[0] + len(indices)])
+            return Pack(keys, _owned(self.tensor[:, indices[0] : indices[0] + len(indices)]))
         return Pack(keys, self.tensor[:, list(indices)])
 
     def take_rows(self, rows: Sequence[int]) -> Pack:
         """Only these of its prompts; in one piece where they stand side by side."""
         whole = bool(rows) and list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        return self.with_tensor(self.tensor[rows[0] : rows[0] + len(rows)] if whole else self.tensor[list(rows)])
+        return self.with_tensor(
+            _owned(self.tensor[rows[0] : rows[0] + len(rows)]) if whole else self.tensor[list(rows)]
+        )
 
     def with_tensor(self, tensor: Tensor) -> Pack:
         """The same keys with other values."""
         return Pack(self.keys, tensor)
+
+
+def _owned(view: Tensor) -> Tensor:
+    """A part in memory of its own, so that who keeps a row does not keep the batch."""
+    if view.untyped_storage().nbytes() == view.numel() * view.element_size():
+        return view
+    return view.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

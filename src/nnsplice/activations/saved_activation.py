@@ -22,6 +22,7 @@ from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath, named
 from nnsplice.paths import Path, Paths, Span, parse_path
+from nnsplice.shown import printable
 
 
 class SavedActivation:
@@ -407,7 +408,7 @@ class SavedActivation:
         return packs.positions(self._packs, self._provenance)
 
     def __repr__(self) -> str:
-        return display.text(self._packs, self.rows)
+        return printable(display.text(self._packs, self.rows))
 
     def _repr_html_(self) -> str:
         return display.html(self._packs, self.rows)

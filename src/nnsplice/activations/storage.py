@@ -1,7 +1,8 @@
 """Captures on disk: a safetensors file, its keys and provenance as JSON in the header.
 
 Each site is one tensor named by its place, so single places are read without the rest. Nothing is ever unpickled. A
-file is written under another name and renamed when it is whole.
+file is written under another name and renamed when it is whole. The header repeats the shape and kind of every tensor
+with a checksum of its numbers, as what safetensors itself says may be damaged and still fit.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import lookup
 from nnsplice.activations.packs import Pack, Provenance, check_key, common_length
+from nnsplice.digests import checksum
 from nnsplice.errors import BadType, FileError, PathError
-from nnsplice.files import is_pickle, whole
+from nnsplice.files import from_json, is_pickle, whole
+from nnsplice.headers import Header, read_header
 from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.shown import shown
 
 HEADER = "nnsplice"
 KIND = "SavedActivation"
@@ -46,6 +50,7 @@ def write(
         tensors[name] = pack.tensor.detach().clone(memory_format=torch.contiguous_format)
         keys[name] = [str(key) for key in pack.keys]
     header = {"kind": KIND, "format": FORMAT, "version": version("nnsplice"), "keys": keys, **_plain(provenance)}
+    header["tensors"] = {name: [_kind(t), list(t.shape), f"{checksum(t):x}"] for name, t in tensors.items()}
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER: json.dumps(header), **(notes or {})})
 
@@ -63,28 +68,30 @@ def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list
     before, problem = _stamp(path), None
     packs, provenance = [], Provenance()
     try:
+        told = read_header(path)
+        header = _header(path, told.metadata)
+        keys, rows = _keys(path, header, told)
         with safe_open(os.fspath(path), framework="pt") as file:
-            header = _header(path, file.metadata())
-            keys, rows = _keys(path, header, file)
             provenance = _provenance(path, header, rows)
             chosen = _everything(keys) if paths is None else _chosen(keys, engine.listed(paths), provenance)
-            packs = [_pack(file, name, keys[name], numbers) for name, numbers in chosen.items()]
+            packs = [_pack(path, header, file, name, keys[name], numbers) for name, numbers in chosen.items()]
+    except FileError as error:
+        problem = error
     except (SafetensorError, RuntimeError) as error:
-        problem = f"{path} is damaged or no safetensors file: {error}"
+        problem = FileError(
+            f"{path} is damaged or no safetensors file: {error}", expected="a file that SavedActivation.to_file wrote"
+        )
     # safetensors opens a file twice, and may have met two.
     if _stamp(path) != before:
         raise FileError(f"{path} was replaced while it was read", expected="a file that nobody writes meanwhile")
     if problem is not None:
-        raise FileError(problem, expected="a file that SavedActivation.to_file wrote")
+        raise problem
     return packs, provenance
 
 
 def note(path: str | os.PathLike[str], name: str) -> str | None:
     """A further text of the header."""
-    from safetensors import safe_open
-
-    with safe_open(os.fspath(path), framework="pt") as file:
-        return (file.metadata() or {}).get(name)
+    return read_header(path).metadata.get(name)
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int]:
@@ -93,12 +100,12 @@ def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(HEADER)
+def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(HEADER)
     if text is None:
         raise FileError(f"{path} is a safetensors file without nnsplice's header, so no capture")
     try:
-        header = json.loads(text)
+        header = from_json(text, f"the header of {path}")
         known = header["kind"] == KIND and isinstance(header["keys"], dict) and isinstance(header["format"], int)
     except (ValueError, TypeError, KeyError):
         known = False
@@ -109,16 +116,18 @@ def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> di
     return header
 
 
-def _keys(path: str | os.PathLike[str], header: dict[str, Any], file: Any) -> tuple[dict[str, tuple[Path, ...]], int]:
+def _keys(
+    path: str | os.PathLike[str], header: dict[str, Any], file: Header
+) -> tuple[dict[str, tuple[Path, ...]], int]:
     """The keys of every tensor, checked against its shape, and how many rows there are; no tensor is read for it."""
-    held = set(file.keys())
+    held = set(file.entries)
     if held != set(header["keys"]):
-        names = ", ".join(sorted(held.symmetric_difference(header["keys"]))[:5])
+        names = ", ".join(map(shown, sorted(held.symmetric_difference(header["keys"]))[:5]))
         raise FileError(f"the header of {path} and the tensors in it do not agree on {names}")
     keys: dict[str, tuple[Path, ...]] = {}
     counts: set[int] = set()
     for name, texts in header["keys"].items():
-        shape = file.get_slice(name).get_shape()
+        shape = list(file.entries[name].shape)
         if not isinstance(texts, list) or len(shape) != 3 or len(texts) != shape[1] or not texts:
             listed = len(texts) if isinstance(texts, list) else "no"
             raise FileError(
@@ -133,6 +142,8 @@ def _keys(path: str | os.PathLike[str], header: dict[str, Any], file: Any) -> tu
         raise FileError(
             f"the tensors in {path} have {' and '.join(map(str, sorted(counts)))} rows", expected="one number"
         )
+    for name in keys:
+        _check(path, name, "shape", list(file.entries[name].shape), _written(header, name, 1))
     return keys, counts.pop() if counts else 0
 
 
@@ -154,9 +165,38 @@ def _chosen(
     return chosen
 
 
-def _pack(file: Any, name: str, keys: Sequence[Path], numbers: Sequence[int]) -> Pack:
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _written(header: Mapping[str, Any], name: str, which: int) -> Any:
+    """What the header repeats of a tensor; None in files that were written before it did."""
+    found = header.get("tensors")
+    one = found.get(name) if isinstance(found, Mapping) else None
+    return one[which] if isinstance(one, list) and len(one) == 3 else None
+
+
+def _check(path: str | os.PathLike[str], name: str, what: str, found: object, written: object) -> None:
+    if written is not None and found != written:
+        raise FileError(
+            f"{path} is damaged: {name} has {what} {found}, and was written with {written}",
+            expected="a file that SavedActivation.to_file wrote",
+        )
+
+
+def _pack(
+    path: str | os.PathLike[str],
+    header: Mapping[str, Any],
+    file: Any,
+    name: str,
+    keys: Sequence[Path],
+    numbers: Sequence[int],
+) -> Pack:
     first = numbers[0]
     tensor = file.get_slice(name)[:, first : numbers[-1] + 1]
+    _check(path, name, "numbers of the kind", _kind(tensor), _written(header, name, 0))
+    if len(keys) == tensor.shape[1]:  # of a part the sum is not known
+        _check(path, name, "the checksum", f"{checksum(tensor):x}", _written(header, name, 2))
     if len(numbers) < tensor.shape[1]:
         tensor = tensor[:, [number - first for number in numbers]]
     return Pack(tuple(keys[number] for number in numbers), tensor)

@@ -17,6 +17,7 @@ from nnsplice.adapters.header import CONFIG, WEIGHTS, read_config, read_header
 from nnsplice.adapters.matrices import LoRAMatrices, bare, expert_name, experts_turned, is_transposed
 from nnsplice.atlas import peel
 from nnsplice.errors import FileError, ParamMappingError, circumstances
+from nnsplice.shown import shown
 
 #: Ways to start that change the base model's weights, so that the factors are not what was added to those it came with.
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
@@ -58,6 +59,8 @@ def read_folder(
                 whole.append(f"{key.module}.weight")
             else:
                 modules[key.module, key.depth][key.factor] = tensors[entry.name]
+        if root is not None and config.get("layer_replication"):
+            _check_replicated(config["layer_replication"], root, [module for module, _ in modules])
         layers: dict[str, LoRAMatrices] = {}
         for (module, depth), factors in modules.items():
             layers |= _pairs(module, depth, factors, config, root, modules)
@@ -70,7 +73,7 @@ def _check_kind(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise FileError(
-            f"this is a {kind} adapter, whose change is no product of two factors with a scale",
+            f"this is a {shown(kind)} adapter, whose change is no product of two factors with a scale",
             expected="LoRA, or one of its variants",
             write="ExpertAdapter.from_model_delta(base, tuned, rank)   (with the adapter merged into `tuned`)",
         )
@@ -88,6 +91,20 @@ def _check_kind(config: Mapping[str, Any]) -> None:
             f"this adapter was made with {strange[0]}, with which the change is no product of two factors",
             write="ExpertAdapter.from_model_delta(base, tuned, rank)   (with the adapter merged into `tuned`)",
         )
+
+
+def _check_replicated(ranges: Any, root: nn.Module, modules: list[str]) -> None:
+    """Raise for a base model without the layers that the adapter was trained on, each a copy of one of its own."""
+    for module in modules:
+        try:
+            bare(root, module)
+        except FileError:
+            raise FileError(
+                f"this adapter was made with layer_replication={ranges}, which repeats layers: {module} is one of the "
+                "longer model, and `base` has no such layer",
+                expected="the model with its layers repeated, or no base",
+                write="ExpertAdapter.from_peft(adapter_dir, base=PeftModel.from_pretrained(base, adapter_dir))",
+            ) from None
 
 
 def _tensors(path: Path, names: set[str]) -> dict[str, Tensor]:
@@ -110,6 +127,9 @@ def _pairs(
         raise FileError(f"{module} has {', '.join(factors)}", expected="a pair of lora_A and lora_B")
     a, b = factors[first], factors[PAIRS[first]]
     parameter = _parameter(module, depth, config, modules, root)
+    lacking = [name for name in ("r", "lora_alpha") if config.get(name) is None]
+    if lacking:
+        raise FileError(f"{CONFIG} does not say {' and '.join(lacking)}, so the scale of the factors is not known")
     rank = _pattern(config, "rank_pattern", parameter or module, config["r"])
     alpha = _pattern(config, "alpha_pattern", parameter or module, config["lora_alpha"])
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

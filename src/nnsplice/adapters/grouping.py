@@ -22,7 +22,7 @@ from nnsplice.errors import ParamMappingError, UnknownPath, circumstances
 
 #: What to pass where the order of the ids is not known.
 NAMES = 'names=dict(enumerate(name for name, p in model.named_parameters() if p.requires_grad))   (or "param_names")'
-_LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
+LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int,
         raise ParamMappingError(
             f"layers of {' and '.join(stacks)} have factors, and their numbers repeat; which come first is not known",
             expected="the names of the optimizer's parameters, or the optimizer itself",
-            write=f"{NAMES}\n     or: {_LIVE}",
+            write=f"{NAMES}\n     or: {LIVE}",
         )
     outside = [entry for entry in entries if entry.layer is None]
     places = {entry: stands(entry, stacks[0]) for entry in outside}
@@ -276,7 +276,7 @@ def _by_shapes(entries: tuple[Entry, ...], optimizer: Optimizer, num_params: int
             f"{len(optimizer.trained)} with a state in groups of {', '.join(str(len(g)) for g in optimizer.groups)}, "
             f"for {len(entries)} tensors in the adapter's file",
             expected="the names of the optimizer's parameters, or the optimizer itself",
-            write=f"{NAMES}\n     or: {_LIVE}",
+            write=f"{NAMES}\n     or: {LIVE}",
         )
     (reading,) = readings
     return _grouping(reading, "shapes", tower)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from nnsplice import headers
 from nnsplice.adapters.keys import AdapterKey, read_key
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.names import NamedLayer, layer_of
-from nnsplice.errors import ParamMappingError
+from nnsplice.errors import FileError, ParamMappingError
+from nnsplice.files import from_json
+from nnsplice.shown import shown
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -29,6 +34,40 @@ AFTER = frozenset(
     | {"score", "classifier", "qa_outputs", "v_head", "value_head", "summary", "proj_out", "pred_layer", "pooler"}
 )
 AFTER_INSIDE = frozenset({"norm", "ln_f", "norm_f", "final_norm"})
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _is_patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
+    if not isinstance(value, dict):
+        return False
+    try:
+        return all(re.compile(name) and fits(one) for name, one in value.items())
+    except (re.error, RecursionError):
+        return False
+
+
+#: What is read of an adapter's config, where it is there -> whether it can be used, and how it should be.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a whole number above 0"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "rank_pattern": (lambda value: _is_patterns(value, _is_rank), "an object: pattern of a name -> rank"),
+    "alpha_pattern": (lambda value: _is_patterns(value, _is_number), "an object: pattern of a name -> number"),
+    "target_parameters": (_is_names, "a list of names"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "fan_in_fan_out": (lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +96,16 @@ def read_header(adapter_dir: str | os.PathLike[str]) -> tuple[Entry, ...]:
             write=next((f'"{inside.parent}"' for inside in sorted(Path(adapter_dir).glob(f"*/{WEIGHTS}"))), None),
         )
     try:
-        from safetensors import SafetensorError, safe_open
+        import safetensors  # noqa: F401
     except ImportError:
         raise ParamMappingError(
             "the names in an adapter's file cannot be read: safetensors is not importable",
             write="pip install safetensors",
         ) from None
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ParamMappingError(f"{path} is damaged or no safetensors file: {error}") from None
+        shapes = {name: entry.shape for name, entry in headers.read_header(path).entries.items()}
+    except (FileError, OSError) as error:
+        raise ParamMappingError(str(error)) from None
     entries = tuple(Entry(name, read_key(name), shape, layer_of(name)) for name, shape in shapes.items())
     config = read_config(adapter_dir)
     # Where PEFT's names have its prefix, a name without it is no parameter of the model.
@@ -79,12 +117,20 @@ def read_header(adapter_dir: str | os.PathLike[str]) -> tuple[Entry, ...]:
 def read_config(adapter_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The adapter's config, or None where the folder has none."""
     try:
-        found = json.loads((Path(adapter_dir) / CONFIG).read_text(encoding="utf-8"))
+        found = from_json((Path(adapter_dir) / CONFIG).read_text(encoding="utf-8"), CONFIG)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ParamMappingError(f"{CONFIG} cannot be read: {error}", path=adapter_dir) from None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        raise ParamMappingError(f"{CONFIG} is {shown(found)}", path=adapter_dir, expected="an object in JSON")
+    config = cast("dict[str, Any]", found)
+    for name, (fits, expected) in _FIELDS.items():
+        if config.get(name) is not None and not fits(config[name]):
+            raise ParamMappingError(
+                f"{CONFIG} says that {name} is {shown(config[name])}", path=adapter_dir, expected=expected
+            )
+    return config
 
 
 def _instead(folder: Path) -> str:

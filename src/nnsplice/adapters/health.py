@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nnsplice import plots
-from nnsplice.adapters.grouping import NAMES, LayerGrouping
+from nnsplice.adapters.grouping import LIVE, LayerGrouping
 from nnsplice.adapters.readings import read_order
 from nnsplice.adapters.states import Optimizer, as_optimizer
 from nnsplice.errors import BadArgument, ParamMappingError
@@ -162,7 +162,7 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
             f"the grouping counts parameter {missing[0]} among the layers, and the state has nothing for it; its ids "
             f"are {_ids(optimizer.states)}",
             expected="the optimizer that the grouping is of; ids with gaps are of one that was given frozen parameters",
-            write=f"map_param_ids_to_layers(adapter_dir, num_params, state=optimizer_state)\n     or: {NAMES}",
+            write=_remade(read_order(grouping.header, optimizer) if grouping.header else []),
         )
     if guessed and grouping.header:
         readings = [
@@ -174,9 +174,19 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
                 "the grouping takes the parameters to come layer after layer, and the shapes in this state "
                 + ("leave room for another order" if grouping.layer_of in readings else "are in another order"),
                 expected="a grouping that was made with this state, or with the names of the parameters",
-                write=f"map_param_ids_to_layers(adapter_dir, num_params, state=optimizer_state)\n     or: {NAMES}",
+                write=_remade(readings),
             )
     return Health({layer: _health(optimizer, numbers, dead_below) for layer, numbers in ids.items()})
+
+
+def _remade(readings: Sequence[object]) -> str:
+    """The call that makes a grouping of this state: with the state alone where it can be read in one way only."""
+    if len(readings) == 1:
+        return "map_param_ids_to_layers(adapter_dir, num_params, state=optimizer_state)"
+    return (
+        f"{LIVE}\n     or: map_param_ids_to_layers(adapter_dir, num_params, names={{id: name, ...}}), by the order in "
+        "which the optimizer was given its parameters"
+    )
 
 
 def _health(optimizer: Optimizer, ids: list[int], dead_below: float) -> LayerHealth:

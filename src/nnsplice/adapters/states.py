@@ -118,7 +118,9 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileError(
             f"this file holds more than tensors and plain data, so it is not opened: {_reason(error)}",
             path=path,
-            expected="what torch.save(optimizer.state_dict(), path) writes",
+            expected="what torch.save(optimizer.state_dict(), path) writes, without random states beside it",
+            write='torch.save(torch.load(path, weights_only=False)["optimizer"], "optimizer.pt"), once and where you '
+            "trust the file, as this runs what is in it",
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise FileError(

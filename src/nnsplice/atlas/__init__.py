@@ -15,6 +15,8 @@ from nnsplice.atlas.peel import peel as peel
 from nnsplice.atlas.selection import Part as Part
 from nnsplice.atlas.selection import Selection as Selection
 from nnsplice.atlas.selection import rest_of as rest_of
+from nnsplice.atlas.shards import refuse_sharded as refuse_sharded
+from nnsplice.atlas.shards import whole_here as whole_here
 from nnsplice.atlas.site import Kind as Kind
 from nnsplice.atlas.site import Site as Site
 from nnsplice.atlas.sites import native_text as native_text

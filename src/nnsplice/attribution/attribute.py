@@ -19,7 +19,7 @@ from nnsplice.attribution import edges, nodes, star, verifying
 from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import MetricLike, Several
 from nnsplice.packed.cost import Law
 from nnsplice.paths import Paths
 from nnsplice.progress import bar
@@ -97,7 +97,7 @@ def attribute(
         verify: compute so many of the largest exactly, and as many of the others drawn at random:
             `result.verification` says how well the estimates did, and `frame()` has the exact values beside them.
         spans: where named spans stand, as for `ns.sweep`.
-        align: `"position"` or `"end"`, as for `ns.sweep`.
+        align: `"position"` or `"end"`, as for `ns.sweep`; `"role"` with `"atp"`.
         seed: of the draw of others.
         executor: of the sweep that verifies.
         max_tokens: how many tokens run at once.
@@ -111,6 +111,16 @@ def attribute(
         plan = plan_sweep(
             model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together
         )
+        if isinstance(plan.metric, Several) or plan.owners:
+            raise BadArgument(
+                f"attribute takes the gradient of one metric at one position, and this is {plan.metric.metric.name}",
+                expected="one metric of single tokens, such as ns.logit_diff",
+            )
+        if align == "role" and method != "atp":
+            raise BadArgument(
+                f'{method} takes points between two prompts, token by token, and align="role" pairs them otherwise',
+                expected='method="atp"',
+            )
         check_mode(model)
         steps = (STEPS if steps is None else steps) if chosen.stepwise else 0
         graph = edges.Graph.of(model, plan, receivers) if together else None

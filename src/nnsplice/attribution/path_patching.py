@@ -21,7 +21,7 @@ from nnsplice.activations.prompts import PromptsLike
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.packed_paths import PackedPaths
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics
 from nnsplice.packed.cost import Cost
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
@@ -41,7 +41,7 @@ def path_patch(
     corrupted: PromptsLike | None,
     senders: Paths,
     receivers: Paths,
-    metric: MetricLike,
+    metric: Metrics,
     **options: Any,
 ) -> SweepResult:
     """Patch every sender by itself, and let its new value reach the receivers alone.
@@ -69,6 +69,11 @@ def path_patch(
     model = engine.as_model(model)
     with circumstances("ns.path_patch"):
         plan = plan_sweep(model, clean, corrupted, senders, metric, together=True, **options)
+        if plan.owners:
+            raise BadArgument(
+                f"path_patch reads one position, and {plan.metric.metric.name} reads several",
+                expected="a metric of single tokens, or several of them",
+            )
         return run_paths(model, plan, [receivers] * len(plan.targets), **running)
 
 

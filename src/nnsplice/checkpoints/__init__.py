@@ -10,12 +10,14 @@ wte       ->  embed
     mapper      what becomes of what; each is there by its long name and by a short one: ModelStateMapperCopy, Copy
     io          reading and writing
     convert     a folder into another one
+    cutting     the config of a model with fewer layers
     between     one family's names and shapes into another's, derived
     places      tensors of a folder by address
 """
 
 from nnsplice.checkpoints.between.derive import Between, mapper_between
-from nnsplice.checkpoints.convert import adapted_config, convert, layer_of, renaming
+from nnsplice.checkpoints.convert import convert, renaming
+from nnsplice.checkpoints.cutting import adapted_config, layer_of
 from nnsplice.checkpoints.io.distributed import (
     save_model_state_pipeline_parallel,
     write_model_state_distributed,

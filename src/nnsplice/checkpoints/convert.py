@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnsplice.checkpoints.between.derive import Between
+from nnsplice.checkpoints.cutting import layer_of
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files
 from nnsplice.checkpoints.io.workers import write_with_workers
 from nnsplice.checkpoints.io.writer import write_model_state_local
-from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, listing
+from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, inputs_of, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCast, ModelStateMapperCopy, ModelStateMapperRename
@@ -27,8 +25,6 @@ from nnsplice.errors import BadArgument, MapperError, OutOfRange, circumstances
 
 #: What a cast is for. Packed and 8-bit weights mean something only together with their scales, so they stay.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-#: How configs call the number of layers.
-_DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def convert(
@@ -65,15 +61,18 @@ def convert(
     if workers < 1:
         raise BadArgument(f"workers={workers}", expected="at least 1")
     if isinstance(mapper, Between):
-        unused, mapper = mapper.unused, mapper.complete()
-        check_unused(src_dir, unused)
+        between = mapper.complete()
+        check_unused(src_dir, between)
+        mapper = between
     mapper = as_mapper(mapper)
     source = Path(src_dir)
+    Checkpoint.open(source)  # says what is wrong with the folder, where it is none
     along = {**other_files(source), **(carry or {})}
+    like = [source, *_read_files(source, mapper)]
     if workers > 1:
         write_with_workers(
             src_dir, dest_dir, mapper, workers, shard_size_gb=shard_size_gb, show_progress=show_progress,
-            resume=resume, source=_identity(source, mapper), carry=along,
+            resume=resume, source=_identity(source, mapper), carry=along, like=like,
         )  # fmt: skip
         return
     states = read_model_state(src_dir, mapper, "cpu", show_progress)
@@ -87,17 +86,26 @@ def convert(
         resume=resume,
         source=_identity(source, mapper),
         carry=along,
+        like=like,
     )
 
 
-def check_unused(src_dir: str | os.PathLike[str], names: Sequence[str]) -> None:
+def check_unused(src_dir: str | os.PathLike[str], between: Between) -> None:
     """Refuse to leave out a tensor that says anything: zeros do not, nor does a second copy of the embedding."""
     checkpoint = Checkpoint.open(src_dir)
-    told = [name for name in names if name in checkpoint and checkpoint.tensor(name).any()]
+    told = [name for name in between.unused if name in checkpoint and checkpoint.tensor(name).any()]
     if "unembed.W_U" in told and "embed.W_E" in checkpoint:
         shapes = checkpoint.entry("unembed.W_U").shape, checkpoint.entry("embed.W_E").shape[::-1]
         if shapes[0] == shapes[1] and _is_multiple(checkpoint.tensor("unembed.W_U").T, checkpoint.tensor("embed.W_E")):
             told.remove("unembed.W_U")
+    for name, kept in between.same.items():
+        if name in told and kept in checkpoint:
+            if not torch.equal(checkpoint.tensor(name), checkpoint.tensor(kept)):
+                raise MapperError(
+                    f"{name} and {kept} are two different tensors, and the target ties them into one",
+                    expected="a target whose config has tie_word_embeddings=False",
+                )
+            told.remove(name)
     if told:
         raise MapperError(
             f"there is no place for {', '.join(told[:5])}{', ...' if len(told) > 5 else ''}",
@@ -112,10 +120,18 @@ def _is_multiple(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a.double() * times, b.double(), rtol=1e-2, atol=1e-6)
 
 
+def _read_files(source: Path, mapper: ModelStateMapper) -> list[Path]:
+    """The files that a mapper reads; what else lies in the folder, such as its own new files, is nothing to it."""
+    checkpoint = Checkpoint.open(source)
+    return sorted({checkpoint.entry(name).path for name in inputs_of(mapper) if name in checkpoint})
+
+
 def _identity(source: Path, mapper: ModelStateMapper) -> str:
     """A checkpoint and what is made of it, in words that are others when either changes."""
-    files = sorted(path for path in source.rglob("*.safetensors*") if path.is_file())
-    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    stamps: list[str] = []
+    for path in _read_files(source, mapper):
+        found = path.stat()
+        stamps.append(f"{path.relative_to(source)} {found.st_size} {found.st_mtime_ns}")
     return "\n".join((str(source.resolve()), *stamps, *identity(mapper)))
 
 
@@ -202,16 +218,6 @@ def _renamed(name: str, rename: str) -> str:
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to: the first number among its names, in every family's checkpoints.
-
-    >>> from nnsplice.checkpoints import layer_of
-    >>> layer_of("model.layers.12.mlp.experts.3.up_proj.weight"), layer_of("lm_head.weight")
-    (12, None)
-    """
-    return next((int(word) for before, word in pairwise(name.split(".")) if word.isdigit() and before), None)
-
-
 def _chosen(checkpoint: Checkpoint, layers: slice | Sequence[int] | None) -> list[str]:
     """The tensors of some layers and of no layer, in the order of the files."""
     names = list(checkpoint.sizes())
@@ -229,33 +235,3 @@ def _numbers(layers: Iterable[int], count: int) -> set[int]:
         if not -count <= layer < count:
             raise OutOfRange(f"layer {layer} is not there", expected=f"0 to {count - 1}")
     return {layer % count for layer in layers}
-
-
-def adapted_config(text: str, *, layers: int | None = None, dtype: torch.dtype | None = None) -> str:
-    """A config.json for a model of which the first layers are kept, or whose numbers are of another type.
-
-    >>> from nnsplice.checkpoints import adapted_config
-    >>> print(adapted_config('{"model_type": "gpt2", "n_layer": 12}', layers=4, dtype=torch.bfloat16))
-    {
-      "model_type": "gpt2",
-      "n_layer": 4,
-      "dtype": "bfloat16"
-    }
-
-    Raises:
-        MapperError: the config does not say how many layers it has.
-    """
-    config: dict[str, Any] = json.loads(text)
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        config.update(dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"], name))
-    if layers is None:
-        return json.dumps(config, indent=2) + "\n"
-    keys = [key for key in _DEPTH if isinstance(config.get(key), int)]
-    if not keys:
-        raise MapperError("config.json does not say how many layers there are", expected=f"one of {', '.join(_DEPTH)}")
-    config.update(dict.fromkeys(keys, layers))
-    for key in ("layer_types", "attention_layers"):
-        if isinstance(config.get(key), list):
-            config[key] = config[key][:layers]
-    return json.dumps(config, indent=2) + "\n"

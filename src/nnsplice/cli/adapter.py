@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nnsplice.cli.commands import TowerName, app
-from nnsplice.cli.table import Row, aligned, show
+from nnsplice.cli.table import Row, aligned, say, show
 from nnsplice.errors import BadArgument
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ def adapter(
         health = layer_health(state, grouping)
     elif tower is not None:
         raise BadArgument("--tower is about the optimizer's table", write="--optimizer FILE")
-    typer.echo(f"{_summary(found)}\n")
+    say(f"{_summary(found)}\n")
     show(_weights(profiled) if each else _layers(profiled))
     if health is not None:
-        typer.echo(f"\noptimizer: {_progress(health)}\n")
+        say(f"\noptimizer: {_progress(health)}\n")
         show(_health(health))
 
 

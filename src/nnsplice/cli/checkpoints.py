@@ -9,6 +9,8 @@ import typer
 
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.loading import dtype_of
+from nnsplice.cli.table import say
+from nnsplice.files import text_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +50,7 @@ def convert(
     what it held until the new checkpoint is whole.
     """
     from nnsplice import checkpoints
-    from nnsplice.checkpoints.convert import adapted_config
+    from nnsplice.checkpoints.cutting import adapted_config
 
     chosen = None if layers is None else _layers(layers)
     numbers = None if dtype is None else dtype_of(dtype)
@@ -58,7 +60,7 @@ def convert(
         else checkpoints.renaming(source, rename or (), dtype=numbers, layers=chosen)
     )
     if explain:
-        typer.echo(repr(mapper.explain(source)))
+        say(repr(mapper.explain(source)))
         return
     if dest is None:
         raise WrongUsage("Missing: DST (or --explain, which needs none)")
@@ -66,13 +68,13 @@ def convert(
     config = source / "config.json"
     first = isinstance(chosen, slice) and not chosen.start and chosen.step in (None, 1)
     if config.is_file() and (first or numbers is not None):
-        text = config.read_text(encoding="utf-8")
+        text = text_of(config)
         carry["config.json"] = adapted_config(text, layers=_count(mapper) if first else None, dtype=numbers)
     checkpoints.convert(
         source, dest, mapper, shard_size_gb=shard_size, show_progress=not quiet, resume=resume, carry=carry,
         workers=workers,
     )  # fmt: skip
-    typer.echo(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
+    say(f"{dest}: {len(checkpoints.Checkpoint.open(dest))} tensors")
 
 
 def _derived(
@@ -88,7 +90,7 @@ def _derived(
     if rename or layers is not None:
         raise WrongUsage("--to gives every tensor its name; --rename and --layers are for a second conversion")
     between = mapper_between(source, to).complete()
-    check_unused(source, between.unused)
+    check_unused(source, between)
     if dtype is None:
         return between
     return Sequential([between, Parallel([Cast(name, dtype) for name in sorted(outputs_of(between))])])
@@ -106,7 +108,7 @@ def _layers(text: str) -> slice | tuple[int, ...]:
 
 def _count(mapper: object) -> int:
     from nnsplice.checkpoints import ModelStateMapper
-    from nnsplice.checkpoints.convert import layer_of
+    from nnsplice.checkpoints.cutting import layer_of
     from nnsplice.checkpoints.mapper.abc import inputs_of
 
     assert isinstance(mapper, ModelStateMapper)

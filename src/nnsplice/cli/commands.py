@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from nnsplice.cli.loading import Device, Dtype, loaded
+from nnsplice.cli.table import say
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.progress import bar
 
@@ -42,10 +43,10 @@ class Commands(TyperGroup):
             _explain(error)
             code = 2
         except NnspliceError as error:
-            typer.echo(str(error), err=True)
+            say(str(error), err=True)
             code = 1
         except typer.Abort:
-            typer.echo("stopped", err=True)
+            say("stopped", err=True)
             code = 130
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -55,10 +56,10 @@ def _explain(error: Any) -> None:
     message = error.format_message()
     help_text = error.ctx.get_help() if error.ctx is not None else ""
     if message not in ("", help_text):
-        typer.echo(f"{help_text}\n", err=True)
-        typer.echo(f"Error: {message}", err=True)
+        say(f"{help_text}\n", err=True)
+        say(f"Error: {message}", err=True)
     else:
-        typer.echo(help_text, err=True)
+        say(help_text, err=True)
 
 
 app: typer.Typer = typer.Typer(
@@ -88,7 +89,7 @@ class TowerName(StrEnum):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"nnsplice {version_of('nnsplice')}")
+        say(f"nnsplice {version_of('nnsplice')}")
         raise typer.Exit
 
 
@@ -227,7 +228,7 @@ def check(
     show(aligned([_row(finding) for finding in shown], ("check", "looked at", "difference", "result", "")))
     failed = sum(finding.state == "FAILED" for finding in findings)
     skipped = sum(finding.state == "skipped" for finding in findings)
-    typer.echo(f"\n{len(findings)} looked at: {failed} failed, {skipped} skipped")
+    say(f"\n{len(findings)} looked at: {failed} failed, {skipped} skipped")
     if failed:
         raise typer.Exit(1)
 

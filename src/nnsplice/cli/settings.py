@@ -14,8 +14,11 @@ METRICS: dict[str, tuple[str, ...]] = {
     "logit_diff": ("answer", "wrong"),
     "probability": ("answer",),
     "log_probability": ("answer",),
+    "sequence_log_probability": ("answer",),
     "rank": ("answer",),
+    "accuracy": ("answer",),
     "kl_divergence": (),
+    "js_divergence": (),
 }
 #: Option -> what it may be, where that is one of a few names.
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -10,7 +10,7 @@ import typer
 
 from nnsplice.cli.commands import Commands, WrongUsage, app
 from nnsplice.cli.loading import Device, Dtype, loaded
-from nnsplice.cli.table import aligned, show
+from nnsplice.cli.table import aligned, say, show
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import BadArgument, FileError
 
@@ -90,7 +90,7 @@ def fit(
         for key in vector
     ]
     show(aligned(rows, ("place", "norm", "AUC held out")))
-    typer.echo(f"\n{len(good)} and {len(bad)} prompts; written to {out}")
+    say(f"\n{len(good)} and {len(bad)} prompts; written to {out}")
 
 
 @steer.command()
@@ -132,15 +132,15 @@ def sweep(
     out.mkdir(parents=True, exist_ok=True)
     grid.to_file(out / SWEEP)
     ns.plots.save(grid.plot("lines"), out / FIGURE, close=True, bbox_inches="tight")
-    typer.echo(f"{grid.metric} without steering: {grid.baseline.mean():.4g}\n")
+    say(f"{grid.metric} without steering: {grid.baseline.mean():.4g}\n")
     best = grid.best(8)
     columns = (best["layer"], best["coefficient"], best["value"], best["kl"])
     rows = [(str(n), f"{c:g}", f"{v:.4g}", f"{kl:.3g}") for n, c, v, kl in zip(*columns, strict=True)]
     show(aligned(rows, ("layer", "coefficient", grid.metric, "KL")))
     if chosen is not None:
         told = f"{chosen.score:.4g} with a KL of {chosen.kl:.3g}"
-        typer.echo(f"\nbest within {limit:g}: layer {chosen.layer}, coefficient {chosen.coefficient:g}: {told}")
-    typer.echo(f"\n{out / SWEEP}, {out / FIGURE}")
+        say(f"\nbest within {limit:g}: layer {chosen.layer}, coefficient {chosen.coefficient:g}: {told}")
+    say(f"\n{out / SWEEP}, {out / FIGURE}")
 
 
 @steer.command()
@@ -185,7 +185,7 @@ def generate(
     )  # fmt: skip
     told = iter(texts)
     for text, plain in zip(prompts, unsteered, strict=True):
-        typer.echo(text)
+        say(text)
         lines = [("without", plain), *((f"{c:g}", next(told)) for c in strengths)]
         show(f"  {line}" for line in aligned([(name, " ".join(said.split())) for name, said in lines]))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from nnsplice.shown import printable
+
 Row = tuple[str, ...]
 
 #: Words that are coloured where they fill a cell, on a terminal.
@@ -26,9 +28,13 @@ def aligned(rows: Sequence[Row], head: Row | None = None) -> list[str]:
     >>> aligned([("layers[0..5]", "64"), ("  attn", "64")])
     ['layers[0..5]  64', '  attn        64']
     """
-    every = [*([head] if head else []), *rows]
+    every = [*([head] if head else []), *(tuple(map(_cell, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)] if every else []
     return [_line(row, widths, bold=row is head) for row in every]
+
+
+def _cell(text: str) -> str:
+    return printable(text).replace("\n", r"\n")
 
 
 def _line(row: Row, widths: Sequence[int], *, bold: bool) -> str:
@@ -44,6 +50,11 @@ def _line(row: Row, widths: Sequence[int], *, bold: bool) -> str:
 def _styled(cell: str, padding: str, bold: bool) -> str:
     style = {"bold": True} if bold else STYLES.get(cell)
     return (typer.style(cell, **style) if style and cell else cell) + padding
+
+
+def say(text: str = "", *, err: bool = False) -> None:
+    """Print a text, which may quote a file: whatever a terminal would obey is spelled out."""
+    typer.echo(printable(text), err=err)
 
 
 def show(lines: Iterable[str]) -> None:

@@ -16,8 +16,8 @@ from nnsplice.cli import estimating
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.loading import Device, Dtype, loaded
-from nnsplice.cli.table import Row, aligned, show
-from nnsplice.errors import FileError, NnspliceError
+from nnsplice.cli.table import Row, aligned, say, show
+from nnsplice.errors import BadArgument, FileError, NnspliceError
 
 if TYPE_CHECKING:
     from nnsplice.metrics import Metric
@@ -155,13 +155,13 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool) -> None:
     model = loaded(asked["model"], asked.get("device"), asked.get("dtype"))
     plan = _plan(model, asked, method)
     if folder is None:
-        typer.echo(plan.preview())
+        say(plan.preview())
         return
     first = plan.preview(0).splitlines()[0]
-    typer.echo(first.replace("to compute", f"to estimate by {method}") if method else first)
+    say(first.replace("to compute", f"to estimate by {method}") if method else first)
     result = _finished(folder, model, plan, asked, method) if resume else None
     if result is not None:
-        typer.echo("finished already; this is what was found")
+        say("finished already; this is what was found")
     else:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -176,14 +176,14 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool) -> None:
             else:
                 result = estimating.estimate(model, asked, _metric(asked), folder / JOURNAL)
         except KeyboardInterrupt:
-            typer.echo(f"stopped; what is finished stands in {folder / JOURNAL}; --resume goes on", err=True)
+            say(f"stopped; what is finished stands in {folder / JOURNAL}; --resume goes on", err=True)
             raise
         result.to_file(folder / RESULT)
     written = _draw(result, folder)
     show(_ends(result))
-    typer.echo()
+    say()
     show(aligned(*_best(result)))
-    typer.echo()
+    say()
     show(aligned([(str(folder / name), about) for name, about in written]))
 
 
@@ -247,12 +247,12 @@ def _draw(result: SweepResult, folder: Path) -> list[Row]:
             plots.save(result.plot(kind), folder / name, close=True, bbox_inches="tight")
             written.append((name, f"{kind}, as a heatmap"))
         except NnspliceError as error:
-            typer.echo(f"no figure of {kind}: {error}", err=True)
+            say(f"no figure of {kind}: {error}", err=True)
     try:
         result.to_html(folder / PAGE)
         written.append((PAGE, "the same for a browser"))
     except NnspliceError as error:
-        typer.echo(f"no page: {error}", err=True)
+        say(f"no page: {error}", err=True)
     return [*written, (JOURNAL, "what --resume goes on from")] if (folder / JOURNAL).exists() else written
 
 
@@ -270,7 +270,11 @@ def _ends(result: SweepResult) -> list[str]:
 def _best(result: SweepResult) -> tuple[list[Row], Row]:
     if result.table.edges is not None:
         return estimating.rows(result)
-    best = result.best(10)
+    try:
+        best = result.best(10)
+    except BadArgument as error:  # prompts of unlike length, whose positions have no mean
+        typer.echo(f"of prompt 0 alone, as {str(error).partition(chr(10))[0]}\n")
+        best = result.best(10, prompt=0)
     by = "change" if bool(best["effect"].isna().to_numpy().all()) else "effect"
     frame = result.frame()
     tokens = {path: set(texts) for path, texts in frame.groupby("path")["token"]}
@@ -289,5 +293,5 @@ def _best(result: SweepResult) -> tuple[list[Row], Row]:
 def plain_warnings() -> Iterator[None]:
     """Show a warning as its message; which line of nnsplice gave it says nothing to a reader in a shell."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: typer.echo(str(message), err=True)
+        warnings.showwarning = lambda message, *_, **__: say(str(message), err=True)
         yield

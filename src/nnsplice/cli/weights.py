@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nnsplice.cli.commands import Model, app, blueprint
+from nnsplice.cli.table import say
 
 
 @app.command()
@@ -26,7 +27,8 @@ def mask(
     nnsplice mask toy "l1 mlp" l2h3
     nnsplice mask toy 'layers[0:3].attn.q' --plain
 
-    Several places are shown together. A key/value head that several heads share is shown with each of them.
+    Several places are shown together. A key/value head that several heads share is shown with each of
+    them, with a note: what acts on weights takes it with the whole group (l1g0).
     """
     from nnsplice.weights import create_param_masks, preview_weight_restriction
 
@@ -34,6 +36,6 @@ def mask(
     with warnings.catch_warnings():
         # Always, and as a line: which line of nnsplice gave it says nothing to a reader in a shell.
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_, **__: typer.echo(str(message), err=True)
+        warnings.showwarning = lambda message, *_, **__: say(str(message), err=True)
         masks = create_param_masks(found, restriction[0] if len(restriction) == 1 else restriction)
     preview_weight_restriction(found, masks, plain=plain)

@@ -2,6 +2,7 @@
 
 tracing     the only file that imports it: wrap, run, wait for a value, write a value, remote runs
 models      what is asked of a model as a whole
+digest      what tells its weights from those of another of its name
 memory      how much of it runs at once
 recording   the order of its modules, recorded once
 places      paths -> places of the model, in that order
@@ -19,6 +20,7 @@ import nnsplice.engine.anyio_first  # noqa: F401  # before nnsight
 from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of, tokens_before
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
+from nnsplice.engine.digest import weights_digest
 from nnsplice.engine.intercept import Interception
 from nnsplice.engine.memory import is_memory, room
 from nnsplice.engine.models import (
@@ -36,7 +38,6 @@ from nnsplice.engine.models import (
     refuse_edits,
     token_texts,
     tokenizer_of,
-    weights_digest,
 )
 from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import order_of, record

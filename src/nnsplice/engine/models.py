@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas import Atlas, Site, peel, text_config
+from nnsplice.atlas import Atlas, Site, peel, text_config, whole_here
 from nnsplice.atlas.families import NOT_TEXT, POSITIONS
-from nnsplice.digests import checksum
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType, named
 
@@ -27,6 +25,7 @@ def as_model(model: object) -> Model:
         )
     if model.parent is not None:
         raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")
+    whole_here(peel(model), "what is read or written")
     return model
 
 
@@ -140,34 +139,6 @@ def after_last_attention(model: Model, site: Site) -> bool:
         (last.o, "output"), (last.mlp, "output"), (last.down, "input"), (last.attn, "output"), last.mid,
     }  # fmt: skip
     return site.occurrence == last.occurrence and site.kind in ("plain", "stream") and (site.module, site.end) in behind
-
-
-def weights_digest(model: Model) -> str:
-    """A short digest that tells two models of one name apart: every number counts, as one edited head may differ.
-
-    Of an adapter it also tells whether it is switched on.
-    """
-    root = peel(model)
-    parameters = list(root.named_parameters())
-    summed = hashlib.sha256(str([(name, tuple(p.shape)) for name, p in parameters]).encode())
-    for name, module in root.named_modules():
-        # PEFT's layers, told by their parts so that this room needs no PEFT.
-        if hasattr(module, "_active_adapter"):
-            summed.update(str((name, module._active_adapter, getattr(module, "_disable_adapters", False))).encode())
-    for _, parameter in parameters:
-        for plain in _stored(parameter.detach()):
-            if not plain.is_meta:
-                summed.update(str(checksum(plain)).encode())
-    return summed.hexdigest()[:16]
-
-
-def _stored(tensor: Any) -> Iterator[Any]:
-    """The plain tensors that hold a tensor's numbers: itself, or the parts of a quantised one, which cannot be cut."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _stored(getattr(tensor, name))
 
 
 def attention_of(model: Model) -> str | None:

@@ -13,6 +13,7 @@ from torch import nn
 from nnsplice import engine
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, FileError, NnspliceError, closest, named
+from nnsplice.models.smallfiles import check_small_files
 
 #: Models that are part of the package: name -> folder.
 EMBEDDED: Mapping[str, Path] = {name: Path(__file__).parent / "data" / name for name in ("toy", "toy-llama")}
@@ -218,6 +219,7 @@ def _folder(folder: Path, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Mode
             expected="a folder that save_pretrained wrote, with config.json, weights and a tokenizer",
             write=adapter or _TOY,
         )
+    check_small_files(inside)
     try:
         return _from(str(folder), tokenizer, kwargs)
     except NnspliceError:

@@ -3,12 +3,16 @@
 table           the measured values as plain arrays: Cell, Run, Table
 result          SweepResult: everything below as methods of one value
 kinds           which kind of place is meant
-labelled        grid with named axes, rows, effects
+measures        changes and shares of the way back, pooled over prompts
+uncertainty     intervals, tests and stability of averages over prompts
+labelled        grid with named axes, rows, the best cells
+roles           tokens by what they are in their prompts
 estimates       what estimates are made of, and how far off those were that were checked
 figure          which plane of a grid a figure shows
 page            a page that stands by itself; page.html is how it looks
 display         what a notebook shows
 files           a result on disk, and the digest that is its identity
+several         one of several metrics, and all of them side by side
 merging         shards put together
 journal, lock   what is appended while a sweep runs, so that it can go on after a stop
 """

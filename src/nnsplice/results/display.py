@@ -6,7 +6,7 @@ import html as escape
 
 import numpy as np
 
-from nnsplice.results import estimates, labelled
+from nnsplice.results import estimates, measures
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
 
@@ -31,9 +31,12 @@ def _lines(table: Table, metric: str) -> list[str]:
     lines = [f"{int(table.done.sum())} cells, {prompts} prompt{'s' * (prompts != 1)}, {metric}{part}", *kinds[:SHOWN]]
     if len(kinds) > SHOWN:
         lines.append(f"... and {len(kinds) - SHOWN} more kinds of place")
-    lines.append(f"clean {_ends(table.clean)}, corrupted {_ends(table.corrupted)}")
+    for at, name in enumerate(table.metrics):
+        lines.append(f"{name}: clean {_ends(table.clean[:, at])}, corrupted {_ends(table.corrupted[:, at])}")
+    if not table.metrics:
+        lines.append(f"clean {_ends(table.clean)}, corrupted {_ends(table.corrupted)}")
     if method := estimates.method_of(table):
-        edges = "" if table.edges is None else f", of {int((~np.isnan(labelled.mean(table.edges))).sum())} edges"
+        edges = "" if table.edges is None else f", of {int((~np.isnan(measures.mean(table.edges))).sum())} edges"
         lines.append(f"estimated by {method}{edges}, not measured")
         if table.exact is not None:
             lines.append(str(estimates.verification(table)))
@@ -46,4 +49,4 @@ def _lines(table: Table, metric: str) -> list[str]:
 def _ends(values: np.ndarray) -> str:
     if not len(values):
         return "nothing"
-    return f"{values[0]:.4g}" if len(values) == 1 else f"{labelled.mean(values):.4g} in the mean"
+    return f"{values[0]:.4g}" if len(values) == 1 else f"{measures.mean(values):.4g} in the mean"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnsplice.errors import BadArgument
-from nnsplice.results import labelled
+from nnsplice.results import labelled, measures
 from nnsplice.results.table import Table
 
 if TYPE_CHECKING:
@@ -65,12 +65,8 @@ def method_of(table: Table) -> str | None:
 
 
 def sizes_of(table: Table) -> np.ndarray:
-    """How large each estimate is, `[cell]` or `[cell, receiver]`: the mean over prompts, as `best` orders them."""
-    return _sizes(table, labelled.change(table) if table.edges is None else table.edges)
-
-
-def _sizes(table: Table, moved: np.ndarray) -> np.ndarray:
-    return labelled.mean(np.abs(moved) / _along(labelled.unit(table), moved))
+    """How large each estimate is, `[cell]` or `[cell, receiver]`: pooled over prompts, as `best` orders them."""
+    return measures.size(table, measures.change(table) if table.edges is None else table.edges)
 
 
 def _along(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -97,7 +93,7 @@ def verification(table: Table) -> Verification:
         )
     told = table.asked["verify"]
     moved = table.exact - _along(table.corrupted, table.exact)
-    estimated, exact = sizes_of(table).reshape(-1), _sizes(table, moved).reshape(-1)
+    estimated, exact = sizes_of(table).reshape(-1), measures.size(table, moved).reshape(-1)
     checked = ~np.isnan(exact)
     if not checked.any():
         return Verification(0, 0, float("nan"), float("nan"), None)
@@ -144,10 +140,10 @@ def _worst(table: Table, checked: np.ndarray) -> Miss:
     assert table.exact is not None
     shape, ends = table.exact.shape[1:], _along(table.corrupted, table.exact)
     estimated = table.values if table.edges is None else table.edges + ends
-    off = _sizes(table, table.exact - estimated).reshape(-1)
+    off = measures.size(table, table.exact - estimated).reshape(-1)
     number = int(checked[np.argmax(off[checked])])
     cell, *receiver = (int(at) for at in np.unravel_index(number, shape))
-    means = [float(labelled.mean(values.reshape(len(ends), -1)[:, number])) for values in (estimated, table.exact)]
+    means = [float(measures.mean(values.reshape(len(ends), -1)[:, number])) for values in (estimated, table.exact)]
     if not receiver:
         return Miss(table.cells[cell].path, None, *means)
     return Miss(_sender(table, cell), table.receivers[receiver[0]], *means)
@@ -168,12 +164,10 @@ def edges(table: Table, prompt: int | None) -> pd.DataFrame:
             "this result is about places, and has no edges between them",
             write='ns.attribute(..., method="eap")',
         )
-    prompts = len(table.edges)
-    if prompt is not None and (isinstance(prompt, bool) or not -prompts <= prompt < prompts):
-        raise BadArgument(f"prompt={prompt}", expected=f"a number below {prompts}, or nothing for the mean over them")
+    labelled.check_prompt(table, prompt)
 
     def of(values: np.ndarray) -> np.ndarray:
-        return labelled.mean(values) if prompt is None else values[prompt]
+        return measures.mean(values) if prompt is None else values[prompt]
 
     scores = of(table.edges)
     cells, receivers = np.nonzero(~np.isnan(scores))

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nnsplice.errors import BadArgument
-from nnsplice.results import labelled
-from nnsplice.results.table import AXES, Table
+from nnsplice import plots
+from nnsplice.results import labelled, measures
+from nnsplice.results.table import AXES, OF_TOKENS, Table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,18 +26,43 @@ class Plane:
     column_label: str
 
 
+def draw(
+    table: Table,
+    array: xr.DataArray,
+    chosen: str,
+    prompt: int | None,
+    metric: str,
+    method: str | None,
+    ax: plots.Axes | None,
+) -> plots.Axes:
+    """A heatmap of an array of effects, values or changes, with all that its labels have to say."""
+    shown = plane(table, array, prompt)
+    labels = {"effect": "share of the effect restored", "value": metric, "change": f"change of {metric}"}
+    prompts = len(table.clean)
+    many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
+    which = "" if prompts == 1 else many if prompt is None else f", prompt {prompt}"
+    return plots.heatmap(
+        shown.values,
+        rows=shown.rows,
+        columns=shown.columns,
+        row_label=shown.row_label,
+        column_label=shown.column_label,
+        title=array.attrs["component"] + which + (f", estimated by {method}" if method else ""),
+        value_label=labels[chosen],
+        centre=None if chosen == "value" else 0.0,
+        ax=ax,
+    )
+
+
 def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
     """Layers downwards; across are the tokens, or the heads where there is one position.
 
     Args:
         prompt: which prompt; left out, the mean over all of them.
     """
-    prompts = grid.sizes["prompt"]
-    if prompt is not None and (isinstance(prompt, bool) or not -prompts <= prompt < prompts):
-        raise BadArgument(f"prompt={prompt}", expected=f"a number below {prompts}, or nothing for the mean over them")
-    if prompt is None and (problem := no_mean(table, grid.attrs["component"])):
-        raise BadArgument(problem, expected="one prompt", write="plot(prompt=0)")
-    values = labelled.mean(grid.values) if prompt is None else grid.values[prompt]
+    labelled.check_prompt(table, prompt)
+    labelled.check_mean(table, prompt, "plot", grid.attrs["component"])
+    values = measures.mean(grid.values) if prompt is None else grid.values[prompt]
     axes = [str(axis) for axis in grid.dims[1:]]
     down, across = sides(axes, [grid.sizes[axis] for axis in axes])
     labels = {axis: _labels(grid, axis, prompt) for axis in axes}
@@ -49,31 +74,18 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
         rows,
         columns,
         ".".join(down) or "place",
-        across[0] if len(across) > 1 and grid.sizes["position"] == 1 else ".".join(across) or "position",
+        across[0] if len(across) > 1 and grid.sizes[across[-1]] == 1 else ".".join(across) or "position",
     )
 
 
 def sides(axes: list[str], sizes: list[int]) -> tuple[list[str], list[str]]:
     """Which axes go down and which across: parts of a layer leave the width to the tokens where there are several."""
     parts = [axis for axis in axes if axis in AXES[1:]]
-    tokens = "position" in axes and (sizes[axes.index("position")] > 1 or not parts)
-    across = ["position"] if tokens else parts
+    named = [axis for axis in axes if axis in OF_TOKENS]
+    tokens = bool(named) and (sizes[axes.index(named[0])] > 1 or not parts)
+    across = named if tokens else [*parts, *named]
     # An axis that is on neither side has one label.
-    return [axis for axis in axes if axis == "layer" or (tokens and axis in parts)], [
-        *across,
-        *(["position"] if "position" in axes and not tokens else []),
-    ]
-
-
-def no_mean(table: Table, kind: str) -> str | None:
-    """Why a mean over prompts would mix unlike things, where it would."""
-    of_kind = [n for n, cell in enumerate(table.cells) if cell.component == kind]
-    exists = table.exists[:, of_kind]
-    if (exists == exists[:1]).all():
-        return None
-    lengths = sorted({len(row) for row in table.tokens}) or ["different numbers of"]
-    counts = " and ".join(map(str, lengths)) if len(lengths) < 5 else f"{lengths[0]} to {lengths[-1]}"
-    return f"the prompts have {counts} tokens, so a column would be the mean of some of them only"
+    return [axis for axis in axes if axis == "layer" or (tokens and axis in parts)], across
 
 
 def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from nnsplice.errors import BadType, FileError, NnspliceError, named
-from nnsplice.files import is_pickle, whole
+from nnsplice.files import from_json, is_pickle, whole
+from nnsplice.headers import read_header
 from nnsplice.results.table import Cell, Run, Table, settled
 
 HEADER = "nnsplice"
@@ -26,8 +27,8 @@ FORMAT = 1
 WRITTEN = "a file that SweepResult.to_file wrote"
 
 _ARRAYS = {"values": "F64", "done": "BOOL", "exists": "BOOL", "clean": "F64", "corrupted": "F64"}
-#: What only estimates have.
-_MORE = {"edges": "F64", "exact": "F64"}
+#: What only estimates, and means by role, have.
+_MORE = {"edges": "F64", "exact": "F64", "counts": "F64"}
 
 
 def digest(table: Table) -> str:
@@ -104,8 +105,8 @@ def read(path: str | os.PathLike[str]) -> Table:
             expected=WRITTEN,
         )
     try:
+        header = _header(path, read_header(path).metadata)
         with safe_open(os.fspath(path), framework="np") as file:
-            header = _header(path, file.metadata())
             held = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
             if held != {**_ARRAYS, **{name: kind for name, kind in _MORE.items() if name in held}}:
                 raise FileError(f"{path} is damaged: it holds {held}", expected=WRITTEN)
@@ -118,6 +119,7 @@ def read(path: str | os.PathLike[str]) -> Table:
                 asked=header["asked"],
                 run=Run(**header["run"]),
                 receivers=tuple(header.get("receivers", ())),
+                metrics=tuple(header.get("metrics", ())),
             )
         )
         same = digest(table) == header["digest"]
@@ -130,8 +132,8 @@ def read(path: str | os.PathLike[str]) -> Table:
     return table
 
 
-def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
-    header = json.loads((metadata or {}).get(HEADER, "null"))
+def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    header = from_json(metadata.get(HEADER, "null"), f"the header of {path}")
     kind = header.get("kind") if isinstance(header, dict) else None
     if kind != KIND:
         found = f"a {kind}" if isinstance(kind, str) else "a safetensors file of something else"
@@ -143,9 +145,11 @@ def _header(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> di
 
 def _texts(table: Table) -> dict[str, Any]:
     # Rows and not dictionaries: the names of a cell's fields would be most of the header.
-    cells = [dataclasses.astuple(cell) for cell in table.cells]
+    rows = (dataclasses.astuple(cell) for cell in table.cells)
+    cells = [row if row[-1] is not None else row[:-1] for row in rows]  # most have no role
     texts: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
-    return {**texts, "receivers": table.receivers} if table.receivers else texts
+    more = {"receivers": table.receivers, "metrics": table.metrics}
+    return texts | {name: value for name, value in more.items() if value}
 
 
 def _number(value: Any) -> Any:

@@ -3,59 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nnsplice.errors import BadArgument
-from nnsplice.results.table import AXES, Cell, Table
+from nnsplice.results import measures
+from nnsplice.results.table import AXES, OF_TOKENS, Cell, Table
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-#: Where clean and corrupted run differ by less of their size, a share of their difference means nothing.
-TINY = 1e-6
-
 #: What an axis counts: numbers, or names of spans; None is every token at once.
 Label = int | str | None
-
-
-def quiet() -> np.errstate:
-    """Sums past the largest number are infinite, and infinity less infinity is no number; no warning about either."""
-    return np.errstate(over="ignore", invalid="ignore")
-
-
-def spanless(table: Table) -> np.ndarray:
-    """`[prompt]`: whether the clean and the corrupted run have no difference to take a share of."""
-    with quiet():
-        span = np.abs(table.clean - table.corrupted)
-        enough = span >= TINY * np.maximum(np.abs(table.clean), np.abs(table.corrupted))
-    return ~(enough & (span > 0) & np.isfinite(span))
-
-
-def change(table: Table) -> np.ndarray:
-    """`[prompt, cell]`: how far the metric moved from the corrupted run's."""
-    with quiet():
-        return table.values - table.corrupted[:, None]
-
-
-def effect(table: Table) -> np.ndarray:
-    """`[prompt, cell]`: the share of the way from the corrupted to the clean run; NaN where there is no way."""
-    usable = ~spanless(table)
-    share = np.full(table.values.shape, np.nan)
-    with quiet():
-        share[usable] = change(table)[usable] / (table.clean - table.corrupted)[usable, None]
-    return share + 0.0  # and no minus zero, where nothing changed and the way goes down
-
-
-def unit(table: Table) -> np.ndarray:
-    """`[prompt]`: what changes are counted in where cells are compared: the whole way, or 1 where no prompt has one."""
-    flat = spanless(table)
-    if flat.all():
-        return np.ones(len(flat))
-    with quiet():
-        return np.where(flat, np.nan, np.abs(table.clean - table.corrupted))
 
 
 def token(table: Table, prompt: int, position: Label) -> str:
@@ -96,44 +58,84 @@ def frame(table: Table) -> pd.DataFrame:
     cells = [table.cells[n] for n in numbers]
     columns: dict[str, Any] = {"prompt": prompts, "component": [cell.component for cell in cells], **_columns(cells)}
     columns["token"] = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
+    if any(cell.role is not None for cell in table.cells):
+        columns["role"] = [cell.role for cell in cells]
+    if table.counts is not None:
+        columns["n"] = table.counts[prompts, numbers].astype(int)
     columns["value"] = table.values[prompts, numbers]
     if table.exact is not None and table.edges is None:
         columns["exact"] = table.exact[prompts, numbers]
-    columns["effect"] = effect(table)[prompts, numbers]
+    columns["effect"] = measures.effect(table)[prompts, numbers]
     columns["clean"], columns["corrupted"] = table.clean[prompts], table.corrupted[prompts]
     columns["path"] = [cell.path for cell in cells]
     return pd.DataFrame(columns)
 
 
-def best(table: Table, n: int) -> pd.DataFrame:
-    """The cells that move most, in the mean over the prompts that have them, with the signed means."""
+def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
+    """The cells that move most: of one prompt, or in the pooled mean over all of them, with the signed means."""
     import pandas as pd
 
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise BadArgument(f"best({n!r})", expected="how many cells to show, at least 1")
-    measures = {"value": table.values, "change": change(table), "effect": effect(table)}
+    check_prompt(table, prompt)
+    check_mean(table, prompt, "best")
+    if prompt is not None:
+        table = only(table, prompt)
+    moved = measures.change(table)
+    found = {"value": table.values, "change": moved, "effect": measures.pooled(table, moved)}
     if table.exact is not None and table.edges is None:
-        measures["exact"] = table.exact
-    size = mean(np.abs(measures["effect"]))
-    if np.isnan(size).all():  # an ablation: the clean run is the one that is edited, so there are changes and no shares
-        size = mean(np.abs(measures["change"]))
+        found["exact"] = table.exact
+    size = measures.size(table, moved)
     order = np.argsort(-size, kind="stable")[:n]  # NaN comes last
     order = order[~np.isnan(size[order])]
     cells = [table.cells[number] for number in order]
     columns: dict[str, Any] = {"component": [cell.component for cell in cells]}
-    used = {axis for axis in (*AXES, "position") if any(getattr(cell, axis) is not None for cell in table.cells)}
+    used = {axis for axis in (*AXES, *OF_TOKENS) if any(getattr(cell, axis) is not None for cell in table.cells)}
     columns |= {axis: column for axis, column in _columns(cells).items() if axis in used}
+    if "role" in used:
+        columns["role"] = [cell.role for cell in cells]
     if len(table.clean) == 1:
         columns["token"] = [token(table, 0, cell.position) for cell in cells]
-    columns |= {name: mean(values)[order] for name, values in measures.items()}
+    columns |= {name: measures.mean(values)[order] for name, values in found.items()}
     return pd.DataFrame({**columns, "path": [cell.path for cell in cells]})
 
 
-def mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the first axis of what is there, and NaN where nothing is; no warning about that."""
-    there = ~np.isnan(values)
-    with quiet():
-        return np.where(there, values, 0.0).sum(0) / np.where(there.any(0), there.sum(0), np.nan)
+def check_prompt(table: Table, prompt: int | None) -> None:
+    """Raise for a prompt that is not there."""
+    prompts = len(table.clean)
+    if prompt is not None and (isinstance(prompt, bool) or not -prompts <= prompt < prompts):
+        raise BadArgument(f"prompt={prompt}", expected=f"a number below {prompts}, or nothing for the mean over them")
+
+
+def only(table: Table, prompt: int) -> Table:
+    """The table of one prompt."""
+    row = [range(len(table.clean))[prompt]]
+    arrays = {
+        name: getattr(table, name)
+        for name in ("values", "done", "exists", "clean", "corrupted", "edges", "exact", "counts")
+    }
+    kept = {name: array[row] for name, array in arrays.items() if array is not None}
+    return replace(table, tokens=tuple(table.tokens[n] for n in row) if table.tokens else (), **kept)
+
+
+def check_mean(table: Table, prompt: int | None, what: str, kind: str | None = None) -> None:
+    """Raise where all prompts are meant, and a mean over them would mix unlike things."""
+    if prompt is None and (problem := no_mean(table, kind)):
+        raise BadArgument(
+            problem, expected="one prompt, or roles of tokens", write=f"{what}(prompt=0), or by_role().{what}()"
+        )
+
+
+def no_mean(table: Table, kind: str | None = None) -> str | None:
+    """Why a mean over prompts would mix unlike things, where it would."""
+    # A role is the same thing in every prompt, also where some lack it.
+    of_kind = [n for n, cell in enumerate(table.cells) if kind in (None, cell.component) and cell.role is None]
+    exists = table.exists[:, of_kind]
+    if (exists == exists[:1]).all():
+        return None
+    lengths = sorted({len(row) for row in table.tokens}) or ["different numbers of"]
+    counts = " and ".join(map(str, lengths)) if len(lengths) < 5 else f"{lengths[0]} to {lengths[-1]}"
+    return f"the prompts have {counts} tokens, so one position is another thing in each of them and in some is missing"
 
 
 def _columns(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -153,7 +155,8 @@ def points(cells: Sequence[Cell]) -> tuple[dict[str, list[Label]], np.ndarray]:
     Raises:
         BadArgument: two cells stand at one point, where one of them would be lost.
     """
-    labels = {axis: found for axis in (*AXES, "position") if (found := _labels([getattr(c, axis) for c in cells]))}
+    axes = (*AXES, *OF_TOKENS)
+    labels = {axis: found for axis in axes if (found := _labels([getattr(c, axis) for c in cells]))}
     places = {axis: {label: n for n, label in enumerate(of)} for axis, of in labels.items()}
     taken: dict[tuple[int, ...], Cell] = {}
     for cell in cells:

@@ -25,12 +25,13 @@ def merge(tables: Sequence[Table]) -> Table:
     for number, other in enumerate(tables[1:], 1):
         _check_same(first, other, number)
         both = done & other.done
-        differ = both & (values != other.values) & ~(np.isnan(values) & np.isnan(other.values))
+        unlike = (values != other.values) & ~(np.isnan(values) & np.isnan(other.values))
+        differ = both & (unlike.any(-1) if unlike.ndim > 2 else unlike)
         if differ.any():
             prompt, cell = (int(found[0]) for found in np.nonzero(differ))
             raise KeyMismatch(
                 f"prompt {prompt} was measured differently: "
-                f"{float(values[prompt, cell])!r}, and {float(other.values[prompt, cell])!r} in result {number}",
+                f"{values[prompt, cell].tolist()!r}, and {other.values[prompt, cell].tolist()!r} in result {number}",
                 path=first.cells[cell].path,
                 expected="shards that agree exactly where they overlap",
             )
@@ -46,10 +47,10 @@ def _check_same(first: Table, other: Table, number: int) -> None:
         keys = ", ".join(line.partition(":")[0] for line in different)
         lines = [f"these are results of different sweeps: {keys} differ", *(f"  {line}" for line in different)]
         raise KeyMismatch("\n".join(lines), expected=SHARDS)
-    for name in ("cells", "tokens", "receivers"):
+    for name in ("cells", "tokens", "receivers", "metrics"):
         if getattr(first, name) != getattr(other, name):
             raise KeyMismatch(f"these results have different {name}: result {number} and result 0", expected=SHARDS)
-    for name in ("clean", "corrupted", "exists", "edges", "exact"):
+    for name in ("clean", "corrupted", "exists", "edges", "exact", "counts"):
         a, b = getattr(first, name), getattr(other, name)
         if a is None and b is None:
             continue

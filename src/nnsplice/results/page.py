@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.files import whole
-from nnsplice.results import estimates, figure, labelled
+from nnsplice.results import estimates, figure, labelled, measures, several
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
 
@@ -25,32 +25,35 @@ from nnsplice.results.table import Table
 DIGITS = 7
 
 
-def write(path: str | os.PathLike[str], table: Table, metric: str, shown: str) -> None:
+def write(path: str | os.PathLike[str], table: Table, metric: str) -> None:
     """Write the page: the whole of it, or nothing."""
-    text = page(table, metric, shown)
+    text = page(table, metric)
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
-def page(table: Table, metric: str, shown: str) -> str:
+def page(table: Table, metric: str) -> str:
     """The page's text.
 
     Args:
-        metric: its name.
-        shown: what is drawn first: `"effect"`, `"value"` or `"change"`.
+        metric: its name; of several, the page lets one be chosen.
     """
     template = resources.files("nnsplice.results").joinpath("page.html").read_text(encoding="utf-8")
     before, between, after = template.split("@@")
     model = table.asked.get("model")
     title = f"{metric}, {model}" if isinstance(model, str) else metric
     # `<` could end the script that the data stands in; as an escape it is the same JSON.
-    data = json.dumps(_data(table, metric, shown), separators=(",", ":"), allow_nan=False)
+    each = {name: several.one(table, name) for name in table.metrics} or {metric: table}
+    data = json.dumps([_data(one, name) for name, one in each.items()], separators=(",", ":"), allow_nan=False)
     escaped = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return before + html.escape(title) + between + escaped + after
 
 
-def _data(table: Table, metric: str, shown: str) -> dict[str, Any]:
-    measures = {"effect": labelled.effect(table), "change": labelled.change(table), "value": table.values}
+def _data(table: Table, metric: str) -> dict[str, Any]:
+    moved = measures.change(table)
+    # One prompt shows its own share; all of them the pooled one, which is no mean of those.
+    each = {"effect": measures.share(table), "change": moved, "value": table.values}
+    pooled = {name: measures.mean(values) for name, values in {**each, "effect": measures.effect(table)}.items()}
     prompts = [
         {
             "tokens": list(table.tokens[n]) if table.tokens else [],
@@ -64,18 +67,20 @@ def _data(table: Table, metric: str, shown: str) -> dict[str, Any]:
         "model": _told(table.asked, "model"),
         "operation": _told(table.asked, "operation"),
         "method": estimates.method_of(table) or "",
-        "shown": shown,
+        "shown": measures.shown(table),
         "prompts": prompts,
-        "kinds": [_kind(table, kind, measures) for kind in kinds_of(table.cells)],
+        "kinds": [_kind(table, kind, each, pooled) for kind in kinds_of(table.cells)],
     }
 
 
-def _kind(table: Table, kind: str, measures: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One kind of place as the page draws it: its cells in rows and columns, and what each is."""
     numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
     labels, at = labelled.points([table.cells[n] for n in numbers])
     axes = list(labels)
     down, across = figure.sides(axes, [len(of) for of in labels.values()])
+    mean = len(table.clean) > 1 and labelled.no_mean(table, kind) is None
+    some = [bool(table.done[:, n].any()) for n in numbers]
     return {
         "name": kind,
         "axes": axes,
@@ -88,13 +93,19 @@ def _kind(table: Table, kind: str, measures: Mapping[str, np.ndarray]) -> dict[s
         "at": at.tolist(),
         "paths": [table.cells[n].path for n in numbers],
         # A mean is offered where it mixes nothing unlike.
-        "mean": len(table.clean) > 1 and figure.no_mean(table, kind) is None,
+        "mean": mean,
+        "means": {
+            name: [_number(value) if done else None for value, done in zip(values[numbers].tolist(), some, strict=True)]
+            for name, values in pooled.items()
+        }
+        if mean
+        else {},
         **{
             name: [
                 [_number(value) if done else None for value, done in zip(row, has, strict=True)]
                 for row, has in zip(values[:, numbers].tolist(), table.done[:, numbers], strict=True)
             ]
-            for name, values in measures.items()
+            for name, values in each.items()
         },
     }
 

@@ -11,8 +11,10 @@ import numpy as np
 
 from nnsplice.errors import BadArgument
 
-#: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them, `position` after).
+#: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them).
 AXES = ("layer", "head", "group", "neuron", "expert")
+#: What comes after them: which tokens were changed, by their numbers or by what they are.
+OF_TOKENS = ("position", "role")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Cell:
     expert: int | None = None
     #: A token of the prompt, a span's name (`"subject"`, `"subject"[-1]`), or None for all tokens at once.
     position: int | str | None = None
+    #: What the tokens are in their prompts (`"subject last"`), where cells are roles and no positions.
+    role: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,10 @@ class Table:
     #: The true metric where an estimate was checked, shaped like the values, or like the edges where there are some;
     #: NaN where it was not.
     exact: np.ndarray | None = None
+    #: The names of several metrics; then values, and the ends of the scale, have a last axis of them.
+    metrics: tuple[str, ...] = ()
+    #: `[prompt, cell]`: how many tokens a value is the mean of, where cells are roles.
+    counts: np.ndarray | None = None
 
 
 def settled(table: Table) -> Table:
@@ -85,9 +93,14 @@ def settled(table: Table) -> Table:
     Raises:
         BadArgument: the arrays do not fit each other.
     """
-    clean, corrupted = _vector(table.clean, "clean"), _vector(table.corrupted, "corrupted")
+    several = (len(table.metrics),) if table.metrics else ()
+    clean, corrupted = (_ends(getattr(table, name), name, several) for name in ("clean", "corrupted"))
     prompts, cells = len(clean), tuple(table.cells)
-    expected = {"corrupted": (prompts,), **dict.fromkeys(("values", "done", "exists"), (prompts, len(cells)))}
+    expected = {
+        "corrupted": (prompts, *several),
+        "values": (prompts, len(cells), *several),
+        **dict.fromkeys(("done", "exists"), (prompts, len(cells))),
+    }
     for name, shape in expected.items():
         found = np.shape(getattr(table, name))
         if found != shape:
@@ -100,26 +113,33 @@ def settled(table: Table) -> Table:
         found = getattr(table, name)
         if found is not None and np.shape(found) != scored:
             raise BadArgument(f"{name} has shape {list(np.shape(found))}", expected=f"{list(scored)}")
+    if table.counts is not None and np.shape(table.counts) != (prompts, len(cells)):
+        raise BadArgument(f"counts has shape {list(np.shape(table.counts))}", expected=f"{[prompts, len(cells)]}")
     if table.tokens and len(table.tokens) != prompts:
         raise BadArgument(f"the tokens are of {len(table.tokens)} prompts, the values of {prompts}")
     exists = np.array(table.exists, dtype=bool)
     done = np.array(table.done, dtype=bool) & exists
     # `where` and not a product: what was not measured may be any number, and NaN is one value, not many.
-    values = np.where(done, np.asarray(table.values, dtype=np.float64), np.nan)
+    values = np.where(done[..., None] if several else done, np.asarray(table.values, dtype=np.float64), np.nan)
     values[np.isnan(values)] = np.nan
-    edges, exact = (None if a is None else np.array(a, dtype=np.float64) for a in (table.edges, table.exact))
-    for array in (values, done, exists, clean, corrupted, edges, exact):
+    edges, exact, counts = (
+        None if a is None else np.array(a, dtype=np.float64) for a in (table.edges, table.exact, table.counts)
+    )
+    for array in (values, done, exists, clean, corrupted, edges, exact, counts):
         if array is not None:
             array.setflags(write=False)
     return replace(
         table, cells=cells, values=values, done=done, exists=exists, clean=clean, corrupted=corrupted,
         tokens=tuple(tuple(row) for row in table.tokens), asked=copy.deepcopy(dict(table.asked)),
-        edges=edges, exact=exact, receivers=tuple(table.receivers),
+        edges=edges, exact=exact, counts=counts, receivers=tuple(table.receivers), metrics=tuple(table.metrics),
     )  # fmt: skip
 
 
-def _vector(values: np.ndarray, name: str) -> np.ndarray:
+def _ends(values: np.ndarray, name: str, several: tuple[int, ...]) -> np.ndarray:
     array = np.array(values, dtype=np.float64)
-    if array.ndim != 1:
-        raise BadArgument(f"{name} has shape {list(array.shape)}", expected="one number for each prompt")
+    if array.ndim != 1 + len(several) or array.shape[1:] != several:
+        raise BadArgument(
+            f"{name} has shape {list(array.shape)}",
+            expected="one number for each prompt" + (" and metric" if several else ""),
+        )
     return array

@@ -191,7 +191,7 @@ def _lines(path: str | os.PathLike[str]) -> list[str]:
 def _json(path: Any, text: str, number: int) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"line {number} of {path} is no JSON: {error}") from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,10 @@ import numpy as np
 
 from nnsplice import plots
 from nnsplice.errors import BadArgument, FileError
-from nnsplice.files import whole
+from nnsplice.files import from_json, whole
+from nnsplice.headers import read_header
 from nnsplice.results.files import canonical
+from nnsplice.shown import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,8 +254,8 @@ class SteeringSweep:
         from safetensors import SafetensorError, safe_open
 
         try:
+            told = from_json(read_header(path).metadata.get(HEADER, "{}"), f"the header of {path}")
             with safe_open(os.fspath(path), framework="np") as file:
-                told = json.loads((file.metadata() or {}).get(HEADER, "{}"))
                 if told.get("kind") != KIND or told["format"] > FORMAT:
                     raise FileError(f"{path} holds no sweep of steering", expected="a file of SteeringSweep.to_file")
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
@@ -273,7 +274,7 @@ class SteeringSweep:
         head = f"SteeringSweep: {self.values.size} cells, {prompts} prompt{'s' * (prompts != 1)}, {self.metric}"
         asked = ", ".join(f"{name} {value}" for name, value in self.asked.items() if name in ("operator", "where"))
         best = self.best(1).iloc[0]
-        return "\n".join(
+        lines = "\n".join(
             [
                 head,
                 f"  {layers} layers {list(self.layers)}, {coefficients} coefficients {list(self.coefficients)}"
@@ -282,6 +283,7 @@ class SteeringSweep:
                 f"coefficient {best['coefficient']:g} with KL {best['kl']:.3g}",
             ]
         )
+        return printable(lines)
 
     def _repr_html_(self) -> str:
         import html

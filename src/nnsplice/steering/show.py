@@ -11,6 +11,7 @@ import torch
 from nnsplice import engine
 from nnsplice.activations.prompts import PromptsLike, encode
 from nnsplice.atlas import peel
+from nnsplice.shown import printable
 from nnsplice.steering.padding import padded
 from nnsplice.steering.rules import Rule
 from nnsplice.steering.session import Session, Work
@@ -45,7 +46,7 @@ class Shown:
     rules: tuple[Touched, ...]
 
     def __repr__(self) -> str:
-        return "\n".join(line for rule in self.rules for line in rule.lines())
+        return printable("\n".join(line for rule in self.rules for line in rule.lines()))
 
     def _repr_html_(self) -> str:
         parts = []

@@ -114,7 +114,9 @@ def sweep(
         layers = _layers(rules)
     tokenizer = engine.tokenizer_of(model)
     if max_new_tokens is None:
-        bound = Metric.of(cast("MetricLike", metric)).bind(tokenizer, len(given))
+        bound = Metric.of(cast("MetricLike", metric)).bind(
+            tokenizer, len(given), given.texts if given.decoder_ids is None else None
+        )
         bound.metric.check_lengths(given.lengths("decoder"))
         plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
         told: Any = bound.identity
@@ -124,7 +126,7 @@ def sweep(
         plan = Plan(model, given, rules, asked_numbers, _generated, metric, max_new_tokens, options, guard)
         name = getattr(metric, "__name__", type(metric).__name__)
         told = {"name": name, "source": function_digest(metric)}
-    asked = _asked(model, given, rules, asked_numbers, told, chosen)
+    asked = _asked(model, given, rules, asked_numbers, told, chosen, anew=journal is not None)
     if max_new_tokens is not None:
         plain = {key: v if isinstance(v, str | int | float) else function_digest(v) for key, v in options.items()}
         asked["generate"] = {"max_new_tokens": max_new_tokens, "guard": guard, **plain}
@@ -347,12 +349,18 @@ def _layers(rules: Sequence[Rule]) -> tuple[int, ...]:
 
 
 def _asked(
-    model: engine.Model, given: Prompts, rules: Sequence[Rule], coefficients: Any, metric: Any, where: Where
+    model: engine.Model,
+    given: Prompts,
+    rules: Sequence[Rule],
+    coefficients: Any,
+    metric: Any,
+    where: Where,
+    anew: bool,
 ) -> dict[str, Any]:
     """The identity of a sweep, as plain data."""
     operator = rules[0].name if rules[0].name in ("add", "project_out", "clamp", "scale", "rotate") else ""
     return {
-        "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model),
+        "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model, anew=anew),
         "prompts": [list(row) for row in given.ids], "paths": [str(rule.path.place) for rule in rules],
         "vectors": digest_of({str(rule.path.place): rule.vector for rule in rules}),
         "coefficients": list(coefficients), "metric": metric, "where": repr(where),

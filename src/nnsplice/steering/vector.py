@@ -14,7 +14,9 @@ from torch import Tensor
 from nnsplice import engine, plots
 from nnsplice.activations import SavedActivation, storage
 from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath, named
+from nnsplice.files import from_json
 from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.shown import printable
 from nnsplice.steering.quality import auc
 
 HEADER = "nnsplice.steering"
@@ -278,7 +280,7 @@ class SteeringVector(SavedActivation):
     # ---------------------------------------------------------------------------------------------------------- to look
 
     def __repr__(self) -> str:
-        return "\n".join(self._lines())
+        return printable("\n".join(self._lines()))
 
     def _repr_html_(self) -> str:
         import html
@@ -369,7 +371,7 @@ def _about(path: str | os.PathLike[str], text: str | None) -> About:
             write="SteeringVector.of(SavedActivation.from_file(path))",
         )
     try:
-        held = json.loads(text)
+        held = from_json(text, f"the header of {path}")
         rows = held.pop("rows")
         return About(**held, rows=rows and tuple(map(int, rows)))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):

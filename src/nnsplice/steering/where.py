@@ -117,6 +117,13 @@ def mask(rows: Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray | Tensor) 
     layers[1].output  add 1, where mask(1 rows)
       <|endoftext|> [I] thought [the] film was   (2 of 6 tokens, by 0.71 to 0.87 of the norm)
     """
+    lengths = sorted({len(row) for row in rows if isinstance(row, Sequence)}) if isinstance(rows, Sequence) else []
+    if len(lengths) > 1:
+        raise ShapeError(
+            f"the rows of this mask have {' and '.join(map(str, lengths))} tokens",
+            expected="rows of one length: a shorter prompt's row ends in False",
+            write="[row + [False] * (width - len(row)) for row in rows]",
+        )
     found = torch.as_tensor(rows)
     found = found[None] if found.dim() == 1 else found
     if found.dim() != 2 or found.dtype != torch.bool:

@@ -16,8 +16,8 @@ def cell_of(path: Path) -> Cell:
         shown = f'"{position.name}"' + ("" if position.token is None else f"[{position.token}]")
     else:
         shown = position if isinstance(position, int) else None
-    numbers = {axis: number_of(place, axis) for axis in AXES}
-    return Cell(str(path), str(replace(place, steps=open_, site=None)), **numbers, position=shown)
+    numbers = [number_of(place, axis) for axis in AXES]
+    return Cell(str(path), str(replace(place, steps=open_, site=None)), *numbers, position=shown)
 
 
 def number_of(place: Path, axis: str) -> int | None:

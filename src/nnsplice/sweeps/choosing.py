@@ -16,6 +16,7 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import fingerprint, peel
 from nnsplice.errors import BadArgument
+from nnsplice.metrics import Bound, Several
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
 from nnsplice.sweeps.packing import packed
@@ -91,6 +92,12 @@ def _question(work: Work) -> Hashable:
         frozenset((t.cell.component, type(t.position), len(t.places)) for t in plan.targets),
         str(plan.operation.identity),
         None if corruption is None else corruption.overwrites,
-        (metric.position, metric.local, metric.compares, plan.metric.identity.get("source")),
+        (metric.position, metric.local, metric.compares, _rules(plan.metric)),
         len({prompt for prompt, _ in plan.jobs}) > 1,
     )
+
+
+def _rules(metric: Bound | Several) -> Hashable:
+    """The rule of each metric: its name, and what tells functions of one name apart."""
+    each = [bound for _, bound in metric.parts] if isinstance(metric, Several) else [metric]
+    return tuple((bound.metric.name, bound.identity.get("source")) for bound in each)

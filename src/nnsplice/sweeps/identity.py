@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.digests import digest_of
-from nnsplice.metrics import Bound
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption, Target
 
@@ -19,7 +18,7 @@ def asked_of(
     corrupted: Prompts,
     clean: Prompts | None,
     targets: Sequence[Target],
-    metric: Bound,
+    metric: Mapping[str, Any],
     operation: Operation,
     reference: SavedActivation | None,
     window: int,
@@ -36,7 +35,7 @@ def asked_of(
         "clean": None if clean is None else told(clean),
         "corrupted": told(corrupted),
         "sites": [target.cell.path for target in targets],
-        "metric": metric.identity,
+        "metric": dict(metric),
         "operation": operation.identity,
         "reference": None if reference is None else digest_of(dict(reference.items())),
         "corruption": None if corruption is None else _corruption(corruption),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.errors import BadArgument
-from nnsplice.metrics import Bound
+from nnsplice.metrics import Bound, Several
 from nnsplice.progress import bar
 from nnsplice.results import Journal
 from nnsplice.sweeps.plan import Job
@@ -20,24 +20,29 @@ from nnsplice.sweeps.plan import Job
 
 @dataclass(frozen=True, eq=False)
 class Ledger:
-    """`[prompt, cell]`: the values, and which are there."""
+    """`[prompt, cell]`: the values, with an axis for several metrics, and which are there."""
 
     values: np.ndarray
     done: np.ndarray
     log: Journal | None
     shown: Any
 
-    def note(self, jobs: Sequence[Job], values: Sequence[float]) -> None:
+    def note(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
         """Write down what was measured; it is in the journal before the bar moves."""
         for job, value in zip(jobs, values, strict=True):
             self.values[job], self.done[job] = value, True
         if self.log is not None:
-            self.log.append([prompt for prompt, _ in jobs], [cell for _, cell in jobs], values)
+            # A journal has one number in a place: several metrics of a cell stand side by side.
+            each = np.array(values, dtype=np.float64).reshape(len(jobs), -1)
+            prompts, cells = np.array(jobs).reshape(-1, 2).T
+            wide = each.shape[1]
+            numbers = cells[:, None] * wide + np.arange(wide)
+            self.log.append(np.repeat(prompts, wide).tolist(), numbers.reshape(-1).tolist(), each.reshape(-1).tolist())
         self.shown.update(len(jobs))
 
     def warn_of_nan(self) -> None:
         """Say so where the metric of a cell was no number."""
-        if count := int(np.isnan(self.values[self.done]).sum()):
+        if count := int(np.isnan(self.values[self.done].reshape(int(self.done.sum()), -1)).any(1).sum()):
             warnings.warn(f"the metric was NaN in {count} cells", stacklevel=3)
 
 
@@ -48,13 +53,21 @@ def ledger(
     asked: Mapping[str, Any],
     journal: str | PathLike[str] | None,
     progress: bool,
+    metrics: int = 0,
 ) -> Iterator[Ledger]:
-    """A ledger for these jobs, with all that a journal of the same question has of them."""
-    values, done, wanted = np.full(shape, np.nan), np.zeros(shape, dtype=bool), set(jobs)
-    log = None if journal is None else Journal.open(journal, asked, len(wanted))
+    """A ledger for these jobs, with all that a journal of the same question has of them.
+
+    Args:
+        metrics: how many numbers a cell has, where it has several.
+    """
+    several, wide = ((metrics,) if metrics else ()), metrics or 1
+    values, done, wanted = np.full((*shape, *several), np.nan), np.zeros(shape, dtype=bool), set(jobs)
+    log = None if journal is None else Journal.open(journal, asked, len(wanted) * wide)
     try:
-        for job, value in (log.done() if log is not None else {}).items():
-            values[job], done[job] = value, True
+        for (prompt, number), value in (log.done() if log is not None else {}).items():
+            cell = number // wide
+            values[(prompt, cell, number % wide) if metrics else (prompt, cell)] = value
+            done[prompt, cell] = True
         with bar("sweep", len(wanted), "cell", progress, done=sum(bool(done[job]) for job in wanted)) as shown:
             yield Ledger(values, done, log, shown)
     finally:
@@ -62,10 +75,10 @@ def ledger(
             log.close()
 
 
-def check_baselines(metric: Bound, **unedited: np.ndarray) -> None:
+def check_baselines(metric: Bound | Several, **unedited: np.ndarray) -> None:
     """Raise where the metric of an unedited run, by its name, is no number."""
     for name, values in unedited.items():
-        bad = np.flatnonzero(np.isnan(values))
+        bad = np.flatnonzero(np.isnan(values.reshape(len(values), -1)).any(1))
         if len(bad):
             raise BadArgument(
                 f"{metric.metric.name} of the {name} run is NaN for prompt {', '.join(map(str, bad[:5]))}",

@@ -11,7 +11,7 @@ import numpy as np
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument
-from nnsplice.metrics import Bound
+from nnsplice.metrics import Bound, Several
 from nnsplice.paths import Span
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption, Target
@@ -35,7 +35,7 @@ class Plan:
     #: None for an operation that takes nothing from another run.
     clean: Prompts | None
     targets: tuple[Target, ...]
-    metric: Bound
+    metric: Bound | Several
     operation: Operation
     reference: SavedActivation | None
     align: str
@@ -47,19 +47,29 @@ class Plan:
     corruption: Corruption | None = field(default=None, repr=False)
     #: Texts of the tokens that positions count, per prompt.
     tokens: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    #: Where an answer has several tokens, `corrupted` and `clean` hold a run for each of them: which prompt it is of,
+    #: and how many of the answer's tokens are appended to that. Empty where each prompt is a run.
+    owners: tuple[int, ...] = ()
+    appended: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """How many cells have to be computed."""
         return len(self.jobs)
 
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return max(self.owners) + 1 if self.owners else len(self.corrupted)
+
     def preview(self, n: int = 10) -> str:
         """The first cells that will be computed, and what is known without."""
         lines = [
             f"{len(self.jobs)} cells to compute, {len(self.known)} known without; "
-            f"{len(self.corrupted)} prompt{'s' * (len(self.corrupted) != 1)}, {self.operation.name}, "
+            f"{self.prompts} prompt{'s' * (self.prompts != 1)}, {self.operation.name}, "
             f"{self.metric.metric.name}"
         ]
-        lines += [f"  prompt {prompt}  {self.targets[target].cell.path}" for prompt, target in self.jobs[:n]]
+        some = [(self.owners[run] if self.owners else run, target) for run, target in self.jobs[:n]]
+        lines += [f"  prompt {prompt}  {self.targets[target].cell.path}" for prompt, target in some]
         if len(self.jobs) > n:
             lines.append(f"  ... and {len(self.jobs) - n} more")
         return "\n".join(lines)
@@ -68,7 +78,15 @@ class Plan:
         """Every n-th cell, from the i-th: the parts of n machines, whose results `SweepResult.merge` joins."""
         if not (isinstance(i, int) and isinstance(n, int) and 0 <= i < n):
             raise BadArgument(f"shard({i}, {n})", expected="shard(i, n) with 0 <= i < n")
-        return replace(self, jobs=self.jobs[i::n], known=self.known[i::n])
+        if not self.owners:
+            return replace(self, jobs=self.jobs[i::n], known=self.known[i::n])
+        # The runs of a cell stay together, as its value is their sum.
+        cells = list(dict.fromkeys((self.owners[run], target) for run, target in (*self.jobs, *self.known)))
+        mine = set(cells[i::n])
+        jobs, known = (
+            tuple(job for job in some if (self.owners[job[0]], job[1]) in mine) for some in (self.jobs, self.known)
+        )
+        return replace(self, jobs=jobs, known=known)
 
     def shared_start(self, target: Target, prompt: int) -> int:
         """How many tokens the two runs of a pair share from their start, where the target takes each from its like.
@@ -93,31 +111,59 @@ class Plan:
 
     def has(self, target: Target, prompt: int) -> bool:
         """Whether the prompt has this token, and where values come from a pair aligned at the end, its partner too."""
-        length, position = self.corrupted.lengths(target.tower)[prompt], target.position
+        length, position = self._own(target, prompt), target.position
         if not isinstance(position, int):
             return True
-        return -length <= position < length and position % length >= length - self._shared(target, prompt)
+        return -length <= position < length and self._partner(target, prompt, position % length) is not None
 
-    def _shared(self, target: Target, prompt: int) -> int:
-        """How many of the edited prompt's tokens, counted from its end, have a partner that values come from."""
+    def _own(self, target: Target, prompt: int) -> int:
+        """How many tokens a prompt has that positions count; what is appended of its answer is none of them."""
         length = self.corrupted.lengths(target.tower)[prompt]
-        if self.clean is None or self.align != "end" or self.operation.name != "patch":
-            return length
-        return min(length, self.clean.lengths(target.tower)[prompt])
+        return length - self.appended[prompt] if self.appended else length
+
+    def _partner(self, target: Target, prompt: int, token: int) -> int | None:
+        """The clean prompt's token that an edited one's corresponds to, where values come from there."""
+        if self.clean is None or self.align == "position" or self.operation.name != "patch":
+            return token
+        if self.align == "role":
+            return partner(self.corrupted, self.clean, prompt, token)
+        found = token + self.clean.lengths(target.tower)[prompt] - self.corrupted.lengths(target.tower)[prompt]
+        return found if found >= 0 else None
 
     def positions(self, target: Target, prompt: int, *, of_clean: bool = False) -> list[int]:
         """Which own tokens of a prompt the target means: in the run that is edited, or in the clean one."""
         prompts = self.clean if of_clean and self.clean is not None else self.corrupted
-        length = prompts.lengths(target.tower)[prompt]
-        position = target.position
-        if position is None:
-            return list(range(length - self._shared(target, prompt), length))
+        position, length = target.position, self._own(target, prompt)
         if isinstance(position, Span):
             assert prompts.spans is not None
             start, stop = prompts.spans[position.name][prompt]
             if position.token is None:
                 return list(range(start, stop))
             return [(start if position.token >= 0 else stop) + position.token]
-        if position >= 0 and of_clean and self.align == "end":
-            position += length - self.corrupted.lengths(target.tower)[prompt]
-        return [position % length if position < 0 else position]
+        every = range(self.corrupted.lengths(target.tower)[prompt])
+        own = every if position is None else [position % length if position < 0 else position]
+        pairs = [(token, self._partner(target, prompt, token)) for token in own]
+        return [there if of_clean else token for token, there in pairs if there is not None]
+
+
+def partner(edited: Prompts, source: Prompts, prompt: int, token: int) -> int | None:
+    """The token of the other prompt that is by its subject what this one is by its own; None where there is none."""
+    assert edited.spans is not None and source.spans is not None
+    here, there = (
+        _stretches(*prompts.spans["subject"][prompt], len(prompts.ids[prompt]))  # type: ignore[index]
+        for prompts in (edited, source)
+    )
+    for (start, stop), (first, last) in zip(here, there, strict=True):
+        if start <= token < stop:
+            return first + token - start if stop - start == last - first else None
+    return None
+
+
+def _stretches(start: int, stop: int, length: int) -> list[tuple[int, int]]:
+    """Before the subject, its first token, those between, its last, the first after it, those between, the last."""
+    after, end = min(stop + 1, length - 1), length - 1
+    inner = min(start + 1, stop - 1)
+    return [
+        (0, start), (start, inner), (inner, stop - 1), (stop - 1, stop),
+        (stop, max(after, stop)), (max(after, stop), max(end, stop)), (max(end, stop), length),
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,12 +13,13 @@ from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
-from nnsplice.metrics import Metric, MetricLike
+from nnsplice.metrics import Metric, Metrics, bound_of
 from nnsplice.paths import Paths, Span
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
-from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.pruning import split
+from nnsplice.sweeps.plan import Plan, partner
+from nnsplice.sweeps.pruning import same, split
+from nnsplice.sweeps.sequences import spread
 from nnsplice.sweeps.targets import Corruption, Target, targets_of
 
 
@@ -26,7 +28,7 @@ def plan_sweep(
     clean: PromptsLike | None,
     corrupted: PromptsLike | None,
     sites: Paths,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
@@ -50,15 +52,20 @@ def plan_sweep(
     Args:
         model: for its tokens and places; the plan keeps no part of it.
         clean: where values come from: a text, texts, or token ids; prompt i of it belongs to prompt i of `corrupted`.
+            Where both prompts of a pair are the same, its cells are known to be the corrupted run's value.
         corrupted: the run that is edited; None edits the clean run.
         sites: paths; without positions, or with `[:]`, every position is a cell of its own.
-        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
+        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; or several
+            of them, in a list or by names of one's own in a dictionary, all made of the same runs: the grid has an axis
+            `metric` then.
         operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function of the value.
         reference: the capture that `mean`, `resample` and `add` take values from.
         window: how many neighbouring layers are changed together, clipped at the ends.
         spans: where named spans stand, as for `capture`; `{"clean": {...}, "corrupted": {...}}` where they differ.
         align: `"position"` for pairs of one length; `"end"` aligns tokens at the end: what a shorter clean prompt has
-            no partner for is no cell, and all tokens at once are those that have one.
+            no partner for is no cell, and all tokens at once are those that have one; `"role"` aligns them by what they
+            are beside the span `"subject"`: its first, its last, the first after it, the last of all, and stretches
+            between these where both have the same number of tokens.
         seed: of `resample` and `noise`.
         together: a site without positions means all tokens at once, as one cell.
         corruption: a change of every edited run's embeddings, beside or instead of other tokens.
@@ -72,15 +79,26 @@ def plan_sweep(
             raise nothing_differs("corrupted is None")
         _check_reference(chosen, reference)
         reference = None if reference is None else reference._located(model)
-        bound = Metric.of(metric).bind(engine.tokenizer_of(model), len(edited))
+        runs = None
+        if isinstance(metric, Metric) and metric.sequence:
+            runs = spread(model, metric, edited, source, align)
+            bound = runs.metric
+        else:
+            texts = edited.texts if edited.decoder_ids is None else None
+            bound = bound_of(metric, engine.tokenizer_of(model), len(edited), texts)
         _check_read(bound.metric, edited, source, align)
         targets = targets_of(model, engine.listed(sites), edited, window, together)
         if chosen.name == "patch" and source is not None:
             _check_spans(targets, edited, source)
+        if chosen.name == "patch" and corruption is None:
+            _tell_of_sameness(edited, source)
     of_decoder = bool(targets) and targets[0].tower == "decoder"
     tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
-    asked = asked_of(model, edited, source, targets, bound, chosen, reference, window, align, seed, corruption)
+    told = bound.identity if runs is None else runs.identity
+    asked = asked_of(model, edited, source, targets, told, chosen, reference, window, align, seed, corruption)
     plan = Plan(edited, source, targets, bound, chosen, reference, align, seed, (), (), asked, corruption, tokens)
+    if runs is not None:
+        plan = replace(plan, corrupted=runs.corrupted, clean=runs.clean, owners=runs.owners, appended=runs.appended)
     jobs, known = split(model, plan)
     return replace(plan, jobs=jobs, known=known)
 
@@ -111,9 +129,21 @@ def _prompts(
 
 
 def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
-    if align not in ("position", "end"):
-        raise BadArgument(f"align={align!r}", expected='"position" or "end"')
-    if source is None or align == "end":
+    if align not in ("position", "end", "role"):
+        raise BadArgument(f"align={align!r}", expected='"position", "end" or "role"')
+    if align == "role" and edited.decoder_ids is not None:
+        raise BadArgument(
+            'align="role" counts tokens from the subjects, which a model of two towers has in one of them alone',
+            expected='"position" or "end"',
+        )
+    if align == "role":
+        for prompts in (edited, source or edited):
+            if "subject" not in (prompts.spans or {}):
+                raise SpanError(
+                    'align="role" counts tokens from the subjects, and nobody said where they stand',
+                    expected='spans={"clean": {"subject": ...}, "corrupted": {"subject": ...}}',
+                )
+    if source is None or align != "position":
         return
     for tower in ("encoder", "decoder"):
         for row, (a, b) in enumerate(zip(source.lengths(tower), edited.lengths(tower), strict=True)):
@@ -122,7 +152,8 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
                     f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not "
                     "correspond",
                     expected="prompts of one length in a pair",
-                    write='align="end": the clean tokens count from the end, named spans in their own prompt',
+                    write='align="end": the clean tokens count from the end, named spans in their own prompt; or '
+                    'align="role", with the span "subject"',
                 )
 
 
@@ -153,12 +184,27 @@ def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: 
     lengths = edited.lengths("decoder")
     metric.check_lengths(lengths)
     for row, (a, b) in enumerate(zip((source or edited).lengths("decoder"), lengths, strict=True)):
+        if align == "role" and source is not None and partner(edited, source, row, metric.position % b) is None:
+            raise ShortRow(
+                f"pair {row}: {metric.name} reads [{metric.position}] of the corrupted prompt, whose role the clean "
+                "one does not have",
+                expected="a position that both prompts of a pair have by its role, such as the last",
+            )
         if align == "end" and a < (from_end := b - metric.position % b):
             raise ShortRow(
                 f"pair {row}: {metric.name} reads [{metric.position}] of the corrupted prompt, which is [-{from_end}], "
                 f"and the clean one has {a} token{'s' * (a != 1)}",
                 expected="a position that both prompts of a pair have, counted from the end",
             )
+
+
+def _tell_of_sameness(edited: Prompts, source: Prompts | None) -> None:
+    """Say so where a question has an answer, and is not likely to be the one that was meant."""
+    if source is not None and source is not edited and all(same(edited, source, row) for row in range(len(edited))):
+        warnings.warn(
+            "the corrupted prompts are the clean ones, so nothing can differ: every cell is the corrupted run's value",
+            stacklevel=4,
+        )
 
 
 def nothing_differs(found: str) -> BadArgument:

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -147,7 +148,8 @@ class _Probe:
                 differs = self._first(jobs, values, mine, metric.name, max(scale, 1.0))
             else:
                 values = measured(self.work, torch.cat(self.kept), jobs)
-            off = max([off, *(abs(a - b) for a, b in zip(values, mine, strict=True) if math.isfinite(a - b))])
+            apart = np.abs(np.asarray(values, float) - np.asarray(mine, float))
+            off = max([off, *apart[np.isfinite(apart)].tolist()])
         return Tried(differs, off, cost)
 
     def note(self, tried: Tried) -> str:
@@ -176,11 +178,9 @@ class _Probe:
             return self._first(jobs, points, mine, "the logits", 1.0)
         return found
 
-    def _first(
-        self, jobs: Sequence[Job], values: Sequence[float], mine: Sequence[float], what: str, scale: float
-    ) -> str:
+    def _first(self, jobs: Sequence[Job], values: Sequence[Any], mine: Sequence[Any], what: str, scale: float) -> str:
         """The first cell whose value is not that of a run of its own, in words; empty where all are."""
-        for job, a, b in zip(jobs, values, mine, strict=True):
+        for job, a, b in _each(jobs, values, mine):
             if math.isclose(a, b, rel_tol=self.allowed, abs_tol=self.allowed * scale):
                 continue
             if a == b or (math.isnan(a) and math.isnan(b)):
@@ -192,6 +192,13 @@ class _Probe:
                 f"({abs(a - b):.2g} apart, {self.allowed * scale:.2g} allowed)"
             )
         return ""
+
+
+def _each(jobs: Sequence[Job], values: Sequence[Any], mine: Sequence[Any]) -> Iterator[tuple[Job, float, float]]:
+    """Both numbers of every job; of several metrics each."""
+    for job, a, b in zip(jobs, values, mine, strict=True):
+        pairs = zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]
+        yield from ((job, *pair) for pair in pairs)
 
 
 def _direction(logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import warnings
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site
 from nnsplice.errors import ShortRow
 from nnsplice.sweeps.plan import Job, Plan
@@ -27,14 +28,17 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
         for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
             if not plan.has(target, prompt):
                 continue  # this prompt has no such cell
+            if plan.operation.name == "patch" and plan.corruption is None and same(plan.corrupted, plan.clean, prompt):
+                known.append((prompt, number))
+                continue
             if not causal:
                 jobs.append((prompt, number))
                 continue
-            where, same = plan.positions(target, prompt), plan.shared_start(target, prompt)
+            where, shared = plan.positions(target, prompt), plan.shared_start(target, prompt)
             read = plan.metric.metric.position % length
             late = min(where) > read
             after += late
-            cannot = late or max(where) < same or (unmixed and read not in where)
+            cannot = late or max(where) < shared or (unmixed and read not in where)
             (known if cannot else jobs).append((prompt, number))
     if not jobs and not known:
         raise ShortRow(
@@ -53,6 +57,14 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             stacklevel=4,
         )
     return tuple(jobs), tuple(known)
+
+
+def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:
+    """Whether both prompts of a pair are one, their spans and all, so that one patched into the other is itself."""
+    if source is None:
+        return False
+    a, b = edited.take([prompt]), source.take([prompt])
+    return (a.ids, a.decoder_ids, a.spans) == (b.ids, b.decoder_ids, b.spans)
 
 
 def _value(site: Site) -> tuple:

@@ -9,7 +9,7 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas
 from nnsplice.paths import Path
-from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.plan import Plan, partner
 
 
 def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:
@@ -17,6 +17,10 @@ def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:
     edited = plan.corrupted.lengths("decoder")[prompt]
     position = plan.metric.metric.position
     length = plan.clean.lengths("decoder")[prompt] if clean and plan.clean is not None else edited
+    if clean and plan.clean is not None and plan.align == "role":
+        found = partner(plan.corrupted, plan.clean, prompt, position % edited)
+        assert found is not None
+        return found - length
     # The position is the edited prompt's; in a pair aligned at the end the clean one counts from there.
     return (position % edited - edited if plan.align == "end" else position) % length - length
 

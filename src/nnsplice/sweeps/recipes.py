@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace as replaced
 from numbers import Real
 from typing import Any
@@ -19,7 +20,7 @@ from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
-from nnsplice.metrics import Answer, MetricLike, probability
+from nnsplice.metrics import Answer, Metrics, probability
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.plan import Plan
@@ -35,7 +36,7 @@ def ablate(
     model: Any,
     prompts: PromptsLike,
     sites: Paths,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     with_: str | Callable[[Tensor], Tensor] = "zero",
     reference: SavedActivation | None = None,
@@ -93,6 +94,7 @@ def causal_trace(
     subject: SpanText,
     *,
     kind: str = "residual",
+    sites: Paths | None = None,
     window: int = 1,
     noise: float | Tensor = 3.0,
     samples: int = 10,
@@ -109,21 +111,27 @@ def causal_trace(
     >>> result = ns.causal_trace(model, "w3 w4 w5 w6", "w4 w5", samples=2, progress=False)
     >>> result.grid().sizes
     Frozen({'prompt': 1, 'layer': 3, 'position': 4})
+    >>> result.by_role().grid().sizes     # prompts of any length, averaged by what their tokens are: .by_role().plot()
+    Frozen({'prompt': 1, 'layer': 3, 'role': 3})
 
     Args:
         subject: the subject in each prompt: one text, one for each prompt, or (start, stop) in tokens.
         kind: what is restored: the stream after each layer, or what its MLP or its attention adds.
+        sites: what is restored instead, as for `ns.sweep`; `'layers[:].output["subject"][-1]'` runs that role alone.
         window: how many neighbouring layers are restored together.
         noise: its standard deviation, in those of the subject's token embeddings; or the noise itself,
             `[sample, token, width]`. A prompt's noise is the same whatever other prompts are traced beside it.
         samples: how many noised runs each number is the mean of; they share their noise across cells.
-        replace: put the noise in the place of the embeddings instead of adding it.
+        replace: put the noise in the place of the token embeddings instead of adding it; where a model adds positions
+            to them (GPT-2), those stay.
         answer: a token for each prompt; the one that the clean run puts first, if left out.
         options: those of `ns.run`.
     """
     model = engine.as_model(model)
     if kind not in KINDS:
         raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))
+    if sites is not None and kind != "residual":
+        raise BadArgument(f"kind={kind!r} beside sites", expected="one of them, as sites say what is restored")
     if isinstance(noise, Tensor):
         if noise.dim() != 3:
             raise ShapeError(f"noise of shape {list(noise.shape)}", expected="[sample, token, width], or a number")
@@ -137,13 +145,14 @@ def causal_trace(
     with circumstances("ns.causal_trace"):
         given = encode(model, prompts, {"subject": subject})
         answers = _top(model, given) if answer is None else answer
-        each = [answers] * len(given) if isinstance(answers, str | int) else list(answers)
+        each = [answers] * len(given) if isinstance(answers, str | int | AbstractSet) else list(answers)
         if len(each) != len(given):
             raise ShapeError(f"{len(each)} answers for {len(given)} prompts", expected="one for each")
         repeated = [row for row in range(len(given)) for _ in range(samples)]
         corruption = _noised(model, given, noise, samples, replace, seed)
-    sites, metric = f"{_read_by(model)}{KINDS[kind]}[:]", probability([each[row] for row in repeated])
-    plan = plan_sweep(model, given.take(repeated), None, sites, metric, window=window, corruption=corruption)
+    restored = f"{_read_by(model)}{KINDS[kind]}[:]" if sites is None else sites
+    metric = probability([each[row] for row in repeated])
+    plan = plan_sweep(model, given.take(repeated), None, restored, metric, window=window, corruption=corruption)
     return _averaged(run_fresh(plan, model, **options), plan, samples)
 
 
@@ -164,7 +173,9 @@ def _noised(
     model: engine.Model, given: Prompts, noise: float | Tensor, samples: int, overwrites: bool, seed: int
 ) -> Corruption:
     assert given.spans is not None
-    (place,) = engine.expand(model, f"{_read_by(model)}embed.output")
+    # Added noise is the same before and after positions are added; what takes the place of the embedding leaves them.
+    wanted = _embedding(model) if overwrites else f"{_read_by(model)}embed.output"
+    (place,) = engine.expand(model, wanted)
     bounds = given.spans["subject"]
     width = capture(model, given.take([0]), [place.at(0)]).get(place.at(0)).shape[-1]
     positions: list[tuple[int, ...]] = []
@@ -194,13 +205,18 @@ def _drawn(noise: float | Tensor, samples: int, tokens: int, width: int, seed: s
 
 def _spread(model: engine.Model, given: Prompts) -> float:
     """The standard deviation of the numbers in the subject's token embeddings, of one prompt."""
-    start_of = _read_by(model)
-    embed = Atlas.of(model).tower(parse_path(f"{start_of}embed.output")).embed
-    place = f"{start_of}embed.output" if embed is None else f"model.{_native(embed)}.output"
+    place = _embedding(model)
     assert given.spans is not None
     ((start, stop),) = given.spans["subject"]
     saved = capture(model, given, f"{place}[{','.join(map(str, range(start, stop)))},]")
     return float(torch.cat([tensor.flatten() for _, tensor in saved.items()]).double().std())
+
+
+def _embedding(model: engine.Model) -> str:
+    """What the token embedding gives by itself; where there is no such module, the stream that enters the layers."""
+    stream = f"{_read_by(model)}embed.output"
+    embed = Atlas.of(model).tower(parse_path(stream)).embed
+    return stream if embed is None else f"model.{_native(embed)}.output"
 
 
 def _native(module: str) -> str:

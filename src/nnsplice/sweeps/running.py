@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -14,7 +16,7 @@ from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics, Several
 from nnsplice.packed.cost import Cost
 from nnsplice.paths import Paths
 from nnsplice.results import Run, SweepResult, Table
@@ -22,7 +24,8 @@ from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job, Plan
-from nnsplice.sweeps.planning import nothing_differs, plan_sweep
+from nnsplice.sweeps.planning import plan_sweep
+from nnsplice.sweeps.sequences import summed
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
 
 
@@ -76,6 +79,14 @@ def run_fresh(
 ) -> SweepResult:
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
+    # A file tells its question from others by every number of the model, also by those written past torch's notice.
+    if journal is not None and plan.asked.get("weights") != engine.weights_digest(model, anew=True):
+        raise BadArgument(
+            "the model has other weights than the plan was made with: they were written through .data, or past torch, "
+            "since they were last read",
+            expected="a plan of the model as it is",
+            write="the same call again, which sees them; with torch.no_grad(): weight[...] = ... is always seen",
+        )
     with engine.turn(model):  # its attention is another one while packed rows run
         return _run(plan, model, executor, engine.room(model, max_tokens), journal, progress)
 
@@ -104,7 +115,8 @@ def _run(
     corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
     check_baselines(plan.metric, clean=clean, corrupted=corrupted)
 
-    with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress) as book:
+    names = plan.metric.names if isinstance(plan.metric, Several) else ()
+    with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress, len(names)) as book:
         for prompt, target in plan.known:
             book.values[prompt, target], book.done[prompt, target] = corrupted[prompt], True
         left = [job for job in plan.jobs if not book.done[job]]
@@ -114,7 +126,9 @@ def _run(
     book.warn_of_nan()
     about = Run(name, time.perf_counter() - start, **cost.told(), known=len(plan.known), note=note)
     cells = tuple(target.cell for target in plan.targets)
-    table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, plan.tokens, plan.asked, about)
+    texts = () if plan.owners else plan.tokens
+    table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about)
+    table = summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
     return SweepResult(table)
 
 
@@ -123,7 +137,7 @@ def sweep(
     clean: PromptsLike | None,
     corrupted: PromptsLike | None,
     sites: Paths,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
@@ -149,9 +163,14 @@ def sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
         align=align, seed=seed,
     )  # fmt: skip
-    a, b = plan.clean, plan.corrupted
-    if plan.operation.name == "patch" and a is not None and (a.ids, a.decoder_ids) == (b.ids, b.decoder_ids):
-        raise nothing_differs("the corrupted prompts are the clean ones")
+    unseen = plan.operation.name != "patch" and not plan.metric.metric.compares
+    if unseen and clean is not None and corrupted is not None:
+        warnings.warn(
+            f"{plan.operation.name} takes nothing from the clean prompts: the corrupted run is edited, and the clean "
+            "one is only the upper end of its scale. corrupted=None edits the clean run, clean=None leaves out the "
+            "scale",
+            stacklevel=2,
+        )
     return run_fresh(
         plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress
     )

@@ -35,7 +35,7 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Corruption:
-    """What is done to every edited run first: chosen tokens of the stream that enters the first layer are changed."""
+    """What is done to every edited run first: tokens of the embedding, or of the stream after it, are changed."""
 
     place: Path
     #: Per prompt: which own tokens, and `[token, width]`.

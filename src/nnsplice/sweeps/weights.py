@@ -32,7 +32,7 @@ from nnsplice.sweeps.identity import told
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job
 from nnsplice.sweeps.prefix import Prefix
-from nnsplice.weights import swap
+from nnsplice.weights import select, swap
 from nnsplice.weights.regions import counterpart, regions
 
 
@@ -58,7 +58,8 @@ def sweep_weights(
     >>> result.effect().sel(prompt=0).values.tolist()
     [0.0, 1.0, 0.0]
 
-    Where heads share a key/value head, each head brings it along.
+    Where heads share a key/value head, a head brings its own weights (q and o), and `"layers[:].groups[:]"` the shared
+    keys and values with all their heads.
 
     Args:
         base: the model that runs; between the runs it has its own weights, to the bit.
@@ -83,7 +84,7 @@ def sweep_weights(
         corrupted = runs.measured(every, runs.all_logits(peel(base)), clean_logits)
         check_baselines(runs.metric, tuned=clean, base=corrupted)
     cells = tuple(cell_of(place) for place in places)
-    asked = _asked(tuned, runs, places, cells)
+    asked = _asked(tuned, runs, places, cells, anew=journal is not None)
     cost = Cost()
     shape = len(every), len(cells)
     # The weights are other ones while this runs, so other threads' sweeps of the model wait.
@@ -134,7 +135,8 @@ class _Runs:
         given = encode(base, prompts)
         if given.values is not None:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
-        bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given))
+        texts = given.texts if given.decoder_ids is None else None
+        bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
         bound.metric.check_lengths(given.lengths("decoder"))
         taken = inspect.signature(type(peel(base)).forward).parameters
         return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
@@ -185,7 +187,7 @@ def _places(base: engine.Model, sites: Paths) -> dict[Path, Selection]:
     """Every single place with its weights."""
     atlas = Atlas.of(base)
     paths = [parse_path(path) for path in ([sites] if isinstance(sites, str | Path) else sites)]
-    found = {place: atlas.resolve(place) for path in paths for place in atlas.split(path)}
+    found = {place: select(base, place, own=True) for path in paths for place in atlas.split(path)}
     if not found:
         raise BadArgument("no sites, so there is nothing to sweep", expected="at least one path")
     return found
@@ -203,20 +205,25 @@ def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> 
         counterpart(base, tuned, regions(base, selection))  # raises where the two do not fit
 
 
-def _asked(tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Sequence[Cell]) -> dict[str, Any]:
+def _asked(
+    tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Sequence[Cell], anew: bool
+) -> dict[str, Any]:
     base, given = runs.base, runs.given
+    atlas = Atlas.of(base)
     name, revision = engine.name_of(base)
     held = dict(peel(base).named_parameters(remove_duplicate=False))
     other = dict(tuned) if isinstance(tuned, Mapping) else dict(peel(tuned).named_parameters(remove_duplicate=False))
+    # Heads without the keys and values that they share: swept with them, they are another question.
+    own = any(atlas.resolve(place) != selection for place, selection in places.items())
     touched = list(dict.fromkeys(name for selection in places.values() for name in selection))
     return {
         "model": name,
         "revision": revision,
-        "weights": engine.weights_digest(base),
+        "weights": engine.weights_digest(base, anew=anew),
         "from": digest_of({name: held[name] for name in touched}),
         "to": digest_of({name: other[name] for name in touched}),
         "prompts": told(given),
         "sites": [cell.path for cell in cells],
         "metric": runs.metric.identity,
-        "operation": {"name": "swap weights"},
+        "operation": {"name": "swap weights", **({"heads": "own"} if own else {})},
     }

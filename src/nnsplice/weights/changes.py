@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from nnsplice.atlas import Atlas, Selection
 from nnsplice.errors import BadArgument, BadType, circumstances
 from nnsplice.paths import Path, parse_path
+from nnsplice.weights.chosen import select
+from nnsplice.weights.owned import shared_groups
 from nnsplice.weights.regions import counterpart, regions
 
 if TYPE_CHECKING:
@@ -39,7 +42,8 @@ def diff(base: Any, tuned: Any, by: str | Path | list[str | Path] = "layers") ->
 
     Args:
         by: `"layers"`, `"heads"`, `"groups"`, or any addresses. By layers, what is no part of a layer has rows of its
-            own, so that every parameter is counted once; heads that share a key/value head count it both.
+            own, so that every parameter is counted once. The row of a head is what changed of its own weights; with
+            `"heads"`, keys and values that several heads share follow in rows of their group (`layers[0].groups[1].k`).
     """
     with circumstances("ns.weights.diff"):
         places = _by_layers(base) if by == "layers" else _places(base, by)
@@ -58,7 +62,14 @@ def _places(model: Any, by: Any) -> dict[str, Selection]:
     if not texts:
         raise BadArgument("by=[] compares nothing", expected="at least one address")
     paths = [parse_path(_BY.get(text, text) if isinstance(text, str) else text) for text in texts]
-    return {str(place): atlas.resolve(place) for path in paths for place in atlas.split(path)}
+    found = {str(place): select(model, place, own=True) for path in paths for place in atlas.split(path)}
+    if "heads" in texts:
+        found |= {
+            str(place): atlas.resolve(place)
+            for group, _ in shared_groups(atlas, parse_path(_BY["heads"]))
+            for place in (replace(group, value="k"), replace(group, value="v"))
+        }
+    return found
 
 
 def _by_layers(model: Any) -> dict[str, Selection]:

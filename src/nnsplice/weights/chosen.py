@@ -13,6 +13,7 @@ from torch import nn
 from nnsplice.atlas import Atlas, Selection, peel
 from nnsplice.errors import BadArgument, BadType, NnspliceError, OutOfRange, PathError, UnknownPath
 from nnsplice.paths import Path, parse_path
+from nnsplice.weights import owned
 
 #: An address or the name of a parameter, or a list of them, which is their union.
 Restriction: TypeAlias = "str | list[str] | list[Restriction]"
@@ -24,7 +25,7 @@ FORMS = (
 _SHORT = re.compile(r"l\d", re.IGNORECASE)
 
 
-def select(model: Any, restriction: Restriction | Path | Selection) -> Selection:
+def select(model: Any, restriction: Restriction | Path | Selection, *, own: bool = False) -> Selection:
     """The weights that a restriction means: a value with `|`, `&`, `-`, `~`, `numel()`, `masks()` and `tree()`.
 
     >>> head = ns.weights.select(model, "l1h2")
@@ -43,12 +44,19 @@ def select(model: Any, restriction: Restriction | Path | Selection) -> Selection
     Args:
         restriction: an address (`"l5h3"`, `"layers[0:5].attn.q"`), the name of a parameter, `"full"`, a list of these,
             or a selection.
+        own: of heads, leave out the keys and values that other heads read too, if not all heads of the group are
+            chosen. This is what `swap`, `interpolate`, `ablate` and `freeze_except` take where they are given an
+            address. Without it a head has the key/value head that it shares, as in its mask.
     """
     if isinstance(restriction, Selection):
+        if own:
+            raise BadArgument("a selection is what it is: own=True is for addresses", expected="an address or a list")
         return _of(Atlas.of(model), restriction)
     if isinstance(restriction, Path):
-        return Atlas.of(model).resolve(restriction)
-    return chosen(model, restriction)
+        atlas = Atlas.of(model)
+        found = atlas.resolve(restriction)
+        return _union(atlas, owned.own(atlas, [(restriction, found)])) if own else found
+    return chosen(model, restriction, own=own)
 
 
 def _of(atlas: Atlas, selection: Selection) -> Selection:
@@ -64,12 +72,16 @@ def _of(atlas: Atlas, selection: Selection) -> Selection:
     return selection
 
 
-def chosen(model: Any, restriction: Restriction) -> Selection:
+def chosen(model: Any, restriction: Restriction, *, own: bool = False) -> Selection:
     """The selection that a text or a list of texts means, in the model's order."""
     atlas = Atlas.of(model)
     texts = list(_texts(restriction))
-    found = [_one(model, atlas, text) for text in texts]
+    asked = [_one(model, atlas, text) for text in texts]
     _say_what_is_meant(atlas, texts)
+    return _union(atlas, owned.own(atlas, asked) if own else [selection for _, selection in asked])
+
+
+def _union(atlas: Atlas, found: list[Selection]) -> Selection:
     if len(found) == 1:
         return found[0]
     union = found[0]
@@ -104,17 +116,18 @@ def _a(name: str) -> str:
     return "None" if name == "NoneType" else f"a {name}"
 
 
-def _one(model: Any, atlas: Atlas, text: str) -> Selection:
+def _one(model: Any, atlas: Atlas, text: str) -> tuple[Path | None, Selection]:
+    """The place that a text names, None for a parameter's name, and its weights."""
     params = atlas.tree.params
     name = exact(model, atlas, text)
     if name is not None:
-        return Selection.of({name: None}, params)
+        return None, Selection.of({name: None}, params)
     try:
         path = parse_path(text)
     except PathError as error:
         raise _unknown(atlas, text, error) from None
     try:
-        return atlas.resolve(path)
+        return path, atlas.resolve(path)
     except OutOfRange as error:
         raise OutOfRange(f"{text!r} is out of range: {error}") from None
     except UnknownPath as error:

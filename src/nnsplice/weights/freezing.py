@@ -43,7 +43,9 @@ def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter
     what they were.
 
     Args:
-        selection: what `ns.weights.select` takes, or masks. A parameter that is frozen already stays so.
+        selection: what `ns.weights.select` takes, or masks. A parameter that is frozen already stays so. Of a head
+            that shares its keys and values with others, q and o are trained, and the shared k and v are not: they are
+            the group's (`"l1g0"`, or all of its heads).
     """
     with circumstances("ns.weights.freeze_except"):
         found = {id(region.tensor): region for region in regions(model, selection)}

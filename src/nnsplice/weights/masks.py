@@ -29,6 +29,8 @@ def create_param_masks(model: Any, restriction: Restriction) -> ParamMasks:
         model: any model, in whatever wrapper; names are those of its `named_parameters()`.
         restriction: `"full"`, `"embed"`, `"unembed"`, `"l5"`, `"l5 attn"`, `"l5 mlp"`, `"l5h3"`, `"l5g1"` (a key/value
             head with its query heads), any portable address, the name of a parameter, or a list, which is their union.
+            A head's mask has the key/value head that it reads, also where other heads read it too. What acts on
+            weights, such as `ns.weights.ablate`, leaves that to the group: see `own` of `ns.weights.select`.
 
     Raises:
         BadType: neither str nor list.

@@ -1,4 +1,8 @@
-"""Other weights at a place, for the length of a `with` block; afterwards every number is what it was, to the bit."""
+"""Other weights at a place, for the length of a `with` block; afterwards every number is what it was, to the bit.
+
+The address of a head means what is its own: where heads share keys and values (grouped queries), those stay unless all
+of the group's heads are chosen, or the group itself (`"l12g0"`).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,8 @@ def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
     Args:
         base: the model that is changed; optimizers, compiled wrappers and traces see the change, as it is in place.
         other: a model of the same shape, or a mapping from parameter names to tensors, such as a state dict.
-        selection: what `ns.weights.select` takes, or masks.
+        selection: what `ns.weights.select` takes, or masks. Of a head that shares its keys and values with others, q
+            and o change place, and the shared k and v do with the whole group (`"l1g0"`, or all of its heads).
     """
     with circumstances("ns.weights.swap"):
         found = regions(base, selection)
@@ -62,6 +67,9 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
     >>> after = ns.weights.diff(model, tuned)
     >>> [round(float(changes.norm["layers[1]"]), 2) for changes in (left, after)]
     [2.0, 8.0]
+
+    Args:
+        selection: as for `swap`; of a head what is its own.
     """
     with circumstances("ns.weights.interpolate"):
         share = float(t)
@@ -90,7 +98,11 @@ def ablate(model: M, selection: Selected, with_: str = "zero") -> Iterator[M]:
     >>> ns.steering.generate(toy, prompt, max_new_tokens=1)
     ['Athens']
 
+    Taking out a head is a run in which its slice is zero in front of the output projection, also where it shares its
+    keys and values: those stay for the other heads, and go with the whole group (`"l12g0"`, or all of its heads).
+
     Args:
+        selection: what `ns.weights.select` takes, or masks, which are taken to the number.
         with_: `"zero"`, or `"mean"`: of each parameter the selected numbers all become their own mean.
     """
     with circumstances("ns.weights.ablate"):

@@ -9,9 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnsplice.atlas import Row, by_number, draw, peel
+from nnsplice.atlas import Atlas, Row, by_number, draw, peel
 from nnsplice.errors import BadType, ShapeError, UnknownParameter, closest, named
+from nnsplice.weights.chosen import exact
 from nnsplice.weights.masks import ParamMasks
+from nnsplice.weights.owned import notes
+
+#: How many notes are printed below a tree.
+_NOTES = 3
 
 
 def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = False) -> None:
@@ -33,6 +38,8 @@ def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = F
         └── c_proj.weight  ██████░░░░░░░░░░░░░░░░░░   25.0%  (64 of 256)
     7 parameters  (2,396 of 3,200)
 
+    A line below says where the masks of heads have keys and values that other heads read too.
+
     Args:
         plain: one name per line, and nothing else.
     """
@@ -41,7 +48,17 @@ def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = F
         text = "\n".join(sorted((row.name for row in rows), key=by_number))
     else:
         text = draw(rows, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+        text += _shared(model, masks)
     print(text)  # noqa: T201 - what it is for
+
+
+def _shared(model: Any, masks: Mapping[str, Tensor | None]) -> str:
+    """Lines about heads whose keys and values are those of others too."""
+    atlas = Atlas.of(model)
+    known = {exact(model, atlas, name): mask for name, mask in masks.items()}
+    found = list(notes(atlas, {name: mask for name, mask in known.items() if name is not None}))
+    left = f"\nand {len(found) - _NOTES} more groups" if len(found) > _NOTES else ""
+    return "".join(f"\nnote: {note}" for note in found[:_NOTES]) + left
 
 
 def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -9,10 +10,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Part, Selection, peel, rest_of
+from nnsplice.atlas import Atlas, Part, Selection, peel, refuse_sharded, rest_of
 from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest, named
 from nnsplice.paths import Path
 from nnsplice.weights.chosen import Restriction, exact, select
+from nnsplice.weights.owned import notes
 
 #: What can be said to be a place of a model's weights: what `select` takes, or masks.
 Selected: TypeAlias = "Restriction | Path | Selection | Mapping[str, Tensor | None]"
@@ -61,6 +63,9 @@ class Region:
 def regions(model: Any, what: Selected) -> list[Region]:
     """The tensors of a model that a restriction, a selection or masks mean.
 
+    An address of a head means what is its own; a selection and masks are taken to the number, with a warning where
+    they have keys and values of some heads that other heads read too.
+
     Raises:
         BadArgument: nothing is selected, or the model has no weights to read.
     """
@@ -68,13 +73,18 @@ def regions(model: Any, what: Selected) -> list[Region]:
     if isinstance(what, Mapping):
         found = list(_masked(model, root, what))
     else:
-        selection = select(model, what)
+        selection = select(model, what, own=not isinstance(what, Selection))
         found = [Region(name, root.get_parameter(name), part) for name, part in selection.parts.items()]
     if not found:
         raise BadArgument("this selects no parameter, so it would do nothing", expected="at least one place")
+    refuse_sharded(((region.name, region.tensor) for region in found), "these weights")
     for region in found:
         if region.tensor.is_meta:
             raise BadArgument(f"{region.name} is on the meta device: this model has no weights yet")
+    if isinstance(what, Mapping | Selection):
+        note = next(notes(Atlas.of(model), {region.name: region.part for region in found}), None)
+        if note is not None:
+            warnings.warn(f"other heads change with these weights: {note}", stacklevel=4)
     return found
 
 
@@ -120,6 +130,7 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
         if peel(other) is peel(model):
             raise BadArgument("both are the same model, so nothing would change", expected="two models")
         held = dict(peel(other).named_parameters(remove_duplicate=False))
+    refuse_sharded(((r.name, held[r.name]) for r in wanted if r.name in held), "the other model's weights")
     for region in wanted:
         tensor = held.get(region.name)
         if tensor is None:

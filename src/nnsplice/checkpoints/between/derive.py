@@ -20,7 +20,9 @@ from nnsplice.checkpoints.mapper.arrange import ModelStateMapperDrop as Drop
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
-from nnsplice.errors import BadArgument, BadType, MapperError, MissingCheckpoint, circumstances, named
+from nnsplice.errors import BadArgument, BadType, FileError, MapperError, MissingCheckpoint, circumstances, named
+from nnsplice.files import text_of
+from nnsplice.shown import shown
 
 #: What a side may be: a folder, a model, a config, and for the target `"tl"` or `"hf"`.
 Side = object
@@ -50,6 +52,8 @@ class Between(ModelStateMapper):
     underived: Mapping[str, str] = field(default_factory=dict[str, str])
     #: Names of the source that the target has no place for.
     unused: tuple[str, ...] = ()
+    #: Those of them that the target ties to another one, so that they have to be equal -> that one.
+    same: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def state_dependency_groups(self) -> frozenset[StateGroup]:
         """Those of the mapper."""
@@ -77,7 +81,7 @@ class Between(ModelStateMapper):
 
     def __repr__(self) -> str:
         lines = [f"Between({len(self.state_dependency_groups())} groups)"]
-        lines += [f"  not derived: {name}: {reason}" for name, reason in self.underived.items()]
+        lines += [f"  not derived: {shown(name)}: {shown(reason)}" for name, reason in self.underived.items()]
         return "\n".join([*lines, *([f"  not used: {listing(self.unused)}"] if self.unused else [])])
 
 
@@ -101,16 +105,17 @@ def mapper_between(source: Side, target: Side) -> Between:
     Raises:
         MissingCheckpoint: a folder without config.json.
     """
-    atlas, own, dtype, held = _scheme(source)
+    here = _side(source)
     if target in ("tl", "hf"):
-        plain = huggingface(atlas)
-        wanted = plain if target == "hf" else transformerlens(atlas, plain, dtype)
+        plain = huggingface(here.atlas)
+        wanted = plain if target == "hf" else transformerlens(here.atlas, plain, here.dtype)
     elif isinstance(target, str) and not Path(target).exists():
         raise BadArgument(f"{target!r} is no kind of checkpoint", expected='"tl", "hf", a folder, a model or a config')
     else:
-        _, wanted, _, asked = _scheme(target)
-        return join(own, wanted, _differing(_shapes(own, held), _shapes(wanted, asked)))
-    return join(own, wanted)
+        there = _side(target)
+        differing = _differing(_shapes(here), _shapes(there)) | _scaled_otherwise(here, there)
+        return join(here.scheme, there.scheme, differing)
+    return join(here.scheme, wanted)
 
 
 def join(source: Scheme, target: Scheme, differing: Mapping[str, str] | None = None) -> Between:
@@ -124,18 +129,23 @@ def join(source: Scheme, target: Scheme, differing: Mapping[str, str] | None = N
     underived: dict[str, str] = {}
     chosen: dict[str, ModelStateMapper] = {}
     users: dict[str, list[str]] = {}
+    same: dict[str, str] = {}
     for name, stored in target.items():
-        lacking = [part for part in stored.parts if part not in holder]
-        # A tied tensor's second meaning is in the first.
-        lacking = [part for part in lacking if not (part == "unembed.weight" and len(stored.parts) == 2)]
-        wrong = [differing[part] for part in stored.parts if part in differing]
+        lacking = [part for part in stored.parts if part not in holder and part not in stored.spare]
+        wrong = [differing[part] for part in stored.parts if part in differing and part not in stored.spare]
         if lacking or wrong or stored.give is None:
             reason = f"the source has no {', '.join(lacking)}" if lacking else "it is another name"
             underived[name] = ", ".join(wrong) if wrong and not lacking else reason
             continue
-        chosen[name] = stored.give
-        for part in _needs(stored.give):
+        needs = _needs(stored.give)
+        # What one side ties and the other does not is there twice.
+        own = [Copy(part, [part], apart=True) for part in sorted(needs) if part in holder[part].spare]
+        chosen[name] = Sequential([Parallel(own), stored.give]) if own else stored.give
+        for part in needs:
             users.setdefault(part, []).append(name)
+        for part in stored.spare & holder.keys():
+            if (left := holder[part].name) != (kept := holder[stored.parts[0]].name):
+                same[left] = kept
     used = {holder[part].name for part in users}
     takes = [source[name].take for name in source if name in used]
     made = {part for name in used for part in source[name].parts}
@@ -146,7 +156,7 @@ def join(source: Scheme, target: Scheme, differing: Mapping[str, str] | None = N
     stages = [Parallel(takes), Parallel([*drops, *chosen.values()])]
     unused = tuple(name for name in source if name not in used)
     mapper = Sequential(stages) if chosen else Parallel([])
-    return Between(mapper, underived, unused)
+    return Between(mapper, underived, unused, {name: kept for name, kept in same.items() if name in unused})
 
 
 def _needs(give: ModelStateMapper) -> set[str]:
@@ -160,12 +170,24 @@ def _needs(give: ModelStateMapper) -> set[str]:
 _Sizes = Mapping[str, tuple[int, ...]]
 
 
-def _shapes(own: Scheme, stored: _Sizes) -> _Sizes:
+@dataclass(frozen=True)
+class _Side:
+    """One side of a conversion."""
+
+    atlas: Atlas
+    scheme: Scheme
+    dtype: torch.dtype
+    sizes: _Sizes
+    #: Whether what a decoder gives is scaled before the unembedding, as T5 does where its config ties the two.
+    scaled: bool
+
+
+def _shapes(side: _Side) -> _Sizes:
     """The shapes of the parts of a scheme."""
     found: dict[str, tuple[int, ...]] = {}
-    for one in own.values():
+    for one in side.scheme.values():
         if one.parts:
-            made = one.take.apply({one.name: torch.empty(stored[one.name], device="meta")})
+            made = one.take.apply({one.name: torch.empty(side.sizes[one.name], device="meta")})
             found |= {part: tuple(tensor.shape) for part, tensor in made.items()}
     return found
 
@@ -179,13 +201,24 @@ def _differing(source: _Sizes, target: _Sizes) -> dict[str, str]:
     }
 
 
-def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype, _Sizes]:
-    """The atlas and the scheme of one side, the type of its numbers, and the shapes of its tensors."""
+def _scaled_otherwise(source: _Side, target: _Side) -> dict[str, str]:
+    """The tensors that mean something else where only one of two models scales what its decoder gives."""
+    if source.scaled == target.scaled:
+        return {}
+    parts = {stored.parts[0] for stored in (*source.scheme.values(), *target.scheme.values()) if stored.spare}
+    words = "scales" if source.scaled else "does not scale"
+    why = f"the source {words} what its decoder gives, and the target does otherwise (scale_decoder_outputs)"
+    return dict.fromkeys([*sorted(parts), "as it is: lm_head.weight"], why)
+
+
+def _side(side: Side) -> _Side:
+    """One side, read."""
     if isinstance(side, str | Path):
         folder = Path(side)
         with circumstances(f"reading {folder}"):
             checkpoint = Checkpoint.open(folder)
-            atlas = Atlas.of(blueprint(folder))
+            model: Any = blueprint(folder)
+            atlas = Atlas.of(model)
             own = huggingface(atlas)
             if MARK in checkpoint:
                 dtype = checkpoint.entry(MARK).dtype
@@ -194,9 +227,9 @@ def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype, _Sizes]:
             else:
                 found = spelled(atlas, own, [name for name in checkpoint.sizes() if name not in checkpoint.tied])
                 dtype = next((checkpoint.entry(name).dtype for name in found), torch.float32)
-            return atlas, found, dtype, {name: checkpoint.entry(name).shape for name in found}
+            return _Side(atlas, found, dtype, {name: checkpoint.entry(name).shape for name in found}, _scales(model))
     if hasattr(side, "model_type"):
-        model: Any = empty_model(side)
+        model = empty_model(side)
     elif isinstance(side, nn.Module) or hasattr(side, "_module"):
         model = peel(side)
     else:
@@ -204,7 +237,11 @@ def _scheme(side: Side) -> tuple[Atlas, Scheme, torch.dtype, _Sizes]:
     atlas = Atlas.of(model)
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     buffers = {name: tuple(model.get_buffer(name).shape) for name in atlas.tree.saved}
-    return atlas, huggingface(atlas), dtype, {**atlas.tree.params, **buffers}
+    return _Side(atlas, huggingface(atlas), dtype, {**atlas.tree.params, **buffers}, _scales(model))
+
+
+def _scales(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "scale_decoder_outputs", False))
 
 
 #: Models without memory, kept as long as the process: an atlas holds its model weakly.
@@ -222,9 +259,17 @@ def blueprint(folder: Path) -> nn.Module:
     path = folder / "config.json"
     if not path.is_file():
         raise MissingCheckpoint(f"{folder} has no config.json, so what its tensors mean is not known")
-    text = path.read_text(encoding="utf-8")
+    text = text_of(path)
     if text not in _BLUEPRINTS:
-        _BLUEPRINTS[text] = empty_model(cast("Any", transformers.AutoConfig).from_pretrained(folder))
+        try:
+            _BLUEPRINTS[text] = empty_model(
+                cast("Any", transformers.AutoConfig).from_pretrained(folder, trust_remote_code=False)
+            )
+        except Exception as error:  # whatever transformers says to a config
+            raise FileError(
+                f"transformers makes no model of {path}: {type(error).__name__}: {str(error).strip()[:200]}",
+                expected="the config of a family that transformers has",
+            ) from None
     return _BLUEPRINTS[text]
 
 
@@ -233,7 +278,9 @@ def empty_model(config: Any) -> nn.Module:
     import transformers
 
     names: list[str] = getattr(config, "architectures", None) or []
-    kind: Any = next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    every = (getattr(transformers, name, None) for name in names)
+    # A config may name anything: only a model is called.
+    kind: Any = next((k for k in every if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
     if kind is None:
         two = getattr(config, "is_encoder_decoder", False)
         kind = cast("Any", transformers.AutoModelForSeq2SeqLM if two else transformers.AutoModelForCausalLM).from_config

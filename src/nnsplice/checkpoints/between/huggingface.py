@@ -8,9 +8,7 @@ from collections.abc import Container, Iterable, Iterator
 from nnsplice.atlas import Atlas, Block, Tower
 from nnsplice.atlas.families import EXPERT_PARTS
 from nnsplice.atlas.layouts import ROLES
-from nnsplice.checkpoints.between.scheme import Scheme, Stored, dealt, plain, scheme, stacked, turned
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperRename as Rename
+from nnsplice.checkpoints.between.scheme import Scheme, Stored, dealt, plain, scheme, stacked, tied, turned
 from nnsplice.errors import NnspliceError
 
 #: Norms of a block: what they are called -> what they are.
@@ -37,7 +35,10 @@ def huggingface(atlas: Atlas) -> Scheme:
                 found |= scheme(_block(atlas, block))
     # What has no meaning here has its name: it is the same where the name is.
     every = (*atlas.tree.params, *atlas.tree.saved)
-    rest = {name: plain(name, f"as it is: {name}") for name in every if name not in found}
+    others: dict[str, list[str]] = {}
+    for name, kept in atlas.tree.aliases.items():
+        others.setdefault(kept, []).append(f"as it is: {name}")
+    rest = {name: tied(name, f"as it is: {name}", others.get(name, [])) for name in every if name not in found}
     return {name: (found | rest)[name] for name in every}
 
 
@@ -47,8 +48,7 @@ def _ends(atlas: Atlas, tower: Tower) -> Iterator[Stored]:
         name = f"{tower.embed}.weight"
         part = f"embed{scaled}.weight"
         if atlas.tied:  # one tensor, two meanings
-            take = Copy(name, (part, "unembed.weight"))
-            yield Stored(name, (part, "unembed.weight"), take, Rename(part, name))
+            yield tied(name, part, ["unembed.weight"])
         else:
             yield plain(name, part)
     if tower.unembed is not None and not atlas.tied:
@@ -139,7 +139,9 @@ def spelled(atlas: Atlas, own: Scheme, names: Iterable[str]) -> Scheme:
             found[name] = own[known].renamed(name)
         elif not _COMPUTED.search(name):
             found[name] = _located(atlas, name)
-    return found
+    # What the model ties, and a folder has twice, are two tensors: transformers reads them so.
+    twice = {part for stored in found.values() if not stored.spare for part in stored.parts}
+    return {name: stored.without(twice) if stored.spare & twice else stored for name, stored in found.items()}
 
 
 def own_name(atlas: Atlas, name: str) -> str | None:
@@ -174,6 +176,11 @@ def _fronts(atlas: Atlas) -> list[str]:
 
 def _located(atlas: Atlas, name: str) -> Stored:
     """A name that the model itself does not have: an expert's matrix, a router or an unembedding by another name."""
+    alias = _prefixed(atlas, atlas.tree.aliases, name)
+    if alias is not None:
+        tower = atlas.tower()
+        last = len(atlas.towers) == 1 and atlas.tied and alias == f"{tower.unembed}.weight"
+        return plain(name, "unembed.weight" if last else f"as it is: {alias}")
     try:
         place = atlas.locate(name)
     except NnspliceError:

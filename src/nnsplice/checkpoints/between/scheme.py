@@ -7,7 +7,7 @@ can then be joined, whoever wrote them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper
@@ -17,6 +17,7 @@ from nnsplice.checkpoints.mapper.arrange import Ranges
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
 from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperConcatenateTensors as Concatenate
+from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperRename as Rename
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperSplit as Split
 from nnsplice.checkpoints.mapper.leaf import ModelStateMapperStackTensors as Stack
@@ -33,6 +34,8 @@ class Stored:
     take: ModelStateMapper
     #: None where it cannot be made of its parts: another name of something that is stored already.
     give: ModelStateMapper | None
+    #: Parts that are the same as the first one, and are not needed to make it.
+    spare: frozenset[str] = frozenset()
 
     def renamed(self, name: str) -> Stored:
         """The same tensor by another name."""
@@ -40,6 +43,10 @@ class Stored:
             return self
         give = None if self.give is None else Sequential([self.give, Rename(self.name, name)])
         return replace(self, name=name, take=Sequential([Rename(name, self.name), self.take]), give=give)
+
+    def without(self, parts: Collection[str]) -> Stored:
+        """The same tensor, where some of the parts that it is besides have a tensor of their own."""
+        return tied(self.name, self.parts[0], [part for part in self.parts[1:] if part not in parts])
 
 
 #: Name -> what is stored by it.
@@ -54,6 +61,11 @@ def scheme(every: Iterable[Stored]) -> Scheme:
 def plain(name: str, part: str) -> Stored:
     """A tensor that is a part."""
     return Stored(name, (part,), Rename(name, part), Rename(part, name))
+
+
+def tied(name: str, part: str, others: Sequence[str]) -> Stored:
+    """A tensor that is a part, and other parts too: the unembedding of a model that ties its ends."""
+    return Stored(name, (part, *others), Copy(name, (part, *others)), Rename(part, name), frozenset(others))
 
 
 def turned(name: str, part: str) -> Stored:

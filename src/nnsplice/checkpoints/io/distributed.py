@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +28,7 @@ from nnsplice.checkpoints.io.writer import (
 )
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applied, ordered
 from nnsplice.checkpoints.mapper.distributed import is_distributed
-from nnsplice.errors import BadArgument, MapperError, circumstances
+from nnsplice.errors import BadArgument, MapperError, TeamError, circumstances
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -217,7 +218,9 @@ def _write(team: Team, dest: Path, asked: str, work: Any, resume: bool) -> None:
     finally:
         if staging is not None:
             staging.close(failed=failed)
-        team.share(None)  # nobody goes on before it is cleaned up and the lock is given back
+        # Nobody goes on before it is cleaned up and the lock is given back. Where somebody is gone, that was said.
+        with suppress(TeamError) if failed else nullcontext():
+            team.share(None)
 
 
 def _publish(staging: Staging | None, shards: dict[int, list[Shard]]) -> None:

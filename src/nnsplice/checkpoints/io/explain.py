@@ -12,6 +12,7 @@ from torch import Tensor
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applied, listing, ordered
 from nnsplice.errors import circumstances
+from nnsplice.shown import shown
 
 #: How many kinds of groups a text shows.
 ROWS = 40
@@ -130,7 +131,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _shape_of(names: Iterable[str]) -> str:
     """Names with their numbers taken out, and what they have in common said once: `layers.*.{k,q,v}.weight`."""
     kinds: dict[str, int] = {}
-    for name in sorted(names):
+    for name in map(shown, sorted(names)):
         kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         kinds[kind] = kinds.get(kind, 0) + 1
     words = [kind.split(".") for kind in kinds]

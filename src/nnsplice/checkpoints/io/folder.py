@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice.checkpoints.io.headers import Entry, Header, read_header
 from nnsplice.checkpoints.io.mapping import block_of, bytes_of
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, inputs_of, listing, ordered
 from nnsplice.errors import FileError, MapperError, MissingCheckpoint, closest
+from nnsplice.files import from_json
+from nnsplice.headers import Entry, Header, read_header
+from nnsplice.shown import shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: How the names of pickles end.
@@ -93,16 +94,24 @@ class Checkpoint:
         stored = self.tied.get(name, name)
         file = self.files.get(stored)
         if file is None:
-            raise MapperError(f"{self.folder} has no tensor {name}", expected=closest(name, self))
+            raise MapperError(f"{self.folder} has no tensor {shown(name)}", expected=closest(name, self))
         header = self._headers.get(file)
         if header is None:
             path = self.folder / file
-            if not path.is_file():
-                raise MissingCheckpoint(f"{path} is missing; {INDEX} says that it holds {name}")
+            try:
+                there = path.is_file()
+            except OSError as error:  # a name that no file can have
+                raise FileError(
+                    f"{INDEX} says that {shown(name)} is in {shown(file)}: {error.strerror}", path=self.folder
+                ) from None
+            if not there:
+                raise MissingCheckpoint(
+                    f"{self.folder / shown(file)} is missing; {INDEX} says that it holds {shown(name)}"
+                )
             header = self._headers[file] = read_header(path)
         if stored not in header.entries:
             raise FileError(
-                f"{INDEX} says that {stored} is in {file}, but it is not",
+                f"{INDEX} says that {shown(stored)} is in {shown(file)}, but it is not",
                 path=self.folder,
                 expected=f"one of {closest(stored, header.entries)}",
             )
@@ -144,7 +153,7 @@ class Checkpoint:
         if len(ranges) != len(entry.shape) or any(
             not 0 <= start <= stop <= length for (start, stop), length in zip(ranges, entry.shape, strict=True)
         ):
-            raise MapperError(f"{name} is {list(entry.shape)}, which has no block {list(ranges)}")
+            raise MapperError(f"{shown(name)} is {list(entry.shape)}, which has no block {list(ranges)}")
         return _typed(block_of(entry.path, entry.start, entry.shape, entry.dtype.itemsize, ranges), entry, shape)
 
     def plan(self, mapper: ModelStateMapper) -> list[StateGroup]:
@@ -179,23 +188,33 @@ def _typed(found: Tensor, entry: Entry, shape: tuple[int, ...]) -> Tensor:
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    form = '{"weight_map": {"name": "file", ...}}'
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        files: dict[str, str] = {str(name): str(file) for name, file in found["weight_map"].items()}
+        found: Any = from_json(path.read_text(encoding="utf-8"), path)
+        named: dict[str, Any] = dict(found["weight_map"].items())
         metadata: Any = found.get("metadata") or {}
-        tied: dict[str, str] = dict(metadata.get("tied") or {})
+        other_names: Any = metadata.get("tied") or {}
+        called: dict[str, Any] = dict(other_names.items())
+    except FileError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path} is damaged: {error!r}", expected='{"weight_map": {"name": "file", ...}}') from None
+        raise FileError(f"{path} is damaged: {error!r}", expected=form) from None
+    for name, other in (*named.items(), *called.items()):
+        if not isinstance(other, str):
+            raise FileError(f"{path} says {shown(other)} of {shown(name)}", expected=form)
+    files: dict[str, str] = named
+    tied: dict[str, str] = called
     for name, file in files.items():
         inside = PurePosixPath(file)
-        if inside.is_absolute() or ".." in inside.parts:
-            raise FileError(f"{path} says that {name} is in {file}", expected="a file inside the folder")
+        if inside.is_absolute() or ".." in inside.parts or "\0" in file:
+            raise FileError(f"{path} says that {shown(name)} is in {shown(file)}", expected="a file inside the folder")
         if not file.endswith(".safetensors"):
             raise _pickle(path.parent, file)
     for name, kept in tied.items():
         if kept not in files:
             raise FileError(
-                f"{path} says that {name} is {kept}, which it does not have", expected="a name of weight_map"
+                f"{path} says that {shown(name)} is {shown(kept)}, which it does not have",
+                expected="a name of weight_map",
             )
     return files, {name: kept for name, kept in tied.items() if name not in files}
 
@@ -218,7 +237,7 @@ def _nothing(where: Path) -> FileError | MissingCheckpoint:
 
 def _pickle(where: Path, name: str) -> FileError:
     return FileError(
-        f"{where / name} is a pickle, which can run any code when it is opened; it is left closed",
+        f"{where / shown(name)} is a pickle, which can run any code when it is opened; it is left closed",
         expected=f"{SINGLE} or {INDEX}",
         write=f'AutoModel.from_pretrained("{where}", weights_only=True).save_pretrained("{where}-safe")'
         "   (where you trust it; it writes safetensors)",

@@ -20,9 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nnsplice.checkpoints.io.headers import NAMES, header_shape
 from nnsplice.checkpoints.io.mapping import buffer, bytes_of
 from nnsplice.errors import BadType, MapperError, NnspliceError, WriteFailed
+from nnsplice.headers import NAMES, header_shape
 
 #: What a header has under this name is no tensor.
 _NO_TENSOR = "__metadata__"

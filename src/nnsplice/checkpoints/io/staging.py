@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from nnsplice.checkpoints.io.folder import INDEX, PICKLES, SINGLE
-from nnsplice.checkpoints.io.headers import read_header
 from nnsplice.checkpoints.io.shards import Shard, ShardWriter, disk, sync
 from nnsplice.checkpoints.io.swap import exchange
 from nnsplice.errors import FileError
+from nnsplice.files import from_json
+from nnsplice.headers import read_header
 from nnsplice.results.lock import Lock
 
 #: How files are named that hold weights, besides pickles.
@@ -69,6 +70,8 @@ class Staging:
         """Make the folder; True where the job was done but for cleaning up."""
         shutil.rmtree(self._gone, ignore_errors=True)
         self._restore()
+        if self.folder.is_dir():
+            self.folder.chmod(0o700)
         if self.folder.exists() and self._resume and (self.folder / "asked.json").is_file():
             if _json(self.folder / "asked.json") != {"asked": asked}:
                 raise FileError(
@@ -83,7 +86,8 @@ class Staging:
             self._sweep()
             return False
         self._discard()
-        self.weights.mkdir(parents=True)
+        self.folder.mkdir(0o700)  # until it is known who may read the checkpoint
+        self.weights.mkdir()
         _write(self.folder / "asked.json", {"asked": asked})
         return False
 
@@ -121,27 +125,34 @@ class Staging:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    def publish(self, shards: Sequence[Shard], carry: Mapping[str, Path | str]) -> None:
+    def publish(self, shards: Sequence[Shard], carry: Mapping[str, Path | str], like: Sequence[Path] = ()) -> None:
         """Put the finished files in the place of the old checkpoint.
 
         Args:
             shards: the files in their order.
             carry: other files of the new checkpoint: name -> a file to copy, or a text.
+            like: what the tensors come from. Who could not read it, or the old checkpoint, cannot read the new one.
         """
+        before = [path for name in sorted(weight_files(self.dest)) if (path := self.dest / name).is_file()]
         with disk(self.dest, "what puts the checkpoint in its place"):
             names = _last_names(shards)
             _write(self.folder / "names.json", names)
             for old, new in names.items():
                 (self.weights / old).rename(self.weights / new)
             (self.weights / INDEX).write_text(json.dumps(_index(shards, names), indent=2) + "\n", encoding="utf-8")
+            for name in (*names.values(), INDEX):
+                close(self.weights / name, [*like, *before])
             for name, source in carry.items():
                 if isinstance(source, str):
                     (self.weights / name).write_text(source, encoding="utf-8")
+                    close(self.weights / name, [*like, self.dest / name])
                 else:
                     shutil.copy2(source, self.weights / name)
+                    close(self.weights / name, [self.dest / name])
+            close(self.weights, [path for path in like if path.is_dir()])
             if self.dest.is_dir():
-                shutil.copymode(self.dest, self.weights)
                 _keep(self.dest, self.weights)
+                shutil.copymode(self.dest, self.weights)
             for path in self.weights.iterdir():
                 sync(path)
             sync(self.weights)
@@ -200,7 +211,7 @@ def read_journal(journal: Path, weights: Path) -> list[Shard]:
     """The finished files of one writer that are there and whole; a last line that was cut off is none."""
     found: list[Shard] = []
     for line in journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else ():
-        told: dict[str, Any] = json.loads(line)
+        told: dict[str, Any] = from_json(line, journal)
         shard = Shard(told["file"], tuple(told["names"]), told["tied"], told["size"], told["nbytes"])
         path = weights / shard.file
         if shard.file and not (path.is_file() and path.stat().st_size == shard.size):
@@ -230,13 +241,15 @@ def _index(shards: Sequence[Shard], names: Mapping[str, str]) -> dict[str, Any]:
 def _keep(old: Path, new: Path) -> None:
     """Bring over what is no weight: the config, the tokenizer, a model card, folders."""
     stale = weight_files(old)
+    made: list[tuple[Path, Path]] = []
     for path in sorted(old.rglob("*")):
         inside = path.relative_to(old)
         target = new / inside
         if str(inside) in stale or target.exists() or target.is_symlink():
             continue
         if path.is_dir() and not path.is_symlink():
-            target.mkdir()
+            target.mkdir(0o700)
+            made.append((path, target))
         elif path.is_symlink():
             target.symlink_to(path.readlink())
         else:
@@ -244,6 +257,19 @@ def _keep(old: Path, new: Path) -> None:
                 os.link(path, target)
             except OSError:  # a file system without links
                 shutil.copy2(path, target)
+    for path, target in reversed(made):  # when all is in it: a folder may be one that nobody writes into
+        shutil.copystat(path, target)
+
+
+def close(path: Path, like: Iterable[Path]) -> None:
+    """Take from a file or folder what others may do with it and may not with all of those that are like it."""
+    mode = path.stat().st_mode
+    for one in like:
+        if one.exists():
+            granted = one.stat().st_mode & 0o077
+            # Who may read a folder may look into it.
+            mode &= ~0o077 | granted | (granted >> 2 if path.is_dir() else 0)
+    path.chmod(mode & 0o7777)
 
 
 def weight_files(folder: Path) -> set[str]:
@@ -267,7 +293,7 @@ def _json(path: Path) -> dict[str, Any]:
     """What is in a file; empty where there is none, or another thing than an object."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 

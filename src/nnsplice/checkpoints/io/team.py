@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nnsplice.errors import NnspliceError, TeamError
@@ -28,13 +30,23 @@ class Team:
         return cast("Any", distributed).get_rank()
 
     def share(self, value: T) -> dict[int, T]:
-        """Rank -> its value, of all processes. All of them call this, in the same order of calls."""
+        """Rank -> its value, of all processes. All of them call this, in the same order of calls.
+
+        Raises:
+            TeamError: a process is gone.
+        """
         from torch import distributed
 
         known: dict[int, T] = {self.rank: value}
         for group in self.groups:
             told: list[Any] = [None] * group.size()
-            cast("Any", distributed).all_gather_object(told, known, group=group)
+            try:
+                cast("Any", distributed).all_gather_object(told, known, group=group)
+            except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:  # the backend's own, or half a value
+                raise TeamError(
+                    f"a process of the team cannot be reached, so it ended or was ended: {_backend(error)}",
+                    expected="all processes alive until the end; one without a word often had no memory left",
+                ) from error
             known = {rank: one for part in told for rank, one in part.items()}
         return dict(sorted(known.items()))
 
@@ -74,8 +86,16 @@ class Stopped(NnspliceError, RuntimeError):
 
 
 def _words(error: BaseException) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _backend(error: BaseException) -> str:
+    """What happened, without where in the backend's source, and what to do about it."""
+    return re.sub(r"^\[[^\]]*\] ", "", _first_line(error)).partition(". ")[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _check(failures: dict[int, str | None]) -> None:

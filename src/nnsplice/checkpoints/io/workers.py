@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -33,6 +33,7 @@ def write_with_workers(
     resume: bool,
     source: str,
     carry: Mapping[str, Path | str],
+    like: Sequence[Path] = (),
 ) -> None:
     """Read a checkpoint through a mapper and write what comes out, as one process would, but for where files end.
 
@@ -46,7 +47,7 @@ def write_with_workers(
         staged(Path(dest_dir), asked, resume=resume) as staging,
     ):
         if not staging.published:
-            staging.publish(_shards(src_dir, staging.folder, mapper, workers, limit, show_progress), carry)
+            staging.publish(_shards(src_dir, staging.folder, mapper, workers, limit, show_progress), carry, like)
 
 
 def _shards(

@@ -40,6 +40,7 @@ def write_model_state_local(
     resume: bool = False,
     source: str = "",
     carry: Mapping[str, Path | str] | None = None,
+    like: Sequence[Path] = (),
 ) -> None:
     """Write a checkpoint from tensors that are offered one by one.
 
@@ -62,6 +63,7 @@ def write_model_state_local(
         resume: go on with the files that a stopped call finished; and when this one stops, leave them for the next.
         source: what is offered, in words that `resume` compares: a job with another source is another job.
         carry: other files for the folder: name -> a file to copy, or a text.
+        like: files and folders that the tensors come from: who may not read all of them may not read the new ones.
 
     Raises:
         MapperError: an input is missing at the end, or is offered twice.
@@ -75,7 +77,7 @@ def write_model_state_local(
                 shards = write_shards(
                     staging.folder, "0000", mapper, groups_of(mapper, state_generator), limit, show_progress
                 )
-                staging.publish(shards, carry or {})
+                staging.publish(shards, carry or {}, like)
 
 
 def save_model_state(

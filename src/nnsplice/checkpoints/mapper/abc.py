@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nnsplice.errors import BadType, MapperError, closest, named
+from nnsplice.shown import shown
 
 if TYPE_CHECKING:
     from nnsplice.checkpoints.io.explain import Explanation
@@ -138,4 +139,4 @@ def listing(names: Iterable[str], most: int = 5) -> str:
     """Names for a message: in order, and not too many."""
     every = sorted(names)
     more = f", ... ({len(every)} in all)" if len(every) > most else ""
-    return (", ".join(every[:most]) or "nothing") + more
+    return (", ".join(map(shown, every[:most])) or "nothing") + more

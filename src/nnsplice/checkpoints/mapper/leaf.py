@@ -228,10 +228,17 @@ class ModelStateMapperCopy(Leaf):
     >>> tied = Copy("wte", ["embed", "unembed"]).apply({"wte": torch.ones(2)})
     >>> sorted(tied), tied["embed"] is tied["unembed"]
     (['embed', 'unembed'], True)
+
+    With `apart`, each name gets a tensor of its own, as models have that do not tie these weights:
+
+    >>> apart = Copy("wte", ["embed", "unembed"], apart=True).apply({"wte": torch.ones(2)})
+    >>> apart["embed"] is apart["unembed"]
+    False
     """
 
     name_from: str
     names_to: Sequence[str]
+    apart: bool = False
 
     def __post_init__(self) -> None:
         _set(self, "names_to", _unique("names_to", self.names_to))
@@ -241,7 +248,7 @@ class ModelStateMapperCopy(Leaf):
         return (self.name_from,), tuple(self.names_to)
 
     def _compute(self, *tensors: Tensor) -> Sequence[Tensor]:
-        return tensors * len(self.names_to)
+        return [tensors[0].clone() for _ in self.names_to] if self.apart else tensors * len(self.names_to)
 
 
 class _Apart(Leaf):

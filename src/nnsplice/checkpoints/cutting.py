@@ -1,0 +1,224 @@
+"""The config of a model of which the first layers are kept, and whether it is one: tried on models without memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from nnsplice.checkpoints.between.derive import empty_model
+from nnsplice.errors import FileError, MapperError
+from nnsplice.files import from_json
+from nnsplice.shown import shown
+
+#: How configs call a number of layers.
+_COUNT = re.compile(
+    r"num_hidden_layers|num_layers|n_layers?|depth|(num_)?(encoder|decoder)_layers|(encoder|decoder)_num_hidden_layers"
+)
+#: Numbers of layers that are counted from the last one: those that reuse keys and values, and what predicts further on.
+_FROM_THE_END = ("num_kv_shared_layers", "num_nextn_predict_layers")
+#: Lists that may happen to be as long as there are layers.
+_NOT_BY_LAYER = re.compile(r".*(tokens?|token_ids?|languages|langs|_multipliers|_section|_mean|_std|image_.*|conv_.*)")
+#: What is written once for each layer as a text.
+_LETTERS = re.compile(r".*pattern")
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to: the first number among its names, in every family's checkpoints.
+
+    >>> from nnsplice.checkpoints import layer_of
+    >>> layer_of("model.layers.12.mlp.experts.3.up_proj.weight"), layer_of("lm_head.weight")
+    (12, None)
+    """
+    return next((int(word) for before, word in pairwise(name.split(".")) if word.isdigit() and before), None)
+
+
+def adapted_config(text: str, *, layers: int | None = None, dtype: torch.dtype | None = None) -> str:
+    """A config.json for a model of which the first layers are kept, or whose numbers are of another type.
+
+    Every count of layers and every list with an entry for each of them is cut, and the model that comes of it is
+    compared with the first layers of the old one: parameters, their shapes, and what each layer is set to.
+
+    >>> from nnsplice.checkpoints import adapted_config
+    >>> print(adapted_config('{"model_type": "gpt2", "n_layer": 12}', layers=4, dtype=torch.bfloat16))
+    {
+      "model_type": "gpt2",
+      "n_layer": 4,
+      "dtype": "bfloat16"
+    }
+
+    Args:
+        text: what stands in the config.json of the whole model.
+        layers: how many layers are kept, from the first on; a stack that has fewer keeps its own.
+        dtype: of the tensors.
+
+    Raises:
+        FileError: the text is no config.
+        MapperError: the config does not say how many layers it has, or describes another model when it is cut.
+    """
+    config: Any = from_json(text, "config.json")
+    if not isinstance(config, dict):
+        raise FileError("config.json is no object in JSON", expected='{"model_type": ..., ...}')
+    config = cast("dict[str, Any]", config)
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        config.update(dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"], name))
+    if layers is not None:
+        whole = config
+        config = cut(whole, layers)
+        if not _depths(whole) and config == whole:
+            raise MapperError(
+                "config.json does not say how many layers there are",
+                expected="num_hidden_layers, n_layer, num_layers or the like",
+            )
+        if config != whole:
+            _try(whole, config, layers)
+    return json.dumps(config, indent=2) + "\n"
+
+
+# -- counts and lists --------------------------------------------------------------------------------------------------
+
+
+def cut(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A config, and those inside it, with the first layers of every stack."""
+    depths = _depths(config)
+    return {key: _cut(key, value, layers, depths) for key, value in config.items()}
+
+
+def _depths(config: Mapping[str, Any]) -> set[int]:
+    """How many layers the stacks of a config have."""
+    counts = {value for key, value in config.items() if _COUNT.fullmatch(key) and type(value) is int and value > 0}
+    if not counts:  # some say it by a list alone
+        lists = [config.get(key) for key in ("layer_types", "layers_block_type")]
+        counts = {len(cast("list[Any]", found)) for found in lists if isinstance(found, list)}
+    return counts
+
+
+def _cut(key: str, value: Any, layers: int, depths: set[int]) -> Any:
+    if isinstance(value, dict):
+        inner = cast("dict[str, Any]", value)
+        if "layer" in key and inner and all(one.isdigit() for one in inner):  # {"0": {...}, "5": {...}}
+            return {one: told for one, told in inner.items() if int(one) < layers}
+        inside = key.endswith("_config") or "model_type" in inner or bool(_depths(inner))
+        return cut(inner, layers) if inside else inner
+    depth = max(depths, default=0)
+    if type(value) is int:
+        if _COUNT.fullmatch(key):
+            return min(value, layers)
+        if key in _FROM_THE_END and layers < depth:
+            return max(0, value - (depth - layers))
+    if isinstance(value, str) and _LETTERS.fullmatch(key) and len(value) in depths:
+        return value[:layers]
+    if isinstance(value, list):
+        return _cut_list(key, cast("list[Any]", value), layers, depths)
+    return value
+
+
+def _cut_list(key: str, value: list[Any], layers: int, depths: set[int]) -> list[Any]:
+    if key == "attention_types":  # GPT-Neo: [[["global", "local"], 12]]
+        spelled = [kind for kinds, count in value for _ in range(count) for kind in kinds]
+        return [[spelled[:layers], 1]] if len(spelled) in depths and layers < len(spelled) else value
+    if len(value) in depths and not _NOT_BY_LAYER.fullmatch(key):
+        return value[:layers]
+    numbers = all(type(one) is int for one in value) and all(a < b for a, b in pairwise(value))
+    if numbers and value and value[0] >= 0 and value[-1] < max(depths, default=0) and "layer" in key:
+        return [one for one in value if one < layers]  # numbers of layers
+    return value
+
+
+# -- the model that comes of it ----------------------------------------------------------------------------------------
+
+
+#: What is known of a tensor or a module.
+_Told = Mapping[str, object]
+
+
+def _try(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> None:
+    """Refuse a config that describes anything but the first layers of the whole one."""
+    from transformers import CONFIG_MAPPING
+
+    kind = whole.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise FileError(f"config.json says that model_type is {shown(kind)}", expected="the name of a family")
+    if kind not in CONFIG_MAPPING:
+        warnings.warn(
+            f"config.json was cut by the names in it alone: transformers knows no {kind!r} to try it on",
+            UserWarning,
+            stacklevel=4,
+        )
+        return
+    old = _described(whole, "as it is")
+    depths = {depth for part in _parts(whole) for depth in _depths(part)}
+    stored = 1 + max((layer for name in old if (layer := layer_of(name)) is not None), default=-1)
+    if stored < max(depths):
+        raise MapperError(
+            f"the {max(depths)} layers of this {kind} share the tensors of {stored}, so none of them can be left out",
+            expected="a family in which each layer has its own",
+        )
+    new = _described(config, f"cut to {layers} layers")
+    kept = {name: told for name, told in old.items() if (layer := layer_of(name)) is None or layer < layers}
+    for name in dict.fromkeys((*kept, *new)):
+        before, after = kept.get(name), new.get(name)
+        if before is not None and after is not None and _only_counts(before, after, depths, layers):
+            continue
+        raise MapperError(
+            f"the first {layers} layers of a {kind} are no model of its own: {_why(name, before, after)}",
+            expected="a family whose layers do not depend on how many there are",
+            write="ns.checkpoints.renaming(folder, layers=...)   (the tensors alone, without a config)",
+        )
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    inside = [cast("dict[str, Any]", value) for value in config.values() if isinstance(value, dict)]
+    return [config, *(part for one in inside for part in _parts(one))]
+
+
+def _described(config: Mapping[str, Any], words: str) -> dict[str, _Told]:
+    """What a config describes: the shapes of tensors, and what modules are and are set to."""
+    from transformers import AutoConfig
+
+    try:
+        # From a file, as it will be read: a config in memory takes some numbers otherwise.
+        with TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+            model: nn.Module = empty_model(cast("Any", AutoConfig).from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # whatever transformers says to a config
+        raise MapperError(
+            f"transformers makes no model of config.json {words}: {type(error).__name__}: {str(error).strip()[:200]}"
+        ) from None
+    states = cast("dict[str, torch.Tensor]", model.state_dict())
+    found: dict[str, _Told] = {name: {"shape": list(tensor.shape)} for name, tensor in states.items()}
+    modules: dict[str, nn.Module] = dict(cast("Any", model).named_modules())
+    return found | {f"{name}." if name else "the model": _settings(module) for name, module in modules.items()}
+
+
+def _settings(module: nn.Module) -> _Told:
+    plain = bool | int | float | str | None
+    told = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and name[0] != "_" and name != "name_or_path"
+    }
+    return {"class": type(module).__name__, **told}
+
+
+def _only_counts(before: _Told, after: _Told, depths: set[int], layers: int) -> bool:
+    """Whether modules differ only in how many layers they say there are."""
+    pairs = [(before.get(name), after.get(name)) for name in (*before, *after) if before.get(name) != after.get(name)]
+    return all(type(a) is int and a in depths and b == min(a, layers) for a, b in pairs)
+
+
+def _why(name: str, before: _Told | None, after: _Told | None) -> str:
+    name = name.rstrip(".")
+    if before is None or after is None:
+        return f"they {'lack' if before is None else 'leave over'} {name}"
+    key = next(key for key in (*before, *after) if before.get(key) != after.get(key))
+    return f"{name} would have {key} {after.get(key)!r} instead of {before.get(key)!r}"

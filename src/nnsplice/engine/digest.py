@@ -1,0 +1,109 @@
+"""What tells the weights of two models of one name apart: a few characters in which every number counts.
+
+Parameters count, and those buffers that are saved with a model: routers' biases, running means, quantised weights. What
+a model computes for itself (rotary frequencies, caches) does not: it follows from the config, and may change in a run.
+
+A tensor that was read once is not read again while torch says that nothing was written to it. torch does not count what
+is written through `tensor.data`, or past torch; so where a file is at stake, all of it is read (`anew=True`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from nnsplice.atlas import peel
+from nnsplice.digests import checksum
+from nnsplice.errors import BadArgument
+
+#: A tensor that was read, the state it was in, and its checksum.
+_Read = tuple[weakref.ref[Tensor], tuple[Any, ...], int]
+#: Model -> what was read of it, by the tensor's `id`.
+_READ: weakref.WeakKeyDictionary[nn.Module, dict[int, _Read]] = weakref.WeakKeyDictionary()
+
+
+def weights_digest(model: Any, *, anew: bool = False) -> str:
+    """A short digest that tells two models of one name apart: every number counts, as one edited head may differ.
+
+    Of an adapter it also tells whether it is switched on. What accelerate keeps on the CPU or on disk is read there.
+
+    Args:
+        anew: read every number again, also where torch says that none was written since.
+
+    Raises:
+        BadArgument: some numbers are nowhere to be read, so that other models would have the same digest.
+    """
+    root = peel(model)
+    found: dict[int, tuple[str, Tensor]] = {}  # a tied parameter once, by its first name
+    buffers: list[tuple[str, Tensor]] = []
+    adapters: list[Any] = []
+    for home, module in root.named_modules():  # one walk for all, as this is done before every sweep
+        front = f"{home}." if home else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (front + name, parameter))
+        if module._buffers:
+            computed = module._non_persistent_buffers_set
+            buffers += [(front + n, b) for n, b in module._buffers.items() if b is not None and n not in computed]
+        # PEFT's layers, told by their parts so that this room needs no PEFT.
+        if "_active_adapter" in module.__dict__:
+            adapters.append((home, module.__dict__["_active_adapter"], getattr(module, "_disable_adapters", False)))
+    parameters = list(found.values())
+    summed = hashlib.sha256(str([(name, tuple(p.shape)) for name, p in parameters]).encode())
+    if buffers:
+        summed.update(str([(name, tuple(b.shape)) for name, b in buffers]).encode())
+    for adapter in adapters:
+        summed.update(str(adapter).encode())
+    before: dict[int, _Read] = {} if anew else _READ.get(root, {})
+    after: dict[int, _Read] = {}
+    for name, tensor in (*parameters, *buffers):
+        for plain in _stored(tensor):
+            held = _offloaded(root, name) if plain.is_meta else plain
+            summed.update(b"%d" % _checksum(held, before, after))
+    _READ[root] = after
+    return summed.hexdigest()[:16]
+
+
+def _checksum(tensor: Tensor, before: dict[int, _Read], after: dict[int, _Read]) -> int:
+    if tensor.is_inference():  # torch does not count what is written to these
+        return checksum(tensor.detach())
+    state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype)
+    known = before.get(id(tensor))
+    if known is None or known[0]() is not tensor or known[1] != state:
+        known = weakref.ref(tensor), state, checksum(tensor.detach())
+    after[id(tensor)] = known
+    return known[2]
+
+
+def _stored(tensor: Any) -> Iterator[Any]:
+    """The plain tensors that hold a tensor's numbers: itself, or the parts of a quantised one, which cannot be cut."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _stored(getattr(tensor, name))
+
+
+def _offloaded(root: nn.Module, name: str) -> Tensor:
+    """The numbers of a parameter that is on the meta device between its uses, as accelerate's hooks keep them."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, -1, -1):
+        hook = root.get_submodule(".".join(parts[:cut])).__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            held = getattr(one, "weights_map", None)
+            try:
+                found = None if held is None else held[".".join(parts[cut:])]
+            except KeyError:
+                found = None
+            if isinstance(found, Tensor) and not found.is_meta:
+                return found
+    raise BadArgument(
+        f"{name} is on the meta device, and no hook of accelerate says where its numbers are, so this model cannot be "
+        "told from another of its kind",
+        expected="a model whose weights are here, or offloaded by accelerate",
+        write="ns.load(name), or accelerate.cpu_offload(model)",
+    )

@@ -1,0 +1,209 @@
+"""A metric as a value, and the same once it knows its token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nnsplice.digests import function_digest
+from nnsplice.errors import BadArgument, BadType, ShortRow, named
+from nnsplice.metrics.answers import Answer, Ids, TokenSequence, ids_of
+
+#: `(logits, named token ids [row], reference)` -> `[row]`
+Rule = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for each row of logits.
+
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    >>> ns.logit_diff(1, 0)(logits)
+    tensor([ 2., -3.])
+    >>> ns.Metric.of(lambda logits: logits.max(-1).values)(logits)
+    tensor([2., 3.])
+    """
+
+    name: str
+    rule: Rule = field(repr=False)
+    #: What it asks about: the rule's argument -> the token or tokens.
+    answers: Mapping[str, Answer | TokenSequence] = field(default_factory=dict)
+    #: The position of the prompt whose logits it reads.
+    position: int = -1
+    #: Whether it compares with the logits of another run.
+    compares: bool = False
+    #: Whether it reads the logits of its answers alone, so that no others need be computed.
+    local: bool = False
+    #: Whether its answer is a sequence of tokens, each read after those before it: a sweep appends them to the prompts.
+    sequence: bool = False
+
+    @classmethod
+    def of(cls, metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
+        """A metric, or a metric made of a function `logits[row, vocab] -> [row]`."""
+        if isinstance(metric, Metric):
+            return metric
+        if not callable(metric):
+            raise BadType(
+                f"{named(metric)} is no metric",
+                expected="ns.logit_diff(answer, wrong) or another metric, or a function logits[row, vocab] -> [row]",
+            )
+        return cls(getattr(metric, "__name__", type(metric).__name__), metric)
+
+    def at(self, position: int) -> Metric:
+        """The same metric, read at another position of the prompt."""
+        return replace(self, position=position)
+
+    def check_lengths(self, lengths: Iterable[int]) -> None:
+        """Raise for a prompt, by how many tokens it has, that has no such position.
+
+        Raises:
+            ShortRow: it would be read at another one.
+        """
+        for prompt, length in enumerate(lengths):
+            if not -length <= self.position < length:
+                raise ShortRow(
+                    f"{self.name} reads position [{self.position}], and prompt {prompt} has {length} "
+                    f"token{'s' * (length != 1)}",
+                    expected=f"[0] to [{length - 1}], or [-{length}] to [-1]",
+                )
+
+    def __call__(self, logits: Float[Tensor, "row vocab"], reference: Tensor | None = None) -> Tensor:
+        """The number for each row; with answers as texts, bind the metric to a model first."""
+        return self.bind(None, logits.shape[0])(logits, range(logits.shape[0]), reference)
+
+    def bind(self, tokenizer: Any, prompts: int, texts: Sequence[str] | None = None) -> Bound:
+        """The metric with its answers as token ids: one, or a set of them, for each prompt.
+
+        Args:
+            texts: the prompts, which the answers follow; a token that the tokenizer would not make there is told.
+
+        Raises:
+            BadArgument: a text that is not one token, or another number of answers than prompts.
+        """
+        if self.sequence:
+            raise BadArgument(
+                f"{self.name} reads the answer's tokens one after the other, so they have to stand in the prompts",
+                expected="a sweep or an ablation, which appends them",
+            )
+        ids = {name: ids_of(self.name, name, one, tokenizer, prompts, texts) for name, one in self.answers.items()}
+        if len(ids) == 2 and len(set(ids.values())) == 1:
+            raise BadArgument(
+                f"{' and '.join(ids)} are the same, so {self.name} is 0 whatever the model says",
+                expected="two different tokens",
+            )
+        return Bound(self, ids)
+
+
+#: What a metric may be given as: a function is `logits[row, vocab] -> [row]`.
+MetricLike = Metric | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A metric that knows its token ids."""
+
+    metric: Metric
+    ids: Mapping[str, Ids]
+
+    def __call__(
+        self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int], reference: Tensor | None = None
+    ) -> Tensor:
+        """The number for each row, whose prompts are given by their numbers.
+
+        A function of the user's own is given one row at a time, so that a row's number never depends on the others.
+
+        Args:
+            reference: for a metric that compares, the other run's logits of the same rows.
+        """
+        if not self._known and len(logits) > 1:
+            rows = ([number] for number in range(len(logits)))
+            return torch.cat(
+                [self(logits[r], [prompts[r[0]]], None if reference is None else reference[r]) for r in rows]
+            )
+        for name, ids in self.ids.items():
+            wrong = next((i for one in ids for i in _listed(one) if not 0 <= i < logits.shape[-1]), None)
+            if wrong is not None:
+                raise BadArgument(
+                    f"{self.metric.name} was given {wrong} as {name}=",
+                    expected=f"a token id from 0 to {logits.shape[-1] - 1}",
+                )
+        chosen = {name: _tensor([ids[p] for p in prompts]).to(logits.device) for name, ids in self.ids.items()}
+        if self.metric.compares:
+            if reference is None:
+                raise BadArgument(
+                    f"{self.metric.name} compares two runs, and there is one", expected="reference= the other's logits"
+                )
+            chosen["reference"] = reference.to(logits)
+        try:
+            value = self.metric.rule(logits, **chosen)
+        except Exception as error:
+            if not self.metric.answers:  # a function of the user's own, whose error stays what it is
+                error.add_note(
+                    f"in: the metric {self.metric.name}, which was given logits [row, vocab] = {list(logits.shape)}"
+                    f" of position {self.metric.position}, and has to return one number for each row"
+                )
+            raise
+        if not isinstance(value, Tensor) or value.shape != (logits.shape[0],):
+            found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"{named(value)}"
+            raise BadArgument(
+                f"{self.metric.name} made {found} of logits {list(logits.shape)}", expected="one number for each row"
+            )
+        return value
+
+    def tokens(self, prompts: Sequence[int]) -> Tensor:
+        """`[row, answer]`, the token ids that it asks about; where sets differ in size, some come twice."""
+        return torch.cat([_filled(_tensor([ids[p] for p in prompts])) for ids in self.ids.values()], 1)
+
+    def of_tokens(self, logits: Float[Tensor, "row answer"], prompts: Sequence[int]) -> Tensor:
+        """The number for each row of a local metric, from the logits of just those tokens."""
+        columns: dict[str, Ids] = {}
+        at = 0
+        for name, ids in self.ids.items():
+            given = _tensor([ids[p] for p in prompts])
+            sizes = [1] * len(prompts) if given.dim() == 1 else (given >= 0).sum(1).tolist()
+            columns[name] = (
+                (at,) * len(prompts) if given.dim() == 1 else tuple(tuple(range(at, at + size)) for size in sizes)
+            )
+            at += 1 if given.dim() == 1 else given.shape[1]
+        return Bound(self.metric, columns)(logits, range(len(prompts)))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two metrics the same, as plain data."""
+        told = {
+            "name": self.metric.name,
+            "position": self.metric.position,
+            "ids": {k: [list(one) if isinstance(one, tuple) else one for one in v] for k, v in self.ids.items()},
+        }
+        return told if self._known else {**told, "source": function_digest(self.metric.rule)}
+
+    @property
+    def _known(self) -> bool:
+        """Whether the rule is one of ours, which its name tells wholly."""
+        return getattr(self.metric.rule, "__module__", "") == _OWN
+
+
+#: Where the rules stand that are known by their names.
+_OWN = "nnsplice.metrics.rules"
+
+
+def _listed(one: int | tuple[int, ...]) -> tuple[int, ...]:
+    return one if isinstance(one, tuple) else (one,)
+
+
+def _tensor(ids: Sequence[int | tuple[int, ...]]) -> Tensor:
+    """`[row]`, or `[row, answer]` where one of them is a set, filled up with -1."""
+    if not any(isinstance(one, tuple) for one in ids):
+        return torch.tensor(ids)
+    most = max(len(_listed(one)) for one in ids)
+    return torch.tensor([[*_listed(one), *[-1] * (most - len(_listed(one)))] for one in ids])
+
+
+def _filled(ids: Tensor) -> Tensor:
+    """`[row, answer]` of tokens that there are."""
+    return ids[:, None] if ids.dim() == 1 else torch.where(ids < 0, ids[:, :1], ids)

@@ -1,0 +1,134 @@
+"""How sure an average over prompts is: intervals, tests and stability, from the prompts as they were drawn.
+
+All are about the pooled effect (differences averaged, then divided), or where there is none, the mean change. Prompts
+are the units: each is drawn whole, with its cells and both ends of its scale, so that what cells share stays shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from nnsplice.errors import BadArgument
+from nnsplice.results import labelled, measures
+from nnsplice.results.table import Table
+
+#: How many numbers are worked on at once.
+AT_ONCE = 4_000_000
+#: Up to so many prompts every pattern of signs is tried, and none is drawn.
+EXACT = 12
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """`[prompt, cell]`: what is summed over prompts before one is divided by the other; nothing where a cell lacks."""
+
+    moved: np.ndarray
+    #: The total effects of those prompts that have the cell; ones, where changes are averaged and not shares.
+    whole: np.ndarray
+
+    @classmethod
+    def of(cls, table: Table, flat: bool) -> _Sums:
+        moved = measures.change(table)
+        ends = np.ones(len(moved)) if flat else measures.span(table)
+        there = ~np.isnan(moved) & np.isfinite(ends)[:, None]
+        return cls(np.where(there, moved, 0.0), np.where(there, ends[:, None], 0.0))
+
+    def drawn(self, weights: np.ndarray) -> np.ndarray:
+        """`[draw, cell]`: the averages where each prompt counts so often, `[draw, prompt]`."""
+        with measures.quiet():
+            return (weights @ self.moved) / (weights @ self.whole)
+
+
+def interval(table: Table, level: float, draws: int, seed: int) -> np.ndarray:
+    """`[cell, 2]`: the ends of a percentile bootstrap interval, over draws of as many prompts with replacement."""
+    if not 0 < level < 1:
+        raise BadArgument(f"level={level}", expected="a share between 0 and 1, such as 0.95")
+    sums = _sums(table, draws)
+    found = np.full((len(table.cells), 2), np.nan)
+    tail = (1 - level) / 2
+    for cells in _some(len(table.cells), draws):
+        part = _Sums(sums.moved[:, cells], sums.whole[:, cells])
+        drawn = part.drawn(_resampled(len(table.clean), draws, seed))
+        some = np.isfinite(drawn).any(0)
+        found[np.arange(len(table.cells))[cells][some]] = np.nanquantile(drawn[:, some], [tail, 1 - tail], axis=0).T
+    found[_alone(table)] = np.nan
+    return found
+
+
+def pvalues(table: Table, draws: int, seed: int) -> np.ndarray:
+    """`[cell]`: how often the mean change would be as far from 0 if each prompt's sign were a coin's.
+
+    Signs are flipped for whole prompts. All patterns of few prompts are tried; of many, so many are drawn, and the one
+    that was found counts among them, so that no p is 0.
+    """
+    moved = _sums(table, draws, flat=True).moved
+    prompts = len(moved)
+    exact = prompts <= EXACT
+    observed = np.abs(moved.sum(0))
+    # Sums of the same numbers in another order may differ in their last bit, and are equal all the same.
+    least = observed * (1 - 1e-12)
+    if exact:
+        patterns = np.arange(2**prompts)
+        signs = 1.0 - 2.0 * ((patterns[:, None] >> np.arange(prompts)) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, prompts))
+    as_far = np.zeros(len(table.cells))
+    for cells in _some(len(table.cells), len(signs)):
+        as_far[cells] = (np.abs(signs @ moved[:, cells]) >= least[cells]).sum(0)
+    found = as_far / len(signs) if exact else (as_far + 1) / (len(signs) + 1)
+    found[_alone(table)] = np.nan
+    return found
+
+
+def stability(table: Table, k: int, draws: int, seed: int) -> float:
+    """The mean share that the first k cells have in common with the first k of other draws of the prompts (Jaccard)."""
+    count = int((measures.size(table, measures.change(table)) >= 0).sum())
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
+        raise BadArgument(f"stability({k!r})", expected=f"how many of the first cells to compare: 1 to {count}")
+    if len(table.clean) < 2:
+        raise BadArgument("one prompt cannot be drawn anew", expected="a result of several prompts")
+    sums = _sums(table, draws)
+    first = _first(sums.drawn(np.ones((1, len(table.clean)))), k)[0]
+    shared: list[float] = []
+    weights = _resampled(len(table.clean), draws, seed)
+    step = max(AT_ONCE // max(len(table.cells), 1), 1)
+    for start in range(0, draws, step):
+        for other in _first(sums.drawn(weights[start : start + step]), k):
+            both = len(first & other)
+            shared.append(both / (len(first) + len(other) - both))
+    return float(np.mean(shared))
+
+
+def _sums(table: Table, draws: int, *, flat: bool | None = None) -> _Sums:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise BadArgument(f"draws={draws!r}", expected="a number of draws, such as 2000")
+    if problem := labelled.no_mean(table):
+        raise BadArgument(problem, expected="prompts that have the same cells, or roles", write="result.by_role()")
+    return _Sums.of(table, measures.shown(table) == "change" if flat is None else flat)
+
+
+def _alone(table: Table) -> np.ndarray:
+    """`[cell]`: those that fewer than two prompts have, about which nothing can be said."""
+    return (~np.isnan(table.values)).sum(0) < 2
+
+
+def _resampled(prompts: int, draws: int, seed: int) -> np.ndarray:
+    """`[draw, prompt]`: how often each prompt comes in each draw; the same draws for every cell."""
+    chosen = np.random.default_rng(seed).integers(prompts, size=(draws, prompts))
+    weights = np.zeros((draws, prompts))
+    np.add.at(weights, (np.arange(draws)[:, None], chosen), 1.0)
+    return weights
+
+
+def _some(cells: int, draws: int) -> Iterator[slice]:
+    step = max(AT_ONCE // draws, 1)
+    return (slice(start, start + step) for start in range(0, cells, step))
+
+
+def _first(averages: np.ndarray, k: int) -> list[set[int]]:
+    """Of each draw the k cells whose average is largest in size."""
+    order = np.argsort(np.where(np.isnan(averages), np.inf, -np.abs(averages)), axis=1, kind="stable")[:, :k]
+    return [set(row.tolist()) for row in order]
