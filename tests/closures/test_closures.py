@@ -1,4 +1,4 @@
-"""Every promise holds on models that keep it, and the number that is measured is the one by which a broken one misses it."""
+"""Every promise holds on models that keep it, and is missed by models that break it."""
 
 from __future__ import annotations
 

@@ -91,6 +91,17 @@ def test_a_pattern_of_a_layer_that_returns_none_is_not_written() -> None:
         ns.patched_logits(model, "w3 w4 w5", saved)
 
 
+def test_patterns_are_measured_when_the_attention_begins_to_make_them() -> None:
+    model = broken.llama(broken.gated_heads)
+    model._module.set_attn_implementation("sdpa")
+    assert not {closure.kind for closure in measure(model)} & {"pattern", "written pattern"}
+    model._module.set_attn_implementation("eager")
+    assert {closure.kind for closure in measure(model) if not closure.holds} == {"written pattern"}
+    pattern = "layers[1].heads[0].pattern[-1]"
+    with pytest.raises(RefusedPlace, match="pattern @ v is not the head's slice"):
+        ns.plan_sweep(model, *PROMPTS, pattern, METRIC)
+
+
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +111,7 @@ def test_a_pattern_of_a_layer_that_returns_none_is_not_written() -> None:
         ("layers[0].output[-1]", 1),
         ("layers[0].heads[0].q[-1]", 1),
         ("layers[:].mid[-1]", 2),
-        ("layers[0].attn.output[0]", 1),
+        ("layers[0].attn[0]", 1),
     ],
 )
 def test_the_first_use_of_a_kind_costs_a_pass_or_two_and_the_second_nothing(path: str, passes: int) -> None:

@@ -1,7 +1,7 @@
 """Measure what a kind of place promises before it is used for the first time, and refuse what does not hold.
 
 Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for what is written between attention
-and MLP, and for experts three calls of theirs. It is kept until modules, weights or the kind of attention change.
+and MLP, and for experts three calls of theirs. It is kept until modules or weights change.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class _Measured:
     mark: tuple[object, ...]
     #: By what was run for them.
     closures: dict[str, tuple[Closure, ...]] = field(default_factory=dict)
+    #: Whether attention made its probabilities then: all that its implementation changes in what is promised.
+    eager: bool = False
     #: Kinds that hold in every layer, so that most uses ask nothing more.
     sound: set[Kind] = field(default_factory=set)
 
@@ -42,8 +44,11 @@ _measured: weakref.WeakKeyDictionary[nn.Module, _Measured] = weakref.WeakKeyDict
 _lock = threading.RLock()
 
 
-def require(model: Any, paths: Iterable[Path]) -> None:
+def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None:
     """Raise for expanded paths whose kind does not hold in their layer; native ones promise nothing.
+
+    Args:
+        written: they will be written, so that patterns promise more.
 
     Raises:
         RefusedPlace: with what was measured, and what holds in this model.
@@ -53,6 +58,8 @@ def require(model: Any, paths: Iterable[Path]) -> None:
         kind = kind_of(path)
         if kind is not None:
             wanted.setdefault(kind, []).append(path)
+        if kind == "pattern" and written:
+            wanted.setdefault("written pattern", []).append(path)
     if not wanted:
         return
     with _lock:
@@ -79,10 +86,10 @@ def measure(model: Any, kinds: Iterable[Kind] | None = None) -> list[Closure]:
 
 
 def marks(model: Any) -> tuple[object, ...]:
-    """What changes when modules, weights or the kind of attention do; no number is read."""
+    """What changes when modules or weights do; no number is read."""
     root = peel(model)
     # The atlas is read anew when modules change.
-    return (Atlas.of(root), engine.attention_of(model), hash(tuple(map(_mark, root.parameters()))))
+    return (Atlas.of(root), hash(tuple(map(_mark, root.parameters()))))
 
 
 def _mark(parameter: torch.Tensor) -> tuple[int, int]:
@@ -104,6 +111,9 @@ def _of(model: Any) -> _Measured:
 
 
 def _closures(model: Any, known: _Measured, kind: Kind) -> list[Closure]:
+    if kind in ("pattern", "written pattern") and _is_eager(model) and not known.eager:
+        known.closures.pop("pass", None)  # it was run with an attention that makes no probabilities
+        known.sound.clear()
     found = list(_run(model, known, "pass"))
     if kind == "mid" and all(closure.holds for closure in found if closure.kind == "mid"):
         found += _run(model, known, "mid")
@@ -120,6 +130,7 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
             with torch.inference_mode(False), torch.enable_grad():
                 runner, args, kwargs = engine.example_of(model, TOKENS)
                 known.closures[what] = tuple(measuring(runner, (args, kwargs)))
+            known.eager = _is_eager(model) if what == "pass" else known.eager
         except NnspliceError:
             raise
         except Exception as error:
@@ -133,9 +144,12 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
     return known.closures[what]
 
 
+def _is_eager(model: Any) -> bool:
+    return engine.attention_of(model) in (None, "eager")
+
+
 def _first_pass(model: Any, example: Any) -> Iterator[Closure]:
     atlas, seen = Atlas.of(model), look(model, example)
-    eager = engine.attention_of(model) in (None, "eager")
     for tower in atlas.towers.values():
         layers: list[heads.Tied] = []
         for block in tower.blocks:
@@ -151,7 +165,7 @@ def _first_pass(model: Any, example: Any) -> Iterator[Closure]:
         if layers:
             yield from heads.influence(tower, layers)
         for tied in layers:
-            if eager and tied.block.pattern is not None:
+            if _is_eager(model) and tied.block.pattern is not None:
                 yield from heads.patterns(tower, tied, seen)
 
 
@@ -188,8 +202,11 @@ def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None
     broken = [closure for closure in found if not closure.holds]
     there = {(closure.tower, closure.layer) for closure in found}
     if not broken and kind not in _MEASURED:
-        known.sound.add(kind)
+        if found:
+            known.sound.add(kind)
         return
+    if kind == "written pattern" and not _is_eager(model):
+        return  # whoever asks for it is told so
     towers = Atlas.of(model).towers
     for path in places:
         tower, layer = _where(path)

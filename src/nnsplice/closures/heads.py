@@ -29,14 +29,8 @@ def rebuilt(atlas: Atlas, tower: Tower, block: Block, seen: Seen) -> Iterator[Cl
     end = "given" if added is not None and added != block.o and is_norm(atlas.tree, added) else "output"
     total = seen.at(added, end, block.occurrence) if added != block.o else made
     missed = _NOTHING if total is None else gap([made], total)
-    yield Closure(
-        "heads",
-        tower.name,
-        block.index,
-        missed,
-        tolerance(made),
-        "the output projection does not make attn.output of them",
-    )
+    found = "the output projection does not make attn.output of them"
+    yield Closure("heads", tower.name, block.index, missed, tolerance(made), found)
 
 
 # --- one head, one slice ----------------------------------------------------------------------------------------------

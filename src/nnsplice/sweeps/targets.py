@@ -64,7 +64,7 @@ def targets_of(
             for position in [None] if open_ and together else _positions(pattern, edited, tower):
                 key = place.at(Slice() if position is None else position)
                 targets.setdefault(key, Target(cell_of(key), written, position))
-    closures.require(model, [place for target in targets.values() for place in target.places])
+    closures.require(model, [place for target in targets.values() for place in target.places], written=True)
     known = engine.known(model)
     ordered = sorted(targets, key=lambda path: known.rank(path))
     return tuple(targets[path] for path in ordered)
