@@ -207,6 +207,39 @@ def test_behind_a_norm_what_a_head_sends_is_its_true_change(family: str) -> None
     assert np.sign(moved) == np.sign(result.edges()["score"][0])
 
 
+def test_a_branch_that_is_scaled_in_code_sends_what_is_added() -> None:
+    model = double("granite")
+    root: Any = model._module
+    assert root.config.residual_multiplier == 0.5
+    slices: dict[str, Tensor] = {}
+    held: list[Tensor] = []
+    layer = root.model.layers[2]
+
+    def run(text: str) -> Tensor:
+        hooks = [
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: slices.update({text: args[0]})),
+            root.model.norm.register_forward_pre_hook(lambda _, args: held.append(args[0])),
+        ]
+        logits = root(torch.tensor(model.tokenizer([text])["input_ids"])).logits[0, -1]
+        for hook in hooks:
+            hook.remove()
+        return logits
+
+    run(CLEAN)
+    logits = run(CORRUPTED)
+    wanted, wrong = (model.tokenizer(word)["input_ids"][0] for word in ("w7", "w8"))
+    (gradient,) = torch.autograd.grad(logits[wanted] - logits[wrong], held[-1])
+    moved = slices[CLEAN] - slices[CORRUPTED]
+    width = layer.self_attn.head_dim
+    expected = [
+        0.5 * (moved[..., h * width : (h + 1) * width] @ layer.self_attn.o_proj.weight.T[h * width : (h + 1) * width])
+        for h in range(4)
+    ]
+    expected = [float((sent * gradient).sum().detach()) for sent in expected]
+    found = _eap(model, "layers[2].heads[:]", receivers="unembed")
+    assert found.table.values[0] - found.corrupted[0] == pytest.approx(expected, rel=1e-6)
+
+
 def test_eap_ig_of_the_embeddings_adds_up_to_the_whole_difference() -> None:
     result = _eap(double("gpt2"), "embed", "eap-ig", steps=32)
     assert abs(result.edges()["score"].sum() - result.total_effect[0]) < 1e-4 * abs(result.total_effect[0])

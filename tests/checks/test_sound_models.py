@@ -27,7 +27,7 @@ def test_every_check_passes_on_every_family(family: str, attention: str) -> None
     findings = list(run_checks(wrap(family, attn_implementation=attention)))
     assert _failed(findings) == set()
     ok = {finding.check for finding in findings if finding.state == "ok"}
-    missing = {"causal"} if family in MASKED else {"heads"} if family == "granite" else set()
+    missing = {"causal"} if family in MASKED else set()
     assert ok == set(CHECKS) - missing
     patterns = {finding.state for finding in findings if finding.what.endswith("pattern")}
     assert patterns == {"ok" if attention == "eager" else "skipped"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import closures, engine, wire
 from nnsplice.atlas import Kind, Site
 from nnsplice.errors import LateUpdate, MissingPosition, RefusedPlace, ShapeError
 from nnsplice.paths import Path, Span, position_rank
@@ -51,7 +51,12 @@ def site_of(path: Path) -> Site:
 
 
 def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
-    """Group places, given in execution order, by the value that they stand in."""
+    """Group places, given in execution order, by the value that they stand in.
+
+    Raises:
+        RefusedPlace: on this model they are not what they are called.
+    """
+    closures.require(model, paths)
 
     def value(path: Path) -> tuple[object, ...]:
         site = site_of(path)

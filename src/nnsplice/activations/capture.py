@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import closures, engine, wire
 from nnsplice.activations import derived
 from nnsplice.activations import remote as remote_runs
 from nnsplice.activations.access import Access, accesses, hold, keys_of, require_positions, site_of
@@ -80,6 +80,7 @@ def capture(
         given = encode(model, prompts, spans)
         wanted = _wanted(model, paths, probe=given.values)
         _check_positions(wanted, given)
+        closures.require(model, wanted)
     batches = given.batches(batch_size)
     parts: list[list[Pack]] = []
     with bar("capture", len(given), "prompt", progress) as shown:

@@ -119,7 +119,9 @@ class Atlas(Parts):
         return unclaimed(self, self.towers[tower].blocks[layer])
 
     def verify(self, *, layers: Iterable[int] | None = None) -> list[Check]:
-        """Ask the model itself whether heads, roles and stream are where this atlas says; changes nothing in it.
+        """Ask the model itself whether heads and roles are where this atlas says; changes nothing in it.
+
+        What places promise beyond that (branches add up, patterns mix values) is measured when they are first used.
 
         >>> all(check.ok for check in ns.Atlas.of(model).verify(layers=[0]))
         True

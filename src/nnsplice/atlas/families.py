@@ -157,11 +157,14 @@ SANDWICH = (
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
     ("post_attention_layernorm", "post_feedforward_layernorm"),
     ("post_attention_layernorm", "post_mlp_layernorm"),
+    ("post_operator_norm", "post_ffn_norm"),
 )
 #: The norm before the MLP, whose input is the stream; names that a sandwich row already used are passed over.
 PRE_MLP = (
     "pre_feedforward_layernorm",
     "pre_mlp_layernorm",
+    "pre_ff_layernorm",
+    "channel_pre_norm",
     "post_attention_layernorm",
     "ln_2",
     "norm_2",

@@ -42,8 +42,8 @@ class Check:
 
     tower: str
     layer: int
-    #: `q`, `k`, `v` (columns of the projections), `parameters` (all of a head) or `stream` (branches add up); `claims`
-    #: where parameters of the attention are in no head.
+    #: `q`, `k`, `v` (columns of the projections), `parameters` (all of a head), or `claims` where parameters of the
+    #: attention are in no head.
     role: str
     ok: bool
     #: What was found instead; empty where all is well.
@@ -70,7 +70,6 @@ def verify(atlas: Parts, *, layers: Iterable[int] | None = None) -> list[Check]:
         for tower, block in jobs:
             checks += _check_claims(atlas, tower, block)
             checks += _check_heads(atlas, root, tower, block, seen, generator)
-            checks += _check_stream(tower, block, seen)
     return checks
 
 
@@ -106,28 +105,6 @@ def _watch(atlas: Parts, root: nn.Module, blocks: list[Block], stack: ExitStack)
         if isinstance(value, torch.Tensor):
             seen.setdefault((name, end), value)
 
-    def watch(name: str | None) -> None:
-        if name is None:
-            return
-        module = root.get_submodule(name)
-
-        def before(_: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
-            keep(name, "input", args or tuple(kwargs.values()))
-
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        stack.callback(handle.remove)
-        # A copy, as some blocks add into a branch's output in place.
-        copied = module.register_forward_hook(lambda _, args, out: keep(name, "output", _copy(out)))
-        stack.callback(copied.remove)
-
-    names: dict[str, None] = {}
-    for block in blocks:
-        ends = (block.mid or (None,))[0]
-        for name in (block.module, block.attn_added, block.mlp_added, ends):
-            if name is not None:
-                names[name] = None
-    for name in names:
-        watch(name)
     for block in blocks:
         for name in (block.q, block.k, block.v, block.fused):
             if name is not None:
@@ -147,11 +124,6 @@ def _watch(atlas: Parts, root: nn.Module, blocks: list[Block], stack: ExitStack)
                     handle = root.get_submodule(name).register_forward_hook(lambda _, args, out: args[0])
                     stack.callback(handle.remove)
     return seen
-
-
-def _copy(value: Any) -> Any:
-    value = value[0] if isinstance(value, tuple) and value else value
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _run(root: nn.Module, atlas: Parts) -> None:
@@ -298,31 +270,3 @@ def _lines(mask: torch.Tensor, axis: int) -> set[int]:
 def _spans(numbers: set[int]) -> str:
     """Numbers as the ranges they make: {0, 1, 2, 7} -> '0:3, 7:8'."""
     return ", ".join(f"{start}:{stop}" for start, stop in merge((n, n + 1) for n in numbers)) or "nothing"
-
-
-# -- the stream --------------------------------------------------------------------------------------------------------
-
-
-def _check_stream(tower: Tower, block: Block, seen: dict[tuple[str, str], torch.Tensor]) -> Iterator[Check]:
-    """Whether what the branches add is all that is added (where norms, scales or cross attention do not intervene)."""
-    if block.post_norm or block.scale != 1.0 or block.has_cross or block.attn_added is None or block.mlp_added is None:
-        return
-    names = (
-        (block.module, "input"),
-        (block.attn_added, "output"),
-        (block.mlp_added, "output"),
-        (block.module, "output"),
-    )
-    if any(name not in seen for name in names):
-        yield Check(tower.name, block.index, "stream", False, "one of its parts did not run")
-        return
-    before, attn, mlp, after = (seen[name].detach().reshape(_TOKENS, -1) for name in names)
-    sums = {"output": (before + attn + mlp, after)}
-    if block.mid is not None and block.mid in seen:
-        sums["mid"] = (before + attn, seen[block.mid].detach().reshape(_TOKENS, -1))
-    texts = []
-    for name, (total, found) in sums.items():
-        gap = float((total - found).abs().max() / found.abs().max().clamp_min(1e-30))
-        if not gap <= 64 * torch.finfo(found.dtype).eps:
-            texts.append(f"the branches miss the {name} by {gap:.1e} of its size")
-    yield Check(tower.name, block.index, "stream", not texts, "; ".join(texts))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from nnsplice import engine
+from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site, Tower
 from nnsplice.errors import RefusedPlace
@@ -85,7 +85,8 @@ def branches_of(model: engine.Model) -> Branches:
     """The branches of a model.
 
     Raises:
-        RefusedPlace: it is no decoder whose layers are an attention and an MLP that add to a stream.
+        RefusedPlace: it is no decoder whose layers are an attention and an MLP that add to a stream, or what they add
+            was measured and is something else.
     """
     atlas = engine.known(model).atlas
     tower = atlas.tower()
@@ -114,6 +115,7 @@ def branches_of(model: engine.Model) -> Branches:
         for name, module, reads, at, until in sides:
             added = _path(f"layers[{block.index}].{name}.output", Site(module, "output", occurrence=block.occurrence))
             found.append(Branch(name, block, added, reads, at, until))
+    closures.require(model, [branch.added for branch in found])
     return Branches(tower, tuple(found))
 
 

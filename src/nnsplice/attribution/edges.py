@@ -175,6 +175,8 @@ class Graph:
                 if sender.projection not in ends:
                     ends[sender.projection] = Ends.of(batch, sender, values, here)
                 moved = ends[sender.projection].through(moved)
+            if sender.branch is not None:
+                moved = moved * sender.branch.block.scale  # in code, behind the last module of the branch
             sent[wanted.place] = moved.double().to(batch.model.device)
         return sent
 

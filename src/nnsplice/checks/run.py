@@ -7,7 +7,7 @@ from typing import Any
 
 from nnsplice.checks.finding import Finding, Subject, reason_of, subject_of
 from nnsplice.checks.replay import replay
-from nnsplice.checks.streams import causal, heads, layouts, padding
+from nnsplice.checks.streams import causal, heads, layouts, padding, promises
 from nnsplice.checks.structure import order, parts, places
 from nnsplice.paths import Slice
 
@@ -20,6 +20,7 @@ CHECKS: dict[str, Check] = {
     "places": places,
     "replay": replay,
     "heads": heads,
+    "promises": promises,
     "layouts": layouts,
     "causal": causal,
     "padding": padding,

@@ -1,4 +1,4 @@
-"""Do heads make what attention adds, does a patch move later tokens only, does padding stay outside?"""
+"""Are places what they are called, does a patch move later tokens only, does padding stay outside?"""
 
 from __future__ import annotations
 
@@ -6,58 +6,50 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations
-from nnsplice.atlas import Block, Tower
-from nnsplice.atlas.tree import is_norm
 from nnsplice.checks.finding import DECODER_TOKENS, TOKENS, Finding, Subject, attempt, gap
 from nnsplice.checks.outline import place_of
+from nnsplice.closures import PROMISES, Closure, Kind, measure
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path, Slice
 
-# -- heads -------------------------------------------------------------------------------------------------------------
+# -- what places promise -----------------------------------------------------------------------------------------------
 
 
 def heads(subject: Subject) -> Iterator[Finding]:
-    """`heads[:].output` through the output projection is what attention adds to the stream."""
+    """`heads[:].output` through the output projection is what attention adds, and each slice is one head's."""
     for tower, layers in subject.towers():
         for layer in layers:
-            block = tower.blocks[layer]
-            what = str(place_of(tower.name, ("heads",), "output", layer, Slice()))
-            if block.o is None:
+            if tower.blocks[layer].o is None:
+                what = str(place_of(tower.name, ("heads",), "output", layer, Slice()))
                 yield Finding("heads", what, "skipped", detail="a layer without attention")
-                continue
-            yield attempt("heads", what, lambda t=tower, b=block, w=what: _rebuilt(subject, t, b, w))
+    yield from _promises(subject, "heads", ("heads",))
 
 
-def _rebuilt(subject: Subject, tower: Tower, block: Block, what: str) -> Finding:
-    slices, added = (
-        place_of(tower.name, names, "output", block.index, Slice()).at(Slice()) for names in (("heads",), ("attn",))
-    )
-    saved = capture(subject.model, subject.inputs, [slices, added])
-    own = [saved[str(path.at(Slice()))] for path in engine.expand(subject.model, slices.place)]
-    with torch.no_grad():
-        rebuilt = _project(subject, block, torch.cat(own, dim=-1))
-    number = gap(rebuilt, saved[str(added)])
-    fine = number <= subject.tolerance
-    return Finding("heads", what, "ok" if fine else "FAILED", number, "" if fine else f"they do not make {added.place}")
+def promises(subject: Subject) -> Iterator[Finding]:
+    """All other places are what they are called: the numbers by which captures and patches of them are refused."""
+    yield from _promises(subject, "promises", tuple(kind for kind in PROMISES if kind != "heads"))
 
 
-def _project(subject: Subject, block: Block, slices: Tensor) -> Tensor:
-    """What the block makes of the heads' slices."""
-    assert block.o is not None
-    rebuilt = subject.root.get_submodule(block.o)(slices)
-    if block.attn_added in (block.o, block.attn):
-        return rebuilt
-    if block.attn_added is None or not is_norm(subject.atlas.tree, block.attn_added):
-        raise RefusedPlace("something that is no norm stands between the projection and the stream")
-    return subject.root.get_submodule(block.attn_added)(rebuilt)
+def _promises(subject: Subject, check: str, kinds: tuple[Kind, ...]) -> Iterator[Finding]:
+    worst: dict[tuple[str, str, int], Closure] = {}
+    for closure in measure(subject.model, kinds):
+        place = (closure.kind, closure.tower, closure.layer)
+        if place not in worst or closure.holds < worst[place].holds:
+            worst[place] = closure
+    for closure in worst.values():
+        if closure.layer in subject.layers[closure.tower]:
+            of = "encoder." if closure.tower == "encoder" else ""
+            name = PROMISES[closure.kind][0]
+            what = f"{of}layers[{closure.layer}]{name}" if name[0] == "." else f"{of}layers[{closure.layer}]: {name}"
+            fine = closure.holds
+            yield Finding(check, what, "ok" if fine else "FAILED", closure.gap, "" if fine else closure.found)
 
 
 def layouts(subject: Subject) -> Iterator[Finding]:
-    """Gradients find the columns of each head's q, k and v, its parameters, and the sum of the branches."""
+    """Gradients find the columns of each head's q, k and v, and its parameters."""
     for layer in sorted({layer for _, layers in subject.towers() for layer in layers}):
         for check in subject.atlas.verify(layers=[layer]):
             what = f"{check.role} of {place_of(check.tower, (), 'output', check.layer).steps[0]}"

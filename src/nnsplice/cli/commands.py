@@ -212,6 +212,7 @@ def check(
     places     every place fires, and is as wide as `nnsplice paths` says
     replay     a run's own values written into it leave its logits equal, bit for bit; other values do not
     heads      the heads' own slices through the output projection are what attention adds
+    promises   branches add up to the layers, patterns mix values: what is refused where it does not hold
     layouts    gradients find each head's columns of q, k and v, and its parameters
     causal     a patch at one token changes nothing at earlier tokens, and moves later ones
     padding    a short prompt in a padded batch holds what it holds alone

@@ -40,13 +40,14 @@ from nnsplice.engine.models import (
     tokenizer_of,
 )
 from nnsplice.engine.places import Known, Rank, expand, known, listed
-from nnsplice.engine.recording import order_of, record
+from nnsplice.engine.recording import example_of, order_of, record, undisturbed
 from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
     Model,
     Place,
     Scope,
+    callable_of,
     first_input,
     keep,
     only_local,
@@ -86,9 +87,11 @@ __all__ = [
     "batch_of",
     "cache_argument",
     "cache_of",
+    "callable_of",
     "check_tokens",
     "decoder_start",
     "elsewhere",
+    "example_of",
     "expand",
     "first_input",
     "home",
@@ -118,6 +121,7 @@ __all__ = [
     "tokenizer_of",
     "tokens_before",
     "turn",
+    "undisturbed",
     "unwatch",
     "watch",
     "weights_digest",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from nnsplice.engine.turns import aside, turn
 from nnsplice.errors import NeedsProbe, NnspliceError
 
 _orders: weakref.WeakKeyDictionary[nn.Module, tuple[int, Order]] = weakref.WeakKeyDictionary()
+#: The inputs that were given for models whose own are not known.
+_probes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def order_of(model: object, probe: Any = None) -> Order:
@@ -31,18 +34,17 @@ def order_of(model: object, probe: Any = None) -> Order:
     known = _orders.get(root)
     if known is not None and known[0] == now:
         return known[1]
+    if probe is not None:
+        _probes[root] = probe
     order = Order.of(_recorded(model, root, probe))
     _orders[root] = (now, order)
     return order
 
 
 def _recorded(model: object, root: nn.Module, probe: Any) -> list[tuple[str, str]]:
-    # Weights that accelerate keeps elsewhere come when they are needed, so such a model runs as it is.
-    elsewhere = any(parameter.is_meta for parameter in root.parameters())
-    runnable = _twin(root) if elsewhere and not any(hasattr(module, "_hf_hook") for module in root.modules()) else root
-    args, kwargs = _probe(runnable, probe)
+    runnable, args, kwargs = example_of(model, 2)
     try:
-        return record(model if runnable is root else runnable, args, kwargs)
+        return record(runnable, args, kwargs)
     except Exception as error:
         if probe is not None or isinstance(error, NnspliceError):
             raise
@@ -52,6 +54,40 @@ def _recorded(model: object, root: nn.Module, probe: Any) -> list[tuple[str, str
             expected="an input to run it with, once",
             write="ns.expand(model, paths, probe=example_input)",
         ) from error
+
+
+def example_of(model: object, length: int) -> tuple[object, tuple[Any, ...], dict[str, Any]]:
+    """What to run for a look at a model, and the arguments of its call: itself, or a small twin where its weights are
+    not here.
+
+    Args:
+        length: of the prompt; an input that was given as a probe stays as it is.
+    """
+    root = peel(model)
+    # Weights that accelerate keeps elsewhere come when they are needed, so such a model runs as it is.
+    elsewhere = any(parameter.is_meta for parameter in root.parameters())
+    if elsewhere and not any(hasattr(module, "_hf_hook") for module in root.modules()):
+        twin = _twin(root)
+        return twin, *_probe(twin, _probes.get(root), length)
+    return model, *_probe(root, _probes.get(root), length)
+
+
+@contextmanager
+def undisturbed(model: object) -> Iterator[Any]:
+    """What to call for a forward pass that leaves nothing behind: in evaluation mode, without gradients; flags and
+    random numbers are as before when the block ends."""
+    root = peel(model)
+    training = [module for module in root.modules() if module.training]
+    devices = [parameter.device for parameter in root.parameters() if parameter.is_cuda][:1]
+    try:
+        for module in training:
+            module.training = False
+        with turn(root), aside(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+            # Called through the envoy, so that a trace that is running now stands aside and counts none of this.
+            yield model if isinstance(model, Model) else root
+    finally:
+        for module in training:
+            module.training = True
 
 
 def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -71,24 +107,16 @@ def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
 
     registry = nn.modules.module
     hooks = [registry.register_module_forward_pre_hook(before), registry.register_module_forward_hook(after)]
-    training = [module for module in root.modules() if module.training]
-    devices = [parameter.device for parameter in root.parameters() if parameter.is_cuda][:1]
-    # Called through the envoy, so that a trace that is running now stands aside and counts none of this.
-    call = model if isinstance(model, Model) else root
     try:
-        for module in training:
-            module.training = False
-        with turn(root), aside(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with undisturbed(model) as call:
             call(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module in training:
-            module.training = True
     return sequence
 
 
-def _probe(root: nn.Module, probe: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _probe(root: nn.Module, probe: Any, length: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if probe is not None:
         if isinstance(probe, Mapping):
             return (), dict(probe)
@@ -101,7 +129,8 @@ def _probe(root: nn.Module, probe: Any) -> tuple[tuple[Any, ...], dict[str, Any]
             write="ns.expand(model, paths, probe=example_input)",
         )
     device = next((p.device for p in root.parameters() if not p.is_meta), torch.device("cpu"))
-    ids = torch.tensor([[min(3, vocabulary - 1), min(4, vocabulary - 1)]], device=device)
+    # Different tokens: among equal ones a misplaced value goes unnoticed, and a softmax has no gradient.
+    ids = torch.tensor([[(3 + 7 * n) % vocabulary for n in range(length)]], device=device)
     inputs = {"input_ids": ids}
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

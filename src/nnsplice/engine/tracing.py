@@ -133,6 +133,11 @@ def place(model: Model, site: Site) -> Place:
     return Place(envoy, names, site.end, f"{envoy.path}.{site.end}", site.occurrence)
 
 
+def callable_of(model: object, module: str) -> Any:
+    """What to call for a module by itself, so that a trace that is running now stands aside and counts none of it."""
+    return place(model, Site(module)).envoy if isinstance(model, Model) else peel(model).get_submodule(module)
+
+
 @lru_cache(maxsize=4096)
 def _attribute(name: str) -> str:
     # A submodule named like a value that nnsight serves (BERT's `output`) stands under another attribute.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice import engine
+from nnsplice import closures, engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.access import site_of
 from nnsplice.activations.writing import Coefficient
@@ -188,6 +188,7 @@ def rules_of(
         if condition is not None:
             _check_order(known, condition, path, where)
         rules.append(Rule(path, direction.detach(), coefficients(coefficient), name, function, where, condition))
+    closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
     return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
 
 

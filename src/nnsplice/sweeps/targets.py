@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from nnsplice import engine
+from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument, ShortRow, circumstances
@@ -64,6 +64,7 @@ def targets_of(
             for position in [None] if open_ and together else _positions(pattern, edited, tower):
                 key = place.at(Slice() if position is None else position)
                 targets.setdefault(key, Target(cell_of(key), written, position))
+    closures.require(model, [place for target in targets.values() for place in target.places], written=True)
     known = engine.known(model)
     ordered = sorted(targets, key=lambda path: known.rank(path))
     return tuple(targets[path] for path in ordered)

@@ -1,0 +1,14 @@
+"""What portable places promise, measured on the model itself before they are used.
+
+promises    the kinds of places, what each promises, and how a promise is measured against rounding
+seen        one forward pass with the values kept that promises are made of
+streams     the branches add up; the stream between them
+heads       one head, one slice; patterns
+parts       neurons and experts
+gate        measure once, keep it, refuse what does not hold
+"""
+
+from nnsplice.closures.gate import measure, require
+from nnsplice.closures.promises import PROMISES, Closure, Kind, kind_of
+
+__all__ = ["PROMISES", "Closure", "Kind", "kind_of", "measure", "require"]

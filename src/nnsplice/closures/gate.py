@@ -1,0 +1,261 @@
+"""Measure what a kind of place promises before it is used for the first time, and refuse what does not hold.
+
+Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for what is written between attention
+and MLP, and for experts three calls of theirs. It is kept until modules or weights change.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnsplice import engine
+from nnsplice.atlas import Atlas, Site, Tower, peel
+from nnsplice.closures import heads, parts, streams
+from nnsplice.closures.promises import PROMISES, Closure, Kind, kind_of
+from nnsplice.closures.seen import look
+from nnsplice.errors import NnspliceError, RefusedPlace
+from nnsplice.paths import Path
+
+#: Tokens of the prompt: enough for a token with several before it.
+TOKENS = 4
+
+
+@dataclass
+class _Measured:
+    """What is known of a model as it stands."""
+
+    mark: tuple[object, ...]
+    #: By what was run for them.
+    closures: dict[str, tuple[Closure, ...]] = field(default_factory=dict)
+    #: Whether attention made its probabilities then: all that its implementation changes in what is promised.
+    eager: bool = False
+    #: Kinds that hold in every layer, so that most uses ask nothing more.
+    sound: set[Kind] = field(default_factory=set)
+
+
+_measured: weakref.WeakKeyDictionary[nn.Module, _Measured] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None:
+    """Raise for expanded paths whose kind does not hold in their layer; native ones promise nothing.
+
+    Args:
+        written: they will be written, so that patterns promise more.
+
+    Raises:
+        RefusedPlace: with what was measured, and what holds in this model.
+    """
+    wanted: dict[Kind, list[Path]] = {}
+    for path in paths:
+        kind = kind_of(path)
+        if kind is not None:
+            wanted.setdefault(kind, []).append(path)
+        if kind == "pattern" and written:
+            wanted.setdefault("written pattern", []).append(path)
+    known = _measured.get(peel(model)) if wanted else None
+    if not wanted or (known is not None and wanted.keys() <= known.sound and known.mark == marks(model)):
+        return
+    # First a turn with the model, as what is measured runs it, and whoever has one may come here too.
+    with engine.turn(model), _lock:
+        known = _of(model)
+        for kind, places in wanted.items():
+            if kind not in known.sound:
+                _check(model, known, kind, places)
+
+
+def measure(model: Any, kinds: Iterable[Kind] | None = None) -> list[Closure]:
+    """What these kinds promise in each layer and by how much it is missed; all kinds if left out.
+
+    >>> from nnsplice.closures import measure
+    >>> {closure.kind for closure in measure(model, ["heads", "mid"]) if closure.holds}
+    {'heads', 'mid'}
+
+    Raises:
+        RefusedPlace: the model could not be run.
+    """
+    wanted = tuple(PROMISES if kinds is None else kinds)
+    with engine.turn(model), _lock:
+        known = _of(model)
+        return [closure for kind in wanted for closure in _closures(model, known, kind)]
+
+
+def marks(model: Any) -> tuple[object, ...]:
+    """What changes when modules or weights do; no number is read."""
+    root = peel(model)
+    # The atlas is read anew when modules change.
+    return (Atlas.of(root), hash(tuple(map(_mark, root.parameters()))))
+
+
+def _mark(parameter: torch.Tensor) -> tuple[int, int]:
+    try:
+        return (parameter.data_ptr(), parameter._version)
+    except RuntimeError:  # neither is known of sharded, wrapped or inference tensors
+        return (id(parameter), -1)
+
+
+def _of(model: Any) -> _Measured:
+    root, mark = peel(model), marks(model)
+    known = _measured.get(root)
+    if known is None or known.mark != mark:
+        known = _measured[root] = _Measured(mark)
+    return known
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _closures(model: Any, known: _Measured, kind: Kind) -> list[Closure]:
+    if kind in ("pattern", "written pattern") and _is_eager(model) and not known.eager:
+        known.closures.pop("pass", None)  # it was run with an attention that makes no probabilities
+        known.sound.clear()
+    found = list(_run(model, known, "pass"))
+    if kind == "mid" and all(closure.holds for closure in found if closure.kind == "mid"):
+        found += _run(model, known, "mid")
+    if kind == "experts":
+        found += _run(model, known, "experts")
+    return [closure for closure in found if closure.kind == kind]
+
+
+def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
+    if what not in known.closures:
+        measuring = {"pass": _first_pass, "mid": _written_pass, "experts": _experts_pass}[what]
+        try:
+            # Whatever the caller's block has switched off; what is run inside decides for itself.
+            with torch.inference_mode(False), torch.enable_grad():
+                runner, args, kwargs = engine.example_of(model, TOKENS)
+                known.closures[what] = tuple(measuring(runner, (args, kwargs)))
+            known.eager = _is_eager(model) if what == "pass" else known.eager
+        except NnspliceError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise RefusedPlace(
+                f"what portable places of {type(peel(model)).__name__} promise could not be measured: a short run "
+                f"failed with {reason}",
+                expected="a model that runs with a few tokens, or an input to run it with",
+                write="ns.expand(model, paths, probe=example_input) once, or native paths",
+            ) from error
+    return known.closures[what]
+
+
+def _is_eager(model: Any) -> bool:
+    return engine.attention_of(model) in (None, "eager")
+
+
+def _first_pass(model: Any, example: Any) -> Iterator[Closure]:
+    atlas, seen = Atlas.of(model), look(model, example)
+    for tower in atlas.towers.values():
+        layers: list[heads.Tied] = []
+        for block in tower.blocks:
+            sums = streams.Sums(atlas, block, seen)
+            yield from streams.stream(tower, block, seen)
+            yield from streams.branches(tower, block, sums)
+            yield from streams.middle(tower, block, sums)
+            yield from heads.rebuilt(atlas, tower, block, seen)
+            yield from parts.neurons(tower, block, seen)
+            tied = heads.tied(block, seen)
+            if tied is not None:
+                layers.append(tied)
+        if layers:
+            yield from heads.influence(tower, layers)
+        for tied in layers:
+            if _is_eager(model) and tied.block.pattern is not None:
+                yield from heads.patterns(tower, tied, seen)
+
+
+def _written_pass(model: Any, example: Any) -> Iterator[Closure]:
+    generator = torch.Generator().manual_seed(0)
+
+    def written(tensor: torch.Tensor) -> torch.Tensor:
+        other = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return other * tensor.abs().mean()
+
+    atlas, seen = Atlas.of(model), look(model, example, written)
+    for tower in atlas.towers.values():
+        for block in tower.blocks:
+            yield from streams.middle_written(tower, block, streams.Sums(atlas, block, seen))
+
+
+def _experts_pass(model: Any, example: Any) -> Iterator[Closure]:
+    atlas, seen = Atlas.of(model), look(model, example)
+    with engine.undisturbed(model):
+        for tower in atlas.towers.values():
+            for block in tower.blocks:
+                yield from parts.experts(tower, block, seen, model)
+
+
+# --- refusing ---------------------------------------------------------------------------------------------------------
+
+
+#: Kinds that every layer with heads has; a layer that nothing was measured of cannot be trusted.
+_MEASURED: tuple[Kind, ...] = ("heads", "q", "k", "v", "written pattern")
+
+
+def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None:
+    found = _closures(model, known, kind)
+    broken = [closure for closure in found if not closure.holds]
+    there = {(closure.tower, closure.layer) for closure in found}
+    if kind == "written pattern" and not _is_eager(model):
+        return  # whoever asks for it is told so
+    towers = Atlas.of(model).towers
+    if not broken and there >= _needed(towers, kind):
+        if found:
+            known.sound.add(kind)
+        return
+    for path in places:
+        tower, layer = _where(path)
+        closure = next((c for c in broken if c.tower == tower and c.layer == layer), None)
+        if closure is None and kind in _MEASURED and (tower, layer) not in there:
+            if towers[tower].blocks[layer].layout is None:
+                continue  # a whole projection, of which nothing but its name is claimed
+            text = "nothing could be measured of its attention: it makes no probabilities, or passes no gradients back"
+            closure = Closure(kind, tower, layer, float("inf"), 0.0, text)
+            broken = [*broken, closure]
+        if closure is not None:
+            raise _refusal(model, known, kind, path, closure, broken)
+
+
+def _needed(towers: Mapping[str, Tower], kind: Kind) -> set[tuple[str, int]]:
+    """The layers of which something has to be known."""
+    every = ((name, block) for name, tower in towers.items() for block in tower.blocks)
+    return {(name, block.index) for name, block in every if kind in _MEASURED and block.layout is not None}
+
+
+def _where(path: Path) -> tuple[str, int]:
+    index = path.steps[0].index if path.steps[0].name == "layers" else 0
+    assert isinstance(path.site, Site) and isinstance(index, int)
+    return path.site.tower, index
+
+
+def _refusal(
+    model: Any, known: _Measured, kind: Kind, path: Path, closure: Closure, broken: list[Closure]
+) -> RefusedPlace:
+    name, promise = PROMISES[kind]
+    layers = sorted({one.layer for one in broken if one.tower == closure.tower})
+    number = (
+        "" if closure.gap == float("inf") else f" (by {closure.gap:.1e}, where rounding makes {closure.allowed:.0e})"
+    )
+    shown = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
+    sound = [PROMISES[other][0] for other in PROMISES if other != kind and _sound(model, known, other)]
+    return RefusedPlace(
+        f"{name} would not be what its name says in layer{'s' * (len(layers) > 1)} {shown} of this model: "
+        f"{closure.found}{number}",
+        path=path,
+        expected=f"a model in which {promise}; measured to hold in every layer of this one: "
+        f"{', '.join(sound) or 'nothing else'}",
+        write="a native path, which promises nothing: model....output",
+    )
+
+
+def _sound(model: Any, known: _Measured, kind: Kind) -> bool:
+    """Whether a kind is there and holds in all layers, of what has been measured."""
+    found = [closure for of in known.closures.values() for closure in of if closure.kind == kind]
+    return bool(found) and all(closure.holds for closure in found)

@@ -1,0 +1,202 @@
+"""Is a slice in front of the output projection one head's, and do patterns mix values into it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations, islice
+from math import comb
+
+import torch
+from torch import Tensor
+
+from nnsplice import wire
+from nnsplice.atlas import Atlas, Block, Layout, Tower
+from nnsplice.atlas.layouts import ROLES, Role
+from nnsplice.atlas.tree import is_norm
+from nnsplice.closures.promises import Closure, gap, largest, tolerance
+from nnsplice.closures.seen import Seen
+
+_NOTHING = float("inf")
+
+
+def rebuilt(atlas: Atlas, tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
+    """What the output projection makes is what attention adds, or what the norm at its end is given."""
+    made = seen.at(block.o, "passed", block.occurrence)
+    if made is None or block.layout is None:
+        return
+    added = block.attn_added or block.attn
+    end = "given" if added is not None and added != block.o and is_norm(atlas.tree, added) else "output"
+    total = seen.at(added, end, block.occurrence) if added != block.o else made
+    missed = _NOTHING if total is None else gap([made], total)
+    found = "the output projection does not make attn.output of them"
+    yield Closure("heads", tower.name, block.index, missed, tolerance(made), found)
+
+
+# --- one head, one slice ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tied:
+    """The slices of one layer's heads and the projections that they are made of."""
+
+    block: Block
+    layout: Layout
+    #: `[token, width]`
+    slots: Tensor
+    leaves: Mapping[Role, Tensor]
+
+    def last(self, heads: Iterable[int], columns: Iterable[int]) -> Tensor:
+        """Some columns of some heads' slices at the last token, summed with weights that do not cancel."""
+        d = self.layout.head_dim
+        at = [head * d + column for head, column in zip(heads, columns, strict=True)]
+        weights = torch.linspace(1.0, 2.0, len(at), device=self.slots.device, dtype=self.slots.dtype)
+        return (self.slots[-1, at] * weights).sum()
+
+
+def tied(block: Block, seen: Seen) -> Tied | None:
+    """The slices of a layer, or None where they are not tied to projections."""
+    slots = seen.slots.get((str(block.o), block.occurrence))
+    leaves = {role: seen.leaves.get((str(block.projection(role)), block.occurrence)) for role in ROLES}
+    if slots is None or block.layout is None or not slots.requires_grad or any(v is None for v in leaves.values()):
+        return None
+    return Tied(block, block.layout, slots.reshape(-1, slots.shape[-1]), leaves)  # pyright: ignore
+
+
+def codewords(count: int) -> list[frozenset[int]]:
+    """A set of numbers for each head, none inside another: so few sums tell every head from every other.
+
+    >>> from nnsplice.closures.heads import codewords
+    >>> len(codewords(32)), len(frozenset().union(*codewords(32)))
+    (32, 7)
+    """
+    length = next(n for n in range(1, 99) if comb(n, n // 2) >= count)
+    return (
+        [frozenset(word) for word in islice(combinations(range(length), length // 2), count)]
+        if count > 1
+        else [frozenset((0,))]
+    )
+
+
+def influence(tower: Tower, layers: list[Tied], what: str = "") -> Iterator[Closure]:
+    """Which columns of q, k and v each slice depends on, for all layers together."""
+    outside = {(tied.block.index, role, part): 0.0 for tied in layers for role in ROLES for part in ("heads", "tokens")}
+    for by in ("head", "group"):
+        words = {t.block.index: codewords(t.layout.n_heads if by == "head" else t.layout.n_kv) for t in layers}
+        for number in sorted(frozenset().union(*(word for of in words.values() for word in of))):
+            chosen = {t.block.index: _chosen(t.layout, by, words[t.block.index], number) for t in layers}
+            asked = [t for t in layers if chosen[t.block.index]]
+            total = torch.stack(
+                [t.last(of, [0] * len(of)).cpu() for t in asked for of in [chosen[t.block.index]]]
+            ).sum()
+            leaves = list(dict.fromkeys(leaf for t in asked for leaf in t.leaves.values()))
+            grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+            found = dict(zip(leaves, grads, strict=True))
+            for t in asked:
+                for role in ("q",) if by == "head" else ("k", "v"):
+                    shares = _outside(t, role, found[t.leaves[role]], chosen[t.block.index])
+                    for part, share in zip(("heads", "tokens"), shares, strict=True):
+                        outside[t.block.index, role, part] = max(outside[t.block.index, role, part], share)
+    for t in layers:
+        allowed = tolerance(t.slots)
+        for role, name in zip(ROLES, ("query", "key", "value"), strict=True):
+            of_heads, of_tokens = (outside[t.block.index, role, part] for part in ("heads", "tokens"))
+            found = f"a {name} moves " + (
+                "slices of other heads" if of_heads >= of_tokens else "slices of other tokens"
+            )
+            yield Closure(role, tower.name, t.block.index, max(of_heads, of_tokens), allowed, found)
+            if role == "q":
+                found = "a slice depends on the query of another head"
+                yield Closure("heads", tower.name, t.block.index, of_heads, allowed, found)
+
+
+def _chosen(layout: Layout, by: str, words: list[frozenset[int]], number: int) -> list[int]:
+    if by == "head":
+        return [head for head, word in enumerate(words) if number in word]
+    return [head for group, word in enumerate(words) if number in word for head in layout.heads_of(group)]
+
+
+def _outside(t: Tied, role: Role, grad: Tensor | None, heads: list[int]) -> tuple[float, float]:
+    """The largest gradient at columns, and at tokens, where none should be, as shares of the largest of this role."""
+    if grad is None:
+        return 0.0, 0.0  # nothing at all depends on it, as in a head that was zeroed
+    grad = grad.reshape(-1, grad.shape[-1]).abs().double().cpu()
+    own = torch.zeros(grad.shape, dtype=torch.bool)
+    of = torch.zeros(grad.shape, dtype=torch.bool)
+    for start, stop in t.layout.whole(role):
+        of[:, start:stop] = True
+    for index in {head if role == "q" else t.layout.group_of(head) for head in heads}:
+        start, stop = t.layout.range(role, index)
+        own[:, start : start + 1 if role == "v" else stop] = True  # of a value, one column makes one column
+    size = float(grad[of].max())
+    if not size:
+        return 0.0, 0.0
+    others = float((grad * (of & ~own)).max()) / size
+    # The query of the last token is read by it alone.
+    return others, float((grad * own)[:-1].max()) / size if role == "q" and len(grad) > 1 else 0.0
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+def patterns(tower: Tower, t: Tied, seen: Seen) -> Iterator[Closure]:
+    """Probabilities that mix values into slices; nothing where the attention returns none."""
+    block, layout = t.block, t.layout
+    assert block.pattern is not None
+    shares = _shares(seen.patterns.get((block.pattern[0], block.occurrence)), block.pattern[1])
+    if shares is None:
+        return
+    values, tokens = t.leaves["v"].detach(), t.slots.shape[0]
+    allowed = tolerance(shares, values, t.slots)
+    if shares.dim() != 4 or tuple(shares.shape[-3:]) != (layout.n_heads, tokens, tokens) or shares.shape[0] != 1:
+        found = f"what is returned has the shape {list(shares.shape)}, for {layout.n_heads} heads and {tokens} tokens"
+        yield Closure("pattern", tower.name, block.index, _NOTHING, allowed, found)
+        yield Closure("written pattern", tower.name, block.index, _NOTHING, allowed, found)
+        return
+    shares = shares[0].double().cpu()
+    values = values.reshape(tokens, -1).double().cpu()
+    slots = t.slots.detach().double().cpu()
+    own = torch.stack([values[:, slice(*layout.range("v", layout.group_of(h)))] for h in range(layout.n_heads)])
+    slices = slots.unflatten(-1, (layout.n_heads, layout.head_dim)).transpose(0, 1)
+    size = shares.abs() @ own.abs() + slices.abs()
+    written = largest((shares @ own - slices).abs(), size)
+    yield Closure("written pattern", tower.name, block.index, written, allowed, "pattern @ v is not the head's slice")
+    over = max(float(-shares.min()), float(shares.sum(-1).max()) - 1, 0.0)
+    # Half of the digits: some families round the probabilities before they use them, and all of them add up in float32.
+    if over > (limit := max(allowed, torch.finfo(torch.float32).eps * 4)):
+        yield Closure("pattern", tower.name, block.index, over, limit, "its rows are no shares of one")
+        return
+    mixes = 0.0 if written <= allowed else _mixing(t, shares)
+    found = "values are not mixed with these shares"
+    yield Closure("pattern", tower.name, block.index, mixes, max(allowed, 1e-6), found)
+
+
+def _shares(output: object, item: int) -> Tensor | None:
+    try:
+        return wire.unpack(output, item).detach()
+    except (ValueError, IndexError, TypeError):
+        return None
+
+
+def _mixing(t: Tied, shares: Tensor) -> float:
+    """By how much the shares of the last token miss the gradients of slices by values, up to a factor for each head.
+
+    Norms of values and gates behind the mixing are such factors: they change what a head writes, not what it looks at.
+    """
+    layout = t.layout
+    heads = range(layout.n_heads)
+    if layout.per_group > layout.head_dim:
+        return _NOTHING
+    columns = [head % layout.per_group for head in heads]
+    (grad,) = torch.autograd.grad(t.last(heads, columns), [t.leaves["v"]], retain_graph=True, allow_unused=True)
+    if grad is None:
+        return _NOTHING
+    grad = grad.reshape(-1, grad.shape[-1]).double().cpu()
+    missed = 0.0
+    for head, column in zip(heads, columns, strict=True):
+        moved, share = grad[:, layout.range("v", layout.group_of(head))[0] + column], shares[head, -1]
+        factor = (moved @ share) / (share @ share).clamp_min(1e-300)
+        if not bool(moved.any()):
+            return _NOTHING
+        missed = max(missed, float((moved - factor * share).abs().max() / moved.abs().max()))
+    return missed

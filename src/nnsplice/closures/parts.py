@@ -1,0 +1,57 @@
+"""Do neurons and experts make what the MLP makes?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.atlas import Block, Tower
+from nnsplice.closures.promises import Closure, gap, tolerance
+from nnsplice.closures.seen import Seen
+
+
+def neurons(tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
+    """What the last matrix makes is what the MLP makes, up to a factor."""
+    made = seen.at(block.down, "passed", block.occurrence)
+    if made is None or block.is_sparse:
+        return
+    ends = [seen.at(block.mlp_added, end, block.occurrence) for end in ("output", "given")]
+    ends.append(None if block.mlp_is_bare else seen.at(block.mlp, "output", block.occurrence))
+    found = [gap([made * _factor(made, end)], end) for end in ends if end is not None and end.shape == made.shape]
+    if found:  # else the last matrix stands alone, and there is nothing to compare it with
+        text = f"{block.down} does not make what the MLP makes"
+        yield Closure("neurons", tower.name, block.index, min(found), tolerance(made), text)
+
+
+def _factor(made: Tensor, end: Tensor) -> float:
+    a, b = made.double().flatten(), end.double().flatten()
+    factor = float((a @ b) / (a @ a).clamp_min(1e-300))
+    return 1.0 if abs(factor - 1) < 1e-2 else factor
+
+
+def experts(tower: Tower, block: Block, seen: Seen, model: object) -> Iterator[Closure]:
+    """Experts with even numbers and those with odd ones make what all of them make.
+
+    Nothing where they are not given their choice and their weights: one of them cannot be told apart then, and whoever
+    asks for it is told so.
+    """
+    if block.experts is None or block.experts_are_modules:
+        return
+    args, kwargs = seen.calls.get((block.experts, block.occurrence), ((), {}))
+    given = [*args, *kwargs.values()]
+    if len(given) != 3 or not all(isinstance(value, Tensor) for value in given) or given[1].is_floating_point():
+        return
+    tokens, numbers, weights = given
+    if numbers.shape != weights.shape:
+        return
+    module = engine.callable_of(model, block.experts)
+    zero = torch.zeros_like(weights)
+    even, odd = (module(tokens, numbers, torch.where(numbers % 2 == rest, weights, zero)) for rest in (0, 1))
+    whole = module(tokens, numbers, weights)
+    size = float(whole.double().abs().max().clamp_min(1e-300))
+    missed = float((even.double() + odd.double() - whole.double()).abs().max()) / size
+    found = "even and odd ones do not make all"
+    yield Closure("experts", tower.name, block.index, missed, tolerance(whole, weights, computed=True), found)
