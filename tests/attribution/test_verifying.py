@@ -160,8 +160,11 @@ def test_checking_goes_on_after_a_stop(tmp_path) -> None:
 
 
 def test_where_nothing_can_differ_there_is_nothing_to_check() -> None:
-    result = ns.attribute(wrap("llama"), CLEAN, CLEAN, SITES, METRIC, verify=4, progress=False)
+    same = "the corrupted prompts are the clean ones"
+    with pytest.warns(UserWarning, match=same):
+        result = ns.attribute(wrap("llama"), CLEAN, CLEAN, SITES, METRIC, verify=4, progress=False)
     seen = result.verification
     assert (seen.k, seen.others, seen.worst) == (0, 0, None) and "nothing to check" in str(seen)
-    edges = ns.attribute(wrap("llama"), CLEAN, CLEAN, SITES, METRIC, method="eap", verify=4, progress=False)
+    with pytest.warns(UserWarning, match=same):
+        edges = ns.attribute(wrap("llama"), CLEAN, CLEAN, SITES, METRIC, method="eap", verify=4, progress=False)
     assert edges.verification.k == 0

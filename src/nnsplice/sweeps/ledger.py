@@ -42,7 +42,9 @@ class Ledger:
 
     def warn_of_nan(self) -> None:
         """Say so where the metric of a cell was no number."""
-        if count := int(np.isnan(self.values[self.done].reshape(int(self.done.sum()), -1)).any(1).sum()):
+        lacking = np.isnan(self.values)
+        lacking = lacking.any(-1) if lacking.ndim > self.done.ndim else lacking
+        if count := int((lacking & self.done).sum()):
             warnings.warn(f"the metric was NaN in {count} cells", stacklevel=3)
 
 
