@@ -113,8 +113,8 @@ FAMILIES: dict[str, set[str]] = {
     "granite_swa": {"written pattern"},
     "laguna": {"written pattern"},
     "gemma4_text": {"written pattern"},
-    "diffllama": {"heads", "q", "k", "v", "pattern", "written pattern"},
-    "doge": {"mid", "attn", "mlp", "v"},
+    "diffllama": set(),
+    "doge": {"mid", "attn", "mlp"},  # its heads are refused by name, as those of DiffLlama
     "falcon_h1": {"attn"},
     "minimax": {"pattern", "written pattern"},
 }
@@ -124,8 +124,6 @@ FAMILIES: dict[str, set[str]] = {
 def test_families_hold_or_are_refused(name: str) -> None:
     model = broken.family(name)
     found = set(failing(model))
-    if name == "diffllama" and not Atlas.of(model).tower().blocks[0].n_heads:
-        return  # its heads are refused by name
     assert found == FAMILIES[name], measure(model)
     layers = {kind: sorted(of) for kind, of in failing(model).items()}
     for kind, path in {

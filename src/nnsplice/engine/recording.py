@@ -130,7 +130,7 @@ def _probe(root: nn.Module, probe: Any, length: int) -> tuple[tuple[Any, ...], d
         )
     device = next((p.device for p in root.parameters() if not p.is_meta), torch.device("cpu"))
     # Different tokens: among equal ones a misplaced value goes unnoticed, and a softmax has no gradient.
-    ids = torch.tensor([[(3 + 7 * n) % vocabulary for n in range(length)]], device=device)
+    ids = torch.tensor([[(3 + n) % vocabulary for n in range(length)]], device=device)
     inputs = {"input_ids": ids}
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
