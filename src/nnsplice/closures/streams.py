@@ -34,13 +34,19 @@ class Sums:
     """The values of one layer, and the sums that they may make."""
 
     def __init__(self, atlas: Atlas, block: Block, seen: Seen) -> None:
-        self.block, self.visit, self.seen = block, block.occurrence, seen
-        self.before = self._at(block.module, "input")
-        self.after = self._at(block.end, "passed") if block.end else self._at(block.module, "output")
-        self.attn = self._scaled(block.attn_added)
-        self.mlp = self._mlp()
-        self.mid = None if block.mid is None else self._at(block.mid[0], "given" if _is_input(block) else "passed")
-        self.norms = [(self._at(n, "given"), self._at(n, "passed")) for n in norms_of(atlas, block)]
+        self.block: Block = block
+        self.visit: int = block.occurrence
+        self.seen: Seen = seen
+        self.before: Tensor | None = self._at(block.module, "input")
+        self.after: Tensor | None = self._at(block.end, "passed") if block.end else self._at(block.module, "output")
+        self.attn: Tensor | None = self._scaled(block.attn_added)
+        self.mlp: Tensor | None = self._mlp()
+        self.mid: Tensor | None = (
+            None if block.mid is None else self._at(block.mid[0], "given" if _is_input(block) else "passed")
+        )
+        self.norms: list[tuple[Tensor | None, Tensor | None]] = [
+            (self._at(n, "given"), self._at(n, "passed")) for n in norms_of(atlas, block)
+        ]
 
     def _at(self, module: str | None, end: str) -> Tensor | None:
         return self.seen.at(module, end, self.visit)

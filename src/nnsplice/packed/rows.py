@@ -144,9 +144,9 @@ class Homes:
     """Where sites stand among the blocks of a tower."""
 
     def __init__(self, blocks: Blocks) -> None:
-        self.of = blocks
-        self.tower = blocks.tower
-        self._layers = {block.module: block.index for block in blocks.tower.blocks}
+        self.of: Blocks = blocks
+        self.tower: Tower = blocks.tower
+        self._layers: dict[str, int] = {block.module: block.index for block in blocks.tower.blocks}
         self._known: dict[Site, tuple[int, str]] = {}
 
     def placed(self, what: Edit | Read) -> Placed:
