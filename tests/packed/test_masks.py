@@ -13,7 +13,7 @@ from hooked import build, by_hooks, wrapped
 from nnsplice.packed import masks
 from nnsplice.packed.layout import Group
 from nnsplice.sweeps import plan_sweep, run
-from zoo import _MODERN, _MOE
+from zoo import _MODERN, _MOE, having
 
 METRIC = ns.logit_diff(7, 8)
 _LLAMA4 = {
@@ -58,8 +58,8 @@ def test_prompts_longer_than_the_window_are_packed_right(family: str, attention:
 def test_prompts_of_several_lengths_share_a_pack_with_their_own_windows(family: str) -> None:
     model = wrapped(build(*CONFIGS[family]))
     clean, corrupted = [CLEAN, CLEAN[:2], CLEAN[:6]], [CORRUPTED, CORRUPTED[:2], CORRUPTED[:6]]
-    sites = ["layers[:].output", "layers[:].attn.output", "layers[:].groups[:].v", "layers[:].heads[:].q[-1]"]
-    plan = plan_sweep(model, clean, corrupted, sites, METRIC)
+    sites = ["layers[:].output", "layers[:].attn.q", "layers[:].groups[:].v", "layers[:].heads[:].q[-1]"]
+    plan = plan_sweep(model, clean, corrupted, having(model, sites), METRIC)
     packed, alone = (run(plan, model, executor=how, progress=False).table.values for how in ("packed", "reference"))
     assert np.nanmax(np.abs(packed - alone)) < NEAR.get(family, 1e-12)
 

@@ -14,7 +14,7 @@ from torch import nn
 import nnsplice as ns
 from nnsplice import engine
 from nnsplice.attribution.attention import probabilities
-from nnsplice.packed.attention import Recorder, attention
+from nnsplice.packed.attention import AttentionCall, attention
 from zoo import wrap
 
 CLEAN, CORRUPTED, METRIC = "w3 w4 w5 w6", "w3 w7 w5 w6", ns.logit_diff("w8", "w9")
@@ -35,12 +35,17 @@ def sharing(model: Any, config: Any) -> Any:
     return model
 
 
+def as_it_is(call: AttentionCall) -> torch.Tensor:
+    """Exchanged attention that computes what the model's own does."""
+    return call.attended(call.query, call.key, call.value, call.mask)
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model._module(IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("exchanged", [lambda root: attention(root, Recorder()), probabilities])
+@pytest.mark.parametrize("exchanged", [lambda root: attention(root, as_it_is), probabilities])
 def test_a_thread_that_meets_the_exchanged_attention_is_refused(exchanged: Any) -> None:
     model = double()
     plain, config = logits(model), model._module.config
@@ -59,13 +64,13 @@ def test_models_that_share_a_config_take_turns() -> None:
     before, entered = config._attn_implementation, threading.Event()
 
     def enters() -> str:
-        with attention(second._module, Recorder()):
+        with attention(second._module, as_it_is):
             entered.set()
             logits(second)
         return config._attn_implementation
 
     with ThreadPoolExecutor(1) as pool:
-        with attention(first._module, Recorder()):
+        with attention(first._module, as_it_is):
             waits = pool.submit(enters)
             assert not entered.wait(0.3)
             logits(first)
