@@ -11,7 +11,9 @@ import torch
 
 import nnsplice as ns
 from attribution.oracle import NAMES, Names, Point, bare, double, ends, ids, kept, three_passes
-from zoo import FAMILIES, MASKED, SEQ2SEQ
+from nnsplice.attribution import packed_paths, path_patching
+from nnsplice.packed import still
+from zoo import FAMILIES, MASKED, SEQ2SEQ, having
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")
@@ -168,7 +170,7 @@ def test_a_path_patch_is_resumed_and_has_an_identity_of_its_own(tmp_path) -> Non
     result = ns.path_patch(model, *args, journal=journal, progress=False)
     again = ns.path_patch(model, *args, journal=journal, progress=False)
     assert again == result and again.run.forwards == 2 < result.run.forwards  # the two unedited runs
-    assert result.run.executor == "paths" and result.asked["receivers"] == ["layers[2].heads[1].q"]
+    assert result.run.executor == "packed paths" and result.asked["receivers"] == ["layers[2].heads[1].q"]
     with pytest.raises(ns.errors.FileError, match="receivers"):
         ns.path_patch(model, *args[:3], "layers[2].heads[2].q", METRIC, journal=journal, progress=False)
     result.to_file(tmp_path / "paths.safetensors")
@@ -220,3 +222,51 @@ def test_an_oracle_that_holds_less_still_differs() -> None:
     )
     held = _oracle("gpt2", sender, own, [Point(names.attn.format(2))])
     assert abs(free - held) > 1e-6
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in (*SEQ2SEQ, *MASKED)])
+def test_packed_paths_are_the_three_runs_at_every_kind_of_place(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = double(family)
+    clean, corrupted = [CLEAN, "w3 w4 w15"], [CORRUPTED, "w3 w24 w15"]
+    asked = [
+        (["layers[:].heads[:]", "layers[:].mlp", "embed"], "unembed"),
+        (["layers[0:2].heads[0].q", "layers[0].groups[:].v", "layers[1].mid"], ["layers[2].heads[:].q[-1]"]),
+        (["layers[0].output[:]", "layers[:].neurons[2]"], ["layers[1].groups[0].k", "layers[2].heads[1].output"]),
+        (["layers[0].heads[:].output[:]"], ["layers[0].mlp", "layers[1].mlp", "layers[2].input"]),
+    ]
+    for senders, receivers in asked:
+        args = (having(model, senders), having(model, [receivers] if isinstance(receivers, str) else receivers), METRIC)
+        if not args[0] or not args[1]:
+            continue
+        fast = ns.path_patch(model, clean, corrupted, *args, progress=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(path_patching, "chosen", lambda work, _, slow: (slow, "", packed_paths.Cost()))
+            slow = ns.path_patch(model, clean, corrupted, *args, progress=False)
+        assert (fast.run.executor, slow.run.executor) == ("packed paths", "paths"), fast.run.note
+        assert np.nanmax(np.abs(fast.table.values - slow.table.values)) < 1e-12
+        assert np.nanmax(fast.table.values) - np.nanmin(fast.table.values) > 1e-9
+
+
+def test_paths_of_a_model_with_hooks_of_the_users_are_run_the_slow_way_and_say_why() -> None:
+    model = double("llama")
+    hook = model._module.model.layers[1].register_forward_hook(lambda _m, _a, out: out * 1.5)
+    result = ns.path_patch(model, CLEAN, CORRUPTED, "layers[0].heads[:]", "unembed", METRIC, progress=False)
+    hook.remove()
+    assert result.run.executor == "paths" and "hooks of the user's" in result.run.note
+
+
+def test_packed_paths_that_are_off_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = double("llama")
+    args = (model, CLEAN, CORRUPTED, "layers[0:2].heads[:]", "layers[2].heads[1].q", METRIC)
+    right = ns.path_patch(*args, progress=False)
+    assert right.run.executor == "packed paths"
+    packed_paths._trusted.clear()
+    moved = still._Walk._move
+    monkeypatch.setattr(
+        still._Walk,
+        "_move",
+        lambda self, number, layer, read: moved(self, number, layer, {s: 1.01 * v for s, v in read.items()}),
+    )
+    result = ns.path_patch(*args, progress=False)
+    assert (result.run.executor, "of its own point" in result.run.note) == ("paths", True)
+    assert np.abs(result.table.values - right.table.values).max() < 1e-12

@@ -167,7 +167,7 @@ def test_noise_is_that_of_the_arithmetic() -> None:
         model = _double(family)
         plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
         work = _work(model, plan)
-        found[family], cost = probing._noise(work, probing.cells(work))
+        found[family], cost = probing.noise_of(work, probing.cells(work))
         assert cost.forwards == 2 and not model._module.get_input_embeddings()._forward_hooks
     assert 0 < found["gpt2"] < 3e-9 and 1e-9 < found["llama"] < 1e-6
 

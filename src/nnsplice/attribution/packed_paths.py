@@ -2,23 +2,30 @@
 
 Nothing runs between a sender and its receivers, as every branch there stands still; and the second run begins at the
 receivers. A receiver that is the end of the stream needs no second run.
+
+Whether that is right for the model at hand is tried on a few cells of the job, beside the three runs of the literature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from nnsplice import engine
+from nnsplice.atlas import peel
 from nnsplice.attribution.branches import Branch as ModelBranch
 from nnsplice.attribution.branches import Branches
-from nnsplice.packed import Branch, Cost, Edit, Read, Row, StillRow, run, run_still
+from nnsplice.packed import WAYS, Branch, Cost, Edit, Read, Row, StillRow, run, run_still
 from nnsplice.paths import Path
-from nnsplice.sweeps.executors import Work
+from nnsplice.sweeps.choosing import longest_of, question
+from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.packing import base_of, measured_states, row_of
 from nnsplice.sweeps.plan import Job
+from nnsplice.sweeps.probing import allowed, cells, direction
 from nnsplice.sweeps.targets import tokens_of
 
 
@@ -82,3 +89,61 @@ class PackedPaths:
     @staticmethod
     def _read(work: Work, prompt: int) -> int:
         return work.plan.metric.metric.position % work.plan.corrupted.lengths("decoder")[prompt]
+
+
+# --- whether it is right ----------------------------------------------------------------------------------------------
+
+#: What was found, by model and question: how packed rows come by their attention, or why they are not used.
+_trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Answer]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    way: str | None
+    refused: str
+    longest: int
+
+
+def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
+    """Packed rows where they give a few cells the values of the slow way, else that; why, and what it cost to know."""
+    fast = Executor(paths, whole_prompts, mixed=True, name="packed paths")
+    if not work.plan.jobs:
+        return slow, "", Cost()
+    known = _trusted.setdefault(peel(work.model), {})
+    sites = frozenset(path.site for each in paths.receivers for path in each)
+    asked, longest, cost = (question(work), sites), longest_of(work), Cost()
+    if asked not in known or known[asked].longest < longest:
+        known[asked], cost = _tried(work, fast, slow, longest)
+    answer = known[asked]
+    if answer.way is None:
+        return slow, f"not packed: {answer.refused}", cost
+    work.memo["way"] = answer.way
+    return fast, "", cost
+
+
+def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_Answer, Cost]:
+    jobs = cells(work)
+    metric = replace(work.plan.metric.metric, name="logits", rule=direction, answers={}, compares=False, local=False)
+    probe = replace(work, plan=replace(work.plan, metric=metric.bind(None, len(work.plan.corrupted))), memo={})
+    alone: list[float] = []
+    cost, refused = Cost(), ""
+    for job in jobs:
+        values, spent = slow(probe, [job])
+        alone += values
+        cost += spent
+    for way in WAYS:
+        probe.memo.clear()
+        probe.memo["way"] = way
+        try:
+            values, spent = fast(probe, jobs)
+        except Exception as error:
+            if engine.is_memory(error):
+                raise
+            refused = refused or str(error).partition("\n")[0] or type(error).__name__
+            continue
+        cost += spent
+        apart = max(abs(a - b) for a, b in zip(values, alone, strict=True))
+        if apart <= allowed(work):
+            return _Answer(way, "", longest), cost
+        refused = f"the logits of a cell point {apart:.2g} away from where the three runs of its own point"
+    return _Answer(None, refused, longest), cost

@@ -19,7 +19,7 @@ from nnsplice import engine, wire
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.attribution.branches import Branch, Branches, branches_of
-from nnsplice.attribution.packed_paths import PackedPaths
+from nnsplice.attribution.packed_paths import PackedPaths, chosen
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import Metrics
 from nnsplice.packed.cost import Cost
@@ -132,16 +132,18 @@ class Routes:
 
     @property
     def executor(self) -> Executor:
-        """As sweeps run it: a cell has two rows, and each prompt may have one more."""
+        """As sweeps run it: on packed rows where these agree with the three runs here, else these."""
         fast = PackedPaths(self.branches, self.receivers, self.rank)
+        return Executor(self.run, self._tokens, name="paths", choose=lambda work: chosen(work, fast, self._alone))
 
-        def run(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
-            try:
-                return fast(work, jobs)
-            except NotImplementedError:
-                return self.run(work, jobs)
+    @property
+    def _alone(self) -> Executor:
+        return Executor(self.run, self._tokens, name="paths")
 
-        return Executor(run, lambda work, jobs: [3 * size for size in whole_prompts(work, jobs)], name="paths")
+    @staticmethod
+    def _tokens(work: Work, jobs: Sequence[Job]) -> list[int]:
+        """A cell has two rows, and each prompt may have one more."""
+        return [3 * size for size in whole_prompts(work, jobs)]
 
     def run(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         """Jobs -> the metric of each, and what it cost."""

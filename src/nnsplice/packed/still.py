@@ -273,7 +273,7 @@ class _Walk:
         grain = GRAIN.get(pack.device.type, 1)
         with ExitStack() as stack:
             # Hooks of both go before the user's; those that are registered last run first.
-            stack.enter_context(self._standing(layer, layout, readings, count))
+            stack.enter_context(self._standing(layer, layout, lambda: find[0], lambda: len(readings) >= count))
             stack.enter_context(hooked(self.base.root, asked, lambda: find[0], readings))
             if recording.whole.calls:
                 running = recording.whole.running(layout, lambda inner: find.__setitem__(0, inner or layout.find))
@@ -290,20 +290,18 @@ class _Walk:
         )
 
     @contextmanager
-    def _standing(self, layer: int, layout: Layout, readings: Readings, count: int) -> Iterator[None]:
+    def _standing(
+        self, layer: int, layout: Layout, find: Callable[[], Find], done: Callable[[], bool]
+    ) -> Iterator[None]:
         """Let branches add what they added before, and leave the block when everything is read."""
-        root, kept = self.base.root, self.recording.kept
-        hooks: list[Any] = []
+        root, hooks = self.base.root, []
         for branch in (branch for branch in self.branches if branch.layer == layer):
             still = [n for n in (*layout.long, *layout.short) if branch not in self.walkers[n].free]
-            at = [token for n in still for token in range(layout.offsets[n], layout.offsets[n] + self._size(n))]
-            recorded = kept[branch.site][torch.as_tensor(layout.recorded[at], dtype=torch.long)] if at else None
-            hook = _standing_still(branch.site, at, recorded, lambda: len(readings) >= count)
+            hook = self._standing_still(branch.site, still, find, done)
             hooks.append(root.get_submodule(branch.site.module).register_forward_hook(hook, prepend=True))
         modules = {placed.site.module for n in layout.offsets for placed in self._all(n) if placed.layer == layer}
         for name in modules:
-            module = root.get_submodule(name)
-            left = module.register_forward_hook(lambda *_: _leave(len(readings) >= count), prepend=True)
+            left = root.get_submodule(name).register_forward_hook(lambda *_: _leave(done()), prepend=True)
             hooks.append(left)
         try:
             yield
@@ -311,26 +309,29 @@ class _Walk:
             for hook in hooks:
                 hook.remove()
 
-    def _size(self, number: int) -> int:
-        return len(self.walkers[number].tokens)
+    def _standing_still(
+        self, site: Site, numbers: Sequence[int], find: Callable[[], Find], done: Callable[[], bool]
+    ) -> Any:
+        recorded = self.recording.kept[site]
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            _leave(done())
+            places = [(find()(n, t), self.walkers[n].begun.base + t) for n in numbers for t in self.walkers[n].tokens]
+            here = [(at, token) for at, token in places if at is not None]
+            if not here:
+                return None
+            held = wire.unpack(output, site.item)
+            flat = held.reshape(-1, held.shape[-1]).clone()
+            at, tokens = zip(*here, strict=True)
+            flat[list(at)] = recorded[list(tokens)].to(flat)
+            return wire.repack(output, site.item, flat.reshape(held.shape))
+
+        return hook
 
 
 def _leave(now: bool) -> None:
     if now:
         raise _Done
-
-
-def _standing_still(site: Site, at: Sequence[int], recorded: Tensor | None, done: Callable[[], bool]) -> Any:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        _leave(done())
-        if recorded is None:
-            return None
-        held = wire.unpack(output, site.item)
-        flat = held.reshape(-1, held.shape[-1]).clone()
-        flat[at] = recorded.to(flat)
-        return wire.repack(output, site.item, flat.reshape(held.shape))
-
-    return hook
 
 
 def _stands_inside(layer: int) -> Callable[[Placed], bool]:

@@ -56,22 +56,23 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
 
 def _asked(work: Work) -> tuple[Answer, Cost]:
     known = _trusted.setdefault(peel(work.model), {})
-    question, longest = _question(work), _longest(work)
-    answer = known.get(question)
+    asked, longest = question(work), longest_of(work)
+    answer = known.get(asked)
     if answer is not None and longest <= answer.longest:
         return answer, Cost()
     if len(known) > 256:  # a metric made anew in a loop is a new question each time
         known.clear()
-    known[question], cost = compare(work, longest)
-    return known[question], cost
+    known[asked], cost = compare(work, longest)
+    return known[asked], cost
 
 
-def _longest(work: Work) -> int:
+def longest_of(work: Work) -> int:
+    """How many tokens the longest prompt has that a job is about."""
     encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
     return max(max(encoder[prompt], decoder[prompt]) for prompt in {prompt for prompt, _ in work.plan.jobs})
 
 
-def _question(work: Work) -> Hashable:
+def question(work: Work) -> Hashable:
     """All that an answer depends on, but for the length of the prompts."""
     root, plan = peel(work.model), work.plan
     modules = list(root.modules())

@@ -59,6 +59,8 @@ class Executor:
     corrupted: Callable[[Work], tuple[Tensor, Cost]] | None = None
     #: What a result calls it, where it is none of those that have a name of their own.
     name: str = "own"
+    #: Where it has several ways: the one that is right for this work, why none that is faster, what it cost to know.
+    choose: Callable[[Work], tuple[Executor, str, Cost]] | None = None
 
     def __call__(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         """Run jobs."""

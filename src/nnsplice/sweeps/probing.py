@@ -117,19 +117,18 @@ class _Probe:
         )
         self.asking = replace(work, plan=replace(work.plan, metric=asked.bind(None, len(work.plan.corrupted))))
         self.logits = {job: alone(self.asking, job) for job in self.jobs}
-        self.points = {job: float(_direction(logits)) for job, logits in self.logits.items()}
+        self.points = {job: float(direction(logits)) for job, logits in self.logits.items()}
         self.cost, self.noise_cost = Cost(), Cost()
         for prompt, _ in self.jobs:
             length = work.plan.corrupted.lengths("decoder")[prompt]
             self.cost += work.law.whole(work.plan.corrupted, [prompt], length)
-        dtypes = [p.dtype for p in peel(work.model).parameters() if p.is_floating_point()]
-        self.dtype = next(iter(dtypes), torch.float32)
-        self.allowed = TOLERANCE.get(self.dtype, 2e-1)
+        self.dtype = dtype_of(work)
+        self.allowed = allowed(work)
         self.noise: float | None = None
 
     def _keep(self, logits: Tensor) -> Tensor:
         self.kept.append(logits)
-        return _direction(logits)
+        return direction(logits)
 
     def tried(self, executor: Executor, chunks: Sequence[Sequence[Job]]) -> Tried:
         """Run the cells another way."""
@@ -171,7 +170,7 @@ class _Probe:
         mine = [self.points[job] for job in jobs]
         found = self._first(jobs, points, mine, "the logits", 1.0)
         if found and self.dtype is torch.float64 and self.noise is None:
-            self.noise, self.noise_cost = _noise(self.work, self.jobs)
+            self.noise, self.noise_cost = noise_of(self.work, self.jobs)
             self.allowed = min(max(self.allowed, NOISE * self.noise), MOST)
             if self.allowed <= TOLERANCE[torch.float64]:
                 self.noise = None
@@ -201,7 +200,17 @@ def _each(jobs: Sequence[Job], values: Sequence[Any], mine: Sequence[Any]) -> It
         yield from ((job, *pair) for pair in pairs)
 
 
-def _direction(logits: Tensor) -> Tensor:
+def dtype_of(work: Work) -> torch.dtype:
+    """What the model computes in."""
+    return next((p.dtype for p in peel(work.model).parameters() if p.is_floating_point()), torch.float32)
+
+
+def allowed(work: Work) -> float:
+    """How far two ways of computing one number may lie apart in this model, before one of them is wrong."""
+    return TOLERANCE.get(dtype_of(work), 2e-1)
+
+
+def direction(logits: Tensor) -> Tensor:
     """Where logits point, as a number near 1 in size, whatever the scale of the metric that is asked for."""
     wide = torch.where(logits.abs() < 1e4, logits, 0).double()  # tokens that are ruled out have logits of any size
     wide = wide - wide.mean(-1, keepdim=True)
@@ -209,7 +218,7 @@ def _direction(logits: Tensor) -> Tensor:
     return wide @ along.to(wide.device) / wide.norm(dim=-1).clamp_min(1e-300)
 
 
-def _noise(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
+def noise_of(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
     """How far the logits of a prompt move, at every token of it, in a batch and with embeddings a little moved.
 
     By so little that arithmetic in float64 hardly shows it, and enough to turn some roundings to float32.
@@ -234,7 +243,7 @@ def _noise(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
                 engine.run(
                     work.model,
                     work.plan.corrupted.inputs(rows, work.model.device),
-                    lambda: found.append(_direction(wire.logits_of(work.model))),
+                    lambda: found.append(direction(wire.logits_of(work.model))),
                 )
             cost += work.law.whole(work.plan.corrupted, rows, lengths[prompt])
     finally:

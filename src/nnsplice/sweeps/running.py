@@ -105,7 +105,8 @@ def _run(
     compares = clean_logits if plan.metric.metric.compares else None
     work = Work(model, plan, source, compares)
     if isinstance(executor, Executor):
-        name, note, execute = executor.name, "", executor
+        execute, note, spent = (executor, "", Cost()) if executor.choose is None else executor.choose(work)
+        name, cost = execute.name, cost + spent
     else:
         name, note, spent = choose(executor, work)
         execute, cost = EXECUTORS[name], cost + spent
