@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,7 +237,7 @@ def _is_writable(subject: Subject, path: ns.Path, pattern: Tensor) -> bool:
     return True
 
 
-def _shares(subject: Subject, block: Block, mixes: dict[int | None, Tensor]) -> None:
+def _shares(subject: Subject, block: Block, mixes: dict[int, Tensor]) -> None:
     """What may only be read is what the softmax made, all of it or what a sink leaves."""
     softmax, made = torch.nn.functional.softmax, []
 
@@ -252,7 +253,7 @@ def _shares(subject: Subject, block: Block, mixes: dict[int | None, Tensor]) -> 
     for head, pattern in mixes.items():
         size = pattern.shape[-1]
         same = [one for one in made if one.dim() == 4 and one.shape[-2] == size and one.shape[1] == block.n_heads]
-        if same and head is not None:
+        if same:
             truth = same[0][0, head, :, :size].to(pattern)
             subject.found("pattern = softmax", gap(pattern, truth), f"layer {block.index}")
 
