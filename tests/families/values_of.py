@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,12 +215,47 @@ def _heads(subject: Subject, served: dict[str, Served]) -> None:
                 _moves(subject, block, path, moves, kind.kind)
         mixes = {number(p, 1): v for p, v in patterns.values.items() if number(p, 0) == block.index}
         values_ = {number(p, 1): v for p, v in vs.values.items() if number(p, 0) == block.index}
+        first = next((p for p in patterns.values if number(p, 0) == block.index), None)
+        if first is not None and not _is_writable(subject, first, patterns.values[first]):
+            _shares(subject, block, mixes)
+            continue
         for path, slice_ in mine.items():
             head = number(path, 1)
             group = head // max(block.n_heads // block.n_kv, 1)
             if head in mixes and group in values_ and mixes[head].shape[-1] == values_[group].shape[0]:
                 made = mixes[head].to(values_[group]) @ values_[group]
                 subject.found("slice = pattern @ v", gap(made, slice_), layer)
+
+
+def _is_writable(subject: Subject, path: ns.Path, pattern: Tensor) -> bool:
+    """Whether a pattern may be written, and so promises that it makes the slice of these values."""
+    saved = ns.SavedActivation.from_pairs(*((f"{path}[{t}]", pattern[None, t]) for t in range(len(pattern))))
+    try:
+        ns.patched_logits(subject.model, subject.ids, saved)
+    except ns.errors.RefusedPlace:
+        return False
+    return True
+
+
+def _shares(subject: Subject, block: Block, mixes: dict[int, Tensor]) -> None:
+    """What may only be read is what the softmax made, all of it or what a sink leaves."""
+    softmax, made = torch.nn.functional.softmax, []
+
+    def keep(*args: Any, **kwargs: Any) -> Tensor:
+        made.append(softmax(*args, **kwargs))
+        return made[-1]
+
+    home = subject.bare.get_submodule(block.pattern[0])  # pyright: ignore[reportOptionalSubscript]
+    enter = home.register_forward_pre_hook(lambda *_: setattr(torch.nn.functional, "softmax", keep))
+    leave = home.register_forward_hook(lambda *_: setattr(torch.nn.functional, "softmax", softmax), always_call=True)
+    with hooks(enter, leave):
+        subject.logits(subject.ids)
+    for head, pattern in mixes.items():
+        size = pattern.shape[-1]
+        same = [one for one in made if one.dim() == 4 and one.shape[-2] == size and one.shape[1] == block.n_heads]
+        if same:
+            truth = same[0][0, head, :, :size].to(pattern)
+            subject.found("pattern = softmax", gap(pattern, truth), f"layer {block.index}")
 
 
 def _all_of_attention(subject: Subject, served: dict[str, Served], block: Block, mine: list[ns.Path]) -> None:
