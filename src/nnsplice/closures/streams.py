@@ -14,8 +14,11 @@ _NOTHING = float("inf")
 
 
 def stream(tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
-    """What a layer is given is what the layer before it put out, a vector for each token."""
-    own = seen.at(block.module, "input", block.occurrence)
+    """What a layer is given is what the layer before it put out, a vector for each token.
+
+    Whatever hooks of the user's do between the two is the user's question, and not what the model is.
+    """
+    own = seen.at(block.module, "given", block.occurrence)
     if own is None:
         return  # whoever asks for it is told that it never runs
     found, missed, allowed = "", 0.0, tolerance(own)
