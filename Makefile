@@ -17,12 +17,13 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 CALLS := tests/activations tests/attribution tests/engine tests/steering \
 	tests/sweeps/test_executors.py tests/sweeps/test_packing.py tests/packed tests/sweeps/test_threads.py
 
-.PHONY: help demo ci test check format versions test-lowest test-newest families bench clean
+.PHONY: help demo ci test newest check format versions test-lowest test-newest families bench clean
 
 help:
 	@echo "make demo     see what nnsplice does, on a model that needs no download"
-	@echo "make ci       everything that CI runs: make test, then some of the tests with the newest versions"
+	@echo "make ci       everything that CI runs: make test, then make newest"
 	@echo "make test     make check, then the tests"
+	@echo "make newest   the tests of what calls transformers, with the newest versions of what we depend on"
 	@echo "make check    style, floors and types"
 	@echo "make format   repair the style"
 	@echo "make versions the tests with the lowest and with the newest versions that pyproject.toml allows"
@@ -38,7 +39,9 @@ demo: $(READY)
 	@echo "== the demo"
 	@$(BIN)/python examples/demo.py
 
-ci: test
+ci: test newest
+
+newest:
 	@$(MAKE) --no-print-directory test-newest ROOMS="$(CALLS)"
 
 test: check
