@@ -11,6 +11,7 @@ arguments   what a call was given, by name, and how many tokens came before
 batch       where the prompts' own tokens stand in a run
 signatures  what a module's call takes
 proof       whether the recorded order agrees with the atlas
+causality   whether tokens depend on those before them alone
 calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
 turns       what threads share and take turns with
@@ -20,17 +21,16 @@ import nnsplice.engine.anyio_first  # noqa: F401  # before nnsight
 from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of, tokens_before
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
+from nnsplice.engine.causality import after_last_attention, is_causal
 from nnsplice.engine.digest import weights_digest
 from nnsplice.engine.intercept import Interception
 from nnsplice.engine.memory import is_memory, room
 from nnsplice.engine.models import (
-    after_last_attention,
     as_model,
     attention_of,
     check_tokens,
     decoder_start,
     in_training,
-    is_causal,
     is_edited,
     is_encoder_decoder,
     keeps_logits,

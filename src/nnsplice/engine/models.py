@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas import Atlas, Site, peel, text_config, whole_here
+from nnsplice.atlas import peel, text_config, whole_here
 from nnsplice.atlas.families import NOT_TEXT, POSITIONS
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType, named
@@ -78,18 +78,6 @@ def is_encoder_decoder(model: Model) -> bool:
     return bool(getattr(getattr(peel(model), "config", None), "is_encoder_decoder", False))
 
 
-def is_causal(model: Model) -> bool:
-    """Whether a token's values depend on the tokens before it alone."""
-    module = peel(model)
-    generates = getattr(module, "can_generate", None)
-    if generates is None or is_encoder_decoder(model) or not generates():
-        return False
-    return all(
-        not getattr(config, "use_bidirectional_attention", False) and getattr(config, "is_causal", True) is not False
-        for config in (module.config, text_config(module))
-    )
-
-
 def is_edited(model: Model) -> bool:
     """Whether the model has edits of nnsight, which its traces go through and plain calls of its module pass by."""
     return bool(model._edits)
@@ -126,19 +114,6 @@ def keeps_logits(model: Model) -> bool:
 @cache
 def _takes_logits(kind: type) -> bool:
     return "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
-
-
-def after_last_attention(model: Model, site: Site) -> bool:
-    """Whether no token reads another token's value of this site: it stands behind the last attention's mixing."""
-    towers = Atlas.of(model).towers
-    if site.tower not in towers:
-        return False
-    last = towers[site.tower].blocks[-1]
-    behind = {
-        (last.module, "output"), (last.mlp_added, "output"), (last.attn_added, "output"), (last.o, "input"),
-        (last.o, "output"), (last.mlp, "output"), (last.down, "input"), (last.attn, "output"), last.mid,
-    }  # fmt: skip
-    return site.occurrence == last.occurrence and site.kind in ("plain", "stream") and (site.module, site.end) in behind
 
 
 def attention_of(model: Model) -> str | None:

@@ -1,0 +1,82 @@
+"""Does a token depend on the tokens before it alone? Asked of the model itself, as configs call it by many names."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice.atlas import Atlas, Site, fingerprint, peel, text_config
+from nnsplice.engine.models import attention_of, is_encoder_decoder
+from nnsplice.engine.recording import example_of, undisturbed
+from nnsplice.engine.tracing import Model
+
+#: Tokens of the two prompts that are compared; they differ in the last one.
+TOKENS = 5
+#: What a later token may change of an earlier one's logits, relative to their size: rounding, and never a dependence.
+ROUNDING = 1e-3
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[object, bool]] = weakref.WeakKeyDictionary()
+
+
+def is_causal(model: Model) -> bool:
+    """Whether a token's values depend on the tokens before it alone.
+
+    One short run tells: of two prompts that differ in their last token, all others have to have the same logits. It is
+    kept until the structure or the attention changes. A model that does not run from tokens is believed.
+    """
+    module = peel(model)
+    generates = getattr(module, "can_generate", None)
+    if generates is None or is_encoder_decoder(model) or not generates():
+        return False
+    for config in (module.config, text_config(module)):  # pyright: ignore[reportArgumentType]
+        said = (getattr(config, "is_causal", True), getattr(config, "causal", True))
+        if getattr(config, "use_bidirectional_attention", False) or False in said:
+            return False
+    known, now = _known.setdefault(module, {}), (fingerprint(module), attention_of(model))
+    if now not in known:
+        known[now] = _seen(model)
+    return known[now]
+
+
+def _seen(model: Model) -> bool:
+    try:
+        runner, args, kwargs = example_of(model, TOKENS)
+        ids = kwargs.get("input_ids")
+        if args or not isinstance(ids, Tensor) or ids.shape != (1, TOKENS):
+            return True
+        other = ids.clone()
+        other[0, -1] = ids[0, 0]
+        with undisturbed(runner) as call:
+            logits: Any = getattr(call(**{**kwargs, "input_ids": torch.cat([ids, other])}), "logits", None)
+    except Exception:  # whoever runs it next is told what is wrong
+        return True
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (2, TOKENS):
+        return True
+    first, second = logits[:, :-1].double()
+    scale = torch.where(first.abs() < 1e4, first.abs(), 0).max()  # tokens that are ruled out have logits of any size
+    return bool((first - second).abs().max() <= ROUNDING * scale)
+
+
+def after_last_attention(model: Model, site: Site) -> bool:
+    """Whether no token reads another token's value of this site: it stands behind the last attention's mixing."""
+    towers = Atlas.of(model).towers
+    if site.tower not in towers:
+        return False
+    last = towers[site.tower].blocks[-1]
+    behind = {(last.module, "output")}
+    if not _convolves(peel(model).get_submodule(last.module)):
+        behind |= {
+            (last.mlp_added, "output"), (last.attn_added, "output"), (last.o, "input"), (last.o, "output"),
+            (last.mlp, "output"), (last.down, "input"), (last.attn, "output"), last.mid,
+        }  # fmt: skip
+    return site.occurrence == last.occurrence and site.kind in ("plain", "stream") and (site.module, site.end) in behind
+
+
+def _convolves(block: nn.Module) -> bool:
+    """Whether something in a block may mix tokens behind its attention (Inkling's branches end in a convolution)."""
+    kinds = {type(module).__name__ for module in block.modules()}
+    # GPT-2's linear layers are called so too.
+    return any("conv" in kind.lower() for kind in kinds - {"Conv1D"})

@@ -1,0 +1,55 @@
+"""Whether a token depends on those before it alone: seen in a run, whatever the config calls it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import nnsplice as ns
+from families.build import build
+from nnsplice import engine
+from zoo import FAMILIES, MASKED, SEQ2SEQ, tokenizer, wrap
+
+
+def _looks_ahead(module: torch.nn.Module) -> bool:
+    """The same by gradients: whether the first token's logits depend on the last token's embedding."""
+    seen: list[torch.Tensor] = []
+    embedding = module.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    hook = embedding.register_forward_hook(lambda _m, _a, out: seen.append(out.detach().requires_grad_()) or seen[-1])
+    try:
+        logits = module(input_ids=torch.tensor([[3, 4, 5, 6]])).logits
+        (found,) = torch.autograd.grad(logits[0, 0].sum(), seen[0])
+    finally:
+        hook.remove()
+    return bool(found[0, -1].abs().max() > 1e-9)
+
+
+@pytest.mark.parametrize("name", ["xlm", "xlm/causal", "cpmant", "gpt2", "gemma3_text", "bloom", "biogpt"])
+def test_it_is_what_gradients_say(name: str) -> None:
+    module = build(name)
+    assert engine.is_causal(engine.as_model(ns.load(module, tokenizer=tokenizer()))) is not _looks_ahead(module)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in (*SEQ2SEQ, *MASKED)])
+def test_decoders_are_causal(family: str) -> None:
+    assert engine.is_causal(wrap(family))
+
+
+@pytest.mark.parametrize("name", ["xlm", "cpmant", "inkling_text"])
+def test_no_cell_counts_as_known_that_a_later_token_changes(name: str) -> None:
+    model = ns.load(build(name), tokenizer=tokenizer())
+    clean, corrupted = [3, 9, 5, 6], [3, 9, 15, 6]
+    metric = ns.logit_diff(7, 8)
+    sites = ["layers[:].mlp.output", "layers[:].output"]
+    try:
+        plan = ns.plan_sweep(model, clean, corrupted, sites, metric)
+    except ns.errors.RefusedPlace:
+        plan = ns.plan_sweep(model, clean, corrupted, sites[1:], metric)
+    result = ns.run(plan, model, executor="auto", progress=False)
+    exact = ns.run(plan, model, executor="reference", progress=False)
+    every = ns.run(replace(plan, jobs=plan.jobs + plan.known, known=()), model, executor="reference", progress=False)
+    scale = float(abs(every.table.values).max())
+    assert abs(result.table.values - every.table.values).max() < 1e-6 * scale
+    assert abs(exact.table.values - every.table.values).max() < 1e-6 * scale
