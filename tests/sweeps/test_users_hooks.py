@@ -106,7 +106,5 @@ def test_hooks_that_let_tokens_see_later_ones_leave_no_cell_known() -> None:
     plan = plan_sweep(model, [CLEAN], [CORRUPTED], "layers[:].output", METRIC)
     assert not plan.known
     result = run(plan, model, progress=False)
-    expected = [
-        _by_hooks(model._module, "", "output", t.cell.layer, t.cell.position, zero=False) for t in plan.targets
-    ]
+    expected = [_by_hooks(model._module, "", "output", t.cell.layer, t.cell.position, zero=False) for t in plan.targets]
     assert np.abs(result.table.values[0] - expected).max() < 1e-12
