@@ -295,6 +295,23 @@ def test_a_folder_whose_config_makes_no_model(heads: int, cause: str, tmp_path: 
     said(error, cause, str(tmp_path))
 
 
+def test_a_folder_whose_config_does_not_say_what_the_model_is_for(tmp_path: Path) -> None:
+    save("gpt2", tmp_path)
+    config = tmp_path / "config.json"
+    told = json.loads(config.read_text())
+    del told["architectures"]
+    config.write_text(json.dumps(told))
+    with pytest.raises(FileError) as error:
+        ns.load(str(tmp_path))
+    said(error, "names no architectures", 'task="text-generation"')
+    assert ns.capture(ns.load(str(tmp_path), task="text-generation"), "w3", "layers[0].output[-1]")
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(FileError):
+        ns.load("a" * 5000)
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="there is no such folder"):
         load(tmp_path / "nothing")

@@ -142,7 +142,10 @@ def embedded(name: str) -> Path:
 
 def _is_here(name: str) -> bool:
     """Whether a name is meant as a folder of this machine."""
-    return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
+    try:
+        return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _embedded(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
@@ -283,6 +286,12 @@ def _explained(kwargs: Mapping[str, Any]) -> Iterator[None]:
             write='ns.load(name, device_map="auto")',
         ) from error
     except RuntimeError as error:
+        if "without a task" in str(error) or "infer task" in str(error):  # on line, and offline
+            raise FileError(
+                "its config.json names no architectures, so what the model is for is not known",
+                expected="a config that save_pretrained wrote, or a task",
+                write='ns.load(name, task="text-generation")',
+            ) from error
         if "device string: disk" not in str(error):
             raise
         raise BadArgument(
