@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import nnsplice as ns
 from adapters.peft_models import ADAPTERS, OPTIMIZERS, Trained, adapt, count, train, truth
+from nnsplice.adapters import grouping
 from nnsplice.errors import NnspliceError, ParamMappingError
 
 adapters = ns.adapters
@@ -294,3 +295,18 @@ def test_the_towers_of_two(made):
         assert grouping.layer_of == plain(right, tower)
     with pytest.raises(ParamMappingError, match="none of the towers"):
         adapters.map_optimizer_to_layers(optimizer, trained.model, tower="middle")
+
+
+def test_the_names_that_are_proposed_are_those_of_an_optimizer_with_groups(made):
+    """Its groups are not in the model's order, so the model's order would give ids to other layers."""
+    trained = made("plain")
+    model = trained.model
+    parameters = [p for _, p in trained.trainable]
+    optimizer = torch.optim.AdamW([{"params": parameters[1::2]}, {"params": parameters[::2], "weight_decay": 0.0}])
+    code, _, given = grouping.NAMES.removeprefix("names=").partition("   (with of = ")
+    of = eval(given.removesuffix(")"), {"model": model})
+    names = eval(code, {"of": of, "optimizer": optimizer})
+    found = adapters.map_param_ids_to_layers(trained.folder, len(parameters), names=names)
+    known = adapters.map_optimizer_to_layers(optimizer, model)
+    assert found.layer_of == known.layer_of
+    assert list(known.layer_of.values()) != sorted(known.layer_of.values())

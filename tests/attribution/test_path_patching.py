@@ -11,6 +11,8 @@ import torch
 
 import nnsplice as ns
 from attribution.oracle import NAMES, Names, Point, bare, double, ends, ids, kept, three_passes
+from hooked import build as built
+from hooked import wrapped
 from nnsplice.attribution import packed_paths, path_patching
 from nnsplice.packed import still
 from zoo import FAMILIES, MASKED, SEQ2SEQ, having
@@ -270,3 +272,34 @@ def test_packed_paths_that_are_off_are_found_out(monkeypatch: pytest.MonkeyPatch
     result = ns.path_patch(*args, progress=False)
     assert (result.run.executor, "of its own point" in result.run.note) == ("paths", True)
     assert np.abs(result.table.values - right.table.values).max() < 1e-12
+
+
+@pytest.mark.parametrize("received", [[2, 3], [3]])
+@pytest.mark.parametrize("family", ["bloom", "gptj", "falcon"])
+def test_attention_that_runs_whole_prompts_stands_still_at_its_own_tokens(family: str, received: list[int]) -> None:
+    """Rows end before their prompts do, so a token stands elsewhere in a pack than inside an attention of this kind."""
+    names = {
+        "bloom": Names("transformer.h.{}.self_attention.dense", "transformer.h.{}.mlp.dense_4h_to_h", "", 4),
+        "gptj": Names("transformer.h.{}.attn", "transformer.h.{}.mlp", "", 4),
+        "falcon": Names("transformer.h.{}.self_attention", "transformer.h.{}.mlp", "", 4),
+    }[family]
+    model, module = double(family), bare(family)
+    for sender, text in ((names.mlp, "layers[0].mlp"), (names.attn, "layers[0].attn")):
+        point, receiver = Point(sender.format(0)), Point(names.mlp.format(1))
+        value = _values(model, text, f"layers[1].mlp.output{received}".replace(" ", ""))[0]
+        pair = ids(CLEAN), ids(CORRUPTED)
+        expected = three_passes(module, names.branches(), *pair, point, point, [receiver], received=received)
+        assert abs(value - expected) < 1e-12, text
+        assert abs(expected - ends(module, pair[1])) > 1e-6
+
+
+def test_layers_that_put_out_a_list() -> None:
+    config = {"vocab_size": 64, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    model, module = wrapped(built("OpenAIGPTConfig", config, "eager")), built("OpenAIGPTConfig", config, "eager")
+    names = Names("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp", "", 4)
+    point = Point(names.mlp.format(0))
+    value = _values(model, "layers[0].mlp", "layers[2].attn")[0]
+    pair = ids(CLEAN), ids(CORRUPTED)
+    expected = three_passes(module, names.branches(), *pair, point, point, [Point(names.attn.format(2))])
+    assert abs(value - expected) < 1e-12
+    assert abs(expected - ends(module, pair[1])) > 1e-6

@@ -16,6 +16,9 @@ from torch import nn
 import nnsplice as ns
 from attribution.oracle import NAMES, Point, bare, double, ends, ids, with_first, worth
 from attribution.test_nodes import CLEAN, CORRUPTED, METRIC, attribute, scores
+from families.build import build as of_family
+from families.build import prompt
+from nnsplice.attribution.attention import probabilities
 from zoo import FAMILIES, MASKED, SEQ2SEQ, build, wrap
 
 
@@ -172,3 +175,24 @@ def test_the_oracle_sees_a_layer_that_moves() -> None:
     with _standing_still(module, ["transformer.h.1.attn", "transformer.h.1.mlp"]):
         still = worth(module, ids(CLEAN), ids(CORRUPTED), [point])[point]
     assert float((plain - still).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma2", "gemma3_text", "phimoe", "gpt_oss", "cohere2", "qwen2_moe", "llama4_text", "afmoe"]
+)
+def test_probabilities_are_those_of_models_with_windows_behind_prompts_that_are_longer(family: str) -> None:
+    """The window is in the mask that the model makes, so the argument that says it again may be left out."""
+    tokens = prompt(12)
+    own, exchanged = of_family(family), of_family(family)
+    with torch.no_grad():
+        expected = own(tokens, output_attentions=True, use_cache=False)
+        with probabilities(exchanged) as seen:
+            logits = exchanged(tokens, use_cache=False).logits
+    assert (logits - expected.logits).abs().max() < 1e-4, "the models' own softmax is in single precision"
+    assert len(seen) == len(expected.attentions)
+    for attended, pattern in zip(seen.values(), expected.attentions, strict=True):
+        assert (attended.probabilities - pattern).abs().max() < 1e-5
+        again = attended.softmax(attended.scores(attended.query, attended.key))
+        assert (again - pattern).abs().max() < 1e-5
+    hidden = [(pattern[0, 0].tril() == 0).sum() - 66 for pattern in expected.attentions]
+    assert max(hidden) > 0, "no window is shorter than the prompt"

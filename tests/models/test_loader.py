@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,36 @@ def test_a_folder_with_a_part_of_a_checkpoint(lost: str, checkpoint: Path) -> No
     (checkpoint / lost).write_text("{}") if lost == "config.json" else (checkpoint / lost).unlink()
     with pytest.raises(FileError) as error:
         load(checkpoint)
-    said(error, "does not hold all of a checkpoint", str(checkpoint))
+    said(error, "holds no whole checkpoint", str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("heads", "cause"), [(0, "ZeroDivisionError: "), (3, "ValueError: `embed_dim` must be divisible")]
+)
+def test_a_folder_whose_config_makes_no_model(heads: int, cause: str, tmp_path: Path) -> None:
+    save("gpt2", tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "n_head": heads}))
+    with pytest.raises(FileError) as error:
+        ns.load(str(tmp_path))
+    said(error, cause, str(tmp_path))
+
+
+def test_a_folder_whose_config_does_not_say_what_the_model_is_for(tmp_path: Path) -> None:
+    save("gpt2", tmp_path)
+    config = tmp_path / "config.json"
+    told = json.loads(config.read_text())
+    del told["architectures"]
+    config.write_text(json.dumps(told))
+    with pytest.raises(FileError) as error:
+        ns.load(str(tmp_path))
+    said(error, "names no architectures", 'task="text-generation"')
+    assert ns.capture(ns.load(str(tmp_path), task="text-generation"), "w3", "layers[0].output[-1]")
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(FileError):
+        ns.load("a" * 5000)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -453,3 +453,20 @@ def test_an_ablation_by_a_function() -> None:
     assert by_name != by_function  # another question
     with pytest.raises(BadArgument, match="no operation 'nothing'"):
         ns.ablate(model, TEXT, "layers[:].heads[:].output", metric, with_="nothing", progress=False)
+
+
+def test_a_mistyped_option_is_told_by_the_name_of_what_was_called() -> None:
+    model, metric = wrap("gpt2"), ns.logit_diff("w7", "w8")
+    asked: dict[str, Callable[[], Any]] = {
+        "ns.ablate": lambda: ns.ablate(model, "w3 w4", "layers[:].mlp", metric, progres=False),
+        "ns.causal_trace": lambda: ns.causal_trace(model, "w3 w4", "w4", progres=False),
+        "ns.path_patch": lambda: ns.path_patch(
+            model, "w3 w4", "w5 w4", "layers[0].mlp", "layers[1].mlp", metric, progres=False
+        ),
+    }
+    for name, call in asked.items():
+        with pytest.raises(TypeError, match=rf"{name} has no option progres=\n  expected: progress\b"):
+            call()
+    for call in (ns.sweep, ns.plan_sweep, ns.attribute):  # these have all options of their own
+        with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) got an unexpected keyword argument 'windw'"):
+            call(model, "w3 w4", "w5 w4", "layers[:]", metric, windw=2)

@@ -96,3 +96,15 @@ def test_every_executor_goes_through_a_hook_of_the_users(name: str, operation: s
         assert cell.layer is not None and isinstance(cell.position, int)
         expected = _by_hooks(module, *SITES[site], cell.layer, cell.position, operation == "zero")
         assert abs(packed.table.values[prompt, number] - expected) < 1e-12, cell.path
+
+
+def test_hooks_that_let_tokens_see_later_ones_leave_no_cell_known() -> None:
+    model = wrap("llama")
+    model._module.double()
+    mlp = model._module.model.layers[1].mlp
+    mlp.register_forward_hook(lambda _m, _a, out: out + out.flip(1))  # the last token reaches the first
+    plan = plan_sweep(model, [CLEAN], [CORRUPTED], "layers[:].output", METRIC)
+    assert not plan.known
+    result = run(plan, model, progress=False)
+    expected = [_by_hooks(model._module, "", "output", t.cell.layer, t.cell.position, zero=False) for t in plan.targets]
+    assert np.abs(result.table.values[0] - expected).max() < 1e-12

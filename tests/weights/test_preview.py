@@ -117,3 +117,13 @@ def test_mistakes():
         w.preview_weight_restriction(model, "l1h0")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"shape \[3\]"):
         w.preview_weight_restriction(model, {"transformer.wte.weight": torch.ones(3, dtype=torch.bool)})
+
+
+def test_names_that_a_terminal_would_obey_are_spelled_out(shown):
+    model = zoo.build("gpt2")
+    model.transformer.add_module("red\x1b[31m", torch.nn.Linear(2, 2))
+    masks = {name: None for name, _ in model.named_parameters() if "red" in name}
+    assert masks
+    for plain in (True, False):
+        out = shown(model, masks, plain=plain)
+        assert "\x1b" not in out and r"red\x1b[31m" in out

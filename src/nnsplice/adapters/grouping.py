@@ -21,7 +21,11 @@ from nnsplice.atlas.names import NamedLayer, layer_of
 from nnsplice.errors import ParamMappingError, UnknownPath, circumstances
 
 #: What to pass where the order of the ids is not known.
-NAMES = 'names=dict(enumerate(name for name, p in model.named_parameters() if p.requires_grad))   (or "param_names")'
+#: Names in the optimizer's own order: parameters given in groups, as trainers do, are not in the model's.
+NAMES = (
+    'names=[of[id(p)] for group in optimizer.param_groups for p in group["params"]]'
+    "   (with of = {id(p): name for name, p in model.named_parameters()})"
+)
 LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
 
 
@@ -82,7 +86,7 @@ def map_param_ids_to_layers(
     Traceback (most recent call last):
     nnsplice.errors.ParamMappingError: the optimizer has 3 parameters, fewer than the 4 of this adapter's layers
       expected: the optimizer that trained this adapter
-      write: names=dict(enumerate(name for name, p in model.named_parameters() if p.requires_grad))   (or "param_names")
+      write: names=...
       in: the adapter in ...
 
     Args:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from nnsplice.shown import shown
+
 #: Cells of a bar.
 CELLS = 24
 _FULL, _EMPTY = "█", "░"
@@ -45,13 +47,13 @@ def draw(rows: Iterable[Row], *, colour: bool = False) -> str:
     rows = list(rows)
     root = _Branch("")
     for row in rows:
-        root.add(row.name.split("."), row)
+        root.add(shown(row.name).split("."), row)  # a name may hold what a terminal obeys
     lines = list(_lines(root))
     width = max((len(text) for text, row in lines if row is not None), default=0)
-    shown = [text if row is None else f"{text:{width}}  {_bar(row, colour)}" for text, row in lines]
+    drawn = [text if row is None else f"{text:{width}}  {_bar(row, colour)}" for text, row in lines]
     selected, total = sum(row.selected for row in rows), sum(row.total for row in rows)
     count = f"{len(rows)} parameter{'s' * (len(rows) != 1)}"
-    return "\n".join([*shown, f"{count}  ({selected:,} of {total:,})"])
+    return "\n".join([*drawn, f"{count}  ({selected:,} of {total:,})"])
 
 
 class _Branch:

@@ -109,7 +109,7 @@ def _attend(
     weights = plain.softmax(scores if scores.dtype == torch.float64 else scores.float()).to(value)
     seen[module] = Attended(query.detach(), key.detach(), weights, scaling, attention_mask, softcap, sinks)
     values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    return (weights @ values).transpose(1, 2), None
+    return (weights @ values).transpose(1, 2).contiguous(), None  # some modules take a view of it
 
 
 # --- what a patched query or key does to them -------------------------------------------------------------------------

@@ -26,13 +26,15 @@ from nnsplice.packed.cost import Cost
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.executors import Executor, Work, measured, whole_prompts
+from nnsplice.sweeps.options import RUNNING, check_options, known_of
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.targets import tokens_of
 
-_RUNNING = ("executor", "max_tokens", "journal", "progress")
+#: What is no option, as a path patch always patches from the clean run, at the tokens that its senders say.
+_SET_HERE = ("operation", "reference", "together", "corruption", "seed")
 
 
 def path_patch(
@@ -65,7 +67,8 @@ def path_patch(
     """
     if "executor" in options:
         raise BadArgument("path_patch has one way of running", expected="no executor=")
-    running = {name: options.pop(name) for name in _RUNNING if name in options}
+    check_options("ns.path_patch", options, known_of(path_patch, plan_sweep, _SET_HERE))
+    running = {name: options.pop(name) for name in RUNNING if name in options}
     model = engine.as_model(model)
     with circumstances("ns.path_patch"):
         plan = plan_sweep(model, clean, corrupted, senders, metric, together=True, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, FileError, NnspliceError, closest, named
 from nnsplice.models.smallfiles import check_small_files
 
+#: The last line of a traceback.
+_CAUSE = re.compile(r"^\w*(?:Error|Exception): .+", re.MULTILINE)
 #: Models that are part of the package: name -> folder.
 EMBEDDED: Mapping[str, Path] = {name: Path(__file__).parent / "data" / name for name in ("toy", "toy-llama")}
 
@@ -139,7 +142,10 @@ def embedded(name: str) -> Path:
 
 def _is_here(name: str) -> bool:
     """Whether a name is meant as a folder of this machine."""
-    return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
+    try:
+        return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _embedded(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
@@ -226,9 +232,15 @@ def _folder(folder: Path, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Mode
         raise
     except (OSError, ValueError) as error:
         raise FileError(
-            f"this folder does not hold all of a checkpoint: {_first_line(error)}",
+            f"this folder holds no whole checkpoint, or not one that transformers takes: {_first_line(error)}",
             path=folder,
             expected="a folder that save_pretrained wrote, with config.json, weights and a tokenizer",
+        ) from error
+    except (ArithmeticError, LookupError, AttributeError) as error:  # transformers computes with what a config says
+        raise FileError(
+            f"transformers makes no model of this config.json: {type(error).__name__}: {_first_line(error)}",
+            path=folder,
+            expected="a config that save_pretrained wrote",
         ) from error
 
 
@@ -274,6 +286,12 @@ def _explained(kwargs: Mapping[str, Any]) -> Iterator[None]:
             write='ns.load(name, device_map="auto")',
         ) from error
     except RuntimeError as error:
+        if "without a task" in str(error) or "infer task" in str(error):  # on line, and offline
+            raise FileError(
+                "its config.json names no architectures, so what the model is for is not known",
+                expected="a config that save_pretrained wrote, or a task",
+                write='ns.load(name, task="text-generation")',
+            ) from error
         if "device string: disk" not in str(error):
             raise
         raise BadArgument(
@@ -355,7 +373,11 @@ def _meant(name: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    """What an error says first; of the tries that transformers lists, what the first of them failed with."""
+    text = str(error).strip()
+    if "See the original errors" in text and (causes := _CAUSE.findall(text)):
+        return causes[0]
+    return text.partition("\n")[0]
 
 
 @contextmanager

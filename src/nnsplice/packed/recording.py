@@ -281,5 +281,5 @@ def _at(value: Any, tokens: Tensor) -> Any:
 
 
 def first(value: Any) -> Tensor:
-    """A block's stream, whether or not it stands in a tuple."""
-    return value[0] if isinstance(value, tuple) else value
+    """A block's stream, whether or not it stands in a tuple or a list."""
+    return value[0] if isinstance(value, tuple | list) else value

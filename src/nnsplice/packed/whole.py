@@ -139,9 +139,12 @@ class Whole:
                     more = {name: _for(name, value, call, prompts) for name, value in call.given.items()}
                     out = forward(**live, **more)
                     finds(None)
-                    parts.append((own, (out[0] if isinstance(out, tuple) else out)[there]))
+                    parts.append((own, (out[0] if isinstance(out, tuple | list) else out)[there]))
             packed = torch.cat([made for _, made in parts])[torch.cat([own for own, _ in parts]).argsort()][None]
-            return (packed, *[None] * (len(out) - 1)) if isinstance(out, tuple) else packed
+            if not isinstance(out, tuple | list):
+                return packed
+            given = [packed, *[None] * (len(out) - 1)]
+            return given if isinstance(out, list) else tuple(given)
 
         return run
 

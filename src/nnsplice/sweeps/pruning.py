@@ -7,7 +7,7 @@ import warnings
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import Site
+from nnsplice.atlas import Site, peel
 from nnsplice.errors import ShortRow
 from nnsplice.sweeps.plan import Job, Plan
 
@@ -16,7 +16,8 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
     """The cells to compute, and those that cannot differ from the corrupted run."""
     jobs: list[Job] = []
     known: list[Job] = []
-    causal = engine.is_causal(model)
+    # A hook of the user's may mix tokens in any way.
+    causal = engine.is_causal(model) and not _has_hooks(model)
     after = 0
     behind: dict[object, bool] = {}
     for number, target in enumerate(plan.targets):
@@ -65,6 +66,10 @@ def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:
         return False
     a, b = edited.take([prompt]), source.take([prompt])
     return (a.ids, a.decoder_ids, a.spans) == (b.ids, b.decoder_ids, b.spans)
+
+
+def _has_hooks(model: engine.Model) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in peel(model).modules())
 
 
 def _value(site: Site) -> tuple:

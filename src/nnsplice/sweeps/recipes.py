@@ -23,6 +23,7 @@ from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.metrics import Answer, Metrics, probability
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
+from nnsplice.sweeps.options import RUNNING, check_options, known_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import run_fresh
@@ -55,7 +56,8 @@ def ablate(
         reference: the capture that means and samples are taken from.
         options: those of `ns.plan_sweep` and `ns.run`.
     """
-    running = {name: options.pop(name) for name in _RUNNING if name in options}
+    check_options("ns.ablate", options, known_of(ablate, plan_sweep, _SET_BY_ABLATE))
+    running = {name: options.pop(name) for name in RUNNING if name in options}
     if with_ in ("mean", "resample") and reference is None:
         everywhere = [parse_path(path).place for path in engine.listed(sites)]
         reference = _all_tokens(engine.as_model(model), prompts, everywhere)
@@ -65,7 +67,7 @@ def ablate(
     return run_fresh(plan, engine.as_model(model), **running)
 
 
-_RUNNING = ("executor", "max_tokens", "journal", "progress")
+_SET_BY_ABLATE = ("operation", "together", "corruption")
 
 
 def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:
@@ -127,6 +129,7 @@ def causal_trace(
         answer: a token for each prompt; the one that the clean run puts first, if left out.
         options: those of `ns.run`.
     """
+    check_options("ns.causal_trace", options, known_of(causal_trace, causal_trace))
     model = engine.as_model(model)
     if kind not in KINDS:
         raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))

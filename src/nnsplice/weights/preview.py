@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nnsplice.atlas import Atlas, Row, by_number, draw, peel
 from nnsplice.errors import BadType, ShapeError, UnknownParameter, closest, named
+from nnsplice.shown import shown
 from nnsplice.weights.chosen import exact
 from nnsplice.weights.masks import ParamMasks
 from nnsplice.weights.owned import notes
@@ -45,7 +46,7 @@ def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = F
     """
     rows = rows_of(model, masks)
     if plain:
-        text = "\n".join(sorted((row.name for row in rows), key=by_number))
+        text = "\n".join(shown(name) for name in sorted((row.name for row in rows), key=by_number))
     else:
         text = draw(rows, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
         text += _shared(model, masks)
@@ -75,11 +76,11 @@ def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[Row]:
     rows: list[Row] = []
     for name, mask in masks.items():
         if name not in parameters:
-            raise UnknownParameter(f"this model has no parameter {name}", expected=closest(name, parameters))
+            raise UnknownParameter(f"this model has no parameter {shown(name)}", expected=closest(name, parameters))
         shape, total = parameters[name].shape, parameters[name].numel()
         if mask is not None and mask.shape != shape:
             raise ShapeError(
-                f"the mask of {name} has shape {list(mask.shape)}", expected=f"{list(shape)}, as the parameter"
+                f"the mask of {shown(name)} has shape {list(mask.shape)}", expected=f"{list(shape)}, as the parameter"
             )
         rows.append(Row(name, total if mask is None else count(mask), total))
     return rows
