@@ -467,6 +467,7 @@ def test_a_mistyped_option_is_told_by_the_name_of_what_was_called() -> None:
     for name, call in asked.items():
         with pytest.raises(TypeError, match=rf"{name} has no option progres=\n  expected: progress\b"):
             call()
-    for call in (ns.sweep, ns.plan_sweep, ns.attribute):  # these have all options of their own
+    whole: tuple[Any, ...] = (ns.sweep, ns.plan_sweep, ns.attribute)  # these have all options of their own
+    for call in whole:
         with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) got an unexpected keyword argument 'windw'"):
             call(model, "w3 w4", "w5 w4", "layers[:]", metric, windw=2)

@@ -106,5 +106,7 @@ def test_hooks_that_let_tokens_see_later_ones_leave_no_cell_known() -> None:
     plan = plan_sweep(model, [CLEAN], [CORRUPTED], "layers[:].output", METRIC)
     assert not plan.known
     result = run(plan, model, progress=False)
-    expected = [_by_hooks(model._module, "", "output", t.cell.layer, t.cell.position, zero=False) for t in plan.targets]
-    assert np.abs(result.table.values[0] - expected).max() < 1e-12
+    for target, value in zip(plan.targets, result.table.values[0], strict=True):
+        layer, position = target.cell.layer, target.cell.position
+        assert layer is not None and isinstance(position, int)
+        assert abs(value - _by_hooks(model._module, "", "output", layer, position, zero=False)) < 1e-12
