@@ -143,7 +143,8 @@ def _sums(subject: Subject, served: dict[str, Served]) -> None:
 def _norms(subject: Subject, block: Block):
     """A value, and what the layer's own norms make of it: some families norm the stream itself after each branch."""
     homes = [subject.bare.get_submodule(name) for name in (*block.modules, *([block.end] if block.end else []))]
-    found = [module for home in homes for module in home.modules() if "Norm" in type(module).__name__]
+    # Every class of RoBERTa-PreLayerNorm is called a norm; a norm has no parts.
+    found = [m for home in homes for m in home.modules() if "Norm" in type(m).__name__ and not list(m.children())]
 
     def made(value: Tensor) -> Iterator[Tensor]:
         yield value
