@@ -131,7 +131,7 @@ def test_a_cell_says_what_it_is(browser: Any, tmp_path: Path) -> None:
     value = result.table.values[0, 6]
     for part in ("layers[1].output[2]", "layer", "position", '"the"', "logit_diff", f"{abs(value):.3g}"[:4]):
         assert part in said
-    effect = float(result.effect(STREAM)[0, 1, 2])
+    effect = float(result.effect(STREAM, per_prompt=True)[0, 1, 2])  # of the prompt that was chosen
     assert f"{abs(effect):.4g}"[:5] in said
     # The other prompt is shorter, and the other kind of place has heads.
     _choose(browser, "prompt", "the dog")
