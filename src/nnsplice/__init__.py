@@ -5,7 +5,7 @@ One address language for every part of a model, and many views of an address. Th
     load, models                                  a model, ready for tracing; the embedded toy models and their prompts
     parse_path, Path, expand, Atlas               the language, and what it means in a model
     SavedActivation, save_activations, capture,   pieces of a run: taken out,
-    updates, patched_logits                       and written into another run
+    updates, patched_logits, chat                 and written into another run; chat messages as its prompt
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
     from nnsplice import adapters, checkpoints, errors, models, plots, steering, weights
-    from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations, updates
+    from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
     from nnsplice.engine import expand
@@ -57,6 +57,7 @@ __all__ = [
     "attribute",
     "capture",
     "causal_trace",
+    "chat",
     "checkpoints",
     "errors",
     "expand",
@@ -87,7 +88,7 @@ __all__ = [
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
     "": ("adapters", "checkpoints", "errors", "models", "plots", "steering", "weights"),
-    "activations": ("SavedActivation", "capture", "patched_logits", "save_activations", "updates"),
+    "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
     "engine": ("expand",),

@@ -10,12 +10,14 @@ access              which values of a run a list of places needs
 packs               what a capture holds
 lookup, tree        which entries a path means; the attribute view
 prompts             prompts as token ids in batches of one length, spans
+messages            chat messages as prompts, and where each stands
 storage, display    files; what a notebook shows
 """
 
 from nnsplice.activations.capture import capture, save_activations
+from nnsplice.activations.messages import chat
 from nnsplice.activations.patched import patched_logits
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.activations.updates import updates
 
-__all__ = ["SavedActivation", "capture", "patched_logits", "save_activations", "updates"]
+__all__ = ["SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations.messages import Chat, Message, is_chat, templated
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.tokens import Rows, Spans
@@ -85,8 +86,21 @@ class Prompts:
         return None if self.spans is None else {name: [all_[r] for r in rows] for name, all_ in self.spans.items()}
 
 
-#: What prompts may be given as: texts, token ids, an encoding, or values `[prompt, token, width]` for a plain module.
-PromptsLike = Prompts | str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
+#: What prompts may be given as: texts, chat messages, token ids, an encoding, or values `[prompt, token, width]` for a
+#: plain module.
+PromptsLike = (
+    Prompts
+    | str
+    | Sequence[str]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | Tensor
+    | Mapping[str, Any]
+    | Chat
+    | Sequence[Chat]
+    | Sequence[Message]
+    | Sequence[Sequence[Message]]
+)
 #: Where one span stands: a text or (start, stop), for all prompts or for each.
 SpanText = str | tuple[int, int] | Sequence[str | tuple[int, int]]
 #: The spans by name.
@@ -111,14 +125,21 @@ def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = 
         if spans:
             raise BadArgument("spans are stretches of tokens, and these prompts are values, not tokens")
         return Prompts(values=prompts)
-    texts, ids, decoder_ids = _ids(model, prompts)
+    chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
+    if chats:
+        texts, ids, messages = _chats(model, chats)
+        decoder_ids = None
+    else:
+        texts, ids, decoder_ids = _ids(model, prompts)
+        messages = {}
     if not ids:
         raise BadArgument("no prompts", expected="at least one prompt")
     for row, tokens in enumerate(ids):
         if not tokens:
             raise BadArgument(f"prompt {row} has no tokens", expected="at least one token in every prompt")
     engine.check_tokens(model, ids)
-    found = None if spans is None else {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in spans.items()}
+    named_ones = {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
+    found = None if spans is None and not messages else {**messages, **named_ones}
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
     return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))))
@@ -127,10 +148,40 @@ def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = 
 Ids = tuple[tuple[int, ...], ...]
 
 
+def _several_chats(prompts: Any) -> list[Any]:
+    """The prompts where at least one is a chat, else none."""
+    several = isinstance(prompts, Sequence) and not isinstance(prompts, str) and any(map(is_chat, prompts))
+    return list(prompts) if several else []
+
+
+def _chats(
+    model: engine.Model, prompts: Sequence[Any]
+) -> tuple[tuple[str, ...] | None, Ids, dict[str, tuple[tuple[int, int], ...]]]:
+    """Texts, token ids and the spans of messages that every prompt has."""
+    for row, prompt in enumerate(prompts):
+        if not is_chat(prompt):
+            raise BadType(
+                f"prompt {row} is {named(prompt)}, and others are chat messages",
+                expected="all prompts of one kind",
+                write='[{"role": "user", "content": text}] for a text',
+            )
+    told = [templated(model, prompt) for prompt in prompts]
+    texts = tuple(one.text for one in told if one.text is not None)
+    names = [name for name in told[0].spans if all(name in one.spans for one in told)]
+    spans = {name: tuple(one.spans[name] for one in told) for name in names}
+    return texts if len(texts) == len(told) else None, tuple(one.ids for one in told), spans
+
+
 def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids, Ids | None]:
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
+        if "input_ids" not in prompts:
+            raise BadType(
+                f"a mapping with {', '.join(map(repr, prompts)) or 'nothing'} is no encoding",
+                expected='an encoding with "input_ids", or a list of chat messages',
+                write='[{"role": "user", "content": "..."}]' if "role" in prompts else None,
+            )
         decoder = prompts.get("decoder_input_ids")
         _refuse_cache(prompts, "" if decoder is None else "decoder_")
         ids = _unpadded(prompts["input_ids"], prompts.get("attention_mask"))
@@ -140,7 +191,8 @@ def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids
     if not isinstance(prompts, Sequence):
         raise BadType(
             f"{named(prompts)} is no prompt",
-            expected="a text, a list of texts, token ids (a list, a list of lists, a tensor), or an encoding",
+            expected="a text, a list of texts, chat messages, token ids (a list, a list of lists, a tensor), or an "
+            "encoding",
         )
     if all(isinstance(prompt, str) for prompt in prompts):
         texts = tuple(prompts)

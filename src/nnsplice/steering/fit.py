@@ -11,6 +11,7 @@ import torch
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation, capture
+from nnsplice.activations.messages import is_chat, template_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import SpanTexts
 from nnsplice.errors import BadArgument, BadType, circumstances, named
@@ -141,7 +142,7 @@ def fit_from_prompts(
 
     Args:
         paths: places with the position that is read; after `[:]` over several tokens take their mean yourself.
-        chat: put each prompt through the tokenizer's chat template, as what the user says.
+        chat: put each text through the tokenizer's chat template, as what the user says; messages always go through it.
         spans: where named spans stand, first in the positive, then in the negative prompts.
         batch_size: at most so many prompts in one pass.
         progress: show a bar.
@@ -151,22 +152,22 @@ def fit_from_prompts(
         for name, given in (("positive", positive), ("negative", negative)):
             if not isinstance(given, Iterable):
                 raise BadType(f"{name} is {named(given)}", expected="a prompt, or several")
-        positive, negative = (([one] if isinstance(one, str) else list(one)) for one in (positive, negative))
+        positive, negative = (
+            ([one] if isinstance(one, str) or is_chat(one) else list(one)) for one in (positive, negative)
+        )
         checked(method, options)
         if not positive or not negative:
             raise BadArgument("no prompts on one side", expected="positive and negative prompts")
-        prompts, template = _templated(model, [*positive, *negative]) if chat else ([*positive, *negative], None)
+        prompts, template = _asked(model, [*positive, *negative], chat)
     saved = capture(model, prompts, paths, spans=spans, batch_size=batch_size, progress=progress)
     n = len(positive)
     vector = fit(saved.slice[0:n], saved.slice[n : n + len(negative)], method=method, folds=folds, seed=seed, **options)
     return vector if template is None else vector._with_about(replace(vector.about, template=template))
 
 
-def _templated(model: engine.Model, prompts: Sequence[Any]) -> tuple[list[list[int]], str]:
-    tokenizer = engine.tokenizer_of(model)
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise BadArgument("this model's tokenizer has no chat template", expected="chat=False, or a tokenizer with one")
+def _asked(model: engine.Model, prompts: Sequence[Any], chat: bool) -> tuple[list[Any], str | None]:
+    """The prompts, and a digest of the template where they go through it."""
+    if not chat and not any(map(is_chat, prompts)):
+        return list(prompts), None
     told = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids = [tokenizer.apply_chat_template(one, add_generation_prompt=True)["input_ids"] for one in told]
-    return ids, hashlib.sha256(str(template).encode()).hexdigest()[:16]
+    return told, hashlib.sha256(template_of(model).encode()).hexdigest()[:16]

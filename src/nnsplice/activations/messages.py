@@ -1,0 +1,168 @@
+"""Chat messages as prompts: what the tokenizer's template makes of them, and where each message stands in that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from nnsplice import engine
+from nnsplice.errors import BadArgument, BadType, named
+
+#: One message: `{"role": "user", "content": "..."}`.
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The messages of one prompt, with what their template is told besides; `ns.chat` makes it."""
+
+    messages: tuple[Message, ...]
+    #: For the template: `enable_thinking=False`, `tools=[...]`, ...
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Templated:
+    """One prompt behind the template."""
+
+    ids: tuple[int, ...]
+    #: The text with these tokens; None where the tokenizer gives no text these very tokens.
+    text: str | None
+    #: Role -> (start, stop) in tokens, of each message whose place in the text is certain.
+    spans: Mapping[str, tuple[int, int]]
+
+
+def chat(
+    messages: str | Sequence[Message],
+    *,
+    system: str | None = None,
+    assistant_prefill: str | None = None,
+    **template: Any,
+) -> Chat:
+    """A prompt of chat messages, for everything that takes prompts.
+
+    A plain list of messages is a prompt as well; this adds what the list alone cannot say. The model is asked for the
+    assistant's answer, or, where the last message is the assistant's own, for how that one goes on. Positions count
+    the tokens behind the template, and `["user"]` or `["assistant"][-1]` are spans of the messages' texts (`["user 2"]`
+    where a role speaks more than once).
+
+    >>> chat = ns.chat("Where is the Eiffel Tower?", assistant_prefill="It is in")
+    >>> [message["role"] for message in chat.messages]
+    ['user', 'assistant']
+
+    Args:
+        messages: what the user says, or messages as `{"role": ..., "content": ...}`.
+        system: a system message before all others.
+        assistant_prefill: how the assistant's answer begins.
+        template: for the tokenizer's template, e.g. `enable_thinking=False`.
+    """
+    told: list[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    if system is not None:
+        told.insert(0, {"role": "system", "content": system})
+    if assistant_prefill is not None:
+        told.append({"role": "assistant", "content": assistant_prefill})
+    if not is_chat(told):
+        raise BadType(
+            f"{named(messages)} is no list of messages", expected='{"role": "user", "content": "..."} for each message'
+        )
+    return Chat(tuple(told), dict(template))
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether this is one prompt of messages."""
+    if isinstance(prompt, Chat):
+        return True
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and bool(prompt)
+        and all(isinstance(message, Mapping) and "role" in message for message in prompt)
+    )
+
+
+def template_of(model: engine.Model) -> str:
+    """The tokenizer's chat template, or an error."""
+    template = getattr(engine.tokenizer_of(model), "chat_template", None)
+    if not template:
+        raise BadArgument(
+            "this model's tokenizer has no chat template, so prompts cannot be messages",
+            expected="texts, or a tokenizer with a template",
+        )
+    return str(template)
+
+
+def templated(model: engine.Model, prompt: Chat | Sequence[Message]) -> Templated:
+    """One prompt of messages as tokens."""
+    given = prompt if isinstance(prompt, Chat) else Chat(tuple(prompt))
+    template_of(model)
+    tokenizer = engine.tokenizer_of(model)
+    rendered = _rendered(tokenizer, given.messages, given.options)
+    # The template writes special tokens itself, so the tokenizer must not add them once more.
+    ids = tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    spans: dict[str, tuple[int, int]] = {}
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        for name, (first, last) in _places(tokenizer, given, rendered).items():
+            inside = [n for n, (start, stop) in enumerate(offsets) if start < last and stop > first and stop > start]
+            if inside:
+                spans[name] = (inside[0], inside[-1] + 1)
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    texts = (rendered, rendered.removeprefix(bos))
+    text = next((text for text in texts if tuple(tokenizer(text)["input_ids"]) == ids), None)
+    return Templated(ids, text, spans)
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+    from jinja2 import TemplateError
+
+    goes_on = messages[-1]["role"] == "assistant"
+    asked = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on, **options}
+    try:
+        return str(tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=False, **asked))
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise BadArgument(
+            f"the chat template refuses these messages ({roles}): {error}",
+            expected='messages that this model was trained on, each {"role": "user", "content": "..."}',
+        ) from error
+
+
+def _places(tokenizer: Any, given: Chat, rendered: str) -> dict[str, tuple[int, int]]:
+    """Where each message's text stands in the rendered one, in characters; empty where the template hides it.
+
+    Each text is exchanged for a mark that occurs nowhere else: a message may say "user", as the template does.
+    """
+    texts = [message.get("content") for message in given.messages]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        return {}
+    marks = [f"<message-{n}-of-{len(texts)}>" for n in range(len(texts))]
+    if any(mark in rendered for mark in marks):
+        return {}
+    marked = [{**message, "content": mark} for message, mark in zip(given.messages, marks, strict=True)]
+    try:
+        rest = _rendered(tokenizer, marked, given.options)
+    except BadArgument:
+        return {}
+    between = _split(rest, marks)
+    if between is None:
+        return {}
+    roles = [str(message["role"]) for message in given.messages]
+    names = [role if roles.count(role) == 1 else f"{role} {roles[: n + 1].count(role)}" for n, role in enumerate(roles)]
+    for said in ([str(text) for text in texts], [str(text).strip() for text in texts]):  # many templates strip
+        if rendered == "".join(a + b for a, b in zip(between, [*said, ""], strict=True)):
+            ends = list(accumulate(len(a) + len(b) for a, b in zip(between, said, strict=False)))
+            return {name: (end - len(text), end) for name, end, text in zip(names, ends, said, strict=True)}
+    return {}  # what the template writes depends on what is said
+
+
+def _split(text: str, marks: Sequence[str]) -> list[str] | None:
+    """What stands before, between and behind the marks."""
+    found: list[str] = []
+    for mark in marks:
+        before, seen, text = text.partition(mark)
+        if not seen:
+            return None
+        found.append(before)
+    return [*found, text]
