@@ -62,11 +62,19 @@ def model():
     return wrap("gpt2")
 
 
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer of English words, for the examples of tasks."""
+    from english import english
+
+    return english(digits=True)
+
+
 # --- documentation that runs -----------------------------------------------------------------------------------------
 
 
 def docstring_names(namespace: dict) -> None:
-    """What an example in a docstring may use without saying so; `model` is there too."""
+    """What an example in a docstring may use without saying so; `model` and `tokenizer` are there too."""
     import torch
 
     import nnsplice as ns
@@ -80,6 +88,6 @@ docstrings = Sybil(
     patterns=["src/*/*.py", "src/*/*/*.py", "src/*/*/*/*.py"],
     document_types={".py": PythonDocStringDocument},
     setup=docstring_names,
-    fixtures=["model"],
+    fixtures=["model", "tokenizer"],
 )
 pytest_collect_file = (readme + docstrings).pytest()

@@ -3,6 +3,7 @@
 One address language for every part of a model, and many views of an address. The public names, by room:
 
     load, models                                  a model, ready for tracing; the embedded toy models and their prompts
+    tasks                                         pairs of prompts with answers, spans and variables for one's own model
     parse_path, Path, expand, Atlas               the language, and what it means in a model
     SavedActivation, save_activations, capture,   pieces of a run: taken out,
     updates, patched_logits, chat                 and written into another run; chat messages as its prompt
@@ -23,7 +24,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
-    from nnsplice import adapters, checkpoints, errors, models, plots, steering, weights
+    from nnsplice import adapters, checkpoints, errors, models, plots, steering, tasks, weights
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
@@ -80,6 +81,7 @@ __all__ = [
     "steering",
     "sweep",
     "sweep_weights",
+    "tasks",
     "updates",
     "weights",
 ]
@@ -87,7 +89,7 @@ __all__ = [
 
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
-    "": ("adapters", "checkpoints", "errors", "models", "plots", "steering", "weights"),
+    "": ("adapters", "checkpoints", "errors", "models", "plots", "steering", "tasks", "weights"),
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),

@@ -10,7 +10,7 @@ access              which values of a run a list of places needs
 packs               what a capture holds
 lookup, tree        which entries a path means; the attribute view
 prompts             prompts as token ids in batches of one length, spans
-messages            chat messages as prompts, and where each stands
+messages, offsets   chat messages as prompts, and where each stands; characters as tokens
 storage, display    files; what a notebook shows
 """
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from nnsplice import engine
+from nnsplice.activations.offsets import covered
 from nnsplice.errors import BadArgument, BadType, named
 
 #: One message: `{"role": "user", "content": "..."}`.
@@ -105,9 +106,8 @@ def templated(model: engine.Model, prompt: Chat | Sequence[Message]) -> Template
     if getattr(tokenizer, "is_fast", False):
         offsets = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         for name, (first, last) in _places(tokenizer, given, rendered).items():
-            inside = [n for n, (start, stop) in enumerate(offsets) if start < last and stop > first and stop > start]
-            if inside:
-                spans[name] = (inside[0], inside[-1] + 1)
+            if (found := covered(offsets, first, last)) is not None:
+                spans[name] = found
     bos = getattr(tokenizer, "bos_token", None) or ""
     texts = (rendered, rendered.removeprefix(bos))
     text = next((text for text in texts if tuple(tokenizer(text)["input_ids"]) == ids), None)

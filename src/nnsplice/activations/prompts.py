@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.messages import Chat, Message, is_chat, templated
+from nnsplice.activations.offsets import covered
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.tokens import Rows, Spans
@@ -279,8 +280,7 @@ def _of_text(model: engine.Model, name: str, span: str, row: int, texts: tuple[s
             expected="(start, stop) in tokens, or a fast tokenizer",
         )
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    # A token belongs to the span when they share a character; one that holds no character (a special one) never does.
-    inside = [n for n, (start, stop) in enumerate(offsets) if start < last and stop > first and stop > start]
-    if not inside:
+    found = covered(offsets, first, last)
+    if found is None:
         raise SpanError(f'span "{name}": no token of row {row} stands for {span!r}')
-    return inside[0], inside[-1] + 1
+    return found

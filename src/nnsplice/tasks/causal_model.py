@@ -1,0 +1,162 @@
+"""A causal model of a task: variables, what each follows from, and how."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from nnsplice.errors import BadArgument, circumstances
+
+#: Variable -> value.
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """Two inputs, and what follows from the first when one variable has the value that it has in the second.
+
+    >>> double = ns.tasks.CausalModel({"x": range(3), "y": None}, {"y": ("x",)}, {"y": lambda x: 2 * x})
+    >>> one = double.counterfactuals("x", 1)[0]
+    >>> one.expected == double.run(one.source)
+    True
+    """
+
+    base: Values
+    source: Values
+    #: All variables of the base run, the chosen one taken from the source.
+    expected: Values
+
+
+@dataclass(frozen=True)
+class CausalModel:
+    """Variables of a task, from its inputs to its output: the hypothesis that an interchange is held against.
+
+    >>> sums = ns.tasks.CausalModel(
+    ...     variables={"a": range(3), "b": range(3), "c": range(3), "ab": None, "sum": None},
+    ...     parents={"ab": ("a", "b"), "sum": ("ab", "c")},
+    ...     mechanisms={"ab": lambda a, b: a + b, "sum": lambda ab, c: ab + c},
+    ... )
+    >>> sums.run({"a": 1, "b": 2, "c": 0})["sum"]
+    3
+    >>> sums.run({"a": 1, "b": 2, "c": 0}, {"ab": 0})["sum"]
+    0
+    >>> one = sums.counterfactuals("ab", 1)[0]
+    >>> one.expected["sum"] == one.source["a"] + one.source["b"] + one.base["c"]
+    True
+    """
+
+    #: Variable -> the values that it can have; None for one that follows from others.
+    variables: Mapping[str, Sequence[Any] | None]
+    #: Variable -> what it follows from.
+    parents: Mapping[str, tuple[str, ...]]
+    #: Variable -> how, of its parents in their order.
+    mechanisms: Mapping[str, Callable[..., Any]]
+
+    def __post_init__(self) -> None:
+        """Refuse what is no causal model."""
+        with circumstances("ns.tasks.CausalModel"):
+            for name in self.variables:
+                if (name in self.parents) != (name in self.mechanisms):
+                    told = "parents and no mechanism" if name in self.parents else "a mechanism and no parents"
+                    raise BadArgument(f"{name!r} has {told}", expected="both, or neither for an input")
+                if name not in self.parents and not self.variables[name]:
+                    raise BadArgument(f"{name!r} follows from nothing and has no values", expected="its values")
+            for name in (*self.parents, *self.mechanisms):
+                if name not in self.variables:
+                    raise BadArgument(f"{name!r} is no variable", expected=", ".join(self.variables))
+            for name, parents in self.parents.items():
+                for parent in parents:
+                    if parent not in self.variables:
+                        raise BadArgument(f"{name!r} follows from {parent!r}, which is no variable")
+            if len(self._order()) < len(self.variables):
+                circle = [name for name in self.variables if name not in self._order()]
+                raise BadArgument(f"{', '.join(circle)} follow from each other", expected="no circle")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The variables that follow from nothing."""
+        return tuple(name for name in self.variables if name not in self.parents)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The variables that nothing follows from."""
+        used = {parent for parents in self.parents.values() for parent in parents}
+        return tuple(name for name in self.variables if name in self.parents and name not in used)
+
+    def _order(self) -> tuple[str, ...]:
+        found = list(self.inputs)
+        left = [name for name in self.variables if name in self.parents]
+        while ready := [name for name in left if all(parent in found for parent in self.parents[name])]:
+            found += ready
+            left = [name for name in left if name not in ready]
+        return tuple(found)
+
+    def run(self, inputs: Values, fixed: Values | None = None) -> dict[str, Any]:
+        """Every variable's value.
+
+        Args:
+            inputs: a value for each input.
+            fixed: variables that are set, whatever they follow from.
+        """
+        fixed = fixed or {}
+        strange = [name for name in (*inputs, *fixed) if name not in self.variables]
+        if strange:
+            raise BadArgument(f"{strange[0]!r} is no variable", expected=", ".join(self.variables))
+        missing = [name for name in self.inputs if name not in inputs and name not in fixed]
+        if missing:
+            raise BadArgument(f"no value for {missing[0]!r}", expected=f"values for {', '.join(self.inputs)}")
+        found: dict[str, Any] = {}
+        for name in self._order():
+            if name in fixed:
+                found[name] = fixed[name]
+            elif name in self.parents:
+                found[name] = self.mechanisms[name](*(found[parent] for parent in self.parents[name]))
+            else:
+                found[name] = inputs[name]
+        return {name: found[name] for name in self.variables}
+
+    def interchange(self, base: Values, source: Values, variable: str | Sequence[str]) -> dict[str, Any]:
+        """What follows from the base's inputs when these variables have their values in the source's run."""
+        names = (variable,) if isinstance(variable, str) else tuple(variable)
+        unknown = [name for name in names if name not in self.variables]
+        if unknown:
+            raise BadArgument(f"{unknown[0]!r} is no variable", expected=", ".join(self.variables))
+        taken = self.run(source)
+        return self.run(base, {name: taken[name] for name in names})
+
+    def counterfactuals(
+        self, variable: str | Sequence[str], n: int = 100, seed: int = 0, *, changed: bool = True
+    ) -> list[Counterfactual]:
+        """Pairs of inputs by chance, with what follows when a variable is exchanged.
+
+        Args:
+            variable: which; several are exchanged together.
+            n: how many; the same pair may come twice.
+            seed: other seeds give other pairs.
+            changed: only pairs in which the exchange changes an output: others are right without it, too.
+        """
+        rng = random.Random(seed)
+        found: list[Counterfactual] = []
+        for _ in range(100 * n + 100):
+            if len(found) == n:
+                return found
+            base, source = ({name: rng.choice(list(self.variables[name] or ())) for name in self.inputs} for _ in "bs")
+            expected = self.interchange(base, source, variable)
+            plain = self.run(base)
+            if not changed or any(expected[name] != plain[name] for name in self.outputs):
+                found.append(Counterfactual(base, source, expected))
+        if len(found) == n:
+            return found
+        raise BadArgument(
+            f"exchanging {variable!r} hardly ever changes {', '.join(self.outputs)}: {len(found)} pairs were found",
+            expected="a variable that an output hangs on",
+            write="changed=False",
+        )
+
+    def all_inputs(self) -> list[dict[str, Any]]:
+        """Every choice of inputs."""
+        domains = [list(self.variables[name] or ()) for name in self.inputs]
+        return [dict(zip(self.inputs, values, strict=True)) for values in product(*domains)]

@@ -1,0 +1,49 @@
+"""Induction: random words begin once more, and go on as before."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from nnsplice.errors import BadArgument
+from nnsplice.models import words as w
+from nnsplice.tasks.task import Record, Task
+from nnsplice.tasks.writing import Writer, chosen, drawn, filled
+
+_WORDS = (*w.NAMES, *w.PLACES, *w.THINGS, *w.TOPICS, *w.PARTS)
+
+
+def induction(model: Any, n: int = 20, seed: int = 0, *, length: int = 8) -> Task:
+    """Random words, then the first of them once more; corrupted, another word stood in the answer's place.
+
+    Spans: `answer`, the word that is asked for, in the first round; `before`, the one before it; `again`, that
+    one in the second round, the last token.
+
+    >>> ns.tasks.induction(ns.load("toy"), 1, length=4)[0].clean
+    'concert key Emma Tom concert'
+
+    Args:
+        model: the model, or its tokenizer.
+        n: how many pairs.
+        seed: other seeds give other pairs.
+        length: how many words the first round has.
+    """
+    if not isinstance(length, int) or not 3 <= length <= 30:
+        raise BadArgument(f"length={length!r}", expected="3 to 30 words")
+    return drawn("induction", model, n, seed, lambda writer, rng: _record(writer, rng, length))
+
+
+def _record(writer: Writer, rng: random.Random, length: int) -> Record | None:
+    picked = chosen(writer.words(_WORDS), rng, length + 1)
+    if picked is None:
+        return None
+    *words, other = picked
+    at = rng.randint(1, length - 1)
+    slots = [f"w{number}" for number in range(length)]
+    slots[at - 1], slots[at] = "before", "answer"
+    template = " ".join(f"{{{slot}}}" for slot in slots)
+    again = " ".join([*words[: at - 1], "{again}"])
+    values = {**dict(zip(slots, words, strict=True)), "again": words[at - 1]}
+    clean, corrupted = (filled(f"{template} {again}", {**values, "answer": word}) for word in (words[at], other))
+    answer, wrong = (writer.answer(clean.text, word) for word in (words[at], other))
+    return writer.record(clean, corrupted, answer, wrong, {"answer": words[at], "at": at})

@@ -1,0 +1,54 @@
+"""Indirect object identification: of two people, who is given something."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from nnsplice.models import words as w
+from nnsplice.tasks.task import Record, Task
+from nnsplice.tasks.writing import Writer, chosen, drawn, filled
+
+_TEMPLATES = tuple(
+    sentence.replace("A and B", "{first} and {second}")
+    .replace("PLACE", "{place}")
+    .replace("THING", "{thing}")
+    .replace(" S ", " {s2} ")
+    for sentence in w.GIVING
+)
+
+
+def ioi(model: Any, n: int = 20, seed: int = 0) -> Task:
+    """Pairs of sentences in which one of two people gives something to the other; corrupted, it is the other who gives.
+
+    The names come in either order. Spans: `io`, who is given something; `s1` and `s2`, the two mentions of who gives.
+
+    >>> toy = ns.load("toy")
+    >>> record = ns.tasks.ioi(toy, 1)[0]
+    >>> record.clean, record.answer, record.wrong
+    ('After Sarah and Helen got to the market, Sarah handed a ball to', ' Helen', ' Sarah')
+    >>> record.spans["s2"], record.variables["order"]
+    ((10, 11), 's first')
+
+    Args:
+        model: the model, or its tokenizer: names of one token are chosen by it.
+        n: how many pairs.
+        seed: other seeds give other pairs.
+    """
+    return drawn("ioi", model, n, seed, _record)
+
+
+def _record(writer: Writer, rng: random.Random) -> Record | None:
+    names, places, things = (writer.words(words) for words in (w.NAMES, w.PLACES, w.THINGS))
+    picked, template = chosen(names, rng, 2), rng.choice(_TEMPLATES)
+    order = rng.choice(("io first", "s first"))
+    if picked is None or not places or not things:
+        return None
+    io, s = picked
+    first, second = ("io", "s1") if order == "io first" else ("s1", "io")
+    template = template.replace("first", first).replace("second", second)
+    around = {"place": rng.choice(places), "thing": rng.choice(things)}
+    clean = filled(template, {"io": io, "s1": s, "s2": s, **around})
+    corrupted = filled(template, {"io": io, "s1": s, "s2": io, **around})
+    answer, wrong = (writer.answer(clean.text, name) for name in (io, s))
+    return writer.record(clean, corrupted, answer, wrong, {"io": io, "s": s, "order": order, **around})

@@ -1,0 +1,47 @@
+"""Gendered pronouns: he or she, by the name that was said."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from nnsplice.models import words as w
+from nnsplice.tasks.task import Record, Task
+from nnsplice.tasks.writing import Writer, drawn, filled
+
+_WOMEN = ("Mary", "Alice", "Sarah", "Emma", "Anna", "Laura", "Kate", "Susan", "Lucy", "Helen")
+_MEN = tuple(name for name in w.NAMES if name not in _WOMEN)
+_TEMPLATES = (
+    "So {name} is a very good {role}, isn't",
+    "{name} has been a {role} for years, and",
+    "We met {name}, the {role}, and liked what",
+)
+_ROLES = ("friend", "teacher", "student", "doctor", "writer", "player", "driver", "artist")
+
+
+def gendered_pronoun(model: Any, n: int = 20, seed: int = 0) -> Task:
+    """Sentences about a man or a woman, up to the pronoun; corrupted, the name is one of the other gender.
+
+    Span: `name`.
+
+    >>> record = ns.tasks.gendered_pronoun(tokenizer, 1)[0]
+    >>> record.clean, record.answer, record.wrong
+    ("So Paul is a very good writer, isn't", ' he', ' she')
+
+    Args:
+        model: the model, or its tokenizer.
+        n: how many pairs.
+        seed: other seeds give other pairs.
+    """
+    return drawn("gendered_pronoun", model, n, seed, _record)
+
+
+def _record(writer: Writer, rng: random.Random) -> Record | None:
+    names = [rng.choice(_MEN), rng.choice(_WOMEN)]
+    pronouns = ["he", "she"]
+    if rng.random() < 0.5:
+        names, pronouns = names[::-1], pronouns[::-1]
+    template, role = rng.choice(_TEMPLATES), rng.choice(_ROLES)
+    clean, corrupted = (filled(template, {"name": name, "role": role}) for name in names)
+    answer, wrong = (writer.answer(clean.text, pronoun) for pronoun in pronouns)
+    return writer.record(clean, corrupted, answer, wrong, {"name": names[0], "pronoun": pronouns[0], "role": role})

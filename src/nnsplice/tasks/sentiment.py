@@ -1,0 +1,57 @@
+"""Sentiment: what follows from what was said of a film."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from nnsplice.models import words as w
+from nnsplice.tasks.task import Record, Task
+from nnsplice.tasks.writing import Writer, chosen, drawn, filled
+
+_WORDS = {
+    "good": ("great", "wonderful", "excellent", "beautiful", "brilliant", "perfect", "fantastic", "lovely"),
+    "bad": ("terrible", "awful", "horrible", "bad", "poor", "boring", "ugly", "stupid"),
+}
+_TEMPLATES = (
+    "I thought the {topic} was {first}, and the {part} was {second}. All in all, it was",
+    "The {topic} was {first} and the {part} was {second}. In short, the {topic2} was",
+)
+
+
+def sentiment(model: Any, n: int = 20, seed: int = 0) -> Task:
+    """Reviews up to their last judgement; corrupted, their adjectives are of the other mood.
+
+    Answers are all adjectives of the mood that are one token. Spans: `first` and `second`, the adjectives; `topic`.
+
+    >>> record = ns.tasks.sentiment(tokenizer, 1)[0]
+    >>> record.clean, record.answer[0], record.wrong[0]
+    ('I thought the play was beautiful, and the staff was brilliant. All in all, it was', ' great', ' terrible')
+
+    Args:
+        model: the model, or its tokenizer.
+        n: how many pairs.
+        seed: other seeds give other pairs.
+    """
+    return drawn("sentiment", model, n, seed, _record)
+
+
+def _record(writer: Writer, rng: random.Random) -> Record | None:
+    moods = ["good", "bad"] if rng.random() < 0.5 else ["bad", "good"]
+    topic, part, template = rng.choice(w.TOPICS), rng.choice(w.PARTS), rng.choice(_TEMPLATES)
+    made = []
+    for mood in moods:
+        pair = chosen(writer.words(_WORDS[mood]), rng, 2)
+        if pair is None:
+            return None
+        made.append(
+            filled(
+                template,
+                dict(zip(("first", "second"), pair, strict=True)) | {"topic": topic, "topic2": topic, "part": part},
+            )
+        )
+    clean, corrupted = made
+    answer, wrong = (
+        tuple(form for word in _WORDS[mood] if (form := writer.answer(clean.text, word)) is not None) for mood in moods
+    )
+    return writer.record(clean, corrupted, answer, wrong, {"mood": moods[0], "topic": topic, "part": part})

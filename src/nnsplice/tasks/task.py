@@ -1,0 +1,192 @@
+"""A task: pairs of prompts with their answers, made for one tokenizer, and what a model can do of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.patched import fewer_logits
+from nnsplice.activations.prompts import encode
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.metrics import Metric, accuracy, logit_diff
+from nnsplice.progress import bar
+
+#: What counts as an answer: one token's text, or several of which each is one.
+Answer = str | tuple[str, ...]
+Spans = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pair of prompts that differ in what the answer hangs on.
+
+    >>> record = ns.tasks.ioi(ns.load("toy"), 1)[0]
+    >>> record.clean, record.answer
+    ('After Sarah and Helen got to the market, Sarah handed a ball to', ' Helen')
+    >>> record.corrupted, record.wrong
+    ('After Sarah and Helen got to the market, Helen handed a ball to', ' Sarah')
+    """
+
+    clean: str
+    corrupted: str
+    #: What follows the clean prompt, and what follows the corrupted one.
+    answer: Answer
+    wrong: Answer
+    #: Name -> (start, stop) in tokens, in each of the two prompts.
+    spans: Spans = field(default_factory=dict)
+    corrupted_spans: Spans = field(default_factory=dict)
+    #: What was chosen to make this record: variable -> value.
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Records of one kind. `len`, `[]` and `for` are those of its records; a slice is a task again.
+
+    >>> toy = ns.load("toy")
+    >>> task = ns.tasks.ioi(toy, 20).filter(toy)
+    >>> task
+    Task ioi: 20 of 20 pairs that this model tells apart
+    >>> result = ns.sweep(toy, task.clean, task.corrupted, 'layers[:].output["s2"]', task.metric, spans=task.spans,
+    ...                   progress=False)
+    >>> result.best(1).path[0]
+    'layers[0].output["s2"]'
+    """
+
+    name: str
+    records: tuple[Record, ...]
+    #: Whether what follows the corrupted prompt is the wrong answer, or only: not so surely the right one.
+    opposite: bool = True
+    #: How many records there were before `filter`; None where it was not asked.
+    tried: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    @overload
+    def __getitem__(self, at: int) -> Record: ...
+    @overload
+    def __getitem__(self, at: slice) -> Task: ...
+    def __getitem__(self, at: int | slice) -> Record | Task:
+        return self.records[at] if isinstance(at, int) else replace(self, records=self.records[at], tried=None)
+
+    def __repr__(self) -> str:
+        told = f" of {self.tried} pairs that this model tells apart" if self.tried is not None else " pairs"
+        return f"Task {self.name}: {len(self)}{told}"
+
+    @property
+    def clean(self) -> list[str]:
+        """The clean prompts."""
+        return [record.clean for record in self]
+
+    @property
+    def corrupted(self) -> list[str]:
+        """The corrupted prompts, each as long as its clean one."""
+        return [record.corrupted for record in self]
+
+    @property
+    def answers(self) -> list[Answer]:
+        """What follows the clean prompts."""
+        return [record.answer for record in self]
+
+    @property
+    def wrong(self) -> list[Answer]:
+        """What follows the corrupted prompts."""
+        return [record.wrong for record in self]
+
+    @property
+    def metric(self) -> Metric:
+        """By how much the answer's logit is above the wrong one's."""
+        return logit_diff(self.answers, self.wrong)
+
+    @property
+    def spans(self) -> dict[str, dict[str, list[tuple[int, int]]]]:
+        """For `spans=` of a sweep: where the parts that every record has stand, in the clean and corrupted prompts."""
+        names = [
+            name for name in self.records[0].spans if all(name in r.spans and name in r.corrupted_spans for r in self)
+        ]
+        return {
+            "clean": {name: [record.spans[name] for record in self] for name in names},
+            "corrupted": {name: [record.corrupted_spans[name] for record in self] for name in names},
+        }
+
+    def accuracy(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = False) -> float:
+        """The share of records that a model gets right.
+
+        >>> toy = ns.load("toy")
+        >>> ns.tasks.ioi(toy, 20).accuracy(toy)
+        1.0
+
+        Args:
+            by: "pair": after the clean prompt the answer is above the wrong one, and after the corrupted prompt below
+                (in `greater_than`, less far above); "top": after the clean prompt nothing is above the answer.
+            progress: show a bar.
+        """
+        return sum(self._right(model, by, progress)) / len(self)
+
+    def filter(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = False) -> Task:
+        """The records that a model gets right; `repr` says how many of how many.
+
+        Args:
+            by: as in `accuracy`.
+            progress: show a bar.
+        """
+        right = self._right(model, by, progress)
+        kept = tuple(record for record, is_right in zip(self, right, strict=True) if is_right)
+        if not kept:
+            raise BadArgument(
+                f"this model gets none of the {len(self)} pairs of the task {self.name} right",
+                expected="a model that knows the task",
+                write='by="pair", which asks less' if by == "top" else None,
+            )
+        if len(kept) < len(self) / 2:
+            warnings.warn(
+                f"this model gets {len(kept)} of {len(self)} pairs of the task {self.name} right; what is found on "
+                "those says little about the task",
+                stacklevel=2,
+            )
+        return replace(self, records=kept, tried=self.tried or len(self))
+
+    def _right(self, model: Any, by: str, progress: bool) -> list[bool]:
+        if by not in ("pair", "top"):
+            raise BadArgument(f"by={by!r}", expected='"pair" or "top"')
+        model = engine.as_model(model)
+        with circumstances(f"the task {self.name}"):
+            asked = accuracy(self.answers) if by == "top" else self.metric
+            bound, every = asked.bind(engine.tokenizer_of(model), len(self)), range(len(self))
+            clean = bound(_last_logits(model, self.clean, progress), every)
+            if by == "top":
+                return (clean > 0).tolist()
+            corrupted = bound(_last_logits(model, self.corrupted, progress), every)
+        return ((clean > 0) & (corrupted < (0 if self.opposite else clean))).tolist()
+
+
+def _last_logits(model: engine.Model, prompts: Sequence[str], progress: bool) -> Tensor:
+    """What stands behind each prompt, `[prompt, vocab]`, in float32."""
+    engine.refuse_edits(model)
+    given = encode(model, prompts)
+    module: Any = peel(model)
+    found: dict[int, Tensor] = {}
+    with torch.no_grad(), engine.turn(model), bar("the task's prompts", len(given), "prompt", progress) as shown:
+        for rows in given.batches(_TOGETHER):
+            inputs = given.inputs(rows, model.device)
+            assert isinstance(inputs, Mapping)
+            out = module(**inputs, **fewer_logits(model, -1, ()))
+            logits = out.logits if hasattr(out, "logits") else out[0]
+            found |= dict(zip(rows, logits[:, -1].float().cpu(), strict=True))
+            shown.update(len(rows))
+    return torch.stack([found[row] for row in range(len(given))])
+
+
+#: How many prompts of one length run at once.
+_TOGETHER = 32
