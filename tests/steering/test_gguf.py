@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import nnsplice as ns
 from nnsplice.errors import FileError, NnspliceError
-from nnsplice.steering.gguf import read_file, write_file
+from nnsplice.gguf import read_file, write_file
 from steering.vectors import precise, vector
 
 

@@ -1,22 +1,17 @@
-"""Control vectors for llama.cpp: the GGUF format, as far as they need it.
+"""Control vectors for llama.cpp, as GGUF files.
 
 A control vector is a GGUF file with one-dimensional F32 tensors `direction.N`. llama.cpp adds tensor N to the output
 of block N (counted from 0) at every position, and reads no tensor 0, so block 0 cannot be expressed.
 
-write_file, read_file     the format
-to_gguf, from_gguf        vectors, with what cannot be expressed refused
+What the format cannot express is refused.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import struct
-from collections.abc import Mapping, Sequence
-from pathlib import Path as FilePath
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,17 +19,11 @@ from nnsplice.activations import SavedActivation
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, BadType, FileError, RefusedPlace, circumstances, named
-from nnsplice.files import whole
+from nnsplice.gguf import read_file, write_file
 from nnsplice.paths import Path, Step
 from nnsplice.steering.block import Steering
 from nnsplice.steering.rules import Rule
 from nnsplice.steering.vector import About, SteeringVector, vectors_of
-
-MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
-F32 = 0
-#: The types of values in the header: the number of each, and how it is packed.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY, _U32, _F32 = 8, 9, 4, 6
 
 
 def to_gguf(
@@ -198,119 +187,3 @@ def _native_block(place: Path) -> int | None:
     inner = [step for step in place.steps if step.index is not None]
     whole_output = site_of(place).columns is None and site_of(place).kind == "plain"
     return last.index if whole_output and inner == [last] and isinstance(last.index, int) else None
-
-
-# --- the format -------------------------------------------------------------------------------------------------------
-
-
-def write_file(path: str | os.PathLike[str], facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write a GGUF file of texts, whole numbers, fractions, and F32 tensors; whole, or not at all."""
-    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(arrays), len(facts))]
-    for name, value in facts.items():
-        parts += [_text(name), _value(value)]
-    at, bodies = 0, []
-    for name, array in arrays.items():
-        body = np.ascontiguousarray(array, dtype="<f4").tobytes()
-        parts += [_text(name), struct.pack("<I", array.ndim), struct.pack(f"<{array.ndim}Q", *reversed(array.shape))]
-        parts.append(struct.pack("<IQ", F32, at))
-        bodies.append(body + bytes(-len(body) % ALIGNMENT))
-        at += len(bodies[-1])
-    head = b"".join(parts)
-    with whole(path) as temporary:
-        FilePath(temporary).write_bytes(head + bytes(-len(head) % ALIGNMENT) + b"".join(bodies))
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _value(value: Any) -> bytes:
-    if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _text(value)
-    if isinstance(value, float):
-        return struct.pack("<If", _F32, value)
-    return struct.pack("<II", _U32, value)
-
-
-def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The facts and the F32 tensors of a GGUF file.
-
-    Raises:
-        FileError: no GGUF, a damaged one, or tensors of another type.
-    """
-    raw = FilePath(path).read_bytes()
-    if raw[:4] != MAGIC:
-        raise FileError(f"{path} is no GGUF file", expected="a file that begins with GGUF")
-    try:
-        reader = _Reader(raw, 4)
-        (version,) = reader.take("<I")
-        if version not in (2, 3):
-            raise FileError(f"{path} has GGUF version {version}", expected="2 or 3")
-        tensors, count = reader.take("<QQ")
-        facts = {reader.text(): reader.value() for _ in range(count)}
-        infos = []
-        for _ in range(tensors):
-            name, (dims,) = reader.text(), reader.take("<I")
-            if dims > 4:
-                raise FileError(f"{path} is damaged: {name} has {dims} axes")
-            shape = reader.take(f"<{dims}Q")
-            infos.append((name, shape, *reader.take("<IQ")))
-        alignment = facts.get("general.alignment", ALIGNMENT)
-        start = reader.at + -reader.at % alignment
-        return facts, {name: _array(path, raw, start + at, name, shape, kind) for name, shape, kind, at in infos}
-    except (
-        struct.error,
-        UnicodeDecodeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        ZeroDivisionError,
-        OverflowError,
-    ) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"{path} is damaged: {error}") from None
-
-
-def _array(path: Any, raw: bytes, start: int, name: str, shape: Sequence[int], kind: int) -> np.ndarray:
-    if kind != F32:
-        raise FileError(f"{path} holds {name} as type {kind}", expected="F32, as control vectors are")
-    count = int(np.prod(shape, dtype=object)) if shape else 1
-    if start + 4 * count > len(raw):
-        raise FileError(f"{path} is damaged: it ends before {name} does")
-    return np.frombuffer(raw, "<f4", count, start).reshape(tuple(reversed(shape)))
-
-
-class _Reader:
-    """Reads one thing after another."""
-
-    def __init__(self, raw: bytes, at: int) -> None:
-        self.raw, self.at = raw, at
-
-    def take(self, form: str) -> tuple[Any, ...]:
-        """Numbers, packed as `struct` says."""
-        found = struct.unpack_from(form, self.raw, self.at)
-        self.at += struct.calcsize(form)
-        return found
-
-    def text(self) -> str:
-        """A text after its length."""
-        (length,) = self.take("<Q")
-        if self.at + length > len(self.raw):
-            raise ValueError("a text is longer than the file")
-        self.at += length
-        return self.raw[self.at - length : self.at].decode()
-
-    def value(self, kind: int | None = None) -> Any:
-        """A fact, after the number of its type."""
-        if kind is None:
-            (kind,) = self.take("<I")
-        if kind == _STRING:
-            return self.text()
-        if kind == _ARRAY:
-            of, length = self.take("<IQ")
-            if length > len(self.raw):
-                raise ValueError("a list is longer than the file")
-            return [self.value(of) for _ in range(length)]
-        return self.take(f"<{_SCALARS[int(kind or 0)]}")[0]
