@@ -1,9 +1,11 @@
-"""The command line: `nnsplice paths`, `check`, `trace`, `steer`, `mask`, `adapter` and `convert`.
+"""The command line: `nnsplice paths`, `check`, `trace`, `steer`, `mask`, `adapter`, `convert` and
+`fetch`.
 
 adapter     the command that shows what an adapter changed
 checkpoints the command that converts
 commands    the commands about models, and what errors look like
 estimating  what the command that sweeps does with estimates
+fetching    the command that installs a pretrained model
 loading     a model, where it is asked to be
 listing     the places of a model as rows
 native      its module tree as rows
@@ -16,6 +18,7 @@ weights     the command that shows which weights belong to a place
 
 from nnsplice.cli import adapter as adapter
 from nnsplice.cli import checkpoints as checkpoints
+from nnsplice.cli import fetching as fetching
 from nnsplice.cli import steering as steering
 from nnsplice.cli import tracing as tracing
 from nnsplice.cli import weights as weights

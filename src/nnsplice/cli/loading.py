@@ -21,13 +21,19 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}. Default: the checkpoint's."),
 ]
+NoCache = Annotated[
+    bool,
+    typer.Option("--no-cache", help="Convert a GGUF file anew, and keep nothing of it on the disk."),
+]
 
 
-def loaded(name: str, device: str | None = None, dtype: str | None = None, attn: str | None = None) -> Any:
+def loaded(
+    name: str, device: str | None = None, dtype: str | None = None, attn: str | None = None, *, no_cache: bool = False
+) -> Any:
     """The model of this name."""
     from nnsplice import load
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"cache": False} if no_cache else {}
     if device is not None:
         options["device_map"] = _device(device)
     if dtype is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, loaded
+from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
 from nnsplice.cli.table import aligned, say, show
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import BadArgument, FileError
@@ -55,6 +55,7 @@ def fit(
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Fit a direction for every layer, and show how well each tells prompts apart that it was not fitted on.
 
@@ -75,7 +76,7 @@ def fit(
     else:
         good, bad = _texts(positive or []), _texts(negative or [])
     vector = steering.fit_from_prompts(
-        loaded(model, device, dtype),
+        loaded(model, device, dtype, no_cache=no_cache),
         good,
         bad,
         path or ["layers[:].output[-1]"],
@@ -109,6 +110,7 @@ def sweep(
     where: Where = "all",
     device: Device = None,
     dtype: Dtype = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Steer every layer with every coefficient, side by side, and show what is gained and what it disturbs.
 
@@ -125,7 +127,8 @@ def sweep(
         raise FileError(f"{out} is a file", expected="--out with a folder")
     with plain_warnings():
         grid = ns.steering.sweep(
-            loaded(model, device, dtype), _texts(prompt), _read(vector), numbers, ns.logit_diff(answer, wrong),
+            loaded(model, device, dtype, no_cache=no_cache), _texts(prompt), _read(vector), numbers,
+            ns.logit_diff(answer, wrong),
             operator=operator, where=_where(where), progress=sys.stderr.isatty(),
         )  # fmt: skip
     chosen = None if limit is None else grid.choose(guard="kl", limit=limit)
@@ -159,6 +162,7 @@ def generate(
     where: Where = "all",
     device: Device = None,
     dtype: Dtype = None,
+    no_cache: NoCache = False,
     sample: Annotated[bool, typer.Option("--sample", help="Sample, instead of taking the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling.")] = 0,
 ) -> None:
@@ -172,7 +176,7 @@ def generate(
 
     import nnsplice as ns
 
-    found, running = _read(vector), loaded(model, device, dtype)
+    found, running = _read(vector), loaded(model, device, dtype, no_cache=no_cache)
     chosen: Any = found.at(layer) if layer else found
     prompts = _texts(prompt)
     strengths = coefficient or [found.coefficient or 1.0]

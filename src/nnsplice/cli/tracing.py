@@ -15,7 +15,7 @@ import typer
 from nnsplice.cli import estimating
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, loaded
+from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
 from nnsplice.cli.table import Row, aligned, say, show
 from nnsplice.errors import BadArgument, FileError, NnspliceError
 
@@ -37,7 +37,10 @@ def trace(
         Path | None, typer.Argument(metavar="SWEEP.TOML", help="A file with options as keys; options win over it.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="toy, a folder with a checkpoint, or a name on the hub.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="toy, smollm2, a folder with a checkpoint, a GGUF file, or a name on the hub."
+        ),
     ] = None,
     clean: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="The run that values come from. Once for each prompt.")
@@ -58,6 +61,7 @@ def trace(
     out: Annotated[str | None, typer.Option(metavar="DIR", help="The folder for all that is found.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    no_cache: NoCache = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in DIR.")] = False,
     metric: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"{_choice('metric')}. Default: logit_diff.")
@@ -129,7 +133,7 @@ def trace(
     given.check(asked)
     _check_complete(asked, typed, plan_only)
     with plain_warnings():
-        _trace(asked, resume, plan_only)
+        _trace(asked, resume, plan_only, no_cache)
 
 
 def _check_complete(asked: dict[str, Any], typed: dict[str, Any], plan_only: bool) -> None:
@@ -145,14 +149,14 @@ def _check_complete(asked: dict[str, Any], typed: dict[str, Any], plan_only: boo
             raise WrongUsage(f"--{name} says nothing to {asked['metric']}")
 
 
-def _trace(asked: dict[str, Any], resume: bool, plan_only: bool) -> None:
+def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool) -> None:
     from nnsplice import run
 
     method = estimating.method_of(asked)
     folder = None if plan_only else Path(asked["out"])
     if folder is not None:
         _check_folder(folder, resume, method)
-    model = loaded(asked["model"], asked.get("device"), asked.get("dtype"))
+    model = loaded(asked["model"], asked.get("device"), asked.get("dtype"), no_cache=no_cache)
     plan = _plan(model, asked, method)
     if folder is None:
         say(plan.preview())

