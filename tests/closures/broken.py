@@ -79,6 +79,16 @@ def llama(change: Callable[[nn.Module], None] | None = None, dtype: torch.dtype 
     return ns.load(model, tokenizer())
 
 
+def before_the_head(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """A small Llama that changes the last layer's output, with the first one's at hand, before its final norm."""
+    model = build("llama").to(torch.float64)
+    model.set_attn_implementation("eager")
+    first: list[Tensor] = []
+    _around(model.model.layers[0], lambda out, *_: first.append(out) or out)
+    _in_front(model.model, model.model.norm, lambda last: change(last, first[-1]))
+    return ns.load(model, tokenizer())
+
+
 def _around(module: Any, change: Callable[..., Any]) -> None:
     """Let a module's own code make something else (a hook would be somebody else's)."""
     inner = module.forward

@@ -102,6 +102,21 @@ def test_patterns_are_measured_when_the_attention_begins_to_make_them() -> None:
         ns.plan_sweep(model, *PROMPTS, pattern, METRIC)
 
 
+def test_a_head_that_reads_more_than_the_last_layer_leaves_no_stream() -> None:
+    model = broken.before_the_head(lambda last, first: last + 0.1 * first)
+    for path in ("layers[:].output[-1]", "layers[0].input[0]"):
+        with pytest.raises(RefusedPlace, match="what is read behind the last layer is more than that layer's output"):
+            ns.capture(model, "w3 w4", path)
+    assert len(ns.capture(model, "w3 w4", ["layers[0].heads[0].output[-1]", "model.model.layers[0].output[-1]"])) == 2
+
+
+def test_a_change_of_the_last_layers_output_alone_leaves_the_stream() -> None:
+    model = broken.before_the_head(lambda last, _: 2 * last)
+    ns.expand(model, "layers[0].output")  # learns the order
+    passes = [calls_of(model, lambda: ns.capture(model, "w3 w4", "layers[:].output[-1]")) for _ in range(2)]
+    assert passes[0] - passes[1] == 3  # one for all kinds, and two to see that the head reads nothing else
+
+
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 

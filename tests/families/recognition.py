@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import nnsplice as ns
 from families.subject import LONG, Subject, after, before, first_tensor, gap, hooks
 
 #: Where a change is put, of twelve tokens.
@@ -74,7 +75,10 @@ def _stack(subject: Subject) -> None:
         with hooks(after(bare.get_submodule(last), lambda out: noise.to(out))):
             return subject.logits(ids)
 
-    subject.found("recognition: the logits come from the last layer", gap(drowned(subject.other), drowned(subject.ids)))
+    with subject.check("recognition: the logits come from the last layer"):
+        ns.capture(subject.model, subject.ids, "layers[-1].output[-1]")  # (refused where they do not)
+        found = gap(drowned(subject.other), drowned(subject.ids))
+        subject.found("recognition: the logits come from the last layer", found)
 
     def bumped(out: Tensor) -> Tensor:
         out = out.clone()

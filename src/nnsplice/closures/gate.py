@@ -1,14 +1,15 @@
 """Measure what a kind of place promises before it is used for the first time, and refuse what does not hold.
 
 Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for what is written between attention
-and MLP, and for experts three calls of theirs. It is kept until modules or weights change.
+and MLP, two where the final norm is not given the last layer's output as it is, and for experts three calls of theirs.
+It is kept until modules or weights change.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.atlas import Atlas, Site, Tower, peel
-from nnsplice.closures import heads, parts, streams
+from nnsplice.closures import ends, heads, parts, streams
 from nnsplice.closures.promises import PROMISES, Closure, Kind, kind_of
 from nnsplice.closures.seen import look
 from nnsplice.errors import NnspliceError, RefusedPlace
@@ -36,6 +37,8 @@ class _Measured:
     closures: dict[str, tuple[Closure, ...]] = field(default_factory=dict)
     #: Whether attention made its probabilities then: all that its implementation changes in what is promised.
     eager: bool = False
+    #: Towers whose final norm was given the very output of the last layer.
+    read_at_once: set[str] = field(default_factory=set)
     #: Kinds that hold in every layer, so that most uses ask nothing more.
     sound: set[Kind] = field(default_factory=set)
 
@@ -119,19 +122,19 @@ def _closures(model: Any, known: _Measured, kind: Kind) -> list[Closure]:
     found = list(_run(model, known, "pass"))
     if kind == "mid" and all(closure.holds for closure in found if closure.kind == "mid"):
         found += _run(model, known, "mid")
-    if kind == "experts":
-        found += _run(model, known, "experts")
+    if kind in ("experts", "stream"):
+        found += _run(model, known, kind)
     return [closure for closure in found if closure.kind == kind]
 
 
 def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
     if what not in known.closures:
-        measuring = {"pass": _first_pass, "mid": _written_pass, "experts": _experts_pass}[what]
+        measuring = _PASSES[what]
         try:
             # Whatever the caller's block has switched off; what is run inside decides for itself.
             with torch.inference_mode(False), torch.enable_grad():
                 runner, args, kwargs = engine.example_of(model, TOKENS)
-                known.closures[what] = tuple(measuring(runner, (args, kwargs)))
+                known.closures[what] = tuple(measuring(runner, (args, kwargs), known))
             known.eager = _is_eager(model) if what == "pass" else known.eager
         except NnspliceError:
             raise
@@ -150,9 +153,11 @@ def _is_eager(model: Any) -> bool:
     return engine.attention_of(model) in (None, "eager")
 
 
-def _first_pass(model: Any, example: Any) -> Iterator[Closure]:
+def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
     atlas, seen = Atlas.of(model), look(model, example)
     for tower in atlas.towers.values():
+        if ends.read_at_once(tower, seen):
+            known.read_at_once.add(tower.name)
         layers: list[heads.Tied] = []
         for block in tower.blocks:
             sums = streams.Sums(atlas, block, seen)
@@ -171,7 +176,13 @@ def _first_pass(model: Any, example: Any) -> Iterator[Closure]:
                 yield from heads.patterns(tower, tied, seen)
 
 
-def _written_pass(model: Any, example: Any) -> Iterator[Closure]:
+def _head_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
+    for tower in ends.towers_of(model):
+        if tower.name not in known.read_at_once:
+            yield from ends.head(model, tower, example)
+
+
+def _written_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
     generator = torch.Generator().manual_seed(0)
 
     def written(tensor: torch.Tensor) -> torch.Tensor:
@@ -184,12 +195,20 @@ def _written_pass(model: Any, example: Any) -> Iterator[Closure]:
             yield from streams.middle_written(tower, block, streams.Sums(atlas, block, seen))
 
 
-def _experts_pass(model: Any, example: Any) -> Iterator[Closure]:
+def _experts_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
     atlas, seen = Atlas.of(model), look(model, example)
     with engine.undisturbed(model):
         for tower in atlas.towers.values():
             for block in tower.blocks:
                 yield from parts.experts(tower, block, seen, model)
+
+
+_PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {
+    "pass": _first_pass,
+    "stream": _head_pass,
+    "mid": _written_pass,
+    "experts": _experts_pass,
+}
 
 
 # --- refusing ---------------------------------------------------------------------------------------------------------

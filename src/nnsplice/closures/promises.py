@@ -17,7 +17,10 @@ Kind = Literal[
 
 #: Kind -> how a message calls its places, and what they promise.
 PROMISES: dict[Kind, tuple[str, str]] = {
-    "stream": (".input and .output", "what one layer puts out is what the next is given, a vector for each token"),
+    "stream": (
+        ".input and .output",
+        "what one layer puts out is what the next is given, or the head, a vector for each token",
+    ),
     "mid": (".mid", "it is input + attn.output, goes on beside the MLP, and with mlp.output makes the layer's output"),
     "attn": (".attn.output", "it is what attention adds to the stream: input + attn.output + mlp.output is the output"),
     "mlp": (".mlp.output", "it is what the MLP adds to the stream: input + attn.output + mlp.output is the output"),

@@ -61,6 +61,8 @@ def look(model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: 
     args, kwargs = example
     with ExitStack() as stack:
         hooks = _Hooks(root, stack)
+        for tower in atlas.towers.values():
+            hooks.keep(tower.final_norm, "given")
         for block in {block.module: block for tower in atlas.towers.values() for block in tower.blocks}.values():
             _watch(hooks, atlas, block)
             if write is not None:
@@ -185,7 +187,7 @@ class _Hooks:
         module = self._new(name, "slots")
         if module is not None:
             self._before(module, lambda args, kwargs: self._slots(name, _first(args, kwargs)))
-            self._after(module, lambda _, output: _replaced(output, lambda tensor: tensor.detach()))
+            self._after(module, lambda _, output: replaced(output, lambda tensor: tensor.detach()))
 
     def _slots(self, name: str, value: Any) -> None:
         tensor = _tensor(value)
@@ -233,7 +235,7 @@ class _Hooks:
         elif end == "input":
             self._before(module, lambda args, kwargs: _with_first(args, kwargs, change), first=True)
         else:
-            self._after(module, lambda _, output: _replaced(output, change), first=True)
+            self._after(module, lambda _, output: replaced(output, change), first=True)
 
 
 def _in_place(value: Any, written: Written) -> None:
@@ -247,7 +249,8 @@ def _with_first(args: tuple, kwargs: dict, written: Written) -> tuple[tuple, dic
     return None if tensor is None else engine.with_first_input((args, kwargs), written(tensor))
 
 
-def _replaced(value: Any, change: Written) -> Any:
+def replaced(value: Any, change: Written) -> Any:
+    """A module's output with its tensor changed; None where it has none."""
     tensor = _tensor(value)
     return None if tensor is None else wire.repack(value, None, change(tensor))
 
