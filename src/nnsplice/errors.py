@@ -20,6 +20,7 @@ Each one is also the builtin that a caller would catch without knowing nnsplice:
     ├── NeverFired (RuntimeError)           the forward pass does not reach the place
     ├── OutsideTrace (RuntimeError)         needs a running trace, or must not be in one
     ├── NeedsProbe (RuntimeError)           the model has to be run once, and no input is known
+    ├── RefusedExecutor (NotImplementedError)   an executor that was asked for by name has no exact numbers for a job
     ├── BadArgument (ValueError)            an argument out of its domain
     ├── BadType (TypeError)                 an argument of another type
     ├── MissingPackage (ImportError)        an extra that is not installed
@@ -61,6 +62,7 @@ __all__ = [
     "OverlappingWrite",
     "ParamMappingError",
     "PathError",
+    "RefusedExecutor",
     "RefusedPlace",
     "ShapeError",
     "ShortRow",
@@ -338,6 +340,19 @@ class NeedsProbe(NnspliceError, RuntimeError):
     nnsplice.errors.NeedsProbe: the order of Sequential is learned from one short run, and its inputs are not known
       expected: an input to run it with, once
       write: ns.expand(model, paths, probe=example_input)
+    """
+
+
+class RefusedExecutor(NnspliceError, NotImplementedError):
+    """The executor that was asked for by name does not give the exact numbers of this job.
+
+    >>> toy, metric = ns.load("toy"), ns.logit_diff("Mary", "John")
+    >>> hook = ns.models.peel(toy).transformer.ln_f.register_forward_hook(lambda _m, _a, out: out + out.flip(1))
+    >>> ns.sweep(toy, "Mary gave", "John gave", "layers[:].output[:]", metric, executor="packed", progress=False)
+    Traceback (most recent call last):
+    nnsplice.errors.RefusedExecutor: packed rows do not give this job's numbers: it is no causal decoder
+      expected: executor="auto", which takes the fastest that does, and says in result.run.note why
+    >>> hook.remove()
     """
 
 

@@ -15,7 +15,7 @@ from hooked import build as built
 from hooked import wrapped
 from nnsplice.attribution import packed_paths, path_patching
 from nnsplice.packed import still
-from zoo import FAMILIES, MASKED, SEQ2SEQ, having
+from zoo import FAMILIES, MASKED, SEQ2SEQ, having, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")
@@ -255,6 +255,17 @@ def test_paths_of_a_model_with_hooks_of_the_users_are_run_the_slow_way_and_say_w
     result = ns.path_patch(model, CLEAN, CORRUPTED, "layers[0].heads[:]", "unembed", METRIC, progress=False)
     hook.remove()
     assert result.run.executor == "paths" and "hooks of the user's" in result.run.note
+
+
+@pytest.mark.parametrize("hooked_by_user", [False, True])
+def test_in_bfloat16_a_path_says_how_small_an_effect_may_be_rounding(hooked_by_user: bool) -> None:
+    model = wrap("llama")
+    model._module.bfloat16()
+    if hooked_by_user:  # the slow way
+        model._module.model.layers[1].register_forward_hook(lambda *_: None)
+    result = ns.path_patch(model, CLEAN, CORRUPTED, "layers[0].heads[:]", "unembed", METRIC, progress=False)
+    assert ("packed" in result.run.executor) != hooked_by_user
+    assert "in bfloat16, logit_diff is known to about 0.0" in result.run.note
 
 
 def test_packed_paths_that_are_off_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

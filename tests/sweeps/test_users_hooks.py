@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import nnsplice as ns
+from nnsplice.errors import BadArgument
 from nnsplice.sweeps import plan_sweep, run
 from zoo import wrap
 
@@ -96,6 +97,78 @@ def test_every_executor_goes_through_a_hook_of_the_users(name: str, operation: s
         assert cell.layer is not None and isinstance(cell.position, int)
         expected = _by_hooks(module, *SITES[site], cell.layer, cell.position, operation == "zero")
         assert abs(packed.table.values[prompt, number] - expected) < 1e-12, cell.path
+
+
+def _mixed(value: torch.Tensor) -> torch.Tensor:
+    return value + 0.5 * value.flip(1)
+
+
+#: Name -> (module, end): those around the layers.
+AROUND = {
+    "what the layers make together": ("model", "output"), "the final norm's output": ("model.norm", "output"),
+    "the final norm's input": ("model.norm", "input"), "the head's output": ("lm_head", "output"),
+    "the head's input": ("lm_head", "input"), "the embeddings": ("model.embed_tokens", "output"),
+}  # fmt: skip
+
+
+def _opened_output(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor | tuple):
+        return _opened(value, change)
+    value["last_hidden_state"] = change(value["last_hidden_state"])
+    return value
+
+
+@pytest.mark.parametrize("change", [_changed, _mixed], ids=["changes", "mixes tokens"])
+@pytest.mark.parametrize("name", AROUND)
+def test_every_executor_goes_through_a_hook_around_the_layers(name: str, change: Any) -> None:
+    model = wrap("llama")
+    module = model._module.double()
+    path, end = AROUND[name]
+    place = module.get_submodule(path)
+    if end == "output":
+        place.register_forward_hook(lambda _m, _a, out: _opened_output(out, change))
+    else:
+        place.register_forward_pre_hook(lambda _m, args: _opened(args, change))
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    ran = 0
+    for how in ("packed", "batched", "reference", "auto"):
+        try:
+            result = run(plan, model, executor=how, progress=False)
+        except NotImplementedError:
+            assert how == "packed"
+            continue
+        ran += 1
+        for target, value in zip(plan.targets, result.table.values[0], strict=True):
+            layer, position = target.cell.layer, target.cell.position
+            assert layer is not None and isinstance(position, int)
+            assert abs(value - _by_hooks(module, "", "output", layer, position, zero=False)) < 1e-12, how
+    assert ran >= 3
+
+
+def test_a_hook_on_the_model_itself_that_changes_its_logits_is_refused_and_one_that_looks_is_not() -> None:
+    model = wrap("llama")
+    module, seen = model._module, []
+    module.register_forward_hook(lambda *_: seen.append(None))
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    run(plan, model, progress=False)
+    assert seen
+
+    def change(_m: Any, _a: Any, out: Any) -> Any:
+        out.logits = out.logits * 2
+        return out
+
+    hook = module.register_forward_hook(change)
+    saved = ns.SavedActivation.from_pairs(("layers[0].output[0]", torch.zeros(1, 16)))
+    for use in (
+        lambda: plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC),
+        lambda: run(plan, model, progress=False),
+        lambda: ns.patched_logits(model, CLEAN, saved),
+        lambda: ns.attribute(model, CLEAN, CORRUPTED, "layers[:].output", METRIC, progress=False),
+    ):
+        with pytest.raises(BadArgument, match="a hook on the model itself changes its logits by up to"):
+            use()
+    hook.remove()
+    run(plan, model, progress=False)
 
 
 def test_hooks_that_let_tokens_see_later_ones_leave_no_cell_known() -> None:

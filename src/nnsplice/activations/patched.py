@@ -64,6 +64,7 @@ def patched_logits(
             write='ns.capture(model, prompts, paths), or SavedActivation.from_pairs(("layers[3].output[-1]", tensor))',
         )
     with circumstances("ns.patched_logits"):
+        engine.refuse_changed_logits(model)
         given = encode(model, prompts, spans)
         if at is not None and not isinstance(at, int):
             raise BadType(

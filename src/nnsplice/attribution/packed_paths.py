@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,7 +26,7 @@ from nnsplice.sweeps.choosing import longest_of, question
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.packing import base_of, measured_states, row_of
 from nnsplice.sweeps.plan import Job
-from nnsplice.sweeps.probing import allowed, cells, direction
+from nnsplice.sweeps.probing import ROUGH, allowed, cells, direction, dtype_of, rounding
 from nnsplice.sweeps.targets import tokens_of
 
 
@@ -102,6 +103,8 @@ class _Answer:
     way: str | None
     refused: str
     longest: int
+    #: What there is to know of numbers in half precision.
+    rough: str = ""
 
 
 def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
@@ -116,9 +119,9 @@ def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, st
         known[asked], cost = _tried(work, fast, slow, longest)
     answer = known[asked]
     if answer.way is None:
-        return slow, f"not packed: {answer.refused}", cost
+        return slow, "; ".join(filter(None, (f"not packed: {answer.refused}", answer.rough))), cost
     work.memo["way"] = answer.way
-    return fast, "", cost
+    return fast, answer.rough, cost
 
 
 def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_Answer, Cost]:
@@ -144,6 +147,24 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_A
         cost += spent
         apart = max(abs(a - b) for a, b in zip(values, alone, strict=True))
         if apart <= allowed(work):
-            return _Answer(way, "", longest), cost
+            rough, spent = _rough(work, fast, slow, jobs, way)
+            return _Answer(way, "", longest, rough), cost + spent
         refused = f"the logits of a cell point {apart:.2g} away from where the three runs of its own point"
-    return _Answer(None, refused, longest), cost
+    rough, spent = _rough(work, None, slow, jobs, None)
+    return _Answer(None, refused, longest, rough), cost + spent
+
+
+def _rough(work: Work, fast: Executor | None, slow: Executor, jobs: Sequence[Job], way: str | None) -> tuple[str, Cost]:
+    """What half precision makes of the metric: cells together, where they run so, beside cells by themselves."""
+    if dtype_of(work) not in ROUGH:
+        return "", Cost()
+    trial, alone, cost = replace(work, memo={} if way is None else {"way": way}), [], Cost()
+    for job in jobs:
+        values, spent = slow(trial, [job])
+        alone += values
+        cost += spent
+    apart = 0.0
+    if fast is not None:
+        together, spent = fast(trial, jobs)
+        apart, cost = float(np.abs(np.asarray(together, float) - np.asarray(alone, float)).max()), cost + spent
+    return rounding(work, apart, float(np.abs(np.asarray(alone, float)).max())), cost

@@ -14,6 +14,7 @@ proof       whether the recorded order agrees with the atlas
 causality   whether tokens depend on those before them alone
 calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
+roots       hooks of the user's on the model itself
 turns       what threads share and take turns with
 """
 
@@ -41,6 +42,7 @@ from nnsplice.engine.models import (
 )
 from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import example_of, order_of, record, undisturbed
+from nnsplice.engine.roots import refuse_changed_logits
 from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
@@ -112,6 +114,7 @@ __all__ = [
     "place",
     "read_remote",
     "record",
+    "refuse_changed_logits",
     "refuse_edits",
     "room",
     "run",

@@ -106,6 +106,11 @@ def keeps_logits(model: Model) -> bool:
     root = peel(model)
     if not _takes_logits(type(root)):
         return False
+    # A hook of the user's behind the layers would see those tokens alone, and it may mix them.
+    inside = f"{getattr(root, 'base_model_prefix', '')}."
+    outer = (module for name, module in root.named_modules() if not f"{name}.".startswith(inside))
+    if any(module._forward_hooks or module._forward_pre_hooks for module in outer):
+        return False
     # Gemma 4 hands the wish to its layers that share keys and values, which then run for the last tokens alone.
     inner = {type(module) for module in root.modules() if hasattr(module, "config")} - {type(root)}
     return not any(_takes_logits(kind) for kind in inner)

@@ -147,6 +147,7 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     kept = Recorder()
     heard: dict[nn.Module, Call] = {}
     keep = _keeper(entering, calls, kept, whole)
+    fewer = {"logits_to_keep": 1} if engine.keeps_logits(base.model) else {}
     # Before hooks of the user's, which run again where packed rows enter the block.
     hooks = [block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
@@ -155,7 +156,6 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     assert isinstance(inputs, Mapping)
     sites: dict[Site, Tensor] = {}
     hooks += [_site_keeper(root, site_of(place), sites) for place in base.keep]
-    fewer = {"logits_to_keep": 1} if engine.keeps_logits(base.model) else {}
     try:
         with torch.no_grad(), base.around(prompts), _hearing(root, tower, kept, heard, whole):
             root(**inputs, **fewer, use_cache=False)

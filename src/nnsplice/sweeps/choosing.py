@@ -15,7 +15,7 @@ from torch import nn
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import fingerprint, peel
-from nnsplice.errors import BadArgument
+from nnsplice.errors import BadArgument, RefusedExecutor
 from nnsplice.metrics import Bound, Several
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
@@ -31,7 +31,7 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
     """The executor's name, what there is to know about it, and what it cost to know.
 
     Raises:
-        NotImplementedError: packed rows were asked for, and they give other numbers here, or none.
+        RefusedExecutor: packed rows were asked for, and they give other numbers here, or none.
     """
     if name not in (*EXECUTORS, "auto"):
         raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
@@ -50,7 +50,10 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
     if answer.way is not None:
         work.memo["way"] = answer.way
     if name == "packed" and answer.executor != "packed":
-        raise NotImplementedError(answer.refused)
+        raise RefusedExecutor(
+            f"packed rows do not give this job's numbers: {answer.refused}",
+            expected='executor="auto", which takes the fastest that does, and says in result.run.note why',
+        )
     return answer.executor, answer.note, cost
 
 

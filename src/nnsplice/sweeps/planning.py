@@ -72,6 +72,7 @@ def plan_sweep(
     """
     model = engine.as_model(model)
     with circumstances("ns.plan_sweep"):
+        engine.refuse_changed_logits(model)
         chosen = operation_of(operation)
         edited, source = _prompts(model, clean, corrupted, spans, chosen)
         _check_pairs(edited, source, align)

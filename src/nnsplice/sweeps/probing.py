@@ -154,11 +154,7 @@ class _Probe:
     def note(self, tried: Tried) -> str:
         """What a result says of numbers that agree with runs of their own as well as this model's can."""
         if self.dtype in ROUGH:
-            name, kind = self.work.plan.metric.metric.name, str(self.dtype).removeprefix("torch.")
-            return (
-                f"in {kind}, {name} of {len(self.jobs)} cells lay up to {tried.off:.2g} from runs of their own: "
-                "an effect that is no larger may be rounding, its sign too"
-            )
+            return rounding(self.work, tried.off, max(float(one.abs().max()) for one in self.logits.values()))
         if self.noise is None:
             return ""
         return (
@@ -198,6 +194,23 @@ def _each(jobs: Sequence[Job], values: Sequence[Any], mine: Sequence[Any]) -> It
     for job, a, b in zip(jobs, values, mine, strict=True):
         pairs = zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]
         yield from ((job, *pair) for pair in pairs)
+
+
+def rounding(work: Work, off: float, size: float) -> str:
+    """What a result in half precision says of small effects; empty in others.
+
+    Args:
+        off: how far cells lay from runs of their own.
+        size: of the logits; a few cells may agree to the last digit, and others are still rounded to steps of it.
+    """
+    dtype = dtype_of(work)
+    if dtype not in ROUGH:
+        return ""
+    least = max(off, torch.finfo(dtype).eps * size)
+    return (
+        f"in {str(dtype).removeprefix('torch.')}, {work.plan.metric.metric.name} is known to about {least:.2g}: "
+        "an effect that is no larger may be rounding, its sign too"
+    )
 
 
 def dtype_of(work: Work) -> torch.dtype:

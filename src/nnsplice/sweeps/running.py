@@ -58,6 +58,7 @@ def run(
     if not isinstance(plan, Plan):
         raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
     model = engine.as_model(model)
+    engine.refuse_changed_logits(model)
     check_mode(model)
     digest = engine.weights_digest(model)
     if plan.asked.get("weights") != digest:
