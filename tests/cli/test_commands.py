@@ -61,6 +61,13 @@ unembed            .output              200
 """
 
 
+@pytest.mark.parametrize("command", ["adapter", "convert"])
+def test_a_name_that_no_file_can_have_is_told_in_a_line(command: str) -> None:
+    more = ["there"] if command == "convert" else []
+    told = _run(command, "x" * 5000, *more, code=1)
+    assert told.startswith("File name too long: xxx") and len(told) < 300 and len(told.splitlines()) == 1
+
+
 def test_paths_shows_the_places_of_a_model() -> None:
     assert _run("paths", "toy") == TOY
 

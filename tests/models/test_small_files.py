@@ -66,6 +66,16 @@ def test_a_class_of_another_kind_is_not_called(folder: Path):
         assert not ck.mapper_between(folder, "tl").underived
 
 
+def test_a_model_with_code_of_its_own_is_not_loaded_nor_asked_about(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_config(folder, model_type="mine", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(FileError, match=r"brings code of its own.*\n.*\n.*trust_remote_code=True"):
+        ns.load(folder)
+
+
 def test_code_in_a_folder_is_never_run_nor_asked_about(folder: Path, monkeypatch: pytest.MonkeyPatch):
     with_config(folder, model_type="mine", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
     (folder / "evil.py").write_text("raise SystemExit('ran')")

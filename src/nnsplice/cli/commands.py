@@ -15,6 +15,7 @@ from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
 from nnsplice.cli.table import say
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.progress import bar
+from nnsplice.shown import printable
 
 if TYPE_CHECKING:
     from nnsplice.checks import Finding
@@ -44,6 +45,10 @@ class Commands(TyperGroup):
             code = 2
         except NnspliceError as error:
             say(str(error), err=True)
+            code = 1
+        except OSError as error:  # a name that is too long, a folder that may not be read, a disk that is full
+            name = "" if error.filename is None else f": {printable(str(error.filename))[:200]}"
+            say(f"{error.strerror or error}{name}", err=True)
             code = 1
         except typer.Abort:
             say("stopped", err=True)

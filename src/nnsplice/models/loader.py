@@ -317,7 +317,21 @@ def _named(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
 
 
 def _from(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
-    """A checkpoint by folder or name. What it is for is read off its config, which works offline too."""
+    """A checkpoint by folder or name; transformers would stop and ask whether code of its own may run."""
+    try:
+        return _of_config(source, tokenizer, {"trust_remote_code": False, **kwargs})
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise
+        raise FileError(
+            f"{source} brings code of its own, which would run on this machine",
+            expected="a model of transformers' own, or leave to run that code once you have read it",
+            write="ns.load(name, trust_remote_code=True)",
+        ) from error
+
+
+def _of_config(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    """What a checkpoint is for is read off its config, which works offline too."""
     from transformers import AutoConfig
 
     if "task" not in kwargs:
