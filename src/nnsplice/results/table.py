@@ -15,6 +15,10 @@ from nnsplice.errors import BadArgument
 AXES = ("layer", "head", "group", "neuron", "expert")
 #: What comes after them: which tokens were changed, by their numbers or by what they are.
 OF_TOKENS = ("position", "role")
+#: ... and the names of sets, which have none of all these.
+NAMED = (*OF_TOKENS, "set")
+#: The kind of a set of sites.
+SETS = "sets"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Cell:
     position: int | str | None = None
     #: What the tokens are in their prompts (`"subject last"`), where cells are roles and no positions.
     role: str | None = None
+    #: The sites of a set that were changed together, by their addresses with ` + ` between them.
+    set: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

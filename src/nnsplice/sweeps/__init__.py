@@ -3,6 +3,7 @@
 plan          what will be run, as pure data: Plan
 planning      plan_sweep: prompts paired, sites made targets, what need not run told apart
 targets       every cell with the places that it changes
+sets          cells that change several sites together
 running       run, sweep: chunks, and less at once when memory is short
 ledger        values as they come in: known ones, a journal's, new ones
 executors     the same numbers at different cost

@@ -20,7 +20,7 @@ from nnsplice.metrics import Bound, Several
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
 from nnsplice.sweeps.packing import packed
-from nnsplice.sweeps.probing import Answer, compare
+from nnsplice.sweeps.probing import Answer, compare, kinds_of
 
 EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
 
@@ -93,7 +93,7 @@ def question(work: Work) -> Hashable:
         frozenset((p.dtype, p.device) for p in root.parameters()),
         attentions,
         casts,
-        frozenset((t.cell.component, type(t.position), len(t.places)) for t in plan.targets),
+        frozenset(kind for target in plan.targets for kind in kinds_of(target)),
         str(plan.operation.identity),
         None if corruption is None else corruption.overwrites,
         (metric.position, metric.local, metric.compares, _rules(plan.metric)),

@@ -25,7 +25,6 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
         for site in map(site_of, target.places):
             if _value(site) not in behind:
                 behind[_value(site)] = engine.after_last_attention(model, site)
-        unmixed = all(behind[_value(site_of(place))] for place in target.places)
         for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
             if not plan.has(target, prompt):
                 continue  # this prompt has no such cell
@@ -35,12 +34,19 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             if not causal:
                 jobs.append((prompt, number))
                 continue
-            where, shared = plan.positions(target, prompt), plan.shared_start(target, prompt)
-            read = plan.metric.metric.position % length
-            late = min(where) > read
-            after += late
-            cannot = late or max(where) < shared or (unmixed and read not in where)
-            (known if cannot else jobs).append((prompt, number))
+            shared, read = plan.shared_start(target, prompt), plan.metric.metric.position % length
+            where = [(part, plan.positions(part, prompt)) for part in target.parts]
+            after += all(min(tokens) > read for _, tokens in where)
+            # Of a set each token of a place is looked at by itself: where a pair is one run still, its other patches
+            # change nothing either, and behind the last attention no token reads another.
+            can = any(
+                token == read or not behind[_value(site_of(place))]
+                for part, tokens in where
+                for token in tokens
+                if shared <= token <= read
+                for place in part.places
+            )
+            (jobs if can else known).append((prompt, number))
     if not jobs and not known:
         raise ShortRow(
             "none of these tokens has a partner in its clean prompt, which is shorter",
