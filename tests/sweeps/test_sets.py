@@ -16,6 +16,7 @@ import nnsplice as ns
 from hooked import kept_at, run_with
 from nnsplice.activations.access import site_of
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, OverlappingWrite, ShortRow
+from nnsplice.paths import Slice
 from nnsplice.sweeps import Plan, plan_sweep, run
 from zoo import FAMILIES, having, wrap
 
@@ -64,8 +65,8 @@ def _tokens(plan: Plan, number: int) -> list[tuple[Any, list[int]]]:
     found = []
     for name in plan.targets[number].cell.path.split(" + "):
         path = ns.parse_path(name)
-        at = range(6) if path.position is None else path.position
-        at = at.range(6) if hasattr(at, "range") else [at] if isinstance(at, int) else at
+        at: Any = range(6) if path.position is None else path.position
+        at = at.range(6) if isinstance(at, Slice) else [at] if isinstance(at, int) else at
         found.append((name, [token % 6 for token in at]))
     return found
 
