@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.paths import Path, Slice, Span
+from nnsplice.paths import Path, Position, Slice, Span
 from nnsplice.results import AXES, Cell
 
 #: Which tokens of each prompt are changed; None for all of them.
@@ -23,6 +23,8 @@ class Part:
     places: tuple[Path, ...]
     #: None for every token at once.
     position: At
+    #: Of a knockout: the keys that these tokens no longer attend to.
+    key: At = None
 
     @property
     def tower(self) -> str:
@@ -56,14 +58,17 @@ class Target:
 
 def cell_of(path: Path) -> Cell:
     """The cell of a place at a token or a span; at `[:]`, or without tokens as weights are, it has no position."""
-    place, position = path.place, path.position
+    place = path.place
     open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
-    if isinstance(position, Span):
-        shown = f'"{position.name}"' + ("" if position.token is None else f"[{position.token}]")
-    else:
-        shown = position if isinstance(position, int) else None
     numbers = [number_of(place, axis) for axis in AXES]
-    return Cell(str(path), str(replace(place, steps=open_, site=None)), *numbers, position=shown)
+    component = str(replace(place, steps=open_, site=None))
+    return Cell(str(path), component, *numbers, position=_shown(path.position), key=_shown(path.key))
+
+
+def _shown(at: Position | None) -> int | str | None:
+    if isinstance(at, Span):
+        return f'"{at.name}"' + ("" if at.token is None else f"[{at.token}]")
+    return at if isinstance(at, int) else None
 
 
 def number_of(place: Path, axis: str) -> int | None:

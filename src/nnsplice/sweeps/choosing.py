@@ -37,7 +37,7 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
         raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
     targets = work.plan.targets
     derived = [t.cell.path for t in targets if any(site_of(p).kind in ("pattern", "expert") for p in t.places)]
-    if derived and name != "reference":
+    if derived and work.plan.operation.way != "cut" and name != "reference":
         note = f"{derived[0]} is derived from several values of a run, so each cell runs by itself"
         if name != "auto":
             raise BadArgument(note, expected='executor="reference" or "auto"')

@@ -20,9 +20,11 @@ from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
 from nnsplice.errors import ShapeError
+from nnsplice.packed import cut
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
+from nnsplice.sweeps.knockouts import of_rows
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Source
@@ -99,11 +101,11 @@ def alone(work: Work, job: Job) -> Tensor:
         corrupt(model, plan, [job[0]])
         if plan.operation.way == "compute" or plan.operation.name == "noise":
             _updated(work, job)
-        else:
+        elif plan.operation.way != "cut":
             write(model, _packs(work, job), 1.0 if plan.operation.way == "add" else None)
         found.append(wire.logits_of(model)[:, read_at(plan, job[0])].clone())
 
-    with torch.no_grad():
+    with torch.no_grad(), cut(model, of_rows(plan, [job])):
         engine.run(model, inputs, body)
     return found[0]
 
@@ -152,7 +154,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     plan, model = work.plan, work.model
     writes: dict[Path, list[Write]] = {}
     for row, job in enumerate(jobs):
-        for part in plan.targets[job[1]].parts:
+        for part in () if plan.operation.way == "cut" else plan.targets[job[1]].parts:
             for order, position in enumerate(plan.positions(part, job[0])):
                 for place in part.places:
                     writes.setdefault(place.place, []).append(Write(row, job[0], part, place, order, position))
@@ -173,7 +175,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
             held.write(_changed(work, access, held.tensor, writes))
         found.append(wire.logits_of(model)[:, at].clone())
 
-    with torch.no_grad():
+    with torch.no_grad(), cut(model, of_rows(plan, jobs)):
         engine.run(model, {**inputs, **(fewer := only_read(model, at, writes))}, body)
     logits = fewer.get("logits_to_keep", plan.corrupted.lengths("decoder")[prompts[0]])
     return measured(work, found[0], jobs), work.law.whole(plan.corrupted, prompts, logits)

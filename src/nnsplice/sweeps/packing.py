@@ -18,6 +18,7 @@ from nnsplice.packed.rows import Values
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.executors import Executor, Work, measured
+from nnsplice.sweeps.knockouts import cuts_of
 from nnsplice.sweeps.plan import Job
 
 
@@ -39,14 +40,15 @@ def row_of(work: Work, job: Job) -> Row:
     target = plan.targets[job[1]]
     same = plan.shared_start(target, prompt)
     edits: list[Edit] = []
-    for part in target.parts:
+    for part in () if plan.operation.way == "cut" else target.parts:
         # Before its first difference a pair is one run, and what is patched there is what stands there.
         tokens = {position: order for order, position in enumerate(plan.positions(part, prompt)) if position >= same}
         edits += [
             Edit(place, tuple(tokens), plan.operation.apply, _values(work, prompt, part, place, tokens))
             for place in (part.places if tokens else ())
         ]
-    return Row(prompt, tuple(edits), plan.metric.metric.position % plan.corrupted.lengths("decoder")[prompt])
+    read = plan.metric.metric.position % plan.corrupted.lengths("decoder")[prompt]
+    return Row(prompt, tuple(edits), read, cuts=cuts_of(plan, job))
 
 
 def _values(work: Work, prompt: int, part: Part, place: Path, tokens: Mapping[int, int]) -> Values:

@@ -116,7 +116,7 @@ class Plan:
 
     def _has(self, part: Part, prompt: int) -> bool:
         length, position = self._own(part, prompt), part.position
-        if not has_tokens(position, length):
+        if not has_tokens(position, length) or not has_tokens(part.key, length):
             return False
         if not isinstance(position, int | Slice):
             return True
@@ -148,6 +148,12 @@ class Plan:
             return own
         pairs = [(token, self._partner(part, prompt, token)) for token in own]
         return [there if of_clean else token for token, there in pairs if there is not None]
+
+    def edges(self, part: Part, prompt: int) -> list[tuple[int, int]]:
+        """The queries and keys that a knockout keeps from each other."""
+        assert part.key is not None
+        keys = own_tokens(part.key, self.corrupted, prompt, self._own(part, prompt))
+        return [(query, key) for query in self.positions(part, prompt) for key in keys]
 
 
 def partner(edited: Prompts, source: Prompts, prompt: int, token: int) -> int | None:

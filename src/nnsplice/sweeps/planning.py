@@ -15,6 +15,7 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
 from nnsplice.metrics import Metric, Metrics, bound_of
 from nnsplice.paths import Span
+from nnsplice.sweeps import knockouts
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
@@ -61,7 +62,9 @@ def plan_sweep(
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; or several
             of them, in a list or by names of one's own in a dictionary, all made of the same runs: the grid has an axis
             `metric` then.
-        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function of the value.
+        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function of the value; or
+            `"knockout"` of edges of attention, `"layers[:].heads[:].pattern[-1][3]"`: the query does not see the key,
+            and its other keys share the whole.
         reference: the capture that `mean`, `resample` and `add` take values from.
         window: how many neighbouring layers are changed together, clipped at the ends.
         spans: where named spans stand, as for `capture`; `{"clean": {...}, "corrupted": {...}}` where they differ.
@@ -92,6 +95,7 @@ def plan_sweep(
             bound = bound_of(metric, engine.tokenizer_of(model), len(edited), texts)
         _check_read(bound.metric, edited, source, align)
         targets = targets_of(model, sites, edited, window, together)
+        knockouts.check(model, chosen, targets, edited)
         if chosen.name == "patch" and source is not None:
             _check_spans(targets, edited, source)
         if chosen.name == "patch" and corruption is None:

@@ -9,6 +9,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, peel
 from nnsplice.errors import ShortRow
+from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.plan import Job, Plan
 
 
@@ -35,8 +36,8 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
                 jobs.append((prompt, number))
                 continue
             shared, read = plan.shared_start(target, prompt), plan.metric.metric.position % length
-            where = [(part, plan.positions(part, prompt)) for part in target.parts]
-            after += all(min(tokens) > read for _, tokens in where)
+            where = [(part, _changed(plan, part, prompt)) for part in target.parts]
+            after += all(min(plan.positions(part, prompt)) > read for part in target.parts)
             # Of a set each token of a place is looked at by itself: where a pair is one run still, its other patches
             # change nothing either, and behind the last attention no token reads another.
             can = any(
@@ -64,6 +65,13 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             stacklevel=4,
         )
     return tuple(jobs), tuple(known)
+
+
+def _changed(plan: Plan, part: Part, prompt: int) -> list[int]:
+    """The tokens that are changed: of a knockout, the queries that see a key that they lose."""
+    if part.key is None:
+        return plan.positions(part, prompt)
+    return sorted({query for query, key in plan.edges(part, prompt) if key <= query})
 
 
 def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:

@@ -7,6 +7,7 @@ token of `[:]`, and where a path says no tokens, all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from nnsplice import engine
@@ -14,7 +15,7 @@ from nnsplice.activations import derived
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, OverlappingWrite, ShortRow, circumstances, named
-from nnsplice.paths import Path, Slice, Span, parse_path
+from nnsplice.paths import Path, Position, Slice, Span, parse_path, position_rank
 from nnsplice.results import SETS, Cell
 from nnsplice.sweeps.cells import At, Part, Target, cell_of, has_tokens, own_tokens
 from nnsplice.tokens import Rows, columns, concrete
@@ -70,21 +71,25 @@ def joined(model: engine.Model, members: Sequence[Path], edited: Prompts) -> Tar
     parts: dict[Path, Part] = {}
     for member in members:
         for place in engine.expand(model, member.place):
-            for at in _each(member, edited, site_of(place).tower):
-                key = place.at(Slice() if at is None else at)
-                if key in parts:
-                    raise DuplicatePath("the same site twice in one set", path=member, expected="each site once")
-                parts[key] = Part(cell_of(key), (place,), at)
+            tower = site_of(place).tower
+            for at in _each(member, member.position, edited, tower):
+                for seen in [None] if member.key is None else _each(member, member.key, edited, tower):
+                    shown = Slice() if member.key is not None and seen is None else seen
+                    key = replace(place.at(Slice() if at is None else at), key=shown)
+                    if key in parts:
+                        raise DuplicatePath("the same site twice in one set", path=member, expected="each site once")
+                    parts[key] = Part(cell_of(key), (place,), at, shown)
     known = engine.known(model)
-    ordered = [parts[key] for key in sorted(parts, key=known.rank)]
-    _check_overlaps(model, ordered, edited)
+    ordered = [parts[key] for key in sorted(parts, key=lambda path: (known.rank(path), position_rank(path.key)))]
+    if not any(part.key is not None for part in ordered):  # an edge that is cut twice is cut
+        _check_overlaps(model, ordered, edited)
     name = " + ".join(part.cell.path.removesuffix("[:]") for part in ordered)
     return Target(Cell(name, SETS, set=name), tuple(ordered))
 
 
-def _each(member: Path, edited: Prompts, tower: str) -> list[At]:
+def _each(member: Path, position: Position | None, edited: Prompts, tower: str) -> list[At]:
     """The tokens of a path, each where it lists some."""
-    position, lengths = member.position, edited.lengths(tower)
+    lengths = edited.lengths(tower)
     each: list[At] = list(position) if isinstance(position, tuple) else [None if position == Slice() else position]
     for at in each:
         if isinstance(at, Span):

@@ -46,7 +46,7 @@ class Source:
             width: how many numbers the place has; 0 where whoever writes the value looks at that.
         """
         plan = self.plan
-        if plan.operation.way == "compute":
+        if plan.operation.way in ("compute", "cut"):
             return None
         if plan.operation.name == "patch":
             assert self.clean is not None

@@ -11,7 +11,7 @@ from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument, ShortRow, circumstances
-from nnsplice.paths import Path, Slice, Span
+from nnsplice.paths import Path, Position, Slice, Span
 from nnsplice.sweeps.cells import Part, Target, cell_of, number_of
 from nnsplice.sweeps.sets import Sites, check_span, joined, told_apart
 from nnsplice.tokens import columns, concrete
@@ -48,9 +48,10 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
             tower = site_of(place).tower
             written = _window(places, place, window)
             for position in [None] if open_ and together else _positions(pattern, edited, tower):
-                key = place.at(Slice() if position is None else position)
-                cell = cell_of(key)
-                targets.setdefault(key, Target(cell, (Part(cell, written, position),)))
+                for seen in [None] if pattern.key is None else _positions(pattern, edited, tower, pattern.key):
+                    key = replace(place.at(Slice() if position is None else position), key=seen)
+                    cell = cell_of(key)
+                    targets.setdefault(key, Target(cell, (Part(cell, written, position, seen),)))
     known = engine.known(model)
     found = [targets[path] for path in sorted(targets, key=lambda path: known.rank(path))]
     joint = [joined(model, members, edited) for members in sets]
@@ -59,10 +60,10 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
     return tuple(found)
 
 
-def _positions(pattern: Path, edited: Prompts, tower: str) -> list[int | Span]:
+def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | None = None) -> list[int | Span]:
     """The positions of a sweep, each a column of its own; those that every prompt lacks are an error."""
     lengths = edited.lengths(tower)
-    position = pattern.position
+    position = pattern.position if position is None else position
     if position is None or isinstance(position, Slice):
         found = list((position or Slice()).range(max(lengths)))
         if not found:
