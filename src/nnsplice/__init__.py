@@ -10,6 +10,7 @@ One address language for every part of a model, and many views of an address. Th
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
+    knockout                                      a block in which queries do not see some of their keys
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, sequence_log_probability,
     rank, accuracy, kl_divergence, js_divergence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
         sequence_log_probability,
     )
     from nnsplice.models import load
+    from nnsplice.packed import knockout
     from nnsplice.paths import Path, parse_path
     from nnsplice.results import SweepResult
     from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
@@ -64,6 +66,7 @@ __all__ = [
     "expand",
     "js_divergence",
     "kl_divergence",
+    "knockout",
     "load",
     "log_probability",
     "logit_diff",
@@ -106,6 +109,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
         "sequence_log_probability",
     ),
     "models": ("load",),
+    "packed": ("knockout",),
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),
     "sweeps": ("Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"),

@@ -226,6 +226,14 @@ def _count(number: int, what: str) -> str:
 
 
 def _check_kinds(plan: Plan, name: str) -> None:
+    joint = next((target for target in plan.targets if target.is_set), None)
+    if joint is not None:
+        raise BadArgument(
+            f"{name} says what each site is worth by itself, and what a set does together is not the sum of these",
+            path=joint.cell.path,
+            expected="single sites",
+            write="ns.sweep(...)   (exact)",
+        )
     for path in nodes.places_of(plan):
         kind = site_of(path).kind
         if kind in ("pattern", "expert"):

@@ -38,12 +38,12 @@ def wanted_of(plan: Plan, rows: Sequence[int]) -> list[Wanted]:
     for prompt, cell in plan.jobs:
         if prompt not in number:
             continue
-        target = plan.targets[cell]
-        here, there = plan.positions(target, prompt), plan.positions(target, prompt, of_clean=True)
-        for place in target.places:
-            found.setdefault(place.place, []).extend(
-                (cell, number[prompt], a, b) for a, b in zip(here, there, strict=True)
-            )
+        for part in plan.targets[cell].parts:
+            here, there = plan.positions(part, prompt), plan.positions(part, prompt, of_clean=True)
+            for place in part.places:
+                found.setdefault(place.place, []).extend(
+                    (cell, number[prompt], a, b) for a, b in zip(here, there, strict=True)
+                )
     return [Wanted(place, *torch.tensor(entries).T.contiguous().unbind(0)) for place, entries in found.items()]
 
 

@@ -77,6 +77,14 @@ def path_patch(
                 f"path_patch reads one position, and {plan.metric.metric.name} reads several",
                 expected="a metric of single tokens, or several of them",
             )
+        joint = next((target for target in plan.targets if target.is_set), None)
+        if joint is not None:
+            # What an earlier sender does to a branch that a later one speaks by would reach the receivers too.
+            raise BadArgument(
+                "senders that are patched together would reach each other's branches, and these the receivers",
+                path=joint.cell.path,
+                expected="single senders, each a cell",
+            )
         return run_paths(model, plan, [receivers] * len(plan.targets), **running)
 
 
@@ -216,11 +224,12 @@ class _Pass:
     def _send(self, path: Path, part: Tensor) -> None:
         plan, source = self.work.plan, self.work.source
         for row, job in enumerate(self.jobs):
-            if path.place not in [place.place for place in plan.targets[job[1]].places]:
-                continue
-            positions = plan.positions(plan.targets[job[1]], job[0])
-            values = [source.value(job, path, order, p, part.shape[-1]) for order, p in enumerate(positions)]
-            part[self.still.start + row, positions] = torch.stack([v for v in values if v is not None]).to(part)
+            for sender in plan.targets[job[1]].parts:
+                if path.place not in [place.place for place in sender.places]:
+                    continue
+                positions, width = plan.positions(sender, job[0]), part.shape[-1]
+                values = [source.value(job[0], sender, path, order, p, width) for order, p in enumerate(positions)]
+                part[self.still.start + row, positions] = torch.stack([v for v in values if v is not None]).to(part)
 
     def _receive(self, receiver: Path, rows: Sequence[int], part: Tensor) -> None:
         if receiver.position is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from nnsplice.atlas import Atlas, Order, fingerprint, peel
 from nnsplice.engine.proof import check_calls, with_proof
 from nnsplice.engine.recording import order_of
-from nnsplice.errors import BadType, named
+from nnsplice.errors import BadType, PathError, named
 from nnsplice.paths import Path, Paths, parse_path, position_rank
 
 
@@ -68,6 +68,14 @@ class Known:
         # By their texts: paths that another model has told apart may be equal and mean different places here.
         texts = tuple(map(str, paths))
         if texts not in self._plans:
+            for path in map(parse_path, paths):
+                if path.key is not None:
+                    raise PathError(
+                        "an edge of attention has no value of its own to be read or written",
+                        path=path,
+                        expected="the pattern of a query, or a knockout of the edge",
+                        write=f'{replace(path, key=None)}, or operation="knockout"',
+                    )
             expanded = [self.atlas.expand(parse_path(path)) for path in paths]
             found = [(place, number) for number, places in enumerate(expanded) for place in places]
             if len(self._plans) > 512:  # a sweep asks for thousands of lists; the last few are asked for again

@@ -11,6 +11,7 @@ recording    one pass of these runs: what enters every block, keys and values
 layout       where every token stands, and which rows attend together
 attention    attention of packed rows, through transformers' public registry
 masks        which token sees which, as the model's own masks say
+cutting      edges of attention taken out of that
 whole        attention modules with code of their own, which run whole prompts
 wave         the way through the blocks
 edits        writing into packed tokens, and reading them
@@ -22,9 +23,10 @@ cost         what that is: passes, calls of blocks, tokens, operations
 
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cutting import cut, knockout
 from nnsplice.packed.heads import LOGITS, Head
 from nnsplice.packed.recording import WAYS
-from nnsplice.packed.rows import Edit, Read, Row, replaced
+from nnsplice.packed.rows import Cut, Edit, Read, Row, replaced
 from nnsplice.packed.run import Ran, recorded, run
 from nnsplice.packed.still import Branch, StillRow, run_still
 
@@ -34,6 +36,7 @@ __all__ = [
     "Base",
     "Branch",
     "Cost",
+    "Cut",
     "Edit",
     "Head",
     "Law",
@@ -41,6 +44,8 @@ __all__ = [
     "Read",
     "Row",
     "StillRow",
+    "cut",
+    "knockout",
     "recorded",
     "replaced",
     "run",

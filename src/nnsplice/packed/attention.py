@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.packed.layout import Group
-from nnsplice.packed.masks import LATER, causal
+from nnsplice.packed.masks import LATER, causal, without
 
 NAME = "nnsplice_packed"
 #: `[group, token, width]` each.
@@ -102,6 +102,11 @@ def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
             yield
         finally:
             _active.now = outer
+
+
+def is_exchanged() -> bool:
+    """Whether another attention than the model's own runs in this thread."""
+    return _active.now is not None
 
 
 def _register() -> None:
@@ -211,6 +216,8 @@ class Packed:
     own: KeyValue | None = None
     #: Whether this is such an earlier pass.
     leaves: bool = False
+    #: Token of the pack -> the heads in which it does not see a key, and the key's position.
+    lost: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """`[1, token, head, width]` for the packed tokens."""
@@ -225,7 +232,11 @@ class Packed:
         for group in self.groups:
             asks = query[0][:, group.asks].transpose(0, 1)
             k, v = (t[:, group.keys].transpose(0, 1) for t in (keys, values))
-            out[0, group.asks] = call.attended(asks, k, v, group.mask(self.masks[module])).to(out)
+            mask = group.mask(self.masks[module])
+            if self.lost and (edges := group.edges(self.lost)):
+                rows, heads, queries, _ = asks.shape
+                mask = without(mask, (rows, heads, queries, k.shape[2]), edges, asks.device)
+            out[0, group.asks] = call.attended(asks, k, v, mask).to(out)
         return out
 
 

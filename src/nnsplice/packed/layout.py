@@ -6,7 +6,7 @@ too. Attention sees both as one long list, recorded tokens first, and a row of i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -140,6 +140,20 @@ class Group:
         same = positions[:1] if (positions == positions[:1]).all() else positions
         a, k, p, n = (torch.as_tensor(array).to(device) for array in (asks, keys, same, prompts))
         return cls(a, k, p, n)
+
+    def edges(self, lost: Mapping[int, Sequence[tuple[int, int]]]) -> list[tuple[int, int, int, int]]:
+        """Row, head, query and key of what tokens of the pack do not see; keys stand in the order of their positions.
+
+        Args:
+            lost: token of the pack -> heads, and positions of keys.
+        """
+        asks = self.asks.cpu().numpy()
+        return [
+            (int(row), head, int(query), key)
+            for row, query in np.argwhere(np.isin(asks, list(lost)))
+            for head, key in lost[int(asks[row, query])]
+            if key < self.keys.shape[1]  # others stand behind all that ask
+        ]
 
     def mask(self, table: Tensor | None) -> Tensor | None:
         """`[row or 1, head or 1, query, key]` of a table of `masks.tables`; None: every query sees every key."""

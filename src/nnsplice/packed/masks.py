@@ -11,6 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from nnsplice.errors import RefusedPlace
+
+#: A row of a batch, a head, a query and a key, by their places in the attention's own tensors.
+Edge = tuple[int, int, int, int]
 #: Why a model is refused whose tokens change those before them.
 LATER = "its attention lets tokens see later ones"
 
@@ -68,6 +72,31 @@ def _read(mask: Tensor, prompts: int, length: int) -> Tensor:
 def seen(mask: Tensor) -> Tensor:
     """Where a mask lets tokens be seen: those of floating point are added to scores."""
     return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask
+
+
+def without(
+    mask: Tensor | None, shape: tuple[int, int, int, int], lost: Sequence[Edge], device: torch.device
+) -> Tensor:
+    """A mask `[row, head, query, key]` in which these edges are cut.
+
+    Raises:
+        RefusedPlace: a query would see nothing any more.
+    """
+    whole = torch.ones(1, dtype=torch.bool, device=device) if mask is None else mask
+    new = whole.expand(shape).clone()
+    row, head, query, key = torch.tensor(lost, device=device).unbind(1)
+    if int(head.max()) >= shape[1]:
+        raise RefusedPlace(
+            f"its attention has {shape[1]} heads where the model has more",
+            expected="attention that is computed head by head",
+        )
+    new[row, head, query, key] = False if new.dtype is torch.bool else float("-inf")
+    if not bool(seen(new[row, head, query]).any(-1).all()):
+        raise RefusedPlace(
+            "a query would be left without any key: the others are hidden from it by the model's own mask",
+            expected="a knockout that leaves each query a key",
+        )
+    return new
 
 
 def refuse_later(mask: Tensor) -> None:

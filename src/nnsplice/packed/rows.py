@@ -48,6 +48,28 @@ class Edit:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Edges of attention that a row does without: the keys get no share, and the others of the query all of it."""
+
+    #: The pattern of one head, as `expand` returns it.
+    place: Path
+    #: Queries and keys, by their tokens.
+    edges: tuple[tuple[int, int], ...]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The queries, whose tokens are changed."""
+        return tuple(dict.fromkeys(query for query, _ in self.edges))
+
+    @property
+    def head(self) -> int:
+        """Which head."""
+        index = site_of(self.place).index
+        assert index is not None
+        return index
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """A place of a row whose values are wanted, after the edits before it."""
 
@@ -65,13 +87,14 @@ class Row:
     #: The token whose state behind the last block is wanted; None where only `reads` are.
     end: int | None
     reads: tuple[Read, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """An edit or a read, and where it stands: which layer, and how far its effect goes in it."""
+    """An edit, a read or a cut, and where it stands: which layer, and how far its effect goes in it."""
 
-    what: Edit | Read
+    what: Edit | Read | Cut
     layer: int
     #: `input` or `output` of the block itself, `point` inside it where a token's change stays with the token until the
     #: next layer, `keys` where other tokens read it in the same layer.
@@ -102,6 +125,7 @@ class Begun:
     alone: bool
     #: The tokens that its first edits change, as far as they can matter.
     changed: tuple[int, ...]
+    cuts: tuple[Placed, ...] = ()
 
     @property
     def length(self) -> int:
@@ -149,19 +173,19 @@ class Homes:
         self._layers: dict[str, int] = {block.module: block.index for block in blocks.tower.blocks}
         self._known: dict[Site, tuple[int, str]] = {}
 
-    def placed(self, what: Edit | Read) -> Placed:
-        """Where an edit or a read stands.
+    def placed(self, what: Edit | Read | Cut) -> Placed:
+        """Where an edit, a read or a cut stands.
 
         Raises:
             NotImplementedError: its site stands in no block.
         """
         site = site_of(what.place)
         if site not in self._known:
-            self._known[site] = self._find(what.place, site)
+            self._known[site] = self._find(what.place, site, isinstance(what, Cut))
         return Placed(what, *self._known[site])
 
-    def _find(self, place: Path, site: Site) -> tuple[int, str]:
-        if site.kind not in ("plain", "stream"):
+    def _find(self, place: Path, site: Site, is_cut: bool) -> tuple[int, str]:
+        if site.kind not in ("plain", "stream") and not is_cut:
             raise NotImplementedError(f"{place.place} is derived from several values")
         if site.module in self._layers:
             layer = self._layers[site.module]
@@ -171,6 +195,8 @@ class Homes:
             name = name.rpartition(".")[0]
             if name in self._layers:
                 layer = self._layers[name]
+                if is_cut:  # what a query attends to is its own until the next layer
+                    return layer, "point"
                 return layer, _inside(site, self.tower.blocks[layer])
         raise NotImplementedError(f"{place.place} stands in no layer")
 
@@ -218,18 +244,21 @@ def begun(row: Row, homes: Homes, *, alone: bool = True) -> Begun:
     _check_overlaps(edits)
     # What is changed behind the last token that is wanted changes nothing of it.
     edits = [edit for edit in edits if any(position <= last for position in edit.what.positions)]
-    layers = [_first_layer(edit) for edit in edits] or [read.layer for read in reads]
+    cuts = [homes.placed(cut) for cut in row.cuts if any(position <= last for position in cut.positions)]
+    changes = [*edits, *cuts]
+    layers = [_first_layer(change) for change in changes] or [read.layer for read in reads]
     layer = min(layers, default=len(homes.tower.blocks))
-    first = [edit for edit in edits if _first_layer(edit) == layer]
-    own = [*first, *(placed for placed in (*edits, *reads) if placed.layer == layer)]
+    first = [change for change in changes if _first_layer(change) == layer]
+    own = [*first, *(placed for placed in (*changes, *reads) if placed.layer == layer)]
     return Begun(
         row, tuple(edits), reads, layer,
-        start=min((position for edit in (*edits, *reads) for position in edit.what.positions), default=last),
+        start=min((position for edit in (*changes, *reads) for position in edit.what.positions), default=last),
         last=last,
         prompt=list(homes.of.bases).index(row.prompt),
         base=homes.of.bases[row.prompt],
-        alone=alone and bool(first) and all(isinstance(p.what, Edit) and p.where == "point" for p in own),
+        alone=alone and bool(first) and all(not isinstance(p.what, Read) and p.where == "point" for p in own),
         changed=tuple(sorted({position for edit in first for position in edit.what.positions if position <= last})),
+        cuts=tuple(cuts),
     )  # fmt: skip
 
 

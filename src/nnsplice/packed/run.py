@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost
+from nnsplice.packed.cutting import OWN_CODE
 from nnsplice.packed.heads import Head
 from nnsplice.packed.recording import Recording, record
 from nnsplice.packed.rows import Homes, Read, Row, begun
@@ -43,6 +44,8 @@ def run(base: Base, rows: Sequence[Row]) -> Ran:
         NotImplementedError: this model, or one of these sites, is not covered.
     """
     recording, spent = recorded(base, [row.prompt for row in rows])
+    if recording.whole.calls and any(row.cuts for row in rows):
+        raise NotImplementedError(OWN_CODE)
     homes = Homes(recording)
     placed = [begun(row, homes, alone=not recording.whole.calls) for row in rows]
     grain = GRAIN.get(recording.entering[0].device.type, 1)

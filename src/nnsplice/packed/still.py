@@ -81,6 +81,8 @@ def run_still(base: Base, rows: Sequence[StillRow], branches: Sequence[Branch]) 
         raise NotImplementedError("its stream is normed or scaled on its way, so that a difference does not stay one")
     if any(module._forward_hooks or module._forward_pre_hooks for b in recording.blocks for module in b.modules()):
         raise NotImplementedError("hooks of the user's stand in its blocks, which may change a difference on its way")
+    if any(row.row.cuts for row in rows):
+        raise NotImplementedError("edges of attention are cut in rows whose branches run")
     homes = Homes(recording)
     walk = _Walk(base, recording, [_walker(recording, homes, row) for row in rows], branches)
     with torch.no_grad():
@@ -223,6 +225,7 @@ class _Walk:
                     place = self._added(number, layer, placed)
                     own[number, site_of(place)] = Read(place, tokens)
                     continue
+                assert isinstance(placed.what, Read)
                 positions = tuple(position for position in placed.what.positions if position in tokens)
                 if positions:
                     cut = Read(placed.what.place, positions)

@@ -20,7 +20,7 @@ from nnsplice.packed.cost import Cost, Law
 from nnsplice.packed.edits import Find, Numbered, Readings, edited, hooked, read
 from nnsplice.packed.layout import Layout
 from nnsplice.packed.recording import Recording, first
-from nnsplice.packed.rows import Begun
+from nnsplice.packed.rows import Begun, Cut
 
 
 @dataclass
@@ -122,7 +122,10 @@ class Wave:
         ends = [self.rows[n].base + self.rows[n].last for n in numbers]
         pack = torch.cat([states[long.ends()], self.recording.entering[layer][ends[len(layout.long) :]]])
         groups = layout.groups(self.recording.total, self.grain, states.device, thin=True)
-        attend = Packed(self.recording.attended, self.recording.masks, groups, own=own or self._none(layer))
+        attend = Packed(
+            self.recording.attended, self.recording.masks, groups, own=own or self._none(layer),
+            lost=self._lost(layer, layout, find),
+        )  # fmt: skip
         inside = hooked(self.root, self._inside(layer, layout), lambda: find, self.readings)
         with attention(self.root, attend), inside:
             out = self._block(layer, pack, self._index(ends))
@@ -164,7 +167,8 @@ class Wave:
                 stack.enter_context(whole.running(layout, lambda inner: find.__setitem__(0, inner or layout.find)))
             else:
                 groups = layout.groups(self.recording.total, self.grain, pack.device)
-                attend = Packed(self.recording.attended, self.recording.masks, groups)
+                lost = self._lost(layer, layout, layout.find)
+                attend = Packed(self.recording.attended, self.recording.masks, groups, lost=lost)
                 stack.enter_context(attention(self.root, attend))
             return self._block(layer, pack, self._index(layout.recorded))
 
@@ -200,6 +204,18 @@ class Wave:
         out = edited(out, edits, find)
         read(out, reads, find, self.readings)
         return out
+
+    def _lost(self, layer: int, layout: Layout, find: Find) -> dict[int, list[tuple[int, int]]]:
+        """Token of the pack -> the heads in which it does not see a key, and the key's position."""
+        lost: dict[int, list[tuple[int, int]]] = {}
+        for n in (*layout.long, *layout.short):
+            for cut in (placed.what for placed in self.rows[n].cuts if placed.layer == layer):
+                assert isinstance(cut, Cut)
+                for query, key in cut.edges:
+                    at = find(n, query)
+                    if at is not None:
+                        lost.setdefault(at, []).append((cut.head, key))
+        return lost
 
     # --- tokens
 

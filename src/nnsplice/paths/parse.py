@@ -115,7 +115,7 @@ def _fold(tree: Node) -> Path:
     if tree.data == "full":
         return Path((Step("full"),))
     steps: list[Step] = []
-    tower = value = item = position = None
+    tower = value = item = position = key = None
     for child in tree.children:
         if isinstance(child, str):
             # A terminal: MODEL, TOWER or a value.
@@ -127,11 +127,14 @@ def _fold(tree: Node) -> Path:
             item = _number(_only(child))
         elif child.data == "position":
             position = _position(child)
+        elif child.data == "edge":
+            *query, seen = cast("list[Node]", child.children)
+            position, key = _bracketed(query), _position(seen)
         elif child.data != "open":
             steps.append(_step(child, native))
     if position is not None and value is None:
         value = "output"
-    return Path(tuple(steps), native, tower, value, item, position)
+    return Path(tuple(steps), native, tower, value, item, position, key)
 
 
 def _hook(tree: Node) -> Path:
@@ -167,7 +170,11 @@ def _index(node: Node) -> Index:
 
 
 def _position(node: Node) -> Position:
-    first, *token = cast("list[Node]", node.children)
+    return _bracketed(cast("list[Node]", node.children))
+
+
+def _bracketed(nodes: list[Node]) -> Position:
+    first, *token = nodes
     if first.data != "span":
         return _index(first)
     return Span(_unquoted(str(first.children[0])), _number(token[0]) if token else None)

@@ -110,14 +110,16 @@ class Path:
     item: int | None = None
     #: Which tokens; None where the text leaves it open.
     position: Position | None = None
+    #: Of a pattern: which keys these tokens attend to, so that the path is an edge of attention.
+    key: Position | None = None
     #: The place in one model, set by `expand`; the identity of the path once it is there.
     site: Any = field(default=None, repr=False)
 
     @cached_property
     def _identity(self) -> tuple[Hashable, ...]:
         if self.site is not None:
-            return (self.site, self.position)
-        return (self.native, self.tower, self.steps, self.value, self.item, self.position)
+            return (self.site, self.position, self.key)
+        return (self.native, self.tower, self.steps, self.value, self.item, self.position, self.key)
 
     @cached_property
     def _text(self) -> str:
@@ -127,7 +129,7 @@ class Path:
             names.append(self.value)
         elif self.native and self.steps and self.steps[-1].name in NATIVE_VALUES:
             names[-1] = ATTRIBUTE_PREFIX + names[-1]
-        brackets = "".join(f"[{index_text(i)}]" for i in (self.item, self.position) if i is not None)
+        brackets = "".join(f"[{index_text(i)}]" for i in (self.item, self.position, self.key) if i is not None)
         # One bracket alone is a position, so an item without one says that the position is open.
         return ".".join(names) + brackets + ("[]" if self.item is not None and self.position is None else "")
 
@@ -151,7 +153,7 @@ class Path:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Without the cached text and hash: str hashes differ between processes.
-        return (Path, (self.steps, self.native, self.tower, self.value, self.item, self.position, self.site))
+        return (Path, (self.steps, self.native, self.tower, self.value, self.item, self.position, self.key, self.site))
 
     @property
     def concrete(self) -> bool:
@@ -165,8 +167,8 @@ class Path:
 
     @property
     def place(self) -> Path:
-        """The same path without its position."""
-        return self if self.position is None else replace(self, position=None)
+        """The same path without its position and its key."""
+        return self if self.position is None else replace(self, position=None, key=None)
 
     def at(self, position: Position | None) -> Path:
         """The same place at another position; where the path leaves the value open, a position means its output.

@@ -21,6 +21,6 @@ from nnsplice.results.estimates import Miss, Verification
 from nnsplice.results.files import plain
 from nnsplice.results.journal import Journal
 from nnsplice.results.result import SweepResult
-from nnsplice.results.table import AXES, Cell, Run, Table
+from nnsplice.results.table import AXES, SETS, Cell, Run, Table
 
-__all__ = ["AXES", "Cell", "Journal", "Miss", "Run", "SweepResult", "Table", "Verification", "plain"]
+__all__ = ["AXES", "SETS", "Cell", "Journal", "Miss", "Run", "SweepResult", "Table", "Verification", "plain"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,10 @@ from nnsplice.results.table import AXES, OF_TOKENS, Table
 
 if TYPE_CHECKING:
     import xarray as xr
+
+
+#: How many letters of a set's name a figure has room for.
+ROOM = 44
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,15 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
     labels = {axis: _labels(grid, axis, prompt) for axis in axes}
     order = [axes.index(axis) for axis in down + across]
     rows = _joined(labels, down) or [grid.attrs["component"]]
-    columns = _joined(labels, across) or ["all tokens"]
+    # One column for all: the tokens of a set stand in its name.
+    only, alone = ("together", "") if "set" in axes else ("all tokens", "position")
+    columns = _joined(labels, across) or [only]
     return Plane(
         values.transpose(order).reshape(len(rows), len(columns)),
         rows,
         columns,
         ".".join(down) or "place",
-        across[0] if len(across) > 1 and grid.sizes[across[-1]] == 1 else ".".join(across) or "position",
+        across[0] if len(across) > 1 and grid.sizes[across[-1]] == 1 else ".".join(across) or alone,
     )
 
 
@@ -85,7 +92,7 @@ def sides(axes: list[str], sizes: list[int]) -> tuple[list[str], list[str]]:
     tokens = bool(named) and (sizes[axes.index(named[0])] > 1 or not parts)
     across = named if tokens else [*parts, *named]
     # An axis that is on neither side has one label.
-    return [axis for axis in axes if axis == "layer" or (tokens and axis in parts)], across
+    return [axis for axis in axes if axis in ("layer", "set") or (tokens and axis in parts)], across
 
 
 def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:
@@ -102,6 +109,8 @@ def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:
 def _labels(grid: xr.DataArray, axis: str, prompt: int | None) -> list[str]:
     """The texts along an axis: tokens for positions, where all prompts that are shown have the same."""
     numbers = [str(label) for label in grid.coords[axis].values]
+    if axis == "set":
+        return [_short(name) for name in numbers]
     if axis != "position" or "token" not in grid.coords:
         return numbers
     texts: Any = grid.coords["token"].values
@@ -113,6 +122,12 @@ def _labels(grid: xr.DataArray, axis: str, prompt: int | None) -> list[str]:
         visible(column[0]) if len(set(column)) == 1 and column[0] else n
         for n, column in zip(numbers, texts.T, strict=True)
     ]
+
+
+def _short(name: str) -> str:
+    """A set's name with its heads in their short form, as far as there is room."""
+    text = re.sub(r"layers\[(\d+)\]\.heads\[(\d+)\]\.output", r"L\1H\2", name)
+    return text if len(text) <= ROOM else f"{text[: ROOM - 3]}..."
 
 
 def visible(text: str) -> str:

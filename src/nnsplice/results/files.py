@@ -26,6 +26,8 @@ KIND = "SweepResult"
 FORMAT = 1
 WRITTEN = "a file that SweepResult.to_file wrote"
 
+#: Fields of a cell that stand in every file: its path, its kind, its numbers and its position.
+_ALWAYS = 8
 _ARRAYS = {"values": "F64", "done": "BOOL", "exists": "BOOL", "clean": "F64", "corrupted": "F64"}
 #: What only estimates, and means by role, have.
 _MORE = {"edges": "F64", "exact": "F64", "counts": "F64"}
@@ -146,10 +148,18 @@ def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
 def _texts(table: Table) -> dict[str, Any]:
     # Rows and not dictionaries: the names of a cell's fields would be most of the header.
     rows = (dataclasses.astuple(cell) for cell in table.cells)
-    cells = [row if row[-1] is not None else row[:-1] for row in rows]  # most have no role
+    cells = [_short_row(row) for row in rows]
     texts: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
     more = {"receivers": table.receivers, "metrics": table.metrics}
     return texts | {name: value for name, value in more.items() if value}
+
+
+def _short_row(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without what it lacks at its end: most cells have no role, and are no set and no edge."""
+    stop = len(row)
+    while stop > _ALWAYS and row[stop - 1] is None:
+        stop -= 1
+    return row[:stop]
 
 
 def _number(value: Any) -> Any:

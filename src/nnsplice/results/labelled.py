@@ -10,7 +10,7 @@ import numpy as np
 
 from nnsplice.errors import BadArgument
 from nnsplice.results import measures
-from nnsplice.results.table import AXES, OF_TOKENS, Cell, Table
+from nnsplice.results.table import AXES, NAMED, Cell, Table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,8 +58,9 @@ def frame(table: Table) -> pd.DataFrame:
     cells = [table.cells[n] for n in numbers]
     columns: dict[str, Any] = {"prompt": prompts, "component": [cell.component for cell in cells], **_columns(cells)}
     columns["token"] = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
-    if any(cell.role is not None for cell in table.cells):
-        columns["role"] = [cell.role for cell in cells]
+    for name in ("key", "role", "set"):
+        if any(getattr(cell, name) is not None for cell in table.cells):
+            columns[name] = [getattr(cell, name) for cell in cells]
     if table.counts is not None:
         columns["n"] = table.counts[prompts, numbers].astype(int)
     columns["value"] = table.values[prompts, numbers]
@@ -90,10 +91,9 @@ def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
     order = order[~np.isnan(size[order])]
     cells = [table.cells[number] for number in order]
     columns: dict[str, Any] = {"component": [cell.component for cell in cells]}
-    used = {axis for axis in (*AXES, *OF_TOKENS) if any(getattr(cell, axis) is not None for cell in table.cells)}
+    used = {axis for axis in (*AXES, *NAMED) if any(getattr(cell, axis) is not None for cell in table.cells)}
     columns |= {axis: column for axis, column in _columns(cells).items() if axis in used}
-    if "role" in used:
-        columns["role"] = [cell.role for cell in cells]
+    columns |= {name: [getattr(cell, name) for cell in cells] for name in ("key", "role", "set") if name in used}
     if len(table.clean) == 1:
         columns["token"] = [token(table, 0, cell.position) for cell in cells]
     columns |= {name: measures.mean(values)[order] for name, values in found.items()}
@@ -155,7 +155,7 @@ def points(cells: Sequence[Cell]) -> tuple[dict[str, list[Label]], np.ndarray]:
     Raises:
         BadArgument: two cells stand at one point, where one of them would be lost.
     """
-    axes = (*AXES, *OF_TOKENS)
+    axes = (*AXES, *NAMED)
     labels = {axis: found for axis in axes if (found := _labels([getattr(c, axis) for c in cells]))}
     places = {axis: {label: n for n, label in enumerate(of)} for axis, of in labels.items()}
     taken: dict[tuple[int, ...], Cell] = {}

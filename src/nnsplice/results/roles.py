@@ -58,6 +58,11 @@ def by_role(table: Table, roles: Roles | None) -> Table:
     lengths, spans = [len(row) for row in table.tokens], spans_of(table)
     if not lengths:
         raise BadArgument("this result does not say which tokens its prompts have", expected="a sweep over tokens")
+    if any(cell.key is not None for cell in table.cells):
+        raise BadArgument(
+            "an edge of attention has two tokens, and a role is what one token is",
+            expected="a sweep of token positions, or edges between spans, which are the same in every prompt",
+        )
     groups = _groups(roles, lengths, spans)
     cells: list[Cell] = []
     columns: list[tuple[tuple[int, ...], ...]] = []

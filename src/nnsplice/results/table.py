@@ -14,7 +14,11 @@ from nnsplice.errors import BadArgument
 #: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them).
 AXES = ("layer", "head", "group", "neuron", "expert")
 #: What comes after them: which tokens were changed, by their numbers or by what they are.
-OF_TOKENS = ("position", "role")
+OF_TOKENS = ("position", "key", "role")
+#: ... and the names of sets, which have none of all these.
+NAMED = (*OF_TOKENS, "set")
+#: The kind of a set of sites.
+SETS = "sets"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,10 @@ class Cell:
     position: int | str | None = None
     #: What the tokens are in their prompts (`"subject last"`), where cells are roles and no positions.
     role: str | None = None
+    #: The sites of a set that were changed together, by their addresses with ` + ` between them.
+    set: str | None = None
+    #: The key of an edge of attention, by its number or its span; `position` is the query.
+    key: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)

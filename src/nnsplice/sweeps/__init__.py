@@ -3,11 +3,13 @@
 plan          what will be run, as pure data: Plan
 planning      plan_sweep: prompts paired, sites made targets, what need not run told apart
 targets       every cell with the places that it changes
+sets          cells that change several sites together
 running       run, sweep: chunks, and less at once when memory is short
 ledger        values as they come in: known ones, a journal's, new ones
 executors     the same numbers at different cost
 cost          what that is: passes, calls of blocks, tokens, operations
 operations    what is done to a place
+knockouts     cells in which queries do not see some of their keys
 sources       where the values come from
 recipes       ablate, causal_trace
 weights       sweep_weights: a tuned model's weights in its base, place by place

@@ -1,23 +1,74 @@
-"""A place as a cell of a result: its address, its kind, and its numbers along the axes of a grid."""
+"""A place as a cell of a result, with its address, its kind and its numbers; and what is changed for a cell."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from nnsplice.paths import Path, Slice, Span
+from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import Prompts
+from nnsplice.paths import Path, Position, Slice, Span
 from nnsplice.results import AXES, Cell
+
+#: Which tokens of each prompt are changed; None for all of them.
+At = int | Span | Slice | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Places that are changed at the same tokens."""
+
+    #: What it would be as a cell of its own.
+    cell: Cell
+    #: Several for a window of layers, in execution order.
+    places: tuple[Path, ...]
+    #: None for every token at once.
+    position: At
+    #: Of a knockout: the keys that these tokens no longer attend to.
+    key: At = None
+
+    @property
+    def tower(self) -> str:
+        """Which tower's tokens the position counts."""
+        return site_of(self.places[0]).tower
+
+
+@dataclass(frozen=True)
+class Target:
+    """One cell of the result, and what is changed together for it."""
+
+    cell: Cell
+    #: Several for a set of sites, in execution order.
+    parts: tuple[Part, ...]
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Every place that is changed."""
+        return tuple(place for part in self.parts for place in part.places)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the cell was asked for as a set of sites."""
+        return self.cell.set is not None
+
+    @property
+    def tower(self) -> str:
+        """The tower of its first place."""
+        return self.parts[0].tower
 
 
 def cell_of(path: Path) -> Cell:
     """The cell of a place at a token or a span; at `[:]`, or without tokens as weights are, it has no position."""
-    place, position = path.place, path.position
+    place = path.place
     open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
-    if isinstance(position, Span):
-        shown = f'"{position.name}"' + ("" if position.token is None else f"[{position.token}]")
-    else:
-        shown = position if isinstance(position, int) else None
     numbers = [number_of(place, axis) for axis in AXES]
-    return Cell(str(path), str(replace(place, steps=open_, site=None)), *numbers, position=shown)
+    component = str(replace(place, steps=open_, site=None))
+    return Cell(str(path), component, *numbers, position=_shown(path.position), key=_shown(path.key))
+
+
+def _shown(at: Position | None) -> int | str | None:
+    if isinstance(at, Span):
+        return f'"{at.name}"' + ("" if at.token is None else f"[{at.token}]")
+    return at if isinstance(at, int) else None
 
 
 def number_of(place: Path, axis: str) -> int | None:
@@ -28,3 +79,27 @@ def number_of(place: Path, axis: str) -> int | None:
     if axis == "layer" and place.native:  # a native path counts its layers by whatever list they stand in
         return next((step.index for step in place.steps if isinstance(step.index, int)), None)
     return None
+
+
+def own_tokens(at: At, prompts: Prompts, prompt: int, length: int) -> list[int]:
+    """The tokens of a prompt that are meant, of so many."""
+    if isinstance(at, Span):
+        assert prompts.spans is not None
+        start, stop = prompts.spans[at.name][prompt]
+        if at.token is None:
+            return list(range(start, stop))
+        return [(start if at.token >= 0 else stop) + at.token]
+    if at is None or isinstance(at, Slice):
+        return list((at or Slice()).range(length))
+    return [at % length if at < 0 else at]
+
+
+def has_tokens(at: At, length: int) -> bool:
+    """Whether a prompt of so many tokens has them; of a slice, all of them."""
+    if isinstance(at, int):
+        return -length <= at < length
+    if isinstance(at, Slice):
+        return all(bound is None or -length <= bound <= length for bound in (at.start, at.stop)) and bool(
+            at.range(length)
+        )
+    return True

@@ -20,7 +20,7 @@ from nnsplice.metrics import Bound, Several
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
 from nnsplice.sweeps.packing import packed
-from nnsplice.sweeps.probing import Answer, compare
+from nnsplice.sweeps.probing import Answer, compare, kinds_of
 
 EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
 
@@ -37,7 +37,7 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
         raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
     targets = work.plan.targets
     derived = [t.cell.path for t in targets if any(site_of(p).kind in ("pattern", "expert") for p in t.places)]
-    if derived and name != "reference":
+    if derived and work.plan.operation.way != "cut" and name != "reference":
         note = f"{derived[0]} is derived from several values of a run, so each cell runs by itself"
         if name != "auto":
             raise BadArgument(note, expected='executor="reference" or "auto"')
@@ -93,7 +93,7 @@ def question(work: Work) -> Hashable:
         frozenset((p.dtype, p.device) for p in root.parameters()),
         attentions,
         casts,
-        frozenset((t.cell.component, type(t.position), len(t.places)) for t in plan.targets),
+        frozenset(kind for target in plan.targets for kind in kinds_of(target)),
         str(plan.operation.identity),
         None if corruption is None else corruption.overwrites,
         (metric.position, metric.local, metric.compares, _rules(plan.metric)),

@@ -20,8 +20,11 @@ from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
 from nnsplice.errors import ShapeError
+from nnsplice.packed import cut
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
+from nnsplice.sweeps.cells import Part
+from nnsplice.sweeps.knockouts import of_rows
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Source
@@ -98,33 +101,36 @@ def alone(work: Work, job: Job) -> Tensor:
         corrupt(model, plan, [job[0]])
         if plan.operation.way == "compute" or plan.operation.name == "noise":
             _updated(work, job)
-        else:
+        elif plan.operation.way != "cut":
             write(model, _packs(work, job), 1.0 if plan.operation.way == "add" else None)
         found.append(wire.logits_of(model)[:, read_at(plan, job[0])].clone())
 
-    with torch.no_grad():
+    with torch.no_grad(), cut(model, of_rows(plan, [job])):
         engine.run(model, inputs, body)
     return found[0]
 
 
 def _packs(work: Work, job: Job) -> list[Pack]:
     packs: list[Pack] = []
-    target = work.plan.targets[job[1]]
-    positions = work.plan.positions(target, job[0])
-    for place in target.places:
-        rows = [work.source.value(job, place, order, p, 0) for order, p in enumerate(positions)]
-        keys = tuple(place.at(position) for position in positions)
-        packs.append(Pack(keys, torch.stack([row for row in rows if row is not None])[None]))
+    for part in work.plan.targets[job[1]].parts:
+        positions = work.plan.positions(part, job[0])
+        for place in part.places:
+            rows = [work.source.value(job[0], part, place, order, p, 0) for order, p in enumerate(positions)]
+            keys = tuple(place.at(position) for position in positions)
+            packs.append(Pack(keys, torch.stack([row for row in rows if row is not None])[None]))
     return packs
 
 
 def _updated(work: Work, job: Job) -> None:
-    target = work.plan.targets[job[1]]
-    positions = work.plan.positions(target, job[0])
-    where = {str(place.at(p)): (place, order, p) for place in target.places for order, p in enumerate(positions)}
+    where = {
+        str(place.at(position)): (part, place, order, position)
+        for part in work.plan.targets[job[1]].parts
+        for order, position in enumerate(work.plan.positions(part, job[0]))
+        for place in part.places
+    }
     for key, current, update in updates(work.model, list(where)):
-        place, order, position = where[key]
-        value = work.source.value(job, place, order, position, current.shape[-1])
+        part, place, order, position = where[key]
+        value = work.source.value(job[0], part, place, order, position, current.shape[-1])
         update(work.plan.operation.apply(current, value))
 
 
@@ -136,7 +142,8 @@ class Write:
     """One number of the batch to change: a row, a token, and what is written there."""
 
     row: int
-    job: Job
+    prompt: int
+    part: Part
     place: Path
     order: int
     position: int
@@ -147,10 +154,10 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     plan, model = work.plan, work.model
     writes: dict[Path, list[Write]] = {}
     for row, job in enumerate(jobs):
-        target = plan.targets[job[1]]
-        for place in target.places:
-            for order, position in enumerate(plan.positions(target, job[0])):
-                writes.setdefault(place.place, []).append(Write(row, job, place, order, position))
+        for part in () if plan.operation.way == "cut" else plan.targets[job[1]].parts:
+            for order, position in enumerate(plan.positions(part, job[0])):
+                for place in part.places:
+                    writes.setdefault(place.place, []).append(Write(row, job[0], part, place, order, position))
     known = engine.known(model)
     stops = accesses(model, sorted(writes, key=known.rank))
     prompts = [prompt for prompt, _ in jobs]
@@ -168,7 +175,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
             held.write(_changed(work, access, held.tensor, writes))
         found.append(wire.logits_of(model)[:, at].clone())
 
-    with torch.no_grad():
+    with torch.no_grad(), cut(model, of_rows(plan, jobs)):
         engine.run(model, {**inputs, **(fewer := only_read(model, at, writes))}, body)
     logits = fewer.get("logits_to_keep", plan.corrupted.lengths("decoder")[prompts[0]])
     return measured(work, found[0], jobs), work.law.whole(plan.corrupted, prompts, logits)
@@ -192,7 +199,7 @@ def _changed(work: Work, access: Access, tensor: Tensor, writes: dict[Path, list
         rows = torch.tensor([w.row for w in here], device=tensor.device)
         tokens = torch.tensor([w.position for w in here], device=tensor.device)
         current = tensor[rows, tokens, start:stop]
-        values = [work.source.value(w.job, w.place, w.order, w.position, stop - start) for w in here]
+        values = [work.source.value(w.prompt, w.part, w.place, w.order, w.position, stop - start) for w in here]
         value = None if values[0] is None else torch.stack([v.to(current) for v in values if v is not None])
         new[rows, tokens, start:stop] = work.plan.operation.apply(current, value)
     return new

@@ -9,8 +9,9 @@ from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.digests import digest_of
+from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.operations import Operation
-from nnsplice.sweeps.targets import Corruption, Target
+from nnsplice.sweeps.targets import Corruption
 
 
 def asked_of(

@@ -1,7 +1,8 @@
-"""What a sweep does to a place: replace its value, add to it, or compute it anew.
+"""What a sweep does to a place: replace its value, add to it, compute it anew, or cut an edge of attention.
 
-Six names and functions, three ways: `patch`, `mean` and `resample` replace by a value from elsewhere, `add` and `noise`
-add one, and `zero` and a function of the user's compute the new value from the current one.
+Seven names and functions, four ways: `patch`, `mean` and `resample` replace by a value from elsewhere, `add` and
+`noise` add one, `zero` and a function of the user's compute the new value from the current one, and `knockout` takes
+keys out of the softmax of a query.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, named
 
-Way = Literal["replace", "add", "compute"]
+Way = Literal["replace", "add", "compute", "cut"]
 NAMES: dict[str, Way] = {
     "patch": "replace",
     "mean": "replace",
@@ -24,6 +25,7 @@ NAMES: dict[str, Way] = {
     "add": "add",
     "noise": "add",
     "zero": "compute",
+    "knockout": "cut",
 }
 #: What needs a capture to take values from.
 NEEDS_REFERENCE = ("mean", "resample", "add")

@@ -16,7 +16,9 @@ from nnsplice.atlas import peel
 from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, Row
 from nnsplice.packed.rows import Values
 from nnsplice.paths import Path
+from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.executors import Executor, Work, measured
+from nnsplice.sweeps.knockouts import cuts_of
 from nnsplice.sweeps.plan import Job
 
 
@@ -37,17 +39,21 @@ def row_of(work: Work, job: Job) -> Row:
     plan, prompt = work.plan, job[0]
     target = plan.targets[job[1]]
     same = plan.shared_start(target, prompt)
-    # Before its first difference a pair is one run, and what is patched there is what stands there.
-    tokens = {position: order for order, position in enumerate(plan.positions(target, prompt)) if position >= same}
-    edits = tuple(
-        Edit(place, tuple(tokens), plan.operation.apply, _values(work, job, place, tokens)) for place in target.places
-    )
-    return Row(prompt, edits, plan.metric.metric.position % plan.corrupted.lengths("decoder")[prompt])
+    edits: list[Edit] = []
+    for part in () if plan.operation.way == "cut" else target.parts:
+        # Before its first difference a pair is one run, and what is patched there is what stands there.
+        tokens = {position: order for order, position in enumerate(plan.positions(part, prompt)) if position >= same}
+        edits += [
+            Edit(place, tuple(tokens), plan.operation.apply, _values(work, prompt, part, place, tokens))
+            for place in (part.places if tokens else ())
+        ]
+    read = plan.metric.metric.position % plan.corrupted.lengths("decoder")[prompt]
+    return Row(prompt, tuple(edits), read, cuts=cuts_of(plan, job))
 
 
-def _values(work: Work, job: Job, place: Path, tokens: Mapping[int, int]) -> Values:
+def _values(work: Work, prompt: int, part: Part, place: Path, tokens: Mapping[int, int]) -> Values:
     def values(width: int) -> Tensor | None:
-        each = [work.source.value(job, place, order, position, width) for position, order in tokens.items()]
+        each = [work.source.value(prompt, part, place, order, position, width) for position, order in tokens.items()]
         return None if each[0] is None else torch.stack([value for value in each if value is not None])
 
     return values
@@ -81,7 +87,9 @@ def tokens_of(work: Work, jobs: Sequence[Job]) -> list[int]:
     targets = work.plan.targets
 
     def start(job: Job) -> int:
-        return max(min(work.plan.positions(targets[job[1]], job[0])), work.plan.shared_start(targets[job[1]], job[0]))
+        target, prompt = targets[job[1]], job[0]
+        first = min(min(work.plan.positions(part, prompt)) for part in target.parts)
+        return max(first, work.plan.shared_start(target, prompt))
 
     return [max(position % lengths[job[0]] + 1 - start(job), 1) for job in jobs]
 

@@ -12,9 +12,10 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Several
-from nnsplice.paths import Span
+from nnsplice.paths import Slice, Span
+from nnsplice.sweeps.cells import Part, Target, has_tokens, own_tokens
 from nnsplice.sweeps.operations import Operation
-from nnsplice.sweeps.targets import Corruption, Target
+from nnsplice.sweeps.targets import Corruption
 
 #: One thing to run: the number of the prompt and of the target.
 Job = tuple[int, int]
@@ -95,7 +96,7 @@ class Plan:
         """
         if self.operation.name != "patch" or self.clean is None or self.align != "position":
             return 0
-        if isinstance(target.position, Span) and self.clean.spans != self.corrupted.spans:
+        if self.clean.spans != self.corrupted.spans and any(isinstance(part.position, Span) for part in target.parts):
             return 0
         pair = zip(self.clean.ids[prompt], self.corrupted.ids[prompt], strict=True)
         first = next((position for position, (a, b) in enumerate(pair) if a != b), len(self.corrupted.ids[prompt]))
@@ -110,40 +111,49 @@ class Plan:
         return found
 
     def has(self, target: Target, prompt: int) -> bool:
-        """Whether the prompt has this token, and where values come from a pair aligned at the end, its partner too."""
-        length, position = self._own(target, prompt), target.position
-        if not isinstance(position, int):
-            return True
-        return -length <= position < length and self._partner(target, prompt, position % length) is not None
+        """Whether the prompt has these tokens, and where values come from a pair aligned at the end, their partners."""
+        return all(self._has(part, prompt) for part in target.parts)
 
-    def _own(self, target: Target, prompt: int) -> int:
+    def _has(self, part: Part, prompt: int) -> bool:
+        length, position = self._own(part, prompt), part.position
+        if not has_tokens(position, length) or not has_tokens(part.key, length):
+            return False
+        if not isinstance(position, int | Slice):
+            return True
+        tokens = own_tokens(position, self.corrupted, prompt, length)
+        return all(self._partner(part, prompt, token) is not None for token in tokens)
+
+    def _own(self, part: Part, prompt: int) -> int:
         """How many tokens a prompt has that positions count; what is appended of its answer is none of them."""
-        length = self.corrupted.lengths(target.tower)[prompt]
+        length = self.corrupted.lengths(part.tower)[prompt]
         return length - self.appended[prompt] if self.appended else length
 
-    def _partner(self, target: Target, prompt: int, token: int) -> int | None:
+    def _partner(self, part: Part, prompt: int, token: int) -> int | None:
         """The clean prompt's token that an edited one's corresponds to, where values come from there."""
         if self.clean is None or self.align == "position" or self.operation.name != "patch":
             return token
         if self.align == "role":
             return partner(self.corrupted, self.clean, prompt, token)
-        found = token + self.clean.lengths(target.tower)[prompt] - self.corrupted.lengths(target.tower)[prompt]
+        found = token + self.clean.lengths(part.tower)[prompt] - self.corrupted.lengths(part.tower)[prompt]
         return found if found >= 0 else None
 
-    def positions(self, target: Target, prompt: int, *, of_clean: bool = False) -> list[int]:
-        """Which own tokens of a prompt the target means: in the run that is edited, or in the clean one."""
+    def positions(self, part: Part, prompt: int, *, of_clean: bool = False) -> list[int]:
+        """Which own tokens of a prompt are changed: in the run that is edited, or their partners in the clean one."""
         prompts = self.clean if of_clean and self.clean is not None else self.corrupted
-        position, length = target.position, self._own(target, prompt)
-        if isinstance(position, Span):
-            assert prompts.spans is not None
-            start, stop = prompts.spans[position.name][prompt]
-            if position.token is None:
-                return list(range(start, stop))
-            return [(start if position.token >= 0 else stop) + position.token]
-        every = range(self.corrupted.lengths(target.tower)[prompt])
-        own = every if position is None else [position % length if position < 0 else position]
-        pairs = [(token, self._partner(target, prompt, token)) for token in own]
+        # All tokens are also those that are appended of an answer.
+        every = part.position is None
+        length = self.corrupted.lengths(part.tower)[prompt] if every else self._own(part, prompt)
+        own = own_tokens(part.position, prompts, prompt, length)
+        if isinstance(part.position, Span):
+            return own
+        pairs = [(token, self._partner(part, prompt, token)) for token in own]
         return [there if of_clean else token for token, there in pairs if there is not None]
+
+    def edges(self, part: Part, prompt: int) -> list[tuple[int, int]]:
+        """The queries and keys that a knockout keeps from each other."""
+        assert part.key is not None
+        keys = own_tokens(part.key, self.corrupted, prompt, self._own(part, prompt))
+        return [(query, key) for query in self.positions(part, prompt) for key in keys]
 
 
 def partner(edited: Prompts, source: Prompts, prompt: int, token: int) -> int | None:

@@ -14,20 +14,23 @@ from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike, en
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
 from nnsplice.metrics import Metric, Metrics, bound_of
-from nnsplice.paths import Paths, Span
+from nnsplice.paths import Span
+from nnsplice.sweeps import knockouts
+from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
 from nnsplice.sweeps.plan import Plan, partner
 from nnsplice.sweeps.pruning import same, split
 from nnsplice.sweeps.sequences import spread
-from nnsplice.sweeps.targets import Corruption, Target, targets_of
+from nnsplice.sweeps.sets import Sites
+from nnsplice.sweeps.targets import Corruption, targets_of
 
 
 def plan_sweep(
     model: Any,
     clean: PromptsLike | None,
     corrupted: PromptsLike | None,
-    sites: Paths,
+    sites: Sites,
     metric: Metrics,
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
@@ -54,11 +57,14 @@ def plan_sweep(
         clean: where values come from: a text, texts, or token ids; prompt i of it belongs to prompt i of `corrupted`.
             Where both prompts of a pair are the same, its cells are known to be the corrupted run's value.
         corrupted: the run that is edited; None edits the clean run.
-        sites: paths; without positions, or with `[:]`, every position is a cell of its own.
+        sites: paths; without positions, or with `[:]`, every position is a cell of its own. In the place of a path, a
+            list of paths is one cell, a set: all that they name is changed together, at all tokens where they say none.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; or several
             of them, in a list or by names of one's own in a dictionary, all made of the same runs: the grid has an axis
             `metric` then.
-        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function of the value.
+        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function of the value; or
+            `"knockout"` of edges of attention, `"layers[:].heads[:].pattern[-1][3]"`: the query does not see the key,
+            and its other keys share the whole.
         reference: the capture that `mean`, `resample` and `add` take values from.
         window: how many neighbouring layers are changed together, clipped at the ends.
         spans: where named spans stand, as for `capture`; `{"clean": {...}, "corrupted": {...}}` where they differ.
@@ -88,7 +94,8 @@ def plan_sweep(
             texts = edited.texts if edited.decoder_ids is None else None
             bound = bound_of(metric, engine.tokenizer_of(model), len(edited), texts)
         _check_read(bound.metric, edited, source, align)
-        targets = targets_of(model, engine.listed(sites), edited, window, together)
+        targets = targets_of(model, sites, edited, window, together)
+        knockouts.check(model, chosen, targets, edited)
         if chosen.name == "patch" and source is not None:
             _check_spans(targets, edited, source)
         if chosen.name == "patch" and corruption is None:
@@ -160,7 +167,8 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
 
 def _check_spans(targets: Sequence[Target], edited: Prompts, source: Prompts) -> None:
     """That a span's tokens correspond in both prompts of each pair."""
-    for span in dict.fromkeys(target.position for target in targets if isinstance(target.position, Span)):
+    positions = [part.position for target in targets for part in target.parts]
+    for span in dict.fromkeys(position for position in positions if isinstance(position, Span)):
         if span.name not in (source.spans or {}):
             raise SpanError(
                 f'nobody said where the span "{span.name}" stands in the clean prompts',

@@ -20,6 +20,7 @@ from nnsplice import engine, wire
 from nnsplice.atlas import Atlas, peel
 from nnsplice.packed import WAYS
 from nnsplice.packed.cost import Cost
+from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.executors import Executor, Work, alone, batched, measured, whole_prompts
 from nnsplice.sweeps.packing import packed
 from nnsplice.sweeps.plan import Job
@@ -292,10 +293,19 @@ def _properties(
 ) -> Iterator[Hashable]:
     target = work.plan.targets[job[1]]
     yield prompt
-    yield "kind", target.cell.component
-    yield "layer", kinds.get((target.tower, target.cell.layer))
+    yield from kinds_of(target)
+    for part in target.parts:
+        yield "layer", kinds.get((part.tower, part.cell.layer))
     # Before the window of the last token, and within it.
-    yield prompt, 3 * min(work.plan.positions(target, job[0])) // length
+    yield prompt, 3 * min(min(work.plan.positions(part, job[0])) for part in target.parts) // length
+
+
+def kinds_of(target: Target) -> Iterator[Hashable]:
+    """What of a cell may need another way of running: kinds of place, and how those of a set stand to each other."""
+    for part in target.parts:
+        yield "kind", part.cell.component, type(part.position), len(part.places)
+    layers = [part.cell.layer for part in target.parts]
+    yield "several", len(layers) > 1, len(set(layers)) < len(layers)
 
 
 def _kinds_of_layer(work: Work) -> dict[tuple[str, int | None], Hashable]:

@@ -9,6 +9,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, peel
 from nnsplice.errors import ShortRow
+from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.plan import Job, Plan
 
 
@@ -25,7 +26,6 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
         for site in map(site_of, target.places):
             if _value(site) not in behind:
                 behind[_value(site)] = engine.after_last_attention(model, site)
-        unmixed = all(behind[_value(site_of(place))] for place in target.places)
         for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
             if not plan.has(target, prompt):
                 continue  # this prompt has no such cell
@@ -35,12 +35,19 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             if not causal:
                 jobs.append((prompt, number))
                 continue
-            where, shared = plan.positions(target, prompt), plan.shared_start(target, prompt)
-            read = plan.metric.metric.position % length
-            late = min(where) > read
-            after += late
-            cannot = late or max(where) < shared or (unmixed and read not in where)
-            (known if cannot else jobs).append((prompt, number))
+            shared, read = plan.shared_start(target, prompt), plan.metric.metric.position % length
+            where = [(part, _changed(plan, part, prompt)) for part in target.parts]
+            after += all(min(plan.positions(part, prompt)) > read for part in target.parts)
+            # Of a set each token of a place is looked at by itself: where a pair is one run still, its other patches
+            # change nothing either, and behind the last attention no token reads another.
+            can = any(
+                token == read or not behind[_value(site_of(place))]
+                for part, tokens in where
+                for token in tokens
+                if shared <= token <= read
+                for place in part.places
+            )
+            (jobs if can else known).append((prompt, number))
     if not jobs and not known:
         raise ShortRow(
             "none of these tokens has a partner in its clean prompt, which is shorter",
@@ -58,6 +65,13 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             stacklevel=4,
         )
     return tuple(jobs), tuple(known)
+
+
+def _changed(plan: Plan, part: Part, prompt: int) -> list[int]:
+    """The tokens that are changed: of a knockout, the queries that see a key that they lose."""
+    if part.key is None:
+        return plan.positions(part, prompt)
+    return sorted({query for query, key in plan.edges(part, prompt) if key <= query})
 
 
 def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:

@@ -21,12 +21,13 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.metrics import Answer, Metrics, probability
-from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.options import RUNNING, check_options, known_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import run_fresh
+from nnsplice.sweeps.sets import Sites, every_path
 from nnsplice.sweeps.targets import Corruption
 
 #: What a causal trace restores: its kind -> the sites.
@@ -36,7 +37,7 @@ KINDS = {"residual": "layers[:].output", "mlp": "layers[:].mlp.output", "attn": 
 def ablate(
     model: Any,
     prompts: PromptsLike,
-    sites: Paths,
+    sites: Sites,
     metric: Metrics,
     *,
     with_: str | Callable[[Tensor], Tensor] = "zero",
@@ -45,11 +46,16 @@ def ablate(
 ) -> SweepResult:
     """Take every site out of the run by itself: what does the metric lose?
 
-    A site without positions is taken out at all tokens at once.
+    A site without positions is taken out at all tokens at once; the sites of a list within the list are taken out
+    together.
 
     >>> result = ns.ablate(model, "w3 w4 w5", "layers[:].heads[:]", ns.logit_diff("w7", "w8"), progress=False)
     >>> result.grid().sizes
     Frozen({'prompt': 1, 'layer': 3, 'head': 4})
+    >>> pairs = [["layers[0].heads[1]", f"layers[1].heads[{head}]"] for head in range(4)]
+    >>> result = ns.ablate(model, "w3 w4 w5", pairs, ns.logit_diff("w7", "w8"), progress=False)
+    >>> result.grid().sizes
+    Frozen({'prompt': 1, 'set': 4})
 
     Args:
         with_: `"zero"`, `"mean"` or `"resample"` (of `reference`, or of these prompts), or a function of the value.
@@ -59,7 +65,7 @@ def ablate(
     check_options("ns.ablate", options, known_of(ablate, plan_sweep, _SET_BY_ABLATE))
     running = {name: options.pop(name) for name in RUNNING if name in options}
     if with_ in ("mean", "resample") and reference is None:
-        everywhere = [parse_path(path).place for path in engine.listed(sites)]
+        everywhere = list(dict.fromkeys(path.place for path in every_path(sites)))
         reference = _all_tokens(engine.as_model(model), prompts, everywhere)
     plan = plan_sweep(
         model, prompts, None, sites, metric, operation=with_, reference=reference, together=True, **options
@@ -96,7 +102,7 @@ def causal_trace(
     subject: SpanText,
     *,
     kind: str = "residual",
-    sites: Paths | None = None,
+    sites: Sites | None = None,
     window: int = 1,
     noise: float | Tensor = 3.0,
     samples: int = 10,

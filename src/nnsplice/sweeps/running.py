@@ -18,7 +18,6 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import Metrics, Several
 from nnsplice.packed.cost import Cost
-from nnsplice.paths import Paths
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
@@ -26,6 +25,7 @@ from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.sequences import summed
+from nnsplice.sweeps.sets import Sites
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
 
 
@@ -138,7 +138,7 @@ def sweep(
     model: Any,
     clean: PromptsLike | None,
     corrupted: PromptsLike | None,
-    sites: Paths,
+    sites: Sites,
     metric: Metrics,
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
@@ -158,6 +158,13 @@ def sweep(
     >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", metric, progress=False)
     >>> result.grid().sizes
     Frozen({'prompt': 1, 'layer': 3, 'position': 3})
+
+    A list of paths in the place of a path is a set: one cell, in which all that they name is changed together.
+
+    >>> pair = ["layers[0].heads[1]", "layers[1].heads[0]"]
+    >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", [pair, pair[:1], pair[1:]], metric, progress=False)
+    >>> result.grid().sel(prompt=0).set.values.tolist()[0]
+    'layers[0].heads[1].output + layers[1].heads[0].output'
 
     The arguments are those of `ns.plan_sweep` and `ns.run`, which this puts together.
     """

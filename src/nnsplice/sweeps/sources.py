@@ -12,7 +12,8 @@ from torch import Tensor
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import ShapeError, UnknownPath
 from nnsplice.paths import Path, Span
-from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.cells import At, Part
+from nnsplice.sweeps.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -29,31 +30,32 @@ class Captured:
 
 @dataclass(frozen=True)
 class Source:
-    """What a job writes at a place and a token."""
+    """What is written at a place and a token."""
 
     plan: Plan
     clean: Captured | None = None
 
-    def value(self, job: Job, place: Path, order: int, position: int, width: int) -> Tensor | None:
+    def value(self, prompt: int, part: Part, place: Path, order: int, position: int, width: int) -> Tensor | None:
         """`[width]`, or None where the operation computes its value from the current one.
 
         Args:
-            order: the number of this token among those of the cell; the token of the same number is taken from the
+            part: of a cell, with the place.
+            order: the number of this token among those of the part; the token of the same number is taken from the
                 clean run.
             position: the token, in the edited prompt.
             width: how many numbers the place has; 0 where whoever writes the value looks at that.
         """
-        plan, prompt = self.plan, job[0]
-        if plan.operation.way == "compute":
+        plan = self.plan
+        if plan.operation.way in ("compute", "cut"):
             return None
         if plan.operation.name == "patch":
             assert self.clean is not None
-            there = plan.positions(plan.targets[job[1]], prompt, of_clean=True)[order]
+            there = plan.positions(part, prompt, of_clean=True)[order]
             return self.clean.at(place, prompt, there)
         if plan.operation.name == "noise":
-            return torch.randn(width, generator=self._generator(job, place, position), dtype=torch.float64)
+            return torch.randn(width, generator=self._generator(prompt, part, place, position), dtype=torch.float64)
         assert plan.reference is not None
-        keys = [place.at(key) for key in _asked(plan.targets[job[1]].position, order, position)]
+        keys = [place.at(key) for key in _asked(part.position, order, position)]
         held = _held(plan.reference, place, keys)
         if width not in (0, held.shape[-1]):
             raise ShapeError(f"the reference is {held.shape[-1]} wide, the place {width}", path=place.place)
@@ -61,22 +63,23 @@ class Source:
             return held[prompt].mean(0)
         rows = held.flatten(0, 1)
         if plan.operation.name == "resample":
-            generator = self._generator(job, place, position)
+            generator = self._generator(prompt, part, place, position)
             return rows[int(torch.randint(len(rows), (1,), generator=generator))]
         return rows.mean(0)
 
-    def _generator(self, job: Job, place: Path, position: int) -> torch.Generator:
-        # Seeded by what is changed, not by when: every executor, shard and resumed run draws the same numbers.
-        text = f"{self.plan.seed} {job[0]} {self.plan.targets[job[1]].cell.path} {place.place} {position}"
+    def _generator(self, prompt: int, part: Part, place: Path, position: int) -> torch.Generator:
+        # Seeded by what is changed, not by when: every executor, shard and resumed run draws the same numbers, and so
+        # does a set for each of its sites.
+        text = f"{self.plan.seed} {prompt} {part.cell.path} {place.place} {position}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return torch.Generator().manual_seed(seed)
 
 
-def _asked(position: int | Span | None, order: int, token: int) -> list[int | Span]:
+def _asked(position: At, order: int, token: int) -> list[int | Span]:
     """What a reference may call a token of a cell: as it was asked for, and by its number."""
     if isinstance(position, Span) and position.token is None:
         position = Span(position.name, order)
-    return [token] if position is None else [position, token]
+    return [position, token] if isinstance(position, int | Span) else [token]
 
 
 def _held(reference: SavedActivation, place: Path, keys: Sequence[Path]) -> Tensor:

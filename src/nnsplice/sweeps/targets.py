@@ -11,26 +11,10 @@ from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument, ShortRow, circumstances
-from nnsplice.paths import Path, Slice, Span, parse_path
-from nnsplice.results import Cell
-from nnsplice.sweeps.cells import cell_of, number_of
-from nnsplice.tokens import Rows, columns, concrete
-
-
-@dataclass(frozen=True)
-class Target:
-    """One cell of the result: the places that are changed together, and where."""
-
-    cell: Cell
-    #: Several for a window of layers, in execution order.
-    places: tuple[Path, ...]
-    #: None for every token at once.
-    position: int | Span | None
-
-    @property
-    def tower(self) -> str:
-        """Which tower's tokens the position counts."""
-        return site_of(self.places[0]).tower
+from nnsplice.paths import Path, Position, Slice, Span
+from nnsplice.sweeps.cells import Part, Target, cell_of, number_of
+from nnsplice.sweeps.sets import Sites, check_span, joined, told_apart
+from nnsplice.tokens import columns, concrete
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +29,17 @@ class Corruption:
     overwrites: bool = False
 
 
-def targets_of(
-    model: engine.Model, paths: Sequence[str | Path], edited: Prompts, window: int, together: bool
-) -> tuple[Target, ...]:
-    """What paths ask for, in the order of the forward pass: a target for each place and position."""
-    wanted = [parse_path(path) for path in paths]
-    if not wanted:
-        raise BadArgument("no sites, so there is nothing to sweep", expected="at least one path")
+def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, together: bool) -> tuple[Target, ...]:
+    """What sites ask for, in the order of the forward pass: a target for each place and position, and for each set."""
+    wanted, sets = told_apart(sites)
     if window < 1:
         raise BadArgument(f"window={window}", expected="at least 1")
+    if window > 1 and sets:
+        raise BadArgument(
+            f"window={window} beside sets of sites, which say themselves what is changed together",
+            expected="one of them",
+            write='sites=[["layers[3:8].mlp.output[-1]"], ...] for a window of layers 3 to 7',
+        )
     targets: dict[Path, Target] = {}
     for pattern in wanted:
         open_ = pattern.position is None
@@ -62,18 +48,22 @@ def targets_of(
             tower = site_of(place).tower
             written = _window(places, place, window)
             for position in [None] if open_ and together else _positions(pattern, edited, tower):
-                key = place.at(Slice() if position is None else position)
-                targets.setdefault(key, Target(cell_of(key), written, position))
-    closures.require(model, [place for target in targets.values() for place in target.places], written=True)
+                for seen in [None] if pattern.key is None else _positions(pattern, edited, tower, pattern.key):
+                    key = replace(place.at(Slice() if position is None else position), key=seen)
+                    cell = cell_of(key)
+                    targets.setdefault(key, Target(cell, (Part(cell, written, position, seen),)))
     known = engine.known(model)
-    ordered = sorted(targets, key=lambda path: known.rank(path))
-    return tuple(targets[path] for path in ordered)
+    found = [targets[path] for path in sorted(targets, key=lambda path: known.rank(path))]
+    joint = [joined(model, members, edited) for members in sets]
+    found += {target.cell.path: target for target in joint}.values()
+    closures.require(model, [place for target in found for place in target.places], written=True)
+    return tuple(found)
 
 
-def _positions(pattern: Path, edited: Prompts, tower: str) -> list[int | Span]:
+def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | None = None) -> list[int | Span]:
     """The positions of a sweep, each a column of its own; those that every prompt lacks are an error."""
     lengths = edited.lengths(tower)
-    position = pattern.position
+    position = pattern.position if position is None else position
     if position is None or isinstance(position, Slice):
         found = list((position or Slice()).range(max(lengths)))
         if not found:
@@ -85,19 +75,10 @@ def _positions(pattern: Path, edited: Prompts, tower: str) -> list[int | Span]:
         each = [position]
     for one in each:
         if isinstance(one, Span):
-            _check_span(one, edited, pattern)
+            check_span(one, edited, pattern)
         elif not any(-length <= one < length for length in lengths):
             raise ShortRow(f"no prompt has a position [{one}]: the longest has {max(lengths)} tokens", path=pattern)
     return each
-
-
-def _check_span(span: Span, edited: Prompts, pattern: Path) -> None:
-    lengths = edited.lengths("encoder")
-    rows = Rows(len(edited), max(lengths), (0,) * len(lengths), tuple(lengths))
-    with circumstances(str(pattern)):
-        # Raises for a span that nobody gave, or a token past its end; one cell may hold spans of different length.
-        whole = [span] if span.token is not None else [Span(span.name, 0)]
-        columns(concrete(whole[0], rows, max(lengths), edited.spans), rows, max(lengths), edited.spans)
 
 
 def _window(places: Sequence[Path], place: Path, window: int) -> tuple[Path, ...]:

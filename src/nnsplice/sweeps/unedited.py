@@ -98,10 +98,10 @@ def _needed(plan: Plan) -> dict[int, dict[Path, set[int]]]:
     if plan.operation.name != "patch":
         return needed
     for prompt, number in plan.jobs:
-        target = plan.targets[number]
-        for place in target.places:
-            positions = needed.setdefault(prompt, {}).setdefault(place.place, set())
-            positions.update(plan.positions(target, prompt, of_clean=True))
+        for part in plan.targets[number].parts:
+            tokens = plan.positions(part, prompt, of_clean=True)
+            for place in part.places:
+                needed.setdefault(prompt, {}).setdefault(place.place, set()).update(tokens)
     return needed
 
 

@@ -1,0 +1,207 @@
+"""Edges of attention that are cut: a query does not see a key, so the other keys share the whole of its softmax.
+
+What is cut is taken out of the mask, in the one function of transformers' registry that attention goes through. An
+attention module with code of its own goes past that function, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from nnsplice import closures, engine
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Site, peel
+from nnsplice.errors import BadArgument, MissingPosition, RefusedPlace, ShortRow
+from nnsplice.packed.attention import AttentionCall, attention, is_exchanged
+from nnsplice.packed.masks import Edge, causal, without
+from nnsplice.packed.rows import Cut
+from nnsplice.paths import Paths, Slice, Span, parse_path
+
+#: An attention module, and which of its calls in a pass.
+Called = tuple[nn.Module, int]
+#: A head, its queries and keys as they were asked for, and the path.
+_Wanted = tuple[int, Any, Any, str]
+OWN_CODE = "its attention runs code of its own, in which single edges cannot be cut"
+
+
+@dataclass
+class Cutting:
+    """A model's own attention, with edges cut where a call has some."""
+
+    #: What is cut in one call of an attention module in a pass, by the call's number: layers may share a module.
+    lost: Mapping[Called, Callable[[AttentionCall], Sequence[Edge]]]
+    ran: set[Called] = field(default_factory=set)
+    calls: dict[nn.Module, int] = field(default_factory=dict)
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        """What the attention of a whole batch makes of it."""
+        mask = _own_mask(call)
+        called = call.module, self.calls.get(call.module, 0)
+        self.calls[call.module] = called[1] + 1
+        if called in self.lost:
+            self.ran.add(called)
+            edges = self.lost[called](call)
+            shape = (call.query.shape[0], call.query.shape[1], call.query.shape[2], call.key.shape[2])
+            mask = without(mask, shape, edges, call.query.device) if edges else mask
+        return call.attended(call.query, call.key, call.value, mask)
+
+
+def _own_mask(call: AttentionCall) -> Tensor | None:
+    """The mask that the model's own function would go by, written out where it is left to an argument."""
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if call.plain and call.is_causal:
+        if call.mask is not None or queries != keys:
+            raise RefusedPlace(f"attention {call.own!r} of padded prompts", expected="prompts of one length, or sdpa")
+        return causal(keys, call.more.get("sliding_window"), call.query.device)
+    if call.mask is None and call.is_causal and call.own != "eager" and queries > 1:
+        return causal(keys, None, call.query.device)
+    return call.mask
+
+
+@contextmanager
+def cut(model: Any, rows: Sequence[Sequence[Cut]]) -> Iterator[None]:
+    """While this lasts, each row of a batch without padding runs without the edges of its cuts.
+
+    Raises:
+        RefusedPlace: an attention that should be cut does not go through transformers' registry.
+    """
+    found: dict[Called, list[Edge]] = {}
+    root = peel(model)
+    for row, cuts in enumerate(rows):
+        for one in cuts:
+            found.setdefault(_called(root, site_of(one.place)), []).extend(
+                (row, one.head, query, key) for query, key in one.edges
+            )
+    if not found:
+        yield
+        return
+    _refuse_nested()
+    cutting = Cutting({called: lambda _, edges=edges: edges for called, edges in found.items()})
+    with attention(root, cutting):
+        yield
+    _check_ran(cutting)
+
+
+def _called(root: nn.Module, site: Site) -> Called:
+    return root.get_submodule(site.module), site.occurrence
+
+
+def _refuse_nested() -> None:
+    if is_exchanged():
+        raise BadArgument(
+            "a knockout within a knockout, of which one would be lost", expected="all edges in one of them"
+        )
+
+
+def _check_ran(cutting: Cutting) -> None:
+    if set(cutting.lost) - cutting.ran:
+        raise RefusedPlace(OWN_CODE, expected="a model whose attention goes through transformers' registry")
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def knockout(model: Any, edges: Paths) -> Iterator[None]:
+    """While this block lasts, queries do not see some of their keys: the others share the whole of the softmax.
+
+    An edge is a pattern with a query and a key, of the prompt's own tokens: `"layers[3].heads[1].pattern[-1][2]"`.
+    Slices and lists name several, `"layers[2:5].heads[:].pattern[-1][1:4]"`, and all of them are cut.
+
+    >>> with ns.knockout(model, "layers[0].heads[:].pattern[2][0]"):
+    ...     cut = ns.capture(model, "w3 w4 w5", "layers[0].output[:]")
+    >>> whole = ns.capture(model, "w3 w4 w5", "layers[0].output[:]")
+    >>> [bool((cut[key] == value).all()) for key, value in whole.items()]   # it is the third token's attention alone
+    [True, True, False]
+
+    It is for runs of whole prompts in this thread: a step that reads keys of earlier ones from a cache is refused.
+    Attention makes no probabilities to be read meanwhile; what they mix, `heads[j].output`, is there.
+
+    Args:
+        edges: paths; each has to name its tokens, by numbers.
+    """
+    _refuse_nested()
+    model = engine.as_model(model)
+    root = peel(model)
+    wanted: dict[Called, list[_Wanted]] = {}
+    for path in map(parse_path, engine.listed(edges)):
+        if path.key is None:
+            raise MissingPosition(
+                "which key? An edge of attention goes from a query to a key",
+                path=path,
+                expected="a pattern with two brackets",
+                write="layers[3].heads[1].pattern[-1][2]",
+            )
+        if isinstance(path.position, Span) or isinstance(path.key, Span):
+            raise BadArgument("nobody said where this span stands", path=path, expected="numbers of tokens")
+        places = engine.expand(model, path.place)
+        closures.require(model, places, written=True)
+        for place in places:
+            site = site_of(place)
+            if site.kind != "pattern" or site.index is None:
+                raise BadArgument("a knockout is of attention, and this is none", path=path)
+            wanted.setdefault(_called(root, site), []).append((site.index, path.position, path.key, str(path)))
+    if not wanted:
+        raise BadArgument("no edges, so nothing is cut", expected="at least one path")
+    # What places promise is measured with the attention that the model has.
+    closures.measure(model, ["stream", "mid", "experts"])
+    spread = _Spread({})
+    cutting = Cutting({called: lambda call, some=some: spread.of(call, some) for called, some in wanted.items()})
+    spread.calls = cutting.calls
+    hook = root.register_forward_pre_hook(spread.begin, with_kwargs=True)
+    try:
+        with attention(root, cutting):
+            yield
+    finally:
+        hook.remove()
+    if spread.runs:
+        _check_ran(cutting)
+
+
+@dataclass
+class _Spread:
+    """Edges by the prompts' own tokens, where each batch has these."""
+
+    #: Of the attention modules in this pass.
+    calls: dict[nn.Module, int]
+    mask: Tensor | None = None
+    runs: int = 0
+
+    def begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note where the tokens of a run stand."""
+        self.runs += 1
+        self.calls.clear()
+        given = kwargs.get("attention_mask")
+        self.mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
+
+    def of(self, call: AttentionCall, wanted: Sequence[_Wanted]) -> list[Edge]:
+        """What a call is cut by."""
+        batch, _, queries, _ = call.query.shape
+        if queries != call.key.shape[2] or (self.mask is not None and self.mask.shape != (batch, queries)):
+            raise RefusedPlace(
+                "a knockout is of runs of whole prompts, and this step reads keys of an earlier one",
+                expected="runs without a cache: a trace, a capture, model(...)",
+                write="use_cache=False",
+            )
+        found: list[Edge] = []
+        for row in range(batch):
+            own = list(range(queries)) if self.mask is None else self.mask[row].nonzero()[:, 0].tolist()
+            for head, position, key, path in wanted:
+                for query in _tokens(position, own, row, path):
+                    found += [(row, head, query, token) for token in _tokens(key, own, row, path)]
+        return found
+
+
+def _tokens(position: Any, own: Sequence[int], row: int, path: str) -> list[int]:
+    if isinstance(position, Slice):
+        return [own[number] for number in position.range(len(own))]
+    each = [position] if isinstance(position, int) else list(position)
+    for number in each:
+        if not -len(own) <= number < len(own):
+            raise ShortRow(f"row {row} has {len(own)} tokens, and no [{number}]", path=path)
+    return [own[number] for number in each]

@@ -1,0 +1,87 @@
+"""Knockouts: cells in which queries do not see some of their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from nnsplice import engine
+from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import Prompts
+from nnsplice.errors import BadArgument
+from nnsplice.packed import Cut
+from nnsplice.sweeps.cells import Target, has_tokens, own_tokens
+from nnsplice.sweeps.operations import Operation
+from nnsplice.sweeps.plan import Job, Plan
+
+_EDGE = "layers[3].heads[1].pattern[-1][2]"
+
+
+def check(model: engine.Model, operation: Operation, targets: Sequence[Target], edited: Prompts) -> None:
+    """That a knockout is of edges, that edges are knocked out, and that every query keeps a key.
+
+    Raises:
+        BadArgument: one of these is not so.
+    """
+    for target in targets:
+        for part in target.parts:
+            place = part.places[0]
+            if operation.way != "cut" and part.key is not None:
+                raise BadArgument(
+                    f"an edge of attention is cut or not, it has no value to {operation.name}",
+                    path=part.cell.path,
+                    expected='operation="knockout", or the pattern of a query',
+                )
+            if operation.way == "cut" and site_of(place).kind != "pattern":
+                raise BadArgument(
+                    "a knockout is of an edge of attention, and this is none",
+                    path=part.cell.path,
+                    expected="the pattern of a head, from a query to a key",
+                    write=f'sites="{_EDGE}"',
+                )
+            if operation.way == "cut" and part.key is None:
+                raise BadArgument(
+                    "which keys? All of them would leave this query nothing to attend to",
+                    path=part.cell.path,
+                    expected="the keys in a second bracket; in a list of lists, those of one list are cut together",
+                    write=f'{place}[-1][:] for each key by itself, {place}[-1][2:5] or {place}[-1]["subject"] for some',
+                )
+        if operation.way == "cut":
+            _check_rest(model, target, edited)
+
+
+def _check_rest(model: engine.Model, target: Target, edited: Prompts) -> None:
+    """Raise where a query would lose every key that it can see."""
+    causal = engine.is_causal(model)
+    for prompt in range(len(edited)):
+        lost: dict[tuple[object, int], set[int]] = {}
+        for part in target.parts:
+            length = edited.lengths(part.tower)[prompt]
+            if not (has_tokens(part.position, length) and has_tokens(part.key, length)):
+                continue
+            keys = own_tokens(part.key, edited, prompt, length)
+            for query in own_tokens(part.position, edited, prompt, length):
+                for place in part.places:
+                    lost.setdefault((place.site, query), set()).update(keys)
+                    if set(range(query + 1 if causal else length)) <= lost[place.site, query]:
+                        raise BadArgument(
+                            f"token {query} of prompt {prompt} would be left without any key to attend to",
+                            path=target.cell.path,
+                            expected="a knockout that leaves each query a key",
+                            write=f"{part.places[0]}[1:][...], as token 0 sees nothing but itself"
+                            if not query
+                            else None,
+                        )
+
+
+def cuts_of(plan: Plan, job: Job) -> tuple[Cut, ...]:
+    """What a job cuts; nothing where its operation is another."""
+    if plan.operation.way != "cut":
+        return ()
+    return tuple(
+        Cut(place, tuple(plan.edges(part, job[0]))) for part in plan.targets[job[1]].parts for place in part.places
+    )
+
+
+def of_rows(plan: Plan, jobs: Iterable[Job]) -> list[tuple[Cut, ...]]:
+    """The same of each row of a batch."""
+    return [cuts_of(plan, job) for job in jobs]

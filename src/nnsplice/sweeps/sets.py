@@ -1,0 +1,141 @@
+"""Sets of sites: cells that change several sites in one run.
+
+Inside a set nothing is a cell of its own: all that its paths name is changed together, every head of `heads[:]`, every
+token of `[:]`, and where a path says no tokens, all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+from nnsplice import engine
+from nnsplice.activations import derived
+from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import Prompts
+from nnsplice.errors import BadArgument, BadType, DuplicatePath, OverlappingWrite, ShortRow, circumstances, named
+from nnsplice.paths import Path, Position, Slice, Span, parse_path, position_rank
+from nnsplice.results import SETS, Cell
+from nnsplice.sweeps.cells import At, Part, Target, cell_of, has_tokens, own_tokens
+from nnsplice.tokens import Rows, columns, concrete
+
+#: One path or several; in the place of a path, several that are changed together.
+Sites = str | Path | Iterable[str | Path | Iterable[str | Path]]
+_WRITE = 'sites=["layers[3]", ["layers[3].heads[1]", "layers[5].heads[0]"]]'
+
+
+def told_apart(sites: Sites) -> tuple[list[Path], list[tuple[Path, ...]]]:
+    """The paths, and the sets of paths.
+
+    Raises:
+        BadArgument: there are none, or a set is empty.
+        BadType: what stands there is neither, or a set stands within a set.
+    """
+    given = [sites] if isinstance(sites, str | Path) or not isinstance(sites, Iterable) else list(sites)
+    if not given:
+        raise BadArgument("no sites, so there is nothing to sweep", expected="at least one path")
+    alone: list[Path] = []
+    sets: list[tuple[Path, ...]] = []
+    for one in given:
+        if isinstance(one, str | Path) or not isinstance(one, Iterable):
+            alone += map(parse_path, engine.listed(one))
+            continue
+        members = tuple(one)
+        if not members:
+            raise BadArgument(
+                "an empty set of sites, which changes nothing", expected="at least one path", write=_WRITE
+            )
+        for member in members:
+            if not isinstance(member, str | Path):
+                found = "a set of sites within a set" if isinstance(member, Iterable) else f"{named(member)} in a set"
+                raise BadType(found, expected="paths, and lists of paths that are changed together", write=_WRITE)
+        sets.append(tuple(map(parse_path, members)))
+    return alone, sets
+
+
+def every_path(sites: Sites) -> list[Path]:
+    """All paths, those of sets too."""
+    alone, sets = told_apart(sites)
+    return [*alone, *(path for members in sets for path in members)]
+
+
+def joined(model: engine.Model, members: Sequence[Path], edited: Prompts) -> Target:
+    """The cell of a set.
+
+    Raises:
+        DuplicatePath: the same site twice.
+        OverlappingWrite: two of its sites share numbers of a run, so that one would undo the other.
+        ShortRow: no prompt has these tokens.
+    """
+    parts: dict[Path, Part] = {}
+    for member in members:
+        for place in engine.expand(model, member.place):
+            tower = site_of(place).tower
+            for at in _each(member, member.position, edited, tower):
+                for seen in [None] if member.key is None else _each(member, member.key, edited, tower):
+                    shown = Slice() if member.key is not None and seen is None else seen
+                    key = replace(place.at(Slice() if at is None else at), key=shown)
+                    if key in parts:
+                        raise DuplicatePath("the same site twice in one set", path=member, expected="each site once")
+                    parts[key] = Part(cell_of(key), (place,), at, shown)
+    known = engine.known(model)
+    ordered = [parts[key] for key in sorted(parts, key=lambda path: (known.rank(path), position_rank(path.key)))]
+    if not any(part.key is not None for part in ordered):  # an edge that is cut twice is cut
+        _check_overlaps(model, ordered, edited)
+    name = " + ".join(part.cell.path.removesuffix("[:]") for part in ordered)
+    return Target(Cell(name, SETS, set=name), tuple(ordered))
+
+
+def _each(member: Path, position: Position | None, edited: Prompts, tower: str) -> list[At]:
+    """The tokens of a path, each where it lists some."""
+    lengths = edited.lengths(tower)
+    each: list[At] = list(position) if isinstance(position, tuple) else [None if position == Slice() else position]
+    for at in each:
+        if isinstance(at, Span):
+            check_span(at, edited, member)
+        elif not any(has_tokens(at, length) for length in lengths):
+            raise ShortRow(f"no prompt has a position [{at}]: the longest has {max(lengths)} tokens", path=member)
+    return each
+
+
+def check_span(span: Span, edited: Prompts, path: Path) -> None:
+    """Raise for a span that nobody gave, or a token past its end."""
+    lengths = edited.lengths("encoder")
+    rows = Rows(len(edited), max(lengths), (0,) * len(lengths), tuple(lengths))
+    with circumstances(str(path)):
+        # One cell may hold spans of different length.
+        whole = [span] if span.token is not None else [Span(span.name, 0)]
+        columns(concrete(whole[0], rows, max(lengths), edited.spans), rows, max(lengths), edited.spans)
+
+
+def _check_overlaps(model: engine.Model, parts: Sequence[Part], edited: Prompts) -> None:
+    """Raise where two parts give one number two values, in any prompt."""
+    written = [(part, _written(model, part.places[0])) for part in parts]
+    for (one, a), (other, b) in combinations(written, 2):
+        sa, sb = site_of(a), site_of(b)
+        experts = site_of(one.places[0]).kind == site_of(other.places[0]).kind == "expert"  # add their differences
+        if experts or (sa.location, sa.item) != (sb.location, sb.item) or not _meet(sa.columns, sb.columns):
+            continue
+        for prompt, length in enumerate(edited.lengths(one.tower)):
+            if not (has_tokens(one.position, length) and has_tokens(other.position, length)):
+                continue
+            tokens = [set(own_tokens(part.position, edited, prompt, length)) for part in (one, other)]
+            if both := tokens[0] & tokens[1]:
+                raise OverlappingWrite(
+                    f"{one.cell.path} and {other.cell.path} are in one set, and both give token {min(both)} of prompt "
+                    f"{prompt} a value there",
+                    expected="sites that share no numbers, so that none undoes another",
+                )
+
+
+def _written(model: engine.Model, place: Path) -> Path:
+    """What is written for a place: other values, where it is derived from some."""
+    kind = site_of(place).kind
+    if kind == "pattern":
+        return derived.pattern_places(model, place)[1]
+    return derived.expert_output(place) if kind == "expert" else place
+
+
+def _meet(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
