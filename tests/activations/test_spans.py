@@ -93,3 +93,20 @@ def test_inside_a_trace_spans_are_not_known(model) -> None:
     with pytest.raises(SpanError, match="nobody said where"):
         with model.trace(PROMPTS):
             ns.save_activations(model, f'{PLACE}["subject"][0]')
+
+
+def test_a_span_of_the_encoders_prompt_is_no_place_in_the_decoder() -> None:
+    model = wrap("t5")
+    spans = {"s": (1, 3)}
+    ids = {"input_ids": [[3, 4, 5, 6]], "decoder_input_ids": [[0, 7, 8, 9]]}
+    assert len(ns.capture(model, ids, 'encoder.layers[1].output["s"][-1]', spans=spans)) == 1
+    metric = ns.logit_diff("w7", "w8")
+    for use in (
+        lambda: ns.capture(model, ids, 'layers[1].output["s"][-1]', spans=spans),
+        lambda: ns.plan_sweep(model, ids, ids, 'layers[1].output["s"][-1]', metric, spans=spans),
+        lambda: ns.plan_sweep(
+            model, ids, ids, [['layers[1].output["s"][-1]', "layers[0].output[0]"]], metric, spans=spans
+        ),
+    ):
+        with pytest.raises(SpanError, match="is a stretch of the encoder's prompts"):
+            use()

@@ -125,6 +125,17 @@ def test_windows_of_layers_are_clipped_at_the_ends(window: int) -> None:
     assert np.isclose(_values(plan, model, "batched")[0, number], float(logits[7] - logits[8]), atol=1e-12)
 
 
+@pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
+def test_a_window_reaches_layers_that_were_not_named(executor: str) -> None:
+    model = _double("llama")
+    every = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].mlp.output", METRIC, window=3)
+    one = plan_sweep(model, CLEAN, CORRUPTED, "layers[1].mlp.output", METRIC, window=3)
+    assert [[p.steps[0].index for p in t.places] for t in one.targets] == [[0, 1, 2]] * len(one.targets)
+    whole, part = _values(every, model, executor), _values(one, model, executor)
+    same = [n for n, target in enumerate(every.targets) if target.cell.layer == 1]
+    assert np.allclose(whole[:, same], part, rtol=0, atol=1e-12, equal_nan=True)
+
+
 def test_the_residual_sweep_against_torch_hooks_alone() -> None:
     model, module = _double("gpt2"), build("gpt2").double()
     clean, corrupted = (torch.tensor([[int(w[1:]) for w in side[0].split()]]) for side in (CLEAN, CORRUPTED))

@@ -151,6 +151,7 @@ def _check_positions(paths: Sequence[Path], given: Prompts) -> None:
         rows = given.rows(site_of(path).tower)
         assert path.position is not None and rows.width is not None
         with circumstances(str(path)):
+            given.check_span(path.position, site_of(path).tower)
             columns(concrete(path.position, rows, rows.width, given.spans), rows, rows.width, given.spans)
 
 

@@ -14,6 +14,7 @@ from nnsplice.activations.messages import Chat, Message, is_chat, templated
 from nnsplice.activations.offsets import covered
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, SpanError, named
+from nnsplice.paths import Span
 from nnsplice.tokens import Rows, Spans
 
 
@@ -81,6 +82,16 @@ class Prompts:
         """Where the tokens of these rows, all of one length, stand in such a pass."""
         decoder, encoder = (self.lengths(tower)[rows[0]] for tower in ("decoder", "encoder"))
         return engine.Batch(Rows(len(rows), decoder, new=decoder), Rows(len(rows), encoder, new=encoder))
+
+    def check_span(self, position: object, tower: str) -> None:
+        """Raise for a named span at a place of the decoder, where spans are stretches of the encoder's prompts."""
+        if isinstance(position, Span) and self.decoder_ids is not None and tower == "decoder":
+            raise SpanError(
+                f"the span \"{position.name}\" is a stretch of the encoder's prompts, and this place counts the decoder's "
+                "tokens",
+                expected="a position of the decoder's own tokens, or a place of the encoder",
+                write="layers[3].output[0], or encoder.layers[3].output" + f"[{position}]",
+            )
 
     def spans_of(self, rows: Sequence[int]) -> Spans | None:
         """The spans of these rows."""

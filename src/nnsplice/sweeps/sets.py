@@ -93,17 +93,18 @@ def _each(member: Path, position: Position | None, edited: Prompts, tower: str) 
     each: list[At] = list(position) if isinstance(position, tuple) else [None if position == Slice() else position]
     for at in each:
         if isinstance(at, Span):
-            check_span(at, edited, member)
+            check_span(at, edited, member, tower)
         elif not any(has_tokens(at, length) for length in lengths):
             raise ShortRow(f"no prompt has a position [{at}]: the longest has {max(lengths)} tokens", path=member)
     return each
 
 
-def check_span(span: Span, edited: Prompts, path: Path) -> None:
+def check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
     """Raise for a span that nobody gave, or a token past its end."""
     lengths = edited.lengths("encoder")
     rows = Rows(len(edited), max(lengths), (0,) * len(lengths), tuple(lengths))
     with circumstances(str(path)):
+        edited.check_span(span, tower)
         # One cell may hold spans of different length.
         whole = [span] if span.token is not None else [Span(span.name, 0)]
         columns(concrete(whole[0], rows, max(lengths), edited.spans), rows, max(lengths), edited.spans)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -46,7 +45,7 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
         places = engine.expand(model, pattern.place)
         for place in places:
             tower = site_of(place).tower
-            written = _window(places, place, window)
+            written = _window(model, place, window)
             for position in [None] if open_ and together else _positions(pattern, edited, tower):
                 for seen in [None] if pattern.key is None else _positions(pattern, edited, tower, pattern.key):
                     key = replace(place.at(Slice() if position is None else position), key=seen)
@@ -75,30 +74,22 @@ def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | 
         each = [position]
     for one in each:
         if isinstance(one, Span):
-            check_span(one, edited, pattern)
+            check_span(one, edited, pattern, tower)
         elif not any(-length <= one < length for length in lengths):
             raise ShortRow(f"no prompt has a position [{one}]: the longest has {max(lengths)} tokens", path=pattern)
     return each
 
 
-def _window(places: Sequence[Path], place: Path, window: int) -> tuple[Path, ...]:
-    """The neighbouring layers of a place, itself in the middle; at the ends there are fewer."""
+def _window(model: engine.Model, place: Path, window: int) -> tuple[Path, ...]:
+    """The neighbouring layers of a place, itself in the middle, named or not; at the ends there are fewer."""
     if window == 1:
         return (place,)
     layer = number_of(place, "layer")
     if layer is None:
         raise BadArgument("a window is of neighbouring layers, and this place has no layer", path=place)
     low, high = layer - window // 2, layer + (window + 1) // 2
-    same = [other for other in places if _without_layer(other) == _without_layer(place)]
-    return tuple(other for other in same if low <= (number_of(other, "layer") or 0) < high)
-
-
-def _without_layer(place: Path) -> str:
-    return str(
-        replace(
-            place, site=None, steps=tuple(replace(s, index=None) if n == 0 else s for n, s in enumerate(place.steps))
-        )
-    )
+    steps = (replace(place.steps[0], index=Slice(max(low, 0), high)), *place.steps[1:])
+    return tuple(engine.expand(model, replace(place, site=None, steps=steps)))
 
 
 def tokens_of(path: Path, prompts: Prompts) -> list[list[int]]:
