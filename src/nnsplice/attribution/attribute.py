@@ -47,6 +47,12 @@ METHODS: dict[str, Method] = {
     "eap": Method(None),
     "eap-ig": Method(None, stepwise=True),
 }
+#: What one gradient tells little of: a patch of the stream replaces all that was computed before it, which takes the
+#: model far from where the gradient was taken. Measured on a pretrained model in docs/real.md.
+_STREAM = (
+    'one gradient is a rough guess for the residual stream, in size and in order; method="ig", or verify= for numbers '
+    "that are exact"
+)
 #: Gradients on the way between two runs, where nobody says how many.
 STEPS = 5
 
@@ -84,7 +90,8 @@ def attribute(
 
     The methods:
 
-    * `"atp"`: (clean - corrupted) times the gradient in the corrupted run. Two forward passes, one backward.
+    * `"atp"`: (clean - corrupted) times the gradient in the corrupted run. Two forward passes, one backward. Good for
+      heads and MLPs; a rough guess for the residual stream, which the result's note says.
     * `"atp*"`: the same, but probabilities that a patched query or key would make are computed, and sizes are the mean
       over runs in which one layer passes no gradient back, so that effects do not cancel. One backward for each layer.
     * `"ig"`: the mean gradient at `steps` points between the two runs' embeddings, instead of the one in the corrupted.
@@ -211,7 +218,7 @@ def _estimated(
     passes = f"{_count(spent.cost.forwards, 'forward')} and {_count(spent.backwards, 'backward')}"
     about = Run(
         name, time.perf_counter() - start, **spent.cost.told(), known=len(plan.known),
-        note="; ".join([f"estimated with {passes}", *dict.fromkeys(spent.notes)]),
+        note="; ".join([f"estimated with {passes}", *dict.fromkeys(spent.notes), *_doubts(plan, name)]),
     )  # fmt: skip
     cells = tuple(target.cell for target in plan.targets)
     table = Table(
@@ -219,6 +226,15 @@ def _estimated(
         edges=made_of, receivers=() if graph is None else graph.receivers,
     )  # fmt: skip
     return SweepResult(table)
+
+
+def _doubts(plan: Plan, name: str) -> list[str]:
+    """What is known of estimates of such places, for the note."""
+    stream = any(
+        not path.native and path.steps[-1].name in ("layers", "embed") and path.value in ("input", "mid", "output")
+        for path in nodes.places_of(plan)
+    )
+    return [_STREAM] if name == "atp" and stream else []
 
 
 def _count(number: int, what: str) -> str:
