@@ -87,8 +87,8 @@ class Prompts:
         """Raise for a named span at a place of the decoder, where spans are stretches of the encoder's prompts."""
         if isinstance(position, Span) and self.decoder_ids is not None and tower == "decoder":
             raise SpanError(
-                f"the span \"{position.name}\" is a stretch of the encoder's prompts, and this place counts the decoder's "
-                "tokens",
+                f'the span "{position.name}" is a stretch of the encoder\'s prompts, and this place counts the '
+                "decoder's tokens",
                 expected="a position of the decoder's own tokens, or a place of the encoder",
                 write="layers[3].output[0], or encoder.layers[3].output" + f"[{position}]",
             )
