@@ -13,7 +13,7 @@ import nnsplice as ns
 from closures import broken
 from nnsplice.closures import kind_of, measure
 from nnsplice.errors import RefusedPlace
-from zoo import build, wrap
+from zoo import build, tokenizer, wrap
 
 METRIC = ns.logit_diff("w7", "w8")
 PROMPTS = ("w3 w4 w5", "w3 w6 w5")
@@ -263,3 +263,33 @@ def test_a_plain_module_is_measured_with_the_probe_it_was_given() -> None:
 )  # fmt: skip
 def test_paths_are_of_a_kind_or_promise_nothing(path: str, kind: str | None) -> None:
     assert {kind_of(place) for place in ns.expand(wrap("gpt2"), path)} == {kind}
+
+
+# --- wrapped models ---------------------------------------------------------------------------------------------------
+
+
+def _with_adapter() -> Any:
+    peft = pytest.importorskip("peft")
+    model = build("llama").to(torch.float64)
+    wanted = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, wanted).to(torch.float64).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.set_attn_implementation("eager")
+    return ns.load(adapted, tokenizer())
+
+
+def _compiled() -> Any:
+    model = build("llama").to(torch.float64)
+    model.set_attn_implementation("eager")
+    model.compile(backend="eager")
+    return ns.load(model, tokenizer())
+
+
+@pytest.mark.parametrize("wrapped", [_with_adapter, _compiled])
+def test_a_model_with_an_adapter_and_a_compiled_one_keep_every_promise(wrapped: Callable[[], Any]) -> None:
+    plain = {(c.kind, c.layer) for c in measure(broken.llama())}
+    found = measure(wrapped())
+    assert {(c.kind, c.layer) for c in found} == plain
+    assert [c for c in found if not c.holds] == []

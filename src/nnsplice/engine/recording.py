@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,6 +73,13 @@ def example_of(model: object, length: int) -> tuple[object, tuple[Any, ...], dic
     return model, *_probe(root, _probes.get(root), length)
 
 
+def _eagerly() -> AbstractContextManager[Any]:
+    """Let compiled modules run their own code: hooks that come and go would have them compiled anew each time."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it takes seconds to import
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
 def undisturbed(model: object) -> Iterator[Any]:
     """What to call for a forward pass that leaves nothing behind: in evaluation mode, without gradients; flags and
@@ -82,7 +90,7 @@ def undisturbed(model: object) -> Iterator[Any]:
     try:
         for module in training:
             module.training = False
-        with turn(root), aside(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with turn(root), aside(), torch.no_grad(), torch.random.fork_rng(devices=devices), _eagerly():
             # Called through the envoy, so that a trace that is running now stands aside and counts none of this.
             yield model if isinstance(model, Model) else root
     finally:
