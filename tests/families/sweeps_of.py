@@ -49,7 +49,8 @@ def judge_sweeps(subject: Subject, served: dict[str, Served], executors: tuple[s
                     ns.sweep(subject.model, prompt(SHORT), prompt(SHORT, 23), short, metric, progress=False)
                 result = ns.sweep(subject.model, clean, corrupted, paths, metric, executor=executor, progress=False)
             except NotImplementedError as error:  # an executor that was asked for by its name says so with this
-                subject.findings.append(Finding(check, "refused" if str(error) else "crash", None, str(error)))
+                reason = str(error).partition("\n")[0].removeprefix("packed rows do not give this job's numbers: ")
+                subject.findings.append(Finding(check, "refused" if reason else "crash", None, reason))
                 continue
             subject.found(check, *_compare(result, truth))
             ran, note = result.run.executor, result.run.note
