@@ -314,3 +314,25 @@ def test_layers_that_put_out_a_list() -> None:
     expected = three_passes(module, names.branches(), *pair, point, point, [Point(names.attn.format(2))])
     assert abs(value - expected) < 1e-12
     assert abs(expected - ends(module, pair[1])) > 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+def test_spans_and_several_metrics_are_tokens_and_metrics_one_by_one(family: str) -> None:
+    model = double(family)
+    clean, corrupted = ["w3 w4 w5 w6 w7", "w13 w14 w15"], ["w3 w9 w10 w6 w7", "w13 w24 w15"]
+    key = "groups[0].k" if family == "llama" else "heads[0].k"
+    senders, spans = "layers[0:2].heads[:].output", {"subject": [(1, 3), (1, 2)]}
+    metrics = [METRIC, ns.probability("w7")]
+    receivers = ['layers[2].heads[1].q["subject"][-1]', f'layers[2].{key}["subject"]']
+    both = ns.path_patch(
+        model, clean, corrupted, f'{senders}["subject"][-1]', receivers, metrics, spans=spans, progress=False
+    )
+    assert both.grid().dims == ("prompt", "metric", "layer", "head", "position")
+    for prompt, (last, tokens) in enumerate([(2, "1,2"), (1, "1,")]):
+        for number, metric in enumerate(metrics):
+            numbers = [f"layers[2].heads[1].q[{last}]", f"layers[2].{key}[{tokens}]"]
+            one = ns.path_patch(
+                model, clean[prompt], corrupted[prompt], f"{senders}[{last}]", numbers, metric, progress=False
+            )
+            assert np.abs(both.table.values[prompt, :, number] - one.table.values[0]).max() < 1e-12
+            assert np.abs(one.table.values[0] - one.corrupted[0]).max() > 1e-10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -364,3 +365,17 @@ def test_mistakes_by_hand_are_told() -> None:
         model._module.generate(torch.tensor([IDS]), max_new_tokens=2, do_sample=False)
     # ... and nothing is left behind.
     assert (model._module(input_ids=torch.tensor([IDS])).logits[0] - by_mask(model, [])).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("grain", [1, 4, 64])
+# Gemma 2 takes its softmax in float32, whatever the model's dtype.
+@pytest.mark.parametrize(("family", "near"), [("gpt2", 1e-11), ("gemma2", 1e-6), ("gpt_oss", 1e-11)])
+def test_rows_that_are_padded_to_share_a_call_are_cut_alike(
+    family: str, near: float, grain: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(importlib.import_module("nnsplice.packed.run").GRAIN, "cpu", grain)
+    model, sets = _double(family), _sets(7, 12)
+    sites = [[_text(edge) for edge in edges] for edges in sets]
+    found = ns.sweep(model, None, PROMPT, sites, METRIC, operation="knockout", executor="packed", progress=False)
+    expected = np.array([_difference(by_mask(model, edges)) for edges in sets])
+    assert np.abs(found.table.values[0] - expected).max() < near

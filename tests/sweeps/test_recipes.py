@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import nnsplice as ns
 from nnsplice.errors import BadArgument, ShapeError
+from nnsplice.sweeps import plan_sweep
+from nnsplice.sweeps.unedited import clean_run
 from zoo import HEADS, LAYERS, build, wrap
 
 TEXT, SUBJECT, START, STOP = "w3 w4 w5 w6 w7", "w4 w5", 1, 3
@@ -214,6 +216,19 @@ def test_a_trace_is_that_of_romes_own_experiment(family: str, replace: bool, exe
     expected, low = _rome(family, _noise(), 7, replace)
     np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-10, rtol=0)
     assert abs(result.corrupted[0] - low) < 1e-10
+
+
+def test_the_samples_of_a_trace_share_their_clean_run() -> None:
+    model = _double("llama")
+    one, ten = (
+        plan_sweep(model, [TEXT] * samples, ["w3 w4 w5 w6 w9"] * samples, "layers[:].output[:]", ns.logit_diff(7, 8))
+        for samples in (1, 10)
+    )
+    alone, many = (clean_run(model, plan, 10_000) for plan in (one, ten))
+    assert (many[2].forwards, many[2].tokens) == (alone[2].forwards, alone[2].tokens)
+    assert (many[0] == alone[0]).all() and len(many[0]) == 10
+    assert many[1].clean is not None
+    assert [len(rows) for rows in many[1].clean.values.values()] == [1, 1, 1]  # what is kept of it, in each layer
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])

@@ -60,8 +60,11 @@ def every_path(sites: Sites) -> list[Path]:
     return [*alone, *(path for members in sets for path in members)]
 
 
-def joined(model: engine.Model, members: Sequence[Path], edited: Prompts) -> Target:
+def joined(model: engine.Model, known: engine.Known, members: Sequence[Path], edited: Prompts) -> Target:
     """The cell of a set.
+
+    Args:
+        known: of the model; to ask for that takes a while, and there may be thousands of sets.
 
     Raises:
         DuplicatePath: the same site twice.
@@ -70,7 +73,7 @@ def joined(model: engine.Model, members: Sequence[Path], edited: Prompts) -> Tar
     """
     parts: dict[Path, Part] = {}
     for member in members:
-        for place in engine.expand(model, member.place):
+        for place, _ in known.arrange((member.place,)):
             tower = site_of(place).tower
             for at in _each(member, member.position, edited, tower):
                 for seen in [None] if member.key is None else _each(member, member.key, edited, tower):
@@ -79,7 +82,6 @@ def joined(model: engine.Model, members: Sequence[Path], edited: Prompts) -> Tar
                     if key in parts:
                         raise DuplicatePath("the same site twice in one set", path=member, expected="each site once")
                     parts[key] = Part(cell_of(key), (place,), at, shown)
-    known = engine.known(model)
     ordered = [parts[key] for key in sorted(parts, key=lambda path: (known.rank(path), position_rank(path.key)))]
     if not any(part.key is not None for part in ordered):  # an edge that is cut twice is cut
         _check_overlaps(model, ordered, edited)

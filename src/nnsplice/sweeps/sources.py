@@ -21,10 +21,12 @@ class Captured:
     """Values of a run at many places: site -> prompt -> (position -> number, `[number, width]`)."""
 
     values: Mapping[object, Mapping[int, tuple[Mapping[int, int], Tensor]]]
+    #: For each prompt the one whose run it shares.
+    run_of: Sequence[int]
 
     def at(self, place: Path, prompt: int, position: int) -> Tensor:
         """The value of one prompt at one own token: `[width]`."""
-        index, tensor = self.values[place.site][prompt]
+        index, tensor = self.values[place.site][self.run_of[prompt]]
         return tensor[index[position]]
 
 

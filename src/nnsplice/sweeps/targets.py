@@ -53,7 +53,7 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
                     targets.setdefault(key, Target(cell, (Part(cell, written, position, seen),)))
     known = engine.known(model)
     found = [targets[path] for path in sorted(targets, key=lambda path: known.rank(path))]
-    joint = [joined(model, members, edited) for members in sets]
+    joint = [joined(model, known, members, edited) for members in sets]
     found += {target.cell.path: target for target in joint}.values()
     closures.require(model, [place for target in found for place in target.places], written=True)
     return tuple(found)

@@ -26,7 +26,12 @@ def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Sourc
         room: how many tokens run at once.
     """
     prompts = plan.corrupted if plan.clean is None else plan.clean
-    needed = _needed(plan)
+    # The noised samples of a trace have one clean run, and the answers of a prompt may begin alike.
+    first = _first_alike(plan, prompts)
+    needed: dict[int, dict[Path, set[int]]] = {}
+    for prompt, places in _needed(plan).items():
+        for place, positions in places.items():
+            needed.setdefault(first[prompt], {}).setdefault(place, set()).update(positions)
     values: dict[object, dict[int, tuple[dict[int, int], Tensor]]] = {}
 
     def keep(rows: Sequence[int]) -> Callable[[], None]:
@@ -44,29 +49,47 @@ def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Sourc
 
         return inside
 
-    logits, cost = _logits(model, plan, prompts, room, keep, clean=True)
-    return logits, Source(plan, Captured(values) if plan.operation.name == "patch" else None), cost
+    logits, cost = _logits(model, plan, prompts, sorted(set(first)), room, keep, clean=True)
+    captured = Captured(values, first) if plan.operation.name == "patch" else None
+    return torch.stack([logits[row] for row in first]), Source(plan, captured), cost
 
 
 def corrupted_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Cost]:
     """The logits that the metric reads in the corrupted run, `[prompt, vocab]`, and the cost."""
-    return _logits(model, plan, plan.corrupted, room, lambda rows: lambda: corrupt(model, plan, rows), clean=False)
+    rows = range(len(plan.corrupted))
+    logits, cost = _logits(
+        model, plan, plan.corrupted, rows, room, lambda rows: lambda: corrupt(model, plan, rows), clean=False
+    )
+    return torch.stack([logits[row] for row in rows]), cost
+
+
+def _first_alike(plan: Plan, prompts: Prompts) -> list[int]:
+    """For each prompt the first that is the same, and read at the same token: one run serves them all."""
+    known: dict[object, int] = {}
+    decoder = prompts.decoder_ids
+    return [
+        known.setdefault((ids, None if decoder is None else decoder[row], read_at(plan, row, clean=True)), row)
+        for row, ids in enumerate(prompts.ids)
+    ]
 
 
 def _logits(
     model: engine.Model,
     plan: Plan,
     prompts: Prompts,
+    chosen: Sequence[int],
     room: int,
     before: Callable[[Sequence[int]], Callable[[], None]],
     *,
     clean: bool,
-) -> tuple[Tensor, Cost]:
+) -> tuple[dict[int, Tensor], Cost]:
+    """The logits of the chosen prompts, by their numbers."""
     logits: dict[int, Tensor] = {}
     law, cost = Law.of(model), Cost()
     places = [place for target in plan.targets for place in target.places]
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
-    for rows, at in _read_alike(plan, prompts.batches(max(room // longest, 1)), clean):
+    batches = prompts.take(chosen).batches(max(room // longest, 1))
+    for rows, at in _read_alike(plan, ([chosen[n] for n in batch] for batch in batches), clean):
         first = before(rows)
         found: list[Tensor] = []
 
@@ -80,7 +103,7 @@ def _logits(
             engine.run(model, {**inputs, **(fewer := only_read(model, at, places))}, body)
         cost += law.whole(prompts, rows, fewer.get("logits_to_keep", prompts.lengths("decoder")[rows[0]]))
         logits |= dict(zip(rows, found[0], strict=True))
-    return torch.stack([logits[row] for row in range(len(prompts))]), cost
+    return logits, cost
 
 
 def _read_alike(plan: Plan, batches: Iterable[list[int]], clean: bool) -> Iterator[tuple[list[int], int]]:
