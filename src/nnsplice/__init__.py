@@ -11,6 +11,7 @@ One address language for every part of a model, and many views of an address. Th
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     knockout                                      a block in which queries do not see some of their keys
+    Circuit                                       nodes and edges of a model, and what they do alone
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, sequence_log_probability,
     rank, accuracy, kl_divergence, js_divergence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
+    from nnsplice.circuits import Circuit
     from nnsplice.engine import expand
     from nnsplice.metrics import (
         Metric,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
 
 __all__ = [
     "Atlas",
+    "Circuit",
     "Metric",
     "Path",
     "Plan",
@@ -96,6 +99,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
+    "circuits": ("Circuit",),
     "engine": ("expand",),
     "metrics": (
         "Metric",

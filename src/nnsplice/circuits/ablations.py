@@ -45,7 +45,7 @@ def source_of(
 ) -> Source:
     """Where the values of an ablation come from."""
     if reference is not None and ablation != "mean":
-        raise BadArgument("only ablation=\"mean\" takes a reference", expected='ablation="mean", or no reference')
+        raise BadArgument('only ablation="mean" takes a reference', expected='ablation="mean", or no reference')
     if isinstance(ablation, SavedActivation):
         return _saved(model, wiring, clean, ablation)
     if ablation == "patch":

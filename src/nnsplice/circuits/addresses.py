@@ -54,7 +54,11 @@ def address(given: str | Path, role: Role) -> Path:
 
 #: By the names of a place: which values it may be asked for, as a sender and as a receiver.
 _TAKEN: dict[Role, dict[tuple[str, ...], tuple[str | None, ...]]] = {
-    "sender": {("embed",): (None, "output"), ("layers", "heads"): (None, "output"), ("layers", "mlp"): (None, "output")},
+    "sender": {
+        ("embed",): (None, "output"),
+        ("layers", "heads"): (None, "output"),
+        ("layers", "mlp"): (None, "output"),
+    },
     "receiver": {
         ("layers", "heads"): ("q",),
         ("layers", "groups"): ("k", "v"),

@@ -1,4 +1,4 @@
-"""Some columns of what a projection makes, and what it makes of some columns: no more is computed where that is plain."""
+"""Some columns of what a projection makes, and what it makes of some: nothing else is computed where it is plain."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def project(
-    module: Any, forward: Callable[..., Tensor], states: Tensor, columns: Sequence[tuple[int, int]]
-) -> Tensor:
+def project(module: Any, forward: Callable[..., Tensor], states: Tensor, columns: Sequence[tuple[int, int]]) -> Tensor:
     """These columns of the module's output, side by side.
 
     Args:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
-from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import fingerprint, peel
 from nnsplice.attribution.gradients import halving
 from nnsplice.circuits.ablations import Ablation, Source, source_of
@@ -231,8 +230,8 @@ def _trust(question: Question) -> Cost:
     off = float((logits - own.logits).abs().max())
     if not off <= TOLERANCE.get(own.logits.dtype, 2e-3) * max(size, 1.0):
         raise RefusedPlace(
-            f"a circuit of all edges gives other logits than the clean run ({off:.2g} apart, of {size:.2g}), so something "
-            "in the layers of this model reads the stream past its queries, keys, values and MLPs",
+            f"a circuit of all edges gives other logits than the clean run ({off:.2g} apart, of {size:.2g}), so "
+            "something in the layers of this model reads the stream past its queries, keys, values and MLPs",
             expected="a model whose layers read the stream through those alone",
         )
     known.add(asked)

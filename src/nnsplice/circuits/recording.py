@@ -51,9 +51,7 @@ class Run:
     logits: Tensor
 
 
-def record(
-    root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], at: int
-) -> Run:
+def record(root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], at: int) -> Run:
     """Run prompts of one length as they are, and check that their stream is the sum of what the senders give.
 
     Args:
@@ -91,9 +89,7 @@ def record(
     return Run(values, Frame(tuple(returns), widths), logits)
 
 
-def run_plainly(
-    root: nn.Module, model: engine.Model, prompts: Prompts, rows: Sequence[int], at: int
-) -> Tensor:
+def run_plainly(root: nn.Module, model: engine.Model, prompts: Prompts, rows: Sequence[int], at: int) -> Tensor:
     """The logits of one position, counted from the end: `[prompt, vocab]`."""
     inputs = prompts.inputs(rows, model.device)
     assert isinstance(inputs, Mapping)

@@ -317,7 +317,7 @@ class Pass:
         return self._direct_known
 
     def _normed(self, number: int, layer: LayerWires, edges: Tensor) -> Tensor:
-        """`[circuit, receiver, prompt, token, width]`: how far the norm of each receiver's heads is from the ablated."""
+        """`[circuit, receiver, prompt, token, width]`: how far the norm of a receiver's heads is from the ablated."""
         sender = self.wiring.shape.starts[number][0]
         slots = [self.slots[sender + head] for head in range(len(layer.q)) if sender + head in self.slots]
         before = self.ablated.projected[number]

@@ -1,0 +1,20 @@
+"""Circuits: which nodes and edges of a model do something, and how much of it they do.
+
+circuit       the value: made of scores, of addresses, of files; its algebra; its run
+addresses     who adds to the stream and who reads it, by one spelling
+shape         the graph that a model can have, as plain data
+scores        what a result says of edges and nodes
+files         JSON files of our own, and graphs of EAP-IG
+networks      graphs of networkx
+wiring        where senders and receivers stand in a model
+recording     unedited runs: what every sender gives
+ablations     what everything outside a circuit gives
+masks         which edges of a circuit can matter
+columns       parts of a projection
+running       the run of circuits, in which each receiver reads a stream of its own
+measuring     many circuits over many prompts, in batches
+"""
+
+from nnsplice.circuits.circuit import Circuit
+
+__all__ = ["Circuit"]
