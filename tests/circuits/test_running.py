@@ -93,8 +93,7 @@ def test_without_one_edge_it_is_that_path_patched_from_the_other_side(family: st
         patched = ns.path_patch(model, CORRUPTED, CLEAN, *_addresses(sender, receiver), METRIC, progress=False)
         without = full - ns.Circuit.of(edges=[(sender, receiver)])
         found = without.run(model, CLEAN, CORRUPTED, METRIC)
-        near(
-            found, patched.table.values[:, 0], family)
+        near(found, patched.table.values[:, 0], family)
 
 
 def _addresses(sender: Any, receiver: Any) -> tuple[str, Any]:
@@ -124,7 +123,9 @@ def test_a_circuit_is_the_sum_written_out_by_hand(family: str, share: float) -> 
         edges = drawn(graph, share, seed)
         found = ns.Circuit.of(edges=edges).run(model, CLEAN, CORRUPTED, METRIC)
         near(found, hand.run(ids(CLEAN), ablated, edges), family)
-    np.testing.assert_allclose(hand.run(ids(CLEAN), ablated, set(graph.edges())), value(module, CLEAN), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(
+        hand.run(ids(CLEAN), ablated, set(graph.edges())), value(module, CLEAN), rtol=0, atol=1e-10
+    )
     near(hand.run(ids(CLEAN), ablated, set()), value(module, CORRUPTED), family)
 
 

@@ -12,9 +12,21 @@ ablations     what everything outside a circuit gives
 masks         which edges of a circuit can matter
 columns       parts of a projection
 running       the run of circuits, in which each receiver reads a stream of its own
+faithfulness  how much of the metric circuits keep, as a curve over their sizes
+completeness  whether a circuit has all that matters and nothing that does not
 measuring     many circuits over many prompts, in batches
 """
 
 from nnsplice.circuits.circuit import Circuit
+from nnsplice.circuits.completeness import Completeness, Minimality, completeness, minimality
+from nnsplice.circuits.faithfulness import Faithfulness, faithfulness
 
-__all__ = ["Circuit"]
+__all__ = [
+    "Circuit",
+    "Completeness",
+    "Faithfulness",
+    "Minimality",
+    "completeness",
+    "faithfulness",
+    "minimality",
+]

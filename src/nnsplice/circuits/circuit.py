@@ -220,7 +220,7 @@ class Circuit:
         members = [scores.of[number] for number in chosen]
         values = [float(scores.values[number]) for number in chosen]
         if model is not None:
-            _check_model(scores.provenance, model)
+            check_model(scores.provenance, model)
         shape = scores.shape if model is None else _shape_of(model)
         told = {**scores.provenance, **how}
         if scores.kind == "edges":
@@ -354,14 +354,8 @@ class Circuit:
         if self.kind == "nodes":
             raise BadArgument("a circuit of nodes has all edges between them", expected="a circuit of edges")
         shape = self._graph("which heads read which group's keys says the model")
-        mask = self.mask(shape)
-        useful = masks.behind(shape, mask) & masks.reached(shape, mask)
-        reads = {shape.receivers[-1]}
-        for sender in np.flatnonzero(useful):
-            reads |= {shape.receivers[r] for r in shape.reads_of(int(sender))}
-        kept = [
-            edge for edge in self.edges if useful[shape.sender_number[edge[0]]] and edge[1] in reads
-        ]  # fmt: skip
+        mask, _ = masks.needed(shape, self.mask(shape), from_embed=True)
+        kept = [edge for edge in self.edges if mask[shape.receiver_number[edge[1]], shape.sender_number[edge[0]]]]
         return replace(self._with(kept, self), provenance=self.provenance)
 
     # --- what it is like
@@ -449,7 +443,7 @@ class Circuit:
             KeyMismatch: it was made of another model.
             BadArgument: nothing of the prompts can enter it.
         """
-        _check_model(self.provenance, question.model)
+        check_model(self.provenance, question.model)
         mask = self.mask(question.wiring.shape)
         if self.kind == "nodes" and self.nodes and not mask[:, 0].any() and question.source.is_run:
             raise BadArgument(
@@ -621,12 +615,17 @@ def _provenance(model: Any) -> dict[str, Any]:
     return {key: value for key, value in told.items() if value is not None}
 
 
-def _check_model(provenance: Mapping[str, Any], model: Any) -> None:
+def check_model(provenance: Mapping[str, Any], model: Any) -> None:
+    """Raise for a model that something was not made of.
+
+    Raises:
+        KeyMismatch: its weights are others.
+    """
     weights = provenance.get("weights")
     model = engine.as_model(model)
     if weights is not None and weights != engine.weights_digest(model):
         raise KeyMismatch(
-            f"this circuit was made of {provenance.get('model')} with other weights than this model has",
+            f"this was made of {provenance.get('model')} with other weights than this model has",
             expected="the model that it was made of",
             write="circuit.on(model)   (takes it over to this model)",
         )
