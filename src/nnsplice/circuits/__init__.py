@@ -14,18 +14,21 @@ columns       parts of a projection
 running       the run of circuits, in which each receiver reads a stream of its own
 faithfulness  how much of the metric circuits keep, as a curve over their sizes
 completeness  whether a circuit has all that matters and nothing that does not
+search        acdc: edges taken out for as long as the metric stays
 measuring     many circuits over many prompts, in batches
 """
 
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.completeness import Completeness, Minimality, completeness, minimality
 from nnsplice.circuits.faithfulness import Faithfulness, faithfulness
+from nnsplice.circuits.search import acdc
 
 __all__ = [
     "Circuit",
     "Completeness",
     "Faithfulness",
     "Minimality",
+    "acdc",
     "completeness",
     "faithfulness",
     "minimality",
