@@ -15,7 +15,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
-from nnsplice.attribution import edges, nodes, star, verifying
+from nnsplice.attribution import edges, exact, nodes, star, verifying
 from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
@@ -38,6 +38,8 @@ class Method:
     nodes: Callable[[Batch], tuple[Flow, Tensor]] | None
     #: Whether gradients are taken along a way, of so many `steps`.
     stepwise: bool = False
+    #: Whether edges are measured, and not estimated.
+    measured: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -46,6 +48,7 @@ METHODS: dict[str, Method] = {
     "ig": Method(nodes.along_the_way, stepwise=True),
     "eap": Method(None),
     "eap-ig": Method(None, stepwise=True),
+    "exact": Method(None, measured=True),
 }
 #: What one gradient tells little of: a patch of the stream replaces all that was computed before it, which takes the
 #: model far from where the gradient was taken. Measured on a pretrained model in docs/real.md.
@@ -97,6 +100,7 @@ def attribute(
     * `"ig"`: the mean gradient at `steps` points between the two runs' embeddings, instead of the one in the corrupted.
     * `"eap"`, `"eap-ig"`: scores of edges, from sites to the `receivers`, as `result.edges()`; a cell is the sum of its
       edges. Here a site without positions is all its tokens at once, as in `ns.path_patch`, which is the exact answer.
+    * `"exact"`: no estimate. Each edge by `ns.path_patch`: as many runs as there are edges.
 
     Args:
         receivers: for edges, where they end; if left out, at every query, key and value head, MLP and the logits.
@@ -132,6 +136,9 @@ def attribute(
         steps = (STEPS if steps is None else steps) if chosen.stepwise else 0
         graph = edges.Graph.of(model, plan, receivers) if together else None
         plan = replace(plan, asked=_asked(plan, method, steps, graph))
+        if chosen.measured:
+            assert graph is not None
+            return exact.measured(model, plan, graph, max_tokens=max_tokens, journal=journal, progress=progress)
         estimated = _estimated(model, plan, method, chosen, graph, steps, engine.room(model, max_tokens), progress)
     if not verify:
         return estimated
@@ -158,6 +165,8 @@ def _method(name: str, receivers: Any, steps: int | None, verify: int) -> Method
     chosen = METHODS[name]
     if receivers is not None and chosen.nodes is not None:
         raise BadArgument(f"{name} scores places, so receivers would do nothing", expected='method="eap" or "eap-ig"')
+    if chosen.measured and verify:
+        raise BadArgument(f"{name} is measured, so verify={verify} would do nothing", expected="no verify")
     if steps is not None and not chosen.stepwise:
         raise BadArgument(f"{name} takes no steps, so steps={steps} would do nothing", expected="ig or eap-ig")
     if steps is not None and (isinstance(steps, bool) or steps < 1):
