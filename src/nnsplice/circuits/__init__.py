@@ -6,6 +6,8 @@ shape         the graph that a model can have, as plain data
 scores        what a result says of edges and nodes
 files         JSON files of our own, and graphs of EAP-IG
 networks      graphs of networkx
+drawing       where the parts of a circuit are drawn
+page          a circuit as a page that stands by itself
 wiring        where senders and receivers stand in a model
 recording     unedited runs: what every sender gives
 ablations     what everything outside a circuit gives

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nnsplice import engine
+from nnsplice import engine, plots
 from nnsplice.activations.prompts import PromptsLike
-from nnsplice.circuits import files, masks, measuring
+from nnsplice.circuits import files, masks, measuring, page
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.addresses import address
+from nnsplice.circuits.drawing import Drawing
 from nnsplice.circuits.scores import By, Scores, greedy, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.circuits.wiring import wiring_of
@@ -529,6 +530,36 @@ class Circuit:
 
     # --- shown
 
+    def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
+        """Draw it: layers upwards, heads in columns, MLPs beside them, an edge as wide as its score is large.
+
+        >>> circuit = ns.Circuit.of(edges=[("embed", "layers[0].mlp"), ("layers[0].mlp", "unembed")])
+        >>> len(circuit.plot().lines)
+        2
+        """
+        drawing = self._drawing()
+        largest = max((abs(line.score or 0.0) for line in drawing.lines), default=0.0)
+        sizes = [1.0 if not largest or line.score is None else line.score / largest for line in drawing.lines]
+        return plots.network(
+            [(mark.x, mark.y) for mark in drawing.marks],
+            [_label(mark.path, mark.kind) for mark in drawing.marks],
+            [(line.start, line.end) for line in drawing.lines],
+            sizes=sizes,
+            title=repr(self),
+            ax=ax,
+        )
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that stands by itself: pointing at an edge shows its score, a slider leaves fewer of them."""
+        nodes = None
+        if self.kind == "nodes" and self.scores is not None:
+            nodes = dict(zip(map(str, self.nodes), self.scores, strict=True))
+        page.write(path, self._drawing(), repr(self), self.provenance, nodes)
+
+    def _drawing(self) -> Drawing:
+        scores = self.scores if self.kind == "edges" else None
+        return Drawing.of(self.nodes, self.edges, scores, self.shape)
+
     def __repr__(self) -> str:
         counts = {"embed": 0, "head": 0, "MLP": 0}
         for node in self.nodes:
@@ -562,6 +593,12 @@ def _count(number: int, what: str) -> str:
 
 def _text(member: Any) -> str:
     return " -> ".join(map(str, member)) if isinstance(member, tuple) else str(member)
+
+
+def _label(path: str, kind: str) -> str:
+    numbers = re.findall(r"\d+", path)
+    shown = {"head": "a{}.{}", "mlp": "m{}", "group": ""}.get(kind, kind)
+    return shown.format(*numbers)
 
 
 def _is_sender(path: Path) -> bool:
