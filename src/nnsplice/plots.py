@@ -238,10 +238,11 @@ def network(
         (x1, y1), (x2, y2) = ends[start], ends[end]
         line = 0.4 + 3.0 * min(abs(size), 1.0)
         ax.plot([x1, x2], [y1, y2], color=up if size >= 0 else down, linewidth=line, alpha=0.6, zorder=1)
+    box = {"boxstyle": "round,pad=0.3", "facecolor": "1", "edgecolor": "0.35", "linewidth": 0.8}
     for (x, y), label in zip(ends, labels, strict=True):
-        text = _literal(label)
-        ax.scatter([x], [y], s=10 if not text else 90, color="0.35" if not text else "1", edgecolors="0.35", zorder=2)
-        ax.annotate(text, (x, y), ha="center", va="center", fontsize=6, zorder=3)
+        ax.scatter([x], [y], s=10, color="0.35", zorder=2)
+        if text := _literal(label):
+            ax.annotate(text, (x, y), ha="center", va="center", fontsize=7, color="0.1", bbox=box, zorder=3)
     ax.set_axis_off()
     if title is not None:
         ax.set_title(_literal(title))

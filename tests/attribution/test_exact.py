@@ -29,7 +29,7 @@ def test_each_edge_is_the_clean_sender_in_one_receiver_of_the_corrupted_run(fami
     graph = graph_of(model)
     every = set(graph.edges())
     clean = recorded(module, ids(CLEAN), graph)
-    frame = _scored(model, "exact").edges()
+    frame: Any = _scored(model, "exact").edges()
     assert len(frame) == len(every)
     base = ends(module, ids(CORRUPTED))
     for number in np.random.default_rng(0).choice(len(frame), 6, replace=False):
@@ -43,9 +43,10 @@ def test_each_edge_is_the_clean_sender_in_one_receiver_of_the_corrupted_run(fami
 def test_of_a_straight_line_estimates_are_exact() -> None:
     model = linear()
     receivers = ["layers[:].groups[:].v", "layers[:].mlp", "unembed"]
-    exact, estimated = (_scored(model, method, receivers=receivers) for method in ("exact", "eap"))
-    np.testing.assert_allclose(exact.table.edges, estimated.table.edges, atol=1e-11)
-    np.testing.assert_allclose(exact.table.values, estimated.table.values, atol=1e-11)
+    exact, estimated = (_scored(model, method, receivers=receivers).table for method in ("exact", "eap"))
+    assert exact.edges is not None and estimated.edges is not None
+    np.testing.assert_allclose(exact.edges, estimated.edges, atol=1e-11)
+    np.testing.assert_allclose(exact.values, estimated.values, atol=1e-11)
 
 
 def test_it_says_that_it_was_measured() -> None:

@@ -40,7 +40,7 @@ def scores(model: Any) -> ns.SweepResult:
 
 @pytest.mark.parametrize("by", ["absolute", "signed"])
 def test_the_top_edges_are_those_with_the_best_mean_scores(scores: ns.SweepResult, by: Any) -> None:
-    frame = scores.edges()
+    frame: Any = scores.edges()
     order = frame["score"].abs() if by == "absolute" else frame["score"]
     best = frame.loc[order.sort_values(ascending=False).index[:9]]
     circuit = ns.Circuit.top(scores, 9, by)

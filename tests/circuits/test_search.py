@@ -25,10 +25,11 @@ def some_of(model: Any) -> ns.Circuit:
 
 def one_by_one(model: Any, circuit: ns.Circuit, threshold: float) -> ns.Circuit:
     """The search as it is told, an edge at a time."""
-    assert circuit.shape is not None
+    start = circuit.shape
+    assert start is not None
     now = circuit.run(model, *PAIRS, METRIC).mean()
-    for receiver in reversed(circuit.shape.receivers):
-        for sender in reversed(circuit.shape.senders):
+    for receiver in reversed(start.receivers):
+        for sender in reversed(start.senders):
             if (sender, receiver) not in circuit:
                 continue
             without = circuit - ns.Circuit.of(edges=[(sender, receiver)])

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from nnsplice.files import from_json, text_of
 from nnsplice.metrics import MetricLike
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
-
-if TYPE_CHECKING:
-    import networkx
 
 Kind = Literal["nodes", "edges"]
 Edge = tuple[Path, Path]
@@ -382,7 +379,7 @@ class Circuit:
                 found.setdefault(int(node.steps[0].index), []).append(node)  # type: ignore[arg-type]
         return {layer: tuple(nodes) for layer, nodes in found.items()}
 
-    def to_networkx(self) -> networkx.DiGraph:
+    def to_networkx(self) -> Any:
         """A directed graph of networkx: nodes by their addresses, an edge for each sender and receiver, with its score.
 
         An edge to a head's queries is one to the head, with the attribute `into="q"`; an edge to a group's keys ends at

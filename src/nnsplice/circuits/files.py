@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from nnsplice.circuits.shape import LayerShape, Shape
 from nnsplice.errors import BadArgument, FileError
@@ -108,8 +108,7 @@ def from_graph(told: Any, of: object, shape: Shape | None) -> tuple[Shape, list[
         raise FileError(f"{of} is no graph of EAP-IG", expected="an object with cfg, nodes and edges")
     about, edges = told["cfg"], told["edges"]
     layers, heads = (about.get(name) if isinstance(about, dict) else None for name in ("n_layers", "n_heads"))
-    sound = isinstance(layers, int) and isinstance(heads, int) and 0 < layers <= MOST and 0 < heads <= MOST
-    if not sound or not isinstance(edges, dict):
+    if not _is_count(layers) or not _is_count(heads) or not isinstance(edges, dict):
         raise FileError(f"{of} does not say how many layers and heads there are", expected="cfg.n_layers, cfg.n_heads")
     own = Shape((LayerShape(heads, heads, bool(about.get("parallel_attn_mlp"))),) * layers)
     if shape is None:
@@ -137,6 +136,10 @@ def from_graph(told: Any, of: object, shape: Shape | None) -> tuple[Shape, list[
             found.setdefault(pair, []).append(float(score) if isinstance(score, int | float) else 0.0)
     partial = sum(len(scores) != members[receiver] for (receiver, _), scores in found.items())
     return shape, [(receiver, sender, sum(scores)) for (receiver, sender), scores in found.items()], partial
+
+
+def _is_count(told: Any) -> TypeGuard[int]:
+    return isinstance(told, int) and not isinstance(told, bool) and 0 < told <= MOST
 
 
 def _sender_names(shape: Shape) -> list[str]:

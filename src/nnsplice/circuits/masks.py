@@ -36,7 +36,7 @@ def reached(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None)
     found[0] = True
     for number, (layer, (sender, receiver)) in enumerate(zip(shape.layers, shape.starts, strict=True)):
         first = slice(receiver, receiver + layer.heads + 2 * layer.groups)
-        reads = (mask[first] & found).any(1)
+        reads = np.asarray((mask[first] & found).any(1))
         heads = [reads[[r - receiver for r in shape.reads_of(sender + head)]].any() for head in range(layer.heads)]
         if mixed is not None and mixed[number] and reads.any():
             heads = [True] * layer.heads
@@ -68,4 +68,4 @@ def needed(
         if len(heads) and mixed is not None and mixed[number]:
             alive[receiver:mlp] = True
     mask[~alive] = False
-    return mask, mask.any(0)
+    return mask, np.asarray(mask.any(0))

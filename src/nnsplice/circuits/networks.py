@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import MissingPackage
 from nnsplice.paths import Path
 
-if TYPE_CHECKING:
-    import networkx
-
 
 def graph_of(
     edges: Sequence[tuple[Path, Path]], nodes: Sequence[Path], scores: Sequence[float] | None, shape: Shape | None
-) -> networkx.DiGraph:
+) -> Any:
     """A graph with a node for each address and an edge for each sender and receiver."""
     try:
         import networkx

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from nnsplice.circuits.drawing import Drawing
+from nnsplice.circuits.drawing import Drawing, Mark
 from nnsplice.files import whole
 
 #: Digits of a score on the page; the file has all of them.
@@ -55,6 +55,7 @@ def page(drawing: Drawing, title: str, provenance: Mapping[str, Any], scores: Ma
         "marks": [
             {
                 "path": mark.path, "kind": mark.kind, "x": mark.x, "y": mark.y, "layer": _layer(mark.path),
+                "label": _label(mark),
                 "score": None if scores is None or mark.path not in scores else _number(scores[mark.path]),
             }
             for mark in drawing.marks
@@ -71,6 +72,13 @@ def page(drawing: Drawing, title: str, provenance: Mapping[str, Any], scores: Ma
     data = json.dumps(told, separators=(",", ":"), allow_nan=False)
     escaped = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return before + html.escape(title) + between + escaped + after
+
+
+def _label(mark: Mark) -> str:
+    """What stands inside a mark: the number of a head; nothing fits into a group's dot."""
+    if mark.kind == "head":
+        return mark.path.rpartition("[")[2].removesuffix("]")
+    return "" if mark.kind == "group" else mark.kind
 
 
 def _layer(path: str) -> int | None:

@@ -135,7 +135,7 @@ def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -
     module = root.get_submodule(site.module)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        into[site] = wire.as_rows(first_of(args, kwargs), rows).clone()
+        into[site] = wire.as_rows(_first_of(args, kwargs), rows).clone()
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         into[site] = wire.as_rows(wire.unpack(output, site.item), rows).clone()
@@ -151,7 +151,7 @@ def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -
         hook.remove()
 
 
-def first_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+def _first_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     """A module's first input."""
     return args[0] if args else next(iter(kwargs.values()))
 

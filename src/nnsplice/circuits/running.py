@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -69,16 +69,20 @@ class Pass:
     cost: Cost = field(default_factory=Cost)
 
     def __post_init__(self) -> None:
-        self.circuits = len(self.masks)
+        self.circuits: int = len(self.masks)
+        self.prompts: int
+        self.tokens: int
+        self.width: int
         self.prompts, self.tokens, self.width = self.ablated.values.embed.shape
-        self.kept = np.flatnonzero(self.masks.any((0, 1)))
-        self.slots = {int(sender): slot for slot, sender in enumerate(self.kept)}
+        #: The senders that an edge starts from, and where each stands among them.
+        self.kept: np.ndarray = np.flatnonzero(self.masks.any((0, 1)))
+        self.slots: dict[int, int] = {int(sender): slot for slot, sender in enumerate(self.kept)}
         dtype = self.ablated.values.embed.dtype
-        self.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        self.dtype: torch.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         shape = (self.circuits, len(self.kept), self.prompts, self.tokens, self.width)
         #: What each sender gives less what it gives when it is ablated; of heads before a norm, before that.
-        self.moved = self.ablated.values.embed.new_zeros(shape, dtype=self.dtype)
-        self.edges = torch.from_numpy(self.masks[:, :, self.kept]).to(self.moved)
+        self.moved: Tensor = self.ablated.values.embed.new_zeros(shape, dtype=self.dtype)
+        self.edges: Tensor = torch.from_numpy(self.masks[:, :, self.kept]).to(self.moved)
         self.mode: Callable[[], Any] | None = None
         self.seen: dict[str, Tensor] = {}
         self.given: dict[str, Tensor] = {}
@@ -304,17 +308,15 @@ class Pass:
         self.cost += Cost(flops=2 * edges.numel() * moved[0, 0].numel())
         return torch.bmm(edges, moved.flatten(2))
 
-    @property
+    @cached_property
     def _direct(self) -> Tensor:
         """`[sender]`: 1 where what is kept is a difference of the stream, 0 where a norm comes first."""
-        if not hasattr(self, "_direct_known"):
-            found = torch.ones(len(self.kept))
-            for layer, (sender, _) in zip(self.wiring.layers, self.wiring.shape.starts, strict=True):
-                for head in range(len(layer.q)) if layer.norm is not None else ():
-                    if sender + head in self.slots:
-                        found[self.slots[sender + head]] = 0.0
-            self._direct_known = found.to(self.moved)
-        return self._direct_known
+        found = torch.ones(len(self.kept))
+        for layer, (sender, _) in zip(self.wiring.layers, self.wiring.shape.starts, strict=True):
+            for head in range(len(layer.q)) if layer.norm is not None else ():
+                if sender + head in self.slots:
+                    found[self.slots[sender + head]] = 0.0
+        return found.to(self.moved)
 
     def _normed(self, number: int, layer: LayerWires, edges: Tensor) -> Tensor:
         """`[circuit, receiver, prompt, token, width]`: how far the norm of a receiver's heads is from the ablated."""

@@ -76,7 +76,7 @@ def scores_of(result: Any) -> Scores:
         values = _pooled(moved, table.done)
         return Scores("nodes", tuple(senders), values, None, told)
     receivers = [address(path, "receiver") for path in table.receivers]
-    joined = (~np.isnan(table.edges)).any(0)
+    joined = np.asarray((~np.isnan(table.edges)).any(0))
     if not joined.any():
         raise BadArgument("every score is NaN", expected="a metric that is a number, with a gradient")
     rows, columns = np.nonzero(joined)
