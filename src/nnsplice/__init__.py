@@ -13,7 +13,7 @@ One address language for every part of a model, and many views of an address. Th
     knockout                                      a block in which queries do not see some of their keys
     Circuit                                       nodes and edges of a model, and what they do alone
     Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
-    minimality, acdc
+    minimality, acdc, sweep_circuits
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, sequence_log_probability,
     rank, accuracy, kl_divergence, js_divergence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
-    from nnsplice.circuits import Circuit, acdc, completeness, faithfulness, minimality
+    from nnsplice.circuits import Circuit, acdc, completeness, faithfulness, minimality, sweep_circuits
     from nnsplice.engine import expand
     from nnsplice.metrics import (
         Metric,
@@ -92,6 +92,7 @@ __all__ = [
     "sequence_log_probability",
     "steering",
     "sweep",
+    "sweep_circuits",
     "sweep_weights",
     "tasks",
     "updates",
@@ -105,7 +106,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
-    "circuits": ("Circuit", "acdc", "completeness", "faithfulness", "minimality"),
+    "circuits": ("Circuit", "acdc", "completeness", "faithfulness", "minimality", "sweep_circuits"),
     "engine": ("expand",),
     "metrics": (
         "Metric",

@@ -14,6 +14,7 @@ ablations     what everything outside a circuit gives
 masks         which edges of a circuit can matter
 columns       parts of a projection
 running       the run of circuits, in which each receiver reads a stream of its own
+sweeping      many circuits as one result
 faithfulness  how much of the metric circuits keep, as a curve over their sizes
 completeness  whether a circuit has all that matters and nothing that does not
 search        acdc: edges taken out for as long as the metric stays
@@ -24,6 +25,7 @@ from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.completeness import Completeness, Minimality, completeness, minimality
 from nnsplice.circuits.faithfulness import Faithfulness, faithfulness
 from nnsplice.circuits.search import acdc
+from nnsplice.circuits.sweeping import sweep_circuits
 
 __all__ = [
     "Circuit",
@@ -34,4 +36,5 @@ __all__ = [
     "completeness",
     "faithfulness",
     "minimality",
+    "sweep_circuits",
 ]

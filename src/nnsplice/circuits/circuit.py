@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -328,6 +329,16 @@ class Circuit:
 
     def __hash__(self) -> int:
         return hash((self.kind, self.members))
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text that tells circuits with other members apart.
+
+        >>> ns.Circuit.full(model).digest == ns.Circuit.empty(model).digest
+        False
+        """
+        text = "\n".join([self.kind, *map(_text, self.members)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def iou(self, other: Circuit) -> float:
         """Of what is in either, the share that is in both; 1 for two empty ones.
