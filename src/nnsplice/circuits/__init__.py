@@ -1,6 +1,8 @@
 """Circuits: which nodes and edges of a model do something, and how much of it they do.
 
 circuit       the value: made of scores, of addresses, of files; its algebra; its run
+members       nodes and edges, checked and in order
+origin        which model a circuit is of
 addresses     who adds to the stream and who reads it, by one spelling
 shape         the graph that a model can have, as plain data
 scores        what a result says of edges and nodes

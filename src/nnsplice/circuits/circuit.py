@@ -19,17 +19,18 @@ from nnsplice.circuits import files, masks, measuring, page
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.addresses import address
 from nnsplice.circuits.drawing import Drawing
+from nnsplice.circuits.members import Edge, checked_edges, checked_nodes, nodes_of, order_of, rank_of, text_of
+from nnsplice.circuits.origin import OF_MODEL, check_model, expanded, graph_of, provenance_of
 from nnsplice.circuits.scores import By, Scores, greedy, scores_of
 from nnsplice.circuits.shape import Shape
-from nnsplice.circuits.wiring import wiring_of
-from nnsplice.errors import BadArgument, BadType, KeyMismatch, UnknownPath, closest, named
-from nnsplice.files import from_json, text_of
+from nnsplice.errors import BadArgument, BadType, KeyMismatch, named
+from nnsplice.files import from_json
+from nnsplice.files import text_of as read_text
 from nnsplice.metrics import MetricLike
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 
 Kind = Literal["nodes", "edges"]
-Edge = tuple[Path, Path]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,58 +65,25 @@ class Circuit:
     def __post_init__(self) -> None:
         if self.kind not in ("nodes", "edges"):
             raise BadArgument(f"kind={self.kind!r}", expected='"nodes" or "edges"')
-        members = self._checked()
-        order = sorted(range(len(members)), key=lambda number: _rank(members[number]))
+        if self.kind == "nodes" and self.edges:
+            raise BadArgument("a circuit of nodes has no edges", write="Circuit.of(edges=[...])")
+        nodes = self.kind == "nodes"
+        members: list[Any] = [
+            *(checked_nodes(self.nodes, self.shape) if nodes else checked_edges(self.edges, self.shape))
+        ]
+        order = sorted(range(len(members)), key=lambda number: rank_of(members[number]))
         if self.scores is not None and len(self.scores) != len(members):
             raise BadArgument(f"{len(self.scores)} scores for {len(members)} {self.kind}", expected="one for each")
         kept: dict[Any, float | None] = {}
         for number in order:
             score = None if self.scores is None else float(self.scores[number])
             if score is not None and np.isnan(score):
-                raise BadArgument(f"the score of {_text(members[number])} is NaN", expected="a number")
+                raise BadArgument(f"the score of {text_of(members[number])} is NaN", expected="a number")
             kept.setdefault(members[number], score)
         object.__setattr__(self, "nodes" if self.kind == "nodes" else "edges", tuple(kept))
         object.__setattr__(self, "scores", None if self.scores is None else tuple(kept.values()))
         if self.kind == "edges":
-            object.__setattr__(self, "nodes", _ends(self.edges))
-
-    def _checked(self) -> list[Any]:
-        """The members by their one spelling, each one that there is."""
-        if self.kind == "nodes":
-            if self.edges:
-                raise BadArgument("a circuit of nodes has no edges", write="Circuit.of(edges=[...])")
-            nodes = [address(node, "sender") for node in self.nodes]
-            for node in nodes:
-                self._check_there(node, "sender")
-            return nodes
-        edges: list[Edge] = []
-        for edge in self.edges:
-            if not isinstance(edge, tuple | list) or len(edge) != 2:
-                raise BadType(
-                    f"{edge!r} is no edge", expected="a pair of a sender and a receiver",
-                    write='("layers[0].heads[1]", "layers[2].mlp")',
-                )  # fmt: skip
-            sender, receiver = address(edge[0], "sender"), address(edge[1], "receiver")
-            self._check_there(sender, "sender")
-            self._check_there(receiver, "receiver")
-            if not _runs_before(sender, receiver, self.shape):
-                raise BadArgument(
-                    f"{sender} runs after {receiver} reads the stream, so there is no edge from it",
-                    expected="a sender that runs before the receiver",
-                    write=f"({receiver.place}, ...)" if _is_sender(receiver) else None,
-                )
-            edges.append((sender, receiver))
-        return edges
-
-    def _check_there(self, path: Path, role: Literal["sender", "receiver"]) -> None:
-        if self.shape is None:
-            return
-        known = self.shape.sender_number if role == "sender" else self.shape.receiver_number
-        if path not in known:
-            raise UnknownPath(
-                f"this model has no {role} {path}",
-                expected=closest(str(path), map(str, known)),
-            )
+            object.__setattr__(self, "nodes", nodes_of(self.edges))
 
     # --- making one
 
@@ -139,12 +107,12 @@ class Circuit:
         """
         if (nodes is None) == (edges is None):
             raise BadArgument("a circuit is made of nodes or of edges", expected="one of nodes= and edges=")
-        shape = None if model is None else _shape_of(model)
-        told = {} if model is None else _provenance(model)
+        shape = None if model is None else graph_of(model)
+        told = {} if model is None else provenance_of(model)
         given = None if scores is None else tuple(scores)
         if nodes is not None:
             listed = engine.listed(nodes)
-            found = [path for one in listed for path in ([one] if model is None else _expanded(model, one))]
+            found = [path for one in listed for path in ([one] if model is None else expanded(model, one))]
             if given is not None and len(found) != len(given):
                 raise BadArgument(f"{len(given)} scores for {len(found)} nodes", expected="one for each")
             return cls("nodes", tuple(found), (), given, shape, told)  # type: ignore[arg-type]
@@ -206,7 +174,7 @@ class Circuit:
             )
         k = scores.check(k)
         scores.order(by)
-        shape = scores.shape if model is None else _shape_of(model)
+        shape = scores.shape if model is None else graph_of(model)
         if shape is None:
             raise BadArgument(
                 "this result does not name all edges, so which head belongs to which group is not known",
@@ -220,7 +188,7 @@ class Circuit:
         values = [float(scores.values[number]) for number in chosen]
         if model is not None:
             check_model(scores.provenance, model)
-        shape = scores.shape if model is None else _shape_of(model)
+        shape = scores.shape if model is None else graph_of(model)
         told = {**scores.provenance, **how}
         if scores.kind == "edges":
             return cls("edges", (), tuple(members), tuple(values), shape, told)  # type: ignore[arg-type]
@@ -237,8 +205,8 @@ class Circuit:
         >>> len(ns.Circuit.full(model)), len(ns.Circuit.empty(model))
         (262, 0)
         """
-        shape = _shape_of(model)
-        return cls("edges", (), shape.edges(shape.exists), None, shape, _provenance(model))
+        shape = graph_of(model)
+        return cls("edges", (), shape.edges(shape.exists), None, shape, provenance_of(model))
 
     @classmethod
     def empty(cls, model: Any) -> Circuit:
@@ -247,7 +215,7 @@ class Circuit:
         >>> ns.Circuit.empty(model) | ns.Circuit.full(model) == ns.Circuit.full(model)
         True
         """
-        return cls("edges", (), (), None, _shape_of(model), _provenance(model))
+        return cls("edges", (), (), None, graph_of(model), provenance_of(model))
 
     # --- algebra
 
@@ -281,7 +249,7 @@ class Circuit:
         known = {**dict(zip(other.members, other.scores or (), strict=False)),
                  **dict(zip(self.members, self.scores or (), strict=False))}  # fmt: skip
         scores = tuple(known[one] for one in members) if all(one in known for one in members) and members else None
-        told = {k: v for k, v in self.provenance.items() if other.provenance.get(k) == v and k in _OF_MODEL}
+        told = {k: v for k, v in self.provenance.items() if other.provenance.get(k) == v and k in OF_MODEL}
         parts = (tuple(members), ()) if self.kind == "nodes" else ((), tuple(members))
         return Circuit(self.kind, *parts, scores, self.shape or other.shape, told)
 
@@ -337,7 +305,7 @@ class Circuit:
         >>> ns.Circuit.full(model).digest == ns.Circuit.empty(model).digest
         False
         """
-        text = "\n".join([self.kind, *map(_text, self.members)])
+        text = "\n".join([self.kind, *map(text_of, self.members)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def iou(self, other: Circuit) -> float:
@@ -380,7 +348,7 @@ class Circuit:
         found: dict[Path, int] = {}
         for _, receiver in self.edges:
             found[receiver] = found.get(receiver, 0) + 1
-        return dict(sorted(found.items(), key=lambda pair: _order(pair[0])))
+        return dict(sorted(found.items(), key=lambda pair: order_of(pair[0])))
 
     def layers(self) -> dict[int, tuple[Path, ...]]:
         """The nodes of each layer that has one."""
@@ -396,9 +364,9 @@ class Circuit:
         An edge to a head's queries is one to the head, with the attribute `into="q"`; an edge to a group's keys ends at
         `layers[i].groups[g]`, from where edges lead to each of its heads.
         """
-        from nnsplice.circuits.networks import graph_of
+        from nnsplice.circuits.networks import network_of
 
-        return graph_of(self.edges, self.nodes, self.scores if self.kind == "edges" else None, self.shape)
+        return network_of(self.edges, self.nodes, self.scores if self.kind == "edges" else None, self.shape)
 
     def mask(self, shape: Shape) -> np.ndarray:
         """`[receiver, sender]`: its edges in the graph of a model; of nodes, all edges that start at one of them.
@@ -471,7 +439,7 @@ class Circuit:
         'GPT2LMHeadModel'
         """
         about = {"taken over from": dict(self.provenance)} if self.provenance else {}
-        return replace(self, shape=_shape_of(model), provenance={**_provenance(model), **about})
+        return replace(self, shape=graph_of(model), provenance={**provenance_of(model), **about})
 
     # --- files
 
@@ -524,8 +492,8 @@ class Circuit:
         Raises:
             FileError: the file is no such graph, or of another model.
         """
-        told = from_json(text_of(path), path)
-        shape, found, partial = files.from_graph(told, path, None if model is None else _shape_of(model))
+        told = from_json(read_text(path), path)
+        shape, found, partial = files.from_graph(told, path, None if model is None else graph_of(model))
         if partial:
             warnings.warn(
                 f"{partial} edges lead to the keys or values of some heads of a group, which share them: they are "
@@ -533,7 +501,7 @@ class Circuit:
                 stacklevel=2,
             )
         edges = tuple((shape.senders[s], shape.receivers[r]) for r, s, _ in found)
-        told_of = {} if model is None else _provenance(model)
+        told_of = {} if model is None else provenance_of(model)
         return cls("edges", (), edges, tuple(score for _, _, score in found), shape, told_of)
 
     # --- shown
@@ -587,9 +555,6 @@ class Circuit:
         return self.shape
 
 
-_OF_MODEL = ("model", "revision", "weights", "width")
-
-
 def count_of(share: float, of: int) -> int:
     """How many of so many a share is: rounded, and at least one where the share is not nothing."""
     return max(round(share * of), 1 if share and of else 0)
@@ -599,85 +564,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _text(member: Any) -> str:
-    return " -> ".join(map(str, member)) if isinstance(member, tuple) else str(member)
-
-
 def _label(path: str, kind: str) -> str:
     numbers = re.findall(r"\d+", path)
     shown = {"head": "a{}.{}", "mlp": "m{}", "group": ""}.get(kind, kind)
     return shown.format(*numbers)
-
-
-def _is_sender(path: Path) -> bool:
-    return path.steps[-1].name == "mlp"
-
-
-_KINDS = {"embed": -1, "heads": 0, "groups": 1, "mlp": 3, "unembed": 4}
-
-
-def _order(path: Path) -> tuple[int, ...]:
-    """When a place runs; in one layer, queries come before keys, keys before values, and the MLP last."""
-    last = path.steps[-1]
-    layer = {"embed": -1, "unembed": 1 << 30}.get(last.name, path.steps[0].index)
-    index = last.index if len(path.steps) > 1 and isinstance(last.index, int) else 0
-    return int(layer), _KINDS[last.name] + (path.value == "v"), index  # type: ignore[arg-type]
-
-
-def _rank(member: Any) -> tuple[Any, ...]:
-    return tuple(map(_order, member)) if isinstance(member, tuple) else _order(member)
-
-
-def _ends(edges: Iterable[Edge]) -> tuple[Path, ...]:
-    """The nodes that edges start from, and those whose queries or MLPs they end at."""
-    found: dict[Path, None] = {}
-    for sender, receiver in edges:
-        found.setdefault(sender)
-        if receiver.steps[-1].name in ("heads", "mlp"):
-            found.setdefault(address(re.sub(r"\.q$", "", str(receiver)), "sender"))
-    return tuple(sorted(found, key=_order))
-
-
-def _runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
-    if shape is not None:
-        return bool(shape.exists[shape.receiver_number[receiver], shape.sender_number[sender]])
-    if sender.steps[-1].name == "embed" or receiver.steps[-1].name == "unembed":
-        return True
-    above, below = int(sender.steps[0].index), int(receiver.steps[0].index)  # type: ignore[arg-type]
-    # Within a layer, heads may send to the MLP where it comes after them: that depends on the model.
-    same = above == below and sender.steps[-1].name == "heads" and receiver.steps[-1].name == "mlp"
-    return above < below or same
-
-
-def _shape_of(model: Any) -> Shape:
-    return wiring_of(engine.as_model(model)).shape
-
-
-def _provenance(model: Any) -> dict[str, Any]:
-    model = engine.as_model(model)
-    name, revision = engine.name_of(model)
-    told = {"model": name, "revision": revision, "weights": engine.weights_digest(model)}
-    return {key: value for key, value in told.items() if value is not None}
-
-
-def check_model(provenance: Mapping[str, Any], model: Any) -> None:
-    """Raise for a model that something was not made of.
-
-    Raises:
-        KeyMismatch: its weights are others.
-    """
-    weights = provenance.get("weights")
-    model = engine.as_model(model)
-    if weights is not None and weights != engine.weights_digest(model):
-        raise KeyMismatch(
-            f"this was made of {provenance.get('model')} with other weights than this model has",
-            expected="the model that it was made of",
-            write="circuit.on(model)   (takes it over to this model)",
-        )
-
-
-def _expanded(model: Any, path: str | Path) -> list[str]:
-    """The senders that a path means in a model."""
-    given = parse_path(path)
-    found = engine.expand(engine.as_model(model), given.place)
-    return [str(one.at(given.position)) for one in found]

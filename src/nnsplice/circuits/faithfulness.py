@@ -13,9 +13,10 @@ import numpy as np
 from nnsplice import plots
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
-from nnsplice.circuits.circuit import Circuit, check_model, count_of
+from nnsplice.circuits.circuit import Circuit, count_of
 from nnsplice.circuits.masks import needed
 from nnsplice.circuits.measuring import Question, measure
+from nnsplice.circuits.origin import check_model
 from nnsplice.circuits.scores import Scores, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, circumstances, named

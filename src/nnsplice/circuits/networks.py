@@ -10,7 +10,7 @@ from nnsplice.errors import MissingPackage
 from nnsplice.paths import Path
 
 
-def graph_of(
+def network_of(
     edges: Sequence[tuple[Path, Path]], nodes: Sequence[Path], scores: Sequence[float] | None, shape: Shape | None
 ) -> Any:
     """A graph with a node for each address and an edge for each sender and receiver."""
