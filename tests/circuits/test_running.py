@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,46 @@ def test_a_metric_may_be_read_elsewhere_than_at_the_end() -> None:
         logits = module(ids(CORRUPTED)).logits[0, 2]
     found = ns.Circuit.empty(model).run(model, CLEAN, CORRUPTED, METRIC.at(2))
     near(found, float(logits[7] - logits[8]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_a_smaller_dtype_it_is_the_same_but_for_rounding(family: str, dtype: torch.dtype) -> None:
+    exact, small = double(family), wrap(family)
+    small._module.to(dtype)
+    circuit = ns.Circuit.of(edges=drawn(graph_of(exact), 0.5, seed=4))
+    found, expected = (circuit.run(model, CLEAN, CORRUPTED, METRIC) for model in (small, exact))
+    allowed = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    assert abs(found - expected).max() < allowed
+
+
+def test_hooks_of_the_users_take_part() -> None:
+    model, module = double("llama"), bare("llama")
+    graph = graph_of(model)
+    edges = drawn(graph, 0.7, seed=6)
+    plain = ns.Circuit.of(edges=edges).run(model, CLEAN, CORRUPTED, METRIC)
+    for one in (model._module, module):
+        one.model.layers[1].self_attn.q_proj.register_forward_hook(lambda _m, _a, out: out * 1.5)
+        one.model.layers[2].mlp.register_forward_hook(lambda _m, _a, out: out * 0.5)
+    ablated = recorded(module, ids(CORRUPTED), graph)
+    found = ns.Circuit.of(edges=edges).run(model, CLEAN, CORRUPTED, METRIC)
+    near(found, by_hooks(module, graph, ids(CLEAN), ablated, edges), "llama")
+    assert abs(found - plain).max() > 1e-3
+
+
+def test_an_adapter_takes_part() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(bare("llama"), config).double().eval()
+    tokenizer = wrap("llama").tokenizer
+    model = ns.load(adapted, tokenizer=tokenizer)
+    edges = drawn(graph_of(double("llama")), 0.6, seed=8)
+    found = ns.Circuit.of(edges=edges).run(model, CLEAN, CORRUPTED, METRIC)
+    merged = ns.load(copy.deepcopy(adapted).merge_and_unload().eval(), tokenizer=tokenizer)
+    near(found, ns.Circuit.of(edges=edges).run(merged, CLEAN, CORRUPTED, METRIC), "llama")
+    assert abs(found - ns.Circuit.of(edges=edges).run(double("llama"), CLEAN, CORRUPTED, METRIC)).max() > 1e-3
 
 
 class Leaking(torch.nn.Module):

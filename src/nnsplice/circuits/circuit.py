@@ -67,10 +67,11 @@ class Circuit:
             raise BadArgument(f"kind={self.kind!r}", expected='"nodes" or "edges"')
         if self.kind == "nodes" and self.edges:
             raise BadArgument("a circuit of nodes has no edges", write="Circuit.of(edges=[...])")
-        nodes = self.kind == "nodes"
-        members: list[Any] = [
-            *(checked_nodes(self.nodes, self.shape) if nodes else checked_edges(self.edges, self.shape))
-        ]
+        members: list[Any] = []
+        if self.kind == "nodes":
+            members += checked_nodes(self.nodes, self.shape)
+        else:
+            members += checked_edges(self.edges, self.shape)
         order = sorted(range(len(members)), key=lambda number: rank_of(members[number]))
         if self.scores is not None and len(self.scores) != len(members):
             raise BadArgument(f"{len(self.scores)} scores for {len(members)} {self.kind}", expected="one for each")

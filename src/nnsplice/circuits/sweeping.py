@@ -62,16 +62,14 @@ def sweep_circuits(
         masks = [one.checked_mask(question) for one in each.values()]
         empty = np.zeros_like(question.wiring.shape.exists)
         found = measure(question, [empty, *masks], max_tokens=max_tokens, progress=progress)
-        ends = {"clean": found.clean, "corrupted": found.values[:, 0]}
-        check_baselines(question.metric, **ends)
+        check_baselines(question.metric, clean=found.clean, corrupted=found.values[:, 0])
         cells = tuple(Cell(name, CIRCUITS, set=name) for name in each)
         there = np.ones((len(question.clean), len(cells)), dtype=bool)
         about = Run("circuits", time.perf_counter() - start, **found.cost.told())
         tokens = engine.token_texts(question.model, question.clean.ids)
+        ends = found.clean, found.values[:, 0]
         asked = _asked(question, each)
-        return SweepResult(
-            Table(cells, found.values[:, 1:], there, there, **ends, tokens=tokens, asked=asked, run=about)
-        )
+        return SweepResult(Table(cells, found.values[:, 1:], there, there, *ends, tokens, asked, about))
 
 
 def _named(circuits: Any) -> dict[str, Circuit]:
