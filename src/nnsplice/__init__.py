@@ -11,7 +11,6 @@ One address language for every part of a model, and many views of an address. Th
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     knockout                                      a block in which queries do not see some of their keys
-    Circuit                                       nodes and edges of a model, and what they do alone
     Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
     minimality, acdc, sweep_circuits
     Metric, logit_diff, probability,              from the logits of a run to one number per row

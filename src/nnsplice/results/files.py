@@ -149,7 +149,6 @@ def _texts(table: Table) -> dict[str, Any]:
     # Rows and not dictionaries: the names of a cell's fields would be most of the header.
     rows = (dataclasses.astuple(cell) for cell in table.cells)
     cells = [_short_row(row) for row in rows]
-    cells = [row if row[-1] is not None else row[: 9 if row[-2] is not None else 8] for row in rows]
     texts: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
     more = {"receivers": table.receivers, "metrics": table.metrics}
     return texts | {name: value for name, value in more.items() if value}

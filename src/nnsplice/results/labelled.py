@@ -59,7 +59,6 @@ def frame(table: Table) -> pd.DataFrame:
     columns: dict[str, Any] = {"prompt": prompts, "component": [cell.component for cell in cells], **_columns(cells)}
     columns["token"] = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
     for name in ("key", "role", "set"):
-    for name in ("role", "set"):
         if any(getattr(cell, name) is not None for cell in table.cells):
             columns[name] = [getattr(cell, name) for cell in cells]
     if table.counts is not None:
@@ -95,7 +94,6 @@ def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
     used = {axis for axis in (*AXES, *NAMED) if any(getattr(cell, axis) is not None for cell in table.cells)}
     columns |= {axis: column for axis, column in _columns(cells).items() if axis in used}
     columns |= {name: [getattr(cell, name) for cell in cells] for name in ("key", "role", "set") if name in used}
-    columns |= {name: [getattr(cell, name) for cell in cells] for name in ("role", "set") if name in used}
     if len(table.clean) == 1:
         columns["token"] = [token(table, 0, cell.position) for cell in cells]
     columns |= {name: measures.mean(values)[order] for name, values in found.items()}

@@ -15,7 +15,6 @@ from nnsplice.errors import BadArgument
 AXES = ("layer", "head", "group", "neuron", "expert")
 #: What comes after them: which tokens were changed, by their numbers or by what they are.
 OF_TOKENS = ("position", "key", "role")
-OF_TOKENS = ("position", "role")
 #: ... and the names of sets, which have none of all these.
 NAMED = (*OF_TOKENS, "set")
 #: The kind of a set of sites.
