@@ -12,7 +12,8 @@ One address language for every part of a model, and many views of an address. Th
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     knockout                                      a block in which queries do not see some of their keys
     Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
-    minimality, acdc, sweep_circuits
+    minimality, acdc, sweep_circuits,
+    interactions                                  what two places do beyond what each does
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, sequence_log_probability,
     rank, accuracy, kl_divergence, js_divergence
@@ -31,7 +32,15 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
-    from nnsplice.circuits import Circuit, acdc, completeness, faithfulness, minimality, sweep_circuits
+    from nnsplice.circuits import (
+        Circuit,
+        acdc,
+        completeness,
+        faithfulness,
+        interactions,
+        minimality,
+        sweep_circuits,
+    )
     from nnsplice.engine import expand
     from nnsplice.metrics import (
         Metric,
@@ -71,6 +80,7 @@ __all__ = [
     "errors",
     "expand",
     "faithfulness",
+    "interactions",
     "js_divergence",
     "kl_divergence",
     "knockout",
@@ -105,7 +115,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
-    "circuits": ("Circuit", "acdc", "completeness", "faithfulness", "minimality", "sweep_circuits"),
+    "circuits": ("Circuit", "acdc", "completeness", "faithfulness", "interactions", "minimality", "sweep_circuits"),
     "engine": ("expand",),
     "metrics": (
         "Metric",

@@ -16,18 +16,20 @@ ablations     what everything outside a circuit gives
 masks         which edges of a circuit can matter
 columns       parts of a projection
 running       the run of circuits, in which each receiver reads a stream of its own
+together      what two places do beyond what each does
 sweeping      many circuits as one result
-faithfulness  how much of the metric circuits keep, as a curve over their sizes
-completeness  whether a circuit has all that matters and nothing that does not
+curves        how much of the metric circuits keep, as a curve over their sizes
+removals      whether a circuit has all that matters and nothing that does not
 search        acdc: edges taken out for as long as the metric stays
 measuring     many circuits over many prompts, in batches
 """
 
 from nnsplice.circuits.circuit import Circuit
-from nnsplice.circuits.completeness import Completeness, Minimality, completeness, minimality
-from nnsplice.circuits.faithfulness import Faithfulness, faithfulness
+from nnsplice.circuits.curves import Faithfulness, faithfulness
+from nnsplice.circuits.removals import Completeness, Minimality, completeness, minimality
 from nnsplice.circuits.search import acdc
 from nnsplice.circuits.sweeping import sweep_circuits
+from nnsplice.circuits.together import interactions
 
 __all__ = [
     "Circuit",
@@ -37,6 +39,7 @@ __all__ = [
     "acdc",
     "completeness",
     "faithfulness",
+    "interactions",
     "minimality",
     "sweep_circuits",
 ]
