@@ -48,6 +48,18 @@ def test_how_many_run_at_once_changes_nothing(model: Any, circuits: dict[str, ns
     assert part.run.block_calls > whole.run.block_calls  # or it was not heard
 
 
+def test_the_streams_that_are_held_count_as_tokens(model: Any, circuits: dict[str, ns.Circuit]) -> None:
+    from nnsplice.circuits.measuring import STREAMS, Question, measure
+
+    question = Question.of(model, *PAIRS, METRIC, "patch")
+    masks = [one.mask(question.wiring.shape) for one in circuits.values()]
+    each = 1 + (len(question.wiring.shape.senders) + 8) / STREAMS  # four heads, keys and values of two groups
+    for room in (4, 12, 30, 1000):
+        peak = measure(question, masks, max_tokens=room).cost.peak
+        assert peak <= max(room / each, 4)  # a prompt of four tokens is never cut
+    assert peak > 20
+
+
 def test_a_result_goes_to_a_file_a_figure_and_a_page(
     model: Any, circuits: dict[str, ns.Circuit], tmp_path: Path
 ) -> None:

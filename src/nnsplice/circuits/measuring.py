@@ -107,12 +107,15 @@ def measure(
     values = np.full((len(question.clean), len(kinds)), np.nan)
     clean = np.full(len(question.clean), np.nan)
     order = sorted(range(len(kinds)), key=lambda number: int(kinds[number].sum()))
+    empty = np.zeros_like(wiring.shape.exists)
     with engine.turn(model), bar("circuits", len(kinds) * len(question.clean), "run", progress) as shown:
         cost = _trust(question)
         for rows in question.clean.batches(None):
             length = question.clean.lengths("decoder")[rows[0]]
             at = question.metric.metric.position % length - length
-            for part in _parts(rows, max(room // length, 1)):
+            # A circuit runs whole, so prompts are parted by what the largest one holds.
+            step = int(room / (length * _streams(wiring, np.logical_or.reduce([empty, *kinds]))))
+            for part in _parts(rows, max(step, 1)):
                 cost += _group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
     return Measured(values[:, which], clean, cost)
 
@@ -151,7 +154,7 @@ def _group(
         done.append(made.cost + Cost(forwards=1, flops=len(asked) * question.law.per_token(wiring.tower.unembed)))
         shown.update(len(chosen) * len(rows))
 
-    for numbers in _fitting([mask for _, mask in circuits], len(rows) * length, room):
+    for numbers in _fitting(wiring, [mask for _, mask in circuits], len(rows) * length, room):
         halving(numbers, run)
     return cost + sum(done, Cost())
 
@@ -160,19 +163,24 @@ def _parts(rows: list[int], step: int) -> list[list[int]]:
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def _fitting(masks: Sequence[np.ndarray], tokens: int, room: int) -> list[list[int]]:
+def _fitting(wiring: Wiring, masks: Sequence[np.ndarray], tokens: int, room: int) -> list[list[int]]:
     """Circuits that run together: their tokens, and the streams that are held for each."""
     chunks: list[list[int]] = []
-    kept = np.zeros(masks[0].shape[1] if masks else 0, dtype=bool)
+    held = np.zeros_like(wiring.shape.exists)
     for number, mask in enumerate(masks):
-        wider = kept | mask.any(0)
-        size = (len(chunks[-1]) + 1) * tokens * (1 + int(wider.sum()) / STREAMS) if chunks else 0
-        if not chunks or size > room:
+        wider = held | mask
+        if not chunks or (len(chunks[-1]) + 1) * tokens * _streams(wiring, wider) > room:
             chunks.append([])
-            wider = mask.any(0)
+            wider = mask
         chunks[-1].append(number)
-        kept = wider
+        held = wider
     return chunks
+
+
+def _streams(wiring: Wiring, mask: np.ndarray) -> float:
+    """What a token counts for: itself, the differences of all senders, and the streams of a layer's receivers."""
+    receivers = max(len(layer.receivers) for layer in wiring.layers)
+    return 1.0 + (int(mask.any(0).sum()) + receivers) / STREAMS
 
 
 def _numbers(values: Tensor) -> np.ndarray:
