@@ -11,6 +11,9 @@ One address language for every part of a model, and many views of an address. Th
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     knockout                                      a block in which queries do not see some of their keys
+    Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
+    minimality, acdc, sweep_circuits,
+    interactions                                  what two places do beyond what each does
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, sequence_log_probability,
     rank, accuracy, kl_divergence, js_divergence
@@ -29,6 +32,15 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
+    from nnsplice.circuits import (
+        Circuit,
+        acdc,
+        completeness,
+        faithfulness,
+        interactions,
+        minimality,
+        sweep_circuits,
+    )
     from nnsplice.engine import expand
     from nnsplice.metrics import (
         Metric,
@@ -49,6 +61,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
 
 __all__ = [
     "Atlas",
+    "Circuit",
     "Metric",
     "Path",
     "Plan",
@@ -56,20 +69,25 @@ __all__ = [
     "SweepResult",
     "ablate",
     "accuracy",
+    "acdc",
     "adapters",
     "attribute",
     "capture",
     "causal_trace",
     "chat",
     "checkpoints",
+    "completeness",
     "errors",
     "expand",
+    "faithfulness",
+    "interactions",
     "js_divergence",
     "kl_divergence",
     "knockout",
     "load",
     "log_probability",
     "logit_diff",
+    "minimality",
     "models",
     "parse_path",
     "patched_logits",
@@ -83,6 +101,7 @@ __all__ = [
     "sequence_log_probability",
     "steering",
     "sweep",
+    "sweep_circuits",
     "sweep_weights",
     "tasks",
     "updates",
@@ -96,6 +115,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
+    "circuits": ("Circuit", "acdc", "completeness", "faithfulness", "interactions", "minimality", "sweep_circuits"),
     "engine": ("expand",),
     "metrics": (
         "Metric",

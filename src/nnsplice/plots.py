@@ -3,6 +3,7 @@
     heatmap    a grid of numbers with names on both sides
     bars       a number for each of a list of names
     lines      numbers along an axis, a line for each name
+    network    marks with lines between some of them
     save       write the figure of some axes to a file
 
 The only file that imports matplotlib, and only when a figure is drawn. It knows no other room: what the numbers mean is
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-__all__ = ["bars", "heatmap", "lines", "save"]
+__all__ = ["bars", "heatmap", "lines", "network", "save"]
 
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "viridis"
@@ -198,6 +199,53 @@ def lines(
         ax.set_title(_literal(title))
     if len(ys) > 1:
         ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def network(
+    places: Sequence[tuple[float, float]],
+    labels: Sequence[object],
+    links: Sequence[tuple[int, int]],
+    *,
+    sizes: Sequence[float] | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw marks at places, with lines between some of them. All text is taken literally.
+
+    >>> axes = ns.plots.network([(0, 0), (0, 1), (1, 1)], ["in", "a", "b"], [(0, 1), (0, 2)], sizes=[1.0, -0.2])
+    >>> len(axes.lines)
+    2
+
+    Args:
+        places: `(x, y)` of each mark.
+        labels: a text for each; empty for a mark that is but a dot.
+        links: which marks are joined, by their numbers.
+        sizes: how wide each line is, from -1 to 1; negative ones have another colour.
+        ax: axes to draw on; a new figure when left out.
+    """
+    widths = [1.0] * len(links) if sizes is None else list(sizes)
+    if len(labels) != len(places) or len(widths) != len(links):
+        raise BadArgument(
+            f"{len(labels)} labels for {len(places)} places, {len(widths)} sizes for {len(links)} links",
+            expected="one for each",
+        )
+    ends = np.asarray(places, dtype=float).reshape(-1, 2)
+    width, height = (float(np.ptp(column)) + 1.0 if len(ends) else 1.0 for column in ends.T)
+    ax = _new_axes((round(height), round(width))) if ax is None else ax
+    up, down = _pyplot().get_cmap(DIVERGING)([0.95, 0.05])
+    for (start, end), size in zip(links, widths, strict=True):
+        (x1, y1), (x2, y2) = ends[start], ends[end]
+        line = 0.4 + 3.0 * min(abs(size), 1.0)
+        ax.plot([x1, x2], [y1, y2], color=up if size >= 0 else down, linewidth=line, alpha=0.6, zorder=1)
+    box = {"boxstyle": "round,pad=0.3", "facecolor": "1", "edgecolor": "0.35", "linewidth": 0.8}
+    for (x, y), label in zip(ends, labels, strict=True):
+        ax.scatter([x], [y], s=10, color="0.35", zorder=2)
+        if text := _literal(label):
+            ax.annotate(text, (x, y), ha="center", va="center", fontsize=7, color="0.1", bbox=box, zorder=3)
+    ax.set_axis_off()
+    if title is not None:
+        ax.set_title(_literal(title))
     return ax
 
 

@@ -168,3 +168,44 @@ def test_where_nothing_can_differ_there_is_nothing_to_check() -> None:
     with pytest.warns(UserWarning, match=same):
         edges = ns.attribute(wrap("llama"), CLEAN, CLEAN, SITES, METRIC, method="eap", verify=4, progress=False)
     assert edges.verification.k == 0
+
+
+def test_what_can_have_been_missed_is_bounded_as_clopper_and_pearson_do() -> None:
+    """The sum of chances in whole numbers, and a bound that holds in at least 95 of 100 draws."""
+    from fractions import Fraction
+    from math import comb
+
+    from nnsplice.results.estimates import clopper_pearson
+
+    for found, drawn in ((0, 1), (0, 20), (3, 20), (19, 20), (7, 200)):
+        bound = Fraction(clopper_pearson(found, drawn, 0.95))
+        chance = sum(comb(drawn, n) * bound**n * (1 - bound) ** (drawn - n) for n in range(found + 1))
+        assert abs(float(chance) - 0.05) < 1e-9
+    assert clopper_pearson(5, 5, 0.95) == 1.0
+    generator = np.random.default_rng(0)
+    for share in (0.02, 0.1, 0.4):
+        held = [clopper_pearson(int(generator.binomial(40, share)), 40, 0.95) >= share for _ in range(2000)]
+        assert np.mean(held) > 0.94
+
+
+@pytest.mark.parametrize("k", [5, 40])
+def test_a_result_says_how_many_larger_ones_can_have_been_missed(k: int) -> None:
+    from nnsplice.results.estimates import clopper_pearson
+
+    model = double("llama")
+    result = _attribute(model, verify=k)
+    exact = ns.sweep(model, CLEAN, CORRUPTED, SITES, METRIC, progress=False)
+    sizes, truth = _size(result), _size(exact)
+    assert result.table.exact is not None
+    checked = ~np.isnan(result.table.exact).all(0)
+    can = [number for number in range(len(sizes)) if sizes[number] > 0 or truth[number] > 0]
+    first = sorted(can, key=lambda number: -sizes[number])[:k]
+    others = [number for number in can if checked[number] and number not in first]
+    rest = [number for number in can if number not in first]
+    larger = sum(truth[number] > truth[first].min() for number in others)
+    whole = len(others) == len(rest)
+    expected = larger / len(rest) if whole else clopper_pearson(larger, len(others), 0.95)
+    assert result.verification.missed == pytest.approx(expected)
+    assert whole == (k == 40) and (0 < expected < 1 or whole)
+    assert f"at most {expected:.1%}" in repr(result)
+    assert expected >= sum(truth[number] > truth[first].min() for number in rest) / len(rest)

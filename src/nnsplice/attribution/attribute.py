@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
-from nnsplice.attribution import edges, nodes, star, verifying
+from nnsplice.attribution import edges, exact, nodes, relevance, star, verifying
 from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
@@ -30,6 +31,11 @@ from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import check_mode
 
 
+def _plain(_model: engine.Model) -> AbstractContextManager[None]:
+    """Gradients as they are."""
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class Method:
     """How scores are made."""
@@ -38,6 +44,10 @@ class Method:
     nodes: Callable[[Batch], tuple[Flow, Tensor]] | None
     #: Whether gradients are taken along a way, of so many `steps`.
     stepwise: bool = False
+    #: Whether edges are measured, and not estimated.
+    measured: bool = False
+    #: What gradients are taken in.
+    rules: Callable[[engine.Model], AbstractContextManager[None]] = _plain
 
 
 METHODS: dict[str, Method] = {
@@ -46,6 +56,8 @@ METHODS: dict[str, Method] = {
     "ig": Method(nodes.along_the_way, stepwise=True),
     "eap": Method(None),
     "eap-ig": Method(None, stepwise=True),
+    "relp": Method(None, rules=relevance.rules),
+    "exact": Method(None, measured=True),
 }
 #: What one gradient tells little of: a patch of the stream replaces all that was computed before it, which takes the
 #: model far from where the gradient was taken. Measured on a pretrained model in docs/real.md.
@@ -97,6 +109,9 @@ def attribute(
     * `"ig"`: the mean gradient at `steps` points between the two runs' embeddings, instead of the one in the corrupted.
     * `"eap"`, `"eap-ig"`: scores of edges, from sites to the `receivers`, as `result.edges()`; a cell is the sum of its
       edges. Here a site without positions is all its tokens at once, as in `ns.path_patch`, which is the exact answer.
+    * `"relp"`: as `"eap"`, with gradients by rules of relevance propagation: norms' scales and attention patterns
+      stand still, activations have the slope act(x) / x, the factors of a gate share theirs. Queries and keys get none.
+    * `"exact"`: no estimate. Each edge by `ns.path_patch`: as many runs as there are edges.
 
     Args:
         receivers: for edges, where they end; if left out, at every query, key and value head, MLP and the logits.
@@ -132,6 +147,9 @@ def attribute(
         steps = (STEPS if steps is None else steps) if chosen.stepwise else 0
         graph = edges.Graph.of(model, plan, receivers) if together else None
         plan = replace(plan, asked=_asked(plan, method, steps, graph))
+        if chosen.measured:
+            assert graph is not None
+            return exact.measured(model, plan, graph, max_tokens=max_tokens, journal=journal, progress=progress)
         estimated = _estimated(model, plan, method, chosen, graph, steps, engine.room(model, max_tokens), progress)
     if not verify:
         return estimated
@@ -158,6 +176,8 @@ def _method(name: str, receivers: Any, steps: int | None, verify: int) -> Method
     chosen = METHODS[name]
     if receivers is not None and chosen.nodes is not None:
         raise BadArgument(f"{name} scores places, so receivers would do nothing", expected='method="eap" or "eap-ig"')
+    if chosen.measured and verify:
+        raise BadArgument(f"{name} is measured, so verify={verify} would do nothing", expected="no verify")
     if steps is not None and not chosen.stepwise:
         raise BadArgument(f"{name} takes no steps, so steps={steps} would do nothing", expected="ig or eap-ig")
     if steps is not None and (isinstance(steps, bool) or steps < 1):
@@ -207,7 +227,7 @@ def _estimated(
             (scores if made_of is None else made_of)[rows] = found.cpu().numpy()
         shown.update(len(rows))
 
-    with differentiable(model), bar("attribution", prompts, "prompt", progress) as shown:
+    with differentiable(model), method.rules(model), bar("attribution", prompts, "prompt", progress) as shown:
         for rows in batches(plan.corrupted, range(prompts), at_once):
             halving(rows, work)
     check_baselines(plan.metric, clean=clean, corrupted=corrupted)

@@ -199,7 +199,7 @@ class Ends:
             RefusedPlace: there is more to it.
         """
         assert sender.projection is not None and sender.branch is not None
-        root, norm = peel(batch.model), _norm_behind(sender.branch)
+        root, norm = peel(batch.model), norm_behind(sender.branch)
         project = root.get_submodule(sender.projection)
         with torch.no_grad():
             found = Ends(
@@ -224,7 +224,7 @@ class Ends:
             return change if self.norm is None else self.norm(self.before + change) - self.norm(self.before)
 
 
-def _norm_behind(branch: Branch) -> str | None:
+def norm_behind(branch: Branch) -> str | None:
     """The norm that a branch goes through before it is added, where the family has one."""
     module, block = site_of(branch.added).module, branch.block
     inner = (block.attn, block.o) if branch.name == "attn" else (block.mlp, block.down)

@@ -41,7 +41,7 @@ def verified(
         cells, receivers = np.unravel_index(chosen, sizes.shape)
         pairs = [table.receivers[number] for number in receivers]
         if pairs:
-            found = run_paths(model, _edges(plan, cells), pairs, **running)
+            found = run_paths(model, of_edges(plan, cells), pairs, **running)
             exact[:, cells, receivers] = found.table.values
     told = {"k": k, "of": int((~np.isnan(sizes)).sum()), "seed": plan.seed}
     return SweepResult(replace(table, exact=exact, asked={**table.asked, "verify": told}))
@@ -64,7 +64,7 @@ def _part(plan: Plan, cells: np.ndarray) -> Plan:
     )
 
 
-def _edges(plan: Plan, cells: np.ndarray) -> Plan:
+def of_edges(plan: Plan, cells: np.ndarray) -> Plan:
     """A target for each edge: its sender."""
     numbers: dict[int, list[int]] = {}
     for number, cell in enumerate(cells.tolist()):

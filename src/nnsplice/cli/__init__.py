@@ -1,8 +1,9 @@
-"""The command line: `nnsplice paths`, `check`, `trace`, `steer`, `mask`, `adapter`, `convert` and
-`fetch`.
+"""The command line: `nnsplice paths`, `check`, `trace`, `circuit`, `steer`, `mask`, `adapter`,
+`convert` and `fetch`.
 
 adapter     the command that shows what an adapter changed
 checkpoints the command that converts
+circuits    the commands that find, run and show a circuit
 commands    the commands about models, and what errors look like
 estimating  what the command that sweeps does with estimates
 fetching    the command that installs a pretrained model
@@ -18,6 +19,7 @@ weights     the command that shows which weights belong to a place
 
 from nnsplice.cli import adapter as adapter
 from nnsplice.cli import checkpoints as checkpoints
+from nnsplice.cli import circuits as circuits
 from nnsplice.cli import fetching as fetching
 from nnsplice.cli import steering as steering
 from nnsplice.cli import tracing as tracing

@@ -26,7 +26,7 @@ WrongUsage: Any = typer.BadParameter.__bases__[0]
 
 
 #: The commands as the help lists them: in the order of the rooms.
-ORDER = ("paths", "check", "trace", "steer", "mask", "adapter", "convert", "fetch")
+ORDER = ("paths", "check", "trace", "circuit", "steer", "mask", "adapter", "convert", "fetch")
 
 
 class Commands(TyperGroup):
@@ -111,6 +111,7 @@ def nnsplice(
     nnsplice paths gpt2          what can be addressed in GPT-2
     nnsplice check gpt2          capture, replay, heads and padding, tried on GPT-2
     nnsplice trace sweep.toml    every place changed by itself: which one decides the answer
+    nnsplice circuit find ...    the edges that matter, found, run and drawn
     nnsplice steer fit ...       a steering vector, fitted, swept and used
     nnsplice mask gpt2 l5h3      which weights belong to a place
     nnsplice adapter ./my-lora   what an adapter changed, layer by layer

@@ -99,7 +99,8 @@ def trace(
         int | None, typer.Option(metavar="N", help="Gradients on the way, for ig and eap-ig. Default: 5.")
     ] = None,
     receivers: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="Where edges end, for eap and eap-ig. May be given often.")
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Where edges end, with eap, eap-ig, relp. May come often."),
     ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Show what would be computed, and leave.")] = False,
 ) -> None:

@@ -37,7 +37,7 @@ def _lines(table: Table, metric: str) -> list[str]:
         lines.append(f"clean {_ends(table.clean)}, corrupted {_ends(table.corrupted)}")
     if method := estimates.method_of(table):
         edges = "" if table.edges is None else f", of {int((~np.isnan(measures.mean(table.edges))).sum())} edges"
-        lines.append(f"estimated by {method}{edges}, not measured")
+        lines.append(f"measured{edges}" if method == "exact" else f"estimated by {method}{edges}, not measured")
         if table.exact is not None:
             lines.append(str(estimates.verification(table)))
     run = table.run

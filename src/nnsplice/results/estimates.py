@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,10 @@ class Verification:
     recall: float
     #: The one whose estimate is furthest off.
     worst: Miss | None
+    #: Of the cells that are not among the first k: the largest share that can have a true size above the smallest of
+    #: those, at a confidence of 95% (Clopper and Pearson's bound, from the others that were drawn). Exact where all of
+    #: them were computed; 1 where none was.
+    missed: float = 1.0
 
     def __str__(self) -> str:
         """One line."""
@@ -54,7 +59,8 @@ class Verification:
         return (
             f"first {self.k}{about} computed exactly: rank correlation {self.rank_correlation:.2f}, "
             f"recall at {self.k} {self.recall:.0%}; worst {self.worst.path}{edge}: "
-            f"{self.worst.estimated:.4g} estimated, {self.worst.exact:.4g} exact"
+            f"{self.worst.estimated:.4g} estimated, {self.worst.exact:.4g} exact; "
+            f"of all others at most {self.missed:.1%} are larger than the smallest of the first"
         )
 
 
@@ -96,7 +102,7 @@ def verification(table: Table) -> Verification:
     estimated, exact = sizes_of(table).reshape(-1), measures.size(table, moved).reshape(-1)
     checked = ~np.isnan(exact)
     if not checked.any():
-        return Verification(0, 0, float("nan"), float("nan"), None)
+        return Verification(0, 0, float("nan"), float("nan"), None, 0.0)
     k = min(told["k"], int(checked.sum()))
     chosen = np.zeros(len(exact), dtype=bool)
     chosen[np.flatnonzero(checked)[first(estimated[checked], k)]] = True
@@ -108,7 +114,52 @@ def verification(table: Table) -> Verification:
         spearman(estimated[checked], exact[checked]),
         recall(exact[checked], chosen[checked], weight, k),
         _worst(table, np.flatnonzero(checked)),
+        _missed(exact, chosen, others, told["of"] - k),
     )
+
+
+#: How sure `Verification.missed` is.
+CONFIDENCE = 0.95
+
+
+def _missed(exact: np.ndarray, chosen: np.ndarray, others: np.ndarray, rest: int) -> float:
+    """The largest share of the rest that can be larger than the smallest of the chosen."""
+    if not rest:
+        return 0.0
+    larger = int((exact[others] > exact[chosen].min()).sum())
+    drawn = int(others.sum())
+    return larger / rest if drawn == rest else clopper_pearson(larger, drawn, CONFIDENCE)
+
+
+def clopper_pearson(found: int, drawn: int, confidence: float) -> float:
+    """The largest share at which so few of those that were drawn are no less likely than 1 - confidence.
+
+    >>> from nnsplice.results.estimates import clopper_pearson
+    >>> round(clopper_pearson(0, 59, 0.95), 4)     # the rule of three, nearly
+    0.0495
+    """
+    if found >= drawn:
+        return 1.0
+    low, high = found / drawn, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _at_most(found, drawn, middle) > 1 - confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _at_most(found: int, drawn: int, share: float) -> float:
+    """How likely it is to find at most so many, where each is one with this chance."""
+    if not 0 < share < 1:
+        return float(share <= 0 or found >= drawn)
+    logs = [
+        math.lgamma(drawn + 1) - math.lgamma(n + 1) - math.lgamma(drawn - n + 1)
+        + n * math.log(share) + (drawn - n) * math.log1p(-share)
+        for n in range(found + 1)
+    ]  # fmt: skip
+    return math.fsum(map(math.exp, logs))
 
 
 def recall(exact: np.ndarray, chosen: np.ndarray, weight: np.ndarray, k: int) -> float:

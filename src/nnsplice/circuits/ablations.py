@@ -1,0 +1,169 @@
+"""What everything outside a circuit gives: another run's values, zero, a mean, or values of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.prompts import Prompts
+from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.atlas import peel
+from nnsplice.circuits.recording import Recorded, record
+from nnsplice.circuits.wiring import Wiring
+from nnsplice.digests import digest_of
+from nnsplice.errors import BadArgument, BadType, ShapeError, UnknownPath, named
+from nnsplice.packed.cost import Cost, Law
+from nnsplice.paths import Path, parse_path
+
+Ablation = Literal["patch", "zero", "mean"] | SavedActivation
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where ablated values come from."""
+
+    #: `(numbers of prompts of one length, their clean values)` -> the ablated values, and what they cost.
+    values: Callable[[Sequence[int], Recorded], tuple[Recorded, Cost]]
+    #: Whether they are those of one run, so that a sender which reads nothing but ablated values has its own.
+    is_run: bool
+    #: What makes two of them the same, as plain data.
+    identity: object
+
+
+def source_of(
+    model: engine.Model,
+    wiring: Wiring,
+    clean: Prompts,
+    corrupted: Prompts | None,
+    ablation: Ablation,
+    reference: Prompts | None,
+) -> Source:
+    """Where the values of an ablation come from."""
+    if reference is not None and ablation != "mean":
+        raise BadArgument('only ablation="mean" takes a reference', expected='ablation="mean", or no reference')
+    if isinstance(ablation, SavedActivation):
+        return _saved(model, wiring, clean, ablation)
+    if ablation == "patch":
+        if corrupted is None:
+            raise BadArgument(
+                'ablation="patch" takes its values from the corrupted run, and corrupted is None',
+                expected="corrupted prompts",
+                write='ablation="mean" or ablation="zero", which need none',
+            )
+        return Source(lambda rows, own: _run(model, wiring, corrupted, rows), is_run=True, identity="patch")
+    if ablation == "zero":
+        return Source(lambda rows, own: (own.map(torch.zeros_like), Cost()), is_run=False, identity="zero")
+    if ablation == "mean":
+        return _mean(model, wiring, reference or corrupted or clean)
+    if isinstance(ablation, str):
+        raise BadArgument(f"there is no ablation {ablation!r}", expected='"patch", "zero", "mean" or a SavedActivation')
+    raise BadType(f"{named(ablation)} is no ablation", expected='"patch", "zero", "mean" or a SavedActivation')
+
+
+def _run(model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int]) -> tuple[Recorded, Cost]:
+    made = record(peel(model), model, wiring, prompts, rows, -1)
+    return made.values, Law.of(model).whole(prompts, rows, 1)
+
+
+def _mean(model: engine.Model, wiring: Wiring, reference: Prompts) -> Source:
+    """The mean over the tokens of each prompt, and then over prompts: the same at every token."""
+    known: list[Recorded] = []
+
+    def mean() -> tuple[Recorded, Cost]:
+        if known:
+            return known[0], Cost()
+        sums: list[Recorded] = []
+        cost = Cost()
+        room = max(engine.room(model) // max(reference.lengths("decoder")), 1)
+        for rows in reference.batches(room):
+            values, spent = _run(model, wiring, reference, rows)
+            sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))
+            cost += spent
+        whole = Recorded(
+            sum((one.embed for one in sums[1:]), sums[0].embed),
+            tuple(torch.stack(parts).sum(0) for parts in zip(*(one.z for one in sums), strict=True)),
+            tuple(torch.stack(parts).sum(0) for parts in zip(*(one.mlp for one in sums), strict=True)),
+        )
+        known.append(whole)
+        return whole, cost
+
+    def values(rows: Sequence[int], own: Recorded) -> tuple[Recorded, Cost]:
+        whole, cost = mean()
+        return _like(whole, own), cost
+
+    return Source(values, is_run=False, identity={"mean": [list(row) for row in reference.ids]})
+
+
+def _like(values: Recorded, own: Recorded) -> Recorded:
+    """One vector of each place, at every token."""
+
+    def wide(value: Tensor, like: Tensor) -> Tensor:
+        return value.to(like).expand_as(like)
+
+    return Recorded(
+        wide(values.embed, own.embed),
+        tuple(map(wide, values.z, own.z)),
+        tuple(map(wide, values.mlp, own.mlp)),
+    )
+
+
+def _saved(model: engine.Model, wiring: Wiring, clean: Prompts, saved: SavedActivation) -> Source:
+    saved = saved._located(model)
+    lengths = clean.lengths("decoder")
+
+    def held(place: Path, width: int) -> Tensor:
+        """`[prompt or 1, token or 1, width]`."""
+        try:
+            value = saved.get(place)
+        except UnknownPath:
+            raise UnknownPath(
+                f"the ablation holds no value of {place}",
+                expected="a value for embed.output and for every head and MLP",
+                write='ns.capture(model, prompts, ["embed.output[:]", "layers[:].heads[:].output[:]", '
+                '"layers[:].mlp.output[:]"])',
+            ) from None
+        value = value if value.dim() == 3 else value[:, None]
+        if value.shape[-1] != width or value.shape[0] not in (1, len(clean)):
+            raise ShapeError(
+                f"the ablation has {list(value.shape)} for {place}",
+                expected=f"[{len(clean)} or 1, token or 1, {width}]",
+                write='saved.mean("prompt")   (one value for all prompts)',
+            )
+        if value.shape[1] != 1 and {value.shape[1]} != set(lengths):
+            raise ShapeError(
+                f"the ablation has {value.shape[1]} tokens for {place}, and the prompts have {sorted(set(lengths))}",
+                expected="a value for each token of prompts of one length, or one for all",
+                write='saved.mean("position")',
+            )
+        return value
+
+    def values(rows: Sequence[int], own: Recorded) -> tuple[Recorded, Cost]:
+        def of(place: Path, like: Tensor, width: int) -> Tensor:
+            value = held(place, width).to(like)
+            chosen = value if value.shape[0] == 1 else value[list(rows)]
+            return chosen.expand(len(rows), like.shape[1], -1)
+
+        z: list[Tensor] = []
+        mlp: list[Tensor] = []
+        for number, layer in enumerate(wiring.layers):
+            made = own.z[number].clone()
+            for head, site in enumerate(layer.z):
+                start, stop = site.columns or (0, 0)
+                place = _expanded(model, f"layers[{number}].heads[{head}].output")
+                made[..., start:stop] = of(place, made, stop - start)
+            z.append(made)
+            place = _expanded(model, f"layers[{number}].mlp.output")
+            mlp.append(of(place, own.mlp[number], own.mlp[number].shape[-1]))
+        return Recorded(of(wiring.embed, own.embed, own.embed.shape[-1]), tuple(z), tuple(mlp)), Cost()
+
+    return Source(values, is_run=False, identity={"saved": digest_of({str(k): v for k, v in saved.items()})})
+
+
+def _expanded(model: engine.Model, text: str) -> Path:
+    (path,) = engine.expand(model, parse_path(text))
+    return path

@@ -1,0 +1,77 @@
+"""The addresses of a circuit: who adds to the stream, and who reads it.
+
+Senders are `embed`, `layers[i].heads[j]` and `layers[i].mlp`. Receivers are `layers[i].heads[j].q`,
+`layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`. Any spelling of them that a path can
+have is taken, and one comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal
+
+from nnsplice.errors import BadArgument
+from nnsplice.paths import Path, parse_path
+
+Role = Literal["sender", "receiver"]
+
+SENDERS = "embed, layers[i].heads[j], layers[i].mlp"
+RECEIVERS = "layers[i].heads[j].q, layers[i].groups[g].k, layers[i].groups[g].v, layers[i].mlp, unembed"
+
+
+@lru_cache(maxsize=1 << 18)
+def address(given: str | Path, role: Role) -> Path:
+    """The one spelling of a sender or a receiver.
+
+    Raises:
+        BadArgument: it is neither, or several places at once.
+    """
+    path = parse_path(given)
+    names = tuple(step.name for step in path.steps)
+    if path.native or path.tower == "encoder":
+        raise _unknown(path, role, "a circuit names its places by their roles")
+    if not path.concrete or any(isinstance(step.index, int) and step.index < 0 for step in path.steps):
+        raise BadArgument(
+            f"{path} can mean several places, or depends on the model",
+            expected="one place",
+            write=f'Circuit.of(nodes=["{path}"], model=model)   (paths are expanded there)',
+        )
+    if path.position is not None:
+        raise BadArgument(
+            f"{path} is one token, and a circuit's places are those of all tokens",
+            expected="a place without a position",
+            write=str(replace(path.place, value=None if path.value == "output" else path.value)),
+        )
+    if names == ("layers", "heads") and path.value in ("k", "v"):
+        group = f"layers[{path.steps[0].index}].groups[{path.steps[1].index}].{path.value}"
+        raise _unknown(path, role, "keys and values belong to groups, which several heads may share", group)
+    taken = _TAKEN[role].get(names, ())
+    if path.value not in taken:
+        raise _unknown(path, role)
+    return replace(path, tower=None, value=None if path.value == "output" else path.value, site=None)
+
+
+#: By the names of a place: which values it may be asked for, as a sender and as a receiver.
+_TAKEN: dict[Role, dict[tuple[str, ...], tuple[str | None, ...]]] = {
+    "sender": {
+        ("embed",): (None, "output"),
+        ("layers", "heads"): (None, "output"),
+        ("layers", "mlp"): (None, "output"),
+    },
+    "receiver": {
+        ("layers", "heads"): ("q",),
+        ("layers", "groups"): ("k", "v"),
+        ("layers", "mlp"): (None, "output", "input"),
+        ("unembed",): (None, "output"),
+    },
+}
+
+
+def _unknown(path: Path, role: Role, why: str = "", write: str | None = None) -> BadArgument:
+    kind = f"no {role} of a circuit"
+    return BadArgument(
+        f"{path} is {kind}" + (f": {why}" if why else ""),
+        expected=SENDERS if role == "sender" else RECEIVERS,
+        write=write,
+    )

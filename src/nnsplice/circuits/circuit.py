@@ -1,0 +1,571 @@
+"""`Circuit`: which nodes of a model take part in something, or through which edges they do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from nnsplice import engine, plots
+from nnsplice.activations.prompts import PromptsLike
+from nnsplice.circuits import files, masks, measuring, page
+from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.addresses import address
+from nnsplice.circuits.drawing import Drawing
+from nnsplice.circuits.members import Edge, checked_edges, checked_nodes, nodes_of, order_of, rank_of, text_of
+from nnsplice.circuits.origin import OF_MODEL, check_model, expanded, graph_of, provenance_of
+from nnsplice.circuits.scores import By, Scores, greedy, scores_of
+from nnsplice.circuits.shape import Shape
+from nnsplice.errors import BadArgument, BadType, KeyMismatch, named
+from nnsplice.files import from_json
+from nnsplice.files import text_of as read_text
+from nnsplice.metrics import MetricLike
+from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.results import SweepResult
+
+Kind = Literal["nodes", "edges"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit:
+    """A part of a model: nodes, or edges between them. A value: whatever is done to it gives another.
+
+    Senders are `embed`, `layers[i].heads[j]` and `layers[i].mlp`; receivers are `layers[i].heads[j].q`,
+    `layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`.
+
+    >>> circuit = ns.Circuit.of(edges=[("embed", "layers[0].mlp"), ("layers[0].mlp", "unembed")])
+    >>> len(circuit), ("embed", "layers[0].mlp") in circuit
+    (2, True)
+    >>> kept = circuit.run(model, "w3 w4 w5", "w3 w6 w5", ns.logit_diff("w7", "w8"))
+    >>> kept.shape
+    (1,)
+
+    Two circuits are equal when they are of one kind and have the same members, wherever these come from.
+    """
+
+    kind: Kind
+    #: The members of a circuit of nodes; of one of edges, the nodes that its edges start from or end at.
+    nodes: tuple[Path, ...]
+    #: Empty for a circuit of nodes.
+    edges: tuple[Edge, ...] = ()
+    #: A score for each member, where it was chosen by scores.
+    scores: tuple[float, ...] | None = None
+    #: All that its model has, where that is known.
+    shape: Shape | None = None
+    #: Where it comes from: model, weights, method, metric; plain data.
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("nodes", "edges"):
+            raise BadArgument(f"kind={self.kind!r}", expected='"nodes" or "edges"')
+        if self.kind == "nodes" and self.edges:
+            raise BadArgument("a circuit of nodes has no edges", write="Circuit.of(edges=[...])")
+        members: list[Any] = []
+        if self.kind == "nodes":
+            members += checked_nodes(self.nodes, self.shape)
+        else:
+            members += checked_edges(self.edges, self.shape)
+        order = sorted(range(len(members)), key=lambda number: rank_of(members[number]))
+        if self.scores is not None and len(self.scores) != len(members):
+            raise BadArgument(f"{len(self.scores)} scores for {len(members)} {self.kind}", expected="one for each")
+        kept: dict[Any, float | None] = {}
+        for number in order:
+            score = None if self.scores is None else float(self.scores[number])
+            if score is not None and np.isnan(score):
+                raise BadArgument(f"the score of {text_of(members[number])} is NaN", expected="a number")
+            kept.setdefault(members[number], score)
+        object.__setattr__(self, "nodes" if self.kind == "nodes" else "edges", tuple(kept))
+        object.__setattr__(self, "scores", None if self.scores is None else tuple(kept.values()))
+        if self.kind == "edges":
+            object.__setattr__(self, "nodes", nodes_of(self.edges))
+
+    # --- making one
+
+    @classmethod
+    def of(
+        cls,
+        nodes: Paths | None = None,
+        edges: Iterable[tuple[str | Path, str | Path]] | None = None,
+        *,
+        model: Any = None,
+        scores: Iterable[float] | None = None,
+    ) -> Circuit:
+        """A circuit of these nodes, or of these edges.
+
+        >>> ns.Circuit.of(nodes=["embed", "layers[0].heads[:]"], model=model)
+        Circuit of 5 nodes: embed, 4 heads
+
+        Args:
+            model: for paths that mean several places, and to check that all of them exist.
+            scores: one for each.
+        """
+        if (nodes is None) == (edges is None):
+            raise BadArgument("a circuit is made of nodes or of edges", expected="one of nodes= and edges=")
+        shape = None if model is None else graph_of(model)
+        told = {} if model is None else provenance_of(model)
+        given = None if scores is None else tuple(scores)
+        if nodes is not None:
+            listed = engine.listed(nodes)
+            found = [path for one in listed for path in ([one] if model is None else expanded(model, one))]
+            if given is not None and len(found) != len(given):
+                raise BadArgument(f"{len(given)} scores for {len(found)} nodes", expected="one for each")
+            return cls("nodes", tuple(found), (), given, shape, told)  # type: ignore[arg-type]
+        if isinstance(edges, str | Path):
+            raise BadType(f"{edges} is no list of edges", expected="pairs of a sender and a receiver")
+        return cls("edges", (), tuple(edges or ()), given, shape, told)  # type: ignore[arg-type]
+
+    @classmethod
+    def top(cls, result: SweepResult, k: int, by: By = "absolute", *, model: Any = None) -> Circuit:
+        """The k edges with the best scores; of a result without edges, the k best nodes, and `embed` beside them.
+
+        A score is the mean over prompts. Of equal scores those come first that run first. Nothing is pruned: see
+        `pruned()`.
+
+        >>> metric = ns.logit_diff("w7", "w8")
+        >>> sites = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
+        >>> scored = ns.attribute(model, "w3 w4 w5", "w3 w6 w5", sites, metric, method="eap", progress=False)
+        >>> len(ns.Circuit.top(scored, 10))
+        10
+
+        Args:
+            by: `"absolute"`, or `"signed"` for the edges that raise the metric most.
+            model: where a result does not name all edges of its model.
+        """
+        scores = scores_of(result)
+        chosen = scores.order(by)[: scores.check(k)]
+        return cls._chosen(scores, chosen, model, {"chosen": "top", "k": int(k), "by": by})
+
+    @classmethod
+    def select(cls, result: SweepResult, share: float, by: By = "absolute", *, model: Any = None) -> Circuit:
+        """`top`, of a share of all edges or nodes that have a score: `Circuit.select(result, 0.02)`.
+
+        >>> metric = ns.logit_diff("w7", "w8")
+        >>> scored = ns.ablate(model, "w3 w4 w5", ["layers[:].heads[:]", "layers[:].mlp"], metric, progress=False)
+        >>> ns.Circuit.select(scored, 0.2)
+        Circuit of 4 nodes: embed, 1 head, 2 MLPs
+        """
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise BadArgument(f"a share of {share!r}", expected="0 to 1", write="Circuit.top(result, k) for a number")
+        return cls.top(result, count_of(share, len(scores_of(result).of)), by, model=model)
+
+    @classmethod
+    def greedy(cls, result: SweepResult, k: int, by: By = "absolute", *, model: Any = None) -> Circuit:
+        """k edges, grown backwards from `unembed`: of those that lead into what is there, always the best one.
+
+        >>> metric = ns.logit_diff("w7", "w8")
+        >>> sites = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
+        >>> scored = ns.attribute(model, "w3 w4 w5", "w3 w6 w5", sites, metric, method="eap", progress=False)
+        >>> circuit = ns.Circuit.greedy(scored, 5)
+        >>> any(str(receiver) == "unembed" for _, receiver in circuit.edges)
+        True
+        """
+        scores = scores_of(result)
+        if scores.kind != "edges":
+            raise BadArgument(
+                "greedy follows edges, and this result has scores of nodes alone",
+                expected="a result with edges",
+                write='ns.attribute(..., method="eap-ig")',
+            )
+        k = scores.check(k)
+        scores.order(by)
+        shape = scores.shape if model is None else graph_of(model)
+        if shape is None:
+            raise BadArgument(
+                "this result does not name all edges, so which head belongs to which group is not known",
+                write="Circuit.greedy(result, k, model=model)",
+            )
+        return cls._chosen(scores, greedy(scores, k, shape, by), model, {"chosen": "greedy", "k": k, "by": by})
+
+    @classmethod
+    def _chosen(cls, scores: Scores, chosen: Iterable[int], model: Any, how: Mapping[str, Any]) -> Circuit:
+        members = [scores.of[number] for number in chosen]
+        values = [float(scores.values[number]) for number in chosen]
+        if model is not None:
+            check_model(scores.provenance, model)
+        shape = scores.shape if model is None else graph_of(model)
+        told = {**scores.provenance, **how}
+        if scores.kind == "edges":
+            return cls("edges", (), tuple(members), tuple(values), shape, told)  # type: ignore[arg-type]
+        embed = parse_path("embed")
+        if embed not in scores.of:
+            # Without it nothing of the prompt enters, and nobody who scores heads means that.
+            members, values = [embed, *members], [0.0, *values]
+        return cls("nodes", tuple(members), (), tuple(values), shape, told)  # type: ignore[arg-type]
+
+    @classmethod
+    def full(cls, model: Any) -> Circuit:
+        """All edges of a model: its run is the clean run.
+
+        >>> len(ns.Circuit.full(model)), len(ns.Circuit.empty(model))
+        (262, 0)
+        """
+        shape = graph_of(model)
+        return cls("edges", (), shape.edges(shape.exists), None, shape, provenance_of(model))
+
+    @classmethod
+    def empty(cls, model: Any) -> Circuit:
+        """No edge of a model: in its run everything is ablated.
+
+        >>> ns.Circuit.empty(model) | ns.Circuit.full(model) == ns.Circuit.full(model)
+        True
+        """
+        return cls("edges", (), (), None, graph_of(model), provenance_of(model))
+
+    # --- algebra
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """What it is made of: its nodes, or its edges."""
+        return self.nodes if self.kind == "nodes" else self.edges
+
+    def __or__(self, other: Circuit) -> Circuit:
+        self._alike(other, "|")
+        mine = set(self.members)
+        return self._with([*self.members, *(one for one in other.members if one not in mine)], other)
+
+    def __and__(self, other: Circuit) -> Circuit:
+        self._alike(other, "&")
+        others = set(other.members)
+        return self._with([one for one in self.members if one in others], other)
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        self._alike(other, "-")
+        others = set(other.members)
+        return self._with([one for one in self.members if one not in others], other)
+
+    def __invert__(self) -> Circuit:
+        shape = self._graph("~circuit is all that is not in it")
+        every = shape.senders if self.kind == "nodes" else shape.edges(shape.exists)
+        mine = set(self.members)
+        return self._with([one for one in every if one not in mine], self)
+
+    def _with(self, members: list[Any], other: Circuit) -> Circuit:
+        known = {**dict(zip(other.members, other.scores or (), strict=False)),
+                 **dict(zip(self.members, self.scores or (), strict=False))}  # fmt: skip
+        scores = tuple(known[one] for one in members) if all(one in known for one in members) and members else None
+        told = {k: v for k, v in self.provenance.items() if other.provenance.get(k) == v and k in OF_MODEL}
+        parts = (tuple(members), ()) if self.kind == "nodes" else ((), tuple(members))
+        return Circuit(self.kind, *parts, scores, self.shape or other.shape, told)
+
+    def _alike(self, other: object, sign: str) -> None:
+        if not isinstance(other, Circuit):
+            raise BadType(f"circuit {sign} {named(other)}", expected="two circuits")
+        if other.kind != self.kind:
+            raise KeyMismatch(f"a circuit of {self.kind} {sign} one of {other.kind}", expected="two of one kind")
+        ours, theirs = self.provenance.get("weights"), other.provenance.get("weights")
+        if self.shape is not None and other.shape is not None and self.shape != other.shape:
+            raise KeyMismatch(f"circuit {sign} circuit, of models with other heads or layers", expected="one model's")
+        if ours and theirs and ours != theirs:
+            raise KeyMismatch(
+                f"circuit {sign} circuit, and they are of {self.provenance.get('model')} and of "
+                f"{other.provenance.get('model')} with other weights",
+                expected="circuits of one model",
+                write="circuit.on(model)   (takes a circuit over to another model)",
+            )
+
+    def __contains__(self, one: object) -> bool:
+        if isinstance(one, tuple | list):
+            if self.kind == "nodes":
+                raise BadArgument("a circuit of nodes has no edges", write='"layers[0].heads[1]" in circuit')
+            sender, receiver = one
+            return (address(sender, "sender"), address(receiver, "receiver")) in self._set
+        return address(one, "sender") in (self._set if self.kind == "nodes" else set(self.nodes))  # type: ignore[arg-type]
+
+    @cached_property
+    def _set(self) -> frozenset[Any]:
+        return frozenset(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.members)
+
+    def __bool__(self) -> bool:
+        return bool(self.members)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        return (self.kind, self.members) == (other.kind, other.members)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.members))
+
+    @cached_property
+    def digest(self) -> str:
+        """A short text that tells circuits with other members apart.
+
+        >>> ns.Circuit.full(model).digest == ns.Circuit.empty(model).digest
+        False
+        """
+        text = "\n".join([self.kind, *map(text_of, self.members)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def iou(self, other: Circuit) -> float:
+        """Of what is in either, the share that is in both; 1 for two empty ones.
+
+        >>> full = ns.Circuit.full(model)
+        >>> full.iou(full), full.iou(ns.Circuit.empty(model))
+        (1.0, 0.0)
+        """
+        self._alike(other, "beside")
+        either = len(self._set | other._set)
+        return len(self._set & other._set) / either if either else 1.0
+
+    def pruned(self) -> Circuit:
+        """Without what no path from `embed` to `unembed` goes through; only edges can be pruned.
+
+        With `ablation="patch"` that changes nothing of its run.
+
+        >>> loose = ns.Circuit.of(edges=[("embed", "unembed"), ("layers[0].mlp", "unembed")], model=model)
+        >>> [str(sender) for sender, _ in loose.pruned().edges]
+        ['embed']
+        """
+        if self.kind == "nodes":
+            raise BadArgument("a circuit of nodes has all edges between them", expected="a circuit of edges")
+        shape = self._graph("which heads read which group's keys says the model")
+        mask, _ = masks.needed(shape, self.mask(shape), from_embed=True)
+        kept = [edge for edge in self.edges if mask[shape.receiver_number[edge[1]], shape.sender_number[edge[0]]]]
+        return replace(self._with(kept, self), provenance=self.provenance)
+
+    # --- what it is like
+
+    @property
+    def in_degree(self) -> dict[Path, int]:
+        """How many edges end at each receiver that has one.
+
+        >>> circuit = ns.Circuit.of(edges=[("embed", "unembed"), ("layers[0].mlp", "unembed")])
+        >>> {str(receiver): n for receiver, n in circuit.in_degree.items()}
+        {'unembed': 2}
+        """
+        found: dict[Path, int] = {}
+        for _, receiver in self.edges:
+            found[receiver] = found.get(receiver, 0) + 1
+        return dict(sorted(found.items(), key=lambda pair: order_of(pair[0])))
+
+    def layers(self) -> dict[int, tuple[Path, ...]]:
+        """The nodes of each layer that has one."""
+        found: dict[int, list[Path]] = {}
+        for node in self.nodes:
+            if node.steps[0].name == "layers":
+                found.setdefault(int(node.steps[0].index), []).append(node)  # type: ignore[arg-type]
+        return {layer: tuple(nodes) for layer, nodes in found.items()}
+
+    def to_networkx(self) -> Any:
+        """A directed graph of networkx: nodes by their addresses, an edge for each sender and receiver, with its score.
+
+        An edge to a head's queries is one to the head, with the attribute `into="q"`; an edge to a group's keys ends at
+        `layers[i].groups[g]`, from where edges lead to each of its heads.
+        """
+        from nnsplice.circuits.networks import network_of
+
+        return network_of(self.edges, self.nodes, self.scores if self.kind == "edges" else None, self.shape)
+
+    def mask(self, shape: Shape) -> np.ndarray:
+        """`[receiver, sender]`: its edges in the graph of a model; of nodes, all edges that start at one of them.
+
+        Raises:
+            UnknownPath: the graph has no such place.
+        """
+        found = np.zeros(shape.exists.shape, dtype=bool)
+        checked = self if self.shape == shape else replace(self, shape=shape)
+        if self.kind == "nodes":
+            found[:, [shape.sender_number[node] for node in checked.nodes]] = True
+            return found & shape.exists
+        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in checked.edges]
+        if pairs:
+            found[tuple(np.array(pairs).T)] = True
+        return found
+
+    # --- running
+
+    def run(
+        self,
+        model: Any,
+        clean: PromptsLike,
+        corrupted: PromptsLike | None,
+        metric: MetricLike,
+        *,
+        ablation: Ablation = "patch",
+        reference: PromptsLike | None = None,
+        max_tokens: int | None = None,
+    ) -> np.ndarray:
+        """The metric of each clean prompt, with everything outside the circuit ablated: `[prompt]`.
+
+        Of edges, every receiver reads a stream in which the senders of its edges have the values that they have in this
+        run, and all others the ablated ones. Of nodes, those outside are written over, and `embed` is one of them.
+
+        Args:
+            ablation: what everything outside has: `"patch"`, the corrupted run's values at the same tokens; `"zero"`;
+                `"mean"` over the tokens and prompts of the reference; or a `SavedActivation` with a value for
+                `embed.output` and every head and MLP.
+            reference: the prompts of the mean, where they are not the corrupted ones.
+            max_tokens: how many tokens run at once.
+        """
+        question = measuring.Question.of(model, clean, corrupted, metric, ablation, reference)
+        found = measuring.measure(question, [self.checked_mask(question)], max_tokens=max_tokens)
+        return found.values[:, 0]
+
+    def checked_mask(self, question: measuring.Question) -> np.ndarray:
+        """Its edges in the graph of a question's model.
+
+        Raises:
+            KeyMismatch: it was made of another model.
+            BadArgument: nothing of the prompts can enter it.
+        """
+        check_model(self.provenance, question.model)
+        mask = self.mask(question.wiring.shape)
+        if self.kind == "nodes" and self.nodes and not mask[:, 0].any() and question.source.is_run:
+            raise BadArgument(
+                "this circuit of nodes is without embed, so nothing of the clean prompts enters it and its run is the "
+                "corrupted one",
+                expected="embed among the nodes",
+                write='circuit | Circuit.of(nodes=["embed"])',
+            )
+        return mask
+
+    def on(self, model: Any) -> Circuit:
+        """The same circuit, for another model that has all of its places.
+
+        >>> circuit = ns.Circuit.of(edges=[("embed", "unembed")])
+        >>> circuit.on(model).provenance["model"]
+        'GPT2LMHeadModel'
+        """
+        about = {"taken over from": dict(self.provenance)} if self.provenance else {}
+        return replace(self, shape=graph_of(model), provenance={**provenance_of(model), **about})
+
+    # --- files
+
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file with its members, their scores, and where it comes from; whole or not at all."""
+        members = list(map(str, self.nodes)) if self.kind == "nodes" else [[str(s), str(r)] for s, r in self.edges]
+        files.write(path, {
+            "format": files.FORMAT, "version": files.VERSION, "kind": self.kind, self.kind: members,
+            "scores": None if self.scores is None else list(self.scores),
+            "shape": None if self.shape is None else self.shape.told(), "provenance": dict(self.provenance),
+        })  # fmt: skip
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Circuit:
+        """Read what `to_file` wrote.
+
+        Raises:
+            FileError: the file is no circuit, or damaged.
+        """
+        told = files.read(path)
+        shape = None if told.get("shape") is None else Shape.read(told["shape"])
+        about = told.get("provenance")
+        scores = None if told.get("scores") is None else tuple(map(float, told["scores"]))
+        edges = tuple(tuple(edge) for edge in told.get("edges", ()))
+        about = about if isinstance(about, dict) else {}
+        return cls(told["kind"], tuple(told.get("nodes", ())), edges, scores, shape, about)  # type: ignore[arg-type]
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write a graph of EAP-IG (`a0.h1->m0`, `m0->a1.h2<q>`), the format of the circuits of the MIB benchmark.
+
+        That graph has keys and values for each query head: an edge to a group's is written for all of its heads.
+        """
+        shape = self._graph("that file lists all edges of the model")
+        mask = self.mask(shape)
+        scores = None
+        if self.scores is not None and self.kind == "edges":
+            scores = np.zeros(mask.shape)
+            for (sender, receiver), score in zip(self.edges, self.scores, strict=True):
+                scores[shape.receiver_number[receiver], shape.sender_number[sender]] = score
+        files.write(path, files.to_graph(shape, mask, scores, int(self.provenance.get("width") or 1)))
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str], *, model: Any = None) -> Circuit:
+        """Read a graph of EAP-IG.
+
+        Args:
+            model: needed where heads share keys and values: the file has those of each head, and does not say which
+                belong together. An edge to some heads of a group is then one to the group, and a warning counts them.
+
+        Raises:
+            FileError: the file is no such graph, or of another model.
+        """
+        told = from_json(read_text(path), path)
+        shape, found, partial = files.from_graph(told, path, None if model is None else graph_of(model))
+        if partial:
+            warnings.warn(
+                f"{partial} edges lead to the keys or values of some heads of a group, which share them: they are "
+                "taken for edges to the whole group",
+                stacklevel=2,
+            )
+        edges = tuple((shape.senders[s], shape.receivers[r]) for r, s, _ in found)
+        told_of = {} if model is None else provenance_of(model)
+        return cls("edges", (), edges, tuple(score for _, _, score in found), shape, told_of)
+
+    # --- shown
+
+    def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
+        """Draw it: layers upwards, heads in columns, MLPs beside them, an edge as wide as its score is large.
+
+        >>> circuit = ns.Circuit.of(edges=[("embed", "layers[0].mlp"), ("layers[0].mlp", "unembed")])
+        >>> len(circuit.plot().lines)
+        2
+        """
+        drawing = self._drawing()
+        largest = max((abs(line.score or 0.0) for line in drawing.lines), default=0.0)
+        sizes = [1.0 if not largest or line.score is None else line.score / largest for line in drawing.lines]
+        return plots.network(
+            [(mark.x, mark.y) for mark in drawing.marks],
+            [_label(mark.path, mark.kind) for mark in drawing.marks],
+            [(line.start, line.end) for line in drawing.lines],
+            sizes=sizes,
+            title=repr(self),
+            ax=ax,
+        )
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write a page that stands by itself: pointing at an edge shows its score, a slider leaves fewer of them."""
+        nodes = None
+        if self.kind == "nodes" and self.scores is not None:
+            nodes = dict(zip(map(str, self.nodes), self.scores, strict=True))
+        page.write(path, self._drawing(), repr(self), self.provenance, nodes)
+
+    def _drawing(self) -> Drawing:
+        scores = self.scores if self.kind == "edges" else None
+        return Drawing.of(self.nodes, self.edges, scores, self.shape)
+
+    def __repr__(self) -> str:
+        counts = {"embed": 0, "head": 0, "MLP": 0}
+        for node in self.nodes:
+            counts[{"embed": "embed", "heads": "head", "mlp": "MLP"}[node.steps[-1].name]] += 1
+        parts = ["embed"] if counts["embed"] else []
+        parts += [_count(n, what) for what, n in counts.items() if n and what != "embed"]
+        what = self.kind if len(self) != 1 else self.kind[:-1]
+        between = " between" if self.kind == "edges" else ":"
+        return f"Circuit of {len(self)} {what}" + (f"{between} {', '.join(parts)}" if parts else "")
+
+    def _graph(self, why: str) -> Shape:
+        if self.shape is None:
+            raise BadArgument(
+                f"{why}, and this circuit does not know its model's",
+                write="circuit.on(model), or Circuit.of(..., model=model)",
+            )
+        return self.shape
+
+
+def count_of(share: float, of: int) -> int:
+    """How many of so many a share is: rounded, and at least one where the share is not nothing."""
+    return max(round(share * of), 1 if share and of else 0)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _label(path: str, kind: str) -> str:
+    numbers = re.findall(r"\d+", path)
+    shown = {"head": "a{}.{}", "mlp": "m{}", "group": ""}.get(kind, kind)
+    return shown.format(*numbers)

@@ -1,0 +1,312 @@
+"""How much of what a model does a circuit does: the share of the metric that it keeps, for circuits of every size."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from nnsplice import plots
+from nnsplice.activations.prompts import PromptsLike
+from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.circuit import Circuit, count_of
+from nnsplice.circuits.masks import needed
+from nnsplice.circuits.measuring import Question, measure
+from nnsplice.circuits.origin import check_model
+from nnsplice.circuits.scores import Scores, scores_of
+from nnsplice.circuits.shape import Shape
+from nnsplice.errors import BadArgument, BadType, circumstances, named
+from nnsplice.metrics import MetricLike
+from nnsplice.results import Run, SweepResult
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: The shares of all edges that MIB measures at.
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+By = Literal["signed", "absolute"]
+#: Whose area is CPR, and whose CMD.
+ORDERS: tuple[By, ...] = ("signed", "absolute")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One circuit of a curve."""
+
+    #: How its members were chosen; None for a circuit that was given.
+    by: str | None
+    #: Whether what no path from `embed` to `unembed` goes through was taken out.
+    pruned: bool
+    #: The share of all edges or nodes, and how many these are; how many are left when pruned.
+    share: float
+    n: int
+    connected: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness:
+    """What circuits keep of a metric: 0 is nothing more than the empty circuit, 1 is all that the model does.
+
+    f = (m(circuit) - m(empty)) / (m(model) - m(empty)), of the mean metric over prompts.
+    """
+
+    points: tuple[Point, ...]
+    #: `[prompt, point]`, and `[prompt]` of the whole model and of the empty circuit.
+    values: np.ndarray
+    full: np.ndarray
+    empty: np.ndarray
+    metric: str
+    run: Run
+
+    def f(self) -> np.ndarray:
+        """`[point]`: the share that each circuit keeps.
+
+        >>> circuit = ns.Circuit.full(model)
+        >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
+        >>> report = ns.faithfulness(model, circuit, *pairs, ns.logit_diff("w7", "w8"), progress=False)
+        >>> report.f().round(6).tolist()
+        [1.0]
+        """
+        return self._shares(np.full((1, len(self.full)), 1.0 / len(self.full)))[0]
+
+    @property
+    def cpr(self) -> float:
+        """The area under f over the share of edges, of circuits of the edges with the highest scores; larger is better.
+
+        A trapezoid between the shares that were measured (MIB's CPR): nothing is added before the first.
+        """
+        return self.area("signed")
+
+    @property
+    def cmd(self) -> float:
+        """The area under |1 - f| over the share of edges, of those with the largest sizes of scores; smaller is better.
+
+        A trapezoid between the shares that were measured (MIB's CMD).
+        """
+        return self.area("absolute", distance=True)
+
+    def area(self, by: By, *, distance: bool = False, pruned: bool = False) -> float:
+        """The area under f, or under |1 - f|, of the curve of one order of choosing."""
+        return float(self._areas(self.f()[None], by, distance, pruned)[0])
+
+    def ci(
+        self, of: Literal["f", "cpr", "cmd"] = "f", level: float = 0.95, *, draws: int = 2000, seed: int = 0
+    ) -> np.ndarray:
+        """The ends of an interval by a bootstrap over prompts: `[point, 2]` of f, `[2]` of an area.
+
+        NaN where there is one prompt.
+        """
+        if of not in ("f", "cpr", "cmd"):
+            raise BadArgument(f"of={of!r}", expected='"f", "cpr" or "cmd"')
+        if not 0 < level < 1:
+            raise BadArgument(f"level={level}", expected="a share between 0 and 1, such as 0.95")
+        prompts = len(self.full)
+        if prompts < 2:
+            return np.full((len(self.points), 2) if of == "f" else 2, np.nan)
+        drawn = np.random.default_rng(seed).multinomial(prompts, [1.0 / prompts] * prompts, size=draws) / prompts
+        shares = self._shares(drawn)
+        tail = (1 - level) / 2
+        if of == "f":
+            return np.nanquantile(shares, [tail, 1 - tail], axis=0).T
+        areas = self._areas(shares, *(("signed", False) if of == "cpr" else ("absolute", True)), False)
+        return np.nanquantile(areas, [tail, 1 - tail])
+
+    def frame(self, level: float = 0.95) -> pd.DataFrame:
+        """A row for each circuit: how it was chosen, its size, the mean metric, f, and the ends of f's interval."""
+        import pandas as pd
+
+        ends = self.ci(level=level)
+        return pd.DataFrame(
+            {
+                "by": [point.by for point in self.points],
+                "pruned": [point.pruned for point in self.points],
+                "share": [point.share for point in self.points],
+                "n": [point.n for point in self.points],
+                "connected": [point.connected for point in self.points],
+                "value": self.values.mean(0),
+                "f": self.f(),
+                "low": ends[:, 0],
+                "high": ends[:, 1],
+            }
+        )
+
+    def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
+        """f over the share of edges, a line for each order of choosing; the shares stand on a scale of powers."""
+        found = self.f()
+        x: dict[str, list[float]] = {}
+        y: dict[str, list[float]] = {}
+        for number, point in enumerate(self.points):
+            name = (point.by or "given") + (", pruned" if point.pruned else "")
+            x.setdefault(name, []).append(max(point.share, 1e-9))
+            y.setdefault(name, []).append(float(found[number]))
+        axes = plots.lines(x, y, x_label="share of edges", y_label=f"faithfulness ({self.metric})", level=1.0, ax=ax)
+        axes.set_xscale("log")
+        return axes
+
+    def __repr__(self) -> str:
+        ends = f"model {self.full.mean():.4g}, empty {self.empty.mean():.4g}"
+        lines = [
+            f"Faithfulness: {len(self.points)} circuits, {_count(len(self.full), 'prompt')}, {self.metric}; {ends}"
+        ]
+        if any(point.by == "signed" and not point.pruned for point in self.points):
+            lines.append(f"CPR {self.cpr:.4g}")
+        if any(point.by == "absolute" and not point.pruned for point in self.points):
+            lines.append(f"CMD {self.cmd:.4g}")
+        if len(self.points) == 1:
+            lines.append(f"f {self.f()[0]:.4g}")
+        return "\n  ".join([*lines, f"{self.run.seconds:.2f} s" + (f"; {self.run.note}" if self.run.note else "")])
+
+    def _shares(self, weights: np.ndarray) -> np.ndarray:
+        """`[draw, point]` of means over prompts that count so much."""
+        full, empty = weights @ self.full, weights @ self.empty
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (weights @ self.values - empty[:, None]) / (full - empty)[:, None]
+
+    def _areas(self, shares: np.ndarray, by: By, distance: bool, pruned: bool) -> np.ndarray:
+        chosen = [n for n, point in enumerate(self.points) if (point.by, point.pruned) == (by, pruned)]
+        if len(chosen) < 2:
+            raise BadArgument(
+                f"there is no curve of circuits by {by} scores, so there is no area under it",
+                expected="a result with scores",
+                write="ns.faithfulness(model, scores, clean, corrupted, metric)",
+            )
+        x = np.array([self.points[n].share for n in chosen])
+        y = np.abs(1.0 - shares[:, chosen]) if distance else shares[:, chosen]
+        return ((y[:, 1:] + y[:, :-1]) / 2 * np.diff(x)).sum(1)
+
+
+def faithfulness(
+    model: Any,
+    circuits: Circuit | SweepResult | Sequence[Circuit],
+    clean: PromptsLike,
+    corrupted: PromptsLike | None,
+    metric: MetricLike,
+    *,
+    ablation: Ablation = "patch",
+    reference: PromptsLike | None = None,
+    shares: Sequence[float] = SHARES,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> Faithfulness:
+    """Measure what circuits keep of a metric: one circuit, several, or a curve of those that scores choose.
+
+    Of scores, circuits of each share of the edges (or nodes) are measured: those with the highest scores, whose area is
+    CPR, and those with the largest sizes, whose area is CMD. Equal scores are taken in the order in which they run.
+    Each is measured as it is and `pruned`, without what no path from `embed` to `unembed` goes through; where
+    everything outside has another run's values, that is the same by what pruning is, and takes no time.
+
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
+    >>> sites = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
+    >>> scores = ns.attribute(model, *pairs, sites, metric, method="eap-ig", progress=False)
+    >>> report = ns.faithfulness(model, scores, *pairs, metric, shares=[0.1, 0.5, 1.0], progress=False)
+    >>> report.frame()[["by", "share", "n"]].drop_duplicates().values.tolist()[:3]
+    [['signed', 0.1, 26], ['signed', 0.5, 131], ['signed', 1.0, 262]]
+    >>> float(report.f()[-1].round(6)), report.cpr < 10
+    (1.0, True)
+
+    Args:
+        circuits: a circuit, several, or a result with scores of edges or nodes.
+        clean: the prompts on which circuits run; the model's own metric on them is 1.
+        corrupted: the prompts that everything outside has its values from; see `Circuit.run`.
+        ablation: as for `Circuit.run`.
+        reference: as for `Circuit.run`.
+        shares: where the curve is measured; those of MIB if left out.
+        max_tokens: how many tokens run at once.
+        progress: show a bar.
+    """
+    start = time.perf_counter()
+    with circumstances("ns.faithfulness"):
+        question = Question.of(model, clean, corrupted, metric, ablation, reference)
+        shape = question.wiring.shape
+        if isinstance(circuits, SweepResult):
+            scores = scores_of(circuits)
+            check_model(scores.provenance, question.model)
+            points, masks = _curve(scores, shape, shares)
+        else:
+            points, masks = _given(circuits, question)
+        found = measure(question, [np.zeros_like(shape.exists), *masks], max_tokens=max_tokens, progress=progress)
+        empty, full = found.values[:, 0], found.clean
+        note = _check_ends(full, empty, question.metric.metric.name)
+        about = Run("circuits", time.perf_counter() - start, **found.cost.told(), note=note)
+        return Faithfulness(tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about)
+
+
+def _curve(scores: Scores, shape: Shape, shares: Sequence[float]) -> tuple[list[Point], list[np.ndarray]]:
+    if not len(shares) or any(not 0 <= share <= 1 for share in shares) or list(shares) != sorted(set(shares)):
+        raise BadArgument(f"shares={list(shares)}", expected="growing numbers from 0 to 1")
+    points: list[Point] = []
+    masks: list[np.ndarray] = []
+    for by in ORDERS:
+        order = scores.order(by)
+        for share in shares:
+            n = count_of(share, len(order))
+            mask = _mask(scores, order[:n], shape)
+            connected, _ = needed(shape, mask, from_embed=True)
+            counts = int(connected.sum())
+            masks += [mask, connected]
+            points += [Point(by, pruned, float(share), n, counts) for pruned in (False, True)]
+    return points, masks
+
+
+def _mask(scores: Scores, chosen: np.ndarray, shape: Shape) -> np.ndarray:
+    found = np.zeros(shape.exists.shape, dtype=bool)
+    if scores.kind == "nodes":
+        found[:, [0, *(shape.sender_number[scores.of[n]] for n in chosen)]] = True  # type: ignore[index]
+        return found & shape.exists
+    if len(chosen):
+        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in (scores.of[n] for n in chosen)]  # type: ignore[misc]
+        found[tuple(np.array(pairs).T)] = True
+    return found
+
+
+def _given(circuits: Any, question: Question) -> tuple[list[Point], list[np.ndarray]]:
+    each = [circuits] if isinstance(circuits, Circuit) else circuits
+    if not isinstance(each, Sequence) or not each or not all(isinstance(one, Circuit) for one in each):
+        raise BadType(
+            f"{named(circuits)} is neither circuits nor scores",
+            expected='a Circuit, a list of them, or a result of ns.attribute(..., method="eap-ig")',
+        )
+    shape = question.wiring.shape
+    points: list[Point] = []
+    masks: list[np.ndarray] = []
+    for one in each:
+        mask = one.checked_mask(question)
+        of = shape.n_edges if one.kind == "edges" else len(shape.senders)
+        connected, _ = needed(shape, mask, from_embed=True)
+        points.append(Point(None, False, len(one) / of, len(one), int(connected.sum())))
+        masks.append(mask)
+    return points, masks
+
+
+def _check_ends(full: np.ndarray, empty: np.ndarray, metric: str) -> str:
+    """Warn where the two ends of the scale are no further apart than chance puts them.
+
+    Raises:
+        BadArgument: they are no numbers.
+    """
+    if np.isnan(full).any() or np.isnan(empty).any():
+        raise BadArgument(
+            f"{metric} of the model or of the empty circuit is NaN", expected="a metric that is a number for both"
+        )
+    apart = full - empty
+    error = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else 0.0
+    if abs(apart.mean()) <= 2 * error or apart.mean() == 0:
+        said = (
+            f"the model and the empty circuit are {apart.mean():.3g} apart in the mean {metric}, with a standard error "
+            f"of {error:.3g}: shares of that say little"
+        )
+        warnings.warn(said, stacklevel=3)
+        return said
+    return ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+__all__ = ["Faithfulness", "faithfulness"]

@@ -1,0 +1,105 @@
+"""Where the parts of a circuit are drawn: layers upwards, heads in columns, MLPs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from nnsplice.circuits.shape import Shape
+from nnsplice.paths import Path
+
+Edge = tuple[Path, Path]
+#: The most edges that are drawn: the strongest.
+MOST = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A node, or what an edge ends at that is no node: the keys or values of a group."""
+
+    path: str
+    kind: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """An edge between two marks, by their numbers."""
+
+    sender: str
+    receiver: str
+    start: int
+    end: int
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All marks, and the edges with the strongest first."""
+
+    marks: tuple[Mark, ...]
+    lines: tuple[Line, ...]
+    #: How many edges there are that are not drawn.
+    left_out: int
+
+    @classmethod
+    def of(
+        cls, nodes: Sequence[Path], edges: Sequence[Edge], scores: Sequence[float] | None, shape: Shape | None
+    ) -> Drawing:
+        """Of a circuit's members."""
+        order = range(len(edges)) if scores is None else sorted(range(len(edges)), key=lambda n: -abs(scores[n]))
+        shown = list(order)[:MOST]
+        paths = dict.fromkeys([*nodes, *(end for n in shown for end in map(_drawn_at, edges[n]))])
+        width = _width(paths, shape)
+        top = len(shape.layers) if shape is not None else 1 + max(map(_layer, paths), default=0)
+        marks = tuple(_mark(path, width, top, shape) for path in paths)
+        at = {path: number for number, path in enumerate(paths)}
+        lines = tuple(
+            Line(
+                str(edges[n][0]), str(edges[n][1]), at[_drawn_at(edges[n][0])], at[_drawn_at(edges[n][1])],
+                None if scores is None else float(scores[n]),
+            )
+            for n in shown
+        )  # fmt: skip
+        return cls(marks, lines, len(edges) - len(shown))
+
+
+def _drawn_at(path: Path) -> Path:
+    """The node that a place is drawn as: a head's queries are at the head."""
+    return replace(path, value=None) if path.value == "q" else path
+
+
+def _layer(path: Path) -> int:
+    index = path.steps[0].index
+    return index if isinstance(index, int) else 0
+
+
+def _index(path: Path) -> int:
+    index = path.steps[-1].index
+    return index if isinstance(index, int) else 0
+
+
+def _width(paths: Sequence[Path] | dict[Path, None], shape: Shape | None) -> int:
+    if shape is not None:
+        return max(layer.heads for layer in shape.layers)
+    return 1 + max((_index(path) for path in paths if path.steps[-1].name in ("heads", "groups")), default=0)
+
+
+def _mark(path: Path, width: int, top: int, shape: Shape | None) -> Mark:
+    name = path.steps[-1].name
+    middle = (width - 1) / 2
+    if name in ("embed", "unembed"):
+        return Mark(str(path), name, middle, 0.0 if name == "embed" else 2.0 * top + 1.0)
+    row = 2.0 * _layer(path) + 1.0
+    if name == "mlp":
+        return Mark(str(path), "mlp", float(width) + 0.5, row + 1.0)
+    if name == "heads":
+        return Mark(str(path), "head", float(_index(path)), row)
+    size = 1.0
+    if shape is not None:
+        layer = shape.layers[_layer(path)]
+        size = layer.heads / layer.groups
+    return Mark(
+        str(path), "group", (_index(path) + 0.5) * size - 0.5 + (0.12 if path.value == "v" else -0.12), row - 0.35
+    )

@@ -1,0 +1,162 @@
+"""Circuits in files: our own, and the graphs of EAP-IG, which the circuits of the MIB benchmark are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from nnsplice.circuits.shape import LayerShape, Shape
+from nnsplice.errors import BadArgument, FileError
+from nnsplice.files import from_json, text_of, whole
+
+FORMAT = "nnsplice circuit"
+VERSION = 1
+#: The most layers and heads that a file is believed to have.
+MOST = 4096
+
+
+def write(path: str | os.PathLike[str], told: Mapping[str, Any]) -> None:
+    """Write plain data as JSON, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(told, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write` wrote of a circuit.
+
+    Raises:
+        FileError: the file is none, or damaged.
+    """
+    told = from_json(text_of(path), path)
+    if not isinstance(told, dict) or told.get("format") != FORMAT:
+        graph = isinstance(told, dict) and {"cfg", "nodes", "edges"} <= told.keys()
+        raise FileError(
+            f"{path} is no circuit of nnsplice",
+            expected="a file of circuit.to_file",
+            write="Circuit.from_json(path)   (it is a graph of EAP-IG)" if graph else None,
+        )
+    if told.get("version") != VERSION:
+        raise FileError(f"{path} is of version {told.get('version')!r}", expected=f"version {VERSION}")
+    kind = told.get("kind")
+    listed = told.get(kind) if isinstance(kind, str) else None
+    if kind not in ("nodes", "edges") or not isinstance(listed, list) or not all(_listed(kind, one) for one in listed):
+        raise FileError(
+            f"{path} is damaged: its nodes or edges are no addresses", expected="what circuit.to_file wrote"
+        )
+    scores = told.get("scores")
+    if scores is not None and (
+        not isinstance(scores, list)
+        or len(scores) != len(listed)
+        or not all(isinstance(s, float | int) for s in scores)
+    ):
+        raise FileError(f"{path} is damaged: it has not one score for each of its {kind}")
+    return told
+
+
+def _listed(kind: str, one: Any) -> bool:
+    if kind == "nodes":
+        return isinstance(one, str)
+    return isinstance(one, list) and len(one) == 2 and all(isinstance(end, str) for end in one)
+
+
+# --- the graphs of EAP-IG ---------------------------------------------------------------------------------------------
+
+
+def to_graph(shape: Shape, mask: Any, scores: Any, width: int) -> dict[str, Any]:
+    """A graph of EAP-IG: every edge by its name, with its score and whether it is in the circuit.
+
+    That graph has keys and values for each query head. An edge to a group's is all of its heads' there, and its score
+    is shared equally among them.
+
+    Args:
+        mask: `[receiver, sender]`
+        scores: the same shape, or None.
+    """
+    sizes = {(layer.heads, layer.parallel) for layer in shape.layers}
+    if len(sizes) != 1:
+        raise BadArgument("its layers have different numbers of heads, which a graph of EAP-IG cannot say")
+    ((heads, parallel),) = sizes
+    edges: dict[str, Any] = {}
+    for receiver, names in enumerate(_receiver_names(shape)):
+        for sender, name in enumerate(_sender_names(shape)):
+            if shape.exists[receiver, sender]:
+                score = 0.0 if scores is None else float(scores[receiver, sender]) / len(names)
+                for one in names:
+                    edges[f"{name}->{one}"] = {"score": score, "in_graph": bool(mask[receiver, sender])}
+    reads = [shape.reads_of(sender) for sender in range(len(shape.senders))]
+    nodes = {
+        name: {"in_graph": bool(mask[:, n].any() and (not reads[n] or mask[list(reads[n])].any()))}
+        for n, name in enumerate(_sender_names(shape))
+    }
+    nodes["logits"] = {"in_graph": True}
+    about = {"n_layers": len(shape.layers), "n_heads": heads, "parallel_attn_mlp": parallel, "d_model": width}
+    return {"cfg": about, "nodes": nodes, "edges": edges}
+
+
+def from_graph(told: Any, of: object, shape: Shape | None) -> tuple[Shape, list[tuple[int, int, float]], int]:
+    """The edges of a graph of EAP-IG: `(receiver, sender, score)` for each; and how many groups were given in part.
+
+    Args:
+        shape: of the model, where its heads share keys and values: the graph does not say.
+
+    Raises:
+        FileError: it is no such graph.
+    """
+    if not isinstance(told, dict) or not {"cfg", "nodes", "edges"} <= told.keys():
+        raise FileError(f"{of} is no graph of EAP-IG", expected="an object with cfg, nodes and edges")
+    about, edges = told["cfg"], told["edges"]
+    layers, heads = (about.get(name) if isinstance(about, dict) else None for name in ("n_layers", "n_heads"))
+    if not _is_count(layers) or not _is_count(heads) or not isinstance(edges, dict):
+        raise FileError(f"{of} does not say how many layers and heads there are", expected="cfg.n_layers, cfg.n_heads")
+    own = Shape((LayerShape(heads, heads, bool(about.get("parallel_attn_mlp"))),) * layers)
+    if shape is None:
+        shape = own
+    elif [(one.heads, one.parallel) for one in shape.layers] != [(one.heads, one.parallel) for one in own.layers]:
+        raise FileError(
+            f"{of} is of a model of {layers} layers with {heads} heads, and this is another",
+            expected=f"a graph of {len(shape.layers)} layers with {shape.layers[0].heads} heads",
+        )
+    senders = {name: number for number, name in enumerate(_sender_names(shape))}
+    receivers = {name: number for number, names in enumerate(_receiver_names(shape)) for name in names}
+    members = [len(names) for names in _receiver_names(shape)]
+    found: dict[tuple[int, int], list[float]] = {}
+    for name, info in edges.items():
+        start, arrow, end = name.partition("->")
+        if not arrow or start not in senders or end not in receivers or not isinstance(info, dict):
+            raise FileError(
+                f"{of} has an edge {name!r}", expected="names such as a0.h1->m0, a0.h1->a2.h3<q>, m1->logits"
+            )
+        pair = receivers[end], senders[start]
+        if not shape.exists[pair]:
+            raise FileError(f"{of} has an edge {name!r}, against the order in which a model runs")
+        if info.get("in_graph"):
+            score = info.get("score")
+            found.setdefault(pair, []).append(float(score) if isinstance(score, int | float) else 0.0)
+    partial = sum(len(scores) != members[receiver] for (receiver, _), scores in found.items())
+    return shape, [(receiver, sender, sum(scores)) for (receiver, sender), scores in found.items()], partial
+
+
+def _is_count(told: Any) -> TypeGuard[int]:
+    return isinstance(told, int) and not isinstance(told, bool) and 0 < told <= MOST
+
+
+def _sender_names(shape: Shape) -> list[str]:
+    names = ["input"]
+    for number, layer in enumerate(shape.layers):
+        names += [f"a{number}.h{head}" for head in range(layer.heads)] + [f"m{number}"]
+    return names
+
+
+def _receiver_names(shape: Shape) -> list[list[str]]:
+    """For each receiver, the names of those of the graph that are it."""
+    names: list[list[str]] = []
+    for number, layer in enumerate(shape.layers):
+        size = layer.heads // layer.groups
+        names += [[f"a{number}.h{head}<q>"] for head in range(layer.heads)]
+        for part in "kv":
+            groups = [range(group * size, (group + 1) * size) for group in range(layer.groups)]
+            names += [[f"a{number}.h{head}<{part}>" for head in heads] for heads in groups]
+        names.append([f"m{number}"])
+    return [*names, ["logits"]]

@@ -1,0 +1,71 @@
+"""Which edges of a circuit can matter for its run: the others change nothing, and need no computing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nnsplice.circuits.shape import Shape
+
+
+def behind(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:
+    """`[sender]`: whether anything of a sender gets to `unembed` along the edges of a mask `[receiver, sender]`.
+
+    Args:
+        mixed: for each layer, whether a head reads the queries and keys of all heads of its layer.
+    """
+    useful = mask[-1].copy()
+    for number in reversed(range(len(shape.layers))):
+        layer, (sender, receiver) = shape.layers[number], shape.starts[number]
+        if useful[sender + layer.heads]:
+            useful |= mask[receiver + layer.heads + 2 * layer.groups]
+        heads = np.flatnonzero(useful[sender : sender + layer.heads])
+        if len(heads):
+            if mixed is not None and mixed[number]:
+                read = range(receiver, receiver + layer.heads + 2 * layer.groups)
+            else:
+                read = sorted({r for head in heads for r in shape.reads_of(sender + int(head))})
+            useful |= mask[list(read)].any(0)
+    return useful
+
+
+def reached(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:
+    """`[sender]`: whether anything of `embed` gets to a sender along the edges of a mask."""
+    found = np.zeros(len(shape.senders), dtype=bool)
+    found[0] = True
+    for number, (layer, (sender, receiver)) in enumerate(zip(shape.layers, shape.starts, strict=True)):
+        first = slice(receiver, receiver + layer.heads + 2 * layer.groups)
+        reads = np.asarray((mask[first] & found).any(1))
+        heads = [reads[[r - receiver for r in shape.reads_of(sender + head)]].any() for head in range(layer.heads)]
+        if mixed is not None and mixed[number] and reads.any():
+            heads = [True] * layer.heads
+        found[sender : sender + layer.heads] = heads
+        found[sender + layer.heads] = (mask[first.stop] & found).any()
+    return found
+
+
+def needed(
+    shape: Shape, mask: np.ndarray, *, from_embed: bool, mixed: Sequence[bool] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The edges of a mask that can change what leaves the model, and the senders that have one of them.
+
+    Args:
+        from_embed: whether a sender that nothing of `embed` gets to has its ablated value anyway.
+    """
+    useful = behind(shape, mask, mixed)
+    if from_embed:
+        useful &= reached(shape, mask, mixed)
+    mask = mask & useful
+    alive = np.zeros(len(shape.receivers), dtype=bool)
+    alive[-1] = True
+    for number, (layer, (sender, receiver)) in enumerate(zip(shape.layers, shape.starts, strict=True)):
+        mlp = receiver + layer.heads + 2 * layer.groups
+        alive[mlp] = useful[sender + layer.heads]
+        heads = np.flatnonzero(useful[sender : sender + layer.heads])
+        for head in heads:
+            alive[list(shape.reads_of(sender + int(head)))] = True
+        if len(heads) and mixed is not None and mixed[number]:
+            alive[receiver:mlp] = True
+    mask[~alive] = False
+    return mask, np.asarray(mask.any(0))

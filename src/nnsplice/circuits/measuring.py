@@ -1,0 +1,246 @@
+"""The metric of many circuits over many prompts: what is ablated with what, how much runs at once, and what it cost."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnsplice import engine
+from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.atlas import fingerprint, peel
+from nnsplice.attribution.gradients import halving
+from nnsplice.circuits.ablations import Ablation, Source, source_of
+from nnsplice.circuits.masks import needed
+from nnsplice.circuits.recording import record, run_plainly
+from nnsplice.circuits.running import Ablated, Pass
+from nnsplice.circuits.wiring import Wiring, wiring_of
+from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
+from nnsplice.metrics import Bound, MetricLike, Several, bound_of
+from nnsplice.packed.cost import Cost, Law
+from nnsplice.progress import bar
+from nnsplice.sweeps.running import check_mode
+
+#: How far the logits of the full circuit may be from the clean run's, as a share of their size.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+#: Streams that are held at once for a token count as one token more: what one block computes is as large.
+STREAMS = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of circuits: a model with its graph, prompts, a metric, and what stands for everything outside."""
+
+    model: engine.Model
+    wiring: Wiring
+    clean: Prompts
+    corrupted: Prompts | None
+    metric: Bound
+    source: Source
+    law: Law
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        clean: PromptsLike,
+        corrupted: PromptsLike | None,
+        metric: MetricLike,
+        ablation: Ablation,
+        reference: PromptsLike | None = None,
+    ) -> Question:
+        """A question, with every mistake in it found."""
+        model = engine.as_model(model)
+        check_mode(model)
+        engine.refuse_edits(model)
+        wiring = wiring_of(model)
+        prompts = _tokens(encode(model, clean))
+        others = None if corrupted is None else _tokens(encode(model, corrupted))
+        if others is not None:
+            _check_pairs(prompts, others, ablation)
+        bound = bound_of(metric, engine.tokenizer_of(model), len(prompts), prompts.texts)
+        if isinstance(bound, Several):
+            raise BadArgument("a circuit is measured by one metric", expected="one metric, such as ns.logit_diff")
+        bound.metric.check_lengths(prompts.lengths("decoder"))
+        asked = None if reference is None else _tokens(encode(model, reference))
+        source = source_of(model, wiring, prompts, others, ablation, asked)
+        return cls(model, wiring, prompts, others, bound, source, Law.of(model))
+
+    @property
+    def root(self) -> nn.Module:
+        """The plain module."""
+        return peel(self.model)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What circuits gave."""
+
+    #: `[prompt, circuit]`
+    values: np.ndarray
+    #: `[prompt]`: the metric of the clean run.
+    clean: np.ndarray
+    cost: Cost
+
+
+def measure(
+    question: Question, masks: Sequence[np.ndarray], *, max_tokens: int | None = None, progress: bool = False
+) -> Measured:
+    """The metric of each circuit, given by its edges `[receiver, sender]`, for each prompt."""
+    model, wiring = question.model, question.wiring
+    room = engine.room(model, max_tokens)
+    mixed = [layer.heads_mix for layer in wiring.layers]
+    pruned: dict[bytes, int] = {}
+    which: list[int] = []
+    kinds: list[np.ndarray] = []
+    for mask in masks:
+        small, _ = needed(wiring.shape, mask, from_embed=question.source.is_run, mixed=mixed)
+        number = pruned.setdefault(np.packbits(small).tobytes(), len(kinds))
+        which.append(number)
+        if number == len(kinds):
+            kinds.append(small)
+    values = np.full((len(question.clean), len(kinds)), np.nan)
+    clean = np.full(len(question.clean), np.nan)
+    order = sorted(range(len(kinds)), key=lambda number: int(kinds[number].sum()))
+    empty = np.zeros_like(wiring.shape.exists)
+    with engine.turn(model), bar("circuits", len(kinds) * len(question.clean), "run", progress) as shown:
+        cost = _trust(question)
+        for rows in question.clean.batches(None):
+            length = question.clean.lengths("decoder")[rows[0]]
+            at = question.metric.metric.position % length - length
+            # A circuit runs whole, so prompts are parted by what the largest one holds.
+            step = int(room / (length * _streams(wiring, np.logical_or.reduce([empty, *kinds]))))
+            for part in _parts(rows, max(step, 1)):
+                cost += _group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
+    return Measured(values[:, which], clean, cost)
+
+
+def _group(
+    question: Question,
+    rows: list[int],
+    at: int,
+    circuits: Sequence[tuple[int, np.ndarray]],
+    room: int,
+    values: np.ndarray,
+    clean: np.ndarray,
+    shown: Any,
+) -> Cost:
+    """All circuits over some prompts of one length."""
+    model, root, wiring = question.model, question.root, question.wiring
+    own = record(root, model, wiring, question.clean, rows, at)
+    length = own.values.embed.shape[1]
+    cost = question.law.whole(question.clean, rows, 1)
+    found, spent = question.source.values(rows, own.values)
+    cost += spent
+    ablated = Ablated.of(root, wiring, found)
+    reference = own.logits if question.metric.metric.compares else None
+    clean[rows] = _numbers(question.metric(own.logits, rows, reference))
+    done: list[Cost] = []
+
+    def run(numbers: list[int]) -> None:
+        chosen = [circuits[number] for number in numbers]
+        made = Pass(root, wiring, own.frame, ablated, np.stack([mask for _, mask in chosen]), question.law)
+        logits = made.run(lambda: run_plainly(root, model, question.clean, [*rows] * len(chosen), at))
+        asked = [*rows] * len(chosen)
+        against = None if reference is None else reference.repeat(len(chosen), 1)
+        got = _numbers(question.metric(logits, asked, against)).reshape(len(chosen), len(rows))
+        for (number, _), line in zip(chosen, got, strict=True):
+            values[rows, number] = line
+        done.append(made.cost + Cost(forwards=1, flops=len(asked) * question.law.per_token(wiring.tower.unembed)))
+        shown.update(len(chosen) * len(rows))
+
+    for numbers in _fitting(wiring, [mask for _, mask in circuits], len(rows) * length, room):
+        halving(numbers, run)
+    return cost + sum(done, Cost())
+
+
+def _parts(rows: list[int], step: int) -> list[list[int]]:
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
+def _fitting(wiring: Wiring, masks: Sequence[np.ndarray], tokens: int, room: int) -> list[list[int]]:
+    """Circuits that run together: their tokens, and the streams that are held for each."""
+    chunks: list[list[int]] = []
+    held = np.zeros_like(wiring.shape.exists)
+    for number, mask in enumerate(masks):
+        wider = held | mask
+        if not chunks or (len(chunks[-1]) + 1) * tokens * _streams(wiring, wider) > room:
+            chunks.append([])
+            wider = mask
+        chunks[-1].append(number)
+        held = wider
+    return chunks
+
+
+def _streams(wiring: Wiring, mask: np.ndarray) -> float:
+    """What a token counts for: itself, the differences of all senders, and the streams of a layer's receivers."""
+    receivers = max(len(layer.receivers) for layer in wiring.layers)
+    return 1.0 + (int(mask.any(0).sum()) + receivers) / STREAMS
+
+
+def _numbers(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
+
+
+def _tokens(prompts: Prompts) -> Prompts:
+    if prompts.values is not None:
+        raise BadArgument("a circuit runs on tokens, and these prompts are values", expected="texts or token ids")
+    if prompts.decoder_ids is not None:
+        raise RefusedPlace("the decoder of a model with two towers reads another tower, which no edge stands for")
+    return prompts
+
+
+def _check_pairs(clean: Prompts, corrupted: Prompts, ablation: Ablation) -> None:
+    if ablation != "patch":
+        return
+    if len(clean) != len(corrupted):
+        raise ShapeError(
+            f"{len(clean)} clean prompts and {len(corrupted)} corrupted ones", expected="pairs: prompt i with prompt i"
+        )
+    for row, (a, b) in enumerate(zip(clean.lengths("decoder"), corrupted.lengths("decoder"), strict=True)):
+        if a != b:
+            raise ShapeError(
+                f"pair {row}: the clean prompt has {a} tokens, the corrupted one {b}, so positions do not correspond",
+                expected="prompts of one length in a pair",
+                write='ablation="mean", or "zero", which need no pair',
+            )
+
+
+# --- whether it is right on this model --------------------------------------------------------------------------------
+
+_trusted: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
+
+
+def _trust(question: Question) -> Cost:
+    """Run the full circuit over the first prompt once: it is the clean run, or the graph has not all that there is.
+
+    Everything is ablated with zeros there, so whatever reads the stream past the edges reads nothing.
+
+    Raises:
+        RefusedPlace: it is another.
+    """
+    root, model, wiring = question.root, question.model, question.wiring
+    hooks = tuple(key for m in root.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks))
+    asked = (fingerprint(root), hooks, engine.attention_of(model), next(root.parameters()).dtype)
+    known = _trusted.setdefault(root, set())
+    if asked in known:
+        return Cost()
+    own = record(root, model, wiring, question.clean, [0], -1)
+    ablated = Ablated.of(root, wiring, own.values.map(torch.zeros_like))
+    made = Pass(root, wiring, own.frame, ablated, wiring.shape.exists[None], question.law)
+    logits = made.run(lambda: run_plainly(root, model, question.clean, [0], -1))
+    size = float((own.logits - own.logits.mean()).abs().max())
+    off = float((logits - own.logits).abs().max())
+    if not off <= TOLERANCE.get(own.logits.dtype, 2e-3) * max(size, 1.0):
+        raise RefusedPlace(
+            f"a circuit of all edges gives other logits than the clean run ({off:.2g} apart, of {size:.2g}), so "
+            "something in the layers of this model reads the stream past its queries, keys, values and MLPs",
+            expected="a model whose layers read the stream through those alone",
+        )
+    known.add(asked)
+    return made.cost + question.law.whole(question.clean, [0], 1)

@@ -1,0 +1,102 @@
+"""The members of a circuit: each by its one spelling, there in its model, and in the order in which they run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from nnsplice.circuits.addresses import Role, address
+from nnsplice.circuits.shape import Shape
+from nnsplice.errors import BadArgument, BadType, UnknownPath, closest
+from nnsplice.paths import Path
+
+Edge = tuple[Path, Path]
+
+
+def checked_nodes(nodes: Iterable[str | Path], shape: Shape | None) -> list[Path]:
+    """Nodes by their one spelling.
+
+    Raises:
+        UnknownPath: the graph has no such node.
+    """
+    found = [address(node, "sender") for node in nodes]
+    for node in found:
+        _check_there(node, "sender", shape)
+    return found
+
+
+def checked_edges(given: Iterable[Any], shape: Shape | None) -> list[Edge]:
+    """Edges by the one spelling of their ends.
+
+    Raises:
+        BadArgument: one leads against the order in which a model runs.
+        UnknownPath: the graph has no such place.
+    """
+    edges: list[Edge] = []
+    for edge in given:
+        if not isinstance(edge, tuple | list) or len(edge) != 2:
+            raise BadType(
+                f"{edge!r} is no edge", expected="a pair of a sender and a receiver",
+                write='("layers[0].heads[1]", "layers[2].mlp")',
+            )  # fmt: skip
+        sender, receiver = address(edge[0], "sender"), address(edge[1], "receiver")
+        _check_there(sender, "sender", shape)
+        _check_there(receiver, "receiver", shape)
+        if not _runs_before(sender, receiver, shape):
+            raise BadArgument(
+                f"{sender} runs after {receiver} reads the stream, so there is no edge from it",
+                expected="a sender that runs before the receiver",
+            )
+        edges.append((sender, receiver))
+    return edges
+
+
+def _check_there(path: Path, role: Role, shape: Shape | None) -> None:
+    if shape is None:
+        return
+    known = shape.sender_number if role == "sender" else shape.receiver_number
+    if path not in known:
+        raise UnknownPath(f"this model has no {role} {path}", expected=closest(str(path), map(str, known)))
+
+
+def _runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
+    if shape is not None:
+        return bool(shape.exists[shape.receiver_number[receiver], shape.sender_number[sender]])
+    if sender.steps[-1].name == "embed" or receiver.steps[-1].name == "unembed":
+        return True
+    above, below = int(sender.steps[0].index), int(receiver.steps[0].index)  # type: ignore[arg-type]
+    # Within a layer, heads may send to the MLP where it comes after them: that depends on the model.
+    same = above == below and sender.steps[-1].name == "heads" and receiver.steps[-1].name == "mlp"
+    return above < below or same
+
+
+_KINDS = {"embed": -1, "heads": 0, "groups": 1, "mlp": 3, "unembed": 4}
+
+
+def order_of(path: Path) -> tuple[int, ...]:
+    """When a place runs; in one layer, queries come before keys, keys before values, and the MLP last."""
+    last = path.steps[-1]
+    layer = {"embed": -1, "unembed": 1 << 30}.get(last.name, path.steps[0].index)
+    index = last.index if len(path.steps) > 1 and isinstance(last.index, int) else 0
+    return int(layer), _KINDS[last.name] + (path.value == "v"), index  # type: ignore[arg-type]
+
+
+def rank_of(member: Path | Edge) -> tuple[Any, ...]:
+    """When a node runs, or an edge's sender and then its receiver."""
+    return tuple(map(order_of, member)) if isinstance(member, tuple) else order_of(member)
+
+
+def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:
+    """The nodes that edges start from, and those whose queries or MLPs they end at."""
+    found: dict[Path, None] = {}
+    for sender, receiver in edges:
+        found.setdefault(sender)
+        if receiver.steps[-1].name in ("heads", "mlp"):
+            found.setdefault(address(re.sub(r"\.q$", "", str(receiver)), "sender"))
+    return tuple(sorted(found, key=order_of))
+
+
+def text_of(member: Path | Edge) -> str:
+    """A member in words."""
+    return " -> ".join(map(str, member)) if isinstance(member, tuple) else str(member)

@@ -1,0 +1,165 @@
+"""Unedited runs, kept: what every sender gives, and the stream that is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice import engine, wire
+from nnsplice.activations.prompts import Prompts
+from nnsplice.atlas import Site
+from nnsplice.circuits.wiring import LayerWires, Wiring
+from nnsplice.errors import RefusedPlace
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The senders' values of runs over prompts of one length: `[prompt, token, width]` each."""
+
+    #: The stream that enters the first layer.
+    embed: Tensor
+    #: By layer: what the heads bring to the output projection, and what the MLP adds, before `Block.scale`.
+    z: tuple[Tensor, ...]
+    mlp: tuple[Tensor, ...]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Recorded:
+        """Something done to every value."""
+        return Recorded(change(self.embed), tuple(map(change, self.z)), tuple(map(change, self.mlp)))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What else is known of a model from a run of it."""
+
+    #: How many elements a block returns; None where it returns a tensor.
+    returns: tuple[int | None, ...]
+    #: How wide the output of each projection is.
+    widths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: the values, and the logits that were asked for, `[prompt, vocab]`."""
+
+    values: Recorded
+    frame: Frame
+    logits: Tensor
+
+
+def record(root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], at: int) -> Run:
+    """Run prompts of one length as they are, and check that their stream is the sum of what the senders give.
+
+    Args:
+        at: the position whose logits are kept, counted from the end.
+
+    Raises:
+        RefusedPlace: the stream is something else.
+    """
+    seen: dict[Site, Tensor] = {}
+    returns: list[int | None] = []
+    widths: dict[str, int] = {}
+    wanted: list[Site] = [Site(wiring.layers[0].block.module, "input")]
+    for layer in wiring.layers:
+        wanted += [Site(layer.z[0].module, "input"), layer.mlp_added, layer.attn_added]
+    last = Site(wiring.layers[-1].block.module, "output")
+    with ExitStack() as stack:
+        for site in (*dict.fromkeys(wanted), last):
+            stack.enter_context(_keeping(root, site, len(rows), seen))
+        for layer in wiring.layers:
+            stack.enter_context(_after(root, layer.block.module, lambda out: returns.append(_returns(out))))
+            for name in layer.projections:
+                stack.enter_context(_after(root, name, lambda out, n=name: widths.__setitem__(n, out.shape[-1])))
+        logits = run_plainly(root, model, prompts, rows, at)
+    values = Recorded(
+        seen[wanted[0]],
+        tuple(seen[Site(layer.z[0].module, "input")] for layer in wiring.layers),
+        tuple(seen[layer.mlp_added] for layer in wiring.layers),
+    )
+    stream = values.embed
+    for layer, z in zip(wiring.layers, values.z, strict=True):
+        added = seen[layer.attn_added]
+        _check(ended(root, layer, projected(root, layer, z)), added, layer, f"more than {layer.block.o} stands")
+        stream = stream + (added + seen[layer.mlp_added]) * layer.block.scale
+    _check(stream, seen[last], wiring.layers[-1], "more than attention and MLP stands")
+    return Run(values, Frame(tuple(returns), widths), logits)
+
+
+def run_plainly(root: nn.Module, model: engine.Model, prompts: Prompts, rows: Sequence[int], at: int) -> Tensor:
+    """The logits of one position, counted from the end: `[prompt, vocab]`."""
+    inputs = prompts.inputs(rows, model.device)
+    assert isinstance(inputs, Mapping)
+    fewer = {"logits_to_keep": -at} if engine.keeps_logits(model) else {}
+    with torch.no_grad():
+        return root(**inputs, **fewer, use_cache=False).logits[:, at].clone()
+
+
+def projected(root: nn.Module, layer: LayerWires, z: Tensor) -> Tensor:
+    """What the output projection makes of all heads, with its bias."""
+    with torch.no_grad():
+        return root.get_submodule(layer.z[0].module)(z)
+
+
+def ended(root: nn.Module, layer: LayerWires, projection: Tensor) -> Tensor:
+    """What the attention adds to the stream, before `Block.scale`, of what its output projection made."""
+    if layer.norm is None:
+        return projection
+    with torch.no_grad():
+        return root.get_submodule(layer.norm)(projection)
+
+
+def _check(made: Tensor, seen: Tensor, layer: LayerWires, why: str) -> None:
+    allowed = 1e-9 if seen.dtype == torch.float64 else 1e-3 if seen.dtype == torch.float32 else 5e-2
+    off = float((made - seen.to(made)).abs().max())
+    size = float(seen.abs().max())
+    if not off <= allowed * (1 + size):
+        raise RefusedPlace(
+            f"{why} between the heads and the stream of layer {layer.block.index}: they are {off:.2g} apart, of "
+            f"{size:.2g}",
+            path=f"layers[{layer.block.index}]",
+            expected="a layer that adds its attention and its MLP to the stream",
+        )
+
+
+def _returns(out: Any) -> int | None:
+    return len(out) if isinstance(out, tuple | list) else None
+
+
+@contextmanager
+def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -> Any:
+    """Keep what stands at an end of a module, in memory of its own, as some blocks add into tensors in place."""
+    module = root.get_submodule(site.module)
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        into[site] = wire.as_rows(_first_of(args, kwargs), rows).clone()
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        into[site] = wire.as_rows(wire.unpack(output, site.item), rows).clone()
+
+    hook = (
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        if site.end == "input"
+        else module.register_forward_hook(after)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _first_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """A module's first input."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def _after(root: nn.Module, name: str, note: Callable[[Any], Any]) -> Any:
+    hook = root.get_submodule(name).register_forward_hook(lambda _m, _a, out: note(out) and None)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,285 @@
+"""Whether a circuit has all that matters, and nothing that does not: completeness and minimality, exact.
+
+Both take parts K out of the circuit and look at what that does. A complete circuit without K does what the model
+without K does; in a minimal one every node matters once some others are out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nnsplice.activations.prompts import PromptsLike
+from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.addresses import address
+from nnsplice.circuits.circuit import Circuit
+from nnsplice.circuits.measuring import Question, measure
+from nnsplice.circuits.shape import Shape
+from nnsplice.errors import BadArgument, BadType, circumstances, named
+from nnsplice.metrics import MetricLike
+from nnsplice.packed.cost import Cost
+from nnsplice.paths import Path
+from nnsplice.results import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Nodes = Iterable[str | Path]
+
+
+@dataclass(frozen=True, eq=False)
+class Completeness:
+    """The circuit and the model, each without the same nodes."""
+
+    #: The sets of nodes that were taken out, and how each was found.
+    sets: tuple[tuple[Path, ...], ...]
+    found_by: tuple[str, ...]
+    #: `[prompt, set]`
+    circuit: np.ndarray
+    model: np.ndarray
+    run: Run
+
+    @property
+    def scores(self) -> np.ndarray:
+        """`[set]`: |m(C without K) - m(M without K)|, of means over prompts; 0 is complete."""
+        return np.abs(self.circuit.mean(0) - self.model.mean(0))
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each set, the worst first."""
+        import pandas as pd
+
+        rows = pd.DataFrame(
+            {
+                "found by": self.found_by,
+                "nodes": [" + ".join(map(str, nodes)) for nodes in self.sets],
+                "n": [len(nodes) for nodes in self.sets],
+                "circuit": self.circuit.mean(0),
+                "model": self.model.mean(0),
+                "score": self.scores,
+            }
+        )
+        return rows.sort_values("score", ascending=False, kind="stable", ignore_index=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Minimality:
+    """How much each node of a circuit matters when some others are out: the most that was found."""
+
+    nodes: tuple[Path, ...]
+    #: `[node]`: |m(C without K and v) - m(C without K)| of means over prompts, and the K that it was found with.
+    scores: np.ndarray
+    sets: tuple[tuple[Path, ...], ...]
+    run: Run
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each node, the one that matters least first."""
+        import pandas as pd
+
+        rows = pd.DataFrame(
+            {
+                "node": list(map(str, self.nodes)),
+                "score": self.scores,
+                "without": [" + ".join(map(str, nodes)) for nodes in self.sets],
+            }
+        )
+        return rows.sort_values("score", kind="stable", ignore_index=True)
+
+
+def completeness(
+    model: Any,
+    circuit: Circuit,
+    clean: PromptsLike,
+    corrupted: PromptsLike | None,
+    metric: MetricLike,
+    *,
+    sets: Sequence[Nodes] = (),
+    random: int = 10,
+    greedy: int = 0,
+    ablation: Ablation = "patch",
+    reference: PromptsLike | None = None,
+    max_tokens: int | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Completeness:
+    """Compare the circuit without some of its nodes with the whole model without the same: |m(C - K) - m(M - K)|.
+
+    >>> circuit = ns.Circuit.of(nodes=["embed", "layers[:].mlp"], model=model)
+    >>> pair = "w3 w4 w5", "w3 w4 w3"
+    >>> report = ns.completeness(model, circuit, *pair, ns.logit_diff("w7", "w8"), random=2, greedy=1, progress=False)
+    >>> sorted(report.frame()["found by"])
+    ['greedy', 'random', 'random']
+
+    Args:
+        sets: sets of nodes to take out, of one's own.
+        random: how many sets are drawn; each node of the circuit is in one with a chance of a half.
+        greedy: how many nodes are taken out one after the other, always the one that makes the difference largest: that
+            measures every node of the circuit each time.
+        ablation: as for `Circuit.run`.
+        reference: as for `Circuit.run`.
+        max_tokens: how many tokens run at once.
+        progress: show a bar.
+        seed: of the sets that are drawn.
+    """
+    start = time.perf_counter()
+    with circumstances("ns.completeness"):
+        one = _Part.of(model, circuit, clean, corrupted, metric, ablation, reference, max_tokens, progress)
+        chosen = [("given", one.checked(nodes)) for nodes in sets]
+        chosen += [("random", nodes) for nodes in one.drawn(random, seed)]
+        chosen += [("greedy", nodes) for nodes in _greedy(one, greedy)]
+        if not chosen:
+            raise BadArgument("no sets of nodes to take out", expected="sets=, random= or greedy=")
+        here, there = one.without([nodes for _, nodes in chosen])
+        about = Run("circuits", time.perf_counter() - start, **one.cost.told())
+        found = tuple(tuple(one.shape.senders[n] for n in nodes) for _, nodes in chosen)
+        return Completeness(found, tuple(by for by, _ in chosen), here, there, about)
+
+
+def minimality(
+    model: Any,
+    circuit: Circuit,
+    clean: PromptsLike,
+    corrupted: PromptsLike | None,
+    metric: MetricLike,
+    *,
+    sets: Sequence[Nodes] = (),
+    random: int = 10,
+    ablation: Ablation = "patch",
+    reference: PromptsLike | None = None,
+    max_tokens: int | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Minimality:
+    """Measure what each node still does when others are out of the circuit: the largest |m(C - K - v) - m(C - K)|.
+
+    >>> circuit = ns.Circuit.of(nodes=["embed", "layers[:].mlp"], model=model)
+    >>> pair = "w3 w4 w5", "w3 w4 w3"
+    >>> report = ns.minimality(model, circuit, *pair, ns.logit_diff("w7", "w8"), random=2, progress=False)
+    >>> sorted(report.frame()["node"])
+    ['embed', 'layers[0].mlp', 'layers[1].mlp', 'layers[2].mlp']
+
+    Args:
+        sets: sets K of one's own, which every node is tried with; the empty one is always tried.
+        random: how many sets are drawn for all nodes.
+        ablation: as for `Circuit.run`.
+        reference: as for `Circuit.run`.
+        max_tokens: how many tokens run at once.
+        progress: show a bar.
+        seed: of the sets that are drawn.
+    """
+    start = time.perf_counter()
+    with circumstances("ns.minimality"):
+        one = _Part.of(model, circuit, clean, corrupted, metric, ablation, reference, max_tokens, progress)
+        tried = [frozenset[int](), *map(frozenset, [*map(one.checked, sets), *one.drawn(random, seed)])]
+        wanted: dict[frozenset[int], int] = {}
+        for nodes in tried:
+            for node in one.nodes:
+                wanted.setdefault(nodes - {node}, len(wanted))
+                wanted.setdefault(nodes | {node}, len(wanted))
+        means = one.measured(one.mask, [sorted(nodes) for nodes in wanted]).mean(0)
+        best = np.zeros(len(one.nodes))
+        best_with: list[frozenset[int]] = [frozenset()] * len(one.nodes)
+        for number, node in enumerate(one.nodes):
+            for nodes in tried:
+                moved = abs(means[wanted[nodes | {node}]] - means[wanted[nodes - {node}]])
+                if moved > best[number]:
+                    best[number], best_with[number] = moved, nodes - {node}
+        about = Run("circuits", time.perf_counter() - start, **one.cost.told())
+        paths = one.shape.senders
+        found = tuple(tuple(paths[n] for n in sorted(nodes)) for nodes in best_with)
+        return Minimality(tuple(paths[n] for n in one.nodes), best, found, about)
+
+
+@dataclass
+class _Part:
+    """A circuit of which parts are taken out."""
+
+    question: Question
+    mask: np.ndarray
+    #: The circuit's nodes, by their numbers among the senders.
+    nodes: tuple[int, ...]
+    max_tokens: int | None
+    progress: bool
+    cost: Cost = field(default_factory=Cost)
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        circuit: Circuit,
+        clean: PromptsLike,
+        corrupted: PromptsLike | None,
+        metric: MetricLike,
+        ablation: Ablation,
+        reference: PromptsLike | None,
+        max_tokens: int | None,
+        progress: bool,
+    ) -> _Part:
+        if not isinstance(circuit, Circuit):
+            raise BadType(f"{named(circuit)} is no circuit", expected="an ns.Circuit")
+        question = Question.of(model, clean, corrupted, metric, ablation, reference)
+        mask = circuit.checked_mask(question)
+        numbers = question.wiring.shape.sender_number
+        nodes = tuple(sorted(numbers[node] for node in circuit.nodes))
+        if not nodes:
+            raise BadArgument("an empty circuit has no nodes to take out", expected="a circuit with nodes")
+        return cls(question, mask, nodes, max_tokens, progress)
+
+    @property
+    def shape(self) -> Shape:
+        """Of the model."""
+        return self.question.wiring.shape
+
+    def checked(self, nodes: Nodes) -> tuple[int, ...]:
+        """A set of the user's."""
+        if isinstance(nodes, str | Path):
+            raise BadType(f"{nodes} is no set of nodes", expected="a list of them", write=f'sets=[["{nodes}"]]')
+        numbers: set[int] = set()
+        for node in nodes:
+            number = self.shape.sender_number.get(address(node, "sender"))
+            if number is None or number not in self.nodes:
+                raise BadArgument(f"{node} is no node of the circuit", expected="nodes that can be taken out of it")
+            numbers.add(number)
+        return tuple(sorted(numbers))
+
+    def drawn(self, count: int, seed: int) -> list[tuple[int, ...]]:
+        """Sets of nodes drawn at random, `embed` left in."""
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise BadArgument(f"random={count!r}", expected="how many sets are drawn, or 0")
+        rng = np.random.default_rng(seed)
+        some = [node for node in self.nodes if node != 0]
+        return [tuple(node for node in some if rng.random() < 0.5) for _ in range(count)]
+
+    def measured(self, mask: np.ndarray, sets: Sequence[Iterable[int]]) -> np.ndarray:
+        """`[prompt, set]`: the metric of a circuit without each of these sets."""
+        masks: list[np.ndarray] = []
+        for nodes in sets:
+            left = mask.copy()
+            left[:, list(nodes)] = False
+            masks.append(left)
+        found = measure(self.question, masks, max_tokens=self.max_tokens, progress=self.progress)
+        self.cost += found.cost
+        return found.values
+
+    def without(self, sets: Sequence[Iterable[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The circuit without each of these sets, and the model without them."""
+        return self.measured(self.mask, sets), self.measured(self.shape.exists, sets)
+
+
+def _greedy(one: _Part, steps: int) -> list[tuple[int, ...]]:
+    """The sets on the way of taking out always the node that makes the difference largest."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise BadArgument(f"greedy={steps!r}", expected="how many nodes are taken out one after the other, or 0")
+    out: tuple[int, ...] = ()
+    found: list[tuple[int, ...]] = []
+    for _ in range(steps):
+        tried = [(*out, node) for node in one.nodes if node not in (*out, 0)]
+        if not tried:
+            break
+        here, there = one.without(tried)
+        out = tuple(sorted(tried[int(np.argmax(np.abs(here.mean(0) - there.mean(0))))]))
+        found.append(out)
+    return found

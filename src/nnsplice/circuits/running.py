@@ -1,0 +1,353 @@
+"""Runs of circuits: every receiver reads a stream of its own, in which only the senders of its edges have their values.
+
+What a sender gives is kept as its difference from the ablated value. So the stream that a receiver reads is the ablated
+stream and the differences of its senders: one product of matrices for all receivers of a layer. Each block runs as it
+is, once for each *different* stream up to the projections of queries, keys and values, and once through attention and
+MLP with every head's columns put together from these.
+
+Where a norm stands behind the output projection (Gemma, OLMo 2), what heads give to the stream is no sum. There the
+heads' differences are kept before it, and every receiver has the norm of just its heads: what path patching writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnsplice import wire
+from nnsplice.circuits.columns import project, through
+from nnsplice.circuits.recording import Frame, Recorded, ended, projected
+from nnsplice.circuits.wiring import LayerWires, Wiring
+from nnsplice.packed.cost import Cost, Law
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """What everything outside a circuit gives: for prompts of one length."""
+
+    #: `[prompt, token, width]`
+    values: Recorded
+    #: What the output projection of each layer makes of them.
+    projected: tuple[Tensor, ...]
+    #: The stream that is made of them: as each layer's attention reads it and as its MLP does; at last, complete.
+    streams: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, root: nn.Module, wiring: Wiring, values: Recorded) -> Ablated:
+        """The stream of these values."""
+        made = [projected(root, layer, z) for layer, z in zip(wiring.layers, values.z, strict=True)]
+        stream, streams = values.embed, []
+        for layer, projection, mlp in zip(wiring.layers, made, values.mlp, strict=True):
+            middle = stream + ended(root, layer, projection) * layer.block.scale
+            streams += [stream, stream if layer.mid is None else middle]
+            stream = middle + mlp * layer.block.scale
+        return cls(values, tuple(made), (*streams, stream))
+
+
+class _Done(Exception):  # no error: the way out of a block when everything was seen
+    pass
+
+
+@dataclass
+class Pass:
+    """One pass of some circuits over prompts of one length; rows are circuit after circuit, each with all prompts."""
+
+    root: nn.Module
+    wiring: Wiring
+    frame: Frame
+    ablated: Ablated
+    #: `[circuit, receiver, sender]`: the edges that are needed; see `masks.needed`.
+    masks: np.ndarray
+    law: Law
+    cost: Cost = field(default_factory=Cost)
+
+    def __post_init__(self) -> None:
+        self.circuits: int = len(self.masks)
+        self.prompts: int
+        self.tokens: int
+        self.width: int
+        self.prompts, self.tokens, self.width = self.ablated.values.embed.shape
+        #: The senders that an edge starts from, and where each stands among them.
+        self.kept: np.ndarray = np.flatnonzero(self.masks.any((0, 1)))
+        self.slots: dict[int, int] = {int(sender): slot for slot, sender in enumerate(self.kept)}
+        dtype = self.ablated.values.embed.dtype
+        self.dtype: torch.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        shape = (self.circuits, len(self.kept), self.prompts, self.tokens, self.width)
+        #: What each sender gives less what it gives when it is ablated; of heads before a norm, before that.
+        self.moved: Tensor = self.ablated.values.embed.new_zeros(shape, dtype=self.dtype)
+        self.edges: Tensor = torch.from_numpy(self.masks[:, :, self.kept]).to(self.moved)
+        self.mode: Callable[[], Any] | None = None
+        self.seen: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
+        names = dict.fromkeys(name for layer in self.wiring.layers for name in layer.projections)
+        self.projections: dict[str, Any] = {name: self.root.get_submodule(name) for name in names}
+        self.forwards: dict[str, Callable[..., Tensor]] = {n: m.forward for n, m in self.projections.items()}
+
+    @property
+    def rows(self) -> int:
+        """How many rows run."""
+        return self.circuits * self.prompts
+
+    def run(self, logits: Callable[[], Tensor]) -> Tensor:
+        """Call the model while its blocks run circuits.
+
+        Args:
+            logits: calls the model on the prompts, once for each circuit, and returns what is wanted.
+        """
+        with torch.no_grad(), self._circuits():
+            return logits()
+
+    # --- blocks
+
+    @contextmanager
+    def _circuits(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.wiring.layers):
+                block = self.root.get_submodule(layer.block.module)
+                stack.enter_context(_forward(block, partial(self._block, number, block.forward)))
+            for name, module in self.projections.items():
+                stack.enter_context(_forward(module, partial(self._projection, name)))
+            yield
+
+    def _block(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What stands in a block's place: the circuits run in it, and the complete stream leaves the last one."""
+        layer, (sender, receiver) = self.wiring.layers[number], self.wiring.shape.starts[number]
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        if number == 0 and 0 in self.slots:
+            self._keep(0, self._apart(hidden, self.ablated.values.embed))
+
+        def call(stream: Tensor) -> None:
+            stream = stream.to(hidden).reshape(hidden.shape)
+            with suppress(_Done):
+                if args:
+                    forward(stream, *args[1:], **kwargs)
+                else:
+                    forward(**{**kwargs, next(iter(kwargs)): stream})
+
+        shape = self.wiring.shape.layers[number]
+        heads = [head for head in range(shape.heads) if sender + head in self.slots]
+        has_mlp = sender + shape.heads in self.slots
+        mlp = receiver + shape.heads + 2 * shape.groups
+        self.given = {}
+        if heads:
+            self._mix(number, layer, call, heads)
+        parallel = layer.mid is None
+        if heads or (has_mlp and not parallel):
+            with self._inside(number, layer, heads, None if parallel or not has_mlp else mlp):
+                call(self._streams(number, [], at=2 * number)[0])
+        if has_mlp and parallel:
+            self.given = {}
+            with self._inside(number, layer, [], mlp):
+                call(self._streams(number, [mlp], at=2 * number)[0])
+        self.given = {}
+        last = number == len(self.wiring.layers) - 1
+        out = self._streams(number + 1, [len(self.wiring.shape.receivers) - 1], at=-1)[0] if last else hidden
+        out = out.to(hidden).reshape(hidden.shape)
+        returns = self.frame.returns[number]
+        return out if returns is None else (out, *[None] * (returns - 1))
+
+    def _mix(self, number: int, layer: LayerWires, call: Callable[[Tensor], None], heads: Sequence[int]) -> None:
+        """Put the outputs of the projections together: each head's and group's columns of its own stream."""
+        shape, (_, first) = self.wiring.shape.layers[number], self.wiring.shape.starts[number]
+        sender = self.wiring.shape.starts[number][0]
+        read = {r - first for head in heads for r in self.wiring.shape.reads_of(sender + head)}
+        wanted = sorted(read) if not layer.heads_mix else list(range(shape.heads + 2 * shape.groups))
+        asked = self.masks[:, [first + n for n in wanted]][:, :, self.kept].transpose(1, 0, 2)
+        _, chosen, which = np.unique(asked.reshape(len(wanted), -1), axis=0, return_index=True, return_inverse=True)
+        streams = self._streams(number, [first + wanted[n] for n in chosen], at=2 * number)
+        sites = layer.receivers
+        for variant, stream in enumerate(streams):
+            self.seen = {}
+            self.mode = partial(self._enough, layer.projections)
+            try:
+                call(stream)
+            finally:
+                self.mode = None
+            mine = [sites[wanted[n]] for n in np.flatnonzero(which.reshape(-1) == variant)]
+            for name in dict.fromkeys(site.module for site in mine):
+                columns = [site.columns for site in mine if site.module == name and site.columns is not None]
+                made = project(self.projections[name], self.forwards[name], self.seen[name], columns)
+                self._put(name, columns, made)
+            self.cost += self._spent(self.law.per_token(*layer.projections) // max(len(streams), 1))
+        self.seen = {}
+
+    def _enough(self, projections: Sequence[str]) -> None:
+        if len(self.seen) == len(projections):
+            raise _Done
+
+    def _put(self, name: str, columns: Sequence[Any], values: Tensor) -> None:
+        if name not in self.given:
+            self.given[name] = values.new_zeros(*values.shape[:-1], self.frame.widths[name])
+        at = 0
+        for start, stop in columns:
+            self.given[name][..., start:stop] = values[..., at : at + stop - start]
+            at += stop - start
+
+    def _projection(self, name: str, states: Tensor) -> Tensor:
+        """What stands in a projection's place: its input is kept, or what was put together comes out."""
+        if self.mode is not None:
+            self.seen[name] = states
+            self.mode()
+            return states.new_zeros(1).expand(*states.shape[:-1], self.frame.widths[name])
+        if name in self.given:
+            return self.given[name].reshape(*states.shape[:-1], -1)
+        return states.new_zeros(*states.shape[:-1], self.frame.widths[name])
+
+    @contextmanager
+    def _inside(self, number: int, layer: LayerWires, heads: Sequence[int], mlp: int | None) -> Iterator[None]:
+        """Keep what the heads and the MLP give, and let the MLP read its own stream."""
+        sender = self.wiring.shape.starts[number][0]
+
+        def brought(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if heads:
+                self._heads(number, layer, heads, args[0] if args else next(iter(kwargs.values())))
+            if mlp is None:
+                raise _Done
+
+        def added(_module: nn.Module, _args: Any, output: Any) -> None:
+            moved = self._apart(wire.unpack(output, layer.mlp_added.item), self.ablated.values.mlp[number])
+            self._keep(sender + len(layer.q), moved * layer.block.scale)
+            raise _Done
+
+        with ExitStack() as stack:
+            before = self.root.get_submodule(layer.z[0].module).register_forward_pre_hook(brought, with_kwargs=True)
+            stack.callback(before.remove)
+            if mlp is not None:
+                after = self.root.get_submodule(layer.mlp_added.module).register_forward_hook(added)
+                stack.callback(after.remove)
+            if mlp is not None and layer.mid is not None:
+                stack.enter_context(self._middle(number, layer, mlp))
+            self.cost += self._spent(self.law.per_token(*layer.block.modules))
+            yield
+
+    @contextmanager
+    def _middle(self, number: int, layer: LayerWires, mlp: int) -> Iterator[None]:
+        """The stream that the MLP reads."""
+        assert layer.mid is not None
+        module, item = self.root.get_submodule(layer.mid.module), layer.mid.item
+
+        def stream(like: Tensor) -> Tensor:
+            made = self._streams(number, [mlp], at=2 * number + 1, own_heads=True)[0]
+            return made.to(like).reshape(like.shape)
+
+        def before(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
+            if args:
+                return ((stream(args[0]), *args[1:]), kwargs)
+            name = next(iter(kwargs))
+            return (args, {**kwargs, name: stream(kwargs[name])})
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+            return wire.repack(output, item, stream(wire.unpack(output, item)))
+
+        if layer.mid.end == "input":
+            hook = module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            hook = module.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    # --- senders
+
+    def _heads(self, number: int, layer: LayerWires, heads: Sequence[int], brought: Tensor) -> None:
+        """Keep what some heads give: through the output projection, and to the stream where no norm is behind it."""
+        sender = self.wiring.shape.starts[number][0]
+        moved = self._apart(brought, self.ablated.values.z[number])
+        scale = 1.0 if layer.norm else layer.block.scale
+        project = self.root.get_submodule(layer.z[0].module)
+        for head in heads:
+            start, stop = layer.z[head].columns or (0, 0)
+            part = through(project, moved[..., start:stop].to(brought), (start, stop), moved.shape[-1])
+            self._keep(sender + head, part.to(self.moved) * scale)
+
+    def _apart(self, values: Tensor, ablated: Tensor) -> Tensor:
+        """`[circuit, prompt, token, width]`: how far values of all rows are from the ablated ones."""
+        found = values.reshape(self.circuits, self.prompts, self.tokens, -1).to(self.dtype)
+        return found - ablated.to(found)
+
+    def _keep(self, sender: int, moved: Tensor) -> None:
+        self.moved[:, self.slots[sender]] = moved.to(self.moved)
+
+    # --- streams
+
+    def _streams(self, number: int, receivers: Sequence[int], at: int, *, own_heads: bool = False) -> Tensor:
+        """`[receiver, row, token, width]`: what each receiver reads; with none of them, the ablated stream.
+
+        Args:
+            number: the layers before this one have run.
+            own_heads: and so has the attention of this one.
+        """
+        base = self.ablated.streams[at].to(self.dtype)
+        if not receivers:
+            return base.repeat(self.circuits, 1, 1)[None]
+        edges = self.edges[:, list(receivers)]
+        made = self._sums(edges).unflatten(-1, (self.prompts, self.tokens, self.width)) + base
+        for before in range(number + own_heads):
+            layer = self.wiring.layers[before]
+            if layer.norm is not None:
+                made += self._normed(before, layer, edges)
+        return made.transpose(0, 1).flatten(1, 2)
+
+    def _sums(self, edges: Tensor) -> Tensor:
+        """`[circuit, receiver, prompt * token * width]`, of the senders whose differences are those of the stream."""
+        edges = edges * self._direct
+        used = edges.flatten(0, 1).any(0).nonzero().flatten()
+        if not len(used):
+            return self.moved.new_zeros(*edges.shape[:2], self.prompts * self.tokens * self.width)
+        stop = int(used[-1]) + 1
+        some = len(used) * 2 < stop
+        edges, moved = (edges[..., used], self.moved[:, used]) if some else (edges[..., :stop], self.moved[:, :stop])
+        self.cost += Cost(flops=2 * edges.numel() * moved[0, 0].numel())
+        return torch.bmm(edges, moved.flatten(2))
+
+    @cached_property
+    def _direct(self) -> Tensor:
+        """`[sender]`: 1 where what is kept is a difference of the stream, 0 where a norm comes first."""
+        found = torch.ones(len(self.kept))
+        for layer, (sender, _) in zip(self.wiring.layers, self.wiring.shape.starts, strict=True):
+            for head in range(len(layer.q)) if layer.norm is not None else ():
+                if sender + head in self.slots:
+                    found[self.slots[sender + head]] = 0.0
+        return found.to(self.moved)
+
+    def _normed(self, number: int, layer: LayerWires, edges: Tensor) -> Tensor:
+        """`[circuit, receiver, prompt, token, width]`: how far the norm of a receiver's heads is from the ablated."""
+        sender = self.wiring.shape.starts[number][0]
+        slots = [self.slots[sender + head] for head in range(len(layer.q)) if sender + head in self.slots]
+        before = self.ablated.projected[number]
+        if not slots:
+            return before.new_zeros((), dtype=self.dtype)
+        picked = edges[:, :, slots]
+        different, which = torch.unique(picked.transpose(0, 1).flatten(1), dim=0, return_inverse=True)
+        different = different.unflatten(1, (self.circuits, len(slots))).transpose(0, 1)
+        moved = torch.bmm(different, self.moved[:, slots].flatten(2))
+        moved = moved.unflatten(-1, (self.prompts, self.tokens, self.width))
+        ends = ended(self.root, layer, (before.to(moved) + moved).to(before)).to(moved)
+        apart = (ends - ended(self.root, layer, before).to(moved)) * layer.block.scale
+        return apart[:, which]
+
+    def _spent(self, per_token: float) -> Cost:
+        tokens = self.rows * self.tokens
+        return Cost(tokens, block_calls=1, flops=tokens * per_token, peak=tokens)
+
+
+@contextmanager
+def _forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a module while this lasts."""
+    before: Mapping[str, Any] = {name: value for name, value in module.__dict__.items() if name == "forward"}
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before:
+            module.forward = before["forward"]
+        else:
+            del module.forward

@@ -1,0 +1,162 @@
+"""`acdc`: a circuit found by taking edges out, from the logits backwards, for as long as the metric stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from nnsplice import engine
+from nnsplice.activations.prompts import PromptsLike
+from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.circuit import Circuit
+from nnsplice.circuits.masks import needed
+from nnsplice.circuits.measuring import Question, measure
+from nnsplice.errors import BadArgument, BadType, circumstances, named
+from nnsplice.metrics import MetricLike
+from nnsplice.progress import bar
+from nnsplice.results import Journal
+from nnsplice.sweeps.identity import told
+
+#: How many edges are tried in one batch; part of what a journal is about, as its numbers count them.
+AT_ONCE = 16
+
+
+def acdc(
+    model: Any,
+    clean: PromptsLike,
+    corrupted: PromptsLike | None,
+    metric: MetricLike,
+    *,
+    threshold: float,
+    start: Circuit | None = None,
+    ablation: Ablation = "patch",
+    reference: PromptsLike | None = None,
+    max_tokens: int | None = None,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = True,
+) -> Circuit:
+    """Take out every edge without which the mean metric moves by less than a threshold, one after the other. Exact.
+
+    Receivers are visited from the logits backwards, and of each the senders from the last to the first. An edge that
+    was taken out stays out for all that come after it; a receiver that no longer leads to the logits loses all its
+    edges. The scores of the circuit are how far the metric moved without each edge, when it was that one's turn.
+
+    Edges of one receiver run in batches, on the guess that all of them can go; after one that stays, the rest are
+    measured again. So what comes out is what one run for each edge gives. That is as many runs as there are edges,
+    though: of a large model, begin with the best of an estimate (`start=`).
+
+    >>> metric, pair = ns.logit_diff("w7", "w8"), ("w3 w4 w5", "w3 w4 w3")
+    >>> circuit = ns.acdc(model, *pair, metric, threshold=0.2, progress=False)
+    >>> 0 < len(circuit) < len(ns.Circuit.full(model))
+    True
+    >>> kept, full = (one.run(model, *pair, metric) for one in (circuit, ns.Circuit.full(model)))
+
+    Args:
+        threshold: an edge stays when the mean metric moves by so much without it.
+        start: the edges to begin with; all of the model's, if left out.
+        ablation: as for `Circuit.run`.
+        reference: as for `Circuit.run`.
+        max_tokens: how many tokens run at once.
+        journal: a file that every batch is appended to; the same call after a stop goes on from there.
+        progress: show a bar.
+    """
+    with circumstances("ns.acdc"):
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold > 0:
+            raise BadArgument(f"threshold={threshold!r}", expected="a number above 0, in units of the metric")
+        if start is not None and (not isinstance(start, Circuit) or start.kind != "edges"):
+            raise BadType(f"start is {named(start)}", expected="a circuit of edges")
+        question = Question.of(model, clean, corrupted, metric, ablation, reference)
+        begin = Circuit.full(model) if start is None else start
+        mask = begin.checked_mask(question)
+        asked = _asked(question, mask, threshold)
+        opened = nullcontext() if journal is None else Journal.open(journal, asked, int(mask.sum()))
+        with opened as log:
+            mask, moved = _pruned(question, mask, threshold, _measuring(question, log, max_tokens), progress)
+        shape = question.wiring.shape
+        edges = shape.edges(mask)
+        scores = tuple(moved[shape.receiver_number[r], shape.sender_number[s]] for s, r in edges)
+        about = {"method": "acdc", "threshold": float(threshold), "metric": question.metric.identity}
+        return Circuit("edges", (), edges, scores, shape, {**begin.on(model).provenance, **about})
+
+
+Means = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+def _pruned(
+    question: Question, mask: np.ndarray, threshold: float, means: Means, progress: bool
+) -> tuple[np.ndarray, dict[tuple[int, int], float]]:
+    """The edges that stay, and how far the metric moved without each: `(receiver, sender)` -> that."""
+    shape = question.wiring.shape
+    moved: dict[tuple[int, int], float] = {}
+    (now,) = means([mask])
+    with bar("acdc", int(mask.sum()), "edge", progress) as shown:
+        for receiver in reversed(range(len(shape.receivers))):
+            before = int(mask[receiver].sum())
+            live, _ = needed(shape, mask, from_embed=False)
+            mask[receiver] &= live[receiver]
+            left = np.flatnonzero(mask[receiver])[::-1].tolist()
+            while left:
+                tried = left[:AT_ONCE]
+                masks = [mask.copy() for _ in tried]
+                for number, one in enumerate(masks):
+                    one[receiver, tried[: number + 1]] = False
+                values = means(masks)
+                for number, sender in enumerate(tried):
+                    apart = abs(float(values[number] - now))
+                    left = left[1:]
+                    if apart >= threshold:
+                        # It stays, and the others of this batch were measured without it.
+                        moved[receiver, sender] = apart
+                        break
+                    mask[receiver, sender] = False
+                    now = float(values[number])
+            shown.update(before)
+    # What was kept at first may have lost its way to the logits, or from the embeddings, by what went later.
+    mask, _ = needed(shape, mask, from_embed=question.source.is_run)
+    return mask, moved
+
+
+def _measuring(question: Question, log: Journal | None, max_tokens: int | None) -> Means:
+    """The mean metric of circuits; what stands in the journal is not run again."""
+    known = {} if log is None else log.done()
+    prompts, at = len(question.clean), [0]
+
+    def means(masks: Sequence[np.ndarray]) -> np.ndarray:
+        numbers = range(at[0], at[0] + len(masks))
+        at[0] = numbers.stop
+        pairs = [(prompt, number) for number in numbers for prompt in range(prompts)]
+        if all(pair in known for pair in pairs):
+            values = np.array([known[pair] for pair in pairs]).reshape(len(masks), prompts)
+        else:
+            values = measure(question, masks, max_tokens=max_tokens).values.T
+            if log is not None:
+                log.append([p for p, _ in pairs], [n for _, n in pairs], values.reshape(-1).tolist())
+        if np.isnan(values).any():
+            raise BadArgument(f"{question.metric.metric.name} is NaN on the way", expected="a metric that is a number")
+        return values.mean(1)
+
+    return means
+
+
+def _asked(question: Question, mask: np.ndarray, threshold: float) -> Mapping[str, Any]:
+    name, revision = engine.name_of(question.model)
+    return {
+        "search": "acdc",
+        "model": name,
+        "revision": revision,
+        "weights": engine.weights_digest(question.model),
+        "clean": told(question.clean),
+        "corrupted": None if question.corrupted is None else told(question.corrupted),
+        "metric": question.metric.identity,
+        "ablation": question.source.identity,
+        "start": np.packbits(mask).tobytes().hex(),
+        "threshold": float(threshold),
+        "at once": AT_ONCE,
+    }
+
+
+__all__ = ["acdc"]

@@ -1,0 +1,138 @@
+"""Whether places act together: what two of them do beyond what each does, around the corrupted and the clean run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from nnsplice import engine
+from nnsplice.activations.prompts import PromptsLike
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.metrics import MetricLike
+from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.results import SweepResult
+from nnsplice.sweeps.options import RUNNING, check_options, known_of
+from nnsplice.sweeps.planning import plan_sweep
+from nnsplice.sweeps.running import run_fresh
+
+#: What each number of a result is about.
+SUFFICIENCY, NECESSITY = "sufficiency", "necessity"
+#: What is no option, as both directions patch between the two runs.
+_SET_HERE = ("operation", "reference", "together", "corruption", "window")
+
+
+def interactions(
+    model: Any,
+    clean: PromptsLike,
+    corrupted: PromptsLike,
+    sites: Paths,
+    metric: MetricLike,
+    *,
+    pairs: str | Sequence[tuple[str | Path, str | Path]] = "all",
+    **options: Any,
+) -> SweepResult:
+    """Measure what each place does by itself, and what each two do beyond that. Exact: every cell is a run.
+
+    With m(A) the metric of the corrupted run that has the clean values of the places A, and M all of them at once, so
+    that m(M - A) is the clean run with the corrupted values of A. Of a place, `sufficiency` is m(i) - m(nothing) and
+    `necessity` m(M) - m(M - i). Of a pair, they are
+
+        sufficiency    m(i, j) - m(i) - m(j) + m(nothing)
+        necessity      m(M - i - j) - m(M - i) - m(M - j) + m(M)
+
+    and 0 where the two add up. A place that backs up another has little necessity alone, and a necessity with it
+    that is below 0: only without both the metric falls. Of two places on one way, the later one has its value given,
+    so that what the earlier one does through it is counted with neither: they interact, however straight the model is.
+
+    The numbers stand in `change()`, with an axis `metric` for the two and an axis `set` with the places' names.
+
+    >>> sites = ["layers[0].heads[1]", "layers[1].mlp", "layers[2].mlp"]
+    >>> pair = "w3 w4 w5", "w3 w6 w5"
+    >>> found = ns.interactions(model, *pair, sites, ns.logit_diff("w7", "w8"), progress=False)
+    >>> found.change().sizes
+    Frozen({'prompt': 1, 'metric': 2, 'set': 6})
+    >>> str(found.change().coords["set"].values[-1])
+    'layers[1].mlp.output + layers[2].mlp.output'
+
+    Args:
+        sites: paths; each place is one, without positions at all of its tokens.
+        pairs: which of them are taken together: `"all"`, or pairs of their paths.
+        options: those of `ns.plan_sweep` (`spans`, `align`) and `ns.run`.
+    """
+    check_options("ns.interactions", options, known_of(interactions, plan_sweep, _SET_HERE))
+    running = {name: options.pop(name) for name in RUNNING if name in options}
+    if "journal" in running:
+        raise BadArgument("interactions are two sweeps, and a journal is of one", expected="no journal=")
+    model = engine.as_model(model)
+    with circumstances("ns.interactions"):
+        places = _places(model, sites)
+        chosen = _pairs(model, places, pairs)
+        sets = [[place] for place in places] + [[places[a], places[b]] for a, b in chosen]
+        there, back = (
+            run_fresh(plan_sweep(model, *both, sets, metric, **options), model, **running).table
+            for both in ((clean, corrupted), (corrupted, clean))
+        )
+        if there.metrics:
+            raise BadArgument("interactions are of one metric", expected="one metric, such as ns.logit_diff")
+        # `there` begins at the corrupted run, `back` at the clean one.
+        up, down = (_beyond(table.values - table.corrupted[:, None], len(places), chosen) for table in (there, back))
+        down[:, : len(places)] *= -1.0  # of one place, what is lost
+        moved = np.stack([up, down], -1)
+        ends = {name: np.stack([getattr(there, name)] * 2, -1) for name in ("clean", "corrupted")}
+        asked = {**there.asked, "operation": "interactions", "pairs": [list(pair) for pair in chosen]}
+        run = replace(
+            there.run,
+            seconds=there.run.seconds + back.run.seconds,
+            **{name: getattr(there.run, name) + getattr(back.run, name)
+               for name in ("forwards", "block_calls", "tokens", "flops", "known")},
+            note="; ".join(dict.fromkeys(note for note in (there.run.note, back.run.note) if note)),
+        )  # fmt: skip
+        values = ends["corrupted"][:, None] + moved
+        return SweepResult(
+            replace(there, values=values, **ends, asked=asked, run=run, metrics=(SUFFICIENCY, NECESSITY))
+        )
+
+
+def _beyond(moved: np.ndarray, places: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """`[prompt, cell]`: how far each moves the metric, and of pairs what is more than their places' own."""
+    found = moved.copy()
+    for number, (a, b) in enumerate(pairs, places):
+        found[:, number] -= moved[:, a] + moved[:, b]
+    return found
+
+
+def _places(model: engine.Model, sites: Paths) -> list[Path]:
+    wanted = [parse_path(path) for path in engine.listed(sites)]
+    found = [place.at(path.position) for path in wanted for place in engine.expand(model, path.place)]
+    places = sorted(dict.fromkeys(found), key=engine.known(model).rank)
+    if len(places) < 2:
+        raise BadArgument(f"{len(places)} place, and two are needed to act together", expected="several sites")
+    return places
+
+
+def _pairs(model: engine.Model, places: Sequence[Path], pairs: Any) -> list[tuple[int, int]]:
+    if isinstance(pairs, str):
+        if pairs != "all":
+            raise BadArgument(f"pairs={pairs!r}", expected='"all", or pairs of paths')
+        return list(combinations(range(len(places)), 2))
+    number = {place: n for n, place in enumerate(places)}
+    found: dict[tuple[int, int], None] = {}
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise BadArgument(f"{pair!r} is no pair", expected="two paths", write='("layers[3].mlp", "layers[4].mlp")')
+        at: list[int] = []
+        for end in map(parse_path, pair):
+            same = [place.at(end.position) for place in engine.expand(model, end.place)]
+            if len(same) != 1 or same[0] not in number:
+                raise BadArgument(f"{end} is none of the sites", expected="pairs of places that are among them")
+            at.append(number[same[0]])
+        if at[0] == at[1]:
+            raise BadArgument(f"{pair[0]} with itself is no pair", expected="two places")
+        found[min(at), max(at)] = None
+    if not found:
+        raise BadArgument("no pairs", expected='"all", or pairs of paths')
+    return list(found)

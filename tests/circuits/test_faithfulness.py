@@ -1,0 +1,146 @@
+"""Shares, areas and intervals of circuits, against plain arithmetic on runs of single circuits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nnsplice as ns
+from attribution.oracle import double
+
+SITES = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
+METRIC = ns.logit_diff("w7", "w8")
+PAIRS = (
+    ["w3 w4 w5", "w9 w4 w5", "w20 w4 w5", "w11 w4 w13 w5"],
+    ["w3 w4 w3", "w9 w4 w3", "w20 w4 w3", "w11 w4 w13 w3"],
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return double("gpt2")
+
+
+@pytest.fixture(scope="module")
+def scores(model: Any) -> ns.SweepResult:
+    return ns.attribute(model, *PAIRS, SITES, METRIC, method="eap", progress=False)
+
+
+def test_f_is_the_share_of_means_for_each_circuit_that_scores_choose(model: Any, scores: ns.SweepResult) -> None:
+    shares = [0.01, 0.1, 0.4, 1.0]
+    report = ns.faithfulness(model, scores, *PAIRS, METRIC, shares=shares, progress=False)
+    full = ns.Circuit.full(model).run(model, *PAIRS, METRIC).mean()
+    empty = ns.Circuit.empty(model).run(model, *PAIRS, METRIC).mean()
+    frame = report.frame()
+    assert len(frame) == 2 * 2 * len(shares)
+    for by in ("signed", "absolute"):
+        expected: list[float] = []
+        for share in shares:
+            circuit = ns.Circuit.select(scores, share, by)
+            f = (circuit.run(model, *PAIRS, METRIC).mean() - empty) / (full - empty)
+            rows = frame[(frame["by"] == by) & (frame["share"] == share)]
+            np.testing.assert_allclose(rows["f"], f, atol=1e-10)  # as it is and pruned
+            assert set(rows["n"]) == {len(circuit)} and set(rows["connected"]) == {len(circuit.pruned())}
+            expected.append(f)
+        y = np.array(expected)
+        np.testing.assert_allclose(report.area(by), np.trapezoid(y, shares), atol=1e-10)
+        np.testing.assert_allclose(report.area(by, distance=True), np.trapezoid(np.abs(1 - y), shares), atol=1e-10)
+    assert (report.cpr, report.cmd) == (report.area("signed"), report.area("absolute", distance=True))
+    assert len({round(f, 3) for f in frame["f"]}) > 4  # or an order that is ignored would go unnoticed
+
+
+def test_the_ends_of_a_curve_are_nothing_and_everything(model: Any, scores: ns.SweepResult) -> None:
+    report = ns.faithfulness(model, scores, *PAIRS, METRIC, shares=[0.0, 1.0], progress=False)
+    np.testing.assert_allclose(report.f(), [0, 0, 1, 1] * 2, atol=1e-10)
+    np.testing.assert_allclose(report.cpr, 0.5, atol=1e-10)
+
+
+def test_intervals_are_those_of_prompts_drawn_again(model: Any, scores: ns.SweepResult) -> None:
+    report = ns.faithfulness(model, scores, *PAIRS, METRIC, shares=[0.05, 0.3, 1.0], progress=False)
+    rng = np.random.default_rng(1)
+    drawn: list[np.ndarray] = []
+    for _ in range(4000):
+        rows = rng.integers(0, 4, 4)
+        full, empty = report.full[rows].mean(), report.empty[rows].mean()
+        drawn.append((report.values[rows].mean(0) - empty) / (full - empty))
+    expected = np.quantile(np.array(drawn), [0.1, 0.9], axis=0).T
+    found = report.ci(level=0.8, draws=4000)
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    low, high = report.ci("cpr", 0.8)
+    assert low <= report.cpr <= high and low < high
+    np.testing.assert_array_equal(found, report.ci(level=0.8, draws=4000))
+
+
+def test_scores_of_nodes_make_a_curve_of_nodes(model: Any) -> None:
+    scored = ns.ablate(model, PAIRS[0], SITES[1:], METRIC, progress=False)
+    report = ns.faithfulness(model, scored, *PAIRS, METRIC, shares=[0.2, 1.0], progress=False)
+    np.testing.assert_allclose(report.f()[[2, 3]], 1.0, atol=1e-10)
+    circuit = ns.Circuit.top(scored, 3)
+    assert len(circuit) == 4 and "embed" in circuit
+    with_empty = circuit.run(model, *PAIRS, METRIC).mean() - report.empty.mean()
+    f = with_empty / (report.full - report.empty).mean()
+    np.testing.assert_allclose(report.frame().query("by == 'absolute' and share == 0.2")["f"], f, atol=1e-10)
+
+
+def test_with_other_ablations_pruning_is_measured(model: Any, scores: ns.SweepResult) -> None:
+    report = ns.faithfulness(model, scores, PAIRS[0], None, METRIC, ablation="zero", shares=[0.05, 0.3], progress=False)
+    empty = ns.Circuit.empty(model).run(model, PAIRS[0], None, METRIC, ablation="zero")
+    np.testing.assert_allclose(report.empty, empty, atol=1e-10)
+    for number, point in enumerate(report.points):
+        circuit = ns.Circuit.select(scores, point.share, point.by)  # type: ignore[arg-type]
+        circuit = circuit.pruned() if point.pruned else circuit
+        found = circuit.run(model, PAIRS[0], None, METRIC, ablation="zero")
+        np.testing.assert_allclose(report.values[:, number], found, atol=1e-10)
+
+
+def test_ends_that_lie_within_chance_are_told(model: Any) -> None:
+    near = ["w3 w4 w3", "w9 w4 w3"], ["w3 w4 w6", "w9 w4 w6"]
+    circuit = ns.Circuit.of(edges=[("embed", "unembed")])
+    with pytest.warns(UserWarning, match="standard error") as caught:
+        report = ns.faithfulness(model, circuit, *near, METRIC, progress=False)
+    assert "say little" in report.run.note and len(caught) == 1
+
+
+def test_one_circuit_and_several_are_points_without_a_curve(model: Any) -> None:
+    first = ns.Circuit.of(edges=[("embed", "unembed")])
+    report = ns.faithfulness(model, [first, ns.Circuit.full(model)], *PAIRS, METRIC, progress=False)
+    assert [point.n for point in report.points] == [1, 262]
+    np.testing.assert_allclose(report.values[:, 0], first.run(model, *PAIRS, METRIC), atol=1e-10)
+    with pytest.raises(ns.errors.BadArgument, match="no curve"):
+        _ = report.cpr
+
+
+def test_what_it_cost_is_told(model: Any, scores: ns.SweepResult) -> None:
+    report = ns.faithfulness(model, scores, *PAIRS, METRIC, shares=[0.1, 1.0], progress=False)
+    assert report.run.forwards > 0 and report.run.tokens > 0 and report.run.flops > 0
+
+
+def test_it_is_drawn_as_lines(model: Any, scores: ns.SweepResult) -> None:
+    report = ns.faithfulness(model, scores, *PAIRS, METRIC, shares=[0.1, 1.0], progress=False)
+    axes = report.plot()
+    assert len(axes.get_lines()) == 5  # four curves and the level
+    assert "CPR" in repr(report) and "CMD" in repr(report)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"shares": [0.5, 0.1]}, "growing"),
+        ({"shares": []}, "growing"),
+        ({"shares": [0.1, 1.5]}, "growing"),
+        ({"circuits": "scores"}, "neither circuits nor scores"),
+        ({"circuits": []}, "neither circuits nor scores"),
+        ({"ablation": "noise"}, "no ablation 'noise'"),
+        ({"ablation": 3}, "no ablation"),
+        ({"reference": "w3 w4"}, "only ablation"),
+        ({"corrupted": None}, "corrupted is None"),
+        ({"corrupted": ["w3 w4 w5 w6"] * 4}, "do not correspond"),
+        ({"corrupted": ["w3 w4 w5"]}, "4 clean prompts and 1"),
+    ],
+)
+def test_mistakes_are_answered(model: Any, scores: ns.SweepResult, given: dict[str, Any], match: str) -> None:
+    asked = {"circuits": scores, "clean": PAIRS[0], "corrupted": PAIRS[1], "metric": METRIC, "progress": False, **given}
+    with pytest.raises(ns.errors.NnspliceError, match=match):
+        ns.faithfulness(model, **asked)
