@@ -34,6 +34,15 @@ def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     return values, ran.cost + head
 
 
+def run_once_for_both(asking: Work, work: Work, jobs: Sequence[Job]) -> tuple[list[float], list[float], Cost]:
+    """One run of jobs, read by the metrics of two works that differ in nothing else."""
+    ran = engine_of_rows.run(base_of(asking), [row_of(asking, job) for job in jobs])
+    with torch.no_grad():
+        first, head = measured_states(asking, ran.head, ran.states(), jobs)
+        second, other = measured_states(work, ran.head, ran.states(), jobs)
+    return first, second, ran.cost + head + other
+
+
 def row_of(work: Work, job: Job) -> Row:
     """What a job asks of the engine."""
     plan, prompt = work.plan, job[0]

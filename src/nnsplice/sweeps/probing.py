@@ -22,7 +22,7 @@ from nnsplice.packed import WAYS
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.executors import Executor, Work, alone, batched, measured, whole_prompts
-from nnsplice.sweeps.packing import packed
+from nnsplice.sweeps.packing import packed, run_once_for_both
 from nnsplice.sweeps.plan import Job
 
 #: How far two ways of computing one number may lie apart, in the model's dtype, before one of them is wrong.
@@ -136,14 +136,17 @@ class _Probe:
         cost, differs, off = Cost(), "", 0.0
         for jobs in chunks:
             self.kept.clear()
-            points, spent = executor(self.asking, jobs)
+            metric = self.work.plan.metric.metric
+            of_answers = executor is packed and metric.local  # which computes the logits of its answers alone
+            values: list[float] = []
+            if of_answers:
+                points, values, spent = run_once_for_both(self.asking, self.work, jobs)
+            else:
+                points, spent = executor(self.asking, jobs)
             cost += spent
             differs = differs or self._difference(jobs, points)
-            metric = self.work.plan.metric.metric
             mine = [measured(self.work, self.logits[job], [job])[0] for job in jobs]
-            if executor is packed and metric.local and not differs:  # which computes the logits of its answers alone
-                values, spent = executor(self.work, jobs)
-                cost += spent
+            if of_answers and not differs:
                 scale = max(float(self.logits[job].abs().max()) for job in jobs)
                 differs = self._first(jobs, values, mine, metric.name, max(scale, 1.0))
             else:
