@@ -59,7 +59,7 @@ real: $(READY)
 	@for name in $(REAL); do $(BIN)/python -m nnsplice fetch $$name --yes || exit 1; done
 	@for name in $(REAL); do $(BIN)/python -c "import nnsplice, sys; nnsplice.load(sys.argv[1])" $$name || exit 1; done
 	@echo "== published findings, on them"
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m real -rs tests/real tests/test_notebooks.py
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m real -rs tests/real tests/test_notebooks.py tests/test_examples.py
 	@$(BIN)/python -m pytest -q README.md
 
 check: $(READY)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from real.pretrained import document
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -15,7 +17,11 @@ def test_there_are_examples():
     assert list(EXAMPLES.glob("*.py")), f"no example in {EXAMPLES}, so none was tested"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_with_a_pretrained_model_are_known_by_what_they_load():
+    assert {case.id for case in map(document, EXAMPLES.glob("*.py")) if case.marks} == {"02_causal_tracing"}
+
+
+@pytest.mark.parametrize("path", [document(path) for path in sorted(EXAMPLES.glob("*.py"))])
 def test_runs(path, tmp_path):
     # In an empty folder, where it may write what it likes.
     run = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
