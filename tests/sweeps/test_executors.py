@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nnsplice as ns
+from nnsplice.errors import UnknownPath
 from nnsplice.sweeps import Plan, plan_sweep, run
 from zoo import FAMILIES, SEQ2SEQ, build, wrap
 
@@ -134,6 +135,25 @@ def test_a_window_reaches_layers_that_were_not_named(executor: str) -> None:
     whole, part = _values(every, model, executor), _values(one, model, executor)
     same = [n for n, target in enumerate(every.targets) if target.cell.layer == 1]
     assert np.allclose(whole[:, same], part, rtol=0, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "expected"),
+    [
+        ("llama", "model.model.layers[1].mlp.output", "model.model.layers[{}].mlp.output"),
+        ("gpt2", "model.transformer.h[1].output", "model.transformer.h[{}].output"),
+        ("llama", "blocks.1.hook_mlp_out", "layers[{}].mlp.output"),
+        ("t5", "encoder.layers[1].mlp.output", "encoder.layers[{}].mlp.output"),
+    ],
+)
+def test_a_window_counts_layers_where_the_path_does(family: str, path: str, expected: str) -> None:
+    plan = plan_sweep(wrap(family), "w3 w4 w5", "w3 w6 w5", f"{path}[1]", METRIC, window=3)
+    assert [str(place.place) for place in plan.targets[0].places] == [expected.format(n) for n in range(3)]
+
+
+def test_a_window_over_a_layer_without_such_a_place_is_told() -> None:
+    with pytest.raises(UnknownPath, match=r"(?s)layer 1 has no attention.*window=3 around layers\[0\].attn.q"):
+        plan_sweep(wrap("lfm2"), "w3 w4 w5", "w3 w6 w5", "layers[0].attn.q[0]", METRIC, window=3)
 
 
 def test_the_residual_sweep_against_torch_hooks_alone() -> None:

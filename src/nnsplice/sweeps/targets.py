@@ -88,8 +88,11 @@ def _window(model: engine.Model, place: Path, window: int) -> tuple[Path, ...]:
     if layer is None:
         raise BadArgument("a window is of neighbouring layers, and this place has no layer", path=place)
     low, high = layer - window // 2, layer + (window + 1) // 2
-    steps = (replace(place.steps[0], index=Slice(max(low, 0), high)), *place.steps[1:])
-    return tuple(engine.expand(model, replace(place, site=None, steps=steps)))
+    at = next(number for number, step in enumerate(place.steps) if step.index is not None)  # where layers are counted
+    steps = list(place.steps)
+    steps[at] = replace(steps[at], index=Slice(max(low, 0), high))
+    with circumstances(f"window={window} around {place}"):
+        return tuple(engine.expand(model, replace(place, site=None, steps=tuple(steps))))
 
 
 def tokens_of(path: Path, prompts: Prompts) -> list[list[int]]:
