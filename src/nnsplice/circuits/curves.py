@@ -307,6 +307,3 @@ def _check_ends(full: np.ndarray, empty: np.ndarray, metric: str) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-__all__ = ["Faithfulness", "faithfulness"]

@@ -24,10 +24,10 @@ from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.metrics import Bound, MetricLike, Several, bound_of
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.progress import bar
+from nnsplice.sweeps.identity import told
+from nnsplice.sweeps.probing import TOLERANCE
 from nnsplice.sweeps.running import check_mode
 
-#: How far the logits of the full circuit may be from the clean run's, as a share of their size.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 #: Streams that are held at once for a token count as one token more: what one block computes is as large.
 STREAMS = 64
 
@@ -70,6 +70,20 @@ class Question:
         asked = None if reference is None else _tokens(encode(model, reference))
         source = source_of(model, wiring, prompts, others, ablation, asked)
         return cls(model, wiring, prompts, others, bound, source, Law.of(model))
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """All that tells this question from others, as plain data."""
+        name, revision = engine.name_of(self.model)
+        return {
+            "model": name,
+            "revision": revision,
+            "weights": engine.weights_digest(self.model),
+            "clean": told(self.clean),
+            "corrupted": None if self.corrupted is None else told(self.corrupted),
+            "metric": self.metric.identity,
+            "ablation": self.source.identity,
+        }
 
     @property
     def root(self) -> nn.Module:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from nnsplice import engine
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.circuit import Circuit
@@ -19,7 +18,6 @@ from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.metrics import MetricLike
 from nnsplice.progress import bar
 from nnsplice.results import Journal
-from nnsplice.sweeps.identity import told
 
 #: How many edges are tried in one batch; part of what a journal is about, as its numbers count them.
 AT_ONCE = 16
@@ -143,20 +141,10 @@ def _measuring(question: Question, log: Journal | None, max_tokens: int | None) 
 
 
 def _asked(question: Question, mask: np.ndarray, threshold: float) -> Mapping[str, Any]:
-    name, revision = engine.name_of(question.model)
     return {
+        **question.asked,
         "search": "acdc",
-        "model": name,
-        "revision": revision,
-        "weights": engine.weights_digest(question.model),
-        "clean": told(question.clean),
-        "corrupted": None if question.corrupted is None else told(question.corrupted),
-        "metric": question.metric.identity,
-        "ablation": question.source.identity,
         "start": np.packbits(mask).tobytes().hex(),
         "threshold": float(threshold),
         "at once": AT_ONCE,
     }
-
-
-__all__ = ["acdc"]

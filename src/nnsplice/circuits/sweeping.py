@@ -16,7 +16,6 @@ from nnsplice.circuits.measuring import Question, measure
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.metrics import MetricLike
 from nnsplice.results import Cell, Run, SweepResult, Table
-from nnsplice.sweeps.identity import told
 from nnsplice.sweeps.ledger import check_baselines
 
 #: The kind of all cells of such a result.
@@ -87,15 +86,8 @@ def _named(circuits: Any) -> dict[str, Circuit]:
 
 
 def _asked(question: Question, circuits: Mapping[str, Circuit]) -> dict[str, Any]:
-    name, revision = engine.name_of(question.model)
     return {
-        "model": name,
-        "revision": revision,
-        "weights": engine.weights_digest(question.model),
-        "clean": told(question.clean),
-        "corrupted": None if question.corrupted is None else told(question.corrupted),
-        "metric": question.metric.identity,
-        "ablation": question.source.identity,
+        **question.asked,
         "operation": "circuits",
         "circuits": {name: {"kind": one.kind, "digest": one.digest} for name, one in circuits.items()},
     }
