@@ -116,7 +116,7 @@ def test_whatever_a_way_raises_means_the_next_one(error: Exception, monkeypatch:
     def raising(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(probing, "run_once_for_both", raising)
+    monkeypatch.setattr(probing, "run_for_all", raising)
     result = run(plan, model, progress=False)
     assert result.run.executor == "batched" and f"{type(error).__name__}: " in result.run.note
     assert np.abs(result.table.values[0] - expected).max() < 1e-12
@@ -126,7 +126,7 @@ def test_whatever_a_way_raises_means_the_next_one(error: Exception, monkeypatch:
     assert result.run.executor == "reference" and "not batched: " in result.run.note and "boom" in result.run.note
     choosing._trusted.clear()
     memory = RuntimeError("not enough memory: you tried to allocate 12 bytes")
-    monkeypatch.setattr(probing, "run_once_for_both", lambda *_: (_ for _ in ()).throw(memory))
+    monkeypatch.setattr(probing, "run_for_all", lambda *_: (_ for _ in ()).throw(memory))
     with pytest.raises(RuntimeError, match="not enough memory"):
         run(plan, model, progress=False)
     choosing._trusted.clear()

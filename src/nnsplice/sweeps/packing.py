@@ -28,19 +28,17 @@ def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     Raises:
         NotImplementedError: this model, or one of these sites, is not covered.
     """
-    ran = engine_of_rows.run(base_of(work), [row_of(work, job) for job in jobs])
-    with torch.no_grad():
-        values, head = measured_states(work, ran.head, ran.states(), jobs)
-    return values, ran.cost + head
+    (values,), cost = run_for_all((work,), jobs)
+    return values, cost
 
 
-def run_once_for_both(asking: Work, work: Work, jobs: Sequence[Job]) -> tuple[list[float], list[float], Cost]:
-    """One run of jobs, read by the metrics of two works that differ in nothing else."""
-    ran = engine_of_rows.run(base_of(asking), [row_of(asking, job) for job in jobs])
+def run_for_all(works: Sequence[Work], jobs: Sequence[Job]) -> tuple[list[list[float]], Cost]:
+    """One run of jobs, read by the metric of each of some works that differ in nothing else."""
+    ran = engine_of_rows.run(base_of(works[0]), [row_of(works[0], job) for job in jobs])
     with torch.no_grad():
-        first, head = measured_states(asking, ran.head, ran.states(), jobs)
-        second, other = measured_states(work, ran.head, ran.states(), jobs)
-    return first, second, ran.cost + head + other
+        states = ran.states()
+        read = [measured_states(work, ran.head, states, jobs) for work in works]
+    return [values for values, _ in read], sum((head for _, head in read), ran.cost)
 
 
 def row_of(work: Work, job: Job) -> Row:

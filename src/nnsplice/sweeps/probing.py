@@ -22,7 +22,7 @@ from nnsplice.packed import WAYS
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.executors import Executor, Work, alone, batched, measured, whole_prompts
-from nnsplice.sweeps.packing import packed, run_once_for_both
+from nnsplice.sweeps.packing import packed, run_for_all
 from nnsplice.sweeps.plan import Job
 
 #: How far two ways of computing one number may lie apart, in the model's dtype, before one of them is wrong.
@@ -140,7 +140,7 @@ class _Probe:
             of_answers = executor is packed and metric.local  # which computes the logits of its answers alone
             values: list[float] = []
             if of_answers:
-                points, values, spent = run_once_for_both(self.asking, self.work, jobs)
+                (points, values), spent = run_for_all((self.asking, self.work), jobs)
             else:
                 points, spent = executor(self.asking, jobs)
             cost += spent
