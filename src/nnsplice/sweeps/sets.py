@@ -91,17 +91,22 @@ def joined(model: engine.Model, known: engine.Known, members: Sequence[Path], ed
 
 def _each(member: Path, position: Position | None, edited: Prompts, tower: str) -> list[At]:
     """The tokens of a path, each where it lists some."""
-    lengths = edited.lengths(tower)
     each: list[At] = list(position) if isinstance(position, tuple) else [None if position == Slice() else position]
-    for at in each:
-        if isinstance(at, Span):
-            check_span(at, edited, member, tower)
-        elif not any(has_tokens(at, length) for length in lengths):
-            raise ShortRow(f"no prompt has a position [{at}]: the longest has {max(lengths)} tokens", path=member)
+    check_tokens(each, edited, member, tower)
     return each
 
 
-def check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
+def check_tokens(each: Iterable[At], edited: Prompts, path: Path, tower: str) -> None:
+    """Raise for tokens that no prompt has, and for a span that nobody gave."""
+    lengths = edited.lengths(tower)
+    for at in each:
+        if isinstance(at, Span):
+            _check_span(at, edited, path, tower)
+        elif not any(has_tokens(at, length) for length in lengths):
+            raise ShortRow(f"no prompt has a position [{at}]: the longest has {max(lengths)} tokens", path=path)
+
+
+def _check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
     """Raise for a span that nobody gave, or a token past its end."""
     lengths = edited.lengths("encoder")
     rows = Rows(len(edited), max(lengths), (0,) * len(lengths), tuple(lengths))

@@ -12,7 +12,7 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument, ShortRow, circumstances
 from nnsplice.paths import Path, Position, Slice, Span
 from nnsplice.sweeps.cells import Part, Target, cell_of, number_of
-from nnsplice.sweeps.sets import Sites, check_span, joined, told_apart
+from nnsplice.sweeps.sets import Sites, check_tokens, joined, told_apart
 from nnsplice.tokens import columns, concrete
 
 
@@ -68,15 +68,8 @@ def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | 
         if not found:
             raise ShortRow(f"[{position}] selects none of at most {max(lengths)} tokens", path=pattern)
         return list(found)
-    if isinstance(position, tuple):
-        each: list[int | Span] = list(dict.fromkeys(position))
-    else:
-        each = [position]
-    for one in each:
-        if isinstance(one, Span):
-            check_span(one, edited, pattern, tower)
-        elif not any(-length <= one < length for length in lengths):
-            raise ShortRow(f"no prompt has a position [{one}]: the longest has {max(lengths)} tokens", path=pattern)
+    each: list[int | Span] = list(dict.fromkeys(position)) if isinstance(position, tuple) else [position]
+    check_tokens(each, edited, pattern, tower)
     return each
 
 
