@@ -11,17 +11,8 @@ from english import english
 from nnsplice.errors import BadArgument, BadType
 from nnsplice.tasks import Record, Task
 
-NAMES = (
-    "arithmetic",
-    "docstring",
-    "facts",
-    "gendered_pronoun",
-    "greater_than",
-    "induction",
-    "ioi",
-    "mcqa",
-    "sentiment",
-)
+#: Every task of the room, one that is new too.
+NAMES = tuple(name for name in ns.tasks.__all__ if name.islower())
 
 
 @pytest.fixture(scope="module", params=["digits", "years"])

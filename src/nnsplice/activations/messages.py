@@ -101,10 +101,12 @@ def templated(model: engine.Model, prompt: Chat | Sequence[Message]) -> Template
     tokenizer = engine.tokenizer_of(model)
     rendered = _rendered(tokenizer, given.messages, given.options)
     # The template writes special tokens itself, so the tokenizer must not add them once more.
-    ids = tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    is_fast = getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(rendered, add_special_tokens=False, **({"return_offsets_mapping": True} if is_fast else {}))
+    ids = tuple(encoded["input_ids"])
     spans: dict[str, tuple[int, int]] = {}
-    if getattr(tokenizer, "is_fast", False):
-        offsets = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if is_fast:
+        offsets = encoded["offset_mapping"]
         for name, (first, last) in _places(tokenizer, given, rendered).items():
             if (found := covered(offsets, first, last)) is not None:
                 spans[name] = found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import Atlas, Tower, peel
+from nnsplice.atlas import Tower, peel
 from nnsplice.closures.promises import Closure, gap, tolerance
 from nnsplice.closures.seen import Seen, replaced
 
@@ -40,11 +40,6 @@ def head(model: Any, tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any
     missed, allowed = gap([one], other), tolerance(one, computed=True)
     for block in tower.blocks:
         yield Closure("stream", tower.name, block.index, missed, allowed, _FOUND)
-
-
-def towers_of(model: Any) -> list[Tower]:
-    """The stacks in front of a head."""
-    return [tower for tower in Atlas.of(model).towers.values() if tower.unembed is not None]
 
 
 def _logits(model: Any, tower: Tower, kwargs: dict[str, Any]) -> Tensor | None:

@@ -177,7 +177,7 @@ def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]
 
 
 def _head_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
-    for tower in ends.towers_of(model):
+    for tower in Atlas.of(model).towers.values():
         if tower.name not in known.read_at_once:
             yield from ends.head(model, tower, example)
 

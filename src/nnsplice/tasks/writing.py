@@ -96,10 +96,6 @@ class Writer:
         ids = list(self.tokenizer(word, add_special_tokens=False)["input_ids"])
         return len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id and self.tokenizer.decode(ids) == word
 
-    def knows(self, text: str) -> bool:
-        """Whether every part of a text has a token."""
-        return self.tokenizer.unk_token_id is None or self.tokenizer.unk_token_id not in self.tokens(text)
-
     def spans(self, made: Filled) -> dict[str, tuple[int, int]]:
         """Slot -> its tokens."""
         offsets = self.tokenizer(made.text, return_offsets_mapping=True)["offset_mapping"]
@@ -110,9 +106,11 @@ class Writer:
         self, clean: Filled, corrupted: Filled, answer: Any, wrong: Any, variables: Mapping[str, Any]
     ) -> Record | None:
         """The pair as a record; None where the answers are no single tokens or the prompts differ in length."""
-        if not answer or not wrong or len(self.tokens(clean.text)) != len(self.tokens(corrupted.text)):
+        if not answer or not wrong:
             return None
-        if not self.knows(clean.text) or not self.knows(corrupted.text):
+        one, other = self.tokens(clean.text), self.tokens(corrupted.text)
+        unknown = self.tokenizer.unk_token_id
+        if len(one) != len(other) or (unknown is not None and unknown in (*one, *other)):
             return None
         spans = self.spans(clean), self.spans(corrupted)
         return Record(clean.text, corrupted.text, answer, wrong, *spans, dict(variables))
