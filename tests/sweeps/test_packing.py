@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.packed import attention, heads, recording
+from nnsplice.packed import Law, attention, heads, recording
 from nnsplice.sweeps import choosing, packing, plan_sweep, run, running, unedited
 from nnsplice.sweeps.executors import Work
 from zoo import FAMILIES, having, wrap
@@ -281,12 +281,29 @@ def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_
     _, cost = choosing.EXECUTORS["packed"](work, plan.jobs)
     calls = cost.block_calls
     assert cost.peak > 30
-    for allowed in (5, 11, 30):
+    for allowed, way in ((5, "padded"), (11, "padded"), (30, "exchanged"), (30, "padded")):
+        work.memo.pop("recording", None)
+        work.memo["way"] = way
         chunks = list(running._chunks(work, choosing.EXECUTORS["packed"], plan.jobs, allowed))
         assert all(spent.peak <= allowed for _, _, spent in chunks)
         assert all(spent.block_calls <= calls for _, _, spent in chunks)
         found = {job: value for jobs, values, _ in chunks for job, value in zip(jobs, values, strict=True)}
         assert max(abs(found[job] - once[job]) for job in plan.jobs) < 1e-12
+
+
+def test_the_first_chunk_is_a_small_one_so_that_the_bar_moves_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _double("llama")
+    each = Law.of(model).token
+    monkeypatch.setattr(running, "LEAST", 4)
+    monkeypatch.setattr(running, "FIRST", 12 * each)
+    monkeypatch.setattr(running, "CHUNK", 30 * each)
+    assert running._rooms(model, None) == (12, 30)
+    assert running._rooms(model, 7) == (7, 7)  # as it was asked for
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    work = _work(model, plan)
+    chunks = list(running._chunks(work, choosing.EXECUTORS["packed"], plan.jobs, 30, 12))
+    assert [spent.peak <= 12 for _, _, spent in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert [job for jobs, _, _ in chunks for job in jobs] == sorted(plan.jobs)
 
 
 def _work(model: Any, plan: Any) -> Any:
@@ -322,7 +339,7 @@ def test_a_padded_pack_calls_attention_once_a_block(monkeypatch: pytest.MonkeyPa
         monkeypatch.setitem(running_rows.GRAIN, "cpu", grain)
         _values(plan, model, "packed")
         counts.append(len(calls))
-    recorded = 3 * 2  # three layers, prompts of two lengths
+    recorded = 3  # at three layers, prompts of two lengths in one pass
     assert counts[1] == recorded + 2
     assert counts[0] > counts[1]
 
@@ -398,4 +415,4 @@ def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pyte
 
     monkeypatch.setattr(recording, "_keeper", narrow)
     assert np.nanmax(np.abs(_values(plan, model, "packed") - right)) < 1e-12
-    assert max(asked) == 2 and asked[-1] == 1
+    assert max(asked) == 3 and asked[-1] == 1

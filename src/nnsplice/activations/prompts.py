@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,14 @@ class Prompts:
             None if self.spans is None else {n: tuple(bounds[row] for row in rows) for n, bounds in self.spans.items()},
             self.taken,
         )
+
+    def padded(self, rows: Sequence[int]) -> Prompts:
+        """These prompts, all as long as the longest of them: its last token stands again behind each shorter one."""
+        taken = self.take(rows)
+        longest = max(map(len, taken.ids), default=0)
+        if all(len(ids) == longest for ids in taken.ids):
+            return taken
+        return replace(taken, ids=tuple(ids + ids[-1:] * (longest - len(ids)) for ids in taken.ids), texts=None)
 
     def rows(self, tower: str) -> Rows:
         """All prompts as if they stood in one batch, padded on the right: what positions are checked against."""

@@ -20,7 +20,7 @@ from nnsplice import engine
 from nnsplice.atlas import peel
 from nnsplice.attribution.branches import Branch as ModelBranch
 from nnsplice.attribution.branches import Branches
-from nnsplice.packed import WAYS, Branch, Cost, Edit, Read, Row, StillRow, run, run_still
+from nnsplice.packed import Branch, Cost, Edit, Read, Row, StillRow, run, run_still, ways
 from nnsplice.paths import Path
 from nnsplice.sweeps.choosing import longest_of, question
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
@@ -134,7 +134,7 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_A
         values, spent = slow(probe, [job])
         alone += values
         cost += spent
-    for way in WAYS:
+    for way in ways(whole_prompts(work, jobs)):
         probe.memo.clear()
         probe.memo["way"] = way
         try:

@@ -25,14 +25,13 @@ from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.packed.cutting import cut, knockout
 from nnsplice.packed.heads import LOGITS, Head
-from nnsplice.packed.recording import WAYS
+from nnsplice.packed.recording import padded_at_most, ways
 from nnsplice.packed.rows import Cut, Edit, Read, Row, replaced
 from nnsplice.packed.run import Ran, recorded, run
 from nnsplice.packed.still import Branch, StillRow, run_still
 
 __all__ = [
     "LOGITS",
-    "WAYS",
     "Base",
     "Branch",
     "Cost",
@@ -46,8 +45,10 @@ __all__ = [
     "StillRow",
     "cut",
     "knockout",
+    "padded_at_most",
     "recorded",
     "replaced",
     "run",
     "run_still",
+    "ways",
 ]

@@ -70,6 +70,12 @@ class Law:
             total += self._known.get(part, 0) if part is not None else 0
         return total
 
+    @property
+    def token(self) -> int:
+        """The operations for one token in all blocks; in the whole model where it has none."""
+        blocks = [block for tower in self.towers.values() for block in tower.blocks]
+        return max(sum(self.per_token(*block.modules) for block in blocks) or self.per_token(""), 1)
+
     def _own(self, module: nn.Module) -> int:
         if isinstance(module, nn.Embedding):  # read, not multiplied with
             return 0

@@ -7,7 +7,6 @@ those alone give the logits that the head gives, the others are not computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +32,18 @@ class Head:
     vocabulary: int = 0
 
     @classmethod
-    def of(cls, root: nn.Module, tower: Tower, states: Tensor, passes: Sequence[Any]) -> Head:
+    def of(cls, root: nn.Module, tower: Tower, states: Tensor, last: Tensor, carrier: type) -> Head:
         """The head of a model, tried on the states that left its last block.
+
+        Args:
+            states: what left the last block, `[token, width]`.
+            last: what the model without its head made of that.
+            carrier: what it returned that in.
 
         Raises:
             NotImplementedError: more than a norm stands there.
         """
-        last = torch.cat([one.returned.last_hidden_state.flatten(0, 1) for one in passes])
-        head = cls(root, tower, type(passes[0].returned), plain=False)
+        head = cls(root, tower, carrier, plain=False)
         normed = head._normed(states)
         if normed.shape != last.shape or not torch.allclose(normed, last, rtol=1e-3, atol=1e-3):
             raise NotImplementedError("more than a norm stands between its last layer and its head")

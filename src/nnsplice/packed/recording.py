@@ -6,7 +6,7 @@ Prompts of one length run together; what is kept of them is flat, prompt after p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,19 @@ from nnsplice.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
 _DROPPED = {"attention_mask", "causal_mask", "head_mask"} | engine.BLOCK_CACHE_NAMES
-#: The ways of a recording: with the attention function exchanged, or with attention modules that run whole prompts.
-WAYS = ("exchanged", "whole")
+#: The ways of a recording: with the attention function exchanged, for prompts of several lengths in one pass, padded on
+#: the right, or in a pass for each length; or with attention modules that run whole prompts.
+WAYS = ("padded", "exchanged", "whole")
+
+
+def ways(lengths: Iterable[int]) -> tuple[str, ...]:
+    """The ways of a recording of prompts of these lengths, the fastest first; padding is one where lengths differ."""
+    return WAYS if len(set(lengths)) > 1 else WAYS[1:]
+
+
+def padded_at_most(prompts: int, tokens: int, longest: int) -> int:
+    """How many tokens run at most where so many prompts, of so many tokens together, are recorded."""
+    return min(2 * tokens, prompts * longest)
 
 
 @dataclass(frozen=True)
@@ -109,18 +120,25 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
 
 
 def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], way: str) -> Recording:
-    batches = [[prompts[row] for row in rows] for rows in base.prompts.take(prompts).batches(None)]
+    lengths = base.prompts.lengths("decoder")
+    if way == "padded":
+        batches = _padded_batches(prompts, lengths)
+    else:
+        batches = [[prompts[row] for row in rows] for rows in base.prompts.take(prompts).batches(None)]
+    shapes = [(len(rows), max(lengths[prompt] for prompt in rows)) for rows in batches]
     passes = [_run(base, root, tower, rows, whole=way == "whole") for rows in batches]
     bases, at = {}, 0
-    lengths = base.prompts.lengths("decoder")
     for prompt in (prompt for rows in batches for prompt in rows):
         bases[prompt], at = at, at + lengths[prompt]
+    real = _real(batches, shapes, lengths, passes[0].entering[0].device)
     entering = tuple(
-        torch.cat([tensor.flatten(0, 1) for tensor in column])
+        _chosen(torch.cat([tensor.flatten(0, 1) for tensor in column]), real)
         for column in zip(*(one.entering for one in passes), strict=True)
     )
     if "head" not in base.memo:  # what stands there is the model's, whatever the prompts
-        base.memo["head"] = heads.Head.of(root, tower, entering[-1], passes)
+        last = torch.cat([one.returned.last_hidden_state.flatten(0, 1) for one in passes])
+        kind = type(passes[0].returned)
+        base.memo["head"] = heads.Head.of(root, tower, entering[-1], _chosen(last, real), kind)
     return Recording(
         prompts=tuple(prompts),
         way=way,
@@ -128,14 +146,48 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
         tower=tower,
         blocks=tuple(root.get_submodule(block.module) for block in tower.blocks),
         entering=entering,
-        calls=tuple(_joined(column) for column in zip(*(one.calls for one in passes), strict=True)),
-        attended={module: _flat([one.attended[module] for one in passes]) for module in passes[0].attended},
-        masks=masks.tables([one.masks for one in passes], [(len(e := one.entering[0]), e.shape[1]) for one in passes]),
-        kept={site: torch.cat([one.kept[site].flatten(0, -2) for one in passes]) for site in passes[0].kept},
+        calls=tuple(_joined(column, real) for column in zip(*(one.calls for one in passes), strict=True)),
+        attended={module: _flat([one.attended[module] for one in passes], real) for module in passes[0].attended},
+        masks=masks.tables([one.masks for one in passes], shapes),
+        kept={
+            site: _chosen(torch.cat([one.kept[site].flatten(0, -2) for one in passes]), real) for site in passes[0].kept
+        },
         whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
         head=base.memo["head"],
-        cost=sum((base.law.whole(base.prompts, rows, 1) for rows in batches), Cost()),
+        cost=sum((base.law.whole(base.prompts.padded(rows), range(len(rows)), 1) for rows in batches), Cost()),
     )
+
+
+def _padded_batches(prompts: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts that run together: as many of the next length as add no more padding than there are tokens."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for prompt in sorted(prompts, key=lambda prompt: -lengths[prompt]):
+        tokens += lengths[prompt]
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > 2 * tokens:
+            batches.append([])
+            tokens = lengths[prompt]
+        batches[-1].append(prompt)
+    return batches
+
+
+def _real(
+    batches: Sequence[Sequence[int]],
+    shapes: Sequence[tuple[int, int]],
+    lengths: Sequence[int],
+    device: torch.device,
+) -> Tensor | None:
+    """The numbers of the prompts' own tokens among those that ran; None where none is padding."""
+    given = torch.tensor([lengths[prompt] for rows in batches for prompt in rows])
+    ran = torch.tensor([length for rows, length in shapes for _ in range(rows)])
+    if torch.equal(given, ran):
+        return None
+    within = torch.arange(int(ran.sum())) - torch.repeat_interleave(ran.cumsum(0) - ran, ran)
+    return (within < torch.repeat_interleave(given, ran)).nonzero().flatten().to(device)
+
+
+def _chosen(tensor: Tensor, real: Tensor | None, dim: int = 0) -> Tensor:
+    return tensor if real is None else tensor.index_select(dim, real)
 
 
 def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> _Pass:
@@ -152,7 +204,7 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     hooks = [block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
-    inputs = base.prompts.inputs(prompts, base.model.device)
+    inputs = base.prompts.padded(prompts).inputs(range(len(prompts)), base.model.device)
     assert isinstance(inputs, Mapping)
     sites: dict[Site, Tensor] = {}
     hooks += [_site_keeper(root, site_of(place), sites) for place in base.keep]
@@ -246,15 +298,15 @@ def _tokens(part: Tensor, prompts: int) -> Tensor:
     return part.expand(prompts, *part.shape[1:]).reshape(1, -1, *part.shape[2:])
 
 
-def _joined(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The arguments of one block in several passes."""
+def _joined(calls: Sequence[Mapping[str, Any]], real: Tensor | None) -> dict[str, Any]:
+    """The arguments of one block in several passes, for the prompts' own tokens."""
     joined: dict[str, Any] = {}
     for name, value in calls[0].items():
         each = [call.get(name) for call in calls]
         if isinstance(value, Tensor):
-            joined[name] = _side_by_side(each)
+            joined[name] = _side_by_side(each, real)
         elif isinstance(value, tuple):
-            joined[name] = tuple(_side_by_side(parts) for parts in zip(*each, strict=True))
+            joined[name] = tuple(_side_by_side(parts, real) for parts in zip(*each, strict=True))
         elif any(other != value for other in each):
             raise NotImplementedError(f"its blocks are given another {name} for prompts of another length")
         else:
@@ -262,13 +314,16 @@ def _joined(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def _side_by_side(parts: Sequence[Any]) -> Tensor:
-    return torch.cat(list(parts), dim=0 if parts[0].dim() == 1 else 1)
+def _side_by_side(parts: Sequence[Any], real: Tensor | None) -> Tensor:
+    dim = 0 if parts[0].dim() == 1 else 1
+    return _chosen(torch.cat(list(parts), dim), real, dim)
 
 
-def _flat(parts: Sequence[KeyValue]) -> KeyValue:
+def _flat(parts: Sequence[KeyValue], real: Tensor | None) -> KeyValue:
     columns = zip(*parts, strict=True)
-    keys, values = (torch.cat([part.transpose(0, 1).flatten(1, 2) for part in column], 1) for column in columns)
+    keys, values = (
+        _chosen(torch.cat([part.transpose(0, 1).flatten(1, 2) for part in column], 1), real, 1) for column in columns
+    )
     return keys, values
 
 

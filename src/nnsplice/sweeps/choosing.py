@@ -86,6 +86,7 @@ def question(work: Work) -> Hashable:
     devices = {"cpu", torch.device(work.model.device or "cpu").type}
     casts = tuple((d, torch.get_autocast_dtype(d)) for d in sorted(devices) if torch.is_autocast_enabled(d))
     metric, corruption = plan.metric.metric, plan.corruption
+    encoder, decoder = plan.corrupted.lengths("encoder"), plan.corrupted.lengths("decoder")
     return (
         fingerprint(root),
         hooks,
@@ -97,7 +98,8 @@ def question(work: Work) -> Hashable:
         str(plan.operation.identity),
         None if corruption is None else corruption.overwrites,
         (metric.position, metric.local, metric.compares, _rules(plan.metric)),
-        len({prompt for prompt, _ in plan.jobs}) > 1,
+        len(prompts := {prompt for prompt, _ in plan.jobs}) > 1,
+        len({(encoder[prompt], decoder[prompt]) for prompt in prompts}) > 1,
     )
 
 

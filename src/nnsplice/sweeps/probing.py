@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine, wire
 from nnsplice.atlas import Atlas, peel
-from nnsplice.packed import WAYS
+from nnsplice.packed import ways
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.executors import Executor, Work, alone, batched, measured, whole_prompts
@@ -66,7 +66,7 @@ def compare(work: Work, longest: int) -> tuple[Answer, Cost]:
     """All ways on a few cells, the fastest first, until one agrees with runs of their own."""
     probe = _Probe(work, cells(work))
     cost, mismatch, raised = probe.cost, "", ""
-    for way in WAYS:
+    for way in ways(whole_prompts(work, probe.jobs)):
         work.memo["way"] = way
         try:
             tried = probe.tried(packed, [probe.jobs])

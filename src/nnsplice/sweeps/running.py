@@ -17,7 +17,7 @@ from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import Metrics, Several
-from nnsplice.packed.cost import Cost
+from nnsplice.packed import Cost, Law, padded_at_most
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
@@ -27,6 +27,11 @@ from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.sequences import summed
 from nnsplice.sweeps.sets import Sites
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
+
+#: Operations of a chunk on a CPU, and of the first one: some ten seconds and some two, so that the bar moves.
+CHUNK, FIRST = 1e12, 1.5e11
+#: Fewer tokens than this take as long: every chunk reads the weights once.
+LEAST = 128
 
 
 def run(
@@ -89,18 +94,19 @@ def run_fresh(
             write="the same call again, which sees them; with torch.no_grad(): weight[...] = ... is always seen",
         )
     with engine.turn(model):  # its attention is another one while packed rows run
-        return _run(plan, model, executor, engine.room(model, max_tokens), journal, progress)
+        return _run(plan, model, executor, max_tokens, journal, progress)
 
 
 def _run(
     plan: Plan,
     model: engine.Model,
     executor: str | Executor,
-    at_once: int,
+    max_tokens: int | None,
     journal: str | PathLike[str] | None,
     progress: bool,
 ) -> SweepResult:
     start = time.perf_counter()
+    first, at_once = _rooms(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
@@ -122,7 +128,7 @@ def _run(
         for prompt, target in plan.known:
             book.values[prompt, target], book.done[prompt, target] = corrupted[prompt], True
         left = [job for job in plan.jobs if not book.done[job]]
-        for jobs, found, spent in _chunks(work, execute, left, at_once):
+        for jobs, found, spent in _chunks(work, execute, left, at_once, first):
             book.note(jobs, found)
             cost += spent
     book.warn_of_nan()
@@ -212,26 +218,36 @@ def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Co
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
+def _rooms(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
+    """How many tokens run at once, in the first chunk and later: what suits the machine, or what was asked for."""
+    room = engine.room(model, max_tokens)
+    if max_tokens is not None or (model.device is not None and model.device.type != "cpu"):
+        return room, room
+    each = Law.of(model).token
+    return min(room, max(int(FIRST / each), LEAST)), min(room, max(int(CHUNK / each), LEAST))
+
+
 def _chunks(
-    work: Work, executor: Executor, jobs: Sequence[Job], at_once: int
+    work: Work, executor: Executor, jobs: Sequence[Job], at_once: int, first: int | None = None
 ) -> Iterator[tuple[Sequence[Job], list[float], Cost]]:
     """Jobs that run together, at most so many tokens at once, and half of it after running out of memory."""
+    room = at_once if first is None else first
     for members in _together(work, executor, jobs):
         sizes, prompts = executor.tokens(work, members), whole_prompts(work, members)
         at = 0
         while at < len(members):
-            chunk = members[at : at + _fitting(members[at:], sizes[at:], prompts[at:], at_once)]
+            chunk = members[at : at + _fitting(members[at:], sizes[at:], prompts[at:], room)]
             try:
                 values, cost = executor(work, chunk)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if len(chunk) == 1 or isinstance(error, NnspliceError) or not engine.is_memory(error):
                     raise
-                at_once = min(at_once, sum(sizes[at : at + len(chunk)])) // 2
+                room = at_once = min(room, sum(sizes[at : at + len(chunk)])) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue
             yield chunk, values, cost
-            at += len(chunk)
+            at, room = at + len(chunk), at_once
 
 
 def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[Job]]:
@@ -244,13 +260,14 @@ def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[
 
 
 def _fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int) -> int:
-    """How many of these jobs fit: their own tokens, and those of the prompts that they are about."""
-    own = whole = 0
+    """How many of these jobs fit: their own tokens, and their prompts, padded as they run."""
+    own = total = longest = 0
     seen: set[int] = set()
     for number, (job, size, prompt) in enumerate(zip(jobs, sizes, prompts, strict=True)):
         own += size
-        whole += 0 if job[0] in seen else prompt
-        seen.add(job[0])
-        if max(own, whole) > room:
+        if job[0] not in seen:
+            seen.add(job[0])
+            total, longest = total + prompt, max(longest, prompt)
+        if max(own, padded_at_most(len(seen), total, longest)) > room:
             return max(number, 1)
     return len(jobs)
