@@ -190,6 +190,16 @@ def test_options_win_over_the_file(sweep: Path, tmp_path: Path) -> None:
     assert ns.SweepResult.from_file(tmp_path / "there" / "result.safetensors").metric == "probability"
 
 
+def test_sites_joined_by_a_plus_sign_are_changed_together(tmp_path: Path) -> None:
+    pair = ["layers[0].heads[1].output[-1]", "layers[2].output[3]"]
+    _run(*FACT, "--sites", " + ".join(pair), "--sites", pair[0], "--out", tmp_path)
+    result = ns.SweepResult.from_file(tmp_path / "result.safetensors")
+    metric = ns.logit_diff("Athens", "Dublin")
+    expected = ns.sweep(ns.load("toy"), [CLEAN], [CORRUPTED], [pair, pair[0]], metric, progress=False)
+    assert result == expected and result.table.values.shape == (1, 2)
+    assert abs(result.table.values[0, 0] - result.table.values[0, 1]) > 1e-3
+
+
 def test_several_prompts_are_lists(tmp_path: Path) -> None:
     facts = ns.models.toy_prompts().facts[:3]
     tokens = ns.load("toy").tokenizer.convert_tokens_to_ids

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 WORDS = ("model", "device", "dtype", "out", "reference", *CHOICES)
 LISTS = ("clean", "corrupted", "sites", "answer", "wrong", "receivers")
+#: Between the members of a set of sites, as a result names it.
+JOINED = " + "
 #: Option -> the least that makes sense.
 NUMBERS: dict[str, int | None] = {"window": 1, "max-tokens": 1, "seed": None, "verify": 0, "steps": 1}
 NAMES = (*WORDS, *LISTS, *NUMBERS)
@@ -74,6 +76,12 @@ def _typed(key: str, name: str, value: Any) -> Any:
     if not fits:
         raise BadType(f"{key} = {value!r}", expected=expected)
     return value
+
+
+def sets(sites: str | Sequence[str]) -> list[Any]:
+    """Sites as a sweep takes them: several that are joined by a plus sign are one set, changed together."""
+    each = [sites] if isinstance(sites, str) else sites
+    return [one.split(JOINED) if JOINED in one else one for one in each]
 
 
 def single(answer: Any) -> Any:

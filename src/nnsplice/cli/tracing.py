@@ -50,7 +50,8 @@ def trace(
         typer.Option(metavar="TEXT", help="The run that is edited; left out, the clean run is edited."),
     ] = None,
     sites: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="What is changed, each by itself. May be given often.")
+        list[str] | None,
+        typer.Option(metavar="PATH", help="What is changed, each by itself, or 'A + B' together. May be given often."),
     ] = None,
     answer: Annotated[
         list[str] | None, typer.Option(metavar="TOKEN", help="The right token: one for all prompts, or one for each.")
@@ -217,7 +218,7 @@ def _plan(model: Any, asked: dict[str, Any], method: str | None) -> Plan:
 
     reference = asked.get("reference")
     return ns.plan_sweep(
-        model, asked["clean"], asked.get("corrupted"), asked["sites"], _metric(asked),
+        model, asked["clean"], asked.get("corrupted"), given.sets(asked["sites"]), _metric(asked),
         operation=asked.get("operation", "patch"), window=asked.get("window", 1), align=asked.get("align", "position"),
         reference=None if reference is None else ns.SavedActivation.from_file(reference), seed=asked.get("seed", 0),
         together=method in estimating.EDGES,
