@@ -106,9 +106,9 @@ def test_every_mapper_has_two_names() -> None:
 
 @cache
 def words_in_code() -> frozenset[str]:
-    """Every word of the code that users read: README, notebooks, examples."""
+    """Every word of the code that users read: README, the site, notebooks, examples."""
     code = [path.read_text() for path in (ROOT / "examples").glob("*.py")]
-    prose = [(ROOT / "README.md").read_text()]
+    prose = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))]
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         for cell in json.loads(path.read_text())["cells"]:
             (code if cell["cell_type"] == "code" else prose).append("".join(cell["source"]))

@@ -214,7 +214,7 @@ class SavedActivation:
         return self._like(made, None if same else self._provenance.without_rows())
 
     def mean(self, axis: str = "prompt") -> Self:
-        """The mean over the prompts (one row is kept), or over the `"position"`s of each site.
+        """The mean over the prompts (one row is kept), or over the positions of each site.
 
         After `mean("position")` a key's position is `["mean"]`, and a replay needs `at=` a position.
 
