@@ -58,6 +58,7 @@ class Question:
         model = engine.as_model(model)
         check_mode(model)
         engine.refuse_edits(model)
+        engine.refuse_changed_logits(model, bare=True)
         wiring = wiring_of(model)
         prompts = _tokens(encode(model, clean))
         others = None if corrupted is None else _tokens(encode(model, corrupted))
@@ -239,8 +240,8 @@ def _trust(question: Question) -> Cost:
         RefusedPlace: it is another.
     """
     root, model, wiring = question.root, question.model, question.wiring
-    hooks = tuple(key for m in root.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks))
-    asked = (fingerprint(root), hooks, engine.attention_of(model), next(root.parameters()).dtype)
+    around = (engine.hooks_of(root.modules()), engine.replaced_in(root.modules()))
+    asked = (fingerprint(root), around, engine.attention_of(model), next(root.parameters()).dtype)
     known = _trusted.setdefault(root, set())
     if asked in known:
         return Cost()

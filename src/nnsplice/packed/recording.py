@@ -100,6 +100,10 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
     """
     if engine.is_edited(base.model):
         raise NotImplementedError("it has edits of nnsight, which calls of its blocks pass by")
+    if base.memo.setdefault("alone", None) is None:
+        base.memo["alone"] = engine.runs_alone(base.model)
+    if not base.memo["alone"]:
+        raise NotImplementedError("what is wrapped around it does more than call it")
     root = base.root
     towers = Atlas.of(root).towers
     if set(towers) != {"decoder"} or not engine.is_causal(base.model):

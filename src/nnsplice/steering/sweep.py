@@ -105,6 +105,7 @@ def sweep(
         if engine.in_training(model):
             raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
         engine.refuse_edits(model)
+        engine.refuse_changed_logits(model, bare=True)
         given = encode(model, prompts)
         chosen, asked_numbers = read(where), _numbers(coefficients)
         _check(given, chosen, max_new_tokens, generate_kwargs, metric)

@@ -132,6 +132,7 @@ class _Runs:
     @classmethod
     def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> _Runs:
         engine.refuse_edits(base)
+        engine.refuse_changed_logits(base, bare=True)
         given = encode(base, prompts)
         if given.values is not None:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")

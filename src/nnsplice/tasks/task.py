@@ -174,6 +174,7 @@ class Task:
 def _last_logits(model: engine.Model, prompts: Sequence[str], progress: bool) -> Tensor:
     """What stands behind each prompt, `[prompt, vocab]`, in float32."""
     engine.refuse_edits(model)
+    engine.refuse_changed_logits(model, bare=True)
     given = encode(model, prompts)
     module: Any = peel(model)
     found: dict[int, Tensor] = {}
