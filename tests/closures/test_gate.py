@@ -114,7 +114,22 @@ def test_a_change_of_the_last_layers_output_alone_leaves_the_stream() -> None:
     model = broken.before_the_head(lambda last, _: 2 * last)
     ns.expand(model, "layers[0].output")  # learns the order
     passes = [calls_of(model, lambda: ns.capture(model, "w3 w4", "layers[:].output[-1]")) for _ in range(2)]
-    assert passes[0] - passes[1] == 3  # one for all kinds, and two to see that the head reads nothing else
+    assert passes[0] - passes[1] == 2  # one for all kinds, and one to see that the head reads nothing else
+
+
+def test_a_head_that_reads_an_earlier_layer_beside_the_final_norm_leaves_no_stream() -> None:
+    model = broken.beside_the_head(lambda normed, first: normed + 0.01 * first)
+    for path in ("layers[:].output[-1]", "layers[0].input[0]", "embed.output[-1]"):
+        with pytest.raises(RefusedPlace, match="what is read behind the last layer is more than that layer's output"):
+            ns.capture(model, "w3 w4", path)
+    for use in (
+        lambda: ns.sweep(model, *PROMPTS, "layers[:].output[-1]", METRIC, progress=False),
+        lambda: ns.path_patch(model, *PROMPTS, "layers[0].heads[0]", "layers[1].output", METRIC, progress=False),
+    ):
+        with pytest.raises(RefusedPlace, match="what is read behind the last layer"):
+            use()
+    sound = broken.beside_the_head(lambda normed, _: 2 * normed)
+    assert len(ns.capture(sound, "w3 w4", "layers[:].output[-1]")) == 3
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
@@ -123,7 +138,7 @@ def test_a_change_of_the_last_layers_output_alone_leaves_the_stream() -> None:
 @pytest.mark.parametrize(
     ("path", "passes"),
     [
-        ("layers[0].output[-1]", 1),
+        ("layers[0].output[-1]", 2),
         ("layers[0].heads[0].q[-1]", 1),
         ("layers[:].mid[-1]", 2),
         ("layers[0].attn[0]", 1),

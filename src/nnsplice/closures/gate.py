@@ -1,7 +1,7 @@
 """Measure what a kind of place promises before it is used for the first time, and refuse what does not hold.
 
-Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for what is written between attention
-and MLP, two where the final norm is not given the last layer's output as it is, and for experts three calls of theirs.
+Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for the stream, one for what is
+written between attention and MLP, and for experts three calls of theirs.
 It is kept until modules or weights change.
 """
 
@@ -20,7 +20,7 @@ from nnsplice import engine
 from nnsplice.atlas import Atlas, Site, Tower, peel
 from nnsplice.closures import ends, heads, parts, streams
 from nnsplice.closures.promises import PROMISES, Closure, Kind, kind_of
-from nnsplice.closures.seen import look
+from nnsplice.closures.seen import Call, look
 from nnsplice.errors import NnspliceError, RefusedPlace
 from nnsplice.paths import Path
 
@@ -37,8 +37,12 @@ class _Measured:
     closures: dict[str, tuple[Closure, ...]] = field(default_factory=dict)
     #: Whether attention made its probabilities then: all that its implementation changes in what is promised.
     eager: bool = False
-    #: Towers whose final norm was given the very output of the last layer.
-    read_at_once: set[str] = field(default_factory=set)
+    #: How the first pass ended, by the tower's name, until the stream was measured.
+    ends: dict[str, ends.Ended] = field(default_factory=dict)
+    #: What modules of experts were called with in the first pass.
+    calls: dict[tuple[str, int], Call] = field(default_factory=dict)
+    #: What is run in the place of a model whose weights are elsewhere: the same in every pass.
+    twin: tuple[object, tuple[Any, ...], dict[str, Any]] | None = None
     #: Kinds that hold in every layer, so that most uses ask nothing more.
     sound: set[Kind] = field(default_factory=set)
 
@@ -133,7 +137,8 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
         try:
             # Whatever the caller's block has switched off; what is run inside decides for itself.
             with torch.inference_mode(False), torch.enable_grad():
-                runner, args, kwargs = engine.example_of(model, TOKENS)
+                runner, args, kwargs = known.twin or engine.example_of(model, TOKENS)
+                known.twin = None if runner is model else (runner, args, kwargs)
                 known.closures[what] = tuple(measuring(runner, (args, kwargs), known))
             known.eager = _is_eager(model) if what == "pass" else known.eager
         except NnspliceError:
@@ -155,9 +160,11 @@ def _is_eager(model: Any) -> bool:
 
 def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
     atlas, seen = Atlas.of(model), look(model, example)
+    known.calls = seen.calls
     for tower in atlas.towers.values():
-        if ends.read_at_once(tower, seen):
-            known.read_at_once.add(tower.name)
+        end = ends.ended(tower, seen)
+        if end is not None:
+            known.ends[tower.name] = end
         layers: list[heads.Tied] = []
         for block in tower.blocks:
             sums = streams.Sums(atlas, block, seen)
@@ -178,8 +185,9 @@ def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]
 
 def _head_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
     for tower in Atlas.of(model).towers.values():
-        if tower.name not in known.read_at_once:
-            yield from ends.head(model, tower, example)
+        end = known.ends.pop(tower.name, None)
+        if end is not None:
+            yield from ends.head(model, tower, example, end)
 
 
 def _written_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
@@ -195,12 +203,12 @@ def _written_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
             yield from streams.middle_written(tower, block, streams.Sums(atlas, block, seen))
 
 
-def _experts_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
-    atlas, seen = Atlas.of(model), look(model, example)
+def _experts_pass(model: Any, _: Any, known: _Measured) -> Iterator[Closure]:
+    calls, known.calls = known.calls, {}
     with engine.undisturbed(model):
-        for tower in atlas.towers.values():
+        for tower in Atlas.of(model).towers.values():
             for block in tower.blocks:
-                yield from parts.experts(tower, block, seen, model)
+                yield from parts.experts(tower, block, calls, model)
 
 
 _PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {

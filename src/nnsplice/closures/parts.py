@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.atlas import Block, Tower
 from nnsplice.closures.promises import Closure, gap, tolerance
-from nnsplice.closures.seen import Seen
+from nnsplice.closures.seen import Call, Seen
 
 
 def neurons(tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
@@ -32,7 +32,7 @@ def _factor(made: Tensor, end: Tensor) -> float:
     return 1.0 if abs(factor - 1) < 1e-2 else factor
 
 
-def experts(tower: Tower, block: Block, seen: Seen, model: object) -> Iterator[Closure]:
+def experts(tower: Tower, block: Block, calls: Mapping[tuple[str, int], Call], model: object) -> Iterator[Closure]:
     """Experts with even numbers and those with odd ones make what all of them make.
 
     Nothing where they are not given their choice and their weights: one of them cannot be told apart then, and whoever
@@ -40,7 +40,7 @@ def experts(tower: Tower, block: Block, seen: Seen, model: object) -> Iterator[C
     """
     if block.experts is None or block.experts_are_modules:
         return
-    args, kwargs = seen.calls.get((block.experts, block.occurrence), ((), {}))
+    args, kwargs = calls.get((block.experts, block.occurrence), ((), {}))
     given = [*args, *kwargs.values()]
     if len(given) != 3 or not all(isinstance(value, Tensor) for value in given) or given[1].is_floating_point():
         return
