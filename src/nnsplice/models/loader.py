@@ -103,6 +103,8 @@ def load(
             )
         return name_or_module
     _refuse_alone(kwargs)
+    if isinstance(tokenizer, str | os.PathLike) and not remote:
+        tokenizer = _tokenizer_from(os.fspath(tokenizer), trust_remote_code=kwargs.get("trust_remote_code", False))
     if isinstance(name_or_module, nn.Module):
         return _module(name_or_module, tokenizer, kwargs)
     if tokenizer is False:
@@ -247,17 +249,27 @@ def _without_tokenizer(module: nn.Module, kwargs: dict[str, Any]) -> engine.Mode
 
 def _tokenizer_of(module: nn.Module) -> Any:
     """The tokenizer of the checkpoint that a module was read from."""
-    from transformers import AutoTokenizer
-
     source: Any = getattr(module.config, "_name_or_path", "")
     if quantised := _quantised(source, None, {}):
         with checkpoint(quantised) as folder:
-            return AutoTokenizer.from_pretrained(folder)
+            return _tokenizer_from(folder)
+    return _tokenizer_from(source)
+
+
+def _tokenizer_from(source: Any, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint; transformers would stop and ask whether code of its own may run."""
+    from transformers import AutoTokenizer
+
     try:
-        return AutoTokenizer.from_pretrained(EMBEDDED.get(source, source))
+        return AutoTokenizer.from_pretrained(EMBEDDED.get(source, source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise _own_code(
+                f"the tokenizer of {source}",
+                "ns.load(module, tokenizer=transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=True))",
+            ) from error
         raise FileError(
-            f"the tokenizer of this {type(module).__name__} is not to be had from {source!r}: {_first_line(error)}",
+            f"a tokenizer is not to be had from {source!r}: {_first_line(error)}",
             write="ns.load(module, tokenizer=tokenizer)   (or tokenizer=False, for prompts of token ids)",
         ) from error
 
@@ -323,11 +335,15 @@ def _from(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
     except ValueError as error:
         if "custom code" not in str(error):
             raise
-        raise FileError(
-            f"{source} brings code of its own, which would run on this machine",
-            expected="a model of transformers' own, or leave to run that code once you have read it",
-            write="ns.load(name, trust_remote_code=True)",
-        ) from error
+        raise _own_code(source, "ns.load(name, trust_remote_code=True)") from error
+
+
+def _own_code(what: str, write: str) -> FileError:
+    return FileError(
+        f"{what} brings code of its own, which would run on this machine",
+        expected="a model of transformers' own, or leave to run that code once you have read it",
+        write=write,
+    )
 
 
 def _of_config(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
@@ -408,7 +424,7 @@ def _beside(source: str, config: Any, tokenizer: Any, kwargs: dict[str, Any]) ->
     """
     import transformers
 
-    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    where = {"trust_remote_code": False, **{name: kwargs[name] for name in _WHERE if name in kwargs}}
     ours = {name: kwargs[name] for name in ("rename", "envoys") if name in kwargs}
     kwargs = {name: value for name, value in kwargs.items() if name not in ("dispatch", *ours)}
     kind: Any = getattr(transformers, config.architectures[0], transformers.AutoModelForSeq2SeqLM)
