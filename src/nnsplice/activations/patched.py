@@ -13,12 +13,13 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations import remote as runs
 from nnsplice.activations import writing
+from nnsplice.activations.access import site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Site
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, circumstances, named
-from nnsplice.paths import Path
+from nnsplice.paths import Path, Span
 from nnsplice.tokens import Spans
 
 
@@ -84,6 +85,8 @@ def patched_logits(
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise BadArgument(f"batch_size={batch_size!r}", expected="a whole number, at least 1")
         wanted = _wanted(positions, given)
+        if at is None:
+            _check_spans(model, saved, given)
     found: dict[int, Tensor] = {}
     for rows in given.batches(batch_size):
         packs = [_rows(pack, rows) for pack in saved._packs]
@@ -107,6 +110,14 @@ def patched_logits(
 
 def _padded(logits: Tensor, length: int) -> Tensor:
     return logits if len(logits) == length else F.pad(logits, (0, 0, length - len(logits), 0), value=float("nan"))
+
+
+def _check_spans(model: engine.Model, saved: SavedActivation, given: Prompts) -> None:
+    """Raise for spans of the encoder's prompts at places of the decoder."""
+    for key in (key for pack in saved._packs for key in pack.keys if isinstance(key.position, Span)):
+        for place in engine.expand(model, key.place):
+            with circumstances(str(key)):
+                given.check_span(key.position, site_of(place).tower)
 
 
 def _wanted(positions: int | Sequence[int] | None, given: Prompts) -> list[int] | None:
