@@ -77,7 +77,6 @@ def capture(
     if batch_size is not None and batch_size < 1:
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
-        engine.refuse_replaced(model)
         given = encode(model, prompts, spans)
         wanted = _wanted(model, paths, probe=given.values)
         _check_positions(wanted, given)

@@ -61,6 +61,8 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
         RefusedPlace: with what was measured, and what holds in this model.
     """
     wanted: dict[Kind, list[Path]] = {}
+    paths = list(paths)
+    engine.refuse_replaced(model, (path.site.module for path in paths if isinstance(path.site, Site)))
     for path in paths:
         kind = kind_of(path)
         if kind is not None:

@@ -8,7 +8,7 @@ left out of every number. Code that only looks is let through: whether it does i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nnsplice.atlas import peel
 from nnsplice.engine.hooks import hooks_of
 from nnsplice.engine.recording import example_of, undisturbed
-from nnsplice.engine.tracing import Body, Model, callable_of, passed_by
+from nnsplice.engine.tracing import Body, Model, callable_of, is_passed_by
 from nnsplice.engine.turns import turn
 from nnsplice.errors import BadArgument
 
@@ -37,11 +37,10 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
     Raises:
         BadArgument: by how much they change.
     """
-    refuse_replaced(model)
     outer, root = model._module, peel(model)
-    wrapped = bare and outer is not root
-    hooks = hooks_of(_around(outer, root))
-    if not wrapped and (not hooks or hooks in _harmless.get(root, ())):
+    around = list(_around(outer, root))
+    wrapped, hooks, replaced = bare and outer is not root, hooks_of(around), any(map(is_passed_by, around))
+    if not (wrapped or replaced) and (not hooks or hooks in _harmless.get(root, ())):
         return
     try:
         read, whole, alone = _three(model, wrapped)
@@ -49,7 +48,8 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
         return
     if (by := _apart(read, whole)) is not None:
         raise BadArgument(
-            f"a hook on the model itself changes its logits{by}, after they are read here",
+            f"a hook on the model itself, or a forward in the place of its own, changes its logits{by}, after they are "
+            "read here",
             expected="a hook inside the model, on its head for example, and none on the model itself, on a wrapper "
             "around it, or on all modules",
             write="model._module.get_output_embeddings().register_forward_hook(...)",
@@ -61,7 +61,8 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
             expected="a wrapper that only calls the model, such as LoRA's; no hooks on it, and no soft tokens",
             write="ns.load(ns.models.peel(model), tokenizer=tokenizer), where the model inside is meant",
         )
-    _harmless.setdefault(root, set()).add(hooks)
+    if not replaced:  # another may come to stand at its address
+        _harmless.setdefault(root, set()).add(hooks)
 
 
 def runs_alone(model: Model) -> bool:
@@ -75,24 +76,28 @@ def runs_alone(model: Model) -> bool:
     return _apart(alone, whole) is None
 
 
-def refuse_replaced(model: Model) -> None:
-    """Raise where a `forward` that was put in a module's place makes other values than those that are read.
+def refuse_replaced(model: Any, names: Iterable[str]) -> None:
+    """Raise where a `forward` that was put in a module's place makes other values than those that are read of it.
+
+    Args:
+        names: the modules that are read or written, from the bare model.
 
     Raises:
         BadArgument: the module.
     """
-    modules = passed_by(model._module)
+    root = peel(model)
+    modules = [(name, module) for name in dict.fromkeys(names) if is_passed_by(module := root.get_submodule(name))]
     if not modules:
         return
     with ExitStack() as stack:
-        stack.enter_context(turn(model))
-        seen = {name: stack.enter_context(_both(module)) for name, module in modules.items()}
+        stack.enter_context(turn(root))
+        seen = {name: stack.enter_context(_both(module)) for name, module in modules}
         try:
             runner, args, kwargs = example_of(model, _TOKENS)
-            if runner is not model:
+            if runner is not model:  # a twin has no code of the user's
                 return
-            with undisturbed(model) as call:
-                call(*args, **kwargs)
+            call = stack.enter_context(undisturbed(model))
+            call(*args, **kwargs)
         except Exception:  # whoever runs it next is told what is wrong
             return
     for name, (inside, outside) in seen.items():
@@ -102,7 +107,7 @@ def refuse_replaced(model: Model) -> None:
             f"the forward of {name or 'the model'} was replaced after nnsight had wrapped the model, and does more "
             "than call what was there, so what is read here is not what the module is given and returns",
             expected="a forward that is replaced before the model is loaded, or a hook",
-            write=f"model._module{name and '.' + name}.register_forward_hook(...)",
+            write=f"model.{name or '_module'}.register_forward_hook(...)",
         )
 
 
@@ -126,7 +131,7 @@ def _three(model: Model, bare: bool) -> tuple[Tensor | None, Tensor | None, Tens
     with turn(model), _noted(model._module) as read, undisturbed(model) as call:
         whole = _logits(call(*args, **kwargs))
         alone = _logits(callable_of(model, "")(*args, **kwargs)) if bare else None
-    return _logits(read[0][1]), whole, alone
+    return _logits(read[-1][1]) if read else torch.empty(0), whole, alone
 
 
 #: A call of a module: what it was given, and what it returned.

@@ -187,23 +187,18 @@ class Body:
         self.state.body = body
 
 
+def is_passed_by(module: nn.Module) -> bool:
+    """Whether a module's `forward` was replaced after nnsight had wrapped it, so that nnsight stands behind that."""
+    forward = module.__dict__.get("forward")
+    return STATE in module.__dict__ and not isinstance(forward, Controller) and not _framework_forward(module)
+
+
 def own_body(module: nn.Module) -> Any:
     """What a module runs in the place of its class's `forward`; None where that is what runs."""
     forward, state = module.__dict__.get("forward"), module.__dict__.get(STATE)
     if forward is not None and not isinstance(forward, Controller) and not _framework_forward(module):
         return forward
     return None if state is None or state.body is type(module).forward else state.body
-
-
-def passed_by(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules, by name, whose `forward` was replaced after nnsight had wrapped them."""
-    return {
-        name: inner
-        for name, inner in module.named_modules()
-        if STATE in inner.__dict__
-        and not isinstance(inner.__dict__.get("forward"), Controller)
-        and not _framework_forward(inner)
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,6 @@ def steer(
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.steer"):
-        engine.refuse_replaced(model)
         root = peel(model)
         # What is offloaded comes when it is needed; what was never read does not.
         if any(p.is_meta for p in root.parameters()) and not any(hasattr(m, "_hf_hook") for m in root.modules()):
