@@ -197,9 +197,13 @@ def test_code_that_only_looks_disturbs_nothing(where: str) -> None:
 def test_a_global_hook_in_the_layers_stands_where_a_hook_of_a_layer_would() -> None:
     module = build("llama").double()
     kinds = (type(module.model.layers[0]), type(module.model.layers[0].mlp))
+
+    def before(called: torch.nn.Module, args: Any) -> Any:
+        return (args[0] * 1.2,) if isinstance(called, kinds[1:]) else None
+
     handles = [
         registry.register_module_forward_hook(lambda m, _a, out: out * 1.3 + 0.1 if isinstance(m, kinds) else None),
-        registry.register_module_forward_pre_hook(lambda m, a: (a[0] * 1.2,) if isinstance(m, kinds[1:]) else None),
+        registry.register_module_forward_pre_hook(before),
     ]
     # The oracle's own hooks come after global ones, so that it writes and reads what stands behind them: the same
     # answer, as what it reads of the clean run and what it writes are changed alike.

@@ -25,7 +25,7 @@ from nnsplice.metrics import Metrics
 from nnsplice.packed.cost import Cost
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
-from nnsplice.sweeps.executors import Executor, Work, measured, whole_prompts
+from nnsplice.sweeps.executors import Executor, Work, check_length, measured, whole_prompts
 from nnsplice.sweeps.options import RUNNING, check_options, known_of
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
@@ -176,6 +176,7 @@ class Routes:
             mediator = engine.worker(model, "ns.path_patch")
             for access in accesses(model, stops):
                 held = hold(access, mediator, batch.rows(access.tower))
+                check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
                 held.write(pass_.changed(access, held.tensor))
             found.append(wire.logits_of(model)[len(prompts) + len(jobs) :, at].clone())
 

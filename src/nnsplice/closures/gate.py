@@ -181,8 +181,17 @@ def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]
         if layers:
             yield from heads.influence(tower, layers)
         for tied in layers:
+            yield from heads.keys(tower, tied.block, len(tied.slots), _given(tower, example))
             if _is_eager(model) and tied.block.pattern is not None:
                 yield from heads.patterns(tower, tied, seen)
+
+
+def _given(tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
+    """How many tokens of a tower the model is given; None where its call does not tell."""
+    _, kwargs = example
+    own = kwargs.get("decoder_input_ids") if tower.name == "decoder" else None
+    ids = kwargs.get("input_ids") if own is None else own
+    return ids.numel() if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
 
 
 def _head_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
