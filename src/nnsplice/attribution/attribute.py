@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnsplice import engine
+from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.attribution import edges, exact, nodes, relevance, star, verifying
@@ -237,7 +237,7 @@ def _estimated(
         made_of[~(exists[..., None] & graph.joined(plan).numpy()[None])] = np.nan
     passes = f"{_count(spent.cost.forwards, 'forward')} and {_count(spent.backwards, 'backward')}"
     about = Run(
-        name, time.perf_counter() - start, **spent.cost.told(), known=len(plan.known),
+        name, time.perf_counter() - start, **spent.cost.told(), known=len(plan.known), gate=closures.spent(model),
         note="; ".join([f"estimated with {passes}", *dict.fromkeys(spent.notes), *_doubts(plan, name)]),
     )  # fmt: skip
     cells = tuple(target.cell for target in plan.targets)

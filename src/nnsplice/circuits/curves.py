@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nnsplice import plots
+from nnsplice import closures, plots
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.circuit import Circuit, count_of
@@ -232,7 +232,8 @@ def faithfulness(
         found = measure(question, [np.zeros_like(shape.exists), *masks], max_tokens=max_tokens, progress=progress)
         empty, full = found.values[:, 0], found.clean
         note = _check_ends(full, empty, question.metric.metric.name)
-        about = Run("circuits", time.perf_counter() - start, **found.cost.told(), note=note)
+        gate = closures.spent(question.model)
+        about = Run("circuits", time.perf_counter() - start, **found.cost.told(), gate=gate, note=note)
         return Faithfulness(tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about)
 
 

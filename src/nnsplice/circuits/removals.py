@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnsplice import closures
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.addresses import address
@@ -133,7 +134,7 @@ def completeness(
         if not chosen:
             raise BadArgument("no sets of nodes to take out", expected="sets=, random= or greedy=")
         here, there = one.without([nodes for _, nodes in chosen])
-        about = Run("circuits", time.perf_counter() - start, **one.cost.told())
+        about = Run("circuits", time.perf_counter() - start, **one.cost.told(), gate=closures.spent(model))
         found = tuple(tuple(one.shape.senders[n] for n in nodes) for _, nodes in chosen)
         return Completeness(found, tuple(by for by, _ in chosen), here, there, about)
 
@@ -187,7 +188,7 @@ def minimality(
                 moved = abs(means[wanted[nodes | {node}]] - means[wanted[nodes - {node}]])
                 if moved > best[number]:
                     best[number], best_with[number] = moved, nodes - {node}
-        about = Run("circuits", time.perf_counter() - start, **one.cost.told())
+        about = Run("circuits", time.perf_counter() - start, **one.cost.told(), gate=closures.spent(model))
         paths = one.shape.senders
         found = tuple(tuple(paths[n] for n in sorted(nodes)) for nodes in best_with)
         return Minimality(tuple(paths[n] for n in one.nodes), best, found, about)

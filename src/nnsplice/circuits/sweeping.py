@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nnsplice import engine
+from nnsplice import closures, engine
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.circuit import Circuit
@@ -64,7 +64,7 @@ def sweep_circuits(
         check_baselines(question.metric, clean=found.clean, corrupted=found.values[:, 0])
         cells = tuple(Cell(name, CIRCUITS, set=name) for name in each)
         there = np.ones((len(question.clean), len(cells)), dtype=bool)
-        about = Run("circuits", time.perf_counter() - start, **found.cost.told())
+        about = Run("circuits", time.perf_counter() - start, **found.cost.told(), gate=closures.spent(question.model))
         tokens = engine.token_texts(question.model, question.clean.ids)
         ends = found.clean, found.values[:, 0]
         asked = _asked(question, each)

@@ -43,6 +43,8 @@ class _Measured:
     calls: dict[tuple[str, int], Call] = field(default_factory=dict)
     #: What is run in the place of a model whose weights are elsewhere: the same in every pass.
     twin: tuple[object, tuple[Any, ...], dict[str, Any]] | None = None
+    #: Forward passes that measuring took, and that no result has told yet.
+    untold: float = 0.0
     #: Kinds that hold in every layer, so that most uses ask nothing more.
     sound: set[Kind] = field(default_factory=set)
 
@@ -96,6 +98,16 @@ def measure(model: Any, kinds: Iterable[Kind] | None = None) -> list[Closure]:
         return [closure for kind in wanted for closure in _closures(model, known, kind)]
 
 
+def spent(model: Any) -> float:
+    """How many forward passes of a prompt of `TOKENS` tokens measuring took since this was asked last."""
+    with _lock:
+        known = _measured.get(peel(model))
+        if known is None:
+            return 0.0
+        passes, known.untold = known.untold, 0.0
+        return passes
+
+
 def marks(model: Any) -> tuple[object, ...]:
     """What changes when modules or weights do; no number is read."""
     root = peel(model)
@@ -114,7 +126,7 @@ def _of(model: Any) -> _Measured:
     root, mark = peel(model), marks(model)
     known = _measured.get(root)
     if known is None or known.mark != mark:
-        known = _measured[root] = _Measured(mark)
+        known = _measured[root] = _Measured(mark, untold=0.0 if known is None else known.untold)
     return known
 
 
@@ -142,6 +154,7 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
                 runner, args, kwargs = known.twin or engine.example_of(model, TOKENS)
                 known.twin = None if runner is model else (runner, args, kwargs)
                 known.closures[what] = tuple(measuring(runner, (args, kwargs), known))
+            known.untold += parts.share_of_experts(model) if what == "experts" else 1.0
             known.eager = _is_eager(model) if what == "pass" else known.eager
         except NnspliceError:
             raise

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.atlas import Block, Tower
+from nnsplice.atlas import Atlas, Block, Tower, peel, text_config
 from nnsplice.closures.promises import Closure, gap, tolerance
 from nnsplice.closures.seen import Call, Seen
 
@@ -55,3 +55,20 @@ def experts(tower: Tower, block: Block, calls: Mapping[tuple[str, int], Call], m
     missed = float((even.double() + odd.double() - whole.double()).abs().max()) / size
     found = "even and odd ones do not make all"
     yield Closure("experts", tower.name, block.index, missed, tolerance(whole, weights, computed=True), found)
+
+
+def share_of_experts(model: object) -> float:
+    """What `experts` costs of all layers: a pass is three calls of those, beside all that stands in a pass once.
+
+    By the numbers of their matrices, of which those of one token's experts count.
+    """
+    root = peel(model)
+    one, whole = 0.0, float(sum(p.numel() for p in root.parameters() if p.dim() > 1))
+    chosen = getattr(text_config(root), "num_experts_per_tok", None) or 1
+    for tower in Atlas.of(root).towers.values():
+        for block in tower.blocks:
+            if block.experts is not None and not block.experts_are_modules:
+                own = sum(p.numel() for p in root.get_submodule(block.experts).parameters())
+                used = own * min(chosen / max(block.n_experts, 1), 1.0)
+                one, whole = one + used, whole - own + used
+    return 3 * one / whole if whole else 0.0

@@ -59,6 +59,9 @@ class Run:
     flops: float = 0.0
     #: Cells whose value was known without computing.
     known: int = 0
+    #: Forward passes of a prompt of 4 tokens that went before, to measure what places promise: the first use of a model
+    #: costs them, and they are told once. Parts of a pass are calls of experts alone.
+    gate: float = 0.0
     #: Why another executor than the fastest was used, where that is so.
     note: str = ""
 

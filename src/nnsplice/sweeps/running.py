@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice import engine
+from nnsplice import closures, engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
@@ -132,7 +132,9 @@ def _run(
             book.note(jobs, found)
             cost += spent
     book.warn_of_nan()
-    about = Run(name, time.perf_counter() - start, **cost.told(), known=len(plan.known), note=note)
+    about = Run(
+        name, time.perf_counter() - start, **cost.told(), known=len(plan.known), gate=closures.spent(model), note=note
+    )
     cells = tuple(target.cell for target in plan.targets)
     texts = () if plan.owners else plan.tokens
     table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about)
