@@ -6,6 +6,9 @@ nodes           atp and ig: scores of places
 star, attention atp*: what its two corrections need
 branches        what reads the stream and what adds to it
 edges           eap and eap-ig: scores between places
+relevance       relp: eap with the gradients of other rules
+routes          ifr: shares of what receivers read, without gradients
+exact           every edge, measured
 path_patching   what a place does through chosen others, exactly
 verifying       estimates checked against exact values
 """

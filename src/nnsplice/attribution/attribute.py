@@ -16,7 +16,7 @@ from torch import Tensor
 from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
-from nnsplice.attribution import edges, exact, nodes, relevance, star, verifying
+from nnsplice.attribution import edges, exact, nodes, relevance, routes, star, verifying
 from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
@@ -48,6 +48,8 @@ class Method:
     measured: bool = False
     #: What gradients are taken in.
     rules: Callable[[engine.Model], AbstractContextManager[None]] = _plain
+    #: For edges without gradients: the graph and a batch -> `[row, cell, receiver]`.
+    edges: Callable[[edges.Graph, Batch], Tensor] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -57,6 +59,7 @@ METHODS: dict[str, Method] = {
     "eap": Method(None),
     "eap-ig": Method(None, stepwise=True),
     "relp": Method(None, rules=relevance.rules),
+    "ifr": Method(None, edges=routes.shares),
     "exact": Method(None, measured=True),
 }
 #: What one gradient tells little of: a patch of the stream replaces all that was computed before it, which takes the
@@ -64,6 +67,11 @@ METHODS: dict[str, Method] = {
 _STREAM = (
     'one gradient is a rough guess for the residual stream, in size and in order; method="ig", or verify= for numbers '
     "that are exact"
+)
+#: What a share is no estimate of.
+_SHARES = (
+    "scores are shares of what receivers read in the clean run, which order edges; verify= compares their order with the "
+    "metric's changes"
 )
 #: Gradients on the way between two runs, where nobody says how many.
 STEPS = 5
@@ -111,6 +119,10 @@ def attribute(
       edges. Here a site without positions is all its tokens at once, as in `ns.path_patch`, which is the exact answer.
     * `"relp"`: as `"eap"`, with gradients by rules of relevance propagation: norms' scales and attention patterns
       stand still, activations have the slope act(x) / x, the factors of a gate share theirs. Queries and keys get none.
+    * `"ifr"`: edges without gradients: which share of what a receiver reads in the clean run comes from the sender, as
+      the mean over its tokens. Shares know neither the metric nor the corrupted run, and are never below 0: they order
+      edges, and are no change of the metric, also where the model is a straight line. The logits count where the metric
+      reads.
     * `"exact"`: no estimate. Each edge by `ns.path_patch`: as many runs as there are edges.
 
     Args:
@@ -213,7 +225,10 @@ def _estimated(
             paths.append(entry)
         values, logits = nodes.clean_run(model, plan, rows, paths, spent)
         batch = Batch(model, plan, tuple(rows), wanted, values, logits, entry, steps, spent)
-        if not wanted:  # no cell of these prompts can differ
+        if method.edges is not None:
+            assert graph is not None
+            one, found = batch.run([], tied=False), method.edges(graph, batch)
+        elif not wanted:  # no cell of these prompts can differ
             one, found = batch.run([], tied=False), None
         elif graph is not None:
             one, found = graph.scores(batch)
@@ -254,7 +269,7 @@ def _doubts(plan: Plan, name: str) -> list[str]:
         not path.native and path.steps[-1].name in ("layers", "embed") and path.value in ("input", "mid", "output")
         for path in nodes.places_of(plan)
     )
-    return [_STREAM] if name == "atp" and stream else []
+    return [_STREAM] if name == "atp" and stream else [_SHARES] if METHODS[name].edges is not None else []
 
 
 def _count(number: int, what: str) -> str:

@@ -101,7 +101,7 @@ def trace(
     ] = None,
     receivers: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="Where edges end, with eap, eap-ig, relp. May come often."),
+        typer.Option(metavar="PATH", help="Where edges end, with eap, eap-ig, relp, ifr. May come often."),
     ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Show what would be computed, and leave.")] = False,
 ) -> None:
