@@ -13,6 +13,7 @@ One address language for every part of a model, and many views of an address. Th
     knockout                                      a block in which queries do not see some of their keys
     Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
     minimality, acdc, sweep_circuits,
+    optimal_ablation, OptimalAblation             constants for what is outside, trained to do the least harm
     interactions                                  what two places do beyond what each does
     Metric, logit_diff, probability,              from the logits of a run to one number per row
     log_probability, sequence_log_probability,
@@ -34,11 +35,13 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.attribution import attribute, path_patch
     from nnsplice.circuits import (
         Circuit,
+        OptimalAblation,
         acdc,
         completeness,
         faithfulness,
         interactions,
         minimality,
+        optimal_ablation,
         sweep_circuits,
     )
     from nnsplice.engine import expand
@@ -63,6 +66,7 @@ __all__ = [
     "Atlas",
     "Circuit",
     "Metric",
+    "OptimalAblation",
     "Path",
     "Plan",
     "SavedActivation",
@@ -89,6 +93,7 @@ __all__ = [
     "logit_diff",
     "minimality",
     "models",
+    "optimal_ablation",
     "parse_path",
     "patched_logits",
     "path_patch",
@@ -115,7 +120,17 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
-    "circuits": ("Circuit", "acdc", "completeness", "faithfulness", "interactions", "minimality", "sweep_circuits"),
+    "circuits": (
+        "Circuit",
+        "OptimalAblation",
+        "acdc",
+        "completeness",
+        "faithfulness",
+        "interactions",
+        "minimality",
+        "optimal_ablation",
+        "sweep_circuits",
+    ),
     "engine": ("expand",),
     "metrics": (
         "Metric",

@@ -85,7 +85,7 @@ def kind_of(receiver: str) -> str:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_an_edges_score_is_its_share_of_the_proximities_written_out(family: str) -> None:
     expected = by_hand(family, ids(CLEAN))
-    frame = scored(double(family)).edges()
+    frame: Any = scored(double(family)).edges()
     assert len(frame) == len(ns.Circuit.full(double(family)))
     for sender, receiver, score in zip(frame["sender"], frame["receiver"], frame["score"], strict=True):
         share = expected[sender.removesuffix(".output"), kind_of(receiver)]
@@ -98,7 +98,7 @@ def test_an_edges_score_is_its_share_of_the_proximities_written_out(family: str)
 def test_cells_of_single_tokens_and_receivers_at_some_tokens(family: str) -> None:
     expected = by_hand(family, ids(CLEAN))
     result = scored(double(family), ["layers[0].heads[2][:]", "layers[0].mlp[1]"], receivers=["layers[1].mlp[1,4]"])
-    frame = result.edges().set_index("sender")["score"]
+    frame: Any = result.edges().set_index("sender")["score"]
     share = expected["layers[0].heads[2]", "layers[1].mlp"]
     for token in range(5):
         wanted = float(share[token]) / 2 if token in (1, 4) else 0.0
@@ -131,7 +131,7 @@ def test_on_a_straight_line_it_is_its_own_closed_form_and_not_the_exact_effect()
                 part.weight.abs_()
                 part.bias.zero_()
             block.attn.c_attn.weight[:, :32] = 0.0
-    found = scored(model).edges().set_index(["sender", "receiver"])["score"]
+    found: Any = scored(model).edges().set_index(["sender", "receiver"])["score"]
     seen = inputs_of(model._module, ids(CLEAN), ["transformer.h.0", "transformer.ln_f"])
     size = seen["transformer.h.0"][-1].abs().sum() / seen["transformer.ln_f"][-1].abs().sum()
     name = next(receiver for _, receiver in found.index if receiver.startswith("unembed"))

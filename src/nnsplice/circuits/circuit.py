@@ -405,9 +405,10 @@ class Circuit:
 
         Args:
             ablation: what everything outside has: `"patch"`, the corrupted run's values at the same tokens; `"zero"`;
-                `"mean"` over the tokens and prompts of the reference; or a `SavedActivation` with a value for
-                `embed.output` and every head and MLP.
-            reference: the prompts of the mean, where they are not the corrupted ones.
+                `"mean"` over the tokens and prompts of the reference; `"optimal"`, constants trained for this circuit
+                (see `ns.optimal_ablation`, which gives them); or a `SavedActivation` with a value for `embed.output`
+                and every head and MLP.
+            reference: the prompts of the mean, where they are not the corrupted ones; `"optimal"` begins there.
             max_tokens: how many tokens run at once.
         """
         question = measuring.Question.of(model, clean, corrupted, metric, ablation, reference)

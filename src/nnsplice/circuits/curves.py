@@ -231,9 +231,11 @@ def faithfulness(
             points, masks = _given(circuits, question)
         found = measure(question, [np.zeros_like(shape.exists), *masks], max_tokens=max_tokens, progress=progress)
         empty, full = found.values[:, 0], found.clean
-        note = _check_ends(full, empty, question.metric.metric.name)
-        gate = closures.spent(question.model)
-        about = Run("circuits", time.perf_counter() - start, **found.cost.told(), gate=gate, note=note)
+        said = _check_ends(full, empty, question.metric.metric.name)
+        note = "; ".join(filter(None, (said, found.note)))
+        about = Run(
+            "circuits", time.perf_counter() - start, **found.cost.told(), gate=closures.spent(question.model), note=note
+        )
         return Faithfulness(tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about)
 
 

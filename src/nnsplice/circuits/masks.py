@@ -57,6 +57,18 @@ def needed(
     if from_embed:
         useful &= reached(shape, mask, mixed)
     mask = mask & useful
+    mask[~_alive(shape, useful, mixed)] = False
+    return mask, np.asarray(mask.any(0))
+
+
+def ablated(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:
+    """`[sender]`: whether a receiver that matters reads a sender's ablated value."""
+    read = _alive(shape, behind(shape, mask, mixed), mixed)
+    return np.asarray((shape.exists & ~mask)[read].any(0))
+
+
+def _alive(shape: Shape, useful: np.ndarray, mixed: Sequence[bool] | None) -> np.ndarray:
+    """`[receiver]`: whether what it reads can get to `unembed`, through senders of which this is known."""
     alive = np.zeros(len(shape.receivers), dtype=bool)
     alive[-1] = True
     for number, (layer, (sender, receiver)) in enumerate(zip(shape.layers, shape.starts, strict=True)):
@@ -67,5 +79,4 @@ def needed(
             alive[list(shape.reads_of(sender + int(head)))] = True
         if len(heads) and mixed is not None and mixed[number]:
             alive[receiver:mlp] = True
-    mask[~alive] = False
-    return mask, np.asarray(mask.any(0))
+    return alive

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import fingerprint, peel
 from nnsplice.attribution.gradients import halving
 from nnsplice.circuits.ablations import Ablation, Source, source_of
+from nnsplice.circuits.constants import OptimalAblation, Training, note_of
 from nnsplice.circuits.masks import needed
 from nnsplice.circuits.recording import record, run_plainly
 from nnsplice.circuits.running import Ablated, Pass
+from nnsplice.circuits.training import Recipe, train
 from nnsplice.circuits.wiring import Wiring, wiring_of
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.metrics import Bound, MetricLike, Several, bound_of
@@ -101,12 +103,17 @@ class Measured:
     #: `[prompt]`: the metric of the clean run.
     clean: np.ndarray
     cost: Cost
+    #: What there is to say of trained constants.
+    note: str = ""
 
 
+@torch.no_grad()
 def measure(
     question: Question, masks: Sequence[np.ndarray], *, max_tokens: int | None = None, progress: bool = False
 ) -> Measured:
     """The metric of each circuit, given by its edges `[receiver, sender]`, for each prompt."""
+    if question.source.trained_from is not None:
+        return _trained(question, masks, max_tokens, progress)
     model, wiring = question.model, question.wiring
     room = engine.room(model, max_tokens)
     mixed = [layer.heads_mix for layer in wiring.layers]
@@ -133,6 +140,45 @@ def measure(
             for part in _parts(rows, max(step, 1)):
                 cost += _group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
     return Measured(values[:, which], clean, cost)
+
+
+def _trained(question: Question, masks: Sequence[np.ndarray], max_tokens: int | None, progress: bool) -> Measured:
+    """Each circuit with constants of its own."""
+    known: dict[bytes, Measured] = {}
+    trainings: list[Training] = []
+    cost = Cost()
+    for mask in masks:
+        if (key := np.packbits(mask).tobytes()) in known:
+            continue
+        ablation, spent = constants_for(question, mask, Recipe(), max_tokens=max_tokens, progress=progress)
+        source = source_of(question.model, question.wiring, question.clean, None, ablation, None)
+        known[key] = measure(replace(question, source=source), [mask], max_tokens=max_tokens)
+        trainings.append(ablation.training)
+        cost += spent + known[key].cost
+    each = [known[np.packbits(mask).tobytes()] for mask in masks]
+    return Measured(np.concatenate([one.values for one in each], 1), each[0].clean, cost, note_of(trainings))
+
+
+def constants_for(
+    question: Question,
+    mask: np.ndarray,
+    recipe: Recipe,
+    *,
+    max_tokens: int | None,
+    progress: bool,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[OptimalAblation, Cost]:
+    """Constants trained for the circuit of a mask, on the question's clean prompts."""
+    assert question.source.trained_from is not None
+    told = {name: question.asked[name] for name in ("model", "revision", "weights")}
+    with engine.turn(question.model):
+        cost = _trust(question)
+        found, spent = train(
+            question.model, question.wiring, mask, question.clean, question.source.trained_from,
+            question.metric.metric.position, recipe, room=engine.room(question.model, max_tokens), progress=progress,
+            provenance={**told, **(about or {})},
+        )  # fmt: skip
+    return found, cost + spent
 
 
 def _group(

@@ -51,6 +51,7 @@ class Run:
     logits: Tensor
 
 
+@torch.no_grad()
 def record(root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], at: int) -> Run:
     """Run prompts of one length as they are, and check that their stream is the sum of what the senders give.
 
@@ -94,22 +95,19 @@ def run_plainly(root: nn.Module, model: engine.Model, prompts: Prompts, rows: Se
     inputs = prompts.inputs(rows, model.device)
     assert isinstance(inputs, Mapping)
     fewer = {"logits_to_keep": -at} if engine.keeps_logits(model) else {}
-    with torch.no_grad():
-        return root(**inputs, **fewer, use_cache=False).logits[:, at].clone()
+    return root(**inputs, **fewer, use_cache=False).logits[:, at].clone()
 
 
 def projected(root: nn.Module, layer: LayerWires, z: Tensor) -> Tensor:
     """What the output projection makes of all heads, with its bias."""
-    with torch.no_grad():
-        return root.get_submodule(layer.z[0].module)(z)
+    return root.get_submodule(layer.z[0].module)(z)
 
 
 def ended(root: nn.Module, layer: LayerWires, projection: Tensor) -> Tensor:
     """What the attention adds to the stream, before `Block.scale`, of what its output projection made."""
     if layer.norm is None:
         return projection
-    with torch.no_grad():
-        return root.get_submodule(layer.norm)(projection)
+    return root.get_submodule(layer.norm)(projection)
 
 
 def _check(made: Tensor, seen: Tensor, layer: LayerWires, why: str) -> None:

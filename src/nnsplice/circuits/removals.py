@@ -15,7 +15,7 @@ import numpy as np
 
 from nnsplice import closures
 from nnsplice.activations.prompts import PromptsLike
-from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.ablations import Ablation, refuse_training
 from nnsplice.circuits.addresses import address
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.measuring import Question, measure
@@ -221,6 +221,7 @@ class _Part:
     ) -> _Part:
         if not isinstance(circuit, Circuit):
             raise BadType(f"{named(circuit)} is no circuit", expected="an ns.Circuit")
+        refuse_training(ablation, "taking parts out of a circuit")
         question = Question.of(model, clean, corrupted, metric, ablation, reference)
         mask = circuit.checked_mask(question)
         numbers = question.wiring.shape.sender_number

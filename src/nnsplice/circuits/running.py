@@ -66,6 +66,9 @@ class Pass:
     #: `[circuit, receiver, sender]`: the edges that are needed; see `masks.needed`.
     masks: np.ndarray
     law: Law
+    #: Whether what comes out is tied to the ablated values, so that these get gradients; of one circuit alone, as a sum
+    #: of a few senders then costs no memory, and one product for all circuits would keep every stream.
+    tied: bool = False
     cost: Cost = field(default_factory=Cost)
 
     def __post_init__(self) -> None:
@@ -79,9 +82,12 @@ class Pass:
         self.slots: dict[int, int] = {int(sender): slot for slot, sender in enumerate(self.kept)}
         dtype = self.ablated.values.embed.dtype
         self.dtype: torch.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        shape = (self.circuits, len(self.kept), self.prompts, self.tokens, self.width)
+        assert not self.tied or self.circuits == 1
+        shape = (self.circuits, 0 if self.tied else len(self.kept), self.prompts, self.tokens, self.width)
         #: What each sender gives less what it gives when it is ablated; of heads before a norm, before that.
         self.moved: Tensor = self.ablated.values.embed.new_zeros(shape, dtype=self.dtype)
+        #: The same by slot, where it is tied.
+        self.parts: dict[int, Tensor] = {}
         self.edges: Tensor = torch.from_numpy(self.masks[:, :, self.kept]).to(self.moved)
         self.mode: Callable[[], Any] | None = None
         self.seen: dict[str, Tensor] = {}
@@ -101,7 +107,7 @@ class Pass:
         Args:
             logits: calls the model on the prompts, once for each circuit, and returns what is wanted.
         """
-        with torch.no_grad(), self._circuits():
+        with torch.set_grad_enabled(self.tied), self._circuits():
             return logits()
 
     # --- blocks
@@ -274,7 +280,10 @@ class Pass:
         return found - ablated.to(found)
 
     def _keep(self, sender: int, moved: Tensor) -> None:
-        self.moved[:, self.slots[sender]] = moved.to(self.moved)
+        if self.tied:
+            self.parts[self.slots[sender]] = moved.to(self.moved)
+        else:
+            self.moved[:, self.slots[sender]] = moved.to(self.moved)
 
     # --- streams
 
@@ -302,11 +311,23 @@ class Pass:
         used = edges.flatten(0, 1).any(0).nonzero().flatten()
         if not len(used):
             return self.moved.new_zeros(*edges.shape[:2], self.prompts * self.tokens * self.width)
+        if self.tied:
+            return self._few(edges, range(len(self.kept)))
         stop = int(used[-1]) + 1
         some = len(used) * 2 < stop
         edges, moved = (edges[..., used], self.moved[:, used]) if some else (edges[..., :stop], self.moved[:, :stop])
         self.cost += Cost(flops=2 * edges.numel() * moved[0, 0].numel())
         return torch.bmm(edges, moved.flatten(2))
+
+    def _few(self, edges: Tensor, slots: Sequence[int]) -> Tensor:
+        """What `bmm` would make of the edges `[1, receiver, slot]` and the differences, one sender after the other."""
+        made: list[Tensor] = []
+        for chosen in edges[0].bool().tolist():
+            parts = [
+                self.parts[slot] for slot, is_in in zip(slots, chosen, strict=True) if is_in and slot in self.parts
+            ]
+            made.append(sum(parts[1:], parts[0]) if parts else self.moved.new_zeros(1, *self.moved.shape[2:]))
+        return torch.stack(made, 1).flatten(2)
 
     @cached_property
     def _direct(self) -> Tensor:
@@ -328,7 +349,7 @@ class Pass:
         picked = edges[:, :, slots]
         different, which = torch.unique(picked.transpose(0, 1).flatten(1), dim=0, return_inverse=True)
         different = different.unflatten(1, (self.circuits, len(slots))).transpose(0, 1)
-        moved = torch.bmm(different, self.moved[:, slots].flatten(2))
+        moved = self._few(different, slots) if self.tied else torch.bmm(different, self.moved[:, slots].flatten(2))
         moved = moved.unflatten(-1, (self.prompts, self.tokens, self.width))
         ends = ended(self.root, layer, (before.to(moved) + moved).to(before)).to(moved)
         apart = (ends - ended(self.root, layer, before).to(moved)) * layer.block.scale

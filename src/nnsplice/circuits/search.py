@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.activations.prompts import PromptsLike
-from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.ablations import Ablation, refuse_training
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.masks import needed
 from nnsplice.circuits.measuring import Question, measure
@@ -63,6 +63,7 @@ def acdc(
         progress: show a bar.
     """
     with circumstances("ns.acdc"):
+        refuse_training(ablation, "acdc")
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold > 0:
             raise BadArgument(f"threshold={threshold!r}", expected="a number above 0, in units of the metric")
         if start is not None and (not isinstance(start, Circuit) or start.kind != "edges"):

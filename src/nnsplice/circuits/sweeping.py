@@ -64,7 +64,13 @@ def sweep_circuits(
         check_baselines(question.metric, clean=found.clean, corrupted=found.values[:, 0])
         cells = tuple(Cell(name, CIRCUITS, set=name) for name in each)
         there = np.ones((len(question.clean), len(cells)), dtype=bool)
-        about = Run("circuits", time.perf_counter() - start, **found.cost.told(), gate=closures.spent(question.model))
+        about = Run(
+            "circuits",
+            time.perf_counter() - start,
+            **found.cost.told(),
+            gate=closures.spent(question.model),
+            note=found.note,
+        )
         tokens = engine.token_texts(question.model, question.clean.ids)
         ends = found.clean, found.values[:, 0]
         asked = _asked(question, each)
