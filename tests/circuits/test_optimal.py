@@ -48,7 +48,8 @@ def test_what_training_minimises_is_what_a_run_measures(family: str, kind: str) 
     told = constants.training
     assert len(told.trained_on) == 4 and len(told.held_out) == 1
     allowed = 1e-6 if family not in ("gpt2", "gptj") else 1e-10
-    near = {"rtol": 0, "atol": allowed}
+    near: dict[str, Any] = {"rtol": 0, "atol": allowed}
+    assert told.held_out_divergence is not None
     np.testing.assert_allclose(divergence(model, circuit, told.trained_on, constants), told.divergence, **near)
     np.testing.assert_allclose(divergence(model, circuit, told.held_out, constants), told.held_out_divergence, **near)
     assert told.divergence < told.mean_divergence == told.history[0]

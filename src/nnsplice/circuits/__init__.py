@@ -16,6 +16,7 @@ ablations     what everything outside a circuit gives
 constants     trained constants, as a value with a file
 training      how they are trained
 optimal       for a circuit of one's own
+parts         senders that are some tokens of one, or an expert
 masks         which edges of a circuit can matter
 columns       parts of a projection
 running       the run of circuits, in which each receiver reads a stream of its own

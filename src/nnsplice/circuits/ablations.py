@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,6 +37,8 @@ class Source:
     identity: object
     #: Where values are to be trained for each circuit: the prompts of the means that this begins at.
     trained_from: Prompts | None = None
+    #: Whether it has values of single experts.
+    has_experts: bool = True
 
 
 def source_of(
@@ -64,7 +66,9 @@ def source_of(
                 expected="corrupted prompts",
                 write='ablation="mean" or ablation="zero", which need none',
             )
-        return Source(lambda rows, own: _run(model, wiring, corrupted, rows), is_run=True, identity="patch")
+        return Source(
+            lambda rows, own: _run(model, wiring, corrupted, rows, own.experts), is_run=True, identity="patch"
+        )
     if ablation == "zero":
         return Source(lambda rows, own: (own.map(torch.zeros_like), Cost()), is_run=False, identity="zero")
     if ablation in ("mean", "optimal"):
@@ -98,38 +102,42 @@ def _check_weights(model: engine.Model, ablation: OptimalAblation) -> None:
         )
 
 
-def _run(model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int]) -> tuple[Recorded, Cost]:
-    made = record(peel(model), model, wiring, prompts, rows, -1)
+def _run(
+    model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], experts: Collection[tuple[int, int]]
+) -> tuple[Recorded, Cost]:
+    made = record(peel(model), model, wiring, prompts, rows, -1, experts)
     return made.values, Law.of(model).whole(prompts, rows, 1)
 
 
-def mean_of(model: engine.Model, wiring: Wiring, reference: Prompts) -> tuple[Recorded, Cost]:
+def mean_of(
+    model: engine.Model, wiring: Wiring, reference: Prompts, experts: Collection[tuple[int, int]] = ()
+) -> tuple[Recorded, Cost]:
     """The mean over the tokens of each prompt, and then over prompts: one vector for each place."""
     sums: list[Recorded] = []
     cost = Cost()
     room = max(engine.room(model) // max(reference.lengths("decoder")), 1)
     for rows in reference.batches(room):
-        values, spent = _run(model, wiring, reference, rows)
+        values, spent = _run(model, wiring, reference, rows, experts)
         sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))
         cost += spent
     whole = Recorded(
         sum((one.embed for one in sums[1:]), sums[0].embed),
         tuple(torch.stack(parts).sum(0) for parts in zip(*(one.z for one in sums), strict=True)),
         tuple(torch.stack(parts).sum(0) for parts in zip(*(one.mlp for one in sums), strict=True)),
+        {key: torch.stack([one.experts[key] for one in sums]).sum(0) for key in experts},
     )
     return whole, cost
 
 
 def _mean(model: engine.Model, wiring: Wiring, reference: Prompts) -> Source:
     """The mean, the same at every token."""
-    known: list[Recorded] = []
+    known: dict[frozenset[tuple[int, int]], Recorded] = {}
 
     def values(rows: Sequence[int], own: Recorded) -> tuple[Recorded, Cost]:
-        cost = Cost()
-        if not known:
-            whole, cost = mean_of(model, wiring, reference)
-            known.append(whole)
-        return wide(known[0], own), cost
+        cost, experts = Cost(), frozenset(own.experts)
+        if experts not in known:
+            known[experts], cost = mean_of(model, wiring, reference, experts)
+        return wide(known[experts], own), cost
 
     return Source(values, is_run=False, identity={"mean": [list(row) for row in reference.ids]})
 
@@ -144,6 +152,7 @@ def wide(values: Recorded, own: Recorded) -> Recorded:
         expanded(values.embed, own.embed),
         tuple(map(expanded, values.z, own.z)),
         tuple(map(expanded, values.mlp, own.mlp)),
+        {key: expanded(value, own.experts[key]) for key, value in values.experts.items()},
     )
 
 
@@ -196,7 +205,9 @@ def _saved(model: engine.Model, wiring: Wiring, clean: Prompts, saved: SavedActi
             mlp.append(of(place, own.mlp[number], own.mlp[number].shape[-1]))
         return Recorded(of(wiring.embed, own.embed, own.embed.shape[-1]), tuple(z), tuple(mlp)), Cost()
 
-    return Source(values, is_run=False, identity={"saved": digest_of({str(k): v for k, v in saved.items()})})
+    return Source(
+        values, is_run=False, identity={"saved": digest_of({str(k): v for k, v in saved.items()})}, has_experts=False
+    )
 
 
 def _expanded(model: engine.Model, text: str) -> Path:

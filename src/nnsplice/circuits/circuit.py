@@ -17,9 +17,19 @@ from nnsplice import engine, plots
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits import files, masks, measuring, page
 from nnsplice.circuits.ablations import Ablation
-from nnsplice.circuits.addresses import address
+from nnsplice.circuits.addresses import address, part_of, whole_of
 from nnsplice.circuits.drawing import Drawing
-from nnsplice.circuits.members import Edge, checked_edges, checked_nodes, nodes_of, order_of, rank_of, text_of
+from nnsplice.circuits.masks import Mask
+from nnsplice.circuits.members import (
+    Edge,
+    check_parts,
+    checked_edges,
+    checked_nodes,
+    nodes_of,
+    order_of,
+    rank_of,
+    text_of,
+)
 from nnsplice.circuits.origin import OF_MODEL, check_model, expanded, graph_of, provenance_of
 from nnsplice.circuits.scores import By, Scores, greedy, scores_of
 from nnsplice.circuits.shape import Shape
@@ -37,7 +47,8 @@ Kind = Literal["nodes", "edges"]
 class Circuit:
     """A part of a model: nodes, or edges between them. A value: whatever is done to it gives another.
 
-    Senders are `embed`, `layers[i].heads[j]` and `layers[i].mlp`; receivers are `layers[i].heads[j].q`,
+    Senders are `embed`, `layers[i].heads[j]`, `layers[i].mlp` and `layers[i].experts[e]`, at all tokens or at some
+    (`layers[i].heads[j][-1]`); receivers are `layers[i].heads[j].q`,
     `layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`.
 
     >>> circuit = ns.Circuit.of(edges=[("embed", "layers[0].mlp"), ("layers[0].mlp", "unembed")])
@@ -232,16 +243,19 @@ class Circuit:
 
     def __and__(self, other: Circuit) -> Circuit:
         self._alike(other, "&")
+        check_parts(self.members, other.members, "&")
         others = set(other.members)
         return self._with([one for one in self.members if one in others], other)
 
     def __sub__(self, other: Circuit) -> Circuit:
         self._alike(other, "-")
+        check_parts(self.members, other.members, "-")
         others = set(other.members)
         return self._with([one for one in self.members if one not in others], other)
 
     def __invert__(self) -> Circuit:
         shape = self._graph("~circuit is all that is not in it")
+        self._whole("what is not in it depends on how many tokens and experts there are")
         every = shape.senders if self.kind == "nodes" else shape.edges(shape.exists)
         mine = set(self.members)
         return self._with([one for one in every if one not in mine], self)
@@ -333,7 +347,8 @@ class Circuit:
             raise BadArgument("a circuit of nodes has all edges between them", expected="a circuit of edges")
         shape = self._graph("which heads read which group's keys says the model")
         mask, _ = masks.needed(shape, self.mask(shape), from_embed=True)
-        kept = [edge for edge in self.edges if mask[shape.receiver_number[edge[1]], shape.sender_number[edge[0]]]]
+        number = shape.sender_number
+        kept = [edge for edge in self.edges if mask[shape.receiver_number[edge[1]], number[whole_of(edge[0])]]]
         return replace(self._with(kept, self), provenance=self.provenance)
 
     # --- what it is like
@@ -372,18 +387,32 @@ class Circuit:
     def mask(self, shape: Shape) -> np.ndarray:
         """`[receiver, sender]`: its edges in the graph of a model; of nodes, all edges that start at one of them.
 
+        An edge from a part of a sender, some tokens or an expert, is one from the sender.
+
         Raises:
             UnknownPath: the graph has no such place.
         """
         found = np.zeros(shape.exists.shape, dtype=bool)
         checked = self if self.shape == shape else replace(self, shape=shape)
         if self.kind == "nodes":
-            found[:, [shape.sender_number[node] for node in checked.nodes]] = True
+            found[:, [shape.sender_number[whole_of(node)] for node in checked.nodes]] = True
             return found & shape.exists
-        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in checked.edges]
+        pairs = [(shape.receiver_number[r], shape.sender_number[whole_of(s)]) for s, r in checked.edges]
         if pairs:
             found[tuple(np.array(pairs).T)] = True
         return found
+
+    def parts(self, shape: Shape) -> Mask:
+        """Its edges in the graph of a model, with what each carries where that is a part of its sender."""
+        edges = self.mask(shape)
+        found: dict[tuple[int, int], set[Any]] = {}
+        for member in self.members:
+            sender, receiver = (member, None) if self.kind == "nodes" else member
+            number = shape.sender_number[whole_of(sender)]
+            ends = np.flatnonzero(edges[:, number]) if receiver is None else [shape.receiver_number[receiver]]
+            for end in ends:
+                found.setdefault((int(end), number), set()).add(part_of(sender))
+        return Mask(edges, {at: frozenset(parts) for at, parts in found.items() if None not in parts})
 
     # --- running
 
@@ -415,7 +444,7 @@ class Circuit:
         found = measuring.measure(question, [self.checked_mask(question)], max_tokens=max_tokens)
         return found.values[:, 0]
 
-    def checked_mask(self, question: measuring.Question) -> np.ndarray:
+    def checked_mask(self, question: measuring.Question) -> Mask:
         """Its edges in the graph of a question's model.
 
         Raises:
@@ -423,8 +452,9 @@ class Circuit:
             BadArgument: nothing of the prompts can enter it.
         """
         check_model(self.provenance, question.model)
-        mask = self.mask(question.wiring.shape)
-        if self.kind == "nodes" and self.nodes and not mask[:, 0].any() and question.source.is_run:
+        mask = self.parts(question.wiring.shape)
+        question.check_parts(self.members if self.kind == "nodes" else [s for s, _ in self.edges])
+        if self.kind == "nodes" and self.nodes and not mask.edges[:, 0].any() and question.source.is_run:
             raise BadArgument(
                 "this circuit of nodes is without embed, so nothing of the clean prompts enters it and its run is the "
                 "corrupted one",
@@ -432,6 +462,20 @@ class Circuit:
                 write='circuit | Circuit.of(nodes=["embed"])',
             )
         return mask
+
+    def whole_mask(self, question: measuring.Question, who: str) -> np.ndarray:
+        """`checked_mask`, of a circuit whose members are all of their senders.
+
+        Raises:
+            BadArgument: one is a part.
+        """
+        self._whole(who)
+        return self.checked_mask(question).edges
+
+    def _whole(self, why: str) -> None:
+        part = next((one for one in self.nodes if part_of(one) is not None), None)
+        if part is not None:
+            raise BadArgument(f"{part} is a part of a sender, and {why}", expected=f"all of it: {whole_of(part)}")
 
     def on(self, model: Any) -> Circuit:
         """The same circuit, for another model that has all of its places.
@@ -475,6 +519,7 @@ class Circuit:
         That graph has keys and values for each query head: an edge to a group's is written for all of its heads.
         """
         shape = self._graph("that file lists all edges of the model")
+        self._whole("that file has no names for parts")
         mask = self.mask(shape)
         scores = None
         if self.scores is not None and self.kind == "edges":
@@ -539,9 +584,10 @@ class Circuit:
         return Drawing.of(self.nodes, self.edges, scores, self.shape)
 
     def __repr__(self) -> str:
-        counts = {"embed": 0, "head": 0, "MLP": 0}
-        for node in self.nodes:
-            counts[{"embed": "embed", "heads": "head", "mlp": "MLP"}[node.steps[-1].name]] += 1
+        counts = {"embed": 0, "head": 0, "MLP": 0, "expert": 0}
+        kinds = {"embed": "embed", "heads": "head", "mlp": "MLP", "experts": "expert"}
+        for name, _ in dict.fromkeys((node.steps[-1].name, node.place) for node in self.nodes):
+            counts[kinds[name]] += 1
         parts = ["embed"] if counts["embed"] else []
         parts += [_count(n, what) for what, n in counts.items() if n and what != "embed"]
         what = self.kind if len(self) != 1 else self.kind[:-1]
@@ -568,5 +614,6 @@ def _count(number: int, what: str) -> str:
 
 def _label(path: str, kind: str) -> str:
     numbers = re.findall(r"\d+", path)
-    shown = {"head": "a{}.{}", "mlp": "m{}", "group": ""}.get(kind, kind)
-    return shown.format(*numbers)
+    shown = {"head": "a{}.{}", "mlp": "m{}", "expert": "m{}.{}", "group": ""}.get(kind, kind)
+    position = parse_path(path).position if kind != "group" else None
+    return shown.format(*numbers) + ("" if position is None else path[path.rindex("[") :])

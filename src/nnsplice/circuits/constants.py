@@ -79,8 +79,8 @@ class OptimalAblation:
             )
         told = from_json(text, f"the header of {path}")
         try:
-            training = {one.name: told["training"][one.name] for one in fields(Training)}
-            training = {name: tuple(value) if isinstance(value, list) else value for name, value in training.items()}
+            found = {one.name: told["training"][one.name] for one in fields(Training)}
+            training: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
             return cls(values, tuple(told["senders"]), Training(**training), dict(told["provenance"]))
         except (KeyError, TypeError, ValueError):
             raise FileError(f"the header of {path} is damaged: it does not say how it was trained") from None

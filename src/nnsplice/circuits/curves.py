@@ -13,14 +13,16 @@ import numpy as np
 from nnsplice import closures, plots
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.addresses import part_of
 from nnsplice.circuits.circuit import Circuit, count_of
-from nnsplice.circuits.masks import needed
+from nnsplice.circuits.masks import Mask, needed
 from nnsplice.circuits.measuring import Question, measure
 from nnsplice.circuits.origin import check_model
 from nnsplice.circuits.scores import Scores, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.metrics import MetricLike
+from nnsplice.paths import parse_path
 from nnsplice.results import Run, SweepResult
 
 if TYPE_CHECKING:
@@ -226,6 +228,7 @@ def faithfulness(
         if isinstance(circuits, SweepResult):
             scores = scores_of(circuits)
             check_model(scores.provenance, question.model)
+            question.check_parts(one[0] if isinstance(one, tuple) else one for one in scores.of)
             points, masks = _curve(scores, shape, shares)
         else:
             points, masks = _given(circuits, question)
@@ -239,35 +242,40 @@ def faithfulness(
         return Faithfulness(tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about)
 
 
-def _curve(scores: Scores, shape: Shape, shares: Sequence[float]) -> tuple[list[Point], list[np.ndarray]]:
+def _curve(scores: Scores, shape: Shape, shares: Sequence[float]) -> tuple[list[Point], list[Mask]]:
     if not len(shares) or any(not 0 <= share <= 1 for share in shares) or list(shares) != sorted(set(shares)):
         raise BadArgument(f"shares={list(shares)}", expected="growing numbers from 0 to 1")
     points: list[Point] = []
-    masks: list[np.ndarray] = []
+    masks: list[Mask] = []
     for by in ORDERS:
         order = scores.order(by)
         for share in shares:
             n = count_of(share, len(order))
             mask = _mask(scores, order[:n], shape)
-            connected, _ = needed(shape, mask, from_embed=True)
-            counts = int(connected.sum())
+            connected = mask.only(needed(shape, mask.edges, from_embed=True)[0])
+            counts = int(connected.edges.sum())
             masks += [mask, connected]
             points += [Point(by, pruned, float(share), n, counts) for pruned in (False, True)]
     return points, masks
 
 
-def _mask(scores: Scores, chosen: np.ndarray, shape: Shape) -> np.ndarray:
+def _mask(scores: Scores, chosen: np.ndarray, shape: Shape) -> Mask:
+    some: list[Any] = [scores.of[number] for number in chosen]
+    edges = scores.kind == "edges"
+    members: list[Any] = some if edges else [parse_path("embed"), *some]
+    if any(part_of(one[0] if edges else one) is not None for one in members):
+        kind, parts = ("edges", ((), tuple(members))) if edges else ("nodes", (tuple(members), ()))
+        return Circuit(kind, *parts, shape=shape).parts(shape)  # type: ignore[arg-type]
     found = np.zeros(shape.exists.shape, dtype=bool)
-    if scores.kind == "nodes":
-        found[:, [0, *(shape.sender_number[scores.of[n]] for n in chosen)]] = True  # type: ignore[index]
-        return found & shape.exists
-    if len(chosen):
-        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in (scores.of[n] for n in chosen)]  # type: ignore[misc]
+    if not edges:
+        found[:, [shape.sender_number[one] for one in members]] = True
+    elif members:
+        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in members]
         found[tuple(np.array(pairs).T)] = True
-    return found
+    return Mask(found & shape.exists)
 
 
-def _given(circuits: Any, question: Question) -> tuple[list[Point], list[np.ndarray]]:
+def _given(circuits: Any, question: Question) -> tuple[list[Point], list[Mask]]:
     each = [circuits] if isinstance(circuits, Circuit) else circuits
     if not isinstance(each, Sequence) or not each or not all(isinstance(one, Circuit) for one in each):
         raise BadType(
@@ -276,11 +284,11 @@ def _given(circuits: Any, question: Question) -> tuple[list[Point], list[np.ndar
         )
     shape = question.wiring.shape
     points: list[Point] = []
-    masks: list[np.ndarray] = []
+    masks: list[Mask] = []
     for one in each:
         mask = one.checked_mask(question)
         of = shape.n_edges if one.kind == "edges" else len(shape.senders)
-        connected, _ = needed(shape, mask, from_embed=True)
+        connected, _ = needed(shape, mask.edges, from_embed=True)
         points.append(Point(None, False, len(one) / of, len(one), int(connected.sum())))
         masks.append(mask)
     return points, masks

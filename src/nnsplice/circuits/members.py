@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from nnsplice.circuits.addresses import Role, address
+from nnsplice.circuits.addresses import Role, address, part_of, whole_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, UnknownPath, closest
 from nnsplice.paths import Path
@@ -56,13 +56,13 @@ def _check_there(path: Path, role: Role, shape: Shape | None) -> None:
     if shape is None:
         return
     known = shape.sender_number if role == "sender" else shape.receiver_number
-    if path not in known:
+    if (whole_of(path) if role == "sender" else path) not in known:
         raise UnknownPath(f"this model has no {role} {path}", expected=closest(str(path), map(str, known)))
 
 
 def _runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
     if shape is not None:
-        return bool(shape.exists[shape.receiver_number[receiver], shape.sender_number[sender]])
+        return bool(shape.exists[shape.receiver_number[receiver], shape.sender_number[whole_of(sender)]])
     if sender.steps[-1].name == "embed" or receiver.steps[-1].name == "unembed":
         return True
     above, below = int(sender.steps[0].index), int(receiver.steps[0].index)  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ def _runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
     return above < below or same
 
 
-_KINDS = {"embed": -1, "heads": 0, "groups": 1, "mlp": 3, "unembed": 4}
+_KINDS = {"embed": -1, "heads": 0, "groups": 1, "mlp": 3, "experts": 4, "unembed": 5}
 
 
 def order_of(path: Path) -> tuple[int, ...]:
@@ -84,7 +84,9 @@ def order_of(path: Path) -> tuple[int, ...]:
 
 def rank_of(member: Path | Edge) -> tuple[Any, ...]:
     """When a node runs, or an edge's sender and then its receiver."""
-    return tuple(map(order_of, member)) if isinstance(member, tuple) else order_of(member)
+    if isinstance(member, tuple):
+        return (*map(order_of, member), str(member[0].position))
+    return (order_of(member), str(member.position))
 
 
 def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:
@@ -94,9 +96,32 @@ def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:
         found.setdefault(sender)
         if receiver.steps[-1].name in ("heads", "mlp"):
             found.setdefault(address(re.sub(r"\.q$", "", str(receiver)), "sender"))
-    return tuple(sorted(found, key=order_of))
+    return tuple(sorted(found, key=rank_of))
 
 
 def text_of(member: Path | Edge) -> str:
     """A member in words."""
     return " -> ".join(map(str, member)) if isinstance(member, tuple) else str(member)
+
+
+def check_parts(members: Iterable[Path | Edge], others: Iterable[Path | Edge], sign: str) -> None:
+    """Raise where one of two circuits has all of a sender and the other a part of it: taking one off leaves the other.
+
+    Raises:
+        BadArgument: that is so.
+    """
+    mine, theirs = (_senders(some) for some in (members, others))
+    for whole, parts in mine.items():
+        if whole in theirs and (None in parts) != (None in theirs[whole]):
+            raise BadArgument(
+                f"circuit {sign} circuit, and one has all of {whole}, the other a part of it",
+                expected="circuits that have the same parts of a sender",
+            )
+
+
+def _senders(members: Iterable[Path | Edge]) -> dict[Path, set[Any]]:
+    found: dict[Path, set[Any]] = {}
+    for member in members:
+        sender = member[0] if isinstance(member, tuple) else member
+        found.setdefault(whole_of(sender), set()).add(part_of(sender))
+    return found

@@ -61,7 +61,7 @@ def optimal_ablation(
         metric = Metric.of(_unread).at(position)
         question = Question.of(model, clean, corrupted, metric, "optimal", reference)
         about = {"circuit": circuit.digest, "kind": circuit.kind}
-        mask = circuit.checked_mask(question)
+        mask = circuit.whole_mask(question, "constants are trained for whole senders")
         found, _ = constants_for(question, mask, recipe, max_tokens=max_tokens, progress=progress, about=about)
         return found
 

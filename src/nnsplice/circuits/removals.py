@@ -223,7 +223,7 @@ class _Part:
             raise BadType(f"{named(circuit)} is no circuit", expected="an ns.Circuit")
         refuse_training(ablation, "taking parts out of a circuit")
         question = Question.of(model, clean, corrupted, metric, ablation, reference)
-        mask = circuit.checked_mask(question)
+        mask = circuit.whole_mask(question, "nodes are taken out whole")
         numbers = question.wiring.shape.sender_number
         nodes = tuple(sorted(numbers[node] for node in circuit.nodes))
         if not nodes:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nnsplice.circuits.addresses import address
+from nnsplice.circuits.addresses import address, whole_of
 from nnsplice.circuits.shape import LayerShape, Shape
 from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.paths import Path
@@ -155,5 +155,5 @@ def greedy(scores: Scores, k: int, shape: Shape, by: By) -> list[int]:
         sender = scores.of[number][0]  # type: ignore[index]
         if sender not in there:
             there.add(sender)
-            opens([shape.receivers[r] for r in shape.reads_of(shape.sender_number[sender])])
+            opens([shape.receivers[r] for r in shape.reads_of(shape.sender_number[whole_of(sender)])])
     return chosen

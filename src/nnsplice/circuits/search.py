@@ -70,7 +70,7 @@ def acdc(
             raise BadType(f"start is {named(start)}", expected="a circuit of edges")
         question = Question.of(model, clean, corrupted, metric, ablation, reference)
         begin = Circuit.full(model) if start is None else start
-        mask = begin.checked_mask(question)
+        mask = begin.whole_mask(question, "acdc takes out edges of whole senders")
         asked = _asked(question, mask, threshold)
         opened = nullcontext() if journal is None else Journal.open(journal, asked, int(mask.sum()))
         with opened as log:
