@@ -36,7 +36,7 @@ from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, named
 from nnsplice.files import from_json
 from nnsplice.files import text_of as read_text
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 
@@ -421,13 +421,15 @@ class Circuit:
         model: Any,
         clean: PromptsLike,
         corrupted: PromptsLike | None,
-        metric: MetricLike,
+        metric: Metrics,
         *,
         ablation: Ablation = "patch",
         reference: PromptsLike | None = None,
         max_tokens: int | None = None,
     ) -> np.ndarray:
         """The metric of each clean prompt, with everything outside the circuit ablated: `[prompt]`.
+
+        Of several metrics, `[prompt, metric]`.
 
         Of edges, every receiver reads a stream in which the senders of its edges have the values that they have in this
         run, and all others the ablated ones. Of nodes, those outside are written over, and `embed` is one of them.
@@ -440,7 +442,7 @@ class Circuit:
             reference: the prompts of the mean, where they are not the corrupted ones; `"optimal"` begins there.
             max_tokens: how many tokens run at once.
         """
-        question = measuring.Question.of(model, clean, corrupted, metric, ablation, reference)
+        question = measuring.Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
         found = measuring.measure(question, [self.checked_mask(question)], max_tokens=max_tokens)
         return found.values[:, 0]
 

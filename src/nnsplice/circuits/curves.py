@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from nnsplice.circuits.origin import check_model
 from nnsplice.circuits.scores import Scores, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, circumstances, named
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics
 from nnsplice.paths import parse_path
 from nnsplice.results import Run, SweepResult
 
@@ -57,12 +57,43 @@ class Faithfulness:
     """
 
     points: tuple[Point, ...]
-    #: `[prompt, point]`, and `[prompt]` of the whole model and of the empty circuit.
+    #: `[prompt, point]`, and `[prompt]` of the whole model and of the empty circuit; of several metrics, these are the
+    #: last axis of each.
     values: np.ndarray
     full: np.ndarray
     empty: np.ndarray
     metric: str
     run: Run
+    #: The names of several metrics; none where there is one.
+    metrics: tuple[str, ...] = ()
+
+    def only(self, metric: str) -> Faithfulness:
+        """The report of one of several metrics, the same as if it had been asked for alone.
+
+        >>> metrics = [ns.logit_diff("w7", "w8"), ns.probability("w7")]
+        >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
+        >>> report = ns.faithfulness(model, ns.Circuit.full(model), *pairs, metrics, progress=False)
+        >>> report.only("probability").f().round(3).tolist()
+        [1.0]
+        """
+        names = self.metrics or (self.metric,)
+        if metric not in names:
+            raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(names)}")
+        if not self.metrics:
+            return self
+        at = self.metrics.index(metric)
+        return replace(
+            self, values=self.values[..., at], full=self.full[:, at], empty=self.empty[:, at], metric=metric,
+            metrics=(),
+        )  # fmt: skip
+
+    def _one(self, what: str) -> None:
+        if self.metrics:
+            raise BadArgument(
+                f"{len(self.metrics)} metrics were measured, and {what} is of one",
+                expected=f"one of {', '.join(self.metrics)}",
+                write=f"report.only({self.metrics[0]!r}).{what}",
+            )
 
     def f(self) -> np.ndarray:
         """`[point]`: the share that each circuit keeps.
@@ -73,6 +104,7 @@ class Faithfulness:
         >>> report.f().round(6).tolist()
         [1.0]
         """
+        self._one("f()")
         return self._shares(np.full((1, len(self.full)), 1.0 / len(self.full)))[0]
 
     @property
@@ -102,6 +134,7 @@ class Faithfulness:
 
         NaN where there is one prompt.
         """
+        self._one("ci()")
         if of not in ("f", "cpr", "cmd"):
             raise BadArgument(f"of={of!r}", expected='"f", "cpr" or "cmd"')
         if not 0 < level < 1:
@@ -118,9 +151,17 @@ class Faithfulness:
         return np.nanquantile(areas, [tail, 1 - tail])
 
     def frame(self, level: float = 0.95) -> pd.DataFrame:
-        """A row for each circuit: how it was chosen, its size, the mean metric, f, and the ends of f's interval."""
+        """A row for each circuit: how it was chosen, its size, the mean metric, f, and the ends of f's interval.
+
+        Of several metrics, the rows of each under those of the one before.
+        """
         import pandas as pd
 
+        if self.metrics:
+            each = [self.only(name).frame(level) for name in self.metrics]
+            for name, rows in zip(self.metrics, each, strict=True):
+                rows.insert(0, "metric", name)
+            return pd.concat(each, ignore_index=True)
         ends = self.ci(level=level)
         return pd.DataFrame(
             {
@@ -138,6 +179,7 @@ class Faithfulness:
 
     def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
         """f over the share of edges, a line for each order of choosing; the shares stand on a scale of powers."""
+        self._one("plot()")
         found = self.f()
         x: dict[str, list[float]] = {}
         y: dict[str, list[float]] = {}
@@ -150,6 +192,8 @@ class Faithfulness:
         return axes
 
     def __repr__(self) -> str:
+        if self.metrics:
+            return "\n".join(repr(self.only(name)) for name in self.metrics)
         ends = f"model {self.full.mean():.4g}, empty {self.empty.mean():.4g}"
         lines = [
             f"Faithfulness: {len(self.points)} circuits, {_count(len(self.full), 'prompt')}, {self.metric}; {ends}"
@@ -186,7 +230,7 @@ def faithfulness(
     circuits: Circuit | SweepResult | Sequence[Circuit],
     clean: PromptsLike,
     corrupted: PromptsLike | None,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     ablation: Ablation = "patch",
     reference: PromptsLike | None = None,
@@ -217,13 +261,14 @@ def faithfulness(
         corrupted: the prompts that everything outside has its values from; see `Circuit.run`.
         ablation: as for `Circuit.run`.
         reference: as for `Circuit.run`.
+        metric: one, or several, which are read off the same runs; `only` has the report of each.
         shares: where the curve is measured; those of MIB if left out.
         max_tokens: how many tokens run at once.
         progress: show a bar.
     """
     start = time.perf_counter()
     with circumstances("ns.faithfulness"):
-        question = Question.of(model, clean, corrupted, metric, ablation, reference)
+        question = Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
         shape = question.wiring.shape
         if isinstance(circuits, SweepResult):
             scores = scores_of(circuits)
@@ -234,12 +279,18 @@ def faithfulness(
             points, masks = _given(circuits, question)
         found = measure(question, [np.zeros_like(shape.exists), *masks], max_tokens=max_tokens, progress=progress)
         empty, full = found.values[:, 0], found.clean
-        said = _check_ends(full, empty, question.metric.metric.name)
-        note = "; ".join(filter(None, (said, found.note)))
+        names = question.metrics or (question.metric.metric.name,)
+        each = (ends.reshape(len(ends), -1).T for ends in (full, empty))
+        said: list[str] = []
+        for name, a, b in zip(names, *each, strict=True):
+            said.append(_check_ends(a, b, name))
+        note = "; ".join(filter(None, (*said, found.note)))
         about = Run(
             "circuits", time.perf_counter() - start, **found.cost.told(), gate=closures.spent(question.model), note=note
         )
-        return Faithfulness(tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about)
+        return Faithfulness(
+            tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about, question.metrics
+        )
 
 
 def _curve(scores: Scores, shape: Shape, shares: Sequence[float]) -> tuple[list[Point], list[Mask]]:

@@ -24,7 +24,7 @@ from nnsplice.circuits.running import Ablated, Pass
 from nnsplice.circuits.training import Recipe, train
 from nnsplice.circuits.wiring import Wiring, wiring_of
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
-from nnsplice.metrics import Bound, MetricLike, Several, bound_of
+from nnsplice.metrics import Bound, Metrics, Several, bound_of
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
 from nnsplice.progress import bar
@@ -44,7 +44,7 @@ class Question:
     wiring: Wiring
     clean: Prompts
     corrupted: Prompts | None
-    metric: Bound
+    metric: Bound | Several
     source: Source
     law: Law
 
@@ -54,11 +54,17 @@ class Question:
         model: Any,
         clean: PromptsLike,
         corrupted: PromptsLike | None,
-        metric: MetricLike,
+        metric: Metrics,
         ablation: Ablation,
         reference: PromptsLike | None = None,
+        *,
+        several: bool = False,
     ) -> Question:
-        """A question, with every mistake in it found."""
+        """A question, with every mistake in it found.
+
+        Args:
+            several: whether it may have several metrics.
+        """
         model = engine.as_model(model)
         check_mode(model)
         engine.refuse_edits(model)
@@ -69,8 +75,8 @@ class Question:
         if others is not None:
             _check_pairs(prompts, others, ablation)
         bound = bound_of(metric, engine.tokenizer_of(model), len(prompts), prompts.texts)
-        if isinstance(bound, Several):
-            raise BadArgument("a circuit is measured by one metric", expected="one metric, such as ns.logit_diff")
+        if isinstance(bound, Several) and not several:
+            raise BadArgument("this is asked of one metric", expected="one metric, such as ns.logit_diff")
         bound.metric.check_lengths(prompts.lengths("decoder"))
         asked = None if reference is None else _tokens(encode(model, reference))
         source = source_of(model, wiring, prompts, others, ablation, asked)
@@ -95,6 +101,11 @@ class Question:
         parts.check_parts(self.model, self.wiring, self.clean, self.source, senders)
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of several metrics; none where there is one."""
+        return self.metric.names if isinstance(self.metric, Several) else ()
+
+    @property
     def root(self) -> nn.Module:
         """The plain module."""
         return peel(self.model)
@@ -104,9 +115,9 @@ class Question:
 class Measured:
     """What circuits gave."""
 
-    #: `[prompt, circuit]`
+    #: `[prompt, circuit]`, and of several metrics `[prompt, circuit, metric]`.
     values: np.ndarray
-    #: `[prompt]`: the metric of the clean run.
+    #: `[prompt]`, or `[prompt, metric]`: the metric of the clean run.
     clean: np.ndarray
     cost: Cost
     #: What there is to say of trained constants.
@@ -133,8 +144,9 @@ def measure(
         which.append(number)
         if number == len(kinds):
             kinds.append(small)
-    values = np.full((len(question.clean), len(kinds)), np.nan)
-    clean = np.full(len(question.clean), np.nan)
+    metrics = (len(question.metrics),) * bool(question.metrics)
+    values = np.full((len(question.clean), len(kinds), *metrics), np.nan)
+    clean = np.full((len(question.clean), *metrics), np.nan)
     order = sorted(range(len(kinds)), key=lambda number: int(kinds[number].edges.sum()))
     held = max((_streams(wiring, mask) for mask in kinds), default=1.0)
     with engine.turn(model), bar("circuits", len(kinds) * len(question.clean), "run", progress) as shown:
@@ -219,7 +231,8 @@ def _group(
         logits = made.run(lambda: run_plainly(root, model, question.clean, [*rows] * len(chosen), at))
         asked = [*rows] * len(chosen)
         against = None if reference is None else reference.repeat(len(chosen), 1)
-        got = _numbers(question.metric(logits, asked, against)).reshape(len(chosen), len(rows))
+        got = _numbers(question.metric(logits, asked, against))
+        got = got.reshape(len(chosen), len(rows), *got.shape[1:])
         for (number, _), line in zip(chosen, got, strict=True):
             values[rows, number] = line
         done.append(made.cost + Cost(forwards=1, flops=len(asked) * question.law.per_token(wiring.tower.unembed)))

@@ -14,7 +14,7 @@ from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.measuring import Question, measure
 from nnsplice.errors import BadArgument, BadType, circumstances, named
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics
 from nnsplice.results import Cell, Run, SweepResult, Table
 from nnsplice.sweeps.ledger import check_baselines
 
@@ -27,7 +27,7 @@ def sweep_circuits(
     circuits: Sequence[Circuit] | Mapping[str, Circuit],
     clean: PromptsLike,
     corrupted: PromptsLike | None,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     ablation: Ablation = "patch",
     reference: PromptsLike | None = None,
@@ -49,6 +49,7 @@ def sweep_circuits(
         circuits: several, or several by names of one's own.
         clean: the prompts on which circuits run.
         corrupted: the prompts that everything outside has its values from; see `Circuit.run`.
+        metric: one, or several, which are read off the same runs.
         ablation: as for `Circuit.run`.
         reference: as for `Circuit.run`.
         max_tokens: how many tokens run at once, with the streams that are held for each.
@@ -57,7 +58,7 @@ def sweep_circuits(
     start = time.perf_counter()
     with circumstances("ns.sweep_circuits"):
         each = _named(circuits)
-        question = Question.of(model, clean, corrupted, metric, ablation, reference)
+        question = Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
         masks = [one.checked_mask(question) for one in each.values()]
         empty = np.zeros_like(question.wiring.shape.exists)
         found = measure(question, [empty, *masks], max_tokens=max_tokens, progress=progress)
@@ -74,7 +75,9 @@ def sweep_circuits(
         tokens = engine.token_texts(question.model, question.clean.ids)
         ends = found.clean, found.values[:, 0]
         asked = _asked(question, each)
-        return SweepResult(Table(cells, found.values[:, 1:], there, there, *ends, tokens, asked, about))
+        return SweepResult(
+            Table(cells, found.values[:, 1:], there, there, *ends, tokens, asked, about, metrics=question.metrics)
+        )
 
 
 def _named(circuits: Any) -> dict[str, Circuit]:

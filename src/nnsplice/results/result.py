@@ -15,7 +15,19 @@ import numpy as np
 from nnsplice import plots
 from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.paths import Path
-from nnsplice.results import display, estimates, figure, files, labelled, measures, merging, page, several, uncertainty
+from nnsplice.results import (
+    display,
+    estimates,
+    figure,
+    files,
+    labelled,
+    measures,
+    merging,
+    page,
+    pairs,
+    several,
+    uncertainty,
+)
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
 from nnsplice.results.roles import Roles, by_role
@@ -205,7 +217,8 @@ class SweepResult:
         0       0      2         0    w5  layers[2].output[0]
         1       0      2         1    w4  layers[2].output[1]
         """
-        return several.frames(self.table, labelled.frame) if self.table.metrics else labelled.frame(self.table)
+        found = several.frames(self.table, labelled.frame) if self.table.metrics else labelled.frame(self.table)
+        return pairs.named(self.table, found) if pairs.are_pairs(self.table) else found
 
     def best(self, n: int = 10, *, prompt: int | None = None) -> pd.DataFrame:
         """The cells that matter most, shown with their sign: by the size of their effect.
@@ -331,12 +344,16 @@ class SweepResult:
     ) -> plots.Axes:
         """A heatmap: layer by token, or layer by head, pooled over prompts unless one is chosen.
 
+        Of `ns.interactions` it is a square of places by places: sufficiency above the diagonal, necessity below.
+
         Args:
             component: which kind of place, where several were changed.
             prompt: its number.
             of: `"effect"`, `"value"` or `"change"`; the effect where there is one.
             ax: axes to draw on; a new figure when left out.
         """
+        if pairs.are_pairs(self.table):
+            return pairs.draw(self.table, prompt, of, ax)
         several.check_one(self.table, "plot")
         chosen = of or self.shown
         if chosen not in ("effect", "value", "change"):
