@@ -275,7 +275,11 @@ class Circuit:
             raise KeyMismatch(f"a circuit of {self.kind} {sign} one of {other.kind}", expected="two of one kind")
         ours, theirs = self.provenance.get("weights"), other.provenance.get("weights")
         if self.shape is not None and other.shape is not None and self.shape != other.shape:
-            raise KeyMismatch(f"circuit {sign} circuit, of models with other heads or layers", expected="one model's")
+            raise KeyMismatch(
+                f"circuit {sign} circuit, of models with other heads or layers",
+                expected="one model's",
+                write="circuit.on(model)   (takes a circuit over, where that model has its places)",
+            )
         if ours and theirs and ours != theirs:
             raise KeyMismatch(
                 f"circuit {sign} circuit, and they are of {self.provenance.get('model')} and of "

@@ -288,7 +288,9 @@ def _check_pairs(clean: Prompts, corrupted: Prompts, ablation: Ablation) -> None
         return
     if len(clean) != len(corrupted):
         raise ShapeError(
-            f"{len(clean)} clean prompts and {len(corrupted)} corrupted ones", expected="pairs: prompt i with prompt i"
+            f"{len(clean)} clean prompts and {len(corrupted)} corrupted ones",
+            expected="pairs: prompt i with prompt i",
+            write='ablation="mean", or "zero", which need no pair',
         )
     for row, (a, b) in enumerate(zip(clean.lengths("decoder"), corrupted.lengths("decoder"), strict=True)):
         if a != b:

@@ -43,10 +43,11 @@ def checked_edges(given: Iterable[Any], shape: Shape | None) -> list[Edge]:
         sender, receiver = address(edge[0], "sender"), address(edge[1], "receiver")
         _check_there(sender, "sender", shape)
         _check_there(receiver, "receiver", shape)
-        if not _runs_before(sender, receiver, shape):
+        if not runs_before(sender, receiver, shape):
             raise BadArgument(
                 f"{sender} runs after {receiver} reads the stream, so there is no edge from it",
                 expected="a sender that runs before the receiver",
+                write="ns.Circuit.full(model).edges   (all that there are)",
             )
         edges.append((sender, receiver))
     return edges
@@ -57,10 +58,15 @@ def _check_there(path: Path, role: Role, shape: Shape | None) -> None:
         return
     known = shape.sender_number if role == "sender" else shape.receiver_number
     if (whole_of(path) if role == "sender" else path) not in known:
-        raise UnknownPath(f"this model has no {role} {path}", expected=closest(str(path), map(str, known)))
+        raise UnknownPath(
+            f"this model has no {role} {path}",
+            expected=closest(str(path), map(str, known)),
+            write=f"ns.Circuit.full(model).{'nodes' if role == 'sender' else 'in_degree'}   (all {role}s)",
+        )
 
 
-def _runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
+def runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
+    """Whether there is an edge; without a model's graph, whether a model can have it."""
     if shape is not None:
         return bool(shape.exists[shape.receiver_number[receiver], shape.sender_number[whole_of(sender)]])
     if sender.steps[-1].name == "embed" or receiver.steps[-1].name == "unembed":
