@@ -49,6 +49,17 @@ class OptimalAblation:
     """What everything outside one circuit has, at every token: one vector for each sender.
 
     It is for the circuit that it was trained with, and `ablation=` takes it for any: the same run can be repeated.
+
+    >>> circuit = ns.Circuit.of(nodes=["embed", "layers[:].heads[:]"], model=model)
+    >>> constants = ns.optimal_ablation(model, circuit, ["w3 w4 w5", "w9 w4 w5"], steps=5, progress=False)
+    >>> constants.senders
+    ('layers[0].mlp', 'layers[1].mlp', 'layers[2].mlp')
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     constants.to_file(f"{folder}/constants.safetensors")
+    ...     read = ns.OptimalAblation.from_file(f"{folder}/constants.safetensors")
+    >>> read.training == constants.training
+    True
     """
 
     #: One row, with a value for `embed.output` and for every head and MLP.
