@@ -23,7 +23,7 @@ Job = tuple[int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """What `run` will do; nothing of it depends on a live model.
+    """The cells that `ns.run` will compute, as plain data without a reference to the model.
 
     >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", ns.logit_diff("w7", "w8"))
     >>> len(plan)     # of nine sites the first token's cannot differ, and the last layer matters at the last token only
@@ -54,16 +54,23 @@ class Plan:
     appended: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        """How many cells have to be computed."""
+        """The number of cells to compute."""
         return len(self.jobs)
 
     @property
     def prompts(self) -> int:
-        """How many prompts there are."""
+        """The number of prompts."""
         return max(self.owners) + 1 if self.owners else len(self.corrupted)
 
     def preview(self, n: int = 10) -> str:
-        """The first cells that will be computed, and what is known without."""
+        """The first cells, and how many are computed and how many known in advance.
+
+        Args:
+            n: how many cells are listed.
+
+        Returns:
+            A text of one line for each cell.
+        """
         lines = [
             f"{len(self.jobs)} cells to compute, {len(self.known)} known without; "
             f"{self.prompts} prompt{'s' * (self.prompts != 1)}, {self.operation.name}, "
@@ -76,7 +83,18 @@ class Plan:
         return "\n".join(lines)
 
     def shard(self, i: int, n: int) -> Plan:
-        """Every n-th cell, from the i-th: the parts of n machines, whose results `SweepResult.merge` joins."""
+        """Every n-th cell from the i-th on, to split a sweep between n machines.
+
+        Args:
+            i: the number of the shard, from 0.
+            n: how many shards there are.
+
+        Returns:
+            A plan with these cells; `SweepResult.merge` joins the results.
+
+        Raises:
+            BadArgument: not `0 <= i < n`.
+        """
         if not (isinstance(i, int) and isinstance(n, int) and 0 <= i < n):
             raise BadArgument(f"shard({i}, {n})", expected="shard(i, n) with 0 <= i < n")
         if not self.owners:
