@@ -116,9 +116,9 @@ class ToyPrompts:
 
 @lru_cache(maxsize=1)
 def toy_prompts() -> ToyPrompts:
-    """Prompts that the toy models answer: the same ones on every call.
+    """Prompts that the toy models answer, the same on every call.
 
-    Facts come by relation, wording and subject, so neighbours are prompts of one length about different subjects.
+    Facts are sorted by relation, wording and subject, so neighbours have one length and different subjects.
 
     >>> prompts = ns.models.toy_prompts()
     >>> fact = prompts.facts[0]
@@ -130,6 +130,9 @@ def toy_prompts() -> ToyPrompts:
     'When Mary and John went to the store, John gave a drink to'
     >>> len(prompts.facts), len(prompts.ioi), len(prompts.reviews), len(prompts.repeats)
     (1600, 760, 400, 300)
+
+    Returns:
+        Facts, IOI pairs, reviews and repeated sequences, each with a clean and a corrupted prompt.
     """
     return ToyPrompts(tuple(_facts()), tuple(_ioi()), tuple(_reviews()), tuple(_repeats()), dict(MOOD_WORDS))
 

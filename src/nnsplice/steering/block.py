@@ -98,7 +98,7 @@ def steer(
     when: Condition | None = None,
     plane: SavedActivation | None = None,
 ) -> Steering:
-    """Steer a model for the length of a `with` block.
+    """Steer a model in a `with` block.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -114,16 +114,25 @@ def steer(
       layers[3].output  add 0.5, where all
 
     Args:
-        vector: a direction for each place that is steered: `vector.at(3)` for one layer.
+        model: a model from `ns.load`.
+        vector: a direction for each site to steer; `vector.at(3)` is that of one layer.
         coefficient: a number, or one for each row of the runs in the block.
-        operator: `"add"`, `"project_out"`, `"clamp"`, `"scale"`, `"rotate"`, or a function `f(h, v, c) -> h`.
-        where: which tokens: `"all"`, `"prompt"`, `"generated"`, `ns.steering.from_token(p)`, `span(...)`, `mask(...)`.
+        operator: `"add"`, `"project_out"`, `"clamp"`, `"scale"`, `"rotate"`, or a function `f(h, v, c) -> h` of state,
+            direction and coefficient.
+        where: the tokens to steer: `"all"`, `"prompt"`, `"generated"`, `ns.steering.from_token(p)`, `span(...)` or
+            `mask(...)`.
         when: a condition for each row: `ns.steering.similar(direction, path, above=0.2)`.
-        plane: for `"rotate"`: a second direction; the state turns in the plane of both.
+        plane: the second direction of `"rotate"`, which rotates states in the plane of both.
+
+    Returns:
+        The steering, to be used in `with`; `.show(prompts)` prints the tokens that it changes.
 
     Raises:
+        BadType: something other than a vector, a number or a condition.
+        BadArgument: an operator that does not exist, a direction of zeros, or a condition that is read too late.
+        ShapeError: a capture of several rows, or a direction of another width than the site.
         OutOfRange: the model has no such layer.
-        NeverFired: at the end of a block in which a rule met no token.
+        NeverFired: at the end of the block, when a rule met no token.
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.steer"):
