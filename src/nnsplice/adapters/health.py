@@ -122,7 +122,7 @@ class Health(Mapping[int, LayerHealth]):
 
 
 def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *, dead_below: float = 0.0) -> Health:
-    """What Adam's moments say of each layer.
+    """Gradient size, agreement and dead parameters of each layer, from the moments of Adam.
 
     >>> from copy import deepcopy
     >>> tuned, ids = deepcopy(ns.models.peel(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
@@ -143,12 +143,15 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
 
     Args:
         optimizer_state: `optimizer.state_dict()`, or its `"state"` alone.
-        grouping: which id belongs to which layer.
+        grouping: the layer of each parameter id, from `map_optimizer_to_layers` or `map_param_ids_to_layers`.
         dead_below: a second moment up to this counts as no gradient.
 
+    Returns:
+        The numbers by layer.
+
     Raises:
-        ParamMappingError: the state cannot be the one that the grouping is of.
-        BadArgument: no optimizer of Adam's kind.
+        ParamMappingError: the state does not belong to the grouping.
+        BadArgument: an optimizer without the moments of Adam.
     """
     optimizer = as_optimizer(optimizer_state)
     ids: dict[int, list[int]] = {layer: [] for layer in grouping.layer_indices}

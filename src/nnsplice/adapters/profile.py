@@ -268,7 +268,7 @@ def profile(
     total_layers: int | None = None,
     atlas: Atlas | None = None,
 ) -> AdapterProfile:
-    """The energies of an adapter by weight, layer and part, and what they speak for.
+    """The energy (squared norm) of an adapter's update by weight, layer and part, and its shares by domain.
 
     >>> from copy import deepcopy
     >>> tuned = deepcopy(ns.models.peel(model))
@@ -283,9 +283,12 @@ def profile(
 
     Args:
         adapter: the factors.
-        table: what energy in which part speaks for.
-        total_layers: of the model; the adapter's own highest one says it where neither this nor the atlas does.
-        atlas: of the model, which knows more than names tell.
+        table: the weight of each part and depth for each domain.
+        total_layers: the number of layers of the model; from `atlas`, or the adapter's highest layer, if left out.
+        atlas: `ns.Atlas.of(model)`, which locates names exactly.
+
+    Returns:
+        The shares by domain, with the energies behind them.
 
     Raises:
         BadArgument: an energy that is not a number.

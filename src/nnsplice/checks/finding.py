@@ -231,11 +231,17 @@ def reason_of(error: BaseException) -> str:
 
 
 def summary(findings: Iterable[Finding]) -> list[Finding]:
-    """Findings of one check that agree as one, with the largest number; each failure stays by itself.
+    """Group findings of one check with the same state, keeping the largest number; each failure stays by itself.
 
     >>> from nnsplice.checks import Finding, summary
     >>> summary([Finding("heads", "layers[0]", "ok", 0.0), Finding("heads", "layers[1]", "ok", 1e-7)])
     [Finding(check='heads', what='layers[0] and 1 more', state='ok', number=1e-07, detail='')]
+
+    Args:
+        findings: findings of `run_checks`.
+
+    Returns:
+        One finding for each group.
     """
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for number, finding in enumerate(findings):

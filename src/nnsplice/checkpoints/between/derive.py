@@ -86,10 +86,10 @@ class Between(ModelStateMapper):
 
 
 def mapper_between(source: Side, target: Side) -> Between:
-    """The mapper from one kind of checkpoint to another, derived from where each keeps its parts.
+    """Derive the mapper from one kind of checkpoint to another from the addresses of their parts.
 
-    Fused and separate queries, keys and values, GPT-2's turned matrices, experts in one tensor or one by one, and
-    TransformerLens' names and shapes. Whether two models compute the same with the same parts is not asked here.
+    It converts fused and separate queries, keys and values, GPT-2's transposed matrices, experts in one tensor or one
+    by one, and TransformerLens' names and shapes. It does not check that two models compute the same.
 
     >>> from nnsplice.checkpoints import mapper_between
     >>> between = mapper_between(model, "tl")
@@ -99,11 +99,16 @@ def mapper_between(source: Side, target: Side) -> Between:
     frozenset(...)
 
     Args:
-        source: a folder (with its config.json), a model, or a config.
+        source: a checkpoint folder with config.json, a model, or a config.
         target: the same, or `"tl"` for TransformerLens, `"hf"` for transformers.
+
+    Returns:
+        The mapper, with the tensors that could not be derived and those that are not used.
 
     Raises:
         MissingCheckpoint: a folder without config.json.
+        FileError: a config of which transformers makes no model.
+        BadArgument: a target that is no kind of checkpoint.
     """
     here = _side(source)
     if target in ("tl", "hf"):

@@ -23,11 +23,20 @@ from nnsplice.errors import BadArgument, BadType, MapperError, named
 
 
 def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelStateMapper]:
-    """The mappers that have any group.
+    """The mappers that have at least one group.
 
     >>> from nnsplice.checkpoints import Parallel, Rename, filter_empty_mappers
     >>> filter_empty_mappers([Parallel([]), Rename("a", "b")])
     [ModelStateMapperRename(name_from='a', name_to='b')]
+
+    Args:
+        mappers: mappers.
+
+    Returns:
+        The ones that are not empty.
+
+    Raises:
+        BadType: a single mapper.
     """
     if isinstance(mappers, ModelStateMapper):
         raise BadType(f"{named(mappers)} alone", expected="a list of mappers", write="[mapper]")
