@@ -192,12 +192,12 @@ def faithfulness(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Faithfulness:
-    """Measure what circuits keep of a metric: one circuit, several, or a curve of those that scores choose.
+    """Faithfulness: the share of the metric that circuits keep, of one circuit, several, or a curve over sizes.
 
-    Of scores, circuits of each share of the edges (or nodes) are measured: those with the highest scores, whose area is
-    CPR, and those with the largest sizes, whose area is CMD. Equal scores are taken in the order in which they run.
-    Each is measured as it is and `pruned`, without what no path from `embed` to `unembed` goes through; where
-    everything outside has another run's values, that is the same by what pruning is, and takes no time.
+    For scores, circuits of each share of the edges (or nodes) are measured: by the highest scores, whose area is CPR,
+    and by the largest absolute scores, whose area is CMD. Ties are in execution order. Each circuit is also measured
+    `pruned`, without what is on no path from `embed` to `unembed`; where removed edges have the values of another run,
+    pruning changes nothing and is not run.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
@@ -210,14 +210,26 @@ def faithfulness(
     (1.0, True)
 
     Args:
-        circuits: a circuit, several, or a result with scores of edges or nodes.
+        model: a model from `ns.load`, in eval mode.
+        circuits: a circuit, several, or a result with scores of edges or nodes, such as that of `ns.attribute`.
         clean: the prompts on which circuits run; the model's own metric on them is 1.
-        corrupted: the prompts that everything outside has its values from; see `Circuit.run`.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        shares: where the curve is measured; those of MIB if left out.
-        max_tokens: how many tokens run at once.
-        progress: show a bar.
+        corrupted: the prompts whose values everything outside a circuit has; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        shares: the circuit sizes of the curve, as shares of all edges; those of the MIB benchmark if left out.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        progress: show a progress bar.
+
+    Returns:
+        The metric of each circuit with its ends: `.f()`, `.cpr`, `.cmd`, `.frame()`.
+
+    Raises:
+        BadType: neither circuits nor scores.
+        BadArgument: shares that do not grow from 0 to 1, several metrics, or a metric that is NaN.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model whose layers the edges do not describe completely.
+        KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
     with circumstances("ns.faithfulness"):

@@ -106,7 +106,7 @@ def completeness(
     progress: bool = True,
     seed: int = 0,
 ) -> Completeness:
-    """Compare the circuit without some of its nodes with the whole model without the same: |m(C - K) - m(M - K)|.
+    """Completeness of a circuit: |m(C - K) - m(M - K)| of circuit C and model M without sets K of the circuit's nodes.
 
     >>> circuit = ns.Circuit.of(nodes=["embed", "layers[:].mlp"], model=model)
     >>> pair = "w3 w4 w5", "w3 w4 w3"
@@ -115,15 +115,30 @@ def completeness(
     ['greedy', 'random', 'random']
 
     Args:
-        sets: sets of nodes to take out, of one's own.
-        random: how many sets are drawn; each node of the circuit is in one with a chance of a half.
-        greedy: how many nodes are taken out one after the other, always the one that makes the difference largest: that
-            measures every node of the circuit each time.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        max_tokens: how many tokens run at once.
-        progress: show a bar.
-        seed: of the sets that are drawn.
+        model: a model from `ns.load`, in eval mode.
+        circuit: the circuit.
+        clean: the prompts on which the circuit runs.
+        corrupted: the prompts whose values removed nodes have; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        sets: sets of nodes to remove.
+        random: the number of random sets; each node of the circuit is in a set with probability 1/2.
+        greedy: the number of nodes removed one after the other, each time the one with the largest difference; every
+            step measures all nodes of the circuit.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        progress: show a progress bar.
+        seed: the seed of the random sets.
+
+    Returns:
+        The metric of circuit and model without each set.
+
+    Raises:
+        BadType: something other than a circuit, or than a list of nodes.
+        BadArgument: an empty circuit, no sets, a node outside the circuit, or several metrics.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model whose layers the edges do not describe completely.
+        KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
     with circumstances("ns.completeness"):
@@ -154,7 +169,7 @@ def minimality(
     progress: bool = True,
     seed: int = 0,
 ) -> Minimality:
-    """Measure what each node still does when others are out of the circuit: the largest |m(C - K - v) - m(C - K)|.
+    """Minimality of a circuit: for each node v, the largest |m(C - K - v) - m(C - K)| over sets K of other nodes.
 
     >>> circuit = ns.Circuit.of(nodes=["embed", "layers[:].mlp"], model=model)
     >>> pair = "w3 w4 w5", "w3 w4 w3"
@@ -163,13 +178,28 @@ def minimality(
     ['embed', 'layers[0].mlp', 'layers[1].mlp', 'layers[2].mlp']
 
     Args:
-        sets: sets K of one's own, which every node is tried with; the empty one is always tried.
-        random: how many sets are drawn for all nodes.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        max_tokens: how many tokens run at once.
-        progress: show a bar.
-        seed: of the sets that are drawn.
+        model: a model from `ns.load`, in eval mode.
+        circuit: the circuit.
+        clean: the prompts on which the circuit runs.
+        corrupted: the prompts whose values removed nodes have; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        sets: sets K to try with every node; the empty set is always tried.
+        random: the number of random sets.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        progress: show a progress bar.
+        seed: the seed of the random sets.
+
+    Returns:
+        The largest change of each node, with the set that gave it.
+
+    Raises:
+        BadType: something other than a circuit, or than a list of nodes.
+        BadArgument: an empty circuit, a node outside the circuit, or several metrics.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model whose layers the edges do not describe completely.
+        KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
     with circumstances("ns.minimality"):
