@@ -100,8 +100,7 @@ def map_param_ids_to_layers(
         The layer of each id.
 
     Raises:
-        ParamMappingError: the ids cannot be mapped with certainty.
-        FileError: the folder has no adapter, or a damaged one.
+        ParamMappingError: no adapter in the folder, or ids that cannot be mapped with certainty.
     """
     entries = read_header(adapter_dir)
     with circumstances(f"the adapter in {Path(adapter_dir)}"):

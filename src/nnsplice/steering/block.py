@@ -21,12 +21,12 @@ from nnsplice.steering.where import Where, read
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steering:
-    """What will be steered: a value, and a block that does it.
+    """Steering of a model, active in a `with` block.
 
-    Inside the block `model.generate`, `model.trace` and calls of the wrapped Hugging Face module are all steered; after
-    it the model is exactly as it was, also when the block raised. A block is of the thread that opened it, and of what
-    that hands to `asyncio.to_thread`: threads with blocks of their own do not steer each other, and one without is
-    refused. `a + b` does both, `a` first where they meet.
+    In the block `model.generate`, `model.trace` and calls of the wrapped Hugging Face module are steered; afterwards
+    the model is unchanged, also after an exception. A block applies to the thread that opened it, and to
+    `asyncio.to_thread` calls from it; a thread without a block of its own cannot run the model meanwhile. `a + b` does
+    both, `a` first at a common site.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -40,6 +40,10 @@ class Steering:
     >>> with both:
     ...     print(*ns.steering.generate(toy, "I thought the film was", max_new_tokens=7))
     lovely , the acting was lovely and
+
+    Attributes:
+        model: the model.
+        rules: what is changed at each site.
     """
 
     model: engine.Model
@@ -71,7 +75,7 @@ class Steering:
                 session.check_fired()
 
     def show(self, model: Any, prompt: PromptsLike | None = None) -> Shown:
-        """Run prompts once, and show which of their tokens are touched and how strongly.
+        """Run prompts once, and show which tokens are steered and by how much.
 
         >>> toy = ns.load("toy")
         >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
@@ -80,7 +84,11 @@ class Steering:
           <|endoftext|> [I] [thought] the film was   (2 of 6 tokens, by 0.71 to 1.01 of the norm)
 
         Args:
-            prompt: a text or several; `show(prompt)` alone is enough.
+            model: the model, or the prompts if there is no second argument.
+            prompt: a text, or a list of texts.
+
+        Returns:
+            A value that prints the tokens.
         """
         return shown(self.model, self.rules, prompt if prompt is not None else model)
 

@@ -20,11 +20,15 @@ from nnsplice.errors import BadArgument, FileError
 
 @dataclass(frozen=True)
 class Contrast:
-    """Prompts with what is wanted and prompts without it, pair by pair.
+    """Pairs of prompts with and without a property.
 
     >>> pairs = ns.steering.Contrast(("a b", "c d"), ("a e", "c f"))
     >>> pairs[:1]
     Contrast(positive=('a b',), negative=('a e',))
+
+    Attributes:
+        positive: the prompts with the property.
+        negative: the prompts without it.
     """
 
     positive: tuple[str, ...]
@@ -47,10 +51,16 @@ class Contrast:
         return iter(zip(self.positive, self.negative, strict=True))
 
     def shuffled(self, seed: int = 0) -> Contrast:
-        """The pairs in another order, the same for the same seed.
+        """The pairs in random order.
 
         >>> ns.steering.Contrast(("a b", "c d", "e f"), ("a -", "c -", "e -")).shuffled()
         Contrast(positive=('a b', 'e f', 'c d'), negative=('a -', 'e -', 'c -'))
+
+        Args:
+            seed: the seed of the order.
+
+        Returns:
+            The same pairs.
         """
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)

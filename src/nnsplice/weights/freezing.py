@@ -52,6 +52,7 @@ def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter
 
     Raises:
         BadArgument: an address without parameters, or without any that requires a gradient.
+        OutOfRange: a layer, head or group that does not exist.
         UnknownParameter: masks of a parameter that the model does not have.
     """
     with circumstances("ns.weights.freeze_except"):

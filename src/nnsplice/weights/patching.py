@@ -51,6 +51,7 @@ def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
 
     Raises:
         BadArgument: models of different names, shapes or types, the same model twice, or an address without parameters.
+        OutOfRange: a layer, head or group that does not exist.
         UnknownParameter: masks of a parameter that the model does not have.
     """
     with circumstances("ns.weights.swap"):
@@ -130,6 +131,7 @@ def ablate(model: M, selection: Selected, with_: str = "zero") -> Iterator[M]:
 
     Raises:
         BadArgument: another `with_`, or an address without parameters.
+        OutOfRange: a layer, head or group that does not exist.
         UnknownParameter: masks of a parameter that the model does not have.
     """
     with circumstances("ns.weights.ablate"):
