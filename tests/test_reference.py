@@ -6,6 +6,7 @@ import builtins
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,15 @@ def entries(lines: list[str]) -> list[str]:
     return [match[1].lstrip("*") for line in lines if (match := _ENTRY.match(line))]
 
 
+def undocumented_fields(cls: type) -> list[str]:
+    """The arguments that a data class has of its own, and that its docstring does not describe."""
+    said = sections(inspect.getdoc(cls) or "")
+    told = entries(said.get("Attributes", []) + said.get("Args", []))
+    own, fields = inspect.get_annotations(cls), vars(cls).get("__dataclass_fields__", {})
+    public = [name for name, field in fields.items() if name in own and field.init and not name.startswith("_")]
+    return [name for name in public if name not in told]
+
+
 def unknown(function: Callable[..., Any]) -> list[str]:
     """Documented arguments that the function does not have, and errors that there are not."""
     said = sections(inspect.getdoc(function) or "")
@@ -115,11 +125,18 @@ def test_class_has_a_summary(name: str) -> None:
     assert (vars(CLASSES[name]).get("__doc__") or "").partition("\n")[0].endswith((".", ":"))
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_fields_are_documented(name: str) -> None:
+    assert undocumented_fields(CLASSES[name]) == []
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_method_has_a_summary_and_no_unknown_argument(name: str) -> None:
+def test_method_is_documented(name: str) -> None:
     doc, function = METHODS[name]
+    told = entries(sections(doc).get("Args", []))
     assert doc.partition("\n")[0].endswith((".", ":"))
     assert unknown(function) == []
+    assert [name for name in inspect.signature(function).parameters if name not in (*told, "self", "cls")] == []
 
 
 # --- negative controls ------------------------------------------------------------------------------------------------
@@ -176,6 +193,19 @@ def _silent(one: int) -> int:
     return one
 
 
+@dataclass(frozen=True)
+class _Value:
+    """A value.
+
+    Attributes:
+        one: a number.
+    """
+
+    one: int
+    two: int
+    _own: int = 0
+
+
 def test_the_checker_accepts_a_complete_docstring() -> None:
     assert faults(_complete) == []
 
@@ -187,6 +217,7 @@ def test_the_checker_reports_missing_and_unknown_parts() -> None:
         "does not document two",
         "does not say what it returns",
     ]
+    assert undocumented_fields(_Value) == ["two"]
     assert faults(_nothing) == [
         "has no summary of one line",
         "documents one twice",

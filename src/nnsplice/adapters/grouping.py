@@ -31,7 +31,7 @@ LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
 
 @dataclass(frozen=True, slots=True)
 class LayerGrouping:
-    """Which of an optimizer's parameters belong to which layer.
+    """The layer of each parameter of an optimizer.
 
     >>> optimizer = torch.optim.AdamW(ns.models.peel(model).parameters())
     >>> grouping = ns.adapters.map_optimizer_to_layers(optimizer, model)
@@ -39,6 +39,13 @@ class LayerGrouping:
     (3, 12)
     >>> [grouping.layer_of.get(number) for number in range(4)]   # the embeddings come first, and are in no layer
     [None, None, 0, 0]
+
+    Attributes:
+        layer_indices: the layers, in numeric order.
+        params_per_layer: the number of parameters of each layer; 0 where it differs.
+        layer_of: the layer of each id in the optimizer's state; parameters outside the layers are absent.
+        how: how it was found: `order`, `names`, `identity` or `shapes`.
+        header: the adapter's tensors, for `how="order"`.
     """
 
     #: In numeric order.
@@ -54,7 +61,7 @@ class LayerGrouping:
 
     @property
     def num_layers(self) -> int:
-        """How many layers have parameters."""
+        """The number of layers with parameters."""
         return len(self.layer_indices)
 
 

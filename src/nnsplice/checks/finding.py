@@ -28,12 +28,19 @@ SAMPLED = ("neurons", "experts")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One look of one check.
+    """The result of one check on one part of a model.
 
     >>> from nnsplice.checks import run_checks
     >>> finding = next(finding for finding in run_checks(model, layers=0) if finding.check == "heads")
     >>> finding.what, finding.state
     ('layers[0].heads[:].output', 'ok')
+
+    Attributes:
+        check: the name of the check.
+        what: the part that was checked, as a path if it has one.
+        state: `"ok"`, `"FAILED"` or `"skipped"`.
+        number: the number that was measured; None where nothing was.
+        detail: what was found, or the reason for skipping.
     """
 
     check: str

@@ -35,7 +35,15 @@ ORDERS: tuple[By, ...] = ("signed", "absolute")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One circuit of a curve."""
+    """One circuit of a faithfulness curve.
+
+    Attributes:
+        by: the order by which members were chosen: `"signed"` or `"absolute"`; None for a circuit that was given.
+        pruned: whether only members on a path from `embed` to `unembed` are left.
+        share: the share of all edges or nodes.
+        n: the number of members.
+        connected: the number of members on a path from `embed` to `unembed`.
+    """
 
     #: How its members were chosen; None for a circuit that was given.
     by: str | None
@@ -49,9 +57,17 @@ class Point:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness:
-    """What circuits keep of a metric: 0 is nothing more than the empty circuit, 1 is all that the model does.
+    """The faithfulness of circuits: 0 for the metric of the empty circuit, 1 for that of the whole model.
 
     f = (m(circuit) - m(empty)) / (m(model) - m(empty)), of the mean metric over prompts.
+
+    Attributes:
+        points: the circuits.
+        values: the metric, `[prompt, point]`.
+        full: the metric of the whole model, `[prompt]`.
+        empty: the metric of the empty circuit, `[prompt]`.
+        metric: the name of the metric.
+        run: the cost of the run.
     """
 
     points: tuple[Point, ...]
@@ -63,7 +79,7 @@ class Faithfulness:
     run: Run
 
     def f(self) -> np.ndarray:
-        """`[point]`: the share that each circuit keeps.
+        """The faithfulness of each circuit: `[point]`.
 
         >>> circuit = ns.Circuit.full(model)
         >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
@@ -75,30 +91,54 @@ class Faithfulness:
 
     @property
     def cpr(self) -> float:
-        """The area under f over the share of edges, of circuits of the edges with the highest scores; larger is better.
+        """CPR of MIB: the area under f over the share of edges, for circuits of the highest scores; larger is better.
 
-        A trapezoid between the shares that were measured (MIB's CPR): nothing is added before the first.
+        The area is that of trapezoids between the measured shares.
         """
         return self.area("signed")
 
     @property
     def cmd(self) -> float:
-        """The area under |1 - f| over the share of edges, of those with the largest sizes of scores; smaller is better.
+        """CMD of MIB: the area under |1 - f| over the share of edges, by absolute scores; smaller is better.
 
-        A trapezoid between the shares that were measured (MIB's CMD).
+        The area is that of trapezoids between the measured shares.
         """
         return self.area("absolute", distance=True)
 
     def area(self, by: By, *, distance: bool = False, pruned: bool = False) -> float:
-        """The area under f, or under |1 - f|, of the curve of one order of choosing."""
+        """The area under f, or under |1 - f|, for one order of choosing edges.
+
+        Args:
+            by: `"signed"` or `"absolute"`.
+            distance: the area under |1 - f|.
+            pruned: of the pruned circuits.
+
+        Returns:
+            The area.
+
+        Raises:
+            BadArgument: no such curve was measured.
+        """
         return float(self._areas(self.f()[None], by, distance, pruned)[0])
 
     def ci(
         self, of: Literal["f", "cpr", "cmd"] = "f", level: float = 0.95, *, draws: int = 2000, seed: int = 0
     ) -> np.ndarray:
-        """The ends of an interval by a bootstrap over prompts: `[point, 2]` of f, `[2]` of an area.
+        """Bootstrap confidence intervals over prompts: `[point, 2]` of f, `[2]` of an area.
 
-        NaN where there is one prompt.
+        NaN with fewer than two prompts.
+
+        Args:
+            of: `"f"`, `"cpr"` or `"cmd"`.
+            level: the confidence level.
+            draws: the number of bootstrap samples.
+            seed: the seed of the samples.
+
+        Returns:
+            The lower and upper ends.
+
+        Raises:
+            BadArgument: another `of` or `level`, or no curve.
         """
         if of not in ("f", "cpr", "cmd"):
             raise BadArgument(f"of={of!r}", expected='"f", "cpr" or "cmd"')
@@ -116,7 +156,14 @@ class Faithfulness:
         return np.nanquantile(areas, [tail, 1 - tail])
 
     def frame(self, level: float = 0.95) -> pd.DataFrame:
-        """A row for each circuit: how it was chosen, its size, the mean metric, f, and the ends of f's interval."""
+        """A table with a row for each circuit: order, size, mean metric, f, and the confidence interval of f.
+
+        Args:
+            level: the confidence level.
+
+        Returns:
+            A `pandas.DataFrame`.
+        """
         import pandas as pd
 
         ends = self.ci(level=level)
@@ -135,7 +182,14 @@ class Faithfulness:
         )
 
     def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
-        """f over the share of edges, a line for each order of choosing; the shares stand on a scale of powers."""
+        """Draw f over the share of edges on a logarithmic scale, a line for each order of choosing.
+
+        Args:
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+        """
         found = self.f()
         x: dict[str, list[float]] = {}
         y: dict[str, list[float]] = {}

@@ -34,7 +34,15 @@ Nodes = Iterable[str | Path]
 
 @dataclass(frozen=True, eq=False)
 class Completeness:
-    """The circuit and the model, each without the same nodes."""
+    """The metric of a circuit and of the model without the same nodes.
+
+    Attributes:
+        sets: the sets of removed nodes.
+        found_by: how each set was found: `"given"`, `"random"` or `"greedy"`.
+        circuit: the metric of the circuit without each set, `[prompt, set]`.
+        model: the metric of the model without each set, `[prompt, set]`.
+        run: the cost of the run.
+    """
 
     #: The sets of nodes that were taken out, and how each was found.
     sets: tuple[tuple[Path, ...], ...]
@@ -46,11 +54,11 @@ class Completeness:
 
     @property
     def scores(self) -> np.ndarray:
-        """`[set]`: |m(C without K) - m(M without K)|, of means over prompts; 0 is complete."""
+        """`[set]`: |m(C - K) - m(M - K)| of the mean metric; 0 is complete."""
         return np.abs(self.circuit.mean(0) - self.model.mean(0))
 
     def frame(self) -> pd.DataFrame:
-        """A row for each set, the worst first."""
+        """A table with a row for each set, the largest score first."""
         import pandas as pd
 
         rows = pd.DataFrame(
@@ -68,7 +76,14 @@ class Completeness:
 
 @dataclass(frozen=True, eq=False)
 class Minimality:
-    """How much each node of a circuit matters when some others are out: the most that was found."""
+    """The largest effect of each node of a circuit when others are removed.
+
+    Attributes:
+        nodes: the nodes of the circuit.
+        scores: the largest |m(C - K - v) - m(C - K)| of the mean metric, `[node]`.
+        sets: the set K of each score.
+        run: the cost of the run.
+    """
 
     nodes: tuple[Path, ...]
     #: `[node]`: |m(C without K and v) - m(C without K)| of means over prompts, and the K that it was found with.
@@ -77,7 +92,7 @@ class Minimality:
     run: Run
 
     def frame(self) -> pd.DataFrame:
-        """A row for each node, the one that matters least first."""
+        """A table with a row for each node, the smallest score first."""
         import pandas as pd
 
         rows = pd.DataFrame(

@@ -29,7 +29,16 @@ _ARRAYS = ("values", "kl", "baseline")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One cell: where to steer, how strongly, and what that was worth."""
+    """One cell of a steering sweep.
+
+    Attributes:
+        path: the site.
+        layer: the layer.
+        coefficient: the coefficient.
+        score: the mean metric over prompts.
+        baseline: the mean metric without steering.
+        kl: the mean KL divergence from the unsteered run.
+    """
 
     path: str
     layer: int

@@ -30,7 +30,7 @@ Side = object
 
 @dataclass(frozen=True, repr=False)
 class Between(ModelStateMapper):
-    """A derived mapper, with what it leaves open.
+    """A mapper of `mapper_between`, with the tensors that it does not cover.
 
     >>> from copy import deepcopy
     >>> from nnsplice.checkpoints import mapper_between
@@ -45,6 +45,12 @@ class Between(ModelStateMapper):
         transformer.h.3.ln_1.weight: the source has no L.3.norm1.weight
       expected: a source that has all parts of the target
       write: between.mapper   (without what is not derived)
+
+    Attributes:
+        mapper: the mapper, without what could not be derived.
+        underived: the tensors of the target that could not be derived, with the reason.
+        unused: the tensors of the source that are not used.
+        same: those of them that the target ties to another tensor, which has to be equal.
     """
 
     mapper: ModelStateMapper
@@ -56,15 +62,22 @@ class Between(ModelStateMapper):
     same: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def state_dependency_groups(self) -> frozenset[StateGroup]:
-        """Those of the mapper."""
+        """The groups of the mapper."""
         return self.mapper.state_dependency_groups()
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the mapper makes."""
+        """The outputs of one group.
+
+        Args:
+            group: the inputs by name.
+
+        Returns:
+            The outputs by name.
+        """
         return self.mapper.apply(group)
 
     def complete(self) -> Between:
-        """The same, where nothing is left open.
+        """The same mapper, if it covers the whole target.
 
         Raises:
             MapperError: a tensor of the target cannot be derived.
