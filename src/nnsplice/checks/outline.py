@@ -83,7 +83,7 @@ def outline(atlas: Atlas, *, collapse: bool = True) -> tuple[Outline, ...]:
         One outline for each tower.
 
     Raises:
-        UnrecognisedModel: the parts of the model cannot be told apart.
+        UnrecognisedModel: the layers of the model are not recognised.
     """
     atlas.tower()
     return tuple(_outline(atlas, tower, collapse) for tower in atlas.towers.values())

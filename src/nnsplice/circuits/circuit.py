@@ -246,7 +246,7 @@ class Circuit:
 
     @classmethod
     def full(cls, model: Any) -> Circuit:
-        """The circuit of all edges, whose run is the clean run.
+        """The circuit of all edges; its run is the clean run.
 
         >>> len(ns.Circuit.full(model)), len(ns.Circuit.empty(model))
         (262, 0)
@@ -262,7 +262,7 @@ class Circuit:
 
     @classmethod
     def empty(cls, model: Any) -> Circuit:
-        """The circuit without edges, in whose run everything is ablated.
+        """The circuit without edges; in its run everything is ablated.
 
         >>> ns.Circuit.empty(model) | ns.Circuit.full(model) == ns.Circuit.full(model)
         True
@@ -482,7 +482,7 @@ class Circuit:
         Args:
             model: a model from `ns.load`, in eval mode.
             clean: the prompts on which the circuit runs.
-            corrupted: the prompts whose values everything outside has; None for an ablation that needs none.
+            corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
             metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
             ablation: `"patch"`, the corrupted run's values at the same tokens; `"zero"`; `"mean"` over tokens and
                 prompts of `reference`; or a `SavedActivation` with a value for `embed.output` and every head and MLP.
@@ -496,7 +496,7 @@ class Circuit:
             BadArgument: several metrics, an ablation without the prompts that it needs, or a circuit of nodes without
                 `embed`.
             ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
-            RefusedPlace: a model whose layers the edges do not describe completely.
+            RefusedPlace: a model in which the circuit of all edges is not the clean run.
             KeyMismatch: a circuit of another model.
         """
         question = measuring.Question.of(model, clean, corrupted, metric, ablation, reference)

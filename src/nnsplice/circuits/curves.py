@@ -267,7 +267,7 @@ def faithfulness(
         model: a model from `ns.load`, in eval mode.
         circuits: a circuit, several, or a result with scores of edges or nodes, such as that of `ns.attribute`.
         clean: the prompts on which circuits run; the model's own metric on them is 1.
-        corrupted: the prompts whose values everything outside a circuit has; None for an ablation that needs none.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
         metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
         ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
         reference: the prompts of `"mean"`, if not the corrupted ones.
@@ -282,7 +282,7 @@ def faithfulness(
         BadType: neither circuits nor scores.
         BadArgument: shares that do not grow from 0 to 1, several metrics, or a metric that is NaN.
         ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
-        RefusedPlace: a model whose layers the edges do not describe completely.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
         KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()

@@ -133,7 +133,7 @@ def completeness(
         model: a model from `ns.load`, in eval mode.
         circuit: the circuit.
         clean: the prompts on which the circuit runs.
-        corrupted: the prompts whose values removed nodes have; None for an ablation that needs none.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
         metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
         sets: sets of nodes to remove.
         random: the number of random sets; each node of the circuit is in a set with probability 1/2.
@@ -152,7 +152,7 @@ def completeness(
         BadType: something other than a circuit, or than a list of nodes.
         BadArgument: an empty circuit, no sets, a node outside the circuit, or several metrics.
         ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
-        RefusedPlace: a model whose layers the edges do not describe completely.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
         KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
@@ -196,7 +196,7 @@ def minimality(
         model: a model from `ns.load`, in eval mode.
         circuit: the circuit.
         clean: the prompts on which the circuit runs.
-        corrupted: the prompts whose values removed nodes have; None for an ablation that needs none.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
         metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
         sets: sets K to try with every node; the empty set is always tried.
         random: the number of random sets.
@@ -213,7 +213,7 @@ def minimality(
         BadType: something other than a circuit, or than a list of nodes.
         BadArgument: an empty circuit, a node outside the circuit, or several metrics.
         ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
-        RefusedPlace: a model whose layers the edges do not describe completely.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
         KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()

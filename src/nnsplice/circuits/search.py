@@ -55,7 +55,7 @@ def acdc(
     Args:
         model: a model from `ns.load`, in eval mode.
         clean: the prompts on which the circuit runs.
-        corrupted: the prompts whose values removed edges have; None for an ablation that needs none.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
         metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
         threshold: the change of the mean metric from which on an edge stays.
         start: the edges to begin with; all edges of the model if left out.
@@ -72,7 +72,7 @@ def acdc(
         BadArgument: a threshold that is not above 0, several metrics, or an ablation without the prompts that it needs.
         BadType: `start` is no circuit of edges.
         ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
-        RefusedPlace: a model whose layers the edges do not describe completely.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
         FileError: the journal is of another search, or damaged.
     """
     with circumstances("ns.acdc"):

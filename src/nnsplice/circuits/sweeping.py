@@ -48,7 +48,7 @@ def sweep_circuits(
         model: a model from `ns.load`, in eval mode.
         circuits: several circuits, in a list or in a dictionary by name.
         clean: the prompts on which circuits run.
-        corrupted: the prompts whose values everything outside a circuit has; None for an ablation that needs none.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
         metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
         ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
         reference: the prompts of `"mean"`, if not the corrupted ones.
@@ -63,7 +63,7 @@ def sweep_circuits(
         BadType: something other than several circuits.
         BadArgument: an entry that is no circuit, or several metrics.
         ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
-        RefusedPlace: a model whose layers the edges do not describe completely.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
         KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()

@@ -43,7 +43,7 @@ class Steering:
 
     Attributes:
         model: the model.
-        rules: what is changed at each site.
+        rules: the change at each site.
     """
 
     model: engine.Model

@@ -176,7 +176,7 @@ def sweep(
     >>> result.grid().sizes
     Frozen({'prompt': 1, 'layer': 3, 'position': 3})
 
-    A list of paths in the place of a path is a set: one cell, in which all that they name is changed together.
+    A list of paths inside the list is a set: one cell, in which all of its sites are changed together.
 
     >>> pair = ["layers[0].heads[1]", "layers[1].heads[0]"]
     >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", [pair, pair[:1], pair[1:]], metric, progress=False)

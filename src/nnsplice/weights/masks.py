@@ -36,10 +36,10 @@ def create_param_masks(model: Any, restriction: Restriction) -> ParamMasks:
         The mask of each parameter by name; None for a whole parameter with `"full"`.
 
     Raises:
-        BadType: neither str nor list.
-        BadArgument: an unknown restriction, or a part that this model does not have.
+        BadType: neither a text nor a list.
+        BadArgument: an address that does not exist in this model.
         OutOfRange: a layer, head or group that does not exist.
-        UnrecognisedModel: the parts of this model cannot be told apart; `"full"` and names of parameters still work.
+        UnrecognisedModel: the parts of the model are not recognised; `"full"` and names of parameters still work.
     """
     with circumstances("ns.weights.create_param_masks"):
         selection = chosen(model, restriction)

@@ -186,7 +186,7 @@ class ModelStateMapperUnsqueeze(InPlace):
 
     Attributes:
         name: the name.
-        dim: its place among the dimensions.
+        dim: the position of the new dimension.
     """
 
     name: str
