@@ -60,8 +60,8 @@ def patched_logits(
         remote: run on nnsight's remote service.
 
     Returns:
-        `[prompt, token, vocab]`, aligned at the last token, with NaN where a shorter prompt has no token; `[prompt,
-        vocab]` for one position and `[prompt, position, vocab]` for several.
+        `[prompt, token, vocab]`, aligned at the last token, with NaN where a shorter prompt has no token;
+        `[prompt, vocab]` for one position and `[prompt, position, vocab]` for several.
 
     Raises:
         BadType: `saved` is no capture.

@@ -113,7 +113,7 @@ def address(name: str, model: Any) -> Path:
         model: a model from `ns.load`, or a module.
 
     Returns:
-        The smallest address that holds it: portable, or native where there is no portable one.
+        The smallest address that holds it, portable if there is one, else native.
 
     Raises:
         UnknownPath: nothing of this name is in the model.

@@ -59,8 +59,8 @@ def convert(
         show_progress: show a progress bar.
         resume: continue an interrupted call, and keep finished files if this one is interrupted.
         carry: other files for the new folder, instead of those of `src_dir`: name -> a file to copy, or a text.
-        workers: the number of processes, worth it from tens of gigabytes on. In a script, call it behind `if __name__
-            == "__main__":`.
+        workers: the number of processes, worth it from tens of gigabytes on. In a script, call it behind
+            `if __name__ == "__main__":`.
 
     Raises:
         MissingCheckpoint: `src_dir` has no weights, or a file of them is missing.

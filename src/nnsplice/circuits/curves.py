@@ -276,7 +276,7 @@ def faithfulness(
         progress: show a progress bar.
 
     Returns:
-        The metric of each circuit with its ends: `.f()`, `.cpr`, `.cmd`, `.frame()`.
+        The metric of each circuit, with `.f()`, `.cpr`, `.cmd` and `.frame()`.
 
     Raises:
         BadType: neither circuits nor scores.

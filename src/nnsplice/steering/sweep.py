@@ -91,8 +91,8 @@ def sweep(
         prompts: the prompts to measure on: a text, a list of texts, token ids or chat messages.
         vector: a direction for one site of each layer.
         coefficients: the factors of the vector.
-        metric: a metric of logits, such as `ns.logit_diff(" good", " bad")`; with `max_new_tokens` a function `text ->
-            number` of the generated text.
+        metric: a metric of logits, such as `ns.logit_diff(" good", " bad")`; with `max_new_tokens` a function
+            `text -> number` of the generated text.
         operator: as for `ns.steering.steer`.
         where: as for `ns.steering.steer`.
         max_new_tokens: generate this many tokens in every cell, greedily, and keep the texts.
@@ -103,7 +103,7 @@ def sweep(
         **generate_kwargs: arguments of transformers' `generate`, with `max_new_tokens`.
 
     Returns:
-        Metric and KL divergence of each layer, coefficient and prompt: `.frame()`, `.plot()`.
+        Metric and KL divergence of each layer, coefficient and prompt, with `.frame()` and `.plot()`.
 
     Raises:
         BadArgument: a model in train mode, two sites in one layer, or options that do not fit together.

@@ -64,9 +64,9 @@ def plan_sweep(
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`. Several
             metrics, in a list or in a dictionary by name, are measured in the same runs and give the grid an axis
             `metric`.
-        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function `value[row, width] ->
-            [row, width]`; `"knockout"` removes edges of attention, which paths name by query and key:
-            `"layers[:].heads[:].pattern[-1][3]"`. The query's other keys then share the whole softmax.
+        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function
+            `value[row, width] -> [row, width]`; `"knockout"` removes edges of attention, which paths name by query and
+            key: `"layers[:].heads[:].pattern[-1][3]"`. The query's other keys then share the whole softmax.
         reference: the capture that `"mean"`, `"resample"` and `"add"` take values from.
         window: the number of neighbouring layers that are changed together; fewer at the first and last layers.
         spans: token spans by name, as for `ns.capture`; `{"clean": {...}, "corrupted": {...}}` where the prompts
@@ -80,7 +80,8 @@ def plan_sweep(
             of corrupted prompts.
 
     Returns:
-        The plan: `len(plan)` cells to compute, `plan.preview()`, `plan.shard(i, n)`; `ns.run(plan, model)` computes it.
+        The plan, with `len(plan)` cells to compute, `plan.preview()` and `plan.shard(i, n)`; `ns.run(plan, model)`
+        computes it.
 
     Raises:
         PathError: a site is no path, is out of range (`OutOfRange`) or has no exact value (`RefusedPlace`).

@@ -208,7 +208,7 @@ def sweep(
         seed: the seed of `"resample"` and `"noise"`.
 
     Returns:
-        The metric of every cell: `.grid()`, `.effect()`, `.frame()`, `.plot()`.
+        The metric of every cell, with `.grid()`, `.effect()`, `.frame()` and `.plot()`.
 
     Raises:
         PathError: a site is no path, is out of range (`OutOfRange`) or has no exact value (`RefusedPlace`).

@@ -50,7 +50,7 @@ def select(model: Any, restriction: Restriction | Path | Selection, *, own: bool
             key/value head.
 
     Returns:
-        The selection: a value with `|`, `&`, `-`, `~`, `numel()`, `masks()` and `tree()`.
+        The selection, a value with `|`, `&`, `-`, `~`, `numel()`, `masks()` and `tree()`.
 
     Raises:
         BadType: neither an address, a list nor a selection.
