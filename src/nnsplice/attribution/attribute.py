@@ -43,10 +43,10 @@ def attribute(
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> SweepResult:
-    """Estimate what `ns.sweep` would measure, for all sites at once, from a few gradients.
+    """Attribution patching: estimate the effects of `ns.sweep` for all sites at once, from gradients.
 
-    The result is a sweep's, on the same grid, and says of itself that it is an estimate (`result.method`): the value of
-    a cell is the corrupted run's metric and the score on top.
+    The result has the grid of a sweep, with the corrupted metric plus the estimated effect in each cell;
+    `result.method` is the method.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> result = ns.attribute(model, "w3 w4 w5", "w3 w6 w5", "layers[:].heads[:]", metric, verify=3, progress=False)
@@ -59,13 +59,14 @@ def attribute(
 
     * `"atp"`: (clean - corrupted) times the gradient in the corrupted run. Two forward passes, one backward. Good for
       heads and MLPs; a rough guess for the residual stream, which the result's note says.
-    * `"atp*"`: the same, but probabilities that a patched query or key would make are computed, and sizes are the mean
-      over runs in which one layer passes no gradient back, so that effects do not cancel. One backward for each layer.
-    * `"ig"`: the mean gradient at `steps` points between the two runs' embeddings, instead of the one in the corrupted.
-    * `"eap"`, `"eap-ig"`: scores of edges, from sites to the `receivers`, as `result.edges()`; a cell is the sum of its
-      edges. Here a site without positions is all its tokens at once, as in `ns.path_patch`, which is the exact answer.
-    * `"relp"`: as `"eap"`, with gradients by rules of relevance propagation: norms' scales and attention patterns
-      stand still, activations have the slope act(x) / x, the factors of a gate share theirs. Queries and keys get none.
+    * `"atp*"`: AtP with both of its fixes: attention probabilities are recomputed for patched queries and keys, and
+      sizes are averaged over runs in which one layer passes no gradient back. One backward pass for each layer.
+    * `"ig"`: integrated gradients: the mean gradient at `steps` points between the embeddings of the two runs.
+    * `"eap"`, `"eap-ig"`: edge attribution patching: scores of edges from sites to `receivers`, as `result.edges()`; a
+      cell is the sum of its edges. A site without a position is all its tokens at once. `ns.path_patch` is exact.
+    * `"relp"`: `"eap"` with the gradient rules of layer-wise relevance propagation: the scales of norms and attention
+      patterns are constants, an activation has the slope act(x) / x, and a gate's two factors share the gradient.
+      Queries and keys get none.
     * `"ifr"`: edges without gradients: which share of what a receiver reads in the clean run comes from the sender, as
       the mean over its tokens. Shares know neither the metric nor the corrupted run, and are never below 0: they order
       edges, and are no change of the metric, also where the model is a straight line. The logits count where the metric
@@ -73,21 +74,36 @@ def attribute(
     * `"auto"`: the one of these that is best here. Some cells of some prompts (with `receivers`, some edges) are
       computed exactly, each method that fits estimates them too, and the one with the most recall for a pass of the
       model is taken. `run.note` has the table, `result.method` the one that was taken.
-    * `"exact"`: no estimate. Each edge by `ns.path_patch`: as many runs as there are edges.
+    * `"exact"`: no estimate: each edge is measured with `ns.path_patch`, one run for each edge.
 
     Args:
-        receivers: for edges, where they end; if left out, at every query, key and value head, MLP and the logits.
-        steps: how many gradients `"ig"` and `"eap-ig"` take on the way; 5 if left out. With `"auto"`, of these where
-            they are tried.
-        verify: compute so many of the largest exactly, and as many of the others drawn at random:
-            `result.verification` says how well the estimates did, and `frame()` has the exact values beside them.
-        spans: where named spans stand, as for `ns.sweep`.
+        model: a model from `ns.load`, in eval mode.
+        clean: the prompts that values are taken from. Prompt i is paired with prompt i of `corrupted`.
+        corrupted: the prompts of the run that effects are estimated for.
+        sites: a path or several; for methods of nodes, each token is a cell where a path has no position.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`, or a function of the logits.
+        method: one of the methods above.
+        receivers: paths where edges end; if left out, the query, key and value of every head, every MLP, and the
+            logits.
+        steps: the number of gradients on the path for `"ig"` and `"eap-ig"`; 5 if left out.
+        verify: how many of the largest estimates to compute exactly, and as many others drawn at random;
+            `result.verification` compares them, and `frame()` has the exact values.
+        spans: token spans by name, as for `ns.sweep`.
         align: `"position"` or `"end"`, as for `ns.sweep`; `"role"` with `"atp"`.
-        seed: of the draw of others, and of the slice of `"auto"`.
-        executor: of the sweep that verifies.
-        max_tokens: how many tokens run at once.
-        journal: a file that what is verified is appended to, as for `ns.run`.
-        progress: show a bar.
+        seed: the seed of the random cells that `verify` draws.
+        executor: the executor of the sweep that verifies.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        journal: a file that verified cells are appended to, as for `ns.run`.
+        progress: show a progress bar.
+
+    Returns:
+        The estimates on the grid of a sweep; `result.edges()` for methods of edges.
+
+    Raises:
+        BadArgument: a method that does not exist, an option that the method does not have, several metrics, or a model
+            in train mode.
+        ShapeError: prompts of different lengths, for a method that interpolates between their embeddings.
+        RefusedPlace: a site without a gradient, such as a pattern or one expert.
     """
     start = time.perf_counter()
     model = engine.as_model(model)

@@ -46,13 +46,14 @@ def path_patch(
     metric: Metrics,
     **options: Any,
 ) -> SweepResult:
-    """Patch every sender by itself, and let its new value reach the receivers alone.
+    """Path patching: patch one sender at a time, and let its new value reach the receivers only.
 
-    The corrupted run, with the sender as in the clean one and every attention and MLP behind it held still, tells what
-    the receivers would then read; with that written into the receivers, and everything else free, the metric is taken.
-    Two receivers do not reach each other in the first of these runs: each gets what comes straight from the sender.
+    First the corrupted run is made with the sender's clean value and all attention and MLP outputs after it held fixed,
+    which gives the receivers' new values. These are then written into a corrupted run in which nothing else is fixed,
+    and the metric is measured. A receiver does not see another receiver's new value in the first run: each gets the
+    sender's direct contribution.
 
-    With `"unembed"` as the receiver it is the sender's direct effect on the logits.
+    The receiver `"unembed"` gives the direct effect on the logits.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> pair = "w3 w4 w5", "w3 w6 w5"
@@ -60,10 +61,23 @@ def path_patch(
     Frozen({'prompt': 1, 'layer': 1, 'head': 4})
 
     Args:
-        senders: paths; each place is a cell. Without positions all its tokens are patched at once, with `[:]` each
-            token is a cell of its own.
-        receivers: paths to queries, keys, values, heads, branches or the stream; without positions, at all tokens.
-        options: those of `ns.plan_sweep` (`spans`, `align`) and `ns.run` (`max_tokens`, `journal`, `progress`).
+        model: a model from `ns.load`, in eval mode.
+        clean: the prompts that the senders' values are taken from. Prompt i is paired with prompt i of `corrupted`.
+        corrupted: the prompts whose run is edited.
+        senders: a path or several; each site is a cell. Without a position all its tokens are patched at once, with
+            `[:]` each token is a cell.
+        receivers: paths to queries, keys, values, heads, attention or MLP outputs, or the stream; without a position,
+            at all tokens.
+        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
+        **options: `spans`, `align` and `window` of `ns.plan_sweep`; `max_tokens`, `journal` and `progress` of `ns.run`.
+
+    Returns:
+        The metric with each sender patched.
+
+    Raises:
+        BadType: an option that does not exist.
+        BadArgument: a set of senders, a metric of several tokens, or no sender before a receiver.
+        RefusedPlace: a sender or receiver that is derived from several values, such as a pattern or one expert.
     """
     if "executor" in options:
         raise BadArgument("path_patch has one way of running", expected="no executor=")

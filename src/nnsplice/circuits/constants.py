@@ -60,24 +60,34 @@ class OptimalAblation:
     ...     read = ns.OptimalAblation.from_file(f"{folder}/constants.safetensors")
     >>> read.training == constants.training
     True
+
+    Attributes:
+        values: one row, with a value for `embed.output` and for every head and MLP.
+        senders: whose vectors were trained; the others have their mean, which nothing reads.
+        training: how it went.
+        provenance: the model, its weights, and the circuit.
     """
 
-    #: One row, with a value for `embed.output` and for every head and MLP.
     values: SavedActivation
-    #: The senders whose vectors were trained; the others have their mean, which nothing reads.
     senders: tuple[str, ...]
     training: Training
-    #: The model, its weights, and the circuit.
     provenance: Mapping[str, Any]
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; whole, or not at all."""
+        """Write a safetensors file; whole, or not at all.
+
+        Args:
+            path: the file.
+        """
         told = {"senders": self.senders, "training": asdict(self.training), "provenance": dict(self.provenance)}
         storage.write(path, self.values._packs, self.values._provenance, {HEADER: json.dumps(told)})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> OptimalAblation:
         """Read what `to_file` wrote.
+
+        Args:
+            path: the file.
 
         Raises:
             FileError: it is something else, or damaged.

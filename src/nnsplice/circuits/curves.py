@@ -37,7 +37,15 @@ ORDERS: tuple[By, ...] = ("signed", "absolute")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One circuit of a curve."""
+    """One circuit of a faithfulness curve.
+
+    Attributes:
+        by: the order by which members were chosen: `"signed"` or `"absolute"`; None for a circuit that was given.
+        pruned: whether only members on a path from `embed` to `unembed` are left.
+        share: the share of all edges or nodes.
+        n: the number of members.
+        connected: the number of members on a path from `embed` to `unembed`.
+    """
 
     #: How its members were chosen; None for a circuit that was given.
     by: str | None
@@ -51,9 +59,17 @@ class Point:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness:
-    """What circuits keep of a metric: 0 is nothing more than the empty circuit, 1 is all that the model does.
+    """The faithfulness of circuits: 0 for the metric of the empty circuit, 1 for that of the whole model.
 
     f = (m(circuit) - m(empty)) / (m(model) - m(empty)), of the mean metric over prompts.
+
+    Attributes:
+        points: the circuits.
+        values: the metric, `[prompt, point]`.
+        full: the metric of the whole model, `[prompt]`.
+        empty: the metric of the empty circuit, `[prompt]`.
+        metric: the name of the metric.
+        run: the cost of the run.
     """
 
     points: tuple[Point, ...]
@@ -96,7 +112,7 @@ class Faithfulness:
             )
 
     def f(self) -> np.ndarray:
-        """`[point]`: the share that each circuit keeps.
+        """The faithfulness of each circuit: `[point]`.
 
         >>> circuit = ns.Circuit.full(model)
         >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
@@ -109,30 +125,54 @@ class Faithfulness:
 
     @property
     def cpr(self) -> float:
-        """The area under f over the share of edges, of circuits of the edges with the highest scores; larger is better.
+        """CPR of MIB: the area under f over the share of edges, for circuits of the highest scores; larger is better.
 
-        A trapezoid between the shares that were measured (MIB's CPR): nothing is added before the first.
+        The area is that of trapezoids between the measured shares.
         """
         return self.area("signed")
 
     @property
     def cmd(self) -> float:
-        """The area under |1 - f| over the share of edges, of those with the largest sizes of scores; smaller is better.
+        """CMD of MIB: the area under |1 - f| over the share of edges, by absolute scores; smaller is better.
 
-        A trapezoid between the shares that were measured (MIB's CMD).
+        The area is that of trapezoids between the measured shares.
         """
         return self.area("absolute", distance=True)
 
     def area(self, by: By, *, distance: bool = False, pruned: bool = False) -> float:
-        """The area under f, or under |1 - f|, of the curve of one order of choosing."""
+        """The area under f, or under |1 - f|, for one order of choosing edges.
+
+        Args:
+            by: `"signed"` or `"absolute"`.
+            distance: the area under |1 - f|.
+            pruned: of the pruned circuits.
+
+        Returns:
+            The area.
+
+        Raises:
+            BadArgument: no such curve was measured.
+        """
         return float(self._areas(self.f()[None], by, distance, pruned)[0])
 
     def ci(
         self, of: Literal["f", "cpr", "cmd"] = "f", level: float = 0.95, *, draws: int = 2000, seed: int = 0
     ) -> np.ndarray:
-        """The ends of an interval by a bootstrap over prompts: `[point, 2]` of f, `[2]` of an area.
+        """Bootstrap confidence intervals over prompts: `[point, 2]` of f, `[2]` of an area.
 
-        NaN where there is one prompt.
+        NaN with fewer than two prompts.
+
+        Args:
+            of: `"f"`, `"cpr"` or `"cmd"`.
+            level: the confidence level.
+            draws: the number of bootstrap samples.
+            seed: the seed of the samples.
+
+        Returns:
+            The lower and upper ends.
+
+        Raises:
+            BadArgument: another `of` or `level`, or no curve.
         """
         self._one("ci()")
         if of not in ("f", "cpr", "cmd"):
@@ -151,9 +191,15 @@ class Faithfulness:
         return np.nanquantile(areas, [tail, 1 - tail])
 
     def frame(self, level: float = 0.95) -> pd.DataFrame:
-        """A row for each circuit: how it was chosen, its size, the mean metric, f, and the ends of f's interval.
+        """A table with a row for each circuit: order, size, mean metric, f, and the confidence interval of f.
 
         Of several metrics, the rows of each under those of the one before.
+
+        Args:
+            level: the confidence level.
+
+        Returns:
+            A `pandas.DataFrame`.
         """
         import pandas as pd
 
@@ -178,7 +224,14 @@ class Faithfulness:
         )
 
     def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
-        """f over the share of edges, a line for each order of choosing; the shares stand on a scale of powers."""
+        """Draw f over the share of edges on a logarithmic scale, a line for each order of choosing.
+
+        Args:
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+        """
         self._one("plot()")
         found = self.f()
         x: dict[str, list[float]] = {}
@@ -238,12 +291,12 @@ def faithfulness(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Faithfulness:
-    """Measure what circuits keep of a metric: one circuit, several, or a curve of those that scores choose.
+    """Faithfulness: the share of the metric that circuits keep, of one circuit, several, or a curve over sizes.
 
-    Of scores, circuits of each share of the edges (or nodes) are measured: those with the highest scores, whose area is
-    CPR, and those with the largest sizes, whose area is CMD. Equal scores are taken in the order in which they run.
-    Each is measured as it is and `pruned`, without what no path from `embed` to `unembed` goes through; where
-    everything outside has another run's values, that is the same by what pruning is, and takes no time.
+    For scores, circuits of each share of the edges (or nodes) are measured: by the highest scores, whose area is CPR,
+    and by the largest absolute scores, whose area is CMD. Ties are in execution order. Each circuit is also measured
+    `pruned`, without what is on no path from `embed` to `unembed`; where removed edges have the values of another run,
+    pruning changes nothing and is not run.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
@@ -256,15 +309,26 @@ def faithfulness(
     (1.0, True)
 
     Args:
-        circuits: a circuit, several, or a result with scores of edges or nodes.
+        model: a model from `ns.load`, in eval mode.
+        circuits: a circuit, several, or a result with scores of edges or nodes, such as that of `ns.attribute`.
         clean: the prompts on which circuits run; the model's own metric on them is 1.
-        corrupted: the prompts that everything outside has its values from; see `Circuit.run`.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        metric: one, or several, which are read off the same runs; `only` has the report of each.
-        shares: where the curve is measured; those of MIB if left out.
-        max_tokens: how many tokens run at once.
-        progress: show a bar.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        shares: the circuit sizes of the curve, as shares of all edges; those of the MIB benchmark if left out.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        progress: show a progress bar.
+
+    Returns:
+        The metric of each circuit, with `.f()`, `.cpr`, `.cmd` and `.frame()`.
+
+    Raises:
+        BadType: neither circuits nor scores.
+        BadArgument: shares that do not grow from 0 to 1, several metrics, or a metric that is NaN.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
+        KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
     with circumstances("ns.faithfulness"):

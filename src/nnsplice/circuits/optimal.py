@@ -44,6 +44,9 @@ def optimal_ablation(
     (4,)
 
     Args:
+        model: the model.
+        circuit: whose outside gets the constants.
+        clean: the prompts on which the circuit should answer as the model does.
         corrupted: with `reference`, whose means training begins at, as for `ablation="mean"`.
         reference: as for `Circuit.run`.
         position: the token whose answer is compared; that of the metric.
@@ -53,6 +56,13 @@ def optimal_ablation(
         seed: of the draw of those.
         max_tokens: how many tokens run at once.
         progress: show a bar.
+
+    Returns:
+        The constants, to be given as `ablation=`, with how well they did on prompts that were not trained on.
+
+    Raises:
+        BadType: `circuit` is none.
+        BadArgument: a member of the circuit is a part of a sender: one token, or one expert.
     """
     with circumstances("ns.optimal_ablation"):
         if not isinstance(circuit, Circuit):

