@@ -10,6 +10,7 @@ One address language for every part of a model, and many views of an address. Th
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
+    lens                                          what a place would say, and what it says to the metric directly
     knockout                                      a block in which queries do not see some of their keys
     Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
     minimality, acdc, sweep_circuits,
@@ -29,7 +30,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
-    from nnsplice import adapters, checkpoints, errors, models, plots, steering, tasks, weights
+    from nnsplice import adapters, checkpoints, errors, lens, models, plots, steering, tasks, weights
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
@@ -88,6 +89,7 @@ __all__ = [
     "js_divergence",
     "kl_divergence",
     "knockout",
+    "lens",
     "load",
     "log_probability",
     "logit_diff",
@@ -116,7 +118,7 @@ __all__ = [
 
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
-    "": ("adapters", "checkpoints", "errors", "models", "plots", "steering", "tasks", "weights"),
+    "": ("adapters", "checkpoints", "errors", "lens", "models", "plots", "steering", "tasks", "weights"),
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
