@@ -57,3 +57,24 @@ def _read_at(subject: Subject, ids: Tensor, layer: int) -> Tensor:
 
     with torch.no_grad(), hooks(blocks[layer].register_forward_hook(keep), after(blocks[-1], lambda _: kept[0])):
         return own(subject.bare(ids).logits, ids.shape[1])[0]
+
+
+def direct_law(subject: Subject) -> Said:
+    """All parts of a difference of logits, beside plain hooks: heads through the bare projection, and their sum."""
+    ids = subject.ids[:, :TOKENS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            parts = ns.lens.direct(subject.model, ids, ns.logit_diff(7, 8), ["layers[:].heads[:]", "layers[:].mlp"])
+            whole = ns.lens.direct(
+                subject.model, ids, ns.logit_diff(7, 8), ["embed", "layers[:].attn", "layers[:].mlp"]
+            )
+        except NnspliceError as error:
+            return Said(None, told(error))
+    logits = subject.logits(ids)[0, -1].double()
+    cap = getattr(subject.bare.config.get_text_config(), "final_logit_softcapping", None)
+    logits = logits if cap is None else torch.atanh(logits / cap) * cap
+    expected = float(logits[7] - logits[8])
+    size = float(logits.abs().max())
+    found = [float(one.table.values.sum() + one.rest.sum()) for one in both]
+    return Said(max(abs(value - expected) for value in found) / size)

@@ -1,15 +1,19 @@
 """Lenses: what a place would say, and what it says to the metric directly.
 
 logit       the model's own norm and head on any state of the stream
+direct      the metric as a sum of what heads, MLPs and embeddings add
+senders     which parts of the sum are asked about
+linear      norms and heads as the straight lines that they are at one run
 lens        what that gives: Lens, a result with the tokens that come first
 tail        the norm and the head, tried on the run
 passes      one run, with values kept at ends of modules
 """
 
+from nnsplice.lens.direct import direct
 from nnsplice.lens.lens import Lens
 from nnsplice.lens.logit import logit
 
-__all__ = ["Lens", "logit"]
+__all__ = ["Lens", "direct", "logit"]
 
 
 def __dir__() -> list[str]:  # what <TAB> shows
