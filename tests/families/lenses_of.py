@@ -65,10 +65,8 @@ def direct_law(subject: Subject) -> Said:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            parts = ns.lens.direct(subject.model, ids, ns.logit_diff(7, 8), ["layers[:].heads[:]", "layers[:].mlp"])
-            whole = ns.lens.direct(
-                subject.model, ids, ns.logit_diff(7, 8), ["embed", "layers[:].attn", "layers[:].mlp"]
-            )
+            asked = (["layers[:].heads[:]", "layers[:].mlp"], ["embed", "layers[:].attn", "layers[:].mlp"])
+            both = [ns.lens.direct(subject.model, ids, ns.logit_diff(7, 8), sites) for sites in asked]
         except NnspliceError as error:
             return Said(None, told(error))
     logits = subject.logits(ids)[0, -1].double()

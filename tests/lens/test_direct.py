@@ -82,9 +82,7 @@ def test_heads_of_llama_by_hand() -> None:
         for head in range(root.config.num_attention_heads):
             columns = slice(head * width, (head + 1) * width)
             expected = towards @ layer.self_attn.o_proj.weight[:, columns] @ seen[f"o{n}"][0][columns]
-            assert (
-                abs(float(grid.sel(layer=n, head=head)) - float(expected.detach())) < 1e-6
-            )  # the model's norms are float32
+            assert abs(float(grid.sel(layer=n, head=head)) - float(expected.detach())) < 1e-6
 
 
 def test_heads_go_through_the_norm_behind_the_projection() -> None:
@@ -124,9 +122,7 @@ def test_heads_and_the_bias_are_their_attention() -> None:
     model = Subject("gemma2").model
     heads = ns.lens.direct(model, IDS, DIFF, ["layers[1].heads[:]", "layers[0].attn"])
     whole = ns.lens.direct(model, IDS, DIFF, ["layers[1].attn", "layers[0].attn"])
-    assert (
-        abs(float(heads.grid("layers[:].heads[:].output").sum()) - float(whole.grid()[0, 1])) < 1e-7
-    )  # a float32 norm
+    assert abs(float(heads.grid("layers[:].heads[:].output").sum()) - float(whole.grid()[0, 1])) < 1e-7
     assert np.allclose(heads.grid("layers[:].attn.output").values[0, 0], whole.grid().values[0, 0], rtol=0, atol=1e-12)
 
 
