@@ -5,15 +5,19 @@ direct      the metric as a sum of what heads, MLPs and embeddings add
 senders     which parts of the sum are asked about
 linear      norms and heads as the straight lines that they are at one run
 lens        what that gives: Lens, a result with the tokens that come first
+fit         tuned and Jacobian lenses, fitted to a model
+fitted      what that gives: FittedLens, a value and a file
 tail        the norm and the head, tried on the run
 passes      one run, with values kept at ends of modules
 """
 
 from nnsplice.lens.direct import direct
+from nnsplice.lens.fit import fit
+from nnsplice.lens.fitted import FittedLens
 from nnsplice.lens.lens import Lens
 from nnsplice.lens.logit import logit
 
-__all__ = ["Lens", "direct", "logit"]
+__all__ = ["FittedLens", "Lens", "direct", "fit", "logit"]
 
 
 def __dir__() -> list[str]:  # what <TAB> shows

@@ -29,7 +29,7 @@ from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.lens.linear import Frozen, Line, rounding, weights_of
 from nnsplice.lens.passes import Pass, decoder_of, last_of, look
 from nnsplice.lens.senders import Asked, Senders, check_positions, experts_of, senders_of
-from nnsplice.metrics import Answer, Bound, Metric, Metrics, bound_of
+from nnsplice.metrics import Answer, Bound, Metric, bound_of
 from nnsplice.paths import Path, Paths
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
@@ -113,8 +113,9 @@ def direct(
 
 
 def _bound(metric: Any, tokenizer: Any, given: Prompts) -> Bound:
+    answer: Any = metric
     is_metric = isinstance(metric, Metric) or callable(metric)
-    asked: Metrics = metric if is_metric else Metric("logit", _logit, {"answer": metric}, local=True)
+    asked: Any = metric if is_metric else Metric("logit", _logit, {"answer": answer}, local=True)
     bound = bound_of(asked, tokenizer, len(given), given.texts)
     if not isinstance(bound, Bound) or bound.metric.compares:
         raise BadArgument("one metric of one run is split into parts", expected="one metric, such as ns.logit_diff")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.atlas import Tower
 from nnsplice.attribution.gradients import batches
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
+from nnsplice.lens.fitted import FittedLens
 from nnsplice.lens.lens import TOP, Lens
 from nnsplice.lens.passes import decoder_of, last_of, look
 from nnsplice.lens.tail import Tail
@@ -31,23 +32,6 @@ from nnsplice.sweeps.sets import Sites
 from nnsplice.sweeps.targets import targets_of
 
 
-class Translator(Protocol):
-    """What takes states of one place to the end of the stream: a fitted lens."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What makes two of them the same, as plain data."""
-        ...
-
-    def check(self, model: engine.Model, places: Sequence[Path]) -> None:
-        """Raise for another model, or a place that was not fitted."""
-        ...
-
-    def translate(self, place: Path, states: Tensor) -> Tensor:
-        """`[row, width]`, as if it left the last layer."""
-        ...
-
-
 def logit(
     model: Any,
     prompts: PromptsLike,
@@ -55,7 +39,7 @@ def logit(
     answers: Answer | None = None,
     k: int = 5,
     *,
-    lens: Translator | None = None,
+    lens: FittedLens | None = None,
     spans: SpanTexts | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
@@ -133,7 +117,7 @@ def logit(
                 cells, at, tokens = torch.tensor(jobs).T
                 states = saved.get(place.at(Slice()))[at, tokens].to(run.logits.device)
                 each = np.array(rows)[at.numpy()]
-                translate = None if lens is None else _translation(lens, place)
+                translate = None if lens is None else _translation(lens, model, place)
                 for some, logits in tail.each(states, translate):
                     which = each[some], cells.numpy()[some]
                     found[which] = metric(logits, each[some].tolist()).double().cpu().numpy()
@@ -158,8 +142,8 @@ def logit(
     return Lens(SweepResult(table), ids[..., :k], shares[..., :k], texts)
 
 
-def _translation(lens: Translator, place: Path) -> Any:
-    return lambda states: lens.translate(place, states)
+def _translation(lens: FittedLens, model: engine.Model, place: Path) -> Callable[[Tensor], Tensor]:
+    return lambda states: lens.translate(model, place, states)
 
 
 def _metric(answers: Answer | None, tokenizer: Any, given: Prompts) -> Several:

@@ -32,6 +32,7 @@ class Head:
     vocabulary: int = 0
 
     @classmethod
+    @torch.no_grad()
     def of(cls, root: nn.Module, tower: Tower, states: Tensor, last: Tensor, carrier: type) -> Head:
         """The head of a model, tried on the states that left its last block.
 
@@ -55,9 +56,8 @@ class Head:
         )
         return cls(root, tower, head.carrier, plain, logits.shape[-1])
 
-    @torch.no_grad()
     def normed(self, states: Tensor) -> Tensor:
-        """Behind the final norm, of states that left the last block."""
+        """Behind the final norm, of states that left the last block, with gradients where those are on."""
         return states if self.tower.final_norm is None else self.root.get_submodule(self.tower.final_norm)(states)
 
     @torch.no_grad()
