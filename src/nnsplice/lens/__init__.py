@@ -7,6 +7,7 @@ linear      norms and heads as the straight lines that they are at one run
 lens        what that gives: Lens, a result with the tokens that come first
 fit         tuned and Jacobian lenses, fitted to a model
 fitted      what that gives: FittedLens, a value and a file
+patchscope  what a state says when it is written into another prompt
 tail        the norm and the head, tried on the run
 passes      one run, with values kept at ends of modules
 """
@@ -16,8 +17,9 @@ from nnsplice.lens.fit import fit
 from nnsplice.lens.fitted import FittedLens
 from nnsplice.lens.lens import Lens
 from nnsplice.lens.logit import logit
+from nnsplice.lens.patchscope import Patchscope, patchscope
 
-__all__ = ["FittedLens", "Lens", "direct", "fit", "logit"]
+__all__ = ["FittedLens", "Lens", "Patchscope", "direct", "fit", "logit", "patchscope"]
 
 
 def __dir__() -> list[str]:  # what <TAB> shows

@@ -267,6 +267,8 @@ class _Sums:
     def _made(self, norms: Sequence[str], stream: Tensor) -> str | None:
         """The norm that made a state of the stream."""
         for norm in norms:
+            if Site(norm, "output") not in self.run.values:
+                continue  # of a second attention, which this model does not run
             made = self.ends_of(norm)[1]
             if made.shape == stream.shape and _close(made, stream):
                 return norm

@@ -81,7 +81,7 @@ def logit(
         tower = decoder_of(model)
         targets = targets_of(model, sites, given, 1, False)
         for target in targets:
-            _check(target, tower)
+            check_state(target, tower)
         places = list(dict.fromkeys(target.places[0] for target in targets))
         if lens is not None:
             lens.check(model, places)
@@ -91,7 +91,7 @@ def logit(
     shape = (len(given), len(targets))
     found = np.full((*shape, len(metric.names)), np.nan)
     ends = np.zeros((len(given), len(metric.names)))
-    exists = np.array([[_has(target, given, row) for target in targets] for row in range(len(given))])
+    there = np.array([[exists(target, given, row) for target in targets] for row in range(len(given))])
     ids, shares = np.full((*shape, k), -1), np.full((*shape, k), np.nan)
     tail: Tail | None = None
     with circumstances("ns.lens.logit"), bar("lens", len(given), "prompt", progress) as shown:
@@ -110,7 +110,7 @@ def logit(
                     for number, target in enumerate(targets)
                     if target.places[0] == place
                     for row in range(len(rows))
-                    if exists[rows[row], number]
+                    if there[rows[row], number]
                 ]
                 if not jobs:
                     continue
@@ -134,7 +134,7 @@ def logit(
         "lens": None if lens is None else lens.identity,
     }  # fmt: skip
     table = Table(
-        tuple(target.cell for target in targets), found, exists, exists, ends, np.zeros_like(ends),
+        tuple(target.cell for target in targets), found, there, there, ends, np.zeros_like(ends),
         engine.token_texts(model, given.ids), asked, about, metrics=metric.names,
     )  # fmt: skip
     known = np.unique(ids[ids >= 0]).tolist()
@@ -165,7 +165,7 @@ def _largest(logits: Tensor) -> Tensor:
 # --- which places -----------------------------------------------------------------------------------------------------
 
 
-def _check(target: Target, tower: Tower) -> None:
+def check_state(target: Target, tower: Tower) -> None:
     """Raise for a cell that is no state of the stream at one token."""
     path = target.places[0]
     if target.is_set:
@@ -201,5 +201,6 @@ def is_stream(path: Path, tower: Tower) -> bool:
     return False
 
 
-def _has(target: Target, given: Prompts, row: int) -> bool:
+def exists(target: Target, given: Prompts, row: int) -> bool:
+    """Whether a prompt is long enough to have the cell."""
     return has_tokens(target.parts[0].position, given.lengths("decoder")[row])
