@@ -9,6 +9,8 @@ One address language for every part of a model, and many views of an address. Th
     updates, patched_logits, chat                 and written into another run; chat messages as its prompt
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
+    crossings, diff_lens, over_revisions,         two models: fed or computed, what differs; one job over
+    Revisions                                     checkpoints
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     lens                                          what a place would say, and what it says to the metric directly
     knockout                                      a block in which queries do not see some of their keys
@@ -46,6 +48,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
         sweep_circuits,
     )
     from nnsplice.engine import expand
+    from nnsplice.lens import diff_lens
     from nnsplice.metrics import (
         Metric,
         accuracy,
@@ -61,7 +64,18 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.packed import knockout
     from nnsplice.paths import Path, parse_path
     from nnsplice.results import SweepResult
-    from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
+    from nnsplice.sweeps import (
+        Plan,
+        Revisions,
+        ablate,
+        causal_trace,
+        crossings,
+        over_revisions,
+        plan_sweep,
+        run,
+        sweep,
+        sweep_weights,
+    )
 
 __all__ = [
     "Atlas",
@@ -70,6 +84,7 @@ __all__ = [
     "OptimalAblation",
     "Path",
     "Plan",
+    "Revisions",
     "SavedActivation",
     "SweepResult",
     "ablate",
@@ -82,6 +97,8 @@ __all__ = [
     "chat",
     "checkpoints",
     "completeness",
+    "crossings",
+    "diff_lens",
     "errors",
     "expand",
     "faithfulness",
@@ -96,6 +113,7 @@ __all__ = [
     "minimality",
     "models",
     "optimal_ablation",
+    "over_revisions",
     "parse_path",
     "patched_logits",
     "path_patch",
@@ -149,7 +167,19 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "packed": ("knockout",),
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),
-    "sweeps": ("Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"),
+    "lens": ("diff_lens",),
+    "sweeps": (
+        "Plan",
+        "Revisions",
+        "ablate",
+        "causal_trace",
+        "crossings",
+        "over_revisions",
+        "plan_sweep",
+        "run",
+        "sweep",
+        "sweep_weights",
+    ),
 }
 _ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}
 

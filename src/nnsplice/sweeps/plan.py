@@ -52,6 +52,8 @@ class Plan:
     #: and how many of the answer's tokens are appended to that. Empty where each prompt is a run.
     owners: tuple[int, ...] = ()
     appended: tuple[int, ...] = ()
+    #: Whether the clean run is another model's, which `run` has to be given.
+    foreign: bool = False
 
     def __len__(self) -> int:
         """How many cells have to be computed."""
@@ -94,7 +96,7 @@ class Plan:
 
         What is patched there is what stands there already. 0 for whatever is no patch of a pair.
         """
-        if self.operation.name != "patch" or self.clean is None or self.align != "position":
+        if self.operation.name != "patch" or self.clean is None or self.align != "position" or self.foreign:
             return 0
         if self.clean.spans != self.corrupted.spans and any(isinstance(part.position, Span) for part in target.parts):
             return 0
