@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 class DiffLens:
     """The mean difference of the tuned model's states and the base model's, at each place and each of the first tokens.
 
+    >>> saved = ns.SavedActivation.from_pairs(("layers[1].output[0]", torch.ones(1, 16)))
+    >>> ns.lens.DiffLens(saved, torch.tensor([[7]]), torch.tensor([[0.5]]), {7: "a"}).tokens()["token"].tolist()
+    ['a']
+
     Attributes:
         differences: one row; the keys are places with the tokens' numbers.
         ids: for each key the tokens that its difference says, the likeliest first.

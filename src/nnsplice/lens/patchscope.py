@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 class Patchscope:
     """A text for each prompt and cell.
 
+    >>> scope = ns.lens.patchscope(model, "w3 w4", "layers[:].output[-1]", "w8 w8", max_new_tokens=1)
+    >>> scope.frame().columns.tolist(), len(scope.frame())
+    (['prompt', 'layer', 'position', 'text', 'path'], 3)
+
     Attributes:
         cells: where states were taken from.
         texts: `[prompt, cell]`; None where a prompt has no such cell.

@@ -28,6 +28,10 @@ ABOUT = "revisions.json"
 class Revisions:
     """A result for each revision, in the order of the training.
 
+    >>> result = ns.ablate(model, "w3 w4 w5", "layers[:].mlp", ns.logit_diff("w7", "w8"), progress=False)
+    >>> ns.Revisions({"step1": result, "step2": result}).grid().revision.values.tolist()
+    ['step1', 'step2']
+
     Attributes:
         results: revision -> what the job gave.
     """
