@@ -14,7 +14,7 @@ FACT = "The Eiffel Tower is in the city of"
 
 def test_an_answer_appears_in_the_last_layers() -> None:
     model = pretrained("smollm2")
-    lens = ns.lens.logit(model, FACT, "layers[20,26:30].output[-1]", answers=" Paris")
+    lens = ns.lens.logit(model, FACT, "layers[20,27,28,29].output[-1]", answers=" Paris")
     probability = lens.grid().squeeze().values
     embed = ns.capture(model, FACT, "embed[-1]")
     logits = ns.patched_logits(model, FACT, embed, positions=-1)  # the run itself
