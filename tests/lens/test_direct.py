@@ -112,7 +112,7 @@ def test_biases_are_the_rest() -> None:
         root.transformer.ln_f.bias.normal_()
     parts = ns.lens.direct(model, IDS, DIFF, ["embed", "layers[:].attn", "layers[:].mlp"])
     towards = root.lm_head.weight[7] - root.lm_head.weight[8]
-    assert abs(float(parts.rest[0]) - float(towards @ root.transformer.ln_f.bias)) < 1e-12
+    assert abs(float(parts.rest[0]) - float((towards @ root.transformer.ln_f.bias).detach())) < 1e-12
 
 
 # --- parts of parts ---------------------------------------------------------------------------------------------------
