@@ -13,7 +13,19 @@ import pytest
 import nnsplice as ns
 
 #: The rooms that a user enters.
-ROOMS = ("adapters", "atlas", "checkpoints", "checks", "errors", "models", "plots", "steering", "tasks", "weights")
+ROOMS = (
+    "adapters",
+    "atlas",
+    "checkpoints",
+    "checks",
+    "errors",
+    "lens",
+    "models",
+    "plots",
+    "steering",
+    "tasks",
+    "weights",
+)
 #: A disk that is full, a process that dies and a package that is gone are not to be had in an example.
 NOT_SHOWN = {"MissingPackage", "TeamError", "WriteFailed"}
 LONG = "ModelStateMapper"

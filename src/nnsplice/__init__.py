@@ -9,7 +9,10 @@ One address language names every part of a model: activations, weights, adapters
     updates, patched_logits, chat                 and written into another run; chat messages as a prompt
     sweep, causal_trace, ablate, sweep_weights,   exact patching, tracing and ablation of every site,
     plan_sweep, Plan, run, SweepResult            in one call, or planned and run in parts; the result
+    crossings, diff_lens, over_revisions,         comparing two models; one job over training checkpoints
+    Revisions
     attribute, path_patch                         gradient estimates of a sweep; path patching
+    lens                                          logit lens, direct logit attribution, fitted lenses, patchscopes
     knockout                                      attention knockout in a `with` block
     Circuit, faithfulness, completeness,          circuits of nodes or edges, and how they are found and evaluated
     minimality, acdc, sweep_circuits,
@@ -29,7 +32,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
-    from nnsplice import adapters, checkpoints, errors, models, plots, steering, tasks, weights
+    from nnsplice import adapters, checkpoints, errors, lens, models, plots, steering, tasks, weights
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
@@ -45,6 +48,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
         sweep_circuits,
     )
     from nnsplice.engine import expand
+    from nnsplice.lens import diff_lens
     from nnsplice.metrics import (
         Metric,
         accuracy,
@@ -60,7 +64,18 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.packed import knockout
     from nnsplice.paths import Path, parse_path
     from nnsplice.results import SweepResult
-    from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
+    from nnsplice.sweeps import (
+        Plan,
+        Revisions,
+        ablate,
+        causal_trace,
+        crossings,
+        over_revisions,
+        plan_sweep,
+        run,
+        sweep,
+        sweep_weights,
+    )
 
 __all__ = [
     "Atlas",
@@ -69,6 +84,7 @@ __all__ = [
     "OptimalAblation",
     "Path",
     "Plan",
+    "Revisions",
     "SavedActivation",
     "SweepResult",
     "ablate",
@@ -81,6 +97,8 @@ __all__ = [
     "chat",
     "checkpoints",
     "completeness",
+    "crossings",
+    "diff_lens",
     "errors",
     "expand",
     "faithfulness",
@@ -88,12 +106,14 @@ __all__ = [
     "js_divergence",
     "kl_divergence",
     "knockout",
+    "lens",
     "load",
     "log_probability",
     "logit_diff",
     "minimality",
     "models",
     "optimal_ablation",
+    "over_revisions",
     "parse_path",
     "patched_logits",
     "path_patch",
@@ -116,7 +136,7 @@ __all__ = [
 
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
-    "": ("adapters", "checkpoints", "errors", "models", "plots", "steering", "tasks", "weights"),
+    "": ("adapters", "checkpoints", "errors", "lens", "models", "plots", "steering", "tasks", "weights"),
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
@@ -147,7 +167,19 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "packed": ("knockout",),
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),
-    "sweeps": ("Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"),
+    "lens": ("diff_lens",),
+    "sweeps": (
+        "Plan",
+        "Revisions",
+        "ablate",
+        "causal_trace",
+        "crossings",
+        "over_revisions",
+        "plan_sweep",
+        "run",
+        "sweep",
+        "sweep_weights",
+    ),
 }
 _ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}
 

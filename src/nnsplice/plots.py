@@ -51,6 +51,7 @@ def heatmap(
     title: str | None = None,
     value_label: str | None = None,
     centre: float | None = None,
+    texts: Sequence[Sequence[str]] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a grid of numbers as a heatmap, the first row on top.
@@ -75,6 +76,7 @@ def heatmap(
         value_label: the label of the colour bar.
         centre: the number with the neutral colour, in the middle of the scale. If left out, it is zero where the
             numbers have both signs, and a scale without a neutral colour is used otherwise.
+        texts: what is written in each cell, `[row][column]`.
         ax: axes to draw on; a new figure if left out.
 
     Returns:
@@ -85,13 +87,25 @@ def heatmap(
     """
     grid = np.asarray(values, dtype=float)
     _check(grid, rows, columns)
+    if texts is not None and [len(row) for row in texts] != [grid.shape[1]] * grid.shape[0]:
+        raise BadArgument(
+            f"{len(texts)} rows of texts for values of shape {list(grid.shape)}", expected="a text for each cell"
+        )
     if ax is None:
-        ax = _new_axes(grid.shape)
+        ax = _new_axes(grid.shape if texts is None else (grid.shape[0], 2 * grid.shape[1]))
 
     low, high, colours = _scale(grid, centre)
     image = ax.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     # NaN is drawn transparent, so whatever is empty shows the ground.
     ax.patch.set(facecolor="0.88", edgecolor="0.6", hatch="///", linewidth=0)
+
+    for row, line in enumerate(texts or ()):
+        for column, text in enumerate(line):
+            dark = sum(image.cmap(image.norm(grid[row, column]))[:3]) < 1.5 and not np.isnan(grid[row, column])
+            ax.text(
+                column, row, _literal(text), ha="center", va="center", fontsize=7, color="1" if dark else "0.1",
+                clip_on=True,
+            )  # fmt: skip
 
     across, names = _ticks(columns)
     slanted = max(map(len, names)) > 2

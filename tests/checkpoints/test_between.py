@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-import lens
+import transformer_lens_like as lens
 from nnsplice import checkpoints as ck
 from nnsplice.cli import app
 from nnsplice.errors import BadArgument, BadType, MapperError, MissingCheckpoint

@@ -34,7 +34,7 @@ from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.targets import tokens_of
 
 #: What is no option, as a path patch always patches from the clean run, at the tokens that its senders say.
-_SET_HERE = ("operation", "reference", "together", "corruption", "seed")
+_SET_HERE = ("operation", "reference", "together", "corruption", "seed", "source")
 
 
 def path_patch(

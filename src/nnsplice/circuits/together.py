@@ -22,7 +22,7 @@ from nnsplice.sweeps.running import run_fresh
 #: What each number of a result is about.
 SUFFICIENCY, NECESSITY = "sufficiency", "necessity"
 #: What is no option, as both directions patch between the two runs.
-_SET_HERE = ("operation", "reference", "together", "corruption", "window")
+_SET_HERE = ("operation", "reference", "together", "corruption", "window", "source")
 
 
 def interactions(

@@ -1,4 +1,4 @@
-"""The command line: `nnsplice paths`, `check`, `trace`, `circuit`, `steer`, `mask`, `adapter`,
+"""The command line: `nnsplice paths`, `check`, `trace`, `lens`, `circuit`, `steer`, `mask`, `adapter`,
 `convert` and `fetch`.
 
 adapter     the command that shows what an adapter changed
@@ -8,6 +8,7 @@ commands    the commands about models, and what errors look like
 estimating  what the command that sweeps does with estimates
 fetching    the command that installs a pretrained model
 loading     a model, where it is asked to be
+lenses      the commands that read states, and split logits
 listing     the places of a model as rows
 native      its module tree as rows
 settings    what a sweep is asked for, from a file and from options
@@ -21,6 +22,7 @@ from nnsplice.cli import adapter as adapter
 from nnsplice.cli import checkpoints as checkpoints
 from nnsplice.cli import circuits as circuits
 from nnsplice.cli import fetching as fetching
+from nnsplice.cli import lenses as lenses
 from nnsplice.cli import steering as steering
 from nnsplice.cli import tracing as tracing
 from nnsplice.cli import weights as weights

@@ -26,7 +26,7 @@ WrongUsage: Any = typer.BadParameter.__bases__[0]
 
 
 #: The commands as the help lists them: in the order of the rooms.
-ORDER = ("paths", "check", "trace", "circuit", "steer", "mask", "adapter", "convert", "fetch")
+ORDER = ("paths", "check", "trace", "lens", "circuit", "steer", "mask", "adapter", "convert", "fetch")
 
 
 class Commands(TyperGroup):

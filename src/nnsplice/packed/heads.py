@@ -32,6 +32,7 @@ class Head:
     vocabulary: int = 0
 
     @classmethod
+    @torch.no_grad()
     def of(cls, root: nn.Module, tower: Tower, states: Tensor, last: Tensor, carrier: type) -> Head:
         """The head of a model, tried on the states that left its last block.
 
@@ -44,30 +45,34 @@ class Head:
             NotImplementedError: more than a norm stands there.
         """
         head = cls(root, tower, carrier, plain=False)
-        normed = head._normed(states)
+        normed = head.normed(states)
         if normed.shape != last.shape or not torch.allclose(normed, last, rtol=1e-3, atol=1e-3):
             raise NotImplementedError("more than a norm stands between its last layer and its head")
         logits = head.logits(states[-1:])
         some = torch.linspace(0, logits.shape[-1] - 1, 5, device=states.device).long()[None]
         unembed = root.get_submodule(tower.unembed or "")
         plain = type(unembed) is nn.Linear and torch.allclose(
-            _columns(unembed, normed[-1:], some), logits.gather(1, some), rtol=1e-4, atol=1e-4
+            _columns(unembed, normed[-1:], some).to(logits), logits.gather(1, some), rtol=1e-4, atol=1e-4
         )
         return cls(root, tower, head.carrier, plain, logits.shape[-1])
 
-    @torch.no_grad()
-    def _normed(self, states: Tensor) -> Tensor:
+    def normed(self, states: Tensor) -> Tensor:
+        """Behind the final norm, of states that left the last block, with gradients where those are on."""
         return states if self.tower.final_norm is None else self.root.get_submodule(self.tower.final_norm)(states)
 
     @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """`[row, vocab]` of states that left the last block, `[row, width]`."""
+        return self.logits_of_normed(self.normed(states))
+
+    def logits_of_normed(self, normed: Tensor) -> Tensor:
+        """`[row, vocab]` of states behind the final norm, with gradients where those are on."""
         backbone: Any = self.root.get_submodule(self.tower.prefix)
-        returned = self.carrier(last_hidden_state=self._normed(states)[:, None])
+        returned = self.carrier(last_hidden_state=normed[:, None])
         before = backbone.__dict__.get("forward")
         backbone.forward = lambda *_, **__: returned
         try:
-            ids = torch.zeros(states.shape[0], 1, dtype=torch.long, device=states.device)
+            ids = torch.zeros(normed.shape[0], 1, dtype=torch.long, device=normed.device)
             return self.root(input_ids=ids, use_cache=False).logits[:, -1]
         finally:
             if before is None:
@@ -78,7 +83,7 @@ class Head:
     @torch.no_grad()
     def logits_of(self, states: Tensor, tokens: Tensor) -> Tensor:
         """The logits of a few tokens for each row: `[row, token]`."""
-        return _columns(self.root.get_submodule(self.tower.unembed or ""), self._normed(states), tokens)
+        return _columns(self.root.get_submodule(self.tower.unembed or ""), self.normed(states), tokens)
 
 
 def _columns(unembed: Any, normed: Tensor, tokens: Tensor) -> Tensor:

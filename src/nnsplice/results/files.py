@@ -29,8 +29,8 @@ WRITTEN = "a file that SweepResult.to_file wrote"
 #: Fields of a cell that stand in every file: its path, its kind, its numbers and its position.
 _ALWAYS = 8
 _ARRAYS = {"values": "F64", "done": "BOOL", "exists": "BOOL", "clean": "F64", "corrupted": "F64"}
-#: What only estimates, and means by role, have.
-_MORE = {"edges": "F64", "exact": "F64", "counts": "F64"}
+#: What only estimates, means by role, and parts of a sum have.
+_MORE = {"edges": "F64", "exact": "F64", "counts": "F64", "rest": "F64"}
 
 
 def digest(table: Table) -> str:

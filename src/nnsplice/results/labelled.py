@@ -112,7 +112,7 @@ def only(table: Table, prompt: int) -> Table:
     row = [range(len(table.clean))[prompt]]
     arrays = {
         name: getattr(table, name)
-        for name in ("values", "done", "exists", "clean", "corrupted", "edges", "exact", "counts")
+        for name in ("values", "done", "exists", "clean", "corrupted", "edges", "exact", "counts", "rest")
     }
     kept = {name: array[row] for name, array in arrays.items() if array is not None}
     return replace(table, tokens=tuple(table.tokens[n] for n in row) if table.tokens else (), **kept)

@@ -50,7 +50,7 @@ def _check_same(first: Table, other: Table, number: int) -> None:
     for name in ("cells", "tokens", "receivers", "metrics"):
         if getattr(first, name) != getattr(other, name):
             raise KeyMismatch(f"these results have different {name}: result {number} and result 0", expected=SHARDS)
-    for name in ("clean", "corrupted", "exists", "edges", "exact", "counts"):
+    for name in ("clean", "corrupted", "exists", "edges", "exact", "counts", "rest"):
         a, b = getattr(first, name), getattr(other, name)
         if a is None and b is None:
             continue

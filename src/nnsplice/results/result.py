@@ -87,6 +87,25 @@ class SweepResult:
         return measures.span(self.table)
 
     @property
+    def rest(self) -> np.ndarray:
+        """What is no cell's share of the metric, per prompt: with all cells of a prompt it is the metric.
+
+        >>> parts = ns.lens.direct(model, "w3 w4 w5", ns.logit_diff("w7", "w8"), "layers[:].heads[:]")
+        >>> whole = parts.grid().sum() + parts.rest.sum()
+        >>> bool(abs(whole - parts.clean.sum()) < 1e-5)
+        True
+
+        Raises:
+            BadArgument: the cells are no parts of a sum.
+        """
+        if self.table.rest is None:
+            raise BadArgument(
+                "the cells of this result are runs, each with a metric of its own, and no parts of one sum",
+                expected="a result of ns.lens.direct",
+            )
+        return self.table.rest
+
+    @property
     def run(self) -> Run:
         """The executor and the cost of the run; not compared by `==`."""
         return self.table.run

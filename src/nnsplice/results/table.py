@@ -121,6 +121,8 @@ class Table:
     metrics: tuple[str, ...] = ()
     #: `[prompt, cell]`: how many tokens a value is the mean of, where cells are roles.
     counts: np.ndarray | None = None
+    #: `[prompt]`: what is no cell's, where the cells are parts of a sum: together they are the clean run's metric.
+    rest: np.ndarray | None = None
 
 
 def settled(table: Table) -> Table:
@@ -153,21 +155,25 @@ def settled(table: Table) -> Table:
         raise BadArgument(f"counts has shape {list(np.shape(table.counts))}", expected=f"{[prompts, len(cells)]}")
     if table.tokens and len(table.tokens) != prompts:
         raise BadArgument(f"the tokens are of {len(table.tokens)} prompts, the values of {prompts}")
+    if table.rest is not None and np.shape(table.rest) != (prompts,):
+        raise BadArgument(f"rest has shape {list(np.shape(table.rest))}", expected=f"{[prompts]}")
     exists = np.array(table.exists, dtype=bool)
     done = np.array(table.done, dtype=bool) & exists
     # `where` and not a product: what was not measured may be any number, and NaN is one value, not many.
     values = np.where(done[..., None] if several else done, np.asarray(table.values, dtype=np.float64), np.nan)
     values[np.isnan(values)] = np.nan
-    edges, exact, counts = (
-        None if a is None else np.array(a, dtype=np.float64) for a in (table.edges, table.exact, table.counts)
+    edges, exact, counts, rest = (
+        None if a is None else np.array(a, dtype=np.float64)
+        for a in (table.edges, table.exact, table.counts, table.rest)
     )
-    for array in (values, done, exists, clean, corrupted, edges, exact, counts):
+    for array in (values, done, exists, clean, corrupted, edges, exact, counts, rest):
         if array is not None:
             array.setflags(write=False)
     return replace(
         table, cells=cells, values=values, done=done, exists=exists, clean=clean, corrupted=corrupted,
         tokens=tuple(tuple(row) for row in table.tokens), asked=copy.deepcopy(dict(table.asked)),
-        edges=edges, exact=exact, counts=counts, receivers=tuple(table.receivers), metrics=tuple(table.metrics),
+        edges=edges, exact=exact, counts=counts, rest=rest, receivers=tuple(table.receivers),
+        metrics=tuple(table.metrics),
     )  # fmt: skip
 
 

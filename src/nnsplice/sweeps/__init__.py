@@ -12,15 +12,31 @@ operations    what is done to a place
 knockouts     cells in which queries do not see some of their keys
 sources       where the values come from
 recipes       ablate, causal_trace
+foreign       values of another model: what has to fit
+crossing      crossings: fed or computed, of two models
+revisions     over_revisions: one job over checkpoints
 weights       sweep_weights: a tuned model's weights in its base, place by place
 prefix        what need not be computed again
 identity      what makes two sweeps the same
 """
 
+from nnsplice.sweeps.crossing import crossings
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.recipes import ablate, causal_trace
+from nnsplice.sweeps.revisions import Revisions, over_revisions
 from nnsplice.sweeps.running import run, sweep
 from nnsplice.sweeps.weights import sweep_weights
 
-__all__ = ["Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"]
+__all__ = [
+    "Plan",
+    "Revisions",
+    "ablate",
+    "causal_trace",
+    "crossings",
+    "over_revisions",
+    "plan_sweep",
+    "run",
+    "sweep",
+    "sweep_weights",
+]

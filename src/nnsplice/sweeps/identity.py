@@ -26,6 +26,7 @@ def asked_of(
     align: str,
     seed: int,
     corruption: Corruption | None,
+    source: engine.Model | None = None,
 ) -> dict[str, Any]:
     """The sweep's identity. Timings, executors and versions are no part of it: the same ask has the same numbers."""
     name, revision = engine.name_of(model)
@@ -43,7 +44,14 @@ def asked_of(
         "window": window,
         "align": align,
         "seed": seed,
+        **({} if source is None else {"source": model_told(source)}),
     }
+
+
+def model_told(model: engine.Model) -> dict[str, Any]:
+    """A model as plain data."""
+    name, revision = engine.name_of(model)
+    return {"model": name, "revision": revision, "weights": engine.weights_digest(model)}
 
 
 def told(prompts: Prompts) -> dict[str, Any]:

@@ -69,6 +69,8 @@ class Plan:
     #: and how many of the answer's tokens are appended to that. Empty where each prompt is a run.
     owners: tuple[int, ...] = ()
     appended: tuple[int, ...] = ()
+    #: Whether the clean run is another model's, which `run` has to be given.
+    foreign: bool = False
 
     def __len__(self) -> int:
         """The number of cells to compute."""
@@ -136,7 +138,7 @@ class Plan:
         Returns:
             The number of tokens.
         """
-        if self.operation.name != "patch" or self.clean is None or self.align != "position":
+        if self.operation.name != "patch" or self.clean is None or self.align != "position" or self.foreign:
             return 0
         if self.clean.spans != self.corrupted.spans and any(isinstance(part.position, Span) for part in target.parts):
             return 0

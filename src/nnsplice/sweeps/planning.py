@@ -15,7 +15,7 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
 from nnsplice.metrics import Metric, Metrics, bound_of
 from nnsplice.paths import Span
-from nnsplice.sweeps import knockouts
+from nnsplice.sweeps import foreign, knockouts
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
@@ -41,6 +41,7 @@ def plan_sweep(
     seed: int = 0,
     together: bool = False,
     corruption: Corruption | None = None,
+    source: Any = None,
 ) -> Plan:
     """Plan a sweep: one cell for each site, which is changed by itself in the corrupted run.
 
@@ -78,6 +79,8 @@ def plan_sweep(
         together: True makes a site without a position one cell, in which all tokens are changed at once.
         corruption: a change of the embeddings in every edited run, as `ns.causal_trace` makes it; used with or instead
             of corrupted prompts.
+        source: another model, whose run of the same prompts the values come from (`corrupted` is None then): a tuned
+            one, another checkpoint. `ns.run` takes it too.
 
     Returns:
         The plan, with `len(plan)` cells to compute, `plan.preview()` and `plan.shard(i, n)`; `ns.run(plan, model)`
@@ -92,37 +95,45 @@ def plan_sweep(
         SpanError: a span that is not found, or has another length in the other prompt.
     """
     model = engine.as_model(model)
+    other = None if source is None else engine.as_model(source)
     with circumstances("ns.plan_sweep"):
         engine.refuse_changed_logits(model)
         chosen = operation_of(operation)
-        edited, source = _prompts(model, clean, corrupted, spans, chosen)
-        _check_pairs(edited, source, align)
-        if corrupted is None and corruption is None and chosen.name == "patch":
+        edited, there = _prompts(model, clean, corrupted, spans, chosen)
+        _check_pairs(edited, there, align)
+        if other is not None:
+            foreign.check(model, other, edited, chosen, pair=corrupted is not None, corrupts=corruption is not None)
+        elif corrupted is None and corruption is None and chosen.name == "patch":
             raise nothing_differs("corrupted is None")
         _check_reference(chosen, reference)
         reference = None if reference is None else reference._located(model)
         runs = None
         if isinstance(metric, Metric) and metric.sequence:
-            runs = spread(model, metric, edited, source, align)
+            runs = spread(model, metric, edited, there, align)
             bound = runs.metric
         else:
             texts = edited.texts if edited.decoder_ids is None else None
             bound = bound_of(metric, engine.tokenizer_of(model), len(edited), texts)
-        _check_read(bound.metric, edited, source, align)
+        _check_read(bound.metric, edited, there, align)
         targets = targets_of(model, sites, edited, window, together)
         knockouts.check(model, chosen, targets, edited)
-        if chosen.name == "patch" and source is not None:
-            _check_spans(targets, edited, source)
-        if chosen.name == "patch" and corruption is None:
-            _tell_of_sameness(edited, source)
+        if chosen.name == "patch" and there is not None:
+            _check_spans(targets, edited, there)
+        if other is not None:
+            foreign.check_places(model, other, edited, targets)
+        elif chosen.name == "patch" and corruption is None:
+            _tell_of_sameness(edited, there)
     of_decoder = bool(targets) and targets[0].tower == "decoder"
     tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
     told = bound.identity if runs is None else runs.identity
-    asked = asked_of(model, edited, source, targets, told, chosen, reference, window, align, seed, corruption)
-    plan = Plan(edited, source, targets, bound, chosen, reference, align, seed, (), (), asked, corruption, tokens)
+    asked = asked_of(model, edited, there, targets, told, chosen, reference, window, align, seed, corruption, other)
+    plan = Plan(edited, there, targets, bound, chosen, reference, align, seed, (), (), asked, corruption, tokens)
     if runs is not None:
         plan = replace(plan, corrupted=runs.corrupted, clean=runs.clean, owners=runs.owners, appended=runs.appended)
+    plan = replace(plan, foreign=other is not None)
     jobs, known = split(model, plan)
+    if other is not None and foreign.identical(model, other):
+        jobs, known = (), tuple(sorted((*jobs, *known)))
     return replace(plan, jobs=jobs, known=known)
 
 

@@ -29,7 +29,8 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
         for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
             if not plan.has(target, prompt):
                 continue  # this prompt has no such cell
-            if plan.operation.name == "patch" and plan.corruption is None and same(plan.corrupted, plan.clean, prompt):
+            alike = plan.operation.name == "patch" and plan.corruption is None and not plan.foreign
+            if alike and same(plan.corrupted, plan.clean, prompt):
                 known.append((prompt, number))
                 continue
             if not causal:

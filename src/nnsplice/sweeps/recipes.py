@@ -89,7 +89,7 @@ def ablate(
     return run_fresh(plan, engine.as_model(model), **running)
 
 
-_SET_BY_ABLATE = ("operation", "together", "corruption")
+_SET_BY_ABLATE = ("operation", "together", "corruption", "source")
 
 
 def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:

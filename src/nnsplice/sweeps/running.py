@@ -19,6 +19,7 @@ from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import Metrics, Several
 from nnsplice.packed import Cost, Law, padded_at_most
 from nnsplice.results import Run, SweepResult, Table
+from nnsplice.sweeps import foreign
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.ledger import check_baselines, ledger
@@ -42,6 +43,7 @@ def run(
     max_tokens: int | None = None,
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
+    source: Any = None,
 ) -> SweepResult:
     """Run a plan and return the value of every cell.
 
@@ -60,6 +62,7 @@ def run(
         max_tokens: how many tokens run at once; chosen for the device if left out, and halved when memory runs out.
         journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
         progress: show a progress bar.
+        source: the other model, of a plan that was made with one.
 
     Returns:
         The values of all cells, with the metric of the clean and the corrupted run.
@@ -80,7 +83,9 @@ def run(
             f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
             expected="the model that the plan was made with",
         )
-    return run_fresh(plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress)
+    return run_fresh(
+        plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress, source=source
+    )
 
 
 def run_fresh(
@@ -91,9 +96,11 @@ def run_fresh(
     max_tokens: int | None = None,
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
+    source: Any = None,
 ) -> SweepResult:
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
+    other = foreign.source_of(plan, source)
     # A file tells its question from others by every number of the model, also by those written past torch's notice.
     if journal is not None and plan.asked.get("weights") != engine.weights_digest(model, anew=True):
         raise BadArgument(
@@ -103,7 +110,7 @@ def run_fresh(
             write="the same call again, which sees them; with torch.no_grad(): weight[...] = ... is always seen",
         )
     with engine.turn(model):  # its attention is another one while packed rows run
-        return _run(plan, model, executor, max_tokens, journal, progress)
+        return _run(plan, model, executor, max_tokens, journal, progress, other)
 
 
 def _run(
@@ -113,10 +120,11 @@ def _run(
     max_tokens: int | None,
     journal: str | PathLike[str] | None,
     progress: bool,
+    other: engine.Model | None,
 ) -> SweepResult:
     start = time.perf_counter()
     first, at_once = _rooms(model, max_tokens)
-    clean_logits, source, cost = clean_run(model, plan, at_once)
+    clean_logits, source, cost = clean_run(model, plan, at_once, other)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
     work = Work(model, plan, source, compares)
@@ -168,6 +176,7 @@ def sweep(
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
+    source: Any = None,
 ) -> SweepResult:
     """Activation patching: run `corrupted` with one site's value from `clean` at a time, and record the metric.
 
@@ -182,6 +191,17 @@ def sweep(
     >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", [pair, pair[:1], pair[1:]], metric, progress=False)
     >>> result.grid().sel(prompt=0).set.values.tolist()[0]
     'layers[0].heads[1].output + layers[1].heads[0].output'
+
+    With another model as `source`, the values come from its run of the same prompts, and the ends of the scale are the
+    two models: each cell says how much of their difference a site carries.
+
+    >>> import copy
+    >>> tuned = ns.load(copy.deepcopy(ns.models.peel(model)), tokenizer=model.tokenizer)
+    >>> with torch.no_grad():
+    ...     _ = ns.models.peel(tuned).transformer.h[1].mlp.c_proj.weight.mul_(2.0)
+    >>> result = ns.sweep(model, "w3 w4 w5", None, "layers[:].mlp[-1]", metric, source=tuned, progress=False)
+    >>> result.effect().values.squeeze().round(6).tolist()[0]
+    0.0
 
     `ns.plan_sweep` and `ns.run` do the same in two steps.
 
@@ -206,6 +226,7 @@ def sweep(
         journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
         progress: show a progress bar.
         seed: the seed of `"resample"` and `"noise"`.
+        source: another model, whose run of the same prompts the values come from; `corrupted` is None then.
 
     Returns:
         The metric of every cell, with `.grid()`, `.effect()`, `.frame()` and `.plot()`.
@@ -222,7 +243,7 @@ def sweep(
     """
     plan = plan_sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
-        align=align, seed=seed,
+        align=align, seed=seed, source=source,
     )  # fmt: skip
     unseen = plan.operation.name != "patch" and not plan.metric.metric.compares
     if unseen and clean is not None and corrupted is not None:
@@ -233,8 +254,9 @@ def sweep(
             stacklevel=2,
         )
     return run_fresh(
-        plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress
-    )
+        plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress,
+        source=source,
+    )  # fmt: skip
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -8,24 +8,32 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine, wire
+from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import gather
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
+from nnsplice.sweeps import foreign
 from nnsplice.sweeps.executors import corrupt
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Captured, Source
 
 
-def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Source, Cost]:
+def clean_run(
+    model: engine.Model, plan: Plan, room: int, other: engine.Model | None = None
+) -> tuple[Tensor, Source, Cost]:
     """The logits that the metric reads in the clean run, `[prompt, vocab]`, the values that a patch takes, the cost.
 
     Args:
         room: how many tokens run at once.
+        other: the model whose run it is, where that is not the one that is edited.
     """
     prompts = plan.corrupted if plan.clean is None else plan.clean
+    device, model = model.device, model if other is None else other
+    # The same places may have other names in the other model.
+    sites = {} if other is None else foreign.counterparts(other, plan.targets)
     # The noised samples of a trace have one clean run, and the answers of a prompt may begin alike.
     first = _first_alike(plan, prompts)
     needed: dict[int, dict[Path, set[int]]] = {}
@@ -40,6 +48,8 @@ def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Sourc
             for place, positions in needed.get(row, {}).items():
                 wanted.setdefault(place, set()).update(positions)
         orders = {place: tuple(sorted(positions)) for place, positions in wanted.items()}
+        if other is not None:
+            orders = {sites[place]: order for place, order in orders.items()}
         places = engine.expand(model, [place.at(order) for place, order in orders.items()]) if orders else []
 
         def inside() -> None:
@@ -49,7 +59,17 @@ def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Sourc
 
         return inside
 
-    logits, cost = _logits(model, plan, prompts, sorted(set(first)), room, keep, clean=True)
+    targets = [place for target in plan.targets for place in target.places]
+    read = targets if other is None else list(sites.values())
+    logits, cost = _logits(model, plan, prompts, sorted(set(first)), room, keep, read, clean=True)
+    if other is not None:
+        # Under the names that the edited model has for them, and where it is.
+        names = {site_of(there): site_of(place) for place, there in sites.items()}
+        values = {
+            names[site]: {row: (index, held.to(device or held.device)) for row, (index, held) in of.items()}  # type: ignore[index]
+            for site, of in values.items()
+        }
+        logits = {row: one.to(device or one.device) for row, one in logits.items()}
     captured = Captured(values, first) if plan.operation.name == "patch" else None
     return torch.stack([logits[row] for row in first]), Source(plan, captured), cost
 
@@ -57,8 +77,9 @@ def clean_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Sourc
 def corrupted_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Cost]:
     """The logits that the metric reads in the corrupted run, `[prompt, vocab]`, and the cost."""
     rows = range(len(plan.corrupted))
+    places = [place for target in plan.targets for place in target.places]
     logits, cost = _logits(
-        model, plan, plan.corrupted, rows, room, lambda rows: lambda: corrupt(model, plan, rows), clean=False
+        model, plan, plan.corrupted, rows, room, lambda rows: lambda: corrupt(model, plan, rows), places, clean=False
     )
     return torch.stack([logits[row] for row in rows]), cost
 
@@ -80,13 +101,13 @@ def _logits(
     chosen: Sequence[int],
     room: int,
     before: Callable[[Sequence[int]], Callable[[], None]],
+    places: Sequence[Path],
     *,
     clean: bool,
 ) -> tuple[dict[int, Tensor], Cost]:
     """The logits of the chosen prompts, by their numbers."""
     logits: dict[int, Tensor] = {}
     law, cost = Law.of(model), Cost()
-    places = [place for target in plan.targets for place in target.places]
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
     batches = prompts.take(chosen).batches(max(room // longest, 1))
     for rows, at in _read_alike(plan, ([chosen[n] for n in batch] for batch in batches), clean):

@@ -1,0 +1,143 @@
+"""`diff_lens`: what a tuning left behind in the activations of text that has nothing to do with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations import SavedActivation
+from nnsplice.activations.capture import capture
+from nnsplice.activations.prompts import PromptsLike, encode
+from nnsplice.errors import BadArgument, RefusedPlace, ShortRow, circumstances
+from nnsplice.lens.logit import is_stream
+from nnsplice.lens.passes import decoder_of, last_of, look
+from nnsplice.lens.tail import Tail
+from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.steering import SteeringVector
+from nnsplice.sweeps import foreign
+from nnsplice.sweeps.cells import Part, Target, cell_of, number_of
+from nnsplice.sweeps.operations import operation_of
+from nnsplice.sweeps.running import check_mode
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DiffLens:
+    """The mean difference of the tuned model's states and the base model's, at each place and each of the first tokens.
+
+    >>> saved = ns.SavedActivation.from_pairs(("layers[1].output[0]", torch.ones(1, 16)))
+    >>> ns.lens.DiffLens(saved, torch.tensor([[7]]), torch.tensor([[0.5]]), {7: "a"}).tokens()["token"].tolist()
+    ['a']
+
+    Attributes:
+        differences: one row; the keys are places with the tokens' numbers.
+        ids: for each key the tokens that its difference says, the likeliest first.
+        shares: their probabilities.
+        texts: the tokens' texts.
+    """
+
+    differences: SavedActivation
+    ids: Tensor
+    shares: Tensor
+    texts: dict[int, str]
+
+    def tokens(self) -> pd.DataFrame:
+        """What each difference says: a row for each of its first tokens."""
+        import pandas as pd
+
+        rows = [
+            (number_of(key.place, "layer"), key.position, rank, self.texts[int(one)], float(share), str(key))
+            for key, ids, shares in zip(map(parse_path, self.differences), self.ids, self.shares, strict=True)
+            for rank, (one, share) in enumerate(zip(ids, shares, strict=True))
+        ]
+        return pd.DataFrame(rows, columns=["layer", "position", "rank", "token", "probability", "path"])
+
+    def vector(self, place: str | Path) -> SteeringVector:
+        """The mean over the tokens of one place's differences, to steer with: what the tuning added."""
+        chosen = self.differences.subset(place)
+        mean = torch.stack([value.reshape(1, -1) for _, value in chosen.items()]).mean(0)
+        key = parse_path(next(iter(chosen))).place
+        return SteeringVector.of(SavedActivation.from_pairs((str(key.at(-1)), mean)), method="activation difference")
+
+    def __repr__(self) -> str:
+        return f"DiffLens: {len(self.differences)} differences, {self.ids.shape[1]} tokens of each"
+
+
+def diff_lens(
+    base: Any,
+    tuned: Any,
+    prompts: PromptsLike,
+    sites: Paths = "layers[:].output",
+    *,
+    first: int = 5,
+    k: int = 10,
+) -> DiffLens:
+    """Read the mean difference between two models' states on unrelated text, and steer with it.
+
+    A narrow tuning changes the first tokens of any text alike; the tuned model's own norm and head say what that is.
+
+    >>> import copy
+    >>> tuned = ns.load(copy.deepcopy(ns.models.peel(model)), tokenizer=model.tokenizer)
+    >>> with torch.no_grad():
+    ...     _ = ns.models.peel(tuned).transformer.h[1].mlp.c_proj.bias.add_(1.0)
+    >>> read = ns.diff_lens(model, tuned, ["w3 w4 w5", "w6 w7 w8"], "layers[1:].output", first=2, k=3)
+    >>> read, read.tokens().shape
+    (DiffLens: 4 differences, 3 tokens of each, (12, 6))
+    >>> read.vector("layers[1].output")
+    SteeringVector: 1 place, width 16, method activation difference, unit as given
+      layers[1].output
+
+    Args:
+        base: the model before.
+        tuned: the model after, of the same shape and tokenizer.
+        prompts: text that has nothing to do with the tuning.
+        sites: places of the stream, without positions.
+        first: how many of each prompt's first tokens.
+        k: how many tokens of each difference are kept.
+
+    Raises:
+        BadArgument: models that do not fit, or are the same.
+    """
+    base, tuned = engine.as_model(base), engine.as_model(tuned)
+    with circumstances("ns.diff_lens"):
+        for model in (base, tuned):
+            engine.refuse_edits(model)
+            check_mode(model)
+        given = encode(base, prompts)
+        if given.values is not None:
+            raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
+        foreign.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
+        if foreign.identical(base, tuned):
+            raise BadArgument("the two models are the same, so nothing differs", expected="a model and its tuning")
+        if first < 1 or min(given.lengths("decoder")) < first:
+            raise ShortRow(f"first={first}, and the shortest prompt has {min(given.lengths('decoder'))} tokens")
+        tower = decoder_of(tuned)
+        places = [path for pattern in engine.listed(sites) for path in engine.expand(base, pattern)]
+        for place in places:
+            if place.position is not None or not is_stream(place, decoder_of(base)):
+                raise RefusedPlace(
+                    "a lens reads the stream, at the first tokens", path=place, expected="layers[i].output"
+                )
+        targets = tuple(Target(cell_of(place), (Part(cell_of(place), (place,), None),)) for place in places)
+        foreign.check_places(base, tuned, given, targets)
+        theirs = foreign.counterparts(tuned, targets)
+        tail = Tail.of(tuned, look(tuned, given, given.batches(None)[0], [last_of(tower)]))
+    pairs: list[tuple[str, Tensor]] = []
+    before = capture(base, given, [place.at(n) for place in places for n in range(first)])
+    after = capture(tuned, given, [theirs[place].at(n) for place in places for n in range(first)])
+    for place in places:
+        for number in range(first):
+            change = after.get(theirs[place].at(number)) - before.get(place.at(number)).to(tuned.device or "cpu")
+            pairs.append((str(place.at(number)), change.reshape(len(given), -1).double().mean(0, keepdim=True)))
+    states = torch.cat([value for _, value in pairs]).to(after.get(theirs[places[0]].at(0)))
+    tops = [logits.double().softmax(-1).topk(min(k, logits.shape[-1])) for _, logits in tail.each(states)]
+    ids, shares = (torch.cat([getattr(top, part) for top in tops]).cpu() for part in ("indices", "values"))
+    known = ids.unique().tolist()
+    texts = dict(zip(known, (row[0] for row in engine.token_texts(tuned, ([one] for one in known))), strict=True))
+    return DiffLens(SavedActivation.from_pairs(*pairs), ids, shares, texts)

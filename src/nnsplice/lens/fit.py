@@ -1,0 +1,264 @@
+"""`fit`: lenses that are made for a model. A tuned lens is trained; a Jacobian lens is a mean of derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine, wire
+from nnsplice.activations.access import site_of
+from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.atlas import Site, peel
+from nnsplice.attribution.gradients import batches, differentiable
+from nnsplice.errors import BadArgument, RefusedPlace, circumstances
+from nnsplice.lens.fitted import FittedLens, Kind, freeze
+from nnsplice.lens.passes import decoder_of, last_of, look
+from nnsplice.lens.tail import Tail
+from nnsplice.metrics import divergence
+from nnsplice.progress import bar
+from nnsplice.sweeps.running import check_mode
+
+
+def fit(
+    model: Any,
+    prompts: PromptsLike,
+    kind: Kind = "tuned",
+    layers: Sequence[int] | None = None,
+    *,
+    steps: int = 250,
+    rate: float = 1e-3,
+    batch: int = 256,
+    held_out: float = 0.2,
+    chunk: int = 16,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FittedLens:
+    """Fit a lens: what takes each layer's states to where the last layer's stand.
+
+    `"tuned"`: an affine map for each layer, trained so that what the model's end makes of it is the model's own
+    distribution (KL); how near it comes on prompts held out is told by layer, beside the logit lens.
+    `"jacobian"`: the mean derivative of the last layer's states by a layer's, over all tokens and the tokens from each
+    on; no training.
+
+    >>> prompts = [f"w{n} w{n + 1} w{n + 2} w{n}" for n in range(3, 13)]
+    >>> tuned = ns.lens.fit(model, prompts, steps=50, progress=False)
+    >>> tuned.held_out().columns.tolist()
+    ['layer', 'kl', 'logit_lens']
+
+    Args:
+        prompts: texts such as the lens will be used on; all their tokens count.
+        layers: which layers' outputs; all of them if left out.
+        steps: of training, each with `batch` tokens.
+        rate: of learning, at its start; it falls to nothing.
+        held_out: the share of the prompts that is kept from training.
+        chunk: how many rows of a Jacobian are made at once, each by a run of its own beside the others.
+        max_tokens: how many tokens run at once.
+        seed: of what is held out, and of the order of training.
+        progress: show a bar.
+
+    Raises:
+        BadArgument: too few prompts to hold some out.
+        RefusedPlace: a model that the logit lens refuses, or for Jacobians one that does not read forwards alone.
+    """
+    model = engine.as_model(model)
+    with circumstances("ns.lens.fit"):
+        engine.refuse_edits(model)
+        engine.refuse_changed_logits(model)
+        check_mode(model)
+        if kind not in ("tuned", "jacobian"):
+            raise BadArgument(f"kind={kind!r}", expected='"tuned" or "jacobian"')
+        for name, number in (("steps", steps), ("batch", batch), ("chunk", chunk)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise BadArgument(f"{name}={number!r}", expected="a whole number, at least 1")
+        given = encode(model, prompts)
+        if given.values is not None:
+            raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
+        tower = decoder_of(model)
+        chosen = range(tower.n_layers) if layers is None else sorted(set(layers))
+        places = engine.expand(model, "layers[:].output")
+        if not all(0 <= n < tower.n_layers for n in chosen) or not chosen:
+            raise BadArgument(f"layers={layers!r}", expected=f"numbers from 0 to {tower.n_layers - 1}")
+        from nnsplice import closures
+
+        closures.require(model, places)
+        job = _Job(model, given, tuple(chosen), tuple(site_of(places[n]) for n in chosen))
+        room = engine.room(model, max_tokens)
+        if kind == "jacobian":
+            matrices, told = _jacobians(job, room, chunk, progress)
+            biases = torch.zeros(matrices.shape[:2], dtype=matrices.dtype)
+        else:
+            matrices, biases, told = _tuned(job, room, steps, rate, batch, held_out, seed, progress)
+    name, revision = engine.name_of(model)
+    about = {
+        "model": name, "revision": revision, "weights": engine.weights_digest(model), "prompts": len(given),
+        "tokens": sum(map(len, given.ids)), **told,
+    }  # fmt: skip
+    return FittedLens(kind, job.layers, freeze(matrices), freeze(biases), about)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is fitted."""
+
+    model: engine.Model
+    prompts: Prompts
+    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
+
+
+# --- tuned ------------------------------------------------------------------------------------------------------------
+
+
+def _tuned(
+    job: _Job, room: int, steps: int, rate: float, batch: int, held_out: float, seed: int, progress: bool
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(job.prompts), generator=generator).tolist()
+    kept = round(len(order) * held_out)
+    if not 0 < kept < len(order):
+        raise BadArgument(
+            f"held_out={held_out} of {len(order)} prompts are {kept}, and some have to be trained on and some not",
+            expected="more prompts, or another share",
+        )
+    tail, test = _states(job, order[:kept], room)
+    _, train = _states(job, order[kept:], room)
+    tokens, width = train[0].shape
+    matrices = torch.eye(width).repeat(len(job.layers), 1, 1).to(train[0])
+    biases = torch.zeros(len(job.layers), width).to(train[0])
+    with bar("tuned lens", steps * len(job.layers), "step", progress) as shown, differentiable(job.model):
+        for number, states in enumerate(train[:-1]):
+            change, bias = torch.zeros_like(matrices[0], requires_grad=True), biases[number].clone().requires_grad_()
+            optimiser = torch.optim.Adam([change, bias], lr=rate)
+            schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+            for _ in range(steps):
+                some = torch.randint(tokens, (min(batch, tokens),), generator=generator).to(states.device)
+                here = states[some]
+                loss = divergence(_logits(tail, train[-1][some]).detach(), _logits(tail, here + here @ change.T + bias))
+                optimiser.zero_grad()
+                change.grad, bias.grad = torch.autograd.grad(loss.mean(), [change, bias])
+                optimiser.step()
+                schedule.step()
+                shown.update(1)
+            with torch.no_grad():
+                matrices[number] += change
+                biases[number] = bias
+    plain = [_kl(tail, test[-1], states) for states in test[:-1]]
+    found = [
+        _kl(tail, test[-1], states @ matrix.T + bias)
+        for states, matrix, bias in zip(test[:-1], matrices, biases, strict=True)
+    ]
+    told = {"kl": found, "logit_lens": plain, "steps": steps, "rate": rate, "batch": batch, "seed": seed}
+    return matrices, biases, {**told, "held_out": kept}
+
+
+def _logits(tail: Tail, states: Tensor) -> Tensor:
+    return tail.head.logits_of_normed(tail.head.normed(states))
+
+
+@torch.no_grad()
+def _kl(tail: Tail, last: Tensor, states: Tensor) -> float:
+    """The mean over tokens of the KL from the model's distribution to what states give."""
+    total = 0.0
+    for rows, logits in tail.each(states):
+        total += float(divergence(tail.logits(last[rows]), logits).double().sum())
+    return total / len(states)
+
+
+def _states(job: _Job, prompts: Sequence[int], room: int) -> tuple[Tail, list[Tensor]]:
+    """`[token, width]` of each layer, and of the last, over all tokens of some prompts."""
+    end = last_of(decoder_of(job.model))
+    found: list[list[Tensor]] = []
+    tail: Tail | None = None
+    for rows in batches(job.prompts, prompts, room):
+        run = look(job.model, job.prompts, rows, [*job.sites, end])
+        tail = tail or Tail.of(job.model, run)
+        found.append([run.values[site].flatten(0, 1) for site in (*job.sites, end)])
+    assert tail is not None
+    return tail, [torch.cat(column) for column in zip(*found, strict=True)]
+
+
+# --- jacobian ---------------------------------------------------------------------------------------------------------
+
+
+def _jacobians(job: _Job, room: int, chunk: int, progress: bool) -> tuple[Tensor, dict[str, Any]]:
+    if not engine.is_causal(job.model):
+        raise RefusedPlace("a Jacobian lens is a mean over later tokens, and this model does not read forwards alone")
+    end = last_of(decoder_of(job.model))
+    # The law of the logit lens, which this is one of.
+    first = next(batches(job.prompts, range(len(job.prompts)), room))
+    Tail.of(job.model, look(job.model, job.prompts, first, [end]))
+    total: Tensor | None = None
+    pairs = 0
+    with bar("jacobians", len(job.prompts), "prompt", progress) as shown, differentiable(job.model):
+        for row in range(len(job.prompts)):
+            length = job.prompts.lengths("decoder")[row]
+            found = _jacobian(job, row, end, chunk)
+            total = found if total is None else total + found
+            pairs += length * (length + 1) // 2
+            shown.update(1)
+    assert total is not None
+    return total / pairs, {"pairs": pairs}
+
+
+def _jacobian(job: _Job, row: int, end: Site, chunk: int) -> Tensor:
+    """`[layer, width, width]`: the sum over a prompt's tokens, and those from each on, of the derivatives."""
+    root = peel(job.model)
+    rows: list[Tensor] = []
+    width = start = 0
+    while start == 0 or start < width:
+        inputs = job.prompts.inputs([row] * chunk, job.model.device)
+        assert isinstance(inputs, Mapping)
+        with _tied(root, [*job.sites, end]) as seen, engine.turn(job.model):
+            root(**inputs, use_cache=False)
+        last = seen[end]
+        width = last.shape[-1]
+        some = torch.arange(start, min(start + chunk, width), device=last.device)
+        # Row n is the derivative of one number of the last state, of all tokens at once: earlier ones do not depend.
+        chosen = last.reshape(chunk, -1, width)[torch.arange(len(some), device=last.device), :, some].sum()
+        found = torch.autograd.grad(chosen, [seen[site] for site in job.sites], allow_unused=True)
+        rows.append(
+            torch.stack(
+                [
+                    torch.zeros(len(some), width, dtype=last.dtype, device=last.device)
+                    if one is None
+                    else one.reshape(chunk, -1, width)[: len(some)].sum(1)
+                    for one in found
+                ]
+            ).cpu()
+        )
+        start += chunk
+    return torch.cat(rows, 1)
+
+
+@contextmanager
+def _tied(root: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Values of a run, tied to what comes after them; the first to be met is a leaf."""
+    seen: dict[Site, Tensor] = {}
+
+    def hook(site: Site) -> Callable[..., Any]:
+        visits: list[None] = []
+
+        def after(_module: Any, _args: Any, out: Any) -> Any:
+            visits.append(None)
+            if len(visits) != site.occurrence + 1:
+                return None
+            value = wire.unpack(out, site.item)
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            # A tensor of its own, which nothing writes into before it is read.
+            seen[site] = value.clone() if value.is_leaf is False else value
+            return wire.repack(out, site.item, seen[site])
+
+        return after
+
+    with ExitStack() as stack:
+        for site in dict.fromkeys(sites):
+            handle = root.get_submodule(site.module).register_forward_hook(hook(site))
+            stack.callback(handle.remove)
+        yield seen

@@ -1,0 +1,206 @@
+"""`logit`: the tokens that a state of the stream would say, if it left the last layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.access import site_of
+from nnsplice.activations.capture import capture
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
+from nnsplice.atlas import Tower
+from nnsplice.attribution.gradients import batches
+from nnsplice.errors import BadArgument, RefusedPlace, circumstances
+from nnsplice.lens.fitted import FittedLens
+from nnsplice.lens.lens import TOP, Lens
+from nnsplice.lens.passes import decoder_of, last_of, look
+from nnsplice.lens.tail import Tail
+from nnsplice.metrics import Answer, Metric, Several, bound_of, log_probability, probability, rank
+from nnsplice.paths import Path, Slice
+from nnsplice.progress import bar
+from nnsplice.results import Run, SweepResult, Table
+from nnsplice.sweeps.cells import Target, has_tokens, own_tokens
+from nnsplice.sweeps.identity import told
+from nnsplice.sweeps.running import check_mode
+from nnsplice.sweeps.sets import Sites
+from nnsplice.sweeps.targets import targets_of
+
+
+def logit(
+    model: Any,
+    prompts: PromptsLike,
+    sites: Sites = "layers[:].output",
+    answers: Answer | None = None,
+    k: int = 5,
+    *,
+    lens: FittedLens | None = None,
+    spans: SpanTexts | None = None,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> Lens:
+    """Read the stream at places as the model reads it at its end: its own final norm and head (the logit lens).
+
+    At the last layer it says what the model says; that is tried on these prompts, and a model of which it does not
+    hold is refused.
+
+    >>> lens = ns.lens.logit(model, ["w3 w4 w5", "w6 w7"], "layers[:].output[-1]", answers=["w7", "w8"])
+    >>> lens.grid().sizes
+    Frozen({'prompt': 2, 'layer': 3, 'position': 1})
+    >>> lens.only("rank").grid().dtype, lens.tokens().columns.tolist()[-4:]
+    (dtype('float64'), ['token', 'id', 'probability', 'path'])
+
+    Args:
+        sites: places of the stream: `layers[i].output`, `.input`, `.mid`, `embed`; without positions, every position is
+            a cell of its own.
+        answers: a token for all prompts or for each, whose probability and rank every cell tells; a set of tokens
+            counts as one.
+        k: how many of the first tokens each cell keeps.
+        lens: a fitted lens, which takes states to the end of the stream first.
+        spans: where named spans stand, as for `ns.capture`.
+        max_tokens: how many tokens run at once.
+        progress: show a bar.
+
+    Raises:
+        RefusedPlace: a place that is no state of the stream, or a model whose head reads more than its last layer.
+    """
+    start = time.perf_counter()
+    model = engine.as_model(model)
+    with circumstances("ns.lens.logit"):
+        engine.refuse_edits(model)
+        engine.refuse_changed_logits(model)
+        check_mode(model)
+        given = encode(model, prompts, spans)
+        if given.values is not None:
+            raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
+        tower = decoder_of(model)
+        targets = targets_of(model, sites, given, 1, False)
+        for target in targets:
+            check_state(target, tower)
+        places = list(dict.fromkeys(target.places[0] for target in targets))
+        if lens is not None:
+            lens.check(model, places)
+        metric = _metric(answers, engine.tokenizer_of(model), given)
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise BadArgument(f"k={k!r}", expected="how many tokens to keep of each cell, at least 1")
+    shape = (len(given), len(targets))
+    found = np.full((*shape, len(metric.names)), np.nan)
+    ends = np.zeros((len(given), len(metric.names)))
+    there = np.array([[exists(target, given, row) for target in targets] for row in range(len(given))])
+    ids, shares = np.full((*shape, k), -1), np.full((*shape, k), np.nan)
+    tail: Tail | None = None
+    with circumstances("ns.lens.logit"), bar("lens", len(given), "prompt", progress) as shown:
+        for rows in batches(given, range(len(given)), engine.room(model, max_tokens)):
+            run = look(model, given, rows, [last_of(tower)])
+            if tail is None:
+                tail = Tail.of(model, run)
+                k = min(k, tail.head.vocabulary)
+            else:
+                tail.check(run)
+            ends[rows] = metric(run.logits[:, -1], rows).double().cpu().numpy()
+            saved = capture(model, given.take(rows), [place.at(Slice()) for place in places])
+            for place in places:
+                jobs = [
+                    (number, row, own_tokens(target.parts[0].position, given, rows[row], run.logits.shape[1])[0])
+                    for number, target in enumerate(targets)
+                    if target.places[0] == place
+                    for row in range(len(rows))
+                    if there[rows[row], number]
+                ]
+                if not jobs:
+                    continue
+                cells, at, tokens = torch.tensor(jobs).T
+                states = saved.get(place.at(Slice()))[at, tokens].to(run.logits.device)
+                each = np.array(rows)[at.numpy()]
+                translate = None if lens is None else _translation(lens, model, place)
+                for some, logits in tail.each(states, translate):
+                    which = each[some], cells.numpy()[some]
+                    found[which] = metric(logits, each[some].tolist()).double().cpu().numpy()
+                    top = logits.double().softmax(-1).topk(k)
+                    ids[(*which, slice(k))] = top.indices.cpu().numpy()
+                    shares[(*which, slice(k))] = top.values.cpu().numpy()
+            shown.update(len(rows))
+    about = Run("lens", time.perf_counter() - start, forwards=2 * len(given))
+    name, revision = engine.name_of(model)
+    asked = {
+        "model": name, "revision": revision, "weights": engine.weights_digest(model), "prompts": told(given),
+        "sites": [target.cell.path for target in targets], "metric": metric.identity,
+        "operation": "logit lens" if lens is None else f"{lens.identity['kind']} lens",
+        "lens": None if lens is None else lens.identity,
+    }  # fmt: skip
+    table = Table(
+        tuple(target.cell for target in targets), found, there, there, ends, np.zeros_like(ends),
+        engine.token_texts(model, given.ids), asked, about, metrics=metric.names,
+    )  # fmt: skip
+    known = np.unique(ids[ids >= 0]).tolist()
+    texts = dict(zip(known, (row[0] for row in engine.token_texts(model, ([one] for one in known))), strict=True))
+    return Lens(SweepResult(table), ids[..., :k], shares[..., :k], texts)
+
+
+def _translation(lens: FittedLens, model: engine.Model, place: Path) -> Callable[[Tensor], Tensor]:
+    return lambda states: lens.translate(model, place, states)
+
+
+def _metric(answers: Answer | None, tokenizer: Any, given: Prompts) -> Several:
+    if answers is None:
+        several: dict[str, Metric] = {TOP: Metric(TOP, _largest)}
+    else:
+        several = {
+            "probability": probability(answers), "log_probability": log_probability(answers), "rank": rank(answers)
+        }  # fmt: skip
+    bound = bound_of(several, tokenizer, len(given), given.texts)
+    assert isinstance(bound, Several)
+    return bound
+
+
+def _largest(logits: Tensor) -> Tensor:
+    return logits.softmax(-1).amax(-1)
+
+
+# --- which places -----------------------------------------------------------------------------------------------------
+
+
+def check_state(target: Target, tower: Tower) -> None:
+    """Raise for a cell that is no state of the stream at one token."""
+    path = target.places[0]
+    if target.is_set:
+        raise BadArgument(
+            "a set of places has no one state that could be read", path=target.cell.path, expected="single places"
+        )
+    if not is_stream(path, tower):
+        raise RefusedPlace(
+            "this place is no state of the stream, which is what the model's head reads",
+            path=path,
+            expected="layers[i].output, layers[i].input, layers[i].mid or embed",
+            write="ns.lens.direct(model, prompts, metric, sites)   (what a branch adds to the metric)",
+        )
+    if getattr(target.parts[0].position, "token", 0) is None:
+        raise BadArgument(
+            "a span of several tokens has a state for each",
+            path=target.cell.path,
+            write=f"{target.cell.path}[-1]   (its last token)",
+        )
+
+
+def is_stream(path: Path, tower: Tower) -> bool:
+    """Whether a place is the stream, before, within or behind a layer."""
+    site = site_of(path)
+    if site.columns is not None or site.index is not None:
+        return False
+    for block in tower.blocks:
+        if site.occurrence == block.occurrence and site.item in (None, 0):
+            if site.module == block.module or (site.module == block.end and site.end == "output"):
+                return True
+            if block.mid == (site.module, site.end) and site.kind == block.mid_kind:
+                return True
+    return False
+
+
+def exists(target: Target, given: Prompts, row: int) -> bool:
+    """Whether a prompt is long enough to have the cell."""
+    return has_tokens(target.parts[0].position, given.lengths("decoder")[row])

@@ -1,0 +1,105 @@
+"""One run of prompts beside every trace: values at ends of modules, what the layers returned, and the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice import engine, wire
+from nnsplice.activations.prompts import Prompts
+from nnsplice.atlas import Atlas, Site, Tower, peel
+from nnsplice.errors import RefusedPlace
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one run over prompts of one length left."""
+
+    rows: tuple[int, ...]
+    #: `[prompt, token, width]`, of the prompts' own tokens.
+    values: Mapping[Site, Tensor]
+    #: What the model without its head returned.
+    returned: Any
+    #: `[prompt, token, vocab]`
+    logits: Tensor
+
+
+def decoder_of(model: engine.Model) -> Tower:
+    """The decoder of a model whose head can be asked about states.
+
+    Raises:
+        RefusedPlace: it has two towers, no unembedding, or a head that is no part of its own.
+    """
+    towers = Atlas.of(model).towers
+    if set(towers) != {"decoder"}:
+        raise RefusedPlace(
+            f"this model's towers are {' and '.join(towers) or 'unknown'}, and a lens reads the stream of one decoder",
+            expected="a decoder",
+        )
+    tower = towers["decoder"]
+    if tower.unembed is None or not tower.prefix:
+        raise RefusedPlace(
+            "it is not known where this model's layers end and its head begins", expected="a model with a head"
+        )
+    if tower.blocks[-1].occurrence:
+        raise RefusedPlace("its layers share modules, so the state that leaves the last is met several times")
+    return tower
+
+
+def last_of(tower: Tower) -> Site:
+    """Where the stream leaves the last layer."""
+    last = tower.blocks[-1]
+    return Site(last.end or last.module, "output", occurrence=last.occurrence)
+
+
+def look(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: Iterable[Site]) -> Pass:
+    """Run these prompts, all of one length."""
+    root, tower = peel(model), decoder_of(model)
+    inputs = prompts.inputs(rows, model.device)
+    assert isinstance(inputs, Mapping)
+    length = prompts.lengths("decoder")[rows[0]]
+    seen: dict[Site, Tensor] = {}
+    returned: list[Any] = []
+    with ExitStack() as stack:
+        for site in dict.fromkeys(sites):
+            stack.enter_context(_keeping(root, site, len(rows), seen))
+        hook = root.get_submodule(tower.prefix).register_forward_hook(lambda _m, _a, out: returned.append(out))
+        stack.callback(hook.remove)
+        with engine.turn(model), torch.no_grad():
+            logits = root(**inputs, use_cache=False).logits
+    # Some families put tokens of their own before the prompt's.
+    own = {site: value[:, value.shape[1] - length :] for site, value in seen.items()}
+    return Pass(tuple(rows), own, returned[-1] if returned else None, logits[:, logits.shape[1] - length :])
+
+
+@contextmanager
+def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -> Iterator[None]:
+    """Keep what stands at an end of a module, in memory of its own, as some blocks add into tensors in place."""
+    module = root.get_submodule(site.module)
+    visits: list[None] = []
+
+    def is_it() -> bool:
+        visits.append(None)
+        return len(visits) == site.occurrence + 1
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_it():
+            into[site] = wire.as_rows(args[0] if args else next(iter(kwargs.values())), rows).clone()
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        if is_it():
+            into[site] = wire.as_rows(wire.unpack(output, site.item), rows).clone()
+
+    if site.end == "input":
+        hook = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        hook = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,134 @@
+"""Which parts of the sum that makes the last stream a job asks about: whole branches, or what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnsplice import closures, engine
+from nnsplice.activations.access import site_of
+from nnsplice.attribution.branches import Branch, Branches
+from nnsplice.errors import BadArgument, RefusedPlace
+from nnsplice.paths import Path, Paths, parse_path
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of one branch: itself, or its heads, neurons or experts."""
+
+    branch: Branch
+    #: Place -> the number of its cell.
+    cells: dict[Path, int]
+    #: Every expert of the layer, where experts are asked about.
+    experts: tuple[Path, ...] = ()
+
+    @property
+    def whole(self) -> int | None:
+        """The cell of the whole branch."""
+        return next((n for path, n in self.cells.items() if site_of(path) == site_of(self.branch.added)), None)
+
+    @property
+    def projection(self) -> str:
+        """The module at the branch's end that heads or neurons go through."""
+        name = self.branch.block.o if self.branch.name == "attn" else self.branch.block.down
+        assert name is not None
+        return name
+
+
+@dataclass(frozen=True)
+class Senders:
+    """All cells of a job, in the order of the forward pass."""
+
+    places: tuple[Path, ...]
+    #: The cell of the embeddings.
+    embed: int | None
+    #: By the branch's number among all.
+    asked: dict[int, Asked]
+
+
+def senders_of(model: engine.Model, branches: Branches, sites: Paths) -> Senders:
+    """What sites ask for.
+
+    Raises:
+        RefusedPlace: a place that is no part of the sum.
+        BadArgument: a branch and its own parts, which would count twice.
+    """
+    wanted = engine.listed(sites)
+    if not wanted:
+        raise BadArgument("no sites", expected="at least one place, such as layers[:].heads[:]")
+    known = engine.known(model)
+    places: dict[Path, None] = {}
+    for pattern in map(parse_path, wanted):
+        places |= dict.fromkeys(engine.expand(model, pattern.place))
+    ordered = tuple(sorted(places, key=known.rank))
+    closures.require(model, ordered)
+    (entry,) = engine.expand(model, "embed")
+    first = branches.all[0].reads
+    embed: int | None = None
+    asked: dict[int, Asked] = {}
+    for number, place in enumerate(ordered):
+        branch = branches.of(place)
+        if branch is None:
+            if site_of(place).location not in (site_of(entry).location, site_of(first).location):
+                raise RefusedPlace(
+                    "a state of the stream is the sum of all that was added before it, so it is no part of that sum",
+                    path=place,
+                    expected="embed, heads, attn.output, mlp.output, neurons, experts",
+                    write="ns.lens.logit(model, prompts, sites)   (what a state of the stream says)",
+                )
+            if embed is not None:
+                raise BadArgument("the embeddings are asked about twice", path=place)
+            embed = number
+            continue
+        at = branches.all.index(branch)
+        one = asked.setdefault(at, Asked(branch, {}))
+        one.cells[place] = number
+        asked[at] = _checked(model, one, place)
+    return Senders(ordered, embed, asked)
+
+
+def _checked(model: engine.Model, one: Asked, place: Path) -> Asked:
+    site, branch = site_of(place), one.branch
+    if len({_way(path) for path in one.cells}) > 1:
+        raise BadArgument(
+            "a branch and parts of it, or its neurons and its experts, would count twice",
+            path=place,
+            expected="layers[i].attn or layers[i].heads[:], layers[i].mlp or its neurons or experts",
+        )
+    if site == site_of(branch.added):
+        return one
+    if site.kind == "expert":
+        if one.experts:
+            return one
+        whole = engine.expand(model, f"layers[{branch.block.index}].experts[:]")
+        return Asked(branch, one.cells, tuple(whole))
+    last = branch.block.o if branch.name == "attn" else branch.block.down
+    if (site.module, site.end, site.kind) == (last, "input", "plain") and site.columns is not None:
+        return one
+    raise RefusedPlace(
+        "this place adds nothing to the stream by itself",
+        path=place,
+        expected="embed, heads, attn.output, mlp.output, neurons, experts",
+    )
+
+
+def _way(path: Path) -> tuple[object, ...]:
+    site = site_of(path)
+    return (site.location, site.kind)
+
+
+def check_positions(sites: Paths, reads: int) -> None:
+    """Raise for a position other than the metric's: nothing there is added to what the metric reads."""
+    for pattern in map(parse_path, engine.listed(sites)):
+        if pattern.position is not None and pattern.position != reads:
+            raise BadArgument(
+                f"what is added at other tokens than [{reads}], which the metric reads, is no direct part of it: 0",
+                path=pattern,
+                expected="places without positions",
+                write=str(pattern.place),
+            )
+
+
+def experts_of(asked: Sequence[Asked]) -> list[Path]:
+    """Every expert that has to be captured."""
+    return [path for one in asked for path in one.experts]

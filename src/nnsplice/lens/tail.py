@@ -1,0 +1,97 @@
+"""From states of the stream to logits: the model's own final norm and head, tried on the run that is read.
+
+Nothing of the head is written down anew: whatever stands there, norms, scales, caps and tied weights, is code of the
+model's own forward, and that runs. What the last layer put out has to come back as the model's own logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.atlas import Tower, peel
+from nnsplice.errors import RefusedPlace
+from nnsplice.lens.passes import Pass, decoder_of, last_of
+from nnsplice.packed import LOGITS, Head
+
+#: Tokens of a run whose logits are made again.
+TRIED = 64
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What stands behind the last layer."""
+
+    model: engine.Model
+    tower: Tower
+    head: Head
+
+    @staticmethod
+    def of(model: engine.Model, run: Pass) -> Tail:
+        """The tail of a model, from a run in which the stream that leaves the last layer was kept.
+
+        Raises:
+            RefusedPlace: more than a norm and a head stands there.
+        """
+        tower = decoder_of(model)
+        states = run.values[last_of(tower)].flatten(0, 1)
+        try:
+            if not hasattr(run.returned, "last_hidden_state"):
+                raise NotImplementedError("it does not say which state it gives to its head")
+            with engine.turn(model):
+                head = Head.of(peel(model), tower, states, _own(run), type(run.returned))
+        except NotImplementedError as error:
+            raise RefusedPlace(f"states of this model are not read as the last layer's are: {error}") from None
+        tail = Tail(model, tower, head)
+        tail.check(run)
+        return tail
+
+    def check(self, run: Pass) -> None:
+        """Make the logits of a run again, of what left its last layer.
+
+        Raises:
+            RefusedPlace: they are others.
+        """
+        states, logits = run.values[last_of(self.tower)].flatten(0, 1), run.logits.flatten(0, 1)
+        tried = torch.linspace(0, len(states) - 1, min(TRIED, len(states)), device=states.device).round().long()
+        off, size = 0.0, float(logits.abs().max())
+        for rows, made in self.each(states[tried]):
+            off = max(off, float((made - logits[tried][rows]).abs().max()))
+        if not off <= allowed(self.model, logits) * max(size, torch.finfo(torch.float32).tiny):
+            raise RefusedPlace(
+                f"the model's norm and head make other logits of what leaves its last layer than the model does: they "
+                f"are {off:.2g} apart, of {size:.2g}",
+                expected="a model whose logits are its norm and head of that",
+            )
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`[row, vocab]` of states `[row, width]`, as if they left the last layer."""
+        with engine.turn(self.model):
+            return self.head.logits(states)
+
+    def each(
+        self, states: Tensor, translate: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The logits of as many states at once as there is room for."""
+        step = max(LOGITS // max(self.head.vocabulary, 1), 1)
+        for start in range(0, len(states), step):
+            rows = slice(start, start + step)
+            yield rows, self.logits(states[rows] if translate is None else translate(states[rows]))
+
+
+def allowed(model: engine.Model, logits: Tensor) -> float:
+    """What another number of rows may do to logits by rounding, relative to the largest of them."""
+    numbers = [p.dtype for p in peel(model).parameters() if p.is_floating_point()]
+    eps = max(torch.finfo(dtype).eps for dtype in (logits.dtype, *numbers))
+    return max(1e-12, 1e3 * eps if eps < 1e-3 else 8 * eps)
+
+
+def _own(run: Pass) -> Tensor:
+    """What the model without its head returned, of the prompts' own tokens: `[token, width]`."""
+    state: Tensor = run.returned.last_hidden_state
+    length = run.logits.shape[1]
+    return (state[:, state.shape[1] - length :] if state.dim() == 3 else state).flatten(0, -2)

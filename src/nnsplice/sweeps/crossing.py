@@ -1,0 +1,185 @@
+"""`crossings`: of what tuning changed at a place, how much was fed to it, and how much it computes itself?
+
+A place takes a state in and has weights. Both may be the base model's or the tuned one's, which makes four runs of the
+base model: with what the place would put out in each case written there. The two shares of Shapley are each one's mean
+gain, first and second, and together they are what the place carries of the difference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.access import site_of
+from nnsplice.activations.capture import capture
+from nnsplice.activations.patched import patched_logits
+from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.atlas import Selection, peel
+from nnsplice.errors import BadArgument, RefusedPlace, circumstances
+from nnsplice.metrics import Bound, Metric, MetricLike
+from nnsplice.paths import Path, Paths, Slice
+from nnsplice.progress import bar
+from nnsplice.results import Run, SweepResult, Table
+from nnsplice.sweeps import foreign
+from nnsplice.sweeps.cells import Part, Target, cell_of
+from nnsplice.sweeps.identity import model_told, told
+from nnsplice.sweeps.ledger import check_baselines
+from nnsplice.sweeps.operations import operation_of
+from nnsplice.sweeps.running import check_mode
+from nnsplice.weights import select, swap
+
+#: The four runs, as whose input and whose weights a place has, and what is made of them.
+CONDITIONS = ("neither", "fed", "computed", "both")
+SHARES = ("share fed", "share computed")
+
+
+def crossings(
+    base: Any,
+    tuned: Any,
+    prompts: PromptsLike,
+    sites: Paths,
+    metric: MetricLike,
+    *,
+    progress: bool = True,
+) -> SweepResult:
+    """Split what each place carries of a tuning into what it was fed and what it computes.
+
+    The axis `metric` has the runs `neither` (the base model), `fed` (the place's weights are the base's, what comes in
+    is the tuned model's), `computed` (the other way round) and `both` (what `ns.sweep(..., source=tuned)` patches); and
+    the Shapley values `share fed` and `share computed`, which sum to `both` less `neither`.
+
+    >>> import copy
+    >>> tuned = ns.load(copy.deepcopy(ns.models.peel(model)), tokenizer=model.tokenizer)
+    >>> with torch.no_grad():
+    ...     _ = ns.models.peel(tuned).transformer.h[0].mlp.c_proj.weight.mul_(2.0)
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> split = ns.crossings(model, tuned, "w3 w4 w5", "layers[:].mlp", metric, progress=False)
+    >>> shares = split.grid()[0].sel(metric=["share fed", "share computed"])
+    >>> (shares != 0).values.tolist()     # the first MLP was changed itself, the others are fed by it
+    [[False, True, True], [True, False, False]]
+
+    Args:
+        base: the model that runs.
+        tuned: another of the same shape.
+        prompts: texts or token ids, the same for both.
+        sites: `layers[i]`, `layers[i].attn` or `layers[i].mlp`, whose values are written at all tokens.
+        metric: as for `ns.sweep`.
+        progress: show a bar.
+
+    Raises:
+        RefusedPlace: a place whose output is not all that its weights make.
+    """
+    start = time.perf_counter()
+    base, tuned = engine.as_model(base), engine.as_model(tuned)
+    with circumstances("ns.crossings"):
+        for model in (base, tuned):
+            engine.refuse_edits(model)
+            engine.refuse_changed_logits(model)
+            check_mode(model)
+        given = encode(base, prompts)
+        if given.values is not None:
+            raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
+        foreign.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
+        bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), given.texts)
+        if bound.metric.compares:
+            raise BadArgument("a metric that compares runs has no value of one run", expected="another metric")
+        bound.metric.check_lengths(given.lengths("decoder"))
+        places = [place for path in engine.listed(sites) for place in engine.expand(base, path)]
+        for place in places:
+            _check(base, place)
+        targets = tuple(Target(cell_of(place), (Part(cell_of(place), (place,), None),)) for place in places)
+        foreign.check_places(base, tuned, given, targets)
+        theirs = foreign.counterparts(tuned, targets)
+    # Before any weight is exchanged, as a digest is of the models as they are.
+    asked = {
+        **model_told(base), "source": model_told(tuned), "prompts": told(given), "metric": bound.identity,
+        "sites": [target.cell.path for target in targets], "operation": "crossings",
+    }  # fmt: skip
+    values = np.zeros((len(given), len(places), len(CONDITIONS) + len(SHARES)))
+    ends = np.zeros((2, len(given)))
+    with bar("crossings", len(places) * len(given), "cell", progress) as shown, engine.turn(base), engine.turn(tuned):
+        for rows in given.batches(None):
+            some = given.take(rows)
+            ends[0][rows], ends[1][rows] = (_metric(bound, one, some, rows) for one in (base, tuned))
+            for number, place in enumerate(places):
+                values[rows, number, :4] = np.stack(
+                    [
+                        ends[0][rows],
+                        _metric(bound, base, some, rows, place, _outputs(tuned, base, theirs[place], some)),
+                        _metric(bound, base, some, rows, place, _outputs(base, tuned, place, some)),
+                        _metric(bound, base, some, rows, place, _outputs(tuned, None, theirs[place], some)),
+                    ],
+                    -1,
+                )
+                shown.update(len(rows))
+    check_baselines(bound, base=ends[0], tuned=ends[1])
+    neither, fed, computed, both = (values[..., n] for n in range(4))
+    values[..., 4] = ((fed - neither) + (both - computed)) / 2
+    values[..., 5] = ((computed - neither) + (both - fed)) / 2
+    clean = np.stack([ends[1]] * 4 + [ends[1] - ends[0]] * 2, -1)
+    corrupted = np.stack([ends[0]] * 4 + [np.zeros(len(given))] * 2, -1)
+    there = np.ones(values.shape[:2], dtype=bool)
+    about = Run("crossings", time.perf_counter() - start, forwards=(2 + 5 * len(places)) * len(given))
+    cells = tuple(target.cell for target in targets)
+    return SweepResult(
+        Table(cells, values, there, there, clean, corrupted, engine.token_texts(base, given.ids), asked, about,
+              metrics=(*CONDITIONS, *SHARES))
+    )  # fmt: skip
+
+
+def _check(model: engine.Model, place: Path) -> None:
+    """Raise for a place whose output is not what its own weights make of what it is given."""
+    names = [step.name for step in place.steps]
+    if place.native or place.position is not None or names not in (["layers"], ["layers", "attn"], ["layers", "mlp"]):
+        raise RefusedPlace(
+            "a place is fed and computes where it is a part of the model with weights of its own",
+            path=place,
+            expected="layers[i], layers[i].attn or layers[i].mlp, without positions",
+        )
+    own = set(_weights(model, place))
+    made = [name for name, _ in peel(model).get_submodule(site_of(place).module).named_parameters()]
+    left = [name for name in made if f"{site_of(place).module}.{name}" not in own]
+    if left:
+        raise RefusedPlace(
+            f"{site_of(place).module}.{left[0]} stands behind this place and is none of its weights",
+            path=place,
+            expected="a place that ends where its weights do",
+            write="layers[i]   (the layer with its norms)",
+        )
+
+
+def _weights(model: engine.Model, place: Path) -> Selection:
+    return select(model, str(place.place).removesuffix(".output"))
+
+
+def _outputs(model: engine.Model, other: engine.Model | None, place: Path, prompts: Prompts) -> Tensor:
+    """What a place puts out in a model's run, with its weights or another's there."""
+    block = nullcontext() if other is None else swap(model, peel(other), _weights(model, place))
+    with block:
+        return capture(model, prompts, place.at(Slice())).get(place.at(Slice()))
+
+
+def _metric(
+    bound: Bound,
+    model: engine.Model,
+    prompts: Prompts,
+    rows: Sequence[int],
+    place: Path | None = None,
+    held: Tensor | None = None,
+) -> np.ndarray:
+    """The metric of prompts, with values written at a place where they are given."""
+    if place is None or held is None:  # a run with its own embeddings written into it is the run itself
+        saved = capture(model, prompts, "embed[-1]")
+    else:
+        saved = SavedActivation.from_pairs(*((str(place.at(n)), held[:, n]) for n in range(held.shape[1])))
+    logits: Tensor = patched_logits(model, prompts, saved, positions=bound.metric.position)
+    with torch.no_grad():
+        return bound(logits, rows).double().cpu().numpy()

@@ -1,0 +1,62 @@
+"""`nnsplice lens`: from a shell what Python gives, and mistakes answered with what to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import nnsplice as ns
+from nnsplice.cli import app
+
+PAIR = ns.models.toy_prompts().ioi[0]
+FACT = ns.models.toy_prompts().facts[0]
+
+
+def _run(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["lens", *map(str, args)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.stdout if code == 0 else result.stderr
+
+
+def test_what_states_say(tmp_path: Path) -> None:
+    page = tmp_path / "lens.html"
+    said = _run("logit", "--model", "toy", "--prompt", FACT.clean, "--answer", FACT.answer, "--k", 2, "--page", page)
+    lens = ns.lens.logit(ns.load("toy"), FACT.clean, "layers[:].output[-1]", FACT.answer, 2)
+    for number, cell in enumerate(lens.results.cells):
+        line = next(line for line in said.splitlines() if cell.path in line)
+        assert repr(lens.texts[int(lens.ids[0, number, 0])]) in line
+        assert f"{lens.result.table.values[0, number]:.3f}" in line
+    assert "<html" in page.read_text(encoding="utf-8")
+
+
+def test_what_parts_say() -> None:
+    asked = ["--model", "toy", "--prompt", PAIR.clean, "--answer", PAIR.answer, "--wrong", PAIR.wrong]
+    said = _run("direct", *asked)
+    parts = ns.lens.direct(ns.load("toy"), PAIR.clean, ns.logit_diff(PAIR.answer, PAIR.wrong))
+    assert f"together {parts.clean.mean():.4g}" in said
+    assert parts.best(1)["path"].iloc[0] in said.splitlines()[1]
+    assert "layers[0].mlp.output" in _run("direct", *asked[:6], "--sites", "layers[:].mlp")
+
+
+@pytest.mark.parametrize("kind", ["tuned", "jacobian"])
+def test_a_lens_is_fitted_and_read_with(tmp_path: Path, kind: str) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "lens.safetensors"
+    file.write_text("\n".join(one.clean for one in ns.models.toy_prompts().facts[:6]), encoding="utf-8")
+    said = _run("fit", file, "--model", "toy", "--kind", kind, "--steps", 5, "--out", out)
+    assert ("held-out KL" in said) == (kind == "tuned") and f"written to {out}" in said
+    assert ns.lens.FittedLens.from_file(out).kind == kind
+    assert _run("logit", "--model", "toy", "--prompt", FACT.clean, "--lens", out) != _run(
+        "logit", "--model", "toy", "--prompt", FACT.clean
+    )
+
+
+def test_mistakes_are_answered(tmp_path: Path) -> None:
+    assert "no state of the stream" in _run(
+        "logit", "--model", "toy", "--prompt", "a", "--sites", "layers[0].mlp", code=1
+    )
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\n", encoding="utf-8")
+    assert "tuned or jacobian" in _run("fit", file, "--model", "toy", "--kind", "best", "--out", "x.st", code=2)
+    assert "no folder" in _run("fit", file, "--model", "toy", "--out", tmp_path / "no" / "x", code=1)
