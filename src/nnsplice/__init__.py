@@ -9,6 +9,7 @@ One address language for every part of a model, and many views of an address. Th
     updates, patched_logits, chat                 and written into another run; chat messages as its prompt
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
+    Subspace                                      a part of a place: compared, projected on, interchanged, swept
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     knockout                                      a block in which queries do not see some of their keys
     Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.packed import knockout
     from nnsplice.paths import Path, parse_path
     from nnsplice.results import SweepResult
+    from nnsplice.subspaces import Subspace
     from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "Path",
     "Plan",
     "SavedActivation",
+    "Subspace",
     "SweepResult",
     "ablate",
     "accuracy",
@@ -132,6 +135,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "packed": ("knockout",),
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),
+    "subspaces": ("Subspace",),
     "sweeps": ("Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"),
 }
 _ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}
