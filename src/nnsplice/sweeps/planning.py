@@ -15,7 +15,8 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
 from nnsplice.metrics import Metric, Metrics, bound_of
 from nnsplice.paths import Span
-from nnsplice.sweeps import knockouts
+from nnsplice.subspaces import Subspace
+from nnsplice.sweeps import knockouts, parts
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
@@ -35,6 +36,7 @@ def plan_sweep(
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
+    subspace: Subspace | None = None,
     window: int = 1,
     spans: PairSpanTexts | None = None,
     align: str = "position",
@@ -66,6 +68,8 @@ def plan_sweep(
             `"knockout"` of edges of attention, `"layers[:].heads[:].pattern[-1][3]"`: the query does not see the key,
             and its other keys share the whole.
         reference: the capture that `mean`, `resample` and `add` take values from.
+        subspace: change only the part of each value that lies in this subspace, `h + Q Qᵀ (new - h)`, whatever the
+            operation; every site has to be as wide.
         window: how many neighbouring layers are changed together, clipped at the ends.
         spans: where named spans stand, as for `capture`; `{"clean": {...}, "corrupted": {...}}` where they differ.
         align: `"position"` for pairs of one length; `"end"` aligns tokens at the end: what a shorter clean prompt has
@@ -79,7 +83,7 @@ def plan_sweep(
     model = engine.as_model(model)
     with circumstances("ns.plan_sweep"):
         engine.refuse_changed_logits(model)
-        chosen = operation_of(operation)
+        chosen = operation_of(operation, subspace)
         edited, source = _prompts(model, clean, corrupted, spans, chosen)
         _check_pairs(edited, source, align)
         if corrupted is None and corruption is None and chosen.name == "patch":
@@ -96,6 +100,7 @@ def plan_sweep(
         _check_read(bound.metric, edited, source, align)
         targets = targets_of(model, sites, edited, window, together)
         knockouts.check(model, chosen, targets, edited)
+        parts.check(model, chosen, targets, edited)
         if chosen.name == "patch" and source is not None:
             _check_spans(targets, edited, source)
         if chosen.name == "patch" and corruption is None:

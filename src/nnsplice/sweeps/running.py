@@ -19,6 +19,7 @@ from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import Metrics, Several
 from nnsplice.packed import Cost, Law, padded_at_most
 from nnsplice.results import Run, SweepResult, Table
+from nnsplice.subspaces import Subspace
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.ledger import check_baselines, ledger
@@ -151,6 +152,7 @@ def sweep(
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
+    subspace: Subspace | None = None,
     window: int = 1,
     spans: PairSpanTexts | None = None,
     align: str = "position",
@@ -177,8 +179,8 @@ def sweep(
     The arguments are those of `ns.plan_sweep` and `ns.run`, which this puts together.
     """
     plan = plan_sweep(
-        model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
-        align=align, seed=seed,
+        model, clean, corrupted, sites, metric, operation=operation, reference=reference, subspace=subspace,
+        window=window, spans=spans, align=align, seed=seed,
     )  # fmt: skip
     unseen = plan.operation.name != "patch" and not plan.metric.metric.compares
     if unseen and clean is not None and corrupted is not None:
