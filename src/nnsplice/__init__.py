@@ -9,7 +9,7 @@ One address language for every part of a model, and many views of an address. Th
     updates, patched_logits, chat                 and written into another run; chat messages as its prompt
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
-    Subspace                                      a part of a place: compared, projected on, interchanged, swept
+    Subspace, align, Alignment                    a part of a place: compared, interchanged, swept; trained
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     knockout                                      a block in which queries do not see some of their keys
     Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
     from nnsplice import adapters, checkpoints, errors, models, plots, steering, tasks, weights
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
+    from nnsplice.alignment import Alignment, align
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
     from nnsplice.circuits import (
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
 
 __all__ = [
+    "Alignment",
     "Atlas",
     "Circuit",
     "Metric",
@@ -74,6 +76,7 @@ __all__ = [
     "accuracy",
     "acdc",
     "adapters",
+    "align",
     "attribute",
     "capture",
     "causal_trace",
@@ -116,6 +119,7 @@ __all__ = [
 _CONTENTS: dict[str, tuple[str, ...]] = {
     "": ("adapters", "checkpoints", "errors", "models", "plots", "steering", "tasks", "weights"),
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
+    "alignment": ("Alignment", "align"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
     "circuits": ("Circuit", "acdc", "completeness", "faithfulness", "interactions", "minimality", "sweep_circuits"),

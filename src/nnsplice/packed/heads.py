@@ -44,7 +44,8 @@ class Head:
             NotImplementedError: more than a norm stands there.
         """
         head = cls(root, tower, carrier, plain=False)
-        normed = head._normed(states)
+        with torch.no_grad():
+            normed = head._normed(states)
         if normed.shape != last.shape or not torch.allclose(normed, last, rtol=1e-3, atol=1e-3):
             raise NotImplementedError("more than a norm stands between its last layer and its head")
         logits = head.logits(states[-1:])
@@ -55,30 +56,37 @@ class Head:
         )
         return cls(root, tower, head.carrier, plain, logits.shape[-1])
 
-    @torch.no_grad()
     def _normed(self, states: Tensor) -> Tensor:
         return states if self.tower.final_norm is None else self.root.get_submodule(self.tower.final_norm)(states)
 
-    @torch.no_grad()
-    def logits(self, states: Tensor) -> Tensor:
-        """`[row, vocab]` of states that left the last block, `[row, width]`."""
+    def logits(self, states: Tensor, *, keep_graph: bool = False) -> Tensor:
+        """`[row, vocab]` of states that left the last block, `[row, width]`.
+
+        Args:
+            keep_graph: leave them in the autograd graph of the states.
+        """
         backbone: Any = self.root.get_submodule(self.tower.prefix)
-        returned = self.carrier(last_hidden_state=self._normed(states)[:, None])
         before = backbone.__dict__.get("forward")
-        backbone.forward = lambda *_, **__: returned
-        try:
-            ids = torch.zeros(states.shape[0], 1, dtype=torch.long, device=states.device)
-            return self.root(input_ids=ids, use_cache=False).logits[:, -1]
-        finally:
-            if before is None:
-                del backbone.forward
-            else:
-                backbone.forward = before
+        with torch.set_grad_enabled(keep_graph):
+            returned = self.carrier(last_hidden_state=self._normed(states)[:, None])
+            backbone.forward = lambda *_, **__: returned
+            try:
+                ids = torch.zeros(states.shape[0], 1, dtype=torch.long, device=states.device)
+                return self.root(input_ids=ids, use_cache=False).logits[:, -1]
+            finally:
+                _put_back(backbone, before)
 
     @torch.no_grad()
     def logits_of(self, states: Tensor, tokens: Tensor) -> Tensor:
         """The logits of a few tokens for each row: `[row, token]`."""
         return _columns(self.root.get_submodule(self.tower.unembed or ""), self._normed(states), tokens)
+
+
+def _put_back(backbone: Any, before: Any) -> None:
+    if before is None:
+        del backbone.forward
+    else:
+        backbone.forward = before
 
 
 def _columns(unembed: Any, normed: Tensor, tokens: Tensor) -> Tensor:
