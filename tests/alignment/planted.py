@@ -33,9 +33,20 @@ class Planted:
     source: list[list[int]]
     answers: list[int]
 
+    @property
+    def mirrored(self) -> list[int]:
+        """Some pairs to hold out, so that the others still balance: with a pair, the one of mirrored noise is there."""
+        copies = [(b[0] % 4, s[0] % 4) for b, s in zip(self.base, self.source, strict=True)]
+        return [number for number, (a, b) in enumerate(copies) if a == b and a in (0, 3)]
 
-def planted(rank: int = 2, seed: int = 0, scale: float = 4.0) -> Planted:
-    """Classes are the corners of a cube of `rank` dimensions, each with four tokens whose noise is mirrored."""
+
+def planted(rank: int = 2, seed: int = 0, scale: float = 0.3, *, aligned: bool = False) -> Planted:
+    """Classes are the corners of a cube of `rank` dimensions, each with four tokens whose noise is mirrored.
+
+    Args:
+        scale: of the logits; small, so that the loss still falls where every answer is right already.
+        aligned: every direction is the difference of two of the place's own numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     codes = torch.tensor(list(product((-1.0, 1.0), repeat=rank)), dtype=torch.float64)
     noises = torch.tensor([(1.0, 1.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)], dtype=torch.float64)
@@ -43,13 +54,17 @@ def planted(rank: int = 2, seed: int = 0, scale: float = 4.0) -> Planted:
     # Everything lies across the constant vector, so that a layer norm only scales, and by one number for all.
     free = torch.randn(WIDTH, WIDTH - 1, generator=generator, dtype=torch.float64)
     free = torch.linalg.qr(torch.cat([torch.ones(WIDTH, 1, dtype=torch.float64), free], 1))[0][:, 1:]
+    if aligned:
+        eye = torch.eye(WIDTH, dtype=torch.float64)
+        free = (eye[:, ::2] - eye[:, 1::2]) / 2**0.5
     read, written, noise, mark = free[:, :rank], free[:, rank : 2 * rank], free[:, -3:-1], free[:, -1:]
     asking = classes * copies  # the token that is read; it belongs to no class
     config = hf.GPT2Config(
         vocab_size=asking + 1, n_embd=WIDTH, n_layer=3, n_head=1, n_positions=8, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
     )  # fmt: skip
-    module = hf.GPT2LMHeadModel(config).double().eval()
+    module: Any = hf.GPT2LMHeadModel(config).double().eval()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.fill_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)

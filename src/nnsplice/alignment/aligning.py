@@ -190,7 +190,6 @@ def _searched(
         loss_of = ask.loss(model, plan)
         recordings = Recordings.of(side, pairs.training, setting, ask.room)
         subspaces: dict[int, Subspace] = {}
-        shape = len(plan.corrupted), len(plan.targets)
         values = {what: np.where(plan.exists(), side.corrupted[:, None], np.nan) for what in _measured(name)}
         for layer, targets in ask.groups(plan).items():
             unit = f"{name} layer {layer}".replace(" ", "-")
@@ -213,7 +212,6 @@ def _searched(
             subspaces |= made
             for what, found in measured.items():
                 values[what][np.ix_(list(pairs.held_out), list(made))] = found
-        assert all(found.shape == shape for found in values.values())
     return _Found(side, subspaces, values, recordings.passes), cost
 
 
@@ -264,13 +262,11 @@ def _note(own: _Found, other: _Found) -> str:
 def _alignment(plan: Plan, pairs: Split, asked: Mapping[str, Any], own: _Found, other: _Found, about: Run) -> Alignment:
     held = list(pairs.held_out)
     values = np.stack([(own if name in own.values else other).values[name][held] for name in MEASURED], -1)
-    ends = [
-        np.stack([getattr((own if name in own.values else other).side, end)[held] for name in MEASURED], -1)
-        for end in ("clean", "corrupted")
-    ]
+    sides = [own.side if name in own.values else other.side for name in MEASURED]
+    clean, corrupted = (np.stack([getattr(s, end)[held] for s in sides], -1) for end in ("clean", "corrupted"))
     exists = plan.exists()[held]
     tokens = tuple(plan.tokens[pair] for pair in held) if plan.tokens else ()
     cells = tuple(target.cell for target in plan.targets)
-    table = Table(cells, values, exists, exists, *ends, tokens, asked, about, metrics=MEASURED)
+    table = Table(cells, values, exists, exists, clean, corrupted, tokens, asked, about, metrics=MEASURED)
     found = {plan.targets[target].cell.path: subspace for target, subspace in own.subspaces.items()}
     return Alignment(SweepResult(table), found)

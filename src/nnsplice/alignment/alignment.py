@@ -133,9 +133,9 @@ class Alignment:
         told = self.result.asked["alignment"]
         pairs = len(told["held_out"])
         lines = [f"Alignment: {told['method']}, k={told['k']}, {len(self.subspaces)} sites, {pairs} held-out pairs"]
-        for row in self.best(3).itertuples():
+        for row in self.best(3).to_dict("records"):
             lines.append(
-                f"  {row.path}  accuracy {row.iia:.2f}; random subspace {row.random_subspace:.2f}, "
-                f"random model {row.random_model:.2f}, whole place {row.whole_place:.2f}"
+                f"  {row['path']}  accuracy {row[IIA]:.2f}; random subspace {row[RANDOM]:.2f}, "
+                f"random model {row[UNTRAINED]:.2f}, whole place {row[WHOLE]:.2f}"
             )
         return printable("\n".join(lines))

@@ -93,8 +93,8 @@ def side_of(name: str, model: engine.Model, plan: Plan, room: int) -> Side:
     choose("packed", work)
     corrupted_logits, more = corrupted_run(model, plan, room)
     every = range(len(plan.corrupted))
-    ends = [plan.metric(logits, every).double().cpu().numpy() for logits in (clean_logits, corrupted_logits)]
-    return Side(name, work, *ends, spent + more)
+    clean, corrupted = [plan.metric(one, every).double().cpu().numpy() for one in (clean_logits, corrupted_logits)]
+    return Side(name, work, clean, corrupted, spent + more)
 
 
 def check_sites(plan: Plan) -> None:

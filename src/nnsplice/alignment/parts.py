@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,8 @@ from torch.nn.utils.parametrizations import orthogonal
 
 #: Where the hard concrete distribution is stretched to, and its temperature (Louizos et al., 2018).
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
-#: How much one share of the budget costs, in nats of loss.
-COST = 0.1
+#: What all directions open cost, in nats of loss.
+COST = 1.0
 
 
 class Part(nn.Module):
@@ -53,7 +54,8 @@ class Rotation(Part):
         start = torch.linalg.qr(torch.randn(width, k, generator=generator, dtype=torch.float64))[0].T
         with torch.no_grad():
             linear.weight.copy_(start)
-        self.linear = orthogonal(linear, orthogonal_map="householder" if k < width else "matrix_exp")
+        self.linear: Any = orthogonal(linear, orthogonal_map="householder" if k < width else "matrix_exp")
+        self.directions: Any = None
         #: How far each direction is open; None for all of it.
         self.gates: Tensor | None = None
 

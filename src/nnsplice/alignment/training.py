@@ -153,7 +153,7 @@ def train(
                     del active[target]
             if not active:
                 break
-    return {t: Trained(site.part.basis().cpu(), tuple(site.losses)) for t, site in sites.items()}, cost
+    return {t: Trained(site.part.basis().cpu().contiguous(), tuple(site.losses)) for t, site in sites.items()}, cost
 
 
 def _site(recordings: Recordings, target: int, setting: Setting, steps: int) -> _Site:
