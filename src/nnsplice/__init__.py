@@ -59,10 +59,11 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.packed import knockout
     from nnsplice.paths import Path, parse_path
     from nnsplice.results import SweepResult
-    from nnsplice.subspaces import Subspace
+    from nnsplice.subspaces import SAE, Subspace, load_sae
     from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
 
 __all__ = [
+    "SAE",
     "Alignment",
     "Atlas",
     "Circuit",
@@ -91,6 +92,7 @@ __all__ = [
     "kl_divergence",
     "knockout",
     "load",
+    "load_sae",
     "log_probability",
     "logit_diff",
     "minimality",
@@ -139,7 +141,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "packed": ("knockout",),
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),
-    "subspaces": ("Subspace",),
+    "subspaces": ("SAE", "Subspace", "load_sae"),
     "sweeps": ("Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"),
 }
 _ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}

@@ -1,13 +1,18 @@
 """Subspaces: parts of a place that are smaller than the place.
 
-subspace    Subspace, the value: an orthonormal basis at one address
-bases       vectors -> orthonormal bases, principal angles, intersections
-storage     files
+subspace         Subspace, the value: an orthonormal basis at one address
+bases            vectors -> orthonormal bases, principal angles, intersections
+storage          files
+sae              SAE, the value: features of a place, and what each adds to it
+sae_files        load_sae: the formats of SAELens and Gemma Scope
+train_toy_sae    how the SAE of the toy model was made
 """
 
+from nnsplice.subspaces.sae import SAE
+from nnsplice.subspaces.sae_files import load_sae
 from nnsplice.subspaces.subspace import Subspace
 
-__all__ = ["Subspace"]
+__all__ = ["SAE", "Subspace", "load_sae"]
 
 
 def __dir__() -> list[str]:  # what <TAB> shows
