@@ -10,6 +10,7 @@ One address language for every part of a model, and many views of an address. Th
     sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
     plan_sweep, Plan, run, SweepResult            planned, run, and its result
     Subspace, align, Alignment                    a part of a place: compared, interchanged, swept; trained
+    SAE, load_sae, attach_sae, detach_sae         sparse autoencoders: features of a place, with addresses
     attribute, path_patch                         estimates by gradients; what a place does through chosen others
     knockout                                      a block in which queries do not see some of their keys
     Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
@@ -59,7 +60,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.packed import knockout
     from nnsplice.paths import Path, parse_path
     from nnsplice.results import SweepResult
-    from nnsplice.subspaces import SAE, Subspace, load_sae
+    from nnsplice.subspaces import SAE, Subspace, attach_sae, detach_sae, load_sae
     from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
 
 __all__ = [
@@ -78,12 +79,14 @@ __all__ = [
     "acdc",
     "adapters",
     "align",
+    "attach_sae",
     "attribute",
     "capture",
     "causal_trace",
     "chat",
     "checkpoints",
     "completeness",
+    "detach_sae",
     "errors",
     "expand",
     "faithfulness",
@@ -141,7 +144,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "packed": ("knockout",),
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),
-    "subspaces": ("SAE", "Subspace", "load_sae"),
+    "subspaces": ("SAE", "Subspace", "attach_sae", "detach_sae", "load_sae"),
     "sweeps": ("Plan", "ablate", "causal_trace", "plan_sweep", "run", "sweep", "sweep_weights"),
 }
 _ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}

@@ -114,13 +114,14 @@ def test_folders_of_saelens(kind: str, tmp_path: Path) -> None:
 
 def test_params_of_gemma_scope(tmp_path: Path) -> None:
     tensors = tensors_of("jumprelu")
-    np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    np.savez(tmp_path / "params.npz", **arrays)
     sae = ns.load_sae(tmp_path)
     assert ns.load_sae(tmp_path / "params.npz").identity == sae.identity
     values = torch.randn(7, WIDTH)
     before = values @ tensors["W_enc"] + tensors["b_enc"]
     assert torch.equal(sae.encode(values), before.relu() * (before > tensors["threshold"]))
-    np.savez(tmp_path / "more.npz", **{n: t.numpy() for n, t in tensors.items()}, skip=np.zeros(3))
+    np.savez(tmp_path / "more.npz", **arrays, skip=np.zeros(3))
     with pytest.raises(FileError, match=r"holds .*skip"):
         ns.load_sae(tmp_path / "more.npz")
 

@@ -11,6 +11,7 @@ import torch
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
+from nnsplice.atlas import DERIVED
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.packed import Cost
 from nnsplice.sweeps.choosing import choose
@@ -109,7 +110,7 @@ def check_sites(plan: Plan) -> None:
             raise BadArgument(
                 "a set of places has no one subspace", path=target.cell.path, expected="one place in a cell"
             )
-        if site_of(target.places[0]).kind in ("pattern", "expert"):
+        if site_of(target.places[0]).kind in DERIVED:
             raise RefusedPlace("this place is derived from several values of a run", path=target.cell.path)
     if not plan.jobs:
         raise BadArgument(

@@ -86,11 +86,15 @@ class SAE:
         """How many numbers its place has."""
         return self.tensors["W_dec"].shape[1]
 
-    @cached_property
+    @property
     def identity(self) -> Mapping[str, Any]:
         """What makes two of them the same, as plain data."""
         how = {"kind": self.kind, "k": self.k, "centred": self.centred, "norm": self.norm}
-        return {**how, "by_decoder_norm": self.by_decoder_norm, "tensors": digest_of(dict(self.tensors))}
+        return {**how, "by_decoder_norm": self.by_decoder_norm, "tensors": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest_of(dict(self.tensors))
 
     # ---------------------------------------------------------------------------------------------------- arithmetic
 

@@ -108,7 +108,8 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> SAE:
         raise FileError(f"{folder / CONFIG} scales nothing by a factor, so scaling_factor= would change its numbers")
     if norm not in NORMS:
         raise FileError(f"{folder / CONFIG} has normalize_activations={norm!r}, which is not known here")
-    metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
+    held = config.get("metadata")
+    metadata = held if isinstance(held, dict) else {}
     told = {name: metadata.get(name, config.get(name)) for name in ("model_name", "hook_name")}
     return SAE(
         kind,

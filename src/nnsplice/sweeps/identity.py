@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnsplice import engine
+from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.atlas import attached, peel
 from nnsplice.digests import digest_of
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.operations import Operation
@@ -43,7 +45,15 @@ def asked_of(
         "window": window,
         "align": align,
         "seed": seed,
+        **_saes(model, targets),
     }
+
+
+def _saes(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
+    """The SAEs whose features are sites, by their names."""
+    names = {str(site_of(place).sae) for target in targets for place in target.places if place.sae is not None}
+    held = attached(peel(model))
+    return {"saes": {name: dict(held[name].sae.identity) for name in sorted(names)}} if names else {}
 
 
 def told(prompts: Prompts) -> dict[str, Any]:
