@@ -31,6 +31,14 @@ CONTENTS = "alignment.json"
 class Alignment:
     """What `ns.align` found.
 
+    >>> base, source = ["w3 w4", "w5 w4", "w6 w4", "w7 w4"], ["w5 w4", "w6 w4", "w7 w4", "w3 w4"]
+    >>> found = ns.align(model, base, source, ["w5", "w6", "w7", "w3"], "layers[:].output[0]", k=2, epochs=1,
+    ...                  progress=False)
+    >>> found.frame().columns.tolist()
+    ['path', 'layer', 'position', 'k', 'iia', 'random_subspace', 'random_model', 'whole_place']
+    >>> isinstance(found, ns.Alignment), list(found.subspaces)
+    (True, ['layers[0].output[0]', 'layers[1].output[0]'])
+
     Attributes:
         result: 1 or 0 for every held-out pair and site: whether the counterfactual answer came first; its metrics are
             `"iia"`, `"random_subspace"`, `"random_model"` and `"whole_place"`.

@@ -253,7 +253,7 @@ def _check(path: Path, branches: Branches) -> None:
     site = site_of(path)
     if site.kind in DERIVED:
         raise RefusedPlace(
-            f"{'a pattern' if site.kind == 'pattern' else 'one expert'} is derived from several values of a run",
+            f"a place of the kind {site.kind} is derived from several values of a run",
             path=path,
             expected="a place with a value of its own: queries, keys, values, heads, branches, the stream",
         )
