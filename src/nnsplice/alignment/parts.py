@@ -80,15 +80,17 @@ class Boundless(Rotation):
 
     def __init__(self, width: int, k: int, generator: torch.Generator) -> None:
         super().__init__(width, k, generator)
-        self.boundary = nn.Parameter(torch.tensor(0.5))
-        self.k = k
+        self.boundary: nn.Parameter = nn.Parameter(torch.tensor(0.5))
+        self.k: int = k
 
     def begin(self, progress: float) -> None:
         """The gates are soft at first, and nearly hard at the end."""
         super().begin(progress)
         temperature = max(self.k / 10, 0.05) * (0.05 / max(self.k / 10, 0.05)) ** progress
         order = torch.arange(self.k, device=self.directions.device) + 0.5
-        self.gates = torch.sigmoid((self.boundary.clamp(0, 1) * self.k - order) / temperature).to(self.directions)
+        self.gates: Tensor | None = torch.sigmoid((self.boundary.clamp(0, 1) * self.k - order) / temperature).to(
+            self.directions
+        )
 
     def penalty(self) -> Tensor:
         """The share of the directions that is open."""
@@ -105,8 +107,12 @@ class Mask(Part):
 
     def __init__(self, width: int, k: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.scores = nn.Parameter(torch.full((width,), 2.0))
-        self.k, self.generator = k, generator
+        self.scores: nn.Parameter = nn.Parameter(torch.full((width,), 2.0))
+        self.k: int = k
+        self.generator: torch.Generator = generator
+        self.gates: Tensor | None = None
+        #: How much of the price of open gates is asked by now.
+        self.pressure: float = 0.0
 
     def begin(self, progress: float) -> None:
         """Draw the gates; what is open beyond the budget costs more and more."""
@@ -123,7 +129,7 @@ class Mask(Part):
 
     def change(self, current: Tensor, given: Tensor | None) -> Tensor:
         """The interchange of single numbers."""
-        assert given is not None
+        assert given is not None and self.gates is not None
         return current + (self.gates * (given - current).to(self.gates)).to(current)
 
     def basis(self) -> Tensor:

@@ -69,12 +69,17 @@ def explained(sae: SAE, rows: Tensor) -> float:
     return 1 - float(sae.error(rows).square().sum() / (rows - rows.mean(0)).square().sum())
 
 
-if __name__ == "__main__":
+def main(folder: str) -> None:
+    """Train it, write it into a folder, and say how good it is."""
     torch.set_num_threads(1)
     every = states()
     held_out = len(every) // 10
     made = train(every[held_out:])
-    write_sae(made, sys.argv[1])
-    on = (made.encode(every[:held_out]) > 0).any(0)
-    told = f"{explained(made, every[:held_out]):.3f} of the variance of held-out states, {int(on.sum())} features used"
+    write_sae(made, folder)
+    used = int((made.encode(every[:held_out]) > 0).any(0).sum())
+    told = f"{explained(made, every[:held_out]):.3f} of the variance of held-out states, {used} features used"
     sys.stdout.write(f"{len(every)} states; {told}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
