@@ -19,7 +19,7 @@ def test_there_are_notebooks():
 
 def test_notebooks_of_pretrained_models_are_known_by_what_they_load():
     assert {case.id for case in map(document, NOTEBOOKS.glob("*.ipynb")) if case.marks} == {
-        "ioi", "lens", "rome", "steering_chat", "ten_minutes"
+        "alignment", "ioi", "lens", "rome", "steering_chat", "ten_minutes"
     }  # fmt: skip
 
 

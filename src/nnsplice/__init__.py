@@ -13,6 +13,8 @@ One address language names every part of a model: activations, weights, adapters
     Revisions
     attribute, path_patch                         gradient estimates of a sweep; path patching
     lens                                          logit lens, direct logit attribution, fitted lenses, patchscopes
+    Subspace, align, Alignment                    subspaces of activations: compared, interchanged, swept; trained
+    SAE, load_sae, attach_sae, detach_sae         sparse autoencoders: features with addresses
     knockout                                      attention knockout in a `with` block
     Circuit, faithfulness, completeness,          circuits of nodes or edges, and how they are found and evaluated
     minimality, acdc, sweep_circuits,
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
     from nnsplice import adapters, checkpoints, errors, lens, models, plots, steering, tasks, weights
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
+    from nnsplice.alignment import Alignment, align
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
     from nnsplice.circuits import (
@@ -64,6 +67,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.packed import knockout
     from nnsplice.paths import Path, parse_path
     from nnsplice.results import SweepResult
+    from nnsplice.subspaces import SAE, Subspace, attach_sae, detach_sae, load_sae
     from nnsplice.sweeps import (
         Plan,
         Revisions,
@@ -78,6 +82,8 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     )
 
 __all__ = [
+    "SAE",
+    "Alignment",
     "Atlas",
     "Circuit",
     "Metric",
@@ -86,11 +92,14 @@ __all__ = [
     "Plan",
     "Revisions",
     "SavedActivation",
+    "Subspace",
     "SweepResult",
     "ablate",
     "accuracy",
     "acdc",
     "adapters",
+    "align",
+    "attach_sae",
     "attribute",
     "capture",
     "causal_trace",
@@ -98,6 +107,7 @@ __all__ = [
     "checkpoints",
     "completeness",
     "crossings",
+    "detach_sae",
     "diff_lens",
     "errors",
     "expand",
@@ -108,6 +118,7 @@ __all__ = [
     "knockout",
     "lens",
     "load",
+    "load_sae",
     "log_probability",
     "logit_diff",
     "minimality",
@@ -138,6 +149,7 @@ __all__ = [
 _CONTENTS: dict[str, tuple[str, ...]] = {
     "": ("adapters", "checkpoints", "errors", "lens", "models", "plots", "steering", "tasks", "weights"),
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
+    "alignment": ("Alignment", "align"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
     "circuits": (
@@ -180,6 +192,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
         "sweep",
         "sweep_weights",
     ),
+    "subspaces": ("SAE", "Subspace", "attach_sae", "detach_sae", "load_sae"),
 }
 _ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}
 

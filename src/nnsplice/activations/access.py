@@ -60,7 +60,7 @@ def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
 
     def value(path: Path) -> tuple[object, ...]:
         site = site_of(path)
-        return (*site.location, site.item, site.kind)
+        return (*site.location, site.item, site.kind, site.sae)
 
     found: list[Access] = []
     for _, group in groupby(paths, key=value):

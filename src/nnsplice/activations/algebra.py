@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nnsplice.activations.lookup import Index
 from nnsplice.activations.packs import Pack
-from nnsplice.errors import BadArgument, DuplicatePath, KeyMismatch, ShapeError, named
+from nnsplice.errors import BadArgument, BadType, DuplicatePath, KeyMismatch, ShapeError, named
+
+
+class Directions(Protocol):
+    """A subspace: an orthonormal basis."""
+
+    @property
+    def basis(self) -> Tensor:
+        """`[width, k]`, its columns orthonormal."""
+        ...
 
 
 def mapped(packs: Sequence[Pack], fn: Callable[[Tensor], Tensor]) -> list[Pack]:
@@ -195,3 +205,35 @@ def without(values: Tensor, direction: Tensor) -> Tensor:
     """What is left of values when the part along a direction is taken out; NaN where the direction is zero."""
     along = unit(direction.to(values))
     return values - dot(values, along) * along
+
+
+def within(values: Tensor, basis: Tensor) -> Tensor:
+    """The part of `[..., width]` values that lies in an orthonormal basis; computed in float32 at least."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    basis = basis.to(values.device, dtype)
+    return (values.to(dtype) @ basis @ basis.T).to(values)
+
+
+def interchanged(current: Tensor, source: Tensor, basis: Tensor) -> Tensor:
+    """`current` with the part that lies in the basis taken from `source`; its own numbers where the two are one."""
+    return current + within(source.to(current) - current, basis)
+
+
+def basis_of(packs: Sequence[Pack], directions: Directions) -> Tensor:
+    """The basis of a subspace that fits every pack.
+
+    Raises:
+        BadType: it is no subspace.
+        ShapeError: a pack of another width.
+    """
+    basis = getattr(directions, "basis", None)
+    if not isinstance(basis, Tensor) or basis.dim() != 2:
+        raise BadType(f"{named(directions)} is no subspace", expected="an ns.Subspace")
+    for pack in packs:
+        if pack.tensor.shape[-1] != basis.shape[0]:
+            raise ShapeError(
+                f"the capture is {pack.tensor.shape[-1]} wide here, and the subspace's place {basis.shape[0]}",
+                path=pack.keys[0].place,
+                write="saved.subset(subspace.place)",
+            )
+    return basis

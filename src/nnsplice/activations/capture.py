@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import closures, engine, wire
-from nnsplice.activations import derived
+from nnsplice.activations import derived, features
 from nnsplice.activations import remote as remote_runs
 from nnsplice.activations.access import Access, accesses, hold, keys_of, require_positions, site_of
 from nnsplice.activations.packs import Pack, Provenance
@@ -143,15 +143,18 @@ def gather(
     packs: list[Pack] = []
     for access in plan:
         rows = batch.rows(access.tower)
-        values = _values(access, mediator, rows)
+        values = _values(model, access, mediator, rows)
         for keys in keys_of(access.paths, rows, next(iter(values.values())).shape[1], spans):
             value = values[site_of(keys[0]).index]
             packs.append(Pack(keys, _picked(value if keep_graph else value.detach(), keys, rows, spans)))
     return packs
 
 
-def _values(access: Access, mediator: Any, rows: Rows) -> Mapping[int | None, Tensor]:
-    """`[prompt, token, width]` of one value of the run, by the number of the head or expert where those differ."""
+def _values(model: engine.Model, access: Access, mediator: Any, rows: Rows) -> Mapping[int | None, Tensor]:
+    """`[prompt, token, width]` of one value of the run, by the number of the head, expert or feature."""
+    if access.kind in features.KINDS:
+        sites = [site_of(path) for path in access.paths]
+        return features.parts(features.sae_of(model, access.paths[0]), sites, hold(access, mediator, rows).tensor)
     if access.kind == "pattern":
         return derived.patterns(access, mediator, rows)
     if access.kind == "expert":

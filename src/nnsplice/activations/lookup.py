@@ -145,6 +145,8 @@ def _fits(pattern: Path, key: Path) -> bool:
         return False
     if (pattern.value or "output", pattern.item) != (key.value or "output", key.item):
         return False
+    if pattern.sae != key.sae:
+        return False
     for wanted, held in zip(pattern.steps, key.steps, strict=True):
         if wanted == held:
             continue

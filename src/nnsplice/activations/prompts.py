@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,11 +37,18 @@ class Prompts:
         return len(self.ids) if self.values is None else self.values.shape[0]
 
     def lengths(self, tower: str) -> list[int]:
-        """How many tokens each prompt has in this tower."""
+        """How many tokens each prompt has in this tower: a list that is asked for often, and not to be changed."""
+        return self._encoder_lengths if tower == "encoder" else self._decoder_lengths
+
+    @cached_property
+    def _encoder_lengths(self) -> list[int]:
         if self.values is not None:
             return [self.values.shape[1] if self.values.dim() > 1 else 1] * len(self)
-        rows = self.decoder_ids if self.decoder_ids is not None and tower == "decoder" else self.ids
-        return [len(row) for row in rows]
+        return [len(row) for row in self.ids]
+
+    @cached_property
+    def _decoder_lengths(self) -> list[int]:
+        return self._encoder_lengths if self.decoder_ids is None else [len(row) for row in self.decoder_ids]
 
     def take(self, rows: Sequence[int]) -> Prompts:
         """Only these prompts, in this order."""

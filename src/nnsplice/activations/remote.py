@@ -15,6 +15,7 @@ from nnsplice import engine, wire
 from nnsplice.activations.access import Access, accesses, keys_of, site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.writing import check_overlaps, moved, plan
+from nnsplice.atlas import DERIVED
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path
 from nnsplice.tokens import Rows, Spans, columns
@@ -82,7 +83,7 @@ def _columns(keys: Sequence[Path], rows: Rows, spans: Spans | None) -> list[int]
 
 
 def _stop(access: Access, rows: Rows, parts: list[wire.Part]) -> wire.Stop:
-    if access.kind in ("pattern", "expert") or access.place.occurrence:
+    if access.kind in DERIVED or access.place.occurrence:
         raise RefusedPlace(
             "this place is derived from several values of a run, which a remote run does not do",
             path=access.name,

@@ -377,6 +377,33 @@ class SavedActivation:
         """
         return self._with(direction, algebra.without)
 
+    def project(self, subspace: algebra.Directions) -> Self:
+        """The part of every value that lies in a subspace.
+
+        >>> saved = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.tensor([[3.0, 4.0]])))
+        >>> saved.project(ns.Subspace.of("layers[0].output", torch.tensor([0.0, 2.0])))["layers[0].output[-1]"]
+        tensor([[0., 4.]])
+
+        Raises:
+            ShapeError: a place of another width.
+        """
+        basis = algebra.basis_of(self._packs, subspace)
+        return self.map(lambda tensor: algebra.within(tensor, basis))
+
+    def interchange(self, other: SavedActivation, subspace: algebra.Directions) -> Self:
+        """These values, with the part that lies in a subspace taken from another capture of the same places.
+
+        >>> key = "layers[0].output[-1]"
+        >>> a, b = (ns.SavedActivation.from_pairs((key, torch.tensor([v]))) for v in ([1, 2.], [3, 4.]))
+        >>> a.interchange(b, ns.Subspace.of("layers[0].output", torch.tensor([0.0, 2.0])))[key]
+        tensor([[1., 4.]])
+
+        Raises:
+            ShapeError: a place of another width.
+        """
+        basis = algebra.basis_of(self._packs, subspace)
+        return self._with(other, lambda mine, theirs: algebra.interchanged(mine, theirs, basis))
+
     def _flat(self) -> dict[str, Tensor]:
         return {key: tensor[:, 0] for key, tensor in self.items()}
 

@@ -93,6 +93,9 @@ def _names(path: Path) -> list[str | int]:
         if isinstance(step.index, int):
             names.append(step.index)
     names.append(path.value or "output")
+    if path.sae is not None:
+        names += ["sae", path.sae.name, "error" if path.sae.features is None else "features"]
+        names += [path.sae.features] if isinstance(path.sae.features, int) else []
     if path.item is not None:
         names.append(path.item)
     position = path.position

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from nnsplice import engine, wire
-from nnsplice.activations import derived
+from nnsplice.activations import derived, features
 from nnsplice.activations.access import Access, accesses, hold, require_positions, site_of
 from nnsplice.activations.writing import Entry, Read, written
+from nnsplice.atlas import host
 from nnsplice.errors import BadArgument, DuplicatePath, LateUpdate, PathError, RefusedPlace, ShapeError
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.tokens import Rows, columns
@@ -83,6 +84,8 @@ def _walk(
         for path in access.paths:
             # Read anew for each position: the block may have changed the value since.
             values = hold(access, mediator, rows).tensor if made is None else made[site_of(path).index]
+            if access.kind in features.KINDS:
+                values = features.part(features.sae_of(model, path), site_of(path), values)
             position = path.position
             assert isinstance(position, int)
             where = columns((position,), rows, values.shape[1])
@@ -94,7 +97,8 @@ def _walk(
 def _updater(model: engine.Model, mediator: Any, path: Path, rows: Rows, read: Read | None) -> Update:
     position = path.position
     assert isinstance(position, int)
-    target = path if read is None else derived.expert_output(path)
+    target = host(path) if read is None else derived.expert_output(path)
+    sae = features.sae_of(model, path) if site_of(path).kind in features.KINDS else None
     (access,) = accesses(model, [target])
     visits = mediator.occurrence(access.place.key)
 
@@ -114,7 +118,7 @@ def _updater(model: engine.Model, mediator: Any, path: Path, rows: Rows, read: R
                 expected="a tensor [prompt, width], as the value that came with it",
                 write="update(torch.zeros_like(current))",
             )
-        entry = Entry(path, target, (position,), new[:, None], None if read is None else path)
+        entry = Entry(path, target, (position,), new[:, None], None if read is None else path, sae)
         held = hold(access, mediator, rows)
         held.write(written(held.tensor, [entry], rows, read=read))
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine, wire
-from nnsplice.activations import derived
+from nnsplice.activations import derived, features
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.packs import Pack
-from nnsplice.atlas import Kind
+from nnsplice.atlas import Kind, host
+from nnsplice.atlas.attached import Features
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, MissingPosition, OverlappingWrite, ShapeError
 from nnsplice.paths import Path, Span
 from nnsplice.tokens import Rows, Spans, columns
@@ -41,6 +42,8 @@ class Entry:
     tensor: Tensor
     #: The place that a derived value is made from, which is read before.
     source: Path | None = None
+    #: The SAE that a feature or an error is of.
+    sae: Features | None = None
 
     @property
     def kind(self) -> Kind:
@@ -178,6 +181,8 @@ def _entry(model: engine.Model, group: Sequence[tuple[Path, int]], where: Sequen
         return Entry(path, target, positions, tensor, source)
     if kind == "expert":
         return Entry(path, derived.expert_output(path), positions, tensor, path)
+    if kind in features.KINDS:
+        return Entry(path, host(path), positions, tensor, sae=features.sae_of(model, path))
     return Entry(path, path, positions, tensor)
 
 
@@ -217,8 +222,12 @@ def written(
 ) -> Tensor:
     """A copy of `[prompt, token, width]` with all entries in it."""
     batch, width = values.shape[:2]
+    before = values
     for one in check_overlaps(entries, rows, width, spans):
         entry, where = one.entry, one.where
+        if entry.sae is not None:
+            values = _with_part(entry, where, before, values, factor)
+            continue
         part = one.part or (0, values.shape[-1])
         new = entry.tensor
         source = None if read is None or entry.source is None else read.values[entry.source.site]
@@ -239,6 +248,29 @@ def written(
             new = wire.pick(values, where, part) + new - wire.pick(source, where, None)
         values = wire.put(values, where, part, new)
     return values
+
+
+def _with_part(entry: Entry, where: Any, before: Tensor, values: Tensor, factor: Tensor | float | None) -> Tensor:
+    """The values with what a feature, or the error, changes by; parts of one SAE add up.
+
+    Args:
+        before: the values that the SAE reads, whatever was written beside it.
+    """
+    assert entry.sae is not None
+    site = site_of(entry.path)
+    old = wire.pick(features.part(entry.sae, site, before), where, None)
+    new = entry.tensor.to(values)
+    if new.shape[-1] != old.shape[-1] or new.shape[0] not in (1, old.shape[0]):
+        raise ShapeError(
+            f"the capture is {list(new.shape)} here, and what stands there {list(old.shape)}", path=entry.path.place
+        )
+    if factor is None:
+        difference = new - old
+    else:
+        scale = factor.to(values)[:, None, None] if isinstance(factor, Tensor) else factor
+        difference = (scale * new).expand_as(old)
+    step = features.moved(entry.sae, site, difference, wire.pick(before, where, None))
+    return wire.put(values, where, None, wire.pick(values, where, None) + step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +313,9 @@ def check_overlaps(entries: Sequence[Entry], rows: Rows, width: int, spans: Span
                 expected="each token once",
             )
         for other in taken:
-            # Experts add their differences, so any number of them can share a token.
-            if not (other.entry.kind == entry.kind == "expert") and one.meets(other):
+            # Experts, and parts of an SAE, add their differences, so any number of them can share a token.
+            added = other.entry.kind == entry.kind == "expert" or None not in (entry.sae, other.entry.sae)
+            if not added and one.meets(other):
                 raise OverlappingWrite(
                     f"{other.entry.path.place} and {entry.path.place} overlap at the same token",
                     expected="one of them, or another position",

@@ -2,6 +2,11 @@
 
 from nnsplice.atlas.atlas import Atlas as Atlas
 from nnsplice.atlas.atlas import fingerprint as fingerprint
+from nnsplice.atlas.attached import Attached as Attached
+from nnsplice.atlas.attached import attach as attach
+from nnsplice.atlas.attached import attached as attached
+from nnsplice.atlas.attached import detach as detach
+from nnsplice.atlas.attached import host as host
 from nnsplice.atlas.block import Block as Block
 from nnsplice.atlas.block import Tower as Tower
 from nnsplice.atlas.choose import Doubt as Doubt
@@ -17,6 +22,7 @@ from nnsplice.atlas.selection import Selection as Selection
 from nnsplice.atlas.selection import rest_of as rest_of
 from nnsplice.atlas.shards import refuse_sharded as refuse_sharded
 from nnsplice.atlas.shards import whole_here as whole_here
+from nnsplice.atlas.site import DERIVED as DERIVED
 from nnsplice.atlas.site import Kind as Kind
 from nnsplice.atlas.site import Site as Site
 from nnsplice.atlas.sites import native_text as native_text

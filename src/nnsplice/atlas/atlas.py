@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from nnsplice.atlas.attached import attached, expand_part
 from nnsplice.atlas.locate import locate
 from nnsplice.atlas.native import expand_native
 from nnsplice.atlas.ownership import unclaimed
@@ -40,7 +41,7 @@ def fingerprint(root: nn.Module) -> int:
         modules = queue.pop()._modules.values()
         seen.extend(map(id, modules))
         queue.extend([module for module in modules if module is not None and module._modules])
-    return hash(tuple(seen))
+    return hash((*seen, *map(id, attached(root).values())))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,6 +94,8 @@ class Atlas(Parts):
             One path for each site.
         """
         path = parse_path(path)
+        if path.sae is not None:
+            return list(expand_part(self.root(), path, self.expand(replace(path, sae=None))))
         return list(expand_native(self, path) if path.native else expand_portable(self, path))
 
     def locate(self, name: str) -> Path:

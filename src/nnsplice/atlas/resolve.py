@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from nnsplice.atlas import families as rows
+from nnsplice.atlas.attached import refuse_part
 from nnsplice.atlas.block import Block
 from nnsplice.atlas.indices import at, column, resolve_index
 from nnsplice.atlas.layouts import ROLES, Role
@@ -32,6 +33,7 @@ def resolve(atlas: Parts, path: Path) -> Selection:
 
 def _resolve(atlas: Parts, path: Path) -> Selection:
     """The same, sought anew."""
+    refuse_part(path)
     if path.position is not None:
         raise PathError(
             "parameters have no tokens",
@@ -70,6 +72,7 @@ def _native(atlas: Parts, path: Path) -> Iterator[Piece]:
 
 def split(atlas: Parts, path: Path) -> Iterator[Path]:
     """The single places of a model that a path means. See `Atlas.split`."""
+    refuse_part(path)
     if path.native:
         yield from (replace(path, steps=found.steps) for found in follow(atlas, path))
         return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import peel
+from nnsplice.atlas import DERIVED, peel
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.gradients import Flow, spot
 from nnsplice.attribution.nodes import Batch, points
@@ -235,6 +235,12 @@ def norm_behind(branch: Branch) -> str | None:
 
 
 def _sender(place: Path, branches: Branches) -> Sender:
+    if place.sae is not None:
+        raise RefusedPlace(
+            "an edge starts at a value of the run, and this is a part of one",
+            path=place,
+            write='method="atp", which scores features as places',
+        )
     branch, site = branches.of(place), site_of(place)
     if branch is None:
         at = branches.stream_at(place)
@@ -253,9 +259,9 @@ def _sender(place: Path, branches: Branches) -> Sender:
 
 
 def _receiver(path: Path, branches: Branches) -> Receiver:
-    branch = branches.of(path)
-    if site_of(path).kind in ("pattern", "expert"):
+    if site_of(path).kind in DERIVED:
         raise RefusedPlace("this place is derived from several values of a run, so no gradient reaches it", path=path)
+    branch = branches.of(path)
     if branch is not None:
         return Receiver(path, branch, branch.reads, branch.reads_at)
     at = branches.stream_at(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import accesses, site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, host, peel
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
@@ -105,7 +105,7 @@ def flow(
     prompts = plan.clean if clean else plan.corrupted
     assert prompts is not None
     known = engine.known(model)
-    wanted = {spot(site_of(path)): path.place for path in paths}
+    wanted = {spot(site_of(path)): host(path.place) for path in paths}
     if mixed is not None:
         wanted[spot(site_of(mixed.place))] = mixed.place
     stops = accesses(model, sorted(wanted.values(), key=known.rank))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.attribution.gradients import Flow, Mixed, Spent, Spot, flow, measured, pulled, spot
 from nnsplice.paths import Path
@@ -154,9 +155,18 @@ def lined_up(batch: Batch, here: Flow, gradients: Gradients, skip: Container[Pat
         # To where the layer is, whose values may lie on a device of their own.
         rows, tokens, clean_tokens = (at.to(values.device) for at in (one.rows, one.tokens, one.clean_tokens))
         along = gradient.reshape(values.shape)[rows, tokens, columns].double()
-        moved = batch.clean[spot(site)][rows, clean_tokens, columns].double() - values[rows, tokens, columns].double()
+        clean, here_ = batch.clean[spot(site)][rows, clean_tokens, columns], values[rows, tokens, columns]
+        moved = clean.double() - here_.double()
+        if one.place.sae is not None:
+            moved = _part_moved(batch.model, one.place, clean.double(), here_.double())
         scores.index_put_((one.rows, one.cells), (moved * along).sum(-1).cpu(), accumulate=True)
     return scores
+
+
+def _part_moved(model: engine.Model, place: Path, clean: Tensor, here: Tensor) -> Tensor:
+    """What a feature, or the error, changes of its place when it is patched; the other parts stay as they are."""
+    sae, site = features.sae_of(model, place), site_of(place)
+    return features.moved(sae, site, features.part(sae, site, clean) - features.part(sae, site, here), here)
 
 
 def places_of(plan: Plan) -> list[Path]:

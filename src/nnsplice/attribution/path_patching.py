@@ -18,6 +18,7 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.prompts import PromptsLike
+from nnsplice.atlas import DERIVED
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.packed_paths import PackedPaths, chosen
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
@@ -264,9 +265,9 @@ class _Pass:
 
 def _check(path: Path, branches: Branches) -> None:
     site = site_of(path)
-    if site.kind in ("pattern", "expert"):
+    if site.kind in DERIVED:
         raise RefusedPlace(
-            f"{'a pattern' if site.kind == 'pattern' else 'one expert'} is derived from several values of a run",
+            f"a place of the kind {site.kind} is derived from several values of a run",
             path=path,
             expected="a place with a value of its own: queries, keys, values, heads, branches, the stream",
         )

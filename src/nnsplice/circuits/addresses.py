@@ -50,7 +50,7 @@ def address(given: str | Path, role: Role) -> Path:
         group = f"layers[{path.steps[0].index}].groups[{path.steps[1].index}].{path.value}"
         raise _unknown(path, role, "keys and values belong to groups, which several heads may share", group)
     taken = _TAKEN[role].get(names, ())
-    if path.value not in taken:
+    if path.value not in taken or path.sae is not None:
         raise _unknown(path, role)
     return replace(path, tower=None, value=None if path.value == "output" else path.value, site=None)
 

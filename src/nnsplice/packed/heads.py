@@ -45,7 +45,8 @@ class Head:
             NotImplementedError: more than a norm stands there.
         """
         head = cls(root, tower, carrier, plain=False)
-        normed = head.normed(states)
+        with torch.no_grad():
+            normed = head.normed(states)
         if normed.shape != last.shape or not torch.allclose(normed, last, rtol=1e-3, atol=1e-3):
             raise NotImplementedError("more than a norm stands between its last layer and its head")
         logits = head.logits(states[-1:])
@@ -60,10 +61,15 @@ class Head:
         """Behind the final norm, of states that left the last block, with gradients where those are on."""
         return states if self.tower.final_norm is None else self.root.get_submodule(self.tower.final_norm)(states)
 
-    @torch.no_grad()
-    def logits(self, states: Tensor) -> Tensor:
-        """`[row, vocab]` of states that left the last block, `[row, width]`."""
-        return self.logits_of_normed(self.normed(states))
+    def logits(self, states: Tensor, *, keep_graph: bool = False) -> Tensor:
+        """`[row, vocab]` of states that left the last block, `[row, width]`.
+
+        Args:
+            states: these states.
+            keep_graph: leave the logits in the autograd graph of the states.
+        """
+        with torch.set_grad_enabled(keep_graph):
+            return self.logits_of_normed(self.normed(states))
 
     def logits_of_normed(self, normed: Tensor) -> Tensor:
         """`[row, vocab]` of states behind the final norm, with gradients where those are on."""

@@ -37,20 +37,26 @@ class Ran:
         return torch.stack([self.ends[number] for number in sorted(self.ends)])
 
 
-def run(base: Base, rows: Sequence[Row]) -> Ran:
+def run(base: Base, rows: Sequence[Row], *, prompts: Sequence[int] | None = None, keep_graph: bool = False) -> Ran:
     """Run rows side by side; their prompts may have different lengths.
+
+    Args:
+        prompts: those that are recorded together, where several runs of rows about some of them share the recorded
+            pass; those of the rows, if left out.
+        keep_graph: leave states and readings in the autograd graph of what the edits write; the recorded run is no
+            part of it, so gradients pass through the blocks behind the edits alone.
 
     Raises:
         NotImplementedError: this model, or one of these sites, is not covered.
     """
-    recording, spent = recorded(base, [row.prompt for row in rows])
+    recording, spent = recorded(base, [row.prompt for row in rows] if prompts is None else prompts)
     if recording.whole.calls and any(row.cuts for row in rows):
         raise NotImplementedError(OWN_CODE)
     homes = Homes(recording)
     placed = [begun(row, homes, alone=not recording.whole.calls) for row in rows]
     grain = GRAIN.get(recording.entering[0].device.type, 1)
     wave = Wave(base.root, recording, placed, base.law, grain)
-    with torch.no_grad():
+    with torch.set_grad_enabled(keep_graph):
         ends = wave.run()
     return Ran(recording.head, ends, wave.readings, spent + wave.cost)
 

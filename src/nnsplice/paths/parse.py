@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from nnsplice.errors import BadType, PathError, closest, named
 from nnsplice.paths import hooks, mistakes
-from nnsplice.paths.path import ATTRIBUTE_PREFIX, ESCAPES, Index, Path, Position, Slice, Span, Step
+from nnsplice.paths.path import ATTRIBUTE_PREFIX, ESCAPES, Dictionary, Index, Path, Position, Slice, Span, Step
 
 if TYPE_CHECKING:
     from lark import Lark, Token, Tree, UnexpectedInput
@@ -124,7 +124,7 @@ def _fold(tree: Node) -> Path:
     if tree.data == "full":
         return Path((Step("full"),))
     steps: list[Step] = []
-    tower = value = item = position = key = None
+    tower = value = item = position = key = sae = None
     for child in tree.children:
         if isinstance(child, str):
             # A terminal: MODEL, TOWER or a value.
@@ -132,6 +132,8 @@ def _fold(tree: Node) -> Path:
                 tower = child.lower()
             elif child.type != "MODEL":
                 value = child.lower()
+        elif child.data == "sae":
+            sae = _sae(child)
         elif child.data == "item":
             item = _number(_only(child))
         elif child.data == "position":
@@ -143,7 +145,13 @@ def _fold(tree: Node) -> Path:
             steps.append(_step(child, native))
     if position is not None and value is None:
         value = "output"
-    return Path(tuple(steps), native, tower, value, item, position, key)
+    return Path(tuple(steps), native, tower, value, item, position, key, sae)
+
+
+def _sae(node: Node) -> Dictionary:
+    _, name, part = node.children
+    features = None if isinstance(part, str) else _index(_only(cast("Node", part.children[1])))
+    return Dictionary(_unquoted(str(name)), features)
 
 
 def _hook(tree: Node) -> Path:

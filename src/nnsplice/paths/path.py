@@ -83,6 +83,19 @@ class Step:
         return self.name if self.index is None else f"{self.name}[{index_text(self.index)}]"
 
 
+@dataclass(frozen=True, slots=True)
+class Dictionary:
+    """Part of an SAE that is attached to a place, by its name: some of its features, or what they leave out."""
+
+    name: str
+    #: Which features; None for the error.
+    features: Index | None = None
+
+    def __str__(self) -> str:
+        part = "error" if self.features is None else f"features[{index_text(self.features)}]"
+        return f"sae[{Span(self.name)}].{part}"
+
+
 @dataclass(frozen=True, eq=False)
 class Path:
     """An address of a part of a transformer, from `parse_path`.
@@ -122,6 +135,8 @@ class Path:
     position: Position | None = None
     #: Of a pattern: which keys these tokens attend to, so that the path is an edge of attention.
     key: Position | None = None
+    #: Of a place with an SAE attached: which part of that.
+    sae: Dictionary | None = None
     #: The place in one model, set by `expand`; the identity of the path once it is there.
     site: Any = field(default=None, repr=False)
 
@@ -129,7 +144,7 @@ class Path:
     def _identity(self) -> tuple[Hashable, ...]:
         if self.site is not None:
             return (self.site, self.position, self.key)
-        return (self.native, self.tower, self.steps, self.value, self.item, self.position, self.key)
+        return (self.native, self.tower, self.steps, self.value, self.item, self.position, self.key, self.sae)
 
     @cached_property
     def _text(self) -> str:
@@ -139,6 +154,8 @@ class Path:
             names.append(self.value)
         elif self.native and self.steps and self.steps[-1].name in NATIVE_VALUES:
             names[-1] = ATTRIBUTE_PREFIX + names[-1]
+        if self.sae is not None:
+            names.append(str(self.sae))
         brackets = "".join(f"[{index_text(i)}]" for i in (self.item, self.position, self.key) if i is not None)
         # One bracket alone is a position, so an item without one says that the position is open.
         return ".".join(names) + brackets + ("[]" if self.item is not None and self.position is None else "")
@@ -163,7 +180,8 @@ class Path:
 
     def __reduce__(self) -> tuple[object, ...]:
         # Without the cached text and hash: str hashes differ between processes.
-        return (Path, (self.steps, self.native, self.tower, self.value, self.item, self.position, self.key, self.site))
+        parts = (self.steps, self.native, self.tower, self.value, self.item, self.position, self.key, self.sae)
+        return (Path, (*parts, self.site))
 
     @property
     def concrete(self) -> bool:
@@ -173,7 +191,8 @@ class Path:
         >>> parse_path("layers[2].output[:]").concrete, parse_path("layers[2:4].output[-1]").concrete
         (True, False)
         """
-        return all(step.index is None or isinstance(step.index, int) for step in self.steps)
+        indices = [step.index for step in self.steps] + ([] if self.sae is None else [self.sae.features])
+        return all(index is None or isinstance(index, int) for index in indices)
 
     @property
     def place(self) -> Path:

@@ -61,4 +61,7 @@ def _place(name: str | Path) -> Path | None:
 def _general(place: Path) -> str:
     """`layers[:].mlp.output` for `layers[3].mlp`."""
     steps = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
-    return str(replace(place, steps=steps, value=place.value or "output"))
+    sae = place.sae
+    if sae is not None and sae.features is not None:
+        sae = replace(sae, features=Slice())
+    return str(replace(place, steps=steps, value=place.value or "output", sae=sae))

@@ -143,6 +143,8 @@ def _columns(cells: Sequence[Cell]) -> dict[str, Any]:
     import pandas as pd
 
     columns: dict[str, Any] = {axis: pd.array([getattr(c, axis) for c in cells], dtype="Int64") for axis in AXES}
+    if not any(cell.feature is not None for cell in cells):
+        del columns["feature"]
     positions = [cell.position for cell in cells]
     spans = any(isinstance(position, str) for position in positions)
     columns["position"] = pd.array(positions, dtype="object" if spans else "Int64")

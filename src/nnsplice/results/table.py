@@ -12,7 +12,7 @@ import numpy as np
 from nnsplice.errors import BadArgument
 
 #: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them).
-AXES = ("layer", "head", "group", "neuron", "expert")
+AXES = ("layer", "head", "group", "neuron", "expert", "feature")
 #: What comes after them: which tokens were changed, by their numbers or by what they are.
 OF_TOKENS = ("position", "key", "role")
 #: ... and the names of sets, which have none of all these.
@@ -56,6 +56,8 @@ class Cell:
     set: str | None = None
     #: The key of an edge of attention, by its number or its span; `position` is the query.
     key: int | str | None = None
+    #: A feature of an SAE.
+    feature: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from nnsplice import closures, engine
-from nnsplice.activations import SavedActivation
+from nnsplice.activations import SavedActivation, features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.writing import Coefficient
-from nnsplice.atlas import Site
+from nnsplice.atlas import DERIVED, Site, host
 from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, parse_path
 from nnsplice.steering.operators import OPERATORS, Operator, rotation
@@ -133,6 +133,8 @@ class Rule:
     operator: Operator = field(repr=False)
     where: Where
     when: Condition | None = None
+    #: Whether it steers one feature of an SAE, and so the place of that.
+    of_feature: bool = False
     #: Only these rows of the run, for a sweep that runs many cells side by side.
     rows: tuple[int, ...] | None = None
 
@@ -183,7 +185,7 @@ def rules_of(
     for key, direction in vectors_of(vector):
         (path,) = known.atlas.expand(key.place)
         site = site_of(path)
-        if site.kind in ("pattern", "expert"):
+        if site.kind in ("pattern", "expert", "error"):
             raise RefusedPlace(
                 f"a {site.kind} is derived from several values, so there is no one state to steer",
                 path=path,
@@ -196,9 +198,25 @@ def rules_of(
             function = rotation(_second(plane, key, direction))
         if condition is not None:
             _check_order(known, condition, path, where)
-        rules.append(Rule(path, direction.detach(), coefficients(coefficient), name, function, where, condition))
+        place, own = path, function
+        if site.kind == "feature":
+            place, own = host(path), _of_feature(model, path, function)
+        of_feature = own is not function
+        told = f"{name} {path.sae}" if of_feature else name
+        factors = coefficients(coefficient)
+        rules.append(Rule(place, direction.detach(), factors, told, own, where, condition, of_feature))
     closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
     return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
+
+
+def _of_feature(model: engine.Model, path: Path, operator: Operator) -> Operator:
+    """An operator of states that does to a feature what the given one does, and keeps what the SAE leaves out."""
+    sae, site = features.sae_of(model, path), site_of(path)
+
+    def steered(h: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
+        return features.changed(sae, site, h, operator(features.part(sae, site, h), v, c))
+
+    return steered
 
 
 def _named(operator: str | Operator) -> tuple[str, Operator]:
@@ -246,7 +264,7 @@ def _found(model: engine.Model, when: Condition) -> Condition:
     found = engine.expand(model, when.path)
     if len(found) != 1:
         raise BadArgument(f"a condition reads one place, and this is {len(found)}", path=when.path)
-    if site_of(found[0]).kind in ("pattern", "expert"):
+    if site_of(found[0]).kind in DERIVED:
         raise RefusedPlace("a condition reads a state, and this is derived from several values", path=when.path)
     return Condition(found[0], when.direction, when.above, when.below)
 

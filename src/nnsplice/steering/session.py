@@ -68,7 +68,7 @@ class Work:
     def __call__(self, states: Tensor, call: engine.Call) -> Tensor:
         """`[row, token, width]` as the rule leaves it."""
         rule = self.rule
-        if rule.vector.shape[-1] != states.shape[-1]:
+        if rule.vector.shape[-1] != (1 if rule.of_feature else states.shape[-1]):
             raise ShapeError(
                 f"the vector is {rule.vector.shape[-1]} wide, the place {states.shape[-1]}", path=rule.path.place
             )

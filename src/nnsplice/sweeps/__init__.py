@@ -9,6 +9,7 @@ ledger        values as they come in: known ones, a journal's, new ones
 executors     the same numbers at different cost
 cost          what that is: passes, calls of blocks, tokens, operations
 operations    what is done to a place
+parts         sweeps of a part of each place, in a subspace
 knockouts     cells in which queries do not see some of their keys
 sources       where the values come from
 recipes       ablate, causal_trace

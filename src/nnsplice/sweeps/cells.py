@@ -60,9 +60,12 @@ def cell_of(path: Path) -> Cell:
     """The cell of a place at a token or a span; at `[:]`, or without tokens as weights are, it has no position."""
     place = path.place
     open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
-    numbers = [number_of(place, axis) for axis in AXES]
-    component = str(replace(place, steps=open_, site=None))
-    return Cell(str(path), component, *numbers, position=_shown(path.position), key=_shown(path.key))
+    numbers = [number_of(place, axis) for axis in AXES if axis != "feature"]
+    feature = None if place.sae is None else place.sae.features
+    parts = None if place.sae is None else replace(place.sae, features=None if feature is None else Slice())
+    component = str(replace(place, steps=open_, sae=parts, site=None))
+    at, key = _shown(path.position), _shown(path.key)
+    return Cell(str(path), component, *numbers, position=at, key=key, feature=number_of(place, "feature"))
 
 
 def _shown(at: Position | None) -> int | str | None:
@@ -73,6 +76,8 @@ def _shown(at: Position | None) -> int | str | None:
 
 def number_of(place: Path, axis: str) -> int | None:
     """The number of a place along an axis: `"layer"`, `"head"`, ..."""
+    if axis == "feature":
+        return place.sae.features if place.sae is not None and isinstance(place.sae.features, int) else None
     for step in place.steps:
         if step.name == f"{axis}s" and isinstance(step.index, int):
             return step.index

@@ -14,7 +14,7 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import fingerprint, peel
+from nnsplice.atlas import DERIVED, fingerprint, peel
 from nnsplice.errors import BadArgument, RefusedExecutor
 from nnsplice.metrics import Bound, Several
 from nnsplice.packed.cost import Cost
@@ -36,7 +36,7 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
     if name not in (*EXECUTORS, "auto"):
         raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
     targets = work.plan.targets
-    derived = [t.cell.path for t in targets if any(site_of(p).kind in ("pattern", "expert") for p in t.places)]
+    derived = [t.cell.path for t in targets if any(site_of(p).kind in DERIVED for p in t.places)]
     if derived and work.plan.operation.way != "cut" and name != "reference":
         note = f"{derived[0]} is derived from several values of a run, so each cell runs by itself"
         if name != "auto":

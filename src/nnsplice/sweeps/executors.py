@@ -99,7 +99,7 @@ def alone(work: Work, job: Job) -> Tensor:
         # What follows asks how the prompt was padded, which the run tells before its first value and never after.
         engine.batch_of(model, engine.worker(model, "a sweep"))
         corrupt(model, plan, [job[0]])
-        if plan.operation.way == "compute" or plan.operation.name == "noise":
+        if plan.operation.reads:
             _updated(work, job)
         elif plan.operation.way != "cut":
             write(model, _packs(work, job), 1.0 if plan.operation.way == "add" else None)

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnsplice import engine
+from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.atlas import attached, peel
 from nnsplice.digests import digest_of
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.operations import Operation
@@ -45,6 +47,7 @@ def asked_of(
         "align": align,
         "seed": seed,
         **({} if source is None else {"source": model_told(source)}),
+        **_saes(model, targets),
     }
 
 
@@ -52,6 +55,13 @@ def model_told(model: engine.Model) -> dict[str, Any]:
     """A model as plain data."""
     name, revision = engine.name_of(model)
     return {"model": name, "revision": revision, "weights": engine.weights_digest(model)}
+
+
+def _saes(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
+    """The SAEs whose features are sites, by their names."""
+    names = {str(site_of(place).sae) for target in targets for place in target.places if place.sae is not None}
+    held = attached(peel(model))
+    return {"saes": {name: dict(held[name].sae.identity) for name in sorted(names)}} if names else {}
 
 
 def told(prompts: Prompts) -> dict[str, Any]:

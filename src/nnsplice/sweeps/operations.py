@@ -8,14 +8,16 @@ keys out of the softmax of a query.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from nnsplice.activations.algebra import interchanged
 from nnsplice.digests import function_digest
-from nnsplice.errors import BadArgument, BadType, named
+from nnsplice.errors import BadArgument, BadType, ShapeError, named
+from nnsplice.subspaces import Subspace
 
 Way = Literal["replace", "add", "compute", "cut"]
 NAMES: dict[str, Way] = {
@@ -38,13 +40,23 @@ class Operation:
     name: str
     way: Way
     compute: Callable[[Tensor], Tensor] | None = None
+    #: What of a value is changed; None for all of it.
+    subspace: Subspace | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether the new value depends on the one that the run computed, in another way than by adding to it."""
+        return self.way == "compute" or self.name == "noise" or self.subspace is not None
 
     @property
     def identity(self) -> Any:
         """What makes two operations the same, as plain data."""
-        if self.name in NAMES:
-            return self.name
-        return {"function": self.name, "source": function_digest(self.compute)}
+        told: Any = self.name
+        if self.name not in NAMES:
+            told = {"function": self.name, "source": function_digest(self.compute)}
+        if self.subspace is None:
+            return told
+        return {"operation": told, "subspace": dict(self.subspace.identity)}
 
     def apply(self, current: Tensor, value: Tensor | None) -> Tensor:
         """The new values of these rows.
@@ -53,6 +65,14 @@ class Operation:
             current: `[row, width]`, what the run computed.
             value: what to replace by or to add; None where the value is computed.
         """
+        new = self._whole(current, value)
+        if self.subspace is None:
+            return new
+        check_width(self.subspace, current.shape[-1])
+        return interchanged(current, new, self.subspace.basis)
+
+    def _whole(self, current: Tensor, value: Tensor | None) -> Tensor:
+        """The new values, whatever part of them is wanted."""
         if self.way == "compute":
             assert self.compute is not None
             new = self.compute(current)
@@ -70,8 +90,33 @@ class Operation:
         return value.expand_as(current) if self.way == "replace" else current + value
 
 
-def operation_of(given: str | Callable[[Tensor], Tensor]) -> Operation:
-    """The operation that a name or a function means."""
+def check_width(subspace: Subspace, width: int, place: object = None) -> None:
+    """Raise for a place of another width."""
+    if subspace.width != width:
+        raise ShapeError(
+            f"this place is {width} wide, and the subspace is of {subspace.place}, which is {subspace.width} wide",
+            path=place,
+            expected="sites of one width with the subspace",
+        )
+
+
+def operation_of(given: str | Callable[[Tensor], Tensor], subspace: Subspace | None = None) -> Operation:
+    """The operation that a name or a function means, on all of a value or on its part in a subspace."""
+    operation = _named(given)
+    if subspace is None:
+        return operation
+    if not isinstance(subspace, Subspace):
+        raise BadType(
+            f"{named(subspace)} is no subspace", expected="an ns.Subspace", write="ns.Subspace.of(place, vectors)"
+        )
+    if operation.way == "cut":
+        raise BadArgument("edges of attention are cut or not, they have no part in a subspace", expected="no subspace=")
+    if not subspace.k:
+        raise BadArgument("the subspace has no dimensions, so nothing would change", expected="at least one")
+    return replace(operation, subspace=subspace)
+
+
+def _named(given: str | Callable[[Tensor], Tensor]) -> Operation:
     if isinstance(given, str):
         if given not in NAMES:
             raise BadArgument(f"there is no operation {given!r}", expected=f"{', '.join(NAMES)}, or a function")

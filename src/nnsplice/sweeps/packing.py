@@ -14,7 +14,7 @@ from nnsplice import wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import peel
 from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, Row
-from nnsplice.packed.rows import Values
+from nnsplice.packed.rows import Change, Values
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.executors import Executor, Work, measured
@@ -41,8 +41,12 @@ def run_for_all(works: Sequence[Work], jobs: Sequence[Job]) -> tuple[list[list[f
     return [values for values, _ in read], sum((head for _, head in read), ran.cost)
 
 
-def row_of(work: Work, job: Job) -> Row:
-    """What a job asks of the engine."""
+def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
+    """What a job asks of the engine.
+
+    Args:
+        change: what becomes of its values, where that is not what the plan's operation makes of them.
+    """
     plan, prompt = work.plan, job[0]
     target = plan.targets[job[1]]
     same = plan.shared_start(target, prompt)
@@ -51,7 +55,7 @@ def row_of(work: Work, job: Job) -> Row:
         # Before its first difference a pair is one run, and what is patched there is what stands there.
         tokens = {position: order for order, position in enumerate(plan.positions(part, prompt)) if position >= same}
         edits += [
-            Edit(place, tuple(tokens), plan.operation.apply, _values(work, prompt, part, place, tokens))
+            Edit(place, tuple(tokens), change or plan.operation.apply, _values(work, prompt, part, place, tokens))
             for place in (part.places if tokens else ())
         ]
     read = plan.metric.metric.position % plan.corrupted.lengths("decoder")[prompt]

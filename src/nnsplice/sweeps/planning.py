@@ -15,7 +15,8 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
 from nnsplice.metrics import Metric, Metrics, bound_of
 from nnsplice.paths import Span
-from nnsplice.sweeps import foreign, knockouts
+from nnsplice.subspaces import Subspace
+from nnsplice.sweeps import foreign, knockouts, parts
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
@@ -35,6 +36,7 @@ def plan_sweep(
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
+    subspace: Subspace | None = None,
     window: int = 1,
     spans: PairSpanTexts | None = None,
     align: str = "position",
@@ -69,6 +71,8 @@ def plan_sweep(
             `value[row, width] -> [row, width]`; `"knockout"` removes edges of attention, which paths name by query and
             key: `"layers[:].heads[:].pattern[-1][3]"`. The query's other keys then share the whole softmax.
         reference: the capture that `"mean"`, `"resample"` and `"add"` take values from.
+        subspace: change only the part of each value that lies in this subspace, `h + Q Qᵀ (new - h)`, whatever the
+            operation; every site has to be as wide.
         window: the number of neighbouring layers that are changed together; fewer at the first and last layers.
         spans: token spans by name, as for `ns.capture`; `{"clean": {...}, "corrupted": {...}}` where the prompts
             differ.
@@ -98,7 +102,7 @@ def plan_sweep(
     other = None if source is None else engine.as_model(source)
     with circumstances("ns.plan_sweep"):
         engine.refuse_changed_logits(model)
-        chosen = operation_of(operation)
+        chosen = operation_of(operation, subspace)
         edited, there = _prompts(model, clean, corrupted, spans, chosen)
         _check_pairs(edited, there, align)
         if other is not None:
@@ -117,6 +121,7 @@ def plan_sweep(
         _check_read(bound.metric, edited, there, align)
         targets = targets_of(model, sites, edited, window, together)
         knockouts.check(model, chosen, targets, edited)
+        parts.check(model, chosen, targets, edited)
         if chosen.name == "patch" and there is not None:
             _check_spans(targets, edited, there)
         if other is not None:

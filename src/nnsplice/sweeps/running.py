@@ -19,6 +19,7 @@ from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import Metrics, Several
 from nnsplice.packed import Cost, Law, padded_at_most
 from nnsplice.results import Run, SweepResult, Table
+from nnsplice.subspaces import Subspace
 from nnsplice.sweeps import foreign
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
@@ -168,6 +169,7 @@ def sweep(
     *,
     operation: str | Callable[[Tensor], Tensor] = "patch",
     reference: SavedActivation | None = None,
+    subspace: Subspace | None = None,
     window: int = 1,
     spans: PairSpanTexts | None = None,
     align: str = "position",
@@ -216,6 +218,7 @@ def sweep(
         operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, a function of the value, or
             `"knockout"` of edges of attention (`"layers[:].heads[:].pattern[-1][3]"`).
         reference: the capture that `"mean"`, `"resample"` and `"add"` take values from.
+        subspace: change only the part of each value that lies in this subspace.
         window: the number of neighbouring layers that are changed together.
         spans: token spans by name, `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt;
             `{"clean": {...}, "corrupted": {...}}` where the prompts differ.
@@ -242,8 +245,8 @@ def sweep(
         FileError: the journal is of another sweep, or damaged.
     """
     plan = plan_sweep(
-        model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
-        align=align, seed=seed, source=source,
+        model, clean, corrupted, sites, metric, operation=operation, reference=reference, subspace=subspace,
+        window=window, spans=spans, align=align, seed=seed, source=source,
     )  # fmt: skip
     unseen = plan.operation.name != "patch" and not plan.metric.metric.compares
     if unseen and clean is not None and corrupted is not None:

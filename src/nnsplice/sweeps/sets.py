@@ -11,9 +11,10 @@ from dataclasses import replace
 from itertools import combinations
 
 from nnsplice import engine
-from nnsplice.activations import derived
+from nnsplice.activations import derived, features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
+from nnsplice.atlas import host
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, OverlappingWrite, ShortRow, circumstances, named
 from nnsplice.paths import Path, Position, Slice, Span, parse_path, position_rank
 from nnsplice.results import SETS, Cell
@@ -122,8 +123,9 @@ def _check_overlaps(model: engine.Model, parts: Sequence[Part], edited: Prompts)
     written = [(part, _written(model, part.places[0])) for part in parts]
     for (one, a), (other, b) in combinations(written, 2):
         sa, sb = site_of(a), site_of(b)
-        experts = site_of(one.places[0]).kind == site_of(other.places[0]).kind == "expert"  # add their differences
-        if experts or (sa.location, sa.item) != (sb.location, sb.item) or not _meet(sa.columns, sb.columns):
+        kinds = {site_of(one.places[0]).kind, site_of(other.places[0]).kind}
+        adding = kinds == {"expert"} or kinds <= set(features.KINDS)  # they add their differences
+        if adding or (sa.location, sa.item) != (sb.location, sb.item) or not _meet(sa.columns, sb.columns):
             continue
         for prompt, length in enumerate(edited.lengths(one.tower)):
             if not (has_tokens(one.position, length) and has_tokens(other.position, length)):
@@ -142,7 +144,7 @@ def _written(model: engine.Model, place: Path) -> Path:
     kind = site_of(place).kind
     if kind == "pattern":
         return derived.pattern_places(model, place)[1]
-    return derived.expert_output(place) if kind == "expert" else place
+    return derived.expert_output(place) if kind == "expert" else host(place)
 
 
 def _meet(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:

@@ -1,0 +1,71 @@
+"""Features of attached SAEs, and what they leave out: read from the value of their place, and written into it.
+
+A feature is written as a difference, `h + dec(f') - dec(f)`, so what the SAE leaves out stays; where nothing differs
+the value keeps every bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Site, attached, peel
+from nnsplice.atlas.attached import Features
+from nnsplice.errors import UnknownPath
+from nnsplice.paths import Path
+
+#: The kinds that are read and written here.
+KINDS = ("feature", "error")
+
+
+def sae_of(model: Any, path: Path) -> Features:
+    """The SAE that a path is a part of.
+
+    Raises:
+        UnknownPath: it was taken away since the path was made.
+    """
+    name = site_of(path).sae
+    held = attached(peel(model))
+    if name is None or name not in held:
+        raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
+    return held[name].sae
+
+
+def part(sae: Features, site: Site, values: Tensor) -> Tensor:
+    """`[..., 1]` of a feature, `[..., width]` of the error, of `[..., width]` values.
+
+    All of the values are encoded, whichever are wanted: the last digit of a product depends on how many are.
+    """
+    if site.kind == "error":
+        return sae.error(values).to(values)
+    assert site.index is not None
+    return sae.encode(values)[..., site.index : site.index + 1].to(values)
+
+
+def parts(sae: Features, sites: list[Site], values: Tensor) -> dict[int | None, Tensor]:
+    """The same for several parts of one SAE, by the number of the feature; None is the error."""
+    features = sae.encode(values) if any(site.kind == "feature" for site in sites) else values[..., :0]
+    return {
+        site.index: part(sae, site, values) if site.index is None else features[..., [site.index]].to(values)
+        for site in sites
+    }
+
+
+def moved(sae: Features, site: Site, difference: Tensor, values: Tensor) -> Tensor:
+    """What the place changes by when a part of it does.
+
+    Args:
+        difference: `[..., 1]` or `[..., width]`.
+        values: what stands there, `[..., width]`, which SAEs that scale their inputs need.
+    """
+    if site.kind == "error":
+        return difference.to(values)
+    assert site.index is not None
+    return sae.added(difference, values, [site.index]).to(values)
+
+
+def changed(sae: Features, site: Site, values: Tensor, new: Tensor) -> Tensor:
+    """The values of a place with one part of them replaced."""
+    return values + moved(sae, site, new.to(values) - part(sae, site, values), values)

@@ -1,0 +1,20 @@
+"""Alignment: which subspace of which place holds a variable, trained by interchange interventions (DAS).
+
+aligning     align: from pairs and sites to an Alignment
+alignment    Alignment: held-out accuracy by site beside its controls, and the subspaces that were found
+pairs        the question: pairs told apart into training and held-out ones, sites, and one model's side of it
+parts        what is trained: a rotation, a rotation with a boundary, a mask
+training     the training of the sites of one layer
+measuring    the accuracy of subspaces on held-out pairs
+untrained    the same model with random weights
+units        what is finished, in a folder, so that a run goes on after a stop
+"""
+
+from nnsplice.alignment.aligning import align
+from nnsplice.alignment.alignment import Alignment
+
+__all__ = ["Alignment", "align"]
+
+
+def __dir__() -> list[str]:  # what <TAB> shows
+    return __all__

@@ -1,0 +1,75 @@
+"""How often a run with a part of another run puts the other's answer first: interchange-intervention accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from nnsplice import packed
+from nnsplice.alignment.pairs import Side
+from nnsplice.packed import Base, Cost
+from nnsplice.subspaces import Subspace
+from nnsplice.sweeps.operations import operation_of
+from nnsplice.sweeps.packing import measured_states, row_of, tokens_of
+from nnsplice.sweeps.plan import Job
+
+
+def accuracies(
+    side: Side, subspaces: Mapping[int, Subspace | None], pairs: Sequence[int], room: int
+) -> tuple[np.ndarray, Cost]:
+    """`[pair, site]`, 1 where the counterfactual answer is first, in the order of the mapping; NaN where there is none.
+
+    Args:
+        subspaces: the part of each site, by its number; None for the whole of it.
+        room: how many tokens run at once.
+    """
+    plan, work, cost = side.plan, side.work, Cost()
+    exists = plan.exists()[np.ix_(list(pairs), list(subspaces))]
+    values = np.where(exists, side.corrupted[list(pairs)][:, None], np.nan)
+    changes = {target: operation_of("patch", subspace).apply for target, subspace in subspaces.items()}
+    where = {pair: n for n, pair in enumerate(pairs)}, {target: n for n, target in enumerate(subspaces)}
+    for some in blocks(side, pairs, room):
+        base = Base(work.model, plan.corrupted, memo=memo_of(side))
+        jobs = [job for target in subspaces for job in side.jobs(target, some)]
+        for chunk in fitting(side, jobs, room):
+            ran = packed.run(base, [row_of(work, job, changes[job[1]]) for job in chunk], prompts=some)
+            with torch.no_grad():
+                found, more = measured_states(work, ran.head, ran.states(), chunk)
+            cost += ran.cost + more
+            for (pair, target), value in zip(chunk, found, strict=True):
+                values[where[0][pair], where[1][target]] = value
+    return values, cost
+
+
+def memo_of(side: Side) -> dict[str, object]:
+    """What is known of the model before a pass is recorded: how packed rows come by their attention."""
+    return {"way": side.work.memo["way"]} if "way" in side.work.memo else {}
+
+
+def blocks(side: Side, pairs: Sequence[int], room: int) -> Iterator[list[int]]:
+    """Pairs whose base prompts fit into one recorded pass."""
+    lengths = side.plan.corrupted.lengths("decoder")
+    block: list[int] = []
+    for pair in pairs:
+        if block and sum(lengths[one] for one in (*block, pair)) > room:
+            yield block
+            block = []
+        block.append(pair)
+    if block:
+        yield block
+
+
+def fitting(side: Side, jobs: Sequence[Job], room: int) -> Iterator[list[Job]]:
+    """Jobs whose own tokens fit into one pack."""
+    chunk: list[Job] = []
+    held = 0
+    for job, size in zip(jobs, tokens_of(side.work, jobs), strict=True):
+        if chunk and held + size > room:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(job)
+        held += size
+    if chunk:
+        yield chunk

@@ -1,0 +1,251 @@
+"""The training of the sites of one layer: packed rows that begin there, and gradients through the blocks behind it.
+
+Base runs are recorded once for each batch and kept while they fit, for all sites and epochs; what stands before a site
+is never run again. Every site has an optimizer of its own, so what it finds does not depend on what is trained beside
+it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice import packed
+from nnsplice.alignment.measuring import blocks, memo_of
+from nnsplice.alignment.pairs import Side, seeded
+from nnsplice.alignment.parts import METHODS, Part
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument
+from nnsplice.metrics import Bound
+from nnsplice.packed import Base, Cost, Edit, Row
+from nnsplice.sweeps.packing import row_of, tokens_of
+
+#: Bytes of recorded runs that are kept from epoch to epoch; beyond it they are recorded anew.
+KEPT = 1 << 31
+#: By which share a loss has to fall to count as better, and below which it is low enough.
+BETTER, LOW_ENOUGH = 0.01, 1e-4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a part is trained."""
+
+    method: str
+    k: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    patience: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out at one site."""
+
+    #: `[k, width]`, not yet orthonormal to the last digit.
+    basis: Tensor
+    #: The mean loss of every epoch.
+    losses: tuple[float, ...]
+
+
+@dataclass
+class Recordings:
+    """The base runs of a model's training pairs, batch by batch, each recorded once while they fit."""
+
+    side: Side
+    batches: tuple[tuple[int, ...], ...]
+    bases: dict[int, Base] = field(default_factory=dict)
+    held: int = 0
+    passes: int = 0
+
+    @classmethod
+    def of(cls, side: Side, pairs: Sequence[int], setting: Setting, room: int) -> Recordings:
+        """Batches of the pairs in their order, smaller ones where a batch does not fit."""
+        size = setting.batch_size
+        batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        return cls(side, tuple(tuple(block) for batch in batches for block in blocks(side, batch, room)))
+
+    def base(self, number: int) -> Base:
+        """The runs of a batch."""
+        if number in self.bases:
+            return self.bases[number]
+        work = self.side.work
+        base = Base(work.model, self.side.plan.corrupted, memo=memo_of(self.side))
+        recording, _ = packed.recorded(base, self.batches[number])
+        self.passes += 1
+        size = sum(t.numel() * t.element_size() for t in recording.entering)
+        size += sum(t.numel() * t.element_size() for pair in recording.attended.values() for t in pair)
+        if self.held + size <= KEPT:
+            self.bases[number], self.held = base, self.held + size
+        return base
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The rows of a site and a batch, made once for all epochs."""
+
+    rows: Sequence[Row]
+    pairs: Sequence[int]
+    tokens: int
+
+
+@dataclass
+class _Site:
+    """A site in training."""
+
+    part: Part
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    #: By the number of the batch; those without a pair that differs at the site have none.
+    ready: Mapping[int, _Ready]
+    losses: list[float] = field(default_factory=list)
+    best: float = math.inf
+    waited: int = 0
+
+    def finished(self, patience: int) -> bool:
+        """Note an epoch, and whether there was nothing to gain for some of them."""
+        loss = self.losses[-1]
+        if not math.isfinite(loss):
+            raise BadArgument("the loss of the training became NaN", expected="a lower learning rate")
+        better = loss < self.best - BETTER * abs(self.best) if math.isfinite(self.best) else True
+        self.waited = 0 if better else self.waited + 1
+        self.best = min(self.best, loss)
+        return self.waited >= patience or loss < LOW_ENOUGH
+
+
+def train(
+    recordings: Recordings,
+    targets: Sequence[int],
+    loss_of: Bound,
+    setting: Setting,
+    room: int,
+    told: Callable[[int], Any] = lambda epochs: None,
+) -> tuple[dict[int, Trained], Cost]:
+    """Train the sites of one layer.
+
+    Args:
+        loss_of: the log-probability of the counterfactual answer.
+        told: called with the number of epochs of a site that are done.
+    """
+    side, cost = recordings.side, Cost()
+    steps = setting.epochs * len(recordings.batches)
+    sites = {target: _site(recordings, target, setting, steps) for target in targets}
+    active = dict(sites)
+    with _frozen(peel(side.work.model)):
+        for epoch in range(setting.epochs):
+            sums = {target: [0.0, 0] for target in active}
+            order = torch.randperm(len(recordings.batches), generator=seeded(setting.seed, "order", epoch)).tolist()
+            for step, number in enumerate(order):
+                done = (epoch * len(order) + step) / max(steps - 1, 1)
+                cost += _step(recordings, number, active, loss_of, done, room, sums)
+            for target, site in list(active.items()):
+                site.losses.append(sums[target][0] / sums[target][1])
+                told(1)
+                if site.finished(setting.patience):
+                    told(setting.epochs - epoch - 1)
+                    del active[target]
+            if not active:
+                break
+    return {t: Trained(site.part.basis().cpu().contiguous(), tuple(site.losses)) for t, site in sites.items()}, cost
+
+
+def _site(recordings: Recordings, target: int, setting: Setting, steps: int) -> _Site:
+    side, method = recordings.side, METHODS[setting.method]
+    path = side.plan.targets[target].cell.path
+    like = next(p for p in peel(side.work.model).parameters() if p.is_floating_point())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setting.seed)
+        part = method.make(side.width(target), setting.k, seeded(setting.seed, side.name, path))
+    part = part.to(like.device, torch.promote_types(like.dtype, torch.float32))
+    optimizer = torch.optim.Adam(part.parameters(), lr=setting.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / steps, 0.0))
+    ready: dict[int, _Ready] = {}
+    for number, batch in enumerate(recordings.batches):
+        jobs = side.jobs(target, batch)
+        if jobs:
+            rows = [_held(row_of(side.work, job, part.change), side.width(target)) for job in jobs]
+            ready[number] = _Ready(rows, [pair for pair, _ in jobs], sum(tokens_of(side.work, jobs)))
+    if not ready:
+        raise BadArgument(
+            "both runs of every training pair are one at this site, so nothing can be trained there",
+            path=path,
+            expected="more pairs that differ there, or other held-out ones",
+        )
+    return _Site(part, optimizer, schedule, ready)
+
+
+def _held(row: Row, width: int) -> Row:
+    """The row with the values of its edits looked up."""
+    edits: list[Edit] = []
+    for edit in row.edits:
+        values = edit.values(width)
+        edits.append(replace(edit, values=lambda _width, values=values: values))
+    return replace(row, edits=tuple(edits))
+
+
+def _step(
+    recordings: Recordings,
+    number: int,
+    active: Mapping[int, _Site],
+    loss_of: Bound,
+    progress: float,
+    room: int,
+    sums: dict[int, list[float]],
+) -> Cost:
+    """One step of every site that the batch says something of; as many sites at once as fit."""
+    cost, batch = Cost(), recordings.batches[number]
+    stepping = {target: site for target, site in active.items() if number in site.ready}
+    for some in _together(stepping, number, room):
+        for site in some.values():
+            site.optimizer.zero_grad(set_to_none=True)
+            site.part.begin(progress)
+        rows = [row for site in some.values() for row in site.ready[number].rows]
+        pairs = [pair for site in some.values() for pair in site.ready[number].pairs]
+        ran = packed.run(recordings.base(number), rows, prompts=batch, keep_graph=True)
+        losses = -loss_of(ran.head.logits(ran.states(), keep_graph=True), pairs)
+        total: Tensor = torch.zeros((), device=losses.device)
+        sizes = [len(site.ready[number].rows) for site in some.values()]
+        for (target, site), own in zip(some.items(), losses.split(sizes), strict=True):
+            sums[target][0] += float(own.detach().sum())
+            sums[target][1] += len(own)
+            total = total + own.mean() + site.part.penalty()
+        total.backward()
+        cost += ran.cost
+        for site in some.values():
+            site.optimizer.step()
+            site.schedule.step()
+    return cost
+
+
+def _together(sites: Mapping[int, _Site], number: int, room: int) -> Iterator[dict[int, _Site]]:
+    """Sites whose rows of a batch fit into one pack."""
+    some: dict[int, _Site] = {}
+    held = 0
+    for target, site in sites.items():
+        if some and held + site.ready[number].tokens > room:
+            yield some
+            some, held = {}, 0
+        some[target] = site
+        held += site.ready[number].tokens
+    if some:
+        yield some
+
+
+@contextmanager
+def _frozen(root: nn.Module) -> Iterator[None]:
+    """The model's own parameters need no gradients meanwhile, so none are computed or stored for."""
+    before = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,85 @@
+"""Attaching an SAE to a place of a model, so that its features have addresses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nnsplice import engine
+from nnsplice.activations import capture
+from nnsplice.activations.access import site_of
+from nnsplice.atlas import Attached, attach, attached, detach, peel
+from nnsplice.errors import BadArgument, BadType, PathError, RefusedPlace, ShapeError, UnknownPath, circumstances, named
+from nnsplice.paths import Path, Span, parse_path
+from nnsplice.subspaces.sae import SAE
+
+
+def attach_sae(model: Any, place: str | Path, sae: SAE, name: str) -> str:
+    """Give features of a place addresses: `layers[2].output.sae["name"].features[7]`, and `.error` for the rest.
+
+    They are places of captures, sweeps and gradients, and features of steering. Writing a feature adds what changes,
+    `h + dec(f') - dec(f)`; the rest of the place stays. The model runs as before: nothing is put into it.
+
+    >>> toy = ns.load("toy")
+    >>> address = ns.attach_sae(toy, "layers[2].output", ns.load_sae(ns.models.embedded("toy") / "sae"), "third")
+    >>> address
+    'layers[2].output.sae["third"]'
+    >>> saved = ns.capture(toy, "The hotel was lovely", [f"{address}.features[0:3][-1]", f"{address}.error[-1]"])
+    >>> saved[f"{address}.error[-1]"].shape
+    torch.Size([1, 64])
+    >>> ns.detach_sae(toy, "third")
+
+    Args:
+        place: one place of the model, a whole value: the stream, or what a branch adds.
+        name: what it is called in addresses; each name once in a model.
+
+    Returns:
+        The address that features are parts of.
+
+    Raises:
+        ShapeError: the place has another width.
+    """
+    model = engine.as_model(model)
+    with circumstances("ns.attach_sae"):
+        if not isinstance(sae, SAE):
+            raise BadType(f"{named(sae)} is no SAE", expected="an SAE", write="ns.load_sae(folder)")
+        if not isinstance(name, str) or not name:
+            raise BadArgument(f"name={name!r}", expected="a text")
+        if parse_path(place).native:
+            raise PathError("features have addresses at portable places", path=place, write='"layers[2].output"')
+        found = engine.expand(model, parse_path(place).place)
+        if len(found) != 1:
+            raise BadArgument(f"{len(found)} places", path=place, expected="one place for an SAE")
+        site = site_of(found[0])
+        if site.kind != "plain" or site.columns is not None or found[0].sae is not None:
+            raise RefusedPlace(
+                "an SAE is attached to a value that stands whole in one tensor",
+                path=place,
+                expected="the stream before or after a layer, or what attention or the MLP adds",
+            )
+        if name in attached(peel(model)):
+            raise BadArgument(
+                f"an SAE {name!r} is attached already", expected="another name", write=f"ns.detach_sae(model, {name!r})"
+            )
+        width = capture(model, [[0]], found[0].at(0)).get(found[0].at(0)).shape[-1]
+        if width != sae.width:
+            raise ShapeError(f"the SAE is of a place {sae.width} wide, and this one is {width} wide", path=place)
+    attach(peel(model), name, Attached(found[0], sae))
+    return f"{found[0].place}.sae[{Span(name)}]"
+
+
+def detach_sae(model: Any, name: str) -> None:
+    """Take an attached SAE away; its addresses mean nothing then.
+
+    >>> sae = ns.load_sae(ns.models.embedded("toy") / "sae")
+    >>> toy = ns.load("toy")
+    >>> _ = ns.attach_sae(toy, "layers[2].output", sae, "third")
+    >>> ns.detach_sae(toy, "third")
+
+    Raises:
+        UnknownPath: there is none of this name.
+    """
+    model = engine.as_model(model)
+    held = attached(peel(model))
+    if name not in held:
+        raise UnknownPath(f"no SAE {name!r} is attached to this model", expected=f"one of {', '.join(held) or 'none'}")
+    detach(peel(model), name)

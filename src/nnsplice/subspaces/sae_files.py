@@ -1,0 +1,185 @@
+"""`load_sae`: SAEs in the formats of SAELens (`cfg.json`, `sae_weights.safetensors`) and Gemma Scope (`params.npz`).
+
+Nothing is unpickled: safetensors have no code, and numpy's files are read without objects. What a config asks for that
+is not known here is refused by its name, as its numbers would be wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnsplice.errors import BadArgument, FileError, NnspliceError
+from nnsplice.files import from_json, is_pickle, text_of, whole
+from nnsplice.subspaces.sae import DECODER, KINDS, NORMS, SAE
+
+CONFIG, WEIGHTS, PARAMS = "cfg.json", "sae_weights.safetensors", "params.npz"
+EXPECTED = f"a folder with {CONFIG} and {WEIGHTS} (SAELens), or a file {PARAMS} (Gemma Scope)"
+#: Of a config, what changes the arithmetic, with the values under which it is what is computed here.
+_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "reshape_activations": ("none", "hook_z", None),  # heads side by side, as a place has them
+    "finetuning_scaling_factor": (False, None),
+    "hook_head_index": (None,),
+    "use_error_term": (False, None),
+}
+
+
+def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = None) -> SAE:
+    """Read an SAE from a folder or file.
+
+    >>> ns.load_sae(ns.models.embedded("toy") / "sae")
+    SAE: topk, 256 features of a place 64 wide
+
+    Kinds: standard, topk, batchtopk, jumprelu, gated.
+
+    Args:
+        path: a folder that holds `cfg.json` and `sae_weights.safetensors`, or `params.npz`; or the npz file.
+        scaling_factor: what inputs are multiplied by before they are encoded, and outputs divided by; of SAEs whose
+            config says `expected_average_only_in`, which leaves it out.
+
+    Raises:
+        FileError: the file is none of these, is damaged, or is of a kind that is not known here.
+    """
+    place = FilePath(path)
+    if place.is_dir():
+        place = place / (CONFIG if (place / CONFIG).is_file() else PARAMS)
+    if not place.is_file():
+        raise FileError(f"there is no SAE at {path}", expected=EXPECTED)
+    try:
+        if place.suffix == ".npz":
+            sae = _gemma_scope(place)
+        else:
+            sae = _saelens(place.parent, scaling_factor)
+            scaling_factor = None
+    except FileError:
+        raise
+    except (NnspliceError, KeyError) as error:
+        raise FileError(f"{path} holds no SAE that can be used: {error}", expected=EXPECTED) from None
+    if scaling_factor is not None:
+        raise BadArgument("this SAE scales nothing by a factor, so scaling_factor= would change its numbers")
+    return sae
+
+
+def _gemma_scope(path: FilePath) -> SAE:
+    import numpy as np
+
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            tensors = {name: torch.from_numpy(file[name].copy()) for name in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:
+        raise FileError(
+            f"{path} is damaged, or holds objects and no plain numbers: {error}", expected=EXPECTED
+        ) from None
+    wanted = {*KINDS["jumprelu"], *DECODER}
+    if set(tensors) != wanted:
+        raise FileError(f"{path} holds {', '.join(sorted(tensors))}", expected=f"just {', '.join(sorted(wanted))}")
+    return SAE("jumprelu", tensors, about={"format": "Gemma Scope"})
+
+
+def _saelens(folder: FilePath, scaling_factor: float | None) -> SAE:
+    weights = folder / WEIGHTS
+    if not weights.is_file() or not (folder / CONFIG).is_file():
+        raise FileError(f"{folder} holds no {CONFIG} with {WEIGHTS}", expected=EXPECTED)
+    config = from_json(text_of(folder / CONFIG), folder / CONFIG)
+    if not isinstance(config, dict):
+        raise FileError(f"{folder / CONFIG} is no config", expected="an object of JSON")
+    tensors = _read(weights)
+    kind = _kind(folder, config)
+    for name, values in _PLAIN.items():
+        if config.get(name, values[0]) not in values:
+            raise FileError(f"{folder / CONFIG} has {name}={config[name]!r}, which is not known here")
+    if "log_threshold" in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    if kind in ("batchtopk", "jumprelu") and "topk_threshold" in tensors and "threshold" not in tensors:
+        tensors["threshold"] = tensors["topk_threshold"].to(tensors["b_enc"]).expand_as(tensors["b_enc"]).clone()
+    if kind == "batchtopk" and "threshold" not in tensors:
+        raise FileError(f"{weights} has no threshold, so which features are on would depend on the batch")
+    norm = config.get("normalize_activations") or "none"
+    if norm == "expected_average_only_in":
+        tensors, norm = _scaled(tensors, scaling_factor, folder), "none"
+    elif scaling_factor is not None:
+        raise FileError(f"{folder / CONFIG} scales nothing by a factor, so scaling_factor= would change its numbers")
+    if norm not in NORMS:
+        raise FileError(f"{folder / CONFIG} has normalize_activations={norm!r}, which is not known here")
+    held = config.get("metadata")
+    metadata = held if isinstance(held, dict) else {}
+    told = {name: metadata.get(name, config.get(name)) for name in ("model_name", "hook_name")}
+    return SAE(
+        kind,
+        {name: tensor for name, tensor in tensors.items() if name in {**KINDS[kind], **DECODER}},
+        k=config.get("k", (config.get("activation_fn_kwargs") or {}).get("k")) if kind == "topk" else None,
+        centred=bool(config.get("apply_b_dec_to_input", True)),
+        norm=norm,
+        by_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
+        about={"format": "SAELens", **{name: value for name, value in told.items() if value is not None}},
+    )
+
+
+def _kind(folder: FilePath, config: Mapping[str, Any]) -> str:
+    """The kind that a config names; an older one says it by the activation function of a standard SAE."""
+    kind = config.get("architecture", "standard")
+    if kind not in KINDS:
+        raise FileError(
+            f"{folder / CONFIG} is of the kind {kind!r}, which is not known here", expected=f"one of {', '.join(KINDS)}"
+        )
+    function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+    if kind == "standard" and function == "topk":
+        return "topk"
+    if function not in ("relu", "topk") or (function == "topk" and kind != "topk"):
+        raise FileError(
+            f"{folder / CONFIG} is {kind} with the activation function {function!r}, which is not known here"
+        )
+    return kind
+
+
+def _scaled(tensors: Mapping[str, Tensor], factor: float | None, folder: FilePath) -> dict[str, Tensor]:
+    if factor is None or not factor > 0:
+        raise FileError(
+            f"{folder / CONFIG} scales inputs by the inverse of their expected norm, and does not say what that is",
+            expected="the factor",
+            write="ns.load_sae(folder, scaling_factor=...), or 1.0 where it is folded into the weights",
+        )
+    made = dict(tensors)
+    made["W_enc"] = made["W_enc"] * factor
+    made["W_dec"], made["b_dec"] = made["W_dec"] / factor, made["b_dec"] / factor
+    return made
+
+
+def _read(path: FilePath) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if is_pickle(path):
+        raise FileError(f"{path} looks like a pickle, which can run any code when it is opened", expected=EXPECTED)
+    try:
+        return load_file(path)
+    except (SafetensorError, RuntimeError) as error:
+        raise FileError(f"{path} is damaged: {error}", expected=EXPECTED) from None
+
+
+def write_sae(sae: SAE, folder: str | os.PathLike[str]) -> None:
+    """Write an SAE in the format of SAELens."""
+    from safetensors.torch import save_file
+
+    path = FilePath(folder)
+    path.mkdir(exist_ok=True)
+    config = {
+        "architecture": sae.kind, "d_in": sae.width, "d_sae": sae.features, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": sae.centred, "normalize_activations": sae.norm, "reshape_activations": "none",
+        "metadata": {name: sae.about[name] for name in ("model_name", "hook_name") if name in sae.about},
+    }  # fmt: skip
+    if sae.k is not None:
+        config["k"] = sae.k
+    if sae.kind in ("topk", "batchtopk"):
+        config["rescale_acts_by_decoder_norm"] = sae.by_decoder_norm
+    with whole(path / WEIGHTS) as temporary:
+        save_file({name: tensor.contiguous().clone() for name, tensor in sae.tensors.items()}, temporary)
+    with whole(path / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=1), encoding="utf-8")
