@@ -37,10 +37,14 @@ class Prompts:
 
     def lengths(self, tower: str) -> list[int]:
         """How many tokens each prompt has in this tower."""
+        return [self.length(tower, row) for row in range(len(self))]
+
+    def length(self, tower: str, row: int) -> int:
+        """How many tokens one prompt has in this tower."""
         if self.values is not None:
-            return [self.values.shape[1] if self.values.dim() > 1 else 1] * len(self)
+            return self.values.shape[1] if self.values.dim() > 1 else 1
         rows = self.decoder_ids if self.decoder_ids is not None and tower == "decoder" else self.ids
-        return [len(row) for row in rows]
+        return len(rows[row])
 
     def take(self, rows: Sequence[int]) -> Prompts:
         """Only these prompts, in this order."""
@@ -88,7 +92,7 @@ class Prompts:
 
     def batch(self, rows: Sequence[int]) -> engine.Batch:
         """Where the tokens of these rows, all of one length, stand in such a pass."""
-        decoder, encoder = (self.lengths(tower)[rows[0]] for tower in ("decoder", "encoder"))
+        decoder, encoder = (self.length(tower, rows[0]) for tower in ("decoder", "encoder"))
         return engine.Batch(Rows(len(rows), decoder, new=decoder), Rows(len(rows), encoder, new=encoder))
 
     def check_span(self, position: object, tower: str) -> None:

@@ -72,7 +72,7 @@ def _asked(work: Work) -> tuple[Answer, Cost]:
 def longest_of(work: Work) -> int:
     """How many tokens the longest prompt has that a job is about."""
     encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
-    return max(max(encoder[prompt], decoder[prompt]) for prompt in {prompt for prompt, _ in work.plan.jobs})
+    return max(max(encoder[prompt], decoder[prompt]) for prompt in work.plan.jobs.prompts)
 
 
 def question(work: Work) -> Hashable:
@@ -98,7 +98,7 @@ def question(work: Work) -> Hashable:
         str(plan.operation.identity),
         None if corruption is None else corruption.overwrites,
         (metric.position, metric.local, metric.compares, _rules(plan.metric)),
-        len(prompts := {prompt for prompt, _ in plan.jobs}) > 1,
+        len(prompts := plan.jobs.prompts) > 1,
         len({(encoder[prompt], decoder[prompt]) for prompt in prompts}) > 1,
     )
 

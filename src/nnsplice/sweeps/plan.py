@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,9 @@ from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Several
 from nnsplice.paths import Slice, Span
 from nnsplice.sweeps.cells import Part, Target, has_tokens, own_tokens
+from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption
-
-#: One thing to run: the number of the prompt and of the target.
-Job = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Plan:
     align: str
     seed: int
     #: What has to be computed, and what is known to be the corrupted run's value.
-    jobs: tuple[Job, ...]
-    known: tuple[Job, ...]
+    jobs: Jobs
+    known: Jobs
     asked: Mapping[str, Any] = field(repr=False)
     corruption: Corruption | None = field(default=None, repr=False)
     #: Texts of the tokens that positions count, per prompt.
@@ -71,6 +70,11 @@ class Plan:
     appended: tuple[int, ...] = ()
     #: Whether the clean run is another model's, which `run` has to be given.
     foreign: bool = False
+
+    def __post_init__(self) -> None:
+        # Any cells will do, in any order.
+        object.__setattr__(self, "jobs", Jobs.of(self.jobs))
+        object.__setattr__(self, "known", Jobs.of(self.known))
 
     def __len__(self) -> int:
         """The number of cells to compute."""
@@ -119,10 +123,14 @@ class Plan:
         if not self.owners:
             return replace(self, jobs=self.jobs[i::n], known=self.known[i::n])
         # The runs of a cell stay together, as its value is their sum.
-        cells = list(dict.fromkeys((self.owners[run], target) for run, target in (*self.jobs, *self.known)))
-        mine = set(cells[i::n])
+        owners = np.array(self.owners)
+        mine = np.zeros((self.prompts, len(self.targets)), dtype=bool)
+        runs, targets = (self.jobs + self.known).columns()
+        mine[Jobs.of_columns(owners[runs], targets)[i::n].columns()] = True
         jobs, known = (
-            tuple(job for job in some if (self.owners[job[0]], job[1]) in mine) for some in (self.jobs, self.known)
+            Jobs.of_columns(runs[kept], targets[kept])
+            for runs, targets in (self.jobs.columns(), self.known.columns())
+            for kept in [mine[owners[runs], targets]]
         )
         return replace(self, jobs=jobs, known=known)
 
@@ -138,20 +146,59 @@ class Plan:
         Returns:
             The number of tokens.
         """
+        start = self._starts[prompt]
+        if start and self._spans_differ and any(isinstance(part.position, Span) for part in target.parts):
+            return 0
+        return start
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """`[prompt]`: how many tokens the two runs of each pair share."""
         if self.operation.name != "patch" or self.clean is None or self.align != "position" or self.foreign:
-            return 0
-        if self.clean.spans != self.corrupted.spans and any(isinstance(part.position, Span) for part in target.parts):
-            return 0
-        pair = zip(self.clean.ids[prompt], self.corrupted.ids[prompt], strict=True)
-        first = next((position for position, (a, b) in enumerate(pair) if a != b), len(self.corrupted.ids[prompt]))
-        return min([first, *(self.corruption.positions[prompt] if self.corruption is not None else ())])
+            return [0] * len(self.corrupted)
+        changed = self.corruption.positions if self.corruption is not None else ((),) * len(self.corrupted)
+        pairs = zip(self.clean.ids, self.corrupted.ids, strict=True)
+        each = [next((n for n, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[1])) for pair in pairs]
+        return [min([start, *tokens]) for start, tokens in zip(each, changed, strict=True)]
+
+    @cached_property
+    def _spans_differ(self) -> bool:
+        return self.clean is not None and self.clean.spans != self.corrupted.spans
+
+    @cached_property
+    def alike(self) -> list[list[int]]:
+        """Prompts in groups: all that this class tells of a target is the same for the prompts of a group.
+
+        What a plan asks of its cells is asked once for each group and each of `positions_alike`, so that planning
+        takes as long as there are lengths and spans, and not as long as there are cells.
+        """
+        positions = [at for target in self.targets for part in target.parts for at in (part.position, part.key)]
+        names = {at.name for at in positions if isinstance(at, Span)} | ({"subject"} if self.align == "role" else set())
+        both = [prompts for prompts in (self.corrupted, self.clean) if prompts is not None]
+        told: list[Sequence[Hashable]] = [self._starts, self.appended or self._starts]
+        told += [prompts.lengths(tower) for prompts in both for tower in ("encoder", "decoder")]
+        told += [bounds for prompts in both for name, bounds in (prompts.spans or {}).items() if name in names]
+        groups: dict[Hashable, list[int]] = {}
+        for prompt, key in enumerate(zip(*told, strict=True)):
+            groups.setdefault(key, []).append(prompt)
+        return list(groups.values())
+
+    @cached_property
+    def positions_alike(self) -> list[list[int]]:
+        """Targets in groups: those that are changed at the same tokens."""
+        groups: dict[Hashable, list[int]] = {}
+        for number, target in enumerate(self.targets):
+            groups.setdefault(tuple((p.tower, p.position, p.key) for p in target.parts), []).append(number)
+        return list(groups.values())
 
     def exists(self) -> np.ndarray:
         """Whether each prompt is long enough for each cell: `[prompt, target]`."""
-        found = np.ones((len(self.corrupted), len(self.targets)), dtype=bool)
-        for number, target in enumerate(self.targets):
-            for prompt in range(len(found)):
-                found[prompt, number] = self.has(target, prompt)
+        found = np.zeros((len(self.corrupted), len(self.targets)), dtype=bool)
+        for prompts in self.alike:
+            has = np.zeros(len(self.targets), dtype=bool)
+            for numbers in self.positions_alike:
+                has[numbers] = self.has(self.targets[numbers[0]], prompts[0])
+            found[prompts] = has
         return found
 
     def has(self, target: Target, prompt: int) -> bool:
@@ -177,7 +224,7 @@ class Plan:
 
     def _own(self, part: Part, prompt: int) -> int:
         """How many tokens a prompt has that positions count; what is appended of its answer is none of them."""
-        length = self.corrupted.lengths(part.tower)[prompt]
+        length = self.corrupted.length(part.tower, prompt)
         return length - self.appended[prompt] if self.appended else length
 
     def _partner(self, part: Part, prompt: int, token: int) -> int | None:
@@ -186,7 +233,7 @@ class Plan:
             return token
         if self.align == "role":
             return partner(self.corrupted, self.clean, prompt, token)
-        found = token + self.clean.lengths(part.tower)[prompt] - self.corrupted.lengths(part.tower)[prompt]
+        found = token + self.clean.length(part.tower, prompt) - self.corrupted.length(part.tower, prompt)
         return found if found >= 0 else None
 
     def positions(self, part: Part, prompt: int, *, of_clean: bool = False) -> list[int]:
@@ -203,7 +250,7 @@ class Plan:
         prompts = self.clean if of_clean and self.clean is not None else self.corrupted
         # All tokens are also those that are appended of an answer.
         every = part.position is None
-        length = self.corrupted.lengths(part.tower)[prompt] if every else self._own(part, prompt)
+        length = self.corrupted.length(part.tower, prompt) if every else self._own(part, prompt)
         own = own_tokens(part.position, prompts, prompt, length)
         if isinstance(part.position, Span):
             return own

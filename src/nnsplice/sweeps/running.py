@@ -22,8 +22,9 @@ from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps import foreign
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
+from nnsplice.sweeps.jobs import Job, Jobs
 from nnsplice.sweeps.ledger import check_baselines, ledger
-from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.sequences import summed
 from nnsplice.sweeps.sets import Sites
@@ -142,9 +143,11 @@ def _run(
 
     names = plan.metric.names if isinstance(plan.metric, Several) else ()
     with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress, len(names)) as book:
-        for prompt, target in plan.known:
-            book.values[prompt, target], book.done[prompt, target] = corrupted[prompt], True
-        left = [job for job in plan.jobs if not book.done[job]]
+        known = plan.known.columns()
+        book.values[known], book.done[known] = corrupted[known[0]], True
+        prompts_of, targets_of = plan.jobs.columns()
+        left = ~book.done[prompts_of, targets_of]
+        left = Jobs.of_columns(prompts_of[left], targets_of[left])
         for jobs, found, spent in _chunks(work, execute, left, at_once, first):
             book.note(jobs, found)
             cost += spent
@@ -273,7 +276,7 @@ def check_mode(model: engine.Model) -> None:
 def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Cost]:
     """The corrupted prompts' logits: from a run that is made anyway, where all of them fit into one."""
     plan = work.plan
-    together = {prompt for prompt, _ in plan.jobs} == set(range(len(plan.corrupted)))
+    together = len(plan.jobs.prompts) == len(plan.corrupted)
     if executor.corrupted is not None and together and sum(plan.corrupted.lengths("decoder")) <= at_once:
         try:
             return executor.corrupted(work)
