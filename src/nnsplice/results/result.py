@@ -292,7 +292,7 @@ class SweepResult:
             BadArgument: prompts of different lengths, whose positions cannot be averaged.
         """
         several.check_one(self.table, "best")
-        labelled.check_prompt(self.table, prompt)
+        prompt = labelled.place_of(self.table, prompt)
         if not self._is_flat:
             self._warn(own=prompt is not None, prompt=prompt)
         return labelled.best(self.table, n, prompt)
@@ -409,7 +409,7 @@ class SweepResult:
         Raises:
             BadArgument: a result without edges.
         """
-        return estimates.edges(self.table, prompt)
+        return estimates.edges(self.table, labelled.place_of(self.table, prompt))
 
     # --- to look at
 
@@ -443,7 +443,7 @@ class SweepResult:
         chosen = of or self.shown
         if chosen not in ("effect", "value", "change"):
             raise BadArgument(f"of={of!r}", expected='"effect", "value" or "change"')
-        labelled.check_prompt(self.table, prompt)
+        prompt = labelled.place_of(self.table, prompt)
         if chosen == "effect":
             self._warn(own=prompt is not None, prompt=prompt)
         own = chosen == "effect" and prompt is not None
@@ -490,15 +490,22 @@ class SweepResult:
 
     @classmethod
     def merge(cls, results: Iterable[SweepResult]) -> SweepResult:
-        """Merge the results of a sweep's shards.
+        """Merge the results of a sweep's parts: shards, and parts that have prompts of their own.
+
+        Parts need not be all: cells that none of them has are not done, prompts that none has are left out, and the
+        others keep their numbers (`result.grid().prompt`).
 
         >>> plan = ns.plan_sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", ns.logit_diff("w7", "w8"))
         >>> parts = [ns.run(plan.shard(i, 2), model, progress=False) for i in range(2)]   # on two machines
         >>> [part.is_complete for part in parts], ns.SweepResult.merge(parts).is_complete
         ([False, False], True)
+        >>> plan = ns.plan_sweep(model, ["w3", "w4"], ["w5", "w6"], "layers[:].output[0]", ns.logit_diff("w7", "w8"))
+        >>> parts = [ns.run(unit.plan, model, progress=False) for unit in plan.units(size=6)]
+        >>> len(parts), ns.SweepResult.merge(parts).grid().sizes["prompt"]
+        (2, 2)
 
         Args:
-            results: results of one plan's shards.
+            results: results of parts of one plan.
 
         Returns:
             One result with all their cells.

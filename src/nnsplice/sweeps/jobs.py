@@ -85,6 +85,12 @@ class Jobs(Sequence[Job]):
         new = np.repeat(np.arange(len(rows), dtype=np.int32), [len(some) for some in kept])
         return Jobs(new, self._starts[at], self._stops[at])
 
+    def within(self, start: int, stop: int) -> Jobs:
+        """The cells of the targets from `start` up to `stop`."""
+        starts, stops = np.maximum(self._starts, start), np.minimum(self._stops, stop)
+        kept = starts < stops
+        return Jobs(self._prompts[kept], starts[kept].astype(np.int32), stops[kept].astype(np.int32))
+
     def of_targets(self, targets: Iterable[int]) -> Jobs:
         """The cells of these targets alone."""
         prompts, numbers = self.columns()

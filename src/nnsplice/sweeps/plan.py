@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,9 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Several
 from nnsplice.paths import Slice, Span
+from nnsplice.results import PART, taken
 from nnsplice.sweeps.cells import Part, Target, has_tokens, own_tokens
+from nnsplice.sweeps.cutting import MAX_TOKENS, SIZE, Piece, pieces
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption
@@ -70,6 +72,10 @@ class Plan:
     appended: tuple[int, ...] = ()
     #: Whether the clean run is another model's, which `run` has to be given.
     foreign: bool = False
+    #: Of a part with some of the prompts: the numbers that its runs have in the whole, and how many there are. What is
+    #: drawn for a prompt (noise, samples of a reference) goes by its number, and is the same in every part.
+    numbers: tuple[int, ...] = ()
+    of: int = 0
 
     def __post_init__(self) -> None:
         # Any cells will do, in any order.
@@ -84,6 +90,15 @@ class Plan:
     def prompts(self) -> int:
         """The number of prompts."""
         return max(self.owners) + 1 if self.owners else len(self.corrupted)
+
+    @property
+    def runs(self) -> int:
+        """How many runs the whole has that this is a part of."""
+        return self.of or len(self.corrupted)
+
+    def number(self, run: int) -> int:
+        """The number of a run in the whole."""
+        return self.numbers[run] if self.numbers else run
 
     def preview(self, n: int = 10) -> str:
         """The first cells, and how many are computed and how many known in advance.
@@ -133,6 +148,115 @@ class Plan:
             for kept in [mine[owners[runs], targets]]
         )
         return replace(self, jobs=jobs, known=known)
+
+    def take(self, prompts: Sequence[int]) -> Plan:
+        """The part with these prompts, by their places here; `SweepResult.merge` joins the results of parts.
+
+        A prompt keeps the number that it has in the whole, so its noise and its samples are the same in every part.
+
+        >>> metric = ns.logit_diff("w7", "w8")
+        >>> plan = ns.plan_sweep(model, ["w3 w4", "w5 w4"], ["w6 w4", "w9 w4"], "layers[:].output[0]", metric)
+        >>> ns.run(plan.take([1]), model, progress=False).grid().prompt.values
+        array([1])
+
+        Raises:
+            BadArgument: a prompt that there is not, or the same twice.
+        """
+        rows = list(prompts)
+        wrong = [row for row in rows if isinstance(row, bool) or not 0 <= row < self.prompts]
+        if not rows or wrong or len(set(rows)) != len(rows):
+            raise BadArgument(f"take({rows[:8]})", expected=f"numbers from 0 to {self.prompts - 1}, each once")
+        if rows == list(range(self.prompts)):
+            return self
+        runs_of = self._runs_of
+        runs = [run for row in rows for run in runs_of[row]]
+        if self.owners and self.corruption is not None:
+            raise BadArgument("a part of prompts with answers of several tokens and a corruption")
+        part = replace(
+            self,
+            corrupted=(edited := self.corrupted.take(runs)),
+            clean=edited if self.clean is self.corrupted else None if self.clean is None else self.clean.take(runs),
+            metric=self.metric.take(runs),
+            jobs=self.jobs.take(runs),
+            known=self.known.take(runs),
+            asked=taken(self.asked, rows, self._whole),
+            corruption=None if self.corruption is None else self.corruption.take(runs),
+            tokens=tuple(self.tokens[row] for row in rows) if self.tokens else (),
+            owners=tuple(place for place, row in enumerate(rows) for _ in runs_of[row]) if self.owners else (),
+            appended=tuple(self.appended[run] for run in runs) if self.appended else (),
+            numbers=tuple(self.number(run) for run in runs),
+            of=self.runs,
+        )
+        part.__dict__["positions_alike"] = self.positions_alike  # of the same targets
+        return part
+
+    def units(
+        self, size: float | None = None, *, executor: str = "auto", max_tokens: int = MAX_TOKENS
+    ) -> tuple[Unit, ...]:
+        """The plan in units of work for other processes: each a plan, together every cell once, the same ones always.
+
+        Units are cut by the plan alone and never by how many workers there are, as a number is rounded otherwise beside
+        others. A unit has whole prompts: short ones together, and of a long one a stretch of its layers.
+
+        >>> plan = ns.plan_sweep(model, ["w3 w4", "w5"], ["w6 w4", "w9"], "layers[:].output[:]", ns.logit_diff(7, 8))
+        >>> [(unit.number, unit.prompts, len(unit.plan)) for unit in plan.units(size=10)]
+        [(0, (0,), 2), (1, (0,), 3), (2, (1,), 3)]
+
+        Args:
+            size: how much work a unit is about, in tokens times layers that are run; 2.5 million if left out, which
+                take a model of 8 billion parameters some seconds on a GPU.
+            executor: as for `ns.run`; with `"auto"` the workers of a run agree on one.
+            max_tokens: how many tokens run at once, on every machine alike.
+        """
+        if size is not None and not size > 0:
+            raise BadArgument(f"size={size}", expected="a number above 0, in tokens times layers")
+        decoder = self.corrupted.lengths("decoder")
+        lengths = [max(decoder[run] for run in runs) for runs in self._runs_of]
+        found = pieces(lengths, *self._costs(), SIZE if size is None else size)
+        return tuple(Unit(number, piece, executor, max_tokens, self) for number, piece in enumerate(found))
+
+    def _costs(self) -> tuple[np.ndarray, np.ndarray, Callable[[int], np.ndarray]]:
+        """In tokens times layers, what each prompt costs without an edit, and with all, and each cell of one prompt."""
+        layer = np.array([min((part.cell.layer or 0) for part in target.parts) for target in self.targets])
+        layers = int(layer.max()) + 1
+        tokens = np.zeros((len(self.alike), len(self.targets)), dtype=np.float32)
+        group = np.zeros(len(self.corrupted), dtype=int)
+        for number, runs in enumerate(self.alike):
+            group[runs] = number
+            for members in self.positions_alike:
+                if self.has(target := self.targets[members[0]], runs[0]):
+                    first = min(min(self.positions(part, runs[0])) for part in target.parts)
+                    read = self.metric.metric.position % self.corrupted.length("decoder", runs[0])
+                    tokens[number, members] = max(read + 1 - max(first, self.shared_start(target, runs[0])), 1)
+        cost = tokens * (layers - layer)
+        runs, targets = self.jobs.columns()
+        owners = np.array(self.owners) if self.owners else np.arange(len(self.corrupted))
+        unedited = np.bincount(owners, 2.0 * layers * np.array(self.corrupted.lengths("decoder")))
+        totals = np.bincount(owners[runs], cost[group[runs], targets], self.prompts)
+
+        def each(prompt: int) -> np.ndarray:
+            found = np.zeros(len(self.targets))
+            for run in self._runs_of[prompt]:
+                _, numbers = self.jobs.take([run]).columns()
+                found[numbers] += cost[group[run], numbers]
+            return found
+
+        return unedited, totals, each
+
+    @cached_property
+    def _runs_of(self) -> list[list[int]]:
+        """`[prompt]`: its runs, of which there are several where answers have several tokens."""
+        if not self.owners:
+            return [[run] for run in range(len(self.corrupted))]
+        found: list[list[int]] = [[] for _ in range(self.prompts)]
+        for run, owner in enumerate(self.owners):
+            found[owner].append(run)
+        return found
+
+    @property
+    def _whole(self) -> int:
+        """How many prompts the whole has."""
+        return self.asked[PART]["of"] if PART in self.asked else self.prompts
 
     def shared_start(self, target: Target, prompt: int) -> int:
         """The number of leading tokens that both prompts of a pair share; patching there changes nothing.
@@ -270,6 +394,33 @@ class Plan:
         assert part.key is not None
         keys = own_tokens(part.key, self.corrupted, prompt, self._own(part, prompt))
         return [(query, key) for query in self.positions(part, prompt) for key in keys]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a plan that one process runs at a time: `ns.run(unit.plan, model, ...)`."""
+
+    number: int
+    piece: Piece
+    executor: str
+    max_tokens: int
+    whole: Plan = field(repr=False)
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """Its prompts, by their places in the plan that was cut."""
+        return self.piece.prompts
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Its cells, as a plan that runs its own prompts and no others."""
+        part = self.whole.take(self.prompts)
+        start, stop = self.piece.start, self.piece.stop
+        if start == 0 and stop is None:
+            return part
+        last = len(self.whole.targets) if stop is None else stop
+        jobs, known = (some.within(start, last) for some in (part.jobs, part.known))
+        return replace(part, jobs=jobs, known=known)
 
 
 def partner(edited: Prompts, source: Prompts, prompt: int, token: int) -> int | None:
