@@ -16,7 +16,7 @@ pairs           of two places each: a square figure, and both names in a table
 several         one of several metrics, and all of them side by side
 merging         shards, and parts with prompts of their own, put together
 parts           what was asked of some of the prompts
-journal, lock   what is appended while a sweep runs, so that it can go on after a stop
+journal         what is appended while a sweep runs, so that it can go on after a stop
 """
 
 from nnsplice.results.estimates import Miss, Verification
