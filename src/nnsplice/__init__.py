@@ -8,7 +8,7 @@ One address language names every part of a model: activations, weights, adapters
     SavedActivation, save_activations, capture,   activations: saved, edited,
     updates, patched_logits, chat                 and written into another run; chat messages as a prompt
     sweep, causal_trace, ablate, sweep_weights,   exact patching, tracing and ablation of every site,
-    plan_sweep, Plan, run, SweepResult            in one call, or planned and run in parts; the result
+    plan_sweep, Plan, run, on, SweepResult        in one call, or planned and run in parts, here or elsewhere
     crossings, diff_lens, over_revisions,         comparing two models; one job over training checkpoints
     Revisions
     attribute, path_patch                         gradient estimates of a sweep; path patching
@@ -76,6 +76,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
         sweep,
         sweep_weights,
     )
+    from nnsplice.work import on
 
 __all__ = [
     "Atlas",
@@ -112,6 +113,7 @@ __all__ = [
     "logit_diff",
     "minimality",
     "models",
+    "on",
     "optimal_ablation",
     "over_revisions",
     "parse_path",
@@ -168,6 +170,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),
     "lens": ("diff_lens",),
+    "work": ("on",),
     "sweeps": (
         "Plan",
         "Revisions",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,6 +24,29 @@ from nnsplice.sweeps.packing import packed
 from nnsplice.sweeps.probing import Answer, compare, kinds_of
 
 EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An executor that was chosen for a whole plan, which its parts take without trying anew."""
+
+    name: str
+    note: str = ""
+    #: How packed rows come by their attention.
+    way: str | None = None
+
+    @classmethod
+    def of(cls, name: str, work: Work) -> tuple[Chosen, Cost]:
+        """What `choose` says, in a form that can be handed on."""
+        found, note, cost = choose(name, work)
+        return cls(found, note, work.memo.get("way") if found == "packed" else None), cost
+
+    def handed(self, work: Work) -> Executor:
+        """The executor, made ready for some work."""
+        if self.way is not None:
+            work.memo["way"] = self.way
+        return EXECUTORS[self.name]
+
 
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Answer]] = weakref.WeakKeyDictionary()
 

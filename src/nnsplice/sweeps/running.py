@@ -20,7 +20,7 @@ from nnsplice.metrics import Metrics, Several
 from nnsplice.packed import Cost, Law, padded_at_most
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps import foreign
-from nnsplice.sweeps.choosing import EXECUTORS, choose
+from nnsplice.sweeps.choosing import EXECUTORS, Chosen, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.jobs import Job, Jobs
 from nnsplice.sweeps.ledger import check_baselines, ledger
@@ -46,33 +46,7 @@ def run(
     progress: bool = True,
     source: Any = None,
 ) -> SweepResult:
-    """Run a plan and return the value of every cell.
-
-    >>> metric = ns.logit_diff("w7", "w8")
-    >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[1]", metric)
-    >>> halves = [ns.run(plan.shard(n, 2), model, progress=False) for n in range(2)]   # on two machines, say
-    >>> ns.SweepResult.merge(halves).grid().dims
-    ('prompt', 'layer', 'position')
-
-    Args:
-        plan: a plan from `ns.plan_sweep`, or a shard of one.
-        model: the model that the plan was made with.
-        executor: `"packed"` batches the tokens that can differ, `"batched"` gives each cell a row of a batched trace,
-            `"reference"` gives each cell a trace. `"auto"` takes the first of these that reproduces the values of a few
-            cells run alone; `result.run` has its name and the reason. An `Executor` runs jobs of one's own.
-        max_tokens: how many tokens run at once; chosen for the device if left out, and halved when memory runs out.
-        journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
-        progress: show a progress bar.
-        source: the other model, of a plan that was made with one.
-
-    Returns:
-        The values of all cells, with the metric of the clean and the corrupted run.
-
-    Raises:
-        BadArgument: the model has other weights than the plan was made with, or is in train mode.
-        RefusedExecutor: the executor named has no exact values for this plan.
-        FileError: the journal is of another sweep, or damaged.
-    """
+    """A plan in this process; its arguments are those of `ns.run`."""
     if not isinstance(plan, Plan):
         raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
     model = engine.as_model(model)
@@ -111,18 +85,19 @@ def run_fresh(
             write="the same call again, which sees them; with torch.no_grad(): weight[...] = ... is always seen",
         )
     with engine.turn(model):  # its attention is another one while packed rows run
-        return _run(plan, model, executor, max_tokens, journal, progress, other)
+        return SweepResult(measured_table(plan, model, executor, max_tokens, journal, progress, other))
 
 
-def _run(
+def measured_table(
     plan: Plan,
     model: engine.Model,
-    executor: str | Executor,
+    executor: str | Executor | Chosen,
     max_tokens: int | None,
-    journal: str | PathLike[str] | None,
-    progress: bool,
-    other: engine.Model | None,
-) -> SweepResult:
+    journal: str | PathLike[str] | None = None,
+    progress: bool = False,
+    other: engine.Model | None = None,
+) -> Table:
+    """What `run` finds, as a table; whoever calls holds the model's turn, and has checked the model."""
     start = time.perf_counter()
     first, at_once = _rooms(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once, other)
@@ -132,6 +107,8 @@ def _run(
     if isinstance(executor, Executor):
         execute, note, spent = (executor, "", Cost()) if executor.choose is None else executor.choose(work)
         name, cost = execute.name, cost + spent
+    elif isinstance(executor, Chosen):
+        name, note, execute = executor.name, executor.note, executor.handed(work)
     else:
         name, note, spent = choose(executor, work)
         execute, cost = EXECUTORS[name], cost + spent
@@ -158,8 +135,22 @@ def _run(
     cells = tuple(target.cell for target in plan.targets)
     texts = () if plan.owners else plan.tokens
     table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about)
-    table = summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
-    return SweepResult(table)
+    return summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
+
+
+def chosen_for(plan: Plan, model: engine.Model, executor: str, at_once: int) -> Chosen:
+    """The executor of a plan that others will run in parts: tried on its longest prompt and its shortest, once."""
+    prompts = plan.jobs.prompts
+    if executor in ("reference", "batched") or not prompts:
+        return Chosen(executor if prompts else "batched")
+    lengths = plan.corrupted.lengths("decoder")
+    ends = {max(prompts, key=lambda run: lengths[run]), min(prompts, key=lambda run: lengths[run])}
+    part = plan.take(sorted({plan.owners[run] if plan.owners else run for run in ends}))
+    check_mode(model)
+    with engine.turn(model):
+        logits, source, _ = clean_run(model, part, at_once)
+        found, _ = Chosen.of(executor, Work(model, part, source, logits if part.metric.metric.compares else None))
+    return found
 
 
 def sweep(

@@ -13,7 +13,7 @@ status        how a run stands
 
 from nnsplice.work import on
 from nnsplice.work.on import Engine, engine_of
-from nnsplice.work.run_folder import Arrays, RunFolder, Task, imported, local_folder, named, write_json
+from nnsplice.work.run_folder import Arrays, RunFolder, Task, imported, named, write_json
 from nnsplice.work.status import Status, status_of
 from nnsplice.work.worker import Worker
 
@@ -26,7 +26,6 @@ __all__ = [
     "Worker",
     "engine_of",
     "imported",
-    "local_folder",
     "named",
     "on",
     "status_of",

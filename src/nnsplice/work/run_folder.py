@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nnsplice.errors import BadArgument, FileError
-from nnsplice.files import from_json, is_pickle, text_of, whole
+from nnsplice.files import from_json, is_pickle, local_folder, text_of, whole
 
 KIND, FORMAT = "nnsplice run", 1
 #: How often a unit may end its worker before it is left out.
@@ -249,21 +249,6 @@ class RunFolder:
 def versions() -> dict[str, str]:
     """The versions that numbers may depend on."""
     return {name: version(name) for name in VERSIONS}
-
-
-def local_folder(path: str | os.PathLike[str]) -> Path:
-    """A folder on this machine's file system.
-
-    Raises:
-        BadArgument: the address of an object store, of which a path would be a folder of an odd name.
-    """
-    text = os.fspath(path)
-    if "://" in text:
-        raise BadArgument(
-            f"{text} is an address of an object store, and run folders are on a file system",
-            expected="a folder that all machines of the run see",
-        )
-    return Path(text)
 
 
 def imported(name: str) -> Any:
