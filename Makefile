@@ -29,7 +29,7 @@ help:
 	@echo "make docs     the site, in docs/_build/html; every warning is an error"
 	@echo "make real     published findings, asked of a pretrained model (REAL='smollm2 gemma3-270m' for two; downloads)"
 	@echo "make newest   the tests of what calls transformers, with the newest versions of what we depend on"
-	@echo "make ray      the tests of Ray, submitit and Zarr, which are extras, in .venv-ray (downloads)"
+	@echo "make ray      the tests of Ray, submitit, Zarr and Parquet, which are extras, in .venv-ray (downloads)"
 	@echo "make check    style, floors and types"
 	@echo "make format   repair the style"
 	@echo "make versions the tests with the lowest and with the newest versions that pyproject.toml allows"
@@ -74,8 +74,8 @@ ray:
 	@test -x .venv-ray/bin/python || $(NEW_ENOUGH)
 	@test -x .venv-ray/bin/python || { echo "== making .venv-ray"; $(PYTHON) -m venv .venv-ray; }
 	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"
-	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ray,slurm,zarr]" --group tests
-	@echo "== Ray, submitit, Zarr"
+	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ray,slurm,zarr,parquet]" --group tests
+	@echo "== Ray, submitit, Zarr, Parquet"
 	@.venv-ray/bin/python -m pytest -q -n 0 tests/work/test_clusters.py tests/results/test_zarr.py
 
 check: $(READY)

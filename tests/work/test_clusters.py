@@ -1,4 +1,4 @@
-"""Real Ray and real submitit on this machine; `make ray` installs both into an environment of its own and runs these."""
+"""Real Ray and real submitit on this machine; `make ray` installs both into an environment of their own."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sweep_functions
-from work_payload import alone, bits, written
 
 import nnsplice as ns
+import sweep_functions
 from nnsplice.errors import MissingPackage, TeamError
 from nnsplice.work import RunFolder, status_of
 from nnsplice.work.ray import Ray
 from nnsplice.work.slurm import Slurm
+from work_payload import alone, bits, written
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,6 +13,8 @@ page            a page that stands by itself; page.html is how it looks
 display         what a notebook shows
 files           a result on disk, and the digest that is its identity
 pairs           of two places each: a square figure, and both names in a table
+zarr_files      the same as a Zarr store, a chunk for each prompt
+parquet         its rows as a Parquet file
 several         one of several metrics, and all of them side by side
 merging         shards, and parts with prompts of their own, put together
 parts           what was asked of some of the prompts

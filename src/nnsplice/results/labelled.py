@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,21 @@ def array(table: Table, values: np.ndarray, kind: str, name: str) -> xr.DataArra
 
 def frame(table: Table) -> pd.DataFrame:
     """A row for each prompt and cell that was measured."""
+    prompts, numbers = np.nonzero(table.done)
+    return _rows(table, prompts, numbers, measures.effect(table))
+
+
+def frames(table: Table) -> Iterator[pd.DataFrame]:
+    """The same, a frame for each prompt; effects are still counted in the mean of all."""
+    effects = measures.effect(table)
+    for prompt in range(len(table.clean)):
+        numbers = np.flatnonzero(table.done[prompt])
+        yield _rows(table, np.full(len(numbers), prompt), numbers, effects)
+
+
+def _rows(table: Table, prompts: np.ndarray, numbers: np.ndarray, effects: np.ndarray) -> pd.DataFrame:
     import pandas as pd
 
-    prompts, numbers = np.nonzero(table.done)
     cells = [table.cells[n] for n in numbers]
     columns: dict[str, Any] = {
         "prompt": table.prompts[prompts],
@@ -71,7 +83,7 @@ def frame(table: Table) -> pd.DataFrame:
     columns["value"] = table.values[prompts, numbers]
     if table.exact is not None and table.edges is None:
         columns["exact"] = table.exact[prompts, numbers]
-    columns["effect"] = measures.effect(table)[prompts, numbers]
+    columns["effect"] = effects[prompts, numbers]
     columns["clean"], columns["corrupted"] = table.clean[prompts], table.corrupted[prompts]
     columns["path"] = [cell.path for cell in cells]
     return pd.DataFrame(columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,10 @@ from nnsplice.results import (
     merging,
     page,
     pairs,
+    parquet,
     several,
     uncertainty,
+    zarr_files,
 )
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
@@ -269,6 +271,17 @@ class SweepResult:
         found = several.frames(self.table, labelled.frame) if self.table.metrics else labelled.frame(self.table)
         return pairs.named(self.table, found) if pairs.are_pairs(self.table) else found
 
+    def frames(self) -> Iterator[pd.DataFrame]:
+        """`frame()` one prompt after the other, where all rows together would not fit into memory.
+
+        >>> result = ns.sweep(model, ["w3", "w4"], ["w5", "w6"], "layers[:].output", ns.rank("w7"), progress=False)
+        >>> [len(rows) for rows in result.frames()]
+        [3, 3]
+        """
+        several_ones = several.frames_of_prompts(self.table, labelled.frames) if self.table.metrics else None
+        for found in several_ones or labelled.frames(self.table):
+            yield pairs.named(self.table, found) if pairs.are_pairs(self.table) else found
+
     def best(self, n: int = 10, *, prompt: int | None = None) -> pd.DataFrame:
         """The cells with the largest absolute effects, with their sign.
 
@@ -487,6 +500,31 @@ class SweepResult:
             FileError: the file is no result, or damaged.
         """
         return cls(files.read(path))
+
+    def to_zarr(self, path: str | os.PathLike[str]) -> None:
+        """Write a Zarr store (v3), a chunk for each prompt: for many millions of cells. Needs the extra `zarr`."""
+        zarr_files.write(path, self.table)
+
+    @classmethod
+    def from_zarr(cls, path: str | os.PathLike[str]) -> SweepResult:
+        """Read a whole store; its numbers are the same to the bit.
+
+        Raises:
+            FileError: it is no store of a result, or damaged.
+        """
+        return cls(zarr_files.read(path))
+
+    @staticmethod
+    def open_zarr(path: str | os.PathLike[str]) -> xr.Dataset:
+        """A store whose numbers are read when they are asked for, a prompt at a time: `values`, `done`, `clean`, ...
+
+        Along the axis `cell` stand each cell's `path`, `layer`, `head`, `position` and the like.
+        """
+        return zarr_files.lazy(path)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of `frame()`, a group of rows for each prompt. Needs the extra `parquet`."""
+        parquet.write(path, self.frames())
 
     @classmethod
     def merge(cls, results: Iterable[SweepResult]) -> SweepResult:
