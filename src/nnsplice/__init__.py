@@ -32,7 +32,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
-    from nnsplice import adapters, checkpoints, errors, lens, models, plots, steering, tasks, weights
+    from nnsplice import adapters, checkpoints, errors, lens, models, on, plots, steering, tasks, weights
     from nnsplice.activations import SavedActivation, capture, capture_to, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
@@ -76,7 +76,6 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
         sweep,
         sweep_weights,
     )
-    from nnsplice.work import on
 
 __all__ = [
     "Atlas",
@@ -139,7 +138,7 @@ __all__ = [
 
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
-    "": ("adapters", "checkpoints", "errors", "lens", "models", "plots", "steering", "tasks", "weights"),
+    "": ("adapters", "checkpoints", "errors", "lens", "models", "on", "plots", "steering", "tasks", "weights"),
     "activations": ("SavedActivation", "capture", "capture_to", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
@@ -171,7 +170,6 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "paths": ("Path", "parse_path"),
     "results": ("SweepResult",),
     "lens": ("diff_lens",),
-    "work": ("on",),
     "sweeps": (
         "Plan",
         "Revisions",

@@ -22,7 +22,7 @@ from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The cells that `ns.run` will compute, as plain data without a reference to the model.
 
@@ -85,6 +85,9 @@ class Plan:
     def __len__(self) -> int:
         """The number of cells to compute."""
         return len(self.jobs)
+
+    def __repr__(self) -> str:
+        return f"Plan: {self.preview(0).splitlines()[0]}"
 
     @property
     def prompts(self) -> int:

@@ -4,15 +4,14 @@ run_folder    a run as a folder: units, claims, what failed and why; nothing in 
 claims        who is at which unit
 worker        takes units until none is left
 driving       starts workers, starts those anew that die, shows how far they are
-on            where a run may take place: values for `ns.run(..., on=...)`
+engines       where a run may take place: what `ns.run(..., on=...)` takes
 local         processes on this machine
 folder        no workers: the folder is left to `nnsplice work`
 slurm, ray    tasks of a cluster, each file the only one that imports its library
 status        how a run stands
 """
 
-from nnsplice.work import on
-from nnsplice.work.on import Engine, engine_of
+from nnsplice.work.engines import Engine, engine_of
 from nnsplice.work.run_folder import Arrays, RunFolder, Task, imported, named, write_json
 from nnsplice.work.status import Status, status_of
 from nnsplice.work.worker import Worker
@@ -27,7 +26,6 @@ __all__ = [
     "engine_of",
     "imported",
     "named",
-    "on",
     "status_of",
     "write_json",
 ]

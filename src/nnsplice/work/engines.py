@@ -1,10 +1,4 @@
-"""Where a plan runs, as values for `ns.run(plan, load, on=...)`.
-
-"local:8"                  so many processes on this machine; "local" is one for each GPU, or for each core
-"folder"                   a run folder is written, and left to `nnsplice work DIR` on any machine that sees it
-ns.on.slurm(...)           the tasks of a Slurm array, with preemption and requeue; extra `slurm`
-ns.on.ray(...)             the tasks of a Ray cluster; extra `ray`
-"""
+"""The engines that `ns.on` offers, and the one that a text such as `"local:8"` means."""
 
 from __future__ import annotations
 
@@ -16,8 +10,6 @@ from nnsplice.work.local import Local
 from nnsplice.work.ray import Ray
 from nnsplice.work.run_folder import RunFolder
 from nnsplice.work.slurm import Slurm
-
-__all__ = ["Engine", "engine_of", "ray", "slurm"]
 
 
 class Engine(Protocol):
