@@ -190,3 +190,14 @@ def test_a_corruption_goes_with_its_prompts(model: Any) -> None:
     whole, part = _run(plan, model), _run(plan.take([3, 0]), model)
     np.testing.assert_allclose(part.table.values, whole.table.values[[3, 0]], atol=1e-12)
     assert len(np.unique(whole.corrupted)) == 4
+
+
+def test_an_estimate_counts_what_packed_rows_run(model: Any) -> None:
+    """One pair of four tokens that differ at the second, three layers: counted by hand."""
+    plan = ns.plan_sweep(model, "w3 w4 w5 w6", "w3 w9 w5 w6", "layers[:].output[:]", ns.logit_diff(1, 2))
+    found = plan.estimate()
+    # Tokens 1 to 3 of layers 0 and 1, and the last token of layer 2; beside them two runs of the whole prompt.
+    cells = (3 + 2 + 1) * 3 + (3 + 2 + 1) * 2 + 1 * 1
+    assert (found.cells, found.known, found.units) == (7, 5, 1)
+    assert found.work == cells + 2 * 4 * 3
+    assert found.naive == 7 * 4 * 3 + 2 * 4 * 3

@@ -218,6 +218,24 @@ class Plan:
         found = pieces(lengths, *self._costs(), SIZE if size is None else size)
         return tuple(Unit(number, piece, executor, max_tokens, self) for number, piece in enumerate(found))
 
+    def estimate(self, size: float | None = None) -> Estimate:
+        """How much work the plan is, before anything runs.
+
+        >>> plan = ns.plan_sweep(model, ["w3 w4", "w5"], ["w6 w4", "w9"], "layers[:].output[:]", ns.logit_diff(7, 8))
+        >>> plan.estimate(size=10)
+        Estimate(cells=8, known=1, units=3, work=52.0, naive=57.0)
+
+        Args:
+            size: of a unit, as for `units`.
+        """
+        unedited, totals, _ = self._costs()
+        layers = 1 + max(part.cell.layer or 0 for target in self.targets for part in target.parts)
+        runs, _ = self.jobs.columns()
+        whole = layers * np.array(self.corrupted.lengths("decoder"))
+        units, naive = self.units(size), float(whole[runs].sum() + unedited.sum())
+        work = sum(float(unedited[list(unit.prompts)].sum()) for unit in units) + float(totals.sum())
+        return Estimate(len(self.jobs), len(self.known), len(units), work, naive)
+
     def _costs(self) -> tuple[np.ndarray, np.ndarray, Callable[[int], np.ndarray]]:
         """In tokens times layers, what each prompt costs without an edit, and with all, and each cell of one prompt."""
         layer = np.array([min((part.cell.layer or 0) for part in target.parts) for target in self.targets])
@@ -397,6 +415,20 @@ class Plan:
         assert part.key is not None
         keys = own_tokens(part.key, self.corrupted, prompt, self._own(part, prompt))
         return [(query, key) for query in self.positions(part, prompt) for key in keys]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How much work a plan is, in tokens times layers that are run."""
+
+    #: To compute, and known without.
+    cells: int
+    known: int
+    units: int
+    #: On packed rows, in units: each cell from its layer and its token on, and the unedited runs of every unit.
+    work: float
+    #: With a run of the whole prompt for each cell.
+    naive: float
 
 
 @dataclass(frozen=True)
