@@ -28,7 +28,7 @@ from nnsplice.sweeps.choosing import Chosen
 from nnsplice.sweeps.cutting import MAX_TOKENS
 from nnsplice.sweeps.executors import Executor
 from nnsplice.sweeps.jobs import Jobs
-from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.plan import Plan, Unit
 from nnsplice.sweeps.plan_files import PLAN, cells_of, read_plan, write_plan
 from nnsplice.work import Arrays, Engine, RunFolder, engine_of, imported, write_json
 from nnsplice.work import named as named_function
@@ -163,7 +163,7 @@ class Units:
         """
         torch.set_num_threads(folder.identity("threads"))
         told, how = (from_json(text_of(folder.path / name), folder.path / name) for name in (PLAN, LOAD))
-        self.model = _loaded(how["load"], how["options"])
+        self.model: engine.Model = _loaded(how["load"], how["options"])
         digest, there = engine.weights_digest(self.model), folder.identity("weights")
         if digest != there:
             raise BadArgument(
@@ -173,14 +173,14 @@ class Units:
         engine.refuse_changed_logits(self.model)
         running.check_mode(self.model)
         plan = read_plan(told["plan"], folder.path, self.model)
-        self.max_tokens = folder.identity("max_tokens")
+        self.max_tokens: int = folder.identity("max_tokens")
         name = folder.identity("executor")
         agreed = folder.agree(
             "executor",
             lambda: dataclasses.asdict(running.chosen_for(plan, self.model, name, self.max_tokens)),
         )
-        self.executor = Chosen(**agreed)
-        self.units = plan.units(told["size"], executor=name, max_tokens=self.max_tokens)
+        self.executor: Chosen = Chosen(**agreed)
+        self.units: tuple[Unit, ...] = plan.units(told["size"], executor=name, max_tokens=self.max_tokens)
 
     def run(self, number: int) -> Arrays:
         """The values of a unit's cells, in the order of their ranges, and its two runs without an edit."""

@@ -18,7 +18,8 @@ class Claims:
 
     def __init__(self, folder: RunFolder, worker: str) -> None:
         """Nothing is claimed yet."""
-        self.folder, self.worker = folder, worker
+        self.folder: RunFolder = folder
+        self.worker: str = worker
         #: The unit that is claimed now.
         self.held: int | None = None
 

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from nnsplice.errors import BadArgument, NnspliceError
@@ -36,12 +37,13 @@ class Worker:
             name: of its files; the machine and the process, if left out.
             parent: a process to end with, after the unit that runs then.
         """
-        self.folder, self.parent = folder, parent
-        self.name = name or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-        self.claims = Claims(folder, self.name)
+        self.folder: RunFolder = folder
+        self.parent: int | None = parent
+        self.name: str = name or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.claims: Claims = Claims(folder, self.name)
         self.told: dict[str, Any] = {"worker": self.name, **this_process(), "units": 0, "seconds": 0.0}
-        self.path = folder.path / "workers" / f"{self.name}.json"
-        self.stopping = False
+        self.path: Path = folder.path / "workers" / f"{self.name}.json"
+        self.stopping: bool = False
 
     def work(self) -> int:
         """Run units until none is left, and say how the process should end."""
