@@ -33,7 +33,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
     from nnsplice import adapters, checkpoints, errors, lens, models, on, plots, steering, tasks, weights
-    from nnsplice.activations import SavedActivation, capture, capture_to, chat, patched_logits, save_activations, updates
+    from nnsplice.activations import (
+        SavedActivation,
+        capture,
+        capture_to,
+        chat,
+        patched_logits,
+        save_activations,
+        updates,
+    )
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
     from nnsplice.circuits import (
@@ -139,7 +147,15 @@ __all__ = [
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
     "": ("adapters", "checkpoints", "errors", "lens", "models", "on", "plots", "steering", "tasks", "weights"),
-    "activations": ("SavedActivation", "capture", "capture_to", "chat", "patched_logits", "save_activations", "updates"),
+    "activations": (
+        "SavedActivation",
+        "capture",
+        "capture_to",
+        "chat",
+        "patched_logits",
+        "save_activations",
+        "updates",
+    ),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
     "circuits": (
