@@ -265,3 +265,22 @@ def test_a_function_that_has_changed_is_refused(tiny: Any, tmp_path: Path, monke
     worker = Worker(folder)
     assert worker.work() == 3
     assert "the metric is another function here" in worker.told["reason"]
+
+
+def test_another_models_values_stay_in_one_process(tiny: Any, tmp_path: Path) -> None:
+    other, metric = sweep_functions.other(), ns.logit_diff("w7", "w8")
+    plan = ns.plan_sweep(tiny, CLEAN, None, SITES, metric, source=other)
+    with pytest.raises(BadArgument, match="foreign= cannot be given"):
+        ns.run(plan, LOAD, on="local:1", out=tmp_path / "run", progress=False)
+    with pytest.raises(BadArgument, match="runs in one process"):
+        ns.run(plan, LOAD, on="local:1", out=tmp_path / "run", source=tiny, progress=False)
+
+
+def test_a_part_goes_to_other_processes_with_its_numbers(tiny: Any, tmp_path: Path) -> None:
+    plan = _plan(tiny, operation="noise").take([3, 1])
+    folder = _folder(plan, tmp_path / "run")
+    assert Worker(folder).work() == 0
+    found, whole = distributed.merged(folder.path), ns.run(plan, tiny, progress=False)
+    assert found.asked == whole.asked
+    assert found.table.prompts.tolist() == [3, 1]
+    np.testing.assert_allclose(found.table.values, whole.table.values, rtol=1e-4, atol=1e-5)

@@ -110,10 +110,11 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
         corruption = Corruption(place, positions, each, corruption["overwrites"])
     reference = SavedActivation.from_file(FilePath(folder) / REFERENCE)._located(model) if told["reference"] else None
     plan = Plan(
-        edited, source, _targets(told["targets"], model), _metric_of(told["metric"]), _operation_of(told["operation"]),
-        reference, told["align"], told["seed"], Jobs.of_ranges(told["jobs"]), Jobs.of_ranges(told["known"]),
-        told["asked"], corruption, tuple(tuple(each) for each in told["tokens"]), tuple(told["owners"]),
-        tuple(told["appended"]), tuple(told["numbers"]), told["of"],
+        corrupted=edited, clean=source, targets=_targets(told["targets"], model), metric=_metric_of(told["metric"]),
+        operation=_operation_of(told["operation"]), reference=reference, align=told["align"], seed=told["seed"],
+        jobs=Jobs.of_ranges(told["jobs"]), known=Jobs.of_ranges(told["known"]), asked=told["asked"],
+        corruption=corruption, tokens=tuple(tuple(each) for each in told["tokens"]), owners=tuple(told["owners"]),
+        appended=tuple(told["appended"]), numbers=tuple(told["numbers"]), of=told["of"],
     )  # fmt: skip
     for name, here in (("operation", plan.operation.identity), ("metric", plan.metric.identity)):
         there = told["asked"][name]
