@@ -49,13 +49,21 @@ def capture_to(
     5
 
     Args:
+        folder: where the captures go; made if it is not there.
+        model: the model.
         prompts: any iterable: texts, lists of token ids, or the rows of a data set, of which `column` is taken.
         paths: places with token positions, as for `ns.capture`.
         spans: where named spans stand, with one for each prompt, where the prompts have a length.
+        column: the column of a data set that holds the prompts.
         chunk: how many prompts are captured and written together.
         max_tokens: how many tokens run at once.
+        progress: show a progress bar.
+
+    Returns:
+        The folder, opened.
 
     Raises:
+        BadArgument: no prompts, one prompt, or a number below 1.
         FileError: the folder holds captures of something else, or its prompts were others.
     """
     if chunk < 1 or max_tokens < 1:

@@ -522,7 +522,14 @@ class SavedActivation:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> ActivationFolder[Self]:
-        """The captures that `ns.capture_to` wrote into a folder; nothing is read before it is asked for."""
+        """The captures that `ns.capture_to` wrote into a folder; nothing is read before it is asked for.
+
+        Args:
+            folder: the folder.
+
+        Returns:
+            The captures, as many as are there.
+        """
         return ActivationFolder.open(folder, cls.from_file)
 
     # ----------------------------------------------------------------------------------------------------- provenance

@@ -277,6 +277,9 @@ class SweepResult:
         >>> result = ns.sweep(model, ["w3", "w4"], ["w5", "w6"], "layers[:].output", ns.rank("w7"), progress=False)
         >>> [len(rows) for rows in result.frames()]
         [3, 3]
+
+        Yields:
+            A `pandas.DataFrame` for each prompt.
         """
         several_ones = several.frames_of_prompts(self.table, labelled.frames) if self.table.metrics else None
         for found in several_ones or labelled.frames(self.table):
@@ -502,12 +505,25 @@ class SweepResult:
         return cls(files.read(path))
 
     def to_zarr(self, path: str | os.PathLike[str]) -> None:
-        """Write a Zarr store (v3), a chunk for each prompt: for many millions of cells. Needs the extra `zarr`."""
+        """Write a Zarr store (v3), a chunk for each prompt: for many millions of cells. Needs the extra `zarr`.
+
+        Args:
+            path: a new folder.
+
+        Raises:
+            FileError: something of that name is there, or the result has edges.
+        """
         zarr_files.write(path, self.table)
 
     @classmethod
     def from_zarr(cls, path: str | os.PathLike[str]) -> SweepResult:
         """Read a whole store; its numbers are the same to the bit.
+
+        Args:
+            path: the store.
+
+        Returns:
+            The result.
 
         Raises:
             FileError: it is no store of a result, or damaged.
@@ -519,11 +535,21 @@ class SweepResult:
         """A store whose numbers are read when they are asked for, a prompt at a time: `values`, `done`, `clean`, ...
 
         Along the axis `cell` stand each cell's `path`, `layer`, `head`, `position` and the like.
+
+        Args:
+            path: the store.
+
+        Returns:
+            An `xarray.Dataset`.
         """
         return zarr_files.lazy(path)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows of `frame()`, a group of rows for each prompt. Needs the extra `parquet`."""
+        """Write the rows of `frame()`, a group of rows for each prompt. Needs the extra `parquet`.
+
+        Args:
+            path: the file.
+        """
         parquet.write(path, self.frames())
 
     @classmethod

@@ -100,7 +100,14 @@ class Plan:
         return self.of or len(self.corrupted)
 
     def number(self, run: int) -> int:
-        """The number of a run in the whole."""
+        """The number of a run in the whole.
+
+        Args:
+            run: its place here.
+
+        Returns:
+            Its number.
+        """
         return self.numbers[run] if self.numbers else run
 
     def preview(self, n: int = 10) -> str:
@@ -162,6 +169,12 @@ class Plan:
         >>> ns.run(plan.take([1]), model, progress=False).grid().prompt.values
         array([1])
 
+        Args:
+            prompts: the numbers of the prompts.
+
+        Returns:
+            The part.
+
         Raises:
             BadArgument: a prompt that there is not, or the same twice.
         """
@@ -210,6 +223,12 @@ class Plan:
                 take a model of 8 billion parameters some seconds on a GPU.
             executor: as for `ns.run`; with `"auto"` the workers of a run agree on one.
             max_tokens: how many tokens run at once, on every machine alike.
+
+        Returns:
+            The units, in the order in which they are taken.
+
+        Raises:
+            BadArgument: a size of 0 or less.
         """
         if size is not None and not size > 0:
             raise BadArgument(f"size={size}", expected="a number above 0, in tokens times layers")
@@ -227,6 +246,9 @@ class Plan:
 
         Args:
             size: of a unit, as for `units`.
+
+        Returns:
+            The number of cells and units, and the work.
         """
         unedited, totals, _ = self._costs()
         layers = 1 + max(part.cell.layer or 0 for target in self.targets for part in target.parts)

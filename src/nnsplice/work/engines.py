@@ -30,9 +30,13 @@ def slurm(
 
     Args:
         workers: how many tasks; each takes units until none is left.
+        partition: of the cluster.
         gpus: of each.
         time: minutes that a task may take; when they are over, or the task is preempted, Slurm is asked for it again.
         parameters: more of submitit's, as `slurm_account` or `mem_gb`.
+
+    Returns:
+        An engine for `ns.run(on=)`.
     """
     own = {"timeout_min": time, "gpus_per_node": gpus, "name": "nnsplice"}
     own |= {} if partition is None else {"slurm_partition": partition}
@@ -48,6 +52,11 @@ def ray(address: str | None = None, *, workers: int = 8, gpus_per_worker: float 
     Args:
         address: of the cluster; Ray on this machine alone, if left out.
         workers: the most there will be; they need not all have room at once.
+        gpus_per_worker: of each.
+        cpus_per_worker: of each.
+
+    Returns:
+        An engine for `ns.run(on=)`.
     """
     return Ray(address, workers, gpus_per_worker, cpus_per_worker)
 
