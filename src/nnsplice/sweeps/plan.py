@@ -48,6 +48,9 @@ class Plan:
         tokens: the texts of each prompt's tokens.
         owners: for answers of several tokens, the prompt of each run.
         appended: for answers of several tokens, how many of them are appended in each run.
+        foreign: whether the clean run is another model's.
+        numbers: of a part, the numbers that its runs have in the whole plan.
+        of: of a part, how many runs the whole plan has.
     """
 
     corrupted: Prompts
