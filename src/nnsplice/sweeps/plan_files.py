@@ -116,9 +116,11 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
         corruption=corruption, tokens=tuple(tuple(each) for each in told["tokens"]), owners=tuple(told["owners"]),
         appended=tuple(told["appended"]), numbers=tuple(told["numbers"]), of=told["of"],
     )  # fmt: skip
-    for name, here in (("operation", plan.operation.identity), ("metric", plan.metric.identity)):
-        there = told["asked"][name]
-        if json.dumps(_sources(here)) != json.dumps(_sources(there)):
+    # The operation wholly, so that what these files do not hold of it is refused and not left out.
+    here = {"operation": plan.operation.identity, "metric": _sources(plan.metric.identity)}
+    there = {"operation": told["asked"]["operation"], "metric": _sources(told["asked"]["metric"])}
+    for name in here:
+        if json.dumps(here[name]) != json.dumps(there[name]):
             raise BadArgument(
                 f"the {name} is another function here than where the sweep was planned",
                 expected="one file for all, which does not change while the sweep runs",
