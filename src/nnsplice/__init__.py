@@ -5,10 +5,10 @@ One address language names every part of a model: activations, weights, adapters
     load, models                                  load a model for tracing; the embedded toy models and their prompts
     tasks                                         prompt pairs with answers, spans and causal variables
     parse_path, Path, expand, Atlas               addresses, and the sites and parameters that they name in a model
-    SavedActivation, save_activations, capture,   activations: saved, edited,
-    updates, patched_logits, chat                 and written into another run; chat messages as a prompt
+    SavedActivation, save_activations, capture,   activations: saved, of whole data sets too, edited,
+    capture_to, updates, patched_logits, chat     and written into another run; chat messages as a prompt
     sweep, causal_trace, ablate, sweep_weights,   exact patching, tracing and ablation of every site,
-    plan_sweep, Plan, run, SweepResult            in one call, or planned and run in parts; the result
+    plan_sweep, Plan, run, on, SweepResult        in one call, or planned and run in parts, here or elsewhere
     crossings, diff_lens, over_revisions,         comparing two models; one job over training checkpoints
     Revisions
     attribute, path_patch                         gradient estimates of a sweep; path patching
@@ -34,8 +34,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
-    from nnsplice import adapters, checkpoints, errors, lens, models, plots, steering, tasks, weights
-    from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
+    from nnsplice import adapters, checkpoints, errors, lens, models, on, plots, steering, tasks, weights
+    from nnsplice.activations import (
+        SavedActivation,
+        capture,
+        capture_to,
+        chat,
+        patched_logits,
+        save_activations,
+        updates,
+    )
     from nnsplice.alignment import Alignment, align
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
@@ -102,6 +110,7 @@ __all__ = [
     "attach_sae",
     "attribute",
     "capture",
+    "capture_to",
     "causal_trace",
     "chat",
     "checkpoints",
@@ -123,6 +132,7 @@ __all__ = [
     "logit_diff",
     "minimality",
     "models",
+    "on",
     "optimal_ablation",
     "over_revisions",
     "parse_path",
@@ -147,8 +157,16 @@ __all__ = [
 
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
-    "": ("adapters", "checkpoints", "errors", "lens", "models", "plots", "steering", "tasks", "weights"),
-    "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
+    "": ("adapters", "checkpoints", "errors", "lens", "models", "on", "plots", "steering", "tasks", "weights"),
+    "activations": (
+        "SavedActivation",
+        "capture",
+        "capture_to",
+        "chat",
+        "patched_logits",
+        "save_activations",
+        "updates",
+    ),
     "alignment": ("Alignment", "align"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnsplice.errors import FileError
+from nnsplice.errors import BadArgument, FileError
 
 
 @contextmanager
@@ -69,3 +69,18 @@ def text_of(path: str | os.PathLike[str]) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is damaged, or no text: {error}", expected="text in UTF-8") from None
+
+
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """A folder on this machine's file system.
+
+    Raises:
+        BadArgument: the address of an object store, of which a path would be a folder of an odd name.
+    """
+    text = os.fspath(path)
+    if "://" in text:
+        raise BadArgument(
+            f"{text} is an address of an object store, and what is written here goes to a file system",
+            expected="a folder; one that all machines of a run see, where there are several",
+        )
+    return Path(text)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -288,7 +289,7 @@ def test_keys_behind_their_query_are_known_without_computing() -> None:
     model = _double("llama")
     plan = plan_sweep(model, None, PROMPT, "layers[:].heads[0].pattern[1:3][:]", METRIC, operation="knockout")
     assert {plan.targets[n].cell.key for _, n in plan.known if plan.targets[n].cell.position == 1} == {2, 3, 4, 5}
-    everything = ns.sweeps.Plan(**{**vars(plan), "jobs": tuple(sorted({*plan.jobs, *plan.known})), "known": ()})
+    everything = replace(plan, jobs=[*plan.jobs, *plan.known], known=())
     values = run(everything, model, executor="reference", progress=False).table.values
     assert np.abs(values - run(plan, model, progress=False).table.values).max() < 1e-12
 

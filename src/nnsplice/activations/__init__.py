@@ -11,13 +11,15 @@ packs               what a capture holds
 lookup, tree        which entries a path means; the attribute view
 prompts             prompts as token ids in batches of one length, spans
 messages, offsets   chat messages as prompts, and where each stands; characters as tokens
+folders, data_sets  captures of many prompts in a folder: read, written
 storage, display    files; what a notebook shows
 """
 
 from nnsplice.activations.capture import capture, save_activations
+from nnsplice.activations.data_sets import capture_to
 from nnsplice.activations.messages import chat
 from nnsplice.activations.patched import patched_logits
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.activations.updates import updates
 
-__all__ = ["SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"]
+__all__ = ["SavedActivation", "capture", "capture_to", "chat", "patched_logits", "save_activations", "updates"]

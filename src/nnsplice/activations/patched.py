@@ -104,7 +104,7 @@ def patched_logits(
     for rows in given.batches(batch_size):
         packs = [_rows(pack, rows) for pack in saved._packs]
         inputs, spanned = given.inputs(rows, model.device), given.spans_of(rows)
-        length = given.lengths("decoder")[rows[0]]
+        length = given.length("decoder", rows[0])
         at_end = range(-length, 0) if wanted is None else [position % length - length for position in wanted]
         if remote:
             batch = given.batch(rows)

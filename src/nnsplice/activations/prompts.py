@@ -40,6 +40,10 @@ class Prompts:
         """How many tokens each prompt has in this tower: a list that is asked for often, and not to be changed."""
         return self._encoder_lengths if tower == "encoder" else self._decoder_lengths
 
+    def length(self, tower: str, row: int) -> int:
+        """How many tokens one prompt has in this tower."""
+        return self.lengths(tower)[row]
+
     @cached_property
     def _encoder_lengths(self) -> list[int]:
         if self.values is not None:
@@ -96,7 +100,7 @@ class Prompts:
 
     def batch(self, rows: Sequence[int]) -> engine.Batch:
         """Where the tokens of these rows, all of one length, stand in such a pass."""
-        decoder, encoder = (self.lengths(tower)[rows[0]] for tower in ("decoder", "encoder"))
+        decoder, encoder = (self.length(tower, rows[0]) for tower in ("decoder", "encoder"))
         return engine.Batch(Rows(len(rows), decoder, new=decoder), Rows(len(rows), encoder, new=encoder))
 
     def check_span(self, position: object, tower: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import algebra, display, lookup, packs, storage, tree, writing
+from nnsplice.activations.folders import ActivationFolder
 from nnsplice.activations.packs import MEAN, Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
@@ -545,6 +546,18 @@ class SavedActivation:
         """
         of, provenance = storage.read(path, paths)
         return cls._new(of, provenance, None)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> ActivationFolder[Self]:
+        """The captures that `ns.capture_to` wrote into a folder; nothing is read before it is asked for.
+
+        Args:
+            folder: the folder.
+
+        Returns:
+            The captures, as many as are there.
+        """
+        return ActivationFolder.open(folder, cls.from_file)
 
     # ----------------------------------------------------------------------------------------------------- provenance
 

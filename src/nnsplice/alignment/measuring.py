@@ -11,9 +11,9 @@ from nnsplice import packed
 from nnsplice.alignment.pairs import Side
 from nnsplice.packed import Base, Cost
 from nnsplice.subspaces import Subspace
+from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.operations import operation_of
 from nnsplice.sweeps.packing import measured_states, row_of, tokens_of
-from nnsplice.sweeps.plan import Job
 
 
 def accuracies(

@@ -16,7 +16,8 @@ from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.packed import Cost
 from nnsplice.sweeps.choosing import choose
 from nnsplice.sweeps.executors import Work
-from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.jobs import Job
+from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
 
 

@@ -179,7 +179,7 @@ def batches(prompts: Prompts, wanted: Sequence[int], room: int) -> Iterator[list
     among = set(wanted)
     for group in prompts.batches(None):
         rows = [row for row in group if row in among]
-        step = max(room // max(prompts.lengths("encoder")[group[0]], 1), 1)
+        step = max(room // max(prompts.length("encoder", group[0]), 1), 1)
         yield from (rows[start : start + step] for start in range(0, len(rows), step))
 
 

@@ -94,7 +94,7 @@ def clean_run(
     assert plan.clean is not None
     groups: dict[int, list[int]] = {}
     for row in rows:
-        groups.setdefault(plan.clean.lengths("encoder")[row], []).append(row)
+        groups.setdefault(plan.clean.length("encoder", row), []).append(row)
     for members in groups.values():
         spent.forward(plan.clean, members)
     flows = [flow(model, plan, members, paths, clean=True, tied=False) for members in groups.values()]

@@ -24,8 +24,8 @@ from nnsplice.packed import Branch, Cost, Edit, Read, Row, StillRow, run, run_st
 from nnsplice.paths import Path
 from nnsplice.sweeps.choosing import longest_of, question
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
+from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.packing import base_of, measured_states, row_of
-from nnsplice.sweeps.plan import Job
 from nnsplice.sweeps.probing import ROUGH, allowed, cells, direction, dtype_of, rounding
 from nnsplice.sweeps.targets import tokens_of
 
@@ -89,7 +89,7 @@ class PackedPaths:
 
     @staticmethod
     def _read(work: Work, prompt: int) -> int:
-        return work.plan.metric.metric.position % work.plan.corrupted.lengths("decoder")[prompt]
+        return work.plan.metric.metric.position % work.plan.corrupted.length("decoder", prompt)
 
 
 # --- whether it is right ----------------------------------------------------------------------------------------------

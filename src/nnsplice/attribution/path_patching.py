@@ -27,8 +27,9 @@ from nnsplice.packed.cost import Cost
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.executors import Executor, Work, check_length, measured, whole_prompts
+from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.options import RUNNING, check_options, known_of
-from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run_fresh
@@ -110,13 +111,13 @@ def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **run
     paths = Routes.of(model, plan, receivers)
     named = [[str(path) for path in each] for each in paths.receivers]
     asked = {**plan.asked, "receivers": named[0] if all(names == named[0] for names in named) else named}
-    reached = tuple(job for job in plan.jobs if paths.reached(plan, job))
+    reached = plan.jobs.of_targets(number for number in range(len(plan.targets)) if paths.reached(plan, number))
     if plan.jobs and not reached:
         raise BadArgument(
             "no sender comes before a receiver, so nothing can reach one",
             expected="senders that run before the receivers",
         )
-    beside = tuple(job for job in plan.jobs if job not in set(reached))
+    beside = plan.jobs.of_targets(number for number in range(len(plan.targets)) if not paths.reached(plan, number))
     plan = replace(plan, jobs=reached, known=plan.known + beside, asked=asked)
     return run_fresh(plan, model, executor=paths.executor, **running)
 
@@ -151,10 +152,10 @@ class Routes:
         each = tuple(expanded[engine.listed(paths)] for paths in receivers)
         return Routes(branches, each, {path: known.rank(path) for path in places})
 
-    def reached(self, plan: Plan, job: Job) -> bool:
-        """Whether any receiver runs after what the job changes."""
-        first = min(self.rank[place][0] for place in plan.targets[job[1]].places)
-        return any(self.rank[path][0] >= first for path in self.receivers[job[1]])
+    def reached(self, plan: Plan, target: int) -> bool:
+        """Whether any receiver runs after what this target changes."""
+        first = min(self.rank[place][0] for place in plan.targets[target].places)
+        return any(self.rank[path][0] >= first for path in self.receivers[target])
 
     @property
     def executor(self) -> Executor:
@@ -197,7 +198,7 @@ class Routes:
 
         with torch.no_grad():
             engine.run(model, {**inputs, **(fewer := only_read(model, at, stops))}, body)
-        logits = fewer.get("logits_to_keep", plan.corrupted.lengths("decoder")[prompts[0]])
+        logits = fewer.get("logits_to_keep", plan.corrupted.length("decoder", prompts[0]))
         return measured(work, found[0], jobs), work.law.whole(plan.corrupted, rows, logits)
 
 

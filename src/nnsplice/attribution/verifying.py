@@ -10,6 +10,7 @@ import numpy as np
 from nnsplice import engine
 from nnsplice.attribution.path_patching import run_paths
 from nnsplice.results import SweepResult, estimates
+from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.running import run_fresh
 
@@ -28,7 +29,7 @@ def verified(
     """The estimates with the exact values of the first k, and of as many others."""
     table = estimated.table
     can_differ = np.zeros(len(plan.targets), dtype=bool)
-    can_differ[[cell for _, cell in plan.jobs]] = True
+    can_differ[plan.jobs.columns()[1]] = True
     sizes = estimates.sizes_of(table)
     sizes = np.where(can_differ if table.edges is None else can_differ[:, None], sizes, np.nan)
     chosen = np.concatenate([estimates.first(sizes, k), _others(sizes, k, plan.seed)]).astype(int)
@@ -56,12 +57,8 @@ def _others(sizes: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 def _part(plan: Plan, cells: np.ndarray) -> Plan:
     """Only these cells of a plan."""
-    chosen = set(cells.tolist())
-    return replace(
-        plan,
-        jobs=tuple(job for job in plan.jobs if job[1] in chosen),
-        known=tuple(job for job in plan.known if job[1] in chosen),
-    )
+    jobs, known = (some.of_targets(cells.tolist()) for some in (plan.jobs, plan.known))
+    return replace(plan, jobs=jobs, known=known)
 
 
 def of_edges(plan: Plan, cells: np.ndarray) -> Plan:
@@ -70,7 +67,7 @@ def of_edges(plan: Plan, cells: np.ndarray) -> Plan:
     for number, cell in enumerate(cells.tolist()):
         numbers.setdefault(cell, []).append(number)
     jobs, known = (
-        tuple((prompt, number) for prompt, cell in some for number in numbers.get(cell, ()))
+        Jobs.of((prompt, number) for prompt, cell in some for number in numbers.get(cell, ()))
         for some in (plan.jobs, plan.known)
     )
     return replace(plan, targets=tuple(plan.targets[cell] for cell in cells), jobs=jobs, known=known)

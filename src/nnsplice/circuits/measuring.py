@@ -153,7 +153,7 @@ def measure(
         cost = _trust(question)
         parts.check_experts(model, wiring, question.clean, parts.experts_of(wiring, kinds))
         for rows in question.clean.batches(None):
-            length = question.clean.lengths("decoder")[rows[0]]
+            length = question.clean.length("decoder", rows[0])
             at = question.metric.metric.position % length - length
             # A circuit runs whole, so prompts are parted by what the largest one holds.
             step = int(room / (length * held))

@@ -1,5 +1,5 @@
-"""The command line: `nnsplice paths`, `check`, `trace`, `lens`, `circuit`, `steer`, `mask`, `adapter`,
-`convert` and `fetch`.
+"""The command line: `nnsplice paths`, `check`, `trace`, `work`, `merge`, `status`, `lens`, `circuit`, `steer`,
+`mask`, `adapter`, `convert` and `fetch`.
 
 adapter     the command that shows what an adapter changed
 checkpoints the command that converts
@@ -16,6 +16,7 @@ steering    the commands that fit, sweep and use a steering vector
 table       rows as aligned text
 tracing     the command that sweeps
 weights     the command that shows which weights belong to a place
+working     the commands that run, merge and look at the units of a run folder
 """
 
 from nnsplice.cli import adapter as adapter
@@ -26,4 +27,5 @@ from nnsplice.cli import lenses as lenses
 from nnsplice.cli import steering as steering
 from nnsplice.cli import tracing as tracing
 from nnsplice.cli import weights as weights
+from nnsplice.cli import working as working
 from nnsplice.cli.commands import app as app

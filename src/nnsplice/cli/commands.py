@@ -26,7 +26,21 @@ WrongUsage: Any = typer.BadParameter.__bases__[0]
 
 
 #: The commands as the help lists them: in the order of the rooms.
-ORDER = ("paths", "check", "trace", "lens", "circuit", "steer", "mask", "adapter", "convert", "fetch")
+ORDER = (
+    "paths",
+    "check",
+    "trace",
+    "work",
+    "merge",
+    "status",
+    "lens",
+    "circuit",
+    "steer",
+    "mask",
+    "adapter",
+    "convert",
+    "fetch",
+)
 
 
 class Commands(TyperGroup):

@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "executor": ("auto", "packed", "batched", "reference"),
     "method": ("exact", "atp", "atp*", "ig", "eap", "eap-ig", "relp", "ifr", "auto"),
 }
-WORDS = ("model", "device", "dtype", "out", "reference", *CHOICES)
+WORDS = ("model", "device", "dtype", "out", "reference", "on", *CHOICES)
 LISTS = ("clean", "corrupted", "sites", "answer", "wrong", "receivers")
 #: Between the members of a set of sites, as a result names it.
 JOINED = " + "

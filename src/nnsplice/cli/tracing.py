@@ -15,16 +15,17 @@ import typer
 from nnsplice.cli import estimating
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
+from nnsplice.cli.loading import Device, Dtype, NoCache, dtype_of, loaded
 from nnsplice.cli.table import Row, aligned, say, show
 from nnsplice.errors import BadArgument, FileError, NnspliceError
+from nnsplice.files import local_folder
 
 if TYPE_CHECKING:
     from nnsplice.metrics import Metric
     from nnsplice.results import SweepResult
     from nnsplice.sweeps import Plan
 
-RESULT, FIGURE, PAGE, JOURNAL = "result.safetensors", "figure.png", "page.html", "journal.jsonl"
+RESULT, FIGURE, PAGE, JOURNAL, RUN = "result.safetensors", "figure.png", "page.html", "journal.jsonl", "run"
 
 
 def _choice(name: str) -> str:
@@ -103,6 +104,12 @@ def trace(
         list[str] | None,
         typer.Option(metavar="PATH", help="Where edges end, with eap, eap-ig, relp, ifr, auto. May come often."),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE", help="local:8 (so many processes), folder, slurm or ray; the units are kept in DIR/run."
+        ),
+    ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Show what would be computed, and leave.")] = False,
 ) -> None:
     """Change every site by itself, and see what the model then says: causal tracing, exact or estimated.
@@ -114,12 +121,14 @@ def trace(
         --sites 'layers[:].output' --answer Athens --wrong Dublin
     nnsplice trace sweep.toml --out velmar
     nnsplice trace sweep.toml --out velmar-fast --method 'atp*' --verify 20
+    nnsplice trace sweep.toml --out velmar --on local:8
 
     \b
     DIR/result.safetensors   the numbers, for ns.SweepResult.from_file
     DIR/figure.png           a heatmap; one for each kind of place
     DIR/page.html            a page for a browser
     DIR/journal.jsonl        what a stopped run goes on from, with --resume
+    DIR/run                  the same with --on: finished units, for nnsplice status, work and merge
 
     In a TOML file the keys are the options without dashes before them, and several prompts or sites are a list.
     Effect: 0 where the change gained nothing on the corrupted run, 1 where the clean run is reached.
@@ -129,6 +138,7 @@ def trace(
         "out": out, "metric": metric, "operation": operation, "reference": reference, "window": window, "align": align,
         "executor": executor, "max-tokens": max_tokens, "seed": seed, "method": method, "verify": verify,
         "steps": steps, "receivers": receivers, "device": device, "dtype": dtype,
+        "on": on,
     }  # fmt: skip
     typed = {name: value for name, value in typed.items() if value not in (None, [])}
     asked = {**({} if file is None else given.read(file)), **typed}
@@ -155,7 +165,9 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool)
     from nnsplice import run
 
     method = estimating.method_of(asked)
-    folder = None if plan_only else Path(asked["out"])
+    if method is not None and "on" in asked:
+        raise WrongUsage("--on is for exact sweeps; estimates run in this process")
+    folder = None if plan_only else local_folder(asked["out"])
     if folder is not None:
         _check_folder(folder, resume, method)
     model = loaded(asked["model"], asked.get("device"), asked.get("dtype"), no_cache=no_cache)
@@ -174,7 +186,9 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool)
         except OSError as error:
             raise FileError(f"{folder} cannot be made: {error.strerror}", expected="--out with a folder") from error
         try:
-            if method is None:
+            if "on" in asked:
+                result = _elsewhere(plan, asked, folder, no_cache)
+            elif method is None:
                 result = run(
                     plan, model, executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
                     journal=folder / JOURNAL, progress=sys.stderr.isatty(),
@@ -182,7 +196,8 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool)
             else:
                 result = estimating.estimate(model, asked, _metric(asked), folder / JOURNAL)
         except KeyboardInterrupt:
-            say(f"stopped; what is finished stands in {folder / JOURNAL}; --resume goes on", err=True)
+            kept = RUN if "on" in asked else JOURNAL
+            say(f"stopped; what is finished stands in {folder / kept}; --resume goes on", err=True)
             raise
         result.to_file(folder / RESULT)
     written = _draw(result, folder)
@@ -193,16 +208,31 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool)
     show(aligned([(str(folder / name), about) for name, about in written]))
 
 
+def _elsewhere(plan: Plan, asked: dict[str, Any], folder: Path, no_cache: bool) -> SweepResult:
+    """The plan in other processes, which load the model as this one did."""
+    from nnsplice import run
+
+    options: dict[str, Any] = {"cache": False} if no_cache else {}
+    if "device" in asked:
+        options["device_map"] = asked["device"]
+    if "dtype" in asked:
+        options["dtype"] = str(dtype_of(asked["dtype"])).removeprefix("torch.")
+    return run(
+        plan, asked["model"], executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
+        on=asked["on"], out=folder / RUN, load_options=options, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+
+
 def _check_folder(folder: Path, resume: bool, method: str | None) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileError(f"{folder} is a file", expected="--out with a folder")
-    there = [name for name in (JOURNAL, RESULT, FIGURE, PAGE) if (folder / name).exists()]
+    there = [name for name in (JOURNAL, RUN, RESULT, FIGURE, PAGE) if (folder / name).exists()]
     if there and not resume:
         raise FileError(
             f"{folder} holds {', '.join(there)} of an earlier run",
             expected="--resume to go on with it, or another --out",
         )
-    if there and JOURNAL not in there and method is None:
+    if there and not {JOURNAL, RUN} & {*there} and method is None:
         raise FileError(f"{folder} holds {', '.join(there)}, and no {JOURNAL} to go on from", expected="another --out")
 
 

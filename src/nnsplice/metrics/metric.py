@@ -190,6 +190,10 @@ class Bound:
             )
         return value
 
+    def take(self, rows: Sequence[int]) -> Bound:
+        """The metric of these prompts alone."""
+        return Bound(self.metric, {name: tuple(ids[row] for row in rows) for name, ids in self.ids.items()})
+
     def tokens(self, prompts: Sequence[int]) -> Tensor:
         """`[row, answer]`, the token ids that it asks about; where sets differ in size, some come twice."""
         return torch.cat([_filled(_tensor([ids[p] for p in prompts])) for ids in self.ids.values()], 1)

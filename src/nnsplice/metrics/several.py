@@ -41,6 +41,10 @@ class Several:
         found = [bound(logits, prompts, reference) for _, bound in self.parts]
         return torch.stack([one.double() for one in found], -1)
 
+    def take(self, rows: Sequence[int]) -> Several:
+        """The metrics of these prompts alone."""
+        return Several(tuple((name, bound.take(rows)) for name, bound in self.parts))
+
     def tokens(self, prompts: Sequence[int]) -> Tensor:
         """`[row, answer]`, the token ids that they ask about, one metric's after the other's."""
         return torch.cat([bound.tokens(prompts) for _, bound in self.parts], 1)

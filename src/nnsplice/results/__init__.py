@@ -13,15 +13,32 @@ page            a page that stands by itself; page.html is how it looks
 display         what a notebook shows
 files           a result on disk, and the digest that is its identity
 pairs           of two places each: a square figure, and both names in a table
+zarr_files      the same as a Zarr store, a chunk for each prompt
+parquet         its rows as a Parquet file
 several         one of several metrics, and all of them side by side
-merging         shards put together
-journal, lock   what is appended while a sweep runs, so that it can go on after a stop
+merging         shards, and parts with prompts of their own, put together
+parts           what was asked of some of the prompts
+journal         what is appended while a sweep runs, so that it can go on after a stop
 """
 
 from nnsplice.results.estimates import Miss, Verification
 from nnsplice.results.files import plain
 from nnsplice.results.journal import Journal
+from nnsplice.results.parts import PART, taken
 from nnsplice.results.result import SweepResult
 from nnsplice.results.table import AXES, SETS, Cell, Run, Table
 
-__all__ = ["AXES", "SETS", "Cell", "Journal", "Miss", "Run", "SweepResult", "Table", "Verification", "plain"]
+__all__ = [
+    "AXES",
+    "PART",
+    "SETS",
+    "Cell",
+    "Journal",
+    "Miss",
+    "Run",
+    "SweepResult",
+    "Table",
+    "Verification",
+    "plain",
+    "taken",
+]

@@ -45,7 +45,7 @@ def draw(
     labels = {"effect": "share of the effect restored", "value": metric, "change": f"change of {metric}"}
     prompts = len(table.clean)
     many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
-    which = "" if prompts == 1 else many if prompt is None else f", prompt {prompt}"
+    which = "" if prompts == 1 else many if prompt is None else f", prompt {table.prompts[prompt]}"
     return plots.heatmap(
         shown.values,
         rows=shown.rows,

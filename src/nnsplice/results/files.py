@@ -35,7 +35,7 @@ _MORE = {"edges": "F64", "exact": "F64", "counts": "F64", "rest": "F64"}
 
 def digest(table: Table) -> str:
     """What was asked and what was measured, as one number; what running cost is left out."""
-    summed = hashlib.sha256(canonical(_texts(table)).encode())
+    summed = hashlib.sha256(canonical(texts(table)).encode())
     for name, found in _arrays(table).items():
         if name in _MORE:
             summed.update(name.encode())
@@ -86,7 +86,7 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
 
     header = {
         "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": digest(table),
-        "run": dataclasses.asdict(table.run), **_texts(table),
+        "run": told_of_run(table), **texts(table),
     }  # fmt: skip
     arrays = _arrays(table)
     with whole(path) as temporary:
@@ -145,13 +145,19 @@ def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
     return header
 
 
-def _texts(table: Table) -> dict[str, Any]:
+def texts(table: Table) -> dict[str, Any]:
+    """All that is text in a table, as plain data; its identity with the arrays."""
     # Rows and not dictionaries: the names of a cell's fields would be most of the header.
     rows = (dataclasses.astuple(cell) for cell in table.cells)
     cells = [_short_row(row) for row in rows]
-    texts: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
+    told: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
     more = {"receivers": table.receivers, "metrics": table.metrics}
-    return texts | {name: value for name, value in more.items() if value}
+    return told | {name: value for name, value in more.items() if value}
+
+
+def told_of_run(table: Table) -> dict[str, Any]:
+    """What running cost, as plain data."""
+    return dataclasses.asdict(table.run)
 
 
 def _short_row(row: tuple[Any, ...]) -> tuple[Any, ...]:

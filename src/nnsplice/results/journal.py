@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from nnsplice.errors import BadArgument, FileError
+from nnsplice.locks import Lock
 from nnsplice.results.files import canonical, differences, plain
-from nnsplice.results.lock import Lock
 
 KIND = "nnsplice sweep journal"
 FORMAT = 1

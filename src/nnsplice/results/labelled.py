@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from nnsplice.errors import BadArgument
 from nnsplice.results import measures
+from nnsplice.results.parts import PART
 from nnsplice.results.table import AXES, NAMED, Cell, Table
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def array(table: Table, values: np.ndarray, kind: str, name: str) -> xr.DataArra
     whole = np.full((len(table.clean), *map(len, labels.values())), np.nan)
     # A place without numbers, such as an embedding's weights, is one cell on no axis.
     whole[(slice(None), *at.T)] = values[:, numbers] if labels else values[:, numbers[0]]
-    coordinates: dict[str, Any] = {"prompt": np.arange(len(table.clean))}
+    coordinates: dict[str, Any] = {"prompt": table.prompts}
     for axis, of in labels.items():
         numbered = all(isinstance(one, int) for one in of)
         coordinates[axis] = np.array(of if numbered else [label_text(one) for one in of])
@@ -52,11 +53,27 @@ def array(table: Table, values: np.ndarray, kind: str, name: str) -> xr.DataArra
 
 def frame(table: Table) -> pd.DataFrame:
     """A row for each prompt and cell that was measured."""
+    prompts, numbers = np.nonzero(table.done)
+    return _rows(table, prompts, numbers, measures.effect(table))
+
+
+def frames(table: Table) -> Iterator[pd.DataFrame]:
+    """The same, a frame for each prompt; effects are still counted in the mean of all."""
+    effects = measures.effect(table)
+    for prompt in range(len(table.clean)):
+        numbers = np.flatnonzero(table.done[prompt])
+        yield _rows(table, np.full(len(numbers), prompt), numbers, effects)
+
+
+def _rows(table: Table, prompts: np.ndarray, numbers: np.ndarray, effects: np.ndarray) -> pd.DataFrame:
     import pandas as pd
 
-    prompts, numbers = np.nonzero(table.done)
     cells = [table.cells[n] for n in numbers]
-    columns: dict[str, Any] = {"prompt": prompts, "component": [cell.component for cell in cells], **_columns(cells)}
+    columns: dict[str, Any] = {
+        "prompt": table.prompts[prompts],
+        "component": [cell.component for cell in cells],
+        **_columns(cells),
+    }
     columns["token"] = [token(table, p, cell.position) for p, cell in zip(prompts.tolist(), cells, strict=True)]
     for name in ("key", "role", "set"):
         if any(getattr(cell, name) is not None for cell in table.cells):
@@ -66,7 +83,7 @@ def frame(table: Table) -> pd.DataFrame:
     columns["value"] = table.values[prompts, numbers]
     if table.exact is not None and table.edges is None:
         columns["exact"] = table.exact[prompts, numbers]
-    columns["effect"] = measures.effect(table)[prompts, numbers]
+    columns["effect"] = effects[prompts, numbers]
     columns["clean"], columns["corrupted"] = table.clean[prompts], table.corrupted[prompts]
     columns["path"] = [cell.path for cell in cells]
     return pd.DataFrame(columns)
@@ -100,6 +117,23 @@ def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
     return pd.DataFrame({**columns, "path": [cell.path for cell in cells]})
 
 
+def place_of(table: Table, prompt: int | None) -> int | None:
+    """Where a prompt stands in the table, by its number; in a part that is its number in the whole.
+
+    Raises:
+        BadArgument: it is not there.
+    """
+    if prompt is None:
+        return None
+    prompts, numbers = len(table.clean), table.prompts.tolist()
+    if numbers != list(range(prompts)):
+        if prompt not in numbers:
+            raise BadArgument(f"prompt={prompt}", expected=f"one of the prompts of this part: {numbers[:8]}")
+        return numbers.index(prompt)
+    check_prompt(table, prompt)
+    return range(prompts)[prompt]
+
+
 def check_prompt(table: Table, prompt: int | None) -> None:
     """Raise for a prompt that is not there."""
     prompts = len(table.clean)
@@ -115,7 +149,8 @@ def only(table: Table, prompt: int) -> Table:
         for name in ("values", "done", "exists", "clean", "corrupted", "edges", "exact", "counts", "rest")
     }
     kept = {name: array[row] for name, array in arrays.items() if array is not None}
-    return replace(table, tokens=tuple(table.tokens[n] for n in row) if table.tokens else (), **kept)
+    asked = {key: value for key, value in table.asked.items() if key != PART}
+    return replace(table, tokens=tuple(table.tokens[n] for n in row) if table.tokens else (), asked=asked, **kept)
 
 
 def check_mean(table: Table, prompt: int | None, what: str, kind: str | None = None) -> None:

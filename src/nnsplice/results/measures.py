@@ -105,7 +105,7 @@ def doubts(table: Table, metric: str, *, own: bool, prompt: int | None = None) -
         )
         if not _enough(np.array(way), np.array(sized)):
             told = "the same" if spanless(table).all() else "the same in the mean"
-            return [_none(metric, told, np.flatnonzero(spanless(table)))]
+            return [_none(metric, told, table.prompts[spanless(table)])]
         if way < SMALL * usual:
             return [
                 f"the total effects of the prompts have both signs and cancel: {way:.3g} in the mean, of {usual:.3g} "
@@ -114,11 +114,12 @@ def doubts(table: Table, metric: str, *, own: bool, prompt: int | None = None) -
         return []
     flat = spanless(table)[chosen]
     small = (whole[chosen] < SMALL * usual) & ~flat
-    found = [_none(metric, "the same", chosen[flat])] if flat.any() else []
+    found = [_none(metric, "the same", table.prompts[chosen[flat]])] if flat.any() else []
     if small.any():
         found.append(
-            f"the total effect is small in prompt {_numbers(chosen[small])} (below {SMALL:.0%} of the usual "
-            f"{usual:.3g}), and its own ratio divides by that; effect() pools: differences are averaged, then divided"
+            f"the total effect is small in prompt {_numbers(table.prompts[chosen[small]])} (below {SMALL:.0%} of "
+            f"the usual {usual:.3g}), and its own ratio divides by that; effect() pools: differences are averaged, "
+            "then divided"
         )
     return found
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from nnsplice.errors import BadArgument, KeyMismatch
 from nnsplice.results import files
+from nnsplice.results.parts import PART, common, joined
 from nnsplice.results.table import Run, Table
 
 #: How far two runs of one prompt may lie apart, as a share of the largest number, in any precision.
@@ -20,6 +22,8 @@ def merge(tables: Sequence[Table]) -> Table:
     """Every cell that one of the tables has; a cell that several have must be the same in all."""
     if not tables:
         raise BadArgument("nothing to merge", expected=SHARDS)
+    if any(PART in table.asked for table in tables):
+        tables = _spread(tables)
     first = tables[0]
     values, done = first.values.copy(), first.done.copy()
     for number, other in enumerate(tables[1:], 1):
@@ -30,7 +34,7 @@ def merge(tables: Sequence[Table]) -> Table:
         if differ.any():
             prompt, cell = (int(found[0]) for found in np.nonzero(differ))
             raise KeyMismatch(
-                f"prompt {prompt} was measured differently: "
+                f"prompt {first.prompts[prompt]} was measured differently: "
                 f"{values[prompt, cell].tolist()!r}, and {other.values[prompt, cell].tolist()!r} in result {number}",
                 path=first.cells[cell].path,
                 expected="shards that agree exactly where they overlap",
@@ -39,6 +43,57 @@ def merge(tables: Sequence[Table]) -> Table:
         values[new] = other.values[new]
         done |= new
     return replace(first, values=values, done=done, run=_together([table.run for table in tables]))
+
+
+def _spread(tables: Sequence[Table]) -> list[Table]:
+    """Tables of parts, each with a row for every prompt that one of them has."""
+    for number, other in enumerate(tables):
+        if PART not in other.asked or files.differences(common(tables[0].asked), common(other.asked)):
+            names = ("in result 0", f"in result {number}")
+            lines = files.differences(common(tables[0].asked), common(other.asked), names)
+            raise KeyMismatch(
+                "\n  ".join(["these are no parts of one sweep", *lines]), expected="results of parts of one plan"
+            )
+    asked = joined([table.asked for table in tables])
+    numbers = sorted({number for table in tables for number in table.prompts.tolist()})
+    place = {number: at for at, number in enumerate(numbers)}
+    unedited = {name: np.full((len(numbers), *tables[0].clean.shape[1:]), np.nan) for name in ("clean", "corrupted")}
+    exists = np.zeros((len(numbers), len(tables[0].cells)), dtype=bool)
+    tokens: dict[int, tuple[str, ...]] = {}
+    for at, table in enumerate(tables):
+        rows = np.array([place[number] for number in table.prompts.tolist()])
+        for name, whole in unedited.items():
+            there, new = whole[rows], getattr(table, name)
+            seen = ~np.isnan(there)
+            if there[seen].shape and not _same(name, there[seen], new[seen]):
+                raise KeyMismatch(
+                    f"result {at} has other values of {name} than those before it, so their runs were not the same",
+                    expected=SHARDS,
+                )
+            whole[rows] = np.where(seen, there, new)  # of a prompt in several parts, the first one's
+        exists[rows] |= table.exists
+        tokens.update(zip(table.prompts.tolist(), table.tokens, strict=False))
+    texts = tuple(tokens[number] for number in numbers) if tokens else ()
+    return [_at(table, place, asked, exists, texts, unedited) for table in tables]
+
+
+def _at(
+    table: Table,
+    place: Mapping[int, int],
+    asked: Mapping[str, Any],
+    exists: np.ndarray,
+    tokens: tuple[tuple[str, ...], ...],
+    unedited: Mapping[str, np.ndarray],
+) -> Table:
+    """The table with its prompts at these places among others."""
+    rows = np.array([place[number] for number in table.prompts.tolist()])
+    if any(array is not None for array in (table.edges, table.exact, table.counts, table.rest)):
+        raise BadArgument("parts with edges, checked estimates or roles", expected="parts as they were run")
+    if (exists[rows] != table.exists).any():
+        raise KeyMismatch("two parts have other cells of one prompt", expected=SHARDS)
+    values, done = np.full((len(exists), *table.values.shape[1:]), np.nan), np.zeros(exists.shape, dtype=bool)
+    values[rows], done[rows] = table.values, table.done
+    return replace(table, values=values, done=done, exists=exists, tokens=tokens, asked=asked, **unedited)
 
 
 def _check_same(first: Table, other: Table, number: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,10 @@ from nnsplice.results import (
     merging,
     page,
     pairs,
+    parquet,
     several,
     uncertainty,
+    zarr_files,
 )
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
@@ -269,6 +271,20 @@ class SweepResult:
         found = several.frames(self.table, labelled.frame) if self.table.metrics else labelled.frame(self.table)
         return pairs.named(self.table, found) if pairs.are_pairs(self.table) else found
 
+    def frames(self) -> Iterator[pd.DataFrame]:
+        """`frame()` one prompt after the other, where all rows together would not fit into memory.
+
+        >>> result = ns.sweep(model, ["w3", "w4"], ["w5", "w6"], "layers[:].output", ns.rank("w7"), progress=False)
+        >>> [len(rows) for rows in result.frames()]
+        [3, 3]
+
+        Yields:
+            A `pandas.DataFrame` for each prompt.
+        """
+        several_ones = several.frames_of_prompts(self.table, labelled.frames) if self.table.metrics else None
+        for found in several_ones or labelled.frames(self.table):
+            yield pairs.named(self.table, found) if pairs.are_pairs(self.table) else found
+
     def best(self, n: int = 10, *, prompt: int | None = None) -> pd.DataFrame:
         """The cells with the largest absolute effects, with their sign.
 
@@ -292,7 +308,7 @@ class SweepResult:
             BadArgument: prompts of different lengths, whose positions cannot be averaged.
         """
         several.check_one(self.table, "best")
-        labelled.check_prompt(self.table, prompt)
+        prompt = labelled.place_of(self.table, prompt)
         if not self._is_flat:
             self._warn(own=prompt is not None, prompt=prompt)
         return labelled.best(self.table, n, prompt)
@@ -409,7 +425,7 @@ class SweepResult:
         Raises:
             BadArgument: a result without edges.
         """
-        return estimates.edges(self.table, prompt)
+        return estimates.edges(self.table, labelled.place_of(self.table, prompt))
 
     # --- to look at
 
@@ -443,7 +459,7 @@ class SweepResult:
         chosen = of or self.shown
         if chosen not in ("effect", "value", "change"):
             raise BadArgument(f"of={of!r}", expected='"effect", "value" or "change"')
-        labelled.check_prompt(self.table, prompt)
+        prompt = labelled.place_of(self.table, prompt)
         if chosen == "effect":
             self._warn(own=prompt is not None, prompt=prompt)
         own = chosen == "effect" and prompt is not None
@@ -488,17 +504,72 @@ class SweepResult:
         """
         return cls(files.read(path))
 
+    def to_zarr(self, path: str | os.PathLike[str]) -> None:
+        """Write a Zarr store (v3), a chunk for each prompt: for many millions of cells. Needs the extra `zarr`.
+
+        Args:
+            path: a new folder.
+
+        Raises:
+            FileError: something of that name is there, or the result has edges.
+        """
+        zarr_files.write(path, self.table)
+
+    @classmethod
+    def from_zarr(cls, path: str | os.PathLike[str]) -> SweepResult:
+        """Read a whole store; its numbers are the same to the bit.
+
+        Args:
+            path: the store.
+
+        Returns:
+            The result.
+
+        Raises:
+            FileError: it is no store of a result, or damaged.
+        """
+        return cls(zarr_files.read(path))
+
+    @staticmethod
+    def open_zarr(path: str | os.PathLike[str]) -> xr.Dataset:
+        """A store whose numbers are read when they are asked for, a prompt at a time: `values`, `done`, `clean`, ...
+
+        Along the axis `cell` stand each cell's `path`, `layer`, `head`, `position` and the like.
+
+        Args:
+            path: the store.
+
+        Returns:
+            An `xarray.Dataset`.
+        """
+        return zarr_files.lazy(path)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of `frame()`, a group of rows for each prompt. Needs the extra `parquet`.
+
+        Args:
+            path: the file.
+        """
+        parquet.write(path, self.frames())
+
     @classmethod
     def merge(cls, results: Iterable[SweepResult]) -> SweepResult:
-        """Merge the results of a sweep's shards.
+        """Merge the results of a sweep's parts: shards, and parts that have prompts of their own.
+
+        Parts need not be all: cells that none of them has are not done, prompts that none has are left out, and the
+        others keep their numbers (`result.grid().prompt`).
 
         >>> plan = ns.plan_sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", ns.logit_diff("w7", "w8"))
         >>> parts = [ns.run(plan.shard(i, 2), model, progress=False) for i in range(2)]   # on two machines
         >>> [part.is_complete for part in parts], ns.SweepResult.merge(parts).is_complete
         ([False, False], True)
+        >>> plan = ns.plan_sweep(model, ["w3", "w4"], ["w5", "w6"], "layers[:].output[0]", ns.logit_diff("w7", "w8"))
+        >>> parts = [ns.run(unit.plan, model, progress=False) for unit in plan.units(size=6)]
+        >>> len(parts), ns.SweepResult.merge(parts).grid().sizes["prompt"]
+        (2, 2)
 
         Args:
-            results: results of one plan's shards.
+            results: results of parts of one plan.
 
         Returns:
             One result with all their cells.

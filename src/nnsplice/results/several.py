@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -54,3 +54,13 @@ def frames(table: Table, of: Callable[[Table], pd.DataFrame]) -> pd.DataFrame:
     for name, rows in zip(table.metrics, found, strict=True):
         rows.insert(1, "metric", name)
     return pd.concat(found, ignore_index=True)
+
+
+def frames_of_prompts(table: Table, of: Callable[[Table], Iterator[pd.DataFrame]]) -> Iterator[pd.DataFrame]:
+    """Of each prompt the rows of each metric under those of the one before."""
+    import pandas as pd
+
+    for each in zip(*(of(one(table, name)) for name in table.metrics), strict=True):
+        for name, rows in zip(table.metrics, each, strict=True):
+            rows.insert(1, "metric", name)
+        yield pd.concat(each, ignore_index=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.errors import BadArgument
+from nnsplice.results.parts import numbers_of
 
 #: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them).
 AXES = ("layer", "head", "group", "neuron", "expert", "feature")
@@ -126,6 +127,12 @@ class Table:
     #: `[prompt]`: what is no cell's, where the cells are parts of a sum: together they are the clean run's metric.
     rest: np.ndarray | None = None
 
+    @property
+    def prompts(self) -> np.ndarray:
+        """`[prompt]`: the numbers of the prompts; those that a part has in the whole."""
+        numbers = numbers_of(self.asked)
+        return np.arange(len(self.clean)) if numbers is None else np.array(numbers)
+
 
 def settled(table: Table) -> Table:
     """A copy that nobody can change any more, with NaN for all that was not measured.
@@ -159,6 +166,9 @@ def settled(table: Table) -> Table:
         raise BadArgument(f"the tokens are of {len(table.tokens)} prompts, the values of {prompts}")
     if table.rest is not None and np.shape(table.rest) != (prompts,):
         raise BadArgument(f"rest has shape {list(np.shape(table.rest))}", expected=f"{[prompts]}")
+    numbers = numbers_of(table.asked)
+    if numbers is not None and len(numbers) != prompts:
+        raise BadArgument(f"the part is of {len(numbers)} prompts, the values of {prompts}")
     exists = np.array(table.exists, dtype=bool)
     done = np.array(table.done, dtype=bool) & exists
     # `where` and not a product: what was not measured may be any number, and NaN is one value, not many.

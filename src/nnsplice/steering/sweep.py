@@ -250,7 +250,7 @@ class _Logits:
 
     def _of(self, prompts: Sequence[int]) -> Tensor:
         inputs: Any = self.prompts.inputs(prompts, self.model.device)
-        length = self.prompts.lengths("decoder")[prompts[0]]
+        length = self.prompts.length("decoder", prompts[0])
         at = self.metric.metric.position % length - length
         kept = {"logits_to_keep": -at} if engine.keeps_logits(self.model) else {}
         with engine.turn(self.model), torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,6 +24,29 @@ from nnsplice.sweeps.packing import packed
 from nnsplice.sweeps.probing import Answer, compare, kinds_of
 
 EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An executor that was chosen for a whole plan, which its parts take without trying anew."""
+
+    name: str
+    note: str = ""
+    #: How packed rows come by their attention.
+    way: str | None = None
+
+    @classmethod
+    def of(cls, name: str, work: Work) -> tuple[Chosen, Cost]:
+        """What `choose` says, in a form that can be handed on."""
+        found, note, cost = choose(name, work)
+        return cls(found, note, work.memo.get("way") if found == "packed" else None), cost
+
+    def handed(self, work: Work) -> Executor:
+        """The executor, made ready for some work."""
+        if self.way is not None:
+            work.memo["way"] = self.way
+        return EXECUTORS[self.name]
+
 
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Answer]] = weakref.WeakKeyDictionary()
 
@@ -72,7 +96,7 @@ def _asked(work: Work) -> tuple[Answer, Cost]:
 def longest_of(work: Work) -> int:
     """How many tokens the longest prompt has that a job is about."""
     encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
-    return max(max(encoder[prompt], decoder[prompt]) for prompt in {prompt for prompt, _ in work.plan.jobs})
+    return max(max(encoder[prompt], decoder[prompt]) for prompt in work.plan.jobs.prompts)
 
 
 def question(work: Work) -> Hashable:
@@ -98,7 +122,7 @@ def question(work: Work) -> Hashable:
         str(plan.operation.identity),
         None if corruption is None else corruption.overwrites,
         (metric.position, metric.local, metric.compares, _rules(plan.metric)),
-        len(prompts := {prompt for prompt, _ in plan.jobs}) > 1,
+        len(prompts := plan.jobs.prompts) > 1,
         len({(encoder[prompt], decoder[prompt]) for prompt in prompts}) > 1,
     )
 

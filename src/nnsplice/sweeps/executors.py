@@ -24,8 +24,9 @@ from nnsplice.packed import cut
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
+from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.knockouts import of_rows
-from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Source
 
@@ -85,7 +86,7 @@ def _reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     cost = Cost()
     for job in jobs:
         values += measured(work, alone(work, job), [job])
-        cost += work.law.whole(work.plan.corrupted, [job[0]], work.plan.corrupted.lengths("decoder")[job[0]])
+        cost += work.law.whole(work.plan.corrupted, [job[0]], work.plan.corrupted.length("decoder", job[0]))
     return values, cost
 
 
@@ -171,13 +172,13 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         corrupt(model, plan, prompts)
         for access in stops:
             held = hold(access, mediator, batch.rows(access.tower))
-            check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
+            check_length(access, held.tensor, plan.corrupted.length(access.tower, prompts[0]))
             held.write(_changed(work, access, held.tensor, writes))
         found.append(wire.logits_of(model)[:, at].clone())
 
     with torch.no_grad(), cut(model, of_rows(plan, jobs)):
         engine.run(model, {**inputs, **(fewer := only_read(model, at, writes))}, body)
-    logits = fewer.get("logits_to_keep", plan.corrupted.lengths("decoder")[prompts[0]])
+    logits = fewer.get("logits_to_keep", plan.corrupted.length("decoder", prompts[0]))
     return measured(work, found[0], jobs), work.law.whole(plan.corrupted, prompts, logits)
 
 
@@ -213,7 +214,7 @@ def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
     mediator = engine.worker(model, "a sweep")
     (access,) = accesses(model, [corruption.place])
     held = hold(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
-    check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
+    check_length(access, held.tensor, plan.corrupted.length(access.tower, prompts[0]))
     new = held.tensor.clone()
     for row, prompt in enumerate(prompts):
         tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(new)

@@ -10,8 +10,9 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument
 from nnsplice.packed import Cut
 from nnsplice.sweeps.cells import Target, has_tokens, own_tokens
+from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.operations import Operation
-from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.plan import Plan
 
 _EDGE = "layers[3].heads[1].pattern[-1][2]"
 
@@ -55,7 +56,7 @@ def _check_rest(model: engine.Model, target: Target, edited: Prompts) -> None:
     for prompt in range(len(edited)):
         lost: dict[tuple[object, int], set[int]] = {}
         for part in target.parts:
-            length = edited.lengths(part.tower)[prompt]
+            length = edited.length(part.tower, prompt)
             if not (has_tokens(part.position, length) and has_tokens(part.key, length)):
                 continue
             keys = own_tokens(part.key, edited, prompt, length)

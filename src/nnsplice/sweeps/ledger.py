@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -15,7 +15,7 @@ from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Several
 from nnsplice.progress import bar
 from nnsplice.results import Journal
-from nnsplice.sweeps.plan import Job
+from nnsplice.sweeps.jobs import Job, Jobs
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Ledger:
 @contextmanager
 def ledger(
     shape: tuple[int, int],
-    jobs: Iterable[Job],
+    jobs: Jobs,
     asked: Mapping[str, Any],
     journal: str | PathLike[str] | None,
     progress: bool,
@@ -63,14 +63,14 @@ def ledger(
         metrics: how many numbers a cell has, where it has several.
     """
     several, wide = ((metrics,) if metrics else ()), metrics or 1
-    values, done, wanted = np.full((*shape, *several), np.nan), np.zeros(shape, dtype=bool), set(jobs)
-    log = None if journal is None else Journal.open(journal, asked, len(wanted) * wide)
+    values, done = np.full((*shape, *several), np.nan), np.zeros(shape, dtype=bool)
+    log = None if journal is None else Journal.open(journal, asked, len(jobs) * wide)
     try:
         for (prompt, number), value in (log.done() if log is not None else {}).items():
             cell = number // wide
             values[(prompt, cell, number % wide) if metrics else (prompt, cell)] = value
             done[prompt, cell] = True
-        with bar("sweep", len(wanted), "cell", progress, done=sum(bool(done[job]) for job in wanted)) as shown:
+        with bar("sweep", len(jobs), "cell", progress, done=int(done[jobs.columns()].sum())) as shown:
             yield Ledger(values, done, log, shown)
     finally:
         if log is not None:

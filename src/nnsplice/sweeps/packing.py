@@ -18,8 +18,8 @@ from nnsplice.packed.rows import Change, Values
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.executors import Executor, Work, measured
+from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.knockouts import cuts_of
-from nnsplice.sweeps.plan import Job
 
 
 def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
@@ -58,7 +58,7 @@ def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
             Edit(place, tuple(tokens), change or plan.operation.apply, _values(work, prompt, part, place, tokens))
             for place in (part.places if tokens else ())
         ]
-    read = plan.metric.metric.position % plan.corrupted.lengths("decoder")[prompt]
+    read = plan.metric.metric.position % plan.corrupted.length("decoder", prompt)
     return Row(prompt, tuple(edits), read, cuts=cuts_of(plan, job))
 
 

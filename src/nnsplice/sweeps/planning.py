@@ -19,6 +19,7 @@ from nnsplice.subspaces import Subspace
 from nnsplice.sweeps import foreign, knockouts, parts
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.identity import asked_of
+from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
 from nnsplice.sweeps.plan import Plan, partner
 from nnsplice.sweeps.pruning import same, split
@@ -132,13 +133,14 @@ def plan_sweep(
     tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
     told = bound.identity if runs is None else runs.identity
     asked = asked_of(model, edited, there, targets, told, chosen, reference, window, align, seed, corruption, other)
-    plan = Plan(edited, there, targets, bound, chosen, reference, align, seed, (), (), asked, corruption, tokens)
+    none = Jobs.of(())
+    plan = Plan(edited, there, targets, bound, chosen, reference, align, seed, none, none, asked, corruption, tokens)
     if runs is not None:
         plan = replace(plan, corrupted=runs.corrupted, clean=runs.clean, owners=runs.owners, appended=runs.appended)
     plan = replace(plan, foreign=other is not None)
     jobs, known = split(model, plan)
     if other is not None and foreign.identical(model, other):
-        jobs, known = (), tuple(sorted((*jobs, *known)))
+        jobs, known = none, jobs + known
     return replace(plan, jobs=jobs, known=known)
 
 

@@ -22,8 +22,8 @@ from nnsplice.packed import ways
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.executors import Executor, Work, alone, batched, measured, whole_prompts
+from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.packing import packed, run_for_all
-from nnsplice.sweeps.plan import Job
 
 #: How far two ways of computing one number may lie apart, in the model's dtype, before one of them is wrong.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -121,7 +121,7 @@ class _Probe:
         self.points = {job: float(direction(logits)) for job, logits in self.logits.items()}
         self.cost, self.noise_cost = Cost(), Cost()
         for prompt, _ in self.jobs:
-            length = work.plan.corrupted.lengths("decoder")[prompt]
+            length = work.plan.corrupted.length("decoder", prompt)
             self.cost += work.law.whole(work.plan.corrupted, [prompt], length)
         self.dtype = dtype_of(work)
         self.allowed = allowed(work)

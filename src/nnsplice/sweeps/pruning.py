@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+
+import numpy as np
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, peel
 from nnsplice.errors import ShortRow
-from nnsplice.sweeps.cells import Part
-from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.cells import Part, Target
+from nnsplice.sweeps.jobs import Jobs
+from nnsplice.sweeps.plan import Plan
 
 
-def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, ...]]:
+def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
     """The cells to compute, and those that cannot differ from the corrupted run."""
-    jobs: list[Job] = []
-    known: list[Job] = []
     # A hook of the user's may mix tokens in any way.
     causal = engine.is_causal(model) and not _has_hooks(model)
-    after = 0
-    behind: dict[object, bool] = {}
-    for number, target in enumerate(plan.targets):
-        # Asked once of a value, whatever number of heads and tokens of it are cells.
-        for site in map(site_of, target.places):
-            if _value(site) not in behind:
-                behind[_value(site)] = engine.after_last_attention(model, site)
-        for prompt, length in enumerate(plan.corrupted.lengths(target.tower)):
-            if not plan.has(target, prompt):
-                continue  # this prompt has no such cell
-            alike = plan.operation.name == "patch" and plan.corruption is None and not plan.foreign
-            if alike and same(plan.corrupted, plan.clean, prompt):
-                known.append((prompt, number))
-                continue
-            if not causal:
-                jobs.append((prompt, number))
-                continue
-            shared, read = plan.shared_start(target, prompt), plan.metric.metric.position % length
-            where = [(part, _changed(plan, part, prompt)) for part in target.parts]
-            after += all(min(plan.positions(part, prompt)) > read for part in target.parts)
-            # Of a set each token of a place is looked at by itself: where a pair is one run still, its other patches
-            # change nothing either, and behind the last attention no token reads another.
-            can = any(
-                token == read or not behind[_value(site_of(place))]
-                for part, tokens in where
-                for token in tokens
-                if shared <= token <= read
-                for place in part.places
-            )
-            (jobs if can else known).append((prompt, number))
+    to_compute = np.zeros((len(plan.corrupted), len(plan.targets)), dtype=bool)
+    is_known, is_after = np.zeros_like(to_compute), np.zeros(len(plan.targets), dtype=bool)
+    kinds, after = _kinds(model, plan), 0
+    patched = plan.operation.name == "patch" and plan.corruption is None and not plan.foreign
+    for prompts in plan.alike:
+        has, can = np.zeros(len(plan.targets), dtype=bool), np.zeros(len(plan.targets), dtype=bool)
+        is_after[:] = False
+        for numbers, behind in kinds:
+            target = plan.targets[numbers[0]]
+            if not plan.has(target, prompts[0]):
+                continue  # these prompts have no such cell
+            has[numbers] = True
+            can[numbers], is_after[numbers] = _reached(plan, target, prompts[0], behind) if causal else (True, False)
+        unlike = [prompt for prompt in prompts if not (patched and same(plan.corrupted, plan.clean, prompt))]
+        is_known[prompts] = has
+        to_compute[unlike], is_known[unlike] = has & can, has & ~can
+        after += len(unlike) * int(is_after.sum())
+    jobs, known = Jobs.of_mask(to_compute), Jobs.of_mask(is_known)
     if not jobs and not known:
         raise ShortRow(
             "none of these tokens has a partner in its clean prompt, which is shorter",
@@ -65,7 +55,47 @@ def split(model: engine.Model, plan: Plan) -> tuple[tuple[Job, ...], tuple[Job, 
             f"{after} cells stand after the position that the metric reads: their value is that of the corrupted run",
             stacklevel=4,
         )
-    return tuple(jobs), tuple(known)
+    return jobs, known
+
+
+def _kinds(model: engine.Model, plan: Plan) -> list[tuple[list[int], tuple[bool, ...]]]:
+    """Targets that are reached alike: changed at the same tokens, and at places that stand alike to the last attention.
+
+    With them, for each part, whether all of its places stand behind that.
+    """
+    # Asked once of a value, whatever number of heads and tokens of it are cells.
+    behind: dict[object, bool] = {}
+    found: list[tuple[list[int], tuple[bool, ...]]] = []
+    for numbers in plan.positions_alike:
+        kinds: dict[tuple[bool, ...], list[int]] = {}
+        for number in numbers:
+            for site in map(site_of, plan.targets[number].places):
+                if _value(site) not in behind:
+                    behind[_value(site)] = engine.after_last_attention(model, site)
+            parts = plan.targets[number].parts
+            key = tuple(all(behind[_value(site_of(place))] for place in part.places) for part in parts)
+            kinds.setdefault(key, []).append(number)
+        found += [(members, key) for key, members in kinds.items()]
+    return found
+
+
+def _reached(plan: Plan, target: Target, prompt: int, behind: Sequence[bool]) -> tuple[bool, bool]:
+    """Whether a target's change can reach what the metric reads, and whether all of it stands after that.
+
+    Args:
+        behind: of each part, whether all of its places stand behind the last attention, where no token reads another.
+    """
+    length = plan.corrupted.length(target.tower, prompt)
+    shared, read = plan.shared_start(target, prompt), plan.metric.metric.position % length
+    # Of a set each token of a place is looked at by itself: where a pair is one run still, its other patches
+    # change nothing either.
+    can = any(
+        token == read or not late
+        for part, late in zip(target.parts, behind, strict=True)
+        for token in _changed(plan, part, prompt)
+        if shared <= token <= read
+    )
+    return can, all(min(plan.positions(part, prompt)) > read for part in target.parts)
 
 
 def _changed(plan: Plan, part: Part, prompt: int) -> list[int]:

@@ -14,9 +14,9 @@ from nnsplice.sweeps.plan import Plan, partner
 
 def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:
     """Where the metric reads, counted from the prompt's end: in the run that is edited, or in the clean one."""
-    edited = plan.corrupted.lengths("decoder")[prompt]
+    edited = plan.corrupted.length("decoder", prompt)
     position = plan.metric.metric.position
-    length = plan.clean.lengths("decoder")[prompt] if clean and plan.clean is not None else edited
+    length = plan.clean.length("decoder", prompt) if clean and plan.clean is not None else edited
     if clean and plan.clean is not None and plan.align == "role":
         found = partner(plan.corrupted, plan.clean, prompt, position % edited)
         assert found is not None

@@ -21,10 +21,11 @@ from nnsplice.packed import Cost, Law, padded_at_most
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.subspaces import Subspace
 from nnsplice.sweeps import foreign
-from nnsplice.sweeps.choosing import EXECUTORS, choose
+from nnsplice.sweeps.choosing import EXECUTORS, Chosen, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
+from nnsplice.sweeps.jobs import Job, Jobs
 from nnsplice.sweeps.ledger import check_baselines, ledger
-from nnsplice.sweeps.plan import Job, Plan
+from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.sequences import summed
 from nnsplice.sweeps.sets import Sites
@@ -46,33 +47,7 @@ def run(
     progress: bool = True,
     source: Any = None,
 ) -> SweepResult:
-    """Run a plan and return the value of every cell.
-
-    >>> metric = ns.logit_diff("w7", "w8")
-    >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[1]", metric)
-    >>> halves = [ns.run(plan.shard(n, 2), model, progress=False) for n in range(2)]   # on two machines, say
-    >>> ns.SweepResult.merge(halves).grid().dims
-    ('prompt', 'layer', 'position')
-
-    Args:
-        plan: a plan from `ns.plan_sweep`, or a shard of one.
-        model: the model that the plan was made with.
-        executor: `"packed"` batches the tokens that can differ, `"batched"` gives each cell a row of a batched trace,
-            `"reference"` gives each cell a trace. `"auto"` takes the first of these that reproduces the values of a few
-            cells run alone; `result.run` has its name and the reason. An `Executor` runs jobs of one's own.
-        max_tokens: how many tokens run at once; chosen for the device if left out, and halved when memory runs out.
-        journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
-        progress: show a progress bar.
-        source: the other model, of a plan that was made with one.
-
-    Returns:
-        The values of all cells, with the metric of the clean and the corrupted run.
-
-    Raises:
-        BadArgument: the model has other weights than the plan was made with, or is in train mode.
-        RefusedExecutor: the executor named has no exact values for this plan.
-        FileError: the journal is of another sweep, or damaged.
-    """
+    """A plan in this process; its arguments are those of `ns.run`."""
     if not isinstance(plan, Plan):
         raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
     model = engine.as_model(model)
@@ -111,18 +86,19 @@ def run_fresh(
             write="the same call again, which sees them; with torch.no_grad(): weight[...] = ... is always seen",
         )
     with engine.turn(model):  # its attention is another one while packed rows run
-        return _run(plan, model, executor, max_tokens, journal, progress, other)
+        return SweepResult(measured_table(plan, model, executor, max_tokens, journal, progress, other))
 
 
-def _run(
+def measured_table(
     plan: Plan,
     model: engine.Model,
-    executor: str | Executor,
+    executor: str | Executor | Chosen,
     max_tokens: int | None,
-    journal: str | PathLike[str] | None,
-    progress: bool,
-    other: engine.Model | None,
-) -> SweepResult:
+    journal: str | PathLike[str] | None = None,
+    progress: bool = False,
+    other: engine.Model | None = None,
+) -> Table:
+    """What `run` finds, as a table; whoever calls holds the model's turn, and has checked the model."""
     start = time.perf_counter()
     first, at_once = _rooms(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once, other)
@@ -132,6 +108,8 @@ def _run(
     if isinstance(executor, Executor):
         execute, note, spent = (executor, "", Cost()) if executor.choose is None else executor.choose(work)
         name, cost = execute.name, cost + spent
+    elif isinstance(executor, Chosen):
+        name, note, execute = executor.name, executor.note, executor.handed(work)
     else:
         name, note, spent = choose(executor, work)
         execute, cost = EXECUTORS[name], cost + spent
@@ -143,9 +121,11 @@ def _run(
 
     names = plan.metric.names if isinstance(plan.metric, Several) else ()
     with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress, len(names)) as book:
-        for prompt, target in plan.known:
-            book.values[prompt, target], book.done[prompt, target] = corrupted[prompt], True
-        left = [job for job in plan.jobs if not book.done[job]]
+        known = plan.known.columns()
+        book.values[known], book.done[known] = corrupted[known[0]], True
+        prompts_of, targets_of = plan.jobs.columns()
+        left = ~book.done[prompts_of, targets_of]
+        left = Jobs.of_columns(prompts_of[left], targets_of[left])
         for jobs, found, spent in _chunks(work, execute, left, at_once, first):
             book.note(jobs, found)
             cost += spent
@@ -156,8 +136,22 @@ def _run(
     cells = tuple(target.cell for target in plan.targets)
     texts = () if plan.owners else plan.tokens
     table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about)
-    table = summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
-    return SweepResult(table)
+    return summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
+
+
+def chosen_for(plan: Plan, model: engine.Model, executor: str, at_once: int) -> Chosen:
+    """The executor of a plan that others will run in parts: tried on its longest prompt and its shortest, once."""
+    prompts = plan.jobs.prompts
+    if executor in ("reference", "batched") or not prompts:
+        return Chosen(executor if prompts else "batched")
+    lengths = plan.corrupted.lengths("decoder")
+    ends = {max(prompts, key=lambda run: lengths[run]), min(prompts, key=lambda run: lengths[run])}
+    part = plan.take(sorted({plan.owners[run] if plan.owners else run for run in ends}))
+    check_mode(model)
+    with engine.turn(model):
+        logits, source, _ = clean_run(model, part, at_once)
+        found, _ = Chosen.of(executor, Work(model, part, source, logits if part.metric.metric.compares else None))
+    return found
 
 
 def sweep(
@@ -276,7 +270,7 @@ def check_mode(model: engine.Model) -> None:
 def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Cost]:
     """The corrupted prompts' logits: from a run that is made anyway, where all of them fit into one."""
     plan = work.plan
-    together = {prompt for prompt, _ in plan.jobs} == set(range(len(plan.corrupted)))
+    together = len(plan.jobs.prompts) == len(plan.corrupted)
     if executor.corrupted is not None and together and sum(plan.corrupted.lengths("decoder")) <= at_once:
         try:
             return executor.corrupted(work)

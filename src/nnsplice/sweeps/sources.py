@@ -61,8 +61,8 @@ class Source:
         held = _held(plan.reference, place, keys)
         if width not in (0, held.shape[-1]):
             raise ShapeError(f"the reference is {held.shape[-1]} wide, the place {width}", path=place.place)
-        if plan.operation.name == "add" and len(held) == len(plan.corrupted):
-            return held[prompt].mean(0)
+        if plan.operation.name == "add" and len(held) == plan.runs:
+            return held[plan.number(prompt)].mean(0)
         rows = held.flatten(0, 1)
         if plan.operation.name == "resample":
             generator = self._generator(prompt, part, place, position)
@@ -72,7 +72,7 @@ class Source:
     def _generator(self, prompt: int, part: Part, place: Path, position: int) -> torch.Generator:
         # Seeded by what is changed, not by when: every executor, shard and resumed run draws the same numbers, and so
         # does a set for each of its sites.
-        text = f"{self.plan.seed} {prompt} {part.cell.path} {place.place} {position}"
+        text = f"{self.plan.seed} {self.plan.number(prompt)} {part.cell.path} {place.place} {position}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return torch.Generator().manual_seed(seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -26,6 +27,11 @@ class Corruption:
     values: tuple[Tensor, ...]
     #: Whether the values take the place of what is there, or are added to it.
     overwrites: bool = False
+
+    def take(self, rows: Sequence[int]) -> Corruption:
+        """The same, of these prompts alone."""
+        positions, values = (tuple(of[row] for row in rows) for of in (self.positions, self.values))
+        return replace(self, positions=positions, values=values)
 
 
 def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, together: bool) -> tuple[Target, ...]:

@@ -122,7 +122,7 @@ def _logits(
         assert isinstance(inputs, Mapping)
         with torch.no_grad():
             engine.run(model, {**inputs, **(fewer := only_read(model, at, places))}, body)
-        cost += law.whole(prompts, rows, fewer.get("logits_to_keep", prompts.lengths("decoder")[rows[0]]))
+        cost += law.whole(prompts, rows, fewer.get("logits_to_keep", prompts.length("decoder", rows[0])))
         logits |= dict(zip(rows, found[0], strict=True))
     return logits, cost
 

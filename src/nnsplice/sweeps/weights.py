@@ -29,8 +29,8 @@ from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import Cell, Run, SweepResult, Table
 from nnsplice.sweeps.cells import cell_of
 from nnsplice.sweeps.identity import told
+from nnsplice.sweeps.jobs import Job, Jobs
 from nnsplice.sweeps.ledger import check_baselines, ledger
-from nnsplice.sweeps.plan import Job
 from nnsplice.sweeps.prefix import Prefix
 from nnsplice.weights import select, swap
 from nnsplice.weights.regions import counterpart, regions
@@ -96,10 +96,15 @@ def sweep_weights(
     asked = _asked(tuned, runs, places, cells, anew=journal is not None)
     cost = Cost()
     shape = len(every), len(cells)
+    jobs = Jobs.of(np.ndindex(shape))
     # The weights are other ones while this runs, so other threads' sweeps of the model wait.
-    with engine.turn(base), ledger(shape, list(np.ndindex(shape)), asked, journal, progress) as book, torch.no_grad():
-        for jobs, found, spent in _measured(runs, tuned, list(places.values()), clean_logits, book.done):
-            book.note(jobs, found)
+    with (
+        engine.turn(base),
+        ledger(shape, jobs, asked, journal, progress) as book,
+        torch.no_grad(),
+    ):
+        for done, found, spent in _measured(runs, tuned, list(places.values()), clean_logits, book.done):
+            book.note(done, found)
             cost += spent
     book.warn_of_nan()
     about = Run("weights", time.perf_counter() - start, **cost.told())
@@ -123,7 +128,7 @@ def _measured(
             with swap(runs.base, tuned, selection), prefix.before(selection) as skipped:
                 logits = runs.logits(module, rows)
             found = dict(zip(rows, runs.measured(rows, logits, clean_logits).tolist(), strict=True))
-            spent = runs.law.whole(runs.given, rows, runs.given.lengths("decoder")[rows[0]], skipped)
+            spent = runs.law.whole(runs.given, rows, runs.given.length("decoder", rows[0]), skipped)
             yield [(row, number) for row in left], [found[row] for row in left], spent
 
 
@@ -167,7 +172,7 @@ class _Runs:
         """`[row, vocab]`, at the position that the metric reads."""
         inputs = self.given.inputs(rows, next(module.parameters()).device)
         assert isinstance(inputs, Mapping)
-        length = self.given.lengths("decoder")[rows[0]]
+        length = self.given.length("decoder", rows[0])
         at = self.metric.metric.position % length - length
         logits = module(**inputs, **self.arguments)
         logits = logits.logits if hasattr(logits, "logits") else logits[0]

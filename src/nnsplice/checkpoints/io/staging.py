@@ -24,7 +24,7 @@ from nnsplice.checkpoints.io.swap import exchange
 from nnsplice.errors import FileError
 from nnsplice.files import from_json
 from nnsplice.headers import read_header
-from nnsplice.results.lock import Lock
+from nnsplice.locks import Lock
 
 #: How files are named that hold weights, besides pickles.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx")

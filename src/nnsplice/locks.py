@@ -1,7 +1,8 @@
-"""One process at a time: a file beside the journal that says who is writing it.
+"""One process at a time: a file beside another that says who is writing it.
 
 The file outlives a process that was killed, so it says enough to be judged by the next one: the process number, the
-machine, and when the process began, since numbers come again.
+machine, and when the process began, since numbers come again. A process on another machine cannot be asked; so whoever
+holds a lock renews it every few seconds, and one that was not renewed for `LEASE` seconds is taken over.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from nnsplice.errors import FileError
 
+#: After how many seconds without a sign a lock of another machine is taken over.
+LEASE = 120.0
 #: The locks of this process.
 _held: set[str] = set()
 
@@ -34,6 +39,7 @@ class Lock:
         for _ in range(8):
             _held.add(self._words)  # before it is there, so that no other thread takes it for a dead one's
             if _made(self.path, self._words):
+                self._beat = Beat(lambda: [self.path], LEASE / 12)
                 return
             _held.discard(self._words)
             self._take_over(of)
@@ -42,6 +48,7 @@ class Lock:
     def release(self) -> None:
         """Let the next one write."""
         if self._words in _held and self._process == os.getpid():  # a fork has not taken what its parent holds
+            self._beat.stop()
             _held.discard(self._words)
             if _read(self.path) == self._words:
                 self.path.unlink(missing_ok=True)
@@ -52,7 +59,7 @@ class Lock:
             there = _read(self.path)
             if there is None:
                 return  # given back just now
-            if holder := _holder(there):
+            if holder := _holder(there, self.path):
                 raise FileError(
                     f"{of} is being written by {holder}",
                     expected="one process at a time",
@@ -78,9 +85,67 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _words() -> str:
+class Beat:
+    """A thread that touches files every few seconds, as a sign that their process lives; `stop` ends it."""
+
+    def __init__(self, of: Callable[[], Iterable[Path]], every: float) -> None:
+        """Begin.
+
+        Args:
+            of: the files at that time; one that is gone is passed over.
+            every: seconds between two signs.
+        """
+        self._of, self._every, self._stopped = of, every, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._every):
+            for path in self._of():
+                with suppress(OSError):
+                    os.utime(path)
+
+    def stop(self) -> None:
+        """Give no more signs."""
+        self._stopped.set()
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others, as plain data."""
     own = os.getpid()
-    return json.dumps({"pid": own, "host": platform.node(), "began": _began(own), "lock": uuid.uuid4().hex})
+    return {"pid": own, "host": _machine(), "began": _began(own)}
+
+
+def is_gone(told: Mapping[str, Any]) -> bool | None:
+    """Whether a process that `this_process` told of is gone; None where it cannot be asked from here.
+
+    Raises:
+        KeyError, ValueError, TypeError: this is not what it told.
+    """
+    process, host, began = int(told["pid"]), str(told["host"]), told["began"]
+    return None if host != _machine() else not (_lives(process) and began == _began(process))
+
+
+def age_of(path: Path) -> float:
+    """Seconds since a file was touched, by the clock of its own file system."""
+    beside = path.with_name(f".{uuid.uuid4().hex}.now")
+    beside.touch()
+    try:
+        return beside.stat().st_mtime - path.stat().st_mtime
+    finally:
+        beside.unlink()
+
+
+def _machine() -> str:
+    """The machine, and within it the numbers that processes have: containers of one name count their own."""
+    try:
+        return f"{platform.node()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return platform.node()
+
+
+def _words() -> str:
+    return json.dumps({**this_process(), "lock": uuid.uuid4().hex})
 
 
 def _made(path: Path, words: str) -> bool:
@@ -113,18 +178,18 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _holder(words: str) -> str | None:
+def _holder(words: str, path: Path) -> str | None:
     """Who holds a lock, or None for a process that is gone."""
     try:
         told = json.loads(words)
-        process, host, began = int(told["pid"]), str(told["host"]), told["began"]
+        gone, process, host = is_gone(told), int(told["pid"]), str(told["host"]).partition(" ")[0]
     except (ValueError, TypeError, KeyError):
         return None  # a lock is never seen half written
-    if host != platform.node():
-        return f"process {process} on {host}"  # which cannot be asked from here
+    if gone is None:  # which cannot be asked from here
+        return f"process {process} on {host}" if age_of(path) < LEASE else None
     if process == os.getpid():
         return f"process {process}, this one" if words in _held else None
-    return f"process {process}" if _lives(process) and began == _began(process) else None
+    return None if gone else f"process {process}"
 
 
 def _lives(process: int) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from nnsplice.errors import FileError
-from nnsplice.results.lock import Lock
+from nnsplice.locks import LEASE, Lock, this_process
 
 
 def _there(folder: Path, **told: Any) -> Path:
-    words = {"pid": os.getpid(), "host": platform.node(), "began": None, "lock": "0", **told}
+    words = {"pid": os.getpid(), "host": this_process()["host"], "began": None, "lock": "0", **told}
     path = folder / "run.jsonl.lock"
     path.write_text(json.dumps(words))
     return path
@@ -45,6 +45,26 @@ def test_a_process_of_another_machine_cannot_be_judged_from_here(tmp_path: Path)
     with pytest.raises(FileError, match=r"process \d+ on elsewhere"):
         Lock(tmp_path / "run.jsonl")
     assert path.exists()
+
+
+def test_a_lock_of_another_machine_without_a_sign_for_long_is_taken_over(tmp_path: Path) -> None:
+    path = _there(tmp_path, host="elsewhere")
+    past = path.stat().st_mtime - LEASE - 1
+    os.utime(path, (past, past))
+    lock = Lock(tmp_path / "run.jsonl")
+    assert json.loads(path.read_text())["host"] != "elsewhere"
+    lock.release()
+
+
+def test_a_lock_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnsplice.locks.LEASE", 0.6)
+    lock = Lock(tmp_path / "run.jsonl")
+    os.utime(lock.path, (0, 0))
+    deadline = time.monotonic() + 10
+    while lock.path.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert lock.path.stat().st_mtime > 0
+    lock.release()
 
 
 def test_a_process_that_has_the_number_of_a_dead_one_is_not_the_holder(tmp_path: Path) -> None:
@@ -84,7 +104,7 @@ def test_the_lock_of_another_is_not_given_back(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_does_not_give_back_what_its_parent_holds(tmp_path: Path) -> None:
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom nnsplice.results.lock import Lock\n"
+        "import os, sys\nfrom pathlib import Path\nfrom nnsplice.locks import Lock\n"
         "lock = Lock(Path(sys.argv[1]))\nif os.fork() == 0:\n    lock.release()\n    os._exit(0)\n"
         "os.wait()\nprint(lock.path.exists())\nlock.release()\nprint(lock.path.exists())"
     )

@@ -1,0 +1,159 @@
+"""`capture_to`: the runs of a whole data set, captured into a folder a chunk at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+from nnsplice import engine
+from nnsplice.activations.access import require_positions
+from nnsplice.activations.capture import capture
+from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, told_of
+from nnsplice.activations.prompts import Prompts, SpanTexts, encode
+from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.errors import BadArgument, FileError, circumstances
+from nnsplice.files import from_json, local_folder, text_of, whole
+from nnsplice.locks import Lock
+from nnsplice.paths import Path, Paths, Slice, parse_path
+from nnsplice.progress import bar
+
+#: Prompts in a chunk, and tokens that run at once.
+CHUNK, TOKENS = 256, 4096
+
+
+def capture_to(
+    folder: str | os.PathLike[str],
+    model: Any,
+    prompts: Iterable[Any],
+    paths: Paths,
+    *,
+    spans: SpanTexts | None = None,
+    column: str = "text",
+    chunk: int = CHUNK,
+    max_tokens: int = TOKENS,
+    progress: bool = False,
+) -> ActivationFolder[SavedActivation]:
+    """Capture places of the runs of many prompts into a folder, a chunk at a time; the same call goes on after a stop.
+
+    In memory there is one chunk. With `[:]` all tokens of prompts of any length are captured.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     held = ns.capture_to(folder, model, ["w3 w4 w5", "w6 w7"], "layers[1:].output[:]")
+    ...     sum(len(batch) for batch in held.tokens("layers[2].output", batch_size=4))
+    5
+
+    Args:
+        folder: where the captures go; made if it is not there.
+        model: the model.
+        prompts: any iterable: texts, lists of token ids, or the rows of a data set, of which `column` is taken.
+        paths: places with token positions, as for `ns.capture`.
+        spans: where named spans stand, with one for each prompt, where the prompts have a length.
+        column: the column of a data set that holds the prompts.
+        chunk: how many prompts are captured and written together.
+        max_tokens: how many tokens run at once.
+        progress: show a progress bar.
+
+    Returns:
+        The folder, opened.
+
+    Raises:
+        BadArgument: no prompts, one prompt, or a number below 1.
+        FileError: the folder holds captures of something else, or its prompts were others.
+    """
+    if chunk < 1 or max_tokens < 1:
+        raise BadArgument(f"chunk={chunk}, max_tokens={max_tokens}", expected="at least 1")
+    if isinstance(prompts, str):
+        raise BadArgument("one prompt, and a folder is for many", write="ns.capture(model, prompt, paths)")
+    target = local_folder(folder)
+    model = engine.as_model(model)
+    with circumstances("ns.capture_to"):
+        wanted = [str(path) for path in _wanted(model, paths)]
+    target.mkdir(parents=True, exist_ok=True)
+    lock = Lock(target / "capture")
+    try:
+        _begin(target, model, wanted, chunk, max_tokens)
+        total = len(prompts) if isinstance(prompts, Sequence) else None
+        rows = (one[column] if isinstance(one, Mapping) and column in one else one for one in prompts)
+        number = start = 0
+        with bar("capture", total, "prompt", progress) as shown:
+            while members := list(itertools.islice(rows, chunk)):
+                part = None if spans is None else {name: _some(of, start, len(members)) for name, of in spans.items()}
+                _chunk(target, model, encode(model, members, part), wanted, number, start, max_tokens)
+                number, start = number + 1, start + len(members)
+                shown.update(len(members))
+        if not number:
+            raise BadArgument("no prompts", expected="at least one prompt")
+        beyond = target / f"chunk-{number:06}.json"
+        if beyond.exists():
+            raise FileError(f"{target} holds more prompts than these {start}", expected="the prompts of that capture")
+        _write(target / "index.json", {"chunks": number, "rows": start})
+    finally:
+        lock.release()
+    return SavedActivation.open(target)
+
+
+def _wanted(model: engine.Model, paths: Paths) -> list[Path]:
+    wanted = [parse_path(path) for path in engine.listed(paths)]
+    found = [place.at(path.position) for path in wanted for place in engine.expand(model, path.place)]
+    require_positions(found)
+    if not found:
+        raise BadArgument("no paths, so there is nothing to capture", expected="at least one path")
+    return found
+
+
+def _some(of: Any, start: int, count: int) -> Any:
+    """The spans of a chunk, where there is one for each prompt."""
+    one = isinstance(of, str) or (isinstance(of, tuple) and all(isinstance(n, int) for n in of))
+    return of if one else of[start : start + count]
+
+
+def _begin(target: FilePath, model: engine.Model, paths: list[str], chunk: int, max_tokens: int) -> None:
+    name, revision = engine.name_of(model)
+    told = {
+        "kind": KIND, "format": FORMAT, "model": name, "revision": revision,
+        "weights": engine.weights_digest(model, anew=True), "paths": paths, "chunk": chunk, "max_tokens": max_tokens,
+    }  # fmt: skip
+    beside = target / "capture.json"
+    if not beside.exists():
+        _write(beside, told)
+        return
+    there = told_of(target)
+    if other := [key for key in told if there.get(key) != told[key]]:
+        lines = [f"  {key}: {there.get(key)} there, {told[key]} here" for key in other]
+        raise FileError(
+            "\n".join([f"{target} holds another capture", *lines]), expected="a new folder, or the same call"
+        )
+
+
+def _chunk(
+    target: FilePath, model: engine.Model, given: Prompts, paths: list[str], number: int, start: int, max_tokens: int
+) -> None:
+    """Capture a chunk, if it is not there."""
+    beside = target / f"chunk-{number:06}.json"
+    digest = hashlib.sha256(repr((given.ids, given.decoder_ids, given.spans)).encode()).hexdigest()[:16]
+    if beside.exists():
+        if from_json(text_of(beside), beside)["prompts"] != digest:
+            raise FileError(f"{target} was begun with other prompts: chunk {number} differs", expected="a new folder")
+        return
+    # All tokens of a prompt are a tensor of its length, so prompts of one length share a file then.
+    ragged = any(isinstance(parse_path(path).position, Slice) for path in paths)
+    groups = given.batches(None) if ragged else [list(range(len(given)))]
+    files: list[dict[str, Any]] = []
+    for at, rows in enumerate(groups):
+        some = given.take(rows)
+        longest = max(*some.lengths("encoder"), *some.lengths("decoder"))
+        name = f"chunk-{number:06}-{at}.safetensors"
+        capture(model, some, paths, batch_size=max(max_tokens // longest, 1)).to_file(target / name)
+        files.append({"name": name, "rows": [start + row for row in rows]})
+    _write(beside, {"rows": [start, start + len(given)], "prompts": digest, "files": files})
+
+
+def _write(path: FilePath, told: Any) -> None:
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(told), encoding="utf-8")

@@ -1,0 +1,154 @@
+"""Captures of whole data sets: a folder of safetensors files, read a file at a time.
+
+    capture.json           what is captured: model, weights, places, how many prompts a chunk has
+    chunk-000007.json      which prompts the chunk has, and which of its files holds which of them
+    chunk-000007-0.safetensors    a capture as `SavedActivation.to_file` writes it
+    index.json             how many chunks there are; written when all are there
+
+A chunk is there when its json is, so a capture that was killed goes on behind the last whole one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from nnsplice.errors import BadArgument, FileError, UnknownPath
+from nnsplice.files import from_json, local_folder, text_of
+from nnsplice.paths import Path, Paths, parse_path
+
+KIND, FORMAT = "nnsplice captures", 1
+
+
+class _Capture(Protocol):
+    def get(self, path: str | Path) -> Tensor: ...
+
+
+Held = TypeVar("Held", bound=_Capture)
+
+
+@dataclass(frozen=True)
+class ActivationFolder(Generic[Held]):
+    """Captures in a folder; nothing is read before it is asked for.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     held = ns.capture_to(folder, model, ["w3 w4", "w5", "w6 w7 w8"], "layers[:].output[-1]", chunk=2)
+    ...     held.rows, held.get("layers[1].output[-1]").shape
+    (3, torch.Size([3, 16]))
+    """
+
+    folder: FilePath
+    #: What is captured.
+    told: Mapping[str, Any]
+    #: The files, each with the numbers of its prompts.
+    files: tuple[tuple[str, tuple[int, ...]], ...]
+    #: Whether all prompts are there; a capture that was stopped has the first of them.
+    is_complete: bool
+    #: Reads a file, or with paths only these of its places.
+    read: Callable[[FilePath, Paths | None], Held] = field(repr=False)
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], read: Callable[[FilePath, Paths | None], Held]
+    ) -> ActivationFolder[Held]:
+        """The captures of a folder, as many as there are.
+
+        Args:
+            read: reads a file.
+
+        Raises:
+            FileError: there are none, or some are damaged.
+        """
+        path = local_folder(folder)
+        if not (path / "capture.json").is_file():
+            raise FileError(f"{path} holds no captures", expected="a folder that ns.capture_to wrote")
+        files: list[tuple[str, tuple[int, ...]]] = []
+        for number in itertools.count():
+            beside = path / f"chunk-{number:06}.json"
+            if not beside.is_file():
+                break
+            told = from_json(text_of(beside), beside)
+            files += [(one["name"], tuple(one["rows"])) for one in told["files"]]
+        return cls(path, told_of(path), tuple(files), (path / "index.json").is_file(), read)
+
+    @property
+    def paths(self) -> list[str]:
+        """The places with their positions, as they were asked for."""
+        return list(self.told["paths"])
+
+    @property
+    def rows(self) -> int:
+        """How many prompts there are."""
+        return sum(len(rows) for _, rows in self.files)
+
+    def parts(self, paths: Paths | None = None) -> Iterator[tuple[tuple[int, ...], Held]]:
+        """Each file's prompts by their numbers, and its capture; with `paths` only these places of it are read."""
+        for name, rows in self.files:
+            yield rows, self.read(self.folder / name, paths)
+
+    def get(self, path: str | Path) -> Tensor:
+        """One place of all prompts, `[prompt, width]`; the other places are not read.
+
+        Raises:
+            UnknownPath: it was not captured in all of them.
+        """
+        found: Tensor | None = None
+        for rows, part in self.parts(path):
+            values = part.get(path)
+            if found is None:
+                found = values.new_empty((self.rows, *values.shape[1:]))
+            if values.shape[1:] != found.shape[1:]:
+                raise BadArgument(
+                    "prompts of different length have different numbers of tokens there",
+                    path=path,
+                    expected="one token of each prompt",
+                    write=f"for batch in held.tokens({str(parse_path(path).place)!r}): ...",
+                )
+            found[list(rows)] = values
+        if found is None:
+            raise UnknownPath("no prompt is there yet", path=path)
+        return found
+
+    def tokens(self, place: str | Path, batch_size: int = 1024, *, seed: int | None = None) -> Iterator[Tensor]:
+        """All captured tokens of one place in batches `[token, width]`, to train a probe or an autoencoder on.
+
+        One file is in memory at a time. The last batch may be smaller.
+
+        Args:
+            seed: shuffles the files, and the tokens within each.
+        """
+        if batch_size < 1:
+            raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
+        wanted = parse_path(place).place
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        order = list(range(len(self.files)))
+        if generator is not None:
+            order = torch.randperm(len(order), generator=generator).tolist()
+        rest: Tensor | None = None
+        for number in order:
+            part = self.read(self.folder / self.files[number][0], wanted)
+            values = part.get(wanted)
+            flat = values.reshape(-1, values.shape[-1])
+            flat = flat if generator is None else flat[torch.randperm(len(flat), generator=generator)]
+            flat = flat if rest is None else torch.cat([rest, flat])
+            whole_ones = len(flat) // batch_size * batch_size
+            yield from flat[:whole_ones].split(batch_size) if whole_ones else ()
+            rest = flat[whole_ones:]
+        if rest is not None and len(rest):
+            yield rest
+
+
+def told_of(folder: FilePath) -> dict[str, Any]:
+    """What is captured in a folder."""
+    told = from_json(text_of(folder / "capture.json"), folder / "capture.json")
+    if not isinstance(told, dict) or told.get("kind") != KIND or told["format"] > FORMAT:
+        raise FileError(f"{folder} holds something else, or was written by a newer nnsplice")
+    return told

@@ -1,0 +1,80 @@
+"""`nnsplice work`, `merge` and `status`: the units of a run folder, from a shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnsplice.cli.commands import app
+from nnsplice.cli.table import Row, aligned, say, show
+from nnsplice.errors import FileError
+
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, as ns.run(..., out=DIR) writes.")]
+
+
+@app.command()
+def work(folder: Run) -> None:
+    """Take units of a run until none is left; on as many machines as see the folder.
+
+    \b
+    srun --ntasks=64 --gpus-per-task=1 nnsplice work /shared/run
+
+    It leaves after the unit that it is at when a signal comes (SIGTERM, SIGUSR2, Ctrl-C), and may be killed at any
+    time: another one takes its unit over. It ends with 3 where its model or its versions are not those of the run.
+    """
+    from nnsplice.work import RunFolder, Worker
+
+    sys.path.insert(0, str(Path.cwd()))  # modules of the user's, as for `python -m`
+    parent = os.environ.get("NNSPLICE_PARENT", "")
+    worker = Worker(RunFolder.open(folder), parent=int(parent) if parent else None)
+    code = worker.work()
+    why = f"; {worker.told['reason']}" if "reason" in worker.told else ""
+    say(f"{worker.told['state']}: {worker.told['units']} units{why}")
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def merge(
+    folder: Run,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Also when units are missing; cells are then too.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: DIR/result.safetensors.")] = None,
+) -> None:
+    """Put the units of a run together into one result file."""
+    from nnsplice.sweeps.distributed import merged
+
+    target = folder / "result.safetensors" if out is None else out
+    result = merged(folder, partial=partial)
+    result.to_file(target)
+    say(f"{int(result.table.done.sum())} cells of {len(result.clean)} prompts, in {target}")
+
+
+@app.command()
+def status(folder: Run) -> None:
+    """How far a run is, who is at work, how fast, and what failed and why."""
+    from nnsplice.work import RunFolder, status_of
+
+    found = status_of(RunFolder.open(folder))
+    alive = [one for one in found.workers if one["alive"]]
+    left = found.units - found.done - len(found.failures)
+    rate = f", {found.rate:.2g} units a second, {left / found.rate:.0f} s to go" if found.rate and left else ""
+    say(f"{found.done} of {found.units} units done, {len(found.failures)} failed, {len(alive)} workers{rate}")
+    rows: list[Row] = [
+        (one["worker"], one["state"] if one["alive"] or one["state"] not in ("loading", "running") else "dead",
+         f"{one['units']}", one.get("reason", "").partition("\n")[0])
+        for one in found.workers
+    ]  # fmt: skip
+    if rows:
+        show(aligned(rows, ("worker", "state", "units", "why")))
+    for number, reason in found.failures.items():
+        say(f"unit {number} failed: {reason}")
+    if found.failures:
+        raise FileError(
+            f"{len(found.failures)} units failed", expected=f"their reasons mended; logs are in {folder / 'workers'}"
+        )

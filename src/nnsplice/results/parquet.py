@@ -1,0 +1,31 @@
+"""Rows as a Parquet file, one prompt after the other; the only file that imports pyarrow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from nnsplice.errors import MissingPackage
+from nnsplice.files import local_folder, whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write(path: str | os.PathLike[str], frames: Iterable[pd.DataFrame]) -> None:
+    """Write frames that have the same columns, each as a group of rows; the file appears when it is whole."""
+    try:
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]  (an extra)
+        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingPackage("Parquet is written by pyarrow", write='pip install "nnsplice[parquet]"') from error
+    with whole(local_folder(path)) as temporary:
+        writer: Any = None
+        for frame in frames:
+            schema = None if writer is None else writer.schema
+            rows = pa.Table.from_pandas(frame, schema=schema, preserve_index=False)
+            writer = pq.ParquetWriter(temporary, rows.schema) if writer is None else writer
+            writer.write_table(rows)
+        if writer is not None:
+            writer.close()

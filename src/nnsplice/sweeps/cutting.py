@@ -1,0 +1,60 @@
+"""How a plan is cut into units of work: whole prompts, short ones together, of a long one a stretch of its targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+#: How much work a unit is about, in tokens times layers that are run.
+SIZE = 2.5e6
+#: How many tokens of a unit run at once, on every machine alike.
+MAX_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some prompts with all their cells, or one prompt with the targets from `start` up to `stop`."""
+
+    prompts: tuple[int, ...]
+    start: int = 0
+    stop: int | None = None
+
+
+def pieces(
+    lengths: Sequence[int], unedited: np.ndarray, totals: np.ndarray, each: Callable[[int], np.ndarray], size: float
+) -> list[Piece]:
+    """Cut prompts into pieces of about one size; the longest prompts first, so that the last units are short ones.
+
+    Args:
+        lengths: `[prompt]`, in tokens.
+        unedited: `[prompt]`, what its runs without an edit cost, which every piece with it makes.
+        totals: `[prompt]`, what all of its cells cost.
+        each: of a prompt `[target]`, what each of its cells costs, in execution order.
+    """
+    found: list[Piece] = []
+    together: list[int] = []
+    filled = 0.0
+    for prompt in sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt)):
+        total = float(totals[prompt])
+        if total > size:
+            found += [Piece((prompt,), start, stop) for start, stop in _stretches(each(prompt), total, size)]
+            continue
+        total += float(unedited[prompt])
+        if together and filled + total > size:
+            found.append(Piece(tuple(together)))
+            together, filled = [], 0.0
+        together.append(prompt)
+        filled += total
+    return [*found, Piece(tuple(together))] if together else found
+
+
+def _stretches(costs: np.ndarray, total: float, size: float) -> list[tuple[int, int | None]]:
+    """Ranges of targets of about one cost each; the last has no end, so that nothing is left out."""
+    parts = min(math.ceil(total / size), max(int(np.count_nonzero(costs)), 1))
+    until = np.cumsum(costs)
+    bounds = np.searchsorted(until, until[-1] * np.arange(1, parts) / parts, side="left") + 1 if len(costs) else []
+    starts = [0, *dict.fromkeys(int(bound) for bound in bounds if bound < len(costs))]
+    return list(zip(starts, [*starts[1:], None], strict=True))

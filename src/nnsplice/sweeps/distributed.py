@@ -1,0 +1,326 @@
+"""`run`: a plan here, or in units by other processes and machines, with the same bits whoever runs them.
+
+A unit's numbers depend on its plan, its executor and how many tokens run at once, and on nothing else: which worker
+runs it, in which order, and how many died before is all the same. So the workers of a run agree on one executor, and
+have its weights, its versions and its number of threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnsplice import engine
+from nnsplice.digests import function_digest
+from nnsplice.errors import BadArgument, BadType, FileError, KeyMismatch, TeamError, named
+from nnsplice.files import from_json, local_folder, text_of
+from nnsplice.results import PART, Cell, Run, SweepResult, Table, plain, taken
+from nnsplice.sweeps import running
+from nnsplice.sweeps.choosing import Chosen
+from nnsplice.sweeps.cutting import MAX_TOKENS
+from nnsplice.sweeps.executors import Executor
+from nnsplice.sweeps.jobs import Jobs
+from nnsplice.sweeps.plan import Plan, Unit
+from nnsplice.sweeps.plan_files import PLAN, cells_of, read_plan, write_plan
+from nnsplice.work import Arrays, Engine, RunFolder, engine_of, imported, write_json
+from nnsplice.work import named as named_function
+
+#: How far two runs of one prompt may lie apart, as a share of the largest number.
+ROUNDING = 5e-2
+LOAD = "load.json"
+_FUNCTION = re.compile(r"[\w.]+:[\w.]+")
+
+
+def run(
+    plan: Plan,
+    model: Any,
+    *,
+    executor: str | Executor = "auto",
+    max_tokens: int | None = None,
+    journal: str | PathLike[str] | None = None,
+    progress: bool = True,
+    source: Any = None,
+    on: str | Engine | None = None,
+    out: str | PathLike[str] | None = None,
+    size: float | None = None,
+    load_options: Mapping[str, Any] | None = None,
+    threads: int = 1,
+    partial: bool = False,
+) -> SweepResult:
+    """Run a plan and return the value of every cell: in this process, or with `on=` in others and on other machines.
+
+    >>> metric = ns.logit_diff("w7", "w8")
+    >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[1]", metric)
+    >>> halves = [ns.run(plan.shard(n, 2), model, progress=False) for n in range(2)]   # on two machines, say
+    >>> ns.SweepResult.merge(halves).grid().dims
+    ('prompt', 'layer', 'position')
+
+    Args:
+        plan: a plan from `ns.plan_sweep`, or a part of one.
+        model: the model that the plan was made with. For other processes how they load it: a name or a folder as for
+            `ns.load`, or a function of a file as `module:function`, which returns a model.
+        executor: `"packed"` batches the tokens that can differ, `"batched"` gives each cell a row of a batched trace,
+            `"reference"` gives each cell a trace. `"auto"` takes the first of these that reproduces the values of a few
+            cells run alone; `result.run` has its name and the reason. An `Executor` runs jobs of one's own.
+        max_tokens: how many tokens run at once; chosen for the device if left out, and halved when memory runs out. In
+            units it is 4096 if left out, on every machine alike.
+        journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
+        progress: show a progress bar.
+        source: the other model, of a plan that was made with one.
+        on: `"local:8"` for so many processes here, `"folder"` to write a run folder and leave it to
+            `nnsplice work DIR`, `ns.on.slurm(...)`, `ns.on.ray(...)`. All give the same bits, whatever dies.
+        out: the run folder, in which every finished unit is kept; the same call resumes from it.
+        size: how much work a unit is about, as for `plan.units`.
+        load_options: for `ns.load` in the workers: `{"device_map": "cuda", "dtype": "bfloat16"}`.
+        threads: the number of threads of each worker on a CPU; numbers are rounded otherwise with more.
+        partial: return what there is when units fail; missing cells are not done.
+
+    Returns:
+        The values of all cells, with the metric of the clean and the corrupted run.
+
+    Raises:
+        BadArgument: the model has other weights than the plan was made with, or is in train mode, or something cannot
+            be given to other processes.
+        BadType: something other than a plan.
+        RefusedExecutor: the executor named has no exact values for this plan.
+        FileError: the journal or the folder is of another sweep, damaged, or in use.
+        TeamError: units failed, or no worker could go on.
+    """
+    if on is None and out is None:
+        given = {"size": size, "load_options": load_options, "threads": None if threads == 1 else threads}
+        idle = [name for name, value in {**given, "partial": partial or None}.items() if value is not None]
+        if idle:
+            raise BadArgument(f"{', '.join(idle)} says nothing to a run in this process", write='on="local:2"')
+        return running.run(
+            plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress, source=source
+        )
+    if not isinstance(plan, Plan):
+        raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
+    if source is not None:
+        raise BadArgument("a plan with another model as its source runs in one process", write="ns.run(plan, model)")
+    if journal is not None:
+        raise BadArgument("a journal beside a run folder, which keeps every finished unit itself", expected="out=")
+    if not isinstance(executor, str):
+        raise BadArgument("an executor of one's own cannot be given to other processes", expected="its name")
+    chosen = engine_of("local" if on is None else on)
+    told = _load_of(model)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "run" if out is None else out
+        if out is None and on == "folder":
+            raise BadArgument('on="folder" writes a folder, and none is named', write="out=DIR")
+        folder = prepared(
+            plan, path, executor=executor, max_tokens=MAX_TOKENS if max_tokens is None else max_tokens, size=size,
+            threads=threads,
+        )  # fmt: skip
+        write_json(folder.path / LOAD, {"load": told, "options": _options(load_options)})
+        chosen.run(folder, progress)
+        failures = folder.failures()
+        if failures and not partial:
+            lines = [f"  unit {number}: {reason}" for number, reason in list(failures.items())[:5]]
+            raise TeamError(
+                "\n".join([f"{len(failures)} of {folder.units} units failed", *lines]),
+                expected=f"their reasons mended; the same call tries them again, and {folder.path} keeps the others",
+                write="partial=True for what there is",
+            )
+        return merged(folder.path, partial=partial or on == "folder")
+
+
+def prepared(
+    plan: Plan, path: str | PathLike[str], *, executor: str, max_tokens: int, size: float | None, threads: int
+) -> RunFolder:
+    """A run folder with this plan, written or found there."""
+    units = plan.units(size, executor=executor, max_tokens=max_tokens)
+    cut = [[list(unit.piece.prompts), unit.piece.start, unit.piece.stop] for unit in units]
+    exists = Jobs.of_mask(plan.exists()).ranges
+    identity = {
+        "asked": function_digest(plain(plan.asked)), "weights": plan.asked["weights"], "units": function_digest(cut),
+        "jobs": function_digest([plan.jobs.ranges, plan.known.ranges]), "executor": executor,
+        "max_tokens": max_tokens, "threads": threads,
+    }  # fmt: skip
+
+    def write(folder: Path) -> None:
+        write_plan(plan, folder, size=size, exists=exists, metrics=_names(plan))
+
+    return RunFolder.create(path, "nnsplice.sweeps.distributed:opened", len(units), identity, write)
+
+
+class Units:
+    """A worker's side of a plan: its model, and the units as they are asked for."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Load the model and the plan.
+
+        Raises:
+            BadArgument: the model has other weights than the plan was made with.
+        """
+        torch.set_num_threads(folder.identity("threads"))
+        told, how = (from_json(text_of(folder.path / name), folder.path / name) for name in (PLAN, LOAD))
+        self.model: engine.Model = _loaded(how["load"], how["options"])
+        digest, there = engine.weights_digest(self.model), folder.identity("weights")
+        if digest != there:
+            raise BadArgument(
+                f"the model {how['load']} has the weights {digest} here, and the plan was made with {there}",
+                expected="the model that the plan was made with",
+            )
+        engine.refuse_changed_logits(self.model)
+        running.check_mode(self.model)
+        plan = read_plan(told["plan"], folder.path, self.model)
+        self.max_tokens: int = folder.identity("max_tokens")
+        name = folder.identity("executor")
+        agreed = folder.agree(
+            "executor",
+            lambda: dataclasses.asdict(running.chosen_for(plan, self.model, name, self.max_tokens)),
+        )
+        self.executor: Chosen = Chosen(**agreed)
+        self.units: tuple[Unit, ...] = plan.units(told["size"], executor=name, max_tokens=self.max_tokens)
+
+    def run(self, number: int) -> Arrays:
+        """The values of a unit's cells, in the order of their ranges, and its two runs without an edit."""
+        with engine.turn(self.model):
+            table = running.measured_table(self.units[number].plan, self.model, self.executor, self.max_tokens)
+        done = Jobs.of_mask(table.done)
+        self.units[number].__dict__.pop("plan", None)  # made again where it is needed again
+        cost = {name: getattr(table.run, name) for name in _COSTS}
+        return {
+            "prompts": np.array(self.units[number].prompts),
+            "ranges": np.array(done.ranges, dtype=np.int64).reshape(-1, 3),
+            "values": table.values[done.columns()],
+            "clean": table.clean,
+            "corrupted": table.corrupted,
+            "cost": np.array([float(value) for value in cost.values()]),
+        }
+
+
+_COSTS = ("seconds", "forwards", "block_calls", "tokens", "flops", "known")
+
+
+def opened(folder: RunFolder) -> Units:
+    """What workers of a sweep begin with."""
+    return Units(folder)
+
+
+def merged(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
+    """The result of a run folder; no model is needed.
+
+    Args:
+        partial: also when units are missing: their cells are not done, and prompts without any are left out.
+
+    Raises:
+        FileError: units are missing, or there is none at all.
+    """
+    folder = RunFolder.open(path)
+    told = from_json(text_of(folder.path / PLAN), folder.path / PLAN)
+    done = folder.done()
+    if len(done) < folder.units and not partial:
+        raise FileError(
+            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.path}",
+            expected="a run that is finished",
+            write=f"nnsplice work {folder.path}, or merge with partial=True (--partial) for what there is",
+        )
+    plan, metrics = told["plan"], tuple(told["metrics"])
+    prompts = max(plan["owners"]) + 1 if plan["owners"] else len(plan["corrupted"]["ids"])
+    if not done:
+        raise FileError(f"no unit of {folder.path} is done yet", write=f"nnsplice status {folder.path}")
+    return SweepResult(_table(folder, sorted(done), plan, cells_of(plan), metrics, prompts, told["exists"]))
+
+
+def _table(
+    folder: RunFolder,
+    done: Iterable[int],
+    plan: Mapping[str, Any],
+    cells: tuple[Cell, ...],
+    metrics: tuple[str, ...],
+    prompts: int,
+    exists: list[list[int]],
+) -> Table:
+    several = (len(metrics),) if metrics else ()
+    values = np.full((prompts, len(cells), *several), np.nan)
+    there = np.zeros((prompts, len(cells)), dtype=bool)
+    unedited = {name: np.full((prompts, *several), np.nan) for name in ("clean", "corrupted")}
+    cost = np.zeros(len(_COSTS))
+    for number in done:
+        arrays, _ = folder.outcome(number)
+        rows = arrays["prompts"]
+        for name, whole in unedited.items():
+            known = ~np.isnan(whole[rows])
+            _check_same(number, whole[rows][known], arrays[name][known])
+            whole[rows] = np.where(known, whole[rows], arrays[name])  # of a prompt in several units, the first one's
+        runs, targets = Jobs.of_ranges(arrays["ranges"].tolist()).columns()
+        values[rows[runs], targets], there[rows[runs], targets] = arrays["values"], True
+        cost += arrays["cost"]
+    agreed = from_json(text_of(folder.path / "executor.json"), folder.path)["agreed"]
+    spent = dict(zip(_COSTS, cost.tolist(), strict=True))
+    counts = {name: int(spent[name]) for name in ("forwards", "block_calls", "tokens", "known")}
+    about = Run(agreed["name"], spent["seconds"], flops=spent["flops"], note=agreed["note"], **counts)
+    mask = np.zeros((len(plan["corrupted"]["ids"]), len(cells)), dtype=bool)
+    mask[Jobs.of_ranges(exists).columns()] = True
+    if plan["owners"]:
+        owners = np.array(plan["owners"])
+        mask = np.stack([mask[owners == prompt].all(0) for prompt in range(prompts)])
+    rows = np.flatnonzero(~np.isnan(unedited["clean"].reshape(prompts, -1)).any(1))
+    asked, tokens = plan["asked"], [tuple(each) for each in plan["tokens"]]
+    if len(rows) < prompts:
+        asked = taken(asked, rows.tolist(), asked[PART]["of"] if PART in asked else prompts)
+    return Table(
+        cells, values[rows], there[rows], mask[rows], unedited["clean"][rows], unedited["corrupted"][rows],
+        tuple(tokens[row] for row in rows) if tokens else (), asked, about, metrics=metrics,
+    )  # fmt: skip
+
+
+def _check_same(number: int, before: np.ndarray, now: np.ndarray) -> None:
+    scale = ROUNDING * float(np.abs([before, now]).max(initial=0))
+    if not np.isclose(before, now, rtol=ROUNDING, atol=scale).all():
+        raise KeyMismatch(f"unit {number} has other unedited runs of its prompt than those before it")
+
+
+def _names(plan: Plan) -> list[str]:
+    return list(getattr(plan.metric, "names", ()))
+
+
+# --- models in other processes ----------------------------------------------------------------------------------------
+
+
+def _load_of(model: Any) -> str:
+    """How other processes load a model, as a text."""
+    if isinstance(model, str | PathLike):
+        return str(local_folder(model)) if "://" in str(model) else str(model)
+    if callable(model) and not isinstance(model, torch.nn.Module) and not hasattr(model, "_module"):
+        return named_function(model, "what loads the model")
+    raise BadArgument(
+        f"{named(model)} lives in this process, and other processes load one of their own",
+        expected="a name or a folder as for ns.load, or module:function",
+        write='ns.run(plan, "gpt2", on="local:2"), or in my_module.py: def load(): ...   then "my_module:load"',
+    )
+
+
+def _options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    options = {
+        name: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for name, v in (given or {}).items()
+    }
+    wrong = [name for name, value in options.items() if not isinstance(value, str | int | float | bool | dict | None)]
+    if wrong:
+        raise BadArgument(
+            f"load_options: {', '.join(wrong)} is no text and no number, and other processes cannot have it",
+            expected="plain data",
+            write='load="my_module:load", a function that says the rest itself',
+        )
+    return options
+
+
+def _loaded(told: str, options: Mapping[str, Any]) -> Any:
+    """The model, in a worker."""
+    from nnsplice.models import load
+
+    if _FUNCTION.fullmatch(told) and not Path(told).exists():
+        make: Callable[..., Any] = imported(told)
+        made = make(**options)
+        return made if isinstance(made, engine.Model) else load(made)
+    return load(told, **options)

@@ -1,0 +1,248 @@
+"""A plan as plain data and tensors, and the same plan again in another process. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any
+
+from nnsplice import engine
+from nnsplice.activations.prompts import Prompts
+from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.atlas import peel
+from nnsplice.errors import BadArgument
+from nnsplice.metrics import Bound, Metric, Several, rules
+from nnsplice.paths import Path, Slice, Span
+from nnsplice.results import Cell
+from nnsplice.sweeps.cells import At, Part, Target
+from nnsplice.sweeps.jobs import Jobs
+from nnsplice.sweeps.operations import NAMES, Operation, operation_of
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.targets import Corruption
+from nnsplice.work import imported, named, write_json
+
+PLAN, REFERENCE, CORRUPTION = "plan.json", "reference.safetensors", "corruption.safetensors"
+#: The fields of a plan that these files hold. Another one, where it says something, is refused.
+_HELD = {
+    "corrupted", "clean", "targets", "metric", "operation", "reference", "align", "seed", "jobs", "known", "asked",
+    "corruption", "tokens", "owners", "appended", "numbers", "of",
+}  # fmt: skip
+
+
+def plain_plan(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data, but for the tensors of its reference and its corruption.
+
+    Raises:
+        BadArgument: its metric or its operation is a function that other processes cannot find.
+    """
+    for field in dataclasses.fields(plan):
+        if field.name not in _HELD and getattr(plan, field.name) not in (None, (), 0, ""):
+            raise BadArgument(f"a plan with {field.name}= cannot be given to other processes", expected="one without")
+    corruption = plan.corruption
+    return {
+        "corrupted": _prompts(plan.corrupted),
+        "clean": "corrupted" if plan.clean is plan.corrupted else None if plan.clean is None else _prompts(plan.clean),
+        "targets": [_target(target) for target in plan.targets],
+        "metric": _metric(plan.metric),
+        "operation": plan.operation.name
+        if plan.operation.name in NAMES
+        else _function(plan.operation.compute, "operation"),
+        "reference": plan.reference is not None,
+        "align": plan.align,
+        "seed": plan.seed,
+        "jobs": plan.jobs.ranges,
+        "known": plan.known.ranges,
+        "asked": dict(plan.asked),
+        "corruption": None
+        if corruption is None
+        else {
+            "place": str(corruption.place),
+            "positions": [list(each) for each in corruption.positions],
+            "overwrites": corruption.overwrites,
+        },
+        "tokens": [list(each) for each in plan.tokens],
+        "owners": list(plan.owners),
+        "appended": list(plan.appended),
+        "numbers": list(plan.numbers),
+        "of": plan.of,
+    }
+
+
+def write_tensors(plan: Plan, folder: FilePath) -> None:
+    """Write what of a plan is tensors."""
+    from safetensors.torch import save_file
+
+    if plan.reference is not None:
+        plan.reference.to_file(folder / REFERENCE)
+    if plan.corruption is not None:
+        values = {str(row): value.contiguous().clone() for row, value in enumerate(plan.corruption.values)}
+        save_file(values, folder / CORRUPTION)
+
+
+def write_plan(plan: Plan, folder: FilePath, **more: Any) -> None:
+    """Write a plan, with more plain data beside it."""
+    told = plain_plan(plan)
+    write_tensors(plan, folder)
+    write_json(folder / PLAN, {"plan": told, **more})
+
+
+def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: engine.Model) -> Plan:
+    """The plan that plain data and the tensors beside it say, for this model.
+
+    Raises:
+        BadArgument: a function is another one here, so that other numbers would come out.
+    """
+    from safetensors.torch import load_file
+
+    taken = engine.taken_by(type(peel(model)))
+    edited = _prompts_of(told["corrupted"], taken)
+    clean = told["clean"]
+    source = edited if clean == "corrupted" else None if clean is None else _prompts_of(clean, taken)
+    corruption = told["corruption"]
+    if corruption is not None:
+        values = load_file(FilePath(folder) / CORRUPTION)
+        (place,) = engine.expand(model, corruption["place"])
+        positions = tuple(tuple(each) for each in corruption["positions"])
+        each = tuple(values[str(row)] for row in range(len(positions)))
+        corruption = Corruption(place, positions, each, corruption["overwrites"])
+    reference = SavedActivation.from_file(FilePath(folder) / REFERENCE)._located(model) if told["reference"] else None
+    plan = Plan(
+        corrupted=edited, clean=source, targets=_targets(told["targets"], model), metric=_metric_of(told["metric"]),
+        operation=_operation_of(told["operation"]), reference=reference, align=told["align"], seed=told["seed"],
+        jobs=Jobs.of_ranges(told["jobs"]), known=Jobs.of_ranges(told["known"]), asked=told["asked"],
+        corruption=corruption, tokens=tuple(tuple(each) for each in told["tokens"]), owners=tuple(told["owners"]),
+        appended=tuple(told["appended"]), numbers=tuple(told["numbers"]), of=told["of"],
+    )  # fmt: skip
+    # The operation wholly, so that what these files do not hold of it is refused and not left out.
+    here = {"operation": plan.operation.identity, "metric": _sources(plan.metric.identity)}
+    there = {"operation": told["asked"]["operation"], "metric": _sources(told["asked"]["metric"])}
+    for name in here:
+        if json.dumps(here[name]) != json.dumps(there[name]):
+            raise BadArgument(
+                f"the {name} is another function here than where the sweep was planned",
+                expected="one file for all, which does not change while the sweep runs",
+            )
+    return plan
+
+
+def cells_of(told: Mapping[str, Any]) -> tuple[Cell, ...]:
+    """The cells of a plan as plain data, without its model."""
+    return tuple(Cell(*target["cell"]) for target in told["targets"])
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def _prompts(prompts: Prompts) -> dict[str, Any]:
+    spans = None if prompts.spans is None else {name: [list(b) for b in rows] for name, rows in prompts.spans.items()}
+    decoder = None if prompts.decoder_ids is None else [list(row) for row in prompts.decoder_ids]
+    texts = None if prompts.texts is None else list(prompts.texts)
+    return {"ids": [list(row) for row in prompts.ids], "texts": texts, "decoder": decoder, "spans": spans}
+
+
+def _prompts_of(told: Mapping[str, Any], taken: engine.Taken) -> Prompts:
+    def rows(each: Any) -> Any:
+        return None if each is None else tuple(tuple(row) for row in each)
+
+    spans = None if told["spans"] is None else {name: rows(each) for name, each in told["spans"].items()}
+    texts = None if told["texts"] is None else tuple(told["texts"])
+    return Prompts(rows(told["ids"]), texts, rows(told["decoder"]), None, spans, taken)
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def _target(target: Target) -> dict[str, Any]:
+    parts = [
+        {
+            "cell": dataclasses.astuple(part.cell),
+            "places": [str(place) for place in part.places],
+            "position": _at(part.position),
+            "key": _at(part.key),
+        }
+        for part in target.parts
+    ]
+    return {"cell": dataclasses.astuple(target.cell), "parts": parts}
+
+
+def _targets(told: list[dict[str, Any]], model: engine.Model) -> tuple[Target, ...]:
+    texts = dict.fromkeys(text for target in told for part in target["parts"] for text in part["places"])
+    places: dict[str, Path] = {}
+    for text in texts:
+        (places[text],) = engine.expand(model, text)
+    return tuple(
+        Target(
+            Cell(*target["cell"]),
+            tuple(
+                Part(
+                    Cell(*part["cell"]), tuple(places[text] for text in part["places"]), _at_of(part["position"]),
+                    _at_of(part["key"]),
+                )
+                for part in target["parts"]
+            ),
+        )
+        for target in told
+    )  # fmt: skip
+
+
+def _at(at: At) -> Any:
+    if isinstance(at, Span):
+        return {"span": at.name, "token": at.token}
+    if isinstance(at, Slice):
+        return {"slice": [at.start, at.stop, at.step]}
+    return at
+
+
+def _at_of(told: Any) -> At:
+    if isinstance(told, dict):
+        return Span(told["span"], told["token"]) if "span" in told else Slice(*told["slice"])
+    return told
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+def _function(function: Any, what: str) -> dict[str, str]:
+    return {"function": named(function, f"the {what}")}
+
+
+def _metric(metric: Bound | Several) -> dict[str, Any]:
+    if isinstance(metric, Several):
+        return {"several": [[name, _metric(bound)] for name, bound in metric.parts]}
+    own, rule = metric.metric, metric.metric.rule
+    known = getattr(rule, "__module__", "") == rules.__name__
+    return {
+        "name": own.name, "rule": rule.__name__ if known else _function(rule, "metric"), "position": own.position,
+        "compares": own.compares, "local": own.local,
+        "ids": metric.identity["ids"],
+    }  # fmt: skip
+
+
+def _metric_of(told: Mapping[str, Any]) -> Bound | Several:
+    if "several" in told:
+        each = [(name, _metric_of(one)) for name, one in told["several"]]
+        return Several(tuple((name, bound) for name, bound in each if isinstance(bound, Bound)))
+    rule = told["rule"]
+    rule = getattr(rules, rule) if isinstance(rule, str) else imported(rule["function"])
+    ids = {
+        name: tuple(tuple(one) if isinstance(one, list) else one for one in each) for name, each in told["ids"].items()
+    }
+    answers = {name: list(each) for name, each in ids.items()}
+    metric = Metric(told["name"], rule, answers, told["position"], compares=told["compares"], local=told["local"])
+    return Bound(metric, ids)
+
+
+def _operation_of(told: str | Mapping[str, str]) -> Operation:
+    return operation_of(told if isinstance(told, str) else imported(told["function"]))
+
+
+def _sources(identity: Any) -> Any:
+    """What tells functions of one name apart, in what is asked of a metric or an operation."""
+    if not isinstance(identity, Mapping):
+        return identity
+    if "metrics" in identity:
+        return [_sources(one) for one in identity["metrics"]]
+    return identity.get("source")

@@ -1,0 +1,31 @@
+"""Work in units that any process may take: it knows units and a run, and nothing of models or metrics.
+
+run_folder    a run as a folder: units, claims, what failed and why; nothing in it is unpickled
+claims        who is at which unit
+worker        takes units until none is left
+driving       starts workers, starts those anew that die, shows how far they are
+engines       where a run may take place: what `ns.run(..., on=...)` takes
+local         processes on this machine
+folder        no workers: the folder is left to `nnsplice work`
+slurm, ray    tasks of a cluster, each file the only one that imports its library
+status        how a run stands
+"""
+
+from nnsplice.work.engines import Engine, engine_of
+from nnsplice.work.run_folder import Arrays, RunFolder, Task, imported, named, write_json
+from nnsplice.work.status import Status, status_of
+from nnsplice.work.worker import Worker
+
+__all__ = [
+    "Arrays",
+    "Engine",
+    "RunFolder",
+    "Status",
+    "Task",
+    "Worker",
+    "engine_of",
+    "imported",
+    "named",
+    "status_of",
+    "write_json",
+]

@@ -1,0 +1,98 @@
+"""The driver of a run: starts workers, starts those anew that die, and shows how far they are."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from nnsplice.errors import TeamError
+from nnsplice.locks import Lock
+from nnsplice.progress import bar
+from nnsplice.work.run_folder import STRIKES, RunFolder
+from nnsplice.work.worker import DONE, REFUSED
+
+#: Seconds between two looks at the workers, and at the folder.
+LOOK, COUNT = 0.05, 0.5
+
+
+class Handle(Protocol):
+    """A worker that an engine has started."""
+
+    def poll(self) -> int | None:
+        """How it ended; None while it runs, or waits for a machine."""
+        ...
+
+    def stop(self) -> None:
+        """End it, in its own time."""
+        ...
+
+
+def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progress: bool) -> None:
+    """Have all units run by so many workers; those that are left out are in `folder.failures()`.
+
+    Args:
+        start: starts the worker of this number.
+
+    Raises:
+        FileError: another process drives this run.
+        TeamError: no worker is left, and units are.
+    """
+    lock = Lock(folder.path / "driver")
+    handles: dict[int, Handle] = {}
+    try:
+        folder.forgive()
+        done = len(folder.done())
+        with bar("units", folder.units, "unit", progress, done=done) as shown:
+            for number in range(min(workers, folder.units - done)):
+                handles[number] = start(number)
+            fruitless, before, looked = 0, _state(folder), time.monotonic()
+            while handles:
+                time.sleep(LOOK)
+                ended = {number: code for number, handle in handles.items() if (code := handle.poll()) is not None}
+                if ended or time.monotonic() - looked > COUNT:
+                    now, looked = _state(folder), time.monotonic()
+                    shown.update(now[0] - before[0])
+                    fruitless = 0 if now != before else fruitless
+                    before = now
+                for number, code in ended.items():
+                    del handles[number]
+                    if code in (DONE, REFUSED) or before[0] + before[1] >= folder.units:
+                        continue
+                    fruitless += 1
+                    if fruitless < STRIKES * max(workers, 1):
+                        handles[number] = start(number)
+                if before[0] + before[1] >= folder.units:
+                    break  # workers that wait for a machine are not needed any more
+    finally:
+        for handle in handles.values():
+            handle.stop()
+        lock.release()
+    left = folder.units - len(folder.done()) - len(folder.failures())
+    if left:
+        reasons = dict.fromkeys(told["reason"] for _, told in folder.workers() if "reason" in told)
+        lines = [f"  {line}" for reason in list(reasons)[-3:] for line in reason.splitlines()]
+        raise TeamError(
+            "\n".join([f"{left} of {folder.units} units were not run, as no worker could go on", *lines]),
+            expected=f"workers that run; their logs are in {folder.path / 'workers'}",
+            write="the same call again, which goes on from what is there",
+        )
+
+
+def command(folder: RunFolder) -> list[str]:
+    """What a worker's process runs."""
+    return [sys.executable, "-m", "nnsplice", "work", str(folder.path.resolve())]
+
+
+def environment() -> dict[str, str]:
+    """This process' environment, with all that it finds modules by."""
+    paths = [str(Path(path or ".").resolve()) for path in sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "NNSPLICE_PARENT": str(os.getpid())}
+
+
+def _state(folder: RunFolder) -> tuple[int, int, int]:
+    """Units that are done, those that are left out, and strikes: what changes while workers get on."""
+    return len(folder.done()), len(folder.failures()), sum(1 for _ in (folder.path / "strikes").iterdir())

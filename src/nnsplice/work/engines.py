@@ -1,0 +1,80 @@
+"""The engines that `ns.on` offers, and the one that a text such as `"local:8"` means."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from nnsplice.errors import BadArgument
+from nnsplice.work.folder import Folder
+from nnsplice.work.local import Local
+from nnsplice.work.ray import Ray
+from nnsplice.work.run_folder import RunFolder
+from nnsplice.work.slurm import Slurm
+
+
+class Engine(Protocol):
+    """Something that has the units of a run folder run."""
+
+    def run(self, folder: RunFolder, progress: bool) -> None:
+        """Have all units run; those that cannot be are in `folder.failures()`."""
+        ...
+
+
+def slurm(
+    *, workers: int = 8, partition: str | None = None, gpus: int = 1, time: int = 240, **parameters: Any
+) -> Slurm:
+    """The tasks of a Slurm array, through submitit.
+
+    >>> ns.on.slurm(partition="gpu", workers=16, time=120).parameters["timeout_min"]
+    120
+
+    Args:
+        workers: how many tasks; each takes units until none is left.
+        partition: of the cluster.
+        gpus: of each.
+        time: minutes that a task may take; when they are over, or the task is preempted, Slurm is asked for it again.
+        parameters: more of submitit's, as `slurm_account` or `mem_gb`.
+
+    Returns:
+        An engine for `ns.run(on=)`.
+    """
+    own = {"timeout_min": time, "gpus_per_node": gpus, "name": "nnsplice"}
+    own |= {} if partition is None else {"slurm_partition": partition}
+    return Slurm(workers, {**own, **parameters})
+
+
+def ray(address: str | None = None, *, workers: int = 8, gpus_per_worker: float = 0, cpus_per_worker: float = 1) -> Ray:
+    """The tasks of a Ray cluster, whose machines all see the run folder.
+
+    >>> ns.on.ray("auto", workers=64, gpus_per_worker=1).workers
+    64
+
+    Args:
+        address: of the cluster; Ray on this machine alone, if left out.
+        workers: the most there will be; they need not all have room at once.
+        gpus_per_worker: of each.
+        cpus_per_worker: of each.
+
+    Returns:
+        An engine for `ns.run(on=)`.
+    """
+    return Ray(address, workers, gpus_per_worker, cpus_per_worker)
+
+
+def engine_of(on: str | Engine) -> Engine:
+    """What `on` means.
+
+    Raises:
+        BadArgument: nothing.
+    """
+    expected = '"local:8", "local", "folder", ns.on.slurm(...) or ns.on.ray(...)'
+    if not isinstance(on, str):
+        if not hasattr(on, "run"):
+            raise BadArgument(f"on={on!r}", expected=expected)
+        return on
+    name, _, count = on.partition(":")
+    if name == "local" and (not count or (count.isdigit() and int(count) > 0)):
+        return Local(int(count) if count else None)
+    if on in ("folder", "slurm", "ray"):
+        return {"folder": Folder(), "slurm": slurm(), "ray": ray()}[on]
+    raise BadArgument(f"on={on!r}", expected=expected)

@@ -1,0 +1,15 @@
+"""No workers at all: the run folder is written, and left to whoever calls `nnsplice work`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nnsplice.work.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`on="folder"`: for srun, torchrun, and several machines on one file system."""
+
+    def run(self, folder: RunFolder, progress: bool) -> None:
+        """Nothing runs here."""

@@ -1,0 +1,71 @@
+"""Workers on this machine, each a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+
+from nnsplice.work.driving import command, drive, environment
+from nnsplice.work.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Local:
+    """`on="local:8"`: so many processes here, by turns on its GPUs where it has some."""
+
+    #: None is one for each GPU, or for each core where there is none.
+    workers: int | None = None
+
+    def run(self, folder: RunFolder, progress: bool) -> None:
+        """Have all units run."""
+        devices = gpus()
+        workers = self.workers or len(devices) or os.cpu_count() or 1
+        drive(
+            folder,
+            lambda number: Process.start(folder, devices[number % len(devices)] if devices else None),
+            workers,
+            progress,
+        )
+
+
+@dataclass(frozen=True)
+class Process:
+    """A worker's process."""
+
+    process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, folder: RunFolder, device: str | None) -> Process:
+        """Start one, on this GPU alone."""
+        own = environment() | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        with (folder.path / "workers" / "output.log").open("ab") as log:
+            # In a session of its own, so that Ctrl-C is for the driver, which then ends it.
+            return cls(
+                subprocess.Popen(
+                    command(folder), env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            )
+
+    def poll(self) -> int | None:
+        """How it ended."""
+        return self.process.poll()
+
+    def stop(self) -> None:
+        """Ask it to leave after its unit, and end it where it does not."""
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def gpus() -> list[str]:
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
+    return [str(number) for number in range(torch.cuda.device_count())]

@@ -1,0 +1,80 @@
+"""Workers as the tasks of a Ray cluster; the only file that imports Ray.
+
+A task is a worker's process: Ray says where there is room, adds machines, and starts a task anew whose machine is gone.
+The units themselves go through the run folder, which all machines have to see.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from nnsplice.errors import MissingPackage
+from nnsplice.work.driving import command, drive, environment
+from nnsplice.work.run_folder import RunFolder
+
+#: Of a worker's environment, what it has from the driver; where its GPUs are says Ray.
+_HANDED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "NNSPLICE_CACHE")
+
+
+@dataclass(frozen=True)
+class Ray:
+    """What `ns.on.ray` returns."""
+
+    address: str | None = None
+    workers: int = 8
+    gpus_per_worker: float = 0
+    cpus_per_worker: float = 1
+
+    def run(self, folder: RunFolder, progress: bool) -> None:
+        """Have all units run."""
+        try:
+            import ray  # pyright: ignore[reportMissingImports]  (an extra)
+        except ImportError as error:
+            raise MissingPackage("Ray is not installed", write='pip install "nnsplice[ray]"') from error
+        began = not ray.is_initialized()
+        if began:
+            ray.init(address=self.address, log_to_driver=False)
+        task = ray.remote(num_gpus=self.gpus_per_worker, num_cpus=self.cpus_per_worker, max_retries=0)(_attempt)
+        own = environment()
+        handed = {name: own[name] for name in _HANDED_ON if name in own}
+        try:
+            drive(folder, lambda _: Attempt(task.remote(command(folder)[1:], handed)), self.workers, progress)
+        finally:
+            if began:
+                ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A task that was asked for, and waits or runs."""
+
+    ref: Any
+
+    def poll(self) -> int | None:
+        """How it ended; one whose machine is gone ended with an error."""
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
+
+        ready, _ = ray.wait([self.ref], timeout=0)
+        if not ready:
+            return None
+        try:
+            return ray.get(self.ref)
+        except ray.exceptions.RayError:
+            return 1
+
+    def stop(self) -> None:
+        """Cancel it; its worker leaves after its unit."""
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
+
+        ray.cancel(self.ref)
+
+
+def _attempt(arguments: list[str], handed: dict[str, str]) -> int:
+    """Run a worker on a machine of the cluster, with that machine's own Python."""
+    import os
+
+    own = {**os.environ, **handed, "NNSPLICE_PARENT": str(os.getpid())}
+    return subprocess.run([sys.executable, *arguments], env=own, check=False).returncode

@@ -1,0 +1,83 @@
+"""Workers as the tasks of a Slurm array, through submitit; the only file that imports it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnsplice.errors import MissingPackage
+from nnsplice.work.driving import command, drive, environment
+from nnsplice.work.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What `ns.on.slurm` returns."""
+
+    workers: int = 8
+    #: Those of submitit's executor.
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    #: `"local"` has submitit start processes here; for tests.
+    cluster: str | None = None
+
+    def run(self, folder: RunFolder, progress: bool) -> None:
+        """Have all units run."""
+        try:
+            import submitit  # pyright: ignore[reportMissingImports]  (an extra)
+        except ImportError as error:
+            raise MissingPackage(
+                "Slurm is reached through submitit, which is not installed", write='pip install "nnsplice[slurm]"'
+            ) from error
+        executor = submitit.AutoExecutor(folder.path / "slurm", cluster=self.cluster)
+        executor.update_parameters(**self.parameters)
+        attempt = Attempt(command(folder), {**environment(), "NNSPLICE_PARENT": ""})
+        count = min(self.workers, folder.units - len(folder.done()))
+        with executor.batch():  # one sbatch --array
+            jobs = [executor.submit(attempt) for _ in range(count)]
+        waiting = dict(enumerate(jobs))
+
+        def start(number: int) -> Job:
+            return Job(waiting.pop(number) if number in waiting else executor.submit(attempt))
+
+        drive(folder, start, count, progress)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One array task: a worker in a process of its own, and the same again after a preemption."""
+
+    command: list[str]
+    environment: dict[str, str]
+
+    def __call__(self) -> int:
+        """Run a worker to its end, and say what that was."""
+        import os
+
+        return subprocess.run(
+            self.command, env={**self.environment, "NNSPLICE_PARENT": str(os.getpid())}, check=False
+        ).returncode
+
+    def checkpoint(self) -> Any:
+        """What submitit asks Slurm for when the task is preempted or out of time: the same call again."""
+        import submitit.helpers  # pyright: ignore[reportMissingImports]  (an extra)
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task that was submitted."""
+
+    job: Any
+
+    def poll(self) -> int | None:
+        """How it ended; a task that Slurm has lost ended with an error."""
+        if not self.job.done():
+            return None
+        return 1 if self.job.exception() is not None else self.job.result()
+
+    def stop(self) -> None:
+        """Cancel it."""
+        self.job.cancel(check=False)

@@ -1,0 +1,36 @@
+"""How a run stands: what is done, who is at work, how fast, and what failed and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nnsplice.locks import age_of, is_gone
+from nnsplice.work.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Status:
+    """A look at a run folder."""
+
+    units: int
+    done: int
+    #: Unit -> why it is left out.
+    failures: dict[int, str]
+    #: What every worker told last, with `"alive"`.
+    workers: list[dict[str, Any]]
+
+    @property
+    def rate(self) -> float:
+        """Units a second, of the workers that are alive."""
+        return sum(one["units"] / one["seconds"] for one in self.workers if one["alive"] and one["seconds"] > 0)
+
+
+def status_of(folder: RunFolder) -> Status:
+    """Look at a run."""
+    workers: list[dict[str, Any]] = []
+    for path, told in folder.workers():
+        gone = is_gone(told)
+        silent = gone is None and age_of(path) > folder.told["lease"]
+        workers.append({**told, "alive": not gone and not silent and told["state"] in ("loading", "running")})
+    return Status(folder.units, len(folder.done()), folder.failures(), workers)

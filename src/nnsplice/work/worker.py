@@ -1,0 +1,163 @@
+"""A worker: takes units of a run folder until none is left, and tells what it does."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nnsplice.errors import BadArgument, NnspliceError
+from nnsplice.locks import Beat, this_process
+from nnsplice.work.claims import Claims
+from nnsplice.work.run_folder import RunFolder, Task, write_json
+
+#: What ends a worker after the unit that it is at: preemption by Slurm, submitit's own signal, Ctrl-C.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
+#: Seconds between two looks at what others are at, when nothing is free.
+PAUSE = 0.2
+#: How a worker's process ends: all is done; it would compute other numbers; an error that another process may not have.
+DONE, REFUSED, BROKEN = 0, 3, 4
+
+
+class Worker:
+    """One process at work on a run."""
+
+    def __init__(self, folder: RunFolder, *, name: str | None = None, parent: int | None = None) -> None:
+        """Nothing runs yet.
+
+        Args:
+            name: of its files; the machine and the process, if left out.
+            parent: a process to end with, after the unit that runs then.
+        """
+        self.folder: RunFolder = folder
+        self.parent: int | None = parent
+        self.name: str = name or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.claims: Claims = Claims(folder, self.name)
+        self.told: dict[str, Any] = {"worker": self.name, **this_process(), "units": 0, "seconds": 0.0}
+        self.path: Path = folder.path / "workers" / f"{self.name}.json"
+        self.stopping: bool = False
+
+    def work(self) -> int:
+        """Run units until none is left, and say how the process should end."""
+        beat = Beat(lambda: [*self.claims.signs(), self.path], self.folder.told["lease"] / 6)
+        try:
+            with self._signals():
+                return self._work()
+        finally:
+            beat.stop()
+
+    def _work(self) -> int:
+        self._tell("loading")
+        try:
+            task = self.folder.task()
+        except BadArgument as error:
+            self._tell("refused", reason=str(error))
+            return REFUSED
+        except Exception as error:
+            self.log(traceback.format_exc())
+            self._tell("broken", reason=f"{type(error).__name__}: {error}")
+            return BROKEN
+        self._tell("running")
+        for number in self._numbers():
+            code = self._unit(task, number)
+            if code != DONE:
+                return code
+            if self._should_leave():
+                self.log("left")
+                self._tell("left")
+                return DONE
+        self._tell("done")
+        return DONE
+
+    def _unit(self, task: Task, number: int) -> int:
+        if self.folder.unit_file(number).exists():
+            self.claims.held = None
+            return DONE
+        start = time.perf_counter()
+        try:
+            arrays = task.run(number)
+            seconds = time.perf_counter() - start
+            self.folder.keep(number, arrays, {"worker": self.name, "seconds": seconds})
+        except OSError as error:  # the disk is full or gone, which is nothing about the unit
+            self.claims.release()
+            return self._broken(number, error)
+        except NnspliceError as error:  # this would come again
+            self.log(traceback.format_exc())
+            self.folder.fail(number, str(error))
+        except Exception as error:  # a device may be broken now, so another process tries
+            self.claims.strike(f"{type(error).__name__}: {error}")
+            return self._broken(number, error)
+        else:
+            self.told["units"] += 1
+            self.told["seconds"] += seconds
+            self.log(f"unit {number} in {seconds:.3f} s")
+            self._tell("running")
+        self.claims.held = None  # the claim stays, so that nobody looks at the unit again
+        return DONE
+
+    def _broken(self, number: int, error: Exception) -> int:
+        self.log(traceback.format_exc())
+        self._tell("broken", reason=f"unit {number}: {type(error).__name__}: {error}")
+        return BROKEN
+
+    def _numbers(self) -> Iterator[int]:
+        """Units that this worker has claimed: first those that nobody had, then those of workers that are gone."""
+        for number in range(self.folder.units):
+            if self.claims.take(number):
+                yield number
+        while left := self._left():
+            found = False
+            for number in sorted(left):
+                if self.claims.take_over(number):
+                    found = True
+                    yield number
+            if not found:
+                if self._should_leave():
+                    return
+                time.sleep(PAUSE)
+
+    def _left(self) -> set[int]:
+        return set(range(self.folder.units)) - self.folder.done() - set(self.folder.failures())
+
+    def _should_leave(self) -> bool:
+        return self.stopping or (self.parent is not None and os.getppid() != self.parent)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Leave after the unit that runs when a signal comes; a second one ends the process as it always would."""
+        before: dict[int, Any] = {}
+
+        def stop(number: int, _frame: Any) -> None:
+            self.stopping = True
+            self.log(f"signal {number}: leaves after this unit")
+            signal.signal(number, before[number] if before[number] is not None else signal.SIG_DFL)
+
+        try:
+            for number in SIGNALS:
+                before[number] = signal.signal(number, stop)
+        except ValueError:  # signals are for the main thread
+            before = {}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old if old is not None else signal.SIG_DFL)
+
+    def _tell(self, state: str, **more: Any) -> None:
+        if state != self.told.get("state"):
+            self.log(f"{state}{': ' + more['reason'] if 'reason' in more else ''}")
+        self.told.update(state=state, **more)
+        write_json(self.path, self.told)
+
+    def log(self, line: str) -> None:
+        """Append a line to this worker's log."""
+        with self.path.with_suffix(".log").open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")

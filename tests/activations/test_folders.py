@@ -1,0 +1,132 @@
+"""Captures of many prompts in a folder: the numbers of single captures, a chunk at a time, going on after a stop."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nnsplice as ns
+from nnsplice.activations import data_sets
+from nnsplice.errors import BadArgument, FileError, MissingPosition, UnknownPath
+from zoo import wrap
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return wrap("gpt2")
+
+
+def _prompts(count: int = 11) -> list[list[int]]:
+    chosen = random.Random(0)
+    return [[chosen.randrange(3, 60) for _ in range(chosen.randrange(2, 6))] for _ in range(count)]
+
+
+def test_one_place_of_all_prompts(model: Any, tmp_path: Path) -> None:
+    prompts = _prompts()
+    held = ns.capture_to(
+        tmp_path, model, iter(prompts), ["layers[:].output[-1]", "layers[0].heads[1].output[0]"], chunk=4
+    )
+    assert (held.rows, held.is_complete, len(held.files)) == (11, True, 3)
+    for path in ("layers[2].output[-1]", "layers[0].heads[1].output[0]"):
+        each = torch.cat([ns.capture(model, row, path).get(path) for row in prompts])
+        torch.testing.assert_close(held.get(path), each)
+    with pytest.raises(UnknownPath):
+        held.get("layers[0].mlp.output[-1]")
+
+
+def test_all_tokens_of_prompts_of_any_length(model: Any, tmp_path: Path) -> None:
+    prompts = _prompts()
+    held = ns.capture_to(tmp_path, model, prompts, "layers[1:].output[:]", chunk=4)
+    oracle = torch.cat([ns.capture(model, row, "layers[1].output[:]").get("layers[1].output[:]")[0] for row in prompts])
+    batches = list(held.tokens("layers[1].output", batch_size=7))
+    assert {len(batch) for batch in batches[:-1]} == {7}
+    found = torch.cat(batches)
+    assert found.shape == oracle.shape
+    order = [rows.argsort(dim=0)[:, 0] for rows in (found, oracle)]
+    torch.testing.assert_close(found[order[0]], oracle[order[1]])
+    mixed = torch.cat(list(held.tokens("layers[1].output", batch_size=7, seed=1)))
+    assert not torch.equal(mixed, found)
+    torch.testing.assert_close(mixed[mixed.argsort(dim=0)[:, 0]], found[order[0]])
+    with pytest.raises(BadArgument, match=r"for batch in held\.tokens"):
+        held.get("layers[1].output[:]")
+    rows = [row for some, _ in held.parts("layers[2].output") for row in some]
+    assert sorted(rows) == list(range(11))
+
+
+def test_a_capture_that_was_stopped_goes_on(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, taken = _prompts(), []
+    captured = data_sets.capture
+
+    def stops(*args: Any, **options: Any) -> Any:
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return captured(*args, **options)
+
+    whole = ns.capture_to(tmp_path / "whole", model, prompts, "layers[:].output[-1]", chunk=4)
+    monkeypatch.setattr(data_sets, "capture", stops)
+    with pytest.raises(KeyboardInterrupt):
+        ns.capture_to(tmp_path / "part", model, prompts, "layers[:].output[-1]", chunk=4)
+    part = ns.SavedActivation.open(tmp_path / "part")
+    assert (part.rows, part.is_complete) == (8, False)
+    taken.clear()
+    taken.append(1)
+    held = ns.capture_to(tmp_path / "part", model, prompts, "layers[:].output[-1]", chunk=4)
+    assert len(taken) == 2  # the last chunk alone
+    assert torch.equal(held.get("layers[1].output[-1]"), whole.get("layers[1].output[-1]"))
+
+
+def test_another_capture_is_refused(model: Any, tmp_path: Path) -> None:
+    prompts = _prompts()
+    ns.capture_to(tmp_path, model, prompts, "layers[:].output[-1]", chunk=4)
+    with pytest.raises(FileError, match="paths: "):
+        ns.capture_to(tmp_path, model, prompts, "layers[0].output[-1]", chunk=4)
+    with pytest.raises(FileError, match="weights: "):
+        ns.capture_to(tmp_path, wrap("gpt2", seed=3), prompts, "layers[:].output[-1]", chunk=4)
+    with pytest.raises(FileError, match="other prompts: chunk 1"):
+        ns.capture_to(tmp_path, model, [*prompts[:4], *prompts[:4]], "layers[:].output[-1]", chunk=4)
+    with pytest.raises(FileError, match="more prompts than these 4"):
+        ns.capture_to(tmp_path, model, prompts[:4], "layers[:].output[-1]", chunk=4)
+
+
+def test_rows_of_a_data_set_and_spans(model: Any, tmp_path: Path) -> None:
+    texts = ["w3 w4 w5", "w6 w7 w8", "w9 w10 w11"]
+    spans = {"subject": [(0, 1), (1, 2), (2, 3)]}
+    rows = [{"text": text, "label": 0} for text in texts]
+    held = ns.capture_to(tmp_path, model, rows, 'layers[1].output["subject"][-1]', spans=spans, chunk=2)
+    path = 'layers[1].output["subject"][-1]'
+    torch.testing.assert_close(held.get(path), ns.capture(model, texts, path, spans=spans).get(path))
+
+
+def test_one_chunk_is_in_memory(model: Any, tmp_path: Path) -> None:
+    """Prompts are taken as they are needed, and none is asked for before the chunk in front of it is written."""
+    seen: list[int] = []
+
+    def stream() -> Any:
+        for number, row in enumerate(_prompts()):
+            seen.append(len(list(tmp_path.glob("chunk-*.json"))) * 4 - number)
+            yield row
+
+    ns.capture_to(tmp_path, model, stream(), "layers[1].output[-1]", chunk=4)
+    assert all(-4 < ahead <= 0 for ahead in seen)
+
+
+def test_mistakes_are_told(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingPosition):
+        ns.capture_to("a", model, _prompts(), "layers[0].output")
+    with pytest.raises(BadArgument, match="folder is for many"):
+        ns.capture_to("a", model, "w3 w4", "layers[0].output[-1]")
+    with pytest.raises(BadArgument, match="object store"):
+        ns.capture_to("s3://bucket/a", model, _prompts(), "layers[0].output[-1]")
+    with pytest.raises(BadArgument, match="at least 1"):
+        ns.capture_to("a", model, _prompts(), "layers[0].output[-1]", chunk=0)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileError, match="holds no captures"):
+        ns.SavedActivation.open(tmp_path)
+    with pytest.raises(BadArgument, match="no prompts"):
+        ns.capture_to("a", model, [], "layers[0].output[-1]")
