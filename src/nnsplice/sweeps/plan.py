@@ -47,6 +47,7 @@ class Plan:
         tokens: the texts of each prompt's tokens.
         owners: for answers of several tokens, the prompt of each run.
         appended: for answers of several tokens, how many of them are appended in each run.
+        foreign: whether values come from another model, which `ns.run` needs as `source`.
     """
 
     corrupted: Prompts
