@@ -33,7 +33,7 @@ class Plan:
 
     Attributes:
         corrupted: the prompts that are edited.
-        clean: the prompts that values are taken from, or None.
+        clean: the prompts that values are taken from; None for an operation that takes nothing from another run.
         targets: the cells, in execution order.
         metric: the metric, with its answers as token ids.
         operation: the operation.
@@ -41,17 +41,17 @@ class Plan:
         align: how tokens of a pair correspond.
         seed: the seed of `"resample"` and `"noise"`.
         jobs: the (prompt, target) pairs to compute.
-        known: the pairs that have the corrupted run's value.
+        known: the pairs that have the corrupted run's value, and are not computed.
         asked: the question as plain data.
         corruption: a change of the embeddings in every edited run, or None.
-        tokens: the texts of each prompt's tokens.
-        owners: for answers of several tokens, the prompt of each run.
-        appended: for answers of several tokens, how many of them are appended in each run.
+        tokens: the texts of each prompt's tokens, which positions count.
+        owners: the prompt of each run, where an answer has several tokens: `corrupted` and `clean` then hold a run for
+            each of them. Empty where each prompt is a run.
+        appended: how many of the answer's tokens are appended in each of these runs.
         foreign: whether values come from another model, which `ns.run` needs as `source`.
     """
 
     corrupted: Prompts
-    #: None for an operation that takes nothing from another run.
     clean: Prompts | None
     targets: tuple[Target, ...]
     metric: Bound | Several
@@ -59,18 +59,13 @@ class Plan:
     reference: SavedActivation | None
     align: str
     seed: int
-    #: What has to be computed, and what is known to be the corrupted run's value.
     jobs: tuple[Job, ...]
     known: tuple[Job, ...]
     asked: Mapping[str, Any] = field(repr=False)
     corruption: Corruption | None = field(default=None, repr=False)
-    #: Texts of the tokens that positions count, per prompt.
     tokens: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
-    #: Where an answer has several tokens, `corrupted` and `clean` hold a run for each of them: which prompt it is of,
-    #: and how many of the answer's tokens are appended to that. Empty where each prompt is a run.
     owners: tuple[int, ...] = ()
     appended: tuple[int, ...] = ()
-    #: Whether the clean run is another model's, which `run` has to be given.
     foreign: bool = False
 
     def __len__(self) -> int:
