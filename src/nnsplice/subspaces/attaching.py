@@ -40,7 +40,7 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str) -> str:
     Raises:
         BadArgument: a name that is taken or empty, or a path of several places.
         BadType: something other than an SAE.
-        PathError: a native path.
+        PathError: a native path, or a text that is no path.
         RefusedPlace: a head, neurons, or another part of a value.
         ShapeError: the place has another width.
         UnknownPath: a site that this model does not have.

@@ -78,7 +78,8 @@ def crossings(
         The six numbers of every place; the clean run is the tuned model's, the corrupted run the base model's.
 
     Raises:
-        BadArgument: models in train mode, with edits of nnsight or of different tokens, or a metric that compares runs.
+        BadArgument: models in train mode, with edits of nnsight, of different tokens, or the same model twice; or a
+            metric that compares runs.
         RefusedPlace: a place whose output is not all that its weights make.
         ShapeError: a place that has different widths in the two models.
         ShortRow: a prompt has no token at the metric's position.
