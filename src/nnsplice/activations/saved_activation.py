@@ -385,7 +385,14 @@ class SavedActivation:
         >>> saved.project(ns.Subspace.of("layers[0].output", torch.tensor([0.0, 2.0])))["layers[0].output[-1]"]
         tensor([[0., 4.]])
 
+        Args:
+            subspace: an `ns.Subspace`, as wide as every value; its address is not compared.
+
+        Returns:
+            A capture of the same places and widths.
+
         Raises:
+            BadType: something other than a subspace.
             ShapeError: a place of another width.
         """
         basis = algebra.basis_of(self._packs, subspace)
@@ -399,8 +406,17 @@ class SavedActivation:
         >>> a.interchange(b, ns.Subspace.of("layers[0].output", torch.tensor([0.0, 2.0])))[key]
         tensor([[1., 4.]])
 
+        Args:
+            other: the capture that the part is taken from, with as many rows, or one row that serves every prompt.
+            subspace: an `ns.Subspace`, as wide as every value; its address is not compared.
+
+        Returns:
+            A capture of the same places.
+
         Raises:
-            ShapeError: a place of another width.
+            BadType: something other than a capture or a subspace.
+            KeyMismatch: the captures hold different places.
+            ShapeError: a place of another width, or captures with different numbers of rows.
         """
         basis = algebra.basis_of(self._packs, subspace)
         return self._with(other, lambda mine, theirs: algebra.interchanged(mine, theirs, basis))

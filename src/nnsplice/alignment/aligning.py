@@ -71,6 +71,7 @@ def align(
     blocks behind it alone. Training stops early where the loss no longer falls.
 
     Args:
+        model: a model from `ns.load`, in eval mode.
         base: the runs that are edited; a text, texts, or token ids.
         source: the runs that values are taken from; source i belongs to base i.
         answers: the counterfactual answer of each pair, one token: what the base prompt's answer would be with the
@@ -82,8 +83,10 @@ def align(
             place's own numbers, by hard concrete gates.
         held_out: a share of the pairs that is measured on, or their numbers.
         epochs: passes over the training pairs, at most.
-        patience: after how many epochs without a better loss training stops.
+        batch_size: how many pairs each training step is of.
         learning_rate: of Adam, falling to 0; 0.01 for rotations and 0.1 for masks, if left out.
+        patience: after how many epochs without a better loss training stops.
+        seed: the seed of the split into pairs, of the starting values, the order of batches and both controls.
         spans: where named spans stand, as for `ns.sweep`: `{"clean": source's, "corrupted": base's}` where they differ.
         align: how tokens of a pair correspond, as for `ns.sweep`.
         random_model: what the control of random weights is trained on; the same class and config with new weights, if
@@ -92,8 +95,17 @@ def align(
         journal: a folder that every finished layer is kept in; the same call after a stop goes on from there.
         progress: show a bar.
 
+    Returns:
+        The accuracy of every site on the held-out pairs beside its controls, and the subspaces.
+
     Raises:
+        BadArgument: a model in train mode, an unknown method, a number that is not positive, no pairs to train on or
+            none held out, a set of places as a site, or pairs that are the same run at all sites or in all of one
+            site's training pairs; or no twin with random weights can be made.
+        FileError: the journal is of another alignment, or damaged.
         RefusedExecutor: packed rows do not give this model's numbers.
+        RefusedPlace: a place that is derived from several values, such as a pattern.
+        ShapeError: a place has fewer than `k` dimensions.
     """
     start = time.perf_counter()
     model = engine.as_model(model)

@@ -54,17 +54,30 @@ class Alignment:
         Args:
             metric: `"iia"` of the subspaces that were found; `"random_subspace"` of random ones with as many
                 dimensions; `"random_model"` of the same training on random weights; `"whole_place"` of all dimensions.
-            component: which kind of place, where there are several.
+            component: the kind of site, if there are several.
+
+        Returns:
+            An `xarray.DataArray`, the mean over held-out pairs.
+
+        Raises:
+            BadArgument: no such metric, or several kinds of site and none is named.
+            UnknownPath: a kind that was not trained.
         """
         if metric not in MEASURED:
             raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(MEASURED)}")
         return self.result.only(metric).grid(component).mean("prompt").rename(metric)
 
     def subspace(self, path: str | Path) -> Subspace:
-        """What was found at a site.
+        """The subspace that was found at a site.
+
+        Args:
+            path: the site; its position may be left out where one site of this place was trained.
+
+        Returns:
+            The subspace.
 
         Raises:
-            UnknownPath: it was not trained; the closest that were are named.
+            UnknownPath: no subspace was trained there; the message names the closest sites.
         """
         asked = parse_path(path)
         wanted = str(asked.at(asked.position))
@@ -96,7 +109,14 @@ class Alignment:
         return pd.DataFrame(rows)
 
     def best(self, n: int = 10) -> pd.DataFrame:
-        """The sites where the trained subspace is furthest above both controls."""
+        """The sites where the trained subspace is furthest above both a random subspace and random weights.
+
+        Args:
+            n: the number of sites.
+
+        Returns:
+            A `pandas.DataFrame` like `frame()`, the largest difference first, in the column `above`.
+        """
         frame = self.frame()
         frame["above"] = frame[IIA] - frame[[RANDOM, UNTRAINED]].max(axis=1)
         return frame.sort_values("above", ascending=False, kind="stable").head(n).reset_index(drop=True)
@@ -104,11 +124,28 @@ class Alignment:
     def plot(
         self, metric: str = IIA, component: str | Path | None = None, *, ax: plots.Axes | None = None
     ) -> plots.Axes:
-        """The grid as a heatmap."""
+        """Draw the grid as a heatmap.
+
+        Args:
+            metric: as for `grid`.
+            component: the kind of site, if there are several.
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+
+        Raises:
+            BadArgument: no such metric, several kinds of site and none is named, or prompts of different lengths.
+            UnknownPath: a kind that was not trained.
+        """
         return self.result.only(metric).plot(component, of="value", ax=ax)
 
     def to_folder(self, folder: str | os.PathLike[str]) -> None:
-        """Write the result and every subspace as files of their own."""
+        """Write the result and every subspace as files of their own.
+
+        Args:
+            folder: the folder, which is made if it does not exist.
+        """
         path = FilePath(folder)
         path.mkdir(exist_ok=True)
         self.result.to_file(path / "result.safetensors")
@@ -120,7 +157,13 @@ class Alignment:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Alignment:
-        """Read what `to_folder` wrote.
+        """Read an alignment.
+
+        Args:
+            folder: a folder that `to_folder` wrote.
+
+        Returns:
+            The alignment.
 
         Raises:
             FileError: the folder holds no alignment, or is damaged.

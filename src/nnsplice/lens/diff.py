@@ -48,7 +48,7 @@ class DiffLens:
     texts: dict[int, str]
 
     def tokens(self) -> pd.DataFrame:
-        """What each difference says: a row for each of its first tokens."""
+        """The likeliest tokens of each difference: a row for each, with its rank and probability."""
         import pandas as pd
 
         rows = [
@@ -59,7 +59,17 @@ class DiffLens:
         return pd.DataFrame(rows, columns=["layer", "position", "rank", "token", "probability", "path"])
 
     def vector(self, place: str | Path) -> SteeringVector:
-        """The mean over the tokens of one place's differences, to steer with: what the tuning added."""
+        """The mean difference of one place over its tokens, as a steering vector.
+
+        Args:
+            place: one of the places that were read, without a position.
+
+        Returns:
+            The vector, of one place.
+
+        Raises:
+            UnknownPath: a place that was not read.
+        """
         chosen = self.differences.subset(place)
         mean = torch.stack([value.reshape(1, -1) for _, value in chosen.items()]).mean(0)
         key = parse_path(next(iter(chosen))).place
@@ -94,15 +104,21 @@ def diff_lens(
       layers[1].output
 
     Args:
-        base: the model before.
-        tuned: the model after, of the same shape and tokenizer.
+        base: the model before tuning.
+        tuned: the tuned model, of the same shape and tokenizer.
         prompts: text that has nothing to do with the tuning.
         sites: places of the stream, without positions.
         first: how many of each prompt's first tokens.
         k: how many tokens of each difference are kept.
 
+    Returns:
+        The mean differences over the prompts, at each place and each of the first tokens, and their likeliest tokens.
+
     Raises:
-        BadArgument: models that do not fit, or are the same.
+        BadArgument: models in train mode, with edits of nnsight, of different tokens, or the same model twice.
+        RefusedPlace: a site that is not the residual stream or has a position, or a model without a decoder and a head.
+        ShapeError: a place that has different widths in the two models.
+        ShortRow: a prompt has fewer than `first` tokens, or `first` is below 1.
     """
     base, tuned = engine.as_model(base), engine.as_model(tuned)
     with circumstances("ns.diff_lens"):

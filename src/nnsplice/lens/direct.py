@@ -65,6 +65,8 @@ def direct(
     Frozen({'prompt': 1, 'layer': 3, 'head': 4})
 
     Args:
+        model: a model from `ns.load`, in eval mode.
+        prompts: a text, a list of texts, token ids or chat messages.
         metric: a weighted sum of logits, such as `ns.logit_diff(answer, wrong)`; or a token for all prompts or for
             each, whose logit is meant.
         sites: `embed`, `layers[i].heads[j]` or `layers[i].attn`, `layers[i].mlp` or its neurons or experts, without
@@ -73,9 +75,15 @@ def direct(
         max_tokens: how many tokens run at once.
         progress: show a bar.
 
+    Returns:
+        A cell for each place, in units of the metric; `result.rest` has the remainder of each prompt.
+
     Raises:
-        RefusedPlace: a metric that is no weighted sum, a place that adds nothing by itself, or a model that is no such
-            sum.
+        BadArgument: a model in train mode or with edits of nnsight, several metrics or one that compares runs, an
+            answer of several tokens, no sites, a branch together with its parts, or a position other than the metric's.
+        RefusedPlace: a metric that is not linear in the logits, a place that adds nothing by itself, or a model whose
+            metric is not the sum of the parts.
+        ShortRow: a prompt has no token at the metric's position.
     """
     start = time.perf_counter()
     model = engine.as_model(model)

@@ -52,19 +52,26 @@ def fit(
     ['layer', 'kl', 'logit_lens']
 
     Args:
+        model: a model from `ns.load`, in eval mode.
         prompts: texts such as the lens will be used on; all their tokens count.
+        kind: `"tuned"` or `"jacobian"`.
         layers: which layers' outputs; all of them if left out.
-        steps: of training, each with `batch` tokens.
-        rate: of learning, at its start; it falls to nothing.
-        held_out: the share of the prompts that is kept from training.
+        steps: the number of training steps for each layer.
+        rate: the learning rate at the first step; it falls linearly to 0.
+        batch: how many tokens are drawn for each step.
+        held_out: the share of the prompts that a tuned lens is not trained on.
         chunk: how many rows of a Jacobian are made at once, each by a run of its own beside the others.
         max_tokens: how many tokens run at once.
-        seed: of what is held out, and of the order of training.
+        seed: the seed of the held-out prompts and of the tokens that each step draws.
         progress: show a bar.
 
+    Returns:
+        The lens, with an affine map for each layer.
+
     Raises:
-        BadArgument: too few prompts to hold some out.
-        RefusedPlace: a model that the logit lens refuses, or for Jacobians one that does not read forwards alone.
+        BadArgument: a model in train mode or with edits of nnsight, an unknown `kind` or layer, a number below 1, or a
+            tuned lens with no prompt to train on or none held out.
+        RefusedPlace: a model that the logit lens refuses, or for Jacobians one that is not causal.
     """
     model = engine.as_model(model)
     with circumstances("ns.lens.fit"):

@@ -89,8 +89,12 @@ class FittedLens:
     def check(self, model: engine.Model, places: Sequence[Path]) -> None:
         """Raise for another model than it was fitted to, or a place that it has no map for.
 
+        Args:
+            model: the model to read.
+            places: the places to read.
+
         Raises:
-            BadArgument: which.
+            BadArgument: the model has other weights, or a place is no output of a fitted layer.
         """
         if engine.weights_digest(model) != self.about.get("weights"):
             raise BadArgument(
@@ -108,7 +112,16 @@ class FittedLens:
                 )
 
     def translate(self, model: engine.Model, place: Path, states: Tensor) -> Tensor:
-        """States `[row, width]` of a place, as if they left the last layer."""
+        """Apply the map of a layer to its states, so that they can be read as states of the last layer.
+
+        Args:
+            model: the model that the lens was fitted to.
+            place: the output of a fitted layer.
+            states: `[row, width]`.
+
+        Returns:
+            `[row, width]`.
+        """
         at = self.layers.index(self._layers_of(model)[site_of(place)])
         return states @ self.matrices[at].to(states).T + self.biases[at].to(states)
 
@@ -119,7 +132,11 @@ class FittedLens:
     # --- files
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with all that is known of the lens, whole or not at all."""
+        """Write a safetensors file with everything known of the lens, completely or not at all.
+
+        Args:
+            path: the file to write.
+        """
         from safetensors.torch import save_file
 
         told = {
@@ -134,8 +151,14 @@ class FittedLens:
     def from_file(cls, path: str | os.PathLike[str]) -> FittedLens:
         """Read a lens.
 
+        Args:
+            path: the file.
+
+        Returns:
+            The lens.
+
         Raises:
-            FileError: the file is none, or damaged.
+            FileError: the file holds no fitted lens, is of a newer format, or is damaged.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file

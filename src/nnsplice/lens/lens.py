@@ -56,11 +56,32 @@ class Lens:
         return self.only(self.results.metrics[0])
 
     def only(self, metric: str) -> SweepResult:
-        """The result of `"probability"`, `"log_probability"` or `"rank"` alone."""
+        """The result of one metric.
+
+        Args:
+            metric: `"probability"`, `"log_probability"` or `"rank"`; without answers `"top probability"`.
+
+        Returns:
+            The result.
+
+        Raises:
+            BadArgument: no metric of this name was measured.
+        """
         return self.results.only(metric)
 
     def grid(self, component: str | Path | None = None) -> xr.DataArray:
-        """The probabilities with named axes; see `SweepResult.grid`."""
+        """The probabilities with named axes; see `SweepResult.grid`.
+
+        Args:
+            component: the kind of site, if there are several.
+
+        Returns:
+            An `xarray.DataArray`.
+
+        Raises:
+            BadArgument: several kinds of site, and none is named.
+            UnknownPath: a kind that was not read.
+        """
         return self.result.grid(component)
 
     def frame(self) -> pd.DataFrame:
@@ -74,7 +95,18 @@ class Lens:
         return frame.assign(top=[at[key] for key in zip(frame["prompt"], frame["path"], strict=True)])
 
     def best(self, n: int = 10, *, prompt: int | None = None) -> pd.DataFrame:
-        """The cells where the probability is largest, in the mean over prompts or in one; see `SweepResult.best`."""
+        """The cells where the probability is largest, in the mean over prompts or in one; see `SweepResult.best`.
+
+        Args:
+            n: the number of cells.
+            prompt: the number of one prompt, instead of all.
+
+        Returns:
+            A `pandas.DataFrame`, the largest first.
+
+        Raises:
+            BadArgument: no such prompt, or prompts of different lengths, whose positions cannot be averaged.
+        """
         return self.result.best(n, prompt=prompt)
 
     def tokens(self) -> pd.DataFrame:
@@ -98,8 +130,16 @@ class Lens:
         """A heatmap of the probabilities, layer by token, with the first token of every cell written in it.
 
         Args:
-            component: which kind of place, where several were asked for.
-            prompt: its number; 0 where there is one prompt. The mean over several has no tokens written in it.
+            component: the kind of site, if there are several.
+            prompt: the number of one prompt, instead of all. The mean over several has no tokens written in it.
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+
+        Raises:
+            BadArgument: several kinds of site and none is named, no such prompt, or prompts of different lengths.
+            UnknownPath: a kind that was not read.
         """
         table = self.result.table
         kind = kind_named(table.cells, component)
@@ -126,7 +166,11 @@ class Lens:
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page of the probabilities that stands by itself; see `SweepResult.to_html`."""
+        """Write the probabilities as a page of their own; see `SweepResult.to_html`.
+
+        Args:
+            path: the file to write.
+        """
         self.result.to_html(path)
 
     def _first(self, prompt: int, cell: int) -> str:

@@ -56,6 +56,8 @@ def logit(
     (dtype('float64'), ['token', 'id', 'probability', 'path'])
 
     Args:
+        model: a model from `ns.load`, in eval mode.
+        prompts: a text, a list of texts, token ids or chat messages.
         sites: places of the stream: `layers[i].output`, `.input`, `.mid`, `embed`; without positions, every position is
             a cell of its own.
         answers: a token for all prompts or for each, whose probability and rank every cell tells; a set of tokens
@@ -66,8 +68,14 @@ def logit(
         max_tokens: how many tokens run at once.
         progress: show a bar.
 
+    Returns:
+        The probabilities and the likeliest tokens of every cell.
+
     Raises:
-        RefusedPlace: a place that is no state of the stream, or a model whose head reads more than its last layer.
+        BadArgument: a model in train mode or with edits of nnsight, a set of places, a span of several tokens, or a
+            fitted lens of another model or other layers.
+        RefusedPlace: a place that is no state of the stream, or a model whose norm and head do not make its logits of
+            the last layer's output.
     """
     start = time.perf_counter()
     model = engine.as_model(model)

@@ -57,7 +57,18 @@ class Patchscope:
     unpatched: str
 
     def grid(self, component: str | Path | None = None) -> xr.DataArray:
-        """The texts with named axes (`prompt`, `layer`, `position`), empty where there is no cell."""
+        """The texts with named axes (`prompt`, `layer`, `position`), empty where there is no cell.
+
+        Args:
+            component: the kind of site, if there are several.
+
+        Returns:
+            An `xarray.DataArray` of texts.
+
+        Raises:
+            BadArgument: several kinds of site, and none is named.
+            UnknownPath: a kind that was not read.
+        """
         there = np.array([[text is not None for text in row] for row in self.texts])
         ends = np.zeros(len(self.texts))
         table = Table(self.cells, np.zeros(there.shape), there, there, ends, ends, self.tokens)
@@ -106,19 +117,26 @@ def patchscope(
     Frozen({'prompt': 2, 'layer': 3, 'position': 1})
 
     Args:
-        source_prompts: where states are taken from.
+        model: a model from `ns.load`, in eval mode.
+        source_prompts: the prompts that states are taken from.
         sites: places of the stream, `layers[i].output`, `.input` or `embed`; without positions, every position is a
             cell of its own.
         target_prompt: the prompt that they are written into, such as `"cat -> cat; 135 -> 135; hello -> hello; ?"`.
-        position: the token of it whose state is replaced.
+        position: the token of the target prompt whose state is replaced.
         target: the place where they are written, `"layers[0].output"`; where left out, the place they were taken from.
-        max_new_tokens: how long the texts are.
+        max_new_tokens: how many tokens are generated, at most.
         spans: where named spans of the source prompts stand.
         max_tokens: how many tokens run at once.
         progress: show a bar.
 
+    Returns:
+        The generated text of every prompt and cell, and of the target prompt without a change.
+
     Raises:
-        RefusedPlace: a place that is no state of the stream at an end of a layer.
+        BadArgument: a model without a tokenizer, in train mode or with edits of nnsight, or several target prompts.
+        RefusedPlace: a place that is no state of the stream, or a target that is not where the stream enters or leaves
+            a layer.
+        ShortRow: the target prompt has no such position.
     """
     model = engine.as_model(model)
     with circumstances("ns.lens.patchscope"):

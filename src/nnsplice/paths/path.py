@@ -118,6 +118,7 @@ class Path:
         item: the element of a container value (`attn.output[0][-1]` has item 0).
         position: the token positions; None if left open.
         key: the key positions of a pattern, for an edge of attention.
+        sae: the attached SAE whose features or error are meant; None for the place itself.
         site: the identity in one model, set by `ns.expand`.
     """
 

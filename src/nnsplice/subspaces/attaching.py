@@ -29,14 +29,21 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str) -> str:
     >>> ns.detach_sae(toy, "third")
 
     Args:
+        model: a model from `ns.load`.
         place: one place of the model, a whole value: the stream, or what a branch adds.
-        name: what it is called in addresses; each name once in a model.
+        sae: an SAE of this place, from `ns.load_sae`.
+        name: its name in addresses; each name once in a model.
 
     Returns:
         The address that features are parts of.
 
     Raises:
+        BadArgument: a name that is taken or empty, or a path of several places.
+        BadType: something other than an SAE.
+        PathError: a native path, or a text that is no path.
+        RefusedPlace: a head, neurons, or another part of a value.
         ShapeError: the place has another width.
+        UnknownPath: a site that this model does not have.
     """
     model = engine.as_model(model)
     with circumstances("ns.attach_sae"):
@@ -68,15 +75,19 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str) -> str:
 
 
 def detach_sae(model: Any, name: str) -> None:
-    """Take an attached SAE away; its addresses mean nothing then.
+    """Remove an attached SAE from a model; its addresses are unknown afterwards.
 
     >>> sae = ns.load_sae(ns.models.embedded("toy") / "sae")
     >>> toy = ns.load("toy")
     >>> _ = ns.attach_sae(toy, "layers[2].output", sae, "third")
     >>> ns.detach_sae(toy, "third")
 
+    Args:
+        model: the model that it is attached to.
+        name: its name in addresses.
+
     Raises:
-        UnknownPath: there is none of this name.
+        UnknownPath: no SAE of this name is attached.
     """
     model = engine.as_model(model)
     held = attached(peel(model))

@@ -99,7 +99,18 @@ class SAE:
     # ---------------------------------------------------------------------------------------------------- arithmetic
 
     def encode(self, values: Tensor) -> Tensor:
-        """The features of `[..., width]`: `[..., feature]`; computed in float32 at least."""
+        """The features of values, computed in float32 at least.
+
+        Args:
+            values: `[..., width]`.
+
+        Returns:
+            `[..., feature]`.
+
+        Raises:
+            BadType: something other than a tensor.
+            ShapeError: values of another width.
+        """
         self._check_width(values)
         t = self._tensors(values)
         inputs = values.to(t["W_dec"])
@@ -110,10 +121,17 @@ class SAE:
         return _ENCODERS[self.kind](self, inputs, t)
 
     def decode(self, features: Tensor, like: Tensor | None = None) -> Tensor:
-        """What features make of a place: `[..., width]`.
+        """The reconstruction from features.
 
         Args:
+            features: `[..., feature]`.
             like: the values that were encoded, which an SAE that scales its inputs needs to scale back.
+
+        Returns:
+            `[..., width]`.
+
+        Raises:
+            BadArgument: the SAE scales its inputs, and `like` is left out.
         """
         t = self._tensors(features)
         out = self.added(features.to(t["W_dec"]), None) + t["b_dec"]
@@ -132,8 +150,12 @@ class SAE:
         """What features add to a place: their directions' sum, without `b_dec`; 0 where all features are 0.
 
         Args:
+            features: `[..., feature]`, of all features or of those chosen.
             like: the values that were encoded; None leaves them scaled as the SAE scales its inputs.
             chosen: the numbers of the features that are given, where not all are.
+
+        Returns:
+            `[..., width]`.
         """
         t = self._tensors(features)
         directions = t["W_dec"] if chosen is None else t["W_dec"][list(chosen)]
@@ -143,15 +165,37 @@ class SAE:
         return out if like is None or self.norm == "none" else out * self._scaling(like.to(out))[1][1]
 
     def error(self, values: Tensor) -> Tensor:
-        """What of `[..., width]` the features leave out."""
+        """The reconstruction error: values minus what is decoded from their features.
+
+        Args:
+            values: `[..., width]`.
+
+        Returns:
+            `[..., width]`.
+
+        Raises:
+            ShapeError: values of another width.
+        """
         wide = values.to(self._tensors(values)["W_dec"])
         return wide - self.decode(self.encode(values), values)
 
     def subspace(self, place: str | Path, features: Sequence[int]) -> Subspace:
-        """What the directions of some features span.
+        """The subspace that the decoder directions of some features span.
 
         >>> ns.load_sae(ns.models.embedded("toy") / "sae").subspace("layers[2].output", [3, 8])
         Subspace: 2 of 64 dimensions at layers[2].output, SAE features
+
+        Args:
+            place: the address that the SAE is of.
+            features: the numbers of the features.
+
+        Returns:
+            The subspace, with as many dimensions as features.
+
+        Raises:
+            BadArgument: no such feature, none at all, or directions that depend on each other.
+            PathError: an address of several places.
+            ShapeError: more features than the place is wide.
         """
         numbers = list(features)
         wrong = next((n for n in numbers if not isinstance(n, int) or not -self.features <= n < self.features), None)

@@ -44,8 +44,13 @@ def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
         scaling_factor: what inputs are multiplied by before they are encoded, and outputs divided by; of SAEs whose
             config says `expected_average_only_in`, which leaves it out.
 
+    Returns:
+        The SAE.
+
     Raises:
-        FileError: the file is none of these, is damaged, or is of a kind that is not known here.
+        BadArgument: a `scaling_factor` for a `params.npz`, which scales nothing by a factor.
+        FileError: the file is none of these, is damaged, has a kind or setting that is not known here, or needs a
+            `scaling_factor`, or has one given that it does not need.
     """
     place = FilePath(path)
     if place.is_dir():

@@ -68,7 +68,7 @@ class Subspace:
 
     @classmethod
     def of(cls, place: str | Path, vectors: Tensor | SavedActivation) -> Subspace:
-        """What some vectors span.
+        """The subspace that some vectors span.
 
         >>> ns.Subspace.of("layers[1].output", torch.eye(16)[:3])
         Subspace: 3 of 16 dimensions at layers[1].output, vectors
@@ -77,8 +77,15 @@ class Subspace:
             place: the address; of a capture, the place in it, whose prompts and positions are the vectors.
             vectors: `[width]`, `[k, width]`, or a capture: a `SteeringVector` holds one vector for each place.
 
+        Returns:
+            The subspace.
+
         Raises:
             BadArgument: NaN, a zero vector, or vectors that depend on each other.
+            BadType: something other than a tensor or a capture.
+            PathError: an address of several places.
+            ShapeError: more vectors than each has numbers, or a tensor of another shape.
+            UnknownPath: a place that was not captured.
         """
         with circumstances("ns.Subspace.of"):
             if isinstance(vectors, SavedActivation):
@@ -98,9 +105,15 @@ class Subspace:
         Args:
             saved: a capture of one place, or with `place` of several.
             k: how many directions; at most one less than there are rows.
+            place: the address, where the capture has several.
+
+        Returns:
+            The subspace; `about["variance"]` is the share of the variance that it holds.
 
         Raises:
-            BadArgument: the rows do not vary in so many directions.
+            BadArgument: the rows do not vary in so many directions, hold NaN, or are of several places.
+            BadType: something other than a capture.
+            UnknownPath: a place that was not captured.
         """
         with circumstances("ns.Subspace.pca"):
             if not isinstance(saved, SavedActivation):
@@ -129,6 +142,13 @@ class Subspace:
 
         Args:
             k: how many dimensions; as many as this one has, if left out.
+            seed: the seed of the directions.
+
+        Returns:
+            The subspace.
+
+        Raises:
+            BadArgument: a `k` below 1, or above the width of the place.
         """
         k = self.k if k is None else k
         _check_k(k, self.width, f"the place is {self.width} wide")
@@ -162,6 +182,16 @@ class Subspace:
         >>> b = ns.Subspace.of("layers[1].output", torch.eye(16)[1:3])
         >>> a.angles(b).round(decimals=3)
         tensor([0.0000, 1.5710], dtype=torch.float64)
+
+        Args:
+            other: the other subspace.
+
+        Returns:
+            As many angles as the smaller of the two has dimensions.
+
+        Raises:
+            BadType: something other than a subspace.
+            ShapeError: subspaces of different widths.
         """
         self._check_beside(other)
         return bases.angles(self.basis, other.basis)
@@ -194,22 +224,31 @@ class Subspace:
     # ---------------------------------------------------------------------------------------------------------- files
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with the address and the provenance in its header; whole, or not at all.
+        """Write a safetensors file with the address and the provenance in its header, completely or not at all.
 
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     ns.Subspace.of("layers[1].output", torch.eye(16)[:3]).to_file(f"{folder}/part.safetensors")
         ...     print(ns.Subspace.from_file(f"{folder}/part.safetensors"))
         Subspace: 3 of 16 dimensions at layers[1].output, vectors
+
+        Args:
+            path: the file to write.
         """
         storage.write(path, self.basis, {"place": self.place, "about": dict(self.about)})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Subspace:
-        """Read what `to_file` wrote.
+        """Read a subspace.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The subspace.
 
         Raises:
-            FileError: the file holds no subspace, or is damaged.
+            FileError: the file holds no subspace, is of another format, or is damaged.
         """
         basis, told = storage.read(path)
         with storage.damaged(path):

@@ -68,14 +68,21 @@ def crossings(
 
     Args:
         base: the model that runs.
-        tuned: another of the same shape.
+        tuned: another model of the same shape and tokenizer.
         prompts: texts or token ids, the same for both.
         sites: `layers[i]`, `layers[i].attn` or `layers[i].mlp`, whose values are written at all tokens.
         metric: as for `ns.sweep`.
         progress: show a bar.
 
+    Returns:
+        The six numbers of every place; the clean run is the tuned model's, the corrupted run the base model's.
+
     Raises:
+        BadArgument: models in train mode, with edits of nnsight, of different tokens, or the same model twice; or a
+            metric that compares runs.
         RefusedPlace: a place whose output is not all that its weights make.
+        ShapeError: a place that has different widths in the two models.
+        ShortRow: a prompt has no token at the metric's position.
     """
     start = time.perf_counter()
     base, tuned = engine.as_model(base), engine.as_model(tuned)

@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
         corrupted: the prompts that are edited.
-        clean: the prompts that values are taken from, or None.
+        clean: the prompts that values are taken from; None for an operation that takes nothing from another run.
         targets: the cells, in execution order.
         metric: the metric, with its answers as token ids.
         operation: the operation.
@@ -42,7 +42,7 @@ class Plan:
         align: how tokens of a pair correspond.
         seed: the seed of `"resample"` and `"noise"`.
         jobs: the (prompt, target) pairs to compute.
-        known: the pairs that have the corrupted run's value.
+        known: the pairs that have the corrupted run's value, and are not computed.
         asked: the question as plain data.
         corruption: a change of the embeddings in every edited run, or None.
         tokens: the texts of each prompt's tokens.
@@ -54,7 +54,6 @@ class Plan:
     """
 
     corrupted: Prompts
-    #: None for an operation that takes nothing from another run.
     clean: Prompts | None
     targets: tuple[Target, ...]
     metric: Bound | Several
@@ -67,13 +66,9 @@ class Plan:
     known: Jobs
     asked: Mapping[str, Any] = field(repr=False)
     corruption: Corruption | None = field(default=None, repr=False)
-    #: Texts of the tokens that positions count, per prompt.
     tokens: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
-    #: Where an answer has several tokens, `corrupted` and `clean` hold a run for each of them: which prompt it is of,
-    #: and how many of the answer's tokens are appended to that. Empty where each prompt is a run.
     owners: tuple[int, ...] = ()
     appended: tuple[int, ...] = ()
-    #: Whether the clean run is another model's, which `run` has to be given.
     foreign: bool = False
     #: Of a part with some of the prompts: the numbers that its runs have in the whole, and how many there are. What is
     #: drawn for a prompt (noise, samples of a reference) goes by its number, and is the same in every part.

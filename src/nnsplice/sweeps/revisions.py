@@ -39,11 +39,33 @@ class Revisions:
     results: dict[str, SweepResult]
 
     def grid(self, component: str | None = None) -> xr.DataArray:
-        """The raw metric, with an axis `revision` before those of the results."""
+        """The raw metric, with an axis `revision` before those of the results.
+
+        Args:
+            component: the kind of site, if there are several.
+
+        Returns:
+            An `xarray.DataArray`.
+
+        Raises:
+            BadArgument: several kinds of site, and none is named.
+            UnknownPath: a kind that was not swept.
+        """
         return self._along(lambda result: result.grid(component))
 
     def effect(self, component: str | None = None) -> xr.DataArray:
-        """The share of the way back in each revision; see `SweepResult.effect`."""
+        """The normalized effect in each revision; see `SweepResult.effect`.
+
+        Args:
+            component: the kind of site, if there are several.
+
+        Returns:
+            An `xarray.DataArray`.
+
+        Raises:
+            BadArgument: several kinds of site, and none is named.
+            UnknownPath: a kind that was not swept.
+        """
         return self._along(lambda result: result.effect(component))
 
     def frame(self) -> pd.DataFrame:
@@ -72,7 +94,7 @@ def over_revisions(
     journal: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Revisions:
-    """Load each revision, do one job with it, let go of it: a result with an axis `revision`.
+    """Load each revision, do one job with it, and drop it: a result with an axis `revision`.
 
     >>> models = {"step1": model, "step2": model}
     >>> metric = ns.logit_diff("w7", "w8")
@@ -87,8 +109,14 @@ def over_revisions(
         journal: a folder that every finished result is written to; the same call after a stop goes on from there.
         progress: show a bar.
 
+    Returns:
+        The result of every revision, in their order.
+
     Raises:
-        KeyMismatch: the journal is of another job.
+        BadArgument: no revision, one twice, or a journal folder that holds other files.
+        BadType: the job returned something other than a `SweepResult`.
+        FileError: the journal is damaged.
+        KeyMismatch: the journal is of another job, or the results have different cells or metrics.
     """
     names = [str(name) for name in revisions]
     with circumstances("ns.over_revisions"):
