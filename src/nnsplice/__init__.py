@@ -21,6 +21,7 @@ One address language for every part of a model, and many views of an address. Th
     weights                                       which parameters a place has; swapped, ablated, frozen, compared
     adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
     checkpoints                                   files of weights: declared, checked, streamed
+    checks                                        whether addresses hold in one's own model, as `nnsplice check` asks
     errors, plots                                 every exception; figures of labelled arrays
 """
 
@@ -28,7 +29,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
-    from nnsplice import adapters, checkpoints, errors, models, plots, steering, tasks, weights
+    from nnsplice import adapters, checkpoints, checks, errors, models, plots, steering, tasks, weights
     from nnsplice.activations import SavedActivation, capture, chat, patched_logits, save_activations, updates
     from nnsplice.atlas import Atlas
     from nnsplice.attribution import attribute, path_patch
@@ -59,6 +60,8 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.results import SweepResult
     from nnsplice.sweeps import Plan, ablate, causal_trace, plan_sweep, run, sweep, sweep_weights
 
+    __version__: str
+
 __all__ = [
     "Atlas",
     "Circuit",
@@ -76,6 +79,7 @@ __all__ = [
     "causal_trace",
     "chat",
     "checkpoints",
+    "checks",
     "completeness",
     "errors",
     "expand",
@@ -111,7 +115,7 @@ __all__ = [
 
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
-    "": ("adapters", "checkpoints", "errors", "models", "plots", "steering", "tasks", "weights"),
+    "": ("adapters", "checkpoints", "checks", "errors", "models", "plots", "steering", "tasks", "weights"),
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
@@ -139,6 +143,10 @@ _ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     # torch, nnsight and transformers take seconds to import, and `nnsplice --help` needs none of them.
+    if name == "__version__":  # written once, in pyproject.toml
+        from importlib.metadata import version
+
+        return version("nnsplice")
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'nnsplice' has no attribute {name!r}")
     room = _ROOM_OF[name]

@@ -20,7 +20,7 @@ from nnsplice.activations import algebra, display, lookup, packs, storage, tree,
 from nnsplice.activations.packs import MEAN, Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
-from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath, named
+from nnsplice.errors import BadArgument, BadType, KeyMismatch, PathError, UnknownPath, named
 from nnsplice.paths import Path, Paths, Span, parse_path
 from nnsplice.shown import printable
 
@@ -159,9 +159,16 @@ class SavedActivation:
         return self._known.atlas if self._known else None, packs.common_length(self._packs, self._provenance)
 
     @property
-    def values(self) -> tree.Tree:
-        """The same tensors as a tree that follows the paths: `saved.values.transformer.h[2].output[10]`."""
-        return tree.grow((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
+    def values(self) -> tree.Values:
+        """The tensors: `saved.values()` lists them, `saved.values.transformer.h[2].output[10]` follows the paths.
+
+        >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[-1]")
+        >>> [list(tensor.shape) for tensor in saved.values()]
+        [[1, 16], [1, 16], [1, 16]]
+        >>> saved.values.layers[2].output[-1] is not None
+        True
+        """
+        return tree.Values((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
 
     def subset(self, paths: Paths) -> Self:
         """Only these places and positions, in the capture's own order; slices and lists are allowed anywhere.
@@ -327,8 +334,32 @@ class SavedActivation:
         """Whether two captures of the same places hold the same values."""
         return algebra.close(*self._beside(other), rtol, atol, equal_nan)
 
-    def save(self) -> Self:
-        """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway."""
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same places with exactly the same values, as two dictionaries would be compared.
+
+        >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[-1]")
+        >>> saved == ns.capture(model, "w3 w4 w5", "layers[:].output[-1]"), saved == saved * 2
+        (True, False)
+        """
+        if not isinstance(other, SavedActivation):
+            return NotImplemented
+        try:
+            return self.allclose(other, rtol=0.0, atol=0.0)
+        except KeyMismatch:
+            return False
+
+    def save(self, path: object = None) -> Self:
+        """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway.
+
+        Raises:
+            BadType: given a path; a file is written by `to_file`.
+        """
+        if path is not None:
+            raise BadType(
+                "save() keeps a capture past the end of a trace, and writes no file",
+                expected="to_file for a file",
+                write=f"saved.to_file({str(path)!r})",
+            )
         return engine.keep(self)
 
     def _located(self, model: Any) -> Self:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnsplice import plots
-from nnsplice.adapters.domains import DOMAINS, Depth, DomainTable, Kind
+from nnsplice.adapters.domains import Depth, DomainTable, Kind
 from nnsplice.adapters.factors import ExpertAdapter
 from nnsplice.atlas import Atlas
 from nnsplice.atlas.names import layer_of, unwrapped
@@ -163,7 +163,9 @@ class Energy:
 
 
 class AdapterProfile(dict[str, float]):
-    """Domain -> share, and the energies behind it: by weight (`frame`), by layer and part (`grid`, `plot`).
+    """Energies by weight (`frame`), by layer and part (`grid`, `plot`); as a dictionary, the share of each domain.
+
+    It is empty as a dictionary where `profile` was given no table of domains.
 
     >>> from copy import deepcopy
     >>> tuned = deepcopy(ns.models.peel(model))
@@ -263,12 +265,12 @@ def _part_order(one: Energy) -> tuple:
 
 def profile(
     adapter: ExpertAdapter,
-    table: DomainTable = DOMAINS,
+    table: DomainTable | None = None,
     *,
     total_layers: int | None = None,
     atlas: Atlas | None = None,
 ) -> AdapterProfile:
-    """The energies of an adapter by weight, layer and part, and what they speak for.
+    """The energies of an adapter by weight, layer and part; with a table, also the share of each of its domains.
 
     >>> from copy import deepcopy
     >>> tuned = deepcopy(ns.models.peel(model))
@@ -283,7 +285,7 @@ def profile(
 
     Args:
         adapter: the factors.
-        table: what energy in which part speaks for.
+        table: domains with weights for the kinds and depths of parameters. Without one the profile has no shares.
         total_layers: of the model; the adapter's own highest one says it where neither this nor the atlas does.
         atlas: of the model, which knows more than names tell.
 
@@ -294,7 +296,8 @@ def profile(
         numbers = [layer.number for name in adapter.layers if (layer := layer_of(name))]
         total_layers = atlas.tower().n_layers if atlas is not None and atlas.towers else max(numbers, default=0) + 1
     energies: list[Energy] = []
-    sums = [0.0] * len(table.names)
+    names = () if table is None else table.names
+    sums = [0.0] * len(names)
     for name, pair in adapter.layers.items():
         energy = float(pair.energy)
         if not energy < float("inf"):
@@ -305,8 +308,11 @@ def profile(
         at = where(name, total_layers, atlas)
         path = "" if at.address is None else str(at.address)
         energies.append(Energy(name, path, at.tower or "", at.layer, at.part, at.kind, at.depth, pair.rank, energy))
-        sums = [s + w * energy for s, w in zip(sums, table.of(at.kind, at.depth), strict=True)]
+        if table is not None:
+            sums = [s + w * energy for s, w in zip(sums, table.of(at.kind, at.depth), strict=True)]
+    if table is None:
+        return AdapterProfile({}, energies)
     total = sum(sums)
     nothing = sum(one.energy for one in energies) < NOTHING or total <= 0.0
-    scores = {name: table.empty if nothing else s / total for name, s in zip(table.names, sums, strict=True)}
+    scores = {name: table.empty if nothing else s / total for name, s in zip(names, sums, strict=True)}
     return AdapterProfile(scores, energies)

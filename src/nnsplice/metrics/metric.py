@@ -142,6 +142,13 @@ class Bound:
         try:
             value = self.metric.rule(logits, **chosen)
         except Exception as error:
+            if isinstance(error, IndexError) and "too many indices" in str(error) and not self._known:
+                raise BadArgument(
+                    f"{self.metric.name} indexes the logits as [row, token, vocab], and a metric is given [row, vocab] "
+                    f"= {list(logits.shape)}, those of position {self.metric.position}",
+                    expected="a function logits[row, vocab] -> [row]",
+                    write="lambda logits: logits[:, token]   (another position: ns.Metric.of(function).at(-2))",
+                ) from error
             if not self.metric.answers:  # a function of the user's own, whose error stays what it is
                 error.add_note(
                     f"in: the metric {self.metric.name}, which was given logits [row, vocab] = {list(logits.shape)}"

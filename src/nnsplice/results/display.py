@@ -9,6 +9,7 @@ import numpy as np
 from nnsplice.results import estimates, measures
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
+from nnsplice.shown import counted
 
 SHOWN = 8
 
@@ -28,9 +29,10 @@ def html(table: Table, metric: str) -> str:
 def _lines(table: Table, metric: str) -> list[str]:
     kinds, prompts = kinds_of(table.cells), len(table.clean)
     part = " (a part)" if (table.exists & ~table.done).any() else ""
-    lines = [f"{int(table.done.sum())} cells, {prompts} prompt{'s' * (prompts != 1)}, {metric}{part}", *kinds[:SHOWN]]
+    cells = counted(int(table.done.sum()), "cell")
+    lines = [f"{cells}, {counted(prompts, 'prompt')}, {metric}{part}", *kinds[:SHOWN]]
     if len(kinds) > SHOWN:
-        lines.append(f"... and {len(kinds) - SHOWN} more kinds of place")
+        lines.append(f"... and {counted(len(kinds) - SHOWN, 'more kind')} of place")
     for at, name in enumerate(table.metrics):
         lines.append(f"{name}: clean {_ends(table.clean[:, at])}, corrupted {_ends(table.corrupted[:, at])}")
     if not table.metrics:

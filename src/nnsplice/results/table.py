@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.errors import BadArgument
+from nnsplice.shown import counted
 
 #: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them).
 AXES = ("layer", "head", "group", "neuron", "expert")
@@ -113,7 +114,7 @@ def settled(table: Table) -> Table:
         found = np.shape(getattr(table, name))
         if found != shape:
             raise BadArgument(
-                f"{name} has shape {list(found)}, for {prompts} prompts and {len(cells)} cells",
+                f"{name} has shape {list(found)}, for {counted(prompts, 'prompt')} and {counted(len(cells), 'cell')}",
                 expected=f"{list(shape)}",
             )
     scored = (prompts, len(cells)) if table.edges is None else (prompts, len(cells), len(table.receivers))

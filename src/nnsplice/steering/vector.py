@@ -81,6 +81,39 @@ class SteeringVector(SavedActivation):
         made = cls._new(saved._packs, saved._provenance.without_rows(), saved._known)
         return made._with_about(About(**{"method": "given", **about}))
 
+    @classmethod
+    def from_tensor(cls, vector: Tensor, layer: int | str | Path, **about: Any) -> SteeringVector:
+        """A direction of one's own: a tensor `[width]`, added to the residual stream after a layer.
+
+        >>> ns.steering.SteeringVector.from_tensor(torch.ones(16), layer=1)
+        SteeringVector: 1 place, width 16, method given, unit as given
+          layers[1].output
+
+        Args:
+            vector: the direction, `[width]` or `[1, width]`.
+            layer: the number of a layer, or the path of another place: `"layers[1].attn.output[-1]"`.
+            about: what is known of it: `method=`, `unit=`, `norms=`, ...
+
+        Raises:
+            ShapeError: several directions.
+        """
+        if not isinstance(vector, Tensor):
+            raise BadType(f"{named(vector)} is no tensor", expected="a tensor [width]", write="torch.as_tensor(vector)")
+        if isinstance(layer, bool) or not isinstance(layer, int | str | Path):
+            raise BadType(f"a layer {layer!r}", expected="its number, or a path", write="layer=15")
+        if vector.dim() == 2 and len(vector) == 1:
+            vector = vector[0]
+        if vector.dim() != 1:
+            raise ShapeError(
+                f"a tensor of shape {list(vector.shape)} is no one direction",
+                expected="[width]",
+                write="from_tensor(vectors[15], layer=15), for each of them; `|` joins vectors",
+            )
+        path = parse_path(f"layers[{layer}].output[-1]" if isinstance(layer, int) else layer)
+        if path.position is None:
+            path = path.at(-1)
+        return cls.of(SavedActivation.from_pairs((path, vector.detach().clone()[None])), **about)
+
     def _with_about(self, about: About) -> SteeringVector:
         self.about = about
         return self

@@ -13,6 +13,7 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Several
 from nnsplice.paths import Slice, Span
+from nnsplice.shown import counted
 from nnsplice.sweeps.cells import Part, Target, has_tokens, own_tokens
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption
@@ -65,8 +66,8 @@ class Plan:
     def preview(self, n: int = 10) -> str:
         """The first cells that will be computed, and what is known without."""
         lines = [
-            f"{len(self.jobs)} cells to compute, {len(self.known)} known without; "
-            f"{self.prompts} prompt{'s' * (self.prompts != 1)}, {self.operation.name}, "
+            f"{counted(len(self.jobs), 'cell')} to compute, {len(self.known)} known without; "
+            f"{counted(self.prompts, 'prompt')}, {self.operation.name}, "
             f"{self.metric.metric.name}"
         ]
         some = [(self.owners[run] if self.owners else run, target) for run, target in self.jobs[:n]]
