@@ -15,14 +15,16 @@ from nnsplice.activations.access import Access, accesses, hold, keys_of, require
 from nnsplice.activations.packs import Pack, Provenance
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.paths import Path, Paths
 from nnsplice.progress import bar
 from nnsplice.tokens import Rows, Spans, columns, concrete
 
 
+@renamed(paths="sites")
 @engine.only_local
-def save_activations(model: Any, paths: Paths, *, keep_graph: bool = False) -> SavedActivation:
+def save_activations(model: Any, sites: Paths, *, keep_graph: bool = False) -> SavedActivation:
     """Inside a trace: capture places of this run.
 
     Paths may be native or portable, with slices and lists anywhere, in any order. The result is kept past the trace.
@@ -37,22 +39,23 @@ def save_activations(model: Any, paths: Paths, *, keep_graph: bool = False) -> S
     """
     model = engine.as_model(model)
     mediator = engine.worker(model, "ns.save_activations")
-    wanted = _wanted(model, paths)
+    wanted = _wanted(model, sites)
     batch = engine.batch_of(model, mediator)
     packs = gather(model, mediator, wanted, batch, keep_graph=keep_graph)
     name, revision = engine.name_of(model)
     return SavedActivation._new(packs, Provenance(name, revision, tokens=_tokens(batch)), engine.known(model))
 
 
+@renamed(paths="sites")
 def capture(
     model: Any,
     prompts: PromptsLike,
-    paths: Paths,
+    sites: Paths,
     *,
     spans: SpanTexts | None = None,
     batch_size: int | None = None,
     keep_graph: bool = False,
-    progress: bool = False,
+    progress: bool = True,
     remote: bool | str = False,
 ) -> SavedActivation:
     """Run prompts through the model and capture places of the run.
@@ -66,11 +69,11 @@ def capture(
     Args:
         prompts: a text, a list of texts, token ids (list, list of lists, tensor), an encoding, or for a plain module
             its values `[prompt, token, width]`.
-        paths: places with token positions; `layers[2].output["subject"][-1]` for a span.
+        sites: paths with token positions; `layers[2].output["subject"][-1]` for a span.
         spans: where named spans stand: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
         batch_size: at most so many prompts in one pass.
         keep_graph: leave the values in the autograd graph.
-        progress: show a bar.
+        progress: show a bar when it takes more than a second.
         remote: run on nnsight's remote service.
     """
     model = engine.as_model(model)
@@ -78,7 +81,7 @@ def capture(
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
         given = encode(model, prompts, spans)
-        wanted = _wanted(model, paths, probe=given.values)
+        wanted = _wanted(model, sites, probe=given.values)
         _check_positions(wanted, given)
         closures.require(model, wanted)
     batches = given.batches(batch_size)

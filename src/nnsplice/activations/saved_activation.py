@@ -20,6 +20,7 @@ from nnsplice.activations import algebra, display, lookup, packs, storage, tree,
 from nnsplice.activations.packs import MEAN, Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, PathError, UnknownPath, named
 from nnsplice.paths import Path, Paths, Span, parse_path
 from nnsplice.shown import printable
@@ -170,14 +171,15 @@ class SavedActivation:
         """
         return tree.Values((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
 
-    def subset(self, paths: Paths) -> Self:
+    @renamed(paths="sites")
+    def subset(self, sites: Paths) -> Self:
         """Only these places and positions, in the capture's own order; slices and lists are allowed anywhere.
 
         >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[:]")
         >>> saved.subset("layers[0:2].output[-1:]").keys()
         ['layers[0].output[2]', 'layers[1].output[2]']
         """
-        wanted = engine.listed(paths)
+        wanted = engine.listed(sites)
         return self._like(lookup.chosen(self._packs, {entry for path in wanted for entry in self._find(path)}))
 
     def union(self, other: SavedActivation) -> Self:
@@ -407,9 +409,10 @@ class SavedActivation:
         storage.write(path, self._packs, self._provenance)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], paths: Paths | None = None) -> Self:
-        """Read a capture, or with `paths` only these of its places and positions."""
-        of, provenance = storage.read(path, paths)
+    @renamed(paths="sites")
+    def from_file(cls, path: str | os.PathLike[str], sites: Paths | None = None) -> Self:
+        """Read a capture, or with `sites` only these of its places and positions."""
+        of, provenance = storage.read(path, sites)
         return cls._new(of, provenance, None)
 
     # ----------------------------------------------------------------------------------------------------- provenance

@@ -11,6 +11,7 @@ from nnsplice import engine, wire
 from nnsplice.activations import derived
 from nnsplice.activations.access import Access, accesses, hold, require_positions, site_of
 from nnsplice.activations.writing import Entry, Read, written
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, DuplicatePath, LateUpdate, PathError, RefusedPlace, ShapeError
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.tokens import Rows, columns
@@ -18,8 +19,9 @@ from nnsplice.tokens import Rows, columns
 Update = Callable[[Tensor], None]
 
 
+@renamed(paths="sites")
 @engine.only_local
-def updates(model: Any, paths: Paths) -> Iterator[tuple[str, Tensor, Update]]:
+def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
     """Inside a trace: walk through places in the order of the forward pass, each with its value and a way to change it.
 
     Yields `(key, current, update)`: the path as it was asked for, a copy of the current value `[prompt, width]` that
@@ -35,7 +37,7 @@ def updates(model: Any, paths: Paths) -> Iterator[tuple[str, Tensor, Update]]:
     """
     model = engine.as_model(model)
     mediator = engine.worker(model, "ns.updates")
-    wanted = engine.listed(paths)
+    wanted = engine.listed(sites)
     if not wanted:
         raise BadArgument("no paths, so there is nothing to update", expected="at least one path")
     arranged = engine.known(model).arrange(wanted)

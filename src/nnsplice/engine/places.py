@@ -10,13 +10,15 @@ from typing import Any
 from torch import nn
 
 from nnsplice.atlas import Atlas, Order, fingerprint, peel
+from nnsplice.deprecated import renamed
 from nnsplice.engine.proof import check_calls, with_proof
 from nnsplice.engine.recording import order_of
 from nnsplice.errors import BadType, PathError, named
 from nnsplice.paths import Path, Paths, parse_path, position_rank
 
 
-def expand(model: object, paths: Paths, *, probe: Any = None) -> list[Path]:
+@renamed(paths="sites")
+def expand(model: object, sites: Paths, *, probe: Any = None) -> list[Path]:
     """The single places that paths stand for: negative numbers, slices and lists resolved against the model.
 
     Positions stay as they are written; a place that is named twice comes once; the order is that of the forward pass.
@@ -27,7 +29,7 @@ def expand(model: object, paths: Paths, *, probe: Any = None) -> list[Path]:
     Args:
         probe: an input to run a model with once, where nnsplice cannot know one (a plain `NNsight(module)`).
     """
-    found = known(model, probe).arrange(listed(paths))
+    found = known(model, probe).arrange(listed(sites))
     return list(dict.fromkeys(path for path, _ in found))
 
 

@@ -14,6 +14,7 @@ from nnsplice.activations import SavedActivation, capture
 from nnsplice.activations.messages import is_chat, template_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import SpanTexts
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.paths import Paths
 from nnsplice.steering.directions import checked, direction
@@ -120,17 +121,18 @@ def _places(
     return packs, quality, norms
 
 
+@renamed(paths="sites")
 def fit_from_prompts(
     model: Any,
     positive: Sequence[Any],
     negative: Sequence[Any],
-    paths: Paths = "layers[:].output[-1]",
+    sites: Paths = "layers[:].output[-1]",
     *,
     method: str = "mean_difference",
     chat: bool = False,
     spans: SpanTexts | None = None,
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
     folds: int = 5,
     seed: int = 0,
     **options: Any,
@@ -141,11 +143,11 @@ def fit_from_prompts(
     [1]
 
     Args:
-        paths: places with the position that is read; after `[:]` over several tokens take their mean yourself.
+        sites: paths with the position that is read; after `[:]` over several tokens take their mean yourself.
         chat: put each text through the tokenizer's chat template, as what the user says; messages always go through it.
         spans: where named spans stand, first in the positive, then in the negative prompts.
         batch_size: at most so many prompts in one pass.
-        progress: show a bar.
+        progress: show a bar when it takes more than a second.
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.fit_from_prompts"):
@@ -159,7 +161,7 @@ def fit_from_prompts(
         if not positive or not negative:
             raise BadArgument("no prompts on one side", expected="positive and negative prompts")
         prompts, template = _asked(model, [*positive, *negative], chat)
-    saved = capture(model, prompts, paths, spans=spans, batch_size=batch_size, progress=progress)
+    saved = capture(model, prompts, sites, spans=spans, batch_size=batch_size, progress=progress)
     n = len(positive)
     vector = fit(saved.slice[0:n], saved.slice[n : n + len(negative)], method=method, folds=folds, seed=seed, **options)
     return vector if template is None else vector._with_about(replace(vector.about, template=template))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnsplice import engine, plots
 from nnsplice.activations import SavedActivation, storage
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath, named
 from nnsplice.files import from_json
 from nnsplice.paths import Path, Paths, parse_path
@@ -248,9 +249,10 @@ class SteeringVector(SavedActivation):
             )
         )
 
-    def subset(self, paths: Paths) -> SteeringVector:
+    @renamed(paths="sites")
+    def subset(self, sites: Paths) -> SteeringVector:
         """Only these places."""
-        return self._kept(super().subset(paths))
+        return self._kept(super().subset(sites))
 
     def __mul__(self, factor: float) -> SteeringVector:
         made = super().__mul__(factor)
@@ -299,13 +301,14 @@ class SteeringVector(SavedActivation):
         storage.write(path, self._packs, self._provenance, {HEADER: json.dumps(asdict(about))})
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], paths: Paths | None = None) -> SteeringVector:
-        """Read a vector, or with `paths` only these of its places.
+    @renamed(paths="sites")
+    def from_file(cls, path: str | os.PathLike[str], sites: Paths | None = None) -> SteeringVector:
+        """Read a vector, or with `sites` only these of its places.
 
         Raises:
             FileError: the file is no steering vector, or damaged.
         """
-        packs, provenance = storage.read(path, paths)
+        packs, provenance = storage.read(path, sites)
         about = _about(path, storage.note(path, HEADER))
         made = cls._new(packs, provenance, None)
         return made._kept(made, about)

@@ -19,6 +19,7 @@ from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.metrics import Answer, Metrics, probability
 from nnsplice.paths import Path, parse_path
@@ -34,13 +35,14 @@ from nnsplice.sweeps.targets import Corruption
 KINDS = {"residual": "layers[:].output", "mlp": "layers[:].mlp.output", "attn": "layers[:].attn.output"}
 
 
+@renamed(with_="operation")
 def ablate(
     model: Any,
     prompts: PromptsLike,
     sites: Sites,
     metric: Metrics,
     *,
-    with_: str | Callable[[Tensor], Tensor] = "zero",
+    operation: str | Callable[[Tensor], Tensor] = "zero",
     reference: SavedActivation | None = None,
     **options: Any,
 ) -> SweepResult:
@@ -58,22 +60,22 @@ def ablate(
     Frozen({'prompt': 1, 'set': 4})
 
     Args:
-        with_: `"zero"`, `"mean"` or `"resample"` (of `reference`, or of these prompts), or a function of the value.
+        operation: `"zero"`, `"mean"` or `"resample"` (of `reference`, or of these prompts), or a function of the value.
         reference: the capture that means and samples are taken from.
         options: those of `ns.plan_sweep` and `ns.run`.
     """
     check_options("ns.ablate", options, known_of(ablate, plan_sweep, _SET_BY_ABLATE))
     running = {name: options.pop(name) for name in RUNNING if name in options}
-    if with_ in ("mean", "resample") and reference is None:
+    if operation in ("mean", "resample") and reference is None:
         everywhere = list(dict.fromkeys(path.place for path in every_path(sites)))
         reference = _all_tokens(engine.as_model(model), prompts, everywhere)
     plan = plan_sweep(
-        model, prompts, None, sites, metric, operation=with_, reference=reference, together=True, **options
+        model, prompts, None, sites, metric, operation=operation, reference=reference, together=True, **options
     )
     return run_fresh(plan, engine.as_model(model), **running)
 
 
-_SET_BY_ABLATE = ("operation", "together", "corruption")
+_SET_BY_ABLATE = ("together", "corruption")
 
 
 def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:

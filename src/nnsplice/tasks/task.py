@@ -120,7 +120,7 @@ class Task:
             "corrupted": {name: [record.corrupted_spans[name] for record in self] for name in names},
         }
 
-    def accuracy(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = False) -> float:
+    def accuracy(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = True) -> float:
         """The share of records that a model gets right.
 
         >>> toy = ns.load("toy")
@@ -130,16 +130,16 @@ class Task:
         Args:
             by: "pair": after the clean prompt the answer is above the wrong one, and after the corrupted prompt below
                 (in `greater_than`, less far above); "top": after the clean prompt nothing is above the answer.
-            progress: show a bar.
+            progress: show a bar when it takes more than a second.
         """
         return sum(self._right(model, by, progress)) / len(self)
 
-    def filter(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = False) -> Task:
+    def filter(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = True) -> Task:
         """The records that a model gets right; `repr` says how many of how many.
 
         Args:
             by: as in `accuracy`.
-            progress: show a bar.
+            progress: show a bar when it takes more than a second.
         """
         right = self._right(model, by, progress)
         kept = tuple(record for record, is_right in zip(self, right, strict=True) if is_right)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.weights.regions import Region, Selected, counterpart, regions
 
@@ -84,8 +85,9 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
         yield base
 
 
+@renamed(with_="operation")
 @contextmanager
-def ablate(model: M, selection: Selected, with_: str = "zero") -> Iterator[M]:
+def ablate(model: M, selection: Selected, operation: str = "zero") -> Iterator[M]:
     """Take the weights of a place out of the model.
 
     >>> toy = ns.load("toy")
@@ -103,13 +105,13 @@ def ablate(model: M, selection: Selected, with_: str = "zero") -> Iterator[M]:
 
     Args:
         selection: what `ns.weights.select` takes, or masks, which are taken to the number.
-        with_: `"zero"`, or `"mean"`: of each parameter the selected numbers all become their own mean.
+        operation: `"zero"`, or `"mean"`: of each parameter the selected numbers all become their own mean.
     """
     with circumstances("ns.weights.ablate"):
-        if with_ not in _ABLATIONS:
-            raise BadArgument(f"with_={with_!r}", expected=" or ".join(f'"{name}"' for name in _ABLATIONS))
+        if operation not in _ABLATIONS:
+            raise BadArgument(f"operation={operation!r}", expected=" or ".join(f'"{name}"' for name in _ABLATIONS))
         found = regions(model, selection)
-    with _changed(found, lambda region, own: _ABLATIONS[with_](own)):
+    with _changed(found, lambda region, own: _ABLATIONS[operation](own)):
         yield model
 
 
