@@ -34,7 +34,7 @@ from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.targets import tokens_of
 
 #: What is no option, as a path patch always patches from the clean run, at the tokens that its senders say.
-_SET_HERE = ("operation", "reference", "together", "corruption", "seed")
+_SET_HERE = ("operation", "reference", "corruption", "seed")
 
 
 def path_patch(
@@ -44,6 +44,8 @@ def path_patch(
     senders: Paths,
     receivers: Paths,
     metric: Metrics,
+    *,
+    together: bool = True,
     **options: Any,
 ) -> SweepResult:
     """Patch every sender by itself, and let its new value reach the receivers alone.
@@ -63,6 +65,7 @@ def path_patch(
         senders: paths; each place is a cell. Without positions all its tokens are patched at once, with `[:]` each
             token is a cell of its own.
         receivers: paths to queries, keys, values, heads, branches or the stream; without positions, at all tokens.
+        together: False makes each token of a sender without positions a cell of its own, as `[:]` does.
         options: those of `ns.plan_sweep` (`spans`, `align`) and `ns.run` (`max_tokens`, `journal`, `progress`).
     """
     if "executor" in options:
@@ -71,7 +74,7 @@ def path_patch(
     running = {name: options.pop(name) for name in RUNNING if name in options}
     model = engine.as_model(model)
     with circumstances("ns.path_patch"):
-        plan = plan_sweep(model, clean, corrupted, senders, metric, together=True, **options)
+        plan = plan_sweep(model, clean, corrupted, senders, metric, together=together, **options)
         if plan.owners:
             raise BadArgument(
                 f"path_patch reads one position, and {plan.metric.metric.name} reads several",

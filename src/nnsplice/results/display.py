@@ -30,7 +30,9 @@ def _lines(table: Table, metric: str) -> list[str]:
     kinds, prompts = kinds_of(table.cells), len(table.clean)
     part = " (a part)" if (table.exists & ~table.done).any() else ""
     cells = counted(int(table.done.sum()), "cell")
-    lines = [f"{cells}, {counted(prompts, 'prompt')}, {metric}{part}", *kinds[:SHOWN]]
+    whole = _whole(table)
+    told = [f"{kind}, all tokens at once" if kind in whole else kind for kind in kinds[:SHOWN]]
+    lines = [f"{cells}, {counted(prompts, 'prompt')}, {metric}{part}", *told]
     if len(kinds) > SHOWN:
         lines.append(f"... and {counted(len(kinds) - SHOWN, 'more kind')} of place")
     for at, name in enumerate(table.metrics):
@@ -46,6 +48,14 @@ def _lines(table: Table, metric: str) -> list[str]:
     if run.executor:
         lines.append(f"{run.executor}, {run.seconds:.2f} s" + (f", {run.known} known without" if run.known else ""))
     return [*lines, run.note] if run.note else lines
+
+
+def _whole(table: Table) -> set[str]:
+    """The kinds of place whose cells change all tokens of a prompt at once; in a sweep of weights there are none."""
+    if "align" not in table.asked:
+        return set()
+    split = {cell.component for cell in table.cells if (cell.position, cell.role, cell.set) != (None, None, None)}
+    return {cell.component for cell in table.cells} - split
 
 
 def _ends(values: np.ndarray) -> str:

@@ -57,8 +57,9 @@ def plan_sweep(
         clean: where values come from: a text, texts, or token ids; prompt i of it belongs to prompt i of `corrupted`.
             Where both prompts of a pair are the same, its cells are known to be the corrupted run's value.
         corrupted: the run that is edited; None edits the clean run.
-        sites: paths; without positions, or with `[:]`, every position is a cell of its own. In the place of a path, a
-            list of paths is one cell, a set: all that they name is changed together, at all tokens where they say none.
+        sites: paths; `[:]` makes every position a cell of its own, and so does no position, unless `together`. In the
+            place of a path, a list of paths is one cell, a set: all that they name is changed together, at all tokens
+            where they say none.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; or several
             of them, in a list or by names of one's own in a dictionary, all made of the same runs: the grid has an axis
             `metric` then.
@@ -73,7 +74,8 @@ def plan_sweep(
             are beside the span `"subject"`: its first, its last, the first after it, the last of all, and stretches
             between these where both have the same number of tokens.
         seed: of `resample` and `noise`.
-        together: a site without positions means all tokens at once, as one cell.
+        together: a site without positions is one cell, in which all tokens are changed at once, as in `ns.ablate` and
+            `ns.path_patch`; by itself each of its tokens is a cell.
         corruption: a change of every edited run's embeddings, beside or instead of other tokens.
     """
     model = engine.as_model(model)

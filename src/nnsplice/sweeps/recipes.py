@@ -44,6 +44,7 @@ def ablate(
     *,
     operation: str | Callable[[Tensor], Tensor] = "zero",
     reference: SavedActivation | None = None,
+    together: bool = True,
     **options: Any,
 ) -> SweepResult:
     """Take every site out of the run by itself: what does the metric lose?
@@ -62,6 +63,7 @@ def ablate(
     Args:
         operation: `"zero"`, `"mean"` or `"resample"` (of `reference`, or of these prompts), or a function of the value.
         reference: the capture that means and samples are taken from.
+        together: False makes each token of a site without positions a cell of its own, as `[:]` does.
         options: those of `ns.plan_sweep` and `ns.run`.
     """
     check_options("ns.ablate", options, known_of(ablate, plan_sweep, _SET_BY_ABLATE))
@@ -70,12 +72,12 @@ def ablate(
         everywhere = list(dict.fromkeys(path.place for path in every_path(sites)))
         reference = _all_tokens(engine.as_model(model), prompts, everywhere)
     plan = plan_sweep(
-        model, prompts, None, sites, metric, operation=operation, reference=reference, together=True, **options
+        model, prompts, None, sites, metric, operation=operation, reference=reference, together=together, **options
     )
     return run_fresh(plan, engine.as_model(model), **running)
 
 
-_SET_BY_ABLATE = ("together", "corruption")
+_SET_BY_ABLATE = ("corruption",)
 
 
 def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:

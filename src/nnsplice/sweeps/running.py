@@ -157,6 +157,7 @@ def sweep(
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
     seed: int = 0,
+    together: bool = False,
 ) -> SweepResult:
     """Patch every site by itself: run `corrupted` with the value from `clean` written there, record the metric.
 
@@ -176,7 +177,7 @@ def sweep(
     """
     plan = plan_sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,
-        align=align, seed=seed,
+        align=align, seed=seed, together=together,
     )  # fmt: skip
     unseen = plan.operation.name != "patch" and not plan.metric.metric.compares
     if unseen and clean is not None and corrupted is not None:
