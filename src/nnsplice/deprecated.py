@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from nnsplice.errors import BadType
+from nnsplice.warn import warn_caller
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 new = names[old]
                 if new in kwargs or new in parameters[: len(args)]:
                     raise BadType(f"{name} was given {new} and {old}=", expected=f"{new} alone")
-                renamed_to(f"{name}({old}=...)", f"{name}({new}=...)", stacklevel=3)
+                renamed_to(f"{name}({old}=...)", f"{name}({new}=...)")
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
@@ -50,8 +50,6 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return wrap
 
 
-def renamed_to(old: str, new: str, *, stacklevel: int) -> None:
+def renamed_to(old: str, new: str) -> None:
     """Warn of an old spelling."""
-    warnings.warn(
-        f"{old} is now {new}; the old name goes with the next version", DeprecationWarning, stacklevel=stacklevel
-    )
+    warn_caller(f"{old} is now {new}; the old name goes with the next version", DeprecationWarning)

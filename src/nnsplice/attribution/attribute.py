@@ -221,6 +221,7 @@ def _estimated(
             assert method.nodes is not None
             one, found = method.nodes(batch)
         with torch.no_grad():
+            plan.metric.check_answers(logits, rows)
             clean[rows] = plan.metric(logits, rows, logits).double().cpu().numpy()
             corrupted[rows] = plan.metric(one.logits, rows, logits).double().cpu().numpy()
         if found is not None:

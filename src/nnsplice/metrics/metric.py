@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, ShortRow, named
-from nnsplice.metrics.answers import Answer, Ids, TokenSequence, ids_of
+from nnsplice.metrics.answers import Answer, Ids, Spelling, TokenSequence, check_spellings, ids_of, spellings_of
 
 #: `(logits, named token ids [row], reference)` -> `[row]`
 Rule = Callable[..., Tensor]
@@ -96,7 +96,10 @@ class Metric:
                 f"{' and '.join(ids)} are the same, so {self.name} is 0 whatever the model says",
                 expected="two different tokens",
             )
-        return Bound(self, ids)
+        spellings = [
+            spelling for name, one in self.answers.items() for spelling in spellings_of(name, one, ids[name], tokenizer)
+        ]
+        return Bound(self, ids, tuple(spellings))
 
 
 #: What a metric may be given as: a function is `logits[row, vocab] -> [row]`.
@@ -109,6 +112,8 @@ class Bound:
 
     metric: Metric
     ids: Mapping[str, Ids]
+    #: Tokens that the answers would be with another space before them.
+    spellings: tuple[Spelling, ...] = field(default=(), repr=False, compare=False)
 
     def __call__(
         self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int], reference: Tensor | None = None
@@ -161,6 +166,10 @@ class Bound:
                 f"{self.metric.name} made {found} of logits {list(logits.shape)}", expected="one number for each row"
             )
         return value
+
+    def check_answers(self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int]) -> None:
+        """Warn of an answer that is far likelier with a space more or less, by the logits of an unedited run."""
+        check_spellings(self.metric.name, self.spellings, logits, prompts)
 
     def tokens(self, prompts: Sequence[int]) -> Tensor:
         """`[row, answer]`, the token ids that it asks about; where sets differ in size, some come twice."""

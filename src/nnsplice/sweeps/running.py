@@ -119,6 +119,8 @@ def _run(
         execute, cost = EXECUTORS[name], cost + spent
     corrupted_logits, spent = _corrupted(work, execute, at_once)
     cost += spent
+    if not plan.owners:
+        plan.metric.check_answers(clean_logits, prompts)
     clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
     corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
     check_baselines(plan.metric, clean=clean, corrupted=corrupted)

@@ -50,7 +50,6 @@ def _in_order(function: F) -> F:
             renamed_to(
                 "sweep_weights(base, tuned, sites, metric, prompts)",
                 "sweep_weights(base, tuned, prompts, sites, metric)",
-                stacklevel=3,
             )
             kwargs |= {"sites": sites, "metric": metric, **({"prompts": prompts[0]} if prompts else {})}
             args = (base, tuned)
