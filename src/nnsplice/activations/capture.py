@@ -67,8 +67,9 @@ def capture(
       layers[0..2].output  [-1]  width 16
 
     Args:
-        prompts: a text, a list of texts, token ids (list, list of lists, tensor), an encoding, or for a plain module
-            its values `[prompt, token, width]`.
+        prompts: a text, a list of texts, token ids (list, list of lists, tensor), or an encoding. For a module of your
+            own its input: token ids, values `[prompt, token, width]` or `[prompt, width]`, or a dictionary by the names
+            of its forward's arguments; the first prompt shows the order in which its parts run.
         sites: paths with token positions; `layers[2].output["subject"][-1]` for a span.
         spans: where named spans stand: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
         batch_size: at most so many prompts in one pass.
@@ -81,7 +82,7 @@ def capture(
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
         given = encode(model, prompts, spans)
-        wanted = _wanted(model, sites, probe=given.values)
+        wanted = _wanted(model, sites)
         _check_positions(wanted, given)
         closures.require(model, wanted)
     batches = given.batches(batch_size)
@@ -99,8 +100,8 @@ def capture(
     return SavedActivation._new(_joined(parts, batches), origin, engine.known(model))
 
 
-def _wanted(model: engine.Model, paths: Paths, probe: Any = None) -> list[Path]:
-    wanted = engine.expand(model, paths, probe=probe)
+def _wanted(model: engine.Model, paths: Paths) -> list[Path]:
+    wanted = engine.expand(model, paths)
     if not wanted:
         raise BadArgument("no paths, so there is nothing to capture", expected="at least one path")
     require_positions(wanted)

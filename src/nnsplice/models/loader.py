@@ -67,7 +67,7 @@ def load(
 
     Args:
         name_or_module: an embedded name, a pretrained one, a folder with a checkpoint, a GGUF file, a name on the
-            Hugging Face hub, or a module.
+            Hugging Face hub, or a module: of transformers, or any other, whose prompts are what its forward takes.
         tokenizer: for a module whose config does not name its checkpoint; else it is found. Without one, or with
             False, prompts are token ids.
         remote: for a model that will run elsewhere: its parts are known here, its weights are not read.
@@ -215,11 +215,7 @@ def _embedded(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model
 
 def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
     if not hasattr(module, "config"):
-        raise BadType(
-            f"{type(module).__name__} is no Hugging Face model: it has no config",
-            expected="a transformers model; any other module works once nnsight has wrapped it",
-            write="model = nnsight.NNsight(module)",
-        )
+        return _plain(module, tokenizer, kwargs)
     if late := ", ".join(name for name in kwargs if name not in (*_OF_MODULES, "dispatch")):
         raise BadArgument(
             f"this {type(module).__name__} is loaded already, so {late} would do nothing",
@@ -231,6 +227,22 @@ def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine
     if tokenizer is None or tokenizer is False:
         return _without_tokenizer(module, kwargs)
     return engine.wrap(module, tokenizer, **kwargs)
+
+
+def _plain(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    """A module of the user's own: prompts are what its forward takes."""
+    if tokenizer not in (None, False):
+        raise BadArgument(
+            f"{type(module).__name__} has no config, so nnsight does not know how to give it a tokenizer's texts",
+            expected="prompts of token ids or values, and no tokenizer",
+            write="ns.load(module); then ns.capture(model, tokenizer(text).input_ids, sites)",
+        )
+    given = [name for name in kwargs if name not in ("rename", "envoys", "dispatch")]
+    if given:
+        raise BadArgument(
+            f"{type(module).__name__} has no config, so {', '.join(given)} would do nothing", write="ns.load(module)"
+        )
+    return engine.wrap_bare(module, **{name: value for name, value in kwargs.items() if name != "dispatch"})
 
 
 def _without_tokenizer(module: nn.Module, kwargs: dict[str, Any]) -> engine.Model:
