@@ -25,6 +25,7 @@ from nnsplice.packed.cost import Law
 from nnsplice.paths import Paths
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
+from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
@@ -244,7 +245,7 @@ def _estimated(
     cells = tuple(target.cell for target in plan.targets)
     table = Table(
         cells, corrupted[:, None] + scores, exists, exists, clean, corrupted, plan.tokens, plan.asked, about,
-        edges=made_of, receivers=() if graph is None else graph.receivers,
+        edges=made_of, receivers=() if graph is None else graph.receivers, labels=labels_of(model, plan),
     )  # fmt: skip
     return SweepResult(table)
 

@@ -86,7 +86,7 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
 
     header = {
         "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": digest(table),
-        "run": dataclasses.asdict(table.run), **_texts(table),
+        "run": dataclasses.asdict(table.run), "labels": dict(table.labels), **_texts(table),
     }  # fmt: skip
     arrays = _arrays(table)
     with whole(path) as temporary:
@@ -122,6 +122,7 @@ def read(path: str | os.PathLike[str]) -> Table:
                 run=Run(**header["run"]),
                 receivers=tuple(header.get("receivers", ())),
                 metrics=tuple(header.get("metrics", ())),
+                labels=header.get("labels", {}),
             )
         )
         same = digest(table) == header["digest"]

@@ -94,6 +94,9 @@ class Table:
     metrics: tuple[str, ...] = ()
     #: `[prompt, cell]`: how many tokens a value is the mean of, where cells are roles.
     counts: np.ndarray | None = None
+    #: What figures and pages say beside it, and no part of its identity: `words`, the texts of the token ids that the
+    #: metric asks about, and `clean`, the tokens of each clean prompt.
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
 
 def settled(table: Table) -> Table:

@@ -21,6 +21,7 @@ from nnsplice.packed import Cost, Law, padded_at_most
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.choosing import EXECUTORS, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
+from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
@@ -137,7 +138,10 @@ def _run(
     about = Run(name, time.perf_counter() - start, **cost.told(), known=len(plan.known), note=note)
     cells = tuple(target.cell for target in plan.targets)
     texts = () if plan.owners else plan.tokens
-    table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about)
+    labels = labels_of(model, plan)
+    table = Table(
+        cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about, labels=labels
+    )
     table = summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
     return SweepResult(table)
 
