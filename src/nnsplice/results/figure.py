@@ -43,13 +43,17 @@ def draw(
     """A heatmap of an array of effects, values or changes, with all that its labels have to say."""
     shown = plane(table, array, prompt)
     words = wording.metric_words(table, metric, prompt)
-    labels = {"effect": "share of the effect restored", "value": words, "change": f"change of {words}"}
+    labels = {"effect": f"share of the effect on {metric} restored", "value": words, "change": f"change of {words}"}
     prompts = len(table.clean)
     many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
     which = "" if prompts == 1 else many if prompt is None else f", prompt {prompt}"
     what = array.attrs["component"] + which + (f", estimated by {method}" if method else "")
     title = "\n".join(
-        [what, *([words] if words != metric else []), *(f"{a}: {b}" for a, b in wording.prompt_lines(table, prompt))]
+        [
+            what,
+            *([words] if words != metric else []),
+            *(f"{a}: {wording.brief(b)}" for a, b in wording.prompt_lines(table, prompt)),
+        ]
     )
     if len(shown.columns) == 1 and len(shown.rows) > 1:
         # One column is a list of numbers: their sizes are read off bars, and not off colours.

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+#: What tokens are averaged by: their roles, or roles of one's own.
+By = str | Roles | None
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SweepResult:
@@ -157,7 +160,7 @@ class SweepResult:
             raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(self.metrics)}")
         return SweepResult(several.one(self.table, metric)) if self.table.metrics else self
 
-    def grid(self, component: str | Path | None = None) -> xr.DataArray:
+    def grid(self, component: str | Path | None = None, *, by: By = None) -> xr.DataArray:
         """The raw metric with named axes, NaN where a cell was not measured.
 
         Positions are numbers (or the names of spans), and the tokens' texts ride along them as the coordinate `token`:
@@ -166,10 +169,12 @@ class SweepResult:
         Args:
             component: which kind of place, where several were changed: `"layers[:].mlp.output"`, or any path to one of
                 its places.
+            by: `"role"` averages the tokens of each role, as `by_role()` does, so that prompts of different lengths
+                have one grid; or the roles themselves, as `by_role` takes them.
         """
-        return self._array("value", component)
+        return self._by(by)._array("value", component)
 
-    def effect(self, component: str | Path | None = None, *, per_prompt: bool = False) -> xr.DataArray:
+    def effect(self, component: str | Path | None = None, *, per_prompt: bool = False, by: By = None) -> xr.DataArray:
         """The share of the way back: 0 where nothing was gained on the corrupted run, 1 where the clean is reached.
 
         Each prompt's change is counted in the mean total effect of all prompts, so `.mean("prompt")` is the pooled
@@ -185,13 +190,19 @@ class SweepResult:
             component: which kind of place, where several were changed.
             per_prompt: each prompt's share of its own total effect instead; a warning names the prompts where that is
                 so small that their ratios are mostly noise.
+            by: `"role"`, or roles, as for `grid`.
         """
         self._warn(own=per_prompt)
-        return self._array("share" if per_prompt else "effect", component)
+        return self._by(by)._array("share" if per_prompt else "effect", component)
 
-    def change(self, component: str | Path | None = None) -> xr.DataArray:
-        """How far the metric moved from the corrupted run's: what an ablation asks."""
-        return self._array("change", component)
+    def change(self, component: str | Path | None = None, *, by: By = None) -> xr.DataArray:
+        """How far the metric moved from the corrupted run's: what an ablation asks.
+
+        Args:
+            component: which kind of place, where several were changed.
+            by: `"role"`, or roles, as for `grid`.
+        """
+        return self._by(by)._array("change", component)
 
     def frame(self) -> pd.DataFrame:
         """A row for each prompt and cell that was measured, with the ends of its scale as columns.
@@ -327,16 +338,21 @@ class SweepResult:
         *,
         prompt: int | None = None,
         of: str | None = None,
+        by: By = None,
         ax: plots.Axes | None = None,
     ) -> plots.Axes:
-        """A heatmap: layer by token, or layer by head, pooled over prompts unless one is chosen.
+        """A heatmap: layer by token, or layer by head, pooled over prompts unless one is chosen; bars of one column.
 
         Args:
             component: which kind of place, where several were changed.
             prompt: its number.
             of: `"effect"`, `"value"` or `"change"`; the effect where there is one.
+            by: `"role"` shows roles in the place of tokens, which prompts of different lengths have in common; or the
+                roles themselves, as `by_role` takes them.
             ax: axes to draw on; a new figure when left out.
         """
+        if by is not None:
+            return self._by(by).plot(component, prompt=prompt, of=of, ax=ax)
         several.check_one(self.table, "plot")
         chosen = of or self.shown
         if chosen not in ("effect", "value", "change"):
@@ -395,6 +411,13 @@ class SweepResult:
         return display.html(self.table, self.metric)
 
     # --- inside
+
+    def _by(self, by: By) -> SweepResult:
+        if by is None:
+            return self
+        if isinstance(by, str) and by != "role":
+            raise BadArgument(f"by={by!r}", expected='"role", or roles: {"last": -1}')
+        return self.by_role(None if isinstance(by, str) else by)
 
     def _array(self, of: str, component: str | Path | None) -> xr.DataArray:
         kind = kind_named(self.cells, component)

@@ -83,6 +83,11 @@ def sentence(tokens: Sequence[str]) -> str:
     return ("" if any(any(c.isspace() for c in token) for token in tokens) else " ").join(tokens).strip()
 
 
+def brief(prompt: str, most: int = 150) -> str:
+    """A prompt without its middle, where it is too long for a title; it ends as the model sees it."""
+    return prompt if len(prompt) <= most else f"{prompt[: most // 2 - 3]} ... {prompt[-(most // 2 - 2) :]}"
+
+
 def visible(text: str) -> str:
     """A token of blanks as something that can be seen."""
     return str(text) if text.strip(" ") else "␣" * len(text)
