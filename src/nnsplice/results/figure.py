@@ -48,17 +48,17 @@ def draw(
     many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
     which = "" if prompts == 1 else many if prompt is None else f", prompt {prompt}"
     what = array.attrs["component"] + which + (f", estimated by {method}" if method else "")
-    title = "\n".join(
-        [
-            what,
-            *([words] if words != metric else []),
-            *(f"{a}: {wording.brief(b)}" for a, b in wording.prompt_lines(table, prompt)),
-        ]
-    )
+    pair = [f"{name}: {wording.brief(text)}" for name, text in wording.prompt_lines(table, prompt)]
+    title = "\n".join([what, *([words] if words != metric else []), *pair])
     if len(shown.columns) == 1 and len(shown.rows) > 1:
         # One column is a list of numbers: their sizes are read off bars, and not off colours.
         return plots.bars(
-            shown.values[:, 0], names=shown.rows, label=shown.row_label, value_label=labels[chosen], title=title, ax=ax
+            shown.values[:, 0].tolist(),
+            names=shown.rows,
+            label=shown.row_label,
+            value_label=labels[chosen],
+            title=title,
+            ax=ax,
         )
     return plots.heatmap(
         shown.values,
