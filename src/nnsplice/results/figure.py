@@ -53,7 +53,7 @@ def draw(
     if len(shown.columns) == 1 and len(shown.rows) > 1:
         # One column is a list of numbers: their sizes are read off bars, and not off colours.
         return plots.bars(
-            shown.values[:, 0].tolist(),
+            list(map(float, shown.values[:, 0])),
             names=shown.rows,
             label=shown.row_label,
             value_label=labels[chosen],

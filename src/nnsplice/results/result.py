@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -369,9 +369,24 @@ class SweepResult:
         """What a figure shows by itself: `"effect"`, or `"change"` where no prompt has one."""
         return measures.shown(self.table)
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page that stands by itself: pointing at a cell shows its address, token and numbers."""
-        page.write(path, self.table, self.metric)
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        patterns: Any = None,
+        tokens: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    ) -> None:
+        """Write a page that stands by itself: pointing at a cell shows its address, token and numbers.
+
+        Args:
+            patterns: a capture of `"layers[:].heads[:].pattern[:]"`: a click on a head shows how it attends.
+            tokens: what the model says at a cell: its path -> for each prompt some tokens, the likeliest first; they
+                are shown beside the cell's numbers.
+
+        Raises:
+            BadArgument: patterns of no head, or tokens of no cell.
+        """
+        page.write(path, self.table, self.metric, patterns=patterns, tokens=tokens)
 
     # --- files and shards
 
