@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 #: How many seconds work has to take for its bar to be shown.
@@ -23,7 +24,9 @@ def bar(what: str, total: int | None, unit: str, show: bool | None = True, *, do
         from tqdm import tqdm
 
         return tqdm(total=total, initial=done, disable=True)
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():  # in a notebook without ipywidgets the bar is text, which needs no warning
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
 
     options = {"delay": DELAY, **options}
     if unit == "B":
