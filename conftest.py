@@ -82,7 +82,7 @@ def docstring_names(namespace: dict) -> None:
     namespace.update(ns=ns, torch=torch)
 
 
-readme = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], pattern="README.md")
+pages = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/*.md", "docs/*/*.md"])
 docstrings = Sybil(
     parsers=[DocTestParser(optionflags=ELLIPSIS | NORMALIZE_WHITESPACE)],
     patterns=["src/*/*.py", "src/*/*/*.py", "src/*/*/*/*.py"],
@@ -90,4 +90,4 @@ docstrings = Sybil(
     setup=docstring_names,
     fixtures=["model", "tokenizer"],
 )
-pytest_collect_file = (readme + docstrings).pytest()
+pytest_collect_file = (pages + docstrings).pytest()

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
-import re
 import subprocess
 import sys
-from functools import cache
-from pathlib import Path
 from types import GenericAlias
 
 import pytest
 
 import nnsplice as ns
 
-ROOT = Path(__file__).parents[1]
 #: The rooms that a user enters.
 ROOMS = ("adapters", "atlas", "checkpoints", "checks", "errors", "models", "plots", "steering", "tasks", "weights")
 #: A disk that is full, a process that dies and a package that is gone are not to be had in an example.
@@ -96,28 +91,9 @@ def test_rooms_behind_the_contents_are_not_offered() -> None:
     assert not {"engine", "cli"} & set(dir(ns))
 
 
-@pages
-def test_every_public_name_stands_in_the_documentation(page: str) -> None:
-    told = words_in_code()
-    assert [name for name in names_of(page) if name not in told and name.removeprefix(LONG) not in told] == []
-
-
 def test_every_mapper_has_two_names() -> None:
     room = ns.checkpoints
     long = [name for name in room.__all__ if name.startswith(LONG) and name != LONG]
     assert long
     for name in long:
         assert getattr(room, name) is getattr(room, name.removeprefix(LONG))
-
-
-@cache
-def words_in_code() -> frozenset[str]:
-    """Every word of the code that users read: README, notebooks, examples."""
-    code = [path.read_text() for path in (ROOT / "examples").glob("*.py")]
-    prose = [(ROOT / "README.md").read_text()]
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        for cell in json.loads(path.read_text())["cells"]:
-            (code if cell["cell_type"] == "code" else prose).append("".join(cell["source"]))
-    for text in prose:
-        code += re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL)
-    return frozenset(word for text in code for word in re.findall(r"\w+", text))

@@ -303,7 +303,7 @@ def test_labels_never_overlap(shape: tuple[int, int], own: bool) -> None:
         np.zeros(shape), rows=range(rows), columns=names, row_label="layer", column_label="token", title=title, ax=given
     )
     ax.figure.canvas.draw()
-    figure = ax.figure
+    figure: Any = ax.figure
     assert _apart(ax.get_xticklabels(), figure) and _apart(ax.get_yticklabels()[::-1], figure)
     if own and shape == (30, 60):  # all of them fit
         assert len(ax.get_xticks()) == 60 and len(ax.get_yticks()) == 30
@@ -313,9 +313,10 @@ def test_labels_never_overlap(shape: tuple[int, int], own: bool) -> None:
 
 def test_files_have_150_dots_per_inch_and_vectors_keep_their_letters(tmp_path: Path) -> None:
     ax = draw([[1.0, 2.0]], columns=["alpha", "beta"])
-    width, height = ax.figure.get_size_inches()
+    figure: Any = ax.figure
+    width, height = figure.get_size_inches()
     png = plots.save(ax, tmp_path / "a.png")
-    held = plt.imread(png)
+    held: Any = plt.imread(png)
     assert held.shape[:2] == (round(height * 150), round(width * 150))
     assert ">alpha<" in plots.save(ax, tmp_path / "a.svg").read_text()
     assert plots.save(ax, tmp_path / "a.pdf", close=True).read_bytes().startswith(b"%PDF")

@@ -148,6 +148,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": VOCAB, "d_model": 16, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": 64},
     ),
     "cohere": ("CohereConfig", {**_MODERN, "logit_scale": 0.25}),
+    "olmo": ("OlmoConfig", _MODERN),
+    "gemma": ("GemmaConfig", {**_MODERN, "head_dim": 6}),
     "lfm2": ("Lfm2Config", {**_MODERN, "layer_types": ["full_attention", "conv", "full_attention"]}),
     "granite": ("GraniteConfig", {**_MODERN, "residual_multiplier": 0.5}),
     "albert": ("AlbertConfig", {**_MHA, "embedding_size": 8, "inner_group_num": 1}),
@@ -155,7 +157,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 #: Families that every oracle test runs over.
 FAMILIES: tuple[str, ...] = tuple(
-    n for n in _CONFIGS if n not in ("granite", "albert", "gpt_oss", "mpt", "cohere", "lfm2")
+    n for n in _CONFIGS if n not in ("granite", "albert", "gpt_oss", "mpt", "cohere", "lfm2", "olmo", "gemma")
 )
 SEQ2SEQ = ("t5", "bart")
 MASKED = ("bert", "albert")

@@ -1,28 +1,29 @@
-"""nnsplice: causal questions about transformers, on top of nnsight.
+"""nnsplice: activation patching, steering and causal tracing for transformers, on nnsight.
 
-One address language for every part of a model, and many views of an address. The public names, by room:
+One address language names every part of a model: activations, weights, adapters, checkpoint tensors. The public names:
 
-    load, models                                  a model, ready for tracing; the embedded toy models and their prompts
-    tasks                                         pairs of prompts with answers, spans and variables for one's own model
-    parse_path, Path, expand, Atlas               the language, and what it means in a model
-    SavedActivation, save_activations, capture,   pieces of a run: taken out,
-    updates, patched_logits, chat                 and written into another run; chat messages as its prompt
-    sweep, causal_trace, ablate, sweep_weights,   one causal question asked of every site,
-    plan_sweep, Plan, run, SweepResult            planned, run, and its result
-    attribute, path_patch                         estimates by gradients; what a place does through chosen others
-    knockout                                      a block in which queries do not see some of their keys
-    Circuit, faithfulness, completeness,          nodes and edges of a model, and how much they do alone
+    load, models                                  load a model for tracing; the embedded toy models and their prompts
+    tasks                                         prompt pairs with answers, spans and causal variables
+    parse_path, Path, expand, Atlas               addresses, and the sites and parameters that they name in a model
+    SavedActivation, save_activations, capture,   activations: saved, edited,
+    updates, patched_logits, chat                 and written into another run; chat messages as a prompt
+    sweep, causal_trace, ablate, sweep_weights,   exact patching, tracing and ablation of every site,
+    plan_sweep, Plan, run, SweepResult            in one call, or planned and run in parts; the result
+    attribute, path_patch                         gradient estimates of a sweep; path patching
+    knockout                                      attention knockout in a `with` block
+    Circuit, faithfulness, completeness,          circuits of nodes or edges, and how they are found and evaluated
     minimality, acdc, sweep_circuits,
-    interactions                                  what two places do beyond what each does
-    Metric, logit_diff, probability,              from the logits of a run to one number per row
+    optimal_ablation, OptimalAblation             constants for what is outside, trained to change the output least
+    interactions                                  effects of pairs of sites beyond the sum of both
+    Metric, logit_diff, probability,              metrics: a number for each row of logits
     log_probability, sequence_log_probability,
     rank, accuracy, kl_divergence, js_divergence
-    steering                                      directions fitted, applied, swept and saved
-    weights                                       which parameters a place has; swapped, ablated, frozen, compared
-    adapters                                      what a LoRA did, by layer: optimizer state, profile, alignment
-    checkpoints                                   files of weights: declared, checked, streamed
-    checks                                        whether addresses hold in one's own model, as `nnsplice check` asks
-    errors, plots                                 every exception; figures of labelled arrays
+    steering                                      steering vectors: fit, apply, sweep, save
+    weights                                       the weights of an address: select, swap, ablate, freeze, compare
+    adapters                                      LoRA adapters by layer: optimizer state, profile, alignment
+    checkpoints                                   convert, read and write checkpoints, tensor by tensor
+    checks                                        whether addresses hold in a model, as `nnsplice check` measures
+    errors, plots                                 all exceptions; figures of labelled arrays
 """
 
 import importlib
@@ -35,11 +36,13 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
     from nnsplice.attribution import attribute, path_patch
     from nnsplice.circuits import (
         Circuit,
+        OptimalAblation,
         acdc,
         completeness,
         faithfulness,
         interactions,
         minimality,
+        optimal_ablation,
         sweep_circuits,
     )
     from nnsplice.engine import expand
@@ -66,6 +69,7 @@ __all__ = [
     "Atlas",
     "Circuit",
     "Metric",
+    "OptimalAblation",
     "Path",
     "Plan",
     "SavedActivation",
@@ -93,6 +97,7 @@ __all__ = [
     "logit_diff",
     "minimality",
     "models",
+    "optimal_ablation",
     "parse_path",
     "patched_logits",
     "path_patch",
@@ -119,7 +124,17 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "activations": ("SavedActivation", "capture", "chat", "patched_logits", "save_activations", "updates"),
     "atlas": ("Atlas",),
     "attribution": ("attribute", "path_patch"),
-    "circuits": ("Circuit", "acdc", "completeness", "faithfulness", "interactions", "minimality", "sweep_circuits"),
+    "circuits": (
+        "Circuit",
+        "OptimalAblation",
+        "acdc",
+        "completeness",
+        "faithfulness",
+        "interactions",
+        "minimality",
+        "optimal_ablation",
+        "sweep_circuits",
+    ),
     "engine": ("expand",),
     "metrics": (
         "Metric",

@@ -1,35 +1,35 @@
 """Every exception of nnsplice.
 
-Each one is also the builtin that a caller would catch without knowing nnsplice:
+Each one is also a builtin exception:
 
     NnspliceError
-    ├── PathError (ValueError)              a text is no path, or a path asks for what it cannot mean
-    │   ├── MissingPosition                 a token position is needed here
+    ├── PathError (ValueError)              a text is no path, or a path has no meaning here
+    │   ├── MissingPosition                 a path needs token positions here
     │   ├── OutOfRange (+ IndexError)       layer 12 of 12
-    │   └── RefusedPlace                    the place exists, but has no honest value
-    ├── UnknownPath (KeyError)              no such place in this model, no such key in this capture
-    ├── UnknownParameter (AttributeError)   no such parameter in this model
-    ├── UnrecognisedModel (ValueError)      the parts of this model cannot be told apart
+    │   └── RefusedPlace                    a site cannot be read or written exactly in this model
+    ├── UnknownPath (KeyError)              the model has no such site, or the capture no such key
+    ├── UnknownParameter (AttributeError)   the model has no such parameter
+    ├── UnrecognisedModel (ValueError)      the layers, heads and MLPs of the model are not recognised
     ├── ShortRow (IndexError)               a prompt has no token at this position
     ├── SpanError (ValueError)              a named span cannot be found in a prompt
-    ├── ShapeError (ValueError)             a value is not [prompt, token, width]
-    ├── KeyMismatch (ValueError)            two captures hold different places
-    ├── DuplicatePath (ValueError)          the same place twice
-    ├── OverlappingWrite (ValueError)       two writes meet in one value
-    ├── LateUpdate (RuntimeError)           the run is already past the place
-    ├── NeverFired (RuntimeError)           the forward pass does not reach the place
-    ├── OutsideTrace (RuntimeError)         needs a running trace, or must not be in one
-    ├── NeedsProbe (RuntimeError)           the model has to be run once, and no input is known
-    ├── RefusedExecutor (NotImplementedError)   an executor that was asked for by name has no exact numbers for a job
-    ├── BadArgument (ValueError)            an argument out of its domain
-    ├── BadType (TypeError)                 an argument of another type
-    ├── MissingPackage (ImportError)        an extra that is not installed
-    ├── ParamMappingError (ValueError)      parameters of an optimizer cannot be given to layers with certainty
-    ├── FileError (ValueError)              a file that is no capture, or a damaged one
-    ├── MapperError (ValueError)            mappers that do not fit together, or tensors that do not fit a mapper
-    ├── MissingCheckpoint (FileNotFoundError)   a folder without weights, or a shard that is not there
-    ├── WriteFailed (OSError)               the disk did not take a file
-    └── TeamError (RuntimeError)            another process of those that do one thing together failed
+    ├── ShapeError (ValueError)             a tensor has another shape than is needed
+    ├── KeyMismatch (ValueError)            captures, circuits or results with different keys
+    ├── DuplicatePath (ValueError)          the same site and position twice
+    ├── OverlappingWrite (ValueError)       two writes change the same value
+    ├── LateUpdate (RuntimeError)           the running trace is already past the site
+    ├── NeverFired (RuntimeError)           the forward pass does not reach the site
+    ├── OutsideTrace (RuntimeError)         works only inside a running trace, or only outside one
+    ├── NeedsProbe (RuntimeError)           the model has to be run once, and needs an input for that
+    ├── RefusedExecutor (NotImplementedError)   the executor given by name is not exact for this sweep
+    ├── BadArgument (ValueError)            an argument has a value that is not allowed
+    ├── BadType (TypeError)                 an argument has a type that is not allowed
+    ├── MissingPackage (ImportError)        a package of one of the extras is not installed
+    ├── ParamMappingError (ValueError)      parameters of an optimizer cannot be mapped to layers with certainty
+    ├── FileError (ValueError)              a file is of another kind than expected, or damaged
+    ├── MapperError (ValueError)            mappers that do not fit together, or do not fit a checkpoint
+    ├── MissingCheckpoint (FileNotFoundError)   a folder has no weights, or lacks a file of them
+    ├── WriteFailed (OSError)               a file could not be written
+    └── TeamError (RuntimeError)            another process of a distributed call failed
 
 A message says what was found, what was expected and what to write instead. Inner code raises the reason; the public
 function adds the circumstances with `circumstances`.
@@ -80,7 +80,7 @@ def __dir__() -> list[str]:  # what <TAB> shows
 
 
 class NnspliceError(Exception):
-    """The base of every error raised here; `str()` is the whole message, whatever builtin it also is.
+    """The base class of all errors of nnsplice; `str()` is the whole message, also of those that are a KeyError.
 
     >>> try:
     ...     ns.capture(model, "w3 w4", "layers[7].output[-1]")
@@ -135,7 +135,7 @@ def _restore(kind: type[NnspliceError], message: str) -> NnspliceError:
 
 
 class PathError(NnspliceError, ValueError):
-    """A text is no path, or a path asks for what it cannot mean.
+    """A text is no path, or a path has no meaning here.
 
     >>> ns.parse_path("model.transformer.h.3.output")
     Traceback (most recent call last):
@@ -147,7 +147,7 @@ class PathError(NnspliceError, ValueError):
 
 
 class MissingPosition(PathError):
-    """A token position is needed here.
+    """A path needs token positions here.
 
     >>> ns.capture(model, "w3 w4", "layers[1].output")
     Traceback (most recent call last):
@@ -172,7 +172,7 @@ class OutOfRange(PathError, IndexError):
 
 
 class RefusedPlace(PathError):
-    """The place exists, but reading or writing it would not mean what its name says.
+    """A site cannot be read or written exactly in this model.
 
     >>> ns.capture(model, "w3 w4", "layers[1].attn.o.heads[2].output[-1]")
     Traceback (most recent call last):
@@ -185,7 +185,7 @@ class RefusedPlace(PathError):
 
 
 class UnknownPath(NnspliceError, KeyError):
-    """No such place in this model, or no such key in this capture.
+    """The model has no such site, or the capture no such key.
 
     >>> ns.expand(model, "model.transformer.h[0].atn.output")
     Traceback (most recent call last):
@@ -203,7 +203,7 @@ class UnknownPath(NnspliceError, KeyError):
 
 
 class UnknownParameter(NnspliceError, AttributeError):
-    """No such parameter in this model.
+    """The model has no such parameter.
 
     >>> ns.weights.preview_weight_restriction(model, {"transformer.wte.wight": None})
     Traceback (most recent call last):
@@ -213,7 +213,7 @@ class UnknownParameter(NnspliceError, AttributeError):
 
 
 class UnrecognisedModel(NnspliceError, ValueError):
-    """The parts of this model cannot be told apart.
+    """The layers, heads and MLPs of the model are not recognised; native paths still work.
 
     >>> ns.Atlas.of(torch.nn.Sequential(torch.nn.Linear(2, 2))).resolve("layers[0]")
     Traceback (most recent call last):
@@ -248,7 +248,7 @@ class SpanError(NnspliceError, ValueError):
 
 
 class ShapeError(NnspliceError, ValueError):
-    """A value is not `[prompt, token, width]`.
+    """A tensor has another shape than is needed, such as `[prompt, token, width]`.
 
     >>> ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.zeros(1, 2, 3, 16)))
     Traceback (most recent call last):
@@ -258,7 +258,7 @@ class ShapeError(NnspliceError, ValueError):
 
 
 class KeyMismatch(NnspliceError, ValueError):
-    """Two captures hold different places.
+    """Two values that should have the same keys do not: captures, circuits or results.
 
     >>> one, other = (ns.capture(model, "w3 w4", f"layers[{i}].output[-1]") for i in (0, 1))
     >>> one - other
@@ -272,7 +272,7 @@ class KeyMismatch(NnspliceError, ValueError):
 
 
 class DuplicatePath(NnspliceError, ValueError):
-    """The same place twice.
+    """The same site and position is given twice.
 
     >>> one, other = (ns.capture(model, "w3 w4", f"layers[{i}:2].output[-1]") for i in (0, 1))
     >>> one | other
@@ -284,7 +284,7 @@ class DuplicatePath(NnspliceError, ValueError):
 
 
 class OverlappingWrite(NnspliceError, ValueError):
-    """Two writes meet in one value.
+    """Two writes change the same value.
 
     >>> saved = ns.capture(model, "w3 w4", ["layers[1].output[-1]", "layers[1].output[1]"])
     >>> ns.patched_logits(model, "w5 w6", saved)
@@ -296,7 +296,7 @@ class OverlappingWrite(NnspliceError, ValueError):
 
 
 class LateUpdate(NnspliceError, RuntimeError):
-    """The run is already past the place.
+    """The running trace is already past the site.
 
     >>> saved = ns.capture(model, "w3 w4", "layers[0].output[-1]")
     >>> with model.trace("w5 w6"):
@@ -308,7 +308,7 @@ class LateUpdate(NnspliceError, RuntimeError):
 
 
 class NeverFired(NnspliceError, RuntimeError):
-    """The forward pass does not reach the place.
+    """The forward pass does not reach the site, or a steering rule met no token.
 
     >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[1].output[-1]"))
     >>> with ns.steering.steer(model, vector, where=ns.steering.from_token(9)):
@@ -322,7 +322,7 @@ class NeverFired(NnspliceError, RuntimeError):
 
 
 class OutsideTrace(NnspliceError, RuntimeError):
-    """The call needs a running trace, or must not stand in one.
+    """The call works only inside a running trace, or only outside one.
 
     >>> ns.save_activations(model, "layers[1].output[-1]")
     Traceback (most recent call last):
@@ -332,7 +332,7 @@ class OutsideTrace(NnspliceError, RuntimeError):
 
 
 class NeedsProbe(NnspliceError, RuntimeError):
-    """The model has to be run once to learn its order, and no input for it is known.
+    """The model has to be run once to learn the order of its modules, and needs an input for that.
 
     >>> import nnsight
     >>> ns.expand(nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(2, 2))), "model[0].output")
@@ -344,7 +344,7 @@ class NeedsProbe(NnspliceError, RuntimeError):
 
 
 class RefusedExecutor(NnspliceError, NotImplementedError):
-    """The executor that was asked for by name does not give the exact numbers of this job.
+    """The executor given by name does not reproduce the exact numbers of this sweep.
 
     >>> toy, metric = ns.load("toy"), ns.logit_diff("Mary", "John")
     >>> hook = ns.models.peel(toy).transformer.ln_f.register_forward_hook(lambda _m, _a, out: out + out.flip(1))
@@ -357,7 +357,7 @@ class RefusedExecutor(NnspliceError, NotImplementedError):
 
 
 class BadArgument(NnspliceError, ValueError):
-    """An argument out of its domain.
+    """An argument has a value that is not allowed.
 
     >>> saved = ns.capture(model, "w3 w4", "layers[1].output[-1]")
     >>> saved.mean("layer")
@@ -368,7 +368,7 @@ class BadArgument(NnspliceError, ValueError):
 
 
 class BadType(NnspliceError, TypeError):
-    """An argument of another type than the function takes.
+    """An argument has a type that is not allowed.
 
     >>> ns.steering.SteeringVector.of(torch.zeros(1, 16))
     Traceback (most recent call last):
@@ -379,11 +379,11 @@ class BadType(NnspliceError, TypeError):
 
 
 class MissingPackage(NnspliceError, ImportError):
-    """A package that one of the extras brings is not installed."""
+    """A package of one of the extras is not installed."""
 
 
 class ParamMappingError(NnspliceError, ValueError):
-    """Parameters of an optimizer cannot be given to layers with certainty.
+    """The parameters of an optimizer cannot be mapped to layers with certainty.
 
     >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
     >>> ns.adapters.map_optimizer_to_layers(optimizer, model)
@@ -394,7 +394,7 @@ class ParamMappingError(NnspliceError, ValueError):
 
 
 class FileError(NnspliceError, ValueError):
-    """A file that is no capture, or a damaged one.
+    """A file is of another kind than expected, or damaged.
 
     >>> ns.SavedActivation.from_file(ns.models.embedded("toy") / "config.json")
     Traceback (most recent call last):
@@ -404,7 +404,7 @@ class FileError(NnspliceError, ValueError):
 
 
 class MapperError(NnspliceError, ValueError):
-    """Mappers of a checkpoint that do not fit together, or tensors that do not fit a mapper.
+    """The mappers of a checkpoint do not fit together, or do not fit its tensors.
 
     >>> from nnsplice.checkpoints import Parallel, Rename
     >>> Parallel([Rename("wte", "embed"), Rename("wte", "unembed")])
@@ -417,7 +417,7 @@ class MapperError(NnspliceError, ValueError):
 
 
 class MissingCheckpoint(NnspliceError, FileNotFoundError):
-    """A folder without weights, or one whose index names a file that is not there.
+    """A folder has no weights, or lacks a file of them.
 
     >>> ns.checkpoints.Checkpoint.open("no-such-folder")
     Traceback (most recent call last):
@@ -427,11 +427,11 @@ class MissingCheckpoint(NnspliceError, FileNotFoundError):
 
 
 class WriteFailed(NnspliceError, OSError):
-    """The disk did not take a file."""
+    """A file could not be written."""
 
 
 class TeamError(NnspliceError, RuntimeError):
-    """Another one of the processes that do one thing together failed."""
+    """Another process of a distributed call failed."""
 
 
 def named(value: object) -> str:

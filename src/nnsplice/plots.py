@@ -59,10 +59,10 @@ def heatmap(
     centre: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw a grid of numbers, one cell per row and column, the first row on top.
+    """Draw a grid of numbers as a heatmap, the first row on top.
 
-    The axes count 0, 1, 2, ...; the names are only the text of the ticks, so a token that occurs twice keeps both its
-    columns. All text is taken literally: a `$` is a dollar and starts no formula. Cells that are NaN stay hatched.
+    The axes count 0, 1, 2, ... and the names are tick labels, so a repeated token keeps both columns. Text is literal:
+    a `$` starts no formula. NaN cells are hatched.
 
     >>> effect, tokens = [[1.0, 0.2, 0.0], [0.1, 0.4, -0.8]], ["the", "cat", "the"]
     >>> axes = ns.plots.heatmap(effect, rows=[0, 1], columns=tokens, row_label="layer", column_label="token")
@@ -72,19 +72,22 @@ def heatmap(
     (-1.0, 1.0)
 
     Args:
-        values: numbers, [row, column].
+        values: the numbers, `[row, column]`.
         rows: the name of each row, for example layer numbers.
         columns: the name of each column, for example tokens.
-        row_label: what the rows are.
-        column_label: what the columns are.
-        title: a line above the figure.
-        value_label: what the numbers are, written along the colour bar.
-        centre: the number that gets the neutral colour, with as much room above as below. Left out, it is zero where
-            the numbers have both signs; numbers of one sign get a scale without a neutral colour.
-        ax: axes to draw on; a new figure when left out.
+        row_label: the axis label of the rows.
+        column_label: the axis label of the columns.
+        title: a title above the figure.
+        value_label: the label of the colour bar.
+        centre: the number with the neutral colour, in the middle of the scale. If left out, it is zero where the
+            numbers have both signs, and a scale without a neutral colour is used otherwise.
+        ax: axes to draw on; a new figure if left out.
 
     Returns:
         The axes; the figure is `axes.figure`.
+
+    Raises:
+        BadArgument: values whose shape does not fit the names.
     """
     grid = np.asarray(values, dtype=float)
     _check(grid, rows, columns)
@@ -118,7 +121,7 @@ def bars(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw a number for each name as a bar, the first name on top.
+    """Draw a horizontal bar for each name, the first name on top.
 
     >>> axes = ns.plots.bars([0.1, 0.7, 0.2], names=["embed", "layer 0", "layer 1"], label="part", value_label="energy")
     >>> [label.get_text() for label in axes.get_yticklabels()], bool(axes.yaxis_inverted())
@@ -126,14 +129,17 @@ def bars(
 
     Args:
         values: one number for each name.
-        names: what they are of, for example layer numbers.
-        label: what the names are.
-        value_label: what the numbers are.
-        title: a line above the figure.
-        ax: axes to draw on; a new figure when left out.
+        names: the names, for example layer numbers.
+        label: the axis label of the names.
+        value_label: the axis label of the numbers.
+        title: a title above the figure.
+        ax: axes to draw on; a new figure if left out.
 
     Returns:
         The axes; the figure is `axes.figure`.
+
+    Raises:
+        BadArgument: another number of values than of names.
     """
     numbers = np.asarray(values, dtype=float)
     if numbers.shape != (len(names),) or not len(names):
@@ -167,7 +173,7 @@ def lines(
     ordered: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw lines over one axis, with a legend where there are several. All text is taken literally.
+    """Draw one or several lines over one axis, with a legend for several.
 
     >>> quality = {"attn": [0.6, 0.9, 0.8], "mlp": [0.5, float("nan"), 0.7]}
     >>> axes = ns.plots.lines([0, 1, 2], quality, x_label="layer", y_label="AUC", level=0.5)
@@ -175,11 +181,20 @@ def lines(
     ['attn', 'mlp']
 
     Args:
-        x: where the points stand: for all lines, or for each its own, by name.
-        ys: the numbers of each line by its name; a line has a gap where one is NaN.
-        level: a number that is marked across the figure, such as chance.
-        ordered: the names have an order (layers), which the colours then show.
-        ax: axes to draw on; a new figure when left out.
+        x: the x values: for all lines, or for each line by name.
+        ys: the y values of each line by name; NaN leaves a gap.
+        x_label: the label of the x axis.
+        y_label: the label of the y axis.
+        title: a title above the figure.
+        level: a number marked by a dashed line, such as chance.
+        ordered: colour the lines by their order, for example by layer.
+        ax: axes to draw on; a new figure if left out.
+
+    Returns:
+        The axes; the figure is `axes.figure`.
+
+    Raises:
+        BadArgument: a line with another number of y values than of x values, or without any.
     """
     places = x if isinstance(x, Mapping) else dict.fromkeys(ys, x)
     for name, values in ys.items():
@@ -214,18 +229,25 @@ def network(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw marks at places, with lines between some of them. All text is taken literally.
+    """Draw labelled points with lines between some of them.
 
     >>> axes = ns.plots.network([(0, 0), (0, 1), (1, 1)], ["in", "a", "b"], [(0, 1), (0, 2)], sizes=[1.0, -0.2])
     >>> len(axes.lines)
     2
 
     Args:
-        places: `(x, y)` of each mark.
-        labels: a text for each; empty for a mark that is but a dot.
-        links: which marks are joined, by their numbers.
-        sizes: how wide each line is, from -1 to 1; negative ones have another colour.
-        ax: axes to draw on; a new figure when left out.
+        places: `(x, y)` of each point.
+        labels: a text for each point; an empty one draws a dot.
+        links: the numbers of the two points of each line.
+        sizes: the width of each line, from -1 to 1; negative ones have another colour.
+        title: a title above the figure.
+        ax: axes to draw on; a new figure if left out.
+
+    Returns:
+        The axes; the figure is `axes.figure`.
+
+    Raises:
+        BadArgument: another number of labels than of points, or of sizes than of lines.
     """
     widths = [1.0] * len(links) if sizes is None else list(sizes)
     if len(labels) != len(places) or len(widths) != len(links):
@@ -252,11 +274,10 @@ def network(
 
 
 def save(axes: Axes, path: str | os.PathLike[str], *, close: bool = False, **options: Any) -> Path:
-    """Write the whole figure that `axes` belong to; the ending of `path` chooses the format.
+    """Write the figure of `axes` to a file, in the format of the file's ending.
 
-    `.pdf` and `.svg` are vector formats, for papers; others have 150 dots per inch.
-    The file appears at once and complete. `close=True` also lets go of the figure, for a script that draws many.
-    `options` go to matplotlib's `savefig` (`dpi=`, `transparent=`, ...).
+    `.pdf` and `.svg` are vector formats, for papers; others have 150 dots per inch. The file is written completely or
+    not at all.
 
     >>> from tempfile import TemporaryDirectory
     >>> axes = ns.plots.bars([0.1, 0.7], names=["attn", "mlp"], label="part", value_label="energy")
@@ -264,6 +285,18 @@ def save(axes: Axes, path: str | os.PathLike[str], *, close: bool = False, **opt
     ...     path = ns.plots.save(axes, f"{folder}/energy.svg", close=True)
     ...     print([file.name for file in path.parent.iterdir()])
     ['energy.svg']
+
+    Args:
+        axes: any axes of the figure.
+        path: the file, such as `figure.png` or `figure.svg`.
+        close: close the figure afterwards, for a script that draws many.
+        **options: arguments of matplotlib's `savefig` (`dpi=`, `transparent=`, ...).
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        BadArgument: a path without an ending.
     """
     path = Path(path)
     figure: Figure = axes.figure.figure  # through a subfigure to the real one

@@ -101,7 +101,11 @@ def test_a_span_of_the_encoders_prompt_is_no_place_in_the_decoder() -> None:
     ids = {"input_ids": [[3, 4, 5, 6]], "decoder_input_ids": [[0, 7, 8, 9]]}
     assert len(ns.capture(model, ids, 'encoder.layers[1].output["s"][-1]', spans=spans)) == 1
     metric = ns.logit_diff("w7", "w8")
+    decoder = ns.SavedActivation.from_pairs(('layers[1].output["s"][-1]', torch.ones(1, 16)))
+    encoder = ns.SavedActivation.from_pairs(('encoder.layers[1].output["s"][-1]', torch.ones(1, 16)))
     for use in (
+        lambda: ns.patched_logits(model, ids, decoder, spans=spans),
+        lambda: ns.patched_logits(model, ids, decoder, spans=spans, add=True),
         lambda: ns.capture(model, ids, 'layers[1].output["s"][-1]', spans=spans),
         lambda: ns.plan_sweep(model, ids, ids, 'layers[1].output["s"][-1]', metric, spans=spans),
         lambda: ns.plan_sweep(
@@ -110,3 +114,9 @@ def test_a_span_of_the_encoders_prompt_is_no_place_in_the_decoder() -> None:
     ):
         with pytest.raises(SpanError, match="is a stretch of the encoder's prompts"):
             use()
+    at_two = ns.SavedActivation.from_pairs(("layers[1].output[2]", torch.ones(1, 16)))
+    moved = ns.patched_logits(model, ids, decoder, at=2, spans=spans)
+    assert torch.equal(moved, ns.patched_logits(model, ids, at_two))
+    here = ns.patched_logits(model, ids, encoder, spans=spans)
+    there = ns.SavedActivation.from_pairs(("encoder.layers[1].output[2]", torch.ones(1, 16)))
+    assert torch.equal(here, ns.patched_logits(model, ids, there))

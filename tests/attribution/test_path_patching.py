@@ -268,6 +268,25 @@ def test_in_bfloat16_a_path_says_how_small_an_effect_may_be_rounding(hooked_by_u
     assert "in bfloat16, logit_diff is known to about 0.0" in result.run.note
 
 
+@pytest.mark.parametrize("hooked_by_user", [False, True])
+def test_how_small_an_effect_may_be_rounding_goes_by_the_size_of_the_logits(hooked_by_user: bool) -> None:
+    model = wrap("llama")
+    model._module.bfloat16()
+    with torch.no_grad():
+        logits = model._module(**model.tokenizer(CORRUPTED, return_tensors="pt")).logits[0, -1]
+    order = logits[3:].float().argsort() + 3
+    closest = int(logits[order].float().diff().argmin())
+    # Nearly nothing, and a difference of logits that are rounded to steps of their own size.
+    metric = ns.logit_diff(f"w{order[closest]}", f"w{order[closest + 1]}")
+    if hooked_by_user:  # the slow way
+        model._module.model.layers[1].register_forward_hook(lambda *_: None)
+    result = ns.path_patch(model, CLEAN, CORRUPTED, "layers[0].heads[:]", "unembed", metric, progress=False)
+    about = float(result.run.note.split("is known to about ")[1].split(":")[0])
+    size = float(logits.abs().max())
+    assert abs(result.table.corrupted[0]) < size / 10
+    assert 0.3 * size <= about / torch.finfo(torch.bfloat16).eps <= 3 * size
+
+
 def test_packed_paths_that_are_off_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = double("llama")
     args = (model, CLEAN, CORRUPTED, "layers[0:2].heads[:]", "layers[2].heads[1].q", METRIC)

@@ -109,13 +109,29 @@ def writing(points: Mapping[str, Point], values: Values) -> list[tuple[Point, Ca
     return [(points[name], write(points[name], value)) for name, value in values.items()]
 
 
-def by_hooks(module: nn.Module, graph: Graph, tokens: Tensor, ablated: Values, edges: Edges) -> float:
-    """The metric of a circuit, in one run of the model for every receiver and every sender."""
+def by_hooks(
+    module: nn.Module,
+    graph: Graph,
+    tokens: Tensor,
+    ablated: Values,
+    edges: Edges,
+    at: Mapping[tuple[str, str], list[int]] | None = None,
+) -> float:
+    """The metric of a circuit, in one run of the model for every receiver and every sender.
+
+    Args:
+        at: of some edges, the tokens at which they are there.
+    """
     running: dict[str, Tensor] = {"embed": recorded(module, tokens, graph)["embed"]}
 
     def seen(receiver: str) -> dict[str, Tensor]:
         """The senders as a receiver sees them."""
-        return {s: running[s] if (s, receiver) in edges else ablated[s] for s in graph.before(receiver)}
+        found = {s: running[s] if (s, receiver) in edges else ablated[s] for s in graph.before(receiver)}
+        for sender in found:
+            if (chosen := (at or {}).get((sender, receiver))) is not None:
+                found[sender] = ablated[sender].clone()
+                found[sender][:, chosen] = running[sender][:, chosen]
+        return found
 
     def read(place: Point, values: Values) -> Tensor:
         """What stands at a place while these are written."""

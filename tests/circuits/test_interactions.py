@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,43 @@ def test_chosen_pairs_alone() -> None:
     name = "layers[0].mlp.output + layers[2].mlp.output"
     np.testing.assert_allclose(result.change().sel(set=name), whole.change().sel(set=name), atol=1e-12)
     assert result != whole
+
+
+def test_the_figure_is_a_square_of_places_with_one_number_on_each_side(tmp_path: Path) -> None:
+    model = double("gpt2")
+    sites = ["layers[0].heads[1]", "layers[1].heads[3]", "layers[1].mlp", "layers[2].mlp"]
+    chosen = [(sites[0], sites[1]), (sites[0], sites[3]), (sites[2], sites[1])]
+    pairs = [CLEAN, "w3 w4 w7 w6 w8"], [CORRUPTED, "w3 w4 w9 w6 w8"]
+    result = ns.interactions(model, *pairs, sites, METRIC, pairs=chosen, progress=False)
+    result.to_file(tmp_path / "r.safetensors")
+    change, names = result.change().mean("prompt"), [f"{site}.output" for site in sites]
+    for one in (result, ns.SweepResult.from_file(tmp_path / "r.safetensors")):
+        axes = one.plot()
+        shown = np.ma.filled(np.ma.asarray(axes.images[0].get_array()), np.nan)
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert labels == [label.get_text() for label in axes.get_yticklabels()] == ["L0H1", "L1H3", "L1 mlp", "L2 mlp"]
+        assert shown.shape == (4, 4) and np.isnan(shown).sum() == 16 - 6
+        for a, b in ((0, 1), (0, 3), (1, 2)):
+            pair = change.sel(set=f"{names[a]} + {names[b]}")
+            np.testing.assert_allclose(shown[a, b], float(pair.sel(metric="sufficiency")), atol=1e-12)
+            np.testing.assert_allclose(shown[b, a], float(pair.sel(metric="necessity")), atol=1e-12)
+        assert "mean of 2 prompts" in axes.get_title()
+    alone = np.ma.filled(np.ma.asarray(result.only("necessity").plot(prompt=1).images[0].get_array()), np.nan)
+    necessity = result.change().sel(prompt=1, metric="necessity", set=f"{names[0]} + {names[1]}")
+    np.testing.assert_allclose([alone[0, 1], alone[1, 0]], float(necessity), atol=1e-12)
+    with pytest.raises(ns.errors.BadArgument, match="of='effect'"):
+        result.plot(of="effect")
+    with pytest.raises(ns.errors.BadArgument, match="prompt=7"):
+        result.plot(prompt=7)
+
+
+def test_a_table_has_both_places_of_a_pair() -> None:
+    sites = ["layers[0].mlp", "layers[1].mlp", "layers[2].mlp"]
+    frame = ns.interactions(double("gpt2"), CLEAN, CORRUPTED, sites, METRIC, progress=False).frame()
+    rows: Any = frame[frame["metric"] == "necessity"]
+    singles, pairs = rows[rows["second"].isna()], rows[rows["second"].notna()]
+    assert singles["first"].tolist() == [f"{site}.output" for site in sites] and len(pairs) == 3
+    assert (pairs["first"] + " + " + pairs["second"]).tolist() == pairs["set"].tolist()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import nnsplice as ns
 from attribution.oracle import double
@@ -85,3 +86,45 @@ def test_other_circuits_are_another_question(model: Any, circuits: dict[str, ns.
 def test_what_is_no_list_of_circuits_is_told(model: Any, given: Any) -> None:
     with pytest.raises(ns.errors.NnspliceError, match="circuit"):
         ns.sweep_circuits(model, given, *PAIRS, METRIC, progress=False)
+
+
+def doubled(logits: torch.Tensor) -> torch.Tensor:
+    """Another number of the same logits."""
+    return 2.0 * (logits[:, 7] - logits[:, 8]) + 0.1
+
+
+def test_several_metrics_are_those_of_runs_for_each(model: Any, circuits: dict[str, ns.Circuit]) -> None:
+    metrics = {"diff": METRIC, "p": ns.Metric.of(doubled), "kl": ns.kl_divergence()}
+    result = ns.sweep_circuits(model, circuits, *PAIRS, metrics, progress=False)
+    assert result.metrics == ("diff", "p", "kl")
+    report = ns.faithfulness(model, list(circuits.values()), *PAIRS, metrics, progress=False)
+    run = circuits["0.5"].run(model, *PAIRS, metrics)
+    assert run.shape == (3, 3)
+    for at, (name, metric) in enumerate(metrics.items()):
+        alone = ns.sweep_circuits(model, circuits, *PAIRS, metric, progress=False)
+        np.testing.assert_allclose(result.only(name).table.values, alone.table.values, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(run[:, at], circuits["0.5"].run(model, *PAIRS, metric), rtol=0, atol=1e-12)
+        one = ns.faithfulness(model, list(circuits.values()), *PAIRS, metric, progress=False)
+        np.testing.assert_allclose(report.only(name).f(), one.f(), rtol=0, atol=1e-9)
+    assert report.frame()["metric"].tolist() == [name for name in metrics for _ in circuits]
+    assert repr(report).count("Faithfulness") == 3
+    scores = ns.attribute(model, *PAIRS, ["embed", "layers[:].heads[:]", "layers[:].mlp"], METRIC, method="eap",
+                          progress=False)  # fmt: skip
+    curve = ns.faithfulness(model, scores, *PAIRS, metrics, shares=[0.2, 1.0], progress=False)
+    assert np.isfinite(curve.only("p").cpr) and curve.only("diff").ci("cpr").shape == (2,)
+    for what in (lambda: report.f(), lambda: curve.cpr, lambda: curve.ci(), lambda: curve.plot()):
+        with pytest.raises(ns.errors.BadArgument, match=r"report.only\('diff'\)"):
+            what()
+    with pytest.raises(ns.errors.BadArgument, match="no metric 'q'"):
+        report.only("q")
+
+
+def test_what_is_about_one_number_refuses_several(model: Any, circuits: dict[str, ns.Circuit]) -> None:
+    metrics = [METRIC, ns.probability("w7")]
+    for call in (
+        lambda: ns.acdc(model, *PAIRS, metrics, threshold=0.1),  # type: ignore[arg-type]
+        lambda: ns.minimality(model, circuits["0.5"], *PAIRS, metrics),  # type: ignore[arg-type]
+        lambda: ns.completeness(model, circuits["0.5"], *PAIRS, metrics),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ns.errors.BadArgument, match="one metric"):
+            call()

@@ -342,6 +342,14 @@ def test_estimates_are_those_of_attribute_and_say_so(tmp_path: Path) -> None:
     assert "another question: verify differ" in said
 
 
+def test_the_method_may_be_chosen_by_measuring(tmp_path: Path) -> None:
+    args = (*FACT, "--sites", "layers[:].heads[:]", "--method", "auto")
+    said = _run(*args, "--out", tmp_path)
+    assert "estimate by auto" in said and "auto took" in said
+    assert "finished already" in _run(*args, "--out", tmp_path, "--resume")
+    assert "seed differ" in _run(*args, "--seed", 1, "--out", tmp_path, "--resume", code=1)
+
+
 def test_edges_are_a_table_of_senders_and_receivers(tmp_path: Path) -> None:
     args = (*FACT, "--sites", "layers[:].heads[:]", "--method", "eap", "--receivers", "unembed")
     said = _run(*args, "--out", tmp_path)

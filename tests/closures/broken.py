@@ -89,6 +89,16 @@ def before_the_head(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
     return ns.load(model, tokenizer())
 
 
+def beside_the_head(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """A small Llama whose final norm is given the last layer's output as it is, and whose head reads more than that."""
+    model = build("llama").to(torch.float64)
+    model.set_attn_implementation("eager")
+    first: list[Tensor] = []
+    _around(model.model.layers[0], lambda out, *_: first.append(out) or out)
+    _in_front(model, model.lm_head, lambda normed: change(normed, first[-1]))
+    return ns.load(model, tokenizer())
+
+
 def _around(module: Any, change: Callable[..., Any]) -> None:
     """Let a module's own code make something else (a hook would be somebody else's)."""
     inner = module.forward

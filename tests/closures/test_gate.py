@@ -114,7 +114,22 @@ def test_a_change_of_the_last_layers_output_alone_leaves_the_stream() -> None:
     model = broken.before_the_head(lambda last, _: 2 * last)
     ns.expand(model, "layers[0].output")  # learns the order
     passes = [calls_of(model, lambda: ns.capture(model, "w3 w4", "layers[:].output[-1]")) for _ in range(2)]
-    assert passes[0] - passes[1] == 3  # one for all kinds, and two to see that the head reads nothing else
+    assert passes[0] - passes[1] == 2  # one for all kinds, and one to see that the head reads nothing else
+
+
+def test_a_head_that_reads_an_earlier_layer_beside_the_final_norm_leaves_no_stream() -> None:
+    model = broken.beside_the_head(lambda normed, first: normed + 0.01 * first)
+    for path in ("layers[:].output[-1]", "layers[0].input[0]", "embed.output[-1]"):
+        with pytest.raises(RefusedPlace, match="what is read behind the last layer is more than that layer's output"):
+            ns.capture(model, "w3 w4", path)
+    for use in (
+        lambda: ns.sweep(model, *PROMPTS, "layers[:].output[-1]", METRIC, progress=False),
+        lambda: ns.path_patch(model, *PROMPTS, "layers[0].heads[0]", "layers[1].output", METRIC, progress=False),
+    ):
+        with pytest.raises(RefusedPlace, match="what is read behind the last layer"):
+            use()
+    sound = broken.beside_the_head(lambda normed, _: 2 * normed)
+    assert len(ns.capture(sound, "w3 w4", "layers[:].output[-1]")) == 3
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
@@ -123,7 +138,7 @@ def test_a_change_of_the_last_layers_output_alone_leaves_the_stream() -> None:
 @pytest.mark.parametrize(
     ("path", "passes"),
     [
-        ("layers[0].output[-1]", 1),
+        ("layers[0].output[-1]", 2),
         ("layers[0].heads[0].q[-1]", 1),
         ("layers[:].mid[-1]", 2),
         ("layers[0].attn[0]", 1),
@@ -293,3 +308,65 @@ def test_a_model_with_an_adapter_and_a_compiled_one_keep_every_promise(wrapped: 
     found = measure(wrapped())
     assert {(c.kind, c.layer) for c in found} == plain
     assert [c for c in found if not c.holds] == []
+
+
+# --- what it costs is told --------------------------------------------------------------------------------------------
+
+
+def _swept(model: Any, sites: Any, **options: Any) -> ns.SweepResult:
+    return ns.sweep(model, *PROMPTS, sites, METRIC, progress=False, **options)
+
+
+def test_a_result_tells_what_measuring_took_and_only_once() -> None:
+    model = broken.llama()
+    first, second = (_swept(model, "layers[:].output[-1]") for _ in range(2))
+    assert (first.run.gate, second.run.gate) == (2.0, 0.0)
+    assert "what places promise was measured first: 2 forward passes of a 4-token prompt" in repr(first)
+    assert "measured first" not in repr(second) and first == second
+    assert _swept(model, "layers[:].mid[-1]").run.gate == 1.0
+    with torch.no_grad():
+        model._module.model.layers[0].mlp.up_proj.weight.mul_(2)
+    assert _swept(model, "layers[:].output[-1]").run.gate == 2.0
+    native = _swept(broken.llama(), "model.model.layers[1].mlp.output[-1]")
+    assert native.run.gate == 0.0
+
+
+@pytest.mark.parametrize("method", ["atp", "eap", "exact"])
+def test_estimates_and_paths_tell_it_too(method: str) -> None:
+    model = broken.llama()
+    result = ns.attribute(model, *PROMPTS, "layers[0].heads[:]", METRIC, method=method, progress=False)
+    assert result.run.gate >= 1.0
+    again = ns.path_patch(model, *PROMPTS, "layers[0].heads[0]", "layers[1].mlp", METRIC, progress=False)
+    assert again.run.gate == 0.0
+    assert (
+        ns.path_patch(broken.llama(), *PROMPTS, "layers[0].heads[0]", "unembed", METRIC, progress=False).run.gate >= 1
+    )
+
+
+def test_what_is_told_of_experts_is_what_they_cost() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from nnsplice.closures import spent
+
+    model = wrap("mixtral")
+    ns.expand(model, "layers[0].output")
+    with FlopCounterMode(display=False) as one, torch.no_grad():
+        model._module(torch.tensor([[3, 10, 17, 24]]))
+    measure(model, ["heads"])
+    assert spent(model) == 1.0
+    with FlopCounterMode(display=False) as counted:
+        measure(model, ["experts"])
+    told, counted_passes = spent(model), counted.get_total_flops() / one.get_total_flops()
+    assert abs(told - counted_passes) < 0.15 * counted_passes and 0 < told < 3
+    measure(model)
+    assert 1.9 < spent(model) < 2.1 and spent(model) == 0.0
+
+
+def test_it_is_kept_in_files_and_summed_where_results_are_merged(tmp_path: Any) -> None:
+    model = broken.llama()
+    plan = ns.plan_sweep(model, *PROMPTS, "layers[:].output[:]", METRIC)
+    halves = [ns.run(plan.shard(n, 2), model, progress=False) for n in range(2)]
+    whole = ns.SweepResult.merge(halves)
+    assert [half.run.gate for half in halves] == [2.0, 0.0] and whole.run.gate == 2.0
+    whole.to_file(tmp_path / "swept.json")
+    assert ns.SweepResult.from_file(tmp_path / "swept.json").run.gate == 2.0

@@ -14,7 +14,7 @@ from nnsight.intervention.interleaver import Mediator
 import nnsplice as ns
 from nnsplice import engine
 from nnsplice.errors import OutsideTrace
-from zoo import wrap
+from zoo import build, tokenizer, wrap
 
 
 def test_a_worker_knows_its_visits_its_iteration_and_its_rows() -> None:
@@ -110,6 +110,19 @@ def test_a_modules_body_can_be_exchanged_and_every_call_goes_through_it() -> Non
     assert torch.equal(seen, 2 * once)
     with pytest.raises(ValueError, match="not part of the wrapped model"):
         Body(torch.nn.Linear(2, 2))
+
+
+def test_a_forward_that_was_replaced_is_told_from_nnsights_own() -> None:
+    from nnsplice.engine.tracing import is_passed_by, own_body
+
+    module = build("gpt2")
+    module.lm_head.forward = lambda states: 2 * states  # before, so that it is the body
+    model = ns.load(module, tokenizer())
+    assert own_body(module.lm_head) is not None and own_body(module.transformer.h[0]) is None
+    assert not any(map(is_passed_by, model._module.modules()))
+    module.transformer.h[0].forward = lambda *_: None
+    assert [n for n, m in model._module.named_modules() if is_passed_by(m)] == ["transformer.h.0"]
+    assert own_body(module.transformer.h[0]) is module.transformer.h[0].forward
 
 
 # --- backward, which nnsight replaces for everybody -------------------------------------------------------------------

@@ -83,3 +83,40 @@ def test_code_in_a_folder_is_never_run_nor_asked_about(folder: Path, monkeypatch
     for door in (lambda: ck.mapper_between(folder, "tl"), lambda: ck.read(folder, "layers[0].heads[0]")):
         with pytest.raises(FileError, match=r"makes no model of .*config\.json"):
             door()
+
+
+@pytest.fixture
+def own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose model is transformers' own, and whose tokenizer is code."""
+    folder = tmp_path / "own"
+    shutil.copytree(ns.models.embedded("toy-llama"), folder)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told |= {"auto_map": {"AutoTokenizer": ["evil.T", None]}, "tokenizer_class": "T"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked"))
+    return folder
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run_nor_asked_about(own_tokenizer: Path) -> None:
+    import transformers
+
+    module: Any = transformers.AutoModelForCausalLM.from_pretrained(own_tokenizer)
+    refused = r"brings code of its own.*\n.*\n.*trust_remote_code=True"
+    for door in (
+        lambda: ns.load(own_tokenizer),
+        lambda: ns.load(module),
+        lambda: ns.load(module, str(own_tokenizer)),
+        lambda: ns.load(module, own_tokenizer),
+        lambda: ns.load("toy", str(own_tokenizer)),
+    ):
+        with pytest.raises(FileError, match=refused):
+            door()
+    assert ns.load(module, tokenizer=False)._module is module
+
+
+def test_a_tokenizer_may_be_a_folder(folder: Path) -> None:
+    module = ns.models.peel(ns.load("toy"))
+    for tokenizer in (folder, str(folder), "toy"):
+        model = ns.load(module, tokenizer)
+        assert ns.capture(model, "The film was", "layers[0].output[-1]").rows == 1

@@ -146,6 +146,9 @@ def test_a_metric_that_compares_is_given_the_unsteered_run(model) -> None:
 def test_few_passes_serve_many_cells(model) -> None:
     passes = []
     handle = model._module.register_forward_hook(lambda *_: passes.append(1))
+    # The first use sees what places promise, and that this hook changes nothing.
+    ns.steering.sweep(model, PROMPTS[0], vector(0, 1, 2), [1], METRIC, progress=False)
+    passes.clear()
     ns.steering.sweep(model, PROMPTS[0], vector(0, 1, 2), [-2, -1, 0, 1, 2, 3, 4, 5], METRIC, progress=False)
     handle.remove()
     assert len(passes) == 2  # the unsteered prompt, and 21 cells with another unsteered one

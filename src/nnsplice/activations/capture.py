@@ -25,9 +25,9 @@ from nnsplice.tokens import Rows, Spans, columns, concrete
 @renamed(paths="sites")
 @engine.only_local
 def save_activations(model: Any, sites: Paths, *, keep_graph: bool = False) -> SavedActivation:
-    """Inside a trace: capture places of this run.
+    """Save activations of the running trace, inside `with model.trace(...)`.
 
-    Paths may be native or portable, with slices and lists anywhere, in any order. The result is kept past the trace.
+    Paths may be native or portable, with slices and lists, in any order. The result stays valid after the trace.
 
     >>> with model.trace("w3 w4 w5"):
     ...     saved = ns.save_activations(model, ["layers[:].mlp.output[-1]", "layers[0].heads[1].output[0:2]"])
@@ -35,7 +35,17 @@ def save_activations(model: Any, sites: Paths, *, keep_graph: bool = False) -> S
     5
 
     Args:
-        keep_graph: leave the values in the autograd graph instead of copying them out of it.
+        model: the model that is traced.
+        sites: a path or several, with token positions.
+        keep_graph: keep the values in the autograd graph instead of copying them out of it.
+
+    Returns:
+        The activations by path, a row for each prompt of the trace.
+
+    Raises:
+        OutsideTrace: no trace is running.
+        PathError: no path, a path without a position, out of range, or a site without an exact value.
+        UnknownPath: a site that this model does not have.
     """
     model = engine.as_model(model)
     mediator = engine.worker(model, "ns.save_activations")
@@ -58,24 +68,35 @@ def capture(
     progress: bool = True,
     remote: bool | str = False,
 ) -> SavedActivation:
-    """Run prompts through the model and capture places of the run.
+    """Run prompts through the model and save activations.
 
-    Prompts of one length run together, so nothing is padded; the pass stops after the last place that is needed.
+    Prompts of one length run together without padding; the pass stops after the last site that is needed.
 
     >>> ns.capture(model, ["w3 w4 w5", "w6 w7"], "layers[:].output[-1]")
     SavedActivation: 3 sites, 1 position each, 2 rows, float32, 384 B
       layers[0..2].output  [-1]  width 16
 
     Args:
-        prompts: a text, a list of texts, token ids (list, list of lists, tensor), or an encoding. For a module of your
-            own its input: token ids, values `[prompt, token, width]` or `[prompt, width]`, or a dictionary by the names
-            of its forward's arguments; the first prompt shows the order in which its parts run.
-        sites: paths with token positions; `layers[2].output["subject"][-1]` for a span.
-        spans: where named spans stand: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
-        batch_size: at most so many prompts in one pass.
-        keep_graph: leave the values in the autograd graph.
-        progress: show a bar when it takes more than a second.
+        model: a model from `ns.load`.
+        prompts: a text, a list of texts, token ids (list, list of lists, tensor), chat messages or an encoding; for a
+            module of your own its input: token ids, values
+            `[prompt, token, width]` or `[prompt, width]`, or a dictionary by the names of its forward's arguments.
+        sites: a path or several, with token positions: `"layers[:].output[-1]"`, `'layers[2].output["subject"][-1]'`.
+        spans: token spans by name: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
+        batch_size: how many prompts run in one pass; all prompts of one length if left out.
+        keep_graph: keep the values in the autograd graph.
+        progress: show a progress bar once a second has passed.
         remote: run on nnsight's remote service.
+
+    Returns:
+        The activations by path, a row for each prompt.
+
+    Raises:
+        PathError: no path, a path without a position (`MissingPosition`), a layer or head out of range (`OutOfRange`),
+            or a site without an exact value (`RefusedPlace`).
+        UnknownPath: a site that this model does not have.
+        ShortRow: a prompt has no token at a position.
+        SpanError: a span that is not found in a prompt.
     """
     model = engine.as_model(model)
     if batch_size is not None and batch_size < 1:

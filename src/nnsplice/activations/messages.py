@@ -42,22 +42,27 @@ def chat(
     assistant_prefill: str | None = None,
     **template: Any,
 ) -> Chat:
-    """A prompt of chat messages, for everything that takes prompts.
+    """Make a prompt of chat messages, with a system message, a prefill or template options.
 
-    A plain list of messages is a prompt as well; this adds what the list alone cannot say. The model is asked for the
-    assistant's answer, or, where the last message is the assistant's own, for how that one goes on. Positions count
-    the tokens behind the template, and `["user"]` or `["assistant"][-1]` are spans of the messages' texts (`["user 2"]`
-    where a role speaks more than once).
+    A plain list of messages is a prompt as well. The model continues with the assistant's answer, or with the last
+    message where that is the assistant's. Positions count the tokens after the template is applied, and `["user"]` or
+    `["assistant"][-1]` are spans of the messages (`["user 2"]` for a role's second message).
 
     >>> chat = ns.chat("Where is the Eiffel Tower?", assistant_prefill="It is in")
     >>> [message["role"] for message in chat.messages]
     ['user', 'assistant']
 
     Args:
-        messages: what the user says, or messages as `{"role": ..., "content": ...}`.
-        system: a system message before all others.
-        assistant_prefill: how the assistant's answer begins.
-        template: for the tokenizer's template, e.g. `enable_thinking=False`.
+        messages: the user's text, or messages as `{"role": ..., "content": ...}`.
+        system: a system message, put first.
+        assistant_prefill: the beginning of the assistant's answer.
+        **template: arguments of the tokenizer's chat template, such as `enable_thinking=False`.
+
+    Returns:
+        The prompt, for every function that takes prompts.
+
+    Raises:
+        BadType: something other than a text or a list of messages.
     """
     told: list[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     if system is not None:

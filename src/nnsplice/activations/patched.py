@@ -13,12 +13,13 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations import remote as runs
 from nnsplice.activations import writing
+from nnsplice.activations.access import site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Site
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, circumstances, named
-from nnsplice.paths import Path
+from nnsplice.paths import Path, Span
 from nnsplice.tokens import Spans
 
 
@@ -35,11 +36,10 @@ def patched_logits(
     keep_graph: bool = False,
     remote: bool | str = False,
 ) -> Tensor:
-    """Run prompts with a capture written into the run: `[prompt, token, vocab]`.
+    """Run prompts with saved activations written into the run, and return the logits.
 
-    Rows are aligned at their last token; where a row has no token its logits are NaN. With `positions`, the logits of
-    these tokens of each prompt, and no others are computed where the model can be asked for that: `[prompt, vocab]` for
-    one, `[prompt, position, vocab]` for several.
+    With `positions` only the logits of these tokens are returned, and only they are computed where the model's forward
+    has an argument for that.
 
     >>> clean = ns.capture(model, "w3 w4 w5", "layers[1].output[-1]")
     >>> ns.patched_logits(model, ["w6 w7 w8", "w9 w10"], clean).shape
@@ -48,13 +48,27 @@ def patched_logits(
     torch.Size([2, 64])
 
     Args:
-        add: add the capture instead of replacing with it.
-        at: write at this position instead of the keys' own.
-        spans: where the named spans of the capture stand in these prompts.
-        positions: which of each prompt's own tokens; all of them where None.
-        batch_size: how many prompts run at once; None runs all of one length together.
-        keep_graph: let gradients flow, to the capture and to the model's parameters; nothing is recorded otherwise.
+        model: a model from `ns.load`.
+        prompts: a text, a list of texts, token ids or chat messages.
+        saved: the activations to write, a row for each prompt or one row for all.
+        add: add the activations to the run's values instead of replacing them.
+        at: one position to write at, instead of the keys' own.
+        spans: token spans by name in these prompts, for keys that name a span.
+        positions: a position or several of each prompt's own tokens; all tokens if None.
+        batch_size: how many prompts run at once; all prompts of one length if None.
+        keep_graph: record gradients to the activations and to the model's parameters.
         remote: run on nnsight's remote service.
+
+    Returns:
+        `[prompt, token, vocab]`, aligned at the last token, with NaN where a shorter prompt has no token;
+        `[prompt, vocab]` for one position and `[prompt, position, vocab]` for several.
+
+    Raises:
+        BadType: `saved` is no capture.
+        ShapeError: another number of rows than prompts, or values of another width than the site.
+        ShortRow: a prompt has no token at a position.
+        RefusedPlace: a site that cannot be written exactly.
+        OverlappingWrite: two keys write the same value.
     """
     model = engine.as_model(model)
     if not isinstance(saved, SavedActivation):
@@ -84,6 +98,8 @@ def patched_logits(
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise BadArgument(f"batch_size={batch_size!r}", expected="a whole number, at least 1")
         wanted = _wanted(positions, given)
+        if at is None:
+            _check_spans(model, saved, given)
     found: dict[int, Tensor] = {}
     for rows in given.batches(batch_size):
         packs = [_rows(pack, rows) for pack in saved._packs]
@@ -107,6 +123,14 @@ def patched_logits(
 
 def _padded(logits: Tensor, length: int) -> Tensor:
     return logits if len(logits) == length else F.pad(logits, (0, 0, length - len(logits), 0), value=float("nan"))
+
+
+def _check_spans(model: engine.Model, saved: SavedActivation, given: Prompts) -> None:
+    """Raise for spans of the encoder's prompts at places of the decoder."""
+    for key in (key for pack in saved._packs for key in pack.keys if isinstance(key.position, Span)):
+        for place in engine.expand(model, key.place):
+            with circumstances(str(key)):
+                given.check_span(key.position, site_of(place).tower)
 
 
 def _wanted(positions: int | Sequence[int] | None, given: Prompts) -> list[int] | None:

@@ -27,7 +27,7 @@ from nnsplice.shown import printable
 
 
 class SavedActivation:
-    """Pieces of a run by address: paths go in as text or `Path`, come out as text; a tensor is `[prompt, width]`.
+    """Activations by path: values are tensors `[prompt, width]`, and captures support arithmetic (`clean - corrupted`).
 
     >>> saved = ns.capture(model, ["w3 w4 w5", "w6 w7 w8"], ["layers[1].output[-1]", "layers[0].output[-1]"])
     >>> list(saved)
@@ -35,8 +35,8 @@ class SavedActivation:
     >>> saved["layers[1].output[-1]"].shape
     torch.Size([2, 16])
 
-    A capture never shares memory with the run it came from. What is taken out of a capture may share memory with it, as
-    slices of tensors do: `clone()` before changing a tensor in place.
+    A capture never shares memory with the run. Its slices may share memory with it, as tensors do: call `clone()`
+    before changing one in place.
     """
 
     parse_path: staticmethod[[str | Path], Path] = staticmethod(parse_path)
@@ -56,11 +56,21 @@ class SavedActivation:
 
     @classmethod
     def from_pairs(cls, *pairs: tuple[str | Path, Tensor]) -> Self:
-        """From `(path, tensor)` pairs; a place that is given twice raises `ValueError`.
+        """A capture of `(path, tensor)` pairs.
 
         >>> ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.zeros(1, 4)))
         SavedActivation: 1 site, 1 position each, 1 row, float32, 16 B
           layers[0].output  [-1]  width 4
+
+        Args:
+            *pairs: paths with tensors `[prompt, width]`.
+
+        Returns:
+            The capture.
+
+        Raises:
+            DuplicatePath: a path is given twice.
+            BadType: something other than pairs.
         """
         for pair in pairs:
             if not isinstance(pair, tuple) or len(pair) != 2:
@@ -105,11 +115,11 @@ class SavedActivation:
         return self._index.by_text
 
     def keys(self) -> list[str]:
-        """The paths, canonical, in the order of the forward pass."""
+        """The canonical paths, in the order of the forward pass."""
         return list(self._entries)
 
     def items(self) -> list[tuple[str, Tensor]]:
-        """Every path with its tensor `[prompt, width]`."""
+        """Each path with its tensor `[prompt, width]`."""
         return [(key, self._packs[p].tensor[:, n]) for key, (p, n) in self._entries.items()]
 
     def __iter__(self) -> Iterator[str]:
@@ -132,8 +142,15 @@ class SavedActivation:
     def get(self, path: str | Path) -> Tensor:
         """The tensor at a path: `[prompt, width]`, or `[prompt, position, width]` for a slice or list of positions.
 
+        Args:
+            path: a path of one site.
+
+        Returns:
+            The tensor.
+
         Raises:
-            KeyError: not captured; names the closest keys.
+            UnknownPath: the path was not captured; the message names the closest keys.
+            BadArgument: a path of several sites.
         """
         known = self._entries.get(path) if isinstance(path, str) else None
         if known is not None:
@@ -173,17 +190,36 @@ class SavedActivation:
 
     @renamed(paths="sites")
     def subset(self, sites: Paths) -> Self:
-        """Only these places and positions, in the capture's own order; slices and lists are allowed anywhere.
+        """Only these sites and positions, in the order of the forward pass.
 
         >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[:]")
         >>> saved.subset("layers[0:2].output[-1:]").keys()
         ['layers[0].output[2]', 'layers[1].output[2]']
+
+        Args:
+            sites: a path or several, with slices and lists.
+
+        Returns:
+            The smaller capture.
+
+        Raises:
+            UnknownPath: a path that was not captured.
         """
         wanted = engine.listed(sites)
         return self._like(lookup.chosen(self._packs, {entry for path in wanted for entry in self._find(path)}))
 
     def union(self, other: SavedActivation) -> Self:
-        """Both captures in one; a key that stands in both raises `ValueError`."""
+        """Both captures in one.
+
+        Args:
+            other: a capture of other paths, of as many prompts.
+
+        Returns:
+            The larger capture.
+
+        Raises:
+            DuplicatePath: a path is in both.
+        """
         merged = algebra.united(*self._beside(other))
         known = self._known or other._known
         if known is not None and all(pack.keys[0].site is not None for pack in merged):
@@ -198,12 +234,12 @@ class SavedActivation:
 
     @property
     def rows(self) -> int:
-        """How many prompts it holds."""
+        """The number of prompts."""
         return self._packs[0].tensor.shape[0] if self._packs else 0
 
     @property
     def slice(self) -> RowSlicer[SavedActivation]:
-        """Rows of the batch: `slice[0:4]`, `slice[3]`, `slice[0:2, 5, 7:9]`, `slice[range(3)]`.
+        """Select prompts: `slice[0:4]`, `slice[3]`, `slice[0:2, 5, 7:9]`, `slice[range(3)]`.
 
         >>> saved = ns.capture(model, ["w3 w4", "w5 w6", "w7 w8"], "layers[:].output[-1]")
         >>> saved.slice[0, 2].prompts
@@ -217,21 +253,37 @@ class SavedActivation:
     # -------------------------------------------------------------------------------------------------------- algebra
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        """The function applied to every site's tensor `[prompt, position, width]`."""
+        """Apply a function to the tensor of each site, `[prompt, position, width]`.
+
+        Args:
+            fn: the function; it returns a tensor of as many prompts and positions.
+
+        Returns:
+            The new capture.
+        """
         made = algebra.mapped(self._packs, fn)
         same = not made or made[0].tensor.shape[0] == self.rows
         return self._like(made, None if same else self._provenance.without_rows())
 
     def mean(self, axis: str = "prompt") -> Self:
-        """The mean over the prompts (one row is kept), or over the `"position"`s of each site.
+        """The mean over prompts, which leaves one row, or over the positions of each site.
 
-        After `mean("position")` a key's position is `["mean"]`, and a replay needs `at=` a position.
+        After `mean("position")` the position of a key is `["mean"]`, and writing it needs `at=`.
 
         >>> saved = ns.capture(model, ["w3 w4 w5", "w6 w7 w8"], "layers[1].output[:]")
         >>> saved.mean().rows, saved.mean().keys()
         (1, ['layers[1].output[0]', 'layers[1].output[1]', 'layers[1].output[2]'])
         >>> saved.mean("position").rows, saved.mean("position").keys()
         (2, ['layers[1].output["mean"]'])
+
+        Args:
+            axis: `"prompt"` or `"position"`.
+
+        Returns:
+            The smaller capture.
+
+        Raises:
+            BadArgument: another axis.
         """
         if axis == "prompt":
             return self.map(lambda tensor: tensor.mean(0, keepdim=True))
@@ -284,24 +336,53 @@ class SavedActivation:
         return self.map(lambda tensor: tensor / divisor)
 
     def norm(self) -> dict[str, Tensor]:
-        """The Euclidean norm of every entry: `{path: [prompt]}`."""
+        """The Euclidean norm of each value: `{path: [prompt]}`."""
         return {key: tensor.norm(dim=-1) for key, tensor in self.items()}
 
     def dot(self, other: SavedActivation) -> dict[str, Tensor]:
-        """The inner product with another capture of the same places: `{path: [prompt]}`."""
+        """The inner product with another capture: `{path: [prompt]}`.
+
+        Args:
+            other: a capture of the same paths.
+
+        Returns:
+            The products by path.
+
+        Raises:
+            KeyMismatch: the captures hold different paths.
+        """
         return self._with(other, algebra.dot)._flat()
 
     def cosine(self, other: SavedActivation) -> dict[str, Tensor]:
-        """The cosine with another capture of the same places: `{path: [prompt]}`; NaN where one of them is zero."""
+        """The cosine similarity with another capture: `{path: [prompt]}`; NaN for a vector of zeros.
+
+        Args:
+            other: a capture of the same paths.
+
+        Returns:
+            The cosines by path.
+
+        Raises:
+            KeyMismatch: the captures hold different paths.
+        """
         return self._with(other, algebra.cosine)._flat()
 
     def project_out(self, direction: SavedActivation) -> Self:
-        """Without the part that lies along a direction (one row, or one for each prompt).
+        """Remove the component along a direction.
 
         >>> saved = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.tensor([[3.0, 4.0]])))
         >>> across = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.tensor([[0.0, 2.0]])))
         >>> saved.project_out(across)["layers[0].output[-1]"]
         tensor([[3., 0.]])
+
+        Args:
+            direction: a capture of the same paths, with one row or one for each prompt.
+
+        Returns:
+            The new capture.
+
+        Raises:
+            KeyMismatch: the captures hold different paths.
         """
         return self._with(direction, algebra.without)
 
@@ -309,35 +390,61 @@ class SavedActivation:
         return {key: tensor[:, 0] for key, tensor in self.items()}
 
     def stack(self, axis: str = "layer") -> Tensor:
-        """One tensor over the layers (or heads, groups, neurons, experts) of a place, for plain torch work.
+        """Stack the values of all layers (or heads, groups, neurons, experts) into one tensor.
 
-        `[layer, prompt, width]`, or `[layer, prompt, position, width]` where sites hold several positions.
+        The shape is `[layer, prompt, width]`, or `[layer, prompt, position, width]` for several positions.
 
         >>> ns.capture(model, "w3 w4 w5", "layers[:].mlp.output[-1]").stack("layer").shape
         torch.Size([3, 1, 16])
+
+        Args:
+            axis: `"layer"`, `"head"`, `"group"`, `"neuron"` or `"expert"`.
+
+        Returns:
+            The tensor.
         """
         return algebra.stacked(self._packs, axis)
 
     # -------------------------------------------------------------------------------------------------- as torch does
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> Self:
-        """On another device, or in another dtype."""
+        """Copy to another device or dtype.
+
+        Args:
+            device_or_dtype: the device or dtype, as for `torch.Tensor.to`.
+
+        Returns:
+            The new capture.
+        """
         return self.map(lambda tensor: tensor.to(device_or_dtype))
 
     def detach(self) -> Self:
-        """Without the graph."""
+        """The values detached from the autograd graph."""
         return self.map(torch.Tensor.detach)
 
     def clone(self) -> Self:
-        """In memory of its own."""
+        """A copy with memory of its own."""
         return self.map(torch.Tensor.clone)
 
     def allclose(self, other: SavedActivation, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False) -> bool:
-        """Whether two captures of the same places hold the same values."""
+        """Whether two captures of the same paths hold close values, as `torch.allclose`.
+
+        Args:
+            other: a capture of the same paths.
+            rtol: the relative tolerance.
+            atol: the absolute tolerance.
+            equal_nan: whether NaN equals NaN.
+
+        Returns:
+            True or False.
+
+        Raises:
+            KeyMismatch: the captures hold different paths.
+        """
         return algebra.close(*self._beside(other), rtol, atol, equal_nan)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hold the same places with exactly the same values, as two dictionaries would be compared.
+        """Whether both hold the same sites with exactly the same values, as two dictionaries would be compared.
 
         >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[-1]")
         >>> saved == ns.capture(model, "w3 w4 w5", "layers[:].output[-1]"), saved == saved * 2
@@ -351,7 +458,7 @@ class SavedActivation:
             return False
 
     def save(self, path: object = None) -> Self:
-        """Keep this object past the end of the trace, as nnsight's own `save` does; outside a trace it stays anyway.
+        """Keep this object past the end of the trace, as nnsight's `save`; it does nothing outside a trace.
 
         Raises:
             BadType: given a path; a file is written by `to_file`.
@@ -372,17 +479,23 @@ class SavedActivation:
     # ----------------------------------------------------------------------------------------------------------- runs
 
     def apply(self, model: Any, *, at: int | Sequence[int] | None = None) -> None:
-        """Inside a trace: write every entry into the current run, in place of what it computes there.
+        """Replace values of the running trace by these.
 
         Args:
-            at: write at this position (or one for each row) instead of the keys' own.
+            model: the model that is traced.
+            at: one position (or one for each row) to write at, instead of the keys' own.
+
+        Raises:
+            OutsideTrace: no trace is running.
+            LateUpdate: the run is already past a site.
+            OverlappingWrite: two keys write the same value.
         """
         writing.write(model, self._packs, None, at=at)
 
     def add_to(
         self, model: Any, coefficient: writing.Coefficient = 1.0, *, at: int | Sequence[int] | None = None
     ) -> None:
-        """Inside a trace: add every entry, times a number or one for each row, to what the run computes there.
+        """Add these values to those of the running trace.
 
         >>> step = ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, 16)))
         >>> before = ns.capture(model, ["w3 w4", "w5 w6"], "layers[1].output[-1]")
@@ -391,13 +504,23 @@ class SavedActivation:
         ...     after = ns.save_activations(model, "layers[1].output[-1]")
         >>> (after - before)["layers[1].output[-1]"].mean(-1).round(decimals=3)
         tensor([ 1., -2.])
+
+        Args:
+            model: the model that is traced.
+            coefficient: a factor, or one for each row.
+            at: one position (or one for each row) to write at, instead of the keys' own.
+
+        Raises:
+            OutsideTrace: no trace is running.
+            LateUpdate: the run is already past a site.
+            OverlappingWrite: two keys write the same value.
         """
         writing.write(model, self._packs, coefficient, at=at)
 
     # ---------------------------------------------------------------------------------------------------------- files
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with the provenance in its header; whole, or not at all.
+        """Write a safetensors file with the provenance in its header, completely or not at all.
 
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
@@ -405,13 +528,28 @@ class SavedActivation:
         ...     read = ns.SavedActivation.from_file(f"{folder}/run.safetensors", "layers[0:2].output[1]")
         >>> read.keys(), read.prompts
         (['layers[0].output[1]', 'layers[1].output[1]'], ('w3 w4',))
+
+        Args:
+            path: the file to write.
         """
         storage.write(path, self._packs, self._provenance)
 
     @classmethod
     @renamed(paths="sites")
     def from_file(cls, path: str | os.PathLike[str], sites: Paths | None = None) -> Self:
-        """Read a capture, or with `sites` only these of its places and positions."""
+        """Read a capture, or only some of its paths.
+
+        Args:
+            path: the file.
+            sites: a path or several to read; all if left out.
+
+        Returns:
+            The capture.
+
+        Raises:
+            FileError: the file is no capture, or damaged.
+            UnknownPath: the file does not hold a path.
+        """
         of, provenance = storage.read(path, sites)
         return cls._new(of, provenance, None)
 
@@ -419,22 +557,22 @@ class SavedActivation:
 
     @property
     def model(self) -> str | None:
-        """The name of the model it was captured from."""
+        """The name of the model that was captured."""
         return self._provenance.model
 
     @property
     def prompts(self) -> tuple[str, ...] | None:
-        """The prompts, where they were texts."""
+        """The prompts, if they were texts."""
         return self._provenance.prompts
 
     @property
     def tokens(self) -> tuple[tuple[int, ...], ...] | None:
-        """The token ids of each prompt, padding left out."""
+        """The token ids of each prompt, without padding."""
         return self._provenance.tokens
 
     @property
     def positions(self) -> dict[str, list[int] | None]:
-        """Which own token of each prompt an entry stands at; None where nobody knows.
+        """The token of each prompt that a value is of, by path; None where it is not known.
 
         >>> ns.capture(model, ["w3 w4 w5", "w6 w7"], "layers[1].output[-1]").positions
         {'layers[1].output[-1]': [2, 1]}

@@ -22,18 +22,25 @@ Update = Callable[[Tensor], None]
 @renamed(paths="sites")
 @engine.only_local
 def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
-    """Inside a trace: walk through places in the order of the forward pass, each with its value and a way to change it.
-
-    Yields `(key, current, update)`: the path as it was asked for, a copy of the current value `[prompt, width]` that
-    keeps the graph, and a function that writes another value at once.
+    """Edit activations of the running trace one by one, in the order of the forward pass.
 
     >>> with model.trace("w3 w4 w5"):
     ...     for key, current, update in ns.updates(model, ["layers[2].output[-1]", "layers[0].output[-1]"]):
     ...         update(current * 0)
 
+    Args:
+        model: the model that is traced.
+        sites: a path or several, each a single site and position.
+
+    Yields:
+        `(key, current, update)`: the path as it was given, a copy of the current value `[prompt, width]` that keeps the
+        graph, and a function that writes another value.
+
     Raises:
-        ValueError: a slice, or the same place twice.
-        LateUpdate: (a RuntimeError) by `update`, once the run has gone past its place.
+        OutsideTrace: no trace is running.
+        PathError: a slice or a list of positions, or no path.
+        DuplicatePath: the same site twice.
+        LateUpdate: `update` is called after the run has passed its site.
     """
     model = engine.as_model(model)
     mediator = engine.worker(model, "ns.updates")

@@ -25,7 +25,7 @@ DEFAULT_LAYERS = 12
 
 
 class ExpertManifoldAligner:
-    """Follows a model through training, and compares what changed with adapters.
+    """Compare the weight updates of a training run with adapters.
 
     >>> aligner = ns.adapters.ExpertManifoldAligner(model)
     >>> aligner.total_layers
@@ -51,7 +51,7 @@ class ExpertManifoldAligner:
         self.track_step(model)
 
     def track_step(self, model: Any, *, merged: bool = False) -> dict[str, Tensor]:
-        """What every trainable matrix changed by since the last call; a matrix that is new is only remembered.
+        """The change of every trainable matrix since the last call; a new matrix is only recorded.
 
         >>> from copy import deepcopy
         >>> tuned = deepcopy(ns.models.peel(model))
@@ -66,8 +66,11 @@ class ExpertManifoldAligner:
 
         Args:
             model: the model that is trained.
-            merged: see the factors of an adapter as the change of the weight that they make: `B A` now less `B A` then,
-                under the weight's own name and stored as it is.
+            merged: report the change of an adapter's `B A` under the weight's own name, instead of those of its
+                factors.
+
+        Returns:
+            The change of each matrix by name.
         """
         root = _as_named(model)
         before = self._seen
@@ -86,11 +89,10 @@ class ExpertManifoldAligner:
     def compute_subspace_alignment(
         self, lora: LoRAMatrices, step_update: Tensor, *, mode: Mode = "cosine", name: str | None = None
     ) -> float:
-        """How far an update of a weight goes where a pair of factors points.
+        """The alignment of a weight update with an adapter's factors.
 
-        `cosine` compares it with the one direction `B A`: from -1 to 1. `subspace` asks which share of its energy lies
-        in the columns of B and the rows of A, whatever its direction there: from 0 to 1. Both are 0.0 for another shape
-        and for zero.
+        `cosine` is the cosine similarity with `B A`, from -1 to 1. `subspace` is the share of the update's energy in
+        the column space of B and the row space of A, from 0 to 1. Both are 0.0 for different shapes and for zeros.
 
         >>> pair = ns.adapters.LoRAMatrices(lora_A=torch.tensor([[1.0, 0.0]]), lora_B=torch.tensor([[1.0], [0.0]]))
         >>> step = torch.tensor([[-3.0, 0.0], [0.0, 4.0]])   # against the pair, and beside it
@@ -100,12 +102,16 @@ class ExpertManifoldAligner:
 
         Args:
             lora: the factors.
-            step_update: a change of the weight, as it is stored.
-            mode: which of the two.
-            name: the weight's name in the aligner's model, which tells how it is stored; else the factors say.
+            step_update: the update of the weight, as it is stored.
+            mode: `"cosine"` or `"subspace"`.
+            name: the name of the weight, which says how it is stored; the factors say it if left out.
+
+        Returns:
+            The alignment.
 
         Raises:
             ShapeError: an update of several experts at once.
+            BadArgument: another mode.
         """
         if mode not in MODES:
             raise BadArgument(f"there is no mode {mode!r}", expected=" or ".join(MODES))
@@ -122,10 +128,18 @@ class ExpertManifoldAligner:
         return MODES[mode](lora.lora_B.to(update.device), lora.lora_A.to(update.device), update)
 
     def align(self, adapter: ExpertAdapter, steps: Mapping[str, Tensor], *, mode: Mode = "cosine") -> dict[str, float]:
-        """`compute_subspace_alignment` of every weight that both an adapter and a step changed, by name.
+        """`compute_subspace_alignment` of every weight that both an adapter and an update change.
+
+        Args:
+            adapter: the adapter.
+            steps: updates by name, from `track_step`.
+            mode: `"cosine"` or `"subspace"`.
+
+        Returns:
+            The alignment by name.
 
         Raises:
-            BadArgument: they have no weight in common.
+            BadArgument: no weight in common.
         """
         by_name = {unwrapped(name): step for name, step in steps.items()}
         found: dict[str, float] = {}
@@ -145,12 +159,25 @@ class ExpertManifoldAligner:
         return found
 
     def analyze_layer_profile(self, name: str) -> tuple[str, str]:
-        """The kind of a weight (`embed`, `attn`, `mlp`, `other`) and its depth (`early`, `mid`, `late`)."""
+        """The kind of a weight (`embed`, `attn`, `mlp`, `other`) and its depth (`early`, `mid`, `late`).
+
+        Args:
+            name: the name of the weight.
+
+        Returns:
+            Kind and depth.
+        """
         found = where(name, self.total_layers, self.atlas)
         return found.kind, found.depth
 
     def profile_adapter(self, adapter: ExpertAdapter) -> AdapterProfile:
-        """The share of each domain, which sum to 1, and the energies behind them: a dictionary with tables and a plot.
+        """The share of each domain in an adapter's energy, as `ns.adapters.profile`.
+
+        Args:
+            adapter: the adapter.
+
+        Returns:
+            The shares, which sum to 1, with the energies behind them.
 
         Raises:
             BadArgument: an energy that is not a number.
@@ -158,10 +185,16 @@ class ExpertManifoldAligner:
         return profile(adapter, self.domains, total_layers=self.total_layers, atlas=self.atlas)
 
     def tag_adapter(self, adapter: ExpertAdapter, *, replace: bool = False) -> list[str]:
-        """Name the domains that an adapter acts for: those with a large share, else the one with the largest.
+        """Tag an adapter with the domains of a large share, or with the largest one.
 
-        They are added to the adapter's `domain_tags`, in place of those that were computed before; tags that somebody
-        set stay, unless `replace`. Returned are the domains alone.
+        The tags replace those computed before in the adapter's `domain_tags`; tags set by hand stay, unless `replace`.
+
+        Args:
+            adapter: the adapter, whose tags are changed.
+            replace: remove all other tags.
+
+        Returns:
+            The domains.
         """
         scores = self.profile_adapter(adapter)
         tags = [name for name, score in scores.items() if score >= self.domains.threshold]

@@ -18,13 +18,21 @@ DEPTHS: tuple[Depth, ...] = ("early", "mid", "late")
 
 @dataclass(frozen=True)
 class DomainTable:
-    """How much the energy of a weight speaks for each domain, by the weight's kind and depth.
+    """The weight of each domain for the energy of a kind of parameter at a depth.
 
     >>> table = ns.adapters.DomainTable(
     ...     names=("facts", "rest"), weights={("mlp", "mid"): (1.0, 0.0)}, default=(0.0, 1.0), threshold=0.5
     ... )
     >>> table.of("attn", "late")
     (0.0, 1.0)
+
+    Attributes:
+        names: the domains.
+        weights: (kind, depth) -> a weight for each domain; kinds are `embed`, `attn`, `mlp`, `other`, depths `early`,
+            `mid`, `late`.
+        default: the weights of kinds and depths that are not listed.
+        threshold: the share from which on a domain becomes a tag.
+        empty: the share of every domain for an adapter that changes nothing.
     """
 
     names: tuple[str, ...]
@@ -51,7 +59,15 @@ class DomainTable:
                 )
 
     def of(self, kind: str, depth: str) -> tuple[float, ...]:
-        """The weights of one kind at one depth."""
+        """The weights of one kind at one depth.
+
+        Args:
+            kind: `embed`, `attn`, `mlp` or `other`.
+            depth: `early`, `mid` or `late`.
+
+        Returns:
+            A weight for each domain.
+        """
         return tuple(self.weights.get((kind, depth), self.default or (0.0,) * len(self.names)))
 
 

@@ -18,7 +18,7 @@ from nnsplice.errors import BadArgument, ShapeError
 
 @dataclass(eq=False)
 class ExpertAdapter:
-    """What an adapter does to each weight, and what it is good for.
+    """The change that an adapter makes to each weight, as low-rank factors, with tags of its domains.
 
     `layers` goes by the names of the base model's own parameters: `model.layers.7.self_attn.q_proj.weight`.
 
@@ -32,6 +32,12 @@ class ExpertAdapter:
     ExpertAdapter(2 matrices, rank 1)
     >>> adapter.layers["transformer.h.1.mlp.c_fc.weight"]
     LoRAMatrices(64 x 16, rank 1, energy 16)
+
+    Attributes:
+        layers: the factors by the base model's parameter names.
+        domain_tags: the domains of the adapter.
+        whole: parameters that the adapter replaces as a whole (`modules_to_save`, biases).
+        computed_tags: the tags that were computed, which the next computation replaces.
     """
 
     layers: dict[str, LoRAMatrices]
@@ -43,9 +49,10 @@ class ExpertAdapter:
 
     @classmethod
     def from_peft(cls, adapter_dir: str | os.PathLike[str], *, base: Any = None) -> ExpertAdapter:
-        """An adapter from the folder that PEFT wrote.
+        """Read an adapter from a folder of PEFT.
 
-        Scales (alpha/r, rsLoRA, rank and alpha patterns) become part of `lora_B`; fused experts become a pair each.
+        Scales (alpha/r, rsLoRA, rank and alpha patterns) are multiplied into `lora_B`; fused experts become one pair
+        each.
 
         >>> from copy import deepcopy
         >>> from tempfile import mkdtemp
@@ -58,20 +65,23 @@ class ExpertAdapter:
 
         Args:
             adapter_dir: the folder.
-            base: the model that it belongs to. With it, the change that DoRA makes is exact, and the way in which each
-                weight is stored is looked up instead of taken from the config.
+            base: the base model. With it DoRA's change is exact, and the orientation of each weight is looked up
+                instead of taken from the config.
+
+        Returns:
+            The adapter.
 
         Raises:
-            FileError: no such folder, or a kind of adapter that is no pair of factors.
+            FileError: no such folder, or an adapter that has no pairs of factors.
         """
         layers, whole = read_folder(adapter_dir, base)
         return cls(layers, whole=whole)
 
     @classmethod
     def from_model_delta(cls, base: Any, tuned: Any, rank: int) -> ExpertAdapter:
-        """The difference of two models, each matrix by its best approximation of this rank.
+        """The difference of two models, each matrix as its best approximation of a rank.
 
-        Matrices that are equal in both are left out; biases and norms that differ are listed in `whole`.
+        Equal matrices are left out; biases and norms that differ are listed in `whole`.
 
         >>> from copy import deepcopy
         >>> tuned = deepcopy(ns.models.peel(model))
@@ -81,6 +91,17 @@ class ExpertAdapter:
         >>> adapter = ns.adapters.ExpertAdapter.from_model_delta(model, tuned, rank=4)
         >>> list(adapter.layers), adapter.whole
         (['transformer.h.1.mlp.c_fc.weight'], ('transformer.h.1.mlp.c_fc.bias',))
+
+        Args:
+            base: the model before.
+            tuned: the model after.
+            rank: the rank of the approximation.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            BadArgument: a rank below 1, no difference, or models of different shapes.
         """
         if rank < 1:
             raise BadArgument(f"rank is {rank}", expected="at least 1")

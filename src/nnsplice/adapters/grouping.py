@@ -31,7 +31,7 @@ LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
 
 @dataclass(frozen=True, slots=True)
 class LayerGrouping:
-    """Which of an optimizer's parameters belong to which layer.
+    """The layer of each parameter of an optimizer.
 
     >>> optimizer = torch.optim.AdamW(ns.models.peel(model).parameters())
     >>> grouping = ns.adapters.map_optimizer_to_layers(optimizer, model)
@@ -39,6 +39,13 @@ class LayerGrouping:
     (3, 12)
     >>> [grouping.layer_of.get(number) for number in range(4)]   # the embeddings come first, and are in no layer
     [None, None, 0, 0]
+
+    Attributes:
+        layer_indices: the layers, in numeric order.
+        params_per_layer: the number of parameters of each layer; 0 where it differs.
+        layer_of: the layer of each id in the optimizer's state; parameters outside the layers are absent.
+        how: how it was found: `order`, `names`, `identity` or `shapes`.
+        header: the adapter's tensors, for `how="order"`.
     """
 
     #: In numeric order.
@@ -54,7 +61,7 @@ class LayerGrouping:
 
     @property
     def num_layers(self) -> int:
-        """How many layers have parameters."""
+        """The number of layers with parameters."""
         return len(self.layer_indices)
 
 
@@ -66,13 +73,12 @@ def map_param_ids_to_layers(
     state: Mapping[Any, Any] | None = None,
     tower: str | None = None,
 ) -> LayerGrouping:
-    """Give the ids of an optimizer's state to layers, from an adapter's folder; no model is loaded.
+    """Map the parameter ids of an optimizer's state to layers, from an adapter's folder; no model is loaded.
 
-    An id is only a place in the order in which the optimizer was given its parameters. With names, nothing has to be
-    inferred. With a state, the known orders are replayed and compared with its shapes, and exactly one has to fit; an
-    order of somebody's own, in which layers are exchanged that have the same shapes, is not to be seen in a state.
-    With neither, the order is taken to be PEFT's own, layer after layer, which is right for an optimizer that was given
-    the trainable parameters of a model in one list.
+    An id is the position of a parameter in the order in which the optimizer got them. With `names`, nothing is
+    inferred. With `state`, the known orders are compared with its shapes, and exactly one has to fit; shapes cannot
+    show a custom order that exchanges layers of equal shapes. With neither, the order is PEFT's own, layer after layer,
+    which is right for an optimizer that got the trainable parameters of a model in one list.
 
     >>> from copy import deepcopy
     >>> from tempfile import mkdtemp
@@ -90,15 +96,18 @@ def map_param_ids_to_layers(
       in: the adapter in ...
 
     Args:
-        adapter_dir: what `save_pretrained` wrote; only the names and shapes in the file's header are read.
-        num_params: how many parameters the optimizer has. More than the adapter has is accepted: they come after it.
+        adapter_dir: the folder that `save_pretrained` wrote; only names and shapes are read.
+        num_params: the number of parameters of the optimizer; any beyond the adapter's come after them.
         names: id -> parameter name, or the names in the order of the ids, or the `param_groups` of a `state_dict` whose
-            optimizer was given named parameters.
+            optimizer had named parameters.
         state: an optimizer's `state_dict()`, or its `"state"` alone.
-        tower: `"encoder"` or `"decoder"` where layers of both have factors; ids of the other are left out.
+        tower: `"encoder"` or `"decoder"`, where both have factors; ids of the other are left out.
+
+    Returns:
+        The layer of each id.
 
     Raises:
-        ParamMappingError: the ids cannot be given to layers with certainty.
+        ParamMappingError: no adapter in the folder, or ids that cannot be mapped with certainty.
     """
     entries = read_header(adapter_dir)
     with circumstances(f"the adapter in {Path(adapter_dir)}"):
@@ -121,17 +130,25 @@ def map_param_ids_to_layers(
 
 
 def map_optimizer_to_layers(optimizer: optim.Optimizer, model: Any, *, tower: str | None = None) -> LayerGrouping:
-    """Give the ids of a live optimizer to the layers of its model: parameters are found by identity.
+    """Map the parameter ids of a live optimizer to the layers of its model, by identity of the parameters.
 
-    Works for whatever was trained, adapter or not. Frozen parameters in the optimizer are left out.
+    It works with and without an adapter. Frozen parameters in the optimizer are left out.
 
     >>> blocks = ns.models.peel(model).transformer.h
     >>> optimizer = torch.optim.AdamW([*blocks[2].mlp.parameters(), *blocks[0].mlp.parameters()])
     >>> ns.adapters.map_optimizer_to_layers(optimizer, model).layer_of
     {0: 2, 1: 2, 2: 2, 3: 2, 4: 0, 5: 0, 6: 0, 7: 0}
 
+    Args:
+        optimizer: the optimizer.
+        model: the model whose parameters it has.
+        tower: `"encoder"` or `"decoder"`, where both are trained; ids of the other are left out.
+
+    Returns:
+        The layer of each id.
+
     Raises:
-        ParamMappingError: a parameter of the optimizer is none of this model.
+        ParamMappingError: a parameter that is not in the model, or none in a layer.
     """
     root = model if isinstance(model, nn.Module) else peel(model)
     atlas = Atlas.of(model)

@@ -24,7 +24,7 @@ BETAS = (0.9, 0.999)
 
 @dataclass(frozen=True, slots=True)
 class LayerHealth:
-    """One layer's parameters in the optimizer's state; means run over all their numbers.
+    """The optimizer state of one layer's parameters; means are over all their numbers.
 
     >>> weight, frozen = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(4))
     >>> optimizer = torch.optim.Adam([weight, frozen])
@@ -35,6 +35,18 @@ class LayerHealth:
     >>> health = ns.adapters.layer_health(optimizer.state_dict(), grouping)[7]
     >>> health.dead_fraction, health.untouched, round(health.agreement, 2)
     (0.25, 1, 0.51)
+
+    Attributes:
+        exp_avg_sq: mean of Adam's second moment.
+        exp_avg: mean of Adam's first moment, with its sign.
+        step: mean number of steps.
+        dead_fraction: the share of numbers that have had no gradient.
+        gradient: root mean square of the gradient, from the bias-corrected second moment.
+        agreement: mean of |first moment| / sqrt(second moment), both bias-corrected: near 1 where gradients agree from
+            step to step, near 0 where they cancel.
+        params: the number of parameters.
+        numbers: the number of their numbers.
+        untouched: the number of parameters without a state, which never had a gradient.
     """
 
     #: Mean of Adam's second moment, as it is kept.
@@ -58,7 +70,7 @@ class LayerHealth:
 
 
 class Health(Mapping[int, LayerHealth]):
-    """Layer -> its `LayerHealth`, in numeric order.
+    """`LayerHealth` by layer, in numeric order.
 
     >>> from copy import deepcopy
     >>> tuned, ids = deepcopy(ns.models.peel(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
@@ -102,7 +114,14 @@ class Health(Mapping[int, LayerHealth]):
         return pd.DataFrame([asdict(one) for one in self.values()], index=pd.Index(list(self), name="layer"))
 
     def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
-        """The size of the gradients of each layer, as root mean square."""
+        """Draw the root mean square of each layer's gradients.
+
+        Args:
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+        """
         return plots.bars(
             [one.gradient for one in self.values()],
             names=list(self),
@@ -122,7 +141,7 @@ class Health(Mapping[int, LayerHealth]):
 
 
 def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *, dead_below: float = 0.0) -> Health:
-    """What Adam's moments say of each layer.
+    """Gradient size, agreement and dead parameters of each layer, from the moments of Adam.
 
     >>> from copy import deepcopy
     >>> tuned, ids = deepcopy(ns.models.peel(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
@@ -143,12 +162,15 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
 
     Args:
         optimizer_state: `optimizer.state_dict()`, or its `"state"` alone.
-        grouping: which id belongs to which layer.
+        grouping: the layer of each parameter id, from `map_optimizer_to_layers` or `map_param_ids_to_layers`.
         dead_below: a second moment up to this counts as no gradient.
 
+    Returns:
+        The numbers by layer.
+
     Raises:
-        ParamMappingError: the state cannot be the one that the grouping is of.
-        BadArgument: no optimizer of Adam's kind.
+        ParamMappingError: the state does not belong to the grouping.
+        BadArgument: an optimizer without the moments of Adam.
     """
     optimizer = as_optimizer(optimizer_state)
     ids: dict[int, list[int]] = {layer: [] for layer in grouping.layer_indices}

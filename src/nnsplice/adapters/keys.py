@@ -87,34 +87,57 @@ def _bare(module: str) -> tuple[str, int]:
 
 
 def base_name(name: str) -> str:
-    """The parameter of the base model that an adapter's tensor changes.
+    """The name of the base model's parameter that an adapter's tensor changes.
 
     >>> ns.adapters.base_name("base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight")
     'model.layers.7.self_attn.q_proj.weight'
+
+    Args:
+        name: the name of the tensor in the adapter's file.
+
+    Returns:
+        The name of the parameter.
     """
     key = read_key(name)
     return f"{key.module}.{key.attribute if key.factor is None else 'weight'}"
 
 
 def address(name: str, model: Any) -> Path:
-    """The place of a model that an adapter's tensor, or a parameter of the base model, belongs to.
+    """The address of an adapter's tensor, or of a parameter of the base model.
 
     >>> print(ns.adapters.address("base_model.model.transformer.h.2.mlp.c_fc.lora_B.weight", model))
     layers[2].mlp.up
+
+    Args:
+        name: the name of the tensor in the adapter's file or in the model.
+        model: a model from `ns.load`, or a module.
+
+    Returns:
+        The smallest address that holds it, portable if there is one, else native.
+
+    Raises:
+        UnknownPath: nothing of this name is in the model.
     """
     return Atlas.of(model).locate(name)
 
 
 def factor_keys(path: Path | str, model: Any) -> tuple[str, ...]:
-    """The names that the LoRA factors of a place have in an adapter's file.
+    """The names of an address's LoRA factors in an adapter's file.
 
     >>> for key in ns.adapters.factor_keys("layers[2].mlp.up", model):
     ...     print(key)
     base_model.model.transformer.h.2.mlp.c_fc.lora_A.weight
     base_model.model.transformer.h.2.mlp.c_fc.lora_B.weight
 
+    Args:
+        path: the address.
+        model: a model from `ns.load`, or a module.
+
+    Returns:
+        The names, A before B for each module.
+
     Raises:
-        UnknownPath: nothing at this place can carry factors.
+        UnknownPath: nothing at this address can have factors.
     """
     atlas = Atlas.of(model)
     modules: dict[str, None] = {}

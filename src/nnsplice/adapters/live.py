@@ -19,9 +19,9 @@ from nnsplice.paths import Path, Paths
 @renamed(paths="sites")
 @contextmanager
 def disabled(model: Any, sites: Paths = "full") -> Iterator[None]:
-    """While it is open, the model runs without its adapter, or without the adapter's factors at some places.
+    """Disable a PEFT adapter in a `with` block, everywhere or at some addresses.
 
-    Every address stays valid, so a capture inside and one outside can be subtracted:
+    Every address stays valid, so captures inside and outside the block can be subtracted:
 
     >>> from copy import deepcopy
     >>> from peft import LoraConfig, get_peft_model
@@ -37,13 +37,12 @@ def disabled(model: Any, sites: Paths = "full") -> Iterator[None]:
 
     Args:
         model: a model with a PEFT adapter, loaded by `ns.load(base, peft=folder)` or wrapped by PEFT.
-        sites: where: `"layers[0:3]"`, `"layers[:].mlp"`, ... Places without factors are passed over, as long as there
-            are factors at one of them.
+        sites: where to disable it: `"layers[0:3]"`, `"layers[:].mlp"`, ... At least one address has to have factors.
 
     Raises:
-        BadArgument: no adapter, or one that was merged into the weights.
-        UnknownPath: no factors at any of the places.
-        RefusedPlace: the adapter trained parameters of the model itself, which stay changed.
+        BadArgument: a model without an adapter, or with one that is merged into the weights.
+        UnknownPath: no factors at any of the addresses.
+        RefusedPlace: the adapter trained biases of the model itself, which stay changed.
     """
     layers = _layers(model)
     if not layers:

@@ -13,7 +13,7 @@ from nnsplice.errors import BadArgument, FileError, ShapeError
 
 @dataclass(eq=False)
 class LoRAMatrices:
-    """The change of one matrix as two factors: `lora_B @ lora_A`, `[out, in]`. A scale is part of `lora_B`.
+    """A low-rank change of one matrix, `lora_B @ lora_A` of shape `[out, in]`; scales are multiplied into `lora_B`.
 
     >>> pair = ns.adapters.LoRAMatrices(lora_A=torch.tensor([[0.0, 2.0]]), lora_B=torch.tensor([[3.0], [0.0]]))
     >>> pair.delta()
@@ -21,6 +21,13 @@ class LoRAMatrices:
             [0., 0.]])
     >>> float(pair.energy)
     36.0
+
+    Attributes:
+        lora_A: `[rank, in]`.
+        lora_B: `[out, rank]`.
+        singular_values: the singular values, largest first; computed from the factors if left out.
+        transposed: whether the model stores the weight as `[in, out]`, as GPT-2's Conv1D and embeddings do.
+        magnitude: DoRA's norm of each row of the changed weight; the change is then no product of the factors alone.
     """
 
     #: `[r, in]`.
@@ -46,19 +53,25 @@ class LoRAMatrices:
 
     @property
     def rank(self) -> int:
-        """How many columns and rows the factors share."""
+        """The rank of the factors."""
         return self.lora_A.shape[0]
 
     @property
     def energy(self) -> Tensor:
-        """The sum of the squared singular values: the squared Frobenius norm of the change."""
+        """The squared Frobenius norm of the change."""
         return torch.as_tensor(self.singular_values).double().square().sum()
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The change itself, `[out, in]`.
+        """The change as a matrix, `[out, in]`.
 
         Args:
-            weight: the base model's weight as it is stored, which DoRA's change depends on.
+            weight: the base model's weight as it is stored, which DoRA needs.
+
+        Returns:
+            The matrix.
+
+        Raises:
+            BadArgument: DoRA without the weight.
         """
         product = self.lora_B @ self.lora_A
         if self.magnitude is None:

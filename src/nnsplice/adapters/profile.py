@@ -163,9 +163,7 @@ class Energy:
 
 
 class AdapterProfile(dict[str, float]):
-    """Energies by weight (`frame`), by layer and part (`grid`, `plot`); as a dictionary, the share of each domain.
-
-    It is empty as a dictionary where `profile` was given no table of domains.
+    """The share of each domain, as a dictionary, with the energies behind it: `frame`, `grid`, `plot`.
 
     >>> from copy import deepcopy
     >>> tuned = deepcopy(ns.models.peel(model))
@@ -192,14 +190,14 @@ class AdapterProfile(dict[str, float]):
         return sum(one.energy for one in self.energies)
 
     def layers(self) -> dict[str, float]:
-        """The energy of each layer, in the model's order; `embed` and `unembed` for what lies outside."""
+        """The energy of each layer, with `embed` and `unembed` for the rest."""
         found: dict[str, float] = {}
         for one in self.energies:
             found[one.row] = found.get(one.row, 0.0) + one.energy
         return found
 
     def frame(self) -> pd.DataFrame:
-        """A pandas table with a row for each weight, and its share of the whole energy."""
+        """A pandas table with a row for each weight, and its share of the total energy."""
         import pandas as pd
 
         table = pd.DataFrame([asdict(one) for one in self.energies])
@@ -208,7 +206,7 @@ class AdapterProfile(dict[str, float]):
         return table
 
     def grid(self) -> tuple[list[str], list[str], np.ndarray]:
-        """Layers, parts, and the energy of each part of each layer; NaN where the adapter has no factors.
+        """The energy of each part of each layer, with the names of layers and parts; NaN without factors.
 
         >>> up, q = "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"
         >>> pair = ns.adapters.LoRAMatrices(lora_A=torch.ones(1, 4), lora_B=torch.ones(4, 1))
@@ -225,7 +223,14 @@ class AdapterProfile(dict[str, float]):
         return rows, parts, values
 
     def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
-        """The energy of each part of each layer as a heatmap."""
+        """Draw the energy of each part of each layer as a heatmap.
+
+        Args:
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+        """
         rows, parts, values = self.grid()
         return plots.heatmap(
             values,
@@ -270,7 +275,7 @@ def profile(
     total_layers: int | None = None,
     atlas: Atlas | None = None,
 ) -> AdapterProfile:
-    """The energies of an adapter by weight, layer and part; with a table, also the share of each of its domains.
+    """The energy (squared norm) of an adapter's update by weight, layer and part, and its shares by domain.
 
     >>> from copy import deepcopy
     >>> tuned = deepcopy(ns.models.peel(model))
@@ -285,9 +290,12 @@ def profile(
 
     Args:
         adapter: the factors.
-        table: domains with weights for the kinds and depths of parameters. Without one the profile has no shares.
-        total_layers: of the model; the adapter's own highest one says it where neither this nor the atlas does.
-        atlas: of the model, which knows more than names tell.
+        table: the weight of each part and depth for each domain; without one there are energies and no shares.
+        total_layers: the number of layers of the model; from `atlas`, or the adapter's highest layer, if left out.
+        atlas: `ns.Atlas.of(model)`, which locates names exactly.
+
+    Returns:
+        The shares by domain, with the energies behind them.
 
     Raises:
         BadArgument: an energy that is not a number.

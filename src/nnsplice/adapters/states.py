@@ -85,7 +85,7 @@ def _shape(state: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The `state_dict` of an optimizer in a file that `torch.save` wrote, such as `optimizer.pt` of a checkpoint.
+    """Read the `state_dict` of an optimizer from a file of `torch.save`, such as a checkpoint's `optimizer.pt`.
 
     Only tensors and plain data are read (`weights_only=True`): a file that would run code is refused.
 
@@ -97,8 +97,14 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
     >>> sorted(state), len(state["param_groups"][0]["params"])
     (['param_groups', 'state'], 40)
 
+    Args:
+        path: the file.
+
+    Returns:
+        The state dict, with `state` and `param_groups`.
+
     Raises:
-        FileError: no such file, one that holds more than data, or no optimizer.
+        FileError: no such file, a file with more than tensors and plain data, or no optimizer in it.
     """
     path = Path(path)
     if path.is_dir():

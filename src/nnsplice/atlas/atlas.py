@@ -45,12 +45,12 @@ def fingerprint(root: nn.Module) -> int:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Atlas(Parts):
-    """Where one model keeps its parts.
+    """The structure of a model: where its layers, heads and parameters are.
 
-    `Atlas.of` reads a model; `expand` says which places a path means, `locate` which place holds a name, `resolve`
-    which parameters belong to a place, `verify` whether all that is true.
+    `Atlas.of` reads a model; `expand` resolves paths to sites, `locate` finds the address of a name, `resolve` the
+    parameters of an address, and `verify` checks all this on the model.
 
-    A model whose parts are not recognised has an atlas too: native paths work, portable ones say what was missing.
+    A model whose parts are not recognised has an atlas for native paths; portable ones raise `UnrecognisedModel`.
 
     >>> atlas = ns.Atlas.of(model)
     >>> atlas
@@ -61,7 +61,14 @@ class Atlas(Parts):
 
     @classmethod
     def of(cls, model: Any) -> Atlas:
-        """The atlas of a model, whatever it is wrapped in; read again when its structure has changed."""
+        """The atlas of a model; it is read again when the model's structure has changed.
+
+        Args:
+            model: a model from `ns.load`, or a module in any wrapper.
+
+        Returns:
+            The atlas.
+        """
         root = peel(model)
         mark = fingerprint(root)
         known = _ATLASES.get(root)
@@ -74,56 +81,96 @@ class Atlas(Parts):
         return atlas
 
     def expand(self, path: Path | str) -> list[Path]:
-        """Every concrete place that a path means, in numeric order, each with its `site`.
+        """Resolve a path to single sites, in numeric order.
 
         >>> [str(path) for path in ns.Atlas.of(model).expand("layers[-2:].output[-1]")]
         ['layers[1].output[-1]', 'layers[2].output[-1]']
+
+        Args:
+            path: the path.
+
+        Returns:
+            One path for each site.
         """
         path = parse_path(path)
         return list(expand_native(self, path) if path.native else expand_portable(self, path))
 
     def locate(self, name: str) -> Path:
-        """The smallest portable place that holds a parameter, buffer or module, else its native path.
+        """The smallest portable address of a parameter, buffer or module, or its native path.
 
-        Names of wrapped models, adapter files and checkpoints of the same family are understood too.
+        Names of wrapped models, adapter files and checkpoints of the same family are accepted.
 
         >>> print(ns.Atlas.of(model).locate("module.transformer.h.2.mlp.c_fc.bias"))
         layers[2].mlp.up
+
+        Args:
+            name: the name.
+
+        Returns:
+            The address.
+
+        Raises:
+            UnknownPath: the model has nothing of this name.
         """
         return locate(self, name)
 
     def resolve(self, path: Path | str) -> Selection:
-        """The parameters of a place, as slices.
+        """The parameters of an address, as slices.
 
         >>> ns.Atlas.of(model).resolve("layers[0].heads[1]").parts["transformer.h.0.attn.c_proj.weight"]
         (0, ((4, 8),))
+
+        Args:
+            path: the address.
+
+        Returns:
+            The selection.
         """
         return resolve(self, parse_path(path))
 
     def split(self, path: Path | str) -> list[Path]:
-        """The single places that a path means where weights are asked for, by number.
+        """The single addresses of weights that a path stands for.
 
         >>> [str(place) for place in ns.Atlas.of(model).split("layers[-2:].attn.q")]
         ['layers[1].attn.q', 'layers[2].attn.q']
+
+        Args:
+            path: the path.
+
+        Returns:
+            One path for each.
         """
         return list(split(self, parse_path(path)))
 
     def unclaimed(self, layer: int, tower: str = "decoder") -> tuple[str, ...]:
-        """Parameters of a layer's attention that no head is known to own, and that are not all heads' alike.
+        """Attention parameters of a layer that belong to no known head, and are not shared by all.
 
-        Where there are any, a mask of one head would leave out a part of it, and is refused.
+        If there are any, masks of single heads are refused.
 
         >>> ns.Atlas.of(model).unclaimed(0)
         ()
+
+        Args:
+            layer: the layer.
+            tower: `"encoder"` or `"decoder"`.
+
+        Returns:
+            The names of the parameters.
         """
         return unclaimed(self, self.towers[tower].blocks[layer])
 
     def verify(self, *, layers: Iterable[int] | None = None) -> list[Check]:
-        """Ask the model itself whether heads and roles are where this atlas says; changes nothing in it.
+        """Check on the model that heads and roles are where this atlas has them; the model is not changed.
 
-        What places promise beyond that (branches add up, patterns mix values) is measured when they are first used.
+        Properties of activations (branches add up, patterns mix values) are measured when first used.
 
         >>> all(check.ok for check in ns.Atlas.of(model).verify(layers=[0]))
         True
+
+        Args:
+            layers: the layers to check; all if left out.
+
+        Returns:
+            A check for each kind, with `ok`.
         """
         return verify(self, layers=layers)

@@ -11,16 +11,25 @@ from nnsplice.errors import BadType
 
 
 def peel(model: Any) -> nn.Module:
-    """The bare module inside nnsight, `torch.compile`, DDP or PEFT wrappers, in whatever order they were put on.
+    """The plain module inside nnsight, `torch.compile`, DDP or PEFT wrappers, nested in any order.
 
-    For what wants a plain module: copies, training, other libraries. Adapter layers that PEFT injected stay: they are
-    parts of the model that runs.
+    For copies, training and other libraries, which need a plain module. Adapter layers that PEFT injected stay, as
+    parts of the model.
 
     >>> type(ns.models.peel(ns.load("toy"))).__name__
     'GPT2LMHeadModel'
     >>> inner = torch.nn.Linear(2, 2)
     >>> ns.models.peel(torch.nn.DataParallel(inner)) is inner
     True
+
+    Args:
+        model: a module or an nnsight model.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        BadType: neither a module nor an nnsight model.
     """
     while True:
         inner = _inside(model)

@@ -21,10 +21,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which parameters of a model, and which slices of them.
+    """A choice of a model's parameters, or of slices of them.
 
-    `a | b` is what either selects, `a & b` what both do, `a - b` what only the first does, `~a` all the rest of the
-    model. Whatever its size, a selection costs bytes, until `masks` is asked for.
+    `a | b` is the union, `a & b` the intersection, `a - b` the difference, and `~a` the rest of the model. No masks are
+    in memory until `masks` is called.
 
     >>> rows = Selection.of({"q.weight": (0, ((8, 16),))}, {"q.weight": (32, 64)})
     >>> len(rows), rows.numel()
@@ -33,6 +33,11 @@ class Selection:
     512
     >>> (~rows).parts["q.weight"]
     (0, ((0, 8), (16, 32)))
+
+    Attributes:
+        parts: parameter -> None for all of it, or an axis and ranges along it.
+        shapes: the shapes of these parameters.
+        universe: the shapes of all parameters of the model.
     """
 
     parts: Mapping[str, Part]
@@ -43,11 +48,14 @@ class Selection:
 
     @classmethod
     def of(cls, parts: Mapping[str, Part], shapes: Shapes) -> Selection:
-        """A selection with ranges in their shortest form, so that equal choices are equal values.
+        """A selection in its canonical form, so that equal choices are equal values.
 
         Args:
-            parts: name -> None for all of it, or an axis and ranges along it.
+            parts: parameter -> None for all of it, or an axis and ranges along it.
             shapes: the shapes of all parameters of the model.
+
+        Returns:
+            The selection.
         """
         short = {name: _shorten(part, shapes[name]) for name, part in parts.items()}
         kept = {name: part for name, part in short.items() if part is None or part[1]}
@@ -56,11 +64,11 @@ class Selection:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The parameters of which anything is selected."""
+        """The parameters that are selected, in whole or in part."""
         return tuple(self.parts)
 
     def numel(self) -> int:
-        """How many numbers are selected."""
+        """The number of selected numbers."""
         return sum(map(self._numel, self.parts))
 
     def _numel(self, name: str) -> int:
@@ -71,19 +79,33 @@ class Selection:
         return prod(shape) // shape[axis] * sum(stop - start for start, stop in ranges)
 
     def masks(self, device: torch.device | str | None = None) -> dict[str, torch.Tensor | None]:
-        """A bool mask per parameter, or None for the whole of it.
+        """A boolean mask for each parameter, or None for a whole one.
 
-        The masks have the parameter's shape but not its memory: they are expanded from one axis, and are read only.
+        The masks are expanded views of one axis, and read-only.
 
         >>> masks = ns.weights.select(model, "l1h2").masks()
         >>> {name: int(mask.sum()) for name, mask in masks.items()}
         {'transformer.h.1.attn.c_attn.weight': 192, 'transformer.h.1.attn.c_attn.bias': 12,
          'transformer.h.1.attn.c_proj.weight': 64}
+
+        Args:
+            device: the device of the masks.
+
+        Returns:
+            The masks by parameter.
         """
         return {name: self.mask(name, device) for name in self.parts}
 
     def mask(self, name: str, device: torch.device | str | None = None) -> torch.Tensor | None:
-        """The mask of one parameter, or None for the whole of it."""
+        """The boolean mask of one parameter, or None for a whole one.
+
+        Args:
+            name: the parameter.
+            device: the device of the mask.
+
+        Returns:
+            The mask.
+        """
         part, shape = self.parts[name], self.shapes[name]
         if part is None:
             return None
@@ -94,10 +116,13 @@ class Selection:
         return line.view(*(-1 if i == axis else 1 for i in range(len(shape)))).expand(shape)
 
     def tree(self, *, colour: bool = False) -> str:
-        """What is selected, as a tree of modules with a bar for each parameter.
+        """The selection as a tree of modules, with a bar for each parameter.
 
         Args:
-            colour: with the colours of a terminal.
+            colour: use the colours of a terminal.
+
+        Returns:
+            The text of the tree.
         """
         return draw([Row(name, self._numel(name), prod(self.shapes[name])) for name in self.parts], colour=colour)
 

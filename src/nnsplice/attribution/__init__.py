@@ -1,12 +1,17 @@
 """Attribution: what places and paths are worth, estimated from gradients, and exactly along chosen paths.
 
-attribute       the methods, from a plan to a result
+attribute       from a question to a result
+methods         the table of methods, and how one scores prompts
 gradients       one run whose values are tied to its logits
 nodes           atp and ig: scores of places
 star, attention atp*: what its two corrections need
 branches        what reads the stream and what adds to it
 edges           eap and eap-ig: scores between places
+relevance       relp: eap with the gradients of other rules
+routes          ifr: shares of what receivers read, without gradients
+exact           every edge, measured
 path_patching   what a place does through chosen others, exactly
+selecting       auto: which method is the best on a slice
 verifying       estimates checked against exact values
 """
 

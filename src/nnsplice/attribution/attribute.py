@@ -3,71 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from nnsplice import engine
-from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
-from nnsplice.attribution import edges, exact, nodes, relevance, star, verifying
-from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
-from nnsplice.attribution.nodes import Batch
-from nnsplice.errors import BadArgument, RefusedPlace, ShapeError, circumstances
+from nnsplice.attribution import edges, exact, selecting, verifying
+from nnsplice.attribution.methods import METHODS, Estimator, Method, steps_of
+from nnsplice.attribution.selecting import AUTO, Choice
+from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import MetricLike, Several
-from nnsplice.packed.cost import Law
 from nnsplice.paths import Paths
-from nnsplice.progress import bar
-from nnsplice.results import Run, SweepResult, Table
-from nnsplice.sweeps.identity import labels_of
-from nnsplice.sweeps.ledger import check_baselines
+from nnsplice.results import SweepResult
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import check_mode
 
-
-def _plain(_model: engine.Model) -> AbstractContextManager[None]:
-    """Gradients as they are."""
-    return nullcontext()
-
-
-@dataclass(frozen=True)
-class Method:
-    """How scores are made."""
-
-    #: For cells: a batch -> its corrupted run and `[row, cell]`. None where edges are scored.
-    nodes: Callable[[Batch], tuple[Flow, Tensor]] | None
-    #: Whether gradients are taken along a way, of so many `steps`.
-    stepwise: bool = False
-    #: Whether edges are measured, and not estimated.
-    measured: bool = False
-    #: What gradients are taken in.
-    rules: Callable[[engine.Model], AbstractContextManager[None]] = _plain
-
-
-METHODS: dict[str, Method] = {
-    "atp": Method(nodes.at_corrupted),
-    "atp*": Method(star.with_both_fixes),
-    "ig": Method(nodes.along_the_way, stepwise=True),
-    "eap": Method(None),
-    "eap-ig": Method(None, stepwise=True),
-    "relp": Method(None, rules=relevance.rules),
-    "exact": Method(None, measured=True),
-}
-#: What one gradient tells little of: a patch of the stream replaces all that was computed before it, which takes the
-#: model far from where the gradient was taken. Measured on a pretrained model in docs/real.md.
-_STREAM = (
-    'one gradient is a rough guess for the residual stream, in size and in order; method="ig", or verify= for numbers '
-    "that are exact"
-)
-#: Gradients on the way between two runs, where nobody says how many.
-STEPS = 5
+#: How `auto` chooses: part of what a result is.
+_AUTO_ASKED: dict[str, Any] = {"auto": {"prompts": selecting.PROMPTS, "cells": selecting.CELLS}}
 
 
 def attribute(
@@ -89,10 +43,10 @@ def attribute(
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> SweepResult:
-    """Estimate what `ns.sweep` would measure, for all sites at once, from a few gradients.
+    """Attribution patching: estimate the effects of `ns.sweep` for all sites at once, from gradients.
 
-    The result is a sweep's, on the same grid, and says of itself that it is an estimate (`result.method`): the value of
-    a cell is the corrupted run's metric and the score on top.
+    The result has the grid of a sweep, with the corrupted metric plus the estimated effect in each cell;
+    `result.method` is the method.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> result = ns.attribute(model, "w3 w4 w5", "w3 w6 w5", "layers[:].heads[:]", metric, verify=3, progress=False)
@@ -105,32 +59,58 @@ def attribute(
 
     * `"atp"`: (clean - corrupted) times the gradient in the corrupted run. Two forward passes, one backward. Good for
       heads and MLPs; a rough guess for the residual stream, which the result's note says.
-    * `"atp*"`: the same, but probabilities that a patched query or key would make are computed, and sizes are the mean
-      over runs in which one layer passes no gradient back, so that effects do not cancel. One backward for each layer.
-    * `"ig"`: the mean gradient at `steps` points between the two runs' embeddings, instead of the one in the corrupted.
-    * `"eap"`, `"eap-ig"`: scores of edges, from sites to the `receivers`, as `result.edges()`; a cell is the sum of its
-      edges. Here a site without positions is all its tokens at once, as in `ns.path_patch`, which is the exact answer.
-    * `"relp"`: as `"eap"`, with gradients by rules of relevance propagation: norms' scales and attention patterns
-      stand still, activations have the slope act(x) / x, the factors of a gate share theirs. Queries and keys get none.
-    * `"exact"`: no estimate. Each edge by `ns.path_patch`: as many runs as there are edges.
+    * `"atp*"`: AtP with both of its fixes: attention probabilities are recomputed for patched queries and keys, and
+      sizes are averaged over runs in which one layer passes no gradient back. One backward pass for each layer.
+    * `"ig"`: integrated gradients: the mean gradient at `steps` points between the embeddings of the two runs.
+    * `"eap"`, `"eap-ig"`: edge attribution patching: scores of edges from sites to `receivers`, as `result.edges()`; a
+      cell is the sum of its edges. A site without a position is all its tokens at once. `ns.path_patch` is exact.
+    * `"relp"`: `"eap"` with the gradient rules of layer-wise relevance propagation: the scales of norms and attention
+      patterns are constants, an activation has the slope act(x) / x, and a gate's two factors share the gradient.
+      Queries and keys get none.
+    * `"ifr"`: edges without gradients: which share of what a receiver reads in the clean run comes from the sender, as
+      the mean over its tokens. Shares know neither the metric nor the corrupted run, and are never below 0: they order
+      edges, and are no change of the metric, also where the model is a straight line. The logits count where the metric
+      reads.
+    * `"auto"`: the one of these that is best here. Some cells of some prompts (with `receivers`, some edges) are
+      computed exactly, each method that fits estimates them too, and the one with the most recall for a pass of the
+      model is taken. `run.note` has the table, `result.method` the one that was taken.
+    * `"exact"`: no estimate: each edge is measured with `ns.path_patch`, one run for each edge.
 
     Args:
-        receivers: for edges, where they end; if left out, at every query, key and value head, MLP and the logits.
-        steps: how many gradients `"ig"` and `"eap-ig"` take on the way; 5 if left out.
-        verify: compute so many of the largest exactly, and as many of the others drawn at random:
-            `result.verification` says how well the estimates did, and `frame()` has the exact values beside them.
-        spans: where named spans stand, as for `ns.sweep`.
+        model: a model from `ns.load`, in eval mode.
+        clean: the prompts that values are taken from. Prompt i is paired with prompt i of `corrupted`.
+        corrupted: the prompts of the run that effects are estimated for.
+        sites: a path or several; for methods of nodes, each token is a cell where a path has no position.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`, or a function of the logits.
+        method: one of the methods above.
+        receivers: paths where edges end; if left out, the query, key and value of every head, every MLP, and the
+            logits.
+        steps: the number of gradients on the path for `"ig"` and `"eap-ig"`; 5 if left out.
+        verify: how many of the largest estimates to compute exactly, and as many others drawn at random;
+            `result.verification` compares them, and `frame()` has the exact values.
+        spans: token spans by name, as for `ns.sweep`.
         align: `"position"` or `"end"`, as for `ns.sweep`; `"role"` with `"atp"`.
-        seed: of the draw of others.
-        executor: of the sweep that verifies.
-        max_tokens: how many tokens run at once.
-        journal: a file that what is verified is appended to, as for `ns.run`.
-        progress: show a bar.
+        seed: the seed of the random cells that `verify` draws.
+        executor: the executor of the sweep that verifies.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        journal: a file that verified cells are appended to, as for `ns.run`.
+        progress: show a progress bar.
+
+    Returns:
+        The estimates on the grid of a sweep; `result.edges()` for methods of edges.
+
+    Raises:
+        BadArgument: a method that does not exist, an option that the method does not have, several metrics, or a model
+            in train mode.
+        ShapeError: prompts of different lengths, for a method that interpolates between their embeddings.
+        RefusedPlace: a site without a gradient, such as a pattern or one expert.
     """
+    start = time.perf_counter()
     model = engine.as_model(model)
-    chosen = _method(method, receivers, steps, verify)
+    _check_numbers(steps, verify)
+    chosen = None if method == AUTO else _method(method, receivers, steps, verify)
     with circumstances("ns.attribute"):
-        together = chosen.nodes is None
+        together = receivers is not None if chosen is None else chosen.nodes is None
         plan = plan_sweep(
             model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together
         )
@@ -139,19 +119,27 @@ def attribute(
                 f"attribute takes the gradient of one metric at one position, and this is {plan.metric.metric.name}",
                 expected="one metric of single tokens, such as ns.logit_diff",
             )
-        if align == "role" and method != "atp":
-            raise BadArgument(
-                f'{method} takes points between two prompts, token by token, and align="role" pairs them otherwise',
-                expected='method="atp"',
-            )
         check_mode(model)
-        steps = (STEPS if steps is None else steps) if chosen.stepwise else 0
         graph = edges.Graph.of(model, plan, receivers) if together else None
-        plan = replace(plan, asked=_asked(plan, method, steps, graph))
+        at_once = engine.room(model, max_tokens)
+        choice: Choice | None = None
+        if chosen is None:
+            each = {
+                name: Estimator(model, plan, name, one, graph, steps_of(one, steps), at_once, progress=False)
+                for name, one in METHODS.items()
+                if (one.nodes is None) == together and not one.measured
+            }
+            choice = selecting.choose(
+                model, plan, graph, each, executor=executor, max_tokens=max_tokens, progress=progress
+            )
+            method, chosen = choice.taken, METHODS[choice.taken]
+        asked = _asked(plan, method, steps_of(chosen, steps), graph)
+        plan = replace(plan, asked=asked if choice is None else {**asked, **_AUTO_ASKED})
         if chosen.measured:
             assert graph is not None
             return exact.measured(model, plan, graph, max_tokens=max_tokens, journal=journal, progress=progress)
-        estimated = _estimated(model, plan, method, chosen, graph, steps, engine.room(model, max_tokens), progress)
+        work = Estimator(model, plan, method, chosen, graph, steps_of(chosen, steps), at_once, progress)
+        estimated = work.result(choice, start)
     if not verify:
         return estimated
     return verifying.verified(
@@ -160,10 +148,14 @@ def attribute(
 
 
 def asked_of(model: Any, plan: Plan, method: str, receivers: Paths | None, steps: int | None) -> dict[str, Any]:
-    """What the estimates of a plan are asked for: their identity, but for what is verified."""
+    """What the estimates of a plan are asked for: their identity, but for what is verified, and what `auto` takes."""
+    _check_numbers(steps, 0)
+    if method == AUTO:
+        graph = None if receivers is None else edges.Graph.of(engine.as_model(model), plan, receivers)
+        return {**plan.asked, **_AUTO_ASKED, **({} if graph is None else {"receivers": list(graph.receivers)})}
     chosen = _method(method, receivers, steps, 0)
     graph = edges.Graph.of(engine.as_model(model), plan, receivers) if chosen.nodes is None else None
-    return _asked(plan, method, (STEPS if steps is None else steps) if chosen.stepwise else 0, graph)
+    return _asked(plan, method, steps_of(chosen, steps), graph)
 
 
 def _asked(plan: Plan, method: str, steps: int, graph: edges.Graph | None) -> dict[str, Any]:
@@ -173,7 +165,7 @@ def _asked(plan: Plan, method: str, steps: int, graph: edges.Graph | None) -> di
 
 def _method(name: str, receivers: Any, steps: int | None, verify: int) -> Method:
     if name not in METHODS:
-        raise BadArgument(f"there is no method {name!r}", expected=", ".join(METHODS))
+        raise BadArgument(f"there is no method {name!r}", expected=", ".join((*METHODS, AUTO)))
     chosen = METHODS[name]
     if receivers is not None and chosen.nodes is not None:
         raise BadArgument(f"{name} scores places, so receivers would do nothing", expected='method="eap" or "eap-ig"')
@@ -181,120 +173,11 @@ def _method(name: str, receivers: Any, steps: int | None, verify: int) -> Method
         raise BadArgument(f"{name} is measured, so verify={verify} would do nothing", expected="no verify")
     if steps is not None and not chosen.stepwise:
         raise BadArgument(f"{name} takes no steps, so steps={steps} would do nothing", expected="ig or eap-ig")
+    return chosen
+
+
+def _check_numbers(steps: int | None, verify: int) -> None:
     if steps is not None and (isinstance(steps, bool) or steps < 1):
         raise BadArgument(f"steps={steps}", expected="at least 1")
     if isinstance(verify, bool) or not isinstance(verify, int) or verify < 0:
         raise BadArgument(f"verify={verify!r}", expected="how many of the largest to compute exactly, or 0")
-    return chosen
-
-
-def _estimated(
-    model: engine.Model,
-    plan: Plan,
-    name: str,
-    method: Method,
-    graph: edges.Graph | None,
-    steps: int,
-    at_once: int,
-    progress: bool,
-) -> SweepResult:
-    start, spent = time.perf_counter(), Spent(Law.of(model))
-    _check_kinds(plan, name)
-    prompts = len(plan.corrupted)
-    scores = np.zeros((prompts, len(plan.targets)))
-    made_of = None if graph is None else np.zeros((*scores.shape, len(graph.receivers)))
-    clean, corrupted = np.zeros(prompts), np.zeros(prompts)
-    (entry,) = engine.expand(model, "encoder.embed" if engine.is_encoder_decoder(model) else "embed")
-
-    def work(rows: list[int]) -> None:
-        wanted = nodes.wanted_of(plan, rows)
-        paths = [one.place for one in wanted]
-        if method.stepwise:
-            _check_way(plan, rows, name)
-            paths.append(entry)
-        values, logits = nodes.clean_run(model, plan, rows, paths, spent)
-        batch = Batch(model, plan, tuple(rows), wanted, values, logits, entry, steps, spent)
-        if not wanted:  # no cell of these prompts can differ
-            one, found = batch.run([], tied=False), None
-        elif graph is not None:
-            one, found = graph.scores(batch)
-        else:
-            assert method.nodes is not None
-            one, found = method.nodes(batch)
-        with torch.no_grad():
-            plan.metric.check_answers(logits, rows)
-            clean[rows] = plan.metric(logits, rows, logits).double().cpu().numpy()
-            corrupted[rows] = plan.metric(one.logits, rows, logits).double().cpu().numpy()
-        if found is not None:
-            (scores if made_of is None else made_of)[rows] = found.cpu().numpy()
-        shown.update(len(rows))
-
-    with differentiable(model), method.rules(model), bar("attribution", prompts, "prompt", progress) as shown:
-        for rows in batches(plan.corrupted, range(prompts), at_once):
-            halving(rows, work)
-    check_baselines(plan.metric, clean=clean, corrupted=corrupted)
-    exists = plan.exists()
-    if made_of is not None and graph is not None:
-        scores = made_of.sum(-1)
-        made_of[~(exists[..., None] & graph.joined(plan).numpy()[None])] = np.nan
-    passes = f"{_count(spent.cost.forwards, 'forward')} and {_count(spent.backwards, 'backward')}"
-    about = Run(
-        name, time.perf_counter() - start, **spent.cost.told(), known=len(plan.known),
-        note="; ".join([f"estimated with {passes}", *dict.fromkeys(spent.notes), *_doubts(plan, name)]),
-    )  # fmt: skip
-    cells = tuple(target.cell for target in plan.targets)
-    table = Table(
-        cells, corrupted[:, None] + scores, exists, exists, clean, corrupted, plan.tokens, plan.asked, about,
-        edges=made_of, receivers=() if graph is None else graph.receivers, labels=labels_of(model, plan),
-    )  # fmt: skip
-    return SweepResult(table)
-
-
-def _doubts(plan: Plan, name: str) -> list[str]:
-    """What is known of estimates of such places, for the note."""
-    stream = any(
-        not path.native and path.steps[-1].name in ("layers", "embed") and path.value in ("input", "mid", "output")
-        for path in nodes.places_of(plan)
-    )
-    return [_STREAM] if name == "atp" and stream else []
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what} pass{'es' * (number != 1)}"
-
-
-def _check_kinds(plan: Plan, name: str) -> None:
-    joint = next((target for target in plan.targets if target.is_set), None)
-    if joint is not None:
-        raise BadArgument(
-            f"{name} says what each site is worth by itself, and what a set does together is not the sum of these",
-            path=joint.cell.path,
-            expected="single sites",
-            write="ns.sweep(...)   (exact)",
-        )
-    for path in nodes.places_of(plan):
-        kind = site_of(path).kind
-        if kind in ("pattern", "expert"):
-            raise RefusedPlace(
-                f"{'a pattern' if kind == 'pattern' else 'one expert'} is derived from several values of a run, so "
-                f"{name} has no gradient of it",
-                path=path,
-                write="ns.sweep(...)   (exact)",
-            )
-
-
-def _check_way(plan: Plan, rows: list[int], name: str) -> None:
-    assert plan.clean is not None
-    if plan.clean.decoder_ids != plan.corrupted.decoder_ids:
-        raise BadArgument(
-            f"{name} goes from the embeddings of one prompt to those of the other, and here both towers differ",
-            expected='one decoder prompt, or method="atp"',
-        )
-    for row in rows:
-        here, there = plan.corrupted.lengths("encoder")[row], plan.clean.lengths("encoder")[row]
-        if here != there:
-            raise ShapeError(
-                f"pair {row}: {name} goes from the embeddings of one prompt to those of the other, and they have "
-                f"{here} and {there} tokens",
-                expected='prompts of one length in a pair, or method="atp"',
-            )

@@ -17,6 +17,7 @@ from nnsplice.atlas import Site, peel
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path
+from nnsplice.sweeps.executors import check_length
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 
@@ -135,6 +136,7 @@ def flow(
                 tensor.requires_grad_()  # the first value of the run: what comes after it is tied to it
             tensors[key] = tensor
             values[key] = wire.as_rows(tensor.detach().clone(), len(rows))
+            check_length(access, values[key], prompts.lengths(access.tower)[rows[0]])
             if access.kind != "stream" and (tied or mixed is not None):
                 # The run goes on with a copy, because some blocks add to the very tensor that a branch gave them.
                 packed = wire.repack(inner, access.item, tensor.clone())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.atlas import peel
@@ -126,7 +126,14 @@ def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, st
 
 def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_Answer, Cost]:
     jobs = cells(work)
-    metric = replace(work.plan.metric.metric, name="logits", rule=direction, answers={}, compares=False, local=False)
+    size = 0.0
+
+    def pointing(logits: Tensor) -> Tensor:
+        nonlocal size
+        size = max(size, float(logits.abs().max()))
+        return direction(logits)
+
+    metric = replace(work.plan.metric.metric, name="logits", rule=pointing, answers={}, compares=False, local=False)
     probe = replace(work, plan=replace(work.plan, metric=metric.bind(None, len(work.plan.corrupted))), memo={})
     alone: list[float] = []
     cost, refused = Cost(), ""
@@ -147,15 +154,21 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_A
         cost += spent
         apart = max(abs(a - b) for a, b in zip(values, alone, strict=True))
         if apart <= allowed(work):
-            rough, spent = _rough(work, fast, slow, jobs, way)
+            rough, spent = _rough(work, fast, slow, jobs, way, size)
             return _Answer(way, "", longest, rough), cost + spent
         refused = f"the logits of a cell point {apart:.2g} away from where the three runs of its own point"
-    rough, spent = _rough(work, None, slow, jobs, None)
+    rough, spent = _rough(work, None, slow, jobs, None, size)
     return _Answer(None, refused, longest, rough), cost + spent
 
 
-def _rough(work: Work, fast: Executor | None, slow: Executor, jobs: Sequence[Job], way: str | None) -> tuple[str, Cost]:
-    """What half precision makes of the metric: cells together, where they run so, beside cells by themselves."""
+def _rough(
+    work: Work, fast: Executor | None, slow: Executor, jobs: Sequence[Job], way: str | None, size: float
+) -> tuple[str, Cost]:
+    """What half precision makes of the metric: cells together, where they run so, beside cells by themselves.
+
+    Args:
+        size: of the cells' logits.
+    """
     if dtype_of(work) not in ROUGH:
         return "", Cost()
     trial, alone, cost = replace(work, memo={} if way is None else {"way": way}), [], Cost()
@@ -167,4 +180,4 @@ def _rough(work: Work, fast: Executor | None, slow: Executor, jobs: Sequence[Job
     if fast is not None:
         together, spent = fast(trial, jobs)
         apart, cost = float(np.abs(np.asarray(together, float) - np.asarray(alone, float)).max()), cost + spent
-    return rounding(work, apart, float(np.abs(np.asarray(alone, float)).max())), cost
+    return rounding(work, apart, size), cost

@@ -25,7 +25,7 @@ from nnsplice.metrics import Metrics
 from nnsplice.packed.cost import Cost
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
-from nnsplice.sweeps.executors import Executor, Work, measured, whole_prompts
+from nnsplice.sweeps.executors import Executor, Work, check_length, measured, whole_prompts
 from nnsplice.sweeps.options import RUNNING, check_options, known_of
 from nnsplice.sweeps.plan import Job, Plan
 from nnsplice.sweeps.planning import plan_sweep
@@ -48,13 +48,14 @@ def path_patch(
     together: bool = True,
     **options: Any,
 ) -> SweepResult:
-    """Patch every sender by itself, and let its new value reach the receivers alone.
+    """Path patching: patch one sender at a time, and let its new value reach the receivers only.
 
-    The corrupted run, with the sender as in the clean one and every attention and MLP behind it held still, tells what
-    the receivers would then read; with that written into the receivers, and everything else free, the metric is taken.
-    Two receivers do not reach each other in the first of these runs: each gets what comes straight from the sender.
+    First the corrupted run is made with the sender's clean value and all attention and MLP outputs after it held fixed,
+    which gives the receivers' new values. These are then written into a corrupted run in which nothing else is fixed,
+    and the metric is measured. A receiver does not see another receiver's new value in the first run: each gets the
+    sender's direct contribution.
 
-    With `"unembed"` as the receiver it is the sender's direct effect on the logits.
+    The receiver `"unembed"` gives the direct effect on the logits.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> pair = "w3 w4 w5", "w3 w6 w5"
@@ -62,11 +63,24 @@ def path_patch(
     Frozen({'prompt': 1, 'layer': 1, 'head': 4})
 
     Args:
-        senders: paths; each place is a cell. Without positions all its tokens are patched at once, with `[:]` each
-            token is a cell of its own.
-        receivers: paths to queries, keys, values, heads, branches or the stream; without positions, at all tokens.
-        together: False makes each token of a sender without positions a cell of its own, as `[:]` does.
-        options: those of `ns.plan_sweep` (`spans`, `align`) and `ns.run` (`max_tokens`, `journal`, `progress`).
+        model: a model from `ns.load`, in eval mode.
+        clean: the prompts that the senders' values are taken from. Prompt i is paired with prompt i of `corrupted`.
+        corrupted: the prompts whose run is edited.
+        senders: a path or several; each site is a cell. Without a position all its tokens are patched at once, with
+            `[:]` each token is a cell.
+        receivers: paths to queries, keys, values, heads, attention or MLP outputs, or the stream; without a position,
+            at all tokens.
+        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
+        together: False makes each token of a sender without a position a cell, as `[:]` does.
+        **options: `spans`, `align` and `window` of `ns.plan_sweep`; `max_tokens`, `journal` and `progress` of `ns.run`.
+
+    Returns:
+        The metric with each sender patched.
+
+    Raises:
+        BadType: an option that does not exist.
+        BadArgument: a set of senders, a metric of several tokens, or no sender before a receiver.
+        RefusedPlace: a sender or receiver that is derived from several values, such as a pattern or one expert.
     """
     if "executor" in options:
         raise BadArgument("path_patch has one way of running", expected="no executor=")
@@ -179,6 +193,7 @@ class Routes:
             mediator = engine.worker(model, "ns.path_patch")
             for access in accesses(model, stops):
                 held = hold(access, mediator, batch.rows(access.tower))
+                check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
                 held.write(pass_.changed(access, held.tensor))
             found.append(wire.logits_of(model)[len(prompts) + len(jobs) :, at].clone())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas, Block, peel
 from nnsplice.attribution.branches import branches_of
 from nnsplice.attribution.edges import norm_behind
+from nnsplice.attribution.norms import Norm, norms_of
 from nnsplice.errors import RefusedPlace
 
 #: Modules without parameters that are no activation.
@@ -43,9 +45,10 @@ def rules(model: engine.Model) -> Iterator[None]:
                     path=branch.added,
                     write='method="eap-ig"',
                 )
-        for module in root.get_submodule(tower.prefix).modules():
-            if "norm" in type(module).__name__.lower() and not list(module.children()):
-                _after(stack, module, _frozen_scale)
+        inside = root.get_submodule(tower.prefix).named_modules(prefix=tower.prefix)
+        names = [n for n, m in inside if "norm" in type(m).__name__.lower() and not list(m.children())]
+        for name, norm in norms_of(model, names).items():
+            _after(stack, root.get_submodule(name), partial(_frozen_scale, norm))
         for block in tower.blocks:
             _attention(stack, model, root, block)
             _mlp(stack, root, block)
@@ -128,10 +131,10 @@ def _valued(value: Tensor, line: Tensor) -> Tensor:
     return value.detach() + (line - line.detach())
 
 
-def _frozen_scale(module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
+def _frozen_scale(norm: Norm, _module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
     """A norm whose scale is a constant: what is left of it is a straight line."""
-    line = states - states.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else states
-    return _valued(out, line * _ratio(out - _bias(module, out), line))
+    line = norm.line(states)
+    return _valued(out, line * _ratio(out - norm.bias, line))
 
 
 def _frozen_slope(_module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
@@ -143,11 +146,6 @@ def _ratio(out: Tensor, states: Tensor) -> Tensor:
     with torch.no_grad():
         tiny = states.abs() < torch.finfo(states.dtype).tiny
         return torch.where(tiny, torch.zeros_like(out), out / torch.where(tiny, torch.ones_like(states), states))
-
-
-def _bias(module: nn.Module, out: Tensor) -> Tensor:
-    bias = getattr(module, "bias", None)
-    return torch.zeros_like(out) if bias is None else bias
 
 
 def _halved(_module: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -38,9 +38,9 @@ def convert(
     carry: Mapping[str, Path | str] | None = None,
     workers: int = 1,
 ) -> None:
-    """Read a checkpoint through a mapper and write what comes out; config, tokenizer and the like come along.
+    """Convert a checkpoint with a mapper; config, tokenizer and other files are copied.
 
-    The two folders may be one: it keeps its old weights until the new ones are whole.
+    Both folders may be the same: the old weights stay until the new ones are complete.
 
     >>> from nnsplice.checkpoints import Checkpoint, convert, renaming
     >>> from tempfile import TemporaryDirectory
@@ -51,12 +51,22 @@ def convert(
     ['layers.0.attn.c_attn.bias', 'layers.0.attn.c_attn.weight']
 
     Args:
-        mapper: from the names in `src_dir` to those in `dest_dir`. What `mapper_between` derived has to be complete,
-            with a place for every tensor that says anything; its `mapper` leaves out the others.
-        resume: go on with what a stopped call has finished; and leave what this one finishes, should it stop.
-        carry: other files for the new folder, over those of `src_dir`: name -> a file to copy, or a text.
-        workers: how many processes share the work, which pays for tens of gigabytes: each takes seconds to begin. In a
-            script, behind `if __name__ == "__main__":`.
+        src_dir: the checkpoint to read.
+        dest_dir: the folder to write, made or replaced.
+        mapper: from the names in `src_dir` to those in `dest_dir`. A result of `mapper_between` has to be complete; its
+            `mapper` attribute leaves out what could not be derived.
+        shard_size_gb: the largest size of a file, in units of 1024**3 bytes.
+        show_progress: show a progress bar.
+        resume: continue an interrupted call, and keep finished files if this one is interrupted.
+        carry: other files for the new folder, instead of those of `src_dir`: name -> a file to copy, or a text.
+        workers: the number of processes, worth it from tens of gigabytes on. In a script, call it behind
+            `if __name__ == "__main__":`.
+
+    Raises:
+        MissingCheckpoint: `src_dir` has no weights, or a file of them is missing.
+        FileError: a damaged file, or `resume` with another job.
+        MapperError: a mapper that does not fit the checkpoint, or is not complete.
+        WriteFailed: a file could not be written.
     """
     if workers < 1:
         raise BadArgument(f"workers={workers}", expected="at least 1")
@@ -142,7 +152,7 @@ def renaming(
     dtype: torch.dtype | None = None,
     layers: slice | Sequence[int] | None = None,
 ) -> ModelStateMapperParallel:
-    """The mapper of a conversion that changes names, numbers and the choice of layers.
+    """The mapper of a conversion that changes names, the number type, or the choice of layers.
 
     >>> from nnsplice.checkpoints import renaming
     >>> toy = ns.models.embedded("toy-llama")
@@ -156,15 +166,19 @@ def renaming(
 
     Args:
         src_dir: the checkpoint.
-        renames: `OLD=NEW`, or several, one after the other. OLD is a run of whole names between dots, wherever it
-            stands first; a `*` in it stands for one name, and the same `*` in NEW for what it was. An empty NEW takes
-            the run out.
-        dtype: for tensors of 16 to 64 bit floating point numbers; others stay as they are.
-        layers: which layers to keep; the rest of the model stays, and layers keep their numbers.
+        renames: `OLD=NEW`, or several, applied one after the other. OLD is a sequence of whole names between dots,
+            replaced at its first occurrence; a `*` in it matches one name, which a `*` in NEW repeats. An empty NEW
+            removes the sequence.
+        dtype: the new type of floating point tensors of 16 to 64 bits; others are not changed.
+        layers: the layers to keep; everything outside the layers stays, and layers keep their numbers.
+
+    Returns:
+        The mapper, for `convert`.
 
     Raises:
-        MapperError: two tensors would get one name.
-        BadArgument: a rename that concerns no tensor.
+        MapperError: two tensors would have one name.
+        BadArgument: a rename that matches no tensor.
+        OutOfRange: a layer that does not exist.
     """
     with circumstances(f"converting {os.fspath(src_dir)}"):
         checkpoint = Checkpoint.open(src_dir)

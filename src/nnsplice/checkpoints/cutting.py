@@ -32,20 +32,26 @@ _LETTERS = re.compile(r".*pattern")
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to: the first number among its names, in every family's checkpoints.
+    """The layer of a tensor: the first number in its name, in the checkpoints of every family.
 
     >>> from nnsplice.checkpoints import layer_of
     >>> layer_of("model.layers.12.mlp.experts.3.up_proj.weight"), layer_of("lm_head.weight")
     (12, None)
+
+    Args:
+        name: the name of the tensor.
+
+    Returns:
+        The number of the layer; None for a tensor outside the layers.
     """
     return next((int(word) for before, word in pairwise(name.split(".")) if word.isdigit() and before), None)
 
 
 def adapted_config(text: str, *, layers: int | None = None, dtype: torch.dtype | None = None) -> str:
-    """A config.json for a model of which the first layers are kept, or whose numbers are of another type.
+    """Edit a config.json for the first layers of a model, or for another number type.
 
-    Every count of layers and every list with an entry for each of them is cut, and the model that comes of it is
-    compared with the first layers of the old one: parameters, their shapes, and what each layer is set to.
+    Every layer count and every list with an entry for each layer is cut. The shortened model is compared with the first
+    layers of the old one: parameters, shapes, and the settings of each layer.
 
     >>> from nnsplice.checkpoints import adapted_config
     >>> print(adapted_config('{"model_type": "gpt2", "n_layer": 12}', layers=4, dtype=torch.bfloat16))
@@ -56,9 +62,12 @@ def adapted_config(text: str, *, layers: int | None = None, dtype: torch.dtype |
     }
 
     Args:
-        text: what stands in the config.json of the whole model.
-        layers: how many layers are kept, from the first on; a stack that has fewer keeps its own.
-        dtype: of the tensors.
+        text: the text of the whole model's config.json.
+        layers: how many layers are kept, from the first on; a stack with fewer layers keeps them all.
+        dtype: the number type of the tensors.
+
+    Returns:
+        The text of the new config.json.
 
     Raises:
         FileError: the text is no config.

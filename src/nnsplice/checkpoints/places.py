@@ -22,9 +22,9 @@ Part = tuple[int, tuple[tuple[int, int], ...]] | None
 
 
 def read(src_dir: str | os.PathLike[str], path: str | Place) -> dict[str, Tensor]:
-    """The tensors of a place, from a folder with safetensors and config.json; exactly their bytes are read.
+    """Read the tensors of an address from a checkpoint folder; only their bytes are read.
 
-    A head's tensors are its rows and columns of the projections, one after the other where it has several stretches.
+    The tensors of a head are its rows and columns of the projections, concatenated where there are several ranges.
 
     >>> from nnsplice.checkpoints import read
     >>> from tempfile import TemporaryDirectory
@@ -35,10 +35,16 @@ def read(src_dir: str | os.PathLike[str], path: str | Place) -> dict[str, Tensor
      'transformer.h.0.attn.c_proj.weight': [4, 16]}
 
     Args:
-        path: portable or native, as in `ns.Atlas.resolve`.
+        src_dir: a folder with safetensors and config.json.
+        path: a portable or native address.
+
+    Returns:
+        The tensors by name.
 
     Raises:
-        UnknownPath: nothing of the checkpoint is there.
+        UnknownPath: the checkpoint has no tensor at the address.
+        MissingCheckpoint: the folder has no weights or no config.json.
+        FileError: a file is damaged, or a pickle.
     """
     with circumstances(f"reading {path} of {os.fspath(src_dir)}"):
         checkpoint = Checkpoint.open(src_dir)

@@ -28,12 +28,19 @@ SAMPLED = ("neurons", "experts")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One look of one check.
+    """The result of one check on one part of a model.
 
     >>> from nnsplice.checks import run_checks
     >>> finding = next(finding for finding in run_checks(model, layers=0) if finding.check == "heads")
     >>> finding.what, finding.state
     ('layers[0].heads[:].output', 'ok')
+
+    Attributes:
+        check: the name of the check.
+        what: the part that was checked, as a path if it has one.
+        state: `"ok"`, `"FAILED"` or `"skipped"`.
+        number: the number that was measured; None where nothing was.
+        detail: what was found, or the reason for skipping.
     """
 
     check: str
@@ -231,11 +238,17 @@ def reason_of(error: BaseException) -> str:
 
 
 def summary(findings: Iterable[Finding]) -> list[Finding]:
-    """Findings of one check that agree as one, with the largest number; each failure stays by itself.
+    """Group findings of one check with the same state, keeping the largest number; each failure stays by itself.
 
     >>> from nnsplice.checks import Finding, summary
     >>> summary([Finding("heads", "layers[0]", "ok", 0.0), Finding("heads", "layers[1]", "ok", 1e-7)])
     [Finding(check='heads', what='layers[0] and 1 more', state='ok', number=1e-07, detail='')]
+
+    Args:
+        findings: findings of `run_checks`.
+
+    Returns:
+        One finding for each group.
     """
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for number, finding in enumerate(findings):

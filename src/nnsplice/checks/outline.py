@@ -68,7 +68,7 @@ class Outline:
 
 
 def outline(atlas: Atlas, *, collapse: bool = True) -> tuple[Outline, ...]:
-    """The places of a model, tower by tower.
+    """The sites of a model, tower by tower.
 
     >>> from nnsplice.checks import outline
     >>> (tower,) = outline(ns.Atlas.of(model))
@@ -76,10 +76,14 @@ def outline(atlas: Atlas, *, collapse: bool = True) -> tuple[Outline, ...]:
     [((0, 1, 2), 16)]
 
     Args:
-        collapse: put layers with equal parts together.
+        atlas: `ns.Atlas.of(model)`.
+        collapse: group layers with equal parts.
+
+    Returns:
+        One outline for each tower.
 
     Raises:
-        UnrecognisedModel: the parts of the model cannot be told apart.
+        UnrecognisedModel: the layers of the model are not recognised.
     """
     atlas.tower()
     return tuple(_outline(atlas, tower, collapse) for tower in atlas.towers.values())

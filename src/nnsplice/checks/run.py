@@ -28,15 +28,19 @@ CHECKS: dict[str, Check] = {
 
 
 def run_checks(model: Any, layers: Slice | tuple[int, ...] | int | None = None, *, seed: int = 0) -> Iterator[Finding]:
-    """Everything that nnsplice promises, tried on one model; each finding as soon as it is there.
+    """Test the exactness of nnsplice on one model.
 
     >>> from nnsplice.checks import run_checks
     >>> {finding.state for finding in run_checks(model, layers=0) if finding.check == "layouts"}
     {'ok'}
 
     Args:
-        layers: which layers to look at; None for all.
-        seed: which random tokens the prompts are made of.
+        model: a model from `ns.load`.
+        layers: the layers to test; None for all.
+        seed: the seed of the random prompts.
+
+    Yields:
+        Each finding as soon as it is measured.
     """
     subject = subject_of(model, layers, seed)
     for name, check in CHECKS.items():

@@ -13,6 +13,10 @@ page          a circuit as a page that stands by itself
 wiring        where senders and receivers stand in a model
 recording     unedited runs: what every sender gives
 ablations     what everything outside a circuit gives
+constants     trained constants, as a value with a file
+training      how they are trained
+optimal       for a circuit of one's own
+parts         senders that are some tokens of one, or an expert
 masks         which edges of a circuit can matter
 columns       parts of a projection
 running       the run of circuits, in which each receiver reads a stream of its own
@@ -25,7 +29,9 @@ measuring     many circuits over many prompts, in batches
 """
 
 from nnsplice.circuits.circuit import Circuit
+from nnsplice.circuits.constants import OptimalAblation
 from nnsplice.circuits.curves import Faithfulness, faithfulness
+from nnsplice.circuits.optimal import optimal_ablation
 from nnsplice.circuits.removals import Completeness, Minimality, completeness, minimality
 from nnsplice.circuits.search import acdc
 from nnsplice.circuits.sweeping import sweep_circuits
@@ -36,10 +42,12 @@ __all__ = [
     "Completeness",
     "Faithfulness",
     "Minimality",
+    "OptimalAblation",
     "acdc",
     "completeness",
     "faithfulness",
     "interactions",
     "minimality",
+    "optimal_ablation",
     "sweep_circuits",
 ]

@@ -1,9 +1,9 @@
-"""What everything outside a circuit gives: another run's values, zero, a mean, or values of one's own."""
+"""What everything outside a circuit gives: another run's values, zero, a mean, or values of one's own or trained."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,14 +13,16 @@ from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import peel
+from nnsplice.circuits.constants import OptimalAblation
 from nnsplice.circuits.recording import Recorded, record
 from nnsplice.circuits.wiring import Wiring
 from nnsplice.digests import digest_of
-from nnsplice.errors import BadArgument, BadType, ShapeError, UnknownPath, named
+from nnsplice.errors import BadArgument, BadType, KeyMismatch, ShapeError, UnknownPath, named
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.paths import Path, parse_path
 
-Ablation = Literal["patch", "zero", "mean"] | SavedActivation
+Ablation = Literal["patch", "zero", "mean", "optimal"] | SavedActivation | OptimalAblation
+_EXPECTED = '"patch", "zero", "mean", "optimal", a SavedActivation or an OptimalAblation'
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Source:
     is_run: bool
     #: What makes two of them the same, as plain data.
     identity: object
+    #: Where values are to be trained for each circuit: the prompts of the means that this begins at.
+    trained_from: Prompts | None = None
+    #: Whether it has values of single experts.
+    has_experts: bool = True
 
 
 def source_of(
@@ -44,8 +50,13 @@ def source_of(
     reference: Prompts | None,
 ) -> Source:
     """Where the values of an ablation come from."""
-    if reference is not None and ablation != "mean":
-        raise BadArgument('only ablation="mean" takes a reference', expected='ablation="mean", or no reference')
+    if reference is not None and ablation not in ("mean", "optimal"):
+        raise BadArgument(
+            'only ablation="mean" and "optimal" take a reference', expected='ablation="mean", or no reference'
+        )
+    if isinstance(ablation, OptimalAblation):
+        _check_weights(model, ablation)
+        return _saved(model, wiring, clean, ablation.values)
     if isinstance(ablation, SavedActivation):
         return _saved(model, wiring, clean, ablation)
     if ablation == "patch":
@@ -55,60 +66,93 @@ def source_of(
                 expected="corrupted prompts",
                 write='ablation="mean" or ablation="zero", which need none',
             )
-        return Source(lambda rows, own: _run(model, wiring, corrupted, rows), is_run=True, identity="patch")
+        return Source(
+            lambda rows, own: _run(model, wiring, corrupted, rows, own.experts), is_run=True, identity="patch"
+        )
     if ablation == "zero":
         return Source(lambda rows, own: (own.map(torch.zeros_like), Cost()), is_run=False, identity="zero")
-    if ablation == "mean":
-        return _mean(model, wiring, reference or corrupted or clean)
+    if ablation in ("mean", "optimal"):
+        begin = reference or corrupted or clean
+        mean = _mean(model, wiring, begin)
+        if ablation == "mean":
+            return mean
+        return replace(mean, identity={"optimal": mean.identity}, trained_from=begin)
     if isinstance(ablation, str):
-        raise BadArgument(f"there is no ablation {ablation!r}", expected='"patch", "zero", "mean" or a SavedActivation')
-    raise BadType(f"{named(ablation)} is no ablation", expected='"patch", "zero", "mean" or a SavedActivation')
+        raise BadArgument(f"there is no ablation {ablation!r}", expected=_EXPECTED)
+    raise BadType(f"{named(ablation)} is no ablation", expected=_EXPECTED)
 
 
-def _run(model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int]) -> tuple[Recorded, Cost]:
-    made = record(peel(model), model, wiring, prompts, rows, -1)
+def refuse_training(ablation: object, who: str) -> None:
+    """Raise where constants would be trained anew for each of very many circuits."""
+    if isinstance(ablation, str) and ablation == "optimal":
+        raise BadArgument(
+            f'{who} runs very many circuits, and ablation="optimal" would train constants for each of them',
+            expected="constants that are trained once",
+            write="ablation=ns.optimal_ablation(model, circuit, clean, corrupted)",
+        )
+
+
+def _check_weights(model: engine.Model, ablation: OptimalAblation) -> None:
+    weights = ablation.provenance.get("weights")
+    if weights is not None and weights != engine.weights_digest(model):
+        raise KeyMismatch(
+            f"this ablation was trained on {ablation.provenance.get('model')} with other weights than this model has",
+            expected="the model that it was trained on",
+            write="ablation.values   (takes its numbers as they are)",
+        )
+
+
+def _run(
+    model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], experts: Collection[tuple[int, int]]
+) -> tuple[Recorded, Cost]:
+    made = record(peel(model), model, wiring, prompts, rows, -1, experts)
     return made.values, Law.of(model).whole(prompts, rows, 1)
 
 
-def _mean(model: engine.Model, wiring: Wiring, reference: Prompts) -> Source:
-    """The mean over the tokens of each prompt, and then over prompts: the same at every token."""
-    known: list[Recorded] = []
+def mean_of(
+    model: engine.Model, wiring: Wiring, reference: Prompts, experts: Collection[tuple[int, int]] = ()
+) -> tuple[Recorded, Cost]:
+    """The mean over the tokens of each prompt, and then over prompts: one vector for each place."""
+    sums: list[Recorded] = []
+    cost = Cost()
+    room = max(engine.room(model) // max(reference.lengths("decoder")), 1)
+    for rows in reference.batches(room):
+        values, spent = _run(model, wiring, reference, rows, experts)
+        sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))
+        cost += spent
+    whole = Recorded(
+        sum((one.embed for one in sums[1:]), sums[0].embed),
+        tuple(torch.stack(parts).sum(0) for parts in zip(*(one.z for one in sums), strict=True)),
+        tuple(torch.stack(parts).sum(0) for parts in zip(*(one.mlp for one in sums), strict=True)),
+        {key: torch.stack([one.experts[key] for one in sums]).sum(0) for key in experts},
+    )
+    return whole, cost
 
-    def mean() -> tuple[Recorded, Cost]:
-        if known:
-            return known[0], Cost()
-        sums: list[Recorded] = []
-        cost = Cost()
-        room = max(engine.room(model) // max(reference.lengths("decoder")), 1)
-        for rows in reference.batches(room):
-            values, spent = _run(model, wiring, reference, rows)
-            sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))
-            cost += spent
-        whole = Recorded(
-            sum((one.embed for one in sums[1:]), sums[0].embed),
-            tuple(torch.stack(parts).sum(0) for parts in zip(*(one.z for one in sums), strict=True)),
-            tuple(torch.stack(parts).sum(0) for parts in zip(*(one.mlp for one in sums), strict=True)),
-        )
-        known.append(whole)
-        return whole, cost
+
+def _mean(model: engine.Model, wiring: Wiring, reference: Prompts) -> Source:
+    """The mean, the same at every token."""
+    known: dict[frozenset[tuple[int, int]], Recorded] = {}
 
     def values(rows: Sequence[int], own: Recorded) -> tuple[Recorded, Cost]:
-        whole, cost = mean()
-        return _like(whole, own), cost
+        cost, experts = Cost(), frozenset(own.experts)
+        if experts not in known:
+            known[experts], cost = mean_of(model, wiring, reference, experts)
+        return wide(known[experts], own), cost
 
     return Source(values, is_run=False, identity={"mean": [list(row) for row in reference.ids]})
 
 
-def _like(values: Recorded, own: Recorded) -> Recorded:
+def wide(values: Recorded, own: Recorded) -> Recorded:
     """One vector of each place, at every token."""
 
-    def wide(value: Tensor, like: Tensor) -> Tensor:
+    def expanded(value: Tensor, like: Tensor) -> Tensor:
         return value.to(like).expand_as(like)
 
     return Recorded(
-        wide(values.embed, own.embed),
-        tuple(map(wide, values.z, own.z)),
-        tuple(map(wide, values.mlp, own.mlp)),
+        expanded(values.embed, own.embed),
+        tuple(map(expanded, values.z, own.z)),
+        tuple(map(expanded, values.mlp, own.mlp)),
+        {key: expanded(value, own.experts[key]) for key, value in values.experts.items()},
     )
 
 
@@ -161,7 +205,9 @@ def _saved(model: engine.Model, wiring: Wiring, clean: Prompts, saved: SavedActi
             mlp.append(of(place, own.mlp[number], own.mlp[number].shape[-1]))
         return Recorded(of(wiring.embed, own.embed, own.embed.shape[-1]), tuple(z), tuple(mlp)), Cost()
 
-    return Source(values, is_run=False, identity={"saved": digest_of({str(k): v for k, v in saved.items()})})
+    return Source(
+        values, is_run=False, identity={"saved": digest_of({str(k): v for k, v in saved.items()})}, has_experts=False
+    )
 
 
 def _expanded(model: engine.Model, text: str) -> Path:

@@ -1,6 +1,7 @@
 """The addresses of a circuit: who adds to the stream, and who reads it.
 
-Senders are `embed`, `layers[i].heads[j]` and `layers[i].mlp`. Receivers are `layers[i].heads[j].q`,
+Senders are `embed`, `layers[i].heads[j]`, `layers[i].mlp` and `layers[i].experts[e]`, at all tokens or, as in
+`layers[i].heads[j][-1]`, at some. Receivers are `layers[i].heads[j].q`,
 `layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`. Any spelling of them that a path can
 have is taken, and one comes out.
 """
@@ -12,11 +13,13 @@ from functools import lru_cache
 from typing import Literal
 
 from nnsplice.errors import BadArgument
-from nnsplice.paths import Path, parse_path
+from nnsplice.paths import Path, Position, parse_path
 
 Role = Literal["sender", "receiver"]
+#: At which tokens, None for all of them; and which expert.
+Part = tuple[Position | None, int | None]
 
-SENDERS = "embed, layers[i].heads[j], layers[i].mlp"
+SENDERS = "embed, layers[i].heads[j], layers[i].mlp, layers[i].experts[e]"
 RECEIVERS = "layers[i].heads[j].q, layers[i].groups[g].k, layers[i].groups[g].v, layers[i].mlp, unembed"
 
 
@@ -37,10 +40,10 @@ def address(given: str | Path, role: Role) -> Path:
             expected="one place",
             write=f'Circuit.of(nodes=["{path}"], model=model)   (paths are expanded there)',
         )
-    if path.position is not None:
+    if path.position is not None and role == "receiver":
         raise BadArgument(
-            f"{path} is one token, and a circuit's places are those of all tokens",
-            expected="a place without a position",
+            f"{path} is at some tokens, and a receiver reads at all of them",
+            expected="a receiver without a position; a sender may have one",
             write=str(replace(path.place, value=None if path.value == "output" else path.value)),
         )
     if names == ("layers", "heads") and path.value in ("k", "v"):
@@ -58,6 +61,7 @@ _TAKEN: dict[Role, dict[tuple[str, ...], tuple[str | None, ...]]] = {
         ("embed",): (None, "output"),
         ("layers", "heads"): (None, "output"),
         ("layers", "mlp"): (None, "output"),
+        ("layers", "experts"): (None, "output"),
     },
     "receiver": {
         ("layers", "heads"): ("q",),
@@ -66,6 +70,20 @@ _TAKEN: dict[Role, dict[tuple[str, ...], tuple[str | None, ...]]] = {
         ("unembed",): (None, "output"),
     },
 }
+
+
+def whole_of(sender: Path) -> Path:
+    """The sender of a graph that a sender is, or is a part of: at all tokens, and of an expert the MLP."""
+    place = sender.place
+    if place.steps[-1].name != "experts":
+        return place
+    return replace(place, steps=(place.steps[0], replace(place.steps[1], name="mlp", index=None)))
+
+
+def part_of(sender: Path) -> Part | None:
+    """Which part of it: at which tokens, and which expert; None for all of it."""
+    expert = sender.steps[-1].index if sender.steps[-1].name == "experts" else None
+    return None if expert is None and sender.position is None else (sender.position, expert)  # type: ignore[return-value]
 
 
 def _unknown(path: Path, role: Role, why: str = "", write: str | None = None) -> BadArgument:

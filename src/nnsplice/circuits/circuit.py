@@ -17,16 +17,26 @@ from nnsplice import engine, plots
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits import files, masks, measuring, page
 from nnsplice.circuits.ablations import Ablation
-from nnsplice.circuits.addresses import address
+from nnsplice.circuits.addresses import address, part_of, whole_of
 from nnsplice.circuits.drawing import Drawing
-from nnsplice.circuits.members import Edge, checked_edges, checked_nodes, nodes_of, order_of, rank_of, text_of
+from nnsplice.circuits.masks import Mask
+from nnsplice.circuits.members import (
+    Edge,
+    check_parts,
+    checked_edges,
+    checked_nodes,
+    nodes_of,
+    order_of,
+    rank_of,
+    text_of,
+)
 from nnsplice.circuits.origin import OF_MODEL, check_model, expanded, graph_of, provenance_of
 from nnsplice.circuits.scores import By, Scores, greedy, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, named
 from nnsplice.files import from_json
 from nnsplice.files import text_of as read_text
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 
@@ -35,9 +45,10 @@ Kind = Literal["nodes", "edges"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
-    """A part of a model: nodes, or edges between them. A value: whatever is done to it gives another.
+    """A circuit: nodes of a model, or edges between them, as an immutable value.
 
-    Senders are `embed`, `layers[i].heads[j]` and `layers[i].mlp`; receivers are `layers[i].heads[j].q`,
+    Senders are `embed`, `layers[i].heads[j]`, `layers[i].mlp` and `layers[i].experts[e]`, at all tokens or at some
+    (`layers[i].heads[j][-1]`); receivers are `layers[i].heads[j].q`,
     `layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`.
 
     >>> circuit = ns.Circuit.of(edges=[("embed", "layers[0].mlp"), ("layers[0].mlp", "unembed")])
@@ -47,7 +58,15 @@ class Circuit:
     >>> kept.shape
     (1,)
 
-    Two circuits are equal when they are of one kind and have the same members, wherever these come from.
+    Two circuits are equal when they have the same members of one kind, whatever their scores and origin.
+
+    Attributes:
+        kind: `"nodes"` or `"edges"`.
+        nodes: the nodes; for a circuit of edges, the ends of its edges.
+        edges: the (sender, receiver) pairs; empty for a circuit of nodes.
+        scores: a score for each member, if it was chosen by scores.
+        shape: the graph of the model, if known.
+        provenance: model, weights, method and metric, as plain data.
     """
 
     kind: Kind
@@ -97,14 +116,23 @@ class Circuit:
         model: Any = None,
         scores: Iterable[float] | None = None,
     ) -> Circuit:
-        """A circuit of these nodes, or of these edges.
+        """A circuit of given nodes, or of given edges.
 
         >>> ns.Circuit.of(nodes=["embed", "layers[0].heads[:]"], model=model)
         Circuit of 5 nodes: embed, 4 heads
 
         Args:
-            model: for paths that mean several places, and to check that all of them exist.
-            scores: one for each.
+            nodes: paths of nodes.
+            edges: pairs of a sender and a receiver.
+            model: resolves paths with slices, and checks that all of them exist.
+            scores: one for each member.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            BadArgument: neither nodes nor edges, or both, or another number of scores.
+            BadType: edges that are no pairs.
         """
         if (nodes is None) == (edges is None):
             raise BadArgument("a circuit is made of nodes or of edges", expected="one of nodes= and edges=")
@@ -123,10 +151,9 @@ class Circuit:
 
     @classmethod
     def top(cls, result: SweepResult, k: int, by: By = "absolute", *, model: Any = None) -> Circuit:
-        """The k edges with the best scores; of a result without edges, the k best nodes, and `embed` beside them.
+        """The k edges with the best scores; of a result without edges, the k best nodes and `embed`.
 
-        A score is the mean over prompts. Of equal scores those come first that run first. Nothing is pruned: see
-        `pruned()`.
+        Scores are averaged over prompts, and ties are in execution order. Nothing is pruned: see `pruned()`.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> sites = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
@@ -135,8 +162,13 @@ class Circuit:
         10
 
         Args:
+            result: a result with scores, such as that of `ns.attribute` or `ns.ablate`.
+            k: the number of members.
             by: `"absolute"`, or `"signed"` for the edges that raise the metric most.
-            model: where a result does not name all edges of its model.
+            model: the model, for a result that does not name all edges.
+
+        Returns:
+            The circuit.
         """
         scores = scores_of(result)
         chosen = scores.order(by)[: scores.check(k)]
@@ -144,12 +176,24 @@ class Circuit:
 
     @classmethod
     def select(cls, result: SweepResult, share: float, by: By = "absolute", *, model: Any = None) -> Circuit:
-        """`top`, of a share of all edges or nodes that have a score: `Circuit.select(result, 0.02)`.
+        """The best share of all scored edges or nodes, as `top`: `Circuit.select(result, 0.02)`.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> scored = ns.ablate(model, "w3 w4 w5", ["layers[:].heads[:]", "layers[:].mlp"], metric, progress=False)
         >>> ns.Circuit.select(scored, 0.2)
         Circuit of 4 nodes: embed, 1 head, 2 MLPs
+
+        Args:
+            result: a result with scores.
+            share: the share, from 0 to 1.
+            by: `"absolute"` or `"signed"`.
+            model: the model, for a result that does not name all edges.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            BadArgument: a share outside 0 to 1.
         """
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise BadArgument(f"a share of {share!r}", expected="0 to 1", write="Circuit.top(result, k) for a number")
@@ -157,7 +201,7 @@ class Circuit:
 
     @classmethod
     def greedy(cls, result: SweepResult, k: int, by: By = "absolute", *, model: Any = None) -> Circuit:
-        """k edges, grown backwards from `unembed`: of those that lead into what is there, always the best one.
+        """k edges grown backwards from `unembed`: always the best one that leads into the circuit.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> sites = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
@@ -165,6 +209,18 @@ class Circuit:
         >>> circuit = ns.Circuit.greedy(scored, 5)
         >>> any(str(receiver) == "unembed" for _, receiver in circuit.edges)
         True
+
+        Args:
+            result: a result with scores of edges.
+            k: the number of edges.
+            by: `"absolute"` or `"signed"`.
+            model: the model, for a result that does not name all edges.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            BadArgument: a result without edges, or one that does not name all of them.
         """
         scores = scores_of(result)
         if scores.kind != "edges":
@@ -201,20 +257,32 @@ class Circuit:
 
     @classmethod
     def full(cls, model: Any) -> Circuit:
-        """All edges of a model: its run is the clean run.
+        """The circuit of all edges; its run is the clean run.
 
         >>> len(ns.Circuit.full(model)), len(ns.Circuit.empty(model))
         (262, 0)
+
+        Args:
+            model: a model from `ns.load`.
+
+        Returns:
+            The circuit.
         """
         shape = graph_of(model)
         return cls("edges", (), shape.edges(shape.exists), None, shape, provenance_of(model))
 
     @classmethod
     def empty(cls, model: Any) -> Circuit:
-        """No edge of a model: in its run everything is ablated.
+        """The circuit without edges; in its run everything is ablated.
 
         >>> ns.Circuit.empty(model) | ns.Circuit.full(model) == ns.Circuit.full(model)
         True
+
+        Args:
+            model: a model from `ns.load`.
+
+        Returns:
+            The circuit.
         """
         return cls("edges", (), (), None, graph_of(model), provenance_of(model))
 
@@ -222,7 +290,7 @@ class Circuit:
 
     @property
     def members(self) -> tuple[Any, ...]:
-        """What it is made of: its nodes, or its edges."""
+        """The nodes of a circuit of nodes, or the edges of one of edges."""
         return self.nodes if self.kind == "nodes" else self.edges
 
     def __or__(self, other: Circuit) -> Circuit:
@@ -232,16 +300,19 @@ class Circuit:
 
     def __and__(self, other: Circuit) -> Circuit:
         self._alike(other, "&")
+        check_parts(self.members, other.members, "&")
         others = set(other.members)
         return self._with([one for one in self.members if one in others], other)
 
     def __sub__(self, other: Circuit) -> Circuit:
         self._alike(other, "-")
+        check_parts(self.members, other.members, "-")
         others = set(other.members)
         return self._with([one for one in self.members if one not in others], other)
 
     def __invert__(self) -> Circuit:
         shape = self._graph("~circuit is all that is not in it")
+        self._whole("what is not in it depends on how many tokens and experts there are")
         every = shape.senders if self.kind == "nodes" else shape.edges(shape.exists)
         mine = set(self.members)
         return self._with([one for one in every if one not in mine], self)
@@ -261,7 +332,11 @@ class Circuit:
             raise KeyMismatch(f"a circuit of {self.kind} {sign} one of {other.kind}", expected="two of one kind")
         ours, theirs = self.provenance.get("weights"), other.provenance.get("weights")
         if self.shape is not None and other.shape is not None and self.shape != other.shape:
-            raise KeyMismatch(f"circuit {sign} circuit, of models with other heads or layers", expected="one model's")
+            raise KeyMismatch(
+                f"circuit {sign} circuit, of models with other heads or layers",
+                expected="one model's",
+                write="circuit.on(model)   (takes a circuit over, where that model has its places)",
+            )
         if ours and theirs and ours != theirs:
             raise KeyMismatch(
                 f"circuit {sign} circuit, and they are of {self.provenance.get('model')} and of "
@@ -301,7 +376,7 @@ class Circuit:
 
     @cached_property
     def digest(self) -> str:
-        """A short text that tells circuits with other members apart.
+        """A short hash of the members.
 
         >>> ns.Circuit.full(model).digest == ns.Circuit.empty(model).digest
         False
@@ -310,37 +385,50 @@ class Circuit:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def iou(self, other: Circuit) -> float:
-        """Of what is in either, the share that is in both; 1 for two empty ones.
+        """Intersection over union of the members; 1 for two empty circuits.
 
         >>> full = ns.Circuit.full(model)
         >>> full.iou(full), full.iou(ns.Circuit.empty(model))
         (1.0, 0.0)
+
+        Args:
+            other: a circuit of the same kind.
+
+        Returns:
+            A number from 0 to 1.
         """
         self._alike(other, "beside")
         either = len(self._set | other._set)
         return len(self._set & other._set) / either if either else 1.0
 
     def pruned(self) -> Circuit:
-        """Without what no path from `embed` to `unembed` goes through; only edges can be pruned.
+        """The edges that are on a path from `embed` to `unembed`.
 
-        With `ablation="patch"` that changes nothing of its run.
+        With `ablation="patch"` pruning does not change the run.
 
         >>> loose = ns.Circuit.of(edges=[("embed", "unembed"), ("layers[0].mlp", "unembed")], model=model)
         >>> [str(sender) for sender, _ in loose.pruned().edges]
         ['embed']
+
+        Returns:
+            The smaller circuit.
+
+        Raises:
+            BadArgument: a circuit of nodes.
         """
         if self.kind == "nodes":
             raise BadArgument("a circuit of nodes has all edges between them", expected="a circuit of edges")
         shape = self._graph("which heads read which group's keys says the model")
         mask, _ = masks.needed(shape, self.mask(shape), from_embed=True)
-        kept = [edge for edge in self.edges if mask[shape.receiver_number[edge[1]], shape.sender_number[edge[0]]]]
+        number = shape.sender_number
+        kept = [edge for edge in self.edges if mask[shape.receiver_number[edge[1]], number[whole_of(edge[0])]]]
         return replace(self._with(kept, self), provenance=self.provenance)
 
     # --- what it is like
 
     @property
     def in_degree(self) -> dict[Path, int]:
-        """How many edges end at each receiver that has one.
+        """The number of edges into each receiver.
 
         >>> circuit = ns.Circuit.of(edges=[("embed", "unembed"), ("layers[0].mlp", "unembed")])
         >>> {str(receiver): n for receiver, n in circuit.in_degree.items()}
@@ -352,7 +440,7 @@ class Circuit:
         return dict(sorted(found.items(), key=lambda pair: order_of(pair[0])))
 
     def layers(self) -> dict[int, tuple[Path, ...]]:
-        """The nodes of each layer that has one."""
+        """The nodes by layer."""
         found: dict[int, list[Path]] = {}
         for node in self.nodes:
             if node.steps[0].name == "layers":
@@ -360,30 +448,54 @@ class Circuit:
         return {layer: tuple(nodes) for layer, nodes in found.items()}
 
     def to_networkx(self) -> Any:
-        """A directed graph of networkx: nodes by their addresses, an edge for each sender and receiver, with its score.
+        """A directed graph of networkx, with addresses as nodes and scores on edges.
 
-        An edge to a head's queries is one to the head, with the attribute `into="q"`; an edge to a group's keys ends at
-        `layers[i].groups[g]`, from where edges lead to each of its heads.
+        An edge to a head's queries is one to the head, with the attribute `into="q"`. An edge to a group's keys ends at
+        `layers[i].groups[g]`, with further edges to each of its heads.
         """
         from nnsplice.circuits.networks import network_of
 
         return network_of(self.edges, self.nodes, self.scores if self.kind == "edges" else None, self.shape)
 
     def mask(self, shape: Shape) -> np.ndarray:
-        """`[receiver, sender]`: its edges in the graph of a model; of nodes, all edges that start at one of them.
+        """The edges as booleans in the graph of a model, `[receiver, sender]`; of nodes, all edges from one of them.
+
+        An edge from a part of a sender, some tokens or an expert, is one from the sender.
+
+        Args:
+            shape: the graph.
+
+        Returns:
+            The booleans.
 
         Raises:
-            UnknownPath: the graph has no such place.
+            UnknownPath: a node that the graph does not have.
         """
         found = np.zeros(shape.exists.shape, dtype=bool)
         checked = self if self.shape == shape else replace(self, shape=shape)
         if self.kind == "nodes":
-            found[:, [shape.sender_number[node] for node in checked.nodes]] = True
+            found[:, [shape.sender_number[whole_of(node)] for node in checked.nodes]] = True
             return found & shape.exists
-        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in checked.edges]
+        pairs = [(shape.receiver_number[r], shape.sender_number[whole_of(s)]) for s, r in checked.edges]
         if pairs:
             found[tuple(np.array(pairs).T)] = True
         return found
+
+    def parts(self, shape: Shape) -> Mask:
+        """Its edges in the graph of a model, with what each carries where that is a part of its sender.
+
+        Args:
+            shape: the model's graph.
+        """
+        edges = self.mask(shape)
+        found: dict[tuple[int, int], set[Any]] = {}
+        for member in self.members:
+            sender, receiver = (member, None) if self.kind == "nodes" else member
+            number = shape.sender_number[whole_of(sender)]
+            ends = np.flatnonzero(edges[:, number]) if receiver is None else [shape.receiver_number[receiver]]
+            for end in ends:
+                found.setdefault((int(end), number), set()).add(part_of(sender))
+        return Mask(edges, {at: frozenset(parts) for at, parts in found.items() if None not in parts})
 
     # --- running
 
@@ -392,38 +504,61 @@ class Circuit:
         model: Any,
         clean: PromptsLike,
         corrupted: PromptsLike | None,
-        metric: MetricLike,
+        metric: Metrics,
         *,
         ablation: Ablation = "patch",
         reference: PromptsLike | None = None,
         max_tokens: int | None = None,
     ) -> np.ndarray:
-        """The metric of each clean prompt, with everything outside the circuit ablated: `[prompt]`.
+        """Run the circuit with everything outside ablated, and measure the metric: `[prompt]`.
 
-        Of edges, every receiver reads a stream in which the senders of its edges have the values that they have in this
-        run, and all others the ablated ones. Of nodes, those outside are written over, and `embed` is one of them.
+        Of several metrics, `[prompt, metric]`.
+
+        In a circuit of edges, each receiver reads a stream in which the senders of its edges have the values of this
+        run, and all other senders the ablated ones. In a circuit of nodes, all nodes outside are replaced, `embed`
+        included.
 
         Args:
-            ablation: what everything outside has: `"patch"`, the corrupted run's values at the same tokens; `"zero"`;
-                `"mean"` over the tokens and prompts of the reference; or a `SavedActivation` with a value for
-                `embed.output` and every head and MLP.
-            reference: the prompts of the mean, where they are not the corrupted ones.
-            max_tokens: how many tokens run at once.
+            model: a model from `ns.load`, in eval mode.
+            clean: the prompts on which the circuit runs.
+            corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
+            metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+            ablation: `"patch"`, the corrupted run's values at the same tokens; `"zero"`; `"mean"` over tokens and
+                prompts of `reference`; or a `SavedActivation` with a value for `embed.output` and every head and MLP.
+            reference: the prompts of `"mean"`, if not the corrupted ones.
+            max_tokens: how many tokens run at once; chosen for the device if left out.
+
+        Returns:
+            The metric of each prompt.
+
+        Raises:
+            BadArgument: several metrics, an ablation without the prompts that it needs, or a circuit of nodes without
+                `embed`.
+            ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+            RefusedPlace: a model in which the circuit of all edges is not the clean run.
+            KeyMismatch: a circuit of another model.
         """
-        question = measuring.Question.of(model, clean, corrupted, metric, ablation, reference)
+        question = measuring.Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
         found = measuring.measure(question, [self.checked_mask(question)], max_tokens=max_tokens)
         return found.values[:, 0]
 
-    def checked_mask(self, question: measuring.Question) -> np.ndarray:
-        """Its edges in the graph of a question's model.
+    def checked_mask(self, question: measuring.Question) -> Mask:
+        """The circuit's edges in the graph of a question's model.
+
+        Args:
+            question: model, prompts, metric and ablation.
+
+        Returns:
+            The booleans `[receiver, sender]`.
 
         Raises:
-            KeyMismatch: it was made of another model.
-            BadArgument: nothing of the prompts can enter it.
+            KeyMismatch: a circuit of another model.
+            BadArgument: a circuit of nodes without `embed`, whose run would be the corrupted one.
         """
         check_model(self.provenance, question.model)
-        mask = self.mask(question.wiring.shape)
-        if self.kind == "nodes" and self.nodes and not mask[:, 0].any() and question.source.is_run:
+        mask = self.parts(question.wiring.shape)
+        question.check_parts(self.members if self.kind == "nodes" else [s for s, _ in self.edges])
+        if self.kind == "nodes" and self.nodes and not mask.edges[:, 0].any() and question.source.is_run:
             raise BadArgument(
                 "this circuit of nodes is without embed, so nothing of the clean prompts enters it and its run is the "
                 "corrupted one",
@@ -432,12 +567,39 @@ class Circuit:
             )
         return mask
 
+    def whole_mask(self, question: measuring.Question, who: str) -> np.ndarray:
+        """`checked_mask`, of a circuit whose members are all of their senders.
+
+        Args:
+            question: the runs that it is for.
+            who: what takes whole senders only, for the error.
+
+        Raises:
+            BadArgument: one is a part.
+        """
+        self._whole(who)
+        return self.checked_mask(question).edges
+
+    def _whole(self, why: str) -> None:
+        part = next((one for one in self.nodes if part_of(one) is not None), None)
+        if part is not None:
+            raise BadArgument(f"{part} is a part of a sender, and {why}", expected=f"all of it: {whole_of(part)}")
+
     def on(self, model: Any) -> Circuit:
-        """The same circuit, for another model that has all of its places.
+        """The same circuit in another model that has all of its nodes.
 
         >>> circuit = ns.Circuit.of(edges=[("embed", "unembed")])
         >>> circuit.on(model).provenance["model"]
         'GPT2LMHeadModel'
+
+        Args:
+            model: a model from `ns.load`.
+
+        Returns:
+            The circuit.
+
+        Raises:
+            UnknownPath: a node that the model does not have.
         """
         about = {"taken over from": dict(self.provenance)} if self.provenance else {}
         return replace(self, shape=graph_of(model), provenance={**provenance_of(model), **about})
@@ -445,7 +607,11 @@ class Circuit:
     # --- files
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file with its members, their scores, and where it comes from; whole or not at all."""
+        """Write a JSON file with members, scores and provenance, completely or not at all.
+
+        Args:
+            path: the file to write.
+        """
         members = list(map(str, self.nodes)) if self.kind == "nodes" else [[str(s), str(r)] for s, r in self.edges]
         files.write(path, {
             "format": files.FORMAT, "version": files.VERSION, "kind": self.kind, self.kind: members,
@@ -455,7 +621,13 @@ class Circuit:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Circuit:
-        """Read what `to_file` wrote.
+        """Read a circuit of `to_file`.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The circuit.
 
         Raises:
             FileError: the file is no circuit, or damaged.
@@ -469,11 +641,15 @@ class Circuit:
         return cls(told["kind"], tuple(told.get("nodes", ())), edges, scores, shape, about)  # type: ignore[arg-type]
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write a graph of EAP-IG (`a0.h1->m0`, `m0->a1.h2<q>`), the format of the circuits of the MIB benchmark.
+        """Write a graph of EAP-IG (`a0.h1->m0`, `m0->a1.h2<q>`), the format of the MIB benchmark.
 
-        That graph has keys and values for each query head: an edge to a group's is written for all of its heads.
+        That format has keys and values for each query head, so an edge to a group is written for all its heads.
+
+        Args:
+            path: the file to write.
         """
         shape = self._graph("that file lists all edges of the model")
+        self._whole("that file has no names for parts")
         mask = self.mask(shape)
         scores = None
         if self.scores is not None and self.kind == "edges":
@@ -487,8 +663,12 @@ class Circuit:
         """Read a graph of EAP-IG.
 
         Args:
-            model: needed where heads share keys and values: the file has those of each head, and does not say which
-                belong together. An edge to some heads of a group is then one to the group, and a warning counts them.
+            path: the file.
+            model: the model, needed where heads share keys and values: the file does not have the groups. An edge to
+                some heads of a group becomes an edge to the group, and a warning counts these.
+
+        Returns:
+            The circuit.
 
         Raises:
             FileError: the file is no such graph, or of another model.
@@ -508,11 +688,17 @@ class Circuit:
     # --- shown
 
     def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
-        """Draw it: layers upwards, heads in columns, MLPs beside them, an edge as wide as its score is large.
+        """Draw the circuit: layers upwards, heads in columns, MLPs beside them, edges as wide as their score.
 
         >>> circuit = ns.Circuit.of(edges=[("embed", "layers[0].mlp"), ("layers[0].mlp", "unembed")])
         >>> len(circuit.plot().lines)
         2
+
+        Args:
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
         """
         drawing = self._drawing()
         largest = max((abs(line.score or 0.0) for line in drawing.lines), default=0.0)
@@ -527,7 +713,11 @@ class Circuit:
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write a page that stands by itself: pointing at an edge shows its score, a slider leaves fewer of them."""
+        """Write a self-contained HTML page; hovering over an edge shows its score, and a slider filters edges.
+
+        Args:
+            path: the file to write.
+        """
         nodes = None
         if self.kind == "nodes" and self.scores is not None:
             nodes = dict(zip(map(str, self.nodes), self.scores, strict=True))
@@ -538,9 +728,10 @@ class Circuit:
         return Drawing.of(self.nodes, self.edges, scores, self.shape)
 
     def __repr__(self) -> str:
-        counts = {"embed": 0, "head": 0, "MLP": 0}
-        for node in self.nodes:
-            counts[{"embed": "embed", "heads": "head", "mlp": "MLP"}[node.steps[-1].name]] += 1
+        counts = {"embed": 0, "head": 0, "MLP": 0, "expert": 0}
+        kinds = {"embed": "embed", "heads": "head", "mlp": "MLP", "experts": "expert"}
+        for name, _ in dict.fromkeys((node.steps[-1].name, node.place) for node in self.nodes):
+            counts[kinds[name]] += 1
         parts = ["embed"] if counts["embed"] else []
         parts += [_count(n, what) for what, n in counts.items() if n and what != "embed"]
         what = self.kind if len(self) != 1 else self.kind[:-1]
@@ -567,5 +758,6 @@ def _count(number: int, what: str) -> str:
 
 def _label(path: str, kind: str) -> str:
     numbers = re.findall(r"\d+", path)
-    shown = {"head": "a{}.{}", "mlp": "m{}", "group": ""}.get(kind, kind)
-    return shown.format(*numbers)
+    shown = {"head": "a{}.{}", "mlp": "m{}", "expert": "m{}.{}", "group": ""}.get(kind, kind)
+    position = parse_path(path).position if kind != "group" else None
+    return shown.format(*numbers) + ("" if position is None else path[path.rindex("[") :])

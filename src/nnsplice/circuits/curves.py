@@ -5,22 +5,24 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nnsplice import plots
+from nnsplice import closures, plots
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.addresses import part_of
 from nnsplice.circuits.circuit import Circuit, count_of
-from nnsplice.circuits.masks import needed
+from nnsplice.circuits.masks import Mask, needed
 from nnsplice.circuits.measuring import Question, measure
 from nnsplice.circuits.origin import check_model
 from nnsplice.circuits.scores import Scores, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, circumstances, named
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics
+from nnsplice.paths import parse_path
 from nnsplice.results import Run, SweepResult
 
 if TYPE_CHECKING:
@@ -35,7 +37,15 @@ ORDERS: tuple[By, ...] = ("signed", "absolute")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One circuit of a curve."""
+    """One circuit of a faithfulness curve.
+
+    Attributes:
+        by: the order by which members were chosen: `"signed"` or `"absolute"`; None for a circuit that was given.
+        pruned: whether only members on a path from `embed` to `unembed` are left.
+        share: the share of all edges or nodes.
+        n: the number of members.
+        connected: the number of members on a path from `embed` to `unembed`.
+    """
 
     #: How its members were chosen; None for a circuit that was given.
     by: str | None
@@ -49,21 +59,60 @@ class Point:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness:
-    """What circuits keep of a metric: 0 is nothing more than the empty circuit, 1 is all that the model does.
+    """The faithfulness of circuits: 0 for the metric of the empty circuit, 1 for that of the whole model.
 
     f = (m(circuit) - m(empty)) / (m(model) - m(empty)), of the mean metric over prompts.
+
+    Attributes:
+        points: the circuits.
+        values: the metric, `[prompt, point]`.
+        full: the metric of the whole model, `[prompt]`.
+        empty: the metric of the empty circuit, `[prompt]`.
+        metric: the name of the metric.
+        run: the cost of the run.
     """
 
     points: tuple[Point, ...]
-    #: `[prompt, point]`, and `[prompt]` of the whole model and of the empty circuit.
+    #: `[prompt, point]`, and `[prompt]` of the whole model and of the empty circuit; of several metrics, these are the
+    #: last axis of each.
     values: np.ndarray
     full: np.ndarray
     empty: np.ndarray
     metric: str
     run: Run
+    #: The names of several metrics; none where there is one.
+    metrics: tuple[str, ...] = ()
+
+    def only(self, metric: str) -> Faithfulness:
+        """The report of one of several metrics, the same as if it had been asked for alone.
+
+        >>> metrics = [ns.logit_diff("w7", "w8"), ns.probability("w7")]
+        >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
+        >>> report = ns.faithfulness(model, ns.Circuit.full(model), *pairs, metrics, progress=False)
+        >>> report.only("probability").f().round(3).tolist()
+        [1.0]
+        """
+        names = self.metrics or (self.metric,)
+        if metric not in names:
+            raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(names)}")
+        if not self.metrics:
+            return self
+        at = self.metrics.index(metric)
+        return replace(
+            self, values=self.values[..., at], full=self.full[:, at], empty=self.empty[:, at], metric=metric,
+            metrics=(),
+        )  # fmt: skip
+
+    def _one(self, what: str) -> None:
+        if self.metrics:
+            raise BadArgument(
+                f"{len(self.metrics)} metrics were measured, and {what} is of one",
+                expected=f"one of {', '.join(self.metrics)}",
+                write=f"report.only({self.metrics[0]!r}).{what}",
+            )
 
     def f(self) -> np.ndarray:
-        """`[point]`: the share that each circuit keeps.
+        """The faithfulness of each circuit: `[point]`.
 
         >>> circuit = ns.Circuit.full(model)
         >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
@@ -71,35 +120,61 @@ class Faithfulness:
         >>> report.f().round(6).tolist()
         [1.0]
         """
+        self._one("f()")
         return self._shares(np.full((1, len(self.full)), 1.0 / len(self.full)))[0]
 
     @property
     def cpr(self) -> float:
-        """The area under f over the share of edges, of circuits of the edges with the highest scores; larger is better.
+        """CPR of MIB: the area under f over the share of edges, for circuits of the highest scores; larger is better.
 
-        A trapezoid between the shares that were measured (MIB's CPR): nothing is added before the first.
+        The area is that of trapezoids between the measured shares.
         """
         return self.area("signed")
 
     @property
     def cmd(self) -> float:
-        """The area under |1 - f| over the share of edges, of those with the largest sizes of scores; smaller is better.
+        """CMD of MIB: the area under |1 - f| over the share of edges, by absolute scores; smaller is better.
 
-        A trapezoid between the shares that were measured (MIB's CMD).
+        The area is that of trapezoids between the measured shares.
         """
         return self.area("absolute", distance=True)
 
     def area(self, by: By, *, distance: bool = False, pruned: bool = False) -> float:
-        """The area under f, or under |1 - f|, of the curve of one order of choosing."""
+        """The area under f, or under |1 - f|, for one order of choosing edges.
+
+        Args:
+            by: `"signed"` or `"absolute"`.
+            distance: the area under |1 - f|.
+            pruned: of the pruned circuits.
+
+        Returns:
+            The area.
+
+        Raises:
+            BadArgument: no such curve was measured.
+        """
         return float(self._areas(self.f()[None], by, distance, pruned)[0])
 
     def ci(
         self, of: Literal["f", "cpr", "cmd"] = "f", level: float = 0.95, *, draws: int = 2000, seed: int = 0
     ) -> np.ndarray:
-        """The ends of an interval by a bootstrap over prompts: `[point, 2]` of f, `[2]` of an area.
+        """Bootstrap confidence intervals over prompts: `[point, 2]` of f, `[2]` of an area.
 
-        NaN where there is one prompt.
+        NaN with fewer than two prompts.
+
+        Args:
+            of: `"f"`, `"cpr"` or `"cmd"`.
+            level: the confidence level.
+            draws: the number of bootstrap samples.
+            seed: the seed of the samples.
+
+        Returns:
+            The lower and upper ends.
+
+        Raises:
+            BadArgument: another `of` or `level`, or no curve.
         """
+        self._one("ci()")
         if of not in ("f", "cpr", "cmd"):
             raise BadArgument(f"of={of!r}", expected='"f", "cpr" or "cmd"')
         if not 0 < level < 1:
@@ -116,9 +191,23 @@ class Faithfulness:
         return np.nanquantile(areas, [tail, 1 - tail])
 
     def frame(self, level: float = 0.95) -> pd.DataFrame:
-        """A row for each circuit: how it was chosen, its size, the mean metric, f, and the ends of f's interval."""
+        """A table with a row for each circuit: order, size, mean metric, f, and the confidence interval of f.
+
+        Of several metrics, the rows of each under those of the one before.
+
+        Args:
+            level: the confidence level.
+
+        Returns:
+            A `pandas.DataFrame`.
+        """
         import pandas as pd
 
+        if self.metrics:
+            each = [self.only(name).frame(level) for name in self.metrics]
+            for name, rows in zip(self.metrics, each, strict=True):
+                rows.insert(0, "metric", name)
+            return pd.concat(each, ignore_index=True)
         ends = self.ci(level=level)
         return pd.DataFrame(
             {
@@ -135,7 +224,15 @@ class Faithfulness:
         )
 
     def plot(self, *, ax: plots.Axes | None = None) -> plots.Axes:
-        """f over the share of edges, a line for each order of choosing; the shares stand on a scale of powers."""
+        """Draw f over the share of edges on a logarithmic scale, a line for each order of choosing.
+
+        Args:
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+        """
+        self._one("plot()")
         found = self.f()
         x: dict[str, list[float]] = {}
         y: dict[str, list[float]] = {}
@@ -148,6 +245,8 @@ class Faithfulness:
         return axes
 
     def __repr__(self) -> str:
+        if self.metrics:
+            return "\n".join(repr(self.only(name)) for name in self.metrics)
         ends = f"model {self.full.mean():.4g}, empty {self.empty.mean():.4g}"
         lines = [
             f"Faithfulness: {len(self.points)} circuits, {_count(len(self.full), 'prompt')}, {self.metric}; {ends}"
@@ -184,7 +283,7 @@ def faithfulness(
     circuits: Circuit | SweepResult | Sequence[Circuit],
     clean: PromptsLike,
     corrupted: PromptsLike | None,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     ablation: Ablation = "patch",
     reference: PromptsLike | None = None,
@@ -192,12 +291,12 @@ def faithfulness(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Faithfulness:
-    """Measure what circuits keep of a metric: one circuit, several, or a curve of those that scores choose.
+    """Faithfulness: the share of the metric that circuits keep, of one circuit, several, or a curve over sizes.
 
-    Of scores, circuits of each share of the edges (or nodes) are measured: those with the highest scores, whose area is
-    CPR, and those with the largest sizes, whose area is CMD. Equal scores are taken in the order in which they run.
-    Each is measured as it is and `pruned`, without what no path from `embed` to `unembed` goes through; where
-    everything outside has another run's values, that is the same by what pruning is, and takes no time.
+    For scores, circuits of each share of the edges (or nodes) are measured: by the highest scores, whose area is CPR,
+    and by the largest absolute scores, whose area is CMD. Ties are in execution order. Each circuit is also measured
+    `pruned`, without what is on no path from `embed` to `unembed`; where removed edges have the values of another run,
+    pruning changes nothing and is not run.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
@@ -210,61 +309,88 @@ def faithfulness(
     (1.0, True)
 
     Args:
-        circuits: a circuit, several, or a result with scores of edges or nodes.
+        model: a model from `ns.load`, in eval mode.
+        circuits: a circuit, several, or a result with scores of edges or nodes, such as that of `ns.attribute`.
         clean: the prompts on which circuits run; the model's own metric on them is 1.
-        corrupted: the prompts that everything outside has its values from; see `Circuit.run`.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        shares: where the curve is measured; those of MIB if left out.
-        max_tokens: how many tokens run at once.
-        progress: show a bar.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        shares: the circuit sizes of the curve, as shares of all edges; those of the MIB benchmark if left out.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        progress: show a progress bar.
+
+    Returns:
+        The metric of each circuit, with `.f()`, `.cpr`, `.cmd` and `.frame()`.
+
+    Raises:
+        BadType: neither circuits nor scores.
+        BadArgument: shares that do not grow from 0 to 1, several metrics, or a metric that is NaN.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
+        KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
     with circumstances("ns.faithfulness"):
-        question = Question.of(model, clean, corrupted, metric, ablation, reference)
+        question = Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
         shape = question.wiring.shape
         if isinstance(circuits, SweepResult):
             scores = scores_of(circuits)
             check_model(scores.provenance, question.model)
+            question.check_parts(one[0] if isinstance(one, tuple) else one for one in scores.of)
             points, masks = _curve(scores, shape, shares)
         else:
             points, masks = _given(circuits, question)
         found = measure(question, [np.zeros_like(shape.exists), *masks], max_tokens=max_tokens, progress=progress)
         empty, full = found.values[:, 0], found.clean
-        note = _check_ends(full, empty, question.metric.metric.name)
-        about = Run("circuits", time.perf_counter() - start, **found.cost.told(), note=note)
-        return Faithfulness(tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about)
+        names = question.metrics or (question.metric.metric.name,)
+        each = (ends.reshape(len(ends), -1).T for ends in (full, empty))
+        said: list[str] = []
+        for name, a, b in zip(names, *each, strict=True):
+            said.append(_check_ends(a, b, name))
+        note = "; ".join(filter(None, (*said, found.note)))
+        about = Run(
+            "circuits", time.perf_counter() - start, **found.cost.told(), gate=closures.spent(question.model), note=note
+        )
+        return Faithfulness(
+            tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about, question.metrics
+        )
 
 
-def _curve(scores: Scores, shape: Shape, shares: Sequence[float]) -> tuple[list[Point], list[np.ndarray]]:
+def _curve(scores: Scores, shape: Shape, shares: Sequence[float]) -> tuple[list[Point], list[Mask]]:
     if not len(shares) or any(not 0 <= share <= 1 for share in shares) or list(shares) != sorted(set(shares)):
         raise BadArgument(f"shares={list(shares)}", expected="growing numbers from 0 to 1")
     points: list[Point] = []
-    masks: list[np.ndarray] = []
+    masks: list[Mask] = []
     for by in ORDERS:
         order = scores.order(by)
         for share in shares:
             n = count_of(share, len(order))
             mask = _mask(scores, order[:n], shape)
-            connected, _ = needed(shape, mask, from_embed=True)
-            counts = int(connected.sum())
+            connected = mask.only(needed(shape, mask.edges, from_embed=True)[0])
+            counts = int(connected.edges.sum())
             masks += [mask, connected]
             points += [Point(by, pruned, float(share), n, counts) for pruned in (False, True)]
     return points, masks
 
 
-def _mask(scores: Scores, chosen: np.ndarray, shape: Shape) -> np.ndarray:
+def _mask(scores: Scores, chosen: np.ndarray, shape: Shape) -> Mask:
+    some: list[Any] = [scores.of[number] for number in chosen]
+    edges = scores.kind == "edges"
+    members: list[Any] = some if edges else [parse_path("embed"), *some]
+    if any(part_of(one[0] if edges else one) is not None for one in members):
+        kind, parts = ("edges", ((), tuple(members))) if edges else ("nodes", (tuple(members), ()))
+        return Circuit(kind, *parts, shape=shape).parts(shape)  # type: ignore[arg-type]
     found = np.zeros(shape.exists.shape, dtype=bool)
-    if scores.kind == "nodes":
-        found[:, [0, *(shape.sender_number[scores.of[n]] for n in chosen)]] = True  # type: ignore[index]
-        return found & shape.exists
-    if len(chosen):
-        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in (scores.of[n] for n in chosen)]  # type: ignore[misc]
+    if not edges:
+        found[:, [shape.sender_number[one] for one in members]] = True
+    elif members:
+        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in members]
         found[tuple(np.array(pairs).T)] = True
-    return found
+    return Mask(found & shape.exists)
 
 
-def _given(circuits: Any, question: Question) -> tuple[list[Point], list[np.ndarray]]:
+def _given(circuits: Any, question: Question) -> tuple[list[Point], list[Mask]]:
     each = [circuits] if isinstance(circuits, Circuit) else circuits
     if not isinstance(each, Sequence) or not each or not all(isinstance(one, Circuit) for one in each):
         raise BadType(
@@ -273,11 +399,11 @@ def _given(circuits: Any, question: Question) -> tuple[list[Point], list[np.ndar
         )
     shape = question.wiring.shape
     points: list[Point] = []
-    masks: list[np.ndarray] = []
+    masks: list[Mask] = []
     for one in each:
         mask = one.checked_mask(question)
         of = shape.n_edges if one.kind == "edges" else len(shape.senders)
-        connected, _ = needed(shape, mask, from_embed=True)
+        connected, _ = needed(shape, mask.edges, from_embed=True)
         points.append(Point(None, False, len(one) / of, len(one), int(connected.sum())))
         masks.append(mask)
     return points, masks

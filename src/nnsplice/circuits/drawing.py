@@ -80,6 +80,14 @@ def _index(path: Path) -> int:
     return index if isinstance(index, int) else 0
 
 
+def _shifted(path: Path) -> float:
+    """How far right of its place some tokens of it are drawn, so that several do not lie on each other."""
+    position = path.position
+    if position is None:
+        return 0.0
+    return 0.1 + 0.7 * ((position if isinstance(position, int) else sum(str(position).encode())) % 8) / 8
+
+
 def _width(paths: Sequence[Path] | dict[Path, None], shape: Shape | None) -> int:
     if shape is not None:
         return max(layer.heads for layer in shape.layers)
@@ -90,12 +98,14 @@ def _mark(path: Path, width: int, top: int, shape: Shape | None) -> Mark:
     name = path.steps[-1].name
     middle = (width - 1) / 2
     if name in ("embed", "unembed"):
-        return Mark(str(path), name, middle, 0.0 if name == "embed" else 2.0 * top + 1.0)
+        return Mark(str(path), name, middle + _shifted(path), 0.0 if name == "embed" else 2.0 * top + 1.0)
     row = 2.0 * _layer(path) + 1.0
     if name == "mlp":
-        return Mark(str(path), "mlp", float(width) + 0.5, row + 1.0)
+        return Mark(str(path), "mlp", float(width) + 0.5 + _shifted(path), row + 1.0)
+    if name == "experts":
+        return Mark(str(path), "expert", float(width) + 1.5 + _index(path), row + 1.0)
     if name == "heads":
-        return Mark(str(path), "head", float(_index(path)), row)
+        return Mark(str(path), "head", float(_index(path)) + _shifted(path), row)
     size = 1.0
     if shape is not None:
         layer = shape.layers[_layer(path)]

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
+from nnsplice.circuits.addresses import Part
 from nnsplice.circuits.shape import Shape
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The edges of a circuit in the graph of a model."""
+
+    #: `[receiver, sender]`.
+    edges: np.ndarray
+    #: `(receiver, sender)` -> the parts of the sender that the edge carries, where these are not all of it.
+    parts: Mapping[tuple[int, int], frozenset[Part]] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def key(self) -> tuple[bytes, str]:
+        """What is alike for masks of the same edges."""
+        return np.packbits(self.edges).tobytes(), repr(sorted((k, sorted(map(repr, v))) for k, v in self.parts.items()))
+
+    @property
+    def experts(self) -> set[tuple[int, int]]:
+        """`(sender, expert)` of the experts that are senders by themselves."""
+        return {(s, expert) for (_, s), parts in self.parts.items() for _, expert in parts if expert is not None}
+
+    def only(self, edges: np.ndarray) -> Mask:
+        """Fewer of its edges."""
+        return Mask(edges, {at: parts for at, parts in self.parts.items() if edges[at]})
 
 
 def behind(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:
@@ -57,6 +84,18 @@ def needed(
     if from_embed:
         useful &= reached(shape, mask, mixed)
     mask = mask & useful
+    mask[~_alive(shape, useful, mixed)] = False
+    return mask, np.asarray(mask.any(0))
+
+
+def ablated(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:
+    """`[sender]`: whether a receiver that matters reads a sender's ablated value."""
+    read = _alive(shape, behind(shape, mask, mixed), mixed)
+    return np.asarray((shape.exists & ~mask)[read].any(0))
+
+
+def _alive(shape: Shape, useful: np.ndarray, mixed: Sequence[bool] | None) -> np.ndarray:
+    """`[receiver]`: whether what it reads can get to `unembed`, through senders of which this is known."""
     alive = np.zeros(len(shape.receivers), dtype=bool)
     alive[-1] = True
     for number, (layer, (sender, receiver)) in enumerate(zip(shape.layers, shape.starts, strict=True)):
@@ -67,5 +106,4 @@ def needed(
             alive[list(shape.reads_of(sender + int(head)))] = True
         if len(heads) and mixed is not None and mixed[number]:
             alive[receiver:mlp] = True
-    mask[~alive] = False
-    return mask, np.asarray(mask.any(0))
+    return alive

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,18 @@ from nnsplice import engine
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import fingerprint, peel
 from nnsplice.attribution.gradients import halving
+from nnsplice.circuits import parts
 from nnsplice.circuits.ablations import Ablation, Source, source_of
-from nnsplice.circuits.masks import needed
+from nnsplice.circuits.constants import OptimalAblation, Training, note_of
+from nnsplice.circuits.masks import Mask, needed
 from nnsplice.circuits.recording import record, run_plainly
 from nnsplice.circuits.running import Ablated, Pass
+from nnsplice.circuits.training import Recipe, train
 from nnsplice.circuits.wiring import Wiring, wiring_of
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
-from nnsplice.metrics import Bound, MetricLike, Several, bound_of
+from nnsplice.metrics import Bound, Metrics, Several, bound_of
 from nnsplice.packed.cost import Cost, Law
+from nnsplice.paths import Path
 from nnsplice.progress import bar
 from nnsplice.sweeps.identity import told
 from nnsplice.sweeps.probing import TOLERANCE
@@ -40,7 +44,7 @@ class Question:
     wiring: Wiring
     clean: Prompts
     corrupted: Prompts | None
-    metric: Bound
+    metric: Bound | Several
     source: Source
     law: Law
 
@@ -50,22 +54,29 @@ class Question:
         model: Any,
         clean: PromptsLike,
         corrupted: PromptsLike | None,
-        metric: MetricLike,
+        metric: Metrics,
         ablation: Ablation,
         reference: PromptsLike | None = None,
+        *,
+        several: bool = False,
     ) -> Question:
-        """A question, with every mistake in it found."""
+        """A question, with every mistake in it found.
+
+        Args:
+            several: whether it may have several metrics.
+        """
         model = engine.as_model(model)
         check_mode(model)
         engine.refuse_edits(model)
+        engine.refuse_changed_logits(model, bare=True)
         wiring = wiring_of(model)
         prompts = _tokens(encode(model, clean))
         others = None if corrupted is None else _tokens(encode(model, corrupted))
         if others is not None:
             _check_pairs(prompts, others, ablation)
         bound = bound_of(metric, engine.tokenizer_of(model), len(prompts), prompts.texts)
-        if isinstance(bound, Several):
-            raise BadArgument("a circuit is measured by one metric", expected="one metric, such as ns.logit_diff")
+        if isinstance(bound, Several) and not several:
+            raise BadArgument("this is asked of one metric", expected="one metric, such as ns.logit_diff")
         bound.metric.check_lengths(prompts.lengths("decoder"))
         asked = None if reference is None else _tokens(encode(model, reference))
         source = source_of(model, wiring, prompts, others, ablation, asked)
@@ -85,6 +96,15 @@ class Question:
             "ablation": self.source.identity,
         }
 
+    def check_parts(self, senders: Iterable[Path]) -> None:
+        """Raise where one of these is a part of a sender that the model, the prompts or the ablation do not have."""
+        parts.check_parts(self.model, self.wiring, self.clean, self.source, senders)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of several metrics; none where there is one."""
+        return self.metric.names if isinstance(self.metric, Several) else ()
+
     @property
     def root(self) -> nn.Module:
         """The plain module."""
@@ -95,50 +115,97 @@ class Question:
 class Measured:
     """What circuits gave."""
 
-    #: `[prompt, circuit]`
+    #: `[prompt, circuit]`, and of several metrics `[prompt, circuit, metric]`.
     values: np.ndarray
-    #: `[prompt]`: the metric of the clean run.
+    #: `[prompt]`, or `[prompt, metric]`: the metric of the clean run.
     clean: np.ndarray
     cost: Cost
+    #: What there is to say of trained constants.
+    note: str = ""
 
 
+@torch.no_grad()
 def measure(
-    question: Question, masks: Sequence[np.ndarray], *, max_tokens: int | None = None, progress: bool = False
+    question: Question, masks: Sequence[np.ndarray | Mask], *, max_tokens: int | None = None, progress: bool = False
 ) -> Measured:
     """The metric of each circuit, given by its edges `[receiver, sender]`, for each prompt."""
+    masks = [mask if isinstance(mask, Mask) else Mask(mask) for mask in masks]
+    if question.source.trained_from is not None:
+        return _trained(question, masks, max_tokens, progress)
     model, wiring = question.model, question.wiring
     room = engine.room(model, max_tokens)
     mixed = [layer.heads_mix for layer in wiring.layers]
-    pruned: dict[bytes, int] = {}
+    pruned: dict[Hashable, int] = {}
     which: list[int] = []
-    kinds: list[np.ndarray] = []
+    kinds: list[Mask] = []
     for mask in masks:
-        small, _ = needed(wiring.shape, mask, from_embed=question.source.is_run, mixed=mixed)
-        number = pruned.setdefault(np.packbits(small).tobytes(), len(kinds))
+        small = mask.only(needed(wiring.shape, mask.edges, from_embed=question.source.is_run, mixed=mixed)[0])
+        number = pruned.setdefault(small.key, len(kinds))
         which.append(number)
         if number == len(kinds):
             kinds.append(small)
-    values = np.full((len(question.clean), len(kinds)), np.nan)
-    clean = np.full(len(question.clean), np.nan)
-    order = sorted(range(len(kinds)), key=lambda number: int(kinds[number].sum()))
-    empty = np.zeros_like(wiring.shape.exists)
+    metrics = (len(question.metrics),) * bool(question.metrics)
+    values = np.full((len(question.clean), len(kinds), *metrics), np.nan)
+    clean = np.full((len(question.clean), *metrics), np.nan)
+    order = sorted(range(len(kinds)), key=lambda number: int(kinds[number].edges.sum()))
+    held = max((_streams(wiring, mask) for mask in kinds), default=1.0)
     with engine.turn(model), bar("circuits", len(kinds) * len(question.clean), "run", progress) as shown:
         cost = _trust(question)
+        parts.check_experts(model, wiring, question.clean, parts.experts_of(wiring, kinds))
         for rows in question.clean.batches(None):
             length = question.clean.lengths("decoder")[rows[0]]
             at = question.metric.metric.position % length - length
             # A circuit runs whole, so prompts are parted by what the largest one holds.
-            step = int(room / (length * _streams(wiring, np.logical_or.reduce([empty, *kinds]))))
+            step = int(room / (length * held))
             for part in _parts(rows, max(step, 1)):
                 cost += _group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
     return Measured(values[:, which], clean, cost)
+
+
+def _trained(question: Question, masks: Sequence[Mask], max_tokens: int | None, progress: bool) -> Measured:
+    """Each circuit with constants of its own."""
+    known: dict[Hashable, Measured] = {}
+    trainings: list[Training] = []
+    cost = Cost()
+    for mask in masks:
+        if (key := mask.key) in known:
+            continue
+        ablation, spent = constants_for(question, mask.edges, Recipe(), max_tokens=max_tokens, progress=progress)
+        source = source_of(question.model, question.wiring, question.clean, None, ablation, None)
+        known[key] = measure(replace(question, source=source), [mask], max_tokens=max_tokens)
+        trainings.append(ablation.training)
+        cost += spent + known[key].cost
+    each = [known[mask.key] for mask in masks]
+    return Measured(np.concatenate([one.values for one in each], 1), each[0].clean, cost, note_of(trainings))
+
+
+def constants_for(
+    question: Question,
+    mask: np.ndarray,
+    recipe: Recipe,
+    *,
+    max_tokens: int | None,
+    progress: bool,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[OptimalAblation, Cost]:
+    """Constants trained for the circuit of a mask, on the question's clean prompts."""
+    assert question.source.trained_from is not None
+    told = {name: question.asked[name] for name in ("model", "revision", "weights")}
+    with engine.turn(question.model):
+        cost = _trust(question)
+        found, spent = train(
+            question.model, question.wiring, mask, question.clean, question.source.trained_from,
+            question.metric.metric.position, recipe, room=engine.room(question.model, max_tokens), progress=progress,
+            provenance={**told, **(about or {})},
+        )  # fmt: skip
+    return found, cost + spent
 
 
 def _group(
     question: Question,
     rows: list[int],
     at: int,
-    circuits: Sequence[tuple[int, np.ndarray]],
+    circuits: Sequence[tuple[int, Mask]],
     room: int,
     values: np.ndarray,
     clean: np.ndarray,
@@ -146,7 +213,8 @@ def _group(
 ) -> Cost:
     """All circuits over some prompts of one length."""
     model, root, wiring = question.model, question.root, question.wiring
-    own = record(root, model, wiring, question.clean, rows, at)
+    experts = sorted(parts.experts_of(wiring, [mask for _, mask in circuits]))
+    own = record(root, model, wiring, question.clean, rows, at, experts)
     length = own.values.embed.shape[1]
     cost = question.law.whole(question.clean, rows, 1)
     found, spent = question.source.values(rows, own.values)
@@ -158,11 +226,13 @@ def _group(
 
     def run(numbers: list[int]) -> None:
         chosen = [circuits[number] for number in numbers]
-        made = Pass(root, wiring, own.frame, ablated, np.stack([mask for _, mask in chosen]), question.law)
+        edges, *kept = parts.slots_of(model, wiring, question.clean, rows, [mask for _, mask in chosen])
+        made = Pass(root, wiring, own.frame, ablated, edges, question.law, *kept)
         logits = made.run(lambda: run_plainly(root, model, question.clean, [*rows] * len(chosen), at))
         asked = [*rows] * len(chosen)
         against = None if reference is None else reference.repeat(len(chosen), 1)
-        got = _numbers(question.metric(logits, asked, against)).reshape(len(chosen), len(rows))
+        got = _numbers(question.metric(logits, asked, against))
+        got = got.reshape(len(chosen), len(rows), *got.shape[1:])
         for (number, _), line in zip(chosen, got, strict=True):
             values[rows, number] = line
         done.append(made.cost + Cost(forwards=1, flops=len(asked) * question.law.per_token(wiring.tower.unembed)))
@@ -177,24 +247,28 @@ def _parts(rows: list[int], step: int) -> list[list[int]]:
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def _fitting(wiring: Wiring, masks: Sequence[np.ndarray], tokens: int, room: int) -> list[list[int]]:
+def _fitting(wiring: Wiring, masks: Sequence[Mask], tokens: int, room: int) -> list[list[int]]:
     """Circuits that run together: their tokens, and the streams that are held for each."""
     chunks: list[list[int]] = []
-    held = np.zeros_like(wiring.shape.exists)
+    held: set[Hashable] = set()
     for number, mask in enumerate(masks):
-        wider = held | mask
-        if not chunks or (len(chunks[-1]) + 1) * tokens * _streams(wiring, wider) > room:
+        wider = held | parts.kept_by(mask)
+        if not chunks or (len(chunks[-1]) + 1) * tokens * _counted(wiring, len(wider)) > room:
             chunks.append([])
-            wider = mask
+            wider = parts.kept_by(mask)
         chunks[-1].append(number)
         held = wider
     return chunks
 
 
-def _streams(wiring: Wiring, mask: np.ndarray) -> float:
-    """What a token counts for: itself, the differences of all senders, and the streams of a layer's receivers."""
-    receivers = max(len(layer.receivers) for layer in wiring.layers)
-    return 1.0 + (int(mask.any(0).sum()) + receivers) / STREAMS
+def _streams(wiring: Wiring, mask: Mask) -> float:
+    """What a token of a circuit counts for."""
+    return _counted(wiring, len(parts.kept_by(mask)))
+
+
+def _counted(wiring: Wiring, kept: int) -> float:
+    """What a token counts for: itself, the differences that are kept, and the streams of a layer's receivers."""
+    return 1.0 + (kept + max(len(layer.receivers) for layer in wiring.layers)) / STREAMS
 
 
 def _numbers(values: Tensor) -> np.ndarray:
@@ -214,7 +288,9 @@ def _check_pairs(clean: Prompts, corrupted: Prompts, ablation: Ablation) -> None
         return
     if len(clean) != len(corrupted):
         raise ShapeError(
-            f"{len(clean)} clean prompts and {len(corrupted)} corrupted ones", expected="pairs: prompt i with prompt i"
+            f"{len(clean)} clean prompts and {len(corrupted)} corrupted ones",
+            expected="pairs: prompt i with prompt i",
+            write='ablation="mean", or "zero", which need no pair',
         )
     for row, (a, b) in enumerate(zip(clean.lengths("decoder"), corrupted.lengths("decoder"), strict=True)):
         if a != b:
@@ -239,8 +315,8 @@ def _trust(question: Question) -> Cost:
         RefusedPlace: it is another.
     """
     root, model, wiring = question.root, question.model, question.wiring
-    hooks = tuple(key for m in root.modules() for key in (*m._forward_hooks, *m._forward_pre_hooks))
-    asked = (fingerprint(root), hooks, engine.attention_of(model), next(root.parameters()).dtype)
+    around = (engine.hooks_of(root.modules()), engine.replaced_in(root.modules()))
+    asked = (fingerprint(root), around, engine.attention_of(model), next(root.parameters()).dtype)
     known = _trusted.setdefault(root, set())
     if asked in known:
         return Cost()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from nnsplice.circuits.addresses import Role, address
+from nnsplice.circuits.addresses import Role, address, part_of, whole_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, UnknownPath, closest
 from nnsplice.paths import Path
@@ -43,10 +43,11 @@ def checked_edges(given: Iterable[Any], shape: Shape | None) -> list[Edge]:
         sender, receiver = address(edge[0], "sender"), address(edge[1], "receiver")
         _check_there(sender, "sender", shape)
         _check_there(receiver, "receiver", shape)
-        if not _runs_before(sender, receiver, shape):
+        if not runs_before(sender, receiver, shape):
             raise BadArgument(
                 f"{sender} runs after {receiver} reads the stream, so there is no edge from it",
                 expected="a sender that runs before the receiver",
+                write="ns.Circuit.full(model).edges   (all that there are)",
             )
         edges.append((sender, receiver))
     return edges
@@ -56,13 +57,18 @@ def _check_there(path: Path, role: Role, shape: Shape | None) -> None:
     if shape is None:
         return
     known = shape.sender_number if role == "sender" else shape.receiver_number
-    if path not in known:
-        raise UnknownPath(f"this model has no {role} {path}", expected=closest(str(path), map(str, known)))
+    if (whole_of(path) if role == "sender" else path) not in known:
+        raise UnknownPath(
+            f"this model has no {role} {path}",
+            expected=closest(str(path), map(str, known)),
+            write=f"ns.Circuit.full(model).{'nodes' if role == 'sender' else 'in_degree'}   (all {role}s)",
+        )
 
 
-def _runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
+def runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
+    """Whether there is an edge; without a model's graph, whether a model can have it."""
     if shape is not None:
-        return bool(shape.exists[shape.receiver_number[receiver], shape.sender_number[sender]])
+        return bool(shape.exists[shape.receiver_number[receiver], shape.sender_number[whole_of(sender)]])
     if sender.steps[-1].name == "embed" or receiver.steps[-1].name == "unembed":
         return True
     above, below = int(sender.steps[0].index), int(receiver.steps[0].index)  # type: ignore[arg-type]
@@ -71,7 +77,7 @@ def _runs_before(sender: Path, receiver: Path, shape: Shape | None) -> bool:
     return above < below or same
 
 
-_KINDS = {"embed": -1, "heads": 0, "groups": 1, "mlp": 3, "unembed": 4}
+_KINDS = {"embed": -1, "heads": 0, "groups": 1, "mlp": 3, "experts": 4, "unembed": 5}
 
 
 def order_of(path: Path) -> tuple[int, ...]:
@@ -84,7 +90,9 @@ def order_of(path: Path) -> tuple[int, ...]:
 
 def rank_of(member: Path | Edge) -> tuple[Any, ...]:
     """When a node runs, or an edge's sender and then its receiver."""
-    return tuple(map(order_of, member)) if isinstance(member, tuple) else order_of(member)
+    if isinstance(member, tuple):
+        return (*map(order_of, member), str(member[0].position))
+    return (order_of(member), str(member.position))
 
 
 def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:
@@ -94,9 +102,32 @@ def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:
         found.setdefault(sender)
         if receiver.steps[-1].name in ("heads", "mlp"):
             found.setdefault(address(re.sub(r"\.q$", "", str(receiver)), "sender"))
-    return tuple(sorted(found, key=order_of))
+    return tuple(sorted(found, key=rank_of))
 
 
 def text_of(member: Path | Edge) -> str:
     """A member in words."""
     return " -> ".join(map(str, member)) if isinstance(member, tuple) else str(member)
+
+
+def check_parts(members: Iterable[Path | Edge], others: Iterable[Path | Edge], sign: str) -> None:
+    """Raise where one of two circuits has all of a sender and the other a part of it: taking one off leaves the other.
+
+    Raises:
+        BadArgument: that is so.
+    """
+    mine, theirs = (_senders(some) for some in (members, others))
+    for whole, parts in mine.items():
+        if whole in theirs and (None in parts) != (None in theirs[whole]):
+            raise BadArgument(
+                f"circuit {sign} circuit, and one has all of {whole}, the other a part of it",
+                expected="circuits that have the same parts of a sender",
+            )
+
+
+def _senders(members: Iterable[Path | Edge]) -> dict[Path, set[Any]]:
+    found: dict[Path, set[Any]] = {}
+    for member in members:
+        sender = member[0] if isinstance(member, tuple) else member
+        found.setdefault(whole_of(sender), set()).add(part_of(sender))
+    return found

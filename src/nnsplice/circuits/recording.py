@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,13 @@ class Recorded:
     #: By layer: what the heads bring to the output projection, and what the MLP adds, before `Block.scale`.
     z: tuple[Tensor, ...]
     mlp: tuple[Tensor, ...]
+    #: By layer and number: what an expert adds to its MLP, of those that are senders by themselves.
+    experts: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Recorded:
         """Something done to every value."""
-        return Recorded(change(self.embed), tuple(map(change, self.z)), tuple(map(change, self.mlp)))
+        experts = {key: change(value) for key, value in self.experts.items()}
+        return Recorded(change(self.embed), tuple(map(change, self.z)), tuple(map(change, self.mlp)), experts)
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,21 @@ class Run:
     logits: Tensor
 
 
-def record(root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], at: int) -> Run:
+@torch.no_grad()
+def record(
+    root: nn.Module,
+    model: engine.Model,
+    wiring: Wiring,
+    prompts: Prompts,
+    rows: Sequence[int],
+    at: int,
+    experts: Collection[tuple[int, int]] = (),
+) -> Run:
     """Run prompts of one length as they are, and check that their stream is the sum of what the senders give.
 
     Args:
         at: the position whose logits are kept, counted from the end.
+        experts: those whose own part of their MLP is kept too, by layer and number.
 
     Raises:
         RefusedPlace: the stream is something else.
@@ -74,11 +87,15 @@ def record(root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompt
             stack.enter_context(_after(root, layer.block.module, lambda out: returns.append(_returns(out))))
             for name in layer.projections:
                 stack.enter_context(_after(root, name, lambda out, n=name: widths.__setitem__(n, out.shape[-1])))
+        given: dict[int, tuple[Any, ...]] = {}
+        for number in sorted({layer for layer, _ in experts}):
+            stack.enter_context(given_to_experts(root, wiring.layers[number], number, given))
         logits = run_plainly(root, model, prompts, rows, at)
     values = Recorded(
         seen[wanted[0]],
         tuple(seen[Site(layer.z[0].module, "input")] for layer in wiring.layers),
         tuple(seen[layer.mlp_added] for layer in wiring.layers),
+        {key: expert_of(root, wiring.layers[key[0]], given[key[0]], key[1], len(rows)) for key in experts},
     )
     stream = values.embed
     for layer, z in zip(wiring.layers, values.z, strict=True):
@@ -89,27 +106,59 @@ def record(root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompt
     return Run(values, Frame(tuple(returns), widths), logits)
 
 
+@contextmanager
+def given_to_experts(
+    root: nn.Module, layer: LayerWires, number: int, into: dict[int, tuple[Any, ...]]
+) -> Iterator[None]:
+    """Keep what the experts of a layer are called with: tokens, chosen experts, their weights."""
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        into[number] = (*args, *kwargs.values())
+
+    hook = root.get_submodule(str(layer.block.experts)).register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def expert_of(root: nn.Module, layer: LayerWires, given: tuple[Any, ...], expert: int, rows: int) -> Tensor:
+    """What one expert adds, `[row, token, width]`: the experts' own code, with the weights of all others at zero.
+
+    Raises:
+        RefusedPlace: they are not called with tokens, the chosen experts and their weights.
+    """
+    chosen = [one for one in given if isinstance(one, Tensor) and one.dtype in (torch.int64, torch.int32)]
+    if len(given) != 3 or len(chosen) != 1 or chosen[0] is not given[1] or not isinstance(given[2], Tensor):
+        raise RefusedPlace(
+            "these experts are not given the chosen experts and their weights, so one cannot be told apart",
+            path=f"layers[{layer.block.index}].experts[{expert}]",
+            write=f"layers[{layer.block.index}].mlp",
+        )
+    tokens, numbers, weights = given
+    alone: Any = root.get_submodule(str(layer.block.experts))
+    made = alone.forward(tokens, numbers, torch.where(numbers == expert, weights, torch.zeros_like(weights)))
+    return made.reshape(rows, -1, made.shape[-1])
+
+
 def run_plainly(root: nn.Module, model: engine.Model, prompts: Prompts, rows: Sequence[int], at: int) -> Tensor:
     """The logits of one position, counted from the end: `[prompt, vocab]`."""
     inputs = prompts.inputs(rows, model.device)
     assert isinstance(inputs, Mapping)
     fewer = {"logits_to_keep": -at} if engine.keeps_logits(model) else {}
-    with torch.no_grad():
-        return root(**inputs, **fewer, use_cache=False).logits[:, at].clone()
+    return root(**inputs, **fewer, use_cache=False).logits[:, at].clone()
 
 
 def projected(root: nn.Module, layer: LayerWires, z: Tensor) -> Tensor:
     """What the output projection makes of all heads, with its bias."""
-    with torch.no_grad():
-        return root.get_submodule(layer.z[0].module)(z)
+    return root.get_submodule(layer.z[0].module)(z)
 
 
 def ended(root: nn.Module, layer: LayerWires, projection: Tensor) -> Tensor:
     """What the attention adds to the stream, before `Block.scale`, of what its output projection made."""
     if layer.norm is None:
         return projection
-    with torch.no_grad():
-        return root.get_submodule(layer.norm)(projection)
+    return root.get_submodule(layer.norm)(projection)
 
 
 def _check(made: Tensor, seen: Tensor, layer: LayerWires, why: str) -> None:

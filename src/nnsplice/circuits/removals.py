@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnsplice import closures
 from nnsplice.activations.prompts import PromptsLike
-from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.ablations import Ablation, refuse_training
 from nnsplice.circuits.addresses import address
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.measuring import Question, measure
@@ -33,7 +34,15 @@ Nodes = Iterable[str | Path]
 
 @dataclass(frozen=True, eq=False)
 class Completeness:
-    """The circuit and the model, each without the same nodes."""
+    """The metric of a circuit and of the model without the same nodes.
+
+    Attributes:
+        sets: the sets of removed nodes.
+        found_by: how each set was found: `"given"`, `"random"` or `"greedy"`.
+        circuit: the metric of the circuit without each set, `[prompt, set]`.
+        model: the metric of the model without each set, `[prompt, set]`.
+        run: the cost of the run.
+    """
 
     #: The sets of nodes that were taken out, and how each was found.
     sets: tuple[tuple[Path, ...], ...]
@@ -45,11 +54,11 @@ class Completeness:
 
     @property
     def scores(self) -> np.ndarray:
-        """`[set]`: |m(C without K) - m(M without K)|, of means over prompts; 0 is complete."""
+        """`[set]`: |m(C - K) - m(M - K)| of the mean metric; 0 is complete."""
         return np.abs(self.circuit.mean(0) - self.model.mean(0))
 
     def frame(self) -> pd.DataFrame:
-        """A row for each set, the worst first."""
+        """A table with a row for each set, the largest score first."""
         import pandas as pd
 
         rows = pd.DataFrame(
@@ -67,7 +76,14 @@ class Completeness:
 
 @dataclass(frozen=True, eq=False)
 class Minimality:
-    """How much each node of a circuit matters when some others are out: the most that was found."""
+    """The largest effect of each node of a circuit when others are removed.
+
+    Attributes:
+        nodes: the nodes of the circuit.
+        scores: the largest |m(C - K - v) - m(C - K)| of the mean metric, `[node]`.
+        sets: the set K of each score.
+        run: the cost of the run.
+    """
 
     nodes: tuple[Path, ...]
     #: `[node]`: |m(C without K and v) - m(C without K)| of means over prompts, and the K that it was found with.
@@ -76,7 +92,7 @@ class Minimality:
     run: Run
 
     def frame(self) -> pd.DataFrame:
-        """A row for each node, the one that matters least first."""
+        """A table with a row for each node, the smallest score first."""
         import pandas as pd
 
         rows = pd.DataFrame(
@@ -105,7 +121,7 @@ def completeness(
     progress: bool = True,
     seed: int = 0,
 ) -> Completeness:
-    """Compare the circuit without some of its nodes with the whole model without the same: |m(C - K) - m(M - K)|.
+    """Completeness of a circuit: |m(C - K) - m(M - K)| of circuit C and model M without sets K of the circuit's nodes.
 
     >>> circuit = ns.Circuit.of(nodes=["embed", "layers[:].mlp"], model=model)
     >>> pair = "w3 w4 w5", "w3 w4 w3"
@@ -114,15 +130,30 @@ def completeness(
     ['greedy', 'random', 'random']
 
     Args:
-        sets: sets of nodes to take out, of one's own.
-        random: how many sets are drawn; each node of the circuit is in one with a chance of a half.
-        greedy: how many nodes are taken out one after the other, always the one that makes the difference largest: that
-            measures every node of the circuit each time.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        max_tokens: how many tokens run at once.
-        progress: show a bar.
-        seed: of the sets that are drawn.
+        model: a model from `ns.load`, in eval mode.
+        circuit: the circuit.
+        clean: the prompts on which the circuit runs.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        sets: sets of nodes to remove.
+        random: the number of random sets; each node of the circuit is in a set with probability 1/2.
+        greedy: the number of nodes removed one after the other, each time the one with the largest difference; every
+            step measures all nodes of the circuit.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        progress: show a progress bar.
+        seed: the seed of the random sets.
+
+    Returns:
+        The metric of circuit and model without each set.
+
+    Raises:
+        BadType: something other than a circuit, or than a list of nodes.
+        BadArgument: an empty circuit, no sets, a node outside the circuit, or several metrics.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
+        KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
     with circumstances("ns.completeness"):
@@ -133,7 +164,7 @@ def completeness(
         if not chosen:
             raise BadArgument("no sets of nodes to take out", expected="sets=, random= or greedy=")
         here, there = one.without([nodes for _, nodes in chosen])
-        about = Run("circuits", time.perf_counter() - start, **one.cost.told())
+        about = Run("circuits", time.perf_counter() - start, **one.cost.told(), gate=closures.spent(model))
         found = tuple(tuple(one.shape.senders[n] for n in nodes) for _, nodes in chosen)
         return Completeness(found, tuple(by for by, _ in chosen), here, there, about)
 
@@ -153,7 +184,7 @@ def minimality(
     progress: bool = True,
     seed: int = 0,
 ) -> Minimality:
-    """Measure what each node still does when others are out of the circuit: the largest |m(C - K - v) - m(C - K)|.
+    """Minimality of a circuit: for each node v, the largest |m(C - K - v) - m(C - K)| over sets K of other nodes.
 
     >>> circuit = ns.Circuit.of(nodes=["embed", "layers[:].mlp"], model=model)
     >>> pair = "w3 w4 w5", "w3 w4 w3"
@@ -162,13 +193,28 @@ def minimality(
     ['embed', 'layers[0].mlp', 'layers[1].mlp', 'layers[2].mlp']
 
     Args:
-        sets: sets K of one's own, which every node is tried with; the empty one is always tried.
-        random: how many sets are drawn for all nodes.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        max_tokens: how many tokens run at once.
-        progress: show a bar.
-        seed: of the sets that are drawn.
+        model: a model from `ns.load`, in eval mode.
+        circuit: the circuit.
+        clean: the prompts on which the circuit runs.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        sets: sets K to try with every node; the empty set is always tried.
+        random: the number of random sets.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        progress: show a progress bar.
+        seed: the seed of the random sets.
+
+    Returns:
+        The largest change of each node, with the set that gave it.
+
+    Raises:
+        BadType: something other than a circuit, or than a list of nodes.
+        BadArgument: an empty circuit, a node outside the circuit, or several metrics.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
+        KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
     with circumstances("ns.minimality"):
@@ -187,7 +233,7 @@ def minimality(
                 moved = abs(means[wanted[nodes | {node}]] - means[wanted[nodes - {node}]])
                 if moved > best[number]:
                     best[number], best_with[number] = moved, nodes - {node}
-        about = Run("circuits", time.perf_counter() - start, **one.cost.told())
+        about = Run("circuits", time.perf_counter() - start, **one.cost.told(), gate=closures.spent(model))
         paths = one.shape.senders
         found = tuple(tuple(paths[n] for n in sorted(nodes)) for nodes in best_with)
         return Minimality(tuple(paths[n] for n in one.nodes), best, found, about)
@@ -220,8 +266,9 @@ class _Part:
     ) -> _Part:
         if not isinstance(circuit, Circuit):
             raise BadType(f"{named(circuit)} is no circuit", expected="an ns.Circuit")
+        refuse_training(ablation, "taking parts out of a circuit")
         question = Question.of(model, clean, corrupted, metric, ablation, reference)
-        mask = circuit.checked_mask(question)
+        mask = circuit.whole_mask(question, "nodes are taken out whole")
         numbers = question.wiring.shape.sender_number
         nodes = tuple(sorted(numbers[node] for node in circuit.nodes))
         if not nodes:

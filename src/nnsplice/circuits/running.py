@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nnsplice import wire
 from nnsplice.circuits.columns import project, through
-from nnsplice.circuits.recording import Frame, Recorded, ended, projected
+from nnsplice.circuits.recording import Frame, Recorded, ended, expert_of, given_to_experts, projected
 from nnsplice.circuits.wiring import LayerWires, Wiring
 from nnsplice.packed.cost import Cost, Law
 
@@ -51,6 +51,16 @@ class Ablated:
         return cls(values, tuple(made), (*streams, stream))
 
 
+@dataclass(frozen=True)
+class Slot:
+    """What is kept of a sender: all that it gives, or a part of that."""
+
+    sender: int
+    expert: int | None = None
+    #: `[prompt, token, 1]`: 1 at the tokens that are meant; None for all of them.
+    tokens: Tensor | None = None
+
+
 class _Done(Exception):  # no error: the way out of a block when everything was seen
     pass
 
@@ -66,6 +76,13 @@ class Pass:
     #: `[circuit, receiver, sender]`: the edges that are needed; see `masks.needed`.
     masks: np.ndarray
     law: Law
+    #: What is kept of senders, and `[circuit, receiver, slot]`: which of it each receiver reads. By itself all of every
+    #: sender that an edge starts from.
+    slots: Sequence[Slot] | None = None
+    reads: np.ndarray | None = None
+    #: Whether what comes out is tied to the ablated values, so that these get gradients; of one circuit alone, as a sum
+    #: of a few senders then costs no memory, and one product for all circuits would keep every stream.
+    tied: bool = False
     cost: Cost = field(default_factory=Cost)
 
     def __post_init__(self) -> None:
@@ -75,14 +92,23 @@ class Pass:
         self.width: int
         self.prompts, self.tokens, self.width = self.ablated.values.embed.shape
         #: The senders that an edge starts from, and where each stands among them.
-        self.kept: np.ndarray = np.flatnonzero(self.masks.any((0, 1)))
-        self.slots: dict[int, int] = {int(sender): slot for slot, sender in enumerate(self.kept)}
+        if self.slots is None or self.reads is None:
+            kept = np.flatnonzero(self.masks.any((0, 1)))
+            self.slots, self.reads = [Slot(int(sender)) for sender in kept], self.masks[:, :, kept]
+        self.kept: tuple[Slot, ...] = tuple(self.slots)
+        self.chosen: np.ndarray = self.reads
+        self.at: dict[int, list[int]] = {}
+        for number, slot in enumerate(self.kept):
+            self.at.setdefault(slot.sender, []).append(number)
         dtype = self.ablated.values.embed.dtype
         self.dtype: torch.dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-        shape = (self.circuits, len(self.kept), self.prompts, self.tokens, self.width)
+        assert not self.tied or self.circuits == 1
+        shape = (self.circuits, 0 if self.tied else len(self.kept), self.prompts, self.tokens, self.width)
         #: What each sender gives less what it gives when it is ablated; of heads before a norm, before that.
         self.moved: Tensor = self.ablated.values.embed.new_zeros(shape, dtype=self.dtype)
-        self.edges: Tensor = torch.from_numpy(self.masks[:, :, self.kept]).to(self.moved)
+        #: The same by slot, where it is tied.
+        self.parts: dict[int, Tensor] = {}
+        self.edges: Tensor = torch.from_numpy(self.chosen).to(self.moved)
         self.mode: Callable[[], Any] | None = None
         self.seen: dict[str, Tensor] = {}
         self.given: dict[str, Tensor] = {}
@@ -101,7 +127,7 @@ class Pass:
         Args:
             logits: calls the model on the prompts, once for each circuit, and returns what is wanted.
         """
-        with torch.no_grad(), self._circuits():
+        with torch.set_grad_enabled(self.tied), self._circuits():
             return logits()
 
     # --- blocks
@@ -120,7 +146,7 @@ class Pass:
         """What stands in a block's place: the circuits run in it, and the complete stream leaves the last one."""
         layer, (sender, receiver) = self.wiring.layers[number], self.wiring.shape.starts[number]
         hidden = args[0] if args else next(iter(kwargs.values()))
-        if number == 0 and 0 in self.slots:
+        if number == 0 and 0 in self.at:
             self._keep(0, self._apart(hidden, self.ablated.values.embed))
 
         def call(stream: Tensor) -> None:
@@ -132,8 +158,8 @@ class Pass:
                     forward(**{**kwargs, next(iter(kwargs)): stream})
 
         shape = self.wiring.shape.layers[number]
-        heads = [head for head in range(shape.heads) if sender + head in self.slots]
-        has_mlp = sender + shape.heads in self.slots
+        heads = [head for head in range(shape.heads) if sender + head in self.at]
+        has_mlp = sender + shape.heads in self.at
         mlp = receiver + shape.heads + 2 * shape.groups
         self.given = {}
         if heads:
@@ -159,7 +185,7 @@ class Pass:
         sender = self.wiring.shape.starts[number][0]
         read = {r - first for head in heads for r in self.wiring.shape.reads_of(sender + head)}
         wanted = sorted(read) if not layer.heads_mix else list(range(shape.heads + 2 * shape.groups))
-        asked = self.masks[:, [first + n for n in wanted]][:, :, self.kept].transpose(1, 0, 2)
+        asked = self.chosen[:, [first + n for n in wanted]].transpose(1, 0, 2)
         _, chosen, which = np.unique(asked.reshape(len(wanted), -1), axis=0, return_index=True, return_inverse=True)
         streams = self._streams(number, [first + wanted[n] for n in chosen], at=2 * number)
         sites = layer.receivers
@@ -213,10 +239,17 @@ class Pass:
 
         def added(_module: nn.Module, _args: Any, output: Any) -> None:
             moved = self._apart(wire.unpack(output, layer.mlp_added.item), self.ablated.values.mlp[number])
-            self._keep(sender + len(layer.q), moved * layer.block.scale)
+            own = {key: self._apart(expert_of(self.root, layer, given[number], key, self.rows),
+                                    self.ablated.values.experts[number, key]) for key in experts}  # fmt: skip
+            self._keep(sender + len(layer.q), moved * layer.block.scale,
+                       {key: value * layer.block.scale for key, value in own.items()})  # fmt: skip
             raise _Done
 
+        given: dict[int, tuple[Any, ...]] = {}
+        experts = [] if mlp is None else self._experts(sender + len(layer.q))
         with ExitStack() as stack:
+            if experts:
+                stack.enter_context(given_to_experts(self.root, layer, number, given))
             before = self.root.get_submodule(layer.z[0].module).register_forward_pre_hook(brought, with_kwargs=True)
             stack.callback(before.remove)
             if mlp is not None:
@@ -273,8 +306,19 @@ class Pass:
         found = values.reshape(self.circuits, self.prompts, self.tokens, -1).to(self.dtype)
         return found - ablated.to(found)
 
-    def _keep(self, sender: int, moved: Tensor) -> None:
-        self.moved[:, self.slots[sender]] = moved.to(self.moved)
+    def _keep(self, sender: int, moved: Tensor, experts: Mapping[int, Tensor] | None = None) -> None:
+        for number in self.at[sender]:
+            slot = self.kept[number]
+            part = moved if slot.expert is None or experts is None else experts[slot.expert]
+            part = part.to(self.moved) if slot.tokens is None else part.to(self.moved) * slot.tokens.to(self.moved)
+            if self.tied:
+                self.parts[number] = part
+            else:
+                self.moved[:, number] = part
+
+    def _experts(self, sender: int) -> list[int]:
+        """The experts of an MLP that are senders by themselves."""
+        return sorted({one for number in self.at.get(sender, ()) if (one := self.kept[number].expert) is not None})
 
     # --- streams
 
@@ -302,11 +346,23 @@ class Pass:
         used = edges.flatten(0, 1).any(0).nonzero().flatten()
         if not len(used):
             return self.moved.new_zeros(*edges.shape[:2], self.prompts * self.tokens * self.width)
+        if self.tied:
+            return self._few(edges, range(len(self.kept)))
         stop = int(used[-1]) + 1
         some = len(used) * 2 < stop
         edges, moved = (edges[..., used], self.moved[:, used]) if some else (edges[..., :stop], self.moved[:, :stop])
         self.cost += Cost(flops=2 * edges.numel() * moved[0, 0].numel())
         return torch.bmm(edges, moved.flatten(2))
+
+    def _few(self, edges: Tensor, slots: Sequence[int]) -> Tensor:
+        """What `bmm` would make of the edges `[1, receiver, slot]` and the differences, one sender after the other."""
+        made: list[Tensor] = []
+        for chosen in edges[0].bool().tolist():
+            parts = [
+                self.parts[slot] for slot, is_in in zip(slots, chosen, strict=True) if is_in and slot in self.parts
+            ]
+            made.append(sum(parts[1:], parts[0]) if parts else self.moved.new_zeros(1, *self.moved.shape[2:]))
+        return torch.stack(made, 1).flatten(2)
 
     @cached_property
     def _direct(self) -> Tensor:
@@ -314,21 +370,20 @@ class Pass:
         found = torch.ones(len(self.kept))
         for layer, (sender, _) in zip(self.wiring.layers, self.wiring.shape.starts, strict=True):
             for head in range(len(layer.q)) if layer.norm is not None else ():
-                if sender + head in self.slots:
-                    found[self.slots[sender + head]] = 0.0
+                found[self.at.get(sender + head, [])] = 0.0
         return found.to(self.moved)
 
     def _normed(self, number: int, layer: LayerWires, edges: Tensor) -> Tensor:
         """`[circuit, receiver, prompt, token, width]`: how far the norm of a receiver's heads is from the ablated."""
         sender = self.wiring.shape.starts[number][0]
-        slots = [self.slots[sender + head] for head in range(len(layer.q)) if sender + head in self.slots]
+        slots = [number for head in range(len(layer.q)) for number in self.at.get(sender + head, ())]
         before = self.ablated.projected[number]
         if not slots:
             return before.new_zeros((), dtype=self.dtype)
         picked = edges[:, :, slots]
         different, which = torch.unique(picked.transpose(0, 1).flatten(1), dim=0, return_inverse=True)
         different = different.unflatten(1, (self.circuits, len(slots))).transpose(0, 1)
-        moved = torch.bmm(different, self.moved[:, slots].flatten(2))
+        moved = self._few(different, slots) if self.tied else torch.bmm(different, self.moved[:, slots].flatten(2))
         moved = moved.unflatten(-1, (self.prompts, self.tokens, self.width))
         ends = ended(self.root, layer, (before.to(moved) + moved).to(before)).to(moved)
         apart = (ends - ended(self.root, layer, before).to(moved)) * layer.block.scale

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nnsplice.circuits.addresses import address
+from nnsplice.circuits.addresses import address, whole_of
+from nnsplice.circuits.members import runs_before
 from nnsplice.circuits.shape import LayerShape, Shape
 from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.paths import Path
@@ -45,11 +46,12 @@ class Scores:
             BadArgument: it is no such number.
         """
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 0 <= k <= len(self.of):
-            what = self.kind
             raise BadArgument(
-                f"k={k!r}, and there are {len(self.of)} scored {what}",
+                f"k={k!r}, and there are {len(self.of)} scored {self.kind}",
                 expected=f"a whole number from 0 to {len(self.of)}",
-                write=f"Circuit.select(result, 0.02)   (a share of the {what})" if isinstance(k, float) else None,
+                write="Circuit.select(result, 0.02)   (a share of them)"
+                if isinstance(k, float)
+                else f"Circuit.top(result, {len(self.of)})   (all of them)",
             )
         return int(k)
 
@@ -79,10 +81,39 @@ def scores_of(result: Any) -> Scores:
     joined = np.asarray((~np.isnan(table.edges)).any(0))
     if not joined.any():
         raise BadArgument("every score is NaN", expected="a metric that is a number, with a gradient")
+    _check_nan(senders, receivers, joined)
     rows, columns = np.nonzero(joined)
     means = _pooled(table.edges[:, rows, columns], table.exists[:, rows])
     edges = tuple((senders[s], receivers[r]) for s, r in zip(rows, columns, strict=True))
     return Scores("edges", edges, means, _shape(senders, receivers, joined), told)
+
+
+def _check_nan(senders: Sequence[Path], receivers: Sequence[Path], joined: np.ndarray) -> None:
+    """Raise for an edge that there is and that has no score: in one prompt, that looks like an edge that there is not.
+
+    Raises:
+        BadArgument: so it is.
+    """
+    # Whether heads send to the MLP of their own layer depends on the model, so on the others of the layer.
+    beside = {
+        (s, r): senders[s].steps[0].index
+        for s, r in np.argwhere(~joined).tolist()
+        if senders[s].steps[-1].name == "heads" and receivers[r].steps[-1].name == "mlp"
+        and senders[s].steps[0].index == receivers[r].steps[0].index
+    }  # fmt: skip
+    sequential = {
+        senders[s].steps[0].index
+        for s, r in np.argwhere(joined).tolist()
+        if senders[s].steps[-1].name == "heads" and receivers[r].steps[-1].name == "mlp"
+        and senders[s].steps[0].index == receivers[r].steps[0].index
+    }  # fmt: skip
+    for s, r in np.argwhere(~joined).tolist():
+        if beside[s, r] in sequential if (s, r) in beside else runs_before(senders[s], receivers[r], None):
+            raise BadArgument(
+                f"the score of {senders[s]} -> {receivers[r]} is NaN, so the first of them mean nothing",
+                expected="a metric that is a number for every cell",
+                write="result.edges()   (shows which have one)",
+            )
 
 
 def _whole(path: str, position: object) -> str:
@@ -97,6 +128,7 @@ def _pooled(values: np.ndarray, there: np.ndarray) -> np.ndarray:
         raise BadArgument(
             f"{count} scores are NaN, so the first of them mean nothing",
             expected="a metric that is a number for every cell",
+            write="result.frame()   (shows which have one)",
         )
     counts = there.sum(0)
     if not counts.all():
@@ -155,5 +187,5 @@ def greedy(scores: Scores, k: int, shape: Shape, by: By) -> list[int]:
         sender = scores.of[number][0]  # type: ignore[index]
         if sender not in there:
             there.add(sender)
-            opens([shape.receivers[r] for r in shape.reads_of(shape.sender_number[sender])])
+            opens([shape.receivers[r] for r in shape.reads_of(shape.sender_number[whole_of(sender)])])
     return chosen

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.activations.prompts import PromptsLike
-from nnsplice.circuits.ablations import Ablation
+from nnsplice.circuits.ablations import Ablation, refuse_training
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.masks import needed
 from nnsplice.circuits.measuring import Question, measure
@@ -37,15 +37,14 @@ def acdc(
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> Circuit:
-    """Take out every edge without which the mean metric moves by less than a threshold, one after the other. Exact.
+    """ACDC: remove each edge whose removal moves the mean metric by less than a threshold, exactly and in order.
 
-    Receivers are visited from the logits backwards, and of each the senders from the last to the first. An edge that
-    was taken out stays out for all that come after it; a receiver that no longer leads to the logits loses all its
-    edges. The scores of the circuit are how far the metric moved without each edge, when it was that one's turn.
+    Receivers are visited from the logits backwards, and the senders of each from the last to the first. A removed edge
+    stays removed; a receiver that no longer leads to the logits loses all its edges. The score of an edge is the change
+    of the metric when its removal was tried.
 
-    Edges of one receiver run in batches, on the guess that all of them can go; after one that stays, the rest are
-    measured again. So what comes out is what one run for each edge gives. That is as many runs as there are edges,
-    though: of a large model, begin with the best of an estimate (`start=`).
+    The edges of a receiver are tried in batches; the result is that of one run for each edge. The number of runs grows
+    with the number of edges, so start from the best edges of an estimate (`start=`) on large models.
 
     >>> metric, pair = ns.logit_diff("w7", "w8"), ("w3 w4 w5", "w3 w4 w3")
     >>> circuit = ns.acdc(model, *pair, metric, threshold=0.2, progress=False)
@@ -54,22 +53,37 @@ def acdc(
     >>> kept, full = (one.run(model, *pair, metric) for one in (circuit, ns.Circuit.full(model)))
 
     Args:
-        threshold: an edge stays when the mean metric moves by so much without it.
-        start: the edges to begin with; all of the model's, if left out.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        max_tokens: how many tokens run at once.
-        journal: a file that every batch is appended to; the same call after a stop goes on from there.
-        progress: show a bar.
+        model: a model from `ns.load`, in eval mode.
+        clean: the prompts on which the circuit runs.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        threshold: the change of the mean metric from which on an edge stays.
+        start: the edges to begin with; all edges of the model if left out.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        journal: a file that finished batches are appended to; the same call resumes from it after an interruption.
+        progress: show a progress bar.
+
+    Returns:
+        The circuit of the edges that stay, with their scores.
+
+    Raises:
+        BadArgument: a threshold that is not above 0, several metrics, or an ablation without the prompts that it needs.
+        BadType: `start` is no circuit of edges.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
+        FileError: the journal is of another search, or damaged.
     """
     with circumstances("ns.acdc"):
+        refuse_training(ablation, "acdc")
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold > 0:
             raise BadArgument(f"threshold={threshold!r}", expected="a number above 0, in units of the metric")
         if start is not None and (not isinstance(start, Circuit) or start.kind != "edges"):
             raise BadType(f"start is {named(start)}", expected="a circuit of edges")
         question = Question.of(model, clean, corrupted, metric, ablation, reference)
         begin = Circuit.full(model) if start is None else start
-        mask = begin.checked_mask(question)
+        mask = begin.whole_mask(question, "acdc takes out edges of whole senders")
         asked = _asked(question, mask, threshold)
         opened = nullcontext() if journal is None else Journal.open(journal, asked, int(mask.sum()))
         with opened as log:

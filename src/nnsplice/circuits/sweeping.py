@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from nnsplice import engine
+from nnsplice import closures, engine
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.measuring import Question, measure
 from nnsplice.errors import BadArgument, BadType, circumstances, named
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Metrics
 from nnsplice.results import Cell, Run, SweepResult, Table
 from nnsplice.sweeps.ledger import check_baselines
 
@@ -27,17 +27,16 @@ def sweep_circuits(
     circuits: Sequence[Circuit] | Mapping[str, Circuit],
     clean: PromptsLike,
     corrupted: PromptsLike | None,
-    metric: MetricLike,
+    metric: Metrics,
     *,
     ablation: Ablation = "patch",
     reference: PromptsLike | None = None,
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> SweepResult:
-    """Run many circuits over the same prompts, in batches; each is a cell of a result, on the axis `set`.
+    """Run many circuits over the same prompts, in batches; each is a cell of the result, on the axis `set`.
 
-    The ends of its scale are the whole model (`clean`) and the empty circuit (`corrupted`), so that `effect()` is the
-    share of the metric that each circuit keeps.
+    The whole model is `clean` and the empty circuit `corrupted`, so `effect()` is the faithfulness of each circuit.
 
     >>> circuits = {"direct": ns.Circuit.of(edges=[("embed", "unembed")]), "all": ns.Circuit.full(model)}
     >>> pair = "w3 w4 w5", "w3 w4 w3"
@@ -46,29 +45,50 @@ def sweep_circuits(
     (('prompt', 'set'), [1.0])
 
     Args:
-        circuits: several, or several by names of one's own.
+        model: a model from `ns.load`, in eval mode.
+        circuits: several circuits, in a list or in a dictionary by name.
         clean: the prompts on which circuits run.
-        corrupted: the prompts that everything outside has its values from; see `Circuit.run`.
-        ablation: as for `Circuit.run`.
-        reference: as for `Circuit.run`.
-        max_tokens: how many tokens run at once, with the streams that are held for each.
-        progress: show a bar.
+        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
+        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
+        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
+        reference: the prompts of `"mean"`, if not the corrupted ones.
+        max_tokens: how many tokens run at once, counting the streams of each circuit; chosen for the device if left
+            out.
+        progress: show a progress bar.
+
+    Returns:
+        The metric of each circuit and prompt.
+
+    Raises:
+        BadType: something other than several circuits.
+        BadArgument: an entry that is no circuit, or several metrics.
+        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
+        RefusedPlace: a model in which the circuit of all edges is not the clean run.
+        KeyMismatch: a circuit of another model.
     """
     start = time.perf_counter()
     with circumstances("ns.sweep_circuits"):
         each = _named(circuits)
-        question = Question.of(model, clean, corrupted, metric, ablation, reference)
+        question = Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
         masks = [one.checked_mask(question) for one in each.values()]
         empty = np.zeros_like(question.wiring.shape.exists)
         found = measure(question, [empty, *masks], max_tokens=max_tokens, progress=progress)
         check_baselines(question.metric, clean=found.clean, corrupted=found.values[:, 0])
         cells = tuple(Cell(name, CIRCUITS, set=name) for name in each)
         there = np.ones((len(question.clean), len(cells)), dtype=bool)
-        about = Run("circuits", time.perf_counter() - start, **found.cost.told())
+        about = Run(
+            "circuits",
+            time.perf_counter() - start,
+            **found.cost.told(),
+            gate=closures.spent(question.model),
+            note=found.note,
+        )
         tokens = engine.token_texts(question.model, question.clean.ids)
         ends = found.clean, found.values[:, 0]
         asked = _asked(question, each)
-        return SweepResult(Table(cells, found.values[:, 1:], there, there, *ends, tokens, asked, about))
+        return SweepResult(
+            Table(cells, found.values[:, 1:], there, there, *ends, tokens, asked, about, metrics=question.metrics)
+        )
 
 
 def _named(circuits: Any) -> dict[str, Circuit]:

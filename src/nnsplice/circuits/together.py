@@ -35,20 +35,20 @@ def interactions(
     pairs: str | Sequence[tuple[str | Path, str | Path]] = "all",
     **options: Any,
 ) -> SweepResult:
-    """Measure what each place does by itself, and what each two do beyond that. Exact: every cell is a run.
+    """Interactions: the effect of each site alone, and of each pair beyond the sum of both, measured exactly.
 
-    With m(A) the metric of the corrupted run that has the clean values of the places A, and M all of them at once, so
-    that m(M - A) is the clean run with the corrupted values of A. Of a place, `sufficiency` is m(i) - m(nothing) and
-    `necessity` m(M) - m(M - i). Of a pair, they are
+    Let m(A) be the metric of the corrupted run with the clean values of the sites A, and M all sites together: m(M - A)
+    is the clean run with the corrupted values of A. For one site, `sufficiency` is m(i) - m(nothing) and `necessity`
+    m(M) - m(M - i). For a pair they are
 
         sufficiency    m(i, j) - m(i) - m(j) + m(nothing)
         necessity      m(M - i - j) - m(M - i) - m(M - j) + m(M)
 
-    and 0 where the two add up. A place that backs up another has little necessity alone, and a necessity with it
-    that is below 0: only without both the metric falls. Of two places on one way, the later one has its value given,
-    so that what the earlier one does through it is counted with neither: they interact, however straight the model is.
+    and 0 where the effects add up. A site with a backup has little necessity alone, and a negative necessity with its
+    backup: the metric falls only without both. If one site is upstream of the other, the later one has a given value,
+    which hides the effect through it, so they interact even in a linear model.
 
-    The numbers stand in `change()`, with an axis `metric` for the two and an axis `set` with the places' names.
+    `change()` has the numbers, with an axis `metric` for the two and an axis `set` for sites and pairs.
 
     >>> sites = ["layers[0].heads[1]", "layers[1].mlp", "layers[2].mlp"]
     >>> pair = "w3 w4 w5", "w3 w6 w5"
@@ -59,9 +59,20 @@ def interactions(
     'layers[1].mlp.output + layers[2].mlp.output'
 
     Args:
-        sites: paths; each place is one, without positions at all of its tokens.
-        pairs: which of them are taken together: `"all"`, or pairs of their paths.
-        options: those of `ns.plan_sweep` (`spans`, `align`) and `ns.run`.
+        model: a model from `ns.load`, in eval mode.
+        clean: the prompts that values are taken from. Prompt i is paired with prompt i of `corrupted`.
+        corrupted: the prompts whose run is edited.
+        sites: a path or several; a site without a position is patched at all tokens at once.
+        metric: one metric, such as `ns.logit_diff(answer, wrong)`.
+        pairs: the pairs to measure: `"all"`, or pairs of the sites' paths.
+        **options: `spans` and `align` of `ns.plan_sweep`; `executor`, `max_tokens` and `progress` of `ns.run`.
+
+    Returns:
+        Sufficiency and necessity of each site and pair.
+
+    Raises:
+        BadType: an option that does not exist.
+        BadArgument: fewer than two sites, a pair that is not of the sites, several metrics, or a journal.
     """
     check_options("ns.interactions", options, known_of(interactions, plan_sweep, _SET_HERE))
     running = {name: options.pop(name) for name in RUNNING if name in options}

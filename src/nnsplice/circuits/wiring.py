@@ -37,6 +37,8 @@ class LayerWires:
     norm: str | None
     #: Whether something between projection and attention reads all heads at once (a norm over the whole projection).
     heads_mix: bool
+    #: The norm between the MLP and the stream, where the family has one.
+    mlp_norm: str | None
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -98,6 +100,7 @@ def _layer(model: engine.Model, root: nn.Module, attn: Branch, mlp: Branch) -> L
     return LayerWires(
         block, q, k, v, z, site_of(attn.added), site_of(mlp.added),
         None if block.parallel else site_of(mlp.reads), norm_behind(attn), _heads_mix(root, block, q + k + v),
+        norm_behind(mlp),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ circuit: typer.Typer = typer.Typer(
 app.add_typer(circuit, name="circuit")
 
 #: How edges are chosen: by a method of `attribute`, and one after the other.
-METHODS = ("eap", "eap-ig", "relp", "acdc")
+METHODS = ("eap", "eap-ig", "relp", "ifr", "acdc")
 SITES = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
 #: Edges that are listed.
 LISTED = 10

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nnsplice.sweeps import Plan
 
 #: Methods that score edges, whose sites are senders.
-EDGES = ("eap", "eap-ig", "relp")
+EDGES = ("eap", "eap-ig", "relp", "ifr")
 #: Options that say nothing to an estimate, and those that say nothing to anything else.
 NOT_FOR_ESTIMATES = ("operation", "reference", "window")
 FOR_ESTIMATES = ("verify", "steps", "receivers")

@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "metric": tuple(METRICS),
     "align": ("position", "end"),
     "executor": ("auto", "packed", "batched", "reference"),
-    "method": ("exact", "atp", "atp*", "ig", "eap", "eap-ig", "relp"),
+    "method": ("exact", "atp", "atp*", "ig", "eap", "eap-ig", "relp", "ifr", "auto"),
 }
 WORDS = ("model", "device", "dtype", "out", "reference", *CHOICES)
 LISTS = ("clean", "corrupted", "sites", "answer", "wrong", "receivers")

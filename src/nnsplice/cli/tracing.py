@@ -101,7 +101,7 @@ def trace(
     ] = None,
     receivers: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="Where edges end, with eap, eap-ig, relp. May come often."),
+        typer.Option(metavar="PATH", help="Where edges end, with eap, eap-ig, relp, ifr, auto. May come often."),
     ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Show what would be computed, and leave.")] = False,
     as_json: Json = False,
@@ -222,7 +222,7 @@ def _plan(model: Any, asked: dict[str, Any], method: str | None) -> Plan:
         model, asked["clean"], asked.get("corrupted"), given.sets(asked["sites"]), _metric(asked),
         operation=asked.get("operation", "patch"), window=asked.get("window", 1), align=asked.get("align", "position"),
         reference=None if reference is None else ns.SavedActivation.from_file(reference), seed=asked.get("seed", 0),
-        together=method in estimating.EDGES,
+        together=method in estimating.EDGES or (method == "auto" and "receivers" in asked),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ parts       neurons and experts
 gate        measure once, keep it, refuse what does not hold
 """
 
-from nnsplice.closures.gate import measure, require
+from nnsplice.closures.gate import measure, require, spent
 from nnsplice.closures.promises import PROMISES, Closure, Kind, kind_of
 
-__all__ = ["PROMISES", "Closure", "Kind", "kind_of", "measure", "require"]
+__all__ = ["PROMISES", "Closure", "Kind", "kind_of", "measure", "require", "spent"]

@@ -1,7 +1,7 @@
 """Measure what a kind of place promises before it is used for the first time, and refuse what does not hold.
 
-Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for what is written between attention
-and MLP, two where the final norm is not given the last layer's output as it is, and for experts three calls of theirs.
+Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for the stream, one for what is
+written between attention and MLP, and for experts three calls of theirs.
 It is kept until modules or weights change.
 """
 
@@ -20,7 +20,7 @@ from nnsplice import engine
 from nnsplice.atlas import Atlas, Site, Tower, peel
 from nnsplice.closures import ends, heads, parts, streams
 from nnsplice.closures.promises import PROMISES, Closure, Kind, kind_of
-from nnsplice.closures.seen import look
+from nnsplice.closures.seen import Call, look
 from nnsplice.errors import NnspliceError, RefusedPlace
 from nnsplice.paths import Path
 
@@ -37,8 +37,14 @@ class _Measured:
     closures: dict[str, tuple[Closure, ...]] = field(default_factory=dict)
     #: Whether attention made its probabilities then: all that its implementation changes in what is promised.
     eager: bool = False
-    #: Towers whose final norm was given the very output of the last layer.
-    read_at_once: set[str] = field(default_factory=set)
+    #: How the first pass ended, by the tower's name, until the stream was measured.
+    ends: dict[str, ends.Ended] = field(default_factory=dict)
+    #: What modules of experts were called with in the first pass.
+    calls: dict[tuple[str, int], Call] = field(default_factory=dict)
+    #: What is run in the place of a model whose weights are elsewhere: the same in every pass.
+    twin: tuple[object, tuple[Any, ...], dict[str, Any]] | None = None
+    #: Forward passes that measuring took, and that no result has told yet.
+    untold: float = 0.0
     #: Kinds that hold in every layer, so that most uses ask nothing more.
     sound: set[Kind] = field(default_factory=set)
 
@@ -57,6 +63,8 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
         RefusedPlace: with what was measured, and what holds in this model.
     """
     wanted: dict[Kind, list[Path]] = {}
+    paths = list(paths)
+    engine.refuse_replaced(model, (path.site.module for path in paths if isinstance(path.site, Site)))
     for path in paths:
         kind = kind_of(path)
         if kind is not None:
@@ -90,6 +98,16 @@ def measure(model: Any, kinds: Iterable[Kind] | None = None) -> list[Closure]:
         return [closure for kind in wanted for closure in _closures(model, known, kind)]
 
 
+def spent(model: Any) -> float:
+    """How many forward passes of a prompt of `TOKENS` tokens measuring took since this was asked last."""
+    with _lock:
+        known = _measured.get(peel(model))
+        if known is None:
+            return 0.0
+        passes, known.untold = known.untold, 0.0
+        return passes
+
+
 def marks(model: Any) -> tuple[object, ...]:
     """What changes when modules or weights do; no number is read."""
     root = peel(model)
@@ -108,7 +126,7 @@ def _of(model: Any) -> _Measured:
     root, mark = peel(model), marks(model)
     known = _measured.get(root)
     if known is None or known.mark != mark:
-        known = _measured[root] = _Measured(mark)
+        known = _measured[root] = _Measured(mark, untold=0.0 if known is None else known.untold)
     return known
 
 
@@ -133,8 +151,10 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
         try:
             # Whatever the caller's block has switched off; what is run inside decides for itself.
             with torch.inference_mode(False), torch.enable_grad():
-                runner, args, kwargs = engine.example_of(model, TOKENS)
+                runner, args, kwargs = known.twin or engine.example_of(model, TOKENS)
+                known.twin = None if runner is model else (runner, args, kwargs)
                 known.closures[what] = tuple(measuring(runner, (args, kwargs), known))
+            known.untold += parts.share_of_experts(model) if what == "experts" else 1.0
             known.eager = _is_eager(model) if what == "pass" else known.eager
         except NnspliceError:
             raise
@@ -155,9 +175,11 @@ def _is_eager(model: Any) -> bool:
 
 def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
     atlas, seen = Atlas.of(model), look(model, example)
+    known.calls = seen.calls
     for tower in atlas.towers.values():
-        if ends.read_at_once(tower, seen):
-            known.read_at_once.add(tower.name)
+        end = ends.ended(tower, seen)
+        if end is not None:
+            known.ends[tower.name] = end
         layers: list[heads.Tied] = []
         for block in tower.blocks:
             sums = streams.Sums(atlas, block, seen)
@@ -172,14 +194,24 @@ def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]
         if layers:
             yield from heads.influence(tower, layers)
         for tied in layers:
+            yield from heads.keys(tower, tied.block, len(tied.slots), _given(tower, example))
             if _is_eager(model) and tied.block.pattern is not None:
                 yield from heads.patterns(tower, tied, seen)
 
 
+def _given(tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
+    """How many tokens of a tower the model is given; None where its call does not tell."""
+    _, kwargs = example
+    own = kwargs.get("decoder_input_ids") if tower.name == "decoder" else None
+    ids = kwargs.get("input_ids") if own is None else own
+    return ids.numel() if isinstance(ids, torch.Tensor) and ids.dim() == 2 else None
+
+
 def _head_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
     for tower in Atlas.of(model).towers.values():
-        if tower.name not in known.read_at_once:
-            yield from ends.head(model, tower, example)
+        end = known.ends.pop(tower.name, None)
+        if end is not None:
+            yield from ends.head(model, tower, example, end)
 
 
 def _written_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
@@ -195,12 +227,12 @@ def _written_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
             yield from streams.middle_written(tower, block, streams.Sums(atlas, block, seen))
 
 
-def _experts_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
-    atlas, seen = Atlas.of(model), look(model, example)
+def _experts_pass(model: Any, _: Any, known: _Measured) -> Iterator[Closure]:
+    calls, known.calls = known.calls, {}
     with engine.undisturbed(model):
-        for tower in atlas.towers.values():
+        for tower in Atlas.of(model).towers.values():
             for block in tower.blocks:
-                yield from parts.experts(tower, block, seen, model)
+                yield from parts.experts(tower, block, calls, model)
 
 
 _PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {

@@ -139,6 +139,19 @@ def _outside(t: Tied, role: Role, grad: Tensor | None, heads: list[int]) -> tupl
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
 
+def keys(tower: Tower, block: Block, width: int, given: int | None) -> Iterator[Closure]:
+    """The keys of a pattern are the prompt's own tokens, and not soft tokens beside them.
+
+    Args:
+        width: how many tokens stand in the layer.
+        given: how many the model was given; None where that is unknown.
+    """
+    if given is not None and width != given:
+        found = f"its keys are {width} tokens, and the model was given {given}: there are soft tokens among them"
+        yield Closure("pattern", tower.name, block.index, _NOTHING, 0.0, found)
+        yield Closure("written pattern", tower.name, block.index, _NOTHING, 0.0, found)
+
+
 def patterns(tower: Tower, t: Tied, seen: Seen) -> Iterator[Closure]:
     """Probabilities that mix values into slices; nothing where the attention returns none."""
     block, layout = t.block, t.layout

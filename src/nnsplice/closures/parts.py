@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.atlas import Block, Tower
+from nnsplice.atlas import Atlas, Block, Tower, peel, text_config
 from nnsplice.closures.promises import Closure, gap, tolerance
-from nnsplice.closures.seen import Seen
+from nnsplice.closures.seen import Call, Seen
 
 
 def neurons(tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
@@ -32,7 +32,7 @@ def _factor(made: Tensor, end: Tensor) -> float:
     return 1.0 if abs(factor - 1) < 1e-2 else factor
 
 
-def experts(tower: Tower, block: Block, seen: Seen, model: object) -> Iterator[Closure]:
+def experts(tower: Tower, block: Block, calls: Mapping[tuple[str, int], Call], model: object) -> Iterator[Closure]:
     """Experts with even numbers and those with odd ones make what all of them make.
 
     Nothing where they are not given their choice and their weights: one of them cannot be told apart then, and whoever
@@ -40,7 +40,7 @@ def experts(tower: Tower, block: Block, seen: Seen, model: object) -> Iterator[C
     """
     if block.experts is None or block.experts_are_modules:
         return
-    args, kwargs = seen.calls.get((block.experts, block.occurrence), ((), {}))
+    args, kwargs = calls.get((block.experts, block.occurrence), ((), {}))
     given = [*args, *kwargs.values()]
     if len(given) != 3 or not all(isinstance(value, Tensor) for value in given) or given[1].is_floating_point():
         return
@@ -55,3 +55,20 @@ def experts(tower: Tower, block: Block, seen: Seen, model: object) -> Iterator[C
     missed = float((even.double() + odd.double() - whole.double()).abs().max()) / size
     found = "even and odd ones do not make all"
     yield Closure("experts", tower.name, block.index, missed, tolerance(whole, weights, computed=True), found)
+
+
+def share_of_experts(model: object) -> float:
+    """What `experts` costs of all layers: a pass is three calls of those, beside all that stands in a pass once.
+
+    By the numbers of their matrices, of which those of one token's experts count.
+    """
+    root = peel(model)
+    one, whole = 0.0, float(sum(p.numel() for p in root.parameters() if p.dim() > 1))
+    chosen = getattr(text_config(root), "num_experts_per_tok", None) or 1
+    for tower in Atlas.of(root).towers.values():
+        for block in tower.blocks:
+            if block.experts is not None and not block.experts_are_modules:
+                own = sum(p.numel() for p in root.get_submodule(block.experts).parameters())
+                used = own * min(chosen / max(block.n_experts, 1), 1.0)
+                one, whole = one + used, whole - own + used
+    return 3 * one / whole if whole else 0.0

@@ -27,6 +27,9 @@ End = str
 #: The module, its end, and which of its calls.
 Key = tuple[str, End, int]
 
+#: What a module was called with.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass
 class Seen:
@@ -39,8 +42,10 @@ class Seen:
     #: What attention modules return in the place of probabilities.
     patterns: dict[tuple[str, int], Any] = field(default_factory=dict)
     #: What modules of experts were called with.
-    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    calls: dict[tuple[str, int], Call] = field(default_factory=dict)
     visits: dict[Key, int] = field(default_factory=dict)
+    #: What the model returned, where it says so.
+    logits: Tensor | None = None
 
     def at(self, module: str | None, end: End, visit: int) -> Tensor | None:
         """A value, or None where it was not met."""
@@ -61,8 +66,6 @@ def look(model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: 
     args, kwargs = example
     with ExitStack() as stack:
         hooks = _Hooks(root, stack)
-        for tower in atlas.towers.values():
-            hooks.keep(tower.final_norm, "given")
         for block in {block.module: block for tower in atlas.towers.values() for block in tower.blocks}.values():
             _watch(hooks, atlas, block)
             if write is not None:
@@ -71,7 +74,8 @@ def look(model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: 
                 _tie(hooks, atlas, block)
         call = stack.enter_context(engine.undisturbed(model))
         stack.enter_context(torch.set_grad_enabled(write is None))
-        call(*args, **kwargs)
+        logits = getattr(call(*args, **kwargs), "logits", None)
+    hooks.seen.logits = logits.detach() if isinstance(logits, Tensor) else None
     return hooks.seen
 
 

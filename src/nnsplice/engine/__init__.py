@@ -14,7 +14,8 @@ proof       whether the recorded order agrees with the atlas
 causality   whether tokens depend on those before them alone
 calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
-roots       hooks of the user's on the model itself
+hooks       which hooks and replaced forwards stand around modules
+roots       what they make of values after these were read
 turns       what threads share and take turns with
 """
 
@@ -24,6 +25,7 @@ from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
 from nnsplice.engine.causality import after_last_attention, is_causal
 from nnsplice.engine.digest import weights_digest
+from nnsplice.engine.hooks import has_code_around, hooks_of, replaced_in
 from nnsplice.engine.intercept import Interception
 from nnsplice.engine.memory import is_memory, room
 from nnsplice.engine.models import (
@@ -42,7 +44,7 @@ from nnsplice.engine.models import (
 )
 from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import example_of, offer_probe, order_of, record, undisturbed
-from nnsplice.engine.roots import refuse_changed_logits
+from nnsplice.engine.roots import refuse_changed_logits, refuse_replaced, runs_alone
 from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
@@ -96,7 +98,9 @@ __all__ = [
     "example_of",
     "expand",
     "first_input",
+    "has_code_around",
     "home",
+    "hooks_of",
     "in_training",
     "is_aside",
     "is_causal",
@@ -117,8 +121,11 @@ __all__ = [
     "record",
     "refuse_changed_logits",
     "refuse_edits",
+    "refuse_replaced",
+    "replaced_in",
     "room",
     "run",
+    "runs_alone",
     "scope_of",
     "taken_by",
     "token_texts",

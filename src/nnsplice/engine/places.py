@@ -19,15 +19,27 @@ from nnsplice.paths import Path, Paths, parse_path, position_rank
 
 @renamed(paths="sites")
 def expand(model: object, sites: Paths, *, probe: Any = None) -> list[Path]:
-    """The single places that paths stand for: negative numbers, slices and lists resolved against the model.
+    """Resolve paths against a model: negative numbers, slices and lists become single sites.
 
-    Positions stay as they are written; a place that is named twice comes once; the order is that of the forward pass.
+    Positions stay as they are written, a site that is named twice is returned once, and the order is that of the
+    forward pass.
 
     >>> [str(path) for path in ns.expand(model, ["layers[-1].output[-1]", "layers[0:2].mlp.output[3]"])]
     ['layers[0].mlp.output[3]', 'layers[1].mlp.output[3]', 'layers[2].output[-1]']
 
     Args:
-        probe: an input to run a model with once, where nnsplice cannot know one (a plain `NNsight(module)`).
+        model: a model from `ns.load`, or any nnsight model.
+        sites: a path or several.
+        probe: an input to run the model with once, where none can be inferred (a plain `NNsight(module)`).
+
+    Returns:
+        One path for each site and position.
+
+    Raises:
+        PathError: no path, or a layer or head out of range (`OutOfRange`).
+        UnknownPath: a site that this model does not have.
+        NeedsProbe: the model has to be run once, and no input is known.
+        NeverFired: the forward pass does not reach a site.
     """
     found = known(model, probe).arrange(listed(sites))
     return list(dict.fromkeys(path for path, _ in found))

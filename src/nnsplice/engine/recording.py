@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -133,7 +134,9 @@ def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     registry = nn.modules.module
     hooks = [registry.register_module_forward_pre_hook(before), registry.register_module_forward_hook(after)]
     try:
-        with undisturbed(model) as call:
+        with undisturbed(model) as call, warnings.catch_warnings():
+            # A compiled wrapper is no module of the sequence, so that the hooks see it too does no harm.
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
             call(*args, **kwargs)
     finally:
         for hook in hooks:

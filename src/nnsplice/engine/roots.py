@@ -1,58 +1,215 @@
-"""Hooks of the user's on the model itself: they see the logits after nnsight has read them."""
+"""Code of the user's around the model: what it makes of values after nnsight has read them.
+
+A value is what a module returned, before hooks of the user's; the logits are what the whole model returned. So what a
+hook on the whole model makes of them, or a `forward` that was replaced after nnsight had wrapped the model, would be
+left out of every number. Code that only looks is let through: whether it does is measured, by one short pass.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnsplice.atlas import peel
+from nnsplice.engine.hooks import hooks_of
 from nnsplice.engine.recording import example_of, undisturbed
+from nnsplice.engine.tracing import Body, Model, callable_of, is_passed_by
+from nnsplice.engine.turns import turn
 from nnsplice.errors import BadArgument
 
+#: Tokens of the prompt that is run to see what code does.
+_TOKENS = 4
 #: Model -> the hooks that were found to leave its logits alone.
-_harmless: weakref.WeakKeyDictionary[nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
+_harmless: weakref.WeakKeyDictionary[nn.Module, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
-def refuse_changed_logits(model: Any) -> None:
-    """Raise where a hook on the model itself makes other logits of those that are read.
+def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
+    """Raise where code around the model makes other logits of those that are read.
 
-    A value is what a module returned, before hooks of the user's; the logits are what the whole model returned, so a
-    change of them by such a hook would be left out of every metric. A hook that only looks is none of our business.
+    Args:
+        bare: what runs calls the bare module, so wrappers around it have to leave the logits alone too.
 
     Raises:
         BadArgument: by how much they change.
     """
-    root = peel(model)
-    hooks = tuple(root._forward_hooks)
-    if not hooks or _harmless.get(root) == hooks:
+    outer, root = model._module, peel(model)
+    around = list(_around(outer, root))
+    wrapped, hooks, replaced = bare and outer is not root, hooks_of(around), any(map(is_passed_by, around))
+    if not (wrapped or replaced) and (not hooks or hooks in _harmless.get(root, ())):
         return
-    seen: list[Tensor | None] = []
-    keep = root.register_forward_hook(lambda _m, _a, out: seen.append(_logits(out)), prepend=True)
     try:
-        runner, args, kwargs = example_of(model, 4)
-        with undisturbed(runner) as call:
-            after = _logits(call(*args, **kwargs))
+        read, whole, alone = _three(model, wrapped)
     except Exception:  # whoever runs it next is told what is wrong
         return
-    finally:
-        keep.remove()
-    before = seen[-1] if seen else None
-    if before is None or after is None:
-        return
-    changed = before.shape != after.shape or not torch.equal(before.nan_to_num(), after.nan_to_num())
-    if changed:
-        by = "" if before.shape != after.shape else f" by up to {float((before - after).abs().max()):.2g}"
+    if (by := _apart(read, whole)) is not None:
         raise BadArgument(
-            f"a hook on the model itself changes its logits{by}, after they are read here",
-            expected="a hook inside the model, on its head for example, or none on the model itself",
+            f"a hook on the model itself, or a forward in the place of its own, changes its logits{by}, after they are "
+            "read here",
+            expected="a hook inside the model, on its head for example, and none on the model itself, on a wrapper "
+            "around it, or on all modules",
             write="model._module.get_output_embeddings().register_forward_hook(...)",
         )
-    _harmless[root] = hooks
+    if wrapped and (by := _apart(alone, whole)) is not None:
+        raise BadArgument(
+            f"{type(outer).__name__} around the model changes its logits{by}, and what runs here calls the model "
+            "inside of it",
+            expected="a wrapper that only calls the model, such as LoRA's; no hooks on it, and no soft tokens",
+            write="ns.load(ns.models.peel(model), tokenizer=tokenizer), where the model inside is meant",
+        )
+    if not replaced:  # another may come to stand at its address
+        _harmless.setdefault(root, set()).add(hooks)
+
+
+def runs_alone(model: Model) -> bool:
+    """Whether a call of the bare module gives the logits that the model gives with all its wrappers."""
+    if model._module is peel(model):
+        return True
+    try:
+        _, whole, alone = _three(model, bare=True)
+    except Exception:
+        return False
+    return _apart(alone, whole) is None
+
+
+def refuse_replaced(model: Any, names: Iterable[str]) -> None:
+    """Raise where a `forward` that was put in a module's place makes other values than those that are read of it.
+
+    Args:
+        names: the modules that are read or written, from the bare model.
+
+    Raises:
+        BadArgument: the module.
+    """
+    root = peel(model)
+    modules = [(name, module) for name in dict.fromkeys(names) if is_passed_by(module := root.get_submodule(name))]
+    if not modules:
+        return
+    with ExitStack() as stack:
+        stack.enter_context(turn(root))
+        seen = {name: stack.enter_context(_both(module)) for name, module in modules}
+        try:
+            runner, args, kwargs = example_of(model, _TOKENS)
+            if runner is not model:  # a twin has no code of the user's
+                return
+            call = stack.enter_context(undisturbed(model))
+            call(*args, **kwargs)
+        except Exception:  # whoever runs it next is told what is wrong
+            return
+    for name, (inside, outside) in seen.items():
+        if len(inside) == len(outside) and all(map(_alike, inside, outside)):
+            continue
+        raise BadArgument(
+            f"the forward of {name or 'the model'} was replaced after nnsight had wrapped the model, and does more "
+            "than call what was there, so what is read here is not what the module is given and returns",
+            expected="a forward that is replaced before the model is loaded, or a hook",
+            write=f"model.{name or '_module'}.register_forward_hook(...)",
+        )
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _around(outer: Any, root: nn.Module) -> Iterator[nn.Module]:
+    """The wrappers of a model, from outside, and the model."""
+    names = next(name for name, module in outer.named_modules() if module is root)
+    yield outer
+    for part in filter(None, names.split(".")):
+        outer = getattr(outer, part)
+        yield outer
+
+
+def _three(model: Model, bare: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The logits of one prompt: as they are read in a trace, as a call returns them, and of the bare module."""
+    runner, args, kwargs = example_of(model, _TOKENS)
+    if runner is not model:  # its weights are elsewhere, and a twin has none of its hooks
+        return None, None, None
+    with turn(model), _noted(model._module) as read, undisturbed(model) as call:
+        whole = _logits(call(*args, **kwargs))
+        alone = _logits(callable_of(model, "")(*args, **kwargs)) if bare else None
+    return _logits(read[-1][1]) if read else torch.empty(0), whole, alone
+
+
+#: A call of a module: what it was given, and what it returned.
+_Call = tuple[Any, Any]
+
+
+@contextmanager
+def _noted(module: nn.Module) -> Iterator[list[_Call]]:
+    """What nnsight reads of a module, while this lasts."""
+    body, calls = Body(module), []
+    inner = body.function
+
+    def note(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = inner(owner, *args, **kwargs)
+        calls.append(((args, kwargs), _copied(output)))
+        return output
+
+    body.function = note
+    try:
+        yield calls
+    finally:
+        body.function = inner
+
+
+@contextmanager
+def _both(module: nn.Module) -> Iterator[tuple[list[_Call], list[_Call]]]:
+    """What nnsight reads of a module, and what its `forward` is given and returns."""
+    outside: list[_Call] = []
+
+    def meet(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        outside.append(((args, kwargs), _copied(output)))
+
+    hook = module.register_forward_hook(meet, prepend=True, with_kwargs=True)
+    try:
+        with _noted(module) as inside:
+            yield inside, outside
+    finally:
+        hook.remove()
+
+
+def _alike(one: _Call, other: _Call) -> bool:
+    """Whether two notes are of one call: the same first tensor in, the same tensors out."""
+    return _equal(_tensors(one[0])[:1], _tensors(other[0])[:1]) and _equal(_tensors(one[1]), _tensors(other[1]))
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(some, others, strict=True)
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _copied(output: Any) -> Any:
+    """The output with tensors of its own, as hooks may change them in place."""
+    if isinstance(output, Tensor):
+        return output.detach().clone()
+    if isinstance(output, Mapping):
+        return {name: _copied(part) for name, part in output.items()}
+    return tuple(map(_copied, output)) if isinstance(output, tuple | list) else output
 
 
 def _logits(out: Any) -> Tensor | None:
-    found = out[0] if isinstance(out, tuple) and out else getattr(out, "logits", None)
+    found = out.get("logits") if isinstance(out, Mapping) else out[0] if isinstance(out, tuple) and out else out
     return found.detach().clone() if isinstance(found, Tensor) else None
+
+
+def _apart(one: Tensor | None, other: Tensor | None) -> str | None:
+    """By how much logits differ, in words; None where they do not, or there are none."""
+    if one is None or other is None:
+        return None
+    if one.shape != other.shape:
+        return ""
+    if torch.equal(one.nan_to_num(), other.nan_to_num()):
+        return None
+    return f" by up to {float((one - other).abs().max()):.2g}"

@@ -2,7 +2,8 @@
 
 What of nnsight is private is used here alone, and `tests/engine/test_tracing.py` fails when nnsight changes it: a
 worker's `Mediator` (which visit of a place it waits for, which rows are its own), the names of submodules that nnsight
-moves, the body that a module's controller calls, and how it tells `with loss.backward():` from a plain call.
+moves, the body that a module's controller calls and whose `forward` stands before it, and how it tells
+`with loss.backward():` from a plain call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import nnsight
 import torch
 from nnsight.intervention import backward as _gradients
 from nnsight.intervention.interleaver import Mediator as Mediator
-from nnsight.intervention.source import STATE
+from nnsight.intervention.source import STATE, Controller, _framework_forward
 from torch import Tensor, nn
 
 from nnsplice.atlas import Site, peel
@@ -184,6 +185,20 @@ class Body:
     @function.setter
     def function(self, body: Callable[..., Any]) -> None:
         self.state.body = body
+
+
+def is_passed_by(module: nn.Module) -> bool:
+    """Whether a module's `forward` was replaced after nnsight had wrapped it, so that nnsight stands behind that."""
+    forward = module.__dict__.get("forward")
+    return STATE in module.__dict__ and not isinstance(forward, Controller) and not _framework_forward(module)
+
+
+def own_body(module: nn.Module) -> Any:
+    """What a module runs in the place of its class's `forward`; None where that is what runs."""
+    forward, state = module.__dict__.get("forward"), module.__dict__.get(STATE)
+    if forward is not None and not isinstance(forward, Controller) and not _framework_forward(module):
+        return forward
+    return None if state is None or state.body is type(module).forward else state.body
 
 
 @dataclass(frozen=True, slots=True)

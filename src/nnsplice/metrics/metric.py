@@ -20,13 +20,22 @@ Rule = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for each row of logits.
+    """A metric: a number for each row of logits.
 
     >>> logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
     >>> ns.logit_diff(1, 0)(logits)
     tensor([ 2., -3.])
     >>> ns.Metric.of(lambda logits: logits.max(-1).values)(logits)
     tensor([2., 3.])
+
+    Attributes:
+        name: the name.
+        rule: the function of logits and answers.
+        answers: the answer tokens, by the rule's argument.
+        position: the position of the prompt whose logits are read.
+        compares: whether it compares with the logits of a reference run.
+        local: whether it needs the logits of its answers only.
+        sequence: whether its answer has several tokens, which a sweep appends to the prompts.
     """
 
     name: str
@@ -44,7 +53,17 @@ class Metric:
 
     @classmethod
     def of(cls, metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
-        """A metric, or a metric made of a function `logits[row, vocab] -> [row]`."""
+        """A metric from a function `logits[row, vocab] -> [row]`; a metric is returned as it is.
+
+        Args:
+            metric: the function.
+
+        Returns:
+            The metric.
+
+        Raises:
+            BadType: neither a metric nor a function.
+        """
         if isinstance(metric, Metric):
             return metric
         if not callable(metric):
@@ -55,14 +74,24 @@ class Metric:
         return cls(getattr(metric, "__name__", type(metric).__name__), metric)
 
     def at(self, position: int) -> Metric:
-        """The same metric, read at another position of the prompt."""
+        """The same metric at another position of the prompt.
+
+        Args:
+            position: the position.
+
+        Returns:
+            The metric.
+        """
         return replace(self, position=position)
 
     def check_lengths(self, lengths: Iterable[int]) -> None:
-        """Raise for a prompt, by how many tokens it has, that has no such position.
+        """Check that every prompt has the metric's position.
+
+        Args:
+            lengths: the number of tokens of each prompt.
 
         Raises:
-            ShortRow: it would be read at another one.
+            ShortRow: a prompt is too short.
         """
         for prompt, length in enumerate(lengths):
             if not -length <= self.position < length:
@@ -77,13 +106,19 @@ class Metric:
         return self.bind(None, logits.shape[0])(logits, range(logits.shape[0]), reference)
 
     def bind(self, tokenizer: Any, prompts: int, texts: Sequence[str] | None = None) -> Bound:
-        """The metric with its answers as token ids: one, or a set of them, for each prompt.
+        """The metric with its answers as token ids for each prompt.
 
         Args:
-            texts: the prompts, which the answers follow; a token that the tokenizer would not make there is told.
+            tokenizer: the model's tokenizer; None for answers as ids.
+            prompts: the number of prompts.
+            texts: the prompts that the answers follow; an answer without the space that the tokenizer expects there
+                warns.
+
+        Returns:
+            The metric, to be called with logits and prompt numbers.
 
         Raises:
-            BadArgument: a text that is not one token, or another number of answers than prompts.
+            BadArgument: a text that is not one token, equal answers, or another number of answers than prompts.
         """
         if self.sequence:
             raise BadArgument(

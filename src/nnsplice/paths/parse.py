@@ -30,7 +30,7 @@ _REMEMBERED = 32_768
 
 
 def parse_path(text: str | Path) -> Path:
-    """The path that a text means; a Path is returned as it is.
+    """Parse a path; a Path is returned as it is.
 
     >>> from nnsplice import parse_path
     >>> parse_path("model.transformer.h[2].output[10]").position
@@ -40,7 +40,16 @@ def parse_path(text: str | Path) -> Path:
     >>> str(parse_path("blocks.5.hook_resid_pre"))
     'layers[5].input'
 
-    A text that is no path raises `PathError`, which shows the place and what to write instead.
+    Args:
+        text: an address: native (`"model.transformer.h[2].output[10]"`), portable (`"layers[5].heads[3].output[-1]"`),
+            a short form (`"L5 H3"`), or a hook name of TransformerLens.
+
+    Returns:
+        The path; `str()` of it is the canonical text.
+
+    Raises:
+        PathError: the text is no path; the message shows the column and a corrected text.
+        BadType: neither a text nor a Path.
     """
     if isinstance(text, str):
         return _parse(text)

@@ -85,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """An address of a part of a transformer, as `parse_path` reads it.
+    """An address of a part of a transformer, from `parse_path`.
 
     >>> from nnsplice import parse_path
     >>> path = parse_path("L5H3.output[-1]")
@@ -94,8 +94,18 @@ class Path:
     >>> path.position
     -1
 
-    Two parsed paths are equal when their texts are. A path that `expand` returned knows its `site`, the place in one
-    model; two of those are equal when they are the same place at the same position, however each was spelled.
+    Two parsed paths are equal when their texts are. A path from `ns.expand` has a `site`, its identity in one model;
+    two of those are equal when they are the same site and position, however they were spelled.
+
+    Attributes:
+        steps: the names from the root down: roles of a portable path, attributes of a native one (without `model`).
+        native: whether it follows the model's own attributes.
+        tower: `"encoder"` or `"decoder"`, if given.
+        value: the value, such as `output` or `weight`; None if left open.
+        item: the element of a container value (`attn.output[0][-1]` has item 0).
+        position: the token positions; None if left open.
+        key: the key positions of a pattern, for an edge of attention.
+        site: the identity in one model, set by `ns.expand`.
     """
 
     #: Names from the root down: roles for a portable path, attributes of the model for a native one (without `model`).
@@ -157,7 +167,7 @@ class Path:
 
     @property
     def concrete(self) -> bool:
-        """Whether every index of the place is one number (the position may still be open).
+        """Whether every index of the address is a single number; the position may be open.
 
         >>> from nnsplice import parse_path
         >>> parse_path("layers[2].output[:]").concrete, parse_path("layers[2:4].output[-1]").concrete
@@ -167,15 +177,24 @@ class Path:
 
     @property
     def place(self) -> Path:
-        """The same path without its position and its key."""
+        """The path without its positions."""
         return self if self.position is None else replace(self, position=None, key=None)
 
     def at(self, position: Position | None) -> Path:
-        """The same place at another position; where the path leaves the value open, a position means its output.
+        """The path at another position; a value left open becomes `output`.
 
         >>> from nnsplice import parse_path
         >>> str(parse_path("layers[2].output").at(-1))
         'layers[2].output[-1]'
+
+        Args:
+            position: an int, a slice, a tuple, a span, or None.
+
+        Returns:
+            The path.
+
+        Raises:
+            PathError: an address without tokens, such as a parameter.
         """
         if position is None:
             return self.place

@@ -12,6 +12,7 @@ figure          which plane of a grid a figure shows
 page            a page that stands by itself; page.html is how it looks
 display         what a notebook shows
 files           a result on disk, and the digest that is its identity
+pairs           of two places each: a square figure, and both names in a table
 several         one of several metrics, and all of them side by side
 merging         shards put together
 journal, lock   what is appended while a sweep runs, so that it can go on after a stop

@@ -45,6 +45,9 @@ def _lines(table: Table, metric: str) -> list[str]:
         if table.exact is not None:
             lines.append(str(estimates.verification(table)))
     run = table.run
+    if run.gate:
+        passes = f"{run.gate:.3g} forward pass{'es' * (run.gate != 1)} of a 4-token prompt"
+        lines.append(f"what places promise was measured first: {passes}")
     if run.executor:
         lines.append(f"{run.executor}, {run.seconds:.2f} s" + (f", {run.known} known without" if run.known else ""))
     return [*lines, run.note] if run.note else lines

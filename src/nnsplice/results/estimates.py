@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """One estimate beside the truth: the metric of the edited run."""
+    """One estimate with its exact value: the metric of the edited run.
+
+    Attributes:
+        path: the cell.
+        receiver: the receiver of an estimated edge.
+        estimated: the estimate.
+        exact: the exact value.
+    """
 
     path: str
     #: Where an edge was estimated: the place that it ends at.
@@ -29,10 +36,19 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What computing some cells exactly says about the estimates of all.
+    """Estimated cells compared with their exact values.
 
-    The cells with the largest estimates were computed, and beside them some of the others, drawn at random, because a
-    place that was overlooked is never among the first.
+    The cells with the largest estimates were computed exactly, and a random sample of the others, as a cell with a
+    small estimate can have a large effect.
+
+    Attributes:
+        k: how many of the largest estimates were computed.
+        others: how many of the others were computed.
+        rank_correlation: Spearman's correlation of estimated and exact sizes; NaN where it is undefined.
+        recall: the share of the truly largest k among the first k; estimated from the sample unless all were computed.
+        worst: the cell with the largest error.
+        missed: an upper bound, at 95% confidence (Clopper and Pearson), of the share of other cells whose true size is
+            above the smallest of the first k.
     """
 
     #: How many of the largest estimates were computed, and how many of the others.

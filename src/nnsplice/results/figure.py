@@ -124,7 +124,7 @@ def _labels(table: Table, grid: xr.DataArray, axis: str, prompt: int | None) -> 
     """The texts along an axis: tokens for positions, where all prompts that are shown have the same."""
     numbers = [str(label) for label in grid.coords[axis].values]
     if axis == "set":
-        return [_short(name) for name in numbers]
+        return [short(name) for name in numbers]
     if axis != "position" or "token" not in grid.coords:
         return numbers
     texts: Any = grid.coords["token"].values
@@ -143,7 +143,7 @@ def _labels(table: Table, grid: xr.DataArray, axis: str, prompt: int | None) -> 
     return [text(n, column) for n, column in zip(numbers, texts.T, strict=True)]
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A set's name with its heads in their short form, as far as there is room."""
     text = re.sub(r"layers\[(\d+)\]\.heads\[(\d+)\]\.output", r"L\1H\2", name)
     return text if len(text) <= ROOM else f"{text[: ROOM - 3]}..."

@@ -77,5 +77,6 @@ def _together(runs: Sequence[Run]) -> Run:
         tokens=sum(run.tokens for run in runs),
         flops=sum(run.flops for run in runs),
         known=sum(run.known for run in runs),
+        gate=sum(run.gate for run in runs),
         note="; ".join(dict.fromkeys(run.note for run in runs if run.note)),
     )

@@ -15,7 +15,19 @@ import numpy as np
 from nnsplice import plots
 from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.paths import Path
-from nnsplice.results import display, estimates, figure, files, labelled, measures, merging, page, several, uncertainty
+from nnsplice.results import (
+    display,
+    estimates,
+    figure,
+    files,
+    labelled,
+    measures,
+    merging,
+    page,
+    pairs,
+    several,
+    uncertainty,
+)
 from nnsplice.results.estimates import Verification
 from nnsplice.results.kinds import kind_named, kinds_of
 from nnsplice.results.roles import Roles, by_role
@@ -32,10 +44,10 @@ By = str | Roles | None
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SweepResult:
-    """The metric of every cell, with the two ends of its scale.
+    """The metric of every cell of a sweep, with the metric of the clean and the corrupted run.
 
     `grid()` has named axes (`prompt`, `layer`, then `head`, `group`, `neuron` or `expert`, then `position` or `role`),
-    `frame()` a row for each cell, `effect()` the share of the way from the corrupted to the clean run.
+    `frame()` has a row for each cell, and `effect()` is the share of the way from the corrupted to the clean metric.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", metric, progress=False)
@@ -46,8 +58,11 @@ class SweepResult:
     >>> result.effect().sel(prompt=0, position=0).values.tolist()  # before the first token that differs
     [0.0, 0.0, 0.0]
 
-    Two results are equal when the same was asked and the same measured, whatever it cost. A result does not change:
-    its arrays are read-only.
+    Two results are equal when question and values are equal, whatever the run cost. Results are immutable: their arrays
+    are read-only.
+
+    Attributes:
+        table: the arrays behind the properties and methods below.
     """
 
     table: Table
@@ -66,22 +81,22 @@ class SweepResult:
 
     @property
     def corrupted(self) -> np.ndarray:
-        """The metric of each prompt's corrupted run: the one that was edited, without the edit."""
+        """The metric of each prompt's corrupted run, without any edit."""
         return self.table.corrupted
 
     @property
     def total_effect(self) -> np.ndarray:
-        """What the corruption costs: clean less corrupted, per prompt."""
+        """The clean metric minus the corrupted one, for each prompt."""
         return measures.span(self.table)
 
     @property
     def run(self) -> Run:
-        """What running cost, and which executor ran; no part of the result's identity."""
+        """The executor and the cost of the run; not compared by `==`."""
         return self.table.run
 
     @property
     def asked(self) -> Mapping[str, Any]:
-        """What was asked: model, prompts, sites, metric, operation, seed."""
+        """The question as plain data: model, prompts, sites, metric, operation, seed."""
         return copy.deepcopy(dict(self.table.asked))
 
     @property
@@ -96,12 +111,12 @@ class SweepResult:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the metrics, in the order in which they were asked for."""
+        """The names of the metrics, if several were given."""
         return self.table.metrics or (self.metric,)
 
     @property
     def metric(self) -> str:
-        """The metric's name; of several, all of them."""
+        """The name of the metric; of several, all names."""
         if self.table.metrics:
             return ", ".join(self.table.metrics)
         told = self.table.asked.get("metric")
@@ -109,31 +124,31 @@ class SweepResult:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The kinds of place that were changed."""
+        """The kinds of site, such as `layers[:].heads[:].output`."""
         return kinds_of(self.cells)
 
     @property
     def method(self) -> str | None:
-        """The method where the numbers are estimates, as `ns.attribute` makes them; None where they were measured."""
+        """The method of estimated results (`ns.attribute`); None for measured ones."""
         return estimates.method_of(self.table)
 
     @property
     def verification(self) -> Verification:
-        """What computing some of the estimated cells exactly has shown.
+        """The comparison of estimated cells with exact ones.
 
         Raises:
-            BadArgument: none was.
+            BadArgument: nothing was verified.
         """
         return estimates.verification(self.table)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every cell that a prompt has was measured; a shard's are not."""
+        """Whether every cell has a value; False for the result of a shard."""
         return bool((self.table.done | ~self.table.exists).all())
 
     @cached_property
     def digest(self) -> str:
-        """The identity of the result: what was asked and measured, timings left out."""
+        """A hash of question and values, without timings."""
         return files.digest(self.table)
 
     def __eq__(self, other: object) -> bool:
@@ -145,7 +160,7 @@ class SweepResult:
     # --- numbers
 
     def only(self, metric: str) -> SweepResult:
-        """The result of one of several metrics, the same as if it had been asked for alone.
+        """The result of one of several metrics.
 
         >>> metrics = [ns.logit_diff("w7", "w8"), ns.probability("w7")]
         >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", metrics, progress=False)
@@ -155,31 +170,45 @@ class SweepResult:
         ...     model, "w3 w4", "w5 w4", "layers[:].output[:]", metrics[1], progress=False
         ... )
         True
+
+        Args:
+            metric: the name of the metric.
+
+        Returns:
+            A result equal to that of a sweep with this metric alone.
+
+        Raises:
+            BadArgument: no metric of this name was measured.
         """
         if metric not in self.metrics:
             raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(self.metrics)}")
         return SweepResult(several.one(self.table, metric)) if self.table.metrics else self
 
     def grid(self, component: str | Path | None = None, *, by: By = None) -> xr.DataArray:
-        """The raw metric with named axes, NaN where a cell was not measured.
+        """The metric as an array with named axes, NaN where a cell was not measured.
 
-        Positions are numbers (or the names of spans), and the tokens' texts ride along them as the coordinate `token`:
-        by prompt and position, or by position alone where all prompts have the same.
+        Positions are numbers, or names of spans. The coordinate `token` has the texts of tokens, by prompt and
+        position, or by position alone where all prompts have the same.
 
         Args:
-            component: which kind of place, where several were changed: `"layers[:].mlp.output"`, or any path to one of
-                its places.
+            component: the kind of site, if there are several: `"layers[:].mlp.output"`, or any path to such a site.
             by: `"role"` averages the tokens of each role, as `by_role()` does, so that prompts of different lengths
-                have one grid; or the roles themselves, as `by_role` takes them.
+                have one grid; or roles as `by_role` takes them.
+
+        Returns:
+            An `xarray.DataArray`.
+
+        Raises:
+            BadArgument: several kinds of site, and none is named.
+            UnknownPath: a kind that was not swept.
         """
         return self._by(by)._array("value", component)
 
     def effect(self, component: str | Path | None = None, *, per_prompt: bool = False, by: By = None) -> xr.DataArray:
-        """The share of the way back: 0 where nothing was gained on the corrupted run, 1 where the clean is reached.
+        """The normalized effect: 0 at the corrupted metric, 1 at the clean one.
 
-        Each prompt's change is counted in the mean total effect of all prompts, so `.mean("prompt")` is the pooled
-        share: differences are averaged, then divided. A prompt whose corruption costs nearly nothing counts for nearly
-        nothing there.
+        Each prompt's change is divided by the mean total effect of all prompts, so `.mean("prompt")` is the pooled
+        effect, in which prompts with a small total effect have a small weight.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", metric, progress=False)
@@ -187,27 +216,33 @@ class SweepResult:
         array([0., 1.])
 
         Args:
-            component: which kind of place, where several were changed.
-            per_prompt: each prompt's share of its own total effect instead; a warning names the prompts where that is
-                so small that their ratios are mostly noise.
+            component: the kind of site, if there are several.
+            per_prompt: divide by each prompt's own total effect; a warning names prompts where it is so small that
+                ratios are noise.
             by: `"role"`, or roles, as for `grid`.
+
+        Returns:
+            An `xarray.DataArray`.
         """
         self._warn(own=per_prompt)
         return self._by(by)._array("share" if per_prompt else "effect", component)
 
     def change(self, component: str | Path | None = None, *, by: By = None) -> xr.DataArray:
-        """How far the metric moved from the corrupted run's: what an ablation asks.
+        """The metric minus that of the corrupted run, for ablations.
 
         Args:
-            component: which kind of place, where several were changed.
+            component: the kind of site, if there are several.
             by: `"role"`, or roles, as for `grid`.
+
+        Returns:
+            An `xarray.DataArray`.
         """
         return self._by(by)._array("change", component)
 
     def frame(self) -> pd.DataFrame:
-        """A row for each prompt and cell that was measured, with the ends of its scale as columns.
+        """A table with a row for each measured cell of each prompt.
 
-        The column `effect` is counted as in `effect()`: its mean over the prompts of a cell is the pooled share.
+        The column `effect` is that of `effect()`, so its mean over prompts is the pooled effect.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[2].output[:]", metric, progress=False)
@@ -215,14 +250,18 @@ class SweepResult:
            prompt  layer  position token                 path
         0       0      2         0    w5  layers[2].output[0]
         1       0      2         1    w4  layers[2].output[1]
+
+        Returns:
+            A `pandas.DataFrame`.
         """
-        return several.frames(self.table, labelled.frame) if self.table.metrics else labelled.frame(self.table)
+        found = several.frames(self.table, labelled.frame) if self.table.metrics else labelled.frame(self.table)
+        return pairs.named(self.table, found) if pairs.are_pairs(self.table) else found
 
     def best(self, n: int = 10, *, prompt: int | None = None) -> pd.DataFrame:
-        """The cells that matter most, shown with their sign: by the size of their effect.
+        """The cells with the largest absolute effects, with their sign.
 
-        The effect is pooled over prompts: differences are averaged, then divided. Where clean and corrupted runs are
-        the same, as in an ablation, the change of the metric stands for it.
+        The effect is pooled over prompts. Where the clean and the corrupted run are the same, as in an ablation, the
+        change of the metric is used instead.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> pairs = ["w3 w4", "w3 w9"], ["w5 w4", "w5 w9"]
@@ -231,10 +270,14 @@ class SweepResult:
         (['layers[2].output[1]'], [1.0])
 
         Args:
-            prompt: of one prompt alone.
+            n: the number of cells.
+            prompt: the number of one prompt, instead of all.
+
+        Returns:
+            A `pandas.DataFrame`, the largest first.
 
         Raises:
-            BadArgument: the prompts have different lengths, so that a mean would mix unlike positions.
+            BadArgument: prompts of different lengths, whose positions cannot be averaged.
         """
         several.check_one(self.table, "best")
         labelled.check_prompt(self.table, prompt)
@@ -243,11 +286,11 @@ class SweepResult:
         return labelled.best(self.table, n, prompt)
 
     def by_role(self, roles: Roles | None = None) -> SweepResult:
-        """The same result by what the tokens are in their prompts, so that prompts of any length can be averaged.
+        """Average over the roles of tokens, for prompts of different lengths.
 
-        By itself, from the span `"subject"`: `subject first`, `subject middle`, `subject last`, `first after`,
-        `further` and `last`, and every other span by its name. Of several tokens of a role the mean
-        is taken in each prompt; the column `n` of `frame()` counts them.
+        The default roles come from the span `"subject"`: `subject first`, `subject middle`, `subject last`, `first
+        after`, `further` and `last`; every other span is a role of its name. A role of several tokens is averaged
+        within each prompt; the column `n` of `frame()` counts them.
 
         >>> prompts, subjects = ["w3 w4 w5 w6", "w3 w4 w6 w7 w9"], ["w4 w5", "w4"]
         >>> traced = ns.causal_trace(model, prompts, subjects, samples=2, progress=False).by_role()
@@ -255,11 +298,14 @@ class SweepResult:
         ['subject first', 'subject last', 'first after', 'further', 'last']
 
         Args:
-            roles: names of one's own with their tokens: a token for all prompts, `{"last": -1}`, tokens for each,
-                `{"verb": [[3], [4, 5]]}`, or a span that the sweep was given, `{"end": "subject[-1]"}`.
+            roles: roles by name: a token for all prompts, `{"last": -1}`; tokens for each, `{"verb": [[3], [4, 5]]}`;
+                or a span of the sweep, `{"end": "subject[-1]"}`.
+
+        Returns:
+            The result with an axis `role` instead of `position`.
 
         Raises:
-            SpanError: nobody said where the subjects stand.
+            SpanError: the sweep had no span `"subject"`.
         """
         return SweepResult(by_role(self.table, roles))
 
@@ -268,10 +314,10 @@ class SweepResult:
     def ci(
         self, level: float = 0.95, component: str | Path | None = None, *, draws: int = 2000, seed: int = 0
     ) -> xr.DataArray:
-        """The interval of every pooled effect, by a bootstrap over prompts; of the mean change where there is none.
+        """Bootstrap confidence intervals over prompts, of the pooled effect (or of the mean change, for ablations).
 
-        Prompts are drawn with replacement, each with all its cells, and the ends are the percentiles of what comes out;
-        an axis `end` has `"low"` and `"high"`. It is NaN where fewer than two prompts have a cell.
+        Prompts are resampled with all their cells, and the ends are percentiles, on an axis `end` with `"low"` and
+        `"high"`. NaN where fewer than two prompts have a cell.
 
         >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
         >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
@@ -279,10 +325,13 @@ class SweepResult:
         Frozen({'layer': 3, 'position': 1, 'end': 2})
 
         Args:
-            level: the share of draws inside.
-            component: which kind of place, where several were changed.
-            draws: how many.
-            seed: of the draws.
+            level: the confidence level.
+            component: the kind of site, if there are several.
+            draws: the number of bootstrap samples.
+            seed: the seed of the samples.
+
+        Returns:
+            An `xarray.DataArray`.
         """
         several.check_one(self.table, "ci")
         ends = uncertainty.interval(self.table, level, draws, seed)
@@ -292,41 +341,61 @@ class SweepResult:
         return xr.concat(both, "end").assign_coords(end=["low", "high"]).transpose(..., "end").rename("ci")
 
     def pvalue(self, component: str | Path | None = None, *, draws: int = 10_000, seed: int = 0) -> xr.DataArray:
-        """Of every cell, how likely its mean change is where the cell does nothing: by flipping signs of prompts.
+        """Two-sided p-values of each cell's mean change, by sign flips of prompts.
 
-        Two-sided. All patterns of up to twelve prompts are tried, else so many are drawn. With thousands of cells some
-        are small by chance; no correction for that is made.
+        All sign patterns of up to twelve prompts are tried, and `draws` random ones beyond. There is no correction for
+        the number of cells.
 
         >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
         >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
         >>> float(result.pvalue().min()) >= 2 / 2**3       # three prompts cannot say more
         True
+
+        Args:
+            component: the kind of site, if there are several.
+            draws: the number of random sign patterns.
+            seed: the seed of the patterns.
+
+        Returns:
+            An `xarray.DataArray`.
         """
         several.check_one(self.table, "pvalue")
         return self._of_cells(uncertainty.pvalues(self.table, draws, seed), component).rename("p")
 
     def stability(self, k: int = 10, *, draws: int = 1000, seed: int = 0) -> float:
-        """How much of `best(k)` comes again with other prompts: 1 is all of it, in every draw.
+        """The stability of `best(k)` under resampling of prompts, from 0 to 1.
 
-        Prompts are drawn with replacement; of each draw's first k cells and those of all prompts, the share of both
-        among either (Jaccard), in the mean.
+        The mean Jaccard index of the first k cells of each bootstrap sample and those of all prompts.
 
         >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
         >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
         >>> 0.0 <= result.stability(1) <= 1.0
         True
+
+        Args:
+            k: the number of cells.
+            draws: the number of bootstrap samples.
+            seed: the seed of the samples.
+
+        Returns:
+            The mean index.
         """
         several.check_one(self.table, "stability")
         return uncertainty.stability(self.table, k, draws, seed)
 
     def edges(self, prompt: int | None = None) -> pd.DataFrame:
-        """A row for each edge that `"eap"` scored, the largest first: sender, receiver, score.
+        """A table of the edges that were scored, the largest first: sender, receiver, score.
 
-        A score is how far the metric moves when the sender's change reaches this receiver alone: the mean over the
-        prompts, or of one of them.
+        A score is the change of the metric when the sender's change reaches this receiver only, averaged over prompts.
+
+        Args:
+            prompt: the number of one prompt, instead of the mean.
+
+        Returns:
+            A `pandas.DataFrame`.
 
         Raises:
-            BadArgument: this result has no edges.
+            BadArgument: a result without edges.
         """
         return estimates.edges(self.table, prompt)
 
@@ -341,18 +410,28 @@ class SweepResult:
         by: By = None,
         ax: plots.Axes | None = None,
     ) -> plots.Axes:
-        """A heatmap: layer by token, or layer by head, pooled over prompts unless one is chosen; bars of one column.
+        """Draw a heatmap of layers by tokens or heads, pooled over prompts; one column is drawn as bars.
+
+        Of `ns.interactions` it is a square of places by places: sufficiency above the diagonal, necessity below.
 
         Args:
-            component: which kind of place, where several were changed.
-            prompt: its number.
+            component: the kind of site, if there are several.
+            prompt: the number of one prompt, instead of all.
             of: `"effect"`, `"value"` or `"change"`; the effect where there is one.
-            by: `"role"` shows roles in the place of tokens, which prompts of different lengths have in common; or the
-                roles themselves, as `by_role` takes them.
-            ax: axes to draw on; a new figure when left out.
+            by: `"role"` shows roles in place of tokens, which prompts of different lengths have in common; or roles as
+                `by_role` takes them.
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+
+        Raises:
+            BadArgument: several kinds of site and none is named, or prompts of different lengths.
         """
         if by is not None:
             return self._by(by).plot(component, prompt=prompt, of=of, ax=ax)
+        if pairs.are_pairs(self.table):
+            return pairs.draw(self.table, prompt, of, ax)
         several.check_one(self.table, "plot")
         chosen = of or self.shown
         if chosen not in ("effect", "value", "change"):
@@ -366,7 +445,7 @@ class SweepResult:
 
     @property
     def shown(self) -> str:
-        """What a figure shows by itself: `"effect"`, or `"change"` where no prompt has one."""
+        """The quantity that a figure shows by default: `"effect"`, or `"change"` where no prompt has a total effect."""
         return measures.shown(self.table)
 
     def to_html(
@@ -376,12 +455,12 @@ class SweepResult:
         patterns: Any = None,
         tokens: Mapping[str, Sequence[Sequence[str]]] | None = None,
     ) -> None:
-        """Write a page that stands by itself: pointing at a cell shows its address, token and numbers.
+        """Write a self-contained HTML page; hovering over a cell shows its address, token and numbers.
 
         Args:
-            patterns: a capture of `"layers[:].heads[:].pattern[:]"`: a click on a head shows how it attends.
-            tokens: what the model says at a cell: its path -> for each prompt some tokens, the likeliest first; they
-                are shown beside the cell's numbers.
+            path: the file to write.
+            patterns: a capture of `"layers[:].heads[:].pattern[:]"`: a click on a head shows its attention pattern.
+            tokens: the likeliest tokens at a cell, shown beside its numbers: its path -> for each prompt some texts.
 
         Raises:
             BadArgument: patterns of no head, or tokens of no cell.
@@ -391,12 +470,22 @@ class SweepResult:
     # --- files and shards
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, completely or not at all.
+
+        Args:
+            path: the file to write.
+        """
         files.write(path, self.table)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SweepResult:
-        """Read a result; its numbers are the same to the bit.
+        """Read a result of `to_file`; the numbers are bit for bit the same.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The result.
 
         Raises:
             FileError: the file is no result, or damaged.
@@ -405,15 +494,22 @@ class SweepResult:
 
     @classmethod
     def merge(cls, results: Iterable[SweepResult]) -> SweepResult:
-        """The shards of one sweep as one result.
+        """Merge the results of a sweep's shards.
 
         >>> plan = ns.plan_sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", ns.logit_diff("w7", "w8"))
         >>> parts = [ns.run(plan.shard(i, 2), model, progress=False) for i in range(2)]   # on two machines
         >>> [part.is_complete for part in parts], ns.SweepResult.merge(parts).is_complete
         ([False, False], True)
 
+        Args:
+            results: results of one plan's shards.
+
+        Returns:
+            One result with all their cells.
+
         Raises:
-            KeyMismatch: they are of different sweeps, or differ where they overlap.
+            KeyMismatch: results of different sweeps, or with different values of a cell.
+            BadType: something other than a list of results.
         """
         if isinstance(results, SweepResult):
             raise BadType("merge takes a list of results", write="SweepResult.merge([first, second])")

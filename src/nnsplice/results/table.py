@@ -24,7 +24,21 @@ SETS = "sets"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One thing that was changed: a place at some tokens, by its address and by its numbers."""
+    """One cell of a sweep: a site at some tokens.
+
+    Attributes:
+        path: the address with its position: `layers[3].heads[1].output[7]`.
+        component: the kind of site: `layers[:].heads[:].output`.
+        layer: the layer.
+        head: the head.
+        group: the key/value group.
+        neuron: the neuron.
+        expert: the expert.
+        position: a token, a span (`"subject"[-1]`), or None for all tokens at once.
+        role: the role of its tokens (`"subject last"`), in results by role.
+        set: the addresses of a set, joined by ` + `.
+        key: the key of an edge of attention; `position` is the query.
+    """
 
     #: The address with its position: `layers[3].heads[1].output[7]`.
     path: str
@@ -47,7 +61,18 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What running cost; no part of a result's identity."""
+    """The cost of a run, which is no part of a result's identity.
+
+    Attributes:
+        executor: the executor.
+        seconds: wall-clock time.
+        forwards: full forward passes, with those of the unedited runs.
+        block_calls: calls of single blocks.
+        tokens: tokens that went through a block, counted at each block.
+        flops: operations of products with weight matrices; attention scores are not counted.
+        known: cells whose value was known without a run.
+        note: the reason for another executor than the fastest.
+    """
 
     executor: str = ""
     seconds: float = 0.0
@@ -60,6 +85,9 @@ class Run:
     flops: float = 0.0
     #: Cells whose value was known without computing.
     known: int = 0
+    #: Forward passes of a prompt of 4 tokens that went before, to measure what places promise: the first use of a model
+    #: costs them, and they are told once. Parts of a pass are calls of experts alone.
+    gate: float = 0.0
     #: Why another executor than the fastest was used, where that is so.
     note: str = ""
 

@@ -21,12 +21,12 @@ from nnsplice.steering.where import Where, read
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steering:
-    """What will be steered: a value, and a block that does it.
+    """Steering of a model, active in a `with` block.
 
-    Inside the block `model.generate`, `model.trace` and calls of the wrapped Hugging Face module are all steered; after
-    it the model is exactly as it was, also when the block raised. A block is of the thread that opened it, and of what
-    that hands to `asyncio.to_thread`: threads with blocks of their own do not steer each other, and one without is
-    refused. `a + b` does both, `a` first where they meet.
+    In the block `model.generate`, `model.trace` and calls of the wrapped Hugging Face module are steered; afterwards
+    the model is unchanged, also after an exception. A block applies to the thread that opened it, and to
+    `asyncio.to_thread` calls from it; a thread without a block of its own cannot run the model meanwhile. `a + b` does
+    both, `a` first at a common site.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -40,6 +40,10 @@ class Steering:
     >>> with both:
     ...     print(*ns.steering.generate(toy, "I thought the film was", max_new_tokens=7))
     lovely , the acting was lovely and
+
+    Attributes:
+        model: the model.
+        rules: the change at each site.
     """
 
     model: engine.Model
@@ -71,7 +75,7 @@ class Steering:
                 session.check_fired()
 
     def show(self, model: Any, prompt: PromptsLike | None = None) -> Shown:
-        """Run prompts once, and show which of their tokens are touched and how strongly.
+        """Run prompts once, and show which tokens are steered and by how much.
 
         >>> toy = ns.load("toy")
         >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
@@ -80,7 +84,11 @@ class Steering:
           <|endoftext|> [I] [thought] the film was   (2 of 6 tokens, by 0.71 to 1.01 of the norm)
 
         Args:
-            prompt: a text or several; `show(prompt)` alone is enough.
+            model: the model, or the prompts if there is no second argument.
+            prompt: a text, or a list of texts.
+
+        Returns:
+            A value that prints the tokens.
         """
         return shown(self.model, self.rules, prompt if prompt is not None else model)
 
@@ -98,7 +106,7 @@ def steer(
     when: Condition | None = None,
     plane: SavedActivation | None = None,
 ) -> Steering:
-    """Steer a model for the length of a `with` block.
+    """Steer a model in a `with` block.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -114,16 +122,25 @@ def steer(
       layers[3].output  add 0.5, where all
 
     Args:
-        vector: a direction for each place that is steered: `vector.at(3)` for one layer.
+        model: a model from `ns.load`.
+        vector: a direction for each site to steer; `vector.at(3)` is that of one layer.
         coefficient: a number, or one for each row of the runs in the block.
-        operator: `"add"`, `"project_out"`, `"clamp"`, `"scale"`, `"rotate"`, or a function `f(h, v, c) -> h`.
-        where: which tokens: `"all"`, `"prompt"`, `"generated"`, `ns.steering.from_token(p)`, `span(...)`, `mask(...)`.
+        operator: `"add"`, `"project_out"`, `"clamp"`, `"scale"`, `"rotate"`, or a function `f(h, v, c) -> h` of state,
+            direction and coefficient.
+        where: the tokens to steer: `"all"`, `"prompt"`, `"generated"`, `ns.steering.from_token(p)`, `span(...)` or
+            `mask(...)`.
         when: a condition for each row: `ns.steering.similar(direction, path, above=0.2)`.
-        plane: for `"rotate"`: a second direction; the state turns in the plane of both.
+        plane: the second direction of `"rotate"`, which rotates states in the plane of both.
+
+    Returns:
+        The steering, to be used in `with`; `.show(prompts)` prints the tokens that it changes.
 
     Raises:
+        BadType: something other than a vector, a number or a condition.
+        BadArgument: an operator that does not exist, a direction of zeros, or a condition that is read too late.
+        ShapeError: a capture of several rows, or a direction of another width than the site.
         OutOfRange: the model has no such layer.
-        NeverFired: at the end of a block in which a rule met no token.
+        NeverFired: at the end of the block, when a rule met no token.
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.steer"):

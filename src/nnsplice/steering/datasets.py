@@ -20,11 +20,15 @@ from nnsplice.errors import BadArgument, FileError
 
 @dataclass(frozen=True)
 class Contrast:
-    """Prompts with what is wanted and prompts without it, pair by pair.
+    """Pairs of prompts with and without a property.
 
     >>> pairs = ns.steering.Contrast(("a b", "c d"), ("a e", "c f"))
     >>> pairs[:1]
     Contrast(positive=('a b',), negative=('a e',))
+
+    Attributes:
+        positive: the prompts with the property.
+        negative: the prompts without it.
     """
 
     positive: tuple[str, ...]
@@ -47,10 +51,16 @@ class Contrast:
         return iter(zip(self.positive, self.negative, strict=True))
 
     def shuffled(self, seed: int = 0) -> Contrast:
-        """The pairs in another order, the same for the same seed.
+        """The pairs in random order.
 
         >>> ns.steering.Contrast(("a b", "c d", "e f"), ("a -", "c -", "e -")).shuffled()
         Contrast(positive=('a b', 'e f', 'c d'), negative=('a -', 'e -', 'c -'))
+
+        Args:
+            seed: the seed of the order.
+
+        Returns:
+            The same pairs.
         """
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
@@ -58,7 +68,7 @@ class Contrast:
 
 
 def read_evals(path: str | os.PathLike[str], *, template: str = "{question}\n\nAnswer:{answer}") -> Contrast:
-    """Questions with an answer that matches a behaviour and one that does not, a JSON object in each line.
+    """Read questions with an answer that matches a behaviour and one that does not, a JSON object in each line.
 
     >>> import json
     >>> from pathlib import Path
@@ -70,7 +80,15 @@ def read_evals(path: str | os.PathLike[str], *, template: str = "{question}\n\nA
     Contrast(positive=('Do you agree? Yes',), negative=('Do you agree? No',))
 
     Args:
-        template: a prompt, with `{question}` and `{answer}` in it; answers bring their leading space.
+        path: the JSONL file, with `question`, `answer_matching_behavior` and `answer_not_matching_behavior`.
+        template: the prompt, with `{question}` and `{answer}`; answers have their own leading space.
+
+    Returns:
+        Positive and negative prompts, in pairs.
+
+    Raises:
+        FileError: a line that is no such object, or has the same answer twice.
+        BadArgument: a template without its fields.
     """
     _check_template(template, "question", "answer")
     rows = [(number, _json(path, line, number)) for number, line in enumerate(_lines(path), 1) if line.strip()]
@@ -93,7 +111,7 @@ def read_suffixes(
     *,
     template: str = "Pretend you're {persona}. {suffix}",
 ) -> Contrast:
-    """Beginnings of texts, each said by two personas.
+    """Read beginnings of texts, each as a prompt of two personas.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -106,8 +124,17 @@ def read_suffixes(
     ("Pretend you're a sad person. That game", "Pretend you're a sad person. I can see")
 
     Args:
-        positive, negative: what stands for `{persona}`.
-        template: a prompt, with `{persona}` and `{suffix}` in it.
+        path: a JSON file with a list of texts.
+        positive: the persona of the positive prompts.
+        negative: the persona of the negative prompts.
+        template: the prompt, with `{persona}` and `{suffix}`.
+
+    Returns:
+        Positive and negative prompts, in pairs.
+
+    Raises:
+        FileError: the file is no list of texts.
+        BadArgument: equal personas, or a template without its fields.
     """
     _check_template(template, "persona", "suffix")
     if positive == negative:
@@ -127,9 +154,9 @@ def read_pairs(
     seed: int = 0,
     template: str = "{input}:{output}",
 ) -> Contrast:
-    """Inputs and outputs of a function as prompts that show it, and prompts whose outputs were dealt out anew.
+    """Read pairs of a function's input and output, as few-shot prompts that show it, and prompts with shuffled outputs.
 
-    Both end with an input whose output follows; only the positive ones say what the function is.
+    Both end with an input without its output; only the positive prompts define the function.
 
     >>> import json
     >>> from pathlib import Path
@@ -149,10 +176,18 @@ def read_pairs(
     hot:
 
     Args:
-        examples: how many pairs stand before it.
-        n: how many prompts of each kind.
-        seed: of the choice and the dealing.
-        template: one example; what stands after `{output}` is left out where the last output would follow.
+        path: a JSON file with a list of `{"input": ..., "output": ...}`.
+        examples: the number of examples in each prompt.
+        n: the number of prompts of each kind.
+        seed: the seed of the choice and the shuffling.
+        template: one example, with `{input}` and `{output}`; the last one is cut before its output.
+
+    Returns:
+        Positive and negative prompts, in pairs.
+
+    Raises:
+        FileError: the file is no list of inputs and outputs.
+        BadArgument: fewer than 2 examples, fewer pairs than a prompt needs, or a template without its fields.
     """
     _check_template(template, "input", "output")
     found = _json(path, "\n".join(_lines(path)), 1)

@@ -31,10 +31,10 @@ def fit(
     seed: int = 0,
     **options: Any,
 ) -> SteeringVector:
-    """The direction from the negative states to the positive ones, for every place of two captures.
+    """Fit a steering vector at every site of two captures: the direction from the negative to the positive states.
 
-    Whatever the method, a vector is as long as the two means lie apart along it, so that a coefficient of 1.0 goes from
-    the one to the other; `vector.in_residual_norms()` has another unit.
+    A vector's length is the distance of the two means along it, so a coefficient of 1.0 goes from one mean to the
+    other; `vector.in_residual_norms()` is in units of the residual norm instead.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -48,16 +48,21 @@ def fit(
       layers[3].output  0.80 of the states' norm, AUC 1.00 held out
 
     Args:
-        positive: states of prompts with what is wanted, a row each.
-        negative: states of prompts without it; row i belongs to row i where there are as many.
-        method: `"mean_difference"`; `"pca"` (`centring="pair"` or `"global"`); `"logistic"` (`ridge=`); `"lda"`
-            (`shrinkage=`).
-        folds: into how many parts the rows are cut for the held-out quality.
-        seed: of that cutting.
-        options: those of the method.
+        positive: a capture of prompts with the wanted property, a row for each prompt.
+        negative: a capture of prompts without it; row i is paired with row i where there are equally many.
+        method: `"mean_difference"`; `"pca"` (option `centring="pair"` or `"global"`); `"logistic"` (`ridge=`); or
+            `"lda"` (`shrinkage=`).
+        folds: the number of cross-validation folds for the held-out quality.
+        seed: the seed of the folds.
+        **options: the options of the method.
+
+    Returns:
+        One vector for each site, with its held-out AUC and norm in `vector.about`.
 
     Raises:
-        BadArgument: an option that the method does not have; states that do not differ.
+        BadType: something other than a capture.
+        BadArgument: an option that the method does not have, fewer than 2 folds, or states that do not differ.
+        KeyMismatch: the captures hold different sites.
     """
     with circumstances("ns.steering.fit"):
         for name, saved in (("positive", positive), ("negative", negative)):
@@ -137,17 +142,32 @@ def fit_from_prompts(
     seed: int = 0,
     **options: Any,
 ) -> SteeringVector:
-    """Run two groups of prompts, and fit a direction at every place.
+    """Run two groups of prompts and fit a steering vector at every site.
 
     >>> ns.steering.fit_from_prompts(model, ["w3 w4", "w5 w6"], ["w3 w7", "w5 w7"], "layers[1].output[-1]").layers
     [1]
 
     Args:
-        sites: paths with the position that is read; after `[:]` over several tokens take their mean yourself.
-        chat: put each text through the tokenizer's chat template, as what the user says; messages always go through it.
-        spans: where named spans stand, first in the positive, then in the negative prompts.
-        batch_size: at most so many prompts in one pass.
-        progress: show a bar when it takes more than a second.
+        model: a model from `ns.load`.
+        positive: prompts with the wanted property: texts, token ids or chat messages.
+        negative: prompts without it; prompt i is paired with prompt i where there are equally many.
+        sites: paths with the position that is read.
+        method: as for `ns.steering.fit`.
+        chat: put each text through the tokenizer's chat template as a user message; messages always go through it.
+        spans: token spans by name, for the positive prompts followed by the negative ones.
+        batch_size: how many prompts run in one pass; all prompts of one length if left out.
+        progress: show a progress bar once a second has passed.
+        folds: the number of cross-validation folds for the held-out quality.
+        seed: the seed of the folds.
+        **options: the options of the method.
+
+    Returns:
+        One vector for each site.
+
+    Raises:
+        BadType: something other than prompts on one side.
+        BadArgument: no prompts on one side, or an option that the method does not have.
+        PathError: no path, or a path without a position.
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.fit_from_prompts"):

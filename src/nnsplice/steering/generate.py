@@ -33,9 +33,10 @@ def generate(
     plane: SavedActivation | None = None,
     **generate_kwargs: Any,
 ) -> list[str]:
-    """The continuations of prompts, steered or not: texts without the prompts.
+    """Generate continuations of prompts, steered or not, and return them without the prompts.
 
-    Each is what the prompt alone would get, however many run together. Inside a `steer` block it is that which steers.
+    Each continuation is the same as for its prompt alone, whatever the batch. Inside a `steer` block the block's
+    steering applies.
 
     >>> toy = ns.load("toy")
     >>> fact, pair = ns.models.toy_prompts().facts[0], ns.models.toy_prompts().ioi[0]
@@ -44,11 +45,22 @@ def generate(
     ['Athens', 'Mary']
 
     Args:
-        prompts: a text, a list of texts, or token ids.
-        vector: a direction for each place to steer; left out, nothing is steered here.
+        model: a model from `ns.load`, with a tokenizer.
+        prompts: a text, a list of texts, token ids or chat messages.
+        vector: a direction for each site to steer; None steers nothing here.
         coefficient: a number, or one for each prompt.
-        operator, where, when, plane: as in `ns.steering.steer`.
-        generate_kwargs: for transformers' `generate`: `max_new_tokens=40`, `do_sample=True`, `num_beams=3`, ...
+        operator: as for `ns.steering.steer`.
+        where: as for `ns.steering.steer`.
+        when: as for `ns.steering.steer`.
+        plane: as for `ns.steering.steer`.
+        **generate_kwargs: arguments of transformers' `generate`: `max_new_tokens=40`, `do_sample=True`, `num_beams=3`,
+            ...
+
+    Returns:
+        The generated texts, one for each prompt.
+
+    Raises:
+        BadArgument: a model without a tokenizer, or an argument of steering without a vector.
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.generate"):

@@ -54,12 +54,14 @@ def to_gguf(
 
     Args:
         vector: directions for outputs of blocks, or a steering that adds such.
-        coefficient: for a vector; a steering has its own.
-        model_hint: the architecture, as llama.cpp's files name it; taken from the vector when left out.
+        path: the file to write.
+        coefficient: the factor of a vector; a steering has its own.
+        model_hint: the architecture, by llama.cpp's name; taken from the vector if left out.
 
     Raises:
-        RefusedPlace: a place that the format has no tensor for: block 0, or no output of a block.
-        BadArgument: a steering that does something else than add everywhere.
+        RefusedPlace: a site that the format has no tensor for: block 0, or anything but the output of a block.
+        BadArgument: a steering that does something other than add at all tokens.
+        BadType: neither a vector nor a steering.
     """
     with circumstances("ns.steering.to_gguf"):
         if not math.isfinite(coefficient):
@@ -93,7 +95,7 @@ def to_gguf(
 
 
 def from_gguf(path: str | os.PathLike[str]) -> SteeringVector:
-    """Read a control vector: `layers[N].output` for each `direction.N`.
+    """Read a llama.cpp control vector: `layers[N].output` for each `direction.N`.
 
     >>> from tempfile import TemporaryDirectory
     >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[1:3].output[-1]"))
@@ -103,6 +105,12 @@ def from_gguf(path: str | os.PathLike[str]) -> SteeringVector:
     SteeringVector: 2 places, width 16, method given, unit as read, the coefficient multiplied in
       layers[1].output
       layers[2].output
+
+    Args:
+        path: the GGUF file.
+
+    Returns:
+        The vectors, with the coefficient already multiplied in.
 
     Raises:
         FileError: the file is no control vector, or damaged.

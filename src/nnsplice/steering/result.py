@@ -29,7 +29,16 @@ _ARRAYS = ("values", "kl", "baseline")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One cell: where to steer, how strongly, and what that was worth."""
+    """One cell of a steering sweep.
+
+    Attributes:
+        path: the site.
+        layer: the layer.
+        coefficient: the coefficient.
+        score: the mean metric over prompts.
+        baseline: the mean metric without steering.
+        kl: the mean KL divergence from the unsteered run.
+    """
 
     path: str
     layer: int
@@ -43,7 +52,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SteeringSweep:
-    """The metric and the guard of every prompt, layer and coefficient: `ns.steering.sweep` makes it.
+    """The metric and the KL divergence of each prompt, layer and coefficient of `ns.steering.sweep`.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -55,9 +64,21 @@ class SteeringSweep:
     SteeringSweep: 36 cells, 4 prompts, logit_diff
       3 layers [1, 2, 3], 3 coefficients [0.25, 0.5, 1.0], operator add, where all
       unsteered -7.945, highest 6.156 at layer 3, coefficient 1 with KL 5.92
-    >>> best = grid.choose(guard="kl", limit=2.0)   # the most that is gained while the next token moves no further
+    >>> best = grid.choose(guard="kl", limit=2.0)   # the largest effect within this KL divergence
     >>> best.layer, best.coefficient
     (1, 0.5)
+
+    Attributes:
+        paths: the site of each layer.
+        layers: the layers.
+        coefficients: the coefficients.
+        values: the metric, `[prompt, layer, coefficient]`.
+        kl: the KL divergence from the unsteered run, `[prompt, layer, coefficient]`.
+        baseline: the metric without steering, `[prompt]`.
+        prompts: the prompts, if they were texts.
+        metric: the name of the metric.
+        asked: model, operator and choice of tokens.
+        texts: the generated texts, `[prompt][layer][coefficient]`.
     """
 
     paths: tuple[str, ...]
@@ -88,7 +109,14 @@ class SteeringSweep:
     # --- numbers
 
     def grid(self, of: str = "value") -> xr.DataArray:
-        """`"value"`, `"change"` (from the unsteered run) or `"kl"` on named axes."""
+        """The numbers as an array with named axes.
+
+        Args:
+            of: `"value"`, `"change"` (from the unsteered run) or `"kl"`.
+
+        Returns:
+            An `xarray.DataArray`.
+        """
         import xarray as xr
 
         coordinates = {"prompt": np.arange(len(self.baseline)), "layer": list(self.layers)}
@@ -98,7 +126,7 @@ class SteeringSweep:
         )  # fmt: skip
 
     def frame(self) -> pd.DataFrame:
-        """A row for each cell of each prompt."""
+        """A table with a row for each prompt, layer and coefficient."""
         import pandas as pd
 
         prompt, layer, coefficient = (index.ravel() for index in np.indices(self.values.shape))
@@ -112,7 +140,18 @@ class SteeringSweep:
         return pd.DataFrame(found)
 
     def best(self, n: int = 10, *, want: str = "high") -> pd.DataFrame:
-        """The cells with the highest (or lowest) metric, in the mean over the prompts."""
+        """The cells with the highest (or lowest) mean metric.
+
+        Args:
+            n: the number of cells.
+            want: `"high"` or `"low"`.
+
+        Returns:
+            A `pandas.DataFrame`.
+
+        Raises:
+            BadArgument: `n` below 1.
+        """
         import pandas as pd
 
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -127,7 +166,7 @@ class SteeringSweep:
         return pd.DataFrame({name: column[order] for name, column in columns.items()})
 
     def choose(self, *, guard: str | None = "kl", limit: float | None = None, want: str = "high") -> Choice:
-        """The cell with the highest (or lowest) metric among those that the guard lets pass.
+        """The cell with the highest (or lowest) mean metric within a limit of the KL divergence.
 
         >>> import numpy as np
         >>> gains, costs = np.array([[[0.5, 3.0]]]), np.array([[[0.1, 2.0]]])   # of one prompt, one layer
@@ -138,12 +177,15 @@ class SteeringSweep:
         Choice(path='layers[2].output', layer=2, coefficient=1.0, score=0.5, baseline=-1.0, kl=0.1)
 
         Args:
-            guard: `"kl"`, or None for none.
-            limit: the most that the guard may be, in the mean over the prompts.
+            guard: `"kl"`, or None for no limit.
+            limit: the largest mean KL divergence.
             want: `"high"` or `"low"`.
 
+        Returns:
+            The cell, with its layer, coefficient, score and KL divergence.
+
         Raises:
-            BadArgument: no cell that steers stays within the limit.
+            BadArgument: no cell within the limit, or a sweep without KL divergence.
         """
         if guard not in ("kl", None):
             raise BadArgument(f"there is no guard {guard!r}", expected='"kl", or None')
@@ -178,11 +220,16 @@ class SteeringSweep:
     # --- to look at
 
     def plot(self, of: str = "value", *, prompt: int | None = None, ax: plots.Axes | None = None) -> plots.Axes:
-        """A figure, in the mean over the prompts unless one is chosen.
+        """Draw the sweep, averaged over prompts.
 
         Args:
-            of: `"value"`, `"change"` or `"kl"`: a heatmap, layers downwards; `"lines"`: the metric over the
-                coefficient, a line for each layer; `"frontier"`: what each layer gains for the KL that it costs.
+            of: `"value"`, `"change"` or `"kl"` for a heatmap; `"lines"` for the metric by coefficient, a line for each
+                layer; `"frontier"` for the metric by KL divergence.
+            prompt: the number of one prompt, instead of the mean.
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
         """
         if of == "lines":
             return self._lines(self._chosen("value", prompt), ax)
@@ -232,7 +279,11 @@ class SteeringSweep:
     # --- files
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, completely or not at all.
+
+        Args:
+            path: the file to write.
+        """
         from safetensors.numpy import save_file
 
         told = {
@@ -246,7 +297,13 @@ class SteeringSweep:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SteeringSweep:
-        """Read a sweep.
+        """Read a sweep of `to_file`.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The sweep.
 
         Raises:
             FileError: the file is no sweep of steering, or damaged.

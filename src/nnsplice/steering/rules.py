@@ -58,9 +58,9 @@ class Condition:
 def similar(
     direction: SavedActivation | Tensor, path: str | Path, *, above: float | None = None, below: float | None = None
 ) -> Condition:
-    """A condition for `steer(..., when=)`: whether a row's state is like a direction, as a cosine.
+    """A condition for `steer(..., when=)`: steer the rows whose state has a given cosine similarity with a direction.
 
-    It is read at the prompt, as the run has it there, and then kept for everything that is generated.
+    The state is read once, in the prompt, and the decision holds for all tokens generated from it.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -73,9 +73,18 @@ def similar(
       <|endoftext|> The hotel was lovely , the   (0 of 7 tokens, none of the prompt)
 
     Args:
-        direction: `[width]`, or a capture that holds the place.
-        path: where the state is read; `[-1]` when no position is given.
-        above, below: the cosine has to be above, or below.
+        direction: a tensor `[width]`, or a capture or steering vector that holds the site.
+        path: the site and position of the state; `[-1]` if no position is given.
+        above: the cosine has to be above this.
+        below: the cosine has to be below this.
+
+    Returns:
+        The condition.
+
+    Raises:
+        BadArgument: no bound, a bound outside -1 to 1, several positions, or a direction of zeros.
+        ShapeError: several directions.
+        UnknownPath: the capture does not hold the site.
     """
     place = parse_path(path)
     place = place.at(-1) if place.position is None else place

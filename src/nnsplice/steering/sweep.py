@@ -65,11 +65,11 @@ def sweep(
     progress: bool = True,
     **generate_kwargs: Any,
 ) -> SteeringSweep:
-    """Steer every layer of a vector by itself with every coefficient, and measure what it does and what it disturbs.
+    """Steer one layer at a time with every coefficient, and measure the effect and the side effect.
 
-    Cells share passes, a row for each, and each has the value of a run of its own. The guard is the KL divergence
-    between the next token's distributions, unsteered and steered: where the metric reads, or in the mean over the
-    tokens of a generation.
+    Cells are batched, and each has the value of a run of its own. The side effect (`kl`) is the KL divergence between
+    the unsteered and the steered next-token distributions: at the metric's position, or averaged over the tokens of a
+    generation.
 
     >>> toy = ns.load("toy")
     >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:20]
@@ -87,24 +87,34 @@ def sweep(
           1.0            14.1  5.9
 
     Args:
-        prompts: what to measure on.
-        vector: one place for each layer.
-        coefficients: what to multiply it with.
-        metric: a metric of logits, such as `ns.logit_diff(" good", " bad")`; with `max_new_tokens` a function of the
-            generated text, `text -> number`.
-        operator, where: as in `ns.steering.steer`.
-        max_new_tokens: generate so many tokens in every cell, greedily, and keep the texts.
-        guard: measure the KL; with `max_new_tokens` that is a pass of the unsteered model over all texts.
-        max_tokens: how many tokens run at once.
-        journal: a file that finished cells, and their texts, are appended to; the same call goes on after a stop.
-        progress: show a bar.
-        generate_kwargs: for transformers' `generate`, with `max_new_tokens`.
+        model: a model from `ns.load`, in eval mode.
+        prompts: the prompts to measure on: a text, a list of texts, token ids or chat messages.
+        vector: a direction for one site of each layer.
+        coefficients: the factors of the vector.
+        metric: a metric of logits, such as `ns.logit_diff(" good", " bad")`; with `max_new_tokens` a function
+            `text -> number` of the generated text.
+        operator: as for `ns.steering.steer`.
+        where: as for `ns.steering.steer`.
+        max_new_tokens: generate this many tokens in every cell, greedily, and keep the texts.
+        guard: measure the KL divergence; with `max_new_tokens` it costs a pass of the unsteered model over all texts.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
+        progress: show a progress bar.
+        **generate_kwargs: arguments of transformers' `generate`, with `max_new_tokens`.
+
+    Returns:
+        Metric and KL divergence of each layer, coefficient and prompt, with `.frame()` and `.plot()`.
+
+    Raises:
+        BadArgument: a model in train mode, two sites in one layer, or options that do not fit together.
+        FileError: the journal is of another sweep, or damaged.
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.sweep"):
         if engine.in_training(model):
             raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
         engine.refuse_edits(model)
+        engine.refuse_changed_logits(model, bare=True)
         given = encode(model, prompts)
         chosen, asked_numbers = read(where), _numbers(coefficients)
         _check(given, chosen, max_new_tokens, generate_kwargs, metric)

@@ -45,7 +45,7 @@ class About:
 
 
 class SteeringVector(SavedActivation):
-    """One direction for each place: a `SavedActivation` of one row, with all its algebra.
+    """A direction for each site: a `SavedActivation` of one row, with its arithmetic.
 
     >>> words = ["w3 w4 w5", "w6 w7 w8", "w9 w10 w11"]
     >>> acts = ns.capture(model, words + [text + " w12" for text in words], "layers[:].output[-1]")
@@ -57,19 +57,32 @@ class SteeringVector(SavedActivation):
     >>> vector.in_residual_norms().about.unit
     'residual norm'
 
-    Subsets, copies and multiples keep what was measured of the direction; sums and differences are directions of their
-    own, which nothing is known of.
+    Subsets, copies and multiples keep what was measured of the direction; sums and differences do not.
+
+    Attributes:
+        about: method, quality, norms and origin of the vector.
     """
 
     about: About = About()
 
     @classmethod
     def of(cls, saved: SavedActivation, **about: Any) -> SteeringVector:
-        """A capture of one row as a vector, for directions that were found elsewhere.
+        """A capture of one row as a steering vector, for directions that were found elsewhere.
 
         >>> ns.steering.SteeringVector.of(ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, 16))))
         SteeringVector: 1 place, width 16, method given, unit as given
           layers[1].output
+
+        Args:
+            saved: a capture of one row.
+            **about: what is known of it: `method`, `unit`, ...
+
+        Returns:
+            The vector.
+
+        Raises:
+            BadType: something other than a capture.
+            ShapeError: a capture of several rows.
         """
         if not isinstance(saved, SavedActivation):
             raise BadType(
@@ -126,31 +139,31 @@ class SteeringVector(SavedActivation):
 
     @property
     def method(self) -> str | None:
-        """How it was found."""
+        """The method that fitted it."""
         return self.about.method
 
     @property
     def quality(self) -> dict[str, float]:
-        """The AUC on held-out prompts, by place: 1.0 tells them apart, 0.5 is chance."""
+        """The AUC on held-out prompts, by path: 1.0 separates the groups, 0.5 is chance."""
         return dict(self.about.quality)
 
     @property
     def norms(self) -> dict[str, float]:
-        """The mean norm of the states at each place: of the residual stream, where that is steered."""
+        """The mean norm of the states at each site."""
         return dict(self.about.norms)
 
     @property
     def coefficient(self) -> float | None:
-        """The coefficient that was written down with it."""
+        """The coefficient that was saved with it."""
         return self.about.coefficient
 
     @property
     def layers(self) -> list[int]:
-        """The numbers of its layers."""
+        """The layers that it has directions for."""
         return list(dict.fromkeys(number for key in self.keys() if (number := layer_of(parse_path(key))) is not None))
 
     def at(self, layer: int | Iterable[int]) -> SteeringVector:
-        """Only this layer's vector, or only these.
+        """Only the directions of some layers.
 
         >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[:].output[-1]"))
         >>> vector.at([0, 2])
@@ -158,8 +171,15 @@ class SteeringVector(SavedActivation):
           layers[0].output
           layers[2].output
 
+        Args:
+            layer: the number of a layer, or several.
+
+        Returns:
+            The smaller vector.
+
         Raises:
-            UnknownPath: there is none of this layer.
+            UnknownPath: no direction of this layer.
+            BadType: something other than numbers.
         """
         if isinstance(layer, str) or not isinstance(layer, int | Iterable):
             raise BadType(f"a layer {layer!r}", expected="its number, or several", write="vector.at(3)")
@@ -174,7 +194,7 @@ class SteeringVector(SavedActivation):
         return self.subset([key for key in self.keys() if layer_of(parse_path(key)) in wanted])
 
     def auc(self, positive: SavedActivation, negative: SavedActivation) -> dict[str, float]:
-        """How well each direction tells other states apart: the chance that a positive one lies further along it.
+        """The AUC of each direction on other states: the probability that a positive state lies further along it.
 
         >>> toy = ns.load("toy")
         >>> reviews = [review for review in ns.models.toy_prompts().reviews if review.mood == "good"][:40]
@@ -182,6 +202,13 @@ class SteeringVector(SavedActivation):
         >>> bad = ns.capture(toy, [review.opposite for review in reviews], "layers[0:3:2].output[-1]")
         >>> ns.steering.fit(good.slice[0:20], bad.slice[0:20]).auc(good.slice[20:40], bad.slice[20:40])
         {'layers[0].output[-1]': 0.6125, 'layers[2].output[-1]': 1.0}
+
+        Args:
+            positive: a capture of prompts with the property.
+            negative: a capture of prompts without it.
+
+        Returns:
+            The AUC by path.
         """
         found: dict[str, float] = {}
         for key, vector in self.items():
@@ -192,7 +219,7 @@ class SteeringVector(SavedActivation):
     # --------------------------------------------------------------------------------------------------------- its unit
 
     def in_residual_norms(self) -> SteeringVector:
-        """The same directions, so long that a coefficient of 1.0 is the mean norm of the states at each place.
+        """The same directions, scaled so that a coefficient of 1.0 is the mean norm of the states.
 
         >>> toy = ns.load("toy")
         >>> acts = ns.capture(toy, ["The hotel was lovely", "The hotel was awful"], "layers[1:4].output[-1]")
@@ -212,7 +239,7 @@ class SteeringVector(SavedActivation):
         return self._lengths(self._known_norms(), "residual norm")
 
     def normalised(self) -> SteeringVector:
-        """The same directions with length one."""
+        """The same directions with length 1."""
         return self._lengths(dict.fromkeys(self.keys(), 1.0), "length one")
 
     def _known_norms(self) -> dict[str, float]:
@@ -251,7 +278,14 @@ class SteeringVector(SavedActivation):
 
     @renamed(paths="sites")
     def subset(self, sites: Paths) -> SteeringVector:
-        """Only these places."""
+        """Only some sites.
+
+        Args:
+            sites: a path or several.
+
+        Returns:
+            The smaller vector.
+        """
         return self._kept(super().subset(sites))
 
     def __mul__(self, factor: float) -> SteeringVector:
@@ -275,15 +309,22 @@ class SteeringVector(SavedActivation):
         return self._kept(made, replace(self.about, quality=quality, unit=unit, coefficient=None))
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> SteeringVector:
-        """On another device, or in another dtype."""
+        """Copy to another device or dtype.
+
+        Args:
+            device_or_dtype: the device or dtype, as for `torch.Tensor.to`.
+
+        Returns:
+            The new vector.
+        """
         return self._kept(super().to(device_or_dtype))
 
     def detach(self) -> SteeringVector:
-        """Without the graph."""
+        """The values detached from the autograd graph."""
         return self._kept(super().detach())
 
     def clone(self) -> SteeringVector:
-        """In memory of its own."""
+        """A copy with memory of its own."""
         return self._kept(super().clone())
 
     def __copy__(self) -> SteeringVector:
@@ -292,10 +333,11 @@ class SteeringVector(SavedActivation):
     # ------------------------------------------------------------------------------------------------------------ files
 
     def to_file(self, path: str | os.PathLike[str], *, coefficient: float | None = None) -> None:
-        """Write a safetensors file with all that is known of the vector; `SavedActivation.from_file` reads it too.
+        """Write a safetensors file with everything known of the vector; `SavedActivation.from_file` reads it too.
 
         Args:
-            coefficient: one that was found to work, written down with it.
+            path: the file to write.
+            coefficient: a coefficient to save with it.
         """
         about = self.about if coefficient is None else replace(self.about, coefficient=float(coefficient))
         storage.write(path, self._packs, self._provenance, {HEADER: json.dumps(asdict(about))})
@@ -303,7 +345,14 @@ class SteeringVector(SavedActivation):
     @classmethod
     @renamed(paths="sites")
     def from_file(cls, path: str | os.PathLike[str], sites: Paths | None = None) -> SteeringVector:
-        """Read a vector, or with `sites` only these of its places.
+        """Read a steering vector, or only some of its sites.
+
+        Args:
+            path: the file.
+            sites: a path or several to read; all if left out.
+
+        Returns:
+            The vector.
 
         Raises:
             FileError: the file is no steering vector, or damaged.
@@ -347,7 +396,17 @@ class SteeringVector(SavedActivation):
         return lines
 
     def plot(self, ax: plots.Axes | None = None) -> plots.Axes:
-        """The held-out AUC by layer, a line for each kind of place."""
+        """Draw the held-out AUC by layer, a line for each kind of site.
+
+        Args:
+            ax: axes to draw on; a new figure if left out.
+
+        Returns:
+            The axes; the figure is `axes.figure`.
+
+        Raises:
+            BadArgument: a vector whose quality was not measured.
+        """
         if not self.about.quality:
             raise BadArgument(
                 "there is no quality to draw: it was not measured", expected="a vector fitted on two pairs or more"

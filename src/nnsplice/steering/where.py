@@ -68,15 +68,25 @@ NAMED = {name: Where(name) for name in ("all", "prompt", "generated")}
 
 
 def from_token(position: int) -> Where:
-    """Token `position` of each row and every later one; a negative one counts from the prompt's end.
+    """Steer from token `position` of each row on.
 
-    `from_token(-1)` also decides the first generated token, which the prompt's last token predicts.
+    A negative position counts from the prompt's end. `from_token(-1)` includes the state that predicts the first
+    generated token.
 
     >>> toy = ns.load("toy")
     >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
     >>> ns.steering.steer(toy, vector, where=ns.steering.from_token(3)).show("I thought the film was")
     layers[1].output  add 1, where from_token(3)
       <|endoftext|> I thought [the] [film] [was]   (3 of 6 tokens, by 0.67 to 0.99 of the norm)
+
+    Args:
+        position: the number of the first token that is steered.
+
+    Returns:
+        The choice of tokens, for `where=`.
+
+    Raises:
+        BadType: a position that is no whole number.
     """
     if not isinstance(position, int) or isinstance(position, bool):
         raise BadType(f"from_token({position!r})", expected="the number of a token")
@@ -84,7 +94,7 @@ def from_token(position: int) -> Where:
 
 
 def span(start: int | Sequence[tuple[int, int]], stop: int | None = None) -> Where:
-    """Tokens `start` to `stop` (not included), or with a list of pairs one stretch for each row.
+    """Steer tokens `start` to `stop` (not included).
 
     Negative numbers count from the prompt's end.
 
@@ -97,6 +107,17 @@ def span(start: int | Sequence[tuple[int, int]], stop: int | None = None) -> Whe
       <|endoftext|> [The] [hotel]   (2 of 3 tokens, by 0.88 to 0.93 of the norm)
     >>> print(ns.steering.span([(0, 2), (3, 4)]))   # for two prompts
     span([(0, 2), (3, 4)])
+
+    Args:
+        start: the first token; or a list of (start, stop), one for each row.
+        stop: the token after the last.
+
+    Returns:
+        The choice of tokens, for `where=`.
+
+    Raises:
+        BadType: bounds that are no whole numbers.
+        BadArgument: an empty span.
     """
     pairs: list[tuple[Any, Any]] = [(start, stop)] if isinstance(start, int) else list(start)
     if not pairs or any(not isinstance(n, int) or isinstance(n, bool) for pair in pairs for n in pair):
@@ -108,7 +129,7 @@ def span(start: int | Sequence[tuple[int, int]], stop: int | None = None) -> Whe
 
 
 def mask(rows: Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray | Tensor) -> Where:
-    """The tokens at which `rows[row][token]` is true; one row serves every prompt, and later tokens are left alone.
+    """Steer the tokens at which `rows[row][token]` is True; generated tokens are not steered.
 
     >>> toy = ns.load("toy")
     >>> vector = ns.steering.SteeringVector.of(ns.capture(toy, "I adored it", "layers[1].output[-1]"))
@@ -116,6 +137,16 @@ def mask(rows: Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray | Tensor) 
     >>> ns.steering.steer(toy, vector, where=second_and_fourth).show("I thought the film was")
     layers[1].output  add 1, where mask(1 rows)
       <|endoftext|> [I] thought [the] film was   (2 of 6 tokens, by 0.71 to 0.87 of the norm)
+
+    Args:
+        rows: booleans, `[row, token]`, or `[token]` for all rows.
+
+    Returns:
+        The choice of tokens, for `where=`.
+
+    Raises:
+        ShapeError: rows of different lengths, or values that are not booleans.
+        BadArgument: a mask without any True.
     """
     lengths = sorted({len(row) for row in rows if isinstance(row, Sequence)}) if isinstance(rows, Sequence) else []
     if len(lengths) > 1:

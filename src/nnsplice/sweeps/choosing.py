@@ -80,7 +80,7 @@ def question(work: Work) -> Hashable:
     root, plan = peel(work.model), work.plan
     modules = list(root.modules())
     # Numbers of hooks never come again; what one does to packed tokens is found out with it in place.
-    hooks = tuple(key for m in modules for key in (*m._forward_hooks, *m._forward_pre_hooks))
+    hooks = (engine.hooks_of(modules), engine.replaced_in(modules))
     configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
     attentions = tuple(str(getattr(config, "_attn_implementation", None)) for config in configs.values())
     devices = {"cpu", torch.device(work.model.device or "cpu").type}

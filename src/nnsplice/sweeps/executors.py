@@ -171,7 +171,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         corrupt(model, plan, prompts)
         for access in stops:
             held = hold(access, mediator, batch.rows(access.tower))
-            _check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
+            check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
             held.write(_changed(work, access, held.tensor, writes))
         found.append(wire.logits_of(model)[:, at].clone())
 
@@ -181,13 +181,13 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     return measured(work, found[0], jobs), work.law.whole(plan.corrupted, prompts, logits)
 
 
-def _check_length(access: Access, tensor: Tensor, length: int) -> None:
+def check_length(access: Access, tensor: Tensor, length: int) -> None:
     """Raise for a value that does not hold all tokens of its prompts, whose tokens would be taken for others."""
     if tensor.shape[1] != length:
         raise ShapeError(
             f"{tensor.shape[1]} tokens stand there, and the prompts have {length}",
             path=access.name,
-            expected="a place that every token of a prompt passes",
+            expected="a place that every token of a prompt passes, and no other (such as soft tokens)",
         )
 
 
@@ -213,7 +213,7 @@ def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
     mediator = engine.worker(model, "a sweep")
     (access,) = accesses(model, [corruption.place])
     held = hold(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
-    _check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
+    check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
     new = held.tensor.clone()
     for row, prompt in enumerate(prompts):
         tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(new)

@@ -24,13 +24,30 @@ Job = tuple[int, int]
 
 @dataclass(frozen=True)
 class Plan:
-    """What `run` will do; nothing of it depends on a live model.
+    """The cells that `ns.run` will compute, as plain data without a reference to the model.
 
     >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", ns.logit_diff("w7", "w8"))
     >>> len(plan)     # of nine sites the first token's cannot differ, and the last layer matters at the last token only
     5
     >>> len(plan.shard(0, 2)), len(plan.shard(1, 2))
     (3, 2)
+
+    Attributes:
+        corrupted: the prompts that are edited.
+        clean: the prompts that values are taken from, or None.
+        targets: the cells, in execution order.
+        metric: the metric, with its answers as token ids.
+        operation: the operation.
+        reference: the capture that values are taken from, or None.
+        align: how tokens of a pair correspond.
+        seed: the seed of `"resample"` and `"noise"`.
+        jobs: the (prompt, target) pairs to compute.
+        known: the pairs that have the corrupted run's value.
+        asked: the question as plain data.
+        corruption: a change of the embeddings in every edited run, or None.
+        tokens: the texts of each prompt's tokens.
+        owners: for answers of several tokens, the prompt of each run.
+        appended: for answers of several tokens, how many of them are appended in each run.
     """
 
     corrupted: Prompts
@@ -55,16 +72,23 @@ class Plan:
     appended: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        """How many cells have to be computed."""
+        """The number of cells to compute."""
         return len(self.jobs)
 
     @property
     def prompts(self) -> int:
-        """How many prompts there are."""
+        """The number of prompts."""
         return max(self.owners) + 1 if self.owners else len(self.corrupted)
 
     def preview(self, n: int = 10) -> str:
-        """The first cells that will be computed, and what is known without."""
+        """The first cells, and how many are computed and how many known in advance.
+
+        Args:
+            n: how many cells are listed.
+
+        Returns:
+            A text of one line for each cell.
+        """
         lines = [
             f"{counted(len(self.jobs), 'cell')} to compute, {len(self.known)} known without; "
             f"{counted(self.prompts, 'prompt')}, {self.operation.name}, "
@@ -77,7 +101,18 @@ class Plan:
         return "\n".join(lines)
 
     def shard(self, i: int, n: int) -> Plan:
-        """Every n-th cell, from the i-th: the parts of n machines, whose results `SweepResult.merge` joins."""
+        """Every n-th cell from the i-th on, to split a sweep between n machines.
+
+        Args:
+            i: the number of the shard, from 0.
+            n: how many shards there are.
+
+        Returns:
+            A plan with these cells; `SweepResult.merge` joins the results.
+
+        Raises:
+            BadArgument: not `0 <= i < n`.
+        """
         if not (isinstance(i, int) and isinstance(n, int) and 0 <= i < n):
             raise BadArgument(f"shard({i}, {n})", expected="shard(i, n) with 0 <= i < n")
         if not self.owners:
@@ -91,9 +126,16 @@ class Plan:
         return replace(self, jobs=jobs, known=known)
 
     def shared_start(self, target: Target, prompt: int) -> int:
-        """How many tokens the two runs of a pair share from their start, where the target takes each from its like.
+        """The number of leading tokens that both prompts of a pair share; patching there changes nothing.
 
-        What is patched there is what stands there already. 0 for whatever is no patch of a pair.
+        0 for anything but a patch between a pair.
+
+        Args:
+            target: the cell.
+            prompt: the number of the pair.
+
+        Returns:
+            The number of tokens.
         """
         if self.operation.name != "patch" or self.clean is None or self.align != "position":
             return 0
@@ -104,7 +146,7 @@ class Plan:
         return min([first, *(self.corruption.positions[prompt] if self.corruption is not None else ())])
 
     def exists(self) -> np.ndarray:
-        """`[prompt, target]`: whether the prompt is long enough to have the cell."""
+        """Whether each prompt is long enough for each cell: `[prompt, target]`."""
         found = np.ones((len(self.corrupted), len(self.targets)), dtype=bool)
         for number, target in enumerate(self.targets):
             for prompt in range(len(found)):
@@ -112,7 +154,15 @@ class Plan:
         return found
 
     def has(self, target: Target, prompt: int) -> bool:
-        """Whether the prompt has these tokens, and where values come from a pair aligned at the end, their partners."""
+        """Whether a prompt has the tokens of a cell, and the other prompt of the pair their counterparts.
+
+        Args:
+            target: the cell.
+            prompt: the number of the prompt.
+
+        Returns:
+            True or False.
+        """
         return all(self._has(part, prompt) for part in target.parts)
 
     def _has(self, part: Part, prompt: int) -> bool:
@@ -139,7 +189,16 @@ class Plan:
         return found if found >= 0 else None
 
     def positions(self, part: Part, prompt: int, *, of_clean: bool = False) -> list[int]:
-        """Which own tokens of a prompt are changed: in the run that is edited, or their partners in the clean one."""
+        """The tokens of a prompt that a cell changes.
+
+        Args:
+            part: the site and position.
+            prompt: the number of the prompt.
+            of_clean: their counterparts in the clean prompt instead.
+
+        Returns:
+            The positions.
+        """
         prompts = self.clean if of_clean and self.clean is not None else self.corrupted
         # All tokens are also those that are appended of an answer.
         every = part.position is None
@@ -151,7 +210,15 @@ class Plan:
         return [there if of_clean else token for token, there in pairs if there is not None]
 
     def edges(self, part: Part, prompt: int) -> list[tuple[int, int]]:
-        """The queries and keys that a knockout keeps from each other."""
+        """The (query, key) pairs that a knockout removes.
+
+        Args:
+            part: the site and positions.
+            prompt: the number of the prompt.
+
+        Returns:
+            The pairs.
+        """
         assert part.key is not None
         keys = own_tokens(part.key, self.corrupted, prompt, self._own(part, prompt))
         return [(query, key) for query in self.positions(part, prompt) for key in keys]

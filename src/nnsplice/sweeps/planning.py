@@ -42,7 +42,7 @@ def plan_sweep(
     together: bool = False,
     corruption: Corruption | None = None,
 ) -> Plan:
-    """Plan a sweep: every site changed by itself, in the corrupted run.
+    """Plan a sweep: one cell for each site, which is changed by itself in the corrupted run.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[0].heads[:].output[1]", metric)
@@ -53,30 +53,44 @@ def plan_sweep(
       ... and 2 more
 
     Args:
-        model: for its tokens and places; the plan keeps no part of it.
-        clean: where values come from: a text, texts, or token ids; prompt i of it belongs to prompt i of `corrupted`.
-            Where both prompts of a pair are the same, its cells are known to be the corrupted run's value.
-        corrupted: the run that is edited; None edits the clean run.
-        sites: paths; `[:]` makes every position a cell of its own, and so does no position, unless `together`. In the
-            place of a path, a list of paths is one cell, a set: all that they name is changed together, at all tokens
-            where they say none.
-        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; or several
-            of them, in a list or by names of one's own in a dictionary, all made of the same runs: the grid has an axis
-            `metric` then.
-        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function of the value; or
-            `"knockout"` of edges of attention, `"layers[:].heads[:].pattern[-1][3]"`: the query does not see the key,
-            and its other keys share the whole.
-        reference: the capture that `mean`, `resample` and `add` take values from.
-        window: how many neighbouring layers are changed together, clipped at the ends.
-        spans: where named spans stand, as for `capture`; `{"clean": {...}, "corrupted": {...}}` where they differ.
-        align: `"position"` for pairs of one length; `"end"` aligns tokens at the end: what a shorter clean prompt has
-            no partner for is no cell, and all tokens at once are those that have one; `"role"` aligns them by what they
-            are beside the span `"subject"`: its first, its last, the first after it, the last of all, and stretches
-            between these where both have the same number of tokens.
-        seed: of `resample` and `noise`.
-        together: a site without positions is one cell, in which all tokens are changed at once, as in `ns.ablate` and
-            `ns.path_patch`; by itself each of its tokens is a cell.
-        corruption: a change of every edited run's embeddings, beside or instead of other tokens.
+        model: a model from `ns.load`; the plan keeps its tokens and sites, and no part of the model.
+        clean: the prompts that values are taken from: a text, a list of texts, token ids or chat messages. Prompt i is
+            paired with prompt i of `corrupted`; a pair of equal prompts is not run, as its cells have the corrupted
+            run's value. None where the operation takes nothing from a clean run.
+        corrupted: the prompts whose run is edited; None edits the clean run, for operations other than `"patch"`.
+        sites: a path or several. With `[:]`, or without a position unless `together`, each token is a cell. A list of
+            paths in the list is a set, which is one cell: its sites are changed together, at all tokens where a path
+            has no position.
+        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`. Several
+            metrics, in a list or in a dictionary by name, are measured in the same runs and give the grid an axis
+            `metric`.
+        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, or a function
+            `value[row, width] -> [row, width]`; `"knockout"` removes edges of attention, which paths name by query and
+            key: `"layers[:].heads[:].pattern[-1][3]"`. The query's other keys then share the whole softmax.
+        reference: the capture that `"mean"`, `"resample"` and `"add"` take values from.
+        window: the number of neighbouring layers that are changed together; fewer at the first and last layers.
+        spans: token spans by name, as for `ns.capture`; `{"clean": {...}, "corrupted": {...}}` where the prompts
+            differ.
+        align: how tokens of a pair correspond: `"position"`, for prompts of one length; `"end"`, counted from the last
+            token; or `"role"`, counted from the span `"subject"`: its first and last token, the token after it, the
+            last of all, and the stretches between where both have one length. Tokens without a partner are no cells.
+        seed: the seed of `"resample"` and `"noise"`.
+        together: True makes a site without a position one cell, in which all tokens are changed at once, as in
+            `ns.ablate` and `ns.path_patch`.
+        corruption: a change of the embeddings in every edited run, as `ns.causal_trace` makes it; used with or instead
+            of corrupted prompts.
+
+    Returns:
+        The plan, with `len(plan)` cells to compute, `plan.preview()` and `plan.shard(i, n)`; `ns.run(plan, model)`
+        computes it.
+
+    Raises:
+        PathError: a site is no path, is out of range (`OutOfRange`) or has no exact value (`RefusedPlace`).
+        UnknownPath: a site that this model does not have.
+        BadArgument: nothing differs between the runs, or options that do not fit together.
+        ShapeError: the numbers of prompts differ, or the lengths of a pair with `align="position"`.
+        ShortRow: a prompt has no token at a position of a site or of the metric.
+        SpanError: a span that is not found, or has another length in the other prompt.
     """
     model = engine.as_model(model)
     with circumstances("ns.plan_sweep"):

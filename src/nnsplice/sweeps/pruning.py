@@ -85,7 +85,7 @@ def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:
 
 
 def _has_hooks(model: engine.Model) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in peel(model).modules())
+    return engine.has_code_around(peel(model).modules())
 
 
 def _value(site: Site) -> tuple:

@@ -47,10 +47,10 @@ def ablate(
     together: bool = True,
     **options: Any,
 ) -> SweepResult:
-    """Take every site out of the run by itself: what does the metric lose?
+    """Ablate each site by itself and measure the metric.
 
-    A site without positions is taken out at all tokens at once; the sites of a list within the list are taken out
-    together.
+    A site without a position is ablated at all tokens at once; a list of paths in the list is a set, whose sites are
+    ablated together.
 
     >>> result = ns.ablate(model, "w3 w4 w5", "layers[:].heads[:]", ns.logit_diff("w7", "w8"), progress=False)
     >>> result.grid().sizes
@@ -61,10 +61,26 @@ def ablate(
     Frozen({'prompt': 1, 'set': 4})
 
     Args:
-        operation: `"zero"`, `"mean"` or `"resample"` (of `reference`, or of these prompts), or a function of the value.
-        reference: the capture that means and samples are taken from.
-        together: False makes each token of a site without positions a cell of its own, as `[:]` does.
-        options: those of `ns.plan_sweep` and `ns.run`.
+        model: a model from `ns.load`, in eval mode.
+        prompts: a text, a list of texts, token ids or chat messages.
+        sites: a path or several; with `[:]` each token is a cell of its own.
+        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; several in
+            a list or a dictionary give the grid an axis `metric`.
+        operation: the new value: `"zero"`, `"mean"`, `"resample"`, or a function `value[row, width] -> [row, width]`.
+        reference: the capture that `"mean"` and `"resample"` take values from; if left out, each prompt's mean over its
+            tokens, which `"mean"` averages and `"resample"` draws from.
+        together: False makes each token of a site without a position a cell, as `[:]` does.
+        **options: `window`, `spans`, `align` and `seed` of `ns.plan_sweep`; `executor`, `max_tokens`, `journal` and
+            `progress` of `ns.run`.
+
+    Returns:
+        The metric with each site ablated; `result.corrupted` is the metric of the run without ablation.
+
+    Raises:
+        BadType: an option that does not exist.
+        PathError: a site is no path, is out of range (`OutOfRange`) or has no exact value (`RefusedPlace`).
+        UnknownPath: a site that this model does not have.
+        BadArgument: options that do not fit together, or a model in train mode.
     """
     check_options("ns.ablate", options, known_of(ablate, plan_sweep, _SET_BY_ABLATE))
     running = {name: options.pop(name) for name in RUNNING if name in options}
@@ -115,29 +131,42 @@ def causal_trace(
     seed: int = 1,
     **options: Any,
 ) -> SweepResult:
-    """Trace where a fact passes: drown the subject in noise, restore one state at a time, see if the answer is back.
+    """Causal tracing (ROME): add noise to the subject's embeddings, restore one state at a time, measure the answer.
 
-    The grid is the mean probability of the answer over the noised samples after restoring; `clean` and `corrupted`
-    are its ends, without noise and without restoring; their difference is `total_effect`.
+    The grid is the probability of the answer after restoring a state, averaged over the noised runs. `clean` is the
+    probability without noise, `corrupted` with noise and nothing restored, and `total_effect` the difference of the
+    two.
 
     >>> result = ns.causal_trace(model, "w3 w4 w5 w6", "w4 w5", samples=2, progress=False)
     >>> result.grid().sizes
     Frozen({'prompt': 1, 'layer': 3, 'position': 4})
-    >>> result.by_role().grid().sizes     # prompts of any length, averaged by what their tokens are: .by_role().plot()
+    >>> result.by_role().grid().sizes     # averaged over token roles, for prompts of any length; .by_role().plot()
     Frozen({'prompt': 1, 'layer': 3, 'role': 3})
 
     Args:
-        subject: the subject in each prompt: one text, one for each prompt, or (start, stop) in tokens.
-        kind: what is restored: the stream after each layer, or what its MLP or its attention adds.
-        sites: what is restored instead, as for `ns.sweep`; `'layers[:].output["subject"][-1]'` runs that role alone.
-        window: how many neighbouring layers are restored together.
-        noise: its standard deviation, in those of the subject's token embeddings; or the noise itself,
-            `[sample, token, width]`. A prompt's noise is the same whatever other prompts are traced beside it.
-        samples: how many noised runs each number is the mean of; they share their noise across cells.
-        replace: put the noise in the place of the token embeddings instead of adding it; where a model adds positions
-            to them (GPT-2), those stay.
-        answer: a token for each prompt; the one that the clean run puts first, if left out.
-        options: those of `ns.run`.
+        model: a model from `ns.load`, in eval mode.
+        prompts: a text, a list of texts, token ids or chat messages.
+        subject: the subject of each prompt: one text for all, a text for each, or (start, stop) in tokens.
+        kind: which states are restored: `"residual"` (the stream after each layer), `"mlp"` or `"attn"` (outputs).
+        sites: paths to restore instead, as for `ns.sweep`; `'layers[:].output["subject"][-1]'` runs that token alone.
+        window: the number of neighbouring layers that are restored together.
+        noise: the standard deviation of the noise, in units of the standard deviation of the subject's token
+            embeddings; or the noise itself, `[sample, token, width]`. A prompt's noise does not depend on the other
+            prompts.
+        samples: the number of noised runs of each prompt; all cells share them.
+        replace: replace the token embeddings by the noise instead of adding it; position embeddings stay.
+        answer: the answer's token, for all prompts or for each; the most probable token of the clean run if left out.
+        seed: the seed of the noise.
+        **options: `executor`, `max_tokens`, `journal` and `progress` of `ns.run`.
+
+    Returns:
+        The probability of the answer with each state restored, on the axes prompt, layer and position.
+
+    Raises:
+        BadType: an option that does not exist, or noise that is neither a number nor a tensor.
+        BadArgument: a `kind`, `noise` or `samples` that is not valid, or `kind` and `sites` together.
+        ShapeError: noise of another shape than the subject, or another number of answers than prompts.
+        SpanError: a subject that is not found in its prompt.
     """
     check_options("ns.causal_trace", options, known_of(causal_trace, causal_trace))
     model = engine.as_model(model)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice import engine
+from nnsplice import closures, engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
@@ -44,7 +44,7 @@ def run(
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> SweepResult:
-    """Run a plan.
+    """Run a plan and return the value of every cell.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[1]", metric)
@@ -53,13 +53,22 @@ def run(
     ('prompt', 'layer', 'position')
 
     Args:
-        executor: `"packed"` (the tokens that can differ, side by side), `"batched"` (a row for each cell, one trace
-            for many), `"reference"` (one trace for each cell), or `"auto"`: the first of these that gives a few cells
-            of this model the values that they have in a run of their own; `result.run` says which, and why. Or an
-            `Executor`, where jobs mean something of one's own.
-        max_tokens: how many tokens run at once, where not as many as suit the machine; less when memory is short.
-        journal: a file that every finished chunk is appended to; the same call after a stop goes on from there.
-        progress: show a bar.
+        plan: a plan from `ns.plan_sweep`, or a shard of one.
+        model: the model that the plan was made with.
+        executor: `"packed"` batches the tokens that can differ, `"batched"` gives each cell a row of a batched trace,
+            `"reference"` gives each cell a trace. `"auto"` takes the first of these that reproduces the values of a few
+            cells run alone; `result.run` has its name and the reason. An `Executor` runs jobs of one's own.
+        max_tokens: how many tokens run at once; chosen for the device if left out, and halved when memory runs out.
+        journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
+        progress: show a progress bar.
+
+    Returns:
+        The values of all cells, with the metric of the clean and the corrupted run.
+
+    Raises:
+        BadArgument: the model has other weights than the plan was made with, or is in train mode.
+        RefusedExecutor: the executor named has no exact values for this plan.
+        FileError: the journal is of another sweep, or damaged.
     """
     if not isinstance(plan, Plan):
         raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
@@ -135,7 +144,9 @@ def _run(
             book.note(jobs, found)
             cost += spent
     book.warn_of_nan()
-    about = Run(name, time.perf_counter() - start, **cost.told(), known=len(plan.known), note=note)
+    about = Run(
+        name, time.perf_counter() - start, **cost.told(), known=len(plan.known), gate=closures.spent(model), note=note
+    )
     cells = tuple(target.cell for target in plan.targets)
     texts = () if plan.owners else plan.tokens
     labels = labels_of(model, plan)
@@ -165,21 +176,56 @@ def sweep(
     seed: int = 0,
     together: bool = False,
 ) -> SweepResult:
-    """Patch every site by itself: run `corrupted` with the value from `clean` written there, record the metric.
+    """Activation patching: run `corrupted` with one site's value from `clean` at a time, and record the metric.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[:].output[:]", metric, progress=False)
     >>> result.grid().sizes
     Frozen({'prompt': 1, 'layer': 3, 'position': 3})
 
-    A list of paths in the place of a path is a set: one cell, in which all that they name is changed together.
+    A list of paths inside the list is a set: one cell, in which all of its sites are changed together.
 
     >>> pair = ["layers[0].heads[1]", "layers[1].heads[0]"]
     >>> result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", [pair, pair[:1], pair[1:]], metric, progress=False)
     >>> result.grid().sel(prompt=0).set.values.tolist()[0]
     'layers[0].heads[1].output + layers[1].heads[0].output'
 
-    The arguments are those of `ns.plan_sweep` and `ns.run`, which this puts together.
+    `ns.plan_sweep` and `ns.run` do the same in two steps.
+
+    Args:
+        model: a model from `ns.load`, in eval mode.
+        clean: the prompts that values are taken from: a text, a list of texts, token ids or chat messages. Prompt i is
+            paired with prompt i of `corrupted`. None where the operation takes nothing from a clean run.
+        corrupted: the prompts whose run is edited; None edits the clean run, for operations other than `"patch"`.
+        sites: a path or several. Without a position, or with `[:]`, each token is a cell of its own.
+        metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; several in
+            a list or a dictionary give the grid an axis `metric`.
+        operation: `"patch"`, `"zero"`, `"mean"`, `"resample"`, `"noise"`, `"add"`, a function of the value, or
+            `"knockout"` of edges of attention (`"layers[:].heads[:].pattern[-1][3]"`).
+        reference: the capture that `"mean"`, `"resample"` and `"add"` take values from.
+        window: the number of neighbouring layers that are changed together.
+        spans: token spans by name, `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt;
+            `{"clean": {...}, "corrupted": {...}}` where the prompts differ.
+        align: how tokens of a pair correspond: `"position"`, `"end"` (counted from the last token), or `"role"`
+            (counted from the span `"subject"`).
+        executor: `"auto"`, `"packed"`, `"batched"` or `"reference"`, as for `ns.run`.
+        max_tokens: how many tokens run at once; chosen for the device if left out.
+        journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
+        progress: show a progress bar.
+        seed: the seed of `"resample"` and `"noise"`.
+
+    Returns:
+        The metric of every cell, with `.grid()`, `.effect()`, `.frame()` and `.plot()`.
+
+    Raises:
+        PathError: a site is no path, is out of range (`OutOfRange`) or has no exact value (`RefusedPlace`).
+        UnknownPath: a site that this model does not have.
+        BadArgument: nothing differs between the runs, options that do not fit together, or a model in train mode.
+        ShapeError: the numbers of prompts differ, or the lengths of a pair with `align="position"`.
+        ShortRow: a prompt has no token at a position of a site or of the metric.
+        SpanError: a span that is not found, or has another length in the other prompt.
+        RefusedExecutor: the executor named has no exact values for this sweep.
+        FileError: the journal is of another sweep, or damaged.
     """
     plan = plan_sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, window=window, spans=spans,

@@ -70,7 +70,7 @@ def sweep_weights(
     journal: str | PathLike[str] | None = None,
     progress: bool = True,
 ) -> SweepResult:
-    """Give the base model the tuned model's weights at every place by itself, and record the metric.
+    """Weight patching: run the base model with the tuned model's weights at one site at a time, and record the metric.
 
     >>> import copy
     >>> tuned = copy.deepcopy(ns.models.peel(model))
@@ -81,18 +81,27 @@ def sweep_weights(
     >>> result.effect().sel(prompt=0).values.tolist()
     [0.0, 1.0, 0.0]
 
-    Where heads share a key/value head, a head brings its own weights (q and o), and `"layers[:].groups[:]"` the shared
-    keys and values with all their heads.
+    Where heads share a key/value head, a head stands for its own weights (q and o); the shared keys and values are
+    swapped by `"layers[:].groups[:]"`, with all heads of the group.
 
     Args:
-        base: the model that runs; between the runs it has its own weights, to the bit.
+        base: the model that runs; afterwards its weights are restored exactly.
         tuned: a model of the same shape, or a mapping from parameter names to tensors.
-        prompts: texts or token ids.
+        prompts: a text, a list of texts, token ids or chat messages.
         sites: addresses of weights: `"layers[:].heads[:]"`, `"layers[:].mlp"`, `["embed", "layers[:]"]`.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
-        batch_size: how many prompts run at once; all of one length, if left out.
-        journal: a file that every finished cell is appended to; the same call after a stop goes on from there.
-        progress: show a bar.
+        batch_size: how many prompts run at once; all prompts of one length if left out.
+        journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
+        progress: show a progress bar.
+
+    Returns:
+        The metric of every cell; `corrupted` is the base model's and `clean` the tuned model's, so an effect of 1 is
+        all of the change.
+
+    Raises:
+        BadArgument: models of different shapes, a model in train mode, or no sites.
+        UnknownPath: a site without weights in this model.
+        FileError: the journal is of another sweep, or damaged.
     """
     base = engine.as_model(base)
     start = time.perf_counter()
@@ -155,6 +164,7 @@ class _Runs:
     @classmethod
     def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> _Runs:
         engine.refuse_edits(base)
+        engine.refuse_changed_logits(base, bare=True)
         given = encode(base, prompts)
         if given.values is not None:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")

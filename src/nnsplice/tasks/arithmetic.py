@@ -11,7 +11,7 @@ from nnsplice.tasks.writing import Writer, drawn, filled
 
 
 def arithmetic(model: Any, n: int = 20, seed: int = 0, *, shots: int = 3) -> Task:
-    """Sums like `3+4=`, behind a few that are solved; corrupted, the second number is another.
+    """Sums such as `3+4=` after a few solved ones; in the corrupted prompt the second number differs.
 
     Spans: `a` and `b`, the two numbers. Variables: `a`, `b` and `sum`.
 
@@ -21,9 +21,16 @@ def arithmetic(model: Any, n: int = 20, seed: int = 0, *, shots: int = 3) -> Tas
 
     Args:
         model: the model, or its tokenizer.
-        n: how many pairs.
-        seed: other seeds give other pairs.
-        shots: how many solved sums stand before.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+        shots: the number of solved sums before.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: `shots` below 0, or a model without a tokenizer that has offsets, or one in which the task has no
+            pairs.
     """
     if not isinstance(shots, int) or shots < 0:
         raise BadArgument(f"shots={shots!r}", expected="0 or more solved sums")

@@ -16,12 +16,17 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """Two inputs, and what follows from the first when one variable has the value that it has in the second.
+    """A base and a source input, with the expected result of an interchange.
 
     >>> double = ns.tasks.CausalModel({"x": range(3), "y": None}, {"y": ("x",)}, {"y": lambda x: 2 * x})
     >>> one = double.counterfactuals("x", 1)[0]
     >>> one.expected == double.run(one.source)
     True
+
+    Attributes:
+        base: the inputs of the base run.
+        source: the inputs of the source run.
+        expected: the values of all variables in the base run, with the chosen one from the source run.
     """
 
     base: Values
@@ -32,7 +37,7 @@ class Counterfactual:
 
 @dataclass(frozen=True)
 class CausalModel:
-    """Variables of a task, from its inputs to its output: the hypothesis that an interchange is held against.
+    """A causal model of a task, as the hypothesis of interchange interventions.
 
     >>> sums = ns.tasks.CausalModel(
     ...     variables={"a": range(3), "b": range(3), "c": range(3), "ab": None, "sum": None},
@@ -46,6 +51,11 @@ class CausalModel:
     >>> one = sums.counterfactuals("ab", 1)[0]
     >>> one.expected["sum"] == one.source["a"] + one.source["b"] + one.base["c"]
     True
+
+    Attributes:
+        variables: the values of each variable; None for one that has parents.
+        parents: the parents of each variable.
+        mechanisms: a function of the parents' values, in their order, for each variable that has parents.
     """
 
     #: Variable -> the values that it can have; None for one that follows from others.
@@ -77,12 +87,12 @@ class CausalModel:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The variables that follow from nothing."""
+        """The variables without parents."""
         return tuple(name for name in self.variables if name not in self.parents)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The variables that nothing follows from."""
+        """The variables without children."""
         used = {parent for parents in self.parents.values() for parent in parents}
         return tuple(name for name in self.variables if name in self.parents and name not in used)
 
@@ -95,11 +105,17 @@ class CausalModel:
         return tuple(found)
 
     def run(self, inputs: Values, fixed: Values | None = None) -> dict[str, Any]:
-        """Every variable's value.
+        """Compute the value of every variable.
 
         Args:
             inputs: a value for each input.
-            fixed: variables that are set, whatever they follow from.
+            fixed: interventions: variables that are set instead of computed.
+
+        Returns:
+            The values by variable.
+
+        Raises:
+            BadArgument: a missing input, or a name that is no variable.
         """
         fixed = fixed or {}
         strange = [name for name in (*inputs, *fixed) if name not in self.variables]
@@ -119,7 +135,19 @@ class CausalModel:
         return {name: found[name] for name in self.variables}
 
     def interchange(self, base: Values, source: Values, variable: str | Sequence[str]) -> dict[str, Any]:
-        """What follows from the base's inputs when these variables have their values in the source's run."""
+        """Run the base inputs with some variables set to their values in the source run.
+
+        Args:
+            base: the inputs of the base run.
+            source: the inputs of the source run.
+            variable: the variable to exchange, or several.
+
+        Returns:
+            The values by variable.
+
+        Raises:
+            BadArgument: a name that is no variable.
+        """
         names = (variable,) if isinstance(variable, str) else tuple(variable)
         unknown = [name for name in names if name not in self.variables]
         if unknown:
@@ -130,13 +158,19 @@ class CausalModel:
     def counterfactuals(
         self, variable: str | Sequence[str], n: int = 100, seed: int = 0, *, changed: bool = True
     ) -> list[Counterfactual]:
-        """Pairs of inputs by chance, with what follows when a variable is exchanged.
+        """Draw random pairs of inputs, with the result of exchanging a variable.
 
         Args:
-            variable: which; several are exchanged together.
-            n: how many; the same pair may come twice.
-            seed: other seeds give other pairs.
-            changed: only pairs in which the exchange changes an output: others are right without it, too.
+            variable: the variable to exchange, or several.
+            n: the number of pairs; a pair may be drawn twice.
+            seed: the seed of the pairs.
+            changed: only pairs in which the exchange changes an output.
+
+        Returns:
+            The pairs.
+
+        Raises:
+            BadArgument: exchanging the variable hardly ever changes an output.
         """
         rng = random.Random(seed)
         found: list[Counterfactual] = []
@@ -157,6 +191,6 @@ class CausalModel:
         )
 
     def all_inputs(self) -> list[dict[str, Any]]:
-        """Every choice of inputs."""
+        """Every combination of inputs."""
         domains = [list(self.variables[name] or ()) for name in self.inputs]
         return [dict(zip(self.inputs, values, strict=True)) for values in product(*domains)]

@@ -22,10 +22,10 @@ _TEMPLATE = '''def {function}(self, {a}, {b}, {c}, {d}):
 
 
 def docstring(model: Any, n: int = 20, seed: int = 0) -> Task:
-    """A function whose docstring has described two of its four parameters, up to the name of the third.
+    """A function whose docstring describes two of its four parameters, up to the name of the third.
 
-    Corrupted, the third and the fourth are exchanged where they are defined. Spans: `a` to `d`, the parameters where
-    they are defined; `a2` and `b2`, where they are described.
+    In the corrupted prompt the third and fourth parameter are exchanged in the definition. Spans: `a` to `d`, the
+    parameters in the definition; `a2` and `b2`, in the docstring.
 
     >>> record = ns.tasks.docstring(tokenizer, 1)[0]
     >>> record.clean.splitlines()[0], record.answer, record.wrong
@@ -33,8 +33,14 @@ def docstring(model: Any, n: int = 20, seed: int = 0) -> Task:
 
     Args:
         model: the model, or its tokenizer.
-        n: how many pairs.
-        seed: other seeds give other pairs.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
     return drawn("docstring", model, n, seed, _record)
 

@@ -17,20 +17,27 @@ _Fact = tuple[str, str, str, str]
 
 
 def facts(model: Any, n: int = 20, seed: int = 0, *, relations: Sequence[str] | None = None) -> Task:
-    """ROME's known facts up to their answer; corrupted, they are about another subject with as many tokens.
+    """Known facts from ROME, up to their answer; the corrupted prompt has another subject with as many tokens.
 
-    What a model knows of them, `filter(model)` finds. Span: `subject`. Variables: `subject`, `other`, `relation` (as in
-    Wikidata, `"P36"` is the capital).
+    `filter(model)` keeps the facts that a model knows. Span: `subject`. Variables: `subject`, `other`, `relation` (by
+    its Wikidata id: `"P36"` is the capital).
 
     >>> record = ns.tasks.facts(tokenizer, 1)[0]
     >>> record.clean, record.answer, record.wrong
     ('In Petrozavodsk, the language spoken is', ' Russian', ' Irish')
 
     Args:
-        model: the model, or its tokenizer: answers of one token are chosen by it.
-        n: how many pairs.
-        seed: other seeds give other pairs.
-        relations: only these.
+        model: the model, or its tokenizer, which decides which answers are one token.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+        relations: only facts of these relations.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: a relation that does not exist, or a model without a tokenizer that has offsets, or one in which
+            the task has no pairs.
     """
     held = _read()
     if relations is not None:

@@ -15,11 +15,11 @@ _EVENTS = (
 
 
 def greater_than(model: Any, n: int = 20, seed: int = 0) -> Task:
-    """Sentences up to the last digits of the year in which something ends, which is later than the year it began.
+    """Sentences up to the last digits of the year in which something ends, later than the year in which it began.
 
-    Answers are all digits above the year's own, wrong ones all below. Corrupted, it began in the first year of the
-    century, which says nothing of the digits. Where a tokenizer takes years apart into single digits, the first of the
-    two is asked for. Span: `year`, the digits that are changed.
+    Answers are all digits above the first year's, wrong answers all below. In the corrupted prompt it began in the
+    first year of the century. Where a tokenizer splits years into single digits, the answer is the first of the two.
+    Span: `year`, the digits that differ.
 
     >>> record = ns.tasks.greater_than(tokenizer, 1)[0]   # this one makes a token of every digit
     >>> record.clean, record.answer, record.wrong
@@ -27,8 +27,14 @@ def greater_than(model: Any, n: int = 20, seed: int = 0) -> Task:
 
     Args:
         model: the model, or its tokenizer.
-        n: how many pairs.
-        seed: other seeds give other pairs.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
     return drawn("greater_than", model, n, seed, _record, opposite=False)
 

@@ -14,19 +14,26 @@ _WORDS = (*w.NAMES, *w.PLACES, *w.THINGS, *w.TOPICS, *w.PARTS)
 
 
 def induction(model: Any, n: int = 20, seed: int = 0, *, length: int = 8) -> Task:
-    """Random words, then the first of them once more; corrupted, another word stood in the answer's place.
+    """Random words, then the first ones again; in the corrupted prompt the answer is replaced by another word.
 
-    Spans: `answer`, the word that is asked for, in the first round; `before`, the one before it; `again`, that
-    one in the second round, the last token.
+    Spans: `answer`, the answer in the first round; `before`, the word before it; `again`, that word in the second
+    round, which is the last token.
 
     >>> ns.tasks.induction(ns.load("toy"), 1, length=4)[0].clean
     'concert key Emma Tom concert'
 
     Args:
         model: the model, or its tokenizer.
-        n: how many pairs.
-        seed: other seeds give other pairs.
-        length: how many words the first round has.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+        length: the number of words in the first round, 3 to 30.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: another `length`, or a model without a tokenizer that has offsets, or one in which the task has no
+            pairs.
     """
     if not isinstance(length, int) or not 3 <= length <= 30:
         raise BadArgument(f"length={length!r}", expected="3 to 30 words")

@@ -19,9 +19,9 @@ _TEMPLATES = tuple(
 
 
 def ioi(model: Any, n: int = 20, seed: int = 0) -> Task:
-    """Pairs of sentences in which one of two people gives something to the other; corrupted, it is the other who gives.
+    """Indirect object identification: one of two people gives something to the other; corrupted prompts swap the giver.
 
-    The names come in either order. Spans: `io`, who is given something; `s1` and `s2`, the two mentions of who gives.
+    The names are in either order. Spans: `io`, the receiver; `s1` and `s2`, the two mentions of the giver.
 
     >>> toy = ns.load("toy")
     >>> record = ns.tasks.ioi(toy, 1)[0]
@@ -31,9 +31,15 @@ def ioi(model: Any, n: int = 20, seed: int = 0) -> Task:
     ((10, 11), 's first')
 
     Args:
-        model: the model, or its tokenizer: names of one token are chosen by it.
-        n: how many pairs.
-        seed: other seeds give other pairs.
+        model: the model, or its tokenizer, which decides which names are one token.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
     return drawn("ioi", model, n, seed, _record)
 

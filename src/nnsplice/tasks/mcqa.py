@@ -15,9 +15,9 @@ _LETTERS = "ABCDEFGH"
 
 
 def mcqa(model: Any, n: int = 20, seed: int = 0, *, choices: int = 2) -> Task:
-    """A thing has a colour, and the question is which, by letter; corrupted, the right colour stands at another letter.
+    """Multiple choice of a thing's colour, answered by letter; corrupted prompts have it at another letter.
 
-    Spans: `colour`, where it is said; `right` and `other`, the two choices that are exchanged. Variables: `colour`,
+    Spans: `colour`, in the statement; `right` and `other`, the two choices that are exchanged. Variables: `colour`, and
     `at`, the number of the right choice.
 
     >>> record = ns.tasks.mcqa(tokenizer, 1)[0]
@@ -26,9 +26,16 @@ def mcqa(model: Any, n: int = 20, seed: int = 0, *, choices: int = 2) -> Task:
 
     Args:
         model: the model, or its tokenizer.
-        n: how many pairs.
-        seed: other seeds give other pairs.
-        choices: how many there are to choose from.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+        choices: the number of choices.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: another number of `choices`, or a model without a tokenizer that has offsets, or one in which the
+            task has no pairs.
     """
     if not 2 <= choices <= len(_LETTERS):
         raise BadArgument(f"choices={choices}", expected=f"2 to {len(_LETTERS)}")

@@ -20,7 +20,7 @@ _ROLES = ("friend", "teacher", "student", "doctor", "writer", "player", "driver"
 
 
 def gendered_pronoun(model: Any, n: int = 20, seed: int = 0) -> Task:
-    """Sentences about a man or a woman, up to the pronoun; corrupted, the name is one of the other gender.
+    """Sentences about a man or a woman, up to the pronoun; the corrupted prompt has a name of the other gender.
 
     Span: `name`.
 
@@ -30,8 +30,14 @@ def gendered_pronoun(model: Any, n: int = 20, seed: int = 0) -> Task:
 
     Args:
         model: the model, or its tokenizer.
-        n: how many pairs.
-        seed: other seeds give other pairs.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
     return drawn("gendered_pronoun", model, n, seed, _record)
 

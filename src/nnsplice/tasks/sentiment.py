@@ -20,9 +20,10 @@ _TEMPLATES = (
 
 
 def sentiment(model: Any, n: int = 20, seed: int = 0) -> Task:
-    """Reviews up to their last judgement; corrupted, their adjectives are of the other mood.
+    """Reviews up to their last judgement; the corrupted prompt has adjectives of the opposite sentiment.
 
-    Answers are all adjectives of the mood that are one token. Spans: `first` and `second`, the adjectives; `topic`.
+    Answers are all adjectives of the sentiment that are one token. Spans: `first` and `second`, the adjectives;
+    `topic`.
 
     >>> record = ns.tasks.sentiment(tokenizer, 1)[0]
     >>> record.clean, record.answer[0], record.wrong[0]
@@ -30,8 +31,14 @@ def sentiment(model: Any, n: int = 20, seed: int = 0) -> Task:
 
     Args:
         model: the model, or its tokenizer.
-        n: how many pairs.
-        seed: other seeds give other pairs.
+        n: the number of pairs.
+        seed: the seed of the pairs.
+
+    Returns:
+        The pairs, with answers, spans and variables.
+
+    Raises:
+        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
     return drawn("sentiment", model, n, seed, _record)
 

@@ -25,13 +25,22 @@ Spans = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Record:
-    """One pair of prompts that differ in what the answer hangs on.
+    """A clean and a corrupted prompt with their answers.
 
     >>> record = ns.tasks.ioi(ns.load("toy"), 1)[0]
     >>> record.clean, record.answer
     ('After Sarah and Helen got to the market, Sarah handed a ball to', ' Helen')
     >>> record.corrupted, record.wrong
     ('After Sarah and Helen got to the market, Helen handed a ball to', ' Sarah')
+
+    Attributes:
+        clean: the clean prompt.
+        corrupted: the corrupted prompt.
+        answer: the answer to the clean prompt.
+        wrong: the wrong answer, which is that to the corrupted prompt.
+        spans: token spans (start, stop) of the clean prompt by name.
+        corrupted_spans: those of the corrupted prompt.
+        variables: the values of the task's variables by name.
     """
 
     clean: str
@@ -48,7 +57,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Task:
-    """Records of one kind. `len`, `[]` and `for` are those of its records; a slice is a task again.
+    """Pairs of prompts with their answers; `len`, indexing and iteration are over records, and a slice is a task.
 
     >>> toy = ns.load("toy")
     >>> task = ns.tasks.ioi(toy, 20).filter(toy)
@@ -58,6 +67,12 @@ class Task:
     ...                   progress=False)
     >>> result.best(1).path[0]
     'layers[0].output["s2"]'
+
+    Attributes:
+        name: the name of the task.
+        records: the pairs.
+        opposite: whether the corrupted prompt's answer is the wrong one, or only less certainly the right one.
+        tried: the number of records before `filter`; None without it.
     """
 
     name: str
@@ -91,27 +106,27 @@ class Task:
 
     @property
     def corrupted(self) -> list[str]:
-        """The corrupted prompts, each as long as its clean one."""
+        """The corrupted prompts, each with as many tokens as its clean one."""
         return [record.corrupted for record in self]
 
     @property
     def answers(self) -> list[Answer]:
-        """What follows the clean prompts."""
+        """The answers to the clean prompts."""
         return [record.answer for record in self]
 
     @property
     def wrong(self) -> list[Answer]:
-        """What follows the corrupted prompts."""
+        """The wrong answers, which are those to the corrupted prompts."""
         return [record.wrong for record in self]
 
     @property
     def metric(self) -> Metric:
-        """By how much the answer's logit is above the wrong one's."""
+        """The logit difference of right and wrong answers."""
         return logit_diff(self.answers, self.wrong)
 
     @property
     def spans(self) -> dict[str, dict[str, list[tuple[int, int]]]]:
-        """For `spans=` of a sweep: where the parts that every record has stand, in the clean and corrupted prompts."""
+        """The token spans that all records have, for `spans=` of a sweep."""
         names = [
             name for name in self.records[0].spans if all(name in r.spans and name in r.corrupted_spans for r in self)
         ]
@@ -128,18 +143,32 @@ class Task:
         1.0
 
         Args:
-            by: "pair": after the clean prompt the answer is above the wrong one, and after the corrupted prompt below
-                (in `greater_than`, less far above); "top": after the clean prompt nothing is above the answer.
-            progress: show a bar when it takes more than a second.
+            model: a model from `ns.load`.
+            by: `"pair"`: the answer is above the wrong one after the clean prompt, and below after the corrupted one
+                (in `greater_than`, less far above); `"top"`: the answer has the highest logit after the clean prompt.
+            progress: show a progress bar.
+
+        Returns:
+            The share, from 0 to 1.
+
+        Raises:
+            BadArgument: another `by`.
         """
         return sum(self._right(model, by, progress)) / len(self)
 
     def filter(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = True) -> Task:
-        """The records that a model gets right; `repr` says how many of how many.
+        """Keep the records that a model gets right.
 
         Args:
-            by: as in `accuracy`.
-            progress: show a bar when it takes more than a second.
+            model: a model from `ns.load`.
+            by: as for `accuracy`.
+            progress: show a progress bar.
+
+        Returns:
+            The smaller task.
+
+        Raises:
+            BadArgument: the model gets none right.
         """
         right = self._right(model, by, progress)
         kept = tuple(record for record, is_right in zip(self, right, strict=True) if is_right)
@@ -174,6 +203,7 @@ class Task:
 def _last_logits(model: engine.Model, prompts: Sequence[str], progress: bool) -> Tensor:
     """What stands behind each prompt, `[prompt, vocab]`, in float32."""
     engine.refuse_edits(model)
+    engine.refuse_changed_logits(model, bare=True)
     given = encode(model, prompts)
     module: Any = peel(model)
     found: dict[int, Tensor] = {}

@@ -22,7 +22,7 @@ _BY = {"layers": "layers[:]", "heads": "layers[:].heads[:]", "groups": "layers[:
 
 
 def diff(base: Any, tuned: Any, by: str | Path | list[str | Path] = "layers") -> pd.DataFrame:
-    """The norm of the change from `base` to `tuned`, a row for each address.
+    """The norm of the weight change from `base` to `tuned`, a row for each address.
 
     Columns: `norm` of the change (Frobenius, in double precision), `base` the norm of the weights before, `relative`
     the ratio of the two, `changed` how many numbers differ, and `numel` how many there are.
@@ -41,9 +41,18 @@ def diff(base: Any, tuned: Any, by: str | Path | list[str | Path] = "layers") ->
     elsewhere    0.0        0   1024
 
     Args:
-        by: `"layers"`, `"heads"`, `"groups"`, or any addresses. By layers, what is no part of a layer has rows of its
-            own, so that every parameter is counted once. The row of a head is what changed of its own weights; with
-            `"heads"`, keys and values that several heads share follow in rows of their group (`layers[0].groups[1].k`).
+        base: the model before.
+        tuned: a model of the same shape, or a mapping from parameter names to tensors.
+        by: `"layers"`, `"heads"`, `"groups"`, or any addresses. With `"layers"`, parameters outside the layers have
+            rows of their own, so each parameter is counted once. The row of a head has the change of its own weights;
+            with `"heads"`, keys and values that heads share have rows of their group (`layers[0].groups[1].k`).
+
+    Returns:
+        The table, indexed by address.
+
+    Raises:
+        BadType: a `by` that is no address.
+        BadArgument: models of different names or shapes, or no addresses.
     """
     with circumstances("ns.weights.diff"):
         places = _by_layers(base) if by == "layers" else _places(base, by)

@@ -26,7 +26,7 @@ _SHORT = re.compile(r"l\d", re.IGNORECASE)
 
 
 def select(model: Any, restriction: Restriction | Path | Selection, *, own: bool = False) -> Selection:
-    """The weights that a restriction means: a value with `|`, `&`, `-`, `~`, `numel()`, `masks()` and `tree()`.
+    """Select the weights of an address.
 
     >>> head = ns.weights.select(model, "l1h2")
     >>> len(head), head.numel()
@@ -42,11 +42,20 @@ def select(model: Any, restriction: Restriction | Path | Selection, *, own: bool
     4 parameters  (820 of 1,088)
 
     Args:
+        model: a model from `ns.load`, or a module.
         restriction: an address (`"l5h3"`, `"layers[0:5].attn.q"`), the name of a parameter, `"full"`, a list of these,
             or a selection.
-        own: of heads, leave out the keys and values that other heads read too, if not all heads of the group are
-            chosen. This is what `swap`, `interpolate`, `ablate` and `freeze_except` take where they are given an
-            address. Without it a head has the key/value head that it shares, as in its mask.
+        own: leave out keys and values that other heads read too, unless all heads of the group are selected. `swap`,
+            `interpolate`, `ablate` and `freeze_except` select addresses this way. Without it a head includes its
+            key/value head.
+
+    Returns:
+        The selection, a value with `|`, `&`, `-`, `~`, `numel()`, `masks()` and `tree()`.
+
+    Raises:
+        BadType: neither an address, a list nor a selection.
+        BadArgument: an address that does not exist, or an empty list.
+        OutOfRange: a layer, head or group that does not exist.
     """
     if isinstance(restriction, Selection):
         if own:

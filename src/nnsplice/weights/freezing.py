@@ -24,7 +24,7 @@ from nnsplice.weights.regions import Region, Selected, regions
 
 @contextmanager
 def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter]]:
-    """Train nothing but a place: everything else keeps every bit, under weight decay and momentum too.
+    """Freeze everything except an address, in a `with` block; frozen weights stay bit for bit, also with weight decay.
 
     >>> import copy
     >>> tuned = copy.deepcopy(ns.models.peel(model))
@@ -38,14 +38,22 @@ def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter
     >>> changed[changed.norm > 0].index.tolist()
     ['layers[1].heads[2]']
 
-    The block's value is the list of parameters of which something is trained; an optimizer of all parameters, made
-    before, works as well. When the block ends, also by an exception, the flags and gradients of what was frozen are
-    what they were.
+    An optimizer of all parameters that was made before works as well. At the end of the block, also after an exception,
+    the gradients and `requires_grad` of frozen parameters are restored.
 
     Args:
-        selection: what `ns.weights.select` takes, or masks. A parameter that is frozen already stays so. Of a head
-            that shares its keys and values with others, q and o are trained, and the shared k and v are not: they are
-            the group's (`"l1g0"`, or all of its heads).
+        model: a model from `ns.load`, or a module.
+        selection: an address, as for `ns.weights.select`, a selection, or masks. A parameter that is already frozen
+            stays so. For a head that shares its keys and values, q and o are trained; the shared k and v are trained
+            with the group (`"l1g0"`, or all of its heads).
+
+    Yields:
+        The parameters that are trained, for an optimizer.
+
+    Raises:
+        BadArgument: an address without parameters, or without any that requires a gradient.
+        OutOfRange: a layer, head or group that does not exist.
+        UnknownParameter: masks of a parameter that the model does not have.
     """
     with circumstances("ns.weights.freeze_except"):
         found = {id(region.tensor): region for region in regions(model, selection)}

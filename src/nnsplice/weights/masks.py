@@ -15,28 +15,31 @@ ParamMasks = dict[str, Tensor | None]
 
 
 def create_param_masks(model: Any, restriction: Restriction) -> ParamMasks:
-    """Which numbers of which parameters belong to a place.
+    """Boolean masks of the parameters that belong to an address.
 
     >>> masks = ns.weights.create_param_masks(model, "l1h2")
     >>> [(name, int(mask.sum())) for name, mask in masks.items()]   # of 16 columns each q, k, v and o have 4
     [('transformer.h.1.attn.c_attn.weight', 192), ('transformer.h.1.attn.c_attn.bias', 12),
      ('transformer.h.1.attn.c_proj.weight', 64)]
 
-    The masks lie on the device of their parameter. They have its shape but not its memory: they are expanded from one
-    axis, so write into a `.clone()`.
+    The masks are on the device of their parameter and have its shape. They are expanded views of one axis, so write
+    into a `.clone()`.
 
     Args:
-        model: any model, in whatever wrapper; names are those of its `named_parameters()`.
+        model: any model, in any wrapper; names are those of its `named_parameters()`.
         restriction: `"full"`, `"embed"`, `"unembed"`, `"l5"`, `"l5 attn"`, `"l5 mlp"`, `"l5h3"`, `"l5g1"` (a key/value
             head with its query heads), any portable address, the name of a parameter, or a list, which is their union.
-            A head's mask has the key/value head that it reads, also where other heads read it too. What acts on
-            weights, such as `ns.weights.ablate`, leaves that to the group: see `own` of `ns.weights.select`.
+            The mask of a head includes the key/value head that it reads, shared or not; `ns.weights.ablate` and the
+            like leave a shared one to the group (`own` of `ns.weights.select`).
+
+    Returns:
+        The mask of each parameter by name; None for a whole parameter with `"full"`.
 
     Raises:
-        BadType: neither str nor list.
-        BadArgument: an unknown restriction, or a part that this model does not have.
+        BadType: neither a text nor a list.
+        BadArgument: an address that does not exist in this model.
         OutOfRange: a layer, head or group that does not exist.
-        UnrecognisedModel: the parts of this model cannot be told apart; `"full"` and names of parameters still work.
+        UnrecognisedModel: the parts of the model are not recognised; `"full"` and names of parameters still work.
     """
     with circumstances("ns.weights.create_param_masks"):
         selection = chosen(model, restriction)

@@ -26,7 +26,7 @@ Change = Callable[[Region, list[Tensor]], list[Tensor]]
 
 @contextmanager
 def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
-    """Give `base` the weights that `other` has at a place: weight patching.
+    """Weight patching: give `base` the weights of `other` at an address, in a `with` block.
 
     >>> import copy
     >>> tuned = copy.deepcopy(ns.models.peel(model))
@@ -41,10 +41,19 @@ def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
     True
 
     Args:
-        base: the model that is changed; optimizers, compiled wrappers and traces see the change, as it is in place.
+        base: the model to change, in place, so that optimizers, compiled wrappers and traces see the change.
         other: a model of the same shape, or a mapping from parameter names to tensors, such as a state dict.
-        selection: what `ns.weights.select` takes, or masks. Of a head that shares its keys and values with others, q
-            and o change place, and the shared k and v do with the whole group (`"l1g0"`, or all of its heads).
+        selection: an address, as for `ns.weights.select`, a selection, or masks. For a head that shares its keys and
+            values, q and o are swapped; the shared k and v are swapped with the whole group (`"l1g0"`, or all of its
+            heads).
+
+    Yields:
+        `base`, whose weights are restored at the end of the block.
+
+    Raises:
+        BadArgument: models of different names, shapes or types, the same model twice, or an address without parameters.
+        OutOfRange: a layer, head or group that does not exist.
+        UnknownParameter: masks of a parameter that the model does not have.
     """
     with circumstances("ns.weights.swap"):
         found = regions(base, selection)
@@ -55,9 +64,9 @@ def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
 
 @contextmanager
 def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[M]:
-    """Move the weights of `base` at a place a share `t` of the way to `other`'s: 0 is `base`, 1 is `other`.
+    """Interpolate the weights of `base` towards those of `other` at an address, in a `with` block.
 
-    Shares below 0 and above 1 go on along the line.
+    Values of `t` below 0 and above 1 extrapolate.
 
     >>> import copy
     >>> tuned = copy.deepcopy(ns.models.peel(model))
@@ -70,7 +79,17 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
     [2.0, 8.0]
 
     Args:
-        selection: as for `swap`; of a head what is its own.
+        base: the model to change, in place.
+        other: a model of the same shape, or a mapping from parameter names to tensors.
+        selection: as for `ns.weights.swap`.
+        t: the share of the way: 0 is `base`, 1 is `other`.
+
+    Yields:
+        `base`, whose weights are restored at the end of the block.
+
+    Raises:
+        BadArgument: a `t` that is not finite, weights that are no floating point numbers, or what `ns.weights.swap`
+            refuses.
     """
     with circumstances("ns.weights.interpolate"):
         share = float(t)
@@ -88,7 +107,7 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
 @renamed(with_="operation")
 @contextmanager
 def ablate(model: M, selection: Selected, operation: str = "zero") -> Iterator[M]:
-    """Take the weights of a place out of the model.
+    """Ablate the weights of an address, in a `with` block.
 
     >>> toy = ns.load("toy")
     >>> prompt = "The Velmar Tower is located in the city of"
@@ -100,12 +119,22 @@ def ablate(model: M, selection: Selected, operation: str = "zero") -> Iterator[M
     >>> ns.steering.generate(toy, prompt, max_new_tokens=1)
     ['Athens']
 
-    Taking out a head is a run in which its slice is zero in front of the output projection, also where it shares its
-    keys and values: those stay for the other heads, and go with the whole group (`"l12g0"`, or all of its heads).
+    Ablating a head gives a run in which its output before the output projection is zero, also where heads share keys
+    and values: the shared ones stay for the other heads, and are ablated with the whole group (`"l12g0"`, or all of its
+    heads).
 
     Args:
-        selection: what `ns.weights.select` takes, or masks, which are taken to the number.
-        operation: `"zero"`, or `"mean"`: of each parameter the selected numbers all become their own mean.
+        model: a model from `ns.load`, or a module.
+        selection: an address, as for `ns.weights.select`, a selection, or masks.
+        operation: `"zero"`, or `"mean"`, which sets the selected numbers of each parameter to their mean.
+
+    Yields:
+        The model, with the weights changed in place; they are restored at the end of the block.
+
+    Raises:
+        BadArgument: another `operation`, or an address without parameters.
+        OutOfRange: a layer, head or group that does not exist.
+        UnknownParameter: masks of a parameter that the model does not have.
     """
     with circumstances("ns.weights.ablate"):
         if operation not in _ABLATIONS:

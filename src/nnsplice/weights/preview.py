@@ -21,7 +21,7 @@ _NOTES = 3
 
 
 def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = False) -> None:
-    """Print which parameters a restriction leaves, and how much of each.
+    """Print the parameters that masks select, and the share of each.
 
     >>> ns.weights.preview_weight_restriction(model, ns.weights.create_param_masks(model, ["l1h2", "l0 mlp"]))
     transformer.h
@@ -39,10 +39,17 @@ def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = F
         └── c_proj.weight  ██████░░░░░░░░░░░░░░░░░░   25.0%  (64 of 256)
     7 parameters  (2,396 of 3,200)
 
-    A line below says where the masks of heads have keys and values that other heads read too.
+    A note says where masks of heads include keys and values that other heads read too.
 
     Args:
-        plain: one name per line, and nothing else.
+        model: the model that the masks were made for.
+        masks: masks from `ns.weights.create_param_masks`.
+        plain: print one name in each line, and nothing else.
+
+    Raises:
+        BadType: something other than masks.
+        UnknownParameter: masks of a parameter that the model does not have.
+        ShapeError: a mask of another shape than its parameter.
     """
     rows = rows_of(model, masks)
     if plain:

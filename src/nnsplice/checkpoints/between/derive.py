@@ -30,7 +30,7 @@ Side = object
 
 @dataclass(frozen=True, repr=False)
 class Between(ModelStateMapper):
-    """A derived mapper, with what it leaves open.
+    """A mapper of `mapper_between`, with the tensors that it does not cover.
 
     >>> from copy import deepcopy
     >>> from nnsplice.checkpoints import mapper_between
@@ -45,6 +45,12 @@ class Between(ModelStateMapper):
         transformer.h.3.ln_1.weight: the source has no L.3.norm1.weight
       expected: a source that has all parts of the target
       write: between.mapper   (without what is not derived)
+
+    Attributes:
+        mapper: the mapper, without what could not be derived.
+        underived: the tensors of the target that could not be derived, with the reason.
+        unused: the tensors of the source that are not used.
+        same: those of them that the target ties to another tensor, which has to be equal.
     """
 
     mapper: ModelStateMapper
@@ -56,15 +62,22 @@ class Between(ModelStateMapper):
     same: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def state_dependency_groups(self) -> frozenset[StateGroup]:
-        """Those of the mapper."""
+        """The groups of the mapper."""
         return self.mapper.state_dependency_groups()
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the mapper makes."""
+        """The outputs of one group.
+
+        Args:
+            group: the inputs by name.
+
+        Returns:
+            The outputs by name.
+        """
         return self.mapper.apply(group)
 
     def complete(self) -> Between:
-        """The same, where nothing is left open.
+        """The same mapper, if it covers the whole target.
 
         Raises:
             MapperError: a tensor of the target cannot be derived.
@@ -86,10 +99,10 @@ class Between(ModelStateMapper):
 
 
 def mapper_between(source: Side, target: Side) -> Between:
-    """The mapper from one kind of checkpoint to another, derived from where each keeps its parts.
+    """Derive the mapper from one kind of checkpoint to another from the addresses of their parts.
 
-    Fused and separate queries, keys and values, GPT-2's turned matrices, experts in one tensor or one by one, and
-    TransformerLens' names and shapes. Whether two models compute the same with the same parts is not asked here.
+    It converts fused and separate queries, keys and values, GPT-2's transposed matrices, experts in one tensor or one
+    by one, and TransformerLens' names and shapes. It does not check that two models compute the same.
 
     >>> from nnsplice.checkpoints import mapper_between
     >>> between = mapper_between(model, "tl")
@@ -99,11 +112,16 @@ def mapper_between(source: Side, target: Side) -> Between:
     frozenset(...)
 
     Args:
-        source: a folder (with its config.json), a model, or a config.
+        source: a checkpoint folder with config.json, a model, or a config.
         target: the same, or `"tl"` for TransformerLens, `"hf"` for transformers.
+
+    Returns:
+        The mapper, with the tensors that could not be derived and those that are not used.
 
     Raises:
         MissingCheckpoint: a folder without config.json.
+        FileError: a config of which transformers makes no model.
+        BadArgument: a target that is no kind of checkpoint.
     """
     here = _side(source)
     if target in ("tl", "hf"):

@@ -46,9 +46,9 @@ def write_model_state_distributed(
     *,
     resume: bool = False,
 ) -> None:
-    """Write one checkpoint of what all processes of a group have; each with its own mapper, as `Shard` makes them.
+    """Write the tensors of all processes of a group as one checkpoint; every process calls this with its own mapper.
 
-    What each process runs; here the team is this process alone:
+    `Shard` divides a mapper between processes. Here the group is this process alone:
 
     >>> from tempfile import TemporaryDirectory
     >>> from torch import distributed
@@ -66,12 +66,19 @@ def write_model_state_distributed(
     {'a': 8, 'b': 12}
 
     Args:
-        process_group: the processes that write; every one of them calls this.
+        dest_dir: the folder to write, made or replaced.
+        mapper: from this process's names to the names in the files.
+        state_generator: names and tensors of this process, in any order.
+        process_group: the processes that write.
+        shard_size_gb: the largest size of a file, in units of 1024**3 bytes.
+        show_progress: show a progress bar in bytes.
         position: the line of this process's bar.
+        resume: continue an interrupted call, and keep finished files if this one is interrupted.
 
     Raises:
-        TeamError: another process failed; the one that did raises its own error. The old checkpoint is as it was.
-        MapperError: two processes write the same name, and what a single process would raise.
+        TeamError: another process failed, with an error of its own. The old checkpoint is not changed.
+        MapperError: two processes write the same name, an input is missing, or is offered twice.
+        WriteFailed: a file could not be written.
     """
     team = Team([process_group])
     with circumstances(f"writing {os.fspath(dest_dir)} from process {team.rank}"):
@@ -96,12 +103,12 @@ def write_model_state_pipeline_parallel(
     *,
     resume: bool = False,
 ) -> None:
-    """Write one checkpoint of a model whose stages lie along one dimension of a mesh, whichever that is.
+    """Write the tensors of all pipeline stages as one checkpoint; every process of the mesh calls this.
 
-    The processes of one stage map the same groups in the same order, since their tensors may have to be gathered; the
+    The processes of one stage map the same groups in the same order, as their tensors may have to be gathered; the
     first of them writes.
 
-    What each process runs; here one process has all stages:
+    Here one process has all stages:
 
     >>> from tempfile import TemporaryDirectory
     >>> from torch import distributed
@@ -117,11 +124,21 @@ def write_model_state_pipeline_parallel(
     ['b']
 
     Args:
-        device_mesh: the mesh, with names for its dimensions; every process in it calls this.
+        dest_dir: the folder to write, made or replaced.
+        mapper: from this stage's names to the names in the files.
+        state_generator: names and tensors of this stage, in any order.
+        device_mesh: the mesh, with names for its dimensions.
         pipeline_dim_name: the dimension of the stages.
+        shard_size_gb: the largest size of a file, in units of 1024**3 bytes.
+        show_progress: show a progress bar in bytes.
+        position: the line of this process's bar.
+        resume: continue an interrupted call, and keep finished files if this one is interrupted.
 
     Raises:
-        TeamError: another process failed; the one that did raises its own error. The old checkpoint is as it was.
+        TeamError: another process failed, with an error of its own. The old checkpoint is not changed.
+        MapperError: two stages write the same name, an input is missing, or is offered twice.
+        BadArgument: a mesh without this dimension, or without this process.
+        WriteFailed: a file could not be written.
     """
     names, place = device_mesh.mesh_dim_names, device_mesh.get_coordinate()
     if names is None or pipeline_dim_name not in names:
@@ -163,9 +180,9 @@ def save_model_state_pipeline_parallel(
     show_progress: bool = True,
     position: int | None = None,
 ) -> None:
-    """Write the states of the stages that this process holds, and those of all others.
+    """Write the states of all pipeline stages as one checkpoint; every process calls this with its own stages.
 
-    As `write_model_state_pipeline_parallel`, from modules. What each process runs; here one process has all stages:
+    It is `write_model_state_pipeline_parallel` for modules. Here one process has all stages:
 
     >>> from tempfile import TemporaryDirectory
     >>> from torch import distributed
@@ -181,8 +198,19 @@ def save_model_state_pipeline_parallel(
     ['bias', 'weight']
 
     Args:
-        mapper: of the states of these models.
-        models: the stages, or parts of stages, that this process holds.
+        dest_dir: the folder to write, made or replaced.
+        mapper: from the names of these models' states to the names in the files.
+        device_mesh: the mesh, with names for its dimensions.
+        pipeline_dim_name: the dimension of the stages.
+        models: the stages, or parts of stages, of this process.
+        shard_size_gb: the largest size of a file, in units of 1024**3 bytes.
+        show_progress: show a progress bar in bytes.
+        position: the line of this process's bar.
+
+    Raises:
+        TeamError: another process failed, with an error of its own. The old checkpoint is not changed.
+        MapperError: the mapper needs a state that the models do not have, or two stages write the same name.
+        BadArgument: a mesh without this dimension, or without this process.
     """
     states = states_of(mapper, models)
     full = gathering(mapper, models)

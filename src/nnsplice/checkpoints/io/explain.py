@@ -32,7 +32,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A dry run as a value; its text is a table in which groups that differ in numbers only share a line.
+    """A dry run of a mapper; printed as a table in which groups that differ in numbers only share a line.
 
     >>> from nnsplice.checkpoints import Parallel, StackTensors
     >>> names = "model.layers.{}.self_attn.{}_proj.weight"
@@ -42,6 +42,11 @@ class Explanation:
     model.layers.*.self_attn.{k_proj,v_proj}.weight  ->  kv.*   x 6
     >>> mapper.explain(ns.models.embedded("toy-llama")).peak_bytes
     32768
+
+    Attributes:
+        costs: the groups, with their bytes and files.
+        unused: tensors of the checkpoint that the mapper does not read.
+        sized: whether bytes are known, from a checkpoint.
     """
 
     costs: tuple[Cost, ...]
@@ -52,22 +57,22 @@ class Explanation:
 
     @property
     def read_bytes(self) -> int:
-        """What is read in all."""
+        """The number of bytes read."""
         return sum(cost.read or 0 for cost in self.costs)
 
     @property
     def made_bytes(self) -> int:
-        """What is made in all; a tensor by several names counts once."""
+        """The number of bytes made; a tensor with several names counts once."""
         return sum(cost.made or 0 for cost in self.costs)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is in memory at once: one group, what it needs and what it makes."""
+        """The largest number of bytes in memory at once: inputs and outputs of one group."""
         return max((cost.held or 0 for cost in self.costs), default=0)
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files touched."""
+        """The files that are read."""
         return tuple(sorted({file for cost in self.costs for file in cost.files}))
 
     def __repr__(self) -> str:

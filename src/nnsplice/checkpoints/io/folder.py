@@ -25,7 +25,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What is in a folder; files are opened when they are asked for.
+    """The tensors of a checkpoint folder; files are opened when they are needed.
 
     >>> from nnsplice.checkpoints import Checkpoint
     >>> from tempfile import TemporaryDirectory
@@ -34,6 +34,11 @@ class Checkpoint:
     ...     checkpoint = Checkpoint.open(folder)
     ...     print(len(checkpoint), checkpoint.entry("transformer.wpe.weight").shape)
     40 (64, 16)
+
+    Attributes:
+        folder: the folder.
+        files: the file of each tensor.
+        tied: the names of tied tensors, with the name under which each is stored.
     """
 
     folder: Path
@@ -45,11 +50,17 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
-        """Read which tensors a folder has.
+        """Read the names of a folder's tensors.
+
+        Args:
+            folder: the folder.
+
+        Returns:
+            The checkpoint.
 
         Raises:
-            MissingCheckpoint: no weights are there.
-            FileError: pickles, or an index that is damaged.
+            MissingCheckpoint: the folder has no weights.
+            FileError: pickles, or a damaged index.
         """
         where = Path(folder)
         index, single = where / INDEX, where / SINGLE
@@ -84,12 +95,18 @@ class Checkpoint:
         return name in self.files or name in self.tied
 
     def entry(self, name: str) -> Entry:
-        """Where a tensor is, and what it is.
+        """File, shape and type of a tensor.
+
+        Args:
+            name: the name of the tensor.
+
+        Returns:
+            The entry.
 
         Raises:
-            MapperError: there is no such tensor.
-            MissingCheckpoint: its file is not there.
-            FileError: its file is damaged, or lacks it.
+            MapperError: no such tensor.
+            MissingCheckpoint: its file is missing.
+            FileError: its file is damaged, or does not have it.
         """
         stored = self.tied.get(name, name)
         file = self.files.get(stored)
@@ -118,35 +135,62 @@ class Checkpoint:
         return header.entries[stored]
 
     def sizes(self, names: Iterable[str] | None = None) -> dict[str, int]:
-        """Name -> bytes, in the order in which tensors lie in the files."""
+        """The bytes of each tensor, in the order of the files.
+
+        Args:
+            names: the tensors; all if left out.
+
+        Returns:
+            The bytes by name.
+        """
         entries = [(name, self.entry(name)) for name in (self if names is None else sorted(names))]
         entries.sort(key=lambda pair: (str(pair[1].path), pair[1].start))
         return {name: entry.nbytes for name, entry in entries}
 
     def blank(self, name: str) -> Tensor:
-        """A tensor of the right shape and type, without memory."""
+        """A meta tensor with the shape and type of a tensor.
+
+        Args:
+            name: the name of the tensor.
+
+        Returns:
+            The tensor.
+        """
         entry = self.entry(name)
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor: a view of the file, read where it is looked at; changing it does not change the file.
+        """A tensor as a view of its file; changes do not reach the file.
 
         >>> checkpoint = ns.checkpoints.Checkpoint.open(ns.models.embedded("toy"))
         >>> checkpoint.tensor("transformer.ln_f.weight").shape
         torch.Size([64])
+
+        Args:
+            name: the name of the tensor.
+
+        Returns:
+            The tensor.
         """
         entry = self.entry(name)
         return _typed(bytes_of(entry.path, entry.start, entry.nbytes), entry, entry.shape)
 
     def block(self, name: str, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        """A block of a tensor, of which exactly the bytes are read.
+        """A block of a tensor; only its bytes are read.
 
         >>> checkpoint = ns.checkpoints.Checkpoint.open(ns.models.embedded("toy"))
         >>> checkpoint.block("transformer.wte.weight", [(10, 12), (0, 64)]).shape   # the embeddings of two tokens
         torch.Size([2, 64])
 
         Args:
-            ranges: `(start, stop)` for each dimension.
+            name: the name of the tensor.
+            ranges: (start, stop) for each dimension.
+
+        Returns:
+            The block.
+
+        Raises:
+            MapperError: ranges that do not fit the shape.
         """
         entry = self.entry(name)
         shape = tuple(stop - start for start, stop in ranges)
@@ -157,13 +201,19 @@ class Checkpoint:
         return _typed(block_of(entry.path, entry.start, entry.shape, entry.dtype.itemsize, ranges), entry, shape)
 
     def plan(self, mapper: ModelStateMapper) -> list[StateGroup]:
-        """A mapper's groups in the order of the files.
+        """The groups of a mapper in the order of the files.
 
         >>> from nnsplice.checkpoints import Checkpoint, Identity, Parallel
         >>> checkpoint = Checkpoint.open(ns.models.embedded("toy"))
         >>> mapper = Parallel([Identity("transformer.wte.weight"), Identity("transformer.h.0.ln_1.bias")])
         >>> [sorted(group.inputs) for group in checkpoint.plan(mapper)]
         [['transformer.h.0.ln_1.bias'], ['transformer.wte.weight']]
+
+        Args:
+            mapper: the mapper.
+
+        Returns:
+            The groups.
 
         Raises:
             MapperError: an input is not there.

@@ -26,10 +26,10 @@ def read_model_state(
     show_progress: bool = True,
     position: int | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Read a checkpoint through a mapper, name by name and tensor by tensor.
+    """Read a checkpoint through a mapper, one tensor at a time.
 
-    Whether every input is there, and the headers of all files that are needed, is checked when this is called; tensors
-    are read as they are asked for. On the CPU a large tensor that no mapper changed is a view of its file.
+    The mapper's inputs and the headers of all files are checked at the call; tensors are read during iteration. On the
+    CPU a large tensor that the mapper does not change is a view of its file.
 
     >>> from nnsplice.checkpoints import Cast, Rename, Sequential, read_model_state
     >>> toy = ns.models.embedded("toy")
@@ -44,14 +44,17 @@ def read_model_state(
       expected: tensors of the checkpoint; like transformer.wpe are transformer.wpe.weight, ...
 
     Args:
-        src_dir: the folder.
-        mapper: from the names in the files to those that come out.
-        device: where the mapper runs, and where tensors come out.
-        show_progress: show a bar in bytes.
+        src_dir: the checkpoint.
+        mapper: from the names in the files to new names.
+        device: where the mapper runs, and where the tensors are.
+        show_progress: show a progress bar in bytes.
         position: the line of the bar, where several processes show one.
 
+    Returns:
+        An iterator of names and tensors.
+
     Raises:
-        MissingCheckpoint: no weights, or a file of theirs, are there.
+        MissingCheckpoint: the folder has no weights, or a file of them is missing.
         FileError: a file is damaged, or a pickle.
         MapperError: an input is not there.
     """
@@ -92,9 +95,9 @@ def load_model_state(
     show_progress: bool = True,
     position: int | None = None,
 ) -> None:
-    """Read a checkpoint through a mapper into a model; states that the mapper does not make stay as they are.
+    """Load a checkpoint through a mapper into a model; states that the mapper does not make are not changed.
 
-    Names and shapes are checked before anything is changed. A state on the meta device gets its tensor on `device`.
+    Names and shapes are checked before anything is changed. A state on the meta device gets a tensor on `device`.
 
     >>> from nnsplice.checkpoints import Rename, Sequential, Slice, load_model_state
     >>> short = torch.nn.Embedding(8, 64)   # the first 8 positions of the toy model
@@ -104,9 +107,19 @@ def load_model_state(
     >>> torch.equal(short.weight, ns.models.peel(ns.load("toy")).transformer.wpe.weight[:8])
     True
 
+    Args:
+        src_dir: the checkpoint.
+        mapper: from the names in the files to those of the model's states.
+        device: where the mapper runs.
+        model: the module to load into.
+        show_progress: show a progress bar in bytes.
+        position: the line of the bar, where several processes show one.
+
     Raises:
-        MapperError: the mapper makes a state that the model does not have, one of another shape, or two different ones
-            for what the model ties.
+        MissingCheckpoint: the folder has no weights, or a file of them is missing.
+        FileError: a file is damaged, or a pickle.
+        MapperError: an input that is not there, a state that the model does not have or has in another shape, or two
+            different states for tied ones.
     """
     with circumstances(f"loading {os.fspath(src_dir)}"):
         states = {name: state for name, state in model.state_dict(keep_vars=True).items() if isinstance(state, Tensor)}

@@ -42,10 +42,10 @@ def write_model_state_local(
     carry: Mapping[str, Path | str] | None = None,
     like: Sequence[Path] = (),
 ) -> None:
-    """Write a checkpoint from tensors that are offered one by one.
+    """Write a checkpoint from an iterable of names and tensors.
 
-    The old checkpoint stays until the new one is whole, and then goes in one step; files beside the weights stay. A
-    tensor that comes by several names (`Copy`, tied weights) is stored once, and the index records its other names.
+    The old checkpoint is replaced in one step when the new one is complete; other files in the folder stay. A tensor
+    with several names (`Copy`, tied weights) is stored once, and the index has its other names.
 
     >>> from nnsplice.checkpoints import Rename, read_model_state, write_model_state_local
     >>> from tempfile import TemporaryDirectory
@@ -55,20 +55,21 @@ def write_model_state_local(
     {'a': tensor([1., 1.])}
 
     Args:
-        dest_dir: the folder, made or replaced.
-        mapper: from the names that are offered to those that are written.
-        state_generator: names and tensors, in any order; each is held until the group it belongs to is whole.
-        shard_size_gb: how large a file may get; one gigabyte is 1024**3 bytes. A larger tensor gets its own.
-        show_progress: show a bar in bytes.
-        resume: go on with the files that a stopped call finished; and when this one stops, leave them for the next.
-        source: what is offered, in words that `resume` compares: a job with another source is another job.
+        dest_dir: the folder to write, made or replaced.
+        mapper: from the names that are offered to the names in the files.
+        state_generator: names and tensors, in any order; each is held until its group is complete.
+        shard_size_gb: the largest size of a file, in units of 1024**3 bytes; a larger tensor has a file of its own.
+        show_progress: show a progress bar in bytes.
+        resume: continue an interrupted call, and keep finished files if this one is interrupted.
+        source: a description of the tensors' origin; `resume` refuses to continue with another one.
         carry: other files for the folder: name -> a file to copy, or a text.
-        like: files and folders that the tensors come from: who may not read all of them may not read the new ones.
+        like: files and folders that the tensors come from; the new files are readable for whoever may read all of
+            these.
 
     Raises:
         MapperError: an input is missing at the end, or is offered twice.
-        WriteFailed: the disk did not take a file.
-        FileError: another process writes this checkpoint, or `resume` found another job.
+        WriteFailed: a file could not be written.
+        FileError: another process is writing this checkpoint, or `resume` found another job.
     """
     with circumstances(f"writing {os.fspath(dest_dir)}"):
         limit = shard_bytes(shard_size_gb)
@@ -87,7 +88,7 @@ def save_model_state(
     shard_size_gb: float = 4.0,
     show_progress: bool = True,
 ) -> None:
-    """Write the states of a model that a mapper asks for; with `identity_mapper_from_module(model)`, all of them.
+    """Write states of a model through a mapper; `identity_mapper_from_module(model)` writes all of them.
 
     >>> from tempfile import TemporaryDirectory
     >>> from nnsplice.checkpoints import Checkpoint, Parallel, Rename, save_model_state
@@ -97,8 +98,17 @@ def save_model_state(
     ...     Checkpoint.open(f"{folder}/new").sizes()
     {'norm.scale': 16, 'norm.shift': 16}
 
+    Args:
+        dest_dir: the folder to write, made or replaced.
+        mapper: from the names of the model's states to the names in the files.
+        model: the module.
+        shard_size_gb: the largest size of a file, in units of 1024**3 bytes.
+        show_progress: show a progress bar in bytes.
+
     Raises:
-        MapperError: the mapper asks for a state that the model does not have.
+        MapperError: the mapper needs a state that the model does not have.
+        BadArgument: a `shard_size_gb` that is not above 0.
+        WriteFailed: a file could not be written.
     """
     write_model_state_local(
         dest_dir, gathering(mapper, [model]), states_of(mapper, [model]), shard_size_gb, show_progress

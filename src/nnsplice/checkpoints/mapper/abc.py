@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """Tensors that are needed together, and the tensors that are made of them.
+    """Input tensors that are needed together, and the outputs made of them.
 
     >>> from nnsplice.checkpoints import Split
     >>> (group,) = Split("qkv", ["q", "k", "v"], [4, 1, 1], dim=0).state_dependency_groups()
     >>> group.inputs, sorted(group.outputs)
     (frozenset({'qkv'}), ['k', 'q', 'v'])
+
+    Attributes:
+        inputs: the names of the inputs.
+        outputs: the names of the outputs.
     """
 
     inputs: frozenset[str]
@@ -32,12 +36,12 @@ class StateGroup:
 
 
 class ModelStateMapper(ABC):
-    """A change of names and shapes, declared.
+    """A declared change of a checkpoint's names and shapes.
 
-    Groups share no key, so each can be read, changed and written by itself, in any order and by any process.
+    Groups share no key, so each is read, changed and written by itself, in any order and by any process.
 
-    A mapper of your own says which groups it has, and makes the outputs of one. Here a norm is multiplied into the
-    matrix that reads it:
+    A mapper of one's own declares its groups and makes the outputs of one. This one multiplies a norm into the matrix
+    that reads it:
 
     >>> from nnsplice.checkpoints import ModelStateMapper, Parallel, Rename, StateGroup
     >>> class Fold(ModelStateMapper):
@@ -56,16 +60,23 @@ class ModelStateMapper(ABC):
 
     @abstractmethod
     def state_dependency_groups(self) -> frozenset[StateGroup]:
-        """Which outputs are made of which inputs; no tensors are needed to say it."""
+        """The groups of inputs and outputs; no tensors are needed."""
 
     @abstractmethod
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Make the outputs of one group of exactly its inputs."""
+        """Make the outputs of one group from its inputs.
+
+        Args:
+            group: the inputs by name.
+
+        Returns:
+            The outputs by name.
+        """
 
     def explain(self, src_dir: str | os.PathLike[str] | None = None) -> Explanation:
-        """What would happen, as a table: groups, and for a checkpoint also sizes, files touched and peak bytes.
+        """A dry run as a table: groups, and for a checkpoint also sizes, files and peak bytes.
 
-        No tensor is read: shapes come from the headers of the files, and the mapper runs on tensors without memory.
+        No tensor is read: shapes come from the headers of the files, and the mapper runs on meta tensors.
 
         >>> from nnsplice.checkpoints import Parallel, Rename, StackTensors
         >>> Parallel([Rename("wte", "embed"), StackTensors(["e.0", "e.1"], "experts", 0)]).explain()
@@ -75,6 +86,9 @@ class ModelStateMapper(ABC):
 
         Args:
             src_dir: the checkpoint that would be read.
+
+        Returns:
+            The table.
         """
         # A dry run reads headers, and who reads files knows mappers: asking the mapper itself is only the shorter way.
         from nnsplice.checkpoints.io.explain import explain

@@ -11,7 +11,7 @@ from nnsplice.checkpoints.mapper.leaf import ModelStateMapperIdentity
 
 
 def identity_mapper_from_module(module: nn.Module) -> ModelStateMapperParallel:
-    """Every state of a module as it is: parameters, and the buffers that are saved with them.
+    """A mapper that passes every state of a module through: parameters and persistent buffers.
 
     >>> from nnsplice.checkpoints import identity_mapper_from_module
     >>> identity_mapper_from_module(torch.nn.BatchNorm1d(4)).explain()
@@ -21,6 +21,12 @@ def identity_mapper_from_module(module: nn.Module) -> ModelStateMapperParallel:
     running_mean         ->  running_mean
     running_var          ->  running_var
     weight               ->  weight
+
+    Args:
+        module: the module.
+
+    Returns:
+        The identity of each of its states.
     """
     states: dict[str, object] = module.state_dict()
     # What a module saves with `get_extra_state` need not be a tensor.
@@ -30,11 +36,17 @@ def identity_mapper_from_module(module: nn.Module) -> ModelStateMapperParallel:
 
 
 def identity_mapper_from_mapper_outputs(mapper: ModelStateMapper) -> ModelStateMapperParallel:
-    """Every output of a mapper as it is.
+    """A mapper that passes every output of another mapper through.
 
     >>> from nnsplice.checkpoints import Rename, identity_mapper_from_mapper_outputs
     >>> identity_mapper_from_mapper_outputs(Rename("a", "b")).explain()
     1 groups, 1 inputs, 1 outputs
     b  ->  b
+
+    Args:
+        mapper: the other mapper.
+
+    Returns:
+        The identity of each of its outputs.
     """
     return ModelStateMapperParallel([ModelStateMapperIdentity(name) for name in sorted(outputs_of(mapper))])

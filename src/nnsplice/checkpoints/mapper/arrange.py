@@ -23,12 +23,16 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class ModelStateMapperReshape(InPlace):
-    """The same numbers in the same order, in another shape.
+    """Reshape a tensor.
 
     >>> from nnsplice.checkpoints import Reshape
     >>> Reshape("W_Q", (2, 2)).apply({"W_Q": torch.arange(4)})
     {'W_Q': tensor([[0, 1],
             [2, 3]])}
+
+    Attributes:
+        name: the name.
+        shape: the new shape.
     """
 
     name: str
@@ -40,11 +44,15 @@ class ModelStateMapperReshape(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperScale(InPlace):
-    """Every number times a factor.
+    """Multiply a tensor by a factor.
 
     >>> from nnsplice.checkpoints import Scale
     >>> Scale("norm", 0.5).apply({"norm": torch.tensor([1.0, 3.0])})
     {'norm': tensor([0.5000, 1.5000])}
+
+    Attributes:
+        name: the name.
+        factor: the factor.
     """
 
     name: str
@@ -56,11 +64,15 @@ class ModelStateMapperScale(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperShift(InPlace):
-    """Every number plus a term.
+    """Add a term to a tensor.
 
     >>> from nnsplice.checkpoints import Shift
     >>> Shift("norm", 1.0).apply({"norm": torch.tensor([-0.5, 0.5])})   # Gemma keeps its norms less one
     {'norm': tensor([0.5000, 1.5000])}
+
+    Attributes:
+        name: the name.
+        term: the term.
     """
 
     name: str
@@ -72,11 +84,17 @@ class ModelStateMapperShift(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperDeal(Leaf):
-    """A dimension dealt out in ranges, as heads lie in a fused projection: each target gets its ranges in order.
+    """Split a dimension by ranges, as heads of a fused projection: each target is the concatenation of its ranges.
 
     >>> from nnsplice.checkpoints import Deal
     >>> Deal("qkv", ("q", "k"), (((0, 1), (2, 3)), ((1, 2),)), 0).apply({"qkv": torch.arange(3)})
     {'q': tensor([0, 2]), 'k': tensor([1])}
+
+    Attributes:
+        source_name: the old name.
+        target_names: the new names.
+        ranges: the ranges of each target.
+        dim: the dimension.
     """
 
     source_name: str
@@ -99,12 +117,18 @@ class ModelStateMapperDeal(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperCollect(Leaf):
-    """What `Deal` dealt, put back: each source's numbers go to its ranges in order.
+    """The inverse of `Deal`: each source fills its ranges of the target.
 
     >>> from nnsplice.checkpoints import Collect
     >>> ranges = ((0, 1), (2, 3)), ((1, 2),)
     >>> Collect(("q", "k"), "qkv", ranges, 0).apply({"q": torch.tensor([0, 2]), "k": torch.tensor([1])})
     {'qkv': tensor([0, 1, 2])}
+
+    Attributes:
+        source_names: the old names.
+        target_name: the new name.
+        ranges: the ranges of each source.
+        dim: the dimension.
     """
 
     source_names: tuple[str, ...]
@@ -138,7 +162,7 @@ def _covers(leaf: Leaf, length: int, ranges: Sequence[Ranges]) -> None:
 
 @dataclass(frozen=True)
 class ModelStateMapperZeros(Leaf):
-    """Zeros made of nothing, where one family has a bias and the other none.
+    """A tensor of zeros without inputs, where only the target has a bias.
 
     >>> from nnsplice.checkpoints import Parallel, Rename, Zeros
     >>> Zeros("attn.b_Q", (2,), torch.float32).apply({})
@@ -147,6 +171,11 @@ class ModelStateMapperZeros(Leaf):
     2 groups, 1 inputs, 2 outputs
     (nothing)      ->  attn.b_Q
     q_proj.weight  ->  attn.W_Q
+
+    Attributes:
+        name: the name.
+        shape: the shape.
+        dtype: the type.
     """
 
     name: str
@@ -163,11 +192,14 @@ class ModelStateMapperZeros(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperDrop(Leaf):
-    """A tensor that is needed no more.
+    """Remove a tensor.
 
     >>> from nnsplice.checkpoints import Drop, Sequential, Split
     >>> Sequential([Split("kv", ["k", "v"], [1, 1], 0), Drop("v")]).apply({"kv": torch.tensor([1, 2])})
     {'k': tensor([1])}
+
+    Attributes:
+        name: the name.
     """
 
     name: str

@@ -23,11 +23,20 @@ from nnsplice.errors import BadArgument, BadType, MapperError, named
 
 
 def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelStateMapper]:
-    """The mappers that have any group.
+    """The mappers that have at least one group.
 
     >>> from nnsplice.checkpoints import Parallel, Rename, filter_empty_mappers
     >>> filter_empty_mappers([Parallel([]), Rename("a", "b")])
     [ModelStateMapperRename(name_from='a', name_to='b')]
+
+    Args:
+        mappers: mappers.
+
+    Returns:
+        The ones that are not empty.
+
+    Raises:
+        BadType: a single mapper.
     """
     if isinstance(mappers, ModelStateMapper):
         raise BadType(f"{named(mappers)} alone", expected="a list of mappers", write="[mapper]")
@@ -56,12 +65,15 @@ class _Grouped(ModelStateMapper):
 
 @dataclass(frozen=True, repr=False)
 class ModelStateMapperParallel(_Grouped):
-    """Mappers side by side. They share no key: what several outputs are made of, `Copy` hands on by several names.
+    """Several mappers that share no key; where several outputs need one input, `Copy` gives it several names.
 
     >>> from nnsplice.checkpoints import Parallel, Rename
     >>> swap = Parallel([Rename("a", "b"), Rename("b", "a")])
     >>> swap.apply({"a": torch.zeros(1)})
     {'b': tensor([0.])}
+
+    Attributes:
+        mappers: the mappers.
     """
 
     mappers: Sequence[ModelStateMapper]
@@ -87,7 +99,14 @@ class ModelStateMapperParallel(_Grouped):
         object.__setattr__(self, "_groups", groups)
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Let the mapper of this group make its outputs."""
+        """The outputs of one group.
+
+        Args:
+            group: the inputs by name.
+
+        Returns:
+            The outputs by name.
+        """
         made: dict[str, Tensor] = {}
         for mapper, own in self._makers[self._group(group).inputs]:
             made |= applied(mapper, own, dict(group))
@@ -111,12 +130,15 @@ def _claim(kind: str, names: Iterable[str], owners: dict[str, ModelStateMapper],
 
 @dataclass(frozen=True, repr=False)
 class ModelStateMapperSequential(_Grouped):
-    """Mappers one after the other, as one: a key that a stage does not touch passes it by.
+    """Several mappers one after the other; a mapper passes keys that it does not know.
 
     >>> from nnsplice.checkpoints import Rename, Sequential, UnstackTensors
     >>> chain = Sequential([UnstackTensors("s", ["a", "b"], 0), Rename("a", "x")])
     >>> sorted(chain.apply({"s": torch.zeros(2, 3)}))
     ['b', 'x']
+
+    Attributes:
+        mappers: the mappers.
     """
 
     mappers: Sequence[ModelStateMapper]
@@ -135,7 +157,14 @@ class ModelStateMapperSequential(_Grouped):
         object.__setattr__(self, "_groups", {inputs: net.group for inputs, net in nets.items()})
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take one group through the stages that concern it."""
+        """The outputs of one group, after all mappers.
+
+        Args:
+            group: the inputs by name.
+
+        Returns:
+            The outputs by name.
+        """
         return self._nets[self._group(group).inputs].run(group)
 
     def __repr__(self) -> str:
@@ -144,15 +173,21 @@ class ModelStateMapperSequential(_Grouped):
 
 @dataclass(frozen=True, repr=False)
 class ModelStateMapperShard(_Grouped):
-    """The share of one process: every process works out the same partition, without a word between them.
+    """The groups of one process; every process computes the same partition without communication.
 
-    Without `sizes`, groups are dealt out one by one in the order of their names. With `sizes`, each gets one stretch of
-    the files, all of about the same number of bytes. A share may be empty.
+    Without `sizes`, groups are dealt out one by one in the order of their names. With `sizes`, each process has one
+    range of the files, all with about the same number of bytes. A share may be empty.
 
     >>> from nnsplice.checkpoints import Identity, Parallel, Shard
     >>> whole = Parallel([Identity("a"), Identity("b"), Identity("c")])
     >>> [len(Shard(whole, 2, i).state_dependency_groups()) for i in range(2)]
     [2, 1]
+
+    Attributes:
+        sub_mapper: the mapper to divide.
+        total_shards: the number of processes.
+        current_shard: the number of this process.
+        sizes: the bytes of each input, as `Checkpoint.sizes()`.
     """
 
     sub_mapper: ModelStateMapper
@@ -173,7 +208,14 @@ class ModelStateMapperShard(_Grouped):
         object.__setattr__(self, "_groups", {group.inputs: group for group in own})
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the whole mapper makes of this group."""
+        """The outputs of one group.
+
+        Args:
+            group: the inputs by name.
+
+        Returns:
+            The outputs by name.
+        """
         self._group(group)
         return self.sub_mapper.apply(group)
 
@@ -200,7 +242,7 @@ def _stretch(groups: Sequence[StateGroup], sizes: Mapping[str, int], total: int,
 
 @dataclass(frozen=True, repr=False)
 class ModelStateMapperPrefixScope(_Grouped):
-    """A mapper whose keys have a text in front: one text for what it reads, one for what it makes.
+    """A mapper with a prefix before the names of its inputs and one before those of its outputs.
 
     >>> from nnsplice.checkpoints import Parallel, PrefixScope, Rename
     >>> qk = Parallel([Rename("q_proj", "W_Q"), Rename("k_proj", "W_K")])
@@ -208,6 +250,11 @@ class ModelStateMapperPrefixScope(_Grouped):
     4 groups, 4 inputs, 4 outputs
     layers.*.k_proj  ->  blocks.*.attn.W_K   x 2
     layers.*.q_proj  ->  blocks.*.attn.W_Q   x 2
+
+    Attributes:
+        mapper: the mapper.
+        source_prefix: the prefix of inputs.
+        target_prefix: the prefix of outputs.
     """
 
     mapper: ModelStateMapper
@@ -225,7 +272,14 @@ class ModelStateMapperPrefixScope(_Grouped):
         object.__setattr__(self, "_groups", groups)
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the text off, let the mapper make its outputs, put the other text on."""
+        """The outputs of one group.
+
+        Args:
+            group: the inputs by name, with the prefix.
+
+        Returns:
+            The outputs by name, with the prefix.
+        """
         self._group(group)
         made = self.mapper.apply({name.removeprefix(self.source_prefix): tensor for name, tensor in group.items()})
         return {self.target_prefix + name: tensor for name, tensor in made.items()}

@@ -43,7 +43,7 @@ def local_piece(tensor: Tensor) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class ModelStateMapperDistribute(InPlace):
-    """A tensor that every process has whole, as a DTensor: each keeps its own piece, and nothing is sent.
+    """Convert a tensor that every process has into a DTensor, without communication.
 
     >>> from nnsplice.checkpoints import Distribute
     >>> from tempfile import mkdtemp
@@ -55,6 +55,11 @@ class ModelStateMapperDistribute(InPlace):
     >>> spread.to_local(), spread.placements
     (tensor([0, 1, 2, 3]), (Shard(dim=0),))
     >>> distributed.destroy_process_group()
+
+    Attributes:
+        name: the name.
+        device_mesh: the mesh.
+        placements: the placement on each of its dimensions.
     """
 
     name: str
@@ -72,7 +77,7 @@ class ModelStateMapperDistribute(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperGatherFullTensor(InPlace):
-    """A DTensor, whole; every process of its mesh takes part.
+    """Gather a DTensor into a full tensor; every process of its mesh takes part.
 
     >>> from nnsplice.checkpoints import Distribute, GatherFullTensor
     >>> from tempfile import mkdtemp
@@ -84,6 +89,9 @@ class ModelStateMapperGatherFullTensor(InPlace):
     >>> GatherFullTensor("w").apply(spread)
     {'w': tensor([0, 1, 2, 3])}
     >>> distributed.destroy_process_group()
+
+    Attributes:
+        name: the name.
     """
 
     name: str

@@ -48,12 +48,15 @@ def _set(leaf: object, name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class ModelStateMapperIdentity(Leaf):
-    """The tensor as it is: the very same object.
+    """Pass a tensor through unchanged.
 
     >>> from nnsplice.checkpoints import Identity
     >>> tensor = torch.ones(2)
     >>> Identity("norm").apply({"norm": tensor})["norm"] is tensor
     True
+
+    Attributes:
+        name: the name.
     """
 
     name: str
@@ -68,11 +71,15 @@ class ModelStateMapperIdentity(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperRename(Leaf):
-    """The very same tensor by another name.
+    """Rename a tensor.
 
     >>> from nnsplice.checkpoints import Rename
     >>> Rename("wte.weight", "embed").apply({"wte.weight": torch.ones(2)})
     {'embed': tensor([1., 1.])}
+
+    Attributes:
+        name_from: the old name.
+        name_to: the new name.
     """
 
     name_from: str
@@ -88,12 +95,16 @@ class ModelStateMapperRename(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperTranspose(InPlace):
-    """Two dimensions exchanged: what is between a `Linear` and GPT-2's `Conv1D` is `Transpose(name, (0, 1))`.
+    """Exchange two dimensions; `Transpose(name, (0, 1))` converts between `Linear` and GPT-2's `Conv1D`.
 
     >>> from nnsplice.checkpoints import Transpose
     >>> Transpose("c_fc.weight", (0, 1)).apply({"c_fc.weight": torch.tensor([[1, 2], [3, 4], [5, 6]])})
     {'c_fc.weight': tensor([[1, 3, 5],
             [2, 4, 6]])}
+
+    Attributes:
+        name: the name.
+        dims: the two dimensions.
     """
 
     name: str
@@ -110,14 +121,19 @@ class ModelStateMapperTranspose(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperPermute(InPlace):
-    """Dimensions in another order; with `view`, those of a finer shape, after which the tensor has its own shape again.
+    """Permute dimensions; with `view`, those of a reshaped tensor, which then has its own shape again.
 
-    Rotary layouts differ so: rows of a head as (half, pair) here and as (pair, half) there.
+    Rotary layouts differ this way: the rows of a head are (half, pair) in one and (pair, half) in the other.
 
     >>> from nnsplice.checkpoints import Permute
     >>> interleaved = Permute("wq", dims=(0, 2, 1, 3), view=(1, 2, 2, -1))   # one head of width 4
     >>> interleaved.apply({"wq": torch.arange(4.0).reshape(4, 1)})["wq"].flatten()
     tensor([0., 2., 1., 3.])
+
+    Attributes:
+        name: the name.
+        dims: the new order of the dimensions.
+        view: the shape in which dimensions are permuted.
     """
 
     name: str
@@ -137,11 +153,15 @@ class ModelStateMapperPermute(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperSqueeze(InPlace):
-    """Without the dimensions of length one, or without one of them.
+    """Remove the dimensions of length 1, or one of them.
 
     >>> from nnsplice.checkpoints import Squeeze
     >>> [list(Squeeze("w", dim).apply({"w": torch.zeros(1, 3, 1)})["w"].shape) for dim in (None, 0)]
     [[3], [3, 1]]
+
+    Attributes:
+        name: the name.
+        dim: the dimension; all of length 1 if left out.
     """
 
     name: str
@@ -158,11 +178,15 @@ class ModelStateMapperSqueeze(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperUnsqueeze(InPlace):
-    """With one more dimension of length one.
+    """Add a dimension of length 1.
 
     >>> from nnsplice.checkpoints import Unsqueeze
     >>> Unsqueeze("w", 0).apply({"w": torch.tensor([1, 2])})
     {'w': tensor([[1, 2]])}
+
+    Attributes:
+        name: the name.
+        dim: the position of the new dimension.
     """
 
     name: str
@@ -174,12 +198,18 @@ class ModelStateMapperUnsqueeze(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperSlice(InPlace):
-    """A stretch of one dimension; only what lies in it is read from a file where it is the leading one.
+    """A range of one dimension; only its bytes are read if it is the first dimension.
 
     >>> from nnsplice.checkpoints import Slice
     >>> Slice("embed", dim=0, stop=2).apply({"embed": torch.tensor([[1, 1], [2, 2], [3, 3]])})
     {'embed': tensor([[1, 1],
             [2, 2]])}
+
+    Attributes:
+        name: the name.
+        dim: the dimension.
+        start: the first index.
+        stop: the index after the last.
     """
 
     name: str
@@ -200,11 +230,15 @@ class ModelStateMapperSlice(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperCast(InPlace):
-    """The numbers in another type.
+    """Convert a tensor to another type.
 
     >>> from nnsplice.checkpoints import Cast
     >>> Cast("w", torch.bfloat16).apply({"w": torch.tensor([1.0, 1.001])})
     {'w': tensor([1., 1.], dtype=torch.bfloat16)}
+
+    Attributes:
+        name: the name.
+        dtype: the new type.
     """
 
     name: str
@@ -222,7 +256,7 @@ class ModelStateMapperCast(InPlace):
 
 @dataclass(frozen=True)
 class ModelStateMapperCopy(Leaf):
-    """The very same tensor by several names, as tied weights have; stored once by the writer, and recorded.
+    """One tensor under several names, as tied weights; it is stored once.
 
     >>> from nnsplice.checkpoints import Copy
     >>> tied = Copy("wte", ["embed", "unembed"]).apply({"wte": torch.ones(2)})
@@ -234,6 +268,11 @@ class ModelStateMapperCopy(Leaf):
     >>> apart = Copy("wte", ["embed", "unembed"], apart=True).apply({"wte": torch.ones(2)})
     >>> apart["embed"] is apart["unembed"]
     False
+
+    Attributes:
+        name_from: the old name.
+        names_to: the new names.
+        apart: make a copy for each name instead, for models that do not tie these weights.
     """
 
     name_from: str
@@ -276,11 +315,16 @@ class _Apart(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperUnstackTensors(_Apart):
-    """One tensor for each index of a dimension.
+    """Split a dimension into one tensor for each index.
 
     >>> from nnsplice.checkpoints import UnstackTensors
     >>> UnstackTensors("experts", ["e.0", "e.1"], dim=0).apply({"experts": torch.tensor([[1, 2], [3, 4]])})
     {'e.0': tensor([1, 2]), 'e.1': tensor([3, 4])}
+
+    Attributes:
+        source_name: the old name.
+        target_names: the new names.
+        dim: the dimension.
     """
 
     source_name: str
@@ -293,7 +337,7 @@ class ModelStateMapperUnstackTensors(_Apart):
 
 @dataclass(frozen=True)
 class ModelStateMapperChunkTensors(_Apart):
-    """Equal stretches of a dimension, as `torch.chunk` cuts them.
+    """Split a dimension into equal chunks, as `torch.chunk`.
 
     >>> from nnsplice.checkpoints import ChunkTensors
     >>> ChunkTensors("gate_up", ["gate", "up"], dim=0).apply({"gate_up": torch.arange(4)})
@@ -303,6 +347,11 @@ class ModelStateMapperChunkTensors(_Apart):
     nnsplice.errors.MapperError: dimension 0 of gate_up [1] gives 1 tensors
         ModelStateMapperChunkTensors(source_name='gate_up', target_names=('gate', 'up'), dim=0)
       expected: 2, one for each name
+
+    Attributes:
+        source_name: the old name.
+        target_names: the new names.
+        dim: the dimension.
     """
 
     source_name: str
@@ -315,11 +364,17 @@ class ModelStateMapperChunkTensors(_Apart):
 
 @dataclass(frozen=True)
 class ModelStateMapperSplit(Leaf):
-    """Stretches of a dimension with sizes of their own, as queries, keys and values have where heads share keys.
+    """Split a dimension into chunks of given sizes, as fused queries, keys and values of grouped-query attention.
 
     >>> from nnsplice.checkpoints import Split
     >>> Split("qkv", ["q", "k", "v"], [4, 1, 1], dim=0).apply({"qkv": torch.arange(6)})
     {'q': tensor([0, 1, 2, 3]), 'k': tensor([4]), 'v': tensor([5])}
+
+    Attributes:
+        name: the old name.
+        target_names: the new names.
+        sizes: the size of each chunk.
+        dim: the dimension.
     """
 
     name: str
@@ -368,12 +423,18 @@ class _Together(Leaf):
 
 @dataclass(frozen=True)
 class ModelStateMapperStackTensors(_Together):
-    """Equal shapes along a new dimension.
+    """Stack tensors of equal shapes along a new dimension.
 
     >>> from nnsplice.checkpoints import StackTensors
     >>> StackTensors(["e.0", "e.1"], "experts", dim=0).apply({"e.0": torch.tensor([1, 2]), "e.1": torch.tensor([3, 4])})
     {'experts': tensor([[1, 2],
             [3, 4]])}
+
+    Attributes:
+        source_names: the old names.
+        target_name: the new name.
+        dim: the new dimension.
+        stack_dim: another name of `dim`.
     """
 
     source_names: Sequence[str]
@@ -395,11 +456,16 @@ class ModelStateMapperStackTensors(_Together):
 
 @dataclass(frozen=True)
 class ModelStateMapperConcatenateTensors(_Together):
-    """One after the other along a dimension.
+    """Concatenate tensors along a dimension.
 
     >>> from nnsplice.checkpoints import ConcatenateTensors
     >>> ConcatenateTensors(["q", "k"], "qk", dim=0).apply({"q": torch.tensor([1, 2]), "k": torch.tensor([3])})
     {'qk': tensor([1, 2, 3])}
+
+    Attributes:
+        source_names: the old names.
+        target_name: the new name.
+        dim: the dimension.
     """
 
     source_names: Sequence[str]
@@ -419,13 +485,17 @@ class ModelStateMapperConcatenateTensors(_Together):
 
 @dataclass(frozen=True)
 class ModelStateMapperSelectChildModules(ModelStateMapper):
-    """What lies under a parent, without its name: `parent.base` becomes `base`, each a group of its own.
+    """Remove a parent's name: `parent.base` becomes `base`, each as a group of its own.
 
     >>> from nnsplice.checkpoints import SelectChildModules
     >>> SelectChildModules(["embed", "norm"], "model.decoder").explain()
     2 groups, 2 inputs, 2 outputs
     model.decoder.embed  ->  embed
     model.decoder.norm   ->  norm
+
+    Attributes:
+        base_names: the names under the parent.
+        parent_name: the name of the parent.
     """
 
     base_names: Sequence[str]
@@ -437,13 +507,20 @@ class ModelStateMapperSelectChildModules(ModelStateMapper):
         _set(self, "_known", frozenset(self.base_names))
 
     def state_dependency_groups(self) -> frozenset[StateGroup]:
-        """A group for each name."""
+        """One group for each name."""
         return frozenset(
             StateGroup(frozenset((f"{self.parent_name}.{name}",)), frozenset((name,))) for name in self.base_names
         )
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the parent's name off."""
+        """The outputs of one group.
+
+        Args:
+            group: the input by its name under the parent.
+
+        Returns:
+            The output by its own name.
+        """
         dot = f"{self.parent_name}."
         name = next(iter(group), "")
         if len(group) != 1 or not name.startswith(dot) or name.removeprefix(dot) not in self._known:

@@ -1,0 +1,193 @@
+"""Senders that are a part of one, some tokens or an expert: what runs keep of them, and whether a model has them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnsplice import engine, wire
+from nnsplice.activations.prompts import Prompts
+from nnsplice.atlas import peel
+from nnsplice.circuits.ablations import Source
+from nnsplice.circuits.addresses import part_of, whole_of
+from nnsplice.circuits.masks import Mask
+from nnsplice.circuits.recording import record, run_plainly
+from nnsplice.circuits.running import Slot
+from nnsplice.circuits.wiring import Wiring
+from nnsplice.errors import BadArgument, RefusedPlace
+from nnsplice.paths import Path, Position
+from nnsplice.sweeps.targets import tokens_of
+
+
+def check_parts(model: engine.Model, wiring: Wiring, prompts: Prompts, source: Source, senders: Iterable[Path]) -> None:
+    """Raise where one of these is a part of a sender that this model, these prompts or this ablation do not have.
+
+    Raises:
+        UnknownPath, ShortRow, RefusedPlace, BadArgument: which of them.
+    """
+    parts = [sender for sender in dict.fromkeys(senders) if part_of(sender) is not None]
+    if parts and source.trained_from is not None:
+        raise BadArgument(
+            f'{parts[0]} is a part of a sender, and ablation="optimal" trains constants for whole ones',
+            expected=f"all of it: {whole_of(parts[0])}",
+        )
+    for sender in parts:
+        (path,) = engine.expand(model, sender.place)
+        tokens_of(path.at(sender.position), prompts)
+        if sender.steps[-1].name != "experts":
+            continue
+        layer = wiring.layers[int(sender.steps[0].index)]  # type: ignore[arg-type]
+        if layer.mlp_norm is not None:
+            raise RefusedPlace(
+                "a norm of all experts together stands between them and the stream, so no part of it is one expert's",
+                path=sender,
+                write=str(whole_of(sender)),
+            )
+        if not source.has_experts:
+            raise BadArgument(
+                f"{sender} is a sender by itself, and the ablation holds no value of single experts",
+                expected='ablation="patch", "zero" or "mean"',
+            )
+
+
+def experts_of(wiring: Wiring, masks: Iterable[Mask]) -> set[tuple[int, int]]:
+    """By layer and number."""
+    layers = {sender + len(layer.q): number for number, ((sender, _), layer)
+              in enumerate(zip(wiring.shape.starts, wiring.layers, strict=True))}  # fmt: skip
+    return {(layers[sender], expert) for mask in masks for sender, expert in mask.experts}
+
+
+#: A sender, one of its experts, and at which tokens.
+Kept = tuple[int, int | None, frozenset[Position] | None]
+
+
+def _kept_by(mask: Mask, receiver: int, sender: int) -> set[Kept]:
+    """What an edge carries."""
+    parts = mask.parts.get((receiver, sender))
+    if parts is None:
+        return {(sender, None, None)}
+    experts: dict[int | None, set[Position | None]] = {}
+    for position, expert in parts:
+        experts.setdefault(expert, set()).add(position)
+    return {
+        (sender, expert, None if None in positions else frozenset(positions))  # type: ignore[arg-type]
+        for expert, positions in experts.items()
+    }
+
+
+def kept_by(mask: Mask) -> set[Hashable]:
+    """All that is kept of senders for a circuit."""
+    return {kept for receiver, sender in np.argwhere(mask.edges).tolist() for kept in _kept_by(mask, receiver, sender)}
+
+
+def slots_of(
+    model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], masks: Sequence[Mask]
+) -> tuple[Any, ...]:
+    """The edges of circuits, and where a sender has parts, what is kept of it and which receiver reads which."""
+    edges = np.stack([mask.edges for mask in masks])
+    if not any(mask.parts for mask in masks):
+        return (edges,)
+    found = {
+        (circuit, receiver, kept)
+        for circuit, mask in enumerate(masks)
+        for receiver, sender in np.argwhere(mask.edges).tolist()
+        for kept in _kept_by(mask, receiver, sender)
+    }
+    order = {kept: n for n, kept in enumerate(sorted({kept for _, _, kept in found}, key=lambda k: (k[0], repr(k))))}
+    reads = np.zeros((*edges.shape[:2], len(order)), dtype=bool)
+    for circuit, receiver, kept in found:
+        reads[circuit, receiver, order[kept]] = True
+    _check_once(reads, list(order))
+    slots = [Slot(sender, expert, _tokens_at(model, wiring, prompts, rows, sender, at)) for sender, expert, at in order]
+    return edges, slots, reads
+
+
+def _tokens_at(
+    model: engine.Model,
+    wiring: Wiring,
+    prompts: Prompts,
+    rows: Sequence[int],
+    sender: int,
+    positions: frozenset[Position] | None,
+) -> Tensor | None:
+    if positions is None:
+        return None
+    (place,) = engine.expand(model, wiring.shape.senders[sender])
+    found = torch.zeros(len(rows), prompts.lengths("decoder")[rows[0]], 1)
+    for position in positions:
+        own = tokens_of(place.at(position), prompts)
+        for number, row in enumerate(rows):
+            found[number, own[row]] = 1.0
+    return found.to(model.device)
+
+
+def _check_once(reads: np.ndarray, order: Sequence[Kept]) -> None:
+    """Raise where one receiver would read an expert beside some tokens of the MLP that it is in: its part twice.
+
+    Raises:
+        BadArgument: so it is.
+    """
+    for number, (sender, expert, _) in enumerate(order):
+        if expert is None:
+            continue
+        beside = [n for n, (other, one, at) in enumerate(order) if other == sender and one is None and at is not None]
+        if (reads[..., beside] & reads[..., [number]]).any():
+            raise BadArgument(
+                f"expert {expert} and some tokens of its MLP are both in a circuit: its part would count twice",
+                expected="tokens of the MLP, or its experts",
+            )
+
+
+def check_experts(model: engine.Model, wiring: Wiring, prompts: Prompts, experts: Collection[tuple[int, int]]) -> None:
+    """Take one expert of each layer out of what all make together: its MLP then adds just so much less.
+
+    Raises:
+        RefusedPlace: it adds something else.
+    """
+    root = peel(model)
+    for number in sorted({layer for layer, _ in experts}):
+        layer = wiring.layers[number]
+        every = [(number, expert) for expert in range(layer.block.n_experts)]
+        own = record(root, model, wiring, prompts, [0], -1, every).values
+        (key, part) = max(own.experts.items(), key=lambda pair: float(pair[1].abs().max()))
+        added = own.mlp[number]
+        less = _added_without(root, model, wiring, prompts, number, part)
+        allowed = 1e-9 if added.dtype == torch.float64 else 1e-3 if added.dtype == torch.float32 else 5e-2
+        off = float((added - less - part.to(added)).abs().max())
+        if not off <= allowed * (1.0 + float(added.abs().max())):
+            raise RefusedPlace(
+                f"something stands between the experts and what their MLP adds: without one it is {off:.2g} off",
+                path=f"layers[{layer.block.index}].experts[{key[1]}]",
+                write=f"layers[{layer.block.index}].mlp",
+            )
+
+
+def _added_without(
+    root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompts, number: int, part: Tensor
+) -> Tensor:
+    """What an MLP adds when its experts together make so much less."""
+    layer = wiring.layers[number]
+    seen: list[Tensor] = []
+
+    def fewer(_module: nn.Module, _args: Any, output: Any) -> Any:
+        made = wire.unpack(output, None)
+        return wire.repack(output, None, made - part.to(made).reshape(made.shape))
+
+    def added(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(wire.as_rows(wire.unpack(output, layer.mlp_added.item), 1).clone())
+
+    hooks = [
+        root.get_submodule(str(layer.block.experts)).register_forward_hook(fewer),
+        root.get_submodule(layer.mlp_added.module).register_forward_hook(added),
+    ]
+    try:
+        with torch.no_grad():
+            run_plainly(root, model, prompts, [0], -1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen[0]
