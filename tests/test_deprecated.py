@@ -1,9 +1,13 @@
 """Old names of arguments go on working, with a warning that gives the new name."""
 
+# What is tested is what a type checker refuses.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +59,8 @@ def test_ablations_with(model) -> None:
     with pytest.warns(DeprecationWarning, match=r"ablate\(with_=...\) is now ablate\(operation=...\)"):
         assert ns.ablate(model, PROMPT, heads, METRIC, with_=torch.neg, progress=False) == new
     assert new != ns.ablate(model, PROMPT, heads, METRIC, progress=False)
-    weight = ns.models.peel(model).transformer.h[1].attn.c_proj.weight
+    module: Any = ns.models.peel(model)
+    weight = module.transformer.h[1].attn.c_proj.weight
     with ns.weights.ablate(model, "l1h0", operation="mean"):
         mean = weight.clone()
     with pytest.warns(DeprecationWarning, match="ablate"), ns.weights.ablate(model, "l1h0", with_="mean"):
@@ -71,7 +76,7 @@ def test_both_names_at_once_are_refused(model) -> None:
 
 
 def test_weights_are_swept_in_the_order_of_the_other_questions_and_in_the_old_one(model) -> None:
-    tuned = copy.deepcopy(ns.models.peel(model))
+    tuned: Any = copy.deepcopy(ns.models.peel(model))
     with torch.no_grad():
         tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
     new = ns.sweep_weights(model, tuned, PROMPT, "layers[:].attn", METRIC, progress=False)

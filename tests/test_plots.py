@@ -314,7 +314,7 @@ def test_labels_never_overlap(shape: tuple[int, int], own: bool) -> None:
 def test_files_have_150_dots_per_inch_and_vectors_keep_their_letters(tmp_path: Path) -> None:
     ax = draw([[1.0, 2.0]], columns=["alpha", "beta"])
     figure: Any = ax.figure
-    width, height = figure.get_size_inches()
+    width, height = map(float, figure.get_size_inches())
     png = plots.save(ax, tmp_path / "a.png")
     held: Any = plt.imread(png)
     assert held.shape[:2] == (round(height * 150), round(width * 150))
@@ -325,5 +325,5 @@ def test_files_have_150_dots_per_inch_and_vectors_keep_their_letters(tmp_path: P
 def test_bars_of_both_signs_stand_on_a_line_at_zero() -> None:
     ax = plots.bars([0.5, -0.25], names=["0", "1"], label="layer", value_label="effect")
     up, down = (bar.get_facecolor() for bar in ax.patches)
-    assert up != down and ax.lines[0].get_xdata()[0] == 0.0
+    assert up != down and float(np.asarray(ax.lines[0].get_xdata())[0]) == 0.0
     assert not plots.bars([0.5, 0.25], names=["0", "1"], label="layer", value_label="effect").lines

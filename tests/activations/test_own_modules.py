@@ -116,7 +116,7 @@ def test_a_sweep_is_what_hooks_give() -> None:
         ns.load(own), [[3, 9, 4]], [[3, 8, 4]], "model.blocks[:].output[:]", ns.logit_diff(5, 6).at(1), progress=False
     )
     kept: list[Tensor] = []
-    handle = own.blocks[0].register_forward_hook(lambda _, __, out: kept.append(out))
+    handle = own.blocks[0].register_forward_hook(lambda _, __, out: kept.append(out))  # pyright: ignore[reportArgumentType]
     own(IDS)
     handle.remove()
     handle = own.blocks[0].register_forward_hook(
@@ -138,7 +138,7 @@ def test_inputs_by_name_with_a_row_each_or_for_all() -> None:
 
 
 def test_values_without_tokens_are_one_token_each() -> None:
-    own = nn.Sequential(OrderedDict(first=nn.Linear(4, 6), second=nn.Linear(6, 3)))
+    own: Any = nn.Sequential(OrderedDict(first=nn.Linear(4, 6), second=nn.Linear(6, 3)))
     x = torch.randn(7, 4)
     saved = ns.capture(ns.load(own), x, "model.first.output[-1]")
     assert saved.rows == 7 and torch.equal(saved["model.first.output[-1]"], own.first(x))

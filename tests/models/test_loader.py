@@ -194,7 +194,7 @@ def test_an_empty_name() -> None:
 
 
 def test_a_module_that_is_not_from_transformers() -> None:
-    own = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), second=nn.Linear(3, 2)))
+    own: Any = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), second=nn.Linear(3, 2)))
     model = load(own)
     assert peel(model) is own
     x = torch.randn(4, 5, 2)
@@ -202,7 +202,7 @@ def test_a_module_that_is_not_from_transformers() -> None:
     assert torch.equal(saved["model.first.output[-1]"], own.first(x)[:, -1])
     for given, message in (({"tokenizer": zoo.tokenizer()}, "no tokenizer"), ({"peft": "folder"}, "peft would do no")):
         with pytest.raises(BadArgument, match=message):
-            load(nn.Linear(2, 2), **given)
+            load(nn.Linear(2, 2), **given)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("tokenizer", [None, False])

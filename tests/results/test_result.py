@@ -156,7 +156,8 @@ def test_differences_are_averaged_and_then_divided() -> None:
         warnings.simplefilter("error")
         np.testing.assert_allclose(result.effect().mean("prompt").values[:, 0], pooled, atol=1e-15)
         best = result.best()
-        drawn = np.array([bar.get_width() for bar in result.plot().patches])
+        bars: Any = result.plot().patches
+        drawn = np.array([bar.get_width() for bar in bars])
     assert best["layer"].tolist() == [1, 0]
     np.testing.assert_allclose(best["effect"], pooled[::-1], atol=1e-15)
     np.testing.assert_allclose(drawn, pooled, atol=1e-15)
