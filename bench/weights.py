@@ -67,7 +67,7 @@ def sweep(layers: int, width: int) -> None:
     ids = torch.randint(10, 1000, (4, 32))
     metric = ns.logit_diff(3, 4)
     start = time.process_time()
-    result = ns.sweep_weights(model, tuned, "layers[:].heads[:]", metric, ids, progress=False)
+    result = ns.sweep_weights(model, tuned, ids, "layers[:].heads[:]", metric, progress=False)
     spent = time.process_time() - start
     module = model._module
     start = time.process_time()

@@ -48,5 +48,5 @@ with model.trace(fact.clean):
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "clean.safetensors"
     clean.to_file(file)
-    part = ns.SavedActivation.from_file(file, paths="layers[2:4].output[:]")
+    part = ns.SavedActivation.from_file(file, sites="layers[2:4].output[:]")
 print("\n", part, "\n", part.prompts, sep="")

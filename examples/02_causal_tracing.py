@@ -45,7 +45,7 @@ print(f"P(Paris) {traced.clean[0]:.3f}, with noise {traced.corrupted[0]:.3f}; ni
 print(traced.best(4)[columns], "\n")
 
 # 5. And the other way round: what does the answer lose without a head? The change is in the unit of the metric.
-without = ns.ablate(model, clean, "layers[:].heads[:]", metric, with_="mean", progress=False)
+without = ns.ablate(model, clean, "layers[:].heads[:]", metric, operation="mean", progress=False)
 print("heads, each replaced by its mean:", without.best(4)[["path", "value", "change"]], "", sep="\n")
 
 # 6. A large sweep in parts, on as many machines as there are: a plan is data, and parts become one result again.

@@ -64,9 +64,9 @@ print(ns.weights.diff(base, tuned)[["norm", "relative", "changed", "numel"]].rou
 metric = ns.logit_diff([p.wrong for p in unseen], [p.answer for p in unseen])
 prompts = [p.clean for p in unseen]
 for sites in ("layers[:]", "layers[:].attn", "layers[:].mlp"):
-    effect = ns.sweep_weights(base, tuned, sites, metric, prompts, progress=False).effect()
+    effect = ns.sweep_weights(base, tuned, prompts, sites, metric, progress=False).effect()
     print(f"{sites:15}", *(f"{value:5.2f}" for value in effect.mean("prompt").values))
-heads = ns.sweep_weights(base, tuned, "layers[:].heads[:]", metric, prompts, progress=False)
+heads = ns.sweep_weights(base, tuned, prompts, "layers[:].heads[:]", metric, progress=False)
 print(heads, heads.best(3)[["path", "value", "effect"]], "", sep="\n")
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
 folder.mkdir(parents=True, exist_ok=True)

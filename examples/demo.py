@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import nnsplice as ns
 
@@ -22,45 +21,21 @@ def main() -> None:
     torch.set_num_threads(1)  # so small a model only waits for a second thread
     model = ns.load("toy")
     fact = ns.models.toy_prompts().facts[0]
-    words = [model.tokenizer.decode(token) for token in model.tokenizer(fact.clean)["input_ids"]]
-    answer, wrong = (model.tokenizer.convert_tokens_to_ids(word) for word in (fact.answer, fact.wrong))
-
-    def difference(logits: torch.Tensor) -> torch.Tensor:
-        return logits[0, -1, answer] - logits[0, -1, wrong]
-
-    saved = ns.capture(model, fact.clean, "layers[:].output[:]")
-    other = ns.capture(model, fact.corrupted, "layers[:].output[:]")
-    # A run with its own values written in is that run: the two ends of the scale.
-    high = difference(ns.patched_logits(model, fact.clean, saved))
-    low = difference(ns.patched_logits(model, fact.corrupted, other))
-
-    layers = len(saved) // len(words)
-    effect = torch.zeros(len(words), layers)
-    for key in tqdm(saved, desc="patching", unit="site", leave=False):
-        layer, position = ns.parse_path(key).steps[0].index, ns.parse_path(key).position
-        assert isinstance(layer, int) and isinstance(position, int)
-        patched = difference(ns.patched_logits(model, fact.corrupted, saved.subset(key)))
-        effect[position, layer] = (patched - low) / (high - low)
+    metric = ns.logit_diff(fact.answer, fact.wrong)
+    result = ns.sweep(model, fact.clean, fact.corrupted, "layers[:].output[:]", metric)
 
     print(f"{fact.clean} -> {fact.answer}\n{fact.corrupted} -> {fact.wrong}\n")
     print("How far the second answer goes over to the first, by patched token and layer:\n")
+    effect = result.effect().sel(prompt=0)
+    words = effect.token.values.tolist()
     width = max(map(len, words))
-    print(" " * width + "".join(f"{layer:>7}" for layer in range(layers)))
-    for word, row in zip(words, effect, strict=True):
+    print(" " * width + "".join(f"{layer:>7}" for layer in effect.layer.values))
+    for word, row in zip(words, effect.transpose("position", "layer").values, strict=True):
         print(word.rjust(width) + "".join(f"{round(value, 2) + 0.0:7.2f}" for value in row.tolist()))
 
     FOLDER.mkdir(exist_ok=True)
-    axes = ns.plots.heatmap(
-        effect,
-        rows=words,
-        columns=list(range(layers)),
-        row_label="patched token",
-        column_label="layer",
-        title=f"Where “{fact.subject}” becomes “{fact.answer}”",
-        value_label="share of the answer restored",
-    )
     path = FOLDER / "causal_trace.png"
-    ns.plots.save(axes, path, close=True)
+    ns.plots.save(result.plot(), path, close=True)
     print(f"\nThe same as a picture: {path}")
 
 

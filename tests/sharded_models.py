@@ -59,8 +59,8 @@ def answers(size: int) -> dict[str, str]:
         "capture": lambda: ns.capture(tensor, "w3 w4 w5", "layers[1].heads[2].output[-1]"),
         "capture fsdp": lambda: ns.capture(fsdp, "w3 w4 w5", "layers[1].heads[2].output[-1]"),
         "sweep": lambda: ns.sweep(tensor, "w3 w4", "w3 w5", "layers[:].heads[:].output", METRIC, progress=False),
-        "weights": lambda: ns.sweep_weights(fsdp, plain, "layers[:].heads[:]", METRIC, "w3 w4", progress=False),
-        "tuned": lambda: ns.sweep_weights(plain, sharded, "layers[:].heads[:]", METRIC, "w3 w4", progress=False),
+        "weights": lambda: ns.sweep_weights(fsdp, plain, "w3 w4", "layers[:].heads[:]", METRIC, progress=False),
+        "tuned": lambda: ns.sweep_weights(plain, sharded, "w3 w4", "layers[:].heads[:]", METRIC, progress=False),
         "flat": lambda: entered(ns.weights.ablate(flat, "full")),
         "value": lambda: wire.unpack((value, None)),
         # What is whole here works, among processes too.

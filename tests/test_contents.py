@@ -77,6 +77,12 @@ def test_a_name_that_the_contents_do_not_have_is_an_error_as_in_any_module() -> 
         exec("from nnsplice import sweeep")
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert ns.__version__ == version("nnsplice")
+
+
 def test_the_help_is_shown_without_the_libraries_that_take_seconds_to_import() -> None:
     heavy = ("torch", "nnsight", "transformers", "numpy", "pandas", "xarray", "matplotlib")
     code = f"""

@@ -17,7 +17,7 @@ from torch import Tensor
 import nnsplice as ns
 from models import bpe
 from nnsplice.errors import BadArgument, BadType
-from zoo import tokenizer
+from zoo import build, tokenizer
 
 LOGITS = torch.randn(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 OTHER = torch.randn(3, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -317,3 +317,34 @@ def test_the_identity_is_the_same_in_another_process() -> None:
         for seed in ("1", "2")
     }
     assert len(told) == 1 and "source" in told.pop()
+
+
+def test_an_answer_whose_other_spelling_is_far_likelier_in_the_unedited_run_is_told() -> None:
+    words = bpe.tokenizer()
+    (spaced,), (bare,) = (words(text, add_special_tokens=False)["input_ids"] for text in (" Paris", "Paris"))
+    logits = torch.zeros(2, len(words))
+    logits[0, bare], logits[1, spaced] = 9.0, 9.0  # the first prompt ends with a quote, the second with a word
+    texts = ['The Tower is "', 'The Tower is called "']
+    bound = ns.probability(" Paris").bind(words, 2, texts)
+    with pytest.warns(UserWarning, match=r"' Paris', given to probability[\s\S]*prompt 0[\s\S]*write answer='Paris'"):
+        bound.check_answers(logits, [0, 1])
+    with pytest.warns(UserWarning, match=r"'Paris'[\s\S]*prompt 1, and ' Paris' has 0\.9"):
+        ns.probability("Paris").bind(words, 2, texts).check_answers(logits, [0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bound.check_answers(logits[1:], [1])
+        bound.check_answers(torch.zeros(2, len(words)), [0, 1])  # as likely: nothing says that another was meant
+        ns.probability({" Paris", "Paris"}).bind(words, 2, texts).check_answers(logits, [0, 1])
+        ns.probability(spaced).bind(words, 2, texts).check_answers(logits, [0, 1])  # an id is what it is
+        ns.probability([spaced, "Paris"]).bind(words, 2, texts).check_answers(logits.flip(0), [0, 1])
+
+
+def test_the_warning_is_of_the_line_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnsplice.metrics.answers.LIKELY", 0.0)
+    monkeypatch.setattr("nnsplice.metrics.answers.FAR", 0.0)  # a random model prefers neither spelling
+    model = ns.load(build("gpt2", vocab_size=320), tokenizer=bpe.tokenizer())
+    metric, site = ns.probability(" Paris"), "layers[0].output[-1]"
+    with pytest.warns(UserWarning, match="has probability") as told:
+        ns.ablate(model, 'The Tower is "', site, metric, progress=False)
+        ns.attribute(model, 'The Tower is "', 'the Tower is "', site, metric, progress=False)
+    assert [one.filename for one in told] == [__file__] * 2

@@ -17,7 +17,7 @@ import nnsplice as ns
 from nnsplice import checkpoints as ck
 from nnsplice.cli import app
 from nnsplice.errors import BadArgument, NnspliceError, closest
-from nnsplice.shown import printable, shown
+from nnsplice.shown import counted, printable, shown
 
 #: Red, the window's title, a line that is written over, words from right to left, a second line.
 EVIL = "a\x1b[31m\x1b]0;title\x07\rb\x9b2J\u202egnp\u2066\x7f"
@@ -121,3 +121,12 @@ def test_an_adapter_with_an_odd_config_is_refused(tmp_path: Path, config: str, s
     with pytest.raises(NnspliceError) as caught:
         ns.adapters.ExpertAdapter.from_peft(folder)
     assert said in str(caught.value) and len(str(caught.value)) < 1000 and not OBEYED.search(str(caught.value))
+
+
+def test_one_cell_is_no_plural(model):
+    assert [counted(n, "cell") for n in (0, 1, 2)] == ["0 cells", "1 cell", "2 cells"]
+    metric = ns.logit_diff("w7", "w8")
+    result = ns.sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[1].output[-1]", metric, progress=False)
+    plan = ns.plan_sweep(model, "w3 w4 w5", "w3 w6 w5", "layers[1].output[-1]", metric)
+    assert repr(result).startswith("SweepResult: 1 cell, 1 prompt, logit_diff")
+    assert plan.preview().startswith("1 cell to compute, 0 known without; 1 prompt, patch")

@@ -63,9 +63,9 @@ def a_sweep(model: nn.Module, tuned: nn.Module) -> None:
     assert_type(result.frame(), pd.DataFrame)
     assert_type(result.clean, np.ndarray)
     assert_type(ns.sweep(model, *PAIR, ns.parse_path("l1"), lambda logits: logits.max(-1).values), ns.SweepResult)
-    assert_type(ns.ablate(model, "w3 w4", "layers[:].heads[:]", METRIC, with_=torch.neg), ns.SweepResult)
+    assert_type(ns.ablate(model, "w3 w4", "layers[:].heads[:]", METRIC, operation=torch.neg), ns.SweepResult)
     assert_type(ns.causal_trace(model, "w3 w4", "w4"), ns.SweepResult)
-    assert_type(ns.sweep_weights(model, tuned, "layers[:].attn", METRIC, "w3 w4"), ns.SweepResult)
+    assert_type(ns.sweep_weights(model, tuned, "w3 w4", "layers[:].attn", METRIC), ns.SweepResult)
     ns.sweep(model, *PAIR, "layers[:]", "logit_diff")  # pyright: ignore[reportArgumentType]
 
 

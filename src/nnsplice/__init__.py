@@ -27,6 +27,7 @@ One address language names every part of a model: activations, weights, adapters
     weights                                       the weights of an address: select, swap, ablate, freeze, compare
     adapters                                      LoRA adapters by layer: optimizer state, profile, alignment
     checkpoints                                   convert, read and write checkpoints, tensor by tensor
+    checks                                        whether addresses hold in a model, as `nnsplice check` measures
     errors, plots                                 all exceptions; figures of labelled arrays
 """
 
@@ -34,7 +35,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for readers and type checkers; at run time a name is imported when it is first asked for
-    from nnsplice import adapters, checkpoints, errors, lens, models, on, plots, steering, tasks, weights
+    from nnsplice import adapters, checkpoints, checks, errors, lens, models, on, plots, steering, tasks, weights
     from nnsplice.activations import (
         SavedActivation,
         capture,
@@ -89,6 +90,8 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
         sweep_weights,
     )
 
+    __version__: str
+
 __all__ = [
     "SAE",
     "Alignment",
@@ -114,6 +117,7 @@ __all__ = [
     "causal_trace",
     "chat",
     "checkpoints",
+    "checks",
     "completeness",
     "crossings",
     "detach_sae",
@@ -157,7 +161,19 @@ __all__ = [
 
 #: Room -> the names that it gives to this page; the rooms that are names themselves stand under "".
 _CONTENTS: dict[str, tuple[str, ...]] = {
-    "": ("adapters", "checkpoints", "errors", "lens", "models", "on", "plots", "steering", "tasks", "weights"),
+    "": (
+        "adapters",
+        "checkpoints",
+        "checks",
+        "errors",
+        "lens",
+        "models",
+        "on",
+        "plots",
+        "steering",
+        "tasks",
+        "weights",
+    ),
     "activations": (
         "SavedActivation",
         "capture",
@@ -217,6 +233,10 @@ _ROOM_OF = {name: room for room, names in _CONTENTS.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     # torch, nnsight and transformers take seconds to import, and `nnsplice --help` needs none of them.
+    if name == "__version__":  # written once, in pyproject.toml
+        from importlib.metadata import version
+
+        return version("nnsplice")
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'nnsplice' has no attribute {name!r}")
     room = _ROOM_OF[name]

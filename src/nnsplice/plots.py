@@ -12,9 +12,11 @@ said by the caller. Nothing here calls `show`; a notebook displays the figure by
 
 from __future__ import annotations
 
+import math
 import os
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,12 @@ __all__ = ["bars", "heatmap", "lines", "network", "save"]
 DIVERGING = "RdBu_r"
 SEQUENTIAL = "viridis"
 
-# More labels than this on one side would be printed over each other, so every second, third, ... is shown.
-MOST_TICKS = 48
+#: Dots per inch of what is no vector format.
+DPI = 150
+#: Points of the labels along the sides, of a title, and what the height of a line is to its font's size.
+LABEL, TITLE, LINE = 9.0, 10.0, 1.25
+#: How far labels that stand on their sides are turned, in degrees.
+SLANT = 60
 
 
 def __dir__() -> list[str]:  # what <TAB> shows
@@ -92,7 +98,7 @@ def heatmap(
             f"{len(texts)} rows of texts for values of shape {list(grid.shape)}", expected="a text for each cell"
         )
     if ax is None:
-        ax = _new_axes(grid.shape if texts is None else (grid.shape[0], 2 * grid.shape[1]))
+        ax = _new_axes(grid.shape if texts is None else (grid.shape[0], 2 * grid.shape[1]), title)
 
     low, high, colours = _scale(grid, centre)
     image = ax.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
@@ -107,21 +113,16 @@ def heatmap(
                 clip_on=True,
             )  # fmt: skip
 
-    across, names = _ticks(columns)
-    slanted = max(map(len, names)) > 2
-    ax.set_xticks(across, names, rotation=60 if slanted else 0, ha="right" if slanted else "center")
-    if slanted:
-        for label in ax.get_xticklabels():
-            label.set_rotation_mode("anchor")  # the end of the word, not the middle of its box, stands at the tick
-    ax.set_yticks(*_ticks(rows))
     ax.set_xlabel(_literal(column_label))
     ax.set_ylabel(_literal(row_label))
-    if title is not None:
-        ax.set_title(_literal(title))
+    _title(ax, title)
 
-    bar = ax.figure.colorbar(image, ax=ax, extend=_beyond(grid, low, high))
+    # As wide on a wide figure as on a narrow one.
+    share = min(0.15, 0.8 / (ax.figure.bbox.width / ax.figure.dpi))
+    bar = ax.figure.colorbar(image, ax=ax, extend=_beyond(grid, low, high), fraction=share, aspect=25)
     if value_label is not None:
         bar.set_label(_literal(value_label))
+    _label_sides(ax, rows, columns)
     return ax
 
 
@@ -160,15 +161,18 @@ def bars(
             f"values of shape {list(numbers.shape)} do not fit {len(names)} names", expected="one number for each name"
         )
     if ax is None:
-        ax = _new_axes((len(names), 8))
+        ax = _new_axes((round(0.75 * len(names)), 8), title)
     places = range(len(names))
-    ax.barh(places, numbers, color="#3b6ea5", height=0.7)
+    signed = bool((numbers < 0).any())
+    up, down = _pyplot().get_cmap(DIVERGING)([0.9, 0.1])
+    ax.barh(places, numbers, color=[up if n >= 0 else down for n in numbers] if signed else "#3b6ea5", height=0.7)
+    if signed:
+        ax.axvline(0.0, color="0.3", linewidth=0.8)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_yticks(*_ticks(names))
     ax.set_ylabel(_literal(label))
     ax.set_xlabel(_literal(value_label))
-    if title is not None:
-        ax.set_title(_literal(title))
+    _title(ax, title)
+    _label_sides(ax, names)
     return ax
 
 
@@ -214,7 +218,7 @@ def lines(
                 expected="one number for each place, at least one",
             )
     pyplot = _pyplot()
-    ax = pyplot.subplots(figsize=(6.0, 3.6), layout="constrained")[1] if ax is None else ax
+    ax = pyplot.subplots(figsize=(6.0, 3.6), layout="constrained", dpi=DPI)[1] if ax is None else ax
     assert ax is not None
     colours = pyplot.get_cmap(SEQUENTIAL)(np.linspace(0, 0.92, len(ys))) if ordered else [None] * len(ys)
     for (name, values), colour in zip(ys.items(), colours, strict=True):
@@ -224,8 +228,7 @@ def lines(
         ax.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=0)
     ax.set_xlabel(_literal(x_label))
     ax.set_ylabel(_literal(y_label))
-    if title is not None:
-        ax.set_title(_literal(title))
+    _title(ax, title)
     if len(ys) > 1:
         ax.legend(frameon=False, fontsize="small")
     return ax
@@ -280,15 +283,15 @@ def network(
         if text := _literal(label):
             ax.annotate(text, (x, y), ha="center", va="center", fontsize=7, color="0.1", bbox=box, zorder=3)
     ax.set_axis_off()
-    if title is not None:
-        ax.set_title(_literal(title))
+    _title(ax, title)
     return ax
 
 
 def save(axes: Axes, path: str | os.PathLike[str], *, close: bool = False, **options: Any) -> Path:
     """Write the figure of `axes` to a file, in the format of the file's ending.
 
-    The file is written completely or not at all.
+    `.pdf` and `.svg` are vector formats, for papers; others have 150 dots per inch. The file is written completely or
+    not at all.
 
     >>> from tempfile import TemporaryDirectory
     >>> axes = ns.plots.bars([0.1, 0.7], names=["attn", "mlp"], label="part", value_label="energy")
@@ -313,8 +316,10 @@ def save(axes: Axes, path: str | os.PathLike[str], *, close: bool = False, **opt
     figure: Figure = axes.figure.figure  # through a subfigure to the real one
     if not (kind := options.pop("format", path.suffix.removeprefix("."))):
         raise BadArgument(f"{path.name} has no ending, so no format", expected="a name like figure.png or figure.svg")
-    with whole(path) as temporary:
-        figure.savefig(temporary, format=kind, **options)
+    # In vector formats letters stay letters, which a paper's fonts may replace and a reader may search.
+    letters = {"svg.fonttype": "none", "pdf.fonttype": 42, "ps.fonttype": 42}
+    with whole(path) as temporary, _pyplot().rc_context(letters):
+        figure.savefig(temporary, format=kind, **{"dpi": DPI, **options})
     if close:
         _pyplot().close(figure)
     return path
@@ -354,10 +359,57 @@ def _beyond(grid: np.ndarray, low: float, high: float) -> str:
     return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
 
 
-def _ticks(names: Sequence[object]) -> tuple[list[int], list[str]]:
-    step = ceil(len(names) / MOST_TICKS)
+def _label_sides(ax: Axes, rows: Sequence[object], columns: Sequence[object] | None = None) -> None:
+    """Name rows and columns: every second, third, ... where all would be printed over each other.
+
+    How much room there is, is known when the figure has arranged itself around all that stands beside the axes; and
+    the longest names take part of it, so they stand there then.
+    """
+    figure: Figure = ax.figure.figure
+    for _ in range(2):
+        ax.set_yticks(*_thinned(rows, ax.bbox.height / figure.dpi, LABEL * LINE), fontsize=LABEL)
+        if columns is not None:
+            slanted = max(len(_literal(name)) for name in columns) > 2
+            need = LABEL * LINE / math.sin(math.radians(SLANT)) if slanted else LABEL * 1.6
+            labels = ax.set_xticks(
+                *_thinned(columns, ax.bbox.width / figure.dpi, need),
+                rotation=SLANT if slanted else 0, ha="right" if slanted else "center", fontsize=LABEL,
+            )  # fmt: skip
+            for tick in labels if slanted else ():
+                tick.label1.set_rotation_mode(
+                    "anchor"
+                )  # the end of the word, not the middle of its box, is at the tick
+        with warnings.catch_warnings():  # of letters that a font lacks it is told when the figure is drawn
+            warnings.simplefilter("ignore")
+            figure.draw_without_rendering()
+
+
+def _thinned(names: Sequence[object], inches: float, points: float) -> tuple[list[int], list[str]]:
+    """Which names are shown, and where.
+
+    Args:
+        inches: the length of their side.
+        points: how much of it a name takes.
+    """
+    step = max(1, math.ceil(points / (72 * max(inches, 0.1) / len(names))))
     shown = list(range(0, len(names), step))
     return shown, [_literal(names[i]) for i in shown]
+
+
+def _title(ax: Axes, title: str | None) -> None:
+    """A title of one or more lines, each broken where the figure ends."""
+    if title is None:
+        return
+    lines = _broken(title, ax.figure.bbox.width / ax.figure.dpi)
+    shown = ax.set_title("\n".join(map(_literal, lines)), fontsize=TITLE)
+    if len(lines) > 1:
+        shown.set(horizontalalignment="left", x=0.0)
+
+
+def _broken(title: str, inches: float) -> list[str]:
+    """The lines of a title in a figure of this width; letters are about half as wide as they are high."""
+    room = max(24, int(72 * inches / (TITLE * 0.6)))
+    return [line for text in title.split("\n") for line in textwrap.wrap(text, room) or [""]]
 
 
 def _literal(text: object) -> str:
@@ -366,10 +418,12 @@ def _literal(text: object) -> str:
     return shown.replace("$", r"\$")
 
 
-def _new_axes(shape: tuple[int, ...]) -> Axes:
+def _new_axes(shape: tuple[int, ...], title: str | None = None) -> Axes:
     height, width = shape
-    size = (min(max(2.5 + 0.35 * width, 4.5), 16.0), min(max(1.5 + 0.28 * height, 3.0), 12.0))
-    _, ax = _pyplot().subplots(figsize=size, layout="constrained")
+    wide = min(max(2.5 + 0.35 * width, 5.5), 16.0)
+    above = 0.2 * len(_broken(title, wide)) if title else 0.0
+    size = (wide, min(max(1.8 + 0.28 * height, 3.0), 14.0) + above)
+    _, ax = _pyplot().subplots(figsize=size, layout="constrained", dpi=DPI)
     return ax
 
 

@@ -1,8 +1,12 @@
-"""The bar of long work: one look, and silence where nobody asked for it."""
+"""The bar of long work: one look, and silence where the work is short or nobody asked for it."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
+
+#: How many seconds work has to take for its bar to be shown.
+DELAY = 1.0
 
 
 def bar(what: str, total: int | None, unit: str, show: bool | None = True, *, done: int = 0, **options: Any) -> Any:
@@ -12,7 +16,7 @@ def bar(what: str, total: int | None, unit: str, show: bool | None = True, *, do
         what: what is being done, in a word.
         total: how many units it will be; None where nobody knows.
         unit: what is counted; `"B"` is shown in thousands.
-        show: None shows it on a terminal only.
+        show: True shows it once the work has taken `DELAY`, None on a terminal only.
         done: what was done before.
         options: for tqdm.
     """
@@ -20,8 +24,11 @@ def bar(what: str, total: int | None, unit: str, show: bool | None = True, *, do
         from tqdm import tqdm
 
         return tqdm(total=total, initial=done, disable=True)
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():  # in a notebook without ipywidgets the bar is text, which needs no warning
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
 
+    options = {"delay": DELAY, **options}
     if unit == "B":
         options |= {"unit_scale": True, "unit_divisor": 1000}
     return tqdm(total=total, initial=done, desc=what, unit=unit, disable=None if show is None else False, **options)

@@ -33,6 +33,16 @@ def shown(name: object) -> str:
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless it is one.
+
+    >>> from nnsplice.shown import counted
+    >>> counted(1, "cell"), counted(2, "cell")
+    ('1 cell', '2 cells')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _spelled(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

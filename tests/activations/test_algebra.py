@@ -273,3 +273,17 @@ def test_saving_outside_a_trace_returns_the_capture() -> None:
     assert a.save() is a
     with pytest.raises(UnknownPath):
         a.subset("layers[9].output[0]")
+
+
+def test_equal_are_captures_of_the_same_values() -> None:
+    a = hand(KEY, "layers[1].output[0]")
+    turned = ns.SavedActivation.from_pairs(*reversed(a.items()))
+    assert a == a.clone() and a == turned
+    assert a != a + a and a != a.subset(KEY) and a != a.slice[0] and a != hand(KEY, "layers[1].output[1]")
+    assert a == a.to(torch.float32)  # whole numbers, which both dtypes hold exactly
+    tiny = a.map(lambda tensor: tensor + 1e-12)
+    assert a != tiny and a.allclose(tiny)
+    assert (a == "a capture") is False and a != dict(a.items())
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(a)
+    assert hand(KEY).map(lambda tensor: tensor * torch.nan) != hand(KEY).map(lambda tensor: tensor * torch.nan)

@@ -91,10 +91,11 @@ def test_the_forward_stops_after_the_last_place_that_is_needed(gpt2) -> None:
     assert ran == [0]
 
 
-def test_a_bar_is_shown_over_prompts_when_it_is_asked_for(gpt2, capsys: pytest.CaptureFixture[str]) -> None:
-    ns.capture(gpt2, [PROMPT] * 4, "layers[0].output[-1]", batch_size=2)
+def test_a_bar_is_shown_over_prompts(gpt2, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnsplice.progress.DELAY", 0)
+    ns.capture(gpt2, [PROMPT] * 4, "layers[0].output[-1]", batch_size=2, progress=False)
     assert capsys.readouterr().err == ""
-    ns.capture(gpt2, [PROMPT] * 4, "layers[0].output[-1]", batch_size=2, progress=True)
+    ns.capture(gpt2, [PROMPT] * 4, "layers[0].output[-1]", batch_size=2)
     assert "4/4" in capsys.readouterr().err  # prompts, of both batches
 
 

@@ -226,3 +226,10 @@ def test_other_tensors_may_be_damaged_under_a_partial_read(file: Path) -> None:
     assert same(ns.SavedActivation.from_file(file, "layers[0]"), expected.subset("layers[0]"))
     with pytest.raises(FileError, match=r"layers\[1\]\.output has the checksum"):
         ns.SavedActivation.from_file(file)
+
+
+def test_saving_with_a_path_names_to_file(tmp_path: Path) -> None:
+    saved = hand("layers[0].output[0]")
+    with pytest.raises(TypeError, match=r"writes no file[\s\S]*to_file\('run.safetensors'\)"):
+        saved.save("run.safetensors")
+    assert saved.save() is not None and not list(tmp_path.iterdir())

@@ -115,7 +115,7 @@ def test_a_tree_cannot_be_written_to(saved: ns.SavedActivation) -> None:
 )
 def test_two_keys_at_one_branch_are_not_mixed_up(keys: tuple[str, str]) -> None:
     with pytest.raises(BadArgument, match=r"two keys stand at one branch[\s\S]*write: saved\["):
-        _ = hand(*keys).values
+        dir(hand(*keys).values)
 
 
 # ----------------------------------------------------------------------------------------------------------------- up
@@ -222,3 +222,19 @@ def test_the_tree_of_a_capture_of_nothing_is_empty() -> None:
     assert (dir(values), len(values)) == ([], 0)
     with pytest.raises(UnknownPath, match="nothing captured"):
         values["layers"]
+
+
+def test_values_can_be_called_as_those_of_a_dictionary(saved: ns.SavedActivation) -> None:
+    assert len(saved.values()) == len(saved) == 6
+    for (key, tensor), found in zip(saved.items(), saved.values(), strict=True):
+        assert torch.equal(tensor, found), key
+    assert dict(zip(saved.keys(), saved.values(), strict=True)).keys() == dict(saved.items()).keys()
+
+
+def test_captures_that_have_no_tree_have_values() -> None:
+    # An element of an output and a token of another stand at one branch: `output[0]`.
+    crossed = hand("model.transformer.h[0].output[0]", "model.transformer.h[0].output[0][-1]")
+    assert len(crossed.values()) == 2
+    with pytest.raises(BadArgument, match="one branch"):
+        _ = crossed.values.transformer
+    assert copy.copy(hand(NATIVE).values).transformer.h[2].output[10].shape == (2, 4)

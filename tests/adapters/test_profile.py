@@ -238,3 +238,10 @@ def test_tables_and_a_picture():
     ax = found.plot()
     assert [label.get_text() for label in ax.get_yticklabels()] == rows
     plt.close("all")
+
+
+def test_without_a_table_there_are_energies_and_no_domains():
+    adapter = ExpertAdapter({"model.layers.0.mlp.up_proj.weight": of_energy(1.0)})
+    found = ns.adapters.profile(adapter, total_layers=4)
+    assert found == {} and found.layers() == pytest.approx({"0": 1.0})
+    assert list(ns.adapters.profile(adapter, ns.adapters.DOMAINS, total_layers=4)) == list(NAMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from torch import nn
 from typer.testing import CliRunner
 
@@ -203,7 +206,7 @@ def test_check_shows_each_finding_when_asked() -> None:
 )
 def test_wrong_usage_shows_the_help(args: list[str], message: str) -> None:
     said = _run(*args, code=2)
-    assert "Usage: nnsplice" in said and "Options:" in said and message in said
+    assert "Help: nnsplice" in said and "Options:" not in said and message in said
 
 
 @pytest.mark.parametrize(
@@ -260,3 +263,83 @@ def test_python_m_nnsplice_in_a_process_of_its_own() -> None:
     assert (done.returncode, done.stdout) == (0, TOY)
     done = subprocess.run([sys.executable, "-m", "nnsplice", "paths", "./nowhere"], capture_output=True, text=True)
     assert done.returncode == 1 and "there is no such folder" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- JSON, completion, short errors
+
+
+def _json(*args: str) -> Any:
+    result = CliRunner().invoke(app, [*args, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_tables_are_printed_as_json_and_nothing_else_is() -> None:
+    places = {row["place"]: row for row in _json("paths", "toy")}
+    assert places["layers[0..5]"]["width"] == 64 and "layers[0..5].attn" in places
+    assert all(row["module"] for row in _json("paths", "toy", "--native", "--under", "model.transformer.h[0]"))
+    masks = {row["parameter"]: row for row in _json("mask", "toy", "l1h0")}
+    assert masks["transformer.h.1.attn.c_attn.weight"] == {
+        "parameter": "transformer.h.1.attn.c_attn.weight", "selected": 3072, "total": 12288,
+    }  # fmt: skip
+    assert {row["name"] for row in _json("fetch")} == {"smollm2", "gemma3-270m"}
+    checks = _json("check", "toy", "--layers", "0")
+    assert {row["result"] for row in checks} <= {"ok", "skipped"}
+    assert all(row["difference"] is None or isinstance(row["difference"], float) for row in checks)
+
+
+def test_what_is_asked_as_json_once_is_text_the_next_time() -> None:
+    assert _json("fetch")
+    result = CliRunner().invoke(app, ["fetch"])
+    assert result.stdout.startswith("name")
+
+
+def test_every_command_that_prints_a_table_can_print_it_as_json() -> None:
+    root: Any = typer.main.get_command(app)
+    commands = dict(root.commands)
+    for group in ("circuit", "steer"):
+        commands |= {f"{group} {name}": command for name, command in commands.pop(group).commands.items()}
+    tabular = {name for name, one in commands.items() if any("--json" in p.opts for p in one.params)}
+    assert set(commands) - tabular == {"convert"}
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "command"),
+    [
+        (["paths"], "Error: Missing argument 'MODEL'.", "paths"),
+        (["trace", "--modell", "toy"], "Error: No such option: --modell", "trace"),
+        (["circuit", "find", "--method", "best"], "Error: Missing option '--model'", "circuit find"),
+        (["steer", "fit", "--model", "toy", "--out", "x"], "Error: Give --positive and --negative", "steer fit"),
+        (["trasce"], "Error: No such command 'trasce'", ""),
+    ],
+)
+def test_wrong_usage_is_told_in_two_lines(args: list[str], error: str, command: str) -> None:
+    result = CliRunner().invoke(app, args, prog_name="nnsplice")
+    first, *others = result.stderr.splitlines()
+    assert result.exit_code == 2 and first.startswith(error) and not result.stdout
+    assert others in ([], [f"Help: nnsplice {command} --help".replace("  ", " ")])
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    asked = {"_NNSPLICE_COMPLETE": "complete_bash", "COMP_WORDS": "nnsplice tr", "COMP_CWORD": "1"}
+    code = "from nnsplice.cli import app; app(prog_name='nnsplice')"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["trace"], done.stderr
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).stdout
+
+
+def test_the_help_takes_less_than_three_tenths_of_a_second() -> None:
+    code = """
+import sys, time
+from nnsplice.cli import app
+try:
+    app(["--help"], prog_name="nnsplice")
+finally:
+    print(time.process_time(), file=sys.stderr)
+"""
+    taken = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "nnsplice trace" in done.stdout
+        taken.append(float(done.stderr.split()[-1]))
+    assert min(taken) < 0.3, taken

@@ -295,7 +295,7 @@ def test_a_mistake_is_answered_on_stderr(args: tuple[str, ...], message: str, tm
 )
 def test_wrong_usage_shows_the_help(args: tuple[str, ...], message: str) -> None:
     said = _run(*args, code=2)
-    assert "Usage: nnsplice trace" in said and message in said
+    assert "Help: nnsplice trace --help" in said and message in said
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

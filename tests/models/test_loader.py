@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import unusual
 import zoo
 from nnsplice import engine
 from nnsplice.errors import BadArgument, BadType, FileError
-from nnsplice.models import embedded, load
+from nnsplice.models import embedded, load, peel
 from nnsplice.models.loader import EMBEDDED
 
 
@@ -193,9 +194,15 @@ def test_an_empty_name() -> None:
 
 
 def test_a_module_that_is_not_from_transformers() -> None:
-    with pytest.raises(BadType) as error:
-        load(nn.Linear(2, 2))
-    said(error, "Linear is no Hugging Face model", "NNsight(module)")
+    own: Any = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), second=nn.Linear(3, 2)))
+    model = load(own)
+    assert peel(model) is own
+    x = torch.randn(4, 5, 2)
+    saved = ns.capture(model, x, "model.first.output[-1]")
+    assert torch.equal(saved["model.first.output[-1]"], own.first(x)[:, -1])
+    for given, message in (({"tokenizer": zoo.tokenizer()}, "no tokenizer"), ({"peft": "folder"}, "peft would do no")):
+        with pytest.raises(BadArgument, match=message):
+            load(nn.Linear(2, 2), **given)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("tokenizer", [None, False])

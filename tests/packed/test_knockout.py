@@ -296,7 +296,7 @@ def test_keys_behind_their_query_are_known_without_computing() -> None:
 
 def test_an_edge_result_goes_to_a_file_a_figure_and_a_page(tmp_path: Any) -> None:
     model = _double("llama")
-    result = ns.ablate(model, PROMPT, "layers[1].heads[:].pattern[-1][:]", METRIC, with_="knockout", progress=False)
+    result = ns.ablate(model, PROMPT, "layers[1].heads[:].pattern[-1][:]", METRIC, operation="knockout", progress=False)
     result.to_file(tmp_path / "edges.safetensors")
     assert ns.SweepResult.from_file(tmp_path / "edges.safetensors") == result
     result.plot()

@@ -74,7 +74,7 @@ def test_texts_come_back_beside_their_values_and_need_not_be_there(tmp_path: Pat
         journal.append([0, 0], [0, 1], [1.0, 2.0], ["eins\nzwei", "“ä”"])
         journal.append([1], [0], [3.0])
         assert journal.texts() == {(0, 0): "eins\nzwei", (0, 1): "“ä”"}
-        with pytest.raises(BadArgument, match="1 prompts, 1 cells, 1 values, 2 texts"):
+        with pytest.raises(BadArgument, match="1 prompt, 1 cell, 1 value, 2 texts"):
             journal.append([1], [1], [4.0], ["a", "b"])
     with Journal.open(tmp_path / "j.jsonl", {}, 4) as journal:
         assert journal.texts() == {(0, 0): "eins\nzwei", (0, 1): "“ä”"} and len(journal) == 3

@@ -106,7 +106,7 @@ def test_a_journal_takes_no_second_opinion(tmp_path: Any) -> None:
         journal.append([0], [0], [float("nan")])  # the same again
         with pytest.raises(BadArgument, match=r"cell 0 of prompt 0 is there with nan, and now with 1\.0"):
             journal.append([0], [0], [1.0])
-        with pytest.raises(BadArgument, match="2 prompts, 1 cells"):
+        with pytest.raises(BadArgument, match="2 prompts, 1 cell, "):
             journal.append([0, 1], [0], [1.0])
         assert len(journal) == 1
     with pytest.raises(BadArgument, match="closed"):

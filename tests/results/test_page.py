@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nnsplice.errors import BadArgument
 from nnsplice.results import Cell, SweepResult
 from results.tables import HEAD, STREAM, head_cells, stream_cells, table
 
@@ -175,3 +176,91 @@ def test_every_kind_of_result_is_drawn(browser: Any, tmp_path: Path, kind: str) 
     _open(browser, _page(tmp_path, SweepResult(made)))
     expected = {"spans": 2, "both": 18, "one": 1, "flat": 8, "none": 0, "groups": 4}
     assert _count(browser) == expected[kind]
+
+
+# --- the experiment, a head's pattern, top tokens
+
+
+def _experiment() -> SweepResult:
+    made = table([*stream_cells(), *head_cells()], (("the", " cat", "the", " sat"),))
+    values = np.full_like(made.values, made.corrupted[0])
+    span = made.clean[0] - made.corrupted[0]
+    values[0, 0], values[0, 1] = made.corrupted[0] + 0.5 * span, made.corrupted[0] + 0.015 * span
+    asked = {
+        **made.asked, "model": "/home/somebody/models/toy",
+        "metric": {"name": "logit_diff", "position": -1, "ids": {"answer": [3], "wrong": [4]}},
+    }  # fmt: skip
+    labels = {"words": {"3": " Paris", "4": " Berlin"}, "clean": [["the", " dog", "the", " sat"]]}
+    return SweepResult(replace(made, values=values, asked=asked, labels=labels))
+
+
+class _Saved(dict[str, Any]):
+    """What a capture of patterns is to a page: paths with tensors."""
+
+
+def _patterns() -> Any:
+    import torch
+
+    shares = torch.tril(torch.ones(4, 4)).softmax(-1)
+    return _Saved({f"layers[0].heads[1].pattern[{query}]": shares[query][None] for query in range(4)})
+
+
+def test_the_page_names_the_experiment_and_no_folder_of_a_machine(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    path = _page(tmp_path, _experiment())
+    assert "somebody" not in path.read_text(encoding="utf-8")
+    _open(browser, path)
+    _choose(browser, "kind", STREAM)
+    assert '" Paris" - " Berlin" (logit_diff)' in browser.find_element(By.ID, "title").text
+    assert browser.find_element(By.ID, "clean-text").text == "the dogthe sat"
+    marked = [span.text for span in browser.find_elements(By.CSS_SELECTOR, "span.differs")]
+    assert [text.strip() for text in marked] == ["dog", "cat"]
+    written = [text.text for text in browser.find_elements(By.CSS_SELECTOR, "#figure svg text")]
+    assert "dog -> cat" in written
+    inside = [text.text for text in browser.find_elements(By.CSS_SELECTOR, "text.inside")]
+    assert inside == ["0.50"]  # 0.015 is no number to look at
+
+
+def test_a_click_on_a_head_shows_its_pattern(browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    _experiment().to_html(tmp_path / "page.html", patterns=_patterns())
+    _open(browser, tmp_path / "page.html")
+    _choose(browser, "kind", HEAD)
+    pattern = browser.find_element(By.ID, "pattern")
+    assert not pattern.is_displayed()
+    assert "click for its pattern" in _hover(browser, "layers[0].heads[1].output[-1]")
+    ActionChains(browser).click().perform()
+    assert pattern.is_displayed() and "layer 0, head 1" in pattern.text.lower()
+    cells = pattern.find_elements(By.CSS_SELECTOR, "[data-query]")
+    drawn = [float(cell.get_attribute("fill-opacity")) for cell in cells]
+    np.testing.assert_allclose(np.reshape(drawn, (4, 4)), [_patterns()[p][0].numpy() for p in _patterns()], atol=1e-3)
+    # A head without one closes it.
+    assert "click" not in _hover(browser, "layers[1].heads[2].output[-1]")
+    ActionChains(browser).click().perform()
+    assert not pattern.is_displayed()
+
+
+def test_top_tokens_stand_beside_a_cell(browser: Any, tmp_path: Path) -> None:
+    tops = {"layers[0].output[1]": [[" Paris", "<b>Rome</b>"]]}
+    _experiment().to_html(tmp_path / "page.html", tokens=tops)
+    _open(browser, tmp_path / "page.html")
+    _choose(browser, "kind", STREAM)
+    assert '" Paris" "<b>Rome</b>"' in _hover(browser, "layers[0].output[1]")
+    assert "top tokens" not in _hover(browser, "layers[0].output[2]")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"patterns": {}}, "no patterns"),
+        ({"tokens": {"layers[9].output[0]": [[" Paris"]]}}, "no cell"),
+        ({"tokens": {"layers[0].output[1]": []}}, "for 0 prompts"),
+    ],
+)
+def test_what_fits_no_cell_is_refused(tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadArgument, match=message):
+        _experiment().to_html(tmp_path / "page.html", **more)
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+import nnsplice as ns
 from nnsplice.errors import BadArgument, BadType, SpanError
 from nnsplice.results import Cell, SweepResult
 from nnsplice.results.roles import OF_SUBJECT, of_subject
@@ -150,3 +151,23 @@ def test_roles_are_kept_in_files_and_pages(tmp_path: Path) -> None:
 def test_what_has_no_roles_is_refused(ask: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         ask()
+
+
+def test_grids_and_figures_by_role_are_those_of_by_role(model) -> None:
+    import matplotlib.pyplot as plt
+
+    prompts, subjects = ["w3 w4 w5 w6", "w3 w4 w6 w7 w9"], ["w4 w5", "w4"]
+    result = ns.causal_trace(model, prompts, subjects, samples=2, answer="w7", progress=False)
+    whole = result.by_role()
+    assert result.grid(by="role").equals(whole.grid()) and result.grid(by="role").dims == ("prompt", "layer", "role")
+    assert result.effect(by="role").equals(whole.effect()) and result.change(by="role").equals(whole.change())
+    roles = {"end": -1, "start": 0}
+    assert result.grid(by=roles).equals(result.by_role(roles).grid())
+    ax, expected = result.plot(by="role"), whole.plot()
+    np.testing.assert_array_equal(ax.images[0].get_array(), expected.images[0].get_array())
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == whole.grid().role.values.tolist()
+    assert result.grid().dims == ("prompt", "layer", "position")  # the result itself stays what it is
+    for call in (lambda: result.grid(by="position"), lambda: result.plot(by="token")):
+        with pytest.raises(BadArgument, match='"role"'):
+            call()
+    plt.close("all")

@@ -139,3 +139,32 @@ def test_it_shows_itself(fitted) -> None:
     plt.close(axes.figure)
     with pytest.raises(ValueError, match="no quality"):
         vector(1).plot()
+
+
+def test_a_tensor_of_ones_own_is_a_vector(model) -> None:
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    made = ns.steering.SteeringVector.from_tensor(direction, layer=1, unit="mine")
+    assert made.keys() == ["layers[1].output[-1]"] and made.layers == [1] and made.about.unit == "mine"
+    with ns.steering.steer(model, made, 2.0):
+        steered = ns.capture(model, "w3 w4 w5", "layers[1].output[:]")
+    plain = ns.capture(model, "w3 w4 w5", "layers[1].output[:]")
+    for difference in (steered - plain).values():
+        torch.testing.assert_close(difference[0], 2 * direction, rtol=0, atol=1e-5)
+    direction.zero_()  # the vector keeps its own memory
+    assert made.norm()["layers[1].output[-1]"].item() > 1
+    at_attention = ns.steering.SteeringVector.from_tensor(torch.ones(1, 16), "layers[2].attn.output")
+    assert at_attention.keys() == ["layers[2].attn.output[-1]"]
+
+
+@pytest.mark.parametrize(
+    ("given", "layer", "message"),
+    [
+        (torch.ones(3, 16), 1, "shape \\[3, 16\\] is no one direction"),
+        ([1.0, 2.0], 1, "list is no tensor"),
+        (torch.ones(16), None, "a layer None"),
+        (torch.ones(16), "layer 1", "layer"),
+    ],
+)
+def test_a_tensor_that_is_no_direction_is_refused(given, layer, message) -> None:
+    with pytest.raises(NnspliceError, match=message):
+        ns.steering.SteeringVector.from_tensor(given, layer)

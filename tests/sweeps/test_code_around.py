@@ -288,7 +288,7 @@ def _steered(model: Any) -> Any:
 
 def _swapped(model: Any) -> Any:
     tuned = {name: p * 0.9 for name, p in ns.models.peel(model).named_parameters()}
-    return ns.sweep_weights(model, tuned, "layers[0]", METRIC, [CLEAN], progress=False)
+    return ns.sweep_weights(model, tuned, [CLEAN], "layers[0]", METRIC, progress=False)
 
 
 #: What calls the bare module inside of all wrappers.

@@ -137,7 +137,7 @@ def test_what_makes_no_sense_is_refused(model, number: int) -> None:
 
 
 def test_sites_after_the_position_that_is_read_are_known_with_a_warning(model) -> None:
-    with pytest.warns(UserWarning, match="6 cells stand after the position"):
+    with pytest.warns(UserWarning, match="6 cells after the position"):
         plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC.at(1))
     assert {plan.targets[n].cell.position for _, n in plan.jobs} == {1}
 
@@ -174,8 +174,11 @@ def test_a_metric_that_is_not_a_number_is_refused(model) -> None:
     with pytest.raises(BadArgument, match=r"shape \[\] of logits[\s\S]*one number for each row"):
         run(scalar, model, progress=False)
     of_all = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", lambda logits: logits[0, -1, 5])
-    with pytest.raises(IndexError) as caught:
+    with pytest.raises(BadArgument, match=r"given \[row, vocab\] = \[1, 64\], those of position -1[\s\S]*:, token\]"):
         run(of_all, model, progress=False)
+    faulty = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", lambda logits: logits[:, 1000])
+    with pytest.raises(IndexError, match="out of bounds") as caught:  # an error of the user's own stays what it is
+        run(faulty, model, progress=False)
     assert "logits [row, vocab] = [1, 64] of position -1" in caught.value.__notes__[0]
 
 

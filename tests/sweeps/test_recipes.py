@@ -388,7 +388,7 @@ def _ablated(family: str, layer: int, head: int, value: Tensor | None = None, to
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_head_is_taken_out_at_every_token_as_hooks_do_it(family: str) -> None:
     result = ns.ablate(
-        _double(family), TEXT, "layers[:].heads[:].output", ns.logit_diff("w7", "w8"), progress=False, with_="zero"
+        _double(family), TEXT, "layers[:].heads[:].output", ns.logit_diff("w7", "w8"), progress=False, operation="zero"
     )
     expected = [[float(_d(_ablated(family, n, h))) for h in range(HEADS)] for n in range(LAYERS)]
     assert result.grid().dims == ("prompt", "layer", "head")
@@ -427,7 +427,7 @@ def test_the_mean_of_other_prompts_takes_a_value_out() -> None:
     site = "layers[:].heads[:].output"
     others = ["w20 w21 w22", "w30 w31 w32"]
     reference = ns.capture(model, others, "layers[:].heads[:].output[:]")
-    result = ns.ablate(model, TEXT, site, metric, with_="mean", reference=reference, progress=False)
+    result = ns.ablate(model, TEXT, site, metric, operation="mean", reference=reference, progress=False)
     for layer, head in ((0, 1), (2, 3)):
         # Of the same position; of all positions where the other prompts have no such one.
         held = reference.get(f"layers[{layer}].heads[{head}].output[:]")
@@ -439,7 +439,7 @@ def test_the_mean_of_other_prompts_takes_a_value_out() -> None:
 def test_without_a_reference_the_prompts_are_their_own() -> None:
     model, metric = _double("gpt2"), ns.logit_diff("w7", "w8")
     texts = [TEXT, "w13 w14 w15"]
-    result = ns.ablate(model, texts, "layers[:].heads[:].output", metric, with_="mean", progress=False)
+    result = ns.ablate(model, texts, "layers[:].heads[:].output", metric, operation="mean", progress=False)
     site = "layers[1].heads[0].output[:]"
     rows = [ns.capture(model, text, site).get(site) for text in texts]
     mean = torch.stack([row[0].mean(0) for row in rows]).mean(0)
@@ -451,7 +451,7 @@ def test_resampling_draws_one_of_the_reference_by_its_seed() -> None:
     model, metric = _double("gpt2"), ns.logit_diff("w7", "w8")
     reference = ns.capture(model, [f"w{n} w{n + 1}" for n in range(20, 28)], "layers[:].heads[:].output[-1]")
     site = "layers[:].heads[:].output[-1]"
-    options: dict[str, Any] = {"with_": "resample", "reference": reference, "progress": False}
+    options: dict[str, Any] = {"operation": "resample", "reference": reference, "progress": False}
     ask = lambda seed: ns.ablate(model, TEXT, site, metric, seed=seed, **options)  # noqa: E731
     result = ask(0)
     assert result == ask(0) and abs(result.grid() - ask(1).grid()).max() > 1e-6
@@ -463,11 +463,11 @@ def test_resampling_draws_one_of_the_reference_by_its_seed() -> None:
 def test_an_ablation_by_a_function() -> None:
     model, metric = _double("gpt2"), ns.logit_diff("w7", "w8")
     by_name = ns.ablate(model, TEXT, "layers[:].heads[:].output", metric, progress=False)
-    by_function = ns.ablate(model, TEXT, "layers[:].heads[:].output", metric, with_=lambda v: v * 0, progress=False)
+    by_function = ns.ablate(model, TEXT, "layers[:].heads[:].output", metric, operation=lambda v: v * 0, progress=False)
     np.testing.assert_allclose(by_name.grid(), by_function.grid(), atol=1e-12)
     assert by_name != by_function  # another question
     with pytest.raises(BadArgument, match="no operation 'nothing'"):
-        ns.ablate(model, TEXT, "layers[:].heads[:].output", metric, with_="nothing", progress=False)
+        ns.ablate(model, TEXT, "layers[:].heads[:].output", metric, operation="nothing", progress=False)
 
 
 def test_a_mistyped_option_is_told_by_the_name_of_what_was_called() -> None:

@@ -250,7 +250,7 @@ def test_pairs_are_ablated_by_means_and_samples(with_: str) -> None:
     model = _double("gpt2")
     pairs = [list(pair) for pair in combinations([f"layers[1].heads[{h}]" for h in range(4)], 2)]
     a, b = (
-        ns.ablate(model, CORRUPTED, pairs, METRIC, with_=with_, executor=name, progress=False).table.values
+        ns.ablate(model, CORRUPTED, pairs, METRIC, operation=with_, executor=name, progress=False).table.values
         for name in ("reference", "packed")
     )
     assert np.abs(a - b).max() < 1e-12 and len(pairs) == a.shape[1] == 6

@@ -63,7 +63,7 @@ def test_numbers_are_those_of_copied_weights(name):
     if name in zoo.SEQ2SEQ:
         sites.append("encoder.layers[:].attn")
     before = {n: t.clone() for n, t in model._module.state_dict().items()}
-    result = ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False)
+    result = ns.sweep_weights(model, tuned, PROMPTS, sites, METRIC, progress=False)
     assert all(torch.equal(t, before[n]) for n, t in model._module.state_dict().items())
     frame = result.frame()
     for prompt, path, value in zip(frame.prompt, frame.path, frame.value, strict=True):
@@ -76,9 +76,9 @@ def test_numbers_are_those_of_copied_weights(name):
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 def test_leaving_out_layers_changes_no_bit(name, monkeypatch):
     model, tuned = pair(name)
-    fast = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
+    fast = ns.sweep_weights(model, tuned, PROMPTS, "layers[:].mlp", METRIC, progress=False)
     monkeypatch.setattr(ROOM["Prefix"], "of", classmethod(lambda cls, model, run: cls()))
-    slow = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
+    slow = ns.sweep_weights(model, tuned, PROMPTS, "layers[:].mlp", METRIC, progress=False)
     assert fast == slow and fast.digest == slow.digest
     towers = 2 if name in zoo.SEQ2SEQ else 1
     assert slow.run.block_calls == 2 * 3 * 3 * towers  # two lengths, three cells, all layers
@@ -88,7 +88,7 @@ def test_leaving_out_layers_changes_no_bit(name, monkeypatch):
 
 def test_the_grid_is_layer_by_head_and_can_be_plotted(tmp_path):
     model, tuned = pair("llama")
-    result = ns.sweep_weights(model, tuned, "layers[:].heads[:]", METRIC, PROMPTS, progress=False)
+    result = ns.sweep_weights(model, tuned, PROMPTS, "layers[:].heads[:]", METRIC, progress=False)
     assert result.grid().dims == ("prompt", "layer", "head") and result.grid().shape == (3, 3, 4)
     assert result.components == ("layers[:].heads[:]",) and result.is_complete
     axes = result.plot()
@@ -101,7 +101,7 @@ def test_the_grid_is_layer_by_head_and_can_be_plotted(tmp_path):
 
 def test_one_place_without_a_number_has_a_grid_and_a_picture(tmp_path):
     model, tuned = pair("gpt2")
-    result = ns.sweep_weights(model, tuned, "embed", METRIC, PROMPTS, progress=False)
+    result = ns.sweep_weights(model, tuned, PROMPTS, "embed", METRIC, progress=False)
     assert result.grid().dims == ("prompt",) and np.array_equal(result.grid().values, result.frame().value)
     assert np.asarray(result.plot().get_images()[0].get_array()).shape == (1, 1)
     result.to_html(tmp_path / "r.html")
@@ -117,7 +117,7 @@ def test_only_what_was_tuned_has_an_effect():
             ids = torch.tensor([[3, 4, 5, 6]])
             tuned(ids, labels=ids).loss.backward()
             optimizer.step()
-    result = ns.sweep_weights(model, tuned, "layers[:].heads[:]", METRIC, PROMPTS, progress=False)
+    result = ns.sweep_weights(model, tuned, PROMPTS, "layers[:].heads[:]", METRIC, progress=False)
     effect = result.effect(per_prompt=True)
     expected = np.zeros((3, 3, 4))
     expected[:, 1, 2] = 1.0
@@ -126,7 +126,7 @@ def test_only_what_was_tuned_has_an_effect():
 
 def test_metrics_that_compare_are_compared_with_the_tuned_model():
     model, tuned = pair("gpt2")
-    result = ns.sweep_weights(model, tuned, ["layers[1]", "full"], ns.kl_divergence(), PROMPTS, progress=False)
+    result = ns.sweep_weights(model, tuned, PROMPTS, ["layers[1]", "full"], ns.kl_divergence(), progress=False)
     everything = result.frame().set_index("path").loc["full"]
     assert np.allclose(everything.value, 0, atol=1e-12) and np.allclose(result.clean, 0, atol=1e-12)
     assert (result.corrupted > 1e-6).all()
@@ -134,9 +134,9 @@ def test_metrics_that_compare_are_compared_with_the_tuned_model():
 
 def test_a_state_dict_is_taken_and_batches_do_not_matter():
     model, tuned = pair("llama")
-    whole = ns.sweep_weights(model, tuned, "layers[:].groups[:]", METRIC, PROMPTS, progress=False)
+    whole = ns.sweep_weights(model, tuned, PROMPTS, "layers[:].groups[:]", METRIC, progress=False)
     again = ns.sweep_weights(
-        model, tuned.state_dict(), "layers[:].groups[:]", METRIC, PROMPTS, batch_size=1, progress=False
+        model, tuned.state_dict(), PROMPTS, "layers[:].groups[:]", METRIC, batch_size=1, progress=False
     )
     assert np.allclose(whole.grid(), again.grid(), atol=1e-12) and np.allclose(whole.clean, again.clean, atol=1e-12)
     assert whole.asked == again.asked and whole.grid().dims == ("prompt", "layer", "group")
@@ -151,7 +151,7 @@ def test_a_journal_goes_on_after_a_stop(after, tmp_path, monkeypatch):
     model, tuned = pair("gpt2")
     before = {n: t.clone() for n, t in model._module.state_dict().items()}
     sites = "layers[:].mlp"
-    expected = ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False)
+    expected = ns.sweep_weights(model, tuned, PROMPTS, sites, METRIC, progress=False)
     calls = 0
     swap = ROOM["swap"]
 
@@ -165,23 +165,23 @@ def test_a_journal_goes_on_after_a_stop(after, tmp_path, monkeypatch):
     journal = tmp_path / "journal.jsonl"
     monkeypatch.setitem(ROOM, "swap", stopping)
     with pytest.raises(Stop) if after < 7 else pytest.MonkeyPatch.context():
-        ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False, journal=journal)
+        ns.sweep_weights(model, tuned, PROMPTS, sites, METRIC, progress=False, journal=journal)
     assert all(torch.equal(t, before[n]) for n, t in model._module.state_dict().items())
     monkeypatch.setitem(ROOM, "swap", swap)
-    result = ns.sweep_weights(model, tuned, sites, METRIC, PROMPTS, progress=False, journal=journal)
+    result = ns.sweep_weights(model, tuned, PROMPTS, sites, METRIC, progress=False, journal=journal)
     assert result == expected and result.run.forwards == 6 - min(after - 1, 6)
     other = tuned_of(model, seed=6)
     with pytest.raises(ValueError, match="another sweep"):
-        ns.sweep_weights(model, other, sites, METRIC, PROMPTS, progress=False, journal=journal)
+        ns.sweep_weights(model, other, PROMPTS, sites, METRIC, progress=False, journal=journal)
 
 
 def test_one_changed_number_anywhere_is_another_sweep():
     """The identity of a result covers all that is swapped: tuned models may differ in few numbers."""
     model, tuned = pair("gpt2")
-    first = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
+    first = ns.sweep_weights(model, tuned, PROMPTS, "layers[:].mlp", METRIC, progress=False)
     with torch.no_grad():
         tuned.transformer.h[2].mlp.c_proj.weight[17, 3] += 1e-3
-    second = ns.sweep_weights(model, tuned, "layers[:].mlp", METRIC, PROMPTS, progress=False)
+    second = ns.sweep_weights(model, tuned, PROMPTS, "layers[:].mlp", METRIC, progress=False)
     assert first.asked["to"] != second.asked["to"] and first.asked["from"] == second.asked["from"]
 
 
@@ -209,13 +209,13 @@ def test_mistakes(change, error, message):
 def test_models_are_checked():
     model, tuned = pair("gpt2")
     with pytest.raises(TypeError, match="not wrapped"):
-        ns.sweep_weights(model._module, tuned, "layers[:]", METRIC, PROMPTS, progress=False)
+        ns.sweep_weights(model._module, tuned, PROMPTS, "layers[:]", METRIC, progress=False)
     with pytest.raises(ValueError, match="same model"):
-        ns.sweep_weights(model, model._module, "layers[:]", METRIC, PROMPTS, progress=False)
+        ns.sweep_weights(model, model._module, PROMPTS, "layers[:]", METRIC, progress=False)
     with pytest.raises(ValueError, match="tuned model is in train mode"):
-        ns.sweep_weights(model, tuned.train(), "layers[:]", METRIC, PROMPTS, progress=False)
+        ns.sweep_weights(model, tuned.train(), PROMPTS, "layers[:]", METRIC, progress=False)
     with pytest.raises(ValueError, match="has no transformer"):
-        ns.sweep_weights(model, zoo.build("llama"), "layers[:]", METRIC, PROMPTS, progress=False)
+        ns.sweep_weights(model, zoo.build("llama"), PROMPTS, "layers[:]", METRIC, progress=False)
 
 
 def test_a_model_with_edits_is_refused_because_its_module_runs_without_them():
@@ -223,4 +223,4 @@ def test_a_model_with_edits_is_refused_because_its_module_runs_without_them():
     with model.edit() as (_, edited):
         edited.transformer.h[1].output[:] = 0
     with pytest.raises(ValueError, match="has edits of nnsight"):
-        ns.sweep_weights(edited, tuned, "layers[1]", METRIC, PROMPTS, progress=False)
+        ns.sweep_weights(edited, tuned, PROMPTS, "layers[1]", METRIC, progress=False)

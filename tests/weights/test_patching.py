@@ -104,7 +104,7 @@ def test_mean_ablation_is_the_mean_of_what_is_selected():
     model = zoo.build("llama").double()
     weight = model.model.layers[1].self_attn.q_proj.weight
     rows = weight.detach()[12:18].clone()
-    with w.ablate(model, "layers[1].heads[2].q", with_="mean"):
+    with w.ablate(model, "layers[1].heads[2].q", operation="mean"):
         assert torch.allclose(weight[12:18], rows.mean().expand_as(rows), rtol=0, atol=1e-15)
         assert len(weight[12:18].unique()) == 1
     assert torch.equal(weight[12:18], rows)
@@ -116,7 +116,7 @@ CONTEXTS = {
     "swap": lambda base, other, place: w.swap(base, other, place),
     "interpolate": lambda base, other, place: w.interpolate(base, other, place, 0.3),
     "zero": lambda base, other, place: w.ablate(base, place),
-    "mean": lambda base, other, place: w.ablate(base, place, with_="mean"),
+    "mean": lambda base, other, place: w.ablate(base, place, operation="mean"),
 }
 
 
@@ -266,7 +266,7 @@ MISTAKES: Mapping[str, tuple[Any, str]] = {
     "a mask of another shape": (
         lambda b, o: w.swap(b, o, {"model.norm.weight": torch.ones(3, dtype=torch.bool)}), r"\[3\]"),
     "a layer too many": (lambda b, o: w.ablate(b, "l7"), "out of range"),
-    "an unknown ablation": (lambda b, o: w.ablate(b, "l0", with_="median"), "with_='median'"),
+    "an unknown ablation": (lambda b, o: w.ablate(b, "l0", operation="median"), "operation='median'"),
     "no number": (lambda b, o: w.interpolate(b, o, "l0", float("nan")), "t=nan"),
 }  # fmt: skip
 
@@ -293,5 +293,5 @@ def test_models_that_tie_differently_do_not_mix():
 def test_signatures_are_those_of_the_contract():
     assert list(inspect.signature(w.swap).parameters) == ["base", "other", "selection"]
     assert list(inspect.signature(w.interpolate).parameters) == ["base", "other", "selection", "t"]
-    assert list(inspect.signature(w.ablate).parameters) == ["model", "selection", "with_"]
+    assert list(inspect.signature(w.ablate).parameters) == ["model", "selection", "operation"]
     assert list(inspect.signature(w.freeze_except).parameters) == ["model", "selection"]

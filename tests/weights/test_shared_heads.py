@@ -120,7 +120,7 @@ def test_what_is_no_heads_own_is_refused_with_the_group(value):
         lambda base, other, what: w.swap(base, other, what),
         lambda base, other, what: w.interpolate(base, other, what, 0.5),
         lambda base, other, what: w.ablate(base, what),
-        lambda base, other, what: w.ablate(base, what, with_="mean"),
+        lambda base, other, what: w.ablate(base, what, operation="mean"),
     ],
 )
 def test_shared_keys_and_values_stay_to_the_bit(change: Callable[..., Any]):

@@ -15,14 +15,16 @@ from nnsplice.activations.access import Access, accesses, hold, keys_of, require
 from nnsplice.activations.packs import Pack, Provenance
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.paths import Path, Paths
 from nnsplice.progress import bar
 from nnsplice.tokens import Rows, Spans, columns, concrete
 
 
+@renamed(paths="sites")
 @engine.only_local
-def save_activations(model: Any, paths: Paths, *, keep_graph: bool = False) -> SavedActivation:
+def save_activations(model: Any, sites: Paths, *, keep_graph: bool = False) -> SavedActivation:
     """Save activations of the running trace, inside `with model.trace(...)`.
 
     Paths may be native or portable, with slices and lists, in any order. The result stays valid after the trace.
@@ -34,7 +36,7 @@ def save_activations(model: Any, paths: Paths, *, keep_graph: bool = False) -> S
 
     Args:
         model: the model that is traced.
-        paths: a path or several, with token positions.
+        sites: a path or several, with token positions.
         keep_graph: keep the values in the autograd graph instead of copying them out of it.
 
     Returns:
@@ -47,22 +49,23 @@ def save_activations(model: Any, paths: Paths, *, keep_graph: bool = False) -> S
     """
     model = engine.as_model(model)
     mediator = engine.worker(model, "ns.save_activations")
-    wanted = _wanted(model, paths)
+    wanted = _wanted(model, sites)
     batch = engine.batch_of(model, mediator)
     packs = gather(model, mediator, wanted, batch, keep_graph=keep_graph)
     name, revision = engine.name_of(model)
     return SavedActivation._new(packs, Provenance(name, revision, tokens=_tokens(batch)), engine.known(model))
 
 
+@renamed(paths="sites")
 def capture(
     model: Any,
     prompts: PromptsLike,
-    paths: Paths,
+    sites: Paths,
     *,
     spans: SpanTexts | None = None,
     batch_size: int | None = None,
     keep_graph: bool = False,
-    progress: bool = False,
+    progress: bool = True,
     remote: bool | str = False,
 ) -> SavedActivation:
     """Run prompts through the model and save activations.
@@ -76,12 +79,13 @@ def capture(
     Args:
         model: a model from `ns.load`.
         prompts: a text, a list of texts, token ids (list, list of lists, tensor), chat messages or an encoding; for a
-            plain module its input, `[prompt, token, width]`.
-        paths: a path or several, with token positions: `"layers[:].output[-1]"`, `'layers[2].output["subject"][-1]'`.
+            module of your own its input: token ids, values
+            `[prompt, token, width]` or `[prompt, width]`, or a dictionary by the names of its forward's arguments.
+        sites: a path or several, with token positions: `"layers[:].output[-1]"`, `'layers[2].output["subject"][-1]'`.
         spans: token spans by name: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
         batch_size: how many prompts run in one pass; all prompts of one length if left out.
         keep_graph: keep the values in the autograd graph.
-        progress: show a progress bar.
+        progress: show a progress bar once a second has passed.
         remote: run on nnsight's remote service.
 
     Returns:
@@ -99,7 +103,7 @@ def capture(
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
         given = encode(model, prompts, spans)
-        wanted = _wanted(model, paths, probe=given.values)
+        wanted = _wanted(model, sites)
         _check_positions(wanted, given)
         closures.require(model, wanted)
     batches = given.batches(batch_size)
@@ -117,8 +121,8 @@ def capture(
     return SavedActivation._new(_joined(parts, batches), origin, engine.known(model))
 
 
-def _wanted(model: engine.Model, paths: Paths, probe: Any = None) -> list[Path]:
-    wanted = engine.expand(model, paths, probe=probe)
+def _wanted(model: engine.Model, paths: Paths) -> list[Path]:
+    wanted = engine.expand(model, paths)
     if not wanted:
         raise BadArgument("no paths, so there is nothing to capture", expected="at least one path")
     require_positions(wanted)

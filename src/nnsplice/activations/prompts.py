@@ -27,11 +27,13 @@ class Prompts:
     texts: tuple[str, ...] | None = None
     #: Decoder token ids per prompt, for models with two towers.
     decoder_ids: tuple[tuple[int, ...], ...] | None = None
-    #: `[prompt, token, width]` for a plain module.
+    #: For a plain module, its first input: `[prompt, token, width]`, or `[prompt, width]` as one token each.
     values: Tensor | None = None
     spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
     #: What the model's forward takes.
     taken: engine.Taken = field(default=engine.ANY, repr=False, compare=False)
+    #: For a plain module, its inputs by name, of which `values` are the first; empty where there is one.
+    inputs_by_name: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids) if self.values is None else self.values.shape[0]
@@ -47,7 +49,8 @@ class Prompts:
     @cached_property
     def _encoder_lengths(self) -> list[int]:
         if self.values is not None:
-            return [self.values.shape[1] if self.values.dim() > 1 else 1] * len(self)
+            tokens = self.values.dim() > 2 or not self.values.is_floating_point()
+            return [self.values.shape[1] if tokens and self.values.dim() > 1 else 1] * len(self)
         return [len(row) for row in self.ids]
 
     @cached_property
@@ -63,7 +66,15 @@ class Prompts:
             None if self.values is None else self.values[list(rows)],
             None if self.spans is None else {n: tuple(bounds[row] for row in rows) for n, bounds in self.spans.items()},
             self.taken,
+            self._named(rows),
         )
+
+    def _named(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The inputs by name of some rows; what has no row for each prompt is given to all."""
+        return {
+            name: value[list(rows)] if isinstance(value, Tensor) and value.shape[:1] == (len(self),) else value
+            for name, value in self.inputs_by_name.items()
+        }
 
     def padded(self, rows: Sequence[int]) -> Prompts:
         """These prompts, all as long as the longest of them: its last token stands again behind each shorter one."""
@@ -90,6 +101,8 @@ class Prompts:
 
     def inputs(self, rows: Sequence[int], device: torch.device | None) -> Mapping[str, Tensor] | Tensor:
         """What a forward pass over these rows takes."""
+        if self.inputs_by_name:
+            return self._named(rows)
         if self.values is not None:
             return self.values[list(rows)]
         ids = torch.tensor([self.ids[row] for row in rows], device=device)
@@ -142,13 +155,20 @@ PairSpanTexts = SpanTexts | Mapping[str, SpanTexts]
 
 
 def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None) -> Prompts:
-    """Prompts in any of their forms, checked."""
+    """Prompts in any of their forms, checked; the first of them shows how a module of the user's own is called."""
     if isinstance(prompts, Prompts):
         return prompts
+    given = _encoded(model, prompts, spans)
+    if len(given):
+        engine.offer_probe(model, lambda: given.inputs([0], model.device))
+    return given
+
+
+def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prompts:
     if spans is not None and not isinstance(spans, Mapping):
         raise BadType(f"spans is {named(spans)}", expected='a name for each span: spans={"subject": [...]}')
     if isinstance(prompts, Tensor) and prompts.is_floating_point():
-        if prompts.dim() != 3:
+        if prompts.dim() != 3 and not (prompts.dim() == 2 and _is_plain(model)):
             raise BadType(
                 f"prompts of shape {list(prompts.shape)} and {prompts.dtype}",
                 expected="token ids, which are integers [prompt, token], or values [prompt, token, width]",
@@ -157,6 +177,8 @@ def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = 
         if spans:
             raise BadArgument("spans are stretches of tokens, and these prompts are values, not tokens")
         return Prompts(values=prompts)
+    if isinstance(prompts, Mapping) and "input_ids" not in prompts and not is_chat(prompts) and _is_plain(model):
+        return _by_name(model, prompts)
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
     if chats:
         texts, ids, messages = _chats(model, chats)
@@ -175,6 +197,27 @@ def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = 
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
     return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))))
+
+
+def _is_plain(model: engine.Model) -> bool:
+    """Whether it is a module of the user's own, of which no config says what its inputs are."""
+    return not hasattr(peel(model), "config")
+
+
+def _by_name(model: engine.Model, inputs: Mapping[str, Any]) -> Prompts:
+    """The inputs of a module of the user's own, by the names of its forward's arguments."""
+    taken = engine.taken_by(type(peel(model)))
+    if unknown := [name for name in inputs if not taken.takes(name)]:
+        raise BadArgument(
+            f"this model's forward takes no {unknown[0]}",
+            expected=f"its arguments by name: {', '.join(taken.names) or 'none'}",
+        )
+    if missing := [name for name in taken.required if name not in inputs]:
+        raise BadArgument(f"this model's forward needs {missing[0]}", expected=f"all of {', '.join(taken.required)}")
+    first = next((value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0), None)
+    if first is None or not len(first):
+        raise BadArgument("these inputs hold no row", expected="a tensor with a row for each prompt")
+    return Prompts(values=first, taken=taken, inputs_by_name=dict(inputs))
 
 
 Ids = tuple[tuple[int, ...], ...]

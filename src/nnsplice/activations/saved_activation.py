@@ -21,7 +21,8 @@ from nnsplice.activations.folders import ActivationFolder
 from nnsplice.activations.packs import MEAN, Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
-from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath, named
+from nnsplice.deprecated import renamed
+from nnsplice.errors import BadArgument, BadType, KeyMismatch, PathError, UnknownPath, named
 from nnsplice.paths import Path, Paths, Span, parse_path
 from nnsplice.shown import printable
 
@@ -177,11 +178,19 @@ class SavedActivation:
         return self._known.atlas if self._known else None, packs.common_length(self._packs, self._provenance)
 
     @property
-    def values(self) -> tree.Tree:
-        """The tensors as a tree that follows the paths: `saved.values.transformer.h[2].output[10]`."""
-        return tree.grow((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
+    def values(self) -> tree.Values:
+        """The tensors: `saved.values()` lists them, `saved.values.transformer.h[2].output[10]` follows the paths.
 
-    def subset(self, paths: Paths) -> Self:
+        >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[-1]")
+        >>> [list(tensor.shape) for tensor in saved.values()]
+        [[1, 16], [1, 16], [1, 16]]
+        >>> saved.values.layers[2].output[-1] is not None
+        True
+        """
+        return tree.Values((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
+
+    @renamed(paths="sites")
+    def subset(self, sites: Paths) -> Self:
         """Only these sites and positions, in the order of the forward pass.
 
         >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[:]")
@@ -189,7 +198,7 @@ class SavedActivation:
         ['layers[0].output[2]', 'layers[1].output[2]']
 
         Args:
-            paths: a path or several, with slices and lists.
+            sites: a path or several, with slices and lists.
 
         Returns:
             The smaller capture.
@@ -197,7 +206,7 @@ class SavedActivation:
         Raises:
             UnknownPath: a path that was not captured.
         """
-        wanted = engine.listed(paths)
+        wanted = engine.listed(sites)
         return self._like(lookup.chosen(self._packs, {entry for path in wanted for entry in self._find(path)}))
 
     def union(self, other: SavedActivation) -> Self:
@@ -478,8 +487,32 @@ class SavedActivation:
         """
         return algebra.close(*self._beside(other), rtol, atol, equal_nan)
 
-    def save(self) -> Self:
-        """Keep this object past the end of the trace, as nnsight's `save`; it does nothing outside a trace."""
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same sites with exactly the same values, as two dictionaries would be compared.
+
+        >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[-1]")
+        >>> saved == ns.capture(model, "w3 w4 w5", "layers[:].output[-1]"), saved == saved * 2
+        (True, False)
+        """
+        if not isinstance(other, SavedActivation):
+            return NotImplemented
+        try:
+            return self.allclose(other, rtol=0.0, atol=0.0)
+        except KeyMismatch:
+            return False
+
+    def save(self, path: object = None) -> Self:
+        """Keep this object past the end of the trace, as nnsight's `save`; it does nothing outside a trace.
+
+        Raises:
+            BadType: given a path; a file is written by `to_file`.
+        """
+        if path is not None:
+            raise BadType(
+                "save() keeps a capture past the end of a trace, and writes no file",
+                expected="to_file for a file",
+                write=f"saved.to_file({str(path)!r})",
+            )
         return engine.keep(self)
 
     def _located(self, model: Any) -> Self:
@@ -546,12 +579,13 @@ class SavedActivation:
         storage.write(path, self._packs, self._provenance)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], paths: Paths | None = None) -> Self:
+    @renamed(paths="sites")
+    def from_file(cls, path: str | os.PathLike[str], sites: Paths | None = None) -> Self:
         """Read a capture, or only some of its paths.
 
         Args:
             path: the file.
-            paths: a path or several to read; all if left out.
+            sites: a path or several to read; all if left out.
 
         Returns:
             The capture.
@@ -560,7 +594,7 @@ class SavedActivation:
             FileError: the file is no capture, or damaged.
             UnknownPath: the file does not hold a path.
         """
-        of, provenance = storage.read(path, paths)
+        of, provenance = storage.read(path, sites)
         return cls._new(of, provenance, None)
 
     @classmethod

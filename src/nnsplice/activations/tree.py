@@ -62,6 +62,30 @@ class Tree:
         return f"<{self._name}: {', '.join(str(name) for name in self._children)}>"
 
 
+class Values(Tree):
+    """All tensors of a capture: as a list when called, and as the tree of their paths.
+
+    The tree is made when it is first gone down, as some captures have no tree: `h[0].output` and `h[0].output[0]` would
+    stand at one branch.
+    """
+
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Iterable[tuple[Path, Tensor]]) -> None:
+        self._name = "values"
+        self._entries = list(entries)
+
+    def __call__(self) -> list[Tensor]:
+        """The tensors `[prompt, width]`, in the order of the keys."""
+        return [tensor for _, tensor in self._entries]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_children":
+            self._children = grow(self._entries)._children
+            return self._children
+        return super().__getattr__(name)
+
+
 def grow(entries: Iterable[tuple[Path, Tensor]]) -> Tree:
     """The tree of these entries."""
     root: dict[str | int, Any] = {}

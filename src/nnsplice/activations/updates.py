@@ -12,6 +12,7 @@ from nnsplice.activations import derived, features
 from nnsplice.activations.access import Access, accesses, hold, require_positions, site_of
 from nnsplice.activations.writing import Entry, Read, written
 from nnsplice.atlas import host
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, DuplicatePath, LateUpdate, PathError, RefusedPlace, ShapeError
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.tokens import Rows, columns
@@ -19,8 +20,9 @@ from nnsplice.tokens import Rows, columns
 Update = Callable[[Tensor], None]
 
 
+@renamed(paths="sites")
 @engine.only_local
-def updates(model: Any, paths: Paths) -> Iterator[tuple[str, Tensor, Update]]:
+def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
     """Edit activations of the running trace one by one, in the order of the forward pass.
 
     >>> with model.trace("w3 w4 w5"):
@@ -29,7 +31,7 @@ def updates(model: Any, paths: Paths) -> Iterator[tuple[str, Tensor, Update]]:
 
     Args:
         model: the model that is traced.
-        paths: a path or several, each a single site and position.
+        sites: a path or several, each a single site and position.
 
     Yields:
         `(key, current, update)`: the path as it was given, a copy of the current value `[prompt, width]` that keeps the
@@ -43,7 +45,7 @@ def updates(model: Any, paths: Paths) -> Iterator[tuple[str, Tensor, Update]]:
     """
     model = engine.as_model(model)
     mediator = engine.worker(model, "ns.updates")
-    wanted = engine.listed(paths)
+    wanted = engine.listed(sites)
     if not wanted:
         raise BadArgument("no paths, so there is nothing to update", expected="at least one path")
     arranged = engine.known(model).arrange(wanted)

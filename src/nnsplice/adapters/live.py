@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from nnsplice.adapters.keys import read_key
 from nnsplice.atlas import Atlas, peel
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, MissingPackage, RefusedPlace, UnknownPath, named
 from nnsplice.paths import Path, Paths
 
 
+@renamed(paths="sites")
 @contextmanager
-def disabled(model: Any, paths: Paths = "full") -> Iterator[None]:
+def disabled(model: Any, sites: Paths = "full") -> Iterator[None]:
     """Disable a PEFT adapter in a `with` block, everywhere or at some addresses.
 
     Every address stays valid, so captures inside and outside the block can be subtracted:
@@ -35,7 +37,7 @@ def disabled(model: Any, paths: Paths = "full") -> Iterator[None]:
 
     Args:
         model: a model with a PEFT adapter, loaded by `ns.load(base, peft=folder)` or wrapped by PEFT.
-        paths: where to disable it: `"layers[0:3]"`, `"layers[:].mlp"`, ... At least one address has to have factors.
+        sites: where to disable it: `"layers[0:3]"`, `"layers[:].mlp"`, ... At least one address has to have factors.
 
     Raises:
         BadArgument: a model without an adapter, or with one that is merged into the weights.
@@ -48,7 +50,7 @@ def disabled(model: Any, paths: Paths = "full") -> Iterator[None]:
             "this model has no adapter that could be disabled",
             write='model = ns.load(base, peft="folder of the adapter")',
         )
-    chosen = _chosen(model, layers, paths)
+    chosen = _chosen(model, layers, sites)
     before = [(layer, layer._disable_adapters) for _, layer in chosen]
     for name, layer in chosen:
         if getattr(layer, "merged", False):

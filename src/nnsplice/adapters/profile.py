@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnsplice import plots
-from nnsplice.adapters.domains import DOMAINS, Depth, DomainTable, Kind
+from nnsplice.adapters.domains import Depth, DomainTable, Kind
 from nnsplice.adapters.factors import ExpertAdapter
 from nnsplice.atlas import Atlas
 from nnsplice.atlas.names import layer_of, unwrapped
@@ -270,7 +270,7 @@ def _part_order(one: Energy) -> tuple:
 
 def profile(
     adapter: ExpertAdapter,
-    table: DomainTable = DOMAINS,
+    table: DomainTable | None = None,
     *,
     total_layers: int | None = None,
     atlas: Atlas | None = None,
@@ -290,7 +290,7 @@ def profile(
 
     Args:
         adapter: the factors.
-        table: the weight of each part and depth for each domain.
+        table: the weight of each part and depth for each domain; without one there are energies and no shares.
         total_layers: the number of layers of the model; from `atlas`, or the adapter's highest layer, if left out.
         atlas: `ns.Atlas.of(model)`, which locates names exactly.
 
@@ -304,7 +304,8 @@ def profile(
         numbers = [layer.number for name in adapter.layers if (layer := layer_of(name))]
         total_layers = atlas.tower().n_layers if atlas is not None and atlas.towers else max(numbers, default=0) + 1
     energies: list[Energy] = []
-    sums = [0.0] * len(table.names)
+    names = () if table is None else table.names
+    sums = [0.0] * len(names)
     for name, pair in adapter.layers.items():
         energy = float(pair.energy)
         if not energy < float("inf"):
@@ -315,8 +316,11 @@ def profile(
         at = where(name, total_layers, atlas)
         path = "" if at.address is None else str(at.address)
         energies.append(Energy(name, path, at.tower or "", at.layer, at.part, at.kind, at.depth, pair.rank, energy))
-        sums = [s + w * energy for s, w in zip(sums, table.of(at.kind, at.depth), strict=True)]
+        if table is not None:
+            sums = [s + w * energy for s, w in zip(sums, table.of(at.kind, at.depth), strict=True)]
+    if table is None:
+        return AdapterProfile({}, energies)
     total = sum(sums)
     nothing = sum(one.energy for one in energies) < NOTHING or total <= 0.0
-    scores = {name: table.empty if nothing else s / total for name, s in zip(table.names, sums, strict=True)}
+    scores = {name: table.empty if nothing else s / total for name, s in zip(names, sums, strict=True)}
     return AdapterProfile(scores, energies)

@@ -21,6 +21,7 @@ from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
+from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
 
@@ -140,6 +141,7 @@ class Estimator:
                 assert method.nodes is not None
                 one, found = method.nodes(batch)
             with torch.no_grad():
+                plan.metric.check_answers(logits, rows)
                 clean[rows] = plan.metric(logits, rows, logits).double().cpu().numpy()
                 corrupted[rows] = plan.metric(one.logits, rows, logits).double().cpu().numpy()
             if found is not None:
@@ -182,6 +184,7 @@ class Estimator:
             Table(
                 cells, found.corrupted[:, None] + scores, exists, exists, found.clean, found.corrupted, plan.tokens,
                 plan.asked, about, edges=found.edges, receivers=() if graph is None else graph.receivers,
+                labels=labels_of(self.model, plan),
             )
         )  # fmt: skip
 

@@ -36,7 +36,7 @@ from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.targets import tokens_of
 
 #: What is no option, as a path patch always patches from the clean run, at the tokens that its senders say.
-_SET_HERE = ("operation", "reference", "together", "corruption", "seed", "source")
+_SET_HERE = ("operation", "reference", "corruption", "seed", "source")
 
 
 def path_patch(
@@ -46,6 +46,8 @@ def path_patch(
     senders: Paths,
     receivers: Paths,
     metric: Metrics,
+    *,
+    together: bool = True,
     **options: Any,
 ) -> SweepResult:
     """Path patching: patch one sender at a time, and let its new value reach the receivers only.
@@ -71,6 +73,7 @@ def path_patch(
         receivers: paths to queries, keys, values, heads, attention or MLP outputs, or the stream; without a position,
             at all tokens.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
+        together: False makes each token of a sender without a position a cell, as `[:]` does.
         **options: `spans`, `align` and `window` of `ns.plan_sweep`; `max_tokens`, `journal` and `progress` of `ns.run`.
 
     Returns:
@@ -87,7 +90,7 @@ def path_patch(
     running = {name: options.pop(name) for name in RUNNING if name in options}
     model = engine.as_model(model)
     with circumstances("ns.path_patch"):
-        plan = plan_sweep(model, clean, corrupted, senders, metric, together=True, **options)
+        plan = plan_sweep(model, clean, corrupted, senders, metric, together=together, **options)
         if plan.owners:
             raise BadArgument(
                 f"path_patch reads one position, and {plan.metric.metric.name} reads several",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nnsplice.cli.commands import TowerName, app
-from nnsplice.cli.table import Row, aligned, say, show
+from nnsplice.cli.table import Json, Row, say, tabulate
 from nnsplice.errors import BadArgument
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def adapter(
     ] = None,
     tower: Annotated[TowerName | None, typer.Option(help="Whose layers the optimizer's table is of.")] = None,
     each: Annotated[bool, typer.Option("--each", help="A row for each weight, instead of one for each layer.")] = False,
+    as_json: Json = False,
 ) -> None:
     """What the adapter in DIR changed, layer by layer, and with --optimizer how training went there.
 
@@ -60,10 +61,13 @@ def adapter(
     elif tower is not None:
         raise BadArgument("--tower is about the optimizer's table", write="--optimizer FILE")
     say(f"{_summary(found)}\n")
-    show(_weights(profiled) if each else _layers(profiled))
+    if each:
+        tabulate("weights", _weights(profiled), ("weight", "rank", "energy", "share", ""))
+    else:
+        tabulate("layers", _layers(profiled), ("layer", "matrices", "energy", "share", ""))
     if health is not None:
         say(f"\noptimizer: {_progress(health)}\n")
-        show(_health(health))
+        tabulate("optimizer", _health(health), ("layer", "parameters", "gradient", "agreement", "dead", ""))
 
 
 def _progress(health: Health) -> str:
@@ -86,21 +90,20 @@ def _summary(found: ExpertAdapter) -> str:
     return "\n".join(lines)
 
 
-def _layers(profile: AdapterProfile) -> list[str]:
+def _layers(profile: AdapterProfile) -> list[Row]:
     layers = profile.layers()
     total, most = profile.total or 1.0, max(layers.values(), default=0.0) or 1.0
     matrices = {row: sum(one.row == row for one in profile.energies) for row in layers}
-    rows: list[Row] = [
+    return [
         (row, str(matrices[row]), f"{energy:.3g}", f"{energy / total:.1%}", bar(energy / most))
         for row, energy in layers.items()
     ]
-    return aligned(rows, ("layer", "matrices", "energy", "share", ""))
 
 
-def _weights(profile: AdapterProfile) -> list[str]:
+def _weights(profile: AdapterProfile) -> list[Row]:
     total = profile.total or 1.0
     most = max((one.energy for one in profile.energies), default=0.0) or 1.0
-    rows: list[Row] = [
+    return [
         (
             one.path or one.name,
             str(one.rank),
@@ -110,18 +113,16 @@ def _weights(profile: AdapterProfile) -> list[str]:
         )
         for one in profile.energies
     ]
-    return aligned(rows, ("weight", "rank", "energy", "share", ""))
 
 
-def _health(health: Health) -> list[str]:
+def _health(health: Health) -> list[Row]:
     sizes = {layer: one.gradient for layer, one in health.items()}
     most = max(sizes.values()) or 1.0
-    rows: list[Row] = [
+    return [
         (str(layer), str(one.params), f"{sizes[layer]:.2e}", f"{one.agreement:.2f}", f"{one.dead_fraction:.1%}",
          bar(sizes[layer] / most))
         for layer, one in health.items()
     ]  # fmt: skip
-    return aligned(rows, ("layer", "parameters", "gradient", "agreement", "dead", ""))
 
 
 def bar(share: float) -> str:

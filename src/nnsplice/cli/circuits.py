@@ -11,7 +11,7 @@ import typer
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
 from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
-from nnsplice.cli.table import aligned, say, show
+from nnsplice.cli.table import Json, say, tabulate
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import FileError
 
@@ -62,6 +62,7 @@ def find(
     device: Device = None,
     dtype: Dtype = None,
     no_cache: NoCache = False,
+    as_json: Json = False,
 ) -> None:
     """Choose the edges that matter most, by an estimate or one after the other, and show how much they keep.
 
@@ -112,6 +113,7 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     no_cache: NoCache = False,
+    as_json: Json = False,
 ) -> None:
     """Run a circuit, with everything outside it ablated, beside the whole model and beside nothing.
 
@@ -131,7 +133,7 @@ def run(
         for n, (value, full, empty) in enumerate(zip(report.values[:, 0], report.full, report.empty, strict=True))
     ]
     say(repr(one))
-    show(aligned(rows, ("prompt", " circuit", " model", " empty")))
+    tabulate("prompts", rows, ("prompt", " circuit", " model", " empty"))
     low, high = report.ci()[0]
     interval = "" if low != low else f", {low:.3f} to {high:.3f} at 95%"
     say(f"\nkeeps {report.f()[0]:.3f} of {metric.name}{interval}")
@@ -145,6 +147,7 @@ def show_(
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="For a graph of EAP-IG whose heads share keys and values.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show what is in a circuit, and draw it.
 
@@ -184,6 +187,8 @@ def _list(one: Any, most: int) -> None:
     say()
     if one.kind == "edges":
         rows = [(str(one.edges[n][0]), str(one.edges[n][1]), score) for n, score in zip(order, told, strict=True)]
-        show(aligned(rows, ("sender", "receiver", " score")))
+        tabulate("edges", rows, ("sender", "receiver", " score"))
     else:
-        show(aligned([(str(one.nodes[n]), score) for n, score in zip(order, told, strict=True)], ("node", " score")))
+        tabulate(
+            "nodes", [(str(one.nodes[n]), score) for n, score in zip(order, told, strict=True)], ("node", " score")
+        )

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
-from nnsplice.cli.table import say
+from nnsplice.cli.table import Json, begin, finish, say, tabulate
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.progress import bar
 from nnsplice.shown import printable
@@ -52,8 +52,10 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command and leave with 0 for success, 1 for an error or a failed check, 2 for wrong usage."""
+        begin()
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
+            finish()
         except WrongUsage as error:
             _explain(error)
             code = 2
@@ -74,11 +76,12 @@ def _explain(error: Any) -> None:
     # Called without anything, a command's error is its help already.
     message = error.format_message()
     help_text = error.ctx.get_help() if error.ctx is not None else ""
-    if message not in ("", help_text):
-        say(f"{help_text}\n", err=True)
-        say(f"Error: {message}", err=True)
-    else:
+    if message in ("", help_text):
         say(help_text, err=True)
+        return
+    say(f"Error: {' '.join(message.split())}", err=True)
+    if error.ctx is not None:
+        say(f"Help: {error.ctx.command_path} --help", err=True)
 
 
 app: typer.Typer = typer.Typer(
@@ -86,7 +89,6 @@ app: typer.Typer = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -148,6 +150,7 @@ def paths(
     native: Annotated[
         bool, typer.Option("--native", help="The model's own modules, each with the portable place that it is.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """What can be addressed in MODEL: places, their values, and how wide each is. Nothing is run.
 
@@ -173,21 +176,19 @@ def paths(
 def _show_native(model: str, path: Path | None, tower: TowerName | None, all_layers: bool) -> None:
     from nnsplice import Atlas
     from nnsplice.cli import native
-    from nnsplice.cli.table import aligned, show
 
     if path is not None and not path.native:
         raise typer.BadParameter("with --native, --under takes a path of the model's own, starting with model.")
     if tower is not None:
         raise typer.BadParameter("--tower is about portable places; write --under model.encoder, for instance")
     rows = native.rows(Atlas.of(blueprint(model)), path, collapse=not all_layers)
-    show(aligned(rows, native.HEAD))
+    tabulate("modules", rows, native.HEAD)
 
 
 def _show_portable(model: str, path: Path | None, tower: TowerName | None, all_layers: bool) -> None:
     from nnsplice import Atlas, engine
     from nnsplice.checks import narrow, outline
     from nnsplice.cli import listing
-    from nnsplice.cli.table import aligned, show
     from nnsplice.paths import Path, Step, index_text
 
     found = blueprint(model)
@@ -201,7 +202,7 @@ def _show_portable(model: str, path: Path | None, tower: TowerName | None, all_l
         outlines = narrow(atlas, outlines, path)
         index = path.steps[1].index if len(path.steps) > 1 else None
         inner = None if index is None else index_text(index)
-    show(aligned(listing.rows(outlines, attention=engine.attention_of(found), inner=inner), listing.HEAD))
+    tabulate("places", listing.rows(outlines, attention=engine.attention_of(found), inner=inner), listing.HEAD)
 
 
 @app.command()
@@ -221,6 +222,7 @@ def check(
     each: Annotated[
         bool, typer.Option("--each", help="A row for each place, instead of one for all that agree.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Try on MODEL what nnsplice promises, and show what was measured.
 
@@ -244,16 +246,20 @@ def check(
     fails.
     """
     from nnsplice.checks import run_checks, summary
-    from nnsplice.cli.table import aligned, show
 
     chosen = None if layers is None else index(layers)
     findings = list(_with_bar(run_checks(loaded(model, device, dtype, attn, no_cache=no_cache), chosen, seed=seed)))
     shown = findings if each else summary(findings)
-    show(aligned([_row(finding) for finding in shown], ("check", "looked at", "difference", "result", "")))
+    values = [
+        {"check": one.check, "looked at": one.what, "difference": one.number, "result": one.state, "detail": one.detail}
+        for one in shown
+    ]
+    tabulate("checks", [_row(one) for one in shown], ("check", "looked at", "difference", "result", ""), values)
     failed = sum(finding.state == "FAILED" for finding in findings)
     skipped = sum(finding.state == "skipped" for finding in findings)
     say(f"\n{len(findings)} looked at: {failed} failed, {skipped} skipped")
     if failed:
+        finish()
         raise typer.Exit(1)
 
 

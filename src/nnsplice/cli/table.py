@@ -1,10 +1,13 @@
-"""Rows of text as aligned columns."""
+"""Tables: rows of text as aligned columns, or as JSON where that was asked for."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import typer
 
@@ -52,12 +55,106 @@ def _styled(cell: str, padding: str, bold: bool) -> str:
     return (typer.style(cell, **style) if style and cell else cell) + padding
 
 
+@dataclass
+class _Asked:
+    """What the running command was asked to print, and what it has for a table so far."""
+
+    json: bool = False
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+_asked = _Asked()
+
+
+def begin() -> None:
+    """A new command: text, until its `--json` is read."""
+    _asked.json = False
+    _asked.tables.clear()
+
+
+def finish() -> None:
+    """Print what was held back for JSON: one table as a list of rows, several by their names."""
+    if not _asked.json or not _asked.tables:
+        return
+    tables = list(_asked.tables.values())
+    text = json.dumps(tables[0] if len(tables) == 1 else _asked.tables, indent=2, ensure_ascii=True, allow_nan=False)
+    typer.echo(text)
+
+
+def _as_json(wanted: bool) -> bool:
+    _asked.json = wanted
+    return wanted
+
+
+#: The option of every command that prints a table.
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=_as_json, is_eager=True, help="Print the table as JSON; all else goes to stderr."),
+]
+
+
+def tabulate(
+    name: str, rows: Sequence[Row], head: Sequence[str], values: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Print a table: as aligned text, or as JSON where that was asked for.
+
+    Args:
+        name: what it is of, for a command that has several.
+        rows: what is shown.
+        head: the names of the columns; those without a name are for the eye alone.
+        values: for JSON, the rows with numbers unrounded; left out, they are read from what is shown.
+    """
+    if not _asked.json:
+        show(aligned(rows, tuple(head)))
+        return
+    if values is None:
+        rows = _whole_names(rows)
+        values = [{key.strip(): value_of(cell) for key, cell in zip(head, row, strict=False) if key} for row in rows]
+    _asked.tables[name] = [{key: _plain(value) for key, value in row.items()} for row in values]
+
+
+def _whole_names(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose first cell is indented under another's have that one's name before their own."""
+    above: list[str] = []
+    found: list[Row] = []
+    for first, *others in rows:
+        depth = (len(first) - len(first.lstrip(" "))) // 2
+        above = [*above[:depth], first.strip()]
+        found.append((".".join(above), *others))
+    return found
+
+
+def value_of(cell: str) -> Any:
+    """What a cell holds: a number where it is one, nothing where it is empty.
+
+    >>> from nnsplice.cli.table import value_of
+    >>> value_of("1.5e-3"), value_of(" 4"), value_of("layers[0]"), value_of("")
+    (0.0015, 4, 'layers[0]', None)
+    """
+    text = cell.strip()
+    if text.endswith("%"):
+        share = value_of(text[:-1])
+        return share / 100 if isinstance(share, int | float) else text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has: no NaN, and Python's own numbers."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print a text, which may quote a file: whatever a terminal would obey is spelled out."""
-    typer.echo(printable(text), err=err)
+    """Print a text, which may quote a file: whatever a terminal would obey is spelled out; beside JSON, to stderr."""
+    typer.echo(printable(text), err=err or _asked.json)
 
 
 def show(lines: Iterable[str]) -> None:
     """Print lines; colours are left out where nobody would see them."""
     for line in lines:
-        typer.echo(line, color=False if os.environ.get("NO_COLOR") else None)
+        typer.echo(line, color=False if os.environ.get("NO_COLOR") else None, err=_asked.json)

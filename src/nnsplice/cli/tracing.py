@@ -16,7 +16,7 @@ from nnsplice.cli import estimating
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.loading import Device, Dtype, NoCache, dtype_of, loaded
-from nnsplice.cli.table import Row, aligned, say, show
+from nnsplice.cli.table import Json, Row, aligned, say, show, tabulate
 from nnsplice.errors import BadArgument, FileError, NnspliceError
 from nnsplice.files import local_folder
 
@@ -111,6 +111,7 @@ def trace(
         ),
     ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Show what would be computed, and leave.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Change every site by itself, and see what the model then says: causal tracing, exact or estimated.
 
@@ -203,7 +204,7 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool)
     written = _draw(result, folder)
     show(_ends(result))
     say()
-    show(aligned(*_best(result)))
+    tabulate("cells", *_best(result))
     say()
     show(aligned([(str(folder / name), about) for name, about in written]))
 
@@ -309,7 +310,7 @@ def _best(result: SweepResult) -> tuple[list[Row], Row]:
     try:
         best = result.best(10)
     except BadArgument as error:  # prompts of unlike length, whose positions have no mean
-        typer.echo(f"of prompt 0 alone, as {str(error).partition(chr(10))[0]}\n")
+        say(f"of prompt 0 alone, as {str(error).partition(chr(10))[0]}\n")
         best = result.best(10, prompt=0)
     by = "change" if bool(best["effect"].isna().to_numpy().all()) else "effect"
     frame = result.frame()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nnsplice.cli.commands import Model, app, blueprint
-from nnsplice.cli.table import say
+from nnsplice.cli.table import Json, say, tabulate
 
 
 @app.command()
@@ -19,6 +19,7 @@ def mask(
         typer.Argument(metavar="PLACE...", help="l5h3, 'l5 mlp', 'layers[0:5].attn.q', full, a parameter's name."),
     ],
     plain: Annotated[bool, typer.Option("--plain", help="One parameter's name per line, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Which parameters of MODEL belong to a place, and how much of each. Nothing is run.
 
@@ -31,6 +32,7 @@ def mask(
     them, with a note: what acts on weights takes it with the whole group (l1g0).
     """
     from nnsplice.weights import create_param_masks, preview_weight_restriction
+    from nnsplice.weights.preview import rows_of
 
     found = blueprint(model)
     with warnings.catch_warnings():
@@ -38,4 +40,8 @@ def mask(
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_, **__: say(str(message), err=True)
         masks = create_param_masks(found, restriction[0] if len(restriction) == 1 else restriction)
+    if as_json:
+        rows = [(row.name, str(row.selected), str(row.total)) for row in rows_of(found, masks)]
+        tabulate("parameters", rows, ("parameter", "selected", "total"))
+        return
     preview_weight_restriction(found, masks, plain=plain)

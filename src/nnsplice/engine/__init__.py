@@ -43,7 +43,7 @@ from nnsplice.engine.models import (
     tokenizer_of,
 )
 from nnsplice.engine.places import Known, Rank, expand, known, listed
-from nnsplice.engine.recording import example_of, order_of, record, undisturbed
+from nnsplice.engine.recording import example_of, offer_probe, order_of, record, undisturbed
 from nnsplice.engine.roots import refuse_changed_logits, refuse_replaced, runs_alone
 from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
 from nnsplice.engine.tracing import (
@@ -112,6 +112,7 @@ __all__ = [
     "known",
     "listed",
     "name_of",
+    "offer_probe",
     "only_local",
     "order_of",
     "other_attention",

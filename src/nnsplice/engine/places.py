@@ -10,13 +10,15 @@ from typing import Any
 from torch import nn
 
 from nnsplice.atlas import Atlas, Order, fingerprint, peel
+from nnsplice.deprecated import renamed
 from nnsplice.engine.proof import check_calls, with_proof
 from nnsplice.engine.recording import order_of
 from nnsplice.errors import BadType, PathError, named
 from nnsplice.paths import Path, Paths, parse_path, position_rank
 
 
-def expand(model: object, paths: Paths, *, probe: Any = None) -> list[Path]:
+@renamed(paths="sites")
+def expand(model: object, sites: Paths, *, probe: Any = None) -> list[Path]:
     """Resolve paths against a model: negative numbers, slices and lists become single sites.
 
     Positions stay as they are written, a site that is named twice is returned once, and the order is that of the
@@ -27,7 +29,7 @@ def expand(model: object, paths: Paths, *, probe: Any = None) -> list[Path]:
 
     Args:
         model: a model from `ns.load`, or any nnsight model.
-        paths: a path or several.
+        sites: a path or several.
         probe: an input to run the model with once, where none can be inferred (a plain `NNsight(module)`).
 
     Returns:
@@ -39,7 +41,7 @@ def expand(model: object, paths: Paths, *, probe: Any = None) -> list[Path]:
         NeedsProbe: the model has to be run once, and no input is known.
         NeverFired: the forward pass does not reach a site.
     """
-    found = known(model, probe).arrange(listed(paths))
+    found = known(model, probe).arrange(listed(sites))
     return list(dict.fromkeys(path for path, _ in found))
 
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -43,15 +43,32 @@ def order_of(model: object, probe: Any = None) -> Order:
     return order
 
 
+def offer_probe(model: object, inputs: Callable[[], Any]) -> None:
+    """Inputs that a model is about to run with: where its own are not known, they are what its order is learned from.
+
+    Args:
+        inputs: makes them; not called where they are not needed.
+    """
+    root = peel(model)
+    if root not in _probes and not _knows_vocabulary(root):
+        _probes[root] = inputs()
+
+
+def _knows_vocabulary(root: nn.Module) -> bool:
+    return isinstance(getattr(text_config(root), "vocab_size", None), int)
+
+
 def _recorded(model: object, root: nn.Module, probe: Any) -> list[tuple[str, str]]:
     runnable, args, kwargs = example_of(model, 2)
     try:
         return record(runnable, args, kwargs)
     except Exception as error:
+        offered = probe is None and _probes.pop(root, None) is not None
         if probe is not None or isinstance(error, NnspliceError):
             raise
         raise NeedsProbe(
-            f"the order of {type(root).__name__} is learned from one short run, and a run from tokens alone failed: "
+            f"the order of {type(root).__name__} is learned from one short run, and a run from "
+            f"{'the first of these prompts' if offered else 'tokens alone'} failed: "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
             expected="an input to run it with, once",
             write="ns.expand(model, paths, probe=example_input)",
@@ -132,13 +149,13 @@ def _probe(root: nn.Module, probe: Any, length: int) -> tuple[tuple[Any, ...], d
         if isinstance(probe, Mapping):
             return (), dict(probe)
         return (probe if isinstance(probe, tuple) else (probe,)), {}
-    vocabulary = getattr(text_config(root), "vocab_size", None)
-    if not isinstance(vocabulary, int):
+    if not _knows_vocabulary(root):
         raise NeedsProbe(
             f"the order of {type(root).__name__} is learned from one short run, and its inputs are not known",
-            expected="an input to run it with, once",
+            expected="an input to run it with, once: of a call that has prompts, or as probe=",
             write="ns.expand(model, paths, probe=example_input)",
         )
+    vocabulary = text_config(root).vocab_size
     device = next((p.device for p in root.parameters() if not p.is_meta), torch.device("cpu"))
     # Different tokens: among equal ones a misplaced value goes unnoticed, and a softmax has no gradient.
     ids = torch.tensor([[(3 + n) % vocabulary for n in range(length)]], device=device)

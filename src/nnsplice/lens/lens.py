@@ -13,9 +13,10 @@ from nnsplice import plots
 from nnsplice.errors import BadArgument
 from nnsplice.paths import Path
 from nnsplice.results import SweepResult
-from nnsplice.results.figure import plane, visible
+from nnsplice.results.figure import plane
 from nnsplice.results.kinds import kind_named
 from nnsplice.results.labelled import array
+from nnsplice.results.wording import visible
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from nnsplice.errors import BadArgument, BadType
+from nnsplice.warn import warn_caller
 
 #: One token, as text or as id, or a set of them that count as one.
 Token = str | int | AbstractSet[str | int] | Sequence[str | int]
@@ -18,6 +21,8 @@ TokenSequence = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 #: For each prompt its token, or the tokens of its set.
 Ids = tuple[int | tuple[int, ...], ...]
 
+#: When another spelling is so likely, and so many times as likely as the one that was given, it was meant.
+LIKELY, FAR = 0.05, 20.0
 #: What a prompt may end with for a word to follow with a space before it.
 _BEFORE_A_WORD = frozenset(",.;:!?)]}%\u201d\u2019")
 
@@ -105,12 +110,68 @@ def _check_spaces(
             other = _with_space(tokenizer, text, word)
             if other is not None and other not in known:
                 told.add(word)
-                warnings.warn(
+                warn_caller(
                     f"{word!r}, given to {metric} as {name}=, is not the token that follows {text[-24:]!r} and a "
                     f"space: that is {tokenizer.decode([other])!r}, another one; write {name}={' ' + word!r}, or the "
-                    f"token's id where {word!r} is meant as it stands",
-                    stacklevel=6,
+                    f"token's id where {word!r} is meant as it stands"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """An answer, and the token that it is with a space more or less before it."""
+
+    prompt: int
+    name: str
+    given: str
+    token: int
+    other: str
+    other_token: int
+
+
+def spellings_of(name: str, answer: Any, ids: Ids, tokenizer: Any) -> tuple[Spelling, ...]:
+    """The other spellings of an answer's texts, where each is one token and not among those that were asked for."""
+    if tokenizer is None:
+        return ()
+    each = [answer] * len(ids) if isinstance(answer, str | int | AbstractSet) else list(answer)
+    if len(ids) == 1 and len(each) > 1:
+        each = [each]
+    found: list[Spelling] = []
+    for prompt, (given, known) in enumerate(zip(each, ids, strict=True)):
+        words = [given] if isinstance(given, str) else [] if isinstance(given, int) else list(given)
+        asked = (known,) if isinstance(known, int) else known
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                continue
+            other = word[1:] if word[0] == " " else f" {word}"
+            (token,), spelled = _tokens(tokenizer, word), _tokens(tokenizer, other)
+            if len(spelled) == 1 and spelled[0] not in asked and spelled[0] != tokenizer.unk_token_id:
+                found.append(Spelling(prompt, name, word, token, other, spelled[0]))
+    return tuple(found)
+
+
+def check_spellings(metric: str, spellings: Sequence[Spelling], logits: Tensor, prompts: Sequence[int]) -> None:
+    """Warn of an answer whose other spelling is far likelier in an unedited run: that is the token that was meant.
+
+    Args:
+        logits: `[row, vocab]`, of the unedited run.
+        prompts: the number of each row's prompt.
+    """
+    rows = {prompt: row for row, prompt in enumerate(prompts)}
+    asked = [one for one in spellings if one.prompt in rows]
+    if not asked:
+        return
+    likely = logits.float().log_softmax(-1)
+    told: set[str] = set()
+    for one in asked:
+        mine, other = (float(likely[rows[one.prompt], token].exp()) for token in (one.token, one.other_token))
+        if one.given not in told and other >= LIKELY and other >= FAR * mine:
+            told.add(one.given)
+            warn_caller(
+                f"{one.given!r}, given to {metric} as {one.name}=, has probability {mine:.2g} in the unedited run of "
+                f"prompt {one.prompt}, and {one.other!r} has {other:.2g}; write {one.name}={one.other!r}, or the "
+                f"token's id where {one.given!r} is meant as it stands"
+            )
 
 
 def _with_space(tokenizer: Any, text: str, word: str) -> int | None:

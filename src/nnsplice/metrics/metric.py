@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, ShortRow, named
-from nnsplice.metrics.answers import Answer, Ids, TokenSequence, ids_of
+from nnsplice.metrics.answers import Answer, Ids, Spelling, TokenSequence, check_spellings, ids_of, spellings_of
 
 #: `(logits, named token ids [row], reference)` -> `[row]`
 Rule = Callable[..., Tensor]
@@ -131,7 +131,10 @@ class Metric:
                 f"{' and '.join(ids)} are the same, so {self.name} is 0 whatever the model says",
                 expected="two different tokens",
             )
-        return Bound(self, ids)
+        spellings = [
+            spelling for name, one in self.answers.items() for spelling in spellings_of(name, one, ids[name], tokenizer)
+        ]
+        return Bound(self, ids, tuple(spellings))
 
 
 #: What a metric may be given as: a function is `logits[row, vocab] -> [row]`.
@@ -144,6 +147,8 @@ class Bound:
 
     metric: Metric
     ids: Mapping[str, Ids]
+    #: Tokens that the answers would be with another space before them.
+    spellings: tuple[Spelling, ...] = field(default=(), repr=False, compare=False)
 
     def __call__(
         self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int], reference: Tensor | None = None
@@ -177,6 +182,13 @@ class Bound:
         try:
             value = self.metric.rule(logits, **chosen)
         except Exception as error:
+            if isinstance(error, IndexError) and "too many indices" in str(error) and not self._known:
+                raise BadArgument(
+                    f"{self.metric.name} indexes the logits as [row, token, vocab], and a metric is given [row, vocab] "
+                    f"= {list(logits.shape)}, those of position {self.metric.position}",
+                    expected="a function logits[row, vocab] -> [row]",
+                    write="lambda logits: logits[:, token]   (another position: ns.Metric.of(function).at(-2))",
+                ) from error
             if not self.metric.answers:  # a function of the user's own, whose error stays what it is
                 error.add_note(
                     f"in: the metric {self.metric.name}, which was given logits [row, vocab] = {list(logits.shape)}"
@@ -193,6 +205,10 @@ class Bound:
     def take(self, rows: Sequence[int]) -> Bound:
         """The metric of these prompts alone."""
         return Bound(self.metric, {name: tuple(ids[row] for row in rows) for name, ids in self.ids.items()})
+
+    def check_answers(self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int]) -> None:
+        """Warn of an answer that is far likelier with a space more or less, by the logits of an unedited run."""
+        check_spellings(self.metric.name, self.spellings, logits, prompts)
 
     def tokens(self, prompts: Sequence[int]) -> Tensor:
         """`[row, answer]`, the token ids that it asks about; where sets differ in size, some come twice."""

@@ -45,6 +45,11 @@ class Several:
         """The metrics of these prompts alone."""
         return Several(tuple((name, bound.take(rows)) for name, bound in self.parts))
 
+    def check_answers(self, logits: Tensor, prompts: Sequence[int]) -> None:
+        """Warn of answers that are far likelier with a space more or less, by the logits of an unedited run."""
+        for _, bound in self.parts:
+            bound.check_answers(logits, prompts)
+
     def tokens(self, prompts: Sequence[int]) -> Tensor:
         """`[row, answer]`, the token ids that they ask about, one metric's after the other's."""
         return torch.cat([bound.tokens(prompts) for _, bound in self.parts], 1)

@@ -67,7 +67,8 @@ def load(
 
     Args:
         name_or_module: an embedded name, a pretrained name, a checkpoint folder, a GGUF file, a name on the Hugging
-            Face hub, or a `torch.nn.Module`.
+            Face hub, or any `torch.nn.Module`; without a config, its prompts are what its
+            forward takes.
         tokenizer: the tokenizer of a module whose config does not name its checkpoint. Without one, or with False,
             prompts are token ids.
         remote: load the structure without weights, for a model that runs on nnsight's remote service.
@@ -228,11 +229,7 @@ def _embedded(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model
 
 def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
     if not hasattr(module, "config"):
-        raise BadType(
-            f"{type(module).__name__} is no Hugging Face model: it has no config",
-            expected="a transformers model; any other module works once nnsight has wrapped it",
-            write="model = nnsight.NNsight(module)",
-        )
+        return _plain(module, tokenizer, kwargs)
     if late := ", ".join(name for name in kwargs if name not in (*_OF_MODULES, "dispatch")):
         raise BadArgument(
             f"this {type(module).__name__} is loaded already, so {late} would do nothing",
@@ -244,6 +241,22 @@ def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine
     if tokenizer is None or tokenizer is False:
         return _without_tokenizer(module, kwargs)
     return engine.wrap(module, tokenizer, **kwargs)
+
+
+def _plain(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    """A module of the user's own: prompts are what its forward takes."""
+    if tokenizer not in (None, False):
+        raise BadArgument(
+            f"{type(module).__name__} has no config, so nnsight does not know how to give it a tokenizer's texts",
+            expected="prompts of token ids or values, and no tokenizer",
+            write="ns.load(module); then ns.capture(model, tokenizer(text).input_ids, sites)",
+        )
+    given = [name for name in kwargs if name not in ("rename", "envoys", "dispatch")]
+    if given:
+        raise BadArgument(
+            f"{type(module).__name__} has no config, so {', '.join(given)} would do nothing", write="ns.load(module)"
+        )
+    return engine.wrap_bare(module, **{name: value for name, value in kwargs.items() if name != "dispatch"})
 
 
 def _without_tokenizer(module: nn.Module, kwargs: dict[str, Any]) -> engine.Model:

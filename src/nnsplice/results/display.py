@@ -9,6 +9,7 @@ import numpy as np
 from nnsplice.results import estimates, measures
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
+from nnsplice.shown import counted
 
 SHOWN = 8
 
@@ -28,9 +29,12 @@ def html(table: Table, metric: str) -> str:
 def _lines(table: Table, metric: str) -> list[str]:
     kinds, prompts = kinds_of(table.cells), len(table.clean)
     part = " (a part)" if (table.exists & ~table.done).any() else ""
-    lines = [f"{int(table.done.sum())} cells, {prompts} prompt{'s' * (prompts != 1)}, {metric}{part}", *kinds[:SHOWN]]
+    cells = counted(int(table.done.sum()), "cell")
+    whole = _whole(table)
+    told = [f"{kind}, all tokens at once" if kind in whole else kind for kind in kinds[:SHOWN]]
+    lines = [f"{cells}, {counted(prompts, 'prompt')}, {metric}{part}", *told]
     if len(kinds) > SHOWN:
-        lines.append(f"... and {len(kinds) - SHOWN} more kinds of place")
+        lines.append(f"... and {counted(len(kinds) - SHOWN, 'more kind')} of place")
     for at, name in enumerate(table.metrics):
         lines.append(f"{name}: clean {_ends(table.clean[:, at])}, corrupted {_ends(table.corrupted[:, at])}")
     if not table.metrics:
@@ -47,6 +51,14 @@ def _lines(table: Table, metric: str) -> list[str]:
     if run.executor:
         lines.append(f"{run.executor}, {run.seconds:.2f} s" + (f", {run.known} known without" if run.known else ""))
     return [*lines, run.note] if run.note else lines
+
+
+def _whole(table: Table) -> set[str]:
+    """The kinds of place whose cells change all tokens of a prompt at once; in a sweep of weights there are none."""
+    if "align" not in table.asked:
+        return set()
+    split = {cell.component for cell in table.cells if (cell.position, cell.role, cell.set) != (None, None, None)}
+    return {cell.component for cell in table.cells} - split
 
 
 def _ends(values: np.ndarray) -> str:

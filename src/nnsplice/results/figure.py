@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nnsplice import plots
-from nnsplice.results import labelled, measures
+from nnsplice.results import labelled, measures, wording
 from nnsplice.results.table import AXES, OF_TOKENS, Table
 
 if TYPE_CHECKING:
@@ -42,17 +42,31 @@ def draw(
 ) -> plots.Axes:
     """A heatmap of an array of effects, values or changes, with all that its labels have to say."""
     shown = plane(table, array, prompt)
-    labels = {"effect": "share of the effect restored", "value": metric, "change": f"change of {metric}"}
+    words = wording.metric_words(table, metric, prompt)
+    labels = {"effect": f"share of the effect on {metric} restored", "value": words, "change": f"change of {words}"}
     prompts = len(table.clean)
     many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
     which = "" if prompts == 1 else many if prompt is None else f", prompt {table.prompts[prompt]}"
+    what = array.attrs["component"] + which + (f", estimated by {method}" if method else "")
+    pair = [f"{name}: {wording.brief(text)}" for name, text in wording.prompt_lines(table, prompt)]
+    title = "\n".join([what, *([words] if words != metric else []), *pair])
+    if len(shown.columns) == 1 and len(shown.rows) > 1:
+        # One column is a list of numbers: their sizes are read off bars, and not off colours.
+        return plots.bars(
+            list(map(float, shown.values[:, 0])),
+            names=shown.rows,
+            label=shown.row_label,
+            value_label=labels[chosen],
+            title=title,
+            ax=ax,
+        )
     return plots.heatmap(
         shown.values,
         rows=shown.rows,
         columns=shown.columns,
         row_label=shown.row_label,
         column_label=shown.column_label,
-        title=array.attrs["component"] + which + (f", estimated by {method}" if method else ""),
+        title=title,
         value_label=labels[chosen],
         centre=None if chosen == "value" else 0.0,
         ax=ax,
@@ -70,7 +84,7 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
     values = measures.mean(grid.values) if prompt is None else grid.values[prompt]
     axes = [str(axis) for axis in grid.dims[1:]]
     down, across = sides(axes, [grid.sizes[axis] for axis in axes])
-    labels = {axis: _labels(grid, axis, prompt) for axis in axes}
+    labels = {axis: _labels(table, grid, axis, prompt) for axis in axes}
     order = [axes.index(axis) for axis in down + across]
     rows = _joined(labels, down) or [grid.attrs["component"]]
     # One column for all: the tokens of a set stand in its name.
@@ -106,7 +120,7 @@ def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:
     return found
 
 
-def _labels(grid: xr.DataArray, axis: str, prompt: int | None) -> list[str]:
+def _labels(table: Table, grid: xr.DataArray, axis: str, prompt: int | None) -> list[str]:
     """The texts along an axis: tokens for positions, where all prompts that are shown have the same."""
     numbers = [str(label) for label in grid.coords[axis].values]
     if axis == "set":
@@ -118,18 +132,18 @@ def _labels(grid: xr.DataArray, axis: str, prompt: int | None) -> list[str]:
         texts = texts if prompt is None else texts[prompt][None]
     else:
         texts = texts[None]
-    return [
-        visible(column[0]) if len(set(column)) == 1 and column[0] else n
-        for n, column in zip(numbers, texts.T, strict=True)
-    ]
+    only = 0 if len(table.clean) == 1 else prompt
+
+    def text(n: str, column: Any) -> str:
+        if len(set(column)) > 1 or not column[0]:
+            return n
+        word = str(column[0])
+        return wording.visible(word) if only is None else wording.token_label(table, only, int(n), word)
+
+    return [text(n, column) for n, column in zip(numbers, texts.T, strict=True)]
 
 
 def short(name: str) -> str:
     """A set's name with its heads in their short form, as far as there is room."""
     text = re.sub(r"layers\[(\d+)\]\.heads\[(\d+)\]\.output", r"L\1H\2", name)
     return text if len(text) <= ROOM else f"{text[: ROOM - 3]}..."
-
-
-def visible(text: str) -> str:
-    """A token of blanks as something that can be seen."""
-    return str(text) if text.strip(" ") else "␣" * len(text)

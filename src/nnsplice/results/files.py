@@ -86,7 +86,7 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
 
     header = {
         "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": digest(table),
-        "run": told_of_run(table), **texts(table),
+        "run": told_of_run(table), "labels": dict(table.labels), **texts(table),
     }  # fmt: skip
     arrays = _arrays(table)
     with whole(path) as temporary:
@@ -122,6 +122,7 @@ def read(path: str | os.PathLike[str]) -> Table:
                 run=Run(**header["run"]),
                 receivers=tuple(header.get("receivers", ())),
                 metrics=tuple(header.get("metrics", ())),
+                labels=header.get("labels", {}),
             )
         )
         same = digest(table) == header["digest"]

@@ -20,6 +20,7 @@ import numpy as np
 from nnsplice.errors import BadArgument, FileError
 from nnsplice.locks import Lock
 from nnsplice.results.files import canonical, differences, plain
+from nnsplice.shown import counted
 
 KIND = "nnsplice sweep journal"
 FORMAT = 1
@@ -116,7 +117,10 @@ class Journal:
         if len({len(column) for column in (prompts, cells, values, texts or values)}) > 1:
             told = f", {len(texts)} texts" if texts else ""
             raise BadArgument(
-                f"{len(prompts)} prompts, {len(cells)} cells, {len(values)} values{told}",
+                ", ".join(
+                    counted(len(some), what) for some, what in ((prompts, "prompt"), (cells, "cell"), (values, "value"))
+                )
+                + told,
                 expected="one value for each pair, and one text or none at all",
             )
         new = _values(record)

@@ -10,41 +10,54 @@ import html
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
 
+from nnsplice.errors import BadArgument
 from nnsplice.files import whole
-from nnsplice.results import estimates, figure, labelled, measures, several
+from nnsplice.results import estimates, figure, labelled, measures, several, wording
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
 
+#: The path of a cell -> for each prompt its likeliest tokens.
+Tokens = Mapping[str, Sequence[Sequence[str]]]
 #: Digits of a number on the page; the file has all of them.
 DIGITS = 7
 
 
-def write(path: str | os.PathLike[str], table: Table, metric: str) -> None:
+#: Where a head's pattern stands in a capture, one query by itself.
+_PATTERN = re.compile(r"layers\[(\d+)\]\.heads\[(\d+)\]\.pattern\[(\d+)\]")
+
+
+def write(
+    path: str | os.PathLike[str], table: Table, metric: str, *, patterns: Any = None, tokens: Tokens | None = None
+) -> None:
     """Write the page: the whole of it, or nothing."""
-    text = page(table, metric)
+    text = page(table, metric, patterns=patterns, tokens=tokens)
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
-def page(table: Table, metric: str) -> str:
+def page(table: Table, metric: str, *, patterns: Any = None, tokens: Tokens | None = None) -> str:
     """The page's text.
 
     Args:
         metric: its name; of several, the page lets one be chosen.
+        patterns: a capture of attention patterns, which a click on a head shows.
+        tokens: the likeliest tokens of cells, by their paths and for each prompt.
     """
     template = resources.files("nnsplice.results").joinpath("page.html").read_text(encoding="utf-8")
     before, between, after = template.split("@@")
-    model = table.asked.get("model")
-    title = f"{metric}, {model}" if isinstance(model, str) else metric
+    model = wording.model_name(table.asked)
+    title = f"{metric}, {model}" if model else metric
     # `<` could end the script that the data stands in; as an escape it is the same JSON.
     each = {name: several.one(table, name) for name in table.metrics} or {metric: table}
-    data = json.dumps([_data(one, name) for name, one in each.items()], separators=(",", ":"), allow_nan=False)
+    more = {"patterns": _patterns(patterns, len(table.clean)), "tops": _tops(tokens, table)}
+    data = json.dumps([_data(one, name) | more for name, one in each.items()], separators=(",", ":"), allow_nan=False)
     escaped = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return before + html.escape(title) + between + escaped + after
 
@@ -57,6 +70,7 @@ def _data(table: Table, metric: str) -> dict[str, Any]:
     prompts = [
         {
             "tokens": list(table.tokens[n]) if table.tokens else [],
+            "other": list(wording.clean_tokens(table, n) or ()) if table.tokens else [],
             "clean": _number(clean),
             "corrupted": _number(corrupted),
         }
@@ -64,7 +78,8 @@ def _data(table: Table, metric: str) -> dict[str, Any]:
     ]
     return {
         "metric": metric,
-        "model": _told(table.asked, "model"),
+        "words": wording.metric_words(table, metric, None),
+        "model": wording.model_name(table.asked),
         "operation": _told(table.asked, "operation"),
         "method": estimates.method_of(table) or "",
         "shown": measures.shown(table),
@@ -108,6 +123,44 @@ def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mappi
             for name, values in each.items()
         },
     }
+
+
+def _patterns(saved: Any, prompts: int) -> dict[str, list[list[list[float]]]]:
+    """Of each head, by `layer.head`: for each prompt its queries, and of each the share of every key."""
+    if saved is None:
+        return {}
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for path, value in saved.items():
+        if match := _PATTERN.fullmatch(str(path)):
+            layer, head, query = match.groups()
+            found.setdefault(f"{layer}.{head}", {})[int(query)] = np.asarray(value.detach().float().cpu())
+    rows = {len(one) for queries in found.values() for one in queries.values()}
+    if not found or rows != {prompts}:
+        raise BadArgument(
+            f"patterns of {max(rows)} prompts beside a result of {prompts}"
+            if found
+            else "these are no patterns of heads",
+            expected="a capture of the patterns of the same prompts, query by query",
+            write='patterns=ns.capture(model, prompts, "layers[:].heads[:].pattern[:]")',
+        )
+    return {
+        head: [
+            [[round(float(share), 3) for share in queries[query][prompt]] for query in sorted(queries)]
+            for prompt in range(prompts)
+        ]
+        for head, queries in found.items()
+    }
+
+
+def _tops(tokens: Tokens | None, table: Table) -> dict[str, list[list[str]]]:
+    known = {cell.path for cell in table.cells}
+    for path, each in (tokens or {}).items():
+        if path not in known or len(each) != len(table.clean):
+            raise BadArgument(
+                f"tokens for {len(each)} prompts at {path}" if path in known else f"tokens at {path}, which is no cell",
+                expected=f"the path of a cell, with a list of tokens for each of {len(table.clean)} prompts",
+            )
+    return {path: [list(map(str, texts)) for texts in each] for path, each in (tokens or {}).items()}
 
 
 def _number(value: float) -> float | str:

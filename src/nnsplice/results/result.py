@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,9 @@ from nnsplice.shown import printable
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+#: What tokens are averaged by: their roles, or roles of one's own.
+By = str | Roles | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -202,7 +205,7 @@ class SweepResult:
             raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(self.metrics)}")
         return SweepResult(several.one(self.table, metric)) if self.table.metrics else self
 
-    def grid(self, component: str | Path | None = None) -> xr.DataArray:
+    def grid(self, component: str | Path | None = None, *, by: By = None) -> xr.DataArray:
         """The metric as an array with named axes, NaN where a cell was not measured.
 
         Positions are numbers, or names of spans. The coordinate `token` has the texts of tokens, by prompt and
@@ -210,6 +213,8 @@ class SweepResult:
 
         Args:
             component: the kind of site, if there are several: `"layers[:].mlp.output"`, or any path to such a site.
+            by: `"role"` averages the tokens of each role, as `by_role()` does, so that prompts of different lengths
+                have one grid; or roles as `by_role` takes them.
 
         Returns:
             An `xarray.DataArray`.
@@ -218,9 +223,9 @@ class SweepResult:
             BadArgument: several kinds of site, and none is named.
             UnknownPath: a kind that was not swept.
         """
-        return self._array("value", component)
+        return self._by(by)._array("value", component)
 
-    def effect(self, component: str | Path | None = None, *, per_prompt: bool = False) -> xr.DataArray:
+    def effect(self, component: str | Path | None = None, *, per_prompt: bool = False, by: By = None) -> xr.DataArray:
         """The normalized effect: 0 at the corrupted metric, 1 at the clean one.
 
         Each prompt's change is divided by the mean total effect of all prompts, so `.mean("prompt")` is the pooled
@@ -235,23 +240,25 @@ class SweepResult:
             component: the kind of site, if there are several.
             per_prompt: divide by each prompt's own total effect; a warning names prompts where it is so small that
                 ratios are noise.
+            by: `"role"`, or roles, as for `grid`.
 
         Returns:
             An `xarray.DataArray`.
         """
         self._warn(own=per_prompt)
-        return self._array("share" if per_prompt else "effect", component)
+        return self._by(by)._array("share" if per_prompt else "effect", component)
 
-    def change(self, component: str | Path | None = None) -> xr.DataArray:
+    def change(self, component: str | Path | None = None, *, by: By = None) -> xr.DataArray:
         """The metric minus that of the corrupted run, for ablations.
 
         Args:
             component: the kind of site, if there are several.
+            by: `"role"`, or roles, as for `grid`.
 
         Returns:
             An `xarray.DataArray`.
         """
-        return self._array("change", component)
+        return self._by(by)._array("change", component)
 
     def frame(self) -> pd.DataFrame:
         """A table with a row for each measured cell of each prompt.
@@ -435,9 +442,10 @@ class SweepResult:
         *,
         prompt: int | None = None,
         of: str | None = None,
+        by: By = None,
         ax: plots.Axes | None = None,
     ) -> plots.Axes:
-        """Draw a heatmap of layers by tokens or heads, pooled over prompts.
+        """Draw a heatmap of layers by tokens or heads, pooled over prompts; one column is drawn as bars.
 
         Of `ns.interactions` it is a square of places by places: sufficiency above the diagonal, necessity below.
 
@@ -445,6 +453,8 @@ class SweepResult:
             component: the kind of site, if there are several.
             prompt: the number of one prompt, instead of all.
             of: `"effect"`, `"value"` or `"change"`; the effect where there is one.
+            by: `"role"` shows roles in place of tokens, which prompts of different lengths have in common; or roles as
+                `by_role` takes them.
             ax: axes to draw on; a new figure if left out.
 
         Returns:
@@ -453,6 +463,8 @@ class SweepResult:
         Raises:
             BadArgument: several kinds of site and none is named, or prompts of different lengths.
         """
+        if by is not None:
+            return self._by(by).plot(component, prompt=prompt, of=of, ax=ax)
         if pairs.are_pairs(self.table):
             return pairs.draw(self.table, prompt, of, ax)
         several.check_one(self.table, "plot")
@@ -471,13 +483,24 @@ class SweepResult:
         """The quantity that a figure shows by default: `"effect"`, or `"change"` where no prompt has a total effect."""
         return measures.shown(self.table)
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        patterns: Any = None,
+        tokens: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    ) -> None:
         """Write a self-contained HTML page; hovering over a cell shows its address, token and numbers.
 
         Args:
             path: the file to write.
+            patterns: a capture of `"layers[:].heads[:].pattern[:]"`: a click on a head shows its attention pattern.
+            tokens: the likeliest tokens at a cell, shown beside its numbers: its path -> for each prompt some texts.
+
+        Raises:
+            BadArgument: patterns of no head, or tokens of no cell.
         """
-        page.write(path, self.table, self.metric)
+        page.write(path, self.table, self.metric, patterns=patterns, tokens=tokens)
 
     # --- files and shards
 
@@ -589,6 +612,13 @@ class SweepResult:
         return display.html(self.table, self.metric)
 
     # --- inside
+
+    def _by(self, by: By) -> SweepResult:
+        if by is None:
+            return self
+        if isinstance(by, str) and by != "role":
+            raise BadArgument(f"by={by!r}", expected='"role", or roles: {"last": -1}')
+        return self.by_role(None if isinstance(by, str) else by)
 
     def _array(self, of: str, component: str | Path | None) -> xr.DataArray:
         kind = kind_named(self.cells, component)

@@ -11,6 +11,7 @@ import numpy as np
 
 from nnsplice.errors import BadArgument
 from nnsplice.results.parts import numbers_of
+from nnsplice.shown import counted
 
 #: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them).
 AXES = ("layer", "head", "group", "neuron", "expert", "feature")
@@ -133,6 +134,10 @@ class Table:
         numbers = numbers_of(self.asked)
         return np.arange(len(self.clean)) if numbers is None else np.array(numbers)
 
+    #: What figures and pages say beside it, and no part of its identity: `words`, the texts of the token ids that the
+    #: metric asks about, and `clean`, the tokens of each clean prompt.
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
 
 def settled(table: Table) -> Table:
     """A copy that nobody can change any more, with NaN for all that was not measured.
@@ -152,7 +157,7 @@ def settled(table: Table) -> Table:
         found = np.shape(getattr(table, name))
         if found != shape:
             raise BadArgument(
-                f"{name} has shape {list(found)}, for {prompts} prompts and {len(cells)} cells",
+                f"{name} has shape {list(found)}, for {counted(prompts, 'prompt')} and {counted(len(cells), 'cell')}",
                 expected=f"{list(shape)}",
             )
     scored = (prompts, len(cells)) if table.edges is None else (prompts, len(cells), len(table.receivers))

@@ -14,6 +14,7 @@ from nnsplice.activations import SavedActivation, capture
 from nnsplice.activations.messages import is_chat, template_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import SpanTexts
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.paths import Paths
 from nnsplice.steering.directions import checked, direction
@@ -125,17 +126,18 @@ def _places(
     return packs, quality, norms
 
 
+@renamed(paths="sites")
 def fit_from_prompts(
     model: Any,
     positive: Sequence[Any],
     negative: Sequence[Any],
-    paths: Paths = "layers[:].output[-1]",
+    sites: Paths = "layers[:].output[-1]",
     *,
     method: str = "mean_difference",
     chat: bool = False,
     spans: SpanTexts | None = None,
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
     folds: int = 5,
     seed: int = 0,
     **options: Any,
@@ -149,12 +151,12 @@ def fit_from_prompts(
         model: a model from `ns.load`.
         positive: prompts with the wanted property: texts, token ids or chat messages.
         negative: prompts without it; prompt i is paired with prompt i where there are equally many.
-        paths: sites with the position that is read.
+        sites: paths with the position that is read.
         method: as for `ns.steering.fit`.
         chat: put each text through the tokenizer's chat template as a user message; messages always go through it.
         spans: token spans by name, for the positive prompts followed by the negative ones.
         batch_size: how many prompts run in one pass; all prompts of one length if left out.
-        progress: show a progress bar.
+        progress: show a progress bar once a second has passed.
         folds: the number of cross-validation folds for the held-out quality.
         seed: the seed of the folds.
         **options: the options of the method.
@@ -179,7 +181,7 @@ def fit_from_prompts(
         if not positive or not negative:
             raise BadArgument("no prompts on one side", expected="positive and negative prompts")
         prompts, template = _asked(model, [*positive, *negative], chat)
-    saved = capture(model, prompts, paths, spans=spans, batch_size=batch_size, progress=progress)
+    saved = capture(model, prompts, sites, spans=spans, batch_size=batch_size, progress=progress)
     n = len(positive)
     vector = fit(saved.slice[0:n], saved.slice[n : n + len(negative)], method=method, folds=folds, seed=seed, **options)
     return vector if template is None else vector._with_about(replace(vector.about, template=template))

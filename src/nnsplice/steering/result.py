@@ -15,7 +15,7 @@ from nnsplice.errors import BadArgument, FileError
 from nnsplice.files import from_json, whole
 from nnsplice.headers import read_header
 from nnsplice.results.files import canonical
-from nnsplice.shown import printable
+from nnsplice.shown import counted, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -328,14 +328,14 @@ class SteeringSweep:
 
     def __repr__(self) -> str:
         prompts, layers, coefficients = self.values.shape
-        head = f"SteeringSweep: {self.values.size} cells, {prompts} prompt{'s' * (prompts != 1)}, {self.metric}"
+        head = f"SteeringSweep: {counted(self.values.size, 'cell')}, {counted(prompts, 'prompt')}, {self.metric}"
         asked = ", ".join(f"{name} {value}" for name, value in self.asked.items() if name in ("operator", "where"))
         best = self.best(1).iloc[0]
         lines = "\n".join(
             [
                 head,
-                f"  {layers} layers {list(self.layers)}, {coefficients} coefficients {list(self.coefficients)}"
-                + (f", {asked}" if asked else ""),
+                f"  {counted(layers, 'layer')} {list(self.layers)}, {counted(coefficients, 'coefficient')} "
+                f"{list(self.coefficients)}" + (f", {asked}" if asked else ""),
                 f"  unsteered {self.baseline.mean():.4g}, highest {best['value']:.4g} at layer {int(best['layer'])}, "
                 f"coefficient {best['coefficient']:g} with KL {best['kl']:.3g}",
             ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnsplice import engine, plots
 from nnsplice.activations import SavedActivation, storage
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath, named
 from nnsplice.files import from_json
 from nnsplice.paths import Path, Paths, parse_path
@@ -93,6 +94,39 @@ class SteeringVector(SavedActivation):
             raise ShapeError(f"a capture of {saved.rows} rows is no one direction", write="saved.mean()")
         made = cls._new(saved._packs, saved._provenance.without_rows(), saved._known)
         return made._with_about(About(**{"method": "given", **about}))
+
+    @classmethod
+    def from_tensor(cls, vector: Tensor, layer: int | str | Path, **about: Any) -> SteeringVector:
+        """A direction of one's own: a tensor `[width]`, added to the residual stream after a layer.
+
+        >>> ns.steering.SteeringVector.from_tensor(torch.ones(16), layer=1)
+        SteeringVector: 1 place, width 16, method given, unit as given
+          layers[1].output
+
+        Args:
+            vector: the direction, `[width]` or `[1, width]`.
+            layer: the number of a layer, or the path of another place: `"layers[1].attn.output[-1]"`.
+            about: what is known of it: `method=`, `unit=`, `norms=`, ...
+
+        Raises:
+            ShapeError: several directions.
+        """
+        if not isinstance(vector, Tensor):
+            raise BadType(f"{named(vector)} is no tensor", expected="a tensor [width]", write="torch.as_tensor(vector)")
+        if isinstance(layer, bool) or not isinstance(layer, int | str | Path):
+            raise BadType(f"a layer {layer!r}", expected="its number, or a path", write="layer=15")
+        if vector.dim() == 2 and len(vector) == 1:
+            vector = vector[0]
+        if vector.dim() != 1:
+            raise ShapeError(
+                f"a tensor of shape {list(vector.shape)} is no one direction",
+                expected="[width]",
+                write="from_tensor(vectors[15], layer=15), for each of them; `|` joins vectors",
+            )
+        path = parse_path(f"layers[{layer}].output[-1]" if isinstance(layer, int) else layer)
+        if path.position is None:
+            path = path.at(-1)
+        return cls.of(SavedActivation.from_pairs((path, vector.detach().clone()[None])), **about)
 
     def _with_about(self, about: About) -> SteeringVector:
         self.about = about
@@ -242,16 +276,17 @@ class SteeringVector(SavedActivation):
             )
         )
 
-    def subset(self, paths: Paths) -> SteeringVector:
+    @renamed(paths="sites")
+    def subset(self, sites: Paths) -> SteeringVector:
         """Only some sites.
 
         Args:
-            paths: a path or several.
+            sites: a path or several.
 
         Returns:
             The smaller vector.
         """
-        return self._kept(super().subset(paths))
+        return self._kept(super().subset(sites))
 
     def __mul__(self, factor: float) -> SteeringVector:
         made = super().__mul__(factor)
@@ -308,12 +343,13 @@ class SteeringVector(SavedActivation):
         storage.write(path, self._packs, self._provenance, {HEADER: json.dumps(asdict(about))})
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], paths: Paths | None = None) -> SteeringVector:
+    @renamed(paths="sites")
+    def from_file(cls, path: str | os.PathLike[str], sites: Paths | None = None) -> SteeringVector:
         """Read a steering vector, or only some of its sites.
 
         Args:
             path: the file.
-            paths: a path or several to read; all if left out.
+            sites: a path or several to read; all if left out.
 
         Returns:
             The vector.
@@ -321,7 +357,7 @@ class SteeringVector(SavedActivation):
         Raises:
             FileError: the file is no steering vector, or damaged.
         """
-        packs, provenance = storage.read(path, paths)
+        packs, provenance = storage.read(path, sites)
         about = _about(path, storage.note(path, HEADER))
         made = cls._new(packs, provenance, None)
         return made._kept(made, about)

@@ -13,6 +13,7 @@ from nnsplice.atlas import attached, peel
 from nnsplice.digests import digest_of
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.operations import Operation
+from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.targets import Corruption
 
 
@@ -62,6 +63,24 @@ def _saes(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
     names = {str(site_of(place).sae) for target in targets for place in target.places if place.sae is not None}
     held = attached(peel(model))
     return {"saes": {name: dict(held[name].sae.identity) for name in sorted(names)}} if names else {}
+
+
+def labels_of(model: engine.Model, plan: Plan) -> dict[str, Any]:
+    """What figures say beside a result: texts of the answers' tokens, and the clean prompts where there are others."""
+    told_metric = plan.asked["metric"]
+    found: set[int] = set()
+    for one in told_metric.get("metrics", [told_metric]):
+        for row in (row for rows in one.get("ids", {}).values() for row in rows):
+            found |= set(row) if isinstance(row, list | tuple) else {row}
+    ids = sorted(found)
+    words = dict(zip(map(str, ids), engine.token_texts(model, [[one] for one in ids]), strict=True))
+    labels: dict[str, Any] = {"words": {key: text for key, (text,) in words.items()}}
+    clean = plan.clean
+    if clean is not None and clean is not plan.corrupted and not plan.owners and plan.operation.name == "patch":
+        rows = clean.decoder_ids or clean.ids
+        if len(plan.tokens) == len(rows):
+            labels["clean"] = [list(row) for row in engine.token_texts(model, rows)]
+    return labels
 
 
 def told(prompts: Prompts) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Several
 from nnsplice.progress import bar
 from nnsplice.results import Journal
+from nnsplice.shown import counted
 from nnsplice.sweeps.jobs import Job, Jobs
 
 
@@ -45,7 +46,7 @@ class Ledger:
         lacking = np.isnan(self.values)
         lacking = lacking.any(-1) if lacking.ndim > self.done.ndim else lacking
         if count := int((lacking & self.done).sum()):
-            warnings.warn(f"the metric was NaN in {count} cells", stacklevel=3)
+            warnings.warn(f"the metric was NaN in {counted(count, 'cell')}", stacklevel=3)
 
 
 @contextmanager

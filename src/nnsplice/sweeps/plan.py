@@ -15,6 +15,7 @@ from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Several
 from nnsplice.paths import Slice, Span
 from nnsplice.results import PART, taken
+from nnsplice.shown import counted
 from nnsplice.sweeps.cells import Part, Target, has_tokens, own_tokens
 from nnsplice.sweeps.cutting import MAX_TOKENS, SIZE, Piece, pieces
 from nnsplice.sweeps.jobs import Jobs
@@ -118,8 +119,8 @@ class Plan:
             A text of one line for each cell.
         """
         lines = [
-            f"{len(self.jobs)} cells to compute, {len(self.known)} known without; "
-            f"{self.prompts} prompt{'s' * (self.prompts != 1)}, {self.operation.name}, "
+            f"{counted(len(self.jobs), 'cell')} to compute, {len(self.known)} known without; "
+            f"{counted(self.prompts, 'prompt')}, {self.operation.name}, "
             f"{self.metric.metric.name}"
         ]
         some = [(self.owners[run] if self.owners else run, target) for run, target in self.jobs[:n]]

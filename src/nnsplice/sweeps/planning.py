@@ -62,9 +62,9 @@ def plan_sweep(
             paired with prompt i of `corrupted`; a pair of equal prompts is not run, as its cells have the corrupted
             run's value. None where the operation takes nothing from a clean run.
         corrupted: the prompts whose run is edited; None edits the clean run, for operations other than `"patch"`.
-        sites: a path or several. Without a position, or with `[:]`, each token is a cell of its own. A list of paths in
-            the list is a set, which is one cell: its sites are changed together, at all tokens where a path has no
-            position.
+        sites: a path or several. With `[:]`, or without a position unless `together`, each token is a cell. A list of
+            paths in the list is a set, which is one cell: its sites are changed together, at all tokens where a path
+            has no position.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`. Several
             metrics, in a list or in a dictionary by name, are measured in the same runs and give the grid an axis
             `metric`.
@@ -81,7 +81,8 @@ def plan_sweep(
             token; or `"role"`, counted from the span `"subject"`: its first and last token, the token after it, the
             last of all, and the stretches between where both have one length. Tokens without a partner are no cells.
         seed: the seed of `"resample"` and `"noise"`.
-        together: True makes a site without a position one cell, in which all tokens are changed at once.
+        together: True makes a site without a position one cell, in which all tokens are changed at once, as in
+            `ns.ablate` and `ns.path_patch`.
         corruption: a change of the embeddings in every edited run, as `ns.causal_trace` makes it; used with or instead
             of corrupted prompts.
         source: another model, whose run of the same prompts the values come from (`corrupted` is None then): a tuned

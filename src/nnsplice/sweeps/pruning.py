@@ -12,6 +12,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, peel
 from nnsplice.errors import ShortRow
+from nnsplice.shown import counted
 from nnsplice.sweeps.cells import Part, Target
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan
@@ -52,7 +53,8 @@ def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
         )
     if after:
         warnings.warn(
-            f"{after} cells stand after the position that the metric reads: their value is that of the corrupted run",
+            f"{counted(after, 'cell')} after the position that the metric reads: no change there can reach it, so the "
+            "value is that of the corrupted run",
             stacklevel=4,
         )
     return jobs, known

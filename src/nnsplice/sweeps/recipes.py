@@ -19,6 +19,7 @@ from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.metrics import Answer, Metrics, probability
 from nnsplice.paths import Path, parse_path
@@ -34,14 +35,16 @@ from nnsplice.sweeps.targets import Corruption
 KINDS = {"residual": "layers[:].output", "mlp": "layers[:].mlp.output", "attn": "layers[:].attn.output"}
 
 
+@renamed(with_="operation")
 def ablate(
     model: Any,
     prompts: PromptsLike,
     sites: Sites,
     metric: Metrics,
     *,
-    with_: str | Callable[[Tensor], Tensor] = "zero",
+    operation: str | Callable[[Tensor], Tensor] = "zero",
     reference: SavedActivation | None = None,
+    together: bool = True,
     **options: Any,
 ) -> SweepResult:
     """Ablate each site by itself and measure the metric.
@@ -63,9 +66,10 @@ def ablate(
         sites: a path or several; with `[:]` each token is a cell of its own.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`; several in
             a list or a dictionary give the grid an axis `metric`.
-        with_: the new value: `"zero"`, `"mean"`, `"resample"`, or a function `value[row, width] -> [row, width]`.
+        operation: the new value: `"zero"`, `"mean"`, `"resample"`, or a function `value[row, width] -> [row, width]`.
         reference: the capture that `"mean"` and `"resample"` take values from; if left out, each prompt's mean over its
             tokens, which `"mean"` averages and `"resample"` draws from.
+        together: False makes each token of a site without a position a cell, as `[:]` does.
         **options: `window`, `spans`, `align` and `seed` of `ns.plan_sweep`; `executor`, `max_tokens`, `journal` and
             `progress` of `ns.run`.
 
@@ -80,16 +84,16 @@ def ablate(
     """
     check_options("ns.ablate", options, known_of(ablate, plan_sweep, _SET_BY_ABLATE))
     running = {name: options.pop(name) for name in RUNNING if name in options}
-    if with_ in ("mean", "resample") and reference is None:
+    if operation in ("mean", "resample") and reference is None:
         everywhere = list(dict.fromkeys(path.place for path in every_path(sites)))
         reference = _all_tokens(engine.as_model(model), prompts, everywhere)
     plan = plan_sweep(
-        model, prompts, None, sites, metric, operation=with_, reference=reference, together=True, **options
+        model, prompts, None, sites, metric, operation=operation, reference=reference, together=together, **options
     )
     return run_fresh(plan, engine.as_model(model), **running)
 
 
-_SET_BY_ABLATE = ("operation", "together", "corruption", "source")
+_SET_BY_ABLATE = ("corruption", "source")
 
 
 def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:

@@ -23,6 +23,7 @@ from nnsplice.subspaces import Subspace
 from nnsplice.sweeps import foreign
 from nnsplice.sweeps.choosing import EXECUTORS, Chosen, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
+from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.jobs import Job, Jobs
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Plan
@@ -115,6 +116,8 @@ def measured_table(
         execute, cost = EXECUTORS[name], cost + spent
     corrupted_logits, spent = _corrupted(work, execute, at_once)
     cost += spent
+    if not plan.owners:
+        plan.metric.check_answers(clean_logits, prompts)
     clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
     corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
     check_baselines(plan.metric, clean=clean, corrupted=corrupted)
@@ -135,7 +138,10 @@ def measured_table(
     )
     cells = tuple(target.cell for target in plan.targets)
     texts = () if plan.owners else plan.tokens
-    table = Table(cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about)
+    labels = labels_of(model, plan)
+    table = Table(
+        cells, book.values, book.done, plan.exists(), clean, corrupted, texts, plan.asked, about, labels=labels
+    )
     return summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
 
 
@@ -173,6 +179,7 @@ def sweep(
     progress: bool = True,
     seed: int = 0,
     source: Any = None,
+    together: bool = False,
 ) -> SweepResult:
     """Activation patching: run `corrupted` with one site's value from `clean` at a time, and record the metric.
 
@@ -240,7 +247,7 @@ def sweep(
     """
     plan = plan_sweep(
         model, clean, corrupted, sites, metric, operation=operation, reference=reference, subspace=subspace,
-        window=window, spans=spans, align=align, seed=seed, source=source,
+        window=window, spans=spans, align=align, seed=seed, source=source, together=together,
     )  # fmt: skip
     unseen = plan.operation.name != "patch" and not plan.metric.metric.compares
     if unseen and clean is not None and corrupted is not None:

@@ -6,13 +6,14 @@ the scale are the base model (`corrupted`) and the tuned model (`clean`), so an 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import Atlas, Selection, peel
+from nnsplice.deprecated import renamed_to
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Bound, Metric, MetricLike
@@ -35,13 +37,34 @@ from nnsplice.sweeps.prefix import Prefix
 from nnsplice.weights import select, swap
 from nnsplice.weights.regions import counterpart, regions
 
+F = TypeVar("F", bound=Callable[..., SweepResult])
 
+
+def _in_order(function: F) -> F:
+    """Take `(base, tuned, sites, metric, prompts)`, the order of the first version, with a warning."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> SweepResult:
+        if len(args) > 3 and (isinstance(args[3], Metric) or callable(args[3])):
+            base, tuned, sites, metric, *prompts = args
+            renamed_to(
+                "sweep_weights(base, tuned, sites, metric, prompts)",
+                "sweep_weights(base, tuned, prompts, sites, metric)",
+            )
+            kwargs |= {"sites": sites, "metric": metric, **({"prompts": prompts[0]} if prompts else {})}
+            args = (base, tuned)
+        return function(*args, **kwargs)
+
+    return cast("F", called)
+
+
+@_in_order
 def sweep_weights(
     base: Any,
     tuned: Any,
+    prompts: PromptsLike,
     sites: Paths,
     metric: MetricLike,
-    prompts: PromptsLike,
     *,
     batch_size: int | None = None,
     journal: str | PathLike[str] | None = None,
@@ -54,7 +77,7 @@ def sweep_weights(
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
     >>> metric = ns.logit_diff("w7", "w8")
-    >>> result = ns.sweep_weights(model, tuned, "layers[:].attn", metric, "w3 w4 w5", progress=False)
+    >>> result = ns.sweep_weights(model, tuned, "w3 w4 w5", "layers[:].attn", metric, progress=False)
     >>> result.effect().sel(prompt=0).values.tolist()
     [0.0, 1.0, 0.0]
 
@@ -64,9 +87,9 @@ def sweep_weights(
     Args:
         base: the model that runs; afterwards its weights are restored exactly.
         tuned: a model of the same shape, or a mapping from parameter names to tensors.
+        prompts: a text, a list of texts, token ids or chat messages.
         sites: addresses of weights: `"layers[:].heads[:]"`, `"layers[:].mlp"`, `["embed", "layers[:]"]`.
         metric: `ns.logit_diff(answer, wrong)`, another metric, or a function `logits[row, vocab] -> [row]`.
-        prompts: a text, a list of texts, token ids or chat messages.
         batch_size: how many prompts run at once; all prompts of one length if left out.
         journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
         progress: show a progress bar.

@@ -135,7 +135,7 @@ class Task:
             "corrupted": {name: [record.corrupted_spans[name] for record in self] for name in names},
         }
 
-    def accuracy(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = False) -> float:
+    def accuracy(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = True) -> float:
         """The share of records that a model gets right.
 
         >>> toy = ns.load("toy")
@@ -156,7 +156,7 @@ class Task:
         """
         return sum(self._right(model, by, progress)) / len(self)
 
-    def filter(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = False) -> Task:
+    def filter(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = True) -> Task:
         """Keep the records that a model gets right.
 
         Args:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.weights.regions import Region, Selected, counterpart, regions
 
@@ -103,8 +104,9 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
         yield base
 
 
+@renamed(with_="operation")
 @contextmanager
-def ablate(model: M, selection: Selected, with_: str = "zero") -> Iterator[M]:
+def ablate(model: M, selection: Selected, operation: str = "zero") -> Iterator[M]:
     """Ablate the weights of an address, in a `with` block.
 
     >>> toy = ns.load("toy")
@@ -124,21 +126,21 @@ def ablate(model: M, selection: Selected, with_: str = "zero") -> Iterator[M]:
     Args:
         model: a model from `ns.load`, or a module.
         selection: an address, as for `ns.weights.select`, a selection, or masks.
-        with_: `"zero"`, or `"mean"`, which sets the selected numbers of each parameter to their mean.
+        operation: `"zero"`, or `"mean"`, which sets the selected numbers of each parameter to their mean.
 
     Yields:
         The model, with the weights changed in place; they are restored at the end of the block.
 
     Raises:
-        BadArgument: another `with_`, or an address without parameters.
+        BadArgument: another `operation`, or an address without parameters.
         OutOfRange: a layer, head or group that does not exist.
         UnknownParameter: masks of a parameter that the model does not have.
     """
     with circumstances("ns.weights.ablate"):
-        if with_ not in _ABLATIONS:
-            raise BadArgument(f"with_={with_!r}", expected=" or ".join(f'"{name}"' for name in _ABLATIONS))
+        if operation not in _ABLATIONS:
+            raise BadArgument(f"operation={operation!r}", expected=" or ".join(f'"{name}"' for name in _ABLATIONS))
         found = regions(model, selection)
-    with _changed(found, lambda region, own: _ABLATIONS[with_](own)):
+    with _changed(found, lambda region, own: _ABLATIONS[operation](own)):
         yield model
 
 

@@ -1,0 +1,114 @@
+"""What figures and pages say of an experiment: its metric with the answers, its prompts, and where these differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from nnsplice.results.table import Table
+
+
+def metric_words(table: Table, metric: str, prompt: int | None) -> str:
+    """The metric with its answers, `" Paris" - " Berlin" (logit_diff)`, where all prompts that are shown share them.
+
+    Args:
+        metric: its name.
+        prompt: the number of the one prompt that is shown; None for all of them.
+    """
+    told = table.asked.get("metric")
+    ids = told.get("ids") if isinstance(told, Mapping) else None
+    if not isinstance(ids, Mapping) or not ids:
+        return metric
+    words = [_answer(table, rows, prompt) for rows in ids.values()]
+    if any(word is None for word in words):
+        return metric
+    if list(ids) == ["answer", "wrong"]:
+        return f"{words[0]} - {words[1]} ({metric})"
+    return f"{metric} of {', '.join(map(str, words))}"
+
+
+def _answer(table: Table, rows: Sequence[Any], prompt: int | None) -> str | None:
+    """What stands for an answer; None where prompts have different ones, or nobody said what the tokens are."""
+    samples = table.asked.get("samples", 1)  # a trace has a row for each sample
+    each = list(rows)[::samples] if isinstance(samples, int) else list(rows)
+    if prompt is not None:
+        each = each[prompt : prompt + 1]
+    if not each or any(one != each[0] for one in each):
+        return None
+    words = table.labels.get("words", {})
+    ids = each[0] if isinstance(each[0], list | tuple) else [each[0]]
+    if any(str(one) not in words for one in ids):
+        return None
+    if table.asked["metric"].get("name") == "sequence_log_probability":  # one after the other
+        return quoted("".join(words[str(one)] for one in ids))
+    return " or ".join(quoted(words[str(one)]) for one in ids)
+
+
+def prompt_lines(table: Table, prompt: int | None) -> list[tuple[str, str]]:
+    """The prompts of the one pair that is shown, each with what it is; none where several are."""
+    only = 0 if len(table.clean) == 1 else prompt
+    if only is None or not table.tokens:
+        return []
+    edited = sentence(table.tokens[only])
+    clean = clean_tokens(table, only)
+    if clean is None:
+        return [("prompt", edited)]
+    return [("clean", sentence(clean)), ("corrupted", edited)]
+
+
+def clean_tokens(table: Table, prompt: int) -> tuple[str, ...] | None:
+    """The tokens of a prompt's clean partner, where it has another one than itself."""
+    rows = table.labels.get("clean") or ()
+    return tuple(rows[prompt]) if prompt < len(rows) else None
+
+
+def token_label(table: Table, prompt: int, position: int, text: str) -> str:
+    """A token as the label of its column: `Eiffel -> Brandenburg` where the two prompts of a pair differ."""
+    clean = clean_tokens(table, prompt)
+    if clean is None or len(clean) != len(table.tokens[prompt]) or not -len(clean) <= position < len(clean):
+        return visible(text)
+    other = clean[position]
+    return visible(text) if other == text else f"{visible(other.strip() or other)} -> {visible(text.strip() or text)}"
+
+
+def sentence(tokens: Sequence[str]) -> str:
+    """A prompt from its tokens. Most vocabularies have the blank in the token; where none has, words would run
+    together.
+
+    >>> from nnsplice.results.wording import sentence
+    >>> sentence(["The", " cat"]), sentence(["The", "cat"])
+    ('The cat', 'The cat')
+    """
+    return ("" if any(any(c.isspace() for c in token) for token in tokens) else " ").join(tokens).strip()
+
+
+def brief(prompt: str, most: int = 150) -> str:
+    """A prompt without its middle, where it is too long for a title; it ends as the model sees it."""
+    return prompt if len(prompt) <= most else f"{prompt[: most // 2 - 3]} ... {prompt[-(most // 2 - 2) :]}"
+
+
+def visible(text: str) -> str:
+    """A token of blanks as something that can be seen."""
+    return str(text) if text.strip(" ") else "␣" * len(text)
+
+
+def quoted(text: str) -> str:
+    """A token between quotes, so that its leading space is seen."""
+    return f'"{text}"'
+
+
+def model_name(asked: Mapping[str, Any]) -> str:
+    """The model's name; of a folder on somebody's machine, its last part.
+
+    >>> from nnsplice.results.wording import model_name
+    >>> model_name({"model": "/home/me/models/toy"}), model_name({"model": "openai/gpt2"})
+    ('toy', 'openai/gpt2')
+    """
+    name = asked.get("model")
+    if not isinstance(name, str):
+        return ""
+    windows = PureWindowsPath(name)
+    if windows.drive or "\\" in name:
+        return windows.name
+    return PurePosixPath(name).name if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 else name
