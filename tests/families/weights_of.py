@@ -135,5 +135,8 @@ def _one_head(subject: Subject, block: Block, part: Tensor, parameters: dict[str
     supports = [
         _support(part[:, column : column + 1], asked)[f"{block.q}.weight"] for column in (0, part.shape[-1] - 1)
     ]
-    subject.claim("weights: a head is one head", torch.equal(*supports),
+    # Where gates lie beside the queries, each column has one of its own, and nothing else of its own.
+    alone = [int((mine & ~other).any(1).sum()) for mine, other in (supports, supports[::-1])]
+    gated = block.layout is not None and block.layout.gate_dim > 0
+    subject.claim("weights: a head is one head", alone == [int(gated)] * 2,
                   f"layer {block.index}: columns of one head read different queries")  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nnsplice.atlas.layouts import Layout
+from nnsplice.atlas.layouts import Layout, Role
 
 TowerName = Literal["encoder", "decoder"]
 End = tuple[str, Literal["input", "output"]]
@@ -73,6 +73,11 @@ class Block:
     mlp_beside: tuple[str, ...] = ()
     #: Layers behind the projections of keys and values, whose rows are the groups' -> the role.
     group_rows: tuple[tuple[str, str], ...] = ()
+    #: Layers of the attention that serve all heads alike: what latent queries, keys and values are made from.
+    latents: tuple[str, ...] = ()
+    #: The layer whose output scales the heads' slices, and how many of its columns are one head's; None where there is
+    #: none, and where gates lie beside the queries.
+    gate_layer: tuple[str, int] | None = None
     #: Why no head can be named, where heads share what they read; then there is no layout.
     mixed: str | None = None
 
@@ -109,6 +114,19 @@ class Block:
     def projection(self, role: str) -> str | None:
         """The module that computes q, k or v."""
         return self.fused or {"q": self.q, "k": self.k, "v": self.v}[role]
+
+    def shares(self, role: Role) -> bool:
+        """Whether that module computes something else beside it."""
+        return self.fused is not None or (self.layout is not None and self.layout.shares(role))
+
+    def gate_of(self, head: int) -> tuple[str, tuple[int, int]] | None:
+        """The module and the columns that hold the gate of a head; None where heads have none."""
+        if self.layout is not None and self.q is not None and (columns := self.layout.gate(head)):
+            return self.q, columns
+        if self.layout is None or self.gate_layer is None:
+            return None
+        module, width = self.gate_layer
+        return module, (head * width, (head + 1) * width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,15 @@ WRAPPED = ("base_layer", "original_module", "_orig_mod")
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 #: Children of an attention module.
-Q = ("q_proj", "query", "q", "q_lin", "Wq", "wq", "project_q", "to_q", "query_proj")
+Q = ("q_proj", "query", "q", "q_lin", "Wq", "wq", "project_q", "to_q", "query_proj", "q_b_proj", "q_gate_proj")
 K = ("k_proj", "key", "k", "k_lin", "Wk", "wk", "project_k", "to_k", "key_proj")
 V = ("v_proj", "value", "v", "v_lin", "Wv", "wv", "project_v", "to_v", "value_proj")
+#: Attention (start of the class name) in which a gate of the slice's width stands behind each query.
+GATED = ("Qwen3Next", "Qwen3_5", "Qwen4Exp", "AXK2")
+#: Latent attention: one layer makes keys and values of each head from a vector that is common to all of them ...
+LATENT = ("kv_b_proj",)
+#: ... and these make that vector, the one that queries come from, and the part of the key that all heads share.
+LATENTS = ("q_a_proj", "kv_a_proj_with_mqa")
 #: The output projection, inside the attention module or beside it (BERT).
 O = ("o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "attention_out", "wo", "Wo", "to_out")
 O_BESIDE = ("output.dense", *O)

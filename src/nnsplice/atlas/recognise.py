@@ -10,7 +10,7 @@ from typing import Any
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block, Tower, TowerName
 from nnsplice.atlas.choose import Towers, choose, is_numbered
-from nnsplice.atlas.layouts import Kind, Layout, fits
+from nnsplice.atlas.layouts import Layout, fits
 from nnsplice.atlas.stacked import read_stacked
 from nnsplice.atlas.stream import read_stream
 from nnsplice.atlas.tree import Node, Tree, is_norm
@@ -194,6 +194,8 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
         if rows.CROSS & set(home[len(block) :].split(".")):
             continue
         q, k, v = (_first(tree, home, names) for names in (rows.Q, rows.K, rows.V))
+        if q and not (k or v):
+            k = v = _first(tree, home, rows.LATENT)
         fused = None if q and k and v else _first(tree, home, rows.FUSED)
         if not ((q and k and v) or fused):
             continue
@@ -216,8 +218,10 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             "v": None if fused else v,
             "fused": fused,
             "o": o,
-            "head_gates": _head_gates(tree, home, o, layout),
+            "head_gates": (gates := _head_gates(tree, home, o, layout)),
+            "gate_layer": _gate_layer(tree, gates, layout),
             "group_rows": tuple((m, role) for row, role in rows.GROUP_ROWS.items() if (m := tree.child(home, row))),
+            "latents": tuple(m for row in rows.LATENTS if (m := tree.child(home, row))),
             "layout": None if mixed else layout,
             "mixed": mixed,
         }
@@ -244,6 +248,13 @@ def _head_gates(tree: Tree, home: str, o: str, layout: Layout | None) -> tuple[s
     return tuple(found)
 
 
+def _gate_layer(tree: Tree, gates: tuple[str, ...], layout: Layout | None) -> tuple[str, int] | None:
+    """The one layer of gates, and its columns of one head: as many as the slice has, or one."""
+    found = [module for module in gates if module.rpartition(".")[2] in rows.HEAD_GATES]
+    shape = tree.weight(found[0]) if len(found) == 1 else None
+    return (found[0], shape[0] // layout.n_heads) if shape is not None and layout is not None else None
+
+
 def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused: str | None, o: str) -> Layout | None:
     """Heads come from the config, every other number from shapes: hidden // heads is wrong in 22 families."""
     n_heads = _n_heads(tree, home)
@@ -252,26 +263,39 @@ def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused:
         return None
     head_dim = inner[1] // n_heads
     if fused is None:
-        widths = [shape[0] for name in separate if name and (shape := tree.weight(name))]
-        # A query of another width carries more than queries (a gate, say), and cannot be cut by heads alone.
-        if len(widths) != 3 or widths[0] != inner[1] or widths[1] != widths[2] or widths[1] % head_dim:
-            return None
-        kind: Kind = "separate"
-        n_kv = widths[1] // head_dim
-    else:
-        shape = tree.weight(fused)
-        if shape is None or shape[0] % head_dim:
-            return None
-        n_kv, odd = divmod(shape[0] // head_dim - n_heads, 2)
-        if odd:
-            return None
-        kind = rows.FUSED[fused.rpartition(".")[2]]
-        node = tree.nodes[home]
-        for start, special in rows.FUSED_BY_CLASS.items():
-            kind = special if node.kind.startswith(start) else kind
-        if n_kv == n_heads and "multi_query" in node.facts and kind == "concat":
-            kind = "interleaved"  # GPT-BigCode with as many key/value heads as heads
+        return _apart(tree, home, separate, n_heads, head_dim)
+    shape = tree.weight(fused)
+    if shape is None or shape[0] % head_dim:
+        return None
+    n_kv, odd = divmod(shape[0] // head_dim - n_heads, 2)
+    if odd:
+        return None
+    kind = rows.FUSED[fused.rpartition(".")[2]]
+    node = tree.nodes[home]
+    for start, special in rows.FUSED_BY_CLASS.items():
+        kind = special if node.kind.startswith(start) else kind
+    if n_kv == n_heads and "multi_query" in node.facts and kind == "concat":
+        kind = "interleaved"  # GPT-BigCode with as many key/value heads as heads
     return Layout(kind, n_heads, n_kv, head_dim) if fits(kind, n_heads, n_kv, head_dim) else None
+
+
+def _apart(tree: Tree, home: str, names: tuple[str | None, ...], n_heads: int, head_dim: int) -> Layout | None:
+    """The layout of queries, keys and values that do not lie on one axis, by their widths."""
+    shapes = [tree.weight(name) for name in names if name]
+    if len(shapes) != 3 or None in shapes:
+        return None
+    query, key, value = (shape[0] for shape in shapes if shape)
+    # A query that is wider than its key carries more than can be cut by heads, unless the family says what.
+    gate = head_dim if tree.nodes[home].kind.startswith(rows.GATED) else 0
+    query_dim, left = query // n_heads - gate, query % n_heads
+    if names[1] == names[2]:  # keys and values of a head side by side
+        key_dim = key // n_heads - head_dim
+        right = not left and not key % n_heads and 0 < key_dim <= query_dim
+        return Layout("latent", n_heads, n_heads, head_dim, query_dim, key_dim, gate) if right else None
+    n_kv = value // head_dim
+    right = not left and not value % head_dim and key == n_kv * query_dim and fits("separate", n_heads, n_kv, head_dim)
+    other = 0 if query_dim == head_dim else query_dim
+    return Layout("separate", n_heads, n_kv, head_dim, other, other, gate) if right else None
 
 
 def _n_heads(tree: Tree, home: str) -> int:

@@ -133,7 +133,8 @@ def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
     elif role in ("attn", *ROLES, "o") and not block.has_attention:
         raise no_attention(path, block)
     elif role == "attn":
-        for module in dict.fromkeys((block.q, block.k, block.v, block.fused, block.o, *block.head_gates)):
+        parts = (block.q, block.k, block.v, block.fused, block.o, *block.head_gates, *block.latents)
+        for module in dict.fromkeys(parts):
             if module is not None:
                 yield from whole(atlas, module)
         yield from _stacked(block, (*ROLES, "o"), None)
@@ -146,10 +147,11 @@ def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
         yield from _stacked(block, (role,), None)
     elif role == "mlp":
         yield from _mlp(atlas, block)
-    elif role in ROLES and block.fused is not None:
-        if block.layout is None:
-            raise UnknownPath(f"{role} cannot be told apart in {block.fused}", path=path, column=column(path, 2))
-        yield from _out(atlas, block.fused, block.layout.whole(role))
+    elif role in ROLES and block.shares(role):
+        module = block.projection(role)
+        if block.layout is None or module is None:
+            raise UnknownPath(f"{role} cannot be told apart in {module}", path=path, column=column(path, 2))
+        yield from _out(atlas, module, block.layout.whole(role))
     elif role in ("gate", "up") and block.gate_up is not None:
         half = block.n_neurons
         yield from _out(atlas, block.gate_up, ((0, half),) if role == "gate" else ((half, 2 * half),))
@@ -221,6 +223,11 @@ def _adapter(atlas: Parts, module: str, kinds: Iterable[str], axis: int, ranges:
 def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
     layout = block.layout
     assert layout is not None
+    if value == "gate":
+        found = [gate for gate in map(block.gate_of, heads) if gate is not None]
+        for module in dict.fromkeys(module for module, _ in found):
+            yield from _out(atlas, module, tuple(columns for of, columns in found if of == module))
+        return
     if value not in ROLES:
         _refuse_unclaimed(atlas, block)
     wanted: dict[Role, Iterable[int]] = {"q": heads, "k": (group,), "v": (group,)}
@@ -234,6 +241,8 @@ def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | No
         module = block.projection(role)
         if module is not None and value in (None, "output", "weight", "bias", role):
             yield from _out(atlas, module, tuple(layout.range(role, i) for i in wanted[role]))
+            gates = [layout.gate(i) for i in heads] if role == "q" and value != "q" else []
+            yield from _out(atlas, module, tuple(gate for gate in gates if gate is not None)) if any(gates) else ()
     if value not in ROLES:
         d = layout.head_dim
         yield from _in(atlas, block.o, ((heads.start * d, heads.stop * d),))

@@ -22,7 +22,7 @@ ROOTS = ("embed", "layers", "final_norm", "unembed")
 #: Values of each place; a place that is not listed has only `output`.
 VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("input", "mid", "output"),
-    "heads": ("output", "q", "k", "v", "pattern"),
+    "heads": ("output", "q", "k", "v", "gate", "pattern"),
     "groups": ("k", "v"),
 }
 
@@ -262,18 +262,21 @@ def has_part(block: Block, name: str) -> bool:
 
 
 def _projected(path: Path, block: Block, role) -> tuple[str | None, tuple[int, int] | None]:
-    if block.fused is None:
-        return block.projection(role), None
+    module = block.projection(role)
+    if not block.shares(role):
+        return module, None
     ranges = block.layout.whole(role) if block.layout else ()
     if len(ranges) != 1:
         part = "heads" if role == "q" else "groups"
+        beside = "q and a gate" if role == "q" else "k and v"
         raise RefusedPlace(
-            f"{role} of layer {block.index} is not one stretch of {block.fused}: heads alternate between q, k and v",
+            f"{role} of layer {block.index} is not one stretch of {module}: heads alternate between "
+            f"{'q, k and v' if block.fused else beside}",
             path=path,
             column=column(path, 2),
             write=f"layers[{block.index}].{part}[:].{role}",
         )
-    return block.fused, ranges[0]
+    return module, ranges[0]
 
 
 def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, value: str) -> Site:
@@ -296,6 +299,11 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
         return Site(module, "output", item=item, kind="pattern", index=index, **common)
     if value == "output":
         return Site(block.o, "input", columns=(index * layout.head_dim, (index + 1) * layout.head_dim), **common)
+    if value == "gate":
+        gate = block.gate_of(index)
+        if gate is None:
+            raise UnknownPath(f"the heads of layer {block.index} have no gates", path=path, column=_last(path, "gate"))
+        return Site(gate[0], "output", columns=gate[1], **common)
     if name == "heads" and value != "q" and layout.n_kv != layout.n_heads:
         group = layout.group_of(index)
         raise RefusedPlace(

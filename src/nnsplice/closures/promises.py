@@ -12,7 +12,7 @@ from nnsplice.atlas import Site
 from nnsplice.paths import Path
 
 Kind = Literal[
-    "stream", "mid", "attn", "mlp", "heads", "q", "k", "v", "pattern", "written pattern", "neurons", "experts"
+    "stream", "mid", "attn", "mlp", "heads", "q", "k", "v", "gate", "pattern", "written pattern", "neurons", "experts"
 ]
 
 #: Kind -> how a message calls its places, and what they promise.
@@ -28,6 +28,7 @@ PROMISES: dict[Kind, tuple[str, str]] = {
     "q": (".heads[:].q", "the query of one head moves that head's slice and no other"),
     "k": (".groups[:].k", "the key of one group moves the slices of its heads and no others"),
     "v": (".groups[:].v", "the value of one group moves the slices of its heads, column by column, and no others"),
+    "gate": (".heads[:].gate", "the gate of one head moves that head's slice, column by column, and no other"),
     "pattern": (".heads[:].pattern", "these are the shares with which a head mixes values: not negative, 1 at most"),
     "written pattern": ("writes to .heads[:].pattern", "pattern @ v is the head's slice"),
     "neurons": (".neurons[:].output", "through the last matrix of the MLP they make its output"),
@@ -68,7 +69,7 @@ def kind_of(path: Path) -> Kind | None:
             return "pattern" if isinstance(path.site, Site) and path.site.kind == "pattern" else "written pattern"
         case "heads" | "groups" as part, "output":
             return "heads" if part == "heads" else None
-        case "heads" | "groups", ("q" | "k" | "v") as role:
+        case "heads" | "groups", ("q" | "k" | "v" | "gate") as role:
             return role
         case ("attn" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
             return part

@@ -101,7 +101,8 @@ def _watch(hooks: _Hooks, atlas: Atlas, block: Block) -> None:
 def _tie(hooks: _Hooks, atlas: Atlas, block: Block) -> None:
     if block.o is None or block.layout is None:
         return
-    for module in dict.fromkeys(filter(None, (block.q, block.k, block.v, block.fused))):
+    gate = block.gate_of(0)
+    for module in dict.fromkeys(filter(None, (block.q, block.k, block.v, block.fused, gate and gate[0]))):
         hooks.leaf(module)
     hooks.slots(block.o)
     home = block.attn or (block.pattern and block.pattern[0])
