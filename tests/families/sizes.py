@@ -175,6 +175,8 @@ SIZES: dict[str, Any] = {
     "embedding_multiplier": 2.0,
     "logits_scaling": 2.0,
     "is_decoder": True,
+    # a stream that is kept in float32 in a model of float64 would be rounded
+    "residual_in_fp32": False,
 }
 
 #: Model type -> what the rule does not know of it. A name with a dot belongs to a config inside the config.

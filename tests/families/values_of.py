@@ -22,6 +22,7 @@ KINDS = (
     "layers[:].output",
     "layers[:].mid",
     "layers[:].attn.output",
+    "layers[:].mixer.output",
     "layers[:].mlp.output",
     "layers[:].heads[:].output",
     "layers[:].heads[:].q",

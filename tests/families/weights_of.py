@@ -116,7 +116,9 @@ def _dense(mask: dict[str, Tensor | None], name: str, parameter: nn.Parameter) -
 def _read(subject: Subject, block: Block, masks: list[dict], width: int) -> None:
     """The output projection's numbers that meet a head's columns are the head's."""
     assert block.o is not None
-    projection, name = subject.bare.get_submodule(block.o), f"{block.o}.weight"
+    projection = subject.bare.get_submodule(block.o)
+    # By its first name, where layers share it.
+    name = next(name for name, one in subject.bare.named_parameters() if one is projection.weight)
     columns = width * block.n_heads
     for head, mask in enumerate(masks):
         given = torch.zeros(3, columns).to(projection.weight)

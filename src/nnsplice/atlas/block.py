@@ -51,6 +51,10 @@ class Block:
     n_neurons: int
     #: Whether attention and MLP read the same stream, so that nothing lies between them.
     parallel: bool
+    #: The module that mixes tokens in a layer without attention: a state space, linear attention, a convolution.
+    mixer: str | None
+    #: Whether the layer is an MLP and norms, and no token of it sees another.
+    only_mlp: bool
     #: Where the stream between attention and MLP is met: an end of a module.
     mid: End | None
     #: `stream` where the module only reads the stream there, beside the skip path; `plain` where all of it passes.
@@ -90,6 +94,16 @@ class Block:
     def has_attention(self) -> bool:
         """Whether the layer has queries, keys and values."""
         return self.o is not None or "o" in self.stacked
+
+    @property
+    def mixes(self) -> str | None:
+        """The module that mixes tokens, whatever its kind."""
+        return self.attn if self.has_attention else self.mixer
+
+    @property
+    def mixer_added(self) -> str | None:
+        """The module whose output is what the mixing of tokens adds to the stream."""
+        return self.attn_added if self.has_attention else self.mixer
 
     @property
     def n_heads(self) -> int:

@@ -36,6 +36,8 @@ def _block_places(tree: Tree, block: Block) -> Iterator[tuple[str, tuple[Step, .
     for module in (block.fused, block.attn):
         if module:
             yield module, (Step("attn"),)
+    if block.mixer:
+        yield block.mixer, (Step("mixer"),)
     if block.experts and block.experts_are_modules:
         for index, module in enumerate(tree.nodes[block.experts].children.values()):
             yield module, (Step("experts", index),)

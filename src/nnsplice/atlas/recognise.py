@@ -9,7 +9,7 @@ from typing import Any
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block, Tower, TowerName
-from nnsplice.atlas.choose import Towers, choose, is_numbered
+from nnsplice.atlas.choose import Doubt, Towers, choose, is_numbered
 from nnsplice.atlas.layouts import Layout, fits
 from nnsplice.atlas.stacked import read_stacked
 from nnsplice.atlas.stream import read_stream
@@ -18,6 +18,11 @@ from nnsplice.atlas.tree import Node, Tree, is_norm
 
 def find_stacks(tree: Tree) -> dict[str, tuple[Block, ...]]:
     """Every list of blocks that is recognised, whatever it is for: its name -> the blocks, in the model's order."""
+    # Layers whose MLP is not known, or that have none, are taken where there are no others.
+    return _stacks(tree, whole=True) or _stacks(tree, whole=False)
+
+
+def _stacks(tree: Tree, *, whole: bool) -> dict[str, tuple[Block, ...]]:
     stacks: dict[str, tuple[Block, ...]] = {}
     for node in tree.nodes.values():
         inside = any(node.name.startswith(f"{stack}.") for stack in stacks)
@@ -25,10 +30,14 @@ def find_stacks(tree: Tree) -> dict[str, tuple[Block, ...]]:
             continue  # ALBERT with several layers in a group: none of its modules is one layer
         if inside or not is_numbered(node) or rows.NOT_TEXT & set(node.name.split(".")):
             continue
-        blocks = _read_split(tree, node) or [read_block(tree, m, i) for i, m in enumerate(node.children.values())]
+        blocks = _read_split(tree, node) or [
+            read_block(tree, m, i, whole=whole) for i, m in enumerate(node.children.values())
+        ]
         found = tuple(block for block in blocks if block is not None)
         # Some layers may do without attention (or with one that has no such heads); all of them may not.
-        if len(found) == len(node.children) and any(block.has_attention for block in found):
+        if len(found) == len(node.children) and any(
+            block.has_attention or (block.mixer and not whole) for block in found
+        ):
             stacks[node.name] = found
     return stacks
 
@@ -36,6 +45,11 @@ def find_stacks(tree: Tree) -> dict[str, tuple[Block, ...]]:
 def find_towers(tree: Tree) -> Towers:
     """The towers of a model by name; none where no list of blocks is recognised, or where several could be the one."""
     stacks = find_stacks(tree)
+    for name, blocks in stacks.items():
+        kinds = {tree.nodes[block.module].kind for block in blocks}
+        reason = next((why for start, why in rows.REFUSED.items() for kind in kinds if kind.startswith(start)), None)
+        if reason is not None:
+            return Towers(MappingProxyType({}), MappingProxyType({}), Doubt(reason, (name,)))
     chosen = choose(
         tree, {name: len(blocks) for name, blocks in stacks.items()}, lambda name: _width(tree, stacks[name])
     )
@@ -110,13 +124,21 @@ def _first(tree: Tree, home: str, names: Iterable[str]) -> str | None:
     return None
 
 
-def read_block(tree: Tree, name: str, index: int) -> Block | None:
-    """The parts of one block, or None where it has no MLP that we know; attention may be missing."""
+def read_block(tree: Tree, name: str, index: int, *, whole: bool = True) -> Block | None:
+    """The parts of one block, or None where it is none that we know; attention may be missing.
+
+    Args:
+        whole: it has to have an MLP whose layers are known.
+    """
     attention = _read_attention(tree, name)
     mlp = _read_mlp(tree, name, attention.get("attn"))
     stacked = {}
     if not mlp and attention["attn"] is None:
         attention, mlp, stacked = read_stacked(tree, name)
+    mixer = None if attention["attn"] or stacked else _mixer(tree, name, mlp.get("mlp"))
+    if not mlp and not whole:
+        found = next((m for row in rows.MLP_WHOLE if (m := tree.child(name, row)) and m not in tree.shared), None)
+        mlp = _mlp(mlp=found) if found or mixer or attention["attn"] else {}
     if not mlp:
         return None
     block = Block(
@@ -124,6 +146,8 @@ def read_block(tree: Tree, name: str, index: int) -> Block | None:
         module=name,
         occurrence=0,
         parallel=False,
+        mixer=mixer,
+        only_mlp=_only_mlp(tree, name, mlp["mlp"]),
         mid=None,
         mid_kind="plain",
         mlp_is_bare=_is_bare(name, mlp["mlp"], attention["attn"]),
@@ -160,6 +184,8 @@ def _split_block(tree: Tree, index: int, attn: str, mlp: str, mid: str, end: str
         module=attn,
         occurrence=0,
         parallel=False,
+        mixer=None,
+        only_mlp=False,
         mid=(mid, "output"),
         mid_kind="plain",
         mlp_is_bare=False,
@@ -172,6 +198,18 @@ def _split_block(tree: Tree, index: int, attn: str, mlp: str, mid: str, end: str
         **{**attention, "attn": attn, "pattern": (attn, rows.PATTERN_ITEM_DEFAULT)},
         **inner,
     )
+
+
+def _mixer(tree: Tree, block: str, mlp: str | None) -> str | None:
+    """What mixes tokens in a block without attention: of the modules of a known name, the one nearest to it."""
+    homes = (block, *(child for child in tree.own(block, 1) if child != mlp))
+    found = (m for home in homes for row in rows.MIXERS if (m := tree.child(home, row)))
+    return next((m for m in found if m != mlp and m not in tree.shared), None)
+
+
+def _only_mlp(tree: Tree, block: str, mlp: str | None) -> bool:
+    node = tree.nodes[block]
+    return not node.params and all(child == mlp or is_norm(tree, child) for child in node.children.values())
 
 
 def _is_bare(block: str, mlp: object, attn: object) -> bool:
@@ -190,7 +228,7 @@ def _scale(tree: Tree, name: str) -> float:
 
 
 def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
-    for home in (block, *tree.under(block, 3)):
+    for home in (block, *tree.own(block, 3)):
         if rows.CROSS & set(home[len(block) :].split(".")):
             continue
         q, k, v = (_first(tree, home, names) for names in (rows.Q, rows.K, rows.V))
@@ -312,7 +350,7 @@ def _n_heads(tree: Tree, home: str) -> int:
 
 
 def _read_mlp(tree: Tree, block: str, attn: str | None) -> dict[str, Any]:
-    for home in (block, *tree.under(block, 3)):
+    for home in (block, *tree.own(block, 3)):
         if isinstance(attn, str) and (home == attn or home.startswith(f"{attn}.")):
             continue
         if rows.CROSS & set(home[len(block) :].split(".")):

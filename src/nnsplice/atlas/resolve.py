@@ -130,9 +130,13 @@ def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
     if role == "layers":
         for module in block.modules:
             yield from whole(atlas, module)
+    elif role == "mixer" and not block.has_attention:
+        if block.mixer is None:
+            raise UnknownPath(f"layer {block.index} has no mixer that is known", path=path, column=column(path, 1))
+        yield from whole(atlas, block.mixer)
     elif role in ("attn", *ROLES, "o") and not block.has_attention:
         raise no_attention(path, block)
-    elif role == "attn":
+    elif role in ("attn", "mixer"):
         parts = (block.q, block.k, block.v, block.fused, block.o, *block.head_gates, *block.latents)
         for module in dict.fromkeys(parts):
             if module is not None:

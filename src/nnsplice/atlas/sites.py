@@ -13,7 +13,7 @@ from nnsplice.errors import PathError, RefusedPlace, UnknownPath, closest
 from nnsplice.paths.path import WEIGHT_VALUES, Path, Step
 
 #: What may follow `layers[i]`, and what may follow that.
-INSIDE_LAYER = ("attn", "mlp", "heads", "groups", "experts", "neurons")
+INSIDE_LAYER = ("attn", "mixer", "mlp", "heads", "groups", "experts", "neurons")
 INSIDE_ATTN = ("q", "k", "v", "o")
 INSIDE_MLP = ("gate", "up", "down", "router")
 #: Counted parts -> what one of them is called in a sentence.
@@ -182,14 +182,22 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
             return Site(module, value, **common)  # pyright: ignore[reportArgumentType]
         if block.mid is None:
             reason = (
-                f"layer {block.index} runs attention and MLP in parallel: there is no stream between them"
+                f"layer {block.index} has one branch, so nothing lies between two"
+                if block.mlp is None or block.only_mlp
+                else f"layer {block.index} runs attention and MLP in parallel: there is no stream between them"
                 if block.parallel
                 else f"where the stream of layer {block.index} passes from attention to the MLP is not known"
             )
             raise RefusedPlace(reason, path=path, column=_last(path, "mid"), write=f"layers[{block.index}].input")
         return Site(*block.mid, kind=block.mid_kind, **common)
-    if role in ("attn", "mlp"):
-        module = block.attn_added if role == "attn" else block.mlp_added
+    if role in ("attn", "mlp", "mixer"):
+        module = {"attn": block.attn_added, "mlp": block.mlp_added, "mixer": block.mixer_added}[role]
+        if role == "mixer" and block.mixes is None and module is None:
+            raise UnknownPath(
+                f"what mixes tokens in layer {block.index} is not known, or nothing does",
+                path=path,
+                column=column(path, 1),
+            )
         if role == "attn" and not block.has_attention:
             raise no_attention(path, block)
         if role == "mlp" and block.mlp is None:

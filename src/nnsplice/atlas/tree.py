@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -69,6 +70,20 @@ class Tree:
             for child in self.nodes[name].children.values():
                 yield child
                 yield from self.under(child, depth - 1)
+
+    def own(self, name: str, depth: int = 99) -> Iterator[str]:
+        """The modules below `name` that stand nowhere else: what several layers share is no part of one of them."""
+        if depth > 0:
+            for child in self.nodes[name].children.values():
+                if child not in self.shared:
+                    yield child
+                    yield from self.own(child, depth - 1)
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """Modules that stand in several others."""
+        homes = Counter(child for node in self.nodes.values() for child in set(node.children.values()))
+        return frozenset(name for name, count in homes.items() if count > 1)
 
     def owner(self, name: str) -> Node:
         """The module that holds the weights of a layer: itself, or what an adapter wrapped in it."""

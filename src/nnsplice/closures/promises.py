@@ -12,7 +12,7 @@ from nnsplice.atlas import Site
 from nnsplice.paths import Path
 
 Kind = Literal[
-    "stream", "mid", "attn", "mlp", "heads", "q", "k", "v", "gate", "pattern", "written pattern", "neurons", "experts"
+    "stream", "mid", "attn", "mixer", "mlp", "heads", "q", "k", "v", "gate", "pattern", "written pattern", "neurons", "experts"
 ]
 
 #: Kind -> how a message calls its places, and what they promise.
@@ -23,6 +23,10 @@ PROMISES: dict[Kind, tuple[str, str]] = {
     ),
     "mid": (".mid", "it is input + attn.output, goes on beside the MLP, and with mlp.output makes the layer's output"),
     "attn": (".attn.output", "it is what attention adds to the stream: input + attn.output + mlp.output is the output"),
+    "mixer": (
+        ".mixer.output",
+        "it is what the mixing of tokens adds to the stream: input + mixer.output + mlp.output is the output",
+    ),
     "mlp": (".mlp.output", "it is what the MLP adds to the stream: input + attn.output + mlp.output is the output"),
     "heads": (".heads[:].output", "each slice is one head's, and through the output projection they make attn.output"),
     "q": (".heads[:].q", "the query of one head moves that head's slice and no other"),
@@ -71,7 +75,7 @@ def kind_of(path: Path) -> Kind | None:
             return "heads" if part == "heads" else None
         case "heads" | "groups", ("q" | "k" | "v" | "gate") as role:
             return role
-        case ("attn" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
+        case ("attn" | "mixer" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
             return part
     return None
 

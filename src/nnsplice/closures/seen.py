@@ -88,7 +88,7 @@ def norms_of(atlas: Atlas, block: Block) -> Iterator[str]:
 def _watch(hooks: _Hooks, atlas: Atlas, block: Block) -> None:
     for module in block.modules:
         hooks.keep(module, "given", "input", "output", "passed")
-    for module in (block.attn_added, block.mlp_added, block.attn, block.mlp, *block.mlp_beside, block.o, block.down):
+    for module in (block.mixer_added, block.mlp_added, block.mixes, block.mlp, *block.mlp_beside, block.o, block.down):
         hooks.keep(module, "output", "passed")
     for module in norms_of(atlas, block):
         hooks.keep(module, "given", "output", "passed")
