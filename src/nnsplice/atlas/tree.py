@@ -118,9 +118,15 @@ class Tree:
         return self.owner(name).kind == "Conv1D"
 
 
+#: Ends of class names of what has norms, where all classes of a family have the word in their names.
+_HAS_NORMS = ("layer", "output", "intermediate", "embeddings", "encoder", "decoder", "model", "pooler", "head", "lm")
+
+
 def is_norm(tree: Tree, name: str) -> bool:
     """Whether a module normalises, by the name of its class or its own."""
     kind = tree.nodes[name].kind.lower()
+    if "attention" in kind or kind.endswith(_HAS_NORMS):
+        return False
     last = name.rpartition(".")[2]
     return "norm" in kind or "norm" in last.lower() or last.startswith("ln_")
 
