@@ -103,7 +103,8 @@ class Block:
     @property
     def mixer_added(self) -> str | None:
         """The module whose output is what the mixing of tokens adds to the stream."""
-        return self.attn_added if self.has_attention else self.mixer
+        # (A norm behind the mixer is known in layers of both kinds.)
+        return self.attn_added or (None if self.has_attention else self.mixer)
 
     @property
     def n_heads(self) -> int:

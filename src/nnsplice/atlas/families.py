@@ -40,7 +40,20 @@ WRAPPED = ("base_layer", "original_module", "_orig_mod")
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 #: Children of an attention module.
-Q = ("q_proj", "q_proj.linear", "query", "q", "q_lin", "Wq", "wq", "project_q", "to_q", "query_proj", "q_b_proj", "q_gate_proj")
+Q = (
+    "q_proj",
+    "q_proj.linear",
+    "query",
+    "q",
+    "q_lin",
+    "Wq",
+    "wq",
+    "project_q",
+    "to_q",
+    "query_proj",
+    "q_b_proj",
+    "q_gate_proj",
+)
 K = ("k_proj", "k_proj.linear", "key", "k", "k_lin", "Wk", "wk", "project_k", "to_k", "key_proj")
 V = ("v_proj", "v_proj.linear", "value", "v", "v_lin", "Wv", "wv", "project_v", "to_v", "value_proj")
 #: Attention (start of the class name) in which a gate of the slice's width stands behind each query.
@@ -218,6 +231,7 @@ REFUSED = {
     "XLNetLayer": "tokens stand before prompts in it, and two streams run through its layers",
     "ProphetNetDecoderLayer": "the tokens run through its layers several times side by side, once for each token ahead",
     "ReformerLayer": "two streams run through its layers, and neither is what a layer adds to",
+    "DoryDecoderLayer": "some of its layers run several times in one pass, which the number of a layer does not tell",
     "LongcatFlashDecoderLayer": "each of its layers has two attentions and two MLPs, with experts across them",
 }
 
@@ -252,7 +266,17 @@ EMBED = (
 )
 #: Learned positions, a row for each: a longer prompt cannot run.
 POSITIONS = ("wpe", "position_embeddings", "embed_positions", "pos_embed")
-FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_final", "final_norm")
+FINAL_NORM = (
+    "norm",
+    "ln_f",
+    "embedding_norm",
+    "final_layer_norm",
+    "final_layernorm",
+    "norm_f",
+    "layer_norm",
+    "ln_final",
+    "final_norm",
+)
 UNEMBED = (
     "lm_head.decoder",
     "lm_head",

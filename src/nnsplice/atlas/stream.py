@@ -14,9 +14,9 @@ def read_stream(tree: Tree, block: Block) -> dict[str, Any]:
     """What is added to the stream, and where the stream is met between attention and MLP."""
     home, attn, mlp = block.module, block.attn, block.mlp
     children = dict(tree.nodes[home].children)
-    for around in [c for c in children.values() if attn is not None and attn.startswith(f"{c}.") and is_norm(tree, c)]:
+    around = next((c for c in children.values() if attn is not None and attn.startswith(f"{c}.")), None)
+    if around is not None and "norm" in around.rpartition(".")[2]:
         children |= tree.nodes[around].children  # DBRX keeps the attention between its norms
-        children = {attribute: child for attribute, child in children.items() if child != around}
     norms = {a: c for a, c in children.items() if c not in (attn, mlp) and is_norm(tree, c)}
     inner_norm = next((c for c in tree.under(attn) if c.rpartition(".")[2] == "LayerNorm"), None) if attn else None
     sandwich = next((pair for pair in rows.SANDWICH if pair[0] in norms and pair[1] in norms), None)

@@ -132,9 +132,11 @@ def influence(tower: Tower, layers: list[Tied], what: str = "") -> Iterator[Clos
         allowed = tolerance(t.slots)
         for role in t.parts:
             of_heads, of_tokens = (outside[t.block.index, role, part] for part in ("heads", "tokens"))
-            if role == "q" and t.layout.gate_dim and outside[t.block.index, "gate", "heads"] > of_heads:
-                # Queries and gates lie side by side: who takes one for the other takes both wrongly.
-                of_heads = outside[t.block.index, "gate", "heads"]
+            # What lies side by side is taken wrongly together: a query for its gate, a key for its value.
+            beside: Part | None = "gate" if t.layout.gate_dim else None
+            beside = beside if role == "q" else "v" if role == "k" and t.layout.shares("k") else None
+            if beside is not None:
+                of_heads = max(of_heads, outside[t.block.index, beside, "heads"])
             found = f"a {_NAMES[role]} moves " + (
                 "slices of other heads" if of_heads >= of_tokens else "slices of other tokens"
             )

@@ -12,7 +12,20 @@ from nnsplice.atlas import Site
 from nnsplice.paths import Path
 
 Kind = Literal[
-    "stream", "mid", "attn", "mixer", "mlp", "heads", "q", "k", "v", "gate", "pattern", "written pattern", "neurons", "experts"
+    "stream",
+    "mid",
+    "attn",
+    "mixer",
+    "mlp",
+    "heads",
+    "q",
+    "k",
+    "v",
+    "gate",
+    "pattern",
+    "written pattern",
+    "neurons",
+    "experts",
 ]
 
 #: Kind -> how a message calls its places, and what they promise.
