@@ -82,6 +82,9 @@ class Block:
     #: The layer whose output scales the heads' slices, and how many of its columns are one head's; None where there is
     #: none, and where gates lie beside the queries.
     gate_layer: tuple[str, int] | None = None
+    #: The layer whose keys and values this one reads, where it has none of its own, and the modules that make them.
+    kv_layer: int | None = None
+    kv_from: tuple[str, str] | None = None
     #: Why no head can be named, where heads share what they read; then there is no layout.
     mixed: str | None = None
 
@@ -129,6 +132,12 @@ class Block:
     def projection(self, role: str) -> str | None:
         """The module that computes q, k or v."""
         return self.fused or {"q": self.q, "k": self.k, "v": self.v}[role]
+
+    def source(self, role: str) -> str | None:
+        """The module that computes the q, k or v that this layer reads, which may be an earlier layer's."""
+        if self.kv_from is not None and role != "q":
+            return self.kv_from[role == "v"]
+        return self.projection(role)
 
     def shares(self, role: Role) -> bool:
         """Whether that module computes something else beside it."""

@@ -26,6 +26,10 @@ FACTS = (
     "new_decoder_architecture",
     "do_layer_norm_before",
     "residual_multiplier",
+    "residual_scale",
+    "is_kv_shared_layer",
+    "store_full_length_kv",
+    "layer_type",
     "multi_query",
     "model_type",
     "in_features",
@@ -133,6 +137,10 @@ MIXERS = (
     "self_attention",
 )
 
+#: What attention says of itself that reads the keys and values of an earlier layer. That is the last one before it that
+#: says the second, of those that say the same third.
+READS_KV, STORES_KV, KIND_OF_KV = "is_kv_shared_layer", "store_full_length_kv", "layer_type"
+
 #: Which element of the attention module's output holds the probabilities.
 PATTERN_ITEM = {"SelfAttention": 2}
 PATTERN_ITEM_DEFAULT = 1
@@ -224,7 +232,7 @@ PARALLEL_NORMS = (("ln_attn", "ln_mlp"),)
 
 #: Blocks (start of the class name) that mix stream and branches in a way of their own, so that no module's output is
 #: what is added.
-NOT_ADDITIVE = ("MiniMaxDecoder", "Gemma4TextDecoder")
+NOT_ADDITIVE = ("MiniMaxDecoder",)
 
 #: Layers (start of the class name) of which no part is what its name would say, and why.
 REFUSED = {
@@ -236,7 +244,7 @@ REFUSED = {
 }
 
 #: Numbers that scale a branch in code, where no module's output is what is added.
-SCALES = ("residual_multiplier",)
+SCALES = ("residual_multiplier", "residual_scale")
 
 # -- models whose layers are no modules ----------------------------------------------------------------------------
 

@@ -38,8 +38,30 @@ def _stacks(tree: Tree, *, whole: bool) -> dict[str, tuple[Block, ...]]:
         if len(found) == len(node.children) and any(
             block.has_attention or (block.mixer and not whole) for block in found
         ):
-            stacks[node.name] = found
+            stacks[node.name] = _with_keys(tree, found)
     return stacks
+
+
+def _with_keys(tree: Tree, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    """The same blocks, with the layer named whose keys and values one reads that has none of its own."""
+    known: dict[object, Block] = {}
+    found: list[Block] = []
+    for block in blocks:
+        facts = tree.nodes[block.attn].facts if block.attn else {}
+        kind = facts.get(rows.KIND_OF_KV)
+        if facts.get(rows.READS_KV):
+            source = known.get(kind)
+            layout = source.layout if source is not None else None
+            width = None if layout is None or block.o is None else tree.weight(block.o)
+            if source is None or layout is None or width != ((width or (0,))[0], layout.n_heads * layout.head_dim):
+                block = replace(block, mixed="whose keys and values it reads is not known")
+            else:
+                modules = (str(source.projection("k")), str(source.projection("v")))
+                block = replace(block, layout=layout, kv_layer=source.index, kv_from=modules)
+        elif facts.get(rows.STORES_KV):
+            known[kind] = block
+        found.append(block)
+    return tuple(found)
 
 
 def find_towers(tree: Tree) -> Towers:
@@ -235,7 +257,7 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
         if q and not (k or v):
             k = v = _first(tree, home, rows.LATENT)
         fused = None if q and k and v else _first(tree, home, rows.FUSED)
-        if not ((q and k and v) or fused):
+        if not ((q and k and v) or fused or (q and tree.nodes[home].facts.get(rows.READS_KV))):
             continue
         attn, o = home, _first(tree, home, rows.O)
         if o is None and home != block:

@@ -13,7 +13,7 @@ from nnsplice.atlas.native import follow
 from nnsplice.atlas.ownership import per_head, unclaimed, whole_names
 from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.selection import Part, Ranges, Selection, join
-from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, take_apart
+from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, reads_other, take_apart
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import PathError, RefusedPlace, UnknownPath
 from nnsplice.paths.path import Path
@@ -118,6 +118,8 @@ def _one(atlas: Parts, path: Path) -> Iterator[Piece]:
     if place.counted is None:
         yield from _part(atlas, path, block, place.role)
     else:
+        if place.value in ("k", "v") and block.kv_layer is not None:
+            raise reads_other(path, block, place.value)
         yield from _COUNTED[path.steps[1].name](atlas, block, inner[0], place.value)
 
 
@@ -151,6 +153,8 @@ def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
         yield from _stacked(block, (role,), None)
     elif role == "mlp":
         yield from _mlp(atlas, block)
+    elif role in ("k", "v") and block.kv_layer is not None:
+        raise reads_other(path, block, role)
     elif role in ROLES and block.shares(role):
         module = block.projection(role)
         if block.layout is None or module is None:

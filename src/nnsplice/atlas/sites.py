@@ -222,6 +222,8 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
     columns = None
     if role in ("q", "k", "v", "o") and not block.has_attention:
         raise no_attention(path, block)
+    if role in ("k", "v") and block.kv_layer is not None:
+        raise reads_other(path, block, role)
     if role in ("q", "k", "v"):
         module, columns = _projected(path, block, role)
     elif role == "o":
@@ -244,6 +246,17 @@ def stacked_place(path: Path, block: Block, role: str) -> RefusedPlace:
         path=path,
         column=column(path, 1),
         expected=f"one of its own modules, natively: model.{native_text(home)}....output",
+    )
+
+
+def reads_other(path: Path, block: Block, role: str) -> RefusedPlace:
+    """The error for keys and values of a layer that reads those of an earlier one."""
+    steps = (replace(path.steps[0], index=block.kv_layer), *path.steps[1:])
+    return RefusedPlace(
+        f"layer {block.index} has no {role} of its own: it reads the keys and values of layer {block.kv_layer}",
+        path=path,
+        column=column(path, 0),
+        write=str(replace(path, steps=steps)),
     )
 
 
@@ -321,6 +334,8 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
             column=column(path, 1),
             write=f"layers[{block.index}].groups[{group}].{value}",
         )
+    if value in ("k", "v") and block.kv_layer is not None:
+        raise reads_other(path, block, value)
     module = block.projection(value)
     assert module is not None
     return Site(module, "output", columns=layout.range(value, index), **common)  # pyright: ignore[reportArgumentType]

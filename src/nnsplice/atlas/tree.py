@@ -166,7 +166,7 @@ def read_tree(root: nn.Module) -> Tree:
         held = tuple(attribute for attribute, tensor in module._buffers.items() if tensor is not None)
         buffers.update(dot + attribute for attribute in held)
         saved += [dot + attribute for attribute in held if attribute not in module._non_persistent_buffers_set]
-        facts = {key: module.__dict__[key] for key in FACTS if isinstance(module.__dict__.get(key), (int, float))}
+        facts = {key: module.__dict__[key] for key in FACTS if isinstance(module.__dict__.get(key), (int, float, str))}
         nodes[name] = Node(
             name=name,
             kind=type(module).__name__,

@@ -81,7 +81,7 @@ class Tied:
 def tied(block: Block, seen: Seen) -> Tied | None:
     """The slices of a layer, or None where they are not tied to projections."""
     slots = seen.slots.get((str(block.o), block.occurrence))
-    leaves = {role: seen.leaves.get((str(block.projection(role)), block.occurrence)) for role in ROLES}
+    leaves = {role: seen.leaves.get((str(block.source(role)), block.occurrence)) for role in ROLES}
     if slots is None or block.layout is None or not slots.requires_grad or any(v is None for v in leaves.values()):
         return None
     gate = block.gate_of(0)
