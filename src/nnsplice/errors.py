@@ -379,7 +379,7 @@ class BadType(NnspliceError, TypeError):
 
 
 class MissingPackage(NnspliceError, ImportError):
-    """A package that one of the extras brings is not installed."""
+    """A package that one of the extras brings is not installed, or nnsight is a version that has other names inside."""
 
 
 class ParamMappingError(NnspliceError, ValueError):
