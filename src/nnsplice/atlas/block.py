@@ -133,6 +133,15 @@ class Block:
         """The module that computes q, k or v."""
         return self.fused or {"q": self.q, "k": self.k, "v": self.v}[role]
 
+    @property
+    def reads_beside(self) -> str | None:
+        """What attention reads beside queries, keys and values of its own, in words; None in most families."""
+        if self.head_gates or (self.layout is not None and self.layout.gate_dim):
+            return f"its heads are gated by {self.head_gates[0] if self.head_gates else self.q}"
+        if self.latents:
+            return f"its keys have a part that all heads share, made by {self.latents[-1]}"
+        return None if self.kv_layer is None else f"it reads the keys and values of layer {self.kv_layer}"
+
     def source(self, role: str) -> str | None:
         """The module that computes the q, k or v that this layer reads, which may be an earlier layer's."""
         if self.kv_from is not None and role != "q":
