@@ -30,6 +30,7 @@ FACTS = (
     "is_kv_shared_layer",
     "store_full_length_kv",
     "layer_type",
+    "v_head_dim",
     "multi_query",
     "model_type",
     "in_features",

@@ -353,7 +353,15 @@ def _apart(tree: Tree, home: str, names: tuple[str | None, ...], n_heads: int, h
         right = not left and not key % n_heads and 0 < key_dim <= query_dim
         return Layout("latent", n_heads, n_heads, head_dim, query_dim, key_dim, gate) if right else None
     n_kv = value // head_dim
-    right = not left and not value % head_dim and key == n_kv * query_dim and fits("separate", n_heads, n_kv, head_dim)
+    # Values of another width than keys are believed where the module says so: else heads may share queries and keys.
+    plain = query_dim == head_dim or tree.nodes[home].facts.get("v_head_dim") == head_dim
+    right = (
+        plain
+        and not left
+        and not value % head_dim
+        and key == n_kv * query_dim
+        and fits("separate", n_heads, n_kv, head_dim)
+    )
     other = 0 if query_dim == head_dim else query_dim
     return Layout("separate", n_heads, n_kv, head_dim, other, other, gate) if right else None
 
