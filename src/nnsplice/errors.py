@@ -379,7 +379,7 @@ class BadType(NnspliceError, TypeError):
 
 
 class MissingPackage(NnspliceError, ImportError):
-    """A package of one of the extras is not installed."""
+    """A package of one of the extras is not installed, or nnsight is a version with other private names."""
 
 
 class ParamMappingError(NnspliceError, ValueError):

@@ -6,7 +6,7 @@ Local runs use the very same functions.
 
     unpack / repack     the tensor in a module's value, and the value again around another tensor
     spread              whether a tensor is spread over processes
-    as_rows             [prompt, token, width], also where a model keeps its tokens flat
+    as_rows             [prompt, token, width], also where a model keeps its tokens flat; as_held is the way back
     pick / put          chosen tokens and columns out of a tensor, and into a copy of it
     read_all, write_all what a remote run does: all the accesses of a plan, in order
 """
@@ -63,8 +63,15 @@ def repack(value: Any, item: int | None, tensor: Tensor) -> Any:
     return tensor
 
 
-def as_rows(tensor: Tensor, batch: int | None) -> Tensor:
-    """`[prompt, token, width]` of a tensor that has that shape, or keeps its tokens flat as `[token, width]`."""
+def as_rows(tensor: Tensor, batch: int | None, part: bool = False) -> Tensor:
+    """`[prompt, token, width]` of a tensor that has that shape, or keeps its tokens flat as `[token, width]`.
+
+    Args:
+        part: columns of it are meant. Latent attention gives what all heads have in common an axis of one head,
+            `[prompt, 1, token, width]`; of a whole value with four axes nobody knows which one has the tokens.
+    """
+    if part and tensor.dim() == 4 and tensor.shape[1] == 1:
+        tensor = tensor[:, 0]
     if tensor.dim() == 3:
         if batch in (None, tensor.shape[0]):
             return tensor
@@ -74,6 +81,13 @@ def as_rows(tensor: Tensor, batch: int | None) -> Tensor:
     if tensor.dim() == 2 and batch and tensor.shape[0] % batch == 0:
         return tensor.unflatten(0, (batch, -1))
     raise ValueError(f"a value of shape {list(tensor.shape)} is not [prompt, token, width]")
+
+
+def as_held(rows: Tensor, held: Tensor) -> Tensor:
+    """`[prompt, token, width]` in the shape in which the model keeps it: what `as_rows` did, undone."""
+    if held.dim() == 4:
+        return rows[:, None]
+    return rows if held.dim() == 3 else rows.flatten(0, 1)
 
 
 def pick(values: Tensor, tokens: Tokens, columns: tuple[int, int] | None) -> Tensor:
@@ -125,7 +139,8 @@ def read_all(model: Any, recipe: Sequence[Stop]) -> dict[str, Tensor]:
         envoy = model
         for name in names:
             envoy = getattr(envoy, name)
-        values = as_rows(unpack(getattr(envoy, end), item), batch).detach()
+        part = any(columns for _, _, columns in parts)
+        values = as_rows(unpack(getattr(envoy, end), item), batch, part).detach()
         for name, tokens, columns in parts:
             found[name] = pick(values, _tokens(tokens), columns).cpu()
     return found
@@ -139,13 +154,13 @@ def write_all(model: Any, recipe: Sequence[Stop], tensors: Mapping[str, Tensor],
             envoy = getattr(envoy, name)
         value = getattr(envoy, end)
         held = unpack(value, item)
-        values = as_rows(held, batch)
+        values = as_rows(held, batch, any(columns for _, _, columns in parts))
         for name, tokens, columns in parts:
             new = tensors[name].to(values)
             if add:
                 new = new + pick(values, _tokens(tokens), columns)
             values = put(values, _tokens(tokens), columns, new)
-        setattr(envoy, end, repack(value, item, values if held.dim() == 3 else values.flatten(0, 1)))
+        setattr(envoy, end, repack(value, item, as_held(values, held)))
 
 
 def logits_of(model: Any) -> Tensor:

@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 
 from nnsplice.atlas.layouts import ROLES, Layout, fits, merge
 
-KINDS = ("separate", "concat", "interleaved", "grouped", "quartered")
+KINDS = ("separate", "latent", "concat", "interleaved", "grouped", "quartered")
 
 
 @st.composite
 def layouts(draw) -> Layout:
     kind = draw(st.sampled_from(KINDS))
     n_kv = draw(st.integers(1, 4)) * (4 if kind == "quartered" else 1)
-    shared = 1 if kind in ("interleaved", "quartered") else draw(st.integers(1, 4))
-    return Layout(kind, n_kv * shared, n_kv, draw(st.integers(1, 5)))
+    shared = 1 if kind in ("interleaved", "quartered", "latent") else draw(st.integers(1, 4))
+    apart = kind in ("separate", "latent")
+    sizes = [draw(st.integers(0, 5)) if apart else 0 for _ in range(3)]
+    return Layout(kind, n_kv * shared, n_kv, draw(st.integers(1, 5)), *sizes)
 
 
 def numbers(ranges) -> list[int]:
@@ -29,8 +31,12 @@ def numbers(ranges) -> list[int]:
 @given(layouts())
 def test_heads_and_groups_partition_the_axis(layout):
     found = {role: numbers(layout.range(role, i) for i in range(layout.count(role))) for role in ROLES}
+    found["q"] += numbers(gate for head in range(layout.n_heads) if (gate := layout.gate(head)))
     if layout.fused:
         assert sorted(chain(*found.values())) == list(range(layout.width("q")))
+    elif layout.kind == "latent":
+        assert sorted(found["q"]) == list(range(layout.width("q")))
+        assert sorted(found["k"] + found["v"]) == list(range(layout.width("k"))) == list(range(layout.width("v")))
     else:
         assert all(sorted(found[role]) == list(range(layout.width(role))) for role in ROLES)
 
@@ -40,7 +46,8 @@ def test_every_range_is_one_head_wide(layout):
     for role in ROLES:
         for i in range(layout.count(role)):
             start, stop = layout.range(role, i)
-            assert stop - start == layout.head_dim and start % layout.head_dim == 0
+            assert stop - start == layout.size(role)
+            assert not layout.fused or start % layout.head_dim == 0
 
 
 @given(layouts())
@@ -105,3 +112,18 @@ def test_what_cannot_be():
     assert fits("grouped", 4, 2, 3) and fits("quartered", 8, 8, 3)
     assert not fits("interleaved", 4, 2, 3) and not fits("quartered", 6, 6, 3) and not fits("concat", 4, 3, 2)
     assert not fits("concat", 4, 0, 2)
+
+
+def test_a_gate_stands_behind_each_query():
+    layout = Layout("separate", 4, 2, 8, gate_dim=8)
+    assert [layout.range("q", head) for head in range(4)] == [(0, 8), (16, 24), (32, 40), (48, 56)]
+    assert [layout.gate(head) for head in range(4)] == [(8, 16), (24, 32), (40, 48), (56, 64)]
+    assert layout.range("k", 1) == (8, 16) and layout.shares("q") and not layout.shares("k")
+    assert Layout("separate", 4, 2, 8).gate(0) is None
+
+
+def test_latent_keys_and_values_stand_side_by_side():
+    layout = Layout("latent", 3, 3, 5, query_dim=7, key_dim=4)
+    assert [layout.range("k", head) for head in range(3)] == [(0, 4), (9, 13), (18, 22)]
+    assert [layout.range("v", head) for head in range(3)] == [(4, 9), (13, 18), (22, 27)]
+    assert layout.range("q", 2) == (14, 21) and layout.shares("v") and not layout.shares("q")

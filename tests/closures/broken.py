@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers as hf
@@ -28,6 +29,8 @@ _SMALL = {
     "sliding_window": 4,
 }
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_chunk_size": 8, "mamba_d_state": 8}
+_LATENT = {"q_lora_rank": 12, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6,
+           "head_dim": 4, "num_key_value_heads": 4}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 #: Model type -> what its config needs beside small numbers.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -48,12 +51,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["full_attention", "conv"]},
     "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention", "linear_attention"],
                 "sliding_window": None},
+    "qwen3_next": {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+                   "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                   "shared_expert_intermediate_size": 12},
+    "deepseek_v3": {**_LATENT, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 12,
+                    "first_k_dense_replace": 1, "num_experts_per_tok": 2},
+    "minicpm3": _LATENT,
+    "mamba": {"state_size": 8, "residual_in_fp32": False},
+    "nemotron_h": {**_EXPERTS, "layers_block_type": ["linear_attention", "full_attention"], "mamba_num_heads": 4,
+                   "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8, "n_routed_experts": 4},
     "recurrent_gemma": {"lru_width": 16, "block_types": ["recurrent", "attention"], "attention_window_size": 4},
 }  # fmt: skip
 
 
-def family(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A small model of a family with eager attention, its norms and biases random too."""
+def family(name: str, dtype: torch.dtype = torch.float64, change: Callable[[nn.Module], None] | None = None) -> Any:
+    """A small model of a family with eager attention, its norms and biases random too.
+
+    Args:
+        change: what to do to each attention module.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     with warnings.catch_warnings():
@@ -67,6 +83,8 @@ def family(name: str, dtype: torch.dtype = torch.float64) -> Any:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.2)
+    for module in [m for m in model.modules() if change is not None and type(m).__name__.endswith("Attention")]:
+        change(module)  # pyright: ignore[reportOptionalCall]
     return ns.load(model.to(dtype).eval(), tokenizer())
 
 
@@ -97,6 +115,41 @@ def beside_the_head(change: Callable[[Tensor, Tensor], Tensor]) -> Any:
     _around(model.model.layers[0], lambda out, *_: first.append(out) or out)
     _in_front(model, model.lm_head, lambda normed: change(normed, first[-1]))
     return ns.load(model, tokenizer())
+
+
+def gates_first(attn: Any) -> None:
+    """Let an attention take the halves of each head's queries the other way round."""
+    chunk, inner = torch.chunk, attn.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(torch, "chunk", lambda *a, **k: chunk(*a, **k)[::-1]):
+            return inner(*args, **kwargs)
+
+    attn.forward = forward
+
+
+def values_first(attn: Any) -> None:
+    """Let latent attention take values before keys: what its layer makes for each head has them so."""
+    inner = attn.expand_kv
+
+    class Turned(nn.Module):
+        """The layer, with each head's columns turned by those of its value."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            made = layer(x)
+            return made.unflatten(-1, (attn.num_heads, -1)).roll(-attn.v_head_dim, -1).flatten(-2)
+
+    layer = attn.kv_b_proj
+
+    def expand(kv: Tensor, rotated: Tensor) -> Any:
+        attn._modules["kv_b_proj"] = turned
+        try:
+            return inner(kv, rotated)
+        finally:
+            attn._modules["kv_b_proj"] = layer
+
+    turned = Turned()
+    attn.expand_kv = expand
 
 
 def _around(module: Any, change: Callable[..., Any]) -> None:

@@ -62,7 +62,7 @@ def test_experts_make_what_all_of_them_make() -> None:
 @pytest.mark.parametrize(
     ("change", "kinds"),
     [
-        (broken.scaled_attention, {"attn"}),
+        (broken.scaled_attention, {"attn", "mixer"}),
         (broken.gated_heads, {"written pattern"}),
         (broken.mixed_heads, {"heads", "q", "k", "v", "written pattern"}),
         (broken.detached_mid, {"mid"}),
@@ -112,10 +112,15 @@ FAMILIES: dict[str, set[str]] = {
     "bitnet": {"written pattern"},
     "granite_swa": {"written pattern"},
     "laguna": {"written pattern"},
-    "gemma4_text": {"written pattern"},
+    "gemma4_text": {"written pattern", "mid", "mlp"},  # the layer scales its output, and adds an input of its own
     "diffllama": set(),
-    "doge": {"mid", "attn", "mlp"},  # its heads are refused by name, as those of DiffLlama
-    "falcon_h1": {"attn"},
+    "doge": {"mid", "attn", "mixer", "mlp"},  # its heads are refused by name, as those of DiffLlama
+    "falcon_h1": {"attn", "mixer"},
+    "qwen3_next": {"written pattern"},
+    "deepseek_v3": set(),
+    "minicpm3": {"mid", "attn", "mixer", "mlp"},
+    "mamba": set(),
+    "nemotron_h": set(),
     "minimax": {"pattern", "written pattern"},
 }
 
@@ -127,7 +132,9 @@ def test_families_hold_or_are_refused(name: str) -> None:
     assert found == FAMILIES[name], measure(model)
     layers = {kind: sorted(of) for kind, of in failing(model).items()}
     for kind, path in {
-        "attn": "attn.output", "mlp": "mlp.output", "mid": "mid", "v": "groups[0].v", "heads": "heads[0].output",
+        "attn": "attn.output",
+        "mixer": "mixer.output",
+        "mlp": "mlp.output", "mid": "mid", "v": "groups[0].v", "heads": "heads[0].output",
     }.items():  # fmt: skip
         for layer in layers.get(kind, ()):
             with pytest.raises(ns.errors.RefusedPlace, match="of this model"):
@@ -136,3 +143,20 @@ def test_families_hold_or_are_refused(name: str) -> None:
 
 def test_every_kind_is_named_and_says_what_it_promises() -> None:
     assert {closure.kind for closure in measure(wrap("mixtral"))} <= set(PROMISES)
+
+
+def test_a_gate_that_stands_before_its_query_is_found() -> None:
+    """The order that the atlas takes for granted, exchanged in the model's own code: both would be cut wrongly."""
+    assert {"q", "gate", "heads"} & set(failing(broken.family("qwen3_next"))) == set()
+    model = broken.family("qwen3_next", change=broken.gates_first)
+    assert {"q", "gate"} <= set(failing(model))
+    with pytest.raises(ns.errors.RefusedPlace, match="of this model"):
+        ns.capture(model, "w3 w4 w5", "layers[1].heads[0].gate[-1]")
+
+
+def test_keys_that_stand_behind_their_values_are_found() -> None:
+    assert {"k", "v"} & set(failing(broken.family("deepseek_v3"))) == set()
+    model = broken.family("deepseek_v3", change=broken.values_first)
+    assert {"k", "v"} <= set(failing(model))
+    with pytest.raises(ns.errors.RefusedPlace, match="of this model"):
+        ns.capture(model, "w3 w4 w5", "layers[1].groups[0].v[-1]")

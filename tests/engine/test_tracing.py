@@ -193,3 +193,17 @@ assert anyio.abc.SocketAttribute and anyio.streams.file.FileStreamAttribute
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_private_name_that_moved_is_told_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnsplice.engine import private
+
+    assert {type(private.find(name)) for name in private.PLACES}  # all of them are where they are said to be
+    monkeypatch.setitem(private.PLACES, "Controller", ("nnsight.intervention.gone", "nnsight.intervention.source"))
+    assert private.find("Controller") is private.Controller  # the next place is tried
+    monkeypatch.setitem(private.PLACES, "Mediator", ("nnsight.intervention.gone",))
+    with pytest.raises(ns.errors.MissingPackage, match=r"nnsight \d.* has no Mediator in nnsight.intervention.gone"):
+        private.find("Mediator")
+    monkeypatch.setitem(private.USED, "Controller", ("no_such_thing",))
+    with pytest.raises(ImportError, match=r"Controller.no_such_thing"):
+        private.find("Controller")

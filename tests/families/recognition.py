@@ -50,7 +50,10 @@ def _stack(subject: Subject) -> None:
         )
         return
     subject.claim("recognition", True)
+    whole = left
+    entered, left = ([_tokens_before_width(value) for value in values] for values in (entered, left))
     at = entered[0].shape[-2] - LONG + _AT
+    shapes = [value.shape for value in whole]
     chain = max((gap(entered[i + 1], left[i]) for i in range(len(blocks) - 1)), default=0.0)
     subject.found("recognition: each layer reads what the one before made", chain)
 
@@ -61,7 +64,7 @@ def _stack(subject: Subject) -> None:
         seen: list[Tensor] = []
         with hooks(before(bare.get_submodule(blocks[0].module), lambda x: seen.append(x.clone()))):
             subject.logits(ids)
-        return seen[0]
+        return _tokens_before_width(seen[0])
 
     # (The tokens are second to last: [.., token, width].)
     moved = (first(base, _AT) - entered[0]).abs().reshape(-1, *entered[0].shape[-2:]).amax((0, 2))
@@ -69,8 +72,10 @@ def _stack(subject: Subject) -> None:
     subject.claim("recognition: no token is mixed before the first layer", float(elsewhere) < 1e-6,
                   "the first layer's input at other tokens moves with a token, so layers run before it")  # fmt: skip
 
+    shape = shapes[-1]
+
     def drowned(ids: Tensor) -> Tensor:
-        noise = torch.randn(left[-1].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         last = blocks[-1].end or blocks[-1].module
         with hooks(after(bare.get_submodule(last), lambda out: noise.to(out))):
             return subject.logits(ids)
@@ -82,7 +87,8 @@ def _stack(subject: Subject) -> None:
 
     def bumped(out: Tensor) -> Tensor:
         out = out.clone()
-        out[..., at, :] += torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(0)).to(out)
+        step = torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(0)).to(out)
+        _tokens_before_width(out)[..., at, :] += step
         return out
 
     with hooks(after(bare.get_submodule(blocks[-1].end or blocks[-1].module), bumped)):
@@ -91,6 +97,13 @@ def _stack(subject: Subject) -> None:
     subject.claim("recognition: no token is mixed after the last layer",
                   bool(moved[_AT] > 0) and float(others) <= subject.tolerance * float(base.abs().max()),
                   "logits at other tokens move with the last layer's output, so layers run after it")  # fmt: skip
+
+
+def _tokens_before_width(value: Tensor) -> Tensor:
+    """`[.., token, width]` of a stream of several vectors for each token, wherever it keeps its tokens."""
+    if value.dim() > 3 and value.shape[-2] < LONG:
+        return value.movedim(1, -2)
+    return value
 
 
 def _entering(name: str, calls: list[str], entered: list[Tensor]) -> Any:

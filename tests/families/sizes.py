@@ -175,6 +175,8 @@ SIZES: dict[str, Any] = {
     "embedding_multiplier": 2.0,
     "logits_scaling": 2.0,
     "is_decoder": True,
+    # a stream that is kept in float32 in a model of float64 would be rounded
+    "residual_in_fp32": False,
 }
 
 #: Model type -> what the rule does not know of it. A name with a dot belongs to a config inside the config.
@@ -228,6 +230,7 @@ NEEDS: dict[str, dict[str, Any]] = {
         **{f"{part}_config.head_dim": 8 for part in ("patcher", "decoder", "global")},
         **{f"{part}_config.vocab_size": VOCAB for part in ("patcher", "encoder", "decoder")},
     },
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "dbrx": {"attn_config.+rope_theta": 1e4, "attn_config.clip_qkv": 2.0, "ffn_config.hidden_size": 32},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note_text": {**_DOTS, "per_layer_config": {1: _DOTS_WINDOW}},
@@ -347,4 +350,4 @@ NOT_BUILT: dict[str, str] = {
 PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
 #: Model types whose code has no float64.
-FLOAT32 = ("blt", "xglm", "inkling2_text", "xlstm")
+FLOAT32 = ("blt", "xglm", "inkling2_text", "inkling2_loop_text", "xlstm")

@@ -111,6 +111,7 @@ def _refused(one: Judgement) -> str:
 
 def _general(text: str) -> str:
     """A reason without the number of a layer or a head."""
+    text = re.sub(r" \(by [^)]*\)", "", text)
     text = re.sub(r"^layer \d+: ", "", text)
     text = re.sub(r"\blayer \d+\b", "a layer", re.sub(r"layers[.\[]\d+\]?", "layers[i]", text))
     return re.sub(r"\bhead \d+\b", "a head", text)

@@ -22,9 +22,11 @@ KINDS = (
     "layers[:].output",
     "layers[:].mid",
     "layers[:].attn.output",
+    "layers[:].mixer.output",
     "layers[:].mlp.output",
     "layers[:].heads[:].output",
     "layers[:].heads[:].q",
+    "layers[:].heads[:].gate",
     "layers[:].groups[:].k",
     "layers[:].groups[:].v",
     "layers[:].neurons[0,-1].output",
@@ -199,6 +201,7 @@ def _adds(subject: Subject, served: dict[str, Served], block: Block, part: str, 
 
 def _heads(subject: Subject, served: dict[str, Served]) -> None:
     heads, queries = served["layers[:].heads[:].output"], served["layers[:].heads[:].q"]
+    gates = served["layers[:].heads[:].gate"]
     keys, vs = served["layers[:].groups[:].k"], served["layers[:].groups[:].v"]
     patterns = served["layers[:].heads[:].pattern"]
     for block in subject.blocks:
@@ -208,7 +211,9 @@ def _heads(subject: Subject, served: dict[str, Served]) -> None:
         layer = f"layer {block.index}"
         if _of_layer(served["layers[:].attn.output"], block.index) is not None:
             _all_of_attention(subject, served, block, list(mine))
-        for kind, per_head in ((queries, True), (keys, False), (vs, False)):
+        for path in [p for p in gates.values if number(p, 0) == block.index]:
+            _scales(subject, block, path)
+        for kind, per_head in ((queries, True), (gates, True), (keys, False), (vs, False)):
             for path in [p for p in kind.values if number(p, 0) == block.index]:
                 at = number(path, 1)
                 size = block.n_heads // block.n_kv
@@ -304,6 +309,26 @@ def _moves(subject: Subject, block: Block, path: ns.Path, expected: set[int], ki
         if found == expected:
             break
     subject.claim(f"one at a time {kind}", found == expected, f"{path} moves the slices of heads {sorted(found)}")
+
+
+def _scales(subject: Subject, block: Block, path: ns.Path) -> None:
+    """A change of the first number of a gate at one token changes one column at that token, or all if it is one."""
+    seen: list[Tensor] = []
+
+    def edit(value: Tensor) -> Tensor:
+        value[:, -2, 0] += 0.5
+        return value
+
+    with hooks(before(subject.bare.get_submodule(block.o), lambda x: seen.append(x.clone()))):
+        subject.logits(subject.ids)
+        run(subject.bare, {"input_ids": subject.ids}, {site_of(path): edit})
+    moved = (seen[block.occurrence] - seen[len(seen) // 2 + block.occurrence]).reshape(subject.ids.shape[1], -1) != 0
+    expected = torch.zeros_like(moved)
+    columns = site_of(path).columns
+    assert columns is not None
+    start = number(path, 1) * block.head_dim
+    expected[-2, start : start + (1 if columns[1] - columns[0] > 1 else block.head_dim)] = True
+    subject.claim("a gate scales its own column", torch.equal(moved, expected), f"{path} scales something else")
 
 
 # --- replays ----------------------------------------------------------------------------------------------------------

@@ -116,7 +116,9 @@ def _dense(mask: dict[str, Tensor | None], name: str, parameter: nn.Parameter) -
 def _read(subject: Subject, block: Block, masks: list[dict], width: int) -> None:
     """The output projection's numbers that meet a head's columns are the head's."""
     assert block.o is not None
-    projection, name = subject.bare.get_submodule(block.o), f"{block.o}.weight"
+    projection = subject.bare.get_submodule(block.o)
+    # By its first name, where layers share it.
+    name = next(name for name, one in subject.bare.named_parameters() if one is projection.weight)
     columns = width * block.n_heads
     for head, mask in enumerate(masks):
         given = torch.zeros(3, columns).to(projection.weight)
@@ -135,5 +137,8 @@ def _one_head(subject: Subject, block: Block, part: Tensor, parameters: dict[str
     supports = [
         _support(part[:, column : column + 1], asked)[f"{block.q}.weight"] for column in (0, part.shape[-1] - 1)
     ]
-    subject.claim("weights: a head is one head", torch.equal(*supports),
+    # Where gates lie beside the queries, each column has one of its own, and nothing else of its own.
+    alone = [int((mine & ~other).any(1).sum()) for mine, other in (supports, supports[::-1])]
+    gated = block.layout is not None and block.layout.gate_dim > 0
+    subject.claim("weights: a head is one head", alone == [int(gated)] * 2,
                   f"layer {block.index}: columns of one head read different queries")  # fmt: skip

@@ -107,8 +107,8 @@ class Held:
             everyone = held.unflatten(0, (self.scope.total, -1)).clone()
             everyone[self.scope.start : self.scope.start + self.scope.size] = new
             new = everyone.flatten(0, 1)
-        elif held.dim() == 2:
-            new = new.flatten(0, 1)
+        elif held.dim() != 3:
+            new = wire.as_held(new, held)
         elif held.shape[0] != new.shape[0] and engine.scope_of(self.mediator) is not None:
             raise RefusedPlace(
                 "all prompts of the batch share this value, so it cannot be written for some of them",
@@ -132,8 +132,8 @@ def hold(access: Access, mediator: Any, rows: Rows) -> Held:
             # Tokens of all invokes in one flat list, which nnsight does not cut into rows.
             everyone = tensor.unflatten(0, (scope.total, -1))
             return Held(access, mediator, raw, everyone[scope.start : scope.start + scope.size], scope)
-        held = wire.as_rows(tensor, rows.batch)
-        if tensor.dim() == 2 and rows.new not in (None, held.shape[1]):
+        held = wire.as_rows(tensor, rows.batch, site_of(access.paths[0]).columns is not None)
+        if tensor.dim() != 3 and rows.new not in (None, held.shape[1]):
             raise ValueError(f"a value of shape {list(tensor.shape)} is not [prompt, token, width]")
         return Held(access, mediator, raw, held)
     except (ValueError, IndexError, RuntimeError) as error:

@@ -109,7 +109,7 @@ def pattern_places(model: engine.Model, path: Path) -> tuple[Path, Path]:
     block = block_of(model, site)
     layout = block.layout
     assert layout is not None and block.o is not None and site.index is not None
-    module = block.projection("v")
+    module = block.source("v")
     assert module is not None
     group = layout.group_of(site.index)
     common: dict[str, Any] = {"occurrence": site.occurrence, "tower": site.tower}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nnsplice.atlas.layouts import Layout
+from nnsplice.atlas.layouts import Layout, Role
 
 TowerName = Literal["encoder", "decoder"]
 End = tuple[str, Literal["input", "output"]]
@@ -51,6 +51,10 @@ class Block:
     n_neurons: int
     #: Whether attention and MLP read the same stream, so that nothing lies between them.
     parallel: bool
+    #: The module that mixes tokens in a layer without attention: a state space, linear attention, a convolution.
+    mixer: str | None
+    #: Whether the layer is an MLP and norms, and no token of it sees another.
+    only_mlp: bool
     #: Where the stream between attention and MLP is met: an end of a module.
     mid: End | None
     #: `stream` where the module only reads the stream there, beside the skip path; `plain` where all of it passes.
@@ -73,6 +77,14 @@ class Block:
     mlp_beside: tuple[str, ...] = ()
     #: Layers behind the projections of keys and values, whose rows are the groups' -> the role.
     group_rows: tuple[tuple[str, str], ...] = ()
+    #: Layers of the attention that serve all heads alike: what latent queries, keys and values are made from.
+    latents: tuple[str, ...] = ()
+    #: The layer whose output scales the heads' slices, and how many of its columns are one head's; None where there is
+    #: none, and where gates lie beside the queries.
+    gate_layer: tuple[str, int] | None = None
+    #: The layer whose keys and values this one reads, where it has none of its own, and the modules that make them.
+    kv_layer: int | None = None
+    kv_from: tuple[str, str] | None = None
     #: Why no head can be named, where heads share what they read; then there is no layout.
     mixed: str | None = None
 
@@ -85,6 +97,17 @@ class Block:
     def has_attention(self) -> bool:
         """Whether the layer has queries, keys and values."""
         return self.o is not None or "o" in self.stacked
+
+    @property
+    def mixes(self) -> str | None:
+        """The module that mixes tokens, whatever its kind."""
+        return self.attn if self.has_attention else self.mixer
+
+    @property
+    def mixer_added(self) -> str | None:
+        """The module whose output is what the mixing of tokens adds to the stream."""
+        # (A norm behind the mixer is known in layers of both kinds.)
+        return self.attn_added or (None if self.has_attention else self.mixer)
 
     @property
     def n_heads(self) -> int:
@@ -109,6 +132,34 @@ class Block:
     def projection(self, role: str) -> str | None:
         """The module that computes q, k or v."""
         return self.fused or {"q": self.q, "k": self.k, "v": self.v}[role]
+
+    @property
+    def reads_beside(self) -> str | None:
+        """What attention reads beside queries, keys and values of its own, in words; None in most families."""
+        if self.head_gates or (self.layout is not None and self.layout.gate_dim):
+            return f"its heads are gated by {self.head_gates[0] if self.head_gates else self.q}"
+        if self.latents:
+            return f"its keys have a part that all heads share, made by {self.latents[-1]}"
+        return None if self.kv_layer is None else f"it reads the keys and values of layer {self.kv_layer}"
+
+    def source(self, role: str) -> str | None:
+        """The module that computes the q, k or v that this layer reads, which may be an earlier layer's."""
+        if self.kv_from is not None and role != "q":
+            return self.kv_from[role == "v"]
+        return self.projection(role)
+
+    def shares(self, role: Role) -> bool:
+        """Whether that module computes something else beside it."""
+        return self.fused is not None or (self.layout is not None and self.layout.shares(role))
+
+    def gate_of(self, head: int) -> tuple[str, tuple[int, int]] | None:
+        """The module and the columns that hold the gate of a head; None where heads have none."""
+        if self.layout is not None and self.q is not None and (columns := self.layout.gate(head)):
+            return self.q, columns
+        if self.layout is None or self.gate_layer is None:
+            return None
+        module, width = self.gate_layer
+        return module, (head * width, (head + 1) * width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,11 @@ FACTS = (
     "new_decoder_architecture",
     "do_layer_norm_before",
     "residual_multiplier",
+    "residual_scale",
+    "is_kv_shared_layer",
+    "store_full_length_kv",
+    "layer_type",
+    "v_head_dim",
     "multi_query",
     "model_type",
     "in_features",
@@ -40,11 +45,30 @@ WRAPPED = ("base_layer", "original_module", "_orig_mod")
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 #: Children of an attention module.
-Q = ("q_proj", "query", "q", "q_lin", "Wq", "wq", "project_q", "to_q", "query_proj")
-K = ("k_proj", "key", "k", "k_lin", "Wk", "wk", "project_k", "to_k", "key_proj")
-V = ("v_proj", "value", "v", "v_lin", "Wv", "wv", "project_v", "to_v", "value_proj")
+Q = (
+    "q_proj",
+    "q_proj.linear",
+    "query",
+    "q",
+    "q_lin",
+    "Wq",
+    "wq",
+    "project_q",
+    "to_q",
+    "query_proj",
+    "q_b_proj",
+    "q_gate_proj",
+)
+K = ("k_proj", "k_proj.linear", "key", "k", "k_lin", "Wk", "wk", "project_k", "to_k", "key_proj")
+V = ("v_proj", "v_proj.linear", "value", "v", "v_lin", "Wv", "wv", "project_v", "to_v", "value_proj")
+#: Attention (start of the class name) in which a gate of the slice's width stands behind each query.
+GATED = ("Qwen3Next", "Qwen3_5", "Qwen4Exp", "AXK2")
+#: Latent attention: one layer makes keys and values of each head from a vector that is common to all of them ...
+LATENT = ("kv_b_proj",)
+#: ... and these make that vector, the one that queries come from, and the part of the key that all heads share.
+LATENTS = ("q_a_proj", "kv_a_proj_with_mqa")
 #: The output projection, inside the attention module or beside it (BERT).
-O = ("o_proj", "out_proj", "c_proj", "dense", "o", "out_lin", "attention_out", "wo", "Wo", "to_out")
+O = ("o_proj", "o_proj.linear", "out_proj", "c_proj", "dense", "o", "out_lin", "attention_out", "wo", "Wo", "to_out")
 O_BESIDE = ("output.dense", *O)
 
 #: One layer for q, k and v -> how its axis is laid out.
@@ -99,6 +123,25 @@ CROSS = frozenset(
     {"encoder_attn", "crossattention", "EncDecAttention", "cross_attn", "inter_attention", "cross_attention"}
 )
 
+#: What mixes tokens in a layer without such attention: state spaces, linear attention, convolutions; sought in the
+#: layer and in its parts.
+MIXERS = (
+    "mixer",
+    "mamba",
+    "linear_attn",
+    "conv",
+    "short_conv",
+    "temporal_block",
+    "mlstm_layer",
+    "attention",
+    "self_attn",
+    "self_attention",
+)
+
+#: What attention says of itself that reads the keys and values of an earlier layer. That is the last one before it that
+#: says the second, of those that say the same third.
+READS_KV, STORES_KV, KIND_OF_KV = "is_kv_shared_layer", "store_full_length_kv", "layer_type"
+
 #: Which element of the attention module's output holds the probabilities.
 PATTERN_ITEM = {"SelfAttention": 2}
 PATTERN_ITEM_DEFAULT = 1
@@ -147,6 +190,8 @@ EXPERTS = ("experts",)
 ROUTER = ("gate", "router", "router.gate", "gate.wg")
 #: A dense MLP that stands beside the experts and adds to them.
 MLP_BESIDE = ("shared_mlp",)
+#: Where nothing inside of it is known: the MLP as a whole.
+MLP_WHOLE = ("mlp", "ffn", "feed_forward")
 #: Parameters of a fused experts module, expert axis first.
 EXPERT_PARTS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}
 
@@ -188,10 +233,19 @@ PARALLEL_NORMS = (("ln_attn", "ln_mlp"),)
 
 #: Blocks (start of the class name) that mix stream and branches in a way of their own, so that no module's output is
 #: what is added.
-NOT_ADDITIVE = ("MiniMaxDecoder", "Gemma4TextDecoder")
+NOT_ADDITIVE = ("MiniMaxDecoder",)
+
+#: Layers (start of the class name) of which no part is what its name would say, and why.
+REFUSED = {
+    "XLNetLayer": "tokens stand before prompts in it, and two streams run through its layers",
+    "ProphetNetDecoderLayer": "the tokens run through its layers several times side by side, once for each token ahead",
+    "ReformerLayer": "two streams run through its layers, and neither is what a layer adds to",
+    "DoryDecoderLayer": "some of its layers run several times in one pass, which the number of a layer does not tell",
+    "LongcatFlashDecoderLayer": "each of its layers has two attentions and two MLPs, with experts across them",
+}
 
 #: Numbers that scale a branch in code, where no module's output is what is added.
-SCALES = ("residual_multiplier",)
+SCALES = ("residual_multiplier", "residual_scale")
 
 # -- models whose layers are no modules ----------------------------------------------------------------------------
 
@@ -221,7 +275,17 @@ EMBED = (
 )
 #: Learned positions, a row for each: a longer prompt cannot run.
 POSITIONS = ("wpe", "position_embeddings", "embed_positions", "pos_embed")
-FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_final", "final_norm")
+FINAL_NORM = (
+    "norm",
+    "ln_f",
+    "embedding_norm",
+    "final_layer_norm",
+    "final_layernorm",
+    "norm_f",
+    "layer_norm",
+    "ln_final",
+    "final_norm",
+)
 UNEMBED = (
     "lm_head.decoder",
     "lm_head",

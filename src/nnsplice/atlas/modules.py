@@ -27,7 +27,8 @@ def _block_places(tree: Tree, block: Block) -> Iterator[tuple[str, tuple[Step, .
     for part in ("q", "k", "v", "o"):
         module = getattr(block, part)
         if module:
-            yield module, (Step("attn"), Step(part))
+            shared = part != "o" and block.shares(part)
+            yield module, (Step("attn"),) if shared else (Step("attn"), Step(part))
     for part in ("gate", "up", "down", "router"):
         module = getattr(block, part)
         if module:
@@ -35,6 +36,8 @@ def _block_places(tree: Tree, block: Block) -> Iterator[tuple[str, tuple[Step, .
     for module in (block.fused, block.attn):
         if module:
             yield module, (Step("attn"),)
+    if block.mixer:
+        yield block.mixer, (Step("mixer"),)
     if block.experts and block.experts_are_modules:
         for index, module in enumerate(tree.nodes[block.experts].children.values()):
             yield module, (Step("experts", index),)
@@ -43,7 +46,7 @@ def _block_places(tree: Tree, block: Block) -> Iterator[tuple[str, tuple[Step, .
     if block.mlp and not block.mlp_is_bare:
         yield block.mlp, (Step("mlp"),)
     yield from ((module, (Step("mlp"),)) for module in block.mlp_beside)
-    yield from ((module, (Step("attn"),)) for module in block.head_gates)
+    yield from ((module, (Step("attn"),)) for module in (*block.head_gates, *block.latents))
     yield from ((module, ()) for module in block.modules)
 
 

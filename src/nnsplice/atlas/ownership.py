@@ -31,7 +31,8 @@ def unclaimed(atlas: Parts, block: Block) -> tuple[str, ...]:
     tree = atlas.tree
     if block.attn is None or not block.has_attention:
         return ()
-    modules = (block.q, block.k, block.v, block.fused, block.o, *block.head_gates, *(m for m, _ in block.group_rows))
+    modules = (block.q, block.k, block.v, block.fused, block.o, *block.head_gates, *block.latents)
+    modules = (*modules, *(module for module, _ in block.group_rows))
     known = {name for module in modules if module is not None for name in whole_names(tree, module)}
     known |= {name for parameters in block.stacked.values() for name, _ in parameters} | set(per_head(atlas, block))
     shared = (*rows.O_BIAS, *rows.STACKED_BIASES)

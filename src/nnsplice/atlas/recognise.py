@@ -9,8 +9,8 @@ from typing import Any
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block, Tower, TowerName
-from nnsplice.atlas.choose import Towers, choose, is_numbered
-from nnsplice.atlas.layouts import Kind, Layout, fits
+from nnsplice.atlas.choose import Doubt, Towers, choose, is_numbered
+from nnsplice.atlas.layouts import Layout, fits
 from nnsplice.atlas.stacked import read_stacked
 from nnsplice.atlas.stream import read_stream
 from nnsplice.atlas.tree import Node, Tree, is_norm
@@ -18,6 +18,11 @@ from nnsplice.atlas.tree import Node, Tree, is_norm
 
 def find_stacks(tree: Tree) -> dict[str, tuple[Block, ...]]:
     """Every list of blocks that is recognised, whatever it is for: its name -> the blocks, in the model's order."""
+    # Layers whose MLP is not known, or that have none, are taken where there are no others.
+    return _stacks(tree, whole=True) or _stacks(tree, whole=False)
+
+
+def _stacks(tree: Tree, *, whole: bool) -> dict[str, tuple[Block, ...]]:
     stacks: dict[str, tuple[Block, ...]] = {}
     for node in tree.nodes.values():
         inside = any(node.name.startswith(f"{stack}.") for stack in stacks)
@@ -25,17 +30,48 @@ def find_stacks(tree: Tree) -> dict[str, tuple[Block, ...]]:
             continue  # ALBERT with several layers in a group: none of its modules is one layer
         if inside or not is_numbered(node) or rows.NOT_TEXT & set(node.name.split(".")):
             continue
-        blocks = _read_split(tree, node) or [read_block(tree, m, i) for i, m in enumerate(node.children.values())]
+        blocks = _read_split(tree, node) or [
+            read_block(tree, m, i, whole=whole) for i, m in enumerate(node.children.values())
+        ]
         found = tuple(block for block in blocks if block is not None)
         # Some layers may do without attention (or with one that has no such heads); all of them may not.
-        if len(found) == len(node.children) and any(block.has_attention for block in found):
-            stacks[node.name] = found
+        if len(found) == len(node.children) and any(
+            block.has_attention or (block.mixer and not whole) for block in found
+        ):
+            stacks[node.name] = _with_keys(tree, found)
     return stacks
+
+
+def _with_keys(tree: Tree, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    """The same blocks, with the layer named whose keys and values one reads that has none of its own."""
+    known: dict[object, Block] = {}
+    found: list[Block] = []
+    for block in blocks:
+        facts = tree.nodes[block.attn].facts if block.attn else {}
+        kind = facts.get(rows.KIND_OF_KV)
+        if facts.get(rows.READS_KV):
+            source = known.get(kind)
+            layout = source.layout if source is not None else None
+            width = None if layout is None or block.o is None else tree.weight(block.o)
+            if source is None or layout is None or width != ((width or (0,))[0], layout.n_heads * layout.head_dim):
+                block = replace(block, mixed="whose keys and values it reads is not known")
+            else:
+                modules = (str(source.projection("k")), str(source.projection("v")))
+                block = replace(block, layout=layout, kv_layer=source.index, kv_from=modules)
+        elif facts.get(rows.STORES_KV):
+            known[kind] = block
+        found.append(block)
+    return tuple(found)
 
 
 def find_towers(tree: Tree) -> Towers:
     """The towers of a model by name; none where no list of blocks is recognised, or where several could be the one."""
     stacks = find_stacks(tree)
+    for name, blocks in stacks.items():
+        kinds = {tree.nodes[block.module].kind for block in blocks}
+        reason = next((why for start, why in rows.REFUSED.items() for kind in kinds if kind.startswith(start)), None)
+        if reason is not None:
+            return Towers(MappingProxyType({}), MappingProxyType({}), Doubt(reason, (name,)))
     chosen = choose(
         tree, {name: len(blocks) for name, blocks in stacks.items()}, lambda name: _width(tree, stacks[name])
     )
@@ -110,13 +146,21 @@ def _first(tree: Tree, home: str, names: Iterable[str]) -> str | None:
     return None
 
 
-def read_block(tree: Tree, name: str, index: int) -> Block | None:
-    """The parts of one block, or None where it has no MLP that we know; attention may be missing."""
+def read_block(tree: Tree, name: str, index: int, *, whole: bool = True) -> Block | None:
+    """The parts of one block, or None where it is none that we know; attention may be missing.
+
+    Args:
+        whole: it has to have an MLP whose layers are known.
+    """
     attention = _read_attention(tree, name)
     mlp = _read_mlp(tree, name, attention.get("attn"))
     stacked = {}
     if not mlp and attention["attn"] is None:
         attention, mlp, stacked = read_stacked(tree, name)
+    mixer = None if attention["attn"] or stacked else _mixer(tree, name, mlp.get("mlp"))
+    if not mlp and not whole:
+        found = next((m for row in rows.MLP_WHOLE if (m := tree.child(name, row)) and m not in tree.shared), None)
+        mlp = _mlp(mlp=found) if found or mixer or attention["attn"] else {}
     if not mlp:
         return None
     block = Block(
@@ -124,6 +168,8 @@ def read_block(tree: Tree, name: str, index: int) -> Block | None:
         module=name,
         occurrence=0,
         parallel=False,
+        mixer=mixer,
+        only_mlp=_only_mlp(tree, name, mlp["mlp"]),
         mid=None,
         mid_kind="plain",
         mlp_is_bare=_is_bare(name, mlp["mlp"], attention["attn"]),
@@ -160,6 +206,8 @@ def _split_block(tree: Tree, index: int, attn: str, mlp: str, mid: str, end: str
         module=attn,
         occurrence=0,
         parallel=False,
+        mixer=None,
+        only_mlp=False,
         mid=(mid, "output"),
         mid_kind="plain",
         mlp_is_bare=False,
@@ -172,6 +220,18 @@ def _split_block(tree: Tree, index: int, attn: str, mlp: str, mid: str, end: str
         **{**attention, "attn": attn, "pattern": (attn, rows.PATTERN_ITEM_DEFAULT)},
         **inner,
     )
+
+
+def _mixer(tree: Tree, block: str, mlp: str | None) -> str | None:
+    """What mixes tokens in a block without attention: of the modules of a known name, the one nearest to it."""
+    homes = (block, *(child for child in tree.own(block, 1) if child != mlp))
+    found = (m for home in homes for row in rows.MIXERS if (m := tree.child(home, row)))
+    return next((m for m in found if m != mlp and m not in tree.shared), None)
+
+
+def _only_mlp(tree: Tree, block: str, mlp: str | None) -> bool:
+    node = tree.nodes[block]
+    return not node.params and all(child == mlp or is_norm(tree, child) for child in node.children.values())
 
 
 def _is_bare(block: str, mlp: object, attn: object) -> bool:
@@ -190,12 +250,14 @@ def _scale(tree: Tree, name: str) -> float:
 
 
 def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
-    for home in (block, *tree.under(block, 3)):
+    for home in (block, *tree.own(block, 3)):
         if rows.CROSS & set(home[len(block) :].split(".")):
             continue
         q, k, v = (_first(tree, home, names) for names in (rows.Q, rows.K, rows.V))
+        if q and not (k or v):
+            k = v = _first(tree, home, rows.LATENT)
         fused = None if q and k and v else _first(tree, home, rows.FUSED)
-        if not ((q and k and v) or fused):
+        if not ((q and k and v) or fused or (q and tree.nodes[home].facts.get(rows.READS_KV))):
             continue
         attn, o = home, _first(tree, home, rows.O)
         if o is None and home != block:
@@ -216,8 +278,10 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             "v": None if fused else v,
             "fused": fused,
             "o": o,
-            "head_gates": _head_gates(tree, home, o, layout),
+            "head_gates": (gates := _head_gates(tree, home, o, layout)),
+            "gate_layer": _gate_layer(tree, gates, layout),
             "group_rows": tuple((m, role) for row, role in rows.GROUP_ROWS.items() if (m := tree.child(home, row))),
+            "latents": tuple(m for row in rows.LATENTS if (m := tree.child(home, row))),
             "layout": None if mixed else layout,
             "mixed": mixed,
         }
@@ -244,6 +308,13 @@ def _head_gates(tree: Tree, home: str, o: str, layout: Layout | None) -> tuple[s
     return tuple(found)
 
 
+def _gate_layer(tree: Tree, gates: tuple[str, ...], layout: Layout | None) -> tuple[str, int] | None:
+    """The one layer of gates, and its columns of one head: as many as the slice has, or one."""
+    found = [module for module in gates if module.rpartition(".")[2] in rows.HEAD_GATES]
+    shape = tree.weight(found[0]) if len(found) == 1 else None
+    return (found[0], shape[0] // layout.n_heads) if shape is not None and layout is not None else None
+
+
 def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused: str | None, o: str) -> Layout | None:
     """Heads come from the config, every other number from shapes: hidden // heads is wrong in 22 families."""
     n_heads = _n_heads(tree, home)
@@ -252,26 +323,47 @@ def _read_layout(tree: Tree, home: str, separate: tuple[str | None, ...], fused:
         return None
     head_dim = inner[1] // n_heads
     if fused is None:
-        widths = [shape[0] for name in separate if name and (shape := tree.weight(name))]
-        # A query of another width carries more than queries (a gate, say), and cannot be cut by heads alone.
-        if len(widths) != 3 or widths[0] != inner[1] or widths[1] != widths[2] or widths[1] % head_dim:
-            return None
-        kind: Kind = "separate"
-        n_kv = widths[1] // head_dim
-    else:
-        shape = tree.weight(fused)
-        if shape is None or shape[0] % head_dim:
-            return None
-        n_kv, odd = divmod(shape[0] // head_dim - n_heads, 2)
-        if odd:
-            return None
-        kind = rows.FUSED[fused.rpartition(".")[2]]
-        node = tree.nodes[home]
-        for start, special in rows.FUSED_BY_CLASS.items():
-            kind = special if node.kind.startswith(start) else kind
-        if n_kv == n_heads and "multi_query" in node.facts and kind == "concat":
-            kind = "interleaved"  # GPT-BigCode with as many key/value heads as heads
+        return _apart(tree, home, separate, n_heads, head_dim)
+    shape = tree.weight(fused)
+    if shape is None or shape[0] % head_dim:
+        return None
+    n_kv, odd = divmod(shape[0] // head_dim - n_heads, 2)
+    if odd:
+        return None
+    kind = rows.FUSED[fused.rpartition(".")[2]]
+    node = tree.nodes[home]
+    for start, special in rows.FUSED_BY_CLASS.items():
+        kind = special if node.kind.startswith(start) else kind
+    if n_kv == n_heads and "multi_query" in node.facts and kind == "concat":
+        kind = "interleaved"  # GPT-BigCode with as many key/value heads as heads
     return Layout(kind, n_heads, n_kv, head_dim) if fits(kind, n_heads, n_kv, head_dim) else None
+
+
+def _apart(tree: Tree, home: str, names: tuple[str | None, ...], n_heads: int, head_dim: int) -> Layout | None:
+    """The layout of queries, keys and values that do not lie on one axis, by their widths."""
+    shapes = [tree.weight(name) for name in names if name]
+    if len(shapes) != 3 or None in shapes:
+        return None
+    query, key, value = (shape[0] for shape in shapes if shape)
+    # A query that is wider than its key carries more than can be cut by heads, unless the family says what.
+    gate = head_dim if tree.nodes[home].kind.startswith(rows.GATED) else 0
+    query_dim, left = query // n_heads - gate, query % n_heads
+    if names[1] == names[2]:  # keys and values of a head side by side
+        key_dim = key // n_heads - head_dim
+        right = not left and not key % n_heads and 0 < key_dim <= query_dim
+        return Layout("latent", n_heads, n_heads, head_dim, query_dim, key_dim, gate) if right else None
+    n_kv = value // head_dim
+    # Values of another width than keys are believed where the module says so: else heads may share queries and keys.
+    plain = query_dim == head_dim or tree.nodes[home].facts.get("v_head_dim") == head_dim
+    right = (
+        plain
+        and not left
+        and not value % head_dim
+        and key == n_kv * query_dim
+        and fits("separate", n_heads, n_kv, head_dim)
+    )
+    other = 0 if query_dim == head_dim else query_dim
+    return Layout("separate", n_heads, n_kv, head_dim, other, other, gate) if right else None
 
 
 def _n_heads(tree: Tree, home: str) -> int:
@@ -288,7 +380,7 @@ def _n_heads(tree: Tree, home: str) -> int:
 
 
 def _read_mlp(tree: Tree, block: str, attn: str | None) -> dict[str, Any]:
-    for home in (block, *tree.under(block, 3)):
+    for home in (block, *tree.own(block, 3)):
         if isinstance(attn, str) and (home == attn or home.startswith(f"{attn}.")):
             continue
         if rows.CROSS & set(home[len(block) :].split(".")):

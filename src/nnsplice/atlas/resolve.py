@@ -14,7 +14,7 @@ from nnsplice.atlas.native import follow
 from nnsplice.atlas.ownership import per_head, unclaimed, whole_names
 from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.selection import Part, Ranges, Selection, join
-from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, take_apart
+from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, reads_other, take_apart
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import PathError, RefusedPlace, UnknownPath
 from nnsplice.paths.path import Path
@@ -121,6 +121,8 @@ def _one(atlas: Parts, path: Path) -> Iterator[Piece]:
     if place.counted is None:
         yield from _part(atlas, path, block, place.role)
     else:
+        if place.value in ("k", "v") and block.kv_layer is not None:
+            raise reads_other(path, block, place.value)
         yield from _COUNTED[path.steps[1].name](atlas, block, inner[0], place.value)
 
 
@@ -133,10 +135,15 @@ def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
     if role == "layers":
         for module in block.modules:
             yield from whole(atlas, module)
+    elif role == "mixer" and not block.has_attention:
+        if block.mixer is None:
+            raise UnknownPath(f"layer {block.index} has no mixer that is known", path=path, column=column(path, 1))
+        yield from whole(atlas, block.mixer)
     elif role in ("attn", *ROLES, "o") and not block.has_attention:
         raise no_attention(path, block)
-    elif role == "attn":
-        for module in dict.fromkeys((block.q, block.k, block.v, block.fused, block.o, *block.head_gates)):
+    elif role in ("attn", "mixer"):
+        parts = (block.q, block.k, block.v, block.fused, block.o, *block.head_gates, *block.latents)
+        for module in dict.fromkeys(parts):
             if module is not None:
                 yield from whole(atlas, module)
         yield from _stacked(block, (*ROLES, "o"), None)
@@ -149,10 +156,13 @@ def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
         yield from _stacked(block, (role,), None)
     elif role == "mlp":
         yield from _mlp(atlas, block)
-    elif role in ROLES and block.fused is not None:
-        if block.layout is None:
-            raise UnknownPath(f"{role} cannot be told apart in {block.fused}", path=path, column=column(path, 2))
-        yield from _out(atlas, block.fused, block.layout.whole(role))
+    elif role in ("k", "v") and block.kv_layer is not None:
+        raise reads_other(path, block, role)
+    elif role in ROLES and block.shares(role):
+        module = block.projection(role)
+        if block.layout is None or module is None:
+            raise UnknownPath(f"{role} cannot be told apart in {module}", path=path, column=column(path, 2))
+        yield from _out(atlas, module, block.layout.whole(role))
     elif role in ("gate", "up") and block.gate_up is not None:
         half = block.n_neurons
         yield from _out(atlas, block.gate_up, ((0, half),) if role == "gate" else ((half, 2 * half),))
@@ -224,6 +234,11 @@ def _adapter(atlas: Parts, module: str, kinds: Iterable[str], axis: int, ranges:
 def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
     layout = block.layout
     assert layout is not None
+    if value == "gate":
+        found = [gate for gate in map(block.gate_of, heads) if gate is not None]
+        for module in dict.fromkeys(module for module, _ in found):
+            yield from _out(atlas, module, tuple(columns for of, columns in found if of == module))
+        return
     if value not in ROLES:
         _refuse_unclaimed(atlas, block)
     wanted: dict[Role, Iterable[int]] = {"q": heads, "k": (group,), "v": (group,)}
@@ -237,6 +252,8 @@ def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | No
         module = block.projection(role)
         if module is not None and value in (None, "output", "weight", "bias", role):
             yield from _out(atlas, module, tuple(layout.range(role, i) for i in wanted[role]))
+            gates = [layout.gate(i) for i in heads] if role == "q" and value != "q" else []
+            yield from _out(atlas, module, tuple(gate for gate in gates if gate is not None)) if any(gates) else ()
     if value not in ROLES:
         d = layout.head_dim
         yield from _in(atlas, block.o, ((heads.start * d, heads.stop * d),))

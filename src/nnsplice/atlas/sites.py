@@ -13,7 +13,7 @@ from nnsplice.errors import PathError, RefusedPlace, UnknownPath, closest
 from nnsplice.paths.path import WEIGHT_VALUES, Path, Step
 
 #: What may follow `layers[i]`, and what may follow that.
-INSIDE_LAYER = ("attn", "mlp", "heads", "groups", "experts", "neurons")
+INSIDE_LAYER = ("attn", "mixer", "mlp", "heads", "groups", "experts", "neurons")
 INSIDE_ATTN = ("q", "k", "v", "o")
 INSIDE_MLP = ("gate", "up", "down", "router")
 #: Counted parts -> what one of them is called in a sentence.
@@ -22,7 +22,7 @@ ROOTS = ("embed", "layers", "final_norm", "unembed")
 #: Values of each place; a place that is not listed has only `output`.
 VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("input", "mid", "output"),
-    "heads": ("output", "q", "k", "v", "pattern"),
+    "heads": ("output", "q", "k", "v", "gate", "pattern"),
     "groups": ("k", "v"),
 }
 
@@ -182,14 +182,22 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
             return Site(module, value, **common)  # pyright: ignore[reportArgumentType]
         if block.mid is None:
             reason = (
-                f"layer {block.index} runs attention and MLP in parallel: there is no stream between them"
+                f"layer {block.index} has one branch, so nothing lies between two"
+                if block.mlp is None or block.only_mlp
+                else f"layer {block.index} runs attention and MLP in parallel: there is no stream between them"
                 if block.parallel
                 else f"where the stream of layer {block.index} passes from attention to the MLP is not known"
             )
             raise RefusedPlace(reason, path=path, column=_last(path, "mid"), write=f"layers[{block.index}].input")
         return Site(*block.mid, kind=block.mid_kind, **common)
-    if role in ("attn", "mlp"):
-        module = block.attn_added if role == "attn" else block.mlp_added
+    if role in ("attn", "mlp", "mixer"):
+        module = {"attn": block.attn_added, "mlp": block.mlp_added, "mixer": block.mixer_added}[role]
+        if role == "mixer" and block.mixes is None and module is None:
+            raise UnknownPath(
+                f"what mixes tokens in layer {block.index} is not known, or nothing does",
+                path=path,
+                column=column(path, 1),
+            )
         if role == "attn" and not block.has_attention:
             raise no_attention(path, block)
         if role == "mlp" and block.mlp is None:
@@ -214,6 +222,8 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
     columns = None
     if role in ("q", "k", "v", "o") and not block.has_attention:
         raise no_attention(path, block)
+    if role in ("k", "v") and block.kv_layer is not None:
+        raise reads_other(path, block, role)
     if role in ("q", "k", "v"):
         module, columns = _projected(path, block, role)
     elif role == "o":
@@ -236,6 +246,17 @@ def stacked_place(path: Path, block: Block, role: str) -> RefusedPlace:
         path=path,
         column=column(path, 1),
         expected=f"one of its own modules, natively: model.{native_text(home)}....output",
+    )
+
+
+def reads_other(path: Path, block: Block, role: str) -> RefusedPlace:
+    """The error for keys and values of a layer that reads those of an earlier one."""
+    steps = (replace(path.steps[0], index=block.kv_layer), *path.steps[1:])
+    return RefusedPlace(
+        f"layer {block.index} has no {role} of its own: it reads the keys and values of layer {block.kv_layer}",
+        path=path,
+        column=column(path, 0),
+        write=str(replace(path, steps=steps)),
     )
 
 
@@ -262,18 +283,21 @@ def has_part(block: Block, name: str) -> bool:
 
 
 def _projected(path: Path, block: Block, role) -> tuple[str | None, tuple[int, int] | None]:
-    if block.fused is None:
-        return block.projection(role), None
+    module = block.projection(role)
+    if not block.shares(role):
+        return module, None
     ranges = block.layout.whole(role) if block.layout else ()
     if len(ranges) != 1:
         part = "heads" if role == "q" else "groups"
+        beside = "q and a gate" if role == "q" else "k and v"
         raise RefusedPlace(
-            f"{role} of layer {block.index} is not one stretch of {block.fused}: heads alternate between q, k and v",
+            f"{role} of layer {block.index} is not one stretch of {module}: heads alternate between "
+            f"{'q, k and v' if block.fused else beside}",
             path=path,
             column=column(path, 2),
             write=f"layers[{block.index}].{part}[:].{role}",
         )
-    return block.fused, ranges[0]
+    return module, ranges[0]
 
 
 def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, value: str) -> Site:
@@ -296,6 +320,11 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
         return Site(module, "output", item=item, kind="pattern", index=index, **common)
     if value == "output":
         return Site(block.o, "input", columns=(index * layout.head_dim, (index + 1) * layout.head_dim), **common)
+    if value == "gate":
+        gate = block.gate_of(index)
+        if gate is None:
+            raise UnknownPath(f"the heads of layer {block.index} have no gates", path=path, column=_last(path, "gate"))
+        return Site(gate[0], "output", columns=gate[1], **common)
     if name == "heads" and value != "q" and layout.n_kv != layout.n_heads:
         group = layout.group_of(index)
         raise RefusedPlace(
@@ -305,6 +334,8 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
             column=column(path, 1),
             write=f"layers[{block.index}].groups[{group}].{value}",
         )
+    if value in ("k", "v") and block.kv_layer is not None:
+        raise reads_other(path, block, value)
     module = block.projection(value)
     assert module is not None
     return Site(module, "output", columns=layout.range(value, index), **common)  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,11 @@ from nnsplice.atlas.tree import Tree, is_norm
 def read_stream(tree: Tree, block: Block) -> dict[str, Any]:
     """What is added to the stream, and where the stream is met between attention and MLP."""
     home, attn, mlp = block.module, block.attn, block.mlp
-    norms = {a: c for a, c in tree.nodes[home].children.items() if c not in (attn, mlp) and is_norm(tree, c)}
+    children = dict(tree.nodes[home].children)
+    around = next((c for c in children.values() if attn is not None and attn.startswith(f"{c}.")), None)
+    if around is not None and "norm" in around.rpartition(".")[2]:
+        children |= tree.nodes[around].children  # DBRX keeps the attention between its norms
+    norms = {a: c for a, c in children.items() if c not in (attn, mlp) and is_norm(tree, c)}
     inner_norm = next((c for c in tree.under(attn) if c.rpartition(".")[2] == "LayerNorm"), None) if attn else None
     sandwich = next((pair for pair in rows.SANDWICH if pair[0] in norms and pair[1] in norms), None)
     # A module that is handed the stream adds to it itself: then its last projection is what is added.
@@ -30,8 +34,10 @@ def read_stream(tree: Tree, block: Block) -> dict[str, Any]:
     parallel = _is_parallel(tree, block, norms, bare)
     mid: End | None
     mid, whole = None, True
+    both = mlp is not None and (block.has_attention or block.mixer is not None)
+    parallel = parallel and both
     wrapper = mlp.rpartition(".")[0] if mlp and not bare else home
-    if not parallel:
+    if not parallel and both:
         if inner_norm:  # BERT: the stream leaves the attention module normalised
             mid = (inner_norm.rpartition(".")[0], "output")
         elif attn in adds and attn is not None:  # BLOOM

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -70,6 +71,20 @@ class Tree:
                 yield child
                 yield from self.under(child, depth - 1)
 
+    def own(self, name: str, depth: int = 99) -> Iterator[str]:
+        """The modules below `name` that stand nowhere else: what several layers share is no part of one of them."""
+        if depth > 0:
+            for child in self.nodes[name].children.values():
+                if child not in self.shared:
+                    yield child
+                    yield from self.own(child, depth - 1)
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """Modules that stand in several others."""
+        homes = Counter(child for node in self.nodes.values() for child in set(node.children.values()))
+        return frozenset(name for name, count in homes.items() if count > 1)
+
     def owner(self, name: str) -> Node:
         """The module that holds the weights of a layer: itself, or what an adapter wrapped in it."""
         node = self.nodes[name]
@@ -103,9 +118,15 @@ class Tree:
         return self.owner(name).kind == "Conv1D"
 
 
+#: Ends of class names of what has norms, where all classes of a family have the word in their names.
+_HAS_NORMS = ("layer", "output", "intermediate", "embeddings", "encoder", "decoder", "model", "pooler", "head", "lm")
+
+
 def is_norm(tree: Tree, name: str) -> bool:
     """Whether a module normalises, by the name of its class or its own."""
     kind = tree.nodes[name].kind.lower()
+    if "attention" in kind or kind.endswith(_HAS_NORMS):
+        return False
     last = name.rpartition(".")[2]
     return "norm" in kind or "norm" in last.lower() or last.startswith("ln_")
 
@@ -145,7 +166,7 @@ def read_tree(root: nn.Module) -> Tree:
         held = tuple(attribute for attribute, tensor in module._buffers.items() if tensor is not None)
         buffers.update(dot + attribute for attribute in held)
         saved += [dot + attribute for attribute in held if attribute not in module._non_persistent_buffers_set]
-        facts = {key: module.__dict__[key] for key in FACTS if isinstance(module.__dict__.get(key), (int, float))}
+        facts = {key: module.__dict__[key] for key in FACTS if isinstance(module.__dict__.get(key), (int, float, str))}
         nodes[name] = Node(
             name=name,
             kind=type(module).__name__,

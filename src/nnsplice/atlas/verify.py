@@ -233,7 +233,17 @@ class _Gradients:
     def roles(self, modules: dict[Role, str | None], layout: Layout) -> dict[Role, set[int]]:
         """The columns of the head's q, k and v, found without the layout."""
         if not layout.fused:
-            return {r: self._support(self.last, m, earlier=False) for r, m in modules.items() if m is not None}
+            found: dict[Role, set[int]] = {
+                r: self._support(self.last, m, earlier=False) for r, m in modules.items() if m is not None
+            }
+            query, pair = str(modules["q"]), str(modules["k"])
+            if layout.gate_dim and len(self.columns) > 1:
+                # A gate is read by one column of the slice, and a query by all.
+                found["q"] = set.intersection(*(self._support(of, query, earlier=False) for of in self.columns))
+            if layout.kind == "latent" and len(self.columns) > 1:
+                key = set.intersection(*(self._support(of, pair, earlier=False) for of in self.columns))
+                found["k"], found["v"] = key, found["v"] - key
+            return found
         fused = str(modules["q"])
         both = self._support(self.last, fused, earlier=True)
         query = self._support(self.last, fused, earlier=False) - both

@@ -274,6 +274,9 @@ def _everything(model: engine.Model, branches: Branches) -> Iterator[str]:
     """Every place where a branch reads the stream, once, and the logits."""
     for block in branches.tower.blocks:
         start = f"layers[{block.index}]"
+        if block.reads_beside is not None:  # what these names leave out is a part of attention too
+            yield from (f"{start}.attn", f"{start}.mlp")
+            continue
         parts = [f"{start}.heads[:].q", f"{start}.groups[:].k", f"{start}.groups[:].v"]
         try:
             for part in parts:

@@ -135,7 +135,7 @@ def flow(
             if tied and not tensor.requires_grad and tensor.is_floating_point():
                 tensor.requires_grad_()  # the first value of the run: what comes after it is tied to it
             tensors[key] = tensor
-            values[key] = wire.as_rows(tensor.detach().clone(), len(rows))
+            values[key] = wire.as_rows(tensor.detach().clone(), len(rows), site_of(access.paths[0]).columns is not None)
             check_length(access, values[key], prompts.lengths(access.tower)[rows[0]])
             if access.kind != "stream" and (tied or mixed is not None):
                 # The run goes on with a copy, because some blocks add to the very tensor that a branch gave them.

@@ -32,8 +32,8 @@ class Asks:
     module: nn.Module
     role: str
     heads: tuple[int, ...]
-    #: Whether a norm takes all heads together, so that patching one of them moves the others.
-    mixes: bool
+    #: Why patching them does more than these heads' own probabilities say; empty where it does not.
+    mixes: str
 
 
 def with_both_fixes(batch: Batch) -> tuple[Flow, Tensor]:
@@ -98,8 +98,8 @@ def asks_of(batch: Batch, branches: Branches) -> dict[Path, Asks]:
     """Which of the places hold queries or keys, however they are spelled."""
     roles = dict(_roles(batch, branches))
     found = {path: roles[site_of(path)] for path in batch.paths if site_of(path) in roles}
-    if any(ask.mixes for ask in found.values()):
-        raise _refusal("a norm takes the queries or keys of all heads together")
+    for reason in {ask.mixes for ask in found.values() if ask.mixes}:
+        raise _refusal(reason)
     return found
 
 
@@ -110,8 +110,12 @@ def _roles(batch: Batch, branches: Branches) -> Iterator[tuple[Site, Asks]]:
         layout = block.layout
         if home is None or layout is None:
             continue
-        inner = [name for name in atlas.tree.under(home) if name != block.attn_added]
-        mixes = any(_mixes(atlas, name, layout.head_dim) for name in inner)
+        # Norms of what latent queries and keys are made from stand before the heads are.
+        before = tuple(name.removesuffix("_proj").removesuffix("_proj_with_mqa") for name in block.latents)
+        inner = [name for name in atlas.tree.under(home) if name != block.attn_added and not name.startswith(before)]
+        norms = any(_mixes(atlas, name, layout.size("q")) for name in inner)
+        mixes = "a norm takes the queries or keys of all heads together" if norms else ""
+        keys = "a part of each key, which is rotated, is that of all heads" if layout.kind == "latent" else mixes
         module, start = root.get_submodule(home), f"layers[{block.index}]"
         places = {f"{start}.heads[{h}].q": ("q", (h,)) for h in range(layout.n_heads)}
         places |= {f"{start}.groups[{g}].k": ("k", tuple(layout.heads_of(g))) for g in range(layout.n_kv)}
@@ -121,7 +125,7 @@ def _roles(batch: Batch, branches: Branches) -> Iterator[tuple[Site, Asks]]:
                 (path,) = atlas.expand(text)
             except NnspliceError:  # heads that alternate on one axis have no place for all of them
                 continue
-            yield site_of(path), Asks(module, role, heads, mixes)
+            yield site_of(path), Asks(module, role, heads, keys if role == "k" else mixes)
 
 
 def _mixes(atlas: Atlas, name: str, head_dim: int) -> bool:

@@ -184,10 +184,10 @@ def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -
     module = root.get_submodule(site.module)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        into[site] = wire.as_rows(_first_of(args, kwargs), rows).clone()
+        into[site] = wire.as_rows(_first_of(args, kwargs), rows, site.columns is not None).clone()
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        into[site] = wire.as_rows(wire.unpack(output, site.item), rows).clone()
+        into[site] = wire.as_rows(wire.unpack(output, site.item), rows, site.columns is not None).clone()
 
     hook = (
         module.register_forward_pre_hook(before, with_kwargs=True)

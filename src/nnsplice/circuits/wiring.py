@@ -84,9 +84,9 @@ def wiring_of(model: engine.Model) -> Wiring:
 def _layer(model: engine.Model, root: nn.Module, attn: Branch, mlp: Branch) -> LayerWires:
     block = attn.block
     start = f"layers[{block.index}]"
-    if block.head_gates:
+    if block.reads_beside is not None:
         raise RefusedPlace(
-            f"the heads of layer {block.index} are gated by {block.head_gates[0]}, which reads the stream too, and a "
+            f"layer {block.index} reads more than queries, keys and values of its own ({block.reads_beside}), and a "
             "circuit has no name for that",
             path=f"{start}.heads[:]",
         )

@@ -247,7 +247,7 @@ _PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {
 
 
 #: Kinds that every layer with heads has; a layer that nothing was measured of cannot be trusted.
-_MEASURED: tuple[Kind, ...] = ("heads", "q", "k", "v", "written pattern")
+_MEASURED: tuple[Kind, ...] = ("heads", "q", "k", "v", "gate", "written pattern")
 
 
 def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None:
@@ -277,7 +277,8 @@ def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None
 def _needed(towers: Mapping[str, Tower], kind: Kind) -> set[tuple[str, int]]:
     """The layers of which something has to be known."""
     every = ((name, block) for name, tower in towers.items() for block in tower.blocks)
-    return {(name, block.index) for name, block in every if kind in _MEASURED and block.layout is not None}
+    found = ((name, block) for name, block in every if kind in _MEASURED and block.layout is not None)
+    return {(name, block.index) for name, block in found if kind != "gate" or block.gate_of(0)}
 
 
 def _where(path: Path) -> tuple[str, int]:

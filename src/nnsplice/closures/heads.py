@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, islice
 from math import comb
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ def rebuilt(atlas: Atlas, tower: Tower, block: Block, seen: Seen) -> Iterator[Cl
     yield Closure("heads", tower.name, block.index, missed, tolerance(made), found)
 
 
+#: A role, and the gate of a head.
+Part = Literal["q", "k", "v", "gate"]
+
+
 # --- one head, one slice ----------------------------------------------------------------------------------------------
 
 
@@ -45,6 +50,25 @@ class Tied:
     #: `[token, width]`
     slots: Tensor
     leaves: Mapping[Role, Tensor]
+    #: What the layer made that holds the gates of heads; None where there is none.
+    gates: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the slices are made of."""
+        return (*ROLES, "gate") if self.gates is not None else ROLES
+
+    @property
+    def all(self) -> list[Tensor]:
+        """Everything that gradients arrive at."""
+        return [*self.leaves.values(), *([] if self.gates is None else [self.gates])]
+
+    def leaf(self, part: Part) -> Tensor:
+        """What holds a role, or the gates."""
+        if part == "gate":
+            assert self.gates is not None
+            return self.gates
+        return self.leaves[part]
 
     def last(self, heads: Iterable[int], columns: Iterable[int]) -> Tensor:
         """Some columns of some heads' slices at the last token, summed with weights that do not cancel."""
@@ -57,10 +81,12 @@ class Tied:
 def tied(block: Block, seen: Seen) -> Tied | None:
     """The slices of a layer, or None where they are not tied to projections."""
     slots = seen.slots.get((str(block.o), block.occurrence))
-    leaves = {role: seen.leaves.get((str(block.projection(role)), block.occurrence)) for role in ROLES}
+    leaves = {role: seen.leaves.get((str(block.source(role)), block.occurrence)) for role in ROLES}
     if slots is None or block.layout is None or not slots.requires_grad or any(v is None for v in leaves.values()):
         return None
-    return Tied(block, block.layout, slots.reshape(-1, slots.shape[-1]), leaves)  # pyright: ignore
+    gate = block.gate_of(0)
+    gates = seen.leaves.get((gate[0], block.occurrence)) if gate else None
+    return Tied(block, block.layout, slots.reshape(-1, slots.shape[-1]), leaves, gates)  # pyright: ignore
 
 
 def codewords(count: int) -> list[frozenset[int]]:
@@ -78,9 +104,12 @@ def codewords(count: int) -> list[frozenset[int]]:
     )
 
 
+_NAMES: dict[Part, str] = {"q": "query", "k": "key", "v": "value", "gate": "gate"}
+
+
 def influence(tower: Tower, layers: list[Tied], what: str = "") -> Iterator[Closure]:
-    """Which columns of q, k and v each slice depends on, for all layers together."""
-    outside = {(tied.block.index, role, part): 0.0 for tied in layers for role in ROLES for part in ("heads", "tokens")}
+    """Which columns of q, k, v and gates each slice depends on, for all layers together."""
+    outside = {(t.block.index, role, part): 0.0 for t in layers for role in t.parts for part in ("heads", "tokens")}
     for by in ("head", "group"):
         words = {t.block.index: codewords(t.layout.n_heads if by == "head" else t.layout.n_kv) for t in layers}
         for number in sorted(frozenset().union(*(word for of in words.values() for word in of))):
@@ -89,19 +118,26 @@ def influence(tower: Tower, layers: list[Tied], what: str = "") -> Iterator[Clos
             total = torch.stack(
                 [t.last(of, [0] * len(of)).cpu() for t in asked for of in [chosen[t.block.index]]]
             ).sum()
-            leaves = list(dict.fromkeys(leaf for t in asked for leaf in t.leaves.values()))
+            leaves = list(dict.fromkeys(leaf for t in asked for leaf in t.all))
             grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
             found = dict(zip(leaves, grads, strict=True))
             for t in asked:
-                for role in ("q",) if by == "head" else ("k", "v"):
-                    shares = _outside(t, role, found[t.leaves[role]], chosen[t.block.index])
+                for role in t.parts:
+                    if (role in ("q", "gate")) != (by == "head"):
+                        continue
+                    shares = _outside(t, role, found[t.leaf(role)], chosen[t.block.index])
                     for part, share in zip(("heads", "tokens"), shares, strict=True):
                         outside[t.block.index, role, part] = max(outside[t.block.index, role, part], share)
     for t in layers:
         allowed = tolerance(t.slots)
-        for role, name in zip(ROLES, ("query", "key", "value"), strict=True):
+        for role in t.parts:
             of_heads, of_tokens = (outside[t.block.index, role, part] for part in ("heads", "tokens"))
-            found = f"a {name} moves " + (
+            # What lies side by side is taken wrongly together: a query for its gate, a key for its value.
+            beside: Part | None = "gate" if t.layout.gate_dim else None
+            beside = beside if role == "q" else "v" if role == "k" and t.layout.shares("k") else None
+            if beside is not None:
+                of_heads = max(of_heads, outside[t.block.index, beside, "heads"])
+            found = f"a {_NAMES[role]} moves " + (
                 "slices of other heads" if of_heads >= of_tokens else "slices of other tokens"
             )
             yield Closure(role, tower.name, t.block.index, max(of_heads, of_tokens), allowed, found)
@@ -116,24 +152,33 @@ def _chosen(layout: Layout, by: str, words: list[frozenset[int]], number: int) -
     return [head for group, word in enumerate(words) if number in word for head in layout.heads_of(group)]
 
 
-def _outside(t: Tied, role: Role, grad: Tensor | None, heads: list[int]) -> tuple[float, float]:
+def _ranges(t: Tied, role: Part, heads: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The columns of some heads in the layer that makes a role of them; each once."""
+    if role == "gate":
+        yield from (columns for head in heads if (gate := t.block.gate_of(head)) for columns in [gate[1]])
+        return
+    for index in dict.fromkeys(head if role == "q" else t.layout.group_of(head) for head in heads):
+        yield t.layout.range(role, index)
+
+
+def _outside(t: Tied, role: Part, grad: Tensor | None, heads: list[int]) -> tuple[float, float]:
     """The largest gradient at columns, and at tokens, where none should be, as shares of the largest of this role."""
     if grad is None:
         return 0.0, 0.0  # nothing at all depends on it, as in a head that was zeroed
     grad = grad.reshape(-1, grad.shape[-1]).abs().double().cpu()
     own = torch.zeros(grad.shape, dtype=torch.bool)
     of = torch.zeros(grad.shape, dtype=torch.bool)
-    for start, stop in t.layout.whole(role):
+    for start, stop in _ranges(t, role, range(t.layout.n_heads)):
         of[:, start:stop] = True
-    for index in {head if role == "q" else t.layout.group_of(head) for head in heads}:
-        start, stop = t.layout.range(role, index)
-        own[:, start : start + 1 if role == "v" else stop] = True  # of a value, one column makes one column
+    for start, stop in _ranges(t, role, heads):
+        # Of a value, and of a gate, one column makes one column.
+        own[:, start : start + 1 if role in ("v", "gate") else stop] = True
     size = float(grad[of].max())
     if not size:
         return 0.0, 0.0
     others = float((grad * (of & ~own)).max()) / size
-    # The query of the last token is read by it alone.
-    return others, float((grad * own)[:-1].max()) / size if role == "q" and len(grad) > 1 else 0.0
+    # The query of the last token is read by it alone, and so is its gate.
+    return others, float((grad * own)[:-1].max()) / size if role in ("q", "gate") and len(grad) > 1 else 0.0
 
 
 # --- patterns ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,20 @@ from nnsplice.atlas import Site
 from nnsplice.paths import Path
 
 Kind = Literal[
-    "stream", "mid", "attn", "mlp", "heads", "q", "k", "v", "pattern", "written pattern", "neurons", "experts"
+    "stream",
+    "mid",
+    "attn",
+    "mixer",
+    "mlp",
+    "heads",
+    "q",
+    "k",
+    "v",
+    "gate",
+    "pattern",
+    "written pattern",
+    "neurons",
+    "experts",
 ]
 
 #: Kind -> how a message calls its places, and what they promise.
@@ -23,11 +36,16 @@ PROMISES: dict[Kind, tuple[str, str]] = {
     ),
     "mid": (".mid", "it is input + attn.output, goes on beside the MLP, and with mlp.output makes the layer's output"),
     "attn": (".attn.output", "it is what attention adds to the stream: input + attn.output + mlp.output is the output"),
+    "mixer": (
+        ".mixer.output",
+        "it is what the mixing of tokens adds to the stream: input + mixer.output + mlp.output is the output",
+    ),
     "mlp": (".mlp.output", "it is what the MLP adds to the stream: input + attn.output + mlp.output is the output"),
     "heads": (".heads[:].output", "each slice is one head's, and through the output projection they make attn.output"),
     "q": (".heads[:].q", "the query of one head moves that head's slice and no other"),
     "k": (".groups[:].k", "the key of one group moves the slices of its heads and no others"),
     "v": (".groups[:].v", "the value of one group moves the slices of its heads, column by column, and no others"),
+    "gate": (".heads[:].gate", "the gate of one head moves that head's slice, column by column, and no other"),
     "pattern": (".heads[:].pattern", "these are the shares with which a head mixes values: not negative, 1 at most"),
     "written pattern": ("writes to .heads[:].pattern", "pattern @ v is the head's slice"),
     "neurons": (".neurons[:].output", "through the last matrix of the MLP they make its output"),
@@ -68,9 +86,9 @@ def kind_of(path: Path) -> Kind | None:
             return "pattern" if isinstance(path.site, Site) and path.site.kind == "pattern" else "written pattern"
         case "heads" | "groups" as part, "output":
             return "heads" if part == "heads" else None
-        case "heads" | "groups", ("q" | "k" | "v") as role:
+        case "heads" | "groups", ("q" | "k" | "v" | "gate") as role:
             return role
-        case ("attn" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
+        case ("attn" | "mixer" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
             return part
     return None
 

@@ -88,7 +88,7 @@ def norms_of(atlas: Atlas, block: Block) -> Iterator[str]:
 def _watch(hooks: _Hooks, atlas: Atlas, block: Block) -> None:
     for module in block.modules:
         hooks.keep(module, "given", "input", "output", "passed")
-    for module in (block.attn_added, block.mlp_added, block.attn, block.mlp, *block.mlp_beside, block.o, block.down):
+    for module in (block.mixer_added, block.mlp_added, block.mixes, block.mlp, *block.mlp_beside, block.o, block.down):
         hooks.keep(module, "output", "passed")
     for module in norms_of(atlas, block):
         hooks.keep(module, "given", "output", "passed")
@@ -101,7 +101,8 @@ def _watch(hooks: _Hooks, atlas: Atlas, block: Block) -> None:
 def _tie(hooks: _Hooks, atlas: Atlas, block: Block) -> None:
     if block.o is None or block.layout is None:
         return
-    for module in dict.fromkeys(filter(None, (block.q, block.k, block.v, block.fused))):
+    gate = block.gate_of(0)
+    for module in dict.fromkeys(filter(None, (block.q, block.k, block.v, block.fused, gate and gate[0]))):
         hooks.leaf(module)
     hooks.slots(block.o)
     home = block.attn or (block.pattern and block.pattern[0])

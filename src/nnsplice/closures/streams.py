@@ -42,7 +42,7 @@ class Sums:
         self.seen: Seen = seen
         self.before: Tensor | None = self._at(block.module, "input")
         self.after: Tensor | None = self._at(block.end, "passed") if block.end else self._at(block.module, "output")
-        self.attn: Tensor | None = self._scaled(block.attn_added)
+        self.attn: Tensor | None = self._scaled(block.mixer_added)
         self.mlp: Tensor | None = self._mlp()
         self.mid: Tensor | None = (
             None if block.mid is None else self._at(block.mid[0], "given" if _is_input(block) else "passed")
@@ -81,9 +81,10 @@ class Sums:
 
     def whole(self) -> float:
         """By how much all of it together misses the output."""
-        if self.attn is None:
-            return _NOTHING
-        return _best([self.before, self.attn, self.mlp], [self.after])
+        # A layer may have no MLP, or nothing but one.
+        mixed = [] if self.block.mixes is None and not self.block.has_attention else [self.attn]
+        fed = [] if self.block.mlp is None else [self.mlp]
+        return _best([self.before, *mixed, *fed], [self.after])
 
     def of_attention(self) -> float:
         """By how much attention alone misses every stream of the layer that is normalised or goes on."""
@@ -129,6 +130,7 @@ def branches(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:
     whole = sums.whole()
     added: tuple[tuple[Kind, str | None, Tensor | None, Callable[[], float]], ...] = (
         ("attn", block.attn_added, sums.attn, sums.of_attention),
+        ("mixer", block.mixer_added, sums.attn, sums.of_attention),
         ("mlp", block.mlp_added, sums.mlp, sums.of_mlp),
     )
     for kind, module, value, alone in added:
@@ -138,7 +140,7 @@ def branches(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:
             yield Closure(kind, tower.name, block.index, _NOTHING, sums.allowed, f"{module} did not run")
             continue
         missed = whole if whole <= sums.allowed else min(whole, alone())
-        found = "input + attn.output + mlp.output is not the output"
+        found = f"input + {'mixer' if kind == 'mixer' else 'attn'}.output + mlp.output is not the output"
         yield Closure(kind, tower.name, block.index, missed, sums.allowed, found)
 
 

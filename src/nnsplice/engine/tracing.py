@@ -1,6 +1,7 @@
-"""The only file that imports nnsight: wrap, run, wait for a value, write a value.
+"""The only file that uses nnsight: wrap, run, wait for a value, write a value.
 
-What of nnsight is private is used here alone, and `tests/engine/test_tracing.py` fails when nnsight changes it: a
+What of nnsight is private is found by `private` and used here alone; `tests/engine/test_tracing.py` fails when nnsight
+changes it: a
 worker's `Mediator` (which visit of a place it waits for, which rows are its own), the names of submodules that nnsight
 moves, the body that a module's controller calls and whose `forward` stands before it, and how it tells
 `with loss.backward():` from a plain call.
@@ -19,12 +20,12 @@ from typing import Any, TypeVar, cast
 
 import nnsight
 import torch
-from nnsight.intervention import backward as _gradients
-from nnsight.intervention.interleaver import Mediator as Mediator
-from nnsight.intervention.source import STATE, Controller, _framework_forward
 from torch import Tensor, nn
 
 from nnsplice.atlas import Site, peel
+from nnsplice.engine import private
+from nnsplice.engine.private import STATE, Controller
+from nnsplice.engine.private import Mediator as Mediator
 from nnsplice.engine.turns import turn
 from nnsplice.errors import BadArgument, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
@@ -190,13 +191,13 @@ class Body:
 def is_passed_by(module: nn.Module) -> bool:
     """Whether a module's `forward` was replaced after nnsight had wrapped it, so that nnsight stands behind that."""
     forward = module.__dict__.get("forward")
-    return STATE in module.__dict__ and not isinstance(forward, Controller) and not _framework_forward(module)
+    return STATE in module.__dict__ and not isinstance(forward, Controller) and not private.framework_forward(module)
 
 
 def own_body(module: nn.Module) -> Any:
     """What a module runs in the place of its class's `forward`; None where that is what runs."""
     forward, state = module.__dict__.get("forward"), module.__dict__.get(STATE)
-    if forward is not None and not isinstance(forward, Controller) and not _framework_forward(module):
+    if forward is not None and not isinstance(forward, Controller) and not private.framework_forward(module):
         return forward
     return None if state is None or state.body is type(module).forward else state.body
 
@@ -244,13 +245,13 @@ def _backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     nnsight asks whether a `with` stands in the line of the call, takes the call for the opening of a block, and returns
     without a gradient. What is asked here is what the caller does with the result.
     """
-    plain = _gradients._original_backward
+    plain = private.original_backward
     if not _enters(sys._getframe(1)):
         return plain(tensor, *args, **kwargs)
-    tracer = _gradients.BackwardTracer(tensor, plain, *args, **kwargs)
+    tracer = private.BackwardTracer(tensor, plain, *args, **kwargs)
     try:
         tracer.capture()
-    except _gradients.WithBlockNotFoundError:
+    except private.WithBlockNotFoundError:
         return plain(tensor, *args, **kwargs)
     return tracer
 

@@ -52,8 +52,11 @@ class Head:
         logits = head.logits(states[-1:])
         some = torch.linspace(0, logits.shape[-1] - 1, 5, device=states.device).long()[None]
         unembed = root.get_submodule(tower.unembed or "")
-        plain = type(unembed) is nn.Linear and torch.allclose(
-            _columns(unembed, normed[-1:], some).to(logits), logits.gather(1, some), rtol=1e-4, atol=1e-4
+        columns = _columns(unembed, normed[-1:], some) if type(unembed) is nn.Linear else None
+        plain = (
+            columns is not None
+            and columns.dtype == logits.dtype  # else the logits are rounded to other numbers afterwards
+            and torch.allclose(columns, logits.gather(1, some), rtol=1e-4, atol=1e-4)
         )
         return cls(root, tower, head.carrier, plain, logits.shape[-1])
 

@@ -229,7 +229,8 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
         for hook in hooks:
             hook.remove()
     attention_runs = heard if whole else kept.of
-    if len(entering) != len(blocks) + 1 or len(attention_runs) != len(blocks) or len(ends) != 1:
+    mixing = sum(not block.only_mlp for block in tower.blocks)
+    if len(entering) != len(blocks) + 1 or len(attention_runs) != mixing or len(ends) != 1:
         raise NotImplementedError("a layer of it has no attention, or more than one")
     return _Pass(entering, calls, kept.of, kept.masks, heard, sites, ends[0])
 
@@ -243,9 +244,10 @@ def _hearing(
         with attention(root, kept):
             yield
         return
-    if any(block.attn is None for block in tower.blocks):
-        raise NotImplementedError("a layer of it has no attention module")
-    with listening([root.get_submodule(block.attn) for block in tower.blocks if block.attn], heard):
+    mixers = [block.mixes for block in tower.blocks if not block.only_mlp]
+    if None in mixers:
+        raise NotImplementedError("a layer of it has no module that mixes tokens")
+    with listening([root.get_submodule(mixer) for mixer in mixers if mixer], heard):
         yield
 
 

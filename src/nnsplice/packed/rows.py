@@ -219,7 +219,7 @@ def _inside(site: Site, block: Block) -> str:
     after |= {block.mid and block.mid[0]} if block.mid else set()
     if site.module in after or site.module == block.q:
         return "point"
-    if site.module == block.attn and site.end == "output":
+    if site.module == block.mixes and site.end == "output":
         return "point"
     if site.module == block.fused and site.columns is not None and block.layout is not None:
         start, stop = site.columns

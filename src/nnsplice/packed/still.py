@@ -130,9 +130,10 @@ def _is_narrow(row: Begun, recording: Recording) -> bool:
 
 def _mixed(site: Site, block: Block) -> bool:
     """Whether attention has mixed tokens there. Of what stands in it, only the projections are known to come before."""
-    if block.attn is None or not (site.module == block.attn or site.module.startswith(f"{block.attn}.")):
-        return site.module in (block.attn_added, block.o)
-    if site.module == block.attn:
+    home = block.mixes
+    if home is None or not (site.module == home or site.module.startswith(f"{home}.")):
+        return site.module in (block.mixer_added, block.o)
+    if site.module == home:
         return site.end == "output"
     return site.module not in (block.q, block.k, block.v, block.fused)
 
@@ -342,9 +343,10 @@ def _stands_inside(layer: int) -> Callable[[Placed], bool]:
 
 
 def _in_attention(site: Site, block: Block) -> bool:
-    if site.module in (block.attn_added, block.o, block.q, block.k, block.v, block.fused):
+    if site.module in (block.mixer_added, block.o, block.q, block.k, block.v, block.fused):
         return True
-    return block.attn is not None and (site.module == block.attn or site.module.startswith(f"{block.attn}."))
+    home = block.mixes
+    return home is not None and (site.module == home or site.module.startswith(f"{home}."))
 
 
 def _finder(tokens: Sequence[int]) -> Find:

@@ -178,7 +178,7 @@ class Wave:
         flops = tokens * self.law.per_token(*(parts or block.modules))
         if self.recording.whole.calls:  # whose attention runs whole prompts
             more = sum(self.recording.whole.length(row.base) - row.length for row in self.rows if row.layer <= layer)
-            flops += more * self.law.per_token(block.attn)
+            flops += more * self.law.per_token(*filter(None, [block.mixes]))
         self.cost += Cost(tokens, block_calls=1, flops=flops, peak=tokens)
 
     def _block(self, layer: int, pack: Tensor, tokens: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ SHORT = (
 
 ROLES = (
     Mistake(
-        r"(?P<tower>(?:(?:encoder|decoder)\.)?)(?P<at>(?P<name>attn|mlp|heads|groups|experts|neurons)\b.*)",
+        r"(?P<tower>(?:(?:encoder|decoder)\.)?)(?P<at>(?P<name>attn|mixer|mlp|heads|groups|experts|neurons)\b.*)",
         "{name} is a part of a layer; layers[:] for every layer",
         "{tower}layers[:].{at}",
         ("attn[-1]", "mlp.output", "heads[3]", "decoder.groups[0].k", "experts"),
@@ -158,6 +158,8 @@ _ALIASES = {
     "attention": "attn",
     "self_attn": "attn",
     "self_attention": "attn",
+    "mamba": "mixer",
+    "linear_attn": "mixer",
     "ffn": "mlp",
     "feed_forward": "mlp",
     "embedding": "embed",
@@ -186,7 +188,7 @@ _ALIASES = {
 _PLACES = {
     **dict.fromkeys(("layers",), "{}[0].output"),
     **dict.fromkeys(("heads", "groups", "experts", "neurons"), "layers[5].{}[0]"),
-    **dict.fromkeys(("attn", "mlp", "mid", "input"), "layers[5].{}"),
+    **dict.fromkeys(("attn", "mixer", "mlp", "mid", "input"), "layers[5].{}"),
     **dict.fromkeys(("embed", "unembed", "final_norm"), "{}.output[-1]"),
     **dict.fromkeys(("q", "k", "v", "o"), "layers[5].attn.{}"),
     **dict.fromkeys(("gate", "up", "down"), "layers[5].mlp.{}"),

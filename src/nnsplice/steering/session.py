@@ -279,7 +279,7 @@ def _met(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
     """One rule or condition at a value."""
     inner = engine.first_input(value) if site.end == "input" else value
     held = wire.unpack(inner, site.item)
-    states = held if held.dim() == 3 else wire.as_rows(held, call.rows)
+    states = held if held.dim() == 3 else wire.as_rows(held, call.rows, site.columns is not None)
     if states.shape[1] != call.new:
         raise BadArgument(
             f"{site.module} holds {states.shape[1]} tokens in a pass that was given {call.new}, so which they are is "
@@ -301,7 +301,7 @@ def _met(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
         return value
     if not whole:
         new = torch.cat([states[..., :start], new, states[..., stop:]], dim=-1)
-    new = new if held.dim() == 3 else new.flatten(0, 1)
+    new = wire.as_held(new, held)
     if site.kind == "stream":
         # The stream itself, which the skip path carries on beside the module that reads it.
         held.copy_(new)

@@ -64,7 +64,8 @@ def _block(atlas: Atlas, block: Block) -> Iterator[Stored]:
     here = f"L.{block.index}"
     for role in (*ROLES, "o"):
         module = getattr(block, role)
-        if module is not None:
+        # A layer that makes gates beside queries, or keys beside values, is left with its name.
+        if module is not None and (role == "o" or not block.shares(role)):
             yield from _layer(atlas, module, f"{here}.attn.{role}")
     if block.fused is not None and block.layout is not None:
         ranges = [tuple(block.layout.range(role, i) for i in range(block.layout.count(role))) for role in ROLES]

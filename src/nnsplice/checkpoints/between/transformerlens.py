@@ -41,6 +41,12 @@ def transformerlens(atlas: Atlas, own: Scheme, dtype: torch.dtype) -> Scheme:
     tower = atlas.tower()
     found: list[Stored] = list(_ends(atlas, parts, dtype))
     for block in tower.blocks:
+        if block.layout is not None and (block.layout.query_dim or block.layout.gate_dim):
+            raise MapperError(
+                f"TransformerLens has no names for what the attention of layer {block.index} is made of: its queries "
+                "carry gates, or have another width than its values",
+                expected="attention in which queries, keys and values of a head have one width",
+            )
         found += _block(block, atlas, parts, dtype)
     return scheme(found)
 

@@ -1,0 +1,76 @@
+"""The names of nnsight that are private and used by `tracing`: where each stands, and what to say when one has moved.
+
+nnsight moves private names between versions. A name is sought at the places of its row, in their order, so what moves
+next is a new place in a row; a name that is nowhere is told with the version that is installed, at the first import and
+not in the middle of somebody's run.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from nnsplice.errors import MissingPackage
+
+#: Name -> the modules that may hold it, the newest first.
+PLACES: dict[str, tuple[str, ...]] = {
+    "Mediator": ("nnsight.intervention.interleaver",),
+    "STATE": ("nnsight.intervention.source",),
+    "Controller": ("nnsight.intervention.source",),
+    "_framework_forward": ("nnsight.intervention.source",),
+    "BackwardTracer": ("nnsight.intervention.backward",),
+    "WithBlockNotFoundError": ("nnsight.intervention.backward",),
+    "_original_backward": ("nnsight.intervention.backward",),
+}
+#: What is used of a class among them -> its attributes; what an instance alone has is not seen here.
+USED: dict[str, tuple[str, ...]] = {
+    "Mediator": ("current", "occurrence", "wanted"),
+    "BackwardTracer": ("capture",),
+}
+
+
+def find(name: str) -> Any:
+    """A private name of nnsight, from the first of its places that has it.
+
+    >>> from nnsplice.engine import private
+    >>> private.find("Mediator").__name__
+    'Mediator'
+
+    Raises:
+        MissingPackage: it is at none of them, or lacks what is used of it.
+    """
+    for place in PLACES[name]:
+        try:
+            found = getattr(import_module(place), name)
+        except (ImportError, AttributeError):
+            continue
+        lacks = [used for used in USED.get(name, ()) if not hasattr(found, used)]
+        if not lacks:
+            return found
+        raise _moved(f"{name}.{lacks[0]}", place)
+    raise _moved(name, " or ".join(PLACES[name]))
+
+
+def _moved(name: str, place: str) -> MissingPackage:
+    try:
+        which = version("nnsight")
+    except PackageNotFoundError:
+        which = "of an unknown version"
+    return MissingPackage(
+        f"nnsight {which} has no {name} in {place}, which nnsplice cannot run without",
+        expected="a version of nnsight that nnsplice was tested with",
+        write='pip install "nnsight>=0.8.1,<0.9"',
+    )
+
+
+if TYPE_CHECKING:
+    from nnsight.intervention.backward import BackwardTracer, WithBlockNotFoundError, _original_backward
+    from nnsight.intervention.interleaver import Mediator as Mediator
+    from nnsight.intervention.source import STATE, Controller, _framework_forward
+else:
+    Mediator, STATE, Controller = find("Mediator"), find("STATE"), find("Controller")
+    _framework_forward, _original_backward = find("_framework_forward"), find("_original_backward")
+    BackwardTracer, WithBlockNotFoundError = find("BackwardTracer"), find("WithBlockNotFoundError")
+
+original_backward, framework_forward = _original_backward, _framework_forward
