@@ -7,6 +7,7 @@ not in the middle of somebody's run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -73,4 +74,5 @@ else:
     _framework_forward, _original_backward = find("_framework_forward"), find("_original_backward")
     BackwardTracer, WithBlockNotFoundError = find("BackwardTracer"), find("WithBlockNotFoundError")
 
-original_backward, framework_forward = _original_backward, _framework_forward
+original_backward: Callable[..., Any] = _original_backward
+framework_forward: Callable[..., Any] = _framework_forward
