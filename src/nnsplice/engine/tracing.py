@@ -25,6 +25,7 @@ from nnsight.intervention.source import STATE, Controller, _framework_forward
 from torch import Tensor, nn
 
 from nnsplice.atlas import Site, peel
+from nnsplice.engine.devices import staying
 from nnsplice.engine.turns import turn
 from nnsplice.errors import BadArgument, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
@@ -39,7 +40,8 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
 
     if isinstance(name_or_module, str):
         kwargs.setdefault("dispatch", True)
-    model = TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs)
+    with staying(name_or_module, kwargs) as device:
+        model = TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs, **device)
     if kwargs.get("peft") is not None:
         # The layers of an adapter come in train mode, into a model that is not.
         model._module.eval()
