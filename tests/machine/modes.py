@@ -101,6 +101,8 @@ class Operations(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             name, (wanted, around) = func._overloadpacket.__name__, machine.made_on
+            if torch._C._current_graph_task_id() != -1:  # on a way back, where each step makes tensors where it is
+                around = machine.last
             tensors = tensors_in(args, kwargs)
             homes = [machine.device_of(tensor) for tensor in tensors]
             home = next((device for device in homes if device.type == "cuda"), None)
@@ -112,6 +114,7 @@ class Operations(TorchDispatchMode):
             target = wanted or home or (None if tensors else around)
             out = func(*args, **kwargs)
             if target is not None and target.type == "cuda":
+                machine.last = target
                 for made in tensors_in(out):
                     machine.put(made, target)
                 views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)

@@ -26,6 +26,7 @@ Limits. What this cannot show:
 * There are no seconds: what is counted is what usually takes them.
 * There are no streams, so a race after a `non_blocking` copy is not seen; `pin_memory` does nothing.
 * No torch.compile, CUDA graphs, DTensor, nor kernels that are not PyTorch's.
+* On a way back through autograd, what a step makes anew is taken to be where the operation before it ran.
 * Inside functions of torch.nn.functional that are written in Python, `.to` moves nothing.
 * A test has to assert that something was launched: a run that stayed on the CPU has no waits either.
 
@@ -64,6 +65,8 @@ class Machine:
         self._homes: dict[int, torch.device] = {}  # the storage's address -> its device
         self._open: list[Spent] = []
         self._making = threading.local()
+        #: Where the last operation ran.
+        self.last: torch.device | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Machine:
@@ -166,6 +169,7 @@ class Machine:
         if tensor.requires_grad and torch.is_grad_enabled():
             return _Move.apply(tensor, self, device, dtype, waits)
         self.copied(source, device, tensor, waits=waits)
+        self.last = device
         with torch._C.DisableTorchFunction(), self.making(device):
             return tensor.to(dtype=dtype, copy=True)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nnsplice import wire
 from nnsplice.atlas import Site
+from nnsplice.packed.indices import on
 from nnsplice.packed.rows import Change, Edit, Placed, Read
 
 #: The number of a row, and one of its edits or reads.
@@ -50,7 +51,7 @@ def _gathered(members: Sequence[tuple[int, Edit]], find: Find, values: Tensor) -
         if given is not None:
             orders = [order for order, _ in there]
             news.append((given if len(orders) == len(given) else given[orders]).to(values))
-    return torch.tensor(where, dtype=torch.long, device=values.device), torch.cat(news) if news else None
+    return on(where, values.device), torch.cat(news) if news else None
 
 
 #: What rows have read on their way: by the number of the row and the read, `[position, width]`.
@@ -65,7 +66,7 @@ def read(values: Tensor, reads: Sequence[Numbered], find: Find, into: Readings) 
         where = [token for token in at if token is not None]
         if where:
             assert len(where) == len(at), "a read of tokens that do not run"
-            into[number, placed.what] = values[where].clone()
+            into[number, placed.what] = values[on(where, values.device)]
 
 
 @contextmanager

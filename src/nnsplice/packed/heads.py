@@ -47,12 +47,13 @@ class Head:
         head = cls(root, tower, carrier, plain=False)
         with torch.no_grad():
             normed = head.normed(states)
-        if normed.shape != last.shape or not torch.allclose(normed, last, rtol=1e-3, atol=1e-3):
+        if normed.shape != last.shape or not torch.allclose(normed, last.to(normed.device), rtol=1e-3, atol=1e-3):
             raise NotImplementedError("more than a norm stands between its last layer and its head")
         logits = head.logits(states[-1:])
         some = torch.linspace(0, logits.shape[-1] - 1, 5, device=states.device).long()[None]
         unembed = root.get_submodule(tower.unembed or "")
-        plain = type(unembed) is nn.Linear and torch.allclose(
+        plain = type(unembed) is nn.Linear and not unembed.weight.is_meta  # as one that is kept elsewhere between uses
+        plain = plain and torch.allclose(
             _columns(unembed, normed[-1:], some).to(logits), logits.gather(1, some), rtol=1e-4, atol=1e-4
         )
         return cls(root, tower, head.carrier, plain, logits.shape[-1])
@@ -93,5 +94,7 @@ class Head:
 
 
 def _columns(unembed: Any, normed: Tensor, tokens: Tensor) -> Tensor:
-    logits = torch.einsum("rd,rtd->rt", normed, unembed.weight[tokens])
-    return logits if unembed.bias is None else logits + unembed.bias[tokens]
+    here = unembed.weight.device  # which may be another than that of the last block
+    there = tokens.to(here)
+    logits = torch.einsum("rd,rtd->rt", normed.to(here), unembed.weight[there])
+    return (logits if unembed.bias is None else logits + unembed.bias[there]).to(tokens.device)

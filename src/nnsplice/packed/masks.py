@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nnsplice.errors import RefusedPlace
+from nnsplice.packed.indices import on
 
 #: A row of a batch, a head, a query and a key, by their places in the attention's own tensors.
 Edge = tuple[int, int, int, int]
@@ -84,8 +86,8 @@ def without(
     """
     whole = torch.ones(1, dtype=torch.bool, device=device) if mask is None else mask
     new = whole.expand(shape).clone()
-    row, head, query, key = torch.tensor(lost, device=device).unbind(1)
-    if int(head.max()) >= shape[1]:
+    row, head, query, key = on(np.array(lost).T, device)
+    if max(edge[1] for edge in lost) >= shape[1]:
         raise RefusedPlace(
             f"its attention has {shape[1]} heads where the model has more",
             expected="attention that is computed head by head",
