@@ -46,6 +46,6 @@ class Index:
         return self.sent
 
 
-def on(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+def on(numbers: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, device: torch.device) -> Tensor:
     """Numbers on a device. The host goes on: what it copies from is read before the call returns, or as it stands."""
     return torch.as_tensor(np.asarray(numbers, np.int64)).to(device, non_blocking=True)
