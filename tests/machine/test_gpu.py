@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import nnsplice as ns
 from machine import placed
 from machine.test_split import ASKED, CLEAN, CORRUPTED, METRIC, SITES, numbers
 from nnsplice import digests, engine
@@ -57,10 +56,8 @@ def test_little_memory_changes_no_value():
 def test_half_precision_says_how_small_an_effect_may_be_rounding(dtype):
     model = placed.model("llama", "one")
     model._module.to(dtype)
-    packed, alone = (
-        ns.sweep(model, CLEAN, CORRUPTED, SITES, METRIC, executor=how, progress=False)
-        for how in ("packed", "reference")
-    )
+    plan = plan_sweep(model, CLEAN, CORRUPTED, SITES, METRIC)
+    packed, alone = (run(plan, model, executor=how, progress=False) for how in ("packed", "reference"))
     size = np.nanmax(np.abs(alone.table.values)) + 1
     assert np.nanmax(np.abs(packed.table.values - alone.table.values)) < 16 * torch.finfo(dtype).eps * size
     assert "may be rounding" in packed.run.note

@@ -12,6 +12,8 @@ import nnsplice as ns
 import zoo
 from machine import placed
 from nnsplice import digests, engine
+from nnsplice.engine.memory import bytes_per_token
+from nnsplice.packed import layout
 from nnsplice.sweeps import plan_sweep, run
 from nnsplice.sweeps.choosing import choose
 from nnsplice.sweeps.executors import Work
@@ -107,8 +109,6 @@ def test_a_wait_in_the_packed_rows_would_be_seen(machine, family, monkeypatch):
     simulated = machine(1)
     model = placed.model(family, "one")
     work = work_of(model, 8)
-    from nnsplice.packed import layout
-
     plain = layout.Group._of
 
     def asking(self: Any, table: Any) -> Any:
@@ -131,7 +131,7 @@ def test_the_peak_of_a_chunk_is_within_what_was_planned(machine, family):
         work = work_of(model, length)
         spent = chunk(simulated, work)
         tokens = sum(length - n % length for _, n in work.plan.jobs)
-        assert 0 < spent.extra() <= tokens * engine.memory.bytes_per_token(model)
+        assert 0 < spent.extra() <= tokens * bytes_per_token(model)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
