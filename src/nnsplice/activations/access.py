@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsplice import closures, engine, wire
-from nnsplice.atlas import Kind, Site
+from nnsplice.atlas import Kind, Site, peel
 from nnsplice.errors import LateUpdate, MissingPosition, RefusedPlace, ShapeError
 from nnsplice.paths import Path, Span, position_rank
 from nnsplice.tokens import Rows, Spans, concrete
@@ -28,6 +28,7 @@ class Access:
     kind: Kind
     tower: str
     paths: tuple[Path, ...]
+    root: nn.Module
 
     @property
     def name(self) -> str:
@@ -63,10 +64,11 @@ def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
         return (*site.location, site.item, site.kind, site.sae)
 
     found: list[Access] = []
+    root = peel(model)
     for _, group in groupby(paths, key=value):
         members = tuple(group)
         site = site_of(members[0])
-        found.append(Access(engine.place(model, site), site.item, site.kind, site.tower, members))
+        found.append(Access(engine.place(model, site), site.item, site.kind, site.tower, members, root))
     return found
 
 
@@ -92,6 +94,8 @@ class Held:
     tensor: Tensor
     #: Set where the value holds the rows of other invokes too, its tokens flat.
     scope: engine.Scope | None = None
+    #: Where it was gathered, the tensor that is spread over processes.
+    spread: Any = None
 
     def write(self, new: Tensor) -> None:
         """Let the run go on with other values for these prompts."""
@@ -102,6 +106,12 @@ class Held:
             self.tensor.copy_(new)
             return
         inner = engine.first_input(raw) if access.place.end == "input" else raw
+        if self.spread is not None:
+            raise RefusedPlace(
+                "this value is spread over processes, where it can be read and not yet written",
+                path=access.name,
+                expected="a place that every process has whole, such as the stream, attention, the MLP",
+            )
         held = wire.unpack(inner, access.item)
         if self.scope is not None:
             everyone = held.unflatten(0, (self.scope.total, -1)).clone()
@@ -126,7 +136,10 @@ def hold(access: Access, mediator: Any, rows: Rows) -> Held:
     raw = access.place.read(mediator)
     try:
         inner = engine.first_input(raw) if access.place.end == "input" else raw
+        inner, spread = engine.whole(access.root, inner, access.item, access.name)
         tensor = wire.unpack(inner, access.item)
+        if spread is not None:
+            return Held(access, mediator, raw, wire.as_rows(tensor, rows.batch), spread=spread)
         scope = engine.scope_of(mediator)
         if scope is not None and tensor.dim() == 2 and tensor.shape[0] >= scope.total:
             # Tokens of all invokes in one flat list, which nnsight does not cut into rows.

@@ -46,6 +46,7 @@ from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import example_of, order_of, record, undisturbed
 from nnsplice.engine.roots import refuse_changed_logits, refuse_replaced, runs_alone
 from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
+from nnsplice.engine.spread import gathered, whole
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
     Model,
@@ -86,6 +87,7 @@ __all__ = [
     "Watch",
     "after_last_attention",
     "as_model",
+    "gathered",
     "as_taken",
     "attention_of",
     "batch_of",
@@ -135,6 +137,7 @@ __all__ = [
     "unwatch",
     "watch",
     "weights_digest",
+    "whole",
     "with_first_input",
     "worker",
     "wrap",
