@@ -1,4 +1,4 @@
-"""Weights that are packed with scales: what cuts, scales or copies parts of them is refused, by the parameter's name."""
+"""Weights that are packed with scales: what cuts, scales or copies parts of them is refused by the parameter's name."""
 
 from __future__ import annotations
 

@@ -100,18 +100,18 @@ class Held:
     def write(self, new: Tensor) -> None:
         """Let the run go on with other values for these prompts."""
         access, raw = self.access, self.raw
+        if self.spread is not None:
+            if access.kind == "stream":
+                raise RefusedPlace("this part of the stream is spread over processes, and cannot be written in place",
+                                   path=access.name, expected="layers[i].input or layers[i].output")  # fmt: skip
+            self._put(engine.spread_like(new.flatten(0, 1) if self.spread.dim() == 2 else new, self.spread))
+            return
         if access.kind == "stream":
             # The one place where the live tensor is changed: the stream itself, which the skip path carries on beside
             # the module whose input it is met at. A replaced input would change what the module reads, not the stream.
             self.tensor.copy_(new)
             return
         inner = engine.first_input(raw) if access.place.end == "input" else raw
-        if self.spread is not None:
-            raise RefusedPlace(
-                "this value is spread over processes, where it can be read and not yet written",
-                path=access.name,
-                expected="a place that every process has whole, such as the stream, attention, the MLP",
-            )
         held = wire.unpack(inner, access.item)
         if self.scope is not None:
             everyone = held.unflatten(0, (self.scope.total, -1)).clone()
@@ -125,6 +125,12 @@ class Held:
                 path=access.name,
                 expected="a place with rows of its own, or one prompt in the trace",
             )
+        self._put(new)
+
+    def _put(self, new: Tensor) -> None:
+        """Let the run go on with another tensor."""
+        access, raw = self.access, self.raw
+        inner = engine.first_input(raw) if access.place.end == "input" else raw
         packed = wire.repack(inner, access.item, new)
         access.place.write(
             self.mediator, engine.with_first_input(raw, packed) if access.place.end == "input" else packed

@@ -46,7 +46,7 @@ from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import example_of, order_of, record, undisturbed
 from nnsplice.engine.roots import refuse_changed_logits, refuse_replaced, runs_alone
 from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
-from nnsplice.engine.spread import gathered, whole
+from nnsplice.engine.spread import gathered, spread_like, whole
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
     Model,
@@ -87,7 +87,6 @@ __all__ = [
     "Watch",
     "after_last_attention",
     "as_model",
-    "gathered",
     "as_taken",
     "attention_of",
     "batch_of",
@@ -100,6 +99,7 @@ __all__ = [
     "example_of",
     "expand",
     "first_input",
+    "gathered",
     "has_code_around",
     "home",
     "hooks_of",
@@ -128,6 +128,7 @@ __all__ = [
     "run",
     "runs_alone",
     "scope_of",
+    "spread_like",
     "taken_by",
     "token_texts",
     "tokenizer_of",

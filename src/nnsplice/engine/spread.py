@@ -88,6 +88,13 @@ def whole(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any
     return value, None
 
 
+def spread_like(tensor: Tensor, other: Any) -> Any:
+    """A tensor that every process has whole, spread as another is: each keeps its own part, and nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(other.dtype), other.device_mesh, other.placements, src_data_rank=None)
+
+
 def _agreed(tensor: Tensor, group: Any) -> bool:
     """Whether all processes hold the same numbers."""
     low, high = tensor.clone(), tensor.clone()
