@@ -72,7 +72,8 @@ def whole(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any
     meshes = _meshes(root)
     if not meshes:
         return value, None
-    held = value if isinstance(value, Tensor) else list(value.values() if isinstance(value, dict) else value)[item or 0]
+    parts = [value] if isinstance(value, Tensor) else list(value.values() if isinstance(value, dict) else value)
+    held: Any = parts[item or 0]
     if hasattr(held, "full_tensor"):
         return wire.repack(value, item, held.full_tensor()), held
     if not _is_fully_sharded(root):

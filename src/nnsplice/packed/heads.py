@@ -52,7 +52,8 @@ class Head:
         logits = head.logits(states[-1:])
         some = torch.linspace(0, logits.shape[-1] - 1, 5, device=states.device).long()[None]
         unembed = root.get_submodule(tower.unembed or "")
-        plain = type(unembed) is nn.Linear and not unembed.weight.is_meta  # as one that is kept elsewhere between uses
+        # Columns are read of plain numbers: not of quantised ones, nor of those that are elsewhere between uses.
+        plain = type(unembed) is nn.Linear and type(unembed.weight) is nn.Parameter and not unembed.weight.is_meta
         plain = plain and torch.allclose(
             _columns(unembed, normed[-1:], some).to(logits), logits.gather(1, some), rtol=1e-4, atol=1e-4
         )
