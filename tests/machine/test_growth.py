@@ -72,6 +72,16 @@ def test_nothing_comes_back_to_the_host_before_the_metric(machine, family):
         assert spent.copies["d2h"] == 1 and spent.waits <= 4, spent.lines["waits"]  # all of the metric
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_knockouts_launch_and_wait_as_much_for_8_tokens_as_for_32(machine, family):
+    simulated = machine(1)
+    model = placed.model(family, "one")
+    sites = "layers[:].heads[:].pattern[-1][0:6]"
+    short, long = (chunk(simulated, work_of(model, length, sites, operation="knockout")) for length in (8, 32))
+    assert not long.within("waits", "packed/") and long.waits == short.waits <= 4
+    assert long.launches == short.launches
+
+
 @pytest.mark.parametrize("place", ["one", "split"])
 def test_waits_of_a_whole_sweep_do_not_grow_with_tokens_and_hardly_with_blocks(machine, place):
     simulated, found = machine(2), {}

@@ -245,10 +245,12 @@ class Packed:
             at = group.asks.tensor
             asks = query[0][:, at].transpose(0, 1)
             k, v = (t[:, group.keys.tensor].transpose(0, 1) for t in (keys, values))
-            mask = group.mask(self.masks[module])
+            table = self.masks[module]
+            mask = group.mask(table)
             if self.lost and (edges := group.edges(self.lost)):
                 rows, heads, queries, _ = asks.shape
-                mask = without(mask, (rows, heads, queries, k.shape[2]), edges, asks.device)
+                known = group.positions.array if table is None else None
+                mask = without(mask, (rows, heads, queries, k.shape[2]), edges, asks.device, known)
             out[0, at] = call.attended(asks, k, v, mask).to(out)
         return out
 
