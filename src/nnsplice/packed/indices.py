@@ -13,7 +13,7 @@ class Indices:
     """Arrays of numbers for one device: the first that is used there takes along all that were added before it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device: torch.device = device
         self._waiting: list[Index] = []
 
     def add(self, numbers: Sequence[int] | np.ndarray) -> Index:
@@ -34,7 +34,8 @@ class Index:
     """An array of numbers, on the host and on the device."""
 
     def __init__(self, home: Indices, array: np.ndarray) -> None:
-        self.home, self.array = home, array
+        self.home: Indices = home
+        self.array: np.ndarray = array
         self.sent: Tensor | None = None
 
     @property
