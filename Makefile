@@ -20,7 +20,7 @@ CALLS := tests/activations tests/attribution tests/engine tests/steering \
 # Pretrained models that `make real` installs and asks; gemma3-270m is another, under the Gemma Terms of Use.
 REAL ?= smollm2
 
-.PHONY: help demo ci test docs real newest ray check format versions test-lowest test-newest families bench clean
+.PHONY: help demo ci test docs real newest ray check format versions test-lowest test-newest families bench gpu clean
 
 help:
 	@echo "make demo     see what nnsplice does, on a model that needs no download"
@@ -36,6 +36,7 @@ help:
 	@echo "make families judge every model family of transformers, and write docs/families.md (ONLY=llama for one;"
 	@echo "              RECORD=1 makes what is found what the tests expect)"
 	@echo "make bench    measure, and print a table"
+	@echo "make gpu      what needs a GPU: the tests of devices on a real one, and a table of what things take there"
 	@echo "make clean    remove caches, builds and demo output, and what make versions installed (.venv stays)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python that .venv is made with, JOBS=8 how many tests run side by side,"
@@ -121,6 +122,13 @@ families: $(READY)
 bench: $(READY)
 	@echo "== benchmarks"
 	@$(BIN)/python -m bench
+
+gpu: $(READY)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "there is no GPU that torch can use here")'
+	@echo "== the tests, on $$($(BIN)/python -c 'import torch; print(torch.cuda.get_device_name())')"
+	@$(BIN)/python -m pytest -q -m gpu
+	@echo "== what things take there"
+	@$(BIN)/python -m bench.gpu
 
 clean:
 	@echo "== removing caches, builds, demo output and what make versions installed"

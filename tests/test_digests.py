@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from nnsplice.digests import digest_of, function_digest
+from nnsplice import digests
+from nnsplice.digests import checksum, digest_of, function_digest
 
 ONE = {"w": torch.tensor([1.0, -2.0])}
 
@@ -43,3 +45,26 @@ def test_a_function_has_one_digest_in_every_process() -> None:
     }
     assert len(told) == 1
     assert function_digest(lambda x: x + 1.5) != function_digest(lambda x: x + 2.5)
+
+
+def _checksum_by_hand(raw: np.ndarray) -> int:
+    """Files hold checksums, so what they are may not change: words by factors, and lines of 2 ** 18 by odd numbers."""
+    whole = len(raw) // 8 * 8
+    words, rest = raw[:whole].view(np.uint64), raw[whole:].astype(np.uint64)
+    factors = np.arange(1 << 18, dtype=np.uint64) * np.uint64(0x1E3779B97F4A7C15) + np.uint64(1)
+    total = int((rest * factors[: len(rest)]).sum())
+    for line, start in enumerate(range(0, len(words), 1 << 18)):
+        part = words[start : start + (1 << 18)]
+        total += int((part * factors[: len(part)]).sum()) * (2 * line + 1)
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 1003, 8 << 18, (8 << 18) * 5 + 8 * 77 + 3])
+@pytest.mark.parametrize("lines", [1, 2, 64])
+def test_a_checksum_is_one_number_however_many_lines_are_read_at_once(size, lines, monkeypatch):
+    raw = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    monkeypatch.setitem(digests._LINES, "cpu", lines)
+    assert checksum(torch.from_numpy(raw)) == _checksum_by_hand(raw)
+    if size:
+        raw[size // 2] ^= 1
+        assert checksum(torch.from_numpy(raw)) == _checksum_by_hand(raw)

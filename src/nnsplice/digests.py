@@ -17,23 +17,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: How many words of eight bytes are multiplied at once.
-_AT_ONCE = 1 << 18
+#: So many words of eight bytes are a line: each is multiplied with a factor of its own, and each line with another.
+_FACTORS = 1 << 18
+#: Lines at once. A CPU is fastest with what fits its cache, a GPU with few launches (here of 128 MB).
+_LINES = {"cuda": 64}
 #: Where code stands that is nobody's experiment.
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def checksum(tensor: Tensor) -> int:
     """A whole number that changes with a tensor's numbers and their order: the same on every device, at one reading."""
+    return int(summed(tensor))
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """`checksum` as a tensor where the numbers are, so that nobody waits for it yet."""
+    if not tensor.numel():
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
     raw = tensor.contiguous().flatten().view(torch.uint8)
     whole = len(raw) // 8 * 8
     words = (raw[:whole] if raw.storage_offset() % 8 == 0 else raw[:whole].clone()).view(torch.int64)
     rest = raw[whole:].long()
-    factors = torch.arange(_AT_ONCE if len(words) else 8, device=raw.device) * 0x1E3779B97F4A7C15 + 1
+    factors = torch.arange(_FACTORS if len(words) else 8, device=raw.device) * 0x1E3779B97F4A7C15 + 1
     total = (rest * factors[: len(rest)]).sum()
-    for number, part in enumerate(words.split(_AT_ONCE)):
-        total += (part * factors[: len(part)]).sum() * (2 * number + 1)  # past 64 bits it begins anew, everywhere alike
-    return int(total)
+    lines = len(words) // _FACTORS
+    step = _LINES.get(raw.device.type, 1)
+    for start in range(0, lines, step):
+        some = words[start * _FACTORS : min(start + step, lines) * _FACTORS].view(-1, _FACTORS)
+        turns = torch.arange(start, start + len(some), device=raw.device) * 2 + 1
+        total = total + ((some * factors).sum(1) * turns).sum()  # past 64 bits it begins anew, everywhere alike
+    last = words[lines * _FACTORS :]
+    return total + (last * factors[: len(last)]).sum() * (2 * lines + 1) if len(last) else total
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -72,7 +72,9 @@ def by_hooks(model: Any, prompt: Sequence[int], row: Row) -> tuple[Tensor, list[
             flat = new.reshape(-1, new.shape[-1])
             part = _place(flat, site_of(edit.place))
             at_ = list(edit.positions)
-            part[at_] = edit.change(part[at_], edit.values(part.shape[-1]))
+            given = edit.values(part.shape[-1])
+            assert given is None or isinstance(given, Tensor)
+            part[at_] = edit.change(part[at_], given)
             return flat.reshape(held.shape)
 
         return write

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 import nnsplice as ns
+from nnsplice.errors import BadArgument
 
 SITES = ["layers[:].output[-1]", "layers[1].heads[:].output[-1]", "layers[:].mlp.output[-1]"]
 
@@ -77,6 +79,23 @@ def test_a_model_of_int8_weights_is_swept_alike_by_every_executor() -> None:
     assert np.allclose(reference, whole, atol=0.3)
     for executor in ("batched", "auto"):
         assert np.allclose(_sweep(module, executor), reference, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of a library that need not be here, about its own parts
+def test_a_model_of_torchao_is_swept_alike_by_every_executor_and_its_weights_are_refused() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    module = _toy()
+    quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
+    reference = _sweep(module, "reference")
+    whole = _sweep(_toy(), "reference")
+    assert 1e-4 < np.abs(reference - whole).max() < 0.3
+    for executor in ("batched", "packed", "auto"):
+        assert np.allclose(_sweep(module, executor), reference, atol=1e-4)
+    with (
+        pytest.raises(BadArgument, match=r"layers\.1\.self_attn.*weight is quantised"),
+        ns.weights.ablate(module, "l1h2"),
+    ):
+        pass
 
 
 def test_a_model_whose_quantised_layers_hold_no_parameter_is_still_recognised() -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnsplice import closures, engine, wire
-from nnsplice.atlas import Kind, Site
+from nnsplice.atlas import Kind, Site, peel
 from nnsplice.errors import LateUpdate, MissingPosition, RefusedPlace, ShapeError
 from nnsplice.paths import Path, Span, position_rank
 from nnsplice.tokens import Rows, Spans, concrete
@@ -28,6 +28,7 @@ class Access:
     kind: Kind
     tower: str
     paths: tuple[Path, ...]
+    root: nn.Module
 
     @property
     def name(self) -> str:
@@ -63,10 +64,11 @@ def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
         return (*site.location, site.item, site.kind, site.sae)
 
     found: list[Access] = []
+    root = peel(model)
     for _, group in groupby(paths, key=value):
         members = tuple(group)
         site = site_of(members[0])
-        found.append(Access(engine.place(model, site), site.item, site.kind, site.tower, members))
+        found.append(Access(engine.place(model, site), site.item, site.kind, site.tower, members, root))
     return found
 
 
@@ -92,10 +94,18 @@ class Held:
     tensor: Tensor
     #: Set where the value holds the rows of other invokes too, its tokens flat.
     scope: engine.Scope | None = None
+    #: Where it was gathered, the tensor that is spread over processes.
+    spread: Any = None
 
     def write(self, new: Tensor) -> None:
         """Let the run go on with other values for these prompts."""
         access, raw = self.access, self.raw
+        if self.spread is not None:
+            if access.kind == "stream":
+                raise RefusedPlace("this part of the stream is spread over processes, and cannot be written in place",
+                                   path=access.name, expected="layers[i].input or layers[i].output")  # fmt: skip
+            self._put(engine.spread_like(new.flatten(0, 1) if self.spread.dim() == 2 else new, self.spread))
+            return
         if access.kind == "stream":
             # The one place where the live tensor is changed: the stream itself, which the skip path carries on beside
             # the module whose input it is met at. A replaced input would change what the module reads, not the stream.
@@ -115,6 +125,12 @@ class Held:
                 path=access.name,
                 expected="a place with rows of its own, or one prompt in the trace",
             )
+        self._put(new)
+
+    def _put(self, new: Tensor) -> None:
+        """Let the run go on with another tensor."""
+        access, raw = self.access, self.raw
+        inner = engine.first_input(raw) if access.place.end == "input" else raw
         packed = wire.repack(inner, access.item, new)
         access.place.write(
             self.mediator, engine.with_first_input(raw, packed) if access.place.end == "input" else packed
@@ -126,7 +142,10 @@ def hold(access: Access, mediator: Any, rows: Rows) -> Held:
     raw = access.place.read(mediator)
     try:
         inner = engine.first_input(raw) if access.place.end == "input" else raw
+        inner, spread = engine.whole(access.root, inner, access.item, access.name)
         tensor = wire.unpack(inner, access.item)
+        if spread is not None:
+            return Held(access, mediator, raw, wire.as_rows(tensor, rows.batch), spread=spread)
         scope = engine.scope_of(mediator)
         if scope is not None and tensor.dim() == 2 and tensor.shape[0] >= scope.total:
             # Tokens of all invokes in one flat list, which nnsight does not cut into rows.

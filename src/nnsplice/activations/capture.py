@@ -98,7 +98,20 @@ def capture(
         ShortRow: a prompt has no token at a position.
         SpanError: a span that is not found in a prompt.
     """
-    model = engine.as_model(model)
+    with engine.gathered(model):
+        return _captured(engine.as_model(model), prompts, paths, spans, batch_size, keep_graph, progress, remote)
+
+
+def _captured(
+    model: engine.Model,
+    prompts: PromptsLike,
+    paths: Paths,
+    spans: SpanTexts | None,
+    batch_size: int | None,
+    keep_graph: bool,
+    progress: bool,
+    remote: bool | str,
+) -> SavedActivation:
     if batch_size is not None and batch_size < 1:
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):

@@ -17,7 +17,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import Site
+from nnsplice.atlas import Site, peel
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, circumstances, named
 from nnsplice.paths import Path, Span
 from nnsplice.tokens import Spans
@@ -70,7 +70,24 @@ def patched_logits(
         RefusedPlace: a site that cannot be written exactly.
         OverlappingWrite: two keys write the same value.
     """
-    model = engine.as_model(model)
+    with engine.gathered(model):
+        return _patched(
+            engine.as_model(model), prompts, saved, add, at, spans, positions, batch_size, keep_graph, remote
+        )
+
+
+def _patched(
+    model: engine.Model,
+    prompts: PromptsLike,
+    saved: SavedActivation,
+    add: bool,
+    at: int | None,
+    spans: SpanTexts | None,
+    positions: int | Sequence[int] | None,
+    batch_size: int | None,
+    keep_graph: bool,
+    remote: bool | str,
+) -> Tensor:
     if not isinstance(saved, SavedActivation):
         raise BadType(
             f"{named(saved)} is no capture",
@@ -113,6 +130,7 @@ def patched_logits(
             kept = fewer_logits(model, min(at_end), (key for pack in packs for key in pack.keys))
             with nullcontext() if keep_graph else torch.no_grad():
                 logits = _local(model, packs, inputs, kept, add=add, at=at, spans=spanned)
+                engine.whole(peel(model), logits, None, "a row of logits")
         found |= dict(zip(rows, logits[:, list(at_end)], strict=True))
     each = [found[row] for row in range(len(given))]
     if wanted is not None:
@@ -180,7 +198,8 @@ def _local(
     found: list[Tensor] = []
 
     def body() -> None:
-        writing.write(model, packs, 1.0 if add else None, at=at, spans=spans)
+        with engine.gathered(model):  # again, as this runs in a thread of nnsight's
+            writing.write(model, packs, 1.0 if add else None, at=at, spans=spans)
         found.append(wire.logits_of(model).clone())
 
     engine.run(model, {**inputs, **arguments} if arguments else inputs, body)

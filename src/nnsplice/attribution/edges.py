@@ -148,7 +148,7 @@ class Graph:
                 (masked,) = torch.autograd.grad(
                     one.tensors[at], one.tensors[stream], masked, retain_graph=True, allow_unused=True
                 )
-            yield torch.zeros(shape) if masked is None else masked.reshape(shape)
+            yield torch.zeros_like(one.values[stream]) if masked is None else masked.reshape(shape)
 
     # --- what is sent
 

@@ -46,6 +46,7 @@ from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import example_of, offer_probe, order_of, record, undisturbed
 from nnsplice.engine.roots import refuse_changed_logits, refuse_replaced, runs_alone
 from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
+from nnsplice.engine.spread import gathered, spread_like, whole
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
     Model,
@@ -98,6 +99,7 @@ __all__ = [
     "example_of",
     "expand",
     "first_input",
+    "gathered",
     "has_code_around",
     "home",
     "hooks_of",
@@ -127,6 +129,7 @@ __all__ = [
     "run",
     "runs_alone",
     "scope_of",
+    "spread_like",
     "taken_by",
     "token_texts",
     "tokenizer_of",
@@ -136,6 +139,7 @@ __all__ = [
     "unwatch",
     "watch",
     "weights_digest",
+    "whole",
     "with_first_input",
     "worker",
     "wrap",

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nnsplice.atlas import peel
-from nnsplice.digests import checksum
+from nnsplice.digests import summed
 from nnsplice.errors import BadArgument
 
 #: A tensor that was read, the state it was in, and its checksum.
@@ -53,30 +54,44 @@ def weights_digest(model: Any, *, anew: bool = False) -> str:
         if "_active_adapter" in module.__dict__:
             adapters.append((home, module.__dict__["_active_adapter"], getattr(module, "_disable_adapters", False)))
     parameters = list(found.values())
-    summed = hashlib.sha256(str([(name, tuple(p.shape)) for name, p in parameters]).encode())
+    told = hashlib.sha256(str([(name, tuple(p.shape)) for name, p in parameters]).encode())
     if buffers:
-        summed.update(str([(name, tuple(b.shape)) for name, b in buffers]).encode())
+        told.update(str([(name, tuple(b.shape)) for name, b in buffers]).encode())
     for adapter in adapters:
-        summed.update(str(adapter).encode())
+        told.update(str(adapter).encode())
     before: dict[int, _Read] = {} if anew else _READ.get(root, {})
-    after: dict[int, _Read] = {}
+    sums: list[int | Tensor] = []
+    noted: list[tuple[int, weakref.ref[Tensor], tuple[Any, ...]] | None] = []
     for name, tensor in (*parameters, *buffers):
         for plain in _stored(tensor):
             held = _offloaded(root, name) if plain.is_meta else plain
-            summed.update(b"%d" % _checksum(held, before, after))
-    _READ[root] = after
-    return summed.hexdigest()[:16]
+            state = None if held.is_inference() else _state(held)  # torch does not count what is written to those
+            known = None if state is None else before.get(id(held))
+            is_known = known is not None and known[0]() is held and known[1] == state
+            sums.append(known[2] if known is not None and is_known else summed(held.detach()))
+            noted.append(None if state is None else (id(held), weakref.ref(held), state))
+    read = _read(sums)
+    for number in read:
+        told.update(b"%d" % number)
+    _READ[root] = {note[0]: (*note[1:], number) for note, number in zip(noted, read, strict=True) if note is not None}
+    return told.hexdigest()[:16]
 
 
-def _checksum(tensor: Tensor, before: dict[int, _Read], after: dict[int, _Read]) -> int:
-    if tensor.is_inference():  # torch does not count what is written to these
-        return checksum(tensor.detach())
-    state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype)
-    known = before.get(id(tensor))
-    if known is None or known[0]() is not tensor or known[1] != state:
-        known = weakref.ref(tensor), state, checksum(tensor.detach())
-    after[id(tensor)] = known
-    return known[2]
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _read(sums: Sequence[int | Tensor]) -> list[int]:
+    """Numbers of which some are on devices: each device is waited for once."""
+    there: dict[torch.device, list[int]] = {}
+    for at, one in enumerate(sums):
+        if isinstance(one, Tensor):
+            there.setdefault(one.device, []).append(at)
+    found = list(sums)
+    for places in there.values():
+        for at, number in zip(places, torch.stack([torch.as_tensor(sums[at]) for at in places]).tolist(), strict=True):
+            found[at] = number
+    return [int(number) for number in found]
 
 
 def _stored(tensor: Any) -> Iterator[Any]:

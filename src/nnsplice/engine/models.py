@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas import peel, text_config, whole_here
+from nnsplice.atlas import peel, text_config
 from nnsplice.atlas.families import NOT_TEXT, POSITIONS
 from nnsplice.engine.hooks import has_code_around
+from nnsplice.engine.spread import check_whole
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType, named
 
@@ -26,7 +27,7 @@ def as_model(model: object) -> Model:
         )
     if model.parent is not None:
         raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")
-    whole_here(peel(model), "what is read or written")
+    check_whole(peel(model))
     return model
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nnsplice.atlas import Site, peel
 from nnsplice.engine import private
+from nnsplice.engine.devices import staying
 from nnsplice.engine.private import STATE, Controller
 from nnsplice.engine.private import Mediator as Mediator
 from nnsplice.engine.turns import turn
@@ -40,7 +41,8 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
 
     if isinstance(name_or_module, str):
         kwargs.setdefault("dispatch", True)
-    model = TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs)
+    with staying(name_or_module, kwargs) as device:
+        model = TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs, **device)
     if kwargs.get("peft") is not None:
         # The layers of an adapter come in train mode, into a model that is not.
         model._module.eval()

@@ -156,10 +156,13 @@ class Bound:
         """The number for each row, whose prompts are given by their numbers.
 
         A function of the user's own is given one row at a time, so that a row's number never depends on the others.
+        Logits in half precision are taken in single precision from here on, where a metric rounds nothing more.
 
         Args:
             reference: for a metric that compares, the other run's logits of the same rows.
         """
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
         if not self._known and len(logits) > 1:
             rows = ([number] for number in range(len(logits)))
             return torch.cat(

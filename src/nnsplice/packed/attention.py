@@ -177,8 +177,10 @@ class Recorder:
     masks: dict[nn.Module, Tensor] = field(default_factory=dict)
     #: The tensors that the block was given whose attention runs next.
     given: Sequence[Tensor] = ()
-    #: Masks that stand in arguments alone: by length and window.
-    _written: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
+    #: Masks that stand in arguments alone: by length, window and device.
+    _written: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    #: Masks that a block was given on another device: by what was given, and where the copy is.
+    _moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """The model's own attention, with everything kept that it is given."""
@@ -194,13 +196,23 @@ class Recorder:
             if not call.is_causal or (call.own == "eager" and mask is None):
                 raise NotImplementedError(LATER)
             window = call.more.get("sliding_window") if call.plain else None
-            return self._written.setdefault((length, window), causal(length, window, call.key.device))
+            device = call.key.device
+            return self._written.setdefault((length, window, device), causal(length, window, device))
         if not isinstance(mask, Tensor):
             raise NotImplementedError(f"its attention is given a {type(mask).__name__} as a mask")
         memory = mask.untyped_storage().data_ptr()
-        if not any(tensor.untyped_storage().data_ptr() == memory for tensor in self.given):
-            raise NotImplementedError("its layers compute a mask of their own from what they are given")
-        return mask
+        if any(tensor.untyped_storage().data_ptr() == memory for tensor in self.given):
+            return mask
+        # A block on another device is given a copy, by a hook of accelerate's.
+        for given in self.given:
+            if given.device != mask.device and given.shape == mask.shape and given.dtype == mask.dtype:
+                known = self._moved.get((id(given), mask.device))
+                if known is not None and known[0] is given and torch.equal(known[1], mask):
+                    return known[1]
+                if torch.equal(given.to(mask.device), mask):
+                    self._moved[id(given), mask.device] = given, mask
+                    return mask
+        raise NotImplementedError("its layers compute a mask of their own from what they are given")
 
 
 @dataclass
@@ -230,13 +242,16 @@ class Packed:
         keys, values = (torch.cat(pair, 1) for pair in zip(self.recorded[module], own, strict=True))
         out = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
         for group in self.groups:
-            asks = query[0][:, group.asks].transpose(0, 1)
-            k, v = (t[:, group.keys].transpose(0, 1) for t in (keys, values))
-            mask = group.mask(self.masks[module])
+            at = group.asks.tensor
+            asks = query[0][:, at].transpose(0, 1)
+            k, v = (t[:, group.keys.tensor].transpose(0, 1) for t in (keys, values))
+            table = self.masks[module]
+            mask = group.mask(table)
             if self.lost and (edges := group.edges(self.lost)):
                 rows, heads, queries, _ = asks.shape
-                mask = without(mask, (rows, heads, queries, k.shape[2]), edges, asks.device)
-            out[0, group.asks] = call.attended(asks, k, v, mask).to(out)
+                known = group.positions.array if table is None else None
+                mask = without(mask, (rows, heads, queries, k.shape[2]), edges, asks.device, known)
+            out[0, at] = call.attended(asks, k, v, mask).to(out)
         return out
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nnsplice import wire
 from nnsplice.atlas import Site
+from nnsplice.packed.indices import on
 from nnsplice.packed.rows import Change, Edit, Placed, Read
 
 #: The number of a row, and one of its edits or reads.
@@ -48,9 +49,11 @@ def _gathered(members: Sequence[tuple[int, Edit]], find: Find, values: Tensor) -
         where += [at for _, at in there]
         given = edit.values(values.shape[-1])
         if given is not None:
-            orders = [order for order, _ in there]
-            news.append((given if len(orders) == len(given) else given[orders]).to(values))
-    return torch.tensor(where, dtype=torch.long, device=values.device), torch.cat(news) if news else None
+            news += [given[order] for order, _ in there]
+    # Stacked where they are, as a copy for each would cost more than all of them.
+    if len({new.device for new in news}) > 1:
+        news = [new.to(values.device) for new in news]
+    return on(where, values.device), torch.stack(news).to(values, non_blocking=True) if news else None
 
 
 #: What rows have read on their way: by the number of the row and the read, `[position, width]`.
@@ -59,13 +62,17 @@ Readings = dict[tuple[int, Read], Tensor]
 
 def read(values: Tensor, reads: Sequence[Numbered], find: Find, into: Readings) -> None:
     """Keep what stands in `[token, width]` at the tokens that reads of this place ask for."""
+    found: dict[tuple[int, Read], list[int]] = {}
     for number, placed in reads:
         assert isinstance(placed.what, Read)
         at = [find(number, position) for position in placed.what.positions]
         where = [token for token in at if token is not None]
         if where:
             assert len(where) == len(at), "a read of tokens that do not run"
-            into[number, placed.what] = values[where].clone()
+            found[number, placed.what] = where
+    if found:
+        kept = values[on([token for where in found.values() for token in where], values.device)]
+        into.update(zip(found, kept.split([len(where) for where in found.values()]), strict=True))
 
 
 @contextmanager

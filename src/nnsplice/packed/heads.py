@@ -47,12 +47,14 @@ class Head:
         head = cls(root, tower, carrier, plain=False)
         with torch.no_grad():
             normed = head.normed(states)
-        if normed.shape != last.shape or not torch.allclose(normed, last, rtol=1e-3, atol=1e-3):
+        if normed.shape != last.shape or not torch.allclose(normed, last.to(normed.device), rtol=1e-3, atol=1e-3):
             raise NotImplementedError("more than a norm stands between its last layer and its head")
         logits = head.logits(states[-1:])
         some = torch.linspace(0, logits.shape[-1] - 1, 5, device=states.device).long()[None]
         unembed = root.get_submodule(tower.unembed or "")
-        columns = _columns(unembed, normed[-1:], some) if type(unembed) is nn.Linear else None
+        # Columns are read of plain numbers: not of quantised ones, nor of those that are elsewhere between uses.
+        read = type(unembed) is nn.Linear and type(unembed.weight) is nn.Parameter and not unembed.weight.is_meta
+        columns = _columns(unembed, normed[-1:], some) if read else None
         plain = (
             columns is not None
             and columns.dtype == logits.dtype  # else the logits are rounded to other numbers afterwards
@@ -96,5 +98,7 @@ class Head:
 
 
 def _columns(unembed: Any, normed: Tensor, tokens: Tensor) -> Tensor:
-    logits = torch.einsum("rd,rtd->rt", normed, unembed.weight[tokens])
-    return logits if unembed.bias is None else logits + unembed.bias[tokens]
+    here = unembed.weight.device  # which may be another than that of the last block
+    there = tokens.to(here)
+    logits = torch.einsum("rd,rtd->rt", normed.to(here), unembed.weight[there])
+    return (logits if unembed.bias is None else logits + unembed.bias[there]).to(tokens.device)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nnsplice.errors import RefusedPlace
+from nnsplice.packed.indices import on
 
 #: A row of a batch, a head, a query and a key, by their places in the attention's own tensors.
 Edge = tuple[int, int, int, int]
@@ -75,28 +77,46 @@ def seen(mask: Tensor) -> Tensor:
 
 
 def without(
-    mask: Tensor | None, shape: tuple[int, int, int, int], lost: Sequence[Edge], device: torch.device
+    mask: Tensor | None,
+    shape: tuple[int, int, int, int],
+    lost: Sequence[Edge],
+    device: torch.device,
+    positions: np.ndarray | None = None,
 ) -> Tensor:
     """A mask `[row, head, query, key]` in which these edges are cut.
+
+    Args:
+        positions: `[row or 1, query]`, where each query stands, if it sees all keys up to there and no other: then
+            nothing needs to be asked of the mask, for which the host would wait.
 
     Raises:
         RefusedPlace: a query would see nothing any more.
     """
     whole = torch.ones(1, dtype=torch.bool, device=device) if mask is None else mask
     new = whole.expand(shape).clone()
-    row, head, query, key = torch.tensor(lost, device=device).unbind(1)
-    if int(head.max()) >= shape[1]:
+    row, head, query, key = on(np.array(lost).T, device)
+    if max(edge[1] for edge in lost) >= shape[1]:
         raise RefusedPlace(
             f"its attention has {shape[1]} heads where the model has more",
             expected="attention that is computed head by head",
         )
     new[row, head, query, key] = False if new.dtype is torch.bool else float("-inf")
-    if not bool(seen(new[row, head, query]).any(-1).all()):
+    rest = _left(lost, positions) if positions is not None else bool(seen(new[row, head, query]).any(-1).all())
+    if not rest:
         raise RefusedPlace(
             "a query would be left without any key: the others are hidden from it by the model's own mask",
             expected="a knockout that leaves each query a key",
         )
     return new
+
+
+def _left(lost: Sequence[Edge], positions: np.ndarray) -> bool:
+    """Whether each query that sees all keys up to its own position keeps one."""
+    keys: dict[tuple[int, int, int], set[int]] = {}
+    for row, head, query, key in lost:
+        keys.setdefault((row, head, query), set()).add(key)
+    at = {(row, query): int(positions[min(row, len(positions) - 1), query]) for row, _, query, _ in lost}
+    return not any(own.issuperset(range(at[row, query] + 1)) for (row, _, query), own in keys.items())
 
 
 def refuse_later(mask: Tensor) -> None:

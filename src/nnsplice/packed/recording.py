@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from nnsplice.packed import heads, masks
 from nnsplice.packed.attention import KeyValue, Recorder, attention
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost
+from nnsplice.packed.indices import on
 from nnsplice.packed.whole import Call, Whole, listening
 
 #: Arguments of a block that packed rows do without: masks, caches.
@@ -136,10 +138,12 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
         raise NotImplementedError("its layers hold other tokens than the prompts have")
     for prompt in (prompt for rows in batches for prompt in rows):
         bases[prompt], at = at, at + lengths[prompt]
-    real = _real(batches, shapes, lengths, passes[0].entering[0].device)
+    real = _real(batches, shapes, lengths)
+    # A block is where what leaves it is, and its stream is kept there; what leaves the last stays as it is.
+    devices = [tensor.device for tensor in (*passes[0].entering[1:], passes[0].entering[-1])]
     entering = tuple(
-        _chosen(torch.cat([tensor.flatten(0, 1) for tensor in column]), real)
-        for column in zip(*(one.entering for one in passes), strict=True)
+        _chosen(torch.cat([tensor.flatten(0, 1) for tensor in column]), real).to(device)
+        for device, column in zip(devices, zip(*(one.entering for one in passes), strict=True), strict=True)
     )
     if "head" not in base.memo:  # what stands there is the model's, whatever the prompts
         last = torch.cat([one.returned.last_hidden_state.flatten(0, 1) for one in passes])
@@ -152,7 +156,10 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
         tower=tower,
         blocks=tuple(root.get_submodule(block.module) for block in tower.blocks),
         entering=entering,
-        calls=tuple(_joined(column, real) for column in zip(*(one.calls for one in passes), strict=True)),
+        calls=tuple(
+            _joined(column, real, device)
+            for device, column in zip(devices, zip(*(one.calls for one in passes), strict=True), strict=False)
+        ),
         attended={module: _flat([one.attended[module] for one in passes], real) for module in passes[0].attended},
         masks=masks.tables([one.masks for one in passes], shapes),
         kept={
@@ -177,23 +184,30 @@ def _padded_batches(prompts: Sequence[int], lengths: Sequence[int]) -> list[list
     return batches
 
 
-def _real(
-    batches: Sequence[Sequence[int]],
-    shapes: Sequence[tuple[int, int]],
-    lengths: Sequence[int],
-    device: torch.device,
-) -> Tensor | None:
-    """The numbers of the prompts' own tokens among those that ran; None where none is padding."""
-    given = torch.tensor([lengths[prompt] for rows in batches for prompt in rows])
-    ran = torch.tensor([length for rows, length in shapes for _ in range(rows)])
-    if torch.equal(given, ran):
+class _Real(dict[torch.device, Tensor]):
+    """The numbers of the prompts' own tokens among those that ran, by device."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def __missing__(self, device: torch.device) -> Tensor:
+        self[device] = made = on(self.numbers, device)
+        return made
+
+
+def _real(batches: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]], lengths: Sequence[int]) -> _Real | None:
+    """Which of the tokens that ran are the prompts' own; None where none is padding."""
+    given = np.array([lengths[prompt] for rows in batches for prompt in rows])
+    ran = np.array([length for rows, length in shapes for _ in range(rows)])
+    if np.array_equal(given, ran):
         return None
-    within = torch.arange(int(ran.sum())) - torch.repeat_interleave(ran.cumsum(0) - ran, ran)
-    return (within < torch.repeat_interleave(given, ran)).nonzero().flatten().to(device)
+    within = np.arange(ran.sum()) - np.repeat(ran.cumsum() - ran, ran)
+    return _Real(np.flatnonzero(within < np.repeat(given, ran)))
 
 
-def _chosen(tensor: Tensor, real: Tensor | None, dim: int = 0) -> Tensor:
-    return tensor if real is None else tensor.index_select(dim, real)
+def _chosen(tensor: Tensor, real: _Real | None, dim: int = 0) -> Tensor:
+    return tensor if real is None else tensor.index_select(dim, real[tensor.device])
 
 
 def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> _Pass:
@@ -306,15 +320,15 @@ def _tokens(part: Tensor, prompts: int) -> Tensor:
     return part.expand(prompts, *part.shape[1:]).reshape(1, -1, *part.shape[2:])
 
 
-def _joined(calls: Sequence[Mapping[str, Any]], real: Tensor | None) -> dict[str, Any]:
-    """The arguments of one block in several passes, for the prompts' own tokens."""
+def _joined(calls: Sequence[Mapping[str, Any]], real: _Real | None, device: torch.device) -> dict[str, Any]:
+    """The arguments of one block in several passes, for the prompts' own tokens, on its device."""
     joined: dict[str, Any] = {}
     for name, value in calls[0].items():
         each = [call.get(name) for call in calls]
         if isinstance(value, Tensor):
-            joined[name] = _side_by_side(each, real)
+            joined[name] = _side_by_side(each, real, device)
         elif isinstance(value, tuple):
-            joined[name] = tuple(_side_by_side(parts, real) for parts in zip(*each, strict=True))
+            joined[name] = tuple(_side_by_side(parts, real, device) for parts in zip(*each, strict=True))
         elif any(other != value for other in each):
             raise NotImplementedError(f"its blocks are given another {name} for prompts of another length")
         else:
@@ -322,12 +336,12 @@ def _joined(calls: Sequence[Mapping[str, Any]], real: Tensor | None) -> dict[str
     return joined
 
 
-def _side_by_side(parts: Sequence[Any], real: Tensor | None) -> Tensor:
+def _side_by_side(parts: Sequence[Any], real: _Real | None, device: torch.device) -> Tensor:
     dim = 0 if parts[0].dim() == 1 else 1
-    return _chosen(torch.cat(list(parts), dim), real, dim)
+    return _chosen(torch.cat(list(parts), dim), real, dim).to(device)
 
 
-def _flat(parts: Sequence[KeyValue], real: Tensor | None) -> KeyValue:
+def _flat(parts: Sequence[KeyValue], real: _Real | None) -> KeyValue:
     columns = zip(*parts, strict=True)
     keys, values = (
         _chosen(torch.cat([part.transpose(0, 1).flatten(1, 2) for part in column], 1), real, 1) for column in columns

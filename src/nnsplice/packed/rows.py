@@ -21,8 +21,8 @@ from nnsplice.paths import Path
 #: What becomes of values: `([token, width] as the run computed them, [token, width] that were given or None)` -> new
 #: ones. Edits that share one are done in one call.
 Change = Callable[[Tensor, Tensor | None], Tensor]
-#: The width of a place -> `[position, width]`, or None where the change needs no values.
-Values = Callable[[int], Tensor | None]
+#: The width of a place -> `[position, width]` or a row for each position, or None where the change needs no values.
+Values = Callable[[int], Tensor | Sequence[Tensor] | None]
 
 
 def replaced(current: Tensor, value: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,11 +55,17 @@ def run(base: Base, rows: Sequence[Row], *, prompts: Sequence[int] | None = None
         raise NotImplementedError(OWN_CODE)
     homes = Homes(recording)
     placed = [begun(row, homes, alone=not recording.whole.calls) for row in rows]
-    grain = GRAIN.get(recording.entering[0].device.type, 1)
-    wave = Wave(base.root, recording, placed, base.law, grain)
+    wave = Wave(base.root, recording, placed, base.law, grain_of(recording))
     with torch.set_grad_enabled(keep_graph):
         ends = wave.run()
     return Ran(recording.head, ends, wave.readings, spent + wave.cost)
+
+
+def grain_of(recording: Recording) -> int:
+    """What numbers of queries and keys are rounded up to: see `GRAIN`; no more than the prompts have need of."""
+    ends = sorted((*recording.bases.values(), recording.total))
+    longest = max(end - start for start, end in pairwise(ends))
+    return min(GRAIN.get(recording.entering[0].device.type, 1), 1 << (longest - 1).bit_length())
 
 
 def recorded(base: Base, prompts: Sequence[int]) -> tuple[Recording, Cost]:

@@ -23,10 +23,11 @@ from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.edits import Find, Numbered, Readings, edited, hooked
 from nnsplice.packed.heads import Head
+from nnsplice.packed.indices import Indices, on
 from nnsplice.packed.layout import Layout
 from nnsplice.packed.recording import Recording
 from nnsplice.packed.rows import Begun, Edit, Homes, Placed, Read, Row, begun
-from nnsplice.packed.run import GRAIN, recorded
+from nnsplice.packed.run import grain_of, recorded
 from nnsplice.paths import Path
 
 #: What a row reads, where its edit moved it: positions, and `[position, width]`.
@@ -175,7 +176,7 @@ class _Walk:
             if end is not None:
                 state = entering[-1][walker.begun.base + end]
                 at = walker.tokens.index(end) if end in walker.tokens else None
-                self.ends[number] = state if at is None else state + self.delta[number][at]
+                self.ends[number] = state if at is None else state + self.delta[number][at].to(state)
 
     def _running(self) -> list[int]:
         return [n for n, walker in enumerate(self.walkers) if walker.tokens]
@@ -187,7 +188,7 @@ class _Walk:
     def _recorded(self, number: int, of: Tensor) -> Tensor:
         """What is recorded at a row's tokens, of values of all recorded tokens."""
         walker = self.walkers[number]
-        return of[[walker.begun.base + token for token in walker.tokens]]
+        return of[on([walker.begun.base + token for token in walker.tokens], of.device)]
 
     def _stream(self, layer: int, where: str, recorded: Tensor) -> None:
         """Edits and reads of the stream as it enters or leaves a block."""
@@ -196,13 +197,13 @@ class _Walk:
             if not here:
                 continue
             before, tokens = self._recorded(number, recorded), self.walkers[number].tokens
-            now = before + self.delta[number]
+            now = before + self.delta[number].to(before)
             find = _finder(tokens)
             now = edited(now, [(number, placed) for placed in here if isinstance(placed.what, Edit)], find)
             self.delta[number] = now - before
             for placed in here:
                 if isinstance(placed.what, Read):
-                    self._note(number, placed.what, lambda at, now=now: now[at])
+                    self._note(number, placed.what, lambda at, now=now: now[on(at, now.device)])
 
     def _note(self, number: int, read: Read, values: Callable[[list[int]], Tensor]) -> None:
         tokens = self.walkers[number].tokens
@@ -257,10 +258,11 @@ class _Walk:
         total = self.delta[number]
         for site in sorted(read, key=lambda site: not _in_attention(site, block)):  # attention comes first
             if site in kept and (site.module, site.end) != block.mid:
-                total = total + read[site] - self._recorded(number, kept[site])
+                total = total.to(read[site]) + read[site] - self._recorded(number, kept[site]).to(read[site])
             else:
                 attn = next(b.site for b in self.branches if b.layer == layer and _in_attention(b.site, block))
-                total = read[site] - self._recorded(number, self.recording.entering[layer] + kept[attn])
+                before = self.recording.entering[layer] + kept[attn].to(self.recording.entering[layer])
+                total = read[site] - self._recorded(number, before).to(read[site])
         self.delta[number] = total
 
     def _run_block(
@@ -271,10 +273,12 @@ class _Walk:
         long = [n for n in numbers if not self.walkers[n].narrow]
         layout = Layout(rows, long, [n for n in numbers if self.walkers[n].narrow])
         order = [*layout.long, *layout.short]
-        index = torch.as_tensor(layout.recorded, dtype=torch.long, device=recording.entering[0].device)
-        pack = recording.entering[layer][index] + torch.cat([self.delta[n] for n in order])
+        entering = recording.entering[layer]
+        there = Indices(entering.device)
+        tokens = there.add(layout.recorded)
+        groups = () if recording.whole.calls else layout.groups(recording.total, grain_of(recording), there)
+        pack = entering[tokens.tensor] + torch.cat([self.delta[n].to(entering.device) for n in order])
         find: list[Find] = [layout.find]
-        grain = GRAIN.get(pack.device.type, 1)
         with ExitStack() as stack:
             # Hooks of both go before the user's; those that are registered last run first.
             stack.enter_context(self._standing(layer, layout, lambda: find[0], lambda: len(readings) >= count))
@@ -283,11 +287,10 @@ class _Walk:
                 running = recording.whole.running(layout, lambda inner: find.__setitem__(0, inner or layout.find))
                 stack.enter_context(running)
             else:
-                groups = layout.groups(recording.total, grain, pack.device)
                 attend = Packed(recording.attended, recording.masks, groups)
                 stack.enter_context(attention(self.base.root, attend))
             with suppress(_Done):
-                recording.blocks[layer](pack[None], **recording.arguments(layer, index))
+                recording.blocks[layer](pack[None], **recording.arguments(layer, tokens.tensor))
         block = recording.tower.blocks[layer]
         self.cost += Cost(
             len(pack), block_calls=1, flops=len(pack) * self.base.law.per_token(*block.modules), peak=len(pack)
@@ -327,7 +330,7 @@ class _Walk:
             held = wire.unpack(output, site.item)
             flat = held.reshape(-1, held.shape[-1]).clone()
             at, tokens = zip(*here, strict=True)
-            flat[list(at)] = recorded[list(tokens)].to(flat)
+            flat[on(at, flat.device)] = recorded[on(tokens, recorded.device)].to(flat)
             return wire.repack(output, site.item, flat.reshape(held.shape))
 
         return hook

@@ -10,17 +10,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nnsplice.packed.attention import KeyValue, Left, Packed, attention
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.packed.edits import Find, Numbered, Readings, edited, hooked, read
-from nnsplice.packed.layout import Layout
+from nnsplice.packed.indices import Index, Indices, on
+from nnsplice.packed.layout import Columns, Group, Layout
 from nnsplice.packed.recording import Recording, first
 from nnsplice.packed.rows import Begun, Cut
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One block of a pack, and by what numbers it finds its tokens: all that is known before anything runs."""
+
+    layer: int
+    #: The rows that run, and where they stand: those that change tokens alone are its short ones.
+    layout: Layout
+    #: The rows that begin here with all of their tokens, and their recorded ones.
+    entering: Sequence[int]
+    begun: Index
+    #: The recorded tokens of short rows that run, and of all of theirs; where those that ran stand among these.
+    alone: Index
+    widened: Index
+    changed: Index
+    #: The recorded tokens that run, and which of them attend together.
+    tokens: Index
+    groups: Sequence[Group]
 
 
 @dataclass
@@ -39,33 +59,69 @@ class Wave:
     def run(self) -> dict[int, Tensor]:
         """The state that leaves the last block at the token that is wanted: by the row's number, `[width]`."""
         last = len(self.recording.blocks) - 1
-        states = self.recording.entering[0][:0]
-        active: list[int] = []
+        states: Tensor | None = None
         ends: dict[int, Tensor] = {}
-        for layer in range(last + 1):
-            beginning = [n for n, row in enumerate(self.rows) if row.layer == layer]
-            entering = [n for n in beginning if not self.rows[n].alone]
-            alone = [n for n in beginning if self.rows[n].alone]
-            if entering:
-                states = torch.cat([states, self._begin(entering, layer)])
-                active = active + entering
-            if not active and not alone:
-                continue
-            layout = Layout(self.rows, active, alone)
-            if layer == last:
-                ends |= self._last(layout, states)
+        for step in self._steps():
+            if step.entering:
+                begun = self._begin(step)
+                states = begun if states is None else torch.cat([states, begun])
+            if states is None:
+                states = self.recording.entering[step.layer][:0]
+            if step.layer == last:
+                ends |= self._last(step, states)
                 break
-            states = self._through(layer, layout, states)
-            states, active = self._left(layer, states, active + alone)
+            states = self._through(step, states)
+            states = self._left(step, states)
         leaving = [n for n, row in enumerate(self.rows) if row.layer == last + 1]
         if leaving:
             ends |= dict(zip(leaving, self._leave(leaving), strict=True))
         return ends
 
-    def _begin(self, numbers: Sequence[int], layer: int) -> Tensor:
+    def _steps(self) -> list[_Step]:
+        """The blocks that run, the numbers of whose tokens are then sent to each device in one copy."""
+        steps: list[_Step] = []
+        active: list[int] = []
+        last = len(self.recording.blocks) - 1
+        homes: dict[torch.device, Indices] = {}
+        for layer in range(last + 1):
+            beginning = [n for n, row in enumerate(self.rows) if row.layer == layer]
+            entering = [n for n in beginning if not self.rows[n].alone]
+            alone = [n for n in beginning if self.rows[n].alone]
+            active = active + entering
+            if not active and not alone:
+                continue
+            device = self.recording.entering[layer].device
+            there = homes.setdefault(device, Indices(device))
+            layout, widened = self._layout(active, alone), self._layout(alone)
+            changed = [widened.find(n, position) for n in alone for position in self.rows[n].changed]
+            grouped = not self.recording.whole.calls and not self._is_thin(layer, layout)
+            steps.append(
+                _Step(
+                    layer,
+                    layout,
+                    entering,
+                    begun=there.add(self._layout(entering).recorded),
+                    alone=there.add(self._layout((), alone).recorded),
+                    widened=there.add(widened.recorded),
+                    changed=there.add([at for at in changed if at is not None]),
+                    tokens=there.add(layout.recorded),
+                    groups=layout.groups(self.recording.total, self.grain, there) if grouped else (),
+                )
+            )
+            active = [n for n in active + alone if self.rows[n].runs(layer)]
+        return steps
+
+    def _layout(self, long: Sequence[int], short: Sequence[int] = ()) -> Layout:
+        return Layout(self.rows, long, short, self._columns)
+
+    @cached_property
+    def _columns(self) -> Columns:
+        return Columns.of(self.rows)
+
+    def _begin(self, step: _Step) -> Tensor:
         """What enters a block for rows that begin there, with the edits of the stream done that it begins with."""
-        layout = Layout(self.rows, numbers)
-        states = self.recording.entering[layer][self._index(layout.recorded)]
+        numbers, layer, layout = step.entering, step.layer, self._layout(step.entering)
+        states = self.recording.entering[layer][step.begun.tensor]
         for where in ("output", "input"):  # what leaves the layer before, then what enters this one
             edits = [(n, edit) for n in numbers for edit in self.rows[n].beginning if edit.where == where]
             states = edited(states, edits, layout.find)
@@ -78,60 +134,69 @@ class Wave:
         rows = [self.rows[n] for n in numbers]
         if any(row.reads for row in rows):
             raise NotImplementedError("a read behind the last block")
-        states = self.recording.entering[-1][[row.base + row.last for row in rows]]
+        ended = self.recording.entering[-1]
+        states = ended[on([row.base + row.last for row in rows], ended.device)]
         return edited(states, [(n, e) for n in numbers for e in self.rows[n].edits], self._only_last(numbers))
 
-    def _left(self, layer: int, states: Tensor, active: list[int]) -> tuple[Tensor, list[int]]:
-        """The rows of which something is still wanted, and their states."""
-        staying = [n for n in active if self.rows[n].runs(layer)]
-        if len(staying) == len(active):
-            return states, active
-        offsets = Layout(self.rows, active).offsets
-        kept = [states[offsets[n] : offsets[n] + self.rows[n].length] for n in staying]
-        return torch.cat(kept) if kept else states[:0], staying
+    def _left(self, step: _Step, states: Tensor) -> Tensor:
+        """The states of the rows of which something is still wanted, where the next block is."""
+        active = [*step.layout.long, *step.layout.short]
+        staying = [n for n in active if self.rows[n].runs(step.layer)]
+        if len(staying) < len(active):
+            offsets = self._layout(active).offsets
+            kept = [states[offsets[n] : offsets[n] + self.rows[n].length] for n in staying]
+            states = torch.cat(kept) if kept else states[:0]
+        return states.to(self.recording.entering[step.layer + 1].device)
 
     # --- blocks
 
-    def _through(self, layer: int, layout: Layout, states: Tensor) -> Tensor:
+    def _through(self, step: _Step, states: Tensor) -> Tensor:
         """What leaves a block: of the long rows, then of the short ones, which are long from here on."""
-        pack = torch.cat([states, self._recorded(layer, layout)])
-        out = self._edited_output(layer, layout, self._call(layer, layout, pack), layout.find)
+        layer, layout = step.layer, step.layout
+        pack = torch.cat([states, self.recording.entering[layer][step.alone.tensor]])
+        out = self._edited_output(layer, layout, self._call(step, pack), layout.find)
         if not layout.short:
             return out
-        widened = Layout(self.rows, layout.short)
-        rest = self.recording.entering[layer + 1][self._index(widened.recorded)]
-        at = [widened.find(n, position) for n in layout.short for position in self.rows[n].changed]
-        rest[at] = out[len(states) :]
+        following = self.recording.entering[layer + 1]
+        rest = following[on(step.widened.array, following.device)].to(out.device)
+        rest[step.changed.tensor] = out[len(states) :]
         return torch.cat([out[: len(states)], rest])
 
-    def _last(self, layout: Layout, states: Tensor) -> dict[int, Tensor]:
+    def _last(self, step: _Step, states: Tensor) -> dict[int, Tensor]:
         """What leaves the last block at the tokens that are wanted; nothing else runs, but for keys and values."""
-        layer = len(self.recording.blocks) - 1
+        layer, layout = step.layer, step.layout
         numbers = [*layout.long, *layout.short]
-        wanted = [n for n in numbers if self.rows[n].row.end is not None]
-        if self.recording.whole.calls or not all(self._thin(self.rows[n], layer) for n in numbers):
-            pack = torch.cat([states, self._recorded(layer, layout)])
-            out = self._edited_output(layer, layout, self._call(layer, layout, pack), layout.find)
-            return {n: self._end(n, layout, out) for n in wanted}
-        long = Layout(self.rows, layout.long)
+        if not self._is_thin(layer, layout):
+            pack = torch.cat([states, self.recording.entering[layer][step.alone.tensor]])
+            out = self._edited_output(layer, layout, self._call(step, pack), layout.find)
+            return {n: self._end(n, layout, out) for n in numbers if self.rows[n].row.end is not None}
+        long, there = self._layout(layout.long), Indices(states.device)
         own: KeyValue | None = None
+        tokens, last = there.add(long.recorded), there.add(long.ends())
+        ends = there.add([self.rows[n].base + self.rows[n].last for n in numbers])
+        short = there.add(ends.array[len(layout.long) :])
+        groups = layout.groups(self.recording.total, self.grain, there, thin=True)
         if long.size:
             packed = Packed(self.recording.attended, self.recording.masks, [], leaves=True)
-            own = self._keys_and_values(layer, long, states, packed)
+            own = self._keys_and_values(layer, long, states, packed, tokens.tensor)
         find = self._only_last(numbers)
-        ends = [self.rows[n].base + self.rows[n].last for n in numbers]
-        pack = torch.cat([states[long.ends()], self.recording.entering[layer][ends[len(layout.long) :]]])
-        groups = layout.groups(self.recording.total, self.grain, states.device, thin=True)
+        pack = torch.cat([states[last.tensor], self.recording.entering[layer][short.tensor]])
         attend = Packed(
             self.recording.attended, self.recording.masks, groups, own=own or self._none(layer),
             lost=self._lost(layer, layout, find),
         )  # fmt: skip
         inside = hooked(self.root, self._inside(layer, layout), lambda: find, self.readings)
         with attention(self.root, attend), inside:
-            out = self._block(layer, pack, self._index(ends))
+            out = self._block(layer, pack, ends.tensor)
         self._count(layer, len(pack))
         out = self._edited_output(layer, layout, out, find)
         return {n: out[order] for order, n in enumerate(numbers)}
+
+    def _is_thin(self, layer: int, layout: Layout) -> bool:
+        """Whether a block is the last one, and runs for no more than the last token of each row."""
+        if layer < len(self.recording.blocks) - 1 or self.recording.whole.calls:
+            return False
+        return all(self._thin(self.rows[n], layer) for n in (*layout.long, *layout.short))
 
     @staticmethod
     def _thin(row: Begun, layer: int) -> bool:
@@ -145,20 +210,20 @@ class Wave:
         # A row of changed tokens alone may leave the wanted one as it was recorded.
         return self.recording.entering[-1][row.base + row.row.end] if at is None else out[at]
 
-    def _keys_and_values(self, layer: int, layout: Layout, states: Tensor, attend: Packed) -> KeyValue:
+    def _keys_and_values(self, layer: int, layout: Layout, states: Tensor, attend: Packed, tokens: Tensor) -> KeyValue:
         block = self.recording.tower.blocks[layer]
         self._count(layer, len(states), (block.q, block.k, block.v, block.fused))
         inside = hooked(self.root, self._inside(layer, layout), lambda: layout.find, self.readings)
         with attention(self.root, attend), inside:
             try:
-                self._block(layer, states, self._index(layout.recorded))
+                self._block(layer, states, tokens)
             except Left as left:
                 return left.own
         raise NotImplementedError("a block ran through without attention")
 
-    def _call(self, layer: int, layout: Layout, pack: Tensor) -> Tensor:
+    def _call(self, step: _Step, pack: Tensor) -> Tensor:
         """One block for a pack, with the edits and reads of its inside."""
-        whole = self.recording.whole
+        layer, layout, whole = step.layer, step.layout, self.recording.whole
         find: list[Find] = [layout.find]
         self._count(layer, len(pack))
         with ExitStack() as stack:
@@ -166,11 +231,10 @@ class Wave:
             if whole.calls:
                 stack.enter_context(whole.running(layout, lambda inner: find.__setitem__(0, inner or layout.find)))
             else:
-                groups = layout.groups(self.recording.total, self.grain, pack.device)
                 lost = self._lost(layer, layout, layout.find)
-                attend = Packed(self.recording.attended, self.recording.masks, groups, lost=lost)
+                attend = Packed(self.recording.attended, self.recording.masks, step.groups, lost=lost)
                 stack.enter_context(attention(self.root, attend))
-            return self._block(layer, pack, self._index(layout.recorded))
+            return self._block(layer, pack, step.tokens.tensor)
 
     def _count(self, layer: int, tokens: int, parts: Sequence[str | None] = ()) -> None:
         """Note a call of a block, or of those parts of it."""
@@ -222,14 +286,6 @@ class Wave:
     def _only_last(self, numbers: Sequence[int]) -> Find:
         order = {n: place for place, n in enumerate(numbers)}
         return lambda n, position: order[n] if position == self.rows[n].last else None
-
-    def _recorded(self, layer: int, layout: Layout) -> Tensor:
-        """What enters a block for the changed tokens of short rows."""
-        tokens = Layout(self.rows, (), layout.short).recorded
-        return self.recording.entering[layer][self._index(tokens)]
-
-    def _index(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
-        return torch.as_tensor(numbers, dtype=torch.long, device=self.recording.entering[0].device)
 
     def _none(self, layer: int) -> KeyValue:
         """No keys and values of their own, for a pack whose rows all see recorded ones only."""

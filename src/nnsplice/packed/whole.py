@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnsplice.packed.indices import on
 from nnsplice.packed.layout import Layout
 from nnsplice.packed.masks import refuse_later
 
@@ -130,8 +131,9 @@ class Whole:
             parts: list[tuple[Tensor, Tensor]] = []
             for number, call in enumerate(self.calls[module]):
                 for members in self._turns(layout, number, call):
-                    prompts = [self.homes[layout.rows[n].base][1] for n in members]
-                    own, there = _places(layout, members)
+                    device = given[names[0]].device
+                    prompts = on([self.homes[layout.rows[n].base][1] for n in members], device)
+                    own, there = _places(layout, members, device)
                     live = {name: tensor[prompts] for name, tensor in call.live.items()}
                     for name, tensor in live.items():
                         tensor[there] = given[name][0, own]
@@ -160,13 +162,13 @@ def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _places(layout: Layout, members: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _places(layout: Layout, members: Sequence[int], device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Where the tokens of these rows stand in the pack, and in `[row, token]` of whole prompts."""
     rows = [layout.rows[n] for n in members]
     own = np.concatenate([np.arange(row.length) + layout.offsets[n] for n, row in zip(members, rows, strict=True)])
     at = np.concatenate([np.arange(row.start, row.last + 1) for row in rows])
     order = np.repeat(np.arange(len(rows)), [row.length for row in rows])
-    return torch.as_tensor(own), (torch.as_tensor(order), torch.as_tensor(at))
+    return on(own, device), (on(order, device), on(at, device))
 
 
 def _finder(layout: Layout, members: Sequence[int], length: int) -> Find:
@@ -180,16 +182,16 @@ def _finder(layout: Layout, members: Sequence[int], length: int) -> Find:
     return find
 
 
-def _for(name: str, value: Any, call: Call, rows: Sequence[int]) -> Any:
+def _for(name: str, value: Any, call: Call, rows: Tensor) -> Any:
     """An argument for these of the recorded prompts."""
     if isinstance(value, tuple):
         return tuple(_for(name, part, call, rows) for part in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or name in _SHARED:
         return value
     if name in _BY_HEAD:
-        return value.unflatten(0, (call.prompts, -1))[list(rows)].flatten(0, 1)
+        return value.unflatten(0, (call.prompts, -1))[rows].flatten(0, 1)
     if value.shape[0] == call.prompts:
-        return value[list(rows)]
+        return value[rows]
     if value.shape[0] == 1:
         return value
     raise NotImplementedError(f"its attention is given {name}, of which it is not known what belongs to a prompt")

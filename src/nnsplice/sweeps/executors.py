@@ -22,6 +22,7 @@ from nnsplice.activations.writing import write
 from nnsplice.errors import ShapeError
 from nnsplice.packed import cut
 from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.indices import on
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.jobs import Job
@@ -197,11 +198,10 @@ def _changed(work: Work, access: Access, tensor: Tensor, writes: dict[Path, list
     for path in access.paths:
         start, stop = site_of(path).columns or (0, tensor.shape[-1])
         here = writes[path.place]
-        rows = torch.tensor([w.row for w in here], device=tensor.device)
-        tokens = torch.tensor([w.position for w in here], device=tensor.device)
+        rows, tokens = on([[w.row for w in here], [w.position for w in here]], tensor.device)
         current = tensor[rows, tokens, start:stop]
         values = [work.source.value(w.prompt, w.part, w.place, w.order, w.position, stop - start) for w in here]
-        value = None if values[0] is None else torch.stack([v.to(current) for v in values if v is not None])
+        value = None if values[0] is None else torch.stack([v for v in values if v is not None]).to(current)
         new[rows, tokens, start:stop] = work.plan.operation.apply(current, value)
     return new
 

@@ -63,9 +63,9 @@ def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
 
 
 def _values(work: Work, prompt: int, part: Part, place: Path, tokens: Mapping[int, int]) -> Values:
-    def values(width: int) -> Tensor | None:
+    def values(width: int) -> list[Tensor] | None:
         each = [work.source.value(prompt, part, place, order, position, width) for position, order in tokens.items()]
-        return None if each[0] is None else torch.stack([value for value in each if value is not None])
+        return None if each[0] is None else [value for value in each if value is not None]
 
     return values
 

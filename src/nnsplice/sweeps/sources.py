@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Source:
 
     plan: Plan
     clean: Captured | None = None
+    #: Means of the reference that were taken already, by its key, and by the prompt where each has its own.
+    _means: dict[tuple[Path, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def value(self, prompt: int, part: Part, place: Path, order: int, position: int, width: int) -> Tensor | None:
         """`[width]`, or None where the operation computes its value from the current one.
@@ -58,16 +60,21 @@ class Source:
             return torch.randn(width, generator=self._generator(prompt, part, place, position), dtype=torch.float64)
         assert plan.reference is not None
         keys = [place.at(key) for key in _asked(part.position, order, position)]
-        held = _held(plan.reference, place, keys)
+        key, held = _held(plan.reference, place, keys)
         if width not in (0, held.shape[-1]):
             raise ShapeError(f"the reference is {held.shape[-1]} wide, the place {width}", path=place.place)
         if plan.operation.name == "add" and len(held) == plan.runs:
-            return held[plan.number(prompt)].mean(0)
+            return self._mean((key, prompt), held[plan.number(prompt)])
         rows = held.flatten(0, 1)
         if plan.operation.name == "resample":
             generator = self._generator(prompt, part, place, position)
             return rows[int(torch.randint(len(rows), (1,), generator=generator))]
-        return rows.mean(0)
+        return self._mean((key, None), rows)
+
+    def _mean(self, of: tuple[Path, int | None], rows: Tensor) -> Tensor:
+        if of not in self._means:
+            self._means[of] = rows.mean(0)
+        return self._means[of]
 
     def _generator(self, prompt: int, part: Part, place: Path, position: int) -> torch.Generator:
         # Seeded by what is changed, not by when: every executor, shard and resumed run draws the same numbers, and so
@@ -84,13 +91,13 @@ def _asked(position: At, order: int, token: int) -> list[int | Span]:
     return [position, token] if isinstance(position, int | Span) else [token]
 
 
-def _held(reference: SavedActivation, place: Path, keys: Sequence[Path]) -> Tensor:
-    """`[row, position, width]` of a reference at the first of these keys; where it has none, all of the place."""
+def _held(reference: SavedActivation, place: Path, keys: Sequence[Path]) -> tuple[Path, Tensor]:
+    """`[row, position, width]` of a reference at the first of these keys that it has, else of the place; its key."""
     for key in keys:
         if key in reference:
-            return reference.get(key)[:, None]
+            return key, reference.get(key)[:, None]
     try:
         held = reference.get(place.place)
     except UnknownPath as error:
         raise UnknownPath(f"the reference does not hold this site\n{error}", path=place.place) from None
-    return held if held.dim() == 3 else held[:, None]
+    return place.place, held if held.dim() == 3 else held[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -78,6 +78,7 @@ def regions(model: Any, what: Selected) -> list[Region]:
     if not found:
         raise BadArgument("this selects no parameter, so it would do nothing", expected="at least one place")
     refuse_sharded(((region.name, region.tensor) for region in found), "these weights")
+    _refuse_quantised((region.name, region.tensor) for region in found)
     for region in found:
         if region.tensor.is_meta:
             raise BadArgument(f"{region.name} is on the meta device: this model has no weights yet")
@@ -86,6 +87,24 @@ def regions(model: Any, what: Selected) -> list[Region]:
         if note is not None:
             warnings.warn(f"other heads change with these weights: {note}", stacklevel=4)
     return found
+
+
+def _refuse_quantised(parameters: Iterable[tuple[str, Any]]) -> None:
+    """Raise for a parameter that holds no plain numbers, by what it is called.
+
+    Raises:
+        BadArgument: it is packed with scales of its own, or of a kind that is no floating point.
+    """
+    for name, tensor in parameters:
+        packed = hasattr(tensor, "__tensor_flatten__")
+        if isinstance(tensor, Tensor) and (packed or not (tensor.is_floating_point() or tensor.is_complex())):
+            kind = type(tensor.data if type(tensor) is nn.Parameter else tensor).__name__
+            raise BadArgument(
+                f"{name} is quantised ({kind} of {str(tensor.dtype).removeprefix('torch.')}): its rows and columns are "
+                "no plain numbers, and parts of it share their scales",
+                expected="a model of plain weights; activations of this one can be read and written",
+                write='ns.load(name, dtype="bfloat16"), without quantization_config',
+            )
 
 
 def _masked(model: Any, root: nn.Module, masks: Mapping[Any, Any]) -> Iterator[Region]:
@@ -131,6 +150,7 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
             raise BadArgument("both are the same model, so nothing would change", expected="two models")
         held = dict(peel(other).named_parameters(remove_duplicate=False))
     refuse_sharded(((r.name, held[r.name]) for r in wanted if r.name in held), "the other model's weights")
+    _refuse_quantised((r.name, held[r.name]) for r in wanted if r.name in held)
     for region in wanted:
         tensor = held.get(region.name)
         if tensor is None:

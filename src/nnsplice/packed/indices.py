@@ -1,0 +1,52 @@
+"""Numbers by which a device looks tokens up: sent many at once, and without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Indices:
+    """Arrays of numbers for one device: the first that is used there takes along all that were added before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device: torch.device = device
+        self._waiting: list[Index] = []
+
+    def add(self, numbers: Sequence[int] | np.ndarray) -> Index:
+        """An array that will be used on the device."""
+        index = Index(self, np.asarray(numbers, np.int64))
+        self._waiting.append(index)
+        return index
+
+    def send(self) -> None:
+        """Copy what was added since the last time."""
+        waiting, self._waiting = self._waiting, []
+        sent = on(np.concatenate([index.array.ravel() for index in waiting]), self.device)
+        for index, part in zip(waiting, sent.split([index.array.size for index in waiting]), strict=True):
+            index.sent = part.view(index.array.shape)
+
+
+class Index:
+    """An array of numbers, on the host and on the device."""
+
+    def __init__(self, home: Indices, array: np.ndarray) -> None:
+        self.home: Indices = home
+        self.array: np.ndarray = array
+        self.sent: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The numbers on the device."""
+        if self.sent is None:
+            self.home.send()
+        assert self.sent is not None
+        return self.sent
+
+
+def on(numbers: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, device: torch.device) -> Tensor:
+    """Numbers on a device. The host goes on: what it copies from is read before the call returns, or as it stands."""
+    return torch.as_tensor(np.asarray(numbers, np.int64)).to(device, non_blocking=True)
