@@ -271,7 +271,7 @@ def test_the_operations_that_a_result_tells_are_those_that_torch_counts(family: 
     rows, counted = _multiplied(lambda: run(plan, model, executor="batched", progress=False))
     assert rows.run.flops == counted > 0
     packed, counted = _multiplied(lambda: run(plan, model, executor="packed", progress=False))
-    assert 0.97 * counted < packed.run.flops <= counted
+    assert 0.96 * counted < packed.run.flops <= counted
     assert packed.run.flops < 0.8 * rows.run.flops
 
 

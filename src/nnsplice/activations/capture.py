@@ -99,13 +99,13 @@ def capture(
         SpanError: a span that is not found in a prompt.
     """
     with engine.gathered(model):
-        return _captured(engine.as_model(model), prompts, paths, spans, batch_size, keep_graph, progress, remote)
+        return _captured(engine.as_model(model), prompts, sites, spans, batch_size, keep_graph, progress, remote)
 
 
 def _captured(
     model: engine.Model,
     prompts: PromptsLike,
-    paths: Paths,
+    sites: Paths,
     spans: SpanTexts | None,
     batch_size: int | None,
     keep_graph: bool,
