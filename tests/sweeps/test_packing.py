@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import nnsplice as ns
 from nnsplice.packed import Law, attention, heads, recording
@@ -225,16 +227,25 @@ def test_the_tokens_that_run_are_those_of_the_cost_law() -> None:
     assert again.run.tokens - unedited < 0.35 * (result.run.tokens - unedited)
 
 
+class _Products(TorchDispatchMode):
+    """Counts operations as torch does, without its hooks on all modules: packed rows run through blocks with hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name.removeprefix("aten::") in ("mm", "addmm", "_grouped_mm"):
+            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def _multiplied(run_it: Callable[[], Any]) -> tuple[Any, int]:
     """What a call returns, and the operations that torch counts in products with a matrix of weights."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        run_it()  # the counter's own hooks on all modules are found to change nothing
-        counter.flop_counts.clear()
+    with _Products() as counter:
         result = run_it()
-    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    return result, sum(counts.get(f"aten.{name}", 0) for name in ("mm", "addmm", "_grouped_mm"))
+    return result, counter.operations
 
 
 def test_operations_are_those_that_torch_counts_and_the_cost_law_foretells() -> None:
@@ -271,7 +282,7 @@ def test_the_operations_that_a_result_tells_are_those_that_torch_counts(family: 
     rows, counted = _multiplied(lambda: run(plan, model, executor="batched", progress=False))
     assert rows.run.flops == counted > 0
     packed, counted = _multiplied(lambda: run(plan, model, executor="packed", progress=False))
-    assert 0.96 * counted < packed.run.flops <= counted
+    assert 0.97 * counted < packed.run.flops <= counted
     assert packed.run.flops < 0.8 * rows.run.flops
 
 

@@ -504,6 +504,9 @@ class SavedActivation:
     def save(self, path: object = None) -> Self:
         """Keep this object past the end of the trace, as nnsight's `save`; it does nothing outside a trace.
 
+        Args:
+            path: nothing; a path is refused.
+
         Raises:
             BadType: given a path; a file is written by `to_file`.
         """

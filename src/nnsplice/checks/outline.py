@@ -92,7 +92,9 @@ def outline(atlas: Atlas, *, collapse: bool = True) -> tuple[Outline, ...]:
 def _outline(atlas: Atlas, tower: Tower, collapse: bool) -> Outline:
     groups: dict[object, Layers] = {}
     for block in tower.blocks:
-        parts = tuple(_parts(atlas, tower, block, IN_LAYER))
+        # Where the mixer is attention, it is listed by that name alone.
+        listed = [names for names in IN_LAYER if names != ("mixer",) or not block.has_attention]
+        parts = tuple(_parts(atlas, tower, block, listed))
         key = parts if collapse else block.index
         before = groups[key].numbers if key in groups else ()
         groups[key] = Layers((*before, block.index), parts)

@@ -11,7 +11,7 @@ import typer
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
 from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
-from nnsplice.cli.table import aligned, say, show
+from nnsplice.cli.table import Json, say, tabulate
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import FileError
 
@@ -49,6 +49,7 @@ def logit(
     device: Device = None,
     dtype: Dtype = None,
     no_cache: NoCache = False,
+    as_json: Json = False,
 ) -> None:
     """List the tokens that each state would say, if it left the last layer.
 
@@ -74,7 +75,7 @@ def logit(
                 said = [] if numbers is None else [f"{numbers['probability'][row, number]:.3f}",
                                                    f"{numbers['rank'][row, number]:.0f}"]  # fmt: skip
                 rows.append((str(row), cell.path, *said, tokens))
-    show(aligned(rows, ("prompt", "place", *(() if numbers is None else ("answer", "rank")), "tokens")))
+    tabulate("tokens", rows, ("prompt", "place", *(() if numbers is None else ("answer", "rank")), "tokens"))
     _write_page(page, found.result)
 
 
@@ -95,6 +96,7 @@ def direct(
     device: Device = None,
     dtype: Dtype = None,
     no_cache: NoCache = False,
+    as_json: Json = False,
 ) -> None:
     """List what each head, MLP and embedding adds to the logits directly.
 
@@ -114,7 +116,9 @@ def direct(
         )
     mean = parts.table.values.mean(0)
     order = sorted(range(len(mean)), key=lambda n: -abs(mean[n]))[:LISTED]
-    show(aligned([(parts.cells[n].path, f"{mean[n]: .4g}") for n in order], ("place", parts.metric)))
+    rows = [(parts.cells[n].path, f"{mean[n]: .4g}") for n in order]
+    values = [{"place": parts.cells[n].path, parts.metric: float(mean[n])} for n in order]
+    tabulate("parts", rows, ("place", parts.metric), values)
     say()
     say(f"all {len(mean)} parts {mean.sum():.4g}, the rest {parts.rest.mean():.4g}, together {parts.clean.mean():.4g}")
     _write_page(page, parts)
@@ -131,6 +135,7 @@ def fit(
     device: Device = None,
     dtype: Dtype = None,
     no_cache: NoCache = False,
+    as_json: Json = False,
 ) -> None:
     """Fit a lens to a model, and show how near each layer comes on prompts that were held out.
 
@@ -156,7 +161,7 @@ def fit(
     if "kl" in made.about:
         told = zip(made.layers, made.about["kl"], made.about["logit_lens"], strict=True)
         rows = [(str(layer), f"{kl:.4g}", f"{plain:.4g}") for layer, kl, plain in told]
-        show(aligned(rows, ("layer", "held-out KL", "of the logit lens")))
+        tabulate("layers", rows, ("layer", "held-out KL", "of the logit lens"))
     say(f"{made!r}, written to {out}")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nnsplice.cli.commands import app
-from nnsplice.cli.table import Row, aligned, say, show
+from nnsplice.cli.table import Json, Row, say, tabulate
 from nnsplice.errors import FileError
 
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, as ns.run(..., out=DIR) writes.")]
@@ -56,7 +56,7 @@ def merge(
 
 
 @app.command()
-def status(folder: Run) -> None:
+def status(folder: Run, as_json: Json = False) -> None:
     """How far a run is, who is at work, how fast, and what failed and why."""
     from nnsplice.work import RunFolder, status_of
 
@@ -71,7 +71,7 @@ def status(folder: Run) -> None:
         for one in found.workers
     ]  # fmt: skip
     if rows:
-        show(aligned(rows, ("worker", "state", "units", "why")))
+        tabulate("workers", rows, ("worker", "state", "units", "why"))
     for number, reason in found.failures.items():
         say(f"unit {number} failed: {reason}")
     if found.failures:

@@ -231,6 +231,7 @@ def sweep(
         progress: show a progress bar.
         seed: the seed of `"resample"` and `"noise"`.
         source: another model, whose run of the same prompts the values come from; `corrupted` is None then.
+        together: True makes a site without a position one cell, in which all tokens are changed at once.
 
     Returns:
         The metric of every cell, with `.grid()`, `.effect()`, `.frame()` and `.plot()`.
