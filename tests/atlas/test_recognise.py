@@ -321,3 +321,19 @@ def test_a_layer_in_parallel_lists_is_all_of_them():
         assert str(atlas.locate(f"transformer.{part}.2")) == place
     layers = [int(name.split(".")[2]) for name in atlas.resolve("layers[:]")]
     assert layers == sorted(layers)
+
+
+def test_a_layer_of_one_mlp_has_no_mixer_and_says_which_have() -> None:
+    from families.build import build
+
+    atlas = Atlas.of(build("nemotron_h"))
+    assert [block.only_mlp for block in atlas.tower().blocks] == [False, True, False, True]
+    assert len(list(atlas.expand("layers[0,2].mixer.output"))) == 2
+    with pytest.raises(ValueError, match="nothing lies between"):
+        atlas.expand("layers[1].mid")
+    with pytest.raises(KeyError, match=r"(?s)layer 1 is an MLP alone.*write: layers\[0,2\].mixer.output"):
+        atlas.expand("layers[:].mixer")
+    attention, state = (next(iter(atlas.expand(f"layers[{n}].mixer.output"))) for n in (2, 0))
+    assert (
+        attention == next(iter(atlas.expand("layers[2].attn.output"))) and state.site.module == "model.layers.0.mixer"
+    )

@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 import nnsplice as ns
 from attribution.oracle import bare, double
 from attribution.test_nodes import linear
+from families.build import build, prompt
 from nnsplice.attribution import relevance
 from nnsplice.attribution.norms import Norm, norms_of
-from zoo import FAMILIES, MASKED, SEQ2SEQ, wrap
+from zoo import FAMILIES, MASKED, SEQ2SEQ, tokenizer, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")
@@ -223,3 +224,10 @@ def test_a_family_has_scores_or_is_refused_by_name(family: str) -> None:
     edges: Any = scored(double(family), "relp").edges()
     assert edges["score"].abs().max() > 1e-3
     assert edges[edges["receiver"].str.endswith((".q", ".k"))]["score"].abs().max() == 0.0
+
+
+def test_attention_that_reads_more_than_queries_and_keys_is_refused() -> None:
+    """The rotated part of a latent key is that of all heads, and a gradient by no rule would come through it."""
+    model = ns.load(build("youtu"), tokenizer=tokenizer(), task="text-generation")
+    with pytest.raises(ns.errors.RefusedPlace, match="relp has no rule for the attention of layer 0: its keys have a"):
+        ns.attribute(model, prompt(9), prompt(9, 23), SENDERS, METRIC, method="relp", progress=False)

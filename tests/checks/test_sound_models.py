@@ -65,7 +65,7 @@ def test_a_model_in_training_mode_is_refused(model) -> None:
 
 
 def test_a_model_whose_parts_are_not_recognised_fails_one_check_and_skips_the_rest() -> None:
-    module = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=64, d_model=8, n_layer=1, n_head=2, d_inner=16)).eval()
+    module = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=64, d_model=8, n_layer=1, n_head=2, d_inner=8)).eval()
     findings = list(run_checks(ns.load(module, tokenizer=tokenizer(), task="text-generation")))
     assert [finding.state for finding in findings] == ["FAILED"] + ["skipped"] * (len(CHECKS) - 1)
     assert "cannot be told apart" in findings[0].detail

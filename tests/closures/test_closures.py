@@ -118,7 +118,7 @@ FAMILIES: dict[str, set[str]] = {
     "falcon_h1": {"attn", "mixer"},
     "qwen3_next": {"written pattern"},
     "deepseek_v3": set(),
-    "minicpm3": {"mid", "attn", "mixer", "mlp"},
+    "minicpm3": set(),
     "mamba": set(),
     "nemotron_h": set(),
     "minimax": {"pattern", "written pattern"},

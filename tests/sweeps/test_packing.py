@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import nnsplice as ns
+from nnsplice.atlas import families
 from nnsplice.packed import Law, attention, heads, recording
 from nnsplice.sweeps import choosing, packing, plan_sweep, run, running, unedited
 from nnsplice.sweeps.executors import Work
@@ -401,11 +402,23 @@ def _other(ids: list[list[int]]) -> list[list[int]]:
     return [[*row[:-2], row[-2] + 9, row[-1]] for row in ids]
 
 
-def test_a_hybrid_model_says_which_layer_is_none_of_attention() -> None:
+def test_a_hybrid_model_runs_its_mixers_over_whole_prompts() -> None:
+    """A convolution reads earlier tokens by code of its own, as attention does in GPT-J."""
+    model = _double("lfm2")
+    sites = ["layers[:].output", "layers[:].mixer.output", "layers[:].input"]
+    plan = plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC)
+    assert run(plan, model, progress=False).run.executor == "packed"
+    packed, slow = _values(plan, model, "packed"), _values(plan, model, "reference")
+    np.testing.assert_allclose(packed, slow, rtol=0, atol=1e-12)
+    assert np.nanstd(slow) > 1e-3
+
+
+def test_a_layer_whose_mixer_is_not_known_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "MIXERS", ())
     model = _double("lfm2")
     result = ns.sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output", METRIC, progress=False)
     assert result.run.executor == "batched"
-    assert "not packed: a layer of it has no attention module" in result.run.note
+    assert "not packed: a layer of it has no module that mixes tokens" in result.run.note
 
 
 def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

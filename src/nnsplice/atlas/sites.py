@@ -193,10 +193,14 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
     if role in ("attn", "mlp", "mixer"):
         module = {"attn": block.attn_added, "mlp": block.mlp_added, "mixer": block.mixer_added}[role]
         if role == "mixer" and block.mixes is None and module is None:
+            having = [str(one.index) for one in tower.blocks if one.mixes is not None]
             raise UnknownPath(
-                f"what mixes tokens in layer {block.index} is not known, or nothing does",
+                f"layer {block.index} is an MLP alone, in which no token sees another"
+                if block.only_mlp
+                else f"what mixes tokens in layer {block.index} is not known",
                 path=path,
                 column=column(path, 1),
+                write=f"layers[{','.join(having)}{',' * (len(having) == 1)}].mixer.output" if having else None,
             )
         if role == "attn" and not block.has_attention:
             raise no_attention(path, block)

@@ -58,6 +58,12 @@ def rules(model: engine.Model) -> Iterator[None]:
 def _attention(stack: ExitStack, model: engine.Model, root: nn.Module, block: Block) -> None:
     """Queries and keys pass no gradient back, so that patterns are constants."""
     start = f"layers[{block.index}]"
+    if block.reads_beside is not None:
+        raise RefusedPlace(
+            f"relp has no rule for the attention of layer {block.index}: {block.reads_beside}",
+            path=f"{start}.attn",
+            write='method="eap-ig"',
+        )
     columns: dict[str, list[tuple[int, int]]] = {}
     for part in ("heads[:].q", "groups[:].k"):
         for path in engine.expand(model, f"{start}.{part}"):
