@@ -26,6 +26,15 @@ def planted(token: int) -> tuple[Any, Any, torch.Tensor]:
     return base, ns.load(root, tokenizer=tokenizer()), direction
 
 
+def test_a_vector_is_of_one_place_and_of_some_tokens() -> None:
+    base, tuned, _ = planted(20)
+    read = ns.diff_lens(base, tuned, TEXTS, "layers[:].output", first=2, k=2)
+    with pytest.raises(ns.errors.BadArgument, match="names 3 places"):
+        read.vector("layers[:].output")
+    with pytest.raises(ns.errors.BadArgument, match="first=0"):
+        ns.diff_lens(base, tuned, TEXTS, first=0)
+
+
 def test_a_planted_direction_is_the_difference_and_says_its_token() -> None:
     base, tuned, direction = planted(20)
     read = ns.diff_lens(base, tuned, TEXTS, "layers[:].output", first=3, k=4)

@@ -69,8 +69,16 @@ class DiffLens:
 
         Raises:
             UnknownPath: a place that was not read.
+            BadArgument: several places, whose mean is a vector of none of them.
         """
         chosen = self.differences.subset(place)
+        places = {str(parse_path(key).place) for key in chosen}
+        if len(places) > 1:
+            raise BadArgument(
+                f"{place} names {len(places)} places, and a vector is of one",
+                expected=f"one of {', '.join(sorted(places))}",
+                write=f"[read.vector(place) for place in {sorted(places)}]",
+            )
         mean = torch.stack([value.reshape(1, -1) for _, value in chosen.items()]).mean(0)
         key = parse_path(next(iter(chosen))).place
         return SteeringVector.of(SavedActivation.from_pairs((str(key.at(-1)), mean)), method="activation difference")
@@ -115,10 +123,11 @@ def diff_lens(
         The mean differences over the prompts, at each place and each of the first tokens, and their likeliest tokens.
 
     Raises:
-        BadArgument: models in train mode, with edits of nnsight, of different tokens, or the same model twice.
+        BadArgument: models in train mode, with edits of nnsight, of different tokens, or the same model twice; `first`
+            below 1.
         RefusedPlace: a site that is not the residual stream or has a position, or a model without a decoder and a head.
         ShapeError: a place that has different widths in the two models.
-        ShortRow: a prompt has fewer than `first` tokens, or `first` is below 1.
+        ShortRow: a prompt has fewer than `first` tokens.
     """
     base, tuned = engine.as_model(base), engine.as_model(tuned)
     with circumstances("ns.diff_lens"):
@@ -131,7 +140,9 @@ def diff_lens(
         foreign.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
         if foreign.identical(base, tuned):
             raise BadArgument("the two models are the same, so nothing differs", expected="a model and its tuning")
-        if first < 1 or min(given.lengths("decoder")) < first:
+        if first < 1:
+            raise BadArgument(f"first={first}", expected="at least 1")
+        if min(given.lengths("decoder")) < first:
             raise ShortRow(f"first={first}, and the shortest prompt has {min(given.lengths('decoder'))} tokens")
         tower = decoder_of(tuned)
         places = [path for pattern in engine.listed(sites) for path in engine.expand(base, pattern)]
