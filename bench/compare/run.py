@@ -135,7 +135,7 @@ def main() -> None:
         cells = []
         for package, told in found.items():
             if "reason" in told[name]:
-                cells.appendf"not: ({told[name]['reason']}")
+                cells.append(f"not: {told[name]['reason']}")
                 continue
             same = agree(told[name]["value"], found["nnsplice"][name]["value"])
             cells.append(
