@@ -40,7 +40,7 @@ def ablate_heads(model, given):
     sites = "layers[:].heads[:].output[-1]"
     mean = ns.capture(model, given.others, sites)
     metric = ns.logit_diff(given.right, given.wrong)
-    return ns.ablate(model, given.clean, sites, metric, with_="mean", reference=mean, progress=False).grid()
+    return ns.ablate(model, given.clean, sites, metric, operation="mean", reference=mean, progress=False).grid()
 
 
 def pattern(model, given):

@@ -338,7 +338,7 @@ class NeedsProbe(NnspliceError, RuntimeError):
     >>> ns.expand(nnsight.NNsight(torch.nn.Sequential(torch.nn.Linear(2, 2))), "model[0].output")
     Traceback (most recent call last):
     nnsplice.errors.NeedsProbe: the order of Sequential is learned from one short run, and its inputs are not known
-      expected: an input to run it with, once
+      expected: an input to run it with, once: of a call that has prompts, or as probe=
       write: ns.expand(model, paths, probe=example_input)
     """
 

@@ -120,7 +120,7 @@ def test_wrong_arguments_are_named(gpt2) -> None:
         (lambda: ns.capture(gpt2, PROMPT, number), BadType, "path"),
         (lambda: ns.capture(gpt2, PROMPT, ["layers[0].output[-1]", number]), BadType, "a path is a text or a Path"),
         (lambda: ns.capture(build("gpt2"), PROMPT, "layers[0].output[-1]"), BadType, r"ns\.load"),
-        (lambda: ns.capture("gpt2", PROMPT, "layers[0].output[-1]"), BadType, r"ns\.load\(name\)"),
+        (lambda: ns.capture("gpt2", PROMPT, "layers[0].output[-1]"), BadType, r"ns\.load\(name_or_folder\)"),
         (lambda: ns.capture(gpt2.transformer, PROMPT, "layers[0].output[-1]"), BadArgument, "the whole model"),
         (lambda: ns.capture(gpt2, PROMPT, "layers[0].output[-1]", batch_size=0), BadArgument, "batch_size"),
         (lambda: ns.patched_logits(gpt2, ["w3", "w4", "w5"], saved), ShapeError, "2 rows, and there are 3 prompts"),

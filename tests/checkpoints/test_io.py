@@ -275,7 +275,8 @@ def test_a_model_that_does_not_fit_is_left_as_it_was(tmp_path: Path):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_the_bar_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_bar_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("nnsplice.progress.DELAY", 0)
     state = {f"t{i}": torch.ones(500_000) for i in range(3)}
     write(tmp_path / "ck", state)
     assert capsys.readouterr().err == ""

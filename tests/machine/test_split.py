@@ -30,7 +30,7 @@ ASKED: dict[str, Callable[[Any], SweepResult]] = {
         m, None, CORRUPTED, "layers[:].heads[:].pattern[-1][:2]", METRIC, operation="knockout", progress=False
     ),
     "zero": lambda m: ns.ablate(m, CLEAN, SITES[1:], METRIC, progress=False),
-    "mean": lambda m: ns.ablate(m, CLEAN, SITES[1:], METRIC, with_="mean", progress=False),
+    "mean": lambda m: ns.ablate(m, CLEAN, SITES[1:], METRIC, operation="mean", progress=False),
     "noise": lambda m: ns.causal_trace(m, CLEAN, "w4", answer="w7", samples=2, progress=False),
     "paths": lambda m: ns.path_patch(m, CLEAN, CORRUPTED, HEADS, "layers[2].heads[:].q", METRIC, progress=False),
     "paths to the end": lambda m: ns.path_patch(

@@ -36,7 +36,7 @@ def capture_to(
     column: str = "text",
     chunk: int = CHUNK,
     max_tokens: int = TOKENS,
-    progress: bool = False,
+    progress: bool = True,
 ) -> ActivationFolder[SavedActivation]:
     """Capture places of the runs of many prompts into a folder, a chunk at a time; the same call goes on after a stop.
 

@@ -49,7 +49,7 @@ def direct(
     *,
     spans: SpanTexts | None = None,
     max_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> SweepResult:
     """What every place adds to the metric directly: direct logit attribution, with the final norm's size held still.
 

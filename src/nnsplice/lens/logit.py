@@ -42,7 +42,7 @@ def logit(
     lens: FittedLens | None = None,
     spans: SpanTexts | None = None,
     max_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Lens:
     """Read the stream at places as the model reads it at its end: its own final norm and head (the logit lens).
 

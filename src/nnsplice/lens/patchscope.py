@@ -108,7 +108,7 @@ def patchscope(
     max_new_tokens: int = 5,
     spans: SpanTexts | None = None,
     max_tokens: int | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Patchscope:
     """Write states of the source prompts into another prompt, one at a time, and let the model go on (greedily).
 
