@@ -126,6 +126,8 @@ class ToyPrompts:
     """The prompts of the toy models' training tasks.
 
     >>> prompts = ns.models.toy_prompts()
+    >>> prompts
+    ToyPrompts: 1600 facts, 760 ioi, 400 reviews, 300 repeats
     >>> sorted({fact.relation for fact in prompts.facts})
     ['architect', 'city', 'material']
     >>> prompts.moods["good"][:4]
@@ -143,8 +145,11 @@ class ToyPrompts:
     ioi: tuple[IOIPair, ...]
     reviews: tuple[Review, ...]
     repeats: tuple[Repeat, ...]
-    #: Mood -> its words.
     moods: Mapping[str, tuple[str, ...]]
+
+    def __repr__(self) -> str:
+        counted = (f"{len(getattr(self, name))} {name}" for name in ("facts", "ioi", "reviews", "repeats"))
+        return f"ToyPrompts: {', '.join(counted)}"
 
 
 @lru_cache(maxsize=1)
