@@ -10,7 +10,7 @@ import typer
 
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
+from nnsplice.cli.loading import Device, Dtype, MaxTokens, ModelName, NoCache, loaded
 from nnsplice.cli.table import Json, say, tabulate
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import FileError
@@ -26,7 +26,6 @@ SITES = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
 #: Edges that are listed.
 LISTED = 10
 
-ModelName = Annotated[str, typer.Option("--model", metavar="MODEL", help="toy, a folder, or a name on the hub.")]
 Clean = Annotated[
     list[str], typer.Option("--clean", metavar="TEXT", help="What circuits run on. Once for each prompt.")
 ]
@@ -39,7 +38,6 @@ Answer = Annotated[
 ]
 Wrong = Annotated[list[str], typer.Option("--wrong", metavar="TOKEN", help="The wrong token, in the same way.")]
 File = Annotated[Path, typer.Argument(metavar="CIRCUIT.JSON", help="What `circuit find` wrote, or a graph of EAP-IG.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="How many tokens run at once.")]
 
 
 @circuit.command()

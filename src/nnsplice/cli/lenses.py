@@ -10,7 +10,7 @@ import typer
 
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
+from nnsplice.cli.loading import Device, Dtype, MaxTokens, ModelName, NoCache, loaded
 from nnsplice.cli.table import Json, say, tabulate
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import FileError
@@ -26,10 +26,8 @@ app.add_typer(lens, name="lens")
 #: Parts that are listed.
 LISTED = 15
 
-ModelName = Annotated[str, typer.Option("--model", metavar="MODEL", help="toy, a folder, or a name on the hub.")]
 Prompt = Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="Once for each prompt.")]
 Page = Annotated[Path | None, typer.Option("--page", metavar="FILE", help="Write a page that stands by itself: .html.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="How many tokens run at once.")]
 
 
 @lens.command()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: Names of types, short and long.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+ModelName = Annotated[str, typer.Option("--model", metavar="MODEL", help="toy, a folder, or a name on the hub.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="How many tokens run at once.")]
 Device = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; auto spreads the model. Default: cpu."),

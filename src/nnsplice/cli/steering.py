@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
+from nnsplice.cli.loading import Device, Dtype, ModelName, NoCache, loaded
 from nnsplice.cli.table import Json, Row, aligned, say, show, tabulate
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import BadArgument, FileError
@@ -21,7 +21,6 @@ app.add_typer(steer, name="steer")
 
 SWEEP, FIGURE = "sweep.safetensors", "figure.png"
 
-ModelName = Annotated[str, typer.Option("--model", metavar="MODEL", help="toy, a folder, or a name on the hub.")]
 VectorFile = Annotated[
     Path, typer.Option("--vector", metavar="FILE", help="What `steer fit` wrote, or a GGUF control vector.")
 ]
