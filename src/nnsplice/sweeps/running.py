@@ -309,7 +309,7 @@ def _chunks(
         sizes, prompts = executor.tokens(work, members), whole_prompts(work, members)
         at = 0
         while at < len(members):
-            chunk = members[at : at + _fitting(members[at:], sizes[at:], prompts[at:], room)]
+            chunk = members[at : at + _fitting(members, sizes, prompts, room, at)]
             try:
                 values, cost = executor(work, chunk)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -332,15 +332,16 @@ def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[
     return list(groups.values())
 
 
-def _fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int) -> int:
-    """How many of these jobs fit: their own tokens, and their prompts, padded as they run."""
+def _fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int, at: int) -> int:
+    """How many of the jobs from `at` on fit: their own tokens, and their prompts, padded as they run."""
     own = total = longest = 0
     seen: set[int] = set()
-    for number, (job, size, prompt) in enumerate(zip(jobs, sizes, prompts, strict=True)):
-        own += size
-        if job[0] not in seen:
-            seen.add(job[0])
-            total, longest = total + prompt, max(longest, prompt)
+    for number in range(at, len(jobs)):
+        own += sizes[number]
+        prompt = jobs[number][0]
+        if prompt not in seen:
+            seen.add(prompt)
+            total, longest = total + prompts[number], max(longest, prompts[number])
         if max(own, padded_at_most(len(seen), total, longest)) > room:
-            return max(number, 1)
-    return len(jobs)
+            return max(number - at, 1)
+    return len(jobs) - at
