@@ -19,8 +19,10 @@ from nnsplice.checkpoints.io.workers import write_with_workers
 from nnsplice.checkpoints.io.writer import write_model_state_local
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, inputs_of, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCast, ModelStateMapperCopy, ModelStateMapperRename
+from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
+from nnsplice.checkpoints.mapper.fingerprint import fingerprint
+from nnsplice.checkpoints.mapper.names import Copy, Rename
+from nnsplice.checkpoints.mapper.numbers import Cast
 from nnsplice.errors import BadArgument, MapperError, OutOfRange, circumstances
 
 #: What a cast is for. Packed and 8-bit weights mean something only together with their scales, so they stay.
@@ -142,7 +144,7 @@ def _identity(source: Path, mapper: ModelStateMapper) -> str:
     for path in _read_files(source, mapper):
         found = path.stat()
         stamps.append(f"{path.relative_to(source)} {found.st_size} {found.st_mtime_ns}")
-    return "\n".join((str(source.resolve()), *stamps, *identity(mapper)))
+    return "\n".join((str(source.resolve()), *stamps, *fingerprint(mapper)))
 
 
 def renaming(
@@ -151,7 +153,7 @@ def renaming(
     *,
     dtype: torch.dtype | None = None,
     layers: slice | Sequence[int] | None = None,
-) -> ModelStateMapperParallel:
+) -> Parallel:
     """The mapper of a conversion that changes names, the number type, or the choice of layers.
 
     >>> from nnsplice.checkpoints import renaming
@@ -196,7 +198,7 @@ def renaming(
         tied: dict[str, list[str]] = {}
         for name in names:
             tied.setdefault(checkpoint.tied.get(name, name), []).append(name)
-        return ModelStateMapperParallel([_one(checkpoint, every, new, dtype) for every in tied.values()])
+        return Parallel([_one(checkpoint, every, new, dtype) for every in tied.values()])
 
 
 def _one(
@@ -206,12 +208,12 @@ def _one(
     stored = checkpoint.tied.get(names[0], names[0])
     stages: list[ModelStateMapper] = []
     if dtype is not None and checkpoint.entry(stored).dtype in _CASTABLE:
-        stages.append(ModelStateMapperCast(stored, dtype))
+        stages.append(Cast(stored, dtype))
     if len(names) == 1:
-        stages.append(ModelStateMapperRename(stored, new[names[0]]))
+        stages.append(Rename(stored, new[names[0]]))
     else:
-        stages.append(ModelStateMapperCopy(stored, [new[name] for name in names]))
-    return ModelStateMapperSequential(stages) if len(stages) > 1 else stages[0]
+        stages.append(Copy(stored, [new[name] for name in names]))
+    return Sequential(stages) if len(stages) > 1 else stages[0]
 
 
 def _renamed(name: str, rename: str) -> str:

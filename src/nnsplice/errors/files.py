@@ -22,7 +22,7 @@ class MapperError(NnspliceError, ValueError):
     >>> Parallel([Rename("wte", "embed"), Rename("wte", "unembed")])
     Traceback (most recent call last):
     nnsplice.errors.MapperError: colliding input key wte
-        ModelStateMapperRename(...) and ModelStateMapperRename(...)
+        Rename(...) and Rename(...)
       expected: mappers that share no key
       write: Sequential([Copy("wte", ["wte", "wte.2"]), ...])
     """

@@ -17,9 +17,10 @@ from nnsplice.activations.prompts import SpanTexts
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.paths import Paths
+from nnsplice.steering.about import About
 from nnsplice.steering.directions import checked, direction
 from nnsplice.steering.quality import held_out
-from nnsplice.steering.vector import About, SteeringVector, model_type_of
+from nnsplice.steering.vector import SteeringVector
 
 
 def fit(
@@ -89,7 +90,7 @@ def fit(
             norms=norms,
             rows=(positive.rows, negative.rows),
             unit="from the negative mean to the positive",
-            model_type=model_type_of(both._known),
+            model_type=None if both._known is None else both._known.atlas.tree.facts.get("model_type"),
         )
     )
 

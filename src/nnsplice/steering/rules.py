@@ -17,7 +17,7 @@ from nnsplice.atlas import DERIVED, Site, host
 from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, parse_path
 from nnsplice.steering.operators import OPERATORS, Operator, rotation
-from nnsplice.steering.vector import vectors_of
+from nnsplice.steering.sites import vectors_of
 from nnsplice.steering.where import Where
 
 #: A number for every row, or one for each.

@@ -26,7 +26,7 @@ from nnsplice.steering.padding import padding_of
 from nnsplice.steering.result import SteeringSweep
 from nnsplice.steering.rules import Rule, rules_of
 from nnsplice.steering.session import Session
-from nnsplice.steering.vector import layer_of
+from nnsplice.steering.sites import layer_of
 from nnsplice.steering.where import Where, read
 
 #: (prompt, layer's place in the list, coefficient's place in the list)

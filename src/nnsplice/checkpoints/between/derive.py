@@ -16,10 +16,8 @@ from nnsplice.checkpoints.between.scheme import Scheme
 from nnsplice.checkpoints.between.transformerlens import MARK, transformerlens
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, listing
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperDrop as Drop
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
+from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
+from nnsplice.checkpoints.mapper.names import Copy, Drop
 from nnsplice.errors import BadArgument, BadType, FileError, MapperError, MissingCheckpoint, circumstances, named
 from nnsplice.files import text_of
 from nnsplice.shown import shown

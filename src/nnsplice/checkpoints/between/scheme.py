@@ -11,18 +11,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperCollect as Collect
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperDeal as Deal
-from nnsplice.checkpoints.mapper.arrange import Ranges
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperConcatenateTensors as Concatenate
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperRename as Rename
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperSplit as Split
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperStackTensors as Stack
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperTranspose as Transpose
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperUnstackTensors as Unstack
+from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
+from nnsplice.checkpoints.mapper.joining import Collect
+from nnsplice.checkpoints.mapper.joining import ConcatenateTensors as Concatenate
+from nnsplice.checkpoints.mapper.joining import StackTensors as Stack
+from nnsplice.checkpoints.mapper.names import Copy, Rename
+from nnsplice.checkpoints.mapper.shapes import Transpose
+from nnsplice.checkpoints.mapper.splitting import Deal, Ranges, Split
+from nnsplice.checkpoints.mapper.splitting import UnstackTensors as Unstack
 
 
 @dataclass(frozen=True)

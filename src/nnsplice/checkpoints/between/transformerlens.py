@@ -12,13 +12,10 @@ import torch
 from nnsplice.atlas import Atlas, Block
 from nnsplice.checkpoints.between.scheme import Scheme, Stored, plain, scheme, turned
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperReshape as Reshape
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperScale as Scale
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperShift as Shift
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperZeros as Zeros
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperPermute as Permute
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperRename as Rename
+from nnsplice.checkpoints.mapper.compose import Sequential
+from nnsplice.checkpoints.mapper.names import Rename
+from nnsplice.checkpoints.mapper.numbers import Scale, Shift, Zeros
+from nnsplice.checkpoints.mapper.shapes import Permute, Reshape
 from nnsplice.errors import MapperError
 
 #: A name that only these checkpoints have.
