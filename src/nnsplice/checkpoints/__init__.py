@@ -28,12 +28,8 @@ from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import load_model_state, read_model_state
 from nnsplice.checkpoints.io.writer import save_model_state, write_model_state_local
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup
-from nnsplice.checkpoints.mapper.adapters import (
-    filter_empty_mappers,
-    identity_mapper_from_mapper_outputs,
-    identity_mapper_from_module,
-)
-from nnsplice.checkpoints.mapper.compose import Parallel, PrefixScope, Sequential, Shard
+from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs, identity_mapper_from_module
+from nnsplice.checkpoints.mapper.compose import Parallel, PrefixScope, Sequential, Shard, filter_empty_mappers
 from nnsplice.checkpoints.mapper.distributed import Distribute, GatherFullTensor
 from nnsplice.checkpoints.mapper.joining import Collect, ConcatenateTensors, StackTensors
 from nnsplice.checkpoints.mapper.long_names import *  # noqa: F403 - importable, and not listed in __all__

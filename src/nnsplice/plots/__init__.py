@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from nnsplice.plots.heatmaps import heatmap
 from nnsplice.plots.marks import bars, lines, network
 from nnsplice.plots.output import save
+from nnsplice.plots.style import DIVERGING as DIVERGING
+from nnsplice.plots.style import SEQUENTIAL as SEQUENTIAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
