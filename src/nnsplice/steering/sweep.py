@@ -1,4 +1,4 @@
-"""Layers times coefficients, a row for each cell: many cells run side by side in one pass, or in one generation."""
+"""`ns.steering.sweep`: layers times coefficients, many cells in one pass or in one generation."""
 
 from __future__ import annotations
 
@@ -26,23 +26,34 @@ from nnsplice.steering.padding import padding_of
 from nnsplice.steering.result import SteeringSweep
 from nnsplice.steering.rules import Rule, rules_of
 from nnsplice.steering.session import Session
-from nnsplice.steering.vector import layer_of
+from nnsplice.steering.sites import layer_of
 from nnsplice.steering.where import Where, read
 
-#: (prompt, layer's place in the list, coefficient's place in the list)
+#: Indices of (prompt, layer, coefficient).
 Job = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is asked of every cell."""
+class SteeringPlan:
+    """What all cells share.
+
+    Attributes:
+        model: the model.
+        prompts: the prompts.
+        rules: a rule for each layer, with coefficient 1.
+        coefficients: the coefficients.
+        measure: the metric, the KL and the generated text of each job.
+        metric: the metric.
+        new_tokens: the number of tokens to generate.
+        generate: other arguments of `generate`.
+        guard: whether the KL is measured.
+    """
 
     model: engine.Model
     prompts: Prompts
     rules: tuple[Rule, ...]
     coefficients: tuple[float, ...]
-    #: From a job's row to its metric and its KL, and the text where one was generated.
-    measure: Callable[[Plan, Sequence[Job], Session], list[tuple[float, float, str]]]
+    measure: Callable[[SteeringPlan, Sequence[Job], Session], list[tuple[float, float, str]]]
     metric: Any
     new_tokens: int = 0
     generate: Mapping[str, Any] | None = None
@@ -128,29 +139,29 @@ def sweep(
             tokenizer, len(given), given.texts if given.decoder_ids is None else None
         )
         bound.metric.check_lengths(given.lengths("decoder"))
-        plan = Plan(model, given, rules, asked_numbers, _Logits(model, given, bound), bound)
-        told: Any = bound.identity
+        plan = SteeringPlan(model, given, rules, asked_numbers, _LogitsMeasure(model, given, bound), bound)
+        identity: Any = bound.identity
         name = bound.metric.name
     else:
         options = {"do_sample": False, **generate_kwargs}
-        plan = Plan(model, given, rules, asked_numbers, _generated, metric, max_new_tokens, options, guard)
+        plan = SteeringPlan(model, given, rules, asked_numbers, _generated, metric, max_new_tokens, options, guard)
         name = getattr(metric, "__name__", type(metric).__name__)
-        told = {"name": name, "source": function_digest(metric)}
-    asked = _asked(model, given, rules, asked_numbers, told, chosen, anew=journal is not None)
+        identity = {"name": name, "source": function_digest(metric)}
+    asked = _asked(model, given, rules, asked_numbers, identity, chosen, anew=journal is not None)
     if max_new_tokens is not None:
         plain = {key: v if isinstance(v, str | int | float) else function_digest(v) for key, v in options.items()}
         asked["generate"] = {"max_new_tokens": max_new_tokens, "guard": guard, **plain}
     (values, kl), texts = _run(plan, asked, engine.room(model, max_tokens), journal, progress)
     shown = {"model": asked["model"], "operator": rules[0].name, "where": str(chosen)}
-    told_texts = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
+    generated = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if max_new_tokens else ()
     return SteeringSweep(
         tuple(str(rule.path.place) for rule in rules), layers, asked_numbers, values[..., :-1], kl[..., :-1],
-        values[:, 0, -1], given.texts or (), name, shown, told_texts,
+        values[:, 0, -1], given.texts or (), name, shown, generated,
     )  # fmt: skip
 
 
 def _run(
-    plan: Plan, asked: Mapping[str, Any], room: int, journal: Any, progress: bool
+    plan: SteeringPlan, asked: Mapping[str, Any], room: int, journal: Any, progress: bool
 ) -> tuple[np.ndarray, list[list[list[str]]]]:
     """The metric and the KL, `[2, prompt, layer, coefficient]`, with the unsteered run as a last coefficient."""
     prompts, layers, count = len(plan.prompts), len(plan.rules), len(plan.coefficients)
@@ -161,7 +172,7 @@ def _run(
         for prompt in range(prompts)
         for layer in range(layers)
         for number in range(count)
-        # A step of no length is the unsteered run, and that one runs once for each prompt.
+        # An add of 0 is the unsteered run, which runs once for each prompt.
         if plan.coefficients[number] or plan.rules[layer].name != "add"
     ]
     jobs += [(prompt, 0, count) for prompt in range(prompts)]
@@ -178,7 +189,7 @@ def _run(
         for chunk in _chunks(plan, left, room):
             session = Session(plan.model, _rules(plan, chunk))
             found = plan.measure(plan, chunk, session)
-            fired = fired or any(bool(work.fired) for work in session.works)
+            fired = fired or any(bool(active.fired) for active in session.active_rules)
             for job, (value, kl, text) in zip(chunk, found, strict=True):
                 values[(0, *job)], values[(1, *job)] = value, kl
                 texts[job[0]][job[1]][job[2]] = text
@@ -202,8 +213,8 @@ def _run(
     return values, texts
 
 
-def _rules(plan: Plan, chunk: Sequence[Job]) -> list[Rule]:
-    """A rule for each layer of a chunk, for the rows that are its cells."""
+def _rules(plan: SteeringPlan, chunk: Sequence[Job]) -> list[Rule]:
+    """A rule for each layer of a chunk, with the rows of its cells."""
     found = []
     for number, rule in enumerate(plan.rules):
         rows = [r for r, (_, layer, n) in enumerate(chunk) if layer == number and n < len(plan.coefficients)]
@@ -214,7 +225,7 @@ def _rules(plan: Plan, chunk: Sequence[Job]) -> list[Rule]:
     return found
 
 
-def _chunks(plan: Plan, jobs: Sequence[Job], room: int) -> Iterator[Sequence[Job]]:
+def _chunks(plan: SteeringPlan, jobs: Sequence[Job], room: int) -> Iterator[Sequence[Job]]:
     """Jobs whose prompts have one length, at most `room` tokens at once."""
     lengths = plan.prompts.lengths("decoder")
     groups: dict[int, list[Job]] = {}
@@ -226,11 +237,11 @@ def _chunks(plan: Plan, jobs: Sequence[Job], room: int) -> Iterator[Sequence[Job
             yield members[start : start + rows]
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------------------------------
 
 
-class _Logits:
-    """The metric of the logits where it reads, against those of the unsteered prompts, which run once."""
+class _LogitsMeasure:
+    """The metric of steered logits, and their KL from those of the unsteered prompts, which run once."""
 
     def __init__(self, model: engine.Model, prompts: Prompts, metric: Any) -> None:
         self.model, self.prompts, self.metric = model, prompts, metric
@@ -240,7 +251,7 @@ class _Logits:
                 rows[row] = logits
         self.unsteered = torch.stack([row for row in rows if row is not None])
 
-    def __call__(self, plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[float, float, str]]:
+    def __call__(self, plan: SteeringPlan, jobs: Sequence[Job], session: Session) -> list[tuple[float, float, str]]:
         prompts = [prompt for prompt, _, _ in jobs]
         with session:
             logits = self._of(prompts)
@@ -257,7 +268,7 @@ class _Logits:
             return peel(self.model)(**inputs, **kept, use_cache=False).logits[:, at]
 
 
-def _generated(plan: Plan, jobs: Sequence[Job], session: Session) -> list[tuple[float, float, str]]:
+def _generated(plan: SteeringPlan, jobs: Sequence[Job], session: Session) -> list[tuple[float, float, str]]:
     """The metric of each generated text, and the KL along it: its tokens are given to the unsteered model."""
     model, root = plan.model, cast(Any, peel(plan.model))
     ids = torch.tensor([plan.prompts.ids[prompt] for prompt, _, _ in jobs], device=model.device)
