@@ -185,7 +185,7 @@ class Bound:
         try:
             value = self.metric.rule(logits, **chosen)
         except Exception as error:
-            if isinstance(error, IndexError) and "too many indices" in str(error) and not self._known:
+            if isinstance(error, IndexError) and "too many indices" in str(error) and not self._is_ours:
                 raise BadArgument(
                     f"{self.metric.name} indexes the logits as [row, token, vocab], and a metric is given [row, vocab] "
                     f"= {list(logits.shape)}, those of position {self.metric.position}",

@@ -214,7 +214,8 @@ def read_journal(journal: Path, weights: Path) -> list[ShardFile]:
     found: list[ShardFile] = []
     for line in journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else ():
         fields: dict[str, Any] = from_json(line, journal)
-        shard = ShardFile(**{**fields, "names": tuple(fields["names"])})
+        names = tuple(fields.pop("names"))
+        shard = ShardFile(names=names, **fields)
         path = weights / shard.file
         if shard.file and not (path.is_file() and path.stat().st_size == shard.size):
             continue
