@@ -122,7 +122,7 @@ def test_a_vector_from_elsewhere(model) -> None:
 
 def test_several_positions_of_a_place_are_no_one_direction(model) -> None:
     saved = ns.capture(model, "w3 w4 w5", "layers[1].output[:]")
-    with pytest.raises(ValueError, match="3 positions of one place"):
+    with pytest.raises(ValueError, match="3 positions of one site"):
         ns.steering.steer(model, saved)
     assert ns.steering.steer(model, saved.mean("position")).rules
 

@@ -136,7 +136,7 @@ class Staging:
                 old checkpoint.
         """
         before = [path for name in sorted(weight_files(self.dest)) if (path := self.dest / name).is_file()]
-        with disk(self.dest, "the files of the checkpoint"):
+        with disk(self.dest, "the index and other files"):
             names = _final_names(shards)
             _write(self.folder / "names.json", names)
             for old, new in names.items():
