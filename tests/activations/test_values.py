@@ -192,7 +192,7 @@ def test_a_slice_from_the_end_is_not_taken_from_the_last_position_that_happens_t
     assert saved.subset("layers[0].output[-2:]").keys() == ["layers[0].output[1]"]
     with pytest.raises(UnknownPath):
         saved["layers[0].output[-1:]"]
-    with pytest.raises(UnknownPath, match="how many tokens the prompts have, which this capture does not know"):
+    with pytest.raises(UnknownPath, match="depends on the number of tokens of the prompts, which is not known"):
         saved.mean().get("layers[0].output[-1:]")
 
 

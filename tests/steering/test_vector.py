@@ -129,7 +129,7 @@ def test_several_positions_of_a_place_are_no_one_direction(model) -> None:
 
 def test_it_shows_itself(fitted) -> None:
     lines = repr(fitted).splitlines()
-    assert lines[0].startswith("SteeringVector: 3 places, width 16, method lda, shrinkage=0.3, unit from the negative")
+    assert lines[0].startswith("SteeringVector: 3 sites, width 16, method lda, shrinkage=0.3, unit from the negative")
     assert "AUC" in lines[1] and "of the states' norm" in lines[1]
     assert "<b>SteeringVector</b>" in fitted._repr_html_()
     assert "made of others" in repr(fitted + fitted)
