@@ -15,14 +15,14 @@ import torch
 from nnsplice.errors import BadType, FileError, named
 
 #: Keys of a checkpoint under which it may keep the optimizer's state.
-_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states")
+_KEYS = ("optimizer", "as_optimizer_state_dict", "as_optimizer_states")
 _EXPECTED = "what optimizer.state_dict() returns, or its 'state'"
 #: Entries of a parameter's state that have the parameter's own shape, the likeliest first.
 _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "square_avg", "state1")
 
 
 @dataclass(frozen=True, slots=True)
-class Optimizer:
+class OptimizerState:
     """The state of an optimizer as plain data.
 
     Attributes:
@@ -47,7 +47,7 @@ class Optimizer:
         return tuple(number for group in self.groups for number in group if number in self.states)
 
 
-def as_optimizer(state: Mapping[Any, Any]) -> Optimizer:
+def as_optimizer_state(state: Mapping[Any, Any]) -> OptimizerState:
     """A `state_dict`, or its `"state"` alone, as plain data.
 
     Raises:
@@ -80,7 +80,7 @@ def as_optimizer(state: Mapping[Any, Any]) -> Optimizer:
         if not has_groups:
             groups = [tuple(sorted(states))]
     shapes = {number: shape for number, one in states.items() if (shape := _shape(one)) is not None}
-    return Optimizer(states, tuple(group for group in groups if group), has_groups, names or None, shapes, betas)
+    return OptimizerState(states, tuple(group for group in groups if group), has_groups, names or None, shapes, betas)
 
 
 def _shape(state: Mapping[str, Any]) -> tuple[int, ...] | None:
