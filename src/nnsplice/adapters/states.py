@@ -15,7 +15,7 @@ import torch
 from nnsplice.errors import BadType, FileError, named
 
 #: Keys of a checkpoint under which it may keep the optimizer's state.
-_KEYS = ("optimizer", "as_optimizer_state_dict", "as_optimizer_states")
+_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states")
 _EXPECTED = "what optimizer.state_dict() returns, or its 'state'"
 #: Entries of a parameter's state that have the parameter's own shape, the likeliest first.
 _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "square_avg", "state1")

@@ -7,9 +7,9 @@
 attn.qkv  ->  attn.{k,q,v}
 wte       ->  embed
 
-    mapper      what becomes of what; each is there by its long name and by a short one: Copy, Copy
+    mapper      Rename, Split, Parallel, ...; they can be imported as ModelStateMapperRename, ... too
     io          reading and writing
-    convert     a folder into another one
+    convert     a folder converted into another one
     config      the config of a model with fewer layers
     between     mappers from one family or library to another, derived
     addresses   tensors of a folder by address
