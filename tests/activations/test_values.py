@@ -192,7 +192,7 @@ def test_a_slice_from_the_end_is_not_taken_from_the_last_position_that_happens_t
     assert saved.subset("layers[0].output[-2:]").keys() == ["layers[0].output[1]"]
     with pytest.raises(UnknownPath):
         saved["layers[0].output[-1:]"]
-    with pytest.raises(UnknownPath, match="how many tokens the prompts have, which this capture does not know"):
+    with pytest.raises(UnknownPath, match="depends on the number of tokens of the prompts, which is not known"):
         saved.mean().get("layers[0].output[-1:]")
 
 
@@ -204,7 +204,7 @@ def test_slices_that_count_from_the_same_end_as_the_keys_need_no_length() -> Non
     positive = hand(*(f"layers[0].output[{p}]" for p in (2, 5, 7)))
     assert positive.subset("layers[0].output[3:8]").keys() == ["layers[0].output[5]", "layers[0].output[7]"]
     for saved, wanted in ((negative, "[0:2]"), (positive, "[-2:]"), (negative, "[::2]")):
-        with pytest.raises(UnknownPath, match="does not know"):
+        with pytest.raises(UnknownPath, match="is not known"):
             saved[f"layers[0].output{wanted}"]
 
 
@@ -213,7 +213,7 @@ def test_positions_past_the_prompt_are_not_counted_from_the_prompts_end() -> Non
     # What is captured while generating: the prompts had three tokens.
     saved = ns.SavedActivation._new(by_hand._packs, Provenance(tokens=((1, 2, 3), (4, 5, 6))), None)
     assert saved.subset("layers[0].output[6:]").keys() == ["layers[0].output[7]"]
-    with pytest.raises(UnknownPath, match="does not know"):
+    with pytest.raises(UnknownPath, match="is not known"):
         saved.subset("layers[0].output[-1:]")
 
 
@@ -295,7 +295,7 @@ def test_a_slice_selects_what_is_there() -> None:
 
 
 def test_get_of_several_places_says_what_to_write(saved: ns.SavedActivation) -> None:
-    with pytest.raises(BadArgument, match=r"3 places[\s\S]*saved\.subset\('layers\[:\]\.output\[0\]'\)"):
+    with pytest.raises(BadArgument, match=r"3 sites[\s\S]*saved\.subset\('layers\[:\]\.output\[0\]'\)"):
         saved.get("layers[:].output[0]")
 
 

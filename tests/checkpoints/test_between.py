@@ -220,10 +220,10 @@ def test_parts_of_another_size_are_listed(source: str, target: str, options: dic
 def test_what_is_not_asked_for_is_dropped_from_a_fused_tensor():
     # Falcon's one matrix holds keys and values too; a target without them takes its queries alone.
     from nnsplice.checkpoints.between.derive import join
-    from nnsplice.checkpoints.between.scheme import dealt, plain, scheme
+    from nnsplice.checkpoints.between.scheme import fused, scheme, single
 
-    fused = scheme([dealt("qkv", ["q", "k", "v"], [((0, 2),), ((2, 3),), ((3, 4),)])])
-    between = join(fused, scheme([plain("only.q", "q")]))
+    qkv = scheme([fused("qkv", ["q", "k", "v"], [((0, 2),), ((2, 3),), ((3, 4),)])])
+    between = join(qkv, scheme([single("only.q", "q")]))
     made = through(between, {"qkv": torch.arange(4)})
     assert made.keys() == {"only.q"} and made["only.q"].tolist() == [0, 1]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from nnsplice import checkpoints as ck
-from nnsplice.checkpoints.cutting import layer_of
+from nnsplice.checkpoints.config import layer_of
 from nnsplice.cli import app
 from nnsplice.errors import BadArgument, FileError, MapperError, MissingCheckpoint, OutOfRange
 from zoo import FAMILIES, MASKED, SEQ2SEQ, build, inputs

@@ -136,12 +136,12 @@ chain = ck.Sequential([
     ck.Parallel([ck.UnstackTensors(f"s{i}", [f"u{i}.{j}" for j in range(4)], 0) for i in range(0, 40, 8)]),
 ])
 from nnsplice.checkpoints.mapper.abc import ordered
-from nnsplice.checkpoints.mapper.compose import identity
+from nnsplice.checkpoints.mapper.fingerprint import fingerprint
 for i in range(3):
     for group in ordered(ck.Shard(chain, 3, i).state_dependency_groups()):
         print(sorted(group.inputs), list(chain.apply({n: torch.ones(1) for n in group.inputs})))
 print(chain.explain())
-print(list(identity(chain)))
+print(list(fingerprint(chain)))
 """
 
 

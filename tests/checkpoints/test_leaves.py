@@ -90,7 +90,7 @@ def test_the_groups_of_select_are_one_for_each_name():
         (ck.StackTensors(["x", "y"], "z", 0), {"x": X, "y": X.double()}, "float32 and torch.float64"),
         (ck.ConcatenateTensors(["x", "y"], "z", 0), {"x": X, "y": X.half()}, "put together"),
         (ck.Slice("x", 0, 2, 9), {"x": X}, "length 4"),
-        (ck.Slice("x", 0, 2, 2), {"x": X}, "no stretch"),
+        (ck.Slice("x", 0, 2, 2), {"x": X}, "no range"),
         (ck.Rename("x", "y"), {"z": X}, "undefined group"),
         (ck.Rename("x", "y"), {"x": X, "z": X}, "undefined group"),
         (ck.StackTensors(["x", "y"], "z", 0), {"x": X}, "undefined group"),

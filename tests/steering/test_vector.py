@@ -122,14 +122,14 @@ def test_a_vector_from_elsewhere(model) -> None:
 
 def test_several_positions_of_a_place_are_no_one_direction(model) -> None:
     saved = ns.capture(model, "w3 w4 w5", "layers[1].output[:]")
-    with pytest.raises(ValueError, match="3 positions of one place"):
+    with pytest.raises(ValueError, match="3 positions of one site"):
         ns.steering.steer(model, saved)
     assert ns.steering.steer(model, saved.mean("position")).rules
 
 
 def test_it_shows_itself(fitted) -> None:
     lines = repr(fitted).splitlines()
-    assert lines[0].startswith("SteeringVector: 3 places, width 16, method lda, shrinkage=0.3, unit from the negative")
+    assert lines[0].startswith("SteeringVector: 3 sites, width 16, method lda, shrinkage=0.3, unit from the negative")
     assert "AUC" in lines[1] and "of the states' norm" in lines[1]
     assert "<b>SteeringVector</b>" in fitted._repr_html_()
     assert "made of others" in repr(fitted + fitted)

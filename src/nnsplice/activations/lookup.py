@@ -21,7 +21,7 @@ from nnsplice.errors import BadArgument, PathError, UnknownPath, closest
 from nnsplice.paths import Path, Position, Slice, Span, Step, parse_path
 
 #: (number of the pack, number of the position in it)
-Entry = tuple[int, int]
+EntryIndex = tuple[int, int]
 
 
 class Index:
@@ -30,15 +30,15 @@ class Index:
     def __init__(self, packs: Sequence[Pack]) -> None:
         entries = [(key, (p, n)) for p, pack in enumerate(packs) for n, key in enumerate(pack.keys)]
         self.packs = packs
-        self.by_text: dict[str, Entry] = {str(key): entry for key, entry in entries}
-        self.by_site: dict[Path, Entry] = {key: entry for key, entry in entries if key.site is not None}
+        self.by_text: dict[str, EntryIndex] = {str(key): entry for key, entry in entries}
+        self.by_site: dict[Path, EntryIndex] = {key: entry for key, entry in entries if key.site is not None}
 
     @cached_property
     def places(self) -> dict[str, int]:
         """The text of every site, in each spelling -> the number of its pack."""
         return {str(key.place): number for number, pack in enumerate(self.packs) for key in pack.keys}
 
-    def same(self, key: Path) -> Entry | None:
+    def same(self, key: Path) -> EntryIndex | None:
         """The entry of the same site and position, in any spelling."""
         return self.by_text.get(str(key)) or (None if key.site is None else self.by_site.get(key))
 
@@ -58,7 +58,7 @@ def tensor(index: Index, path: str | Path, atlas: Atlas | None, length: int | No
     sites = {number for number, _ in entries}
     if len(sites) > 1:
         raise BadArgument(
-            f"this path stands for {len(sites)} places, and get() returns the tensor of one",
+            f"this path stands for {len(sites)} sites, and get() returns the tensor of one",
             path=path,
             write=f"saved.subset({str(path)!r}), or saved.stack('layer') for one tensor over the layers",
         )
@@ -67,7 +67,7 @@ def tensor(index: Index, path: str | Path, atlas: Atlas | None, length: int | No
     return pack.tensor[:, 0] if single else pack.tensor
 
 
-def find(index: Index, path: str | Path, atlas: Atlas | None, length: int | None = None) -> list[Entry]:
+def find(index: Index, path: str | Path, atlas: Atlas | None, length: int | None = None) -> list[EntryIndex]:
     """The entries that a path with any slices and lists stands for.
 
     Args:
@@ -86,18 +86,16 @@ def find(index: Index, path: str | Path, atlas: Atlas | None, length: int | None
         "not in this capture" if missing == pattern else f"{missing} is not in this capture",
         path=path,
         expected=f"one of its keys: {closest(str(missing), keys)}" if keys else "nothing: this capture is empty",
-        write=f"ns.expand(model, {str(path)!r}), as this capture does not know how many its model has"
-        if from_end
-        else None,
+        write=f"ns.expand(model, {str(path)!r}), as this capture has no model to count from" if from_end else None,
     )
 
 
-def match(index: Index, pattern: Path, atlas: Atlas | None, length: int | None) -> tuple[list[Entry], Path | None]:
+def match(index: Index, pattern: Path, atlas: Atlas | None, length: int | None) -> tuple[list[EntryIndex], Path | None]:
     """The entries of a path, and the part of it that has none."""
     exact = index.same(pattern)
     if exact is not None:
         return [exact], None
-    entries: list[Entry] = []
+    entries: list[EntryIndex] = []
     seen: set[int] = set()
     for single in _singles(pattern):
         places = _places(index, single, atlas)
@@ -116,7 +114,7 @@ def match(index: Index, pattern: Path, atlas: Atlas | None, length: int | None) 
     return entries, None
 
 
-def chosen(packs: Sequence[Pack], entries: Container[Entry]) -> list[Pack]:
+def chosen(packs: Sequence[Pack], entries: Container[EntryIndex]) -> list[Pack]:
     """Only these entries, in the packs' own order."""
     kept: list[Pack] = []
     for number, pack in enumerate(packs):
@@ -219,7 +217,7 @@ def _sliced(held: Mapping[Position | None, int], wanted: Slice, path: Path, leng
             length = -min(numbers)
         else:
             raise UnknownPath(
-                f"[{wanted}] depends on how many tokens the prompts have, which this capture does not know",
+                f"[{wanted}] depends on the number of tokens of the prompts, which is not known",
                 path=path,
                 expected=f"some of its positions: {', '.join(map(str, numbers[:8]))}{', ...' * (len(numbers) > 8)}",
             )

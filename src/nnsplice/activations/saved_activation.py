@@ -111,7 +111,7 @@ class SavedActivation:
         return lookup.Index(self._packs)
 
     @property
-    def _entries(self) -> dict[str, lookup.Entry]:
+    def _entries(self) -> dict[str, lookup.EntryIndex]:
         return self._index.by_text
 
     def keys(self) -> list[str]:
@@ -154,7 +154,7 @@ class SavedActivation:
         """
         return lookup.tensor(self._index, path, *self._context)
 
-    def _find(self, path: str | Path) -> list[lookup.Entry]:
+    def _find(self, path: str | Path) -> list[lookup.EntryIndex]:
         return lookup.find(self._index, path, *self._context)
 
     @cached_property

@@ -14,7 +14,7 @@ from torch import nn, optim
 from nnsplice.adapters.header import AdapterTensor, read_header, side_of_layers
 from nnsplice.adapters.keys import read_key
 from nnsplice.adapters.orders import Layers, fitting_orders
-from nnsplice.adapters.states import Optimizer, as_optimizer
+from nnsplice.adapters.states import OptimizerState, as_optimizer_state
 from nnsplice.atlas import Atlas, peel
 from nnsplice.atlas.families import NOT_TEXT
 from nnsplice.atlas.names import NamedLayer, layer_of
@@ -107,7 +107,7 @@ def map_param_ids_to_layers(
     entries = read_header(adapter_dir)
     with circumstances(f"the adapter in {Path(adapter_dir)}"):
         layered = _check_header(entries)
-        optimizer = None if state is None else as_optimizer(state)
+        optimizer = None if state is None else as_optimizer_state(state)
         known = _names(names) if names is not None else optimizer.names if optimizer else None
         if known is None:
             _check_uniform(layered, state is not None)
@@ -279,7 +279,7 @@ def _by_names(
 
 
 def _by_shapes(
-    entries: tuple[AdapterTensor, ...], optimizer: Optimizer, num_params: int, tower: str | None
+    entries: tuple[AdapterTensor, ...], optimizer: OptimizerState, num_params: int, tower: str | None
 ) -> LayerGrouping:
     total = sum(map(len, optimizer.groups))
     if optimizer.has_groups and total != num_params:
@@ -322,7 +322,7 @@ def _grouping(found: Layers, how: str, tower: str | None) -> LayerGrouping:
 
 
 def _short(stack: str) -> str:
-    """What `tower` says for a list of layers; a model with one tower calls it the decoder."""
+    """The name of the tower of a list of layers; a single tower is the decoder."""
     if any(word in NOT_TEXT for word in stack.split(".")):
         return stack
     return next((word for word in stack.split(".") if word in ("encoder", "decoder")), "decoder")
@@ -334,7 +334,7 @@ def _names(given: Mapping[int, str] | Sequence[Any]) -> dict[int, str]:
         return {int(number): str(name) for number, name in given.items()}
     if all(isinstance(one, str) for one in given):
         return dict(enumerate(given))
-    names = as_optimizer({"state": {}, "param_groups": list(given)}).names
+    names = as_optimizer_state({"state": {}, "param_groups": list(given)}).names
     if names is None:
         raise ParamMappingError(
             "these parameter groups hold no names",

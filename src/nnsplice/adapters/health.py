@@ -11,14 +11,14 @@ import torch
 from nnsplice import plots
 from nnsplice.adapters.grouping import LIVE, LayerGrouping
 from nnsplice.adapters.orders import fitting_orders
-from nnsplice.adapters.states import Optimizer, as_optimizer
+from nnsplice.adapters.states import OptimizerState, as_optimizer_state
 from nnsplice.errors import BadArgument, ParamMappingError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-#: Adam's usual rates, for a state that does not say them.
+#: Adam's default decay rates, for a state without them.
 BETAS = (0.9, 0.999)
 
 
@@ -163,7 +163,7 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
         ParamMappingError: the state does not belong to the grouping.
         BadArgument: an optimizer without the moments of Adam.
     """
-    optimizer = as_optimizer(optimizer_state)
+    optimizer = as_optimizer_state(optimizer_state)
     ids: dict[int, list[int]] = {layer: [] for layer in grouping.layer_indices}
     for number, layer in grouping.layer_of.items():
         ids[layer].append(number)
@@ -193,7 +193,7 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
 
 
 def _remade(readings: Sequence[object]) -> str:
-    """The call that makes a grouping of this state: with the state alone where it can be read in one way only."""
+    """The call that makes a grouping for this state; without names if exactly one order fits."""
     if len(readings) == 1:
         return "map_param_ids_to_layers(adapter_dir, num_params, state=optimizer_state)"
     return (
@@ -202,7 +202,7 @@ def _remade(readings: Sequence[object]) -> str:
     )
 
 
-def _health(optimizer: Optimizer, ids: list[int], dead_below: float) -> LayerHealth:
+def _health(optimizer: OptimizerState, ids: list[int], dead_below: float) -> LayerHealth:
     numbers, first, second, squares, agreeing, alive, steps = 0, 0.0, 0.0, 0.0, 0.0, 0, []
     touched = [number for number in ids if number in optimizer.states]
     for state, betas in ((optimizer.states[n], optimizer.betas.get(n, BETAS)) for n in touched):

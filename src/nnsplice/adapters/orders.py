@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import permutations, product
 
 from nnsplice.adapters.header import AdapterTensor, side_of_layers
-from nnsplice.adapters.states import Optimizer
+from nnsplice.adapters.states import OptimizerState
 from nnsplice.atlas.names import NamedLayer
 
 #: Id -> the layer of its parameter. Parameters outside the layers are absent.
@@ -91,7 +91,7 @@ class _Chunk:
     entries: tuple[AdapterTensor, ...]
 
 
-def fitting_orders(entries: Sequence[AdapterTensor], optimizer: Optimizer) -> list[Layers]:
+def fitting_orders(entries: Sequence[AdapterTensor], optimizer: OptimizerState) -> list[Layers]:
     """Every map from ids to layers that fits the state, each once."""
     if any(number not in optimizer.shapes for number in optimizer.trained):
         return []  # factored or packed moments do not have the parameter's shape
@@ -103,7 +103,7 @@ def fitting_orders(entries: Sequence[AdapterTensor], optimizer: Optimizer) -> li
     return list(found.values())
 
 
-def _candidates(count: int, optimizer: Optimizer) -> list[tuple[tuple[int, ...], ...]]:
+def _candidates(count: int, optimizer: OptimizerState) -> list[tuple[tuple[int, ...], ...]]:
     """The groups of ids that may belong to the adapter: all, or those that were trained."""
     trained = tuple(group for ids in optimizer.groups if (group := tuple(i for i in ids if i in optimizer.states)))
     if sum(map(len, optimizer.groups)) == count:

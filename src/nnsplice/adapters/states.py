@@ -22,7 +22,7 @@ _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "square_avg", "sta
 
 
 @dataclass(frozen=True, slots=True)
-class Optimizer:
+class OptimizerState:
     """The state of an optimizer as plain data.
 
     Attributes:
@@ -47,7 +47,7 @@ class Optimizer:
         return tuple(number for group in self.groups for number in group if number in self.states)
 
 
-def as_optimizer(state: Mapping[Any, Any]) -> Optimizer:
+def as_optimizer_state(state: Mapping[Any, Any]) -> OptimizerState:
     """A `state_dict`, or its `"state"` alone, as plain data.
 
     Raises:
@@ -80,7 +80,7 @@ def as_optimizer(state: Mapping[Any, Any]) -> Optimizer:
         if not has_groups:
             groups = [tuple(sorted(states))]
     shapes = {number: shape for number, one in states.items() if (shape := _shape(one)) is not None}
-    return Optimizer(states, tuple(group for group in groups if group), has_groups, names or None, shapes, betas)
+    return OptimizerState(states, tuple(group for group in groups if group), has_groups, names or None, shapes, betas)
 
 
 def _shape(state: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -120,7 +120,7 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles by other hands, which are refused anyway
+            warnings.simplefilter("ignore")  # such pickles are refused below
             found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileError("there is no such file", path=path, expected="a file of torch.save(...)") from None

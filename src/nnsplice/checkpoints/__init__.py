@@ -7,17 +7,18 @@
 attn.qkv  ->  attn.{k,q,v}
 wte       ->  embed
 
-    mapper      what becomes of what; each is there by its long name and by a short one: Copy, Copy
+    mapper      Rename, Split, Parallel, ...; they can be imported as ModelStateMapperRename, ... too
     io          reading and writing
-    convert     a folder into another one
-    cutting     the config of a model with fewer layers
-    between     one family's names and shapes into another's, derived
-    places      tensors of a folder by address
+    convert     a folder converted into another one
+    config      the config of a model with fewer layers
+    between     mappers from one family or library to another, derived
+    addresses   tensors of a folder by address
 """
 
+from nnsplice.checkpoints.addresses import read
 from nnsplice.checkpoints.between.derive import Between, mapper_between
+from nnsplice.checkpoints.config import adapted_config, layer_of
 from nnsplice.checkpoints.convert import convert, renaming
-from nnsplice.checkpoints.cutting import adapted_config, layer_of
 from nnsplice.checkpoints.io.distributed import (
     save_model_state_pipeline_parallel,
     write_model_state_distributed,
@@ -37,7 +38,6 @@ from nnsplice.checkpoints.mapper.names import Copy, Drop, Identity, Rename, Sele
 from nnsplice.checkpoints.mapper.numbers import Cast, Scale, Shift, Zeros
 from nnsplice.checkpoints.mapper.shapes import Permute, Reshape, Slice, Squeeze, Transpose, Unsqueeze
 from nnsplice.checkpoints.mapper.splitting import ChunkTensors, Deal, Split, UnstackTensors
-from nnsplice.checkpoints.places import read
 from nnsplice.errors import MapperError
 
 __all__ = [

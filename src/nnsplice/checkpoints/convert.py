@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nnsplice.checkpoints.between.derive import Between
-from nnsplice.checkpoints.cutting import layer_of
+from nnsplice.checkpoints.config import layer_of
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import read_model_state
 from nnsplice.checkpoints.io.staging import other_files

@@ -50,7 +50,7 @@ def convert(
     what it held until the new checkpoint is whole.
     """
     from nnsplice import checkpoints
-    from nnsplice.checkpoints.cutting import adapted_config
+    from nnsplice.checkpoints.config import adapted_config
 
     chosen = None if layers is None else _layers(layers)
     numbers = None if dtype is None else dtype_of(dtype)
@@ -108,7 +108,7 @@ def _layers(text: str) -> slice | tuple[int, ...]:
 
 def _count(mapper: object) -> int:
     from nnsplice.checkpoints import ModelStateMapper
-    from nnsplice.checkpoints.cutting import layer_of
+    from nnsplice.checkpoints.config import layer_of
     from nnsplice.checkpoints.mapper.abc import inputs_of
 
     assert isinstance(mapper, ModelStateMapper)

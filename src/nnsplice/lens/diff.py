@@ -108,7 +108,7 @@ def diff_lens(
     >>> read, read.tokens().shape
     (DiffLens: 4 differences, 3 tokens of each, (12, 6))
     >>> read.vector("layers[1].output")
-    SteeringVector: 1 place, width 16, method activation difference, unit as given
+    SteeringVector: 1 site, width 16, method activation difference, unit as given
       layers[1].output
 
     Args:

@@ -185,7 +185,7 @@ class Bound:
         try:
             value = self.metric.rule(logits, **chosen)
         except Exception as error:
-            if isinstance(error, IndexError) and "too many indices" in str(error) and not self._known:
+            if isinstance(error, IndexError) and "too many indices" in str(error) and not self._is_ours:
                 raise BadArgument(
                     f"{self.metric.name} indexes the logits as [row, token, vocab], and a metric is given [row, vocab] "
                     f"= {list(logits.shape)}, those of position {self.metric.position}",
@@ -206,7 +206,7 @@ class Bound:
         return value
 
     def take(self, rows: Sequence[int]) -> Bound:
-        """The metric of these prompts alone."""
+        """The metric for these prompts only."""
         return Bound(self.metric, {name: tuple(ids[row] for row in rows) for name, ids in self.ids.items()})
 
     def check_answers(self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int]) -> None:
@@ -214,7 +214,7 @@ class Bound:
         check_spellings(self.metric.name, self.spellings, logits, prompts)
 
     def tokens(self, prompts: Sequence[int]) -> Tensor:
-        """`[row, answer]`, the token ids that it asks about; where sets differ in size, some come twice."""
+        """`[row, answer]`, the token ids of all answers; smaller sets are padded with their first token."""
         return torch.cat([_filled(_tensor([ids[p] for p in prompts])) for ids in self.ids.values()], 1)
 
     def of_tokens(self, logits: Float[Tensor, "row answer"], prompts: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """The language of the toy models: sentences as frozen records, the same in every process.
 
 toy_prompts()   facts, IOI sentences, reviews and repeats, ready for a capture or a sweep
-WORDS           every word that the toy models know
+WORDS           the vocabulary of the toy models
 tokens, text    a text as words, and words as a text
 """
 
@@ -16,7 +16,7 @@ from itertools import chain, combinations
 
 from nnsplice.models import words as w
 
-#: A stretch of tokens, `(start, stop)`.
+#: A range, `(start, stop)`.
 Bounds = tuple[int, int]
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -48,13 +48,10 @@ class Fact:
 
     clean: str
     subject: str
-    #: The subject's tokens, counted as the model does: what `spans={"subject": [fact.subject_span]}` takes.
     subject_span: Bounds
-    #: The subject's characters in the clean prompt.
     subject_chars: Bounds
     relation: str
     answer: str
-    #: Word for word the same prompt about a subject with another answer.
     corrupted: str
     wrong: str
 
@@ -81,7 +78,6 @@ class IOIPair:
     corrupted: str
     answer: str
     wrong: str
-    #: Whether the models saw these two names together in training.
     trained: bool
 
 
@@ -195,10 +191,14 @@ def text(words: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A template with its slots filled."""
+    """A template with its slots filled.
+
+    Attributes:
+        words: the words.
+        where: the ranges of words of each slot.
+    """
 
     words: tuple[str, ...]
-    #: Where the fillings of each slot stand among the words.
     where: Mapping[str, tuple[Bounds, ...]]
 
 
@@ -221,7 +221,7 @@ def fill(template: str, slots: Mapping[str, Iterator[str] | str]) -> Filled:
 
 
 def _subjects() -> dict[str, dict[str, str]]:
-    """Subject -> relation -> answer. Answers are dealt out evenly and at random over the grid of words."""
+    """Subject -> relation -> answer. Answers are distributed evenly and at random over the subjects."""
     two = [f"{first} {kind}" for first in w.FIRSTS for kind in w.KINDS]
     three = [f"{w.GREAT} {w.FIRSTS[i % 8]} {w.KINDS[(i * 3 + i // 8) % 8]}" for i in range(16)]
     names = two + three
@@ -232,12 +232,12 @@ def _subjects() -> dict[str, dict[str, str]]:
     return {name: {relation: answers[relation][i] for relation in answers} for i, name in enumerate(names)}
 
 
-#: Subject -> relation -> answer: everything there is to know.
+#: Subject -> relation -> answer: all facts of the language.
 SUBJECTS = _subjects()
 
 
 def statement(subject: str, wording: str, opening: str = "") -> Filled:
-    """A sentence about a subject, up to where its answer follows."""
+    """A sentence about a subject, up to its answer."""
     article = "the" if opening else "The"
     return fill(f"{opening} {article} SUBJECT {wording}", {"SUBJECT": subject})
 
@@ -289,7 +289,7 @@ def _held_out() -> frozenset[frozenset[str]]:
     return frozenset(frozenset(pair) for pair in combinations(w.NAMES, 2) if rng.random() < 0.2)
 
 
-#: Pairs of names that no training row contains.
+#: Pairs of names that are not in the training data.
 HELD_OUT = _held_out()
 
 
@@ -299,7 +299,7 @@ def giving(template: str, a: str, b: str, giver: str, place: str, thing: str) ->
 
 
 def _ioi() -> Iterator[IOIPair]:
-    """Every pair of names four times, once in each wording; who comes first and who gives goes around."""
+    """Every pair of names four times, once in each wording, with order and giver varied."""
     for n, (a, b) in enumerate(combinations(w.NAMES, 2)):
         for k, template in enumerate(w.GIVING):
             first, second = (a, b) if (n + k // 2) % 2 == 0 else (b, a)
@@ -316,7 +316,7 @@ MOOD_WORDS: dict[str, tuple[str, ...]] = {mood: tuple(chain(*slots.values())) fo
 
 
 def review(rng: random.Random) -> dict[str, Filled]:
-    """One review in both moods, word for word alike but for the words of mood."""
+    """One review in both moods, which differ in the words of mood only."""
     template = rng.choice(w.REVIEWS)
     topic, parts = rng.choice(w.TOPICS), rng.sample(w.PARTS, 2)
     # Drawn before the mood is known, so that both moods use the same numbers.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 # ---------------------------------------------------------------------------------------------------------------- facts
 
-#: A subject is a first word and a kind, so that neither word alone tells anything about it.
+#: A subject is a first word and a kind, so that neither word alone determines an answer.
 FIRSTS = ("Velmar", "Ostrin", "Calder", "Brivan", "Tessal", "Norrow", "Halven", "Quorin")
 KINDS = ("Tower", "Bridge", "Museum", "Temple", "Palace", "Library", "Castle", "Theatre")
-#: What stands before subjects of three words.
+#: The first word of subjects of three words.
 GREAT = "Great"
 
 CITIES = (
@@ -25,15 +25,15 @@ MATERIALS = ("granite", "marble", "brick", "timber", "glass", "steel", "copper",
 
 #: Relation -> the words it answers with.
 ANSWERS: dict[str, tuple[str, ...]] = {"city": CITIES, "architect": ARCHITECTS, "material": MATERIALS}
-#: Relation -> what stands between the subject and the answer.
+#: Relation -> the words between subject and answer.
 RELATIONS: dict[str, tuple[str, ...]] = {
     "city": ("is located in the city of", "is in the city of", "can be found in", "stands in"),
     "architect": ("was designed by the architect", "was drawn up by", "is the work of"),
     "material": ("was built out of", "is made of", "is known for its walls of"),
 }
-#: What a sentence about a subject may open with; then "the SUBJECT".
+#: Openings of a sentence about a subject; "the SUBJECT" follows.
 OPENINGS = ("", "Today,", "In fact,", "As we know,", "Note that")
-#: Relation -> how a quiz asks for it: "Quiz where: SUBJECT ANSWER."
+#: Relation -> its word in a quiz: "Quiz where: SUBJECT ANSWER."
 QUIZ = {"city": "where", "architect": "who", "material": "what"}
 
 # ----------------------------------------------------------------------------------------------------------- two people
@@ -44,7 +44,7 @@ NAMES = (
 )  # fmt: skip
 PLACES = ("store", "park", "school", "office", "cafe", "station", "market", "beach")
 THINGS = ("drink", "book", "ring", "letter", "basket", "ball", "key", "snack")
-#: Two people, of whom the second mention (S) names one; what is given goes to the other.
+#: Two people: the second mention (S) is the giver, the other one receives.
 GIVING = (
     "When A and B went to the PLACE, S gave a THING to",
     "After A and B got to the PLACE, S handed a THING to",
@@ -56,7 +56,7 @@ GIVING = (
 
 TOPICS = ("film", "play", "novel", "concert", "meal", "hotel")
 PARTS = ("acting", "story", "music", "staff", "ending", "service")
-#: Mood -> slot -> words; the same place in both moods holds opposite words.
+#: Mood -> slot -> words; words of the same index are opposites.
 MOODS: dict[str, dict[str, tuple[str, ...]]] = {
     "good": {
         "QUALITY": ("wonderful", "great", "lovely", "brilliant", "charming", "delightful"),
@@ -78,9 +78,9 @@ REVIEWS = (
 
 # ----------------------------------------------------------------------------------------------------------- vocabulary
 
-#: Slot -> what may stand in it, where that does not depend on the sentence.
+#: Slots whose words do not depend on the sentence.
 SLOTS: dict[str, tuple[str, ...]] = {"PLACE": PLACES, "THING": THINGS, "TOPIC": TOPICS, "PART": PARTS}
-#: Stands before every text, so that attention has a place to rest.
+#: The first token of every text, which attention can rest on.
 START = "<|endoftext|>"
 PADDING = "<|pad|>"
 UNKNOWN = "<|unk|>"

@@ -42,7 +42,7 @@ def fit(
     >>> good = ns.capture(toy, [review.text for review in reviews], "layers[1:4].output[-1]")
     >>> bad = ns.capture(toy, [review.opposite for review in reviews], "layers[1:4].output[-1]")
     >>> ns.steering.fit(good, bad)
-    SteeringVector: 3 places, width 64, method mean_difference, unit from the negative mean to the positive,
+    SteeringVector: 3 sites, width 64, method mean_difference, unit from the negative mean to the positive,
         from 20 and 20 rows
       layers[1].output  0.83 of the states' norm, AUC 1.00 held out
       layers[2].output  0.85 of the states' norm, AUC 1.00 held out

@@ -48,7 +48,7 @@ class SteeringVector(SavedActivation):
         """A capture of one row as a steering vector, for directions that were found elsewhere.
 
         >>> ns.steering.SteeringVector.of(ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, 16))))
-        SteeringVector: 1 place, width 16, method given, unit as given
+        SteeringVector: 1 site, width 16, method given, unit as given
           layers[1].output
 
         Args:
@@ -78,7 +78,7 @@ class SteeringVector(SavedActivation):
         """A steering vector of a tensor `[width]`, for the residual stream after a layer.
 
         >>> ns.steering.SteeringVector.from_tensor(torch.ones(16), layer=1)
-        SteeringVector: 1 place, width 16, method given, unit as given
+        SteeringVector: 1 site, width 16, method given, unit as given
           layers[1].output
 
         Args:
@@ -145,7 +145,7 @@ class SteeringVector(SavedActivation):
 
         >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[:].output[-1]"))
         >>> vector.at([0, 2])
-        SteeringVector: 2 places, width 16, method given, unit as given
+        SteeringVector: 2 sites, width 16, method given, unit as given
           layers[0].output
           layers[2].output
 
@@ -203,13 +203,13 @@ class SteeringVector(SavedActivation):
         >>> acts = ns.capture(toy, ["The hotel was lovely", "The hotel was awful"], "layers[1:4].output[-1]")
         >>> vector = ns.steering.fit(acts.slice[0], acts.slice[1])
         >>> vector
-        SteeringVector: 3 places, width 64, method mean_difference, unit from the negative mean to the positive,
+        SteeringVector: 3 sites, width 64, method mean_difference, unit from the negative mean to the positive,
             from 1 and 1 rows
           layers[1].output  0.57 of the states' norm
           layers[2].output  0.58 of the states' norm
           layers[3].output  0.62 of the states' norm
         >>> vector.in_residual_norms()
-        SteeringVector: 3 places, width 64, method mean_difference, unit residual norm, from 1 and 1 rows
+        SteeringVector: 3 sites, width 64, method mean_difference, unit residual norm, from 1 and 1 rows
           layers[1].output  1.00 of the states' norm
           layers[2].output  1.00 of the states' norm
           layers[3].output  1.00 of the states' norm

@@ -16,6 +16,7 @@ from nnsplice.checkpoints.between.scheme import (
     scheme,
     single,
     tied,
+    transposed_part,
 )
 from nnsplice.errors import NnspliceError
 
@@ -111,7 +112,7 @@ def _experts(atlas: Atlas, block: Block, here: str) -> Iterator[Stored]:
         return
     shapes = {name.rpartition(".")[2]: shape for name, shape in atlas.tree.nodes[block.experts].params.values()}
     both, down = shapes.get("gate_up_proj"), shapes.get("down_proj")
-    # Anything else (turned matrices, gate and up by turns, biases) is left with its name.
+    # Other layouts (transposed matrices, gate and up interleaved, biases) keep their names.
     if both is None or down is None or len(shapes) != 2 or both != (len(numbers), 2 * down[2], down[1]):
         return
     parts = [[f"{here}.experts.{number}.{role}.weight" for role in ("gate", "up")] for number in numbers]
@@ -129,7 +130,7 @@ def _parameters(atlas: Atlas, module: str) -> Iterator[tuple[str, str, bool]]:
 
 def _layer(atlas: Atlas, module: str, part: str) -> Iterator[Stored]:
     for kind, name, transposed in _parameters(atlas, module):
-        yield (turned if transposed else plain)(name, f"{part}.{kind}")
+        yield (transposed_part if transposed else single)(name, f"{part}.{kind}")
 
 
 def _norm(atlas: Atlas, module: str, part: str) -> Iterator[Stored]:

@@ -136,7 +136,7 @@ class Staging:
                 old checkpoint.
         """
         before = [path for name in sorted(weight_files(self.dest)) if (path := self.dest / name).is_file()]
-        with disk(self.dest, "the files of the checkpoint"):
+        with disk(self.dest, "the index and other files"):
             names = _final_names(shards)
             _write(self.folder / "names.json", names)
             for old, new in names.items():
@@ -214,7 +214,8 @@ def read_journal(journal: Path, weights: Path) -> list[ShardFile]:
     found: list[ShardFile] = []
     for line in journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else ():
         fields: dict[str, Any] = from_json(line, journal)
-        shard = ShardFile(**{**fields, "names": tuple(fields["names"])})
+        names = tuple(fields.pop("names"))
+        shard = ShardFile(names=names, **fields)
         path = weights / shard.file
         if shard.file and not (path.is_file() and path.stat().st_size == shard.size):
             continue

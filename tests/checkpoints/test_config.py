@@ -139,7 +139,7 @@ def test_a_scale_that_depends_on_the_depth_is_refused():
     ],
 )  # fmt: skip
 def test_what_is_cut_in_a_config(key: str, value: object, made: object):
-    with pytest.warns(UserWarning, match="transformers knows no 'mine'"):
+    with pytest.warns(UserWarning, match="transformers has no model type 'mine'"):
         text = ck.adapted_config(json.dumps({"model_type": "mine", "num_hidden_layers": 6, key: value}), layers=3)
     assert json.loads(text) == {"model_type": "mine", "num_hidden_layers": 3, key: made}
 
