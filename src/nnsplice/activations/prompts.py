@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations import images as image_inputs
+from nnsplice.activations.images import Ids, PromptImages
 from nnsplice.activations.messages import Chat, Message, is_chat, templated
 from nnsplice.activations.offsets import covered
 from nnsplice.atlas import peel
@@ -34,6 +37,8 @@ class Prompts:
     taken: engine.Taken = field(default=engine.ANY, repr=False, compare=False)
     #: For a plain module, its inputs by name, of which `values` are the first; empty where there is one.
     inputs_by_name: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    #: Of prompts with images, what the forward takes of each beside its tokens.
+    images: tuple[PromptImages, ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids) if self.values is None else self.values.shape[0]
@@ -67,7 +72,13 @@ class Prompts:
             None if self.spans is None else {n: tuple(bounds[row] for row in rows) for n, bounds in self.spans.items()},
             self.taken,
             self._named(rows),
+            None if self.images is None else tuple(self.images[row] for row in rows),
         )
+
+    def identity(self, row: int) -> tuple[object, ...]:
+        """What a run of one prompt depends on: equal for prompts that run alike."""
+        decoder = None if self.decoder_ids is None else self.decoder_ids[row]
+        return self.ids[row], decoder, None if self.images is None else self.images[row].digest
 
     def _named(self, rows: Sequence[int]) -> dict[str, Any]:
         """The inputs by name of some rows; what has no row for each prompt is given to all."""
@@ -82,6 +93,8 @@ class Prompts:
         longest = max(map(len, taken.ids), default=0)
         if all(len(ids) == longest for ids in taken.ids):
             return taken
+        if self.images is not None:
+            raise NotImplementedError("prompts with images are not padded to one length")
         return replace(taken, ids=tuple(ids + ids[-1:] * (longest - len(ids)) for ids in taken.ids), texts=None)
 
     def rows(self, tower: str) -> Rows:
@@ -92,10 +105,10 @@ class Prompts:
         return Rows(len(self), max(lengths), (0,) * len(lengths), tuple(lengths))
 
     def batches(self, size: int | None) -> list[list[int]]:
-        """Row numbers in batches of prompts of one length, so that none needs padding."""
-        groups: dict[tuple[int, int], list[int]] = {}
+        """Row numbers in batches of prompts of one length, with images of one shape, so that none needs padding."""
+        groups: dict[object, list[int]] = {}
         for row, lengths in enumerate(zip(self.lengths("encoder"), self.lengths("decoder"), strict=True)):
-            groups.setdefault(lengths, []).append(row)
+            groups.setdefault((lengths, self.images and self.images[row].shape), []).append(row)
         step = size or len(self)
         return [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
 
@@ -109,6 +122,8 @@ class Prompts:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.decoder_ids is not None:
             inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
+        if self.images is not None:
+            inputs |= image_inputs.joined([self.images[row] for row in rows], device)
         return engine.as_taken(self.taken, inputs)
 
     def batch(self, rows: Sequence[int]) -> engine.Batch:
@@ -179,24 +194,28 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         return Prompts(values=prompts)
     if isinstance(prompts, Mapping) and "input_ids" not in prompts and not is_chat(prompts) and _is_plain(model):
         return _by_name(model, prompts)
+    images = None
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
+    chats = [] if image_inputs.are_shown(chats) else chats
     if chats:
         texts, ids, messages = _chats(model, chats)
         decoder_ids = None
     else:
-        texts, ids, decoder_ids = _ids(model, prompts)
-        messages = {}
+        texts, ids, decoder_ids, images = _ids(model, prompts)
+        messages = {} if images is None else image_inputs.spans_of_images(model, ids, images)
     if not ids:
         raise BadArgument("no prompts", expected="at least one prompt")
     for row, tokens in enumerate(ids):
         if not tokens:
             raise BadArgument(f"prompt {row} has no tokens", expected="at least one token in every prompt")
     engine.check_tokens(model, ids)
+    if images is None:
+        image_inputs.check_without(model, ids)
     named_ones = {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
     found = None if spans is None and not messages else {**messages, **named_ones}
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
-    return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))))
+    return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))), images=images)
 
 
 def _is_plain(model: engine.Model) -> bool:
@@ -218,9 +237,6 @@ def _by_name(model: engine.Model, inputs: Mapping[str, Any]) -> Prompts:
     if first is None or not len(first):
         raise BadArgument("these inputs hold no row", expected="a tensor with a row for each prompt")
     return Prompts(values=first, taken=taken, inputs_by_name=dict(inputs))
-
-
-Ids = tuple[tuple[int, ...], ...]
 
 
 def _several_chats(prompts: Any) -> list[Any]:
@@ -247,7 +263,19 @@ def _chats(
     return texts if len(texts) == len(told) else None, tuple(one.ids for one in told), spans
 
 
-def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids, Ids | None]:
+def _ids(
+    model: engine.Model, prompts: Any
+) -> tuple[tuple[str, ...] | None, Ids, Ids | None, tuple[PromptImages, ...] | None]:
+    """Texts, token ids, the decoder's token ids and the images of prompts that are no chats."""
+    if (seen := image_inputs.encodings_of(model, prompts)) is None:
+        return *_of_tokens(model, prompts), None
+    texts, encodings = seen
+    each = [_of_tokens(model, encoding)[1] for encoding in encodings]
+    images = [image_inputs.images_of(model, one, ids) for one, ids in zip(encodings, each, strict=True)]
+    return texts, tuple(chain.from_iterable(each)), None, tuple(chain.from_iterable(images))
+
+
+def _of_tokens(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids, Ids | None]:
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
