@@ -115,7 +115,7 @@ def _captured(
     if batch_size is not None and batch_size < 1:
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
-        given = encode(model, prompts, spans)
+        given = encode(model, prompts, spans, images=True)
         wanted = _wanted(model, sites)
         _check_positions(wanted, given)
         closures.require(model, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,8 @@ class PromptImages:
     parts: Mapping[str, Tensor]
     #: By argument, `[token]`.
     by_token: Mapping[str, Tensor]
+    #: Where the tokens stand that are an image's.
+    columns: tuple[int, ...]
 
     @cached_property
     def digest(self) -> str:
@@ -45,7 +48,18 @@ class PromptImages:
     def shape(self) -> tuple[object, ...]:
         """Prompts of one shape run in one pass."""
         parts = tuple((name, tuple(value.shape)) for name, value in sorted(self.parts.items()))
-        return (*parts, *sorted(self.by_token))
+        return (len(self.columns), *parts, *sorted(self.by_token))
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Prompts of one form have their images at the same tokens, and are told the same of each token."""
+        told = tuple((name, tuple(value.tolist())) for name, value in sorted(self.by_token.items()))
+        return (self.columns, told, self.shape)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The last token of each stretch of an image."""
+        return tuple(n for n in self.columns if n + 1 not in self.columns)
 
     def longer(self, more: int) -> PromptImages:
         """With so many tokens of text appended.
@@ -59,7 +73,8 @@ class PromptImages:
                 f"tokens are appended to these prompts with images, and their {strange[0]} is not known",
                 expected="a metric of answers of one token",
             )
-        return PromptImages(self.parts, {n: torch.cat([v, v.new_zeros(more)]) for n, v in self.by_token.items()})
+        longer = {name: torch.cat([value, value.new_zeros(more)]) for name, value in self.by_token.items()}
+        return PromptImages(self.parts, longer, self.columns)
 
 
 Ids = tuple[tuple[int, ...], ...]
@@ -81,7 +96,7 @@ def has_images(encoding: Any) -> bool:
 
 def are_shown(chats: Sequence[Any]) -> bool:
     """Whether a message of some chat holds an image."""
-    return any(_shows(message) for chat in chats for message in _messages(chat))
+    return any(_shows(message) for chat in chats if is_chat(chat) for message in _messages(chat))
 
 
 def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, list[Mapping[str, Any]]] | None:
@@ -95,14 +110,12 @@ def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | N
     if is_chat(prompts) and are_shown([prompts]):
         return None, [_templated(model, prompts)]
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
-        if any(map(is_chat, prompts)):
-            return None, [_templated(model, chat) for chat in prompts] if are_shown(prompts) else []
-        if any(map(has_images, prompts)):
-            if strange := [named(one) for one in prompts if not has_images(one)]:
-                raise BadType(
-                    f"prompts with images and {strange[0]}", expected="an encoding with images for each prompt"
-                )
-            return None, list(prompts)
+        if not are_shown(prompts) and not any(map(has_images, prompts)):
+            return None
+        each = [_templated(model, one) if is_chat(one) else one for one in prompts]
+        if strange := [named(one) for one in each if not (isinstance(one, Mapping) and "input_ids" in one)]:
+            raise BadType(f"prompts with images, and {strange[0]}", expected="an encoding for each prompt")
+        return None, each
     return None
 
 
@@ -121,7 +134,10 @@ def _processed(
         raise BadType(f"the text beside the images is {named(texts)}", expected="a text, or a list of texts")
     if not isinstance(images, Sequence) or len(images) != len(texts):
         number = len(images) if isinstance(images, Sequence) else 1
-        raise ShapeError(f"{len(texts)} texts and {number} entries of images", expected="an image, or a list of images, for each text")  # fmt: skip
+        raise ShapeError(
+            f"{len(texts)} texts and {number} entries of images",
+            expected="an image, or a list of images, for each text",
+        )
     return tuple(texts), [
         processor(text=[t], images=one, return_tensors="pt") for t, one in zip(texts, images, strict=True)
     ]
@@ -187,13 +203,16 @@ def images_of(model: engine.Model, encoding: Mapping[str, Any], ids: Ids) -> tup
             "these prompts hold images, and this model has two towers for text", expected="a causal decoder"
         )
     counts = [row.count(token) for row in ids]
-    if 0 in counts and (len(ids) == 1 or not any(counts)):
+    if not has_images(values):
+        check_without(model, ids)
+    elif 0 in counts and (len(ids) == 1 or not any(counts)):
         raise BadArgument(
             f"there are images, and prompt {counts.index(0)} has no token for one (id {token})",
             expected="the tokens that the processor makes of the text and its images together",
             write="processor(text=texts, images=images, return_tensors='pt')",
         )
-    _check_pixels(model, values)
+    else:
+        _check_pixels(model, values)
     dtype = peel(model).dtype
     parts = {name: value for name, value in values.items() if name not in _BY_TOKEN}
     cut = _cut(parts, counts)
@@ -203,8 +222,9 @@ def images_of(model: engine.Model, encoding: Mapping[str, Any], ids: Ids) -> tup
         PromptImages(
             {n: v.to(dtype) if v.is_floating_point() else v for n, v in cut[row].items()},
             {name: rows[row] for name, rows in by_token.items()},
+            tuple(n for n, one in enumerate(tokens) if one == token),
         )
-        for row in range(len(ids))
+        for row, tokens in enumerate(ids)
     )
 
 
@@ -239,10 +259,39 @@ def spans_of_images(model: engine.Model, ids: Ids, images: Sequence[PromptImages
     return {f"image {n + 1}" if n else "image": tuple(runs[n] for runs in each) for n in range(fewest)}
 
 
+def moved(found: tuple[int, int], plain: Sequence[int], ids: Sequence[int]) -> tuple[int, int] | None:
+    """Where a stretch of a text's own tokens stands in the tokens that its processor made of it, images in between.
+
+    None for a stretch that is not certain: it has to stand before all that the processor put in, or behind it.
+    """
+    start, stop = found
+    alike = _alike(plain, ids)
+    behind = len(plain) - _alike(plain[::-1], ids[::-1])
+    if stop <= min(alike, behind):
+        return found
+    more = len(ids) - len(plain)
+    return (start + more, stop + more) if start >= max(alike, behind) else None
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many numbers both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def joined(images: Sequence[PromptImages], device: torch.device | None) -> dict[str, Tensor]:
     """What the forward takes for these prompts, which have one shape."""
     parts = {name: torch.cat([one.parts[name] for one in images]).to(device) for name in images[0].parts}
     return parts | {name: torch.stack([one.by_token[name] for one in images]).to(device) for name in images[0].by_token}
+
+
+def shared_start(one: PromptImages | None, other: PromptImages | None) -> int:
+    """How many tokens come before anything in which the images of two prompts differ."""
+    held = [images for images in (one, other) if images is not None]
+    if len(held) == 2 and held[0].digest == held[1].digest:
+        return sys.maxsize
+    if len(held) == 2 and held[0].form[1] != held[1].form[1]:
+        return 0
+    return min((images.columns[0] for images in held if images.columns), default=0)
 
 
 def _reads(model: engine.Model) -> bool:

@@ -75,6 +75,23 @@ class Prompts:
             None if self.images is None else tuple(self.images[row] for row in rows),
         )
 
+    def shared_start(self, other: Prompts, row: int) -> int:
+        """How many tokens one prompt begins with as the other's does, where tokens read those before them alone."""
+        ids, there = self.ids[row], other.ids[row]
+        start = next((n for n, (a, b) in enumerate(zip(ids, there, strict=True)) if a != b), len(there))
+        held = [None if one.images is None else one.images[row] for one in (self, other)]
+        return start if held == [None, None] else min(start, image_inputs.shared_start(*held))
+
+    def is_causal(self, model: engine.Model) -> bool:
+        """Whether a token of these prompts depends on those before it alone: some models read images both ways."""
+        if self.images is None or not engine.is_causal(model):
+            return engine.is_causal(model)
+        alike = {(len(ids), one.form): row for row, (ids, one) in enumerate(zip(self.ids, self.images, strict=True))}
+        return all(
+            engine.is_causal_for(model, form, lambda row=row: self.inputs([row], model.device), self.images[row].ends)
+            for form, row in alike.items()
+        )
+
     def identity(self, row: int) -> tuple[object, ...]:
         """What a run of one prompt depends on: equal for prompts that run alike."""
         decoder = None if self.decoder_ids is None else self.decoder_ids[row]
@@ -169,11 +186,26 @@ SpanTexts = Mapping[str, SpanText]
 PairSpanTexts = SpanTexts | Mapping[str, SpanTexts]
 
 
-def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None) -> Prompts:
-    """Prompts in any of their forms, checked; the first of them shows how a module of the user's own is called."""
-    if isinstance(prompts, Prompts):
-        return prompts
-    given = _encoded(model, prompts, spans)
+def encode(
+    model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None, *, images: bool = False
+) -> Prompts:
+    """Prompts in any of their forms, checked; the first of them shows how a module of the user's own is called.
+
+    Args:
+        images: whether the caller gives the model all that `Prompts.inputs` holds, images too.
+
+    Raises:
+        BadArgument: prompts with images, for a caller that takes none.
+    """
+    given = prompts if isinstance(prompts, Prompts) else _encoded(model, prompts, spans)
+    if given.images is not None and not images:
+        raise BadArgument(
+            "these prompts hold images, and this question runs on tokens alone",
+            expected="prompts of text; ns.capture, ns.sweep, ns.ablate, ns.attribute, ns.path_patch, ns.causal_trace, "
+            "ns.patched_logits and the logit lens take images",
+        )
+    if given is prompts:
+        return given
     if len(given):
         engine.offer_probe(model, lambda: given.inputs([0], model.device))
     return given
@@ -213,6 +245,8 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         image_inputs.check_without(model, ids)
     named_ones = {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
     found = None if spans is None and not messages else {**messages, **named_ones}
+    # The texts alone do not make these tokens.
+    texts = texts if images is None else None
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
     return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))), images=images)
@@ -350,7 +384,7 @@ def _bounds(
         raise SpanError(f'span "{name}" is given {len(each)} times for {len(ids)} prompts', expected="one per prompt")
     for row, span in enumerate(each):
         if isinstance(span, str):
-            yield _of_text(model, name, span, row, texts)
+            yield _of_text(model, name, span, row, texts, ids[row])
         elif isinstance(span, tuple | list) and len(span) == 2 and all(isinstance(n, int) for n in span):
             start, stop = span
             if not 0 <= start < stop <= len(ids[row]):
@@ -363,7 +397,9 @@ def _bounds(
             raise BadType(f'span "{name}" of row {row} is {span!r}', expected="a text, or (start, stop) in tokens")
 
 
-def _of_text(model: engine.Model, name: str, span: str, row: int, texts: tuple[str, ...] | None) -> tuple[int, int]:
+def _of_text(
+    model: engine.Model, name: str, span: str, row: int, texts: tuple[str, ...] | None, ids: Sequence[int]
+) -> tuple[int, int]:
     if texts is None:
         raise SpanError(
             f'span "{name}" is a text, and the prompts are token ids',
@@ -381,8 +417,15 @@ def _of_text(model: engine.Model, name: str, span: str, row: int, texts: tuple[s
             f'span "{name}" cannot be found: this tokenizer does not say where its tokens stand in the text',
             expected="(start, stop) in tokens, or a fast tokenizer",
         )
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    found = covered(offsets, first, last)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    found = covered(encoded["offset_mapping"], first, last)
+    if found is not None and list(ids) != list(encoded["input_ids"]):
+        found = image_inputs.moved(found, encoded["input_ids"], ids)
+        if found is None:
+            raise SpanError(
+                f'span "{name}": where {span!r} stands among the tokens of the images is not known',
+                expected="(start, stop) in tokens",
+            )
     if found is None:
         raise SpanError(f'span "{name}": no token of row {row} stands for {span!r}')
     return found

@@ -236,6 +236,9 @@ def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine
             expected="what says how to load it where it is loaded",
             write=f"transformers.AutoModelForCausalLM.from_pretrained(name, {late.partition(',')[0]}=...)",
         )
+    if "processor" in kwargs:
+        kwargs = {"task": "image-text-to-text", **kwargs}
+        tokenizer = getattr(kwargs["processor"], "tokenizer", None) if tokenizer is None else tokenizer
     if tokenizer is None and getattr(module.config, "_name_or_path", ""):
         tokenizer = _tokenizer_of(module)
     if tokenizer is None or tokenizer is False:
