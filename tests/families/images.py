@@ -43,6 +43,7 @@ NEEDS: dict[str, dict[str, Any]] = {
                  "vision_config.num_position_embeddings": 16},
 }  # fmt: skip
 
+
 def pixels(seed: int, *shape: int) -> Tensor:
     """A synthetic image, or what a processor cuts it into."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1

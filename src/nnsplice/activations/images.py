@@ -279,7 +279,15 @@ def _alike(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def joined(images: Sequence[PromptImages], device: torch.device | None) -> dict[str, Tensor]:
-    """What the forward takes for these prompts, which have one shape."""
+    """What the forward takes for these prompts.
+
+    Raises:
+        ShapeError: prompts of different shapes, whose images do not stand in one tensor.
+    """
+    if len({one.shape for one in images}) > 1:
+        raise ShapeError(
+            "prompts with images of different shapes do not run in one pass", expected="images of one shape"
+        )
     parts = {name: torch.cat([one.parts[name] for one in images]).to(device) for name in images[0].parts}
     return parts | {name: torch.stack([one.by_token[name] for one in images]).to(device) for name in images[0].by_token}
 

@@ -121,11 +121,16 @@ class Prompts:
             return Rows(len(self), lengths[0])
         return Rows(len(self), max(lengths), (0,) * len(lengths), tuple(lengths))
 
+    def shape(self, row: int) -> tuple[object, ...]:
+        """Prompts of one shape run in one pass: as many tokens, and images that stand in one tensor."""
+        images = () if self.images is None else self.images[row].shape
+        return (self.length("encoder", row), self.length("decoder", row), *images)
+
     def batches(self, size: int | None) -> list[list[int]]:
         """Row numbers in batches of prompts of one length, with images of one shape, so that none needs padding."""
         groups: dict[object, list[int]] = {}
-        for row, lengths in enumerate(zip(self.lengths("encoder"), self.lengths("decoder"), strict=True)):
-            groups.setdefault((lengths, self.images and self.images[row].shape), []).append(row)
+        for row in range(len(self)):
+            groups.setdefault(self.shape(row), []).append(row)
         step = size or len(self)
         return [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
 

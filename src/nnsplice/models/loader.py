@@ -243,7 +243,8 @@ def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine
         tokenizer = _tokenizer_of(module)
     if tokenizer is None or tokenizer is False:
         return _without_tokenizer(module, kwargs)
-    return engine.wrap(module, tokenizer, **kwargs)
+    with _quiet():
+        return engine.wrap(module, tokenizer, **kwargs)
 
 
 def _plain(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
@@ -468,7 +469,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
