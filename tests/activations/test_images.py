@@ -279,8 +279,8 @@ def test_places_of_the_images_tower_are_refused_by_name(model, processor, module
     "ask",
     [
         lambda model, prompts: ns.steering.generate(model, prompts),
-        lambda model, prompts: ns.sweep_weights(model, model, prompts, "layers[0]", ns.logit_diff([3], [4])),
-        lambda model, prompts: ns.acdc(model, prompts, prompts, ns.logit_diff([3], [4]), 0.1),
+        lambda model, prompts: ns.acdc(model, prompts, prompts, ns.logit_diff([3], [4]), threshold=0.1),
+        lambda model, prompts: ns.lens.direct(model, prompts, "layers[:].attn.output[-1]", ns.logit_diff([3], [4])),
     ],
 )
 def test_a_question_that_runs_on_tokens_alone_refuses_images(model, processor, ask) -> None:
