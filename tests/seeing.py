@@ -13,7 +13,7 @@ from zoo import VOCAB, tokenizer
 
 SIDE, PATCH = 16, 8
 PIECES = (SIDE // PATCH) ** 2
-_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 def processor() -> Any:

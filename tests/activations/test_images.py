@@ -280,7 +280,7 @@ def test_places_of_the_images_tower_are_refused_by_name(model, processor, module
     [
         lambda model, prompts: ns.steering.generate(model, prompts),
         lambda model, prompts: ns.acdc(model, prompts, prompts, ns.logit_diff([3], [4]), threshold=0.1),
-        lambda model, prompts: ns.lens.direct(model, prompts, "layers[:].attn.output[-1]", ns.logit_diff([3], [4])),
+        lambda model, prompts: ns.lens.direct(model, prompts, ns.logit_diff([3], [4])),
     ],
 )
 def test_a_question_that_runs_on_tokens_alone_refuses_images(model, processor, ask) -> None:

@@ -133,9 +133,11 @@ def _sweeps(subject: Subject, places: list[ns.Path], clean: list[Inputs], corrup
                 subject.findings.append(Finding(check, "refused" if reason else "crash", None, reason))
                 continue
             size = float(torch.stack(plain).abs().max())
-            for row, expected in enumerate(truth):
-                for cell, value in zip(result.table.cells, result.table.values[row], strict=True):
-                    subject.found(check, abs(float(value) - expected[cell.path]) / size, f"{cell.path} of prompt {row}")
+            for prompt, expected in enumerate(truth):
+                for cell, value in zip(result.table.cells, result.table.values[prompt], strict=True):
+                    subject.found(
+                        check, abs(float(value) - expected[cell.path]) / size, f"{cell.path} of prompt {prompt}"
+                    )
             moved = [abs(v - float(_along(plain[0]))) for v in truth[0].values()]
             subject.claim("images: a patch moves the logits", max(moved) > 1e-3 * size)
             ran = result.run.executor

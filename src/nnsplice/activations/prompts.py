@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations import images as image_inputs
-from nnsplice.activations.images import Ids, PromptImages
+from nnsplice.activations import images as image_values
+from nnsplice.activations.image_inputs import are_shown, encodings_of, images_of
+from nnsplice.activations.images import Ids, PromptImages, check_without, spans_of_images
 from nnsplice.activations.messages import Chat, Message, is_chat, templated
-from nnsplice.activations.offsets import covered
+from nnsplice.activations.named_spans import bounds_of
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.paths import Span
@@ -80,7 +81,7 @@ class Prompts:
         ids, there = self.ids[row], other.ids[row]
         start = next((n for n, (a, b) in enumerate(zip(ids, there, strict=True)) if a != b), len(there))
         held = [None if one.images is None else one.images[row] for one in (self, other)]
-        return start if held == [None, None] else min(start, image_inputs.shared_start(*held))
+        return start if held == [None, None] else min(start, image_values.shared_start(*held))
 
     def is_causal(self, model: engine.Model) -> bool:
         """Whether a token of these prompts depends on those before it alone: some models read images both ways."""
@@ -145,7 +146,7 @@ class Prompts:
         if self.decoder_ids is not None:
             inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
         if self.images is not None:
-            inputs |= image_inputs.joined([self.images[row] for row in rows], device)
+            inputs |= image_values.joined([self.images[row] for row in rows], device)
         return engine.as_taken(self.taken, inputs)
 
     def batch(self, rows: Sequence[int]) -> engine.Batch:
@@ -233,13 +234,13 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         return _by_name(model, prompts)
     images = None
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
-    chats = [] if image_inputs.are_shown(chats) else chats
+    chats = [] if are_shown(chats) else chats
     if chats:
         texts, ids, messages = _chats(model, chats)
         decoder_ids = None
     else:
         texts, ids, decoder_ids, images = _ids(model, prompts)
-        messages = {} if images is None else image_inputs.spans_of_images(model, ids, images)
+        messages = {} if images is None else spans_of_images(model, ids, images)
     if not ids:
         raise BadArgument("no prompts", expected="at least one prompt")
     for row, tokens in enumerate(ids):
@@ -247,8 +248,8 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
             raise BadArgument(f"prompt {row} has no tokens", expected="at least one token in every prompt")
     engine.check_tokens(model, ids)
     if images is None:
-        image_inputs.check_without(model, ids)
-    named_ones = {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
+        check_without(model, ids)
+    named_ones = {name: tuple(bounds_of(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
     found = None if spans is None and not messages else {**messages, **named_ones}
     # The texts alone do not make these tokens.
     texts = texts if images is None else None
@@ -306,11 +307,11 @@ def _ids(
     model: engine.Model, prompts: Any
 ) -> tuple[tuple[str, ...] | None, Ids, Ids | None, tuple[PromptImages, ...] | None]:
     """Texts, token ids, the decoder's token ids and the images of prompts that are no chats."""
-    if (seen := image_inputs.encodings_of(model, prompts)) is None:
+    if (seen := encodings_of(model, prompts)) is None:
         return *_of_tokens(model, prompts), None
     texts, encodings = seen
     each = [_of_tokens(model, encoding)[1] for encoding in encodings]
-    images = [image_inputs.images_of(model, one, ids) for one, ids in zip(encodings, each, strict=True)]
+    images = [images_of(model, one, ids) for one, ids in zip(encodings, each, strict=True)]
     return texts, tuple(chain.from_iterable(each)), None, tuple(chain.from_iterable(images))
 
 
@@ -373,64 +374,3 @@ def _unpadded(ids: Any, mask: Any) -> Ids:
         return tuple(tuple(row) for row in rows.tolist())
     own = torch.as_tensor(mask).bool()
     return tuple(tuple(row[kept].tolist()) for row, kept in zip(rows, own, strict=True))
-
-
-# --- spans ------------------------------------------------------------------------------------------------------------
-
-
-def _bounds(
-    model: engine.Model, name: str, given: Any, texts: tuple[str, ...] | None, ids: Ids
-) -> Iterator[tuple[int, int]]:
-    one_for_all = isinstance(given, str) or (isinstance(given, tuple) and all(isinstance(n, int) for n in given))
-    if not one_for_all and not isinstance(given, Sequence):
-        raise BadType(f'span "{name}" is {given!r}', expected="a text or (start, stop) in tokens, or a list of them")
-    each = [given] * len(ids) if one_for_all else list(given)
-    if len(each) != len(ids):
-        raise SpanError(f'span "{name}" is given {len(each)} times for {len(ids)} prompts', expected="one per prompt")
-    for row, span in enumerate(each):
-        if isinstance(span, str):
-            yield _of_text(model, name, span, row, texts, ids[row])
-        elif isinstance(span, tuple | list) and len(span) == 2 and all(isinstance(n, int) for n in span):
-            start, stop = span
-            if not 0 <= start < stop <= len(ids[row]):
-                raise SpanError(
-                    f'span "{name}" of row {row} is tokens {start} to {stop}, and the prompt has {len(ids[row])}',
-                    expected="0 <= start < stop <= number of tokens",
-                )
-            yield start, stop
-        else:
-            raise BadType(f'span "{name}" of row {row} is {span!r}', expected="a text, or (start, stop) in tokens")
-
-
-def _of_text(
-    model: engine.Model, name: str, span: str, row: int, texts: tuple[str, ...] | None, ids: Sequence[int]
-) -> tuple[int, int]:
-    if texts is None:
-        raise SpanError(
-            f'span "{name}" is a text, and the prompts are token ids',
-            expected="(start, stop) in tokens, or text prompts",
-        )
-    text = texts[row]
-    places = [start for start in range(len(text)) if span and text.startswith(span, start)]
-    if len(places) != 1:
-        found = "does not occur" if not places else f"occurs {len(places)} times"
-        raise SpanError(f'span "{name}": {span!r} {found} in row {row}: {text!r}', expected="a text that occurs once")
-    first, last = places[0], places[0] + len(span)
-    tokenizer = engine.tokenizer_of(model)
-    if not getattr(tokenizer, "is_fast", False):
-        raise SpanError(
-            f'span "{name}" cannot be found: this tokenizer does not say where its tokens stand in the text',
-            expected="(start, stop) in tokens, or a fast tokenizer",
-        )
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    found = covered(encoded["offset_mapping"], first, last)
-    if found is not None and list(ids) != list(encoded["input_ids"]):
-        found = image_inputs.moved(found, encoded["input_ids"], ids)
-        if found is None:
-            raise SpanError(
-                f'span "{name}": where {span!r} stands among the tokens of the images is not known',
-                expected="(start, stop) in tokens",
-            )
-    if found is None:
-        raise SpanError(f'span "{name}": no token of row {row} stands for {span!r}')
-    return found

@@ -61,9 +61,7 @@ def _seen(model: Model) -> bool:
     return bool((first - second).abs().max() <= ROUNDING * scale)
 
 
-def is_causal_for(
-    model: Model, form: Hashable, inputs: Callable[[], Mapping[str, Tensor]], columns: Sequence[int]
-) -> bool:
+def is_causal_for(model: Model, form: Hashable, inputs: Callable[[], Any], columns: Sequence[int]) -> bool:
     """Whether the same holds in one prompt with images, which some models read forwards and backwards.
 
     What enters the first layer is changed at some tokens, and the logits of all tokens before have to stay.
