@@ -248,3 +248,60 @@ def test_a_plan_with_images_is_not_written_to_files(llava: Family, tmp_path) -> 
     plan = ns.plan_sweep(llava.model, llava.prompt(1), llava.prompt(2), "layers[0].output[3]", METRIC)
     with pytest.raises(BadArgument, match="these prompts have images"):
         write_plan(plan, tmp_path)
+
+
+# --- beside sweeps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "paligemma"])
+def test_a_path_from_the_image_to_a_later_layer_is_exact(name: str) -> None:
+    """Only the keys of one group learn of the patch: every other part is held as it was."""
+    family = Family(name)
+    clean, corrupted = family.prompt(1), family.prompt(2)
+    parts = ["layers[:].attn.output", "layers[:].mlp.output"]
+    sites = {str(place): place.site for place in ns.expand(family.model, parts)}
+    receiver, sender = "layers[2].groups[1].k", "layers[0].attn.output"
+    (read,) = (place.site for place in ns.expand(family.model, receiver))
+    here, there = (values(family.bare, inputs, list(sites.values())) for inputs in (corrupted, clean))  # type: ignore[arg-type]
+    at = images.FIRST + 1
+
+    def held(path: str) -> Edit:
+        def edit(value: Tensor) -> Tensor:
+            value[:] = here[sites[path]]  # type: ignore[index]
+            if path == sender:
+                value[:, at] = there[sites[path]][:, at]  # type: ignore[index]
+            return value
+
+        return edit
+
+    seen: dict[Any, Tensor] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        seen["value"] = value.clone()
+        return value
+
+    run(family.bare, corrupted, {**{sites[path]: held(path) for path in sites}, read: keep})
+    expected = family.metric(corrupted, {read: lambda _: seen["value"]})
+    assert expected != family.metric(corrupted, {})
+    result = ns.path_patch(family.model, clean, corrupted, f"{sender}[{at}]", receiver, METRIC, progress=False)
+    assert result.table.values[0].tolist() == pytest.approx([expected], abs=1e-9)
+
+
+def test_a_way_between_embeddings_is_refused_where_images_enter_elsewhere_too() -> None:
+    asked = {"sites": "layers[1].output[:]", "metric": METRIC, "method": "ig", "progress": False}
+    deep, llava = Family("qwen3_vl"), Family("llava")
+    with pytest.raises(BadArgument, match="beside their embeddings"):
+        ns.attribute(deep.model, deep.prompt(1), deep.prompt(2), **asked)
+    result = ns.attribute(llava.model, llava.prompt(1), llava.prompt(2), **{**asked, "sites": "embed[:]", "steps": 20})
+    table = result.table
+    total = float((table.values[0] - table.corrupted[0]).sum())
+    assert total == pytest.approx(float(table.clean[0] - table.corrupted[0]), rel=1e-3)
+    with pytest.raises(BadArgument, match="not estimated for prompts with images"):
+        ns.attribute(llava.model, llava.prompt(1), llava.prompt(2), **{**asked, "method": "eap"})
+
+
+def test_the_logit_lens_reads_an_images_tokens(llava: Family) -> None:
+    inputs = llava.prompt(1)
+    found = ns.lens.logit(llava.model, inputs, 'layers[2].output["image"][1]', progress=False)
+    expected = run(llava.bare, inputs, {})[0, images.FIRST + 1].argmax()
+    assert int(found.ids[0, 0, 0]) == int(expected)
