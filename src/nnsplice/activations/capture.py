@@ -78,8 +78,8 @@ def capture(
 
     Args:
         model: a model from `ns.load`.
-        prompts: a text, a list of texts, token ids (list, list of lists, tensor), chat messages or an encoding; for a
-            module of your own its input: token ids, values
+        prompts: a text, a list of texts, token ids (list, list of lists, tensor), chat messages, an encoding, or
+            `{"text": ..., "images": ...}`; for a module of your own its input: token ids, values
             `[prompt, token, width]` or `[prompt, width]`, or a dictionary by the names of its forward's arguments.
         sites: a path or several, with token positions: `"layers[:].output[-1]"`, `'layers[2].output["subject"][-1]'`.
         spans: token spans by name: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.

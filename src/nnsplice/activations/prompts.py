@@ -169,8 +169,8 @@ class Prompts:
         return None if self.spans is None else {name: [all_[r] for r in rows] for name, all_ in self.spans.items()}
 
 
-#: What prompts may be given as: texts, chat messages, token ids, an encoding, or values `[prompt, token, width]` for a
-#: plain module.
+#: What prompts may be given as: texts, chat messages, token ids, an encoding, texts with images, or values
+#: `[prompt, token, width]` for a plain module.
 PromptsLike = (
     Prompts
     | str
