@@ -78,8 +78,8 @@ def capture(
 
     Args:
         model: a model from `ns.load`.
-        prompts: a text, a list of texts, token ids (list, list of lists, tensor), chat messages or an encoding; for a
-            module of your own its input: token ids, values
+        prompts: a text, a list of texts, token ids (list, list of lists, tensor), chat messages, an encoding, or
+            `{"text": ..., "images": ...}`; for a module of your own its input: token ids, values
             `[prompt, token, width]` or `[prompt, width]`, or a dictionary by the names of its forward's arguments.
         sites: a path or several, with token positions: `"layers[:].output[-1]"`, `'layers[2].output["subject"][-1]'`.
         spans: token spans by name: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
@@ -115,7 +115,7 @@ def _captured(
     if batch_size is not None and batch_size < 1:
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
-        given = encode(model, prompts, spans)
+        given = encode(model, prompts, spans, images=True)
         wanted = _wanted(model, sites)
         _check_positions(wanted, given)
         closures.require(model, wanted)

@@ -62,6 +62,13 @@ class Graph:
     @staticmethod
     def of(model: engine.Model, plan: Plan, receivers: Paths | None) -> Graph:
         """For a plan whose sites are senders, each a place by itself."""
+        if plan.corrupted.images is not None:
+            raise BadArgument(
+                "edges between the parts of a model are not estimated for prompts with images, which may enter its "
+                "stream between the layers",
+                expected='method="atp" for sites',
+                write="ns.path_patch(model, clean, corrupted, senders, receivers, metric)   (exact)",
+            )
         branches, known = branches_of(model), engine.known(model)
         places = dict.fromkeys(place for target in plan.targets for place in target.places)
         senders = {place: _sender(place, branches) for place in places}

@@ -15,7 +15,7 @@ from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.attribution import edges, nodes, relevance, routes, star
 from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
-from nnsplice.attribution.nodes import Batch
+from nnsplice.attribution.nodes import Batch, Mixed, spot
 from nnsplice.attribution.selecting import Choice
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.packed.cost import Cost, Law
@@ -24,6 +24,7 @@ from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.probing import TOLERANCE
 
 
 def _plain(_model: engine.Model) -> AbstractContextManager[None]:
@@ -130,6 +131,8 @@ class Estimator:
                 paths.append(entry)
             values, logits = nodes.clean_run(model, plan, rows, paths, spent)
             batch = Batch(model, plan, tuple(rows), wanted, values, logits, entry, self.steps, spent)
+            if method.stepwise and plan.corrupted.images is not None:
+                _check_end(batch, logits, self.name)
             if method.edges is not None:
                 assert graph is not None
                 one, found = batch.run([], tied=False), method.edges(graph, batch)
@@ -220,6 +223,17 @@ def _check_kinds(plan: Plan, name: str) -> None:
                 path=path,
                 write="ns.sweep(...)   (exact)",
             )
+
+
+def _check_end(batch: Batch, clean: Tensor, name: str) -> None:
+    """Raise where the clean prompt's embeddings do not make its run, as parts of images enter elsewhere too."""
+    end = batch.run([], mixed=Mixed(batch.entry, batch.clean[spot(site_of(batch.entry))]), tied=False).logits
+    if bool((end - clean).abs().max() > TOLERANCE.get(clean.dtype, 2e-1) * clean.abs().max()):
+        raise BadArgument(
+            f"{name} goes from the embeddings of one prompt to those of the other, and the images of these enter the "
+            "model beside their embeddings too",
+            expected='method="atp"',
+        )
 
 
 def _check_way(plan: Plan, rows: list[int], name: str) -> None:

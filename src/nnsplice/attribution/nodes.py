@@ -92,9 +92,9 @@ def clean_run(
 ) -> tuple[Clean, Tensor]:
     """The clean prompts' values and the logits that the metric reads; their lengths may differ."""
     assert plan.clean is not None
-    groups: dict[int, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for row in rows:
-        groups.setdefault(plan.clean.length("encoder", row), []).append(row)
+        groups.setdefault(plan.clean.shape(row), []).append(row)
     for members in groups.values():
         spent.forward(plan.clean, members)
     flows = [flow(model, plan, members, paths, clean=True, tied=False) for members in groups.values()]

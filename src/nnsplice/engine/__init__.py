@@ -23,7 +23,7 @@ import nnsplice.engine.anyio_first  # noqa: F401  # before nnsight
 from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of, tokens_before
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
-from nnsplice.engine.causality import after_last_attention, is_causal
+from nnsplice.engine.causality import after_last_attention, is_causal, is_causal_for
 from nnsplice.engine.digest import weights_digest
 from nnsplice.engine.hooks import has_code_around, hooks_of, replaced_in
 from nnsplice.engine.intercept import Interception
@@ -106,6 +106,7 @@ __all__ = [
     "in_training",
     "is_aside",
     "is_causal",
+    "is_causal_for",
     "is_edited",
     "is_encoder_decoder",
     "is_memory",

@@ -35,6 +35,8 @@ def check(
             expected='operation="patch", and nothing else that differs',
             write="ns.sweep(model, prompts, None, sites, metric, source=other)",
         )
+    if prompts.images is not None:
+        raise BadArgument("values of another model are for prompts of text, and these hold images")
     engine.refuse_changed_logits(other)
     if engine.in_training(other):
         raise BadArgument("the source is in train mode, so dropout would make every run another one")

@@ -90,6 +90,8 @@ def told(prompts: Prompts) -> dict[str, Any]:
         plain["texts"] = list(prompts.texts)
     if prompts.decoder_ids is not None:
         plain["decoder"] = [list(row) for row in prompts.decoder_ids]
+    if prompts.images is not None:
+        plain["images"] = [images.digest for images in prompts.images]
     if prompts.spans is not None:
         plain["spans"] = {name: [list(bounds) for bounds in rows] for name, rows in prompts.spans.items()}
     return plain

@@ -323,8 +323,7 @@ class Plan:
         if self.operation.name != "patch" or self.clean is None or self.align != "position" or self.foreign:
             return [0] * len(self.corrupted)
         changed = self.corruption.positions if self.corruption is not None else ((),) * len(self.corrupted)
-        pairs = zip(self.clean.ids, self.corrupted.ids, strict=True)
-        each = [next((n for n, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[1])) for pair in pairs]
+        each = [self.clean.shared_start(self.corrupted, row) for row in range(len(self.corrupted))]
         return [min([start, *tokens]) for start, tokens in zip(each, changed, strict=True)]
 
     @cached_property

@@ -137,6 +137,12 @@ def cells_of(told: Mapping[str, Any]) -> tuple[Cell, ...]:
 
 
 def _prompts(prompts: Prompts) -> dict[str, Any]:
+    if prompts.images is not None:
+        raise BadArgument(
+            "a plan's files hold tokens, and these prompts have images",
+            expected="a run in this process, or prompts of text",
+            write="ns.run(plan, model)",
+        )
     spans = None if prompts.spans is None else {name: [list(b) for b in rows] for name, rows in prompts.spans.items()}
     decoder = None if prompts.decoder_ids is None else [list(row) for row in prompts.decoder_ids]
     texts = None if prompts.texts is None else list(prompts.texts)

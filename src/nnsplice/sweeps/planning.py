@@ -158,8 +158,8 @@ def _prompts(
         raise BadArgument("neither clean nor corrupted prompts", expected="prompts")
     if clean is None and operation.name == "patch":
         raise BadArgument("patching takes its values from the clean run, and clean is None", expected="clean prompts")
-    source = None if clean is None else encode(model, clean, spans_clean)
-    edited = source if corrupted is None else encode(model, corrupted, spans_corrupted)
+    source = None if clean is None else encode(model, clean, spans_clean, images=True)
+    edited = source if corrupted is None else encode(model, corrupted, spans_corrupted, images=True)
     assert edited is not None
     if edited.values is not None:
         raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")

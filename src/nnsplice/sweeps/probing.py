@@ -80,7 +80,7 @@ def compare(work: Work, longest: int) -> tuple[Answer, Cost]:
     del work.memo["way"]
     refused = mismatch or raised
     try:
-        tried = probe.tried(batched, _by_length(work, probe.jobs))
+        tried = probe.tried(batched, _by_shape(work, probe.jobs))
     except Exception as error:
         note = f"not packed: {refused}; not batched: {_reason(error)}"
         return Answer("reference", note, longest, refused), cost + probe.noise_cost
@@ -100,10 +100,10 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"
 
 
-def _by_length(work: Work, jobs: Sequence[Job]) -> list[list[Job]]:
-    groups: dict[int, list[Job]] = {}
-    for job, length in zip(jobs, whole_prompts(work, jobs), strict=True):
-        groups.setdefault(length, []).append(job)
+def _by_shape(work: Work, jobs: Sequence[Job]) -> list[list[Job]]:
+    groups: dict[object, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(work.plan.corrupted.shape(job[0]), []).append(job)
     return list(groups.values())
 
 

@@ -324,11 +324,12 @@ def _chunks(
 
 
 def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs by the length of their prompts, where that matters; sorted by prompt, so that a chunk is about few."""
-    encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
-    groups: dict[tuple[int, int], list[Job]] = {}
+    """Jobs by the shape of their prompts, where that matters; sorted by prompt, so that a chunk is about few."""
+    prompts = work.plan.corrupted
+    shapes = [() if executor.mixed else prompts.shape(row) for row in range(len(prompts))]
+    groups: dict[object, list[Job]] = {}
     for job in sorted(jobs):
-        groups.setdefault((0, 0) if executor.mixed else (encoder[job[0]], decoder[job[0]]), []).append(job)
+        groups.setdefault(shapes[job[0]], []).append(job)
     return list(groups.values())
 
 

@@ -87,10 +87,8 @@ def corrupted_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, C
 def _first_alike(plan: Plan, prompts: Prompts) -> list[int]:
     """For each prompt the first that is the same, and read at the same token: one run serves them all."""
     known: dict[object, int] = {}
-    decoder = prompts.decoder_ids
     return [
-        known.setdefault((ids, None if decoder is None else decoder[row], read_at(plan, row, clean=True)), row)
-        for row, ids in enumerate(prompts.ids)
+        known.setdefault((prompts.identity(row), read_at(plan, row, clean=True)), row) for row in range(len(prompts))
     ]
 
 
