@@ -39,6 +39,10 @@ class Features(Protocol):
         """What features add to the place, without a bias."""
         ...
 
+    def added_each(self, values: Tensor, like: Tensor | None, numbers: Sequence[int]) -> Tensor:
+        """The same where each row is about one feature: `[row, 1]` -> `[row, width]`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Attached:

@@ -157,11 +157,30 @@ class SAE:
         Returns:
             `[..., width]`.
         """
-        t = self._tensors(features)
+        directions = self._directions(features, chosen)
+        return self._scaled_back(features.to(directions) @ directions, like)
+
+    def added_each(self, values: Tensor, like: Tensor | None, numbers: Sequence[int]) -> Tensor:
+        """What one feature of each row adds: `added`, where every row is about a feature of its own.
+
+        Args:
+            values: `[row, 1]`.
+            like: the values that were encoded, `[row, width]`; None leaves them scaled as the SAE scales its inputs.
+            numbers: the number of each row's feature.
+
+        Returns:
+            `[row, width]`.
+        """
+        directions = self._directions(values, numbers)
+        return self._scaled_back(values.to(directions) * directions, like)
+
+    def _directions(self, like: Tensor, chosen: Sequence[int] | None) -> Tensor:
+        """The direction of each feature, for its value as it is encoded: `[feature, width]`."""
+        t = self._tensors(like)
         directions = t["W_dec"] if chosen is None else t["W_dec"][list(chosen)]
-        if self.by_decoder_norm:
-            directions = directions / directions.norm(dim=-1, keepdim=True)
-        out = features.to(directions) @ directions
+        return directions / directions.norm(dim=-1, keepdim=True) if self.by_decoder_norm else directions
+
+    def _scaled_back(self, out: Tensor, like: Tensor | None) -> Tensor:
         return out if like is None or self.norm == "none" else out * self._scaling(like.to(out))[1][1]
 
     def error(self, values: Tensor) -> Tensor:
