@@ -219,10 +219,15 @@ def written(
     factor: Tensor | float | None = None,
     spans: Spans | None = None,
     read: Read | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """A copy of `[prompt, token, width]` with all entries in it."""
+    """A copy of `[prompt, token, width]` with all entries in it.
+
+    Args:
+        before: what SAEs read, where parts of theirs were written into `values` already.
+    """
     batch, width = values.shape[:2]
-    before = values
+    before = values if before is None else before
     for one in check_overlaps(entries, rows, width, spans):
         entry, where = one.entry, one.where
         if entry.sae is not None:
