@@ -314,10 +314,11 @@ def test_what_has_no_features_is_told(model: Any) -> None:
     with pytest.raises(BadArgument, match="several values"):
         ns.sweep(model, TEXTS, OTHERS, f"{AT}.features[0][1]", METRIC, executor="batched", progress=False)
     with pytest.raises(RefusedPlace, match="derived"):
-        ns.path_patch(model, TEXTS, OTHERS, f"{AT}.features[0][1]", "unembed", METRIC, progress=False)
-    for method in ("eap", "relp", "exact"):
-        with pytest.raises(RefusedPlace):
-            ns.attribute(model, TEXTS, OTHERS, [f"{AT}.features[0]", "embed"], METRIC, method=method, progress=False)
+        ns.path_patch(model, TEXTS, OTHERS, "embed", f"{AT}.features[0]", METRIC, progress=False)
+    with pytest.raises(RefusedPlace, match="derived"):
+        ns.path_patch(model, TEXTS, OTHERS, f"{AT}.features[0]", f"{AT}.features[0]", METRIC, progress=False)
+    with pytest.raises(RefusedPlace, match="ifr shares a stream among"):
+        ns.attribute(model, TEXTS, OTHERS, f"{AT}.features[0]", METRIC, method="ifr", progress=False)
     with pytest.raises(BadArgument, match="no sender of a circuit"):
         ns.Circuit.of(edges=[(f"{AT}.features[0]", "layers[2].mlp.input")], model=model)
     error = ns.SavedActivation.from_pairs((f"{AT}.error[-1]", torch.ones(1, 16)))
