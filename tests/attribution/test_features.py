@@ -30,7 +30,12 @@ def _ids(text: str) -> Tensor:
 
 
 def _run(
-    model: Any, change: Callable[[Tensor], Tensor], *, layer: int = 1, embeds: Tensor | None = None, text: str = CORRUPTED
+    model: Any,
+    change: Callable[[Tensor], Tensor],
+    *,
+    layer: int = 1,
+    embeds: Tensor | None = None,
+    text: str = CORRUPTED,
 ) -> Tensor:
     """The metric of a run whose stream behind a layer is changed, in the graph, with torch's hooks alone."""
     root: Any = peel(model)
@@ -99,7 +104,7 @@ def test_parts_add_up_to_their_place(method: str, place: str) -> None:
     sites = [f"{at}.features[:]", f"{at}.error", place]
     result = ns.attribute(model, CLEAN, CORRUPTED, sites, METRIC, method=method, progress=False)
     scores = result.table.values[0] - result.table.corrupted[0]
-    whole = {path: 0.0 for path in ([""] if together else map(str, range(TOKENS)))}
+    whole = dict.fromkeys([""] if together else map(str, range(TOKENS)), 0.0)
     parts = dict(whole)
     for cell, score in zip(result.table.cells, scores, strict=True):
         key = "" if together else str(cell.position)

@@ -103,7 +103,9 @@ def test_edges_carry_features_to_their_receivers_alone(tmp_path: Path) -> None:
     ns.attach_sae(model, "layers[0].mlp.output", sae, "s")
     full = ns.Circuit.full(model)
     rest = [(str(s), str(r)) for s, r in full.edges if (str(s), str(r)) != ("layers[0].mlp", "unembed")]
-    circuit = ns.Circuit.of(edges=[*rest, (f"{AT}.features[4]", "unembed"), (f"{AT}.features[9]", "unembed")], model=model)
+    circuit = ns.Circuit.of(
+        edges=[*rest, (f"{AT}.features[4]", "unembed"), (f"{AT}.features[9]", "unembed")], model=model
+    )
     own, outside = _added(model, CLEAN), _added(model, CORRUPTED)
     root: Any = peel(model)
     ends: list[Tensor] = []
@@ -163,4 +165,4 @@ def test_what_is_no_sender_is_refused_by_name() -> None:
         run('layers[0].mlp.output.sae["gone"].error')
     circuit = ns.Circuit.of(nodes=["embed", f"{AT}.features[1]"], model=model)
     with pytest.raises(BadArgument, match="is a part of a sender"):
-        ~circuit
+        _ = ~circuit

@@ -150,7 +150,9 @@ def test_rows_that_are_the_same_are_encoded_once_and_many_in_parts(monkeypatch: 
     expected = _swept(model, sites, "packed")
     encoded: list[int] = []
     encode = ns.SAE.encode
-    monkeypatch.setattr(ns.SAE, "encode", lambda sae, values: encoded.append(values[..., 0].numel()) or encode(sae, values))
+    monkeypatch.setattr(
+        ns.SAE, "encode", lambda sae, values: encoded.append(values[..., 0].numel()) or encode(sae, values)
+    )
     monkeypatch.setattr("nnsplice.activations.features.AT_ONCE", 2 * FEATURES)
     assert AT_ONCE > 2 * FEATURES
     assert np.nanmax(np.abs(_swept(model, sites, "packed") - expected)) < 1e-12

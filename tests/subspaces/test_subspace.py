@@ -161,9 +161,7 @@ def test_files_keep_everything_and_damage_is_told(tmp_path: Path) -> None:
 
 
 def test_captures_are_projected_and_interchanged() -> None:
-    a, b = (
-        ns.capture(wrap("gpt2"), texts, f"{PLACE}[:]") for texts in (["w3 w4", "w5 w6"], ["w7 w8", "w9 w1"])
-    )
+    a, b = (ns.capture(wrap("gpt2"), texts, f"{PLACE}[:]") for texts in (["w3 w4", "w5 w6"], ["w7 w8", "w9 w1"]))
     subspace = _random(3)
     projector = _projector(subspace)
     for key, value in a.interchange(b, subspace).items():

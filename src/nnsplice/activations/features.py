@@ -7,6 +7,7 @@ the value keeps every bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from nnsplice.paths import Path
 
 #: The kinds that are read and written here.
 KINDS = ("feature", "error")
+#: A feature of a transcoder, which reads one place and is written at another.
+TRANSCODED = "transcoded"
 #: So many values of features are encoded at once.
 AT_ONCE = 1 << 24
 
@@ -37,6 +40,15 @@ def sae_of(model: Any, path: Path) -> Features:
     return held[name].sae
 
 
+def written_at(model: Any, path: Path) -> Path:
+    """Where a feature of a transcoder is written."""
+    name = site_of(path).sae
+    held = attached(peel(model))
+    if name is None or name not in held:
+        raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
+    return replace(path, sae=None, site=held[name].place.site)
+
+
 def part(sae: Features, site: Site, values: Tensor) -> Tensor:
     """`[..., 1]` of a feature, `[..., width]` of the error, of `[..., width]` values.
 
@@ -50,7 +62,7 @@ def part(sae: Features, site: Site, values: Tensor) -> Tensor:
 
 def parts(sae: Features, sites: list[Site], values: Tensor) -> dict[int | None, Tensor]:
     """The same for several parts of one SAE, by the number of the feature; None is the error."""
-    features = sae.encode(values) if any(site.kind == "feature" for site in sites) else values[..., :0]
+    features = sae.encode(values) if any(site.kind != "error" for site in sites) else values[..., :0]
     return {
         site.index: part(sae, site, values) if site.index is None else features[..., [site.index]].to(values)
         for site in sites

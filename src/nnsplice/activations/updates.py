@@ -85,16 +85,21 @@ def _walk(
     for access in plan:
         rows = batch.rows(access.tower)
         made = derived.experts(access, mediator, rows) if access.kind == "expert" else None
+        if access.kind == features.TRANSCODED:  # read once, as the first update lets the run go on to where it writes
+            inputs = hold(access, mediator, rows).tensor
+            made = {site_of(path).index: inputs for path in access.paths}
         for path in access.paths:
             # Read anew for each position: the block may have changed the value since.
             values = hold(access, mediator, rows).tensor if made is None else made[site_of(path).index]
+            read = None if made is None else Read({path.site: values})
+            if access.kind == features.TRANSCODED:
+                values = features.part(features.sae_of(model, path), site_of(path), values)
             if access.kind in features.KINDS:
                 values = features.part(features.sae_of(model, path), site_of(path), sae_inputs.of(access, values))
             position = path.position
             assert isinstance(position, int)
             where = columns((position,), rows, values.shape[1])
             current = wire.pick(values, where, site_of(path).columns)[:, 0]
-            read = None if made is None else Read({path.site: values})
             yield names[path], current, _updater(model, mediator, path, rows, read, sae_inputs)
 
 
@@ -124,8 +129,12 @@ def _updater(
 ) -> Update:
     position = path.position
     assert isinstance(position, int)
-    target = host(path) if read is None else derived.expert_output(path)
-    sae = features.sae_of(model, path) if site_of(path).kind in features.KINDS else None
+    kind = site_of(path).kind
+    if kind == features.TRANSCODED:
+        target = features.written_at(model, path)
+    else:
+        target = host(path) if read is None else derived.expert_output(path)
+    sae = features.sae_of(model, path) if kind in (*features.KINDS, features.TRANSCODED) else None
     (access,) = accesses(model, [target])
     visits = mediator.occurrence(access.place.key)
 

@@ -183,6 +183,8 @@ def _entry(model: engine.Model, group: Sequence[tuple[Path, int]], where: Sequen
         return Entry(path, derived.expert_output(path), positions, tensor, path)
     if kind in features.KINDS:
         return Entry(path, host(path), positions, tensor, sae=features.sae_of(model, path))
+    if kind == features.TRANSCODED:
+        return Entry(path, features.written_at(model, path), positions, tensor, path, features.sae_of(model, path))
     return Entry(path, path, positions, tensor)
 
 
@@ -191,6 +193,8 @@ def _sources(access: Access, mediator: Any, rows: Rows) -> dict[object, Tensor]:
         made = derived.experts(access, mediator, rows)
         return {path.site: made[site_of(path).index] for path in access.paths}
     tensor = hold(access, mediator, rows).tensor
+    if access.kind == features.TRANSCODED:
+        return {path.site: tensor for path in access.paths}
     found: dict[object, Tensor] = {}
     for path in access.paths:
         start, stop = site_of(path).columns or (0, tensor.shape[-1])
@@ -231,7 +235,8 @@ def written(
     for one in check_overlaps(entries, rows, width, spans):
         entry, where = one.entry, one.where
         if entry.sae is not None:
-            values = _with_part(entry, where, before, values, factor)
+            inputs = before if read is None or entry.source is None else read.values[entry.source.site]
+            values = _with_part(entry, where, inputs, values, factor)
             continue
         part = one.part or (0, values.shape[-1])
         new = entry.tensor
@@ -259,7 +264,7 @@ def _with_part(entry: Entry, where: Any, before: Tensor, values: Tensor, factor:
     """The values with what a feature, or the error, changes by; parts of one SAE add up.
 
     Args:
-        before: the values that the SAE reads, whatever was written beside it.
+        before: the values that the SAE reads, whatever was written beside it; a transcoder's are of another place.
     """
     assert entry.sae is not None
     site = site_of(entry.path)

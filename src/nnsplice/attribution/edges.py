@@ -239,6 +239,12 @@ def norm_behind(branch: Branch) -> str | None:
 
 
 def _sender(place: Path, branches: Branches) -> Sender:
+    if site_of(place).kind == "transcoded":
+        raise RefusedPlace(
+            "a feature of a transcoder is derived from several values of a run, so no edge starts there",
+            path=place,
+            write="ns.sweep(...)   (exact)",
+        )
     # A feature, or an error, sends what it changes of the place that it is a part of.
     branch, site = branches.of(place), site_of(host(place))
     if branch is None:

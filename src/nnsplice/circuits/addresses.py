@@ -1,9 +1,9 @@
 """The addresses of a circuit: who adds to the stream, and who reads it.
 
 Senders are `embed`, `layers[i].heads[j]`, `layers[i].mlp` and `layers[i].experts[e]`, at all tokens or, as in
-`layers[i].heads[j][-1]`, at some; and features of an SAE of `layers[i].mlp.output`, and its error. Receivers are `layers[i].heads[j].q`,
-`layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`. Any spelling of them that a path can
-have is taken, and one comes out.
+`layers[i].heads[j][-1]`, at some; and features of an SAE of `layers[i].mlp.output`, and its error. Receivers are
+`layers[i].heads[j].q`, `layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`. Any spelling of
+them that a path can have is taken, and one comes out.
 """
 
 from __future__ import annotations

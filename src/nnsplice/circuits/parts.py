@@ -1,4 +1,4 @@
-"""Senders that are a part of one, some tokens, an expert or a feature: what runs keep of them, and whether a model has them."""
+"""Senders that are a part of one, some tokens, an expert or a feature: what runs keep of them, and if a model has them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_parts(model: engine.Model, wiring: Wiring, prompts: Prompts, source: S
         (path,) = engine.expand(model, sender.place)
         tokens_of(path.at(sender.position), prompts)
         if sender.sae is not None:
-            _check_sae(model, sender, site_of(host(path)), wiring.layers[int(sender.steps[0].index)].mlp_added)  # type: ignore[arg-type]
+            _check_sae(model, sender, path, wiring.layers[int(sender.steps[0].index)].mlp_added)  # type: ignore[arg-type]
         if sender.steps[-1].name != "experts":
             continue
         layer = wiring.layers[int(sender.steps[0].index)]  # type: ignore[arg-type]
@@ -57,17 +57,23 @@ def check_parts(model: engine.Model, wiring: Wiring, prompts: Prompts, source: S
             )
 
 
-def _check_sae(model: engine.Model, sender: Path, place: Site, added: Site) -> None:
+def _check_sae(model: engine.Model, sender: Path, path: Path, added: Site) -> None:
     """Raise where a feature is no share of what the MLP adds to the stream."""
     assert sender.sae is not None
     sae = attached(peel(model))[sender.sae.name].sae
-    if sae.identity["norm"] != "none":
+    if site_of(path).kind == "transcoded":
         raise RefusedPlace(
-            "this SAE scales its inputs by each token's own size, so what the MLP adds is no sum of features and an error",
+            "a transcoder reads what enters the MLP, so its features are no shares of what the MLP adds",
             path=sender,
             write=str(whole_of(sender)),
         )
-    if place.location != added.location:
+    if sae.identity["norm"] != "none":
+        raise RefusedPlace(
+            "this SAE scales its inputs by each token's size, so what the MLP adds is no sum of features and an error",
+            path=sender,
+            write=str(whole_of(sender)),
+        )
+    if site_of(host(path)).location != added.location:
         raise RefusedPlace(
             "what this SAE is of is not what the MLP adds to the stream", path=sender, write=str(whole_of(sender))
         )

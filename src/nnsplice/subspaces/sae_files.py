@@ -24,6 +24,13 @@ from nnsplice.subspaces.sae import DECODER, KINDS, NORMS, SAE
 
 CONFIG, WEIGHTS, PARAMS = "cfg.json", "sae_weights.safetensors", "params.npz"
 EXPECTED = f"a folder with {CONFIG} and {WEIGHTS} (SAELens), or a file {PARAMS} (Gemma Scope)"
+#: Transcoders by the names of SAELens, with the kind that each encodes as.
+TRANSCODERS = {
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
 #: Of a config, what changes the arithmetic, with the values under which it is what is computed here.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "reshape_activations": ("none", "hook_z", None),  # heads side by side, as a place has them
@@ -39,7 +46,8 @@ def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
     >>> ns.load_sae(ns.models.embedded("toy") / "sae")
     SAE: topk, 256 features of a place 64 wide
 
-    Kinds: standard, topk, batchtopk, jumprelu, gated.
+    Kinds: standard, topk, batchtopk, jumprelu, gated; transcoders, with and without a skip, that are standard or
+    jumprelu. Gemma Scope's transcoders have the format of its SAEs: attach them with `reads=`.
 
     Args:
         path: a folder that holds `cfg.json` and `sae_weights.safetensors`, or `params.npz`; or the npz file.
@@ -50,7 +58,7 @@ def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
         The SAE.
 
     Raises:
-        BadArgument: a `scaling_factor` that is not above 0 and finite, or one for an SAE that scales nothing by a factor.
+        BadArgument: a `scaling_factor` that is not above 0 and finite, or for an SAE that scales nothing by a factor.
         BadType: a `scaling_factor` that is no number.
         FileError: the file is none of these, is damaged, has a kind or setting that is not known here, or needs a
             `scaling_factor`.
@@ -72,7 +80,7 @@ def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
         raise FileError(f"{path} holds no SAE that can be used: {error}", expected=EXPECTED) from None
     if scaling_factor is not None and not scaled:
         raise BadArgument(
-            f"the SAE at {path} scales nothing by a factor, so scaling_factor={scaling_factor} would change its numbers",
+            f"the SAE at {path} scales nothing by a factor; scaling_factor={scaling_factor} would change its numbers",
             expected="no scaling_factor",
             write=f"ns.load_sae({str(path)!r})",
         )
@@ -113,6 +121,7 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> tuple[SAE, bool]
     if not isinstance(config, dict):
         raise FileError(f"{folder / CONFIG} is no config", expected="an object of JSON")
     tensors = _read(weights)
+    transcoder = config.get("architecture") in TRANSCODERS
     kind = _kind(folder, config)
     for name, values in _PLAIN.items():
         if config.get(name, values[0]) not in values:
@@ -128,6 +137,8 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> tuple[SAE, bool]
     scaled = norm == "expected_average_only_in"
     if scaled:
         tensors, norm = _scaled(tensors, scaling_factor, folder, by_decoder_norm), "none"
+    if transcoder:
+        _check_transcoder(folder, config, tensors, norm, scaled)
     if norm not in NORMS:
         raise FileError(f"{folder / CONFIG} has normalize_activations={norm!r}, which is not known here")
     held = config.get("metadata")
@@ -135,22 +146,43 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> tuple[SAE, bool]
     told = {name: metadata.get(name, config.get(name)) for name in ("model_name", "hook_name")}
     sae = SAE(
         kind,
-        {name: tensor for name, tensor in tensors.items() if name in {**KINDS[kind], **DECODER}},
+        {name: tensor for name, tensor in tensors.items() if name in _names(kind, transcoder)},
         k=config.get("k", (config.get("activation_fn_kwargs") or {}).get("k")) if kind == "topk" else None,
-        centred=bool(config.get("apply_b_dec_to_input", True)),
+        centred=bool(config.get("apply_b_dec_to_input", not transcoder)),
         norm=norm,
+        transcoder=transcoder,
         by_decoder_norm=by_decoder_norm,
         about={"format": "SAELens", **{name: value for name, value in told.items() if value is not None}},
     )
     return sae, scaled
 
 
+def _names(kind: str, transcoder: bool) -> set[str]:
+    return {*KINDS[kind], *DECODER, *(("W_skip",) if transcoder else ())}
+
+
+def _check_transcoder(
+    folder: FilePath, config: Mapping[str, Any], tensors: Mapping[str, Tensor], norm: str, scaled: bool
+) -> None:
+    """Raise where a transcoder is not what its name says."""
+    kind = config["architecture"]
+    if norm != "none" or scaled:
+        raise FileError(
+            f"{folder / CONFIG} is a {kind} that scales its inputs, which is not known here",
+            expected="normalize_activations none",
+        )
+    if ("skip" in kind) != ("W_skip" in tensors):
+        raise FileError(f"{folder / WEIGHTS} has {'no ' if 'skip' in kind else ''}W_skip, and its config says {kind!r}")
+
+
 def _kind(folder: FilePath, config: Mapping[str, Any]) -> str:
     """The kind that a config names; an older one says it by the activation function of a standard SAE."""
     kind = config.get("architecture", "standard")
+    kind = TRANSCODERS.get(kind, kind)
     if kind not in KINDS:
         raise FileError(
-            f"{folder / CONFIG} is of the kind {kind!r}, which is not known here", expected=f"one of {', '.join(KINDS)}"
+            f"{folder / CONFIG} is of the kind {kind!r}, which is not known here",
+            expected=f"one of {', '.join((*KINDS, *TRANSCODERS))}",
         )
     function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     if kind == "standard" and function == "topk":

@@ -62,7 +62,17 @@ def _saes(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
     """The SAEs whose features are sites, by their names."""
     names = {str(site_of(place).sae) for target in targets for place in target.places if place.sae is not None}
     held = attached(peel(model))
-    return {"saes": {name: dict(held[name].sae.identity) for name in sorted(names)}} if names else {}
+    if not names:
+        return {}
+    return {
+        "saes": {
+            name: {
+                **held[name].sae.identity,
+                **({} if (reads := held[name].reads) is None else {"reads": str(reads.place)}),
+            }
+            for name in sorted(names)
+        }
+    }
 
 
 def labels_of(model: engine.Model, plan: Plan) -> dict[str, Any]:

@@ -56,7 +56,10 @@ def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
         tokens = {position: order for order, position in enumerate(plan.positions(part, prompt)) if position >= same}
         edits += [
             Edit.made(
-                work.model, place, tuple(tokens), change or plan.operation.apply,
+                work.model,
+                place,
+                tuple(tokens),
+                change or plan.operation.apply,
                 _values(work, prompt, part, place, tokens),
             )
             for place in (part.places if tokens else ())

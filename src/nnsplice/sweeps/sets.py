@@ -124,7 +124,7 @@ def _check_overlaps(model: engine.Model, parts: Sequence[Part], edited: Prompts)
     for (one, a), (other, b) in combinations(written, 2):
         sa, sb = site_of(a), site_of(b)
         kinds = {site_of(one.places[0]).kind, site_of(other.places[0]).kind}
-        adding = kinds == {"expert"} or kinds <= set(features.KINDS)  # they add their differences
+        adding = kinds == {"expert"} or kinds <= {*features.KINDS, features.TRANSCODED}  # they add their differences
         if adding or (sa.location, sa.item) != (sb.location, sb.item) or not _meet(sa.columns, sb.columns):
             continue
         for prompt, length in enumerate(edited.lengths(one.tower)):
@@ -144,6 +144,8 @@ def _written(model: engine.Model, place: Path) -> Path:
     kind = site_of(place).kind
     if kind == "pattern":
         return derived.pattern_places(model, place)[1]
+    if kind == features.TRANSCODED:
+        return features.written_at(model, place)
     return derived.expert_output(place) if kind == "expert" else host(place)
 
 
