@@ -63,9 +63,10 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str
         found = engine.expand(model, parse_path(place).place)
         if len(found) != 1:
             raise BadArgument(
-                f"{len(found)} places", path=place,
-                expected="one place for an SAE; a cross-layer transcoder, which writes to several layers, is not known here",
-            )  # fmt: skip
+                f"{len(found)} places",
+                path=place,
+                expected="one place; an SAE of several layers (a cross-layer transcoder) is not known here",
+            )
         site = site_of(found[0])
         if site.kind != "plain" or site.columns is not None or found[0].sae is not None:
             raise RefusedPlace(
