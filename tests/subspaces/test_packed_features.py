@@ -13,7 +13,7 @@ from torch import Tensor
 import nnsplice as ns
 from nnsplice.activations.features import AT_ONCE
 from nnsplice.atlas import peel
-from nnsplice.errors import BadArgument
+from nnsplice.errors import BadArgument, UnknownPath
 from zoo import wrap
 
 WIDTH, FEATURES = 16, 24
@@ -180,3 +180,41 @@ def test_whole_batches_have_no_features() -> None:
     at = ns.attach_sae(model, "layers[1].output", sae_of(), "s")
     with pytest.raises(BadArgument, match='"packed", "reference" or "auto"'):
         _swept(model, f"{at}.features[0][1]", "batched")
+
+
+def test_values_of_another_model_are_read_by_the_same_sae() -> None:
+    model, other = _double("llama"), _double("llama")
+    with torch.no_grad():
+        for number, parameter in enumerate(other._module.parameters()):
+            draw = torch.Generator().manual_seed(number)
+            parameter += 0.01 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+    at = ns.attach_sae(model, "layers[1].output", sae_of(), "s")
+    sites = [f"{at}.features[2::9][1]", f"{at}.error[1]"]
+    with pytest.raises(UnknownPath, match="no SAE 's'"):
+        ns.sweep(model, OTHERS[0], None, sites, METRIC, source=other, progress=False)
+    ns.attach_sae(other, "layers[1].output", sae_of(seed=1), "s")
+    with pytest.raises(BadArgument, match="another SAE 's'"):
+        ns.sweep(model, OTHERS[0], None, sites, METRIC, source=other, progress=False)
+    ns.detach_sae(other, "s")
+    ns.attach_sae(other, "layers[1].output", sae_of(), "s")
+    packed, reference = (
+        ns.sweep(model, OTHERS[0], None, sites, METRIC, source=other, executor=name, progress=False).table.values
+        for name in ("packed", "reference")
+    )
+    assert np.abs(packed - reference).max() < 1e-12
+
+
+def test_a_plan_runs_with_the_sae_that_it_was_made_with() -> None:
+    model = _double("llama")
+    at = ns.attach_sae(model, "layers[1].output", sae_of(), "s")
+    plan = ns.plan_sweep(model, TEXTS, OTHERS, f"{at}.features[2][1]", METRIC)
+    found = ns.run(plan, model, progress=False).table.values
+    ns.detach_sae(model, "s")
+    with pytest.raises(UnknownPath, match="any more"):
+        ns.run(plan, model, progress=False)
+    ns.attach_sae(model, "layers[1].output", sae_of(seed=1), "s")
+    with pytest.raises(BadArgument, match="another SAE of this name"):
+        ns.run(plan, model, progress=False)
+    ns.detach_sae(model, "s")
+    ns.attach_sae(model, "layers[1].output", sae_of(), "s")
+    assert np.array_equal(ns.run(plan, model, progress=False).table.values, found, equal_nan=True)
