@@ -77,12 +77,12 @@ def test_scores_are_steps_along_autograds_gradients(method: str, kind: str, norm
     model, sae = _double(), sae_of(kind, norm)
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     clean, here = _stream(model, CLEAN), _stream(model, CORRUPTED)
-    embed = peel(model).model.embed_tokens  # type: ignore[union-attr]
+    root: Any = peel(model)
+    embed = root.model.embed_tokens
     a, b = (embed(_ids(text)).detach() for text in (CORRUPTED, CLEAN))
-    places, weights = ([0.0], [1.0]) if method == "atp" else np.polynomial.legendre.leggauss(4)
-    points = [0.0] if method == "atp" else [(place + 1) / 2 for place in places]
+    places, weights = (np.array([-1.0]), np.array([2.0])) if method == "atp" else np.polynomial.legendre.leggauss(4)
     gradient = torch.zeros_like(here)
-    for point, weight in zip(points, [1.0] if method == "atp" else weights / 2, strict=True):
+    for point, weight in zip((places + 1) / 2, weights / 2, strict=True):
         push = torch.zeros_like(here, requires_grad=True)
         value = _run(model, lambda h, push=push: h.detach() + push, embeds=a + (b - a) * point)
         gradient += torch.autograd.grad(value, push)[0] * float(weight)
@@ -113,8 +113,9 @@ def test_parts_add_up_to_their_place(method: str, place: str) -> None:
         assert abs(parts[key] - value) < 1e-9
     assert max(map(abs, whole.values())) > 1e-6
     if together:
+        edges: Any = result.table.edges
         of_parts, of_whole = (
-            sum(np.nan_to_num(result.table.edges[0, n]) for n, cell in enumerate(result.table.cells)
+            sum(np.nan_to_num(edges[0, n]) for n, cell in enumerate(result.table.cells)
                 if (".sae" in cell.path) == is_part) for is_part in (True, False)
         )  # fmt: skip
         assert np.allclose(of_parts, of_whole, rtol=0, atol=1e-9)
@@ -183,12 +184,13 @@ def test_exact_edges_are_what_one_receiver_makes_of_a_part(place: str) -> None:
     def mlp(mid: Tensor) -> Tensor:
         return last.mlp(last.post_attention_layernorm(mid))
 
+    edges: Any = result.table.edges
     with torch.no_grad():
         for number, cell in enumerate(result.table.cells):
             step = of_error[-1] if cell.feature is None else of_features[-1, cell.feature]
             mid, end = here["mid"][0, -1], here["end"][0, -1]
             expected = [metric(end - mlp(mid) + mlp(mid + step)) - metric(end), metric(end + step) - metric(end)]
-            found = result.table.edges[0, number]
+            found = edges[0, number]
             assert np.allclose(np.nan_to_num(found), expected, rtol=0, atol=1e-9)
             kept[cell.path] = max(map(abs, expected))
     assert max(kept.values()) > 1e-5

@@ -53,14 +53,15 @@ def _features(sae: ns.SAE, values: Tensor) -> Tensor:
 
 def _run(model: Any, text: str, reads: str, change: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The metric where what the MLP adds is changed, knowing what it was given, with torch's hooks alone."""
-    layer, given = peel(model).model.layers[1], []  # type: ignore[union-attr]
+    root: Any = peel(model)
+    layer, given = root.model.layers[1], []
     source = layer.post_attention_layernorm if reads.startswith("layers") else layer.mlp
     hooks = [
         source.register_forward_pre_hook(lambda _m, args: given.append(args[0].clone())),
         layer.mlp.register_forward_hook(lambda _m, _a, out: change(given[-1], out)),
     ]
     with torch.no_grad():
-        logits = peel(model)(torch.tensor([[int(w[1:]) for w in text.split()]])).logits[0, -1]  # type: ignore[operator]
+        logits = root(torch.tensor([[int(w[1:]) for w in text.split()]])).logits[0, -1]
     for hook in hooks:
         hook.remove()
     return float(logits[7] - logits[8])
@@ -107,7 +108,8 @@ def test_a_sweep_writes_what_a_feature_adds_to_the_mlp(reads: str, skip: bool) -
     assert result.asked["saes"]["t"]["reads"] == ns.expand(model, reads)[0].place.__str__()
     clean, here = (_features(sae, _given(model, text, reads)) for text in (CLEAN, CORRUPTED))
     for cell, found in zip(result.table.cells, result.table.values[0], strict=True):
-        numbers, token = ([1, 4, 7], 2) if cell.set else ([cell.feature], cell.position)
+        numbers: Any = [1, 4, 7] if cell.set else [cell.feature]
+        token: Any = 2 if cell.set else cell.position
         moved = ((clean - here)[0, token, numbers, None] * sae.tensors["W_dec"][numbers]).sum(0)
 
         def change(_given: Tensor, out: Tensor, token: Any = token, moved: Tensor = moved) -> Tensor:

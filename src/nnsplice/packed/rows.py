@@ -278,11 +278,13 @@ def _first_layer(edit: Placed) -> int:
 
 
 def _check_overlaps(edits: Sequence[Placed]) -> None:
-    for number, one in enumerate(edits):
-        for other in edits[:number]:
+    # Parts of an SAE add what they change by, so they are compared with other edits alone.
+    parts = [edit for edit in edits if is_part(edit.what.place)]
+    others = [edit for edit in edits if not is_part(edit.what.place)]
+    for number, one in enumerate(others):
+        for other in (*others[:number], *parts):
             a, b = one.site, other.site
-            parts = is_part(one.what.place) and is_part(other.what.place)  # which add what they change by
-            same = not parts and a.location == b.location and _meet(a.columns, b.columns)
+            same = a.location == b.location and _meet(a.columns, b.columns)
             if same and set(one.what.positions) & set(other.what.positions):
                 raise OverlappingWrite(
                     f"{other.what.place.place} and {one.what.place.place} overlap at the same token",

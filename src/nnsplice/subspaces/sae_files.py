@@ -177,8 +177,8 @@ def _check_transcoder(
 
 def _kind(folder: FilePath, config: Mapping[str, Any]) -> str:
     """The kind that a config names; an older one says it by the activation function of a standard SAE."""
-    kind = config.get("architecture", "standard")
-    kind = TRANSCODERS.get(kind, kind)
+    named = config.get("architecture", "standard")
+    kind: Any = TRANSCODERS.get(named, named)
     if kind not in KINDS:
         raise FileError(
             f"{folder / CONFIG} is of the kind {kind!r}, which is not known here",
