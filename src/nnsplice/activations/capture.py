@@ -169,7 +169,7 @@ def gather(
 
 def _values(model: engine.Model, access: Access, mediator: Any, rows: Rows) -> Mapping[int | None, Tensor]:
     """`[prompt, token, width]` of one value of the run, by the number of the head, expert or feature."""
-    if access.kind in features.KINDS:
+    if access.kind in (*features.KINDS, features.TRANSCODED):
         sites = [site_of(path) for path in access.paths]
         return features.parts(features.sae_of(model, access.paths[0]), sites, hold(access, mediator, rows).tensor)
     if access.kind == "pattern":

@@ -8,10 +8,11 @@ from typing import Literal
 End = Literal["input", "output"]
 #: How a value is met. `plain`: it stands in a tensor, and a write replaces the tensor. `stream`: it stands in a tensor
 #: that a skip path carries on beside the module, so a write must reach both. `pattern` and `expert` are derived from
-#: several values (`activations/derived.py`). `feature` and `error` are what an attached SAE makes of a plain value.
-Kind = Literal["plain", "stream", "pattern", "expert", "feature", "error"]
+#: several values (`activations/derived.py`). `feature` and `error` are what an attached SAE makes of a plain value;
+#: `transcoded` is a feature of one that reads this value and is written at another place.
+Kind = Literal["plain", "stream", "pattern", "expert", "feature", "error", "transcoded"]
 #: The kinds that are computed from values, and stand in none.
-DERIVED: tuple[Kind, ...] = ("pattern", "expert", "feature", "error")
+DERIVED: tuple[Kind, ...] = ("pattern", "expert", "feature", "error", "transcoded")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import DERIVED, peel
+from nnsplice.atlas import DERIVED, host, peel
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.gradients import Flow, spot
-from nnsplice.attribution.nodes import Batch, points
+from nnsplice.attribution.nodes import Batch, PartsMoved, points
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.sweeps.plan import Plan
@@ -168,6 +168,7 @@ class Graph:
         """What each sender's change adds to the stream: `[row, token, width]`."""
         sent: dict[Path, Tensor] = {}
         ends: dict[str, Ends] = {}
+        parts = PartsMoved(batch, here)
         for wanted in batch.wanted:
             sender, site = self.senders[wanted.place], site_of(wanted.place)
             values = here.values[spot(site)]
@@ -176,8 +177,11 @@ class Graph:
             )
             moved = torch.zeros_like(values)
             columns = slice(*(site.columns or (0, None)))
-            there = batch.clean[spot(site)][rows, clean_tokens, columns]
-            moved[rows, tokens, columns] = there - values[rows, tokens, columns]
+            if wanted.place.sae is not None:
+                moved[rows, tokens] = parts.of(wanted).to(moved)
+            else:
+                there = batch.clean[spot(site)][rows, clean_tokens, columns]
+                moved[rows, tokens, columns] = there - values[rows, tokens, columns]
             if sender.projection is not None:
                 if sender.projection not in ends:
                     ends[sender.projection] = Ends.of(batch, sender, values, here)
@@ -242,13 +246,14 @@ def norm_behind(branch: Branch) -> str | None:
 
 
 def _sender(place: Path, branches: Branches) -> Sender:
-    if place.sae is not None:
+    if site_of(place).kind == "transcoded":
         raise RefusedPlace(
-            "an edge starts at a value of the run, and this is a part of one",
+            "a feature of a transcoder is derived from several values of a run, so no edge starts there",
             path=place,
-            write='method="atp", which scores features as places',
+            write="ns.sweep(...)   (exact)",
         )
-    branch, site = branches.of(place), site_of(place)
+    # A feature, or an error, sends what it changes of the place that it is a part of.
+    branch, site = branches.of(place), site_of(host(place))
     if branch is None:
         at = branches.stream_at(place)
         assert at is not None

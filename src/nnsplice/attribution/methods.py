@@ -216,10 +216,10 @@ def _check_kinds(plan: Plan, name: str) -> None:
         )
     for path in nodes.places_of(plan):
         kind = site_of(path).kind
-        if kind in ("pattern", "expert"):
+        named = {"pattern": "a pattern", "expert": "one expert", "transcoded": "a feature of a transcoder"}
+        if kind in named:
             raise RefusedPlace(
-                f"{'a pattern' if kind == 'pattern' else 'one expert'} is derived from several values of a run, so "
-                f"{name} has no gradient of it",
+                f"{named[kind]} is derived from several values of a run, so {name} has no gradient of it",
                 path=path,
                 write="ns.sweep(...)   (exact)",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +145,7 @@ def along_the_way(batch: Batch) -> tuple[Flow, Tensor]:
 def lined_up(batch: Batch, here: Flow, gradients: Gradients, skip: Container[Path] = ()) -> Tensor:
     """`[row, cell]`: what each cell's difference between the two runs is worth along these gradients."""
     scores = torch.zeros(len(here.rows), len(batch.plan.targets), dtype=torch.float64)
+    parts = PartsMoved(batch, here)
     for one in batch.wanted:
         site = site_of(one.place)
         gradient = gradients.get(spot(site))
@@ -155,18 +156,36 @@ def lined_up(batch: Batch, here: Flow, gradients: Gradients, skip: Container[Pat
         # To where the layer is, whose values may lie on a device of their own.
         rows, tokens, clean_tokens = (at.to(values.device) for at in (one.rows, one.tokens, one.clean_tokens))
         along = gradient.reshape(values.shape)[rows, tokens, columns].double()
-        clean, here_ = batch.clean[spot(site)][rows, clean_tokens, columns], values[rows, tokens, columns]
-        moved = clean.double() - here_.double()
         if one.place.sae is not None:
-            moved = _part_moved(batch.model, one.place, clean.double(), here_.double())
+            moved = parts.of(one)
+        else:
+            clean, here_ = batch.clean[spot(site)][rows, clean_tokens, columns], values[rows, tokens, columns]
+            moved = clean.double() - here_.double()
         scores.index_put_((one.rows, one.cells), (moved * along).sum(-1).cpu(), accumulate=True)
     return scores
 
 
-def _part_moved(model: engine.Model, place: Path, clean: Tensor, here: Tensor) -> Tensor:
-    """What a feature, or the error, changes of its place when it is patched; the other parts stay as they are."""
-    sae, site = features.sae_of(model, place), site_of(place)
-    return features.moved(sae, site, features.part(sae, site, clean) - features.part(sae, site, here), here)
+class PartsMoved:
+    """What features, or the error, change of their place when they are patched; the other parts stay as they are."""
+
+    def __init__(self, batch: Batch, here: Flow) -> None:
+        self._batch, self._here = batch, here
+        #: All features, or the error, of a value of the clean run and of this one: `[row, token, ...]`.
+        self._known: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def of(self, one: Wanted) -> Tensor:
+        """`[wanted, width]`"""
+        site = site_of(one.place)
+        sae, at = features.sae_of(self._batch.model, one.place), spot(site)
+        here, clean = self._here.values[at].double(), self._batch.clean[at].double()
+        if (at, site.sae, site.kind) not in self._known:
+            read = sae.error if site.kind == "error" else sae.encode
+            self._known[at, site.sae, site.kind] = read(clean), read(here)
+        there, now = self._known[at, site.sae, site.kind]
+        rows, tokens, clean_tokens = (which.to(now.device) for which in (one.rows, one.tokens, one.clean_tokens))
+        part = slice(None) if site.index is None else slice(site.index, site.index + 1)
+        difference = there[rows, clean_tokens, part] - now[rows, tokens, part]
+        return features.moved(sae, site, difference, here[rows, tokens])
 
 
 def places_of(plan: Plan) -> list[Path]:

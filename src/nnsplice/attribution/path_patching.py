@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine, wire
+from nnsplice.activations import features
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.atlas import DERIVED
@@ -148,9 +149,10 @@ class Routes:
                 raise BadArgument("no receivers, so nothing is reached", expected="at least one path")
         senders = [place for target in plan.targets for place in target.places]
         places = dict.fromkeys([*senders, *(path for paths in expanded.values() for path in paths)])
+        received = dict.fromkeys(path for paths in expanded.values() for path in paths)
         for path in places:
-            _check(path, branches)
-        for path in (path for paths in expanded.values() for path in paths):
+            _check(path, branches, receives=path in received)
+        for path in received:
             tokens_of(path, plan.corrupted)
         each = tuple(expanded[engine.listed(paths)] for paths in receivers)
         return Routes(branches, each, {path: known.rank(path) for path in places})
@@ -247,9 +249,13 @@ class _Pass:
             for sender in plan.targets[job[1]].parts:
                 if path.place not in [place.place for place in sender.places]:
                     continue
-                positions, width = plan.positions(sender, job[0]), part.shape[-1]
-                values = [source.value(job[0], sender, path, order, p, width) for order, p in enumerate(positions)]
-                part[self.still.start + row, positions] = torch.stack([v for v in values if v is not None]).to(part)
+                positions = plan.positions(sender, job[0])
+                values = [source.value(job[0], sender, path, order, p, 0) for order, p in enumerate(positions)]
+                new = torch.stack([v for v in values if v is not None]).to(part)
+                if path.sae is not None:
+                    sae, here = features.sae_of(self.work.model, path), part[self.still.start + row, positions]
+                    new = features.changed(sae, site_of(path), here, new)
+                part[self.still.start + row, positions] = new
 
     def _receive(self, receiver: Path, rows: Sequence[int], part: Tensor) -> None:
         if receiver.position is None:
@@ -267,9 +273,9 @@ class _Pass:
             new[[self.still.start + row for row in rows]] = new[[self.own[row] for row in rows]]
 
 
-def _check(path: Path, branches: Branches) -> None:
+def _check(path: Path, branches: Branches, *, receives: bool) -> None:
     site = site_of(path)
-    if site.kind in DERIVED:
+    if site.kind in DERIVED and (receives or site.kind not in features.KINDS):
         raise RefusedPlace(
             f"a place of the kind {site.kind} is derived from several values of a run",
             path=path,

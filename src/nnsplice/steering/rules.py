@@ -195,9 +195,10 @@ def rules_of(
     for key, direction in vectors_of(vector):
         (path,) = known.atlas.expand(key.place)
         site = site_of(path)
-        if site.kind in ("pattern", "expert", "error"):
+        if site.kind in ("pattern", "expert", "error", "transcoded"):
+            told = "feature of a transcoder" if site.kind == "transcoded" else site.kind
             raise RefusedPlace(
-                f"a {site.kind} is derived from several values, so there is no one state to steer",
+                f"a {told} is derived from several values, so there is no one state to steer",
                 path=path,
                 expected="the residual stream, what a branch adds to it, a head or a neuron",
                 write="layers[i].output",

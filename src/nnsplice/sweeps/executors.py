@@ -19,6 +19,7 @@ from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
+from nnsplice.atlas import DERIVED
 from nnsplice.errors import ShapeError
 from nnsplice.packed import cut
 from nnsplice.packed.cost import Cost, Law
@@ -159,6 +160,8 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         for part in () if plan.operation.way == "cut" else plan.targets[job[1]].parts:
             for order, position in enumerate(plan.positions(part, job[0])):
                 for place in part.places:
+                    if site_of(place).kind in DERIVED:
+                        raise NotImplementedError(f"{place} is derived from a value, and stands in none")
                     writes.setdefault(place.place, []).append(Write(row, job[0], part, place, order, position))
     known = engine.known(model)
     stops = accesses(model, sorted(writes, key=known.rank))
