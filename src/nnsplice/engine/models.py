@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,13 +13,17 @@ from torch import nn
 from nnsplice.atlas import peel, text_config
 from nnsplice.atlas.families import NOT_TEXT, POSITIONS
 from nnsplice.engine.hooks import has_code_around
-from nnsplice.engine.spread import check_whole
+from nnsplice.engine.spread import check_whole, gathered
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType, named
 
 
-def as_model(model: object) -> Model:
-    """The nnsight model, or an error that says how to make one."""
+def as_model(model: object, *, spread: bool = False) -> Model:
+    """The nnsight model, or an error that says how to make one.
+
+    Args:
+        spread: take a model that is spread over processes: whoever asks reads its values through `whole`.
+    """
     if not isinstance(model, Model):
         raise BadType(
             f"{named(model)} is not wrapped for tracing",
@@ -27,7 +32,8 @@ def as_model(model: object) -> Model:
         )
     if model.parent is not None:
         raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")
-    check_whole(peel(model))
+    with gathered(model) if spread else nullcontext():
+        check_whole(peel(model))
     return model
 
 
