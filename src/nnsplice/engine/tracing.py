@@ -80,6 +80,15 @@ def worker(model: Model, what: str) -> Mediator:
     return mediator
 
 
+def is_inside(model: Model) -> bool:
+    """Whether this is the block of a trace of the model."""
+    try:
+        worker(model, "this")
+    except OutsideTrace:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """One end of one module of a model under trace: what a single access serves."""

@@ -105,6 +105,12 @@ def measured_table(
 ) -> Table:
     """What `run` finds, as a table; whoever calls holds the model's turn, and has checked the model."""
     start = time.perf_counter()
+    team = engine.Team.of(model)
+    if team.size > 1:
+        # What is measured of a place runs its block by itself; inside a trace that would take the weights of the block
+        # away from the run around it, as fully_shard keeps them for one call at a time.
+        places = [place for target in plan.targets for place in target.places]
+        closures.require(model, [*places, *([plan.corruption.place] if plan.corruption else ())])
     first, at_once = _rooms(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once, other)
     prompts = range(len(plan.corrupted))
@@ -127,7 +133,6 @@ def measured_table(
     check_baselines(plan.metric, clean=clean, corrupted=corrupted)
 
     names = plan.metric.names if isinstance(plan.metric, Several) else ()
-    team = engine.Team.of(model)
     shape = (len(prompts), len(plan.targets))
     with ledger(shape, plan.jobs, plan.asked, journal, progress, len(names), team) as book:
         known = plan.known.columns()
