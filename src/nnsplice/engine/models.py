@@ -152,5 +152,8 @@ def decoder_start(model: Model) -> int:
 def name_of(model: Model) -> tuple[str, str | None]:
     """What a result says it was made with: the checkpoint's name or the class, and the revision."""
     module = peel(model)
-    name = getattr(getattr(module, "config", None), "_name_or_path", "") or type(module).__name__
+    kind = type(module)
+    if kind.__bases__[0].__name__ == "FSDPModule":  # fully_shard makes a class of its own of the model's
+        kind = kind.__bases__[1]
+    name = getattr(getattr(module, "config", None), "_name_or_path", "") or kind.__name__
     return name, model.__dict__.get("revision")
