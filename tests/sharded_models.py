@@ -125,7 +125,9 @@ SWEPT: dict[str, Callable[[Any], Any]] = {
         m, CLEAN[:1], CORRUPTED[:1], ["layers[1].output[1]", "layers[:].heads[2].output[-1]"], METRIC,
         executor="reference", progress=False,
     ),
-    "batched": lambda m: ns.sweep(m, CLEAN, CORRUPTED, SITES, METRIC, executor="batched", max_tokens=16, progress=False),
+    "batched": lambda m: ns.sweep(
+        m, CLEAN, CORRUPTED, SITES, METRIC, executor="batched", max_tokens=16, progress=False
+    ),
     "auto": lambda m: ns.sweep(m, CLEAN, CORRUPTED, SITES, METRIC, progress=False),
     "sets": lambda m: ns.sweep(m, CLEAN, CORRUPTED, [["layers[0].heads[1]", "layers[2].mlp"]], METRIC, progress=False),
     "neurons": lambda m: ns.sweep(m, CLEAN, CORRUPTED, "layers[1].neurons[3].output[-1]", METRIC, progress=False),
@@ -188,7 +190,7 @@ def swept(size: int, folder: str) -> dict[str, str]:
 
 def failing(size: int, folder: str) -> dict[str, str]:
     """What each process is told when another goes another way."""
-    rank, (_, fsdp, tensor) = distributed.get_rank(), spread(size)
+    rank, (*_, tensor) = distributed.get_rank(), spread(size)
     found: dict[str, str] = {}
 
     def ask(name: str, **options: Any) -> None:

@@ -72,7 +72,9 @@ def weights_digest(model: Any, *, anew: bool = False) -> str:
     ]
     states = [_state(tensor, team.size) for tensor in held]
     known = [_known(before, tensor, state) for tensor, state in zip(held, states, strict=True)]
-    if team.size > 1 and not team.least(int(all(n is not None for n, t in zip(known, held, strict=True) if is_dtensor(t)))):
+    if team.size > 1 and not team.least(
+        int(all(n is not None for n, t in zip(known, held, strict=True) if is_dtensor(t)))
+    ):
         known = [None] * len(known)  # all of them gather, or none
     read = _read([number if number is not None else _summed(t) for number, t in zip(known, held, strict=True)])
     noted = [None if s is None else (id(t), weakref.ref(t), s) for t, s in zip(held, states, strict=True)]

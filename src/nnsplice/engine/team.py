@@ -6,7 +6,7 @@ the next exchange would then wait for who never comes. So the first process deci
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,7 +92,7 @@ class Team:
                 expected="the same call in every process that the model is spread over",
             )
 
-    def _all(self, value: T) -> Iterable[T]:
+    def _all(self, value: T) -> list[T]:
         if self.group is None:
             return [value]
         every: list[Any] = [None] * self.size
