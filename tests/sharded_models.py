@@ -180,7 +180,8 @@ def swept(size: int, folder: str) -> dict[str, str]:
     distributed.all_gather_object(every, got.table.values)
     found["same"] = str(all(np.array_equal(one, every[0], equal_nan=True) for one in every))
     # An edit that one process made of its own shard is another model, in all of them.
-    weight = peel(several[0]).model.layers[1].mlp.up_proj.weight
+    root: Any = peel(several[0])
+    weight = root.model.layers[1].mlp.up_proj.weight
     before = weights_digest(several[0])
     if rank == size - 1:
         weight._local_tensor[0, 0] += 1
@@ -213,7 +214,8 @@ def failing(size: int, folder: str) -> dict[str, str]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     # The other processes wait in the middle of the run: until their group's timeout, as this one lives on.
-    hook = peel(tensor).model.layers[2].register_forward_pre_hook(runs_out) if rank == size - 1 else None
+    root: Any = peel(tensor)
+    hook = root.model.layers[2].register_forward_pre_hook(runs_out) if rank == size - 1 else None
     ask("memory")
     assert hook is None or hook.remove() is None
     Path(folder, f"answers-{rank}.json").write_text(json.dumps(found))
