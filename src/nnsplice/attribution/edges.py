@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,7 @@ class Graph:
         metric = batch.metric(one)
         spots = dict.fromkeys(spot(site_of(r.path if r.branch else r.reads)) for r in self.all)
         gradients = batch.pulled(metric, one, spots, again=True)
+        masks = _Masks(batch)
         for receiver in self.all:
             stream, site = spot(site_of(receiver.reads)), site_of(receiver.path)
             shape = one.values[stream].shape
@@ -147,9 +149,8 @@ class Graph:
             width = one.values[at].shape
             masked = torch.zeros_like(gradient).reshape(width)
             columns = slice(*(site.columns or (0, None))) if receiver.branch else slice(None)
-            for row, prompt in enumerate(batch.rows):
-                tokens = tokens_of(receiver.path, batch.plan.corrupted)[prompt]
-                masked[row, tokens, columns] = gradient.reshape(width)[row, tokens, columns]
+            read = masks.of(receiver.path, gradient.device, width[1])
+            masked[..., columns] = torch.where(read, gradient.reshape(width)[..., columns], 0)
             if receiver.branch:
                 masked = masked.reshape(gradient.shape)
                 (masked,) = torch.autograd.grad(
@@ -169,12 +170,10 @@ class Graph:
         sent: dict[Path, Tensor] = {}
         ends: dict[str, Ends] = {}
         parts = PartsMoved(batch, here)
-        for wanted in batch.wanted:
+        for number, wanted in enumerate(batch.wanted):
             sender, site = self.senders[wanted.place], site_of(wanted.place)
             values = here.values[spot(site)]
-            rows, tokens, clean_tokens = (
-                at.to(values.device) for at in (wanted.rows, wanted.tokens, wanted.clean_tokens)
-            )
+            rows, tokens, clean_tokens = batch.tokens_on(values.device)[number]
             moved = torch.zeros_like(values)
             columns = slice(*(site.columns or (0, None)))
             if wanted.place.sae is not None:
@@ -190,6 +189,25 @@ class Graph:
                 moved = moved * sender.branch.block.scale  # in code, behind the last module of the branch
             sent[wanted.place] = moved.double().to(batch.model.device)
         return sent
+
+
+class _Masks:
+    """Which tokens of each row a receiver reads, on its device: receivers that read the same have one mask."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._made: dict[Any, Tensor] = {}
+
+    def of(self, path: Path, device: torch.device, width: int) -> Tensor:
+        """`[row, token, 1]`"""
+        tokens = tokens_of(path, self.batch.plan.corrupted)
+        key = (device, width, tuple(tuple(tokens[prompt]) for prompt in self.batch.rows))
+        if key not in self._made:
+            mask = torch.zeros(len(self.batch.rows), width, 1, dtype=torch.bool)
+            for row, chosen in enumerate(key[2]):
+                mask[row, list(chosen)] = True
+            self._made[key] = mask.to(device, non_blocking=True)
+        return self._made[key]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,7 @@ def run(
     """A plan in this process; its arguments are those of `ns.run`."""
     if not isinstance(plan, Plan):
         raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
-    model = engine.as_model(model)
+    model = engine.as_model(model, spread=source is None)
     engine.refuse_changed_logits(model)
     check_mode(model)
     digest = engine.weights_digest(model)
@@ -83,6 +84,9 @@ def run_fresh(
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
     other = foreign.source_of(plan, source)
+    team = engine.Team.of(model)
+    journal = team.told(None if journal is None else os.fspath(journal))
+    team.check_same((dict(plan.asked), plan.jobs.ranges, str(executor), max_tokens), "the sweep")
     # A file tells its question from others by every number of the model, also by those written past torch's notice.
     if journal is not None and plan.asked.get("weights") != engine.weights_digest(model, anew=True):
         raise BadArgument(
@@ -106,6 +110,12 @@ def measured_table(
 ) -> Table:
     """What `run` finds, as a table; whoever calls holds the model's turn, and has checked the model."""
     start = time.perf_counter()
+    team = engine.Team.of(model)
+    if team.size > 1:
+        # What is measured of a place runs its block by itself; inside a trace that would take the weights of the block
+        # away from the run around it, as fully_shard keeps them for one call at a time.
+        places = [place for target in plan.targets for place in target.places]
+        closures.require(model, [*places, *([plan.corruption.place] if plan.corruption else ())])
     first, at_once = _rooms(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once, other)
     prompts = range(len(plan.corrupted))
@@ -128,7 +138,8 @@ def measured_table(
     check_baselines(plan.metric, clean=clean, corrupted=corrupted)
 
     names = plan.metric.names if isinstance(plan.metric, Several) else ()
-    with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress, len(names)) as book:
+    shape = (len(prompts), len(plan.targets))
+    with ledger(shape, plan.jobs, plan.asked, journal, progress, len(names), team) as book:
         known = plan.known.columns()
         book.values[known], book.done[known] = corrupted[known[0]], True
         prompts_of, targets_of = plan.jobs.columns()
@@ -264,8 +275,8 @@ def sweep(
             stacklevel=2,
         )
     return run_fresh(
-        plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress,
-        source=source,
+        plan, engine.as_model(model, spread=source is None), executor=executor, max_tokens=max_tokens,
+        journal=journal, progress=progress, source=source,
     )  # fmt: skip
 
 
@@ -290,6 +301,7 @@ def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Co
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not engine.is_memory(error):
                 raise
+            engine.Team.of(work.model).refuse_memory(error)
     return corrupted_run(work.model, plan, at_once)
 
 
@@ -298,7 +310,7 @@ def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Co
 
 def _rooms(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
     """How many tokens run at once, in the first chunk and later: what suits the machine, or what was asked for."""
-    room = engine.room(model, max_tokens)
+    room = engine.Team.of(model).least(engine.room(model, max_tokens))  # memory is not free alike everywhere
     if max_tokens is not None or (model.device is not None and model.device.type != "cpu"):
         return room, room
     each = Law.of(model).token
@@ -320,6 +332,7 @@ def _chunks(
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if len(chunk) == 1 or isinstance(error, NnspliceError) or not engine.is_memory(error):
                     raise
+                engine.Team.of(work.model).refuse_memory(error)
                 room = at_once = min(room, sum(sizes[at : at + len(chunk)])) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import gather
 from nnsplice.activations.packs import Pack
@@ -114,7 +114,7 @@ def _logits(
 
         def body(at: int = at, found: list[Tensor] = found, first: Callable = first) -> None:
             first()
-            found.append(wire.logits_of(model)[:, at].clone())
+            found.append(engine.read_logits(model, at))
 
         inputs = prompts.inputs(rows, model.device)
         assert isinstance(inputs, Mapping)
