@@ -17,10 +17,11 @@ from nnsplice.paths import Slice, Span
 from nnsplice.results import PART, taken
 from nnsplice.shown import counted
 from nnsplice.sweeps.cells import Part, Target, has_tokens, own_tokens
-from nnsplice.sweeps.cutting import MAX_TOKENS, SIZE, Piece, pieces
+from nnsplice.sweeps.cutting import Piece, pieces
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption
+from nnsplice.units import MAX_TOKENS, SIZE
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,0 +1,37 @@
+"""Questions cut into units: plain data that any process can run a part of, with the same bits whoever runs it.
+
+plan       UnitPlan: a question and its units; Kind: how one kind of question is run and joined
+plain      prompts and metrics as plain data, and back
+loading    how other processes load a model, and whether it is the one that was meant
+running    all units here, or in a run folder by other processes
+"""
+
+from nnsplice.units.loading import LOAD, LOAD_SOURCE, load_of, loaded, write_load
+from nnsplice.units.plain import function_of, metric_of, plain_function, plain_metric, plain_prompts, prompts_of
+from nnsplice.units.plan import MAX_TOKENS, SIZE, Kind, Models, Outcomes, UnitPlan, plain_told, rows_of
+from nnsplice.units.running import finish, folder_for, run
+
+__all__ = [
+    "LOAD",
+    "LOAD_SOURCE",
+    "MAX_TOKENS",
+    "SIZE",
+    "Kind",
+    "Models",
+    "Outcomes",
+    "UnitPlan",
+    "finish",
+    "folder_for",
+    "function_of",
+    "load_of",
+    "loaded",
+    "metric_of",
+    "plain_function",
+    "plain_metric",
+    "plain_prompts",
+    "plain_told",
+    "prompts_of",
+    "rows_of",
+    "run",
+    "write_load",
+]
