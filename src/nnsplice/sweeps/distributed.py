@@ -90,7 +90,7 @@ def run(
         on: `"local:8"` for so many processes here, `"folder"` to write a run folder and leave it to
             `nnsplice work DIR`, `ns.on.slurm(...)`, `ns.on.ray(...)`. All give the same bits, whatever dies.
         out: the run folder, in which every finished unit is kept; the same call resumes from it.
-        size: how much work a unit is about, as for `plan.units`. A plan from `ns.plan` runs in units in this process too.
+        size: how much work a unit is about, as for `plan.units`; a plan from `ns.plan` runs in units here too.
         load_options: for `ns.load` in the workers: `{"device_map": "cuda", "dtype": "bfloat16"}`.
         threads: the number of threads of each worker on a CPU; numbers are rounded otherwise with more.
         partial: return what there is when units fail; missing cells are not done.
@@ -155,7 +155,9 @@ def _check_idle(options: Mapping[str, Any], to: str) -> None:
     """
     idle = [name for name, value in options.items() if value]
     if idle:
-        raise BadArgument(f"{', '.join(idle)} says nothing to {to}", write='on="local:2"' if "size" in options else None)
+        raise BadArgument(
+            f"{', '.join(idle)} says nothing to {to}", write='on="local:2"' if "size" in options else None
+        )
 
 
 def prepared(

@@ -44,7 +44,11 @@ def plain_plan(plan: Plan) -> dict[str, Any]:
     corruption = plan.corruption
     return {
         "corrupted": plain_prompts(plan.corrupted),
-        "clean": "corrupted" if plan.clean is plan.corrupted else None if plan.clean is None else plain_prompts(plan.clean),
+        "clean": "corrupted"
+        if plan.clean is plan.corrupted
+        else None
+        if plan.clean is None
+        else plain_prompts(plan.clean),
         "targets": [_target(target) for target in plan.targets],
         "metric": plain_metric(plan.metric),
         "operation": plan.operation.name
@@ -115,8 +119,8 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
     subspace = Subspace.from_file(FilePath(folder) / SUBSPACE) if told["subspace"] else None
     plan = Plan(
         corrupted=edited, clean=source, targets=_targets(told["targets"], model), metric=metric_of(told["metric"]),
-        operation=_operation_of(told["operation"], subspace), reference=reference, align=told["align"], seed=told["seed"],
-        jobs=Jobs.of_ranges(told["jobs"]), known=Jobs.of_ranges(told["known"]), asked=told["asked"],
+        operation=_operation_of(told["operation"], subspace), reference=reference, align=told["align"],
+        seed=told["seed"], jobs=Jobs.of_ranges(told["jobs"]), known=Jobs.of_ranges(told["known"]), asked=told["asked"],
         corruption=corruption, tokens=tuple(tuple(each) for each in told["tokens"]), owners=tuple(told["owners"]),
         appended=tuple(told["appended"]), numbers=tuple(told["numbers"]), of=told["of"], foreign=told["foreign"],
     )  # fmt: skip

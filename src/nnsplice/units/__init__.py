@@ -8,7 +8,20 @@ running    all units here, or in a run folder by other processes
 
 from nnsplice.units.loading import LOAD, LOAD_SOURCE, load_of, loaded, write_load
 from nnsplice.units.plain import function_of, metric_of, plain_function, plain_metric, plain_prompts, prompts_of
-from nnsplice.units.plan import MAX_TOKENS, SIZE, Kind, Models, Outcomes, UnitPlan, plain_told, rows_of
+from nnsplice.units.plan import (
+    MAX_TOKENS,
+    SIZE,
+    Agree,
+    Kind,
+    Models,
+    Outcomes,
+    UnitPlan,
+    lists_of,
+    packed_text,
+    prompts_in,
+    rows_of,
+    text_in,
+)
 from nnsplice.units.running import finish, folder_for, run
 
 __all__ = [
@@ -16,6 +29,7 @@ __all__ = [
     "LOAD_SOURCE",
     "MAX_TOKENS",
     "SIZE",
+    "Agree",
     "Kind",
     "Models",
     "Outcomes",
@@ -23,15 +37,18 @@ __all__ = [
     "finish",
     "folder_for",
     "function_of",
+    "lists_of",
     "load_of",
     "loaded",
     "metric_of",
+    "packed_text",
     "plain_function",
     "plain_metric",
     "plain_prompts",
-    "plain_told",
+    "prompts_in",
     "prompts_of",
     "rows_of",
     "run",
+    "text_in",
     "write_load",
 ]

@@ -147,7 +147,12 @@ class UnitPlan:
         for name, content in self.files:
             with whole(folder / name) as temporary:
                 temporary.write_bytes(content)
-        told = {"kind": self.kind, "question": self.text, "costs": self.costs, "files": [name for name, _ in self.files]}
+        told = {
+            "kind": self.kind,
+            "question": self.text,
+            "costs": self.costs,
+            "files": [name for name, _ in self.files],
+        }
         write_json(folder / PLAN, {**told, **more})
 
     @classmethod
@@ -164,6 +169,26 @@ def rows_of(outcomes: Outcomes, name: str) -> np.ndarray:
     return np.concatenate([arrays[name] for _, arrays in outcomes])[np.argsort(rows, kind="stable")]
 
 
-def plain_told(text: Any) -> np.ndarray:
+def packed_text(told: Any) -> np.ndarray:
     """Plain data as an array, for the outcome of a unit."""
-    return np.frombuffer(json.dumps(text).encode(), dtype=np.uint8)
+    return np.frombuffer(json.dumps(told).encode(), dtype=np.uint8)
+
+
+def text_in(array: np.ndarray) -> Any:
+    """What `packed_text` was given."""
+    return json.loads(array.tobytes())
+
+
+def lists_of(outcomes: Outcomes, name: str) -> list[Any]:
+    """One of the lists of all units, which `packed_text` packed, an entry for each prompt, in their order."""
+    found = {
+        prompt: entry
+        for prompts, arrays in outcomes
+        for prompt, entry in zip(prompts, text_in(arrays[name]), strict=True)
+    }
+    return [found[prompt] for prompt in sorted(found)]
+
+
+def prompts_in(outcomes: Outcomes) -> list[int]:
+    """The prompts of the units that are done, in order."""
+    return sorted(prompt for prompts, _ in outcomes for prompt in prompts)

@@ -1,0 +1,58 @@
+"""`plan`: questions of all rooms in units, for `ns.run`. A row for each; what a row needs is a file of its room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from nnsplice.errors import BadArgument, named
+from nnsplice.sweeps import Plan
+from nnsplice.units import UnitPlan
+from nnsplice.work import imported
+
+#: The function that asks in one call -> the function that plans it, with the same arguments.
+KINDS = {
+    "nnsplice.sweeps:sweep": "nnsplice.sweeps:plan_sweep",
+    "nnsplice.steering:sweep": "nnsplice.steering.units:plan",
+}
+#: Options of the functions that `ns.run` is given.
+_OF_RUN = ("executor", "max_tokens", "journal", "progress")
+
+
+def plan(question: Callable[..., Any], *args: Any, **options: Any) -> Plan | UnitPlan:
+    """Plan a question without running it, so that `ns.run` runs it in units, here or in other processes.
+
+    A unit is some whole prompts. All processes, in any order, give the same bits, whatever dies on the way.
+
+    >>> pairs = ["w3 w4 w5", "w3 w4"], ["w3 w6 w5", "w3 w6"]
+    >>> plan = ns.plan(ns.attribute, model, *pairs, "layers[:].heads[:]", ns.logit_diff("w7", "w8"), method="ig")
+    >>> plan
+    UnitPlan: ns.attribute, 2 prompts, 1 unit
+    >>> ns.run(plan, model, progress=False).method
+    'ig'
+
+    Args:
+        question: `ns.sweep`, `ns.attribute`, `ns.path_patch`, `ns.sweep_weights`, `ns.faithfulness`, `ns.capture` or
+            `ns.steering.sweep`.
+        *args: its arguments.
+        **options: its options, without those of `ns.run`: `executor`, `max_tokens`, `journal`, `progress`.
+
+    Returns:
+        A plan for `ns.run(plan, model)`, or for other processes `ns.run(plan, "gpt2", on="local:8", out="run")`.
+
+    Raises:
+        BadArgument: a question that cannot be cut into units, or an option of `ns.run`; and what the question raises.
+    """
+    for asks, plans in KINDS.items():
+        if imported(asks) is question:
+            given = [name for name in _OF_RUN if name in options]
+            if given:
+                raise BadArgument(
+                    f"{', '.join(given)} says how a plan is run, and this makes one",
+                    write=f"ns.run(plan, model, {given[0]}=...)",
+                )
+            return imported(plans)(*args, **options)
+    raise BadArgument(
+        f"{getattr(question, '__name__', named(question))} is not run in units",
+        expected="one of " + ", ".join(f"ns.{asks.partition('.')[2].replace(':', '.')}" for asks in KINDS),
+    )
