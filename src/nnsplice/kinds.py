@@ -10,10 +10,12 @@ from nnsplice.sweeps import Plan
 from nnsplice.units import UnitPlan
 from nnsplice.work import imported
 
-#: The function that asks in one call -> the function that plans it, with the same arguments.
+#: What asks in one call -> where it is found, and where its plan is made, with the same arguments.
 KINDS = {
-    "nnsplice.sweeps:sweep": "nnsplice.sweeps:plan_sweep",
-    "nnsplice.steering:sweep": "nnsplice.steering.units:plan",
+    "ns.sweep": ("nnsplice.sweeps:sweep", "nnsplice.sweeps:plan_sweep"),
+    "ns.attribute": ("nnsplice.attribution:attribute", "nnsplice.attribution.units:plan_attribute"),
+    "ns.path_patch": ("nnsplice.attribution:path_patch", "nnsplice.attribution.units:plan_paths"),
+    "ns.steering.sweep": ("nnsplice.steering:sweep", "nnsplice.steering.units:plan"),
 }
 #: Options of the functions that `ns.run` is given.
 _OF_RUN = ("executor", "max_tokens", "journal", "progress")
@@ -43,7 +45,7 @@ def plan(question: Callable[..., Any], *args: Any, **options: Any) -> Plan | Uni
     Raises:
         BadArgument: a question that cannot be cut into units, or an option of `ns.run`; and what the question raises.
     """
-    for asks, plans in KINDS.items():
+    for asks, plans in KINDS.values():
         if imported(asks) is question:
             given = [name for name in _OF_RUN if name in options]
             if given:
@@ -54,5 +56,5 @@ def plan(question: Callable[..., Any], *args: Any, **options: Any) -> Plan | Uni
             return imported(plans)(*args, **options)
     raise BadArgument(
         f"{getattr(question, '__name__', named(question))} is not run in units",
-        expected="one of " + ", ".join(f"ns.{asks.partition('.')[2].replace(':', '.')}" for asks in KINDS),
+        expected=f"one of {', '.join(KINDS)}",
     )

@@ -258,6 +258,11 @@ class Plan:
         work = sum(float(unedited[list(unit.prompts)].sum()) for unit in units) + float(totals.sum())
         return Estimate(len(self.jobs), len(self.known), len(units), work, naive)
 
+    def costs(self) -> list[float]:
+        """In tokens times layers, about how much work each prompt is."""
+        unedited, totals, _ = self._costs()
+        return (unedited[: self.prompts] + totals).tolist()
+
     def _costs(self) -> tuple[np.ndarray, np.ndarray, Callable[[int], np.ndarray]]:
         """In tokens times layers, what each prompt costs without an edit, and with all, and each cell of one prompt."""
         layer = np.array([min((part.cell.layer or 0) for part in target.parts) for target in self.targets])

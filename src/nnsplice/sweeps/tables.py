@@ -1,0 +1,87 @@
+"""Questions about the cells of a sweep's plan, in units of whole prompts, and their tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nnsplice import engine
+from nnsplice.results import PART, Run, SweepResult, Table, taken
+from nnsplice.sweeps.identity import labels_of
+from nnsplice.sweeps.jobs import Jobs
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.plan_files import cells_of, plain_plan, read_plan
+from nnsplice.units import Outcomes, UnitPlan, packed_text, prompts_in, rows_of, text_in
+from nnsplice.work import Arrays
+
+
+def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float], **more: Any) -> UnitPlan:
+    """A question about the cells of a plan, cut into whole prompts.
+
+    Args:
+        kind: where the kind of question is found, `module:NAME`.
+        costs: `[prompt]`, about how much work each prompt is.
+        more: plain data that the question needs beside the plan.
+    """
+    told = {
+        "weights": plan.asked["weights"],
+        "plan": plain_plan(plan),
+        "exists": Jobs.of_mask(plan.exists()).ranges,
+        "labels": labels_of(model, plan),
+        **more,
+    }
+    return UnitPlan.of(kind, told, costs, {})
+
+
+def plan_in(plan: UnitPlan, model: engine.Model) -> Plan:
+    """The plan again, for this model."""
+    return read_plan(plan.told["plan"], "", model)
+
+
+def arrays_of(table: Table) -> Arrays:
+    """What a unit found, as arrays."""
+    found = {name: getattr(table, name) for name in ("values", "done", "clean", "corrupted")}
+    return {
+        **found, "run": packed_text(dataclasses.asdict(table.run)),
+        **({} if table.edges is None else {"edges": table.edges}),
+    }  # fmt: skip
+
+
+def result_of(plan: UnitPlan, outcomes: Outcomes, **more: Any) -> SweepResult:
+    """The result of the prompts that are there.
+
+    Args:
+        more: other fields of the table.
+    """
+    told = plan.told
+    cells, rows = cells_of(told["plan"]), prompts_in(outcomes)
+    exists = np.zeros((len(plan), len(cells)), dtype=bool)
+    exists[Jobs.of_ranges(told["exists"]).columns()] = True
+    asked, tokens = told["plan"]["asked"], told["plan"]["tokens"]
+    labels = dict(told["labels"])
+    if len(rows) < len(plan):
+        asked = taken(asked, rows, asked[PART]["of"] if PART in asked else len(plan))
+        labels |= {"clean": [labels["clean"][row] for row in rows]} if "clean" in labels else {}
+    values, done, clean, corrupted = (rows_of(outcomes, name) for name in ("values", "done", "clean", "corrupted"))
+    run = _together([text_in(arrays["run"]) for _, arrays in outcomes])
+    edges = rows_of(outcomes, "edges") if "edges" in outcomes[0][1] else None
+    return SweepResult(
+        dataclasses.replace(
+            Table(
+                cells, values, done, exists[rows], clean, corrupted,
+                tuple(tuple(tokens[row]) for row in rows) if tokens else (), asked, run, edges=edges, labels=labels,
+            ),
+            **more,
+        )
+    )  # fmt: skip
+
+
+def _together(runs: Sequence[Mapping[str, Any]]) -> Run:
+    """What all units have cost."""
+    first = runs[0]
+    summed = {name: sum(run[name] for run in runs) for name, value in first.items() if not isinstance(value, str)}
+    note = "; ".join(dict.fromkeys(run["note"] for run in runs if run["note"]))
+    return Run(first["executor"], note=note, **summed)
