@@ -15,6 +15,7 @@ KINDS = {
     "ns.sweep": ("nnsplice.sweeps:sweep", "nnsplice.sweeps:plan_sweep"),
     "ns.attribute": ("nnsplice.attribution:attribute", "nnsplice.attribution.units:plan_attribute"),
     "ns.path_patch": ("nnsplice.attribution:path_patch", "nnsplice.attribution.units:plan_paths"),
+    "ns.faithfulness": ("nnsplice.circuits:faithfulness", "nnsplice.circuits.units:plan"),
     "ns.steering.sweep": ("nnsplice.steering:sweep", "nnsplice.steering.units:plan"),
 }
 #: Options of the functions that `ns.run` is given.

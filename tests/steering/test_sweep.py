@@ -287,8 +287,9 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
 
 
 def test_a_stopped_generation_goes_on_with_the_texts_that_were_written(model, tmp_path: Path, monkeypatch) -> None:
-    room = ns.steering.sweep.__globals__
-    real, calls = room["_generated"], []
+    from nnsplice.steering import cells as room
+
+    real, calls = room._generated, []
 
     def stops(*args: Any) -> Any:
         calls.append(1)
@@ -300,7 +301,7 @@ def test_a_stopped_generation_goes_on_with_the_texts_that_were_written(model, tm
     asked = (model, PROMPTS, vector(0, 1), NUMBERS, words)
     whole = ns.steering.sweep(*asked, **arguments)
     journal = tmp_path / "j.jsonl"
-    monkeypatch.setitem(room, "_generated", stops)
+    monkeypatch.setattr(room, "_generated", stops)
     with pytest.raises(KeyboardInterrupt):
         ns.steering.sweep(*asked, journal=journal, **arguments)
     found = ns.steering.sweep(*asked, journal=journal, **arguments)

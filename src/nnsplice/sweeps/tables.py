@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from nnsplice import engine
 from nnsplice.results import PART, Run, SweepResult, Table, taken
+from nnsplice.results.merging import together
 from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan
@@ -66,7 +67,7 @@ def result_of(plan: UnitPlan, outcomes: Outcomes, **more: Any) -> SweepResult:
         asked = taken(asked, rows, asked[PART]["of"] if PART in asked else len(plan))
         labels |= {"clean": [labels["clean"][row] for row in rows]} if "clean" in labels else {}
     values, done, clean, corrupted = (rows_of(outcomes, name) for name in ("values", "done", "clean", "corrupted"))
-    run = _together([text_in(arrays["run"]) for _, arrays in outcomes])
+    run = together([Run(**text_in(arrays["run"])) for _, arrays in outcomes])
     edges = rows_of(outcomes, "edges") if "edges" in outcomes[0][1] else None
     return SweepResult(
         dataclasses.replace(
@@ -77,11 +78,3 @@ def result_of(plan: UnitPlan, outcomes: Outcomes, **more: Any) -> SweepResult:
             **more,
         )
     )  # fmt: skip
-
-
-def _together(runs: Sequence[Mapping[str, Any]]) -> Run:
-    """What all units have cost."""
-    first = runs[0]
-    summed = {name: sum(run[name] for run in runs) for name, value in first.items() if not isinstance(value, str)}
-    note = "; ".join(dict.fromkeys(run["note"] for run in runs if run["note"]))
-    return Run(first["executor"], note=note, **summed)

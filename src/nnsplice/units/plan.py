@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ SIZE = 2.5e6
 #: How many tokens of a unit run at once, on every machine alike.
 MAX_TOKENS = 4096
 PLAN = "plan.json"
+R = TypeVar("R")
 
 #: What a worker finds out that all workers of a run have to take alike: a name, and how it is found out.
 Agree = Callable[[str, Callable[[], Any]], Any]
@@ -161,6 +163,22 @@ class UnitPlan:
         told = from_json(text_of(folder / PLAN), folder / PLAN)
         files = tuple((name, (folder / name).read_bytes()) for name in told["files"])
         return cls(told["kind"], told["question"], tuple(told["costs"]), files), told
+
+
+def bytes_of(write: Callable[[Path], Any]) -> bytes:
+    """What a function writes to a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        write(path)
+        return path.read_bytes()
+
+
+def read_from(content: bytes, read: Callable[[Path], R]) -> R:
+    """What a function reads from a file of these bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(content)
+        return read(path)
 
 
 def rows_of(outcomes: Outcomes, name: str) -> np.ndarray:
