@@ -15,6 +15,8 @@ KINDS = {
     "ns.sweep": ("nnsplice.sweeps:sweep", "nnsplice.sweeps:plan_sweep"),
     "ns.attribute": ("nnsplice.attribution:attribute", "nnsplice.attribution.units:plan_attribute"),
     "ns.path_patch": ("nnsplice.attribution:path_patch", "nnsplice.attribution.units:plan_paths"),
+    "ns.sweep_weights": ("nnsplice.sweeps:sweep_weights", "nnsplice.sweeps.weight_units:plan"),
+    "ns.capture": ("nnsplice.activations:capture", "nnsplice.units.capturing:plan"),
     "ns.faithfulness": ("nnsplice.circuits:faithfulness", "nnsplice.circuits.units:plan"),
     "ns.steering.sweep": ("nnsplice.steering:sweep", "nnsplice.steering.units:plan"),
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nnsplice import engine
-from nnsplice.results import PART, Run, SweepResult, Table, taken
+from nnsplice.results import PART, Cell, Run, SweepResult, Table, taken
 from nnsplice.results.merging import together
 from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.jobs import Jobs
@@ -52,29 +52,42 @@ def arrays_of(table: Table) -> Arrays:
 
 
 def result_of(plan: UnitPlan, outcomes: Outcomes, **more: Any) -> SweepResult:
-    """The result of the prompts that are there.
+    """The result of the prompts that are there, of a plan that `unit_plan` made.
 
     Args:
         more: other fields of the table.
     """
     told = plan.told
-    cells, rows = cells_of(told["plan"]), prompts_in(outcomes)
+    cells = cells_of(told["plan"])
     exists = np.zeros((len(plan), len(cells)), dtype=bool)
     exists[Jobs.of_ranges(told["exists"]).columns()] = True
     asked, tokens = told["plan"]["asked"], told["plan"]["tokens"]
-    labels = dict(told["labels"])
+    return joined(plan, outcomes, cells, exists, asked, tokens, told["labels"], **more)
+
+
+def joined(
+    plan: UnitPlan,
+    outcomes: Outcomes,
+    cells: tuple[Cell, ...],
+    exists: np.ndarray,
+    asked: Mapping[str, Any],
+    tokens: Sequence[Sequence[str]],
+    labels: Mapping[str, Any],
+    **more: Any,
+) -> SweepResult:
+    """The result of the prompts that are there.
+
+    Args:
+        exists: `[prompt, cell]` of the whole plan, as `asked`, `tokens` and `labels` are.
+        more: other fields of the table.
+    """
+    rows = prompts_in(outcomes)
     if len(rows) < len(plan):
         asked = taken(asked, rows, asked[PART]["of"] if PART in asked else len(plan))
-        labels |= {"clean": [labels["clean"][row] for row in rows]} if "clean" in labels else {}
+        labels = {**labels, "clean": [labels["clean"][row] for row in rows]} if "clean" in labels else labels
     values, done, clean, corrupted = (rows_of(outcomes, name) for name in ("values", "done", "clean", "corrupted"))
     run = together([Run(**text_in(arrays["run"])) for _, arrays in outcomes])
     edges = rows_of(outcomes, "edges") if "edges" in outcomes[0][1] else None
-    return SweepResult(
-        dataclasses.replace(
-            Table(
-                cells, values, done, exists[rows], clean, corrupted,
-                tuple(tuple(tokens[row]) for row in rows) if tokens else (), asked, run, edges=edges, labels=labels,
-            ),
-            **more,
-        )
-    )  # fmt: skip
+    texts = tuple(tuple(tokens[row]) for row in rows) if tokens else ()
+    table = Table(cells, values, done, exists[rows], clean, corrupted, texts, asked, run, edges=edges, labels=labels)
+    return SweepResult(dataclasses.replace(table, **more))

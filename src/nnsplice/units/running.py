@@ -102,7 +102,7 @@ def _models_of(plan: UnitPlan, model: Any, source: Any) -> Models:
     Raises:
         BadArgument: one has other weights than the plan was made with.
     """
-    models = Models(engine.as_model(model), None if source is None else engine.as_model(source))
+    models = Models(engine.as_model(model), source)
     for one, what, key in ((models.model, "model", "weights"), (models.source, "source", "source_weights")):
         if one is not None and engine.weights_digest(one) != plan.told[key]:
             raise BadArgument(
