@@ -10,7 +10,7 @@ from typing import Any
 from nnsplice import engine
 from nnsplice.activations.prompts import encode
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.circuits.ablations import source_of
+from nnsplice.circuits.ablations import Ablation, source_of
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.constants import OptimalAblation
 from nnsplice.circuits.curves import SHARES, Faithfulness, Point, circuits_of, report
@@ -49,7 +49,7 @@ def plan(
     corrupted: Any,
     metric: Any,
     *,
-    ablation: Any = "patch",
+    ablation: Ablation = "patch",
     reference: Any = None,
     shares: Sequence[float] = SHARES,
 ) -> UnitPlan:

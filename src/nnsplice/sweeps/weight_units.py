@@ -11,7 +11,7 @@ import numpy as np
 from nnsplice import engine
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.errors import BadArgument
-from nnsplice.metrics import MetricLike
+from nnsplice.metrics import Bound, MetricLike
 from nnsplice.paths import Paths
 from nnsplice.results import Cell, SweepResult
 from nnsplice.sweeps.tables import arrays_of, joined
@@ -61,10 +61,9 @@ def plan(
 
 def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
     told, tuned = plan.told, models.source
-    given = prompts_of(told["prompts"], models.model)
-    asking = asked_of(
-        models.model, tuned, given, told["sites"], metric_of(told["metric"]), batch_size=told["batch_size"]
-    )
+    given, metric = prompts_of(told["prompts"], models.model), metric_of(told["metric"])
+    assert isinstance(metric, Bound)  # as this sweep has one
+    asking = asked_of(models.model, tuned, given, told["sites"], metric, batch_size=told["batch_size"])
 
     def unit(prompts: Sequence[int]) -> Arrays:
         longest = max(given.length("decoder", prompt) for prompt in prompts)
