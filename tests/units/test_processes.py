@@ -51,6 +51,17 @@ def _until(happened: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.005)
 
 
+def _stopped_within_a_unit(folder: RunFolder, worker: subprocess.Popen[bytes]) -> bool:
+    """Stop a worker, and let it go on where it is between two units."""
+    worker.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+    claimed = {int(path.name) for path in (folder.path / "claims").iterdir()}
+    if claimed - folder.done():
+        return True
+    worker.send_signal(signal.SIGCONT)
+    return False
+
+
 def _alone(folder: RunFolder) -> Any:
     """All units in this process, from the last on."""
     threads = torch.get_num_threads()
@@ -69,9 +80,8 @@ def _left(plan: Any, path: Path, **options: Any) -> RunFolder:
     return RunFolder.open(path)
 
 
-@pytest.mark.parametrize(
-    "name", ["steering", "path_patch", "attribute, eap-ig", "faithfulness, own mean", "sweep_weights", "capture"]
-)
+@pytest.mark.filterwarnings("ignore:.*apart in the mean")
+@pytest.mark.parametrize("name", ["steering", "faithfulness, own mean", "sweep_weights"])
 def test_two_processes_give_the_bits_of_one(model: Any, tmp_path: Path, name: str) -> None:
     other = sweep_functions.precise_other()
     question, arguments, options = questions.asked(name, model, other)
@@ -88,24 +98,20 @@ def _slow(name: str, model: Any) -> tuple[Any, dict[str, Any]]:
     metric, pair = sweep_functions.slow, (model, CLEAN * 2, CORRUPTED * 2)
     if name == "sweep":
         return ns.plan(ns.sweep, *pair, questions.HEADS, metric), {"size": 12, "max_tokens": 64}
-    if name == "path_patch":
-        return ns.plan(ns.path_patch, *pair, questions.HEADS, "unembed", metric), {"size": 1, "max_tokens": 64}
-    return ns.plan(ns.steering.sweep, model, CLEAN * 2, questions.vector(), [0.5, 1.0, 2.0, 3.0], metric), {"size": 1}
+    return ns.plan(ns.path_patch, *pair, "layers[:].mlp", "unembed", metric), {"size": 1, "max_tokens": 64}
 
 
-@pytest.mark.parametrize("name", ["sweep", "path_patch", "steering"])
+@pytest.mark.parametrize("name", ["sweep", "path_patch"])
 def test_a_worker_killed_in_the_middle_of_a_unit_and_the_rest_by_another(model: Any, tmp_path: Path, name: str) -> None:
     plan, options = _slow(name, model)
     folder = _left(plan, tmp_path / "run", **options)
     assert folder.units >= 8
     first = _worker(folder)
-    _until(lambda: len(folder.done()) >= 2)
-    claimed = {int(path.name) for path in (folder.path / "claims").iterdir()}
-    os.kill(first.pid, signal.SIGKILL)
+    _until(lambda: len(folder.done()) >= 2 and _stopped_within_a_unit(folder, first))
+    first.kill()
     first.wait()
     there = folder.done()
     assert 2 <= len(there) < folder.units
-    assert claimed - there or len(there) > 2  # it was at a unit, or had just finished one more
     times = {number: folder.unit_file(number).stat().st_mtime_ns for number in there}
     second = _worker(folder)
     assert second.wait(120) == 0
