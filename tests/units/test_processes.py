@@ -97,7 +97,7 @@ def _slow(name: str, model: Any) -> tuple[Any, dict[str, Any]]:
     """A plan whose units take some tenths of a second, so that a process is in the middle of one when it is killed."""
     metric, pair = sweep_functions.slow, (model, CLEAN * 2, CORRUPTED * 2)
     if name == "sweep":
-        return ns.plan(ns.sweep, *pair, questions.HEADS, metric), {"size": 12, "max_tokens": 64}
+        return ns.plan(ns.sweep, *pair, "layers[:].mlp", metric), {"size": 9, "max_tokens": 64}
     return ns.plan(ns.path_patch, *pair, "layers[:].mlp", "unembed", metric), {"size": 1, "max_tokens": 64}
 
 
@@ -130,6 +130,7 @@ ns.run(plan, "sweep_functions:precise", on="local:2", out=sys.argv[1], progress=
 """
 
 
+@pytest.mark.slow
 def test_a_driver_and_its_workers_killed_in_a_sweep_and_the_same_call_again(model: Any, tmp_path: Path) -> None:
     own = environment()
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path / "run")], env=own)
