@@ -45,15 +45,9 @@ def _spelled(names: list[str]) -> Iterator[str]:
     for name in names:
         if name.endswith(".*"):
             room = importlib.import_module(name[:-2])
-            yield from (f"{name[:-2]}.{one}" for one in room.__all__ if one not in _doubles(room))
+            yield from (f"{name[:-2]}.{one}" for one in room.__all__)
         else:
             yield name
-
-
-def _doubles(room: Any) -> set[str]:
-    """Long names of a room that has a short one for the same thing, and names of other rooms."""
-    long = "ModelStateMapper"
-    return {n for n in room.__all__ if n.startswith(long) and n != long and n.removeprefix(long) in room.__all__}
 
 
 def value_of(name: str) -> Any:

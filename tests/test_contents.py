@@ -11,6 +11,7 @@ from types import GenericAlias
 import pytest
 
 import nnsplice as ns
+from nnsplice.checkpoints.mapper import long_names
 
 #: The rooms that a user enters.
 ROOMS = (
@@ -28,7 +29,6 @@ ROOMS = (
 )
 #: A disk that is full, a process that dies and a package that is gone are not to be had in an example.
 NOT_SHOWN = {"MissingPackage", "TeamError", "WriteFailed"}
-LONG = "ModelStateMapper"
 
 pages = pytest.mark.parametrize("page", ["nnsplice", *(f"nnsplice.{room}" for room in ROOMS)])
 
@@ -103,9 +103,10 @@ def test_rooms_behind_the_contents_are_not_offered() -> None:
     assert not {"engine", "cli"} & set(dir(ns))
 
 
-def test_every_mapper_has_two_names() -> None:
-    room = ns.checkpoints
-    long = [name for name in room.__all__ if name.startswith(LONG) and name != LONG]
-    assert long
-    for name in long:
-        assert getattr(room, name) is getattr(room, name.removeprefix(LONG))
+def test_mappers_can_be_imported_by_their_long_names_and_are_listed_by_the_short_ones() -> None:
+    room, names = ns.checkpoints, long_names.__all__
+    assert len(names) == 28
+    for name in names:
+        assert getattr(room, name) is getattr(room, name.removeprefix("ModelStateMapper"))
+        assert name not in dir(room)
+        assert name.removeprefix("ModelStateMapper") in room.__all__

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -228,3 +229,9 @@ def test_the_checker_reports_missing_and_unknown_parts() -> None:
         "does not document one",
         "does not say what it returns",
     ]
+
+
+def test_the_errors_page_has_cause_and_repair_of_every_error() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+    rows = {row.split("`")[1] for row in page.splitlines() if row.startswith("| `")}
+    assert rows == set(ns.errors.__all__) - {"NnspliceError"}

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: what is in a file and where, without touching a tensor."""
+"""Headers of safetensors files: names, types, shapes and offsets; no tensor is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnsplice.errors import FileError
 from nnsplice.files import from_json
 from nnsplice.shown import shown
 
-#: A type's name in a header -> its name in torch. Older versions of torch lack some of them.
+#: The name of a type in a header -> its name in torch. Older versions of torch lack some of them.
 _NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
@@ -28,20 +28,27 @@ DTYPES: Mapping[str, torch.dtype] = {
 NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 #: Two numbers share a byte: the header counts numbers, torch counts bytes.
 _HALF = "F4"
-#: What safetensors itself refuses to read.
+#: The longest header that safetensors reads.
 _LONGEST = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a file."""
+class TensorEntry:
+    """One tensor of a file.
+
+    Attributes:
+        name: the name of the tensor.
+        path: the file.
+        kind: the number type, by its name in safetensors.
+        shape: the shape, as torch has it.
+        start: the offset of its bytes in the file.
+        nbytes: the number of its bytes.
+    """
 
     name: str
     path: Path
     kind: str
-    #: As torch has it.
     shape: tuple[int, ...]
-    #: In the file, header included.
     start: int
     nbytes: int
 
@@ -60,9 +67,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says about itself."""
+    """The header of a file: its tensors and its metadata."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
 
 
@@ -72,7 +79,7 @@ def header_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> list[int]:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Read and check a header: what safetensors refuses is refused here, by the same reading of it.
+    """Read and check a header; files that safetensors refuses are refused.
 
     Raises:
         FileError: no safetensors file, or a damaged one; the message names the tensor where it is about one.
@@ -93,9 +100,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raise FileError(
             f"the header of {path} is damaged: it is a {type(found).__name__}", expected="an object in JSON"
         )
-    told = cast("dict[str, Any]", found)
-    metadata: Any = told.pop("__metadata__", None) or {}
-    entries = {name: _entry(path, name, fields, 8 + length) for name, fields in told.items()}
+    tensors = cast("dict[str, Any]", found)
+    metadata: Any = tensors.pop("__metadata__", None) or {}
+    entries = {name: _entry(path, name, fields, 8 + length) for name, fields in tensors.items()}
     for entry in entries.values():
         if entry.start + entry.nbytes > end:
             raise FileError(
@@ -107,8 +114,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(entries, metadata)
 
 
-def _check(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Let safetensors read the header too: holes, overlaps, a name twice, and how it takes JSON, are its to judge."""
+def _check(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Raise if safetensors refuses the header, for gaps, overlaps, repeated names or its JSON."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -124,17 +131,17 @@ def _check(path: Path, entries: Mapping[str, Entry]) -> None:
         raise FileError(f"{path} is damaged or no safetensors file: {error}", expected="a safetensors file") from None
 
 
-def _entry(path: Path, name: str, told: Any, data: int) -> Entry:
+def _entry(path: Path, name: str, fields: Any, data: int) -> TensorEntry:
     try:
-        begin, end = (_whole(offset) for offset in told["data_offsets"])
-        kind, shape = str(told["dtype"]), tuple(_whole(length) for length in told["shape"])
+        begin, end = (_whole(offset) for offset in fields["data_offsets"])
+        kind, shape = str(fields["dtype"]), tuple(_whole(length) for length in fields["shape"])
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(
-            f"the header of {path} is damaged: of {shown(name)} in {path} it says {_short(told)}",
+            f"the header of {path} is damaged: of {shown(name)} in {path} it says {_short(fields)}",
             path=_short(error),
             expected='{"dtype": ..., "shape": [...], "data_offsets": [begin, end]}',
         ) from None
-    # Lengths of zero hide the others, which torch multiplies all the same.
+    # torch multiplies lengths without regard to zeros among them.
     if prod(max(length, 1) for length in shape) >= 1 << 63:
         raise FileError(f"{shown(name)} in {path} is {_short(shape)}", expected="fewer than 2**63 numbers")
     count = prod(shape)
@@ -148,7 +155,7 @@ def _entry(path: Path, name: str, told: Any, data: int) -> Entry:
             f"{shown(name)} in {path} is {kind} {list(shape)} and has {end - begin} bytes",
             expected=f"{nbytes} bytes",
         )
-    return Entry(name, path, kind, shape, data + begin, nbytes)
+    return TensorEntry(name, path, kind, shape, data + begin, nbytes)
 
 
 def _whole(number: Any) -> int:

@@ -1,8 +1,8 @@
 """From token positions to columns of a padded value.
 
-Positions count a prompt's own tokens: `[10]` is its eleventh token and `[-1]` its last, however the batch was padded,
-and while generating they go on counting from the prompt's first token. `Rows` says where those tokens stand; the
-functions here turn a position into the columns of one value.
+Positions count a prompt's own tokens: `[10]` is its eleventh token and `[-1]` its last, for any padding; in a
+generation they count from the prompt's first token. `Rows` has the columns of the tokens in a batch; the functions here
+turn a position into the columns of one value.
 """
 
 from __future__ import annotations
@@ -16,26 +16,30 @@ from torch import Tensor
 from nnsplice.errors import BadArgument, LateUpdate, PathError, ShortRow, SpanError
 from nnsplice.paths import Position, Slice, Span
 
-#: Where a named span stands in each prompt: its name -> (start, stop) per row.
+#: The name of a span -> its (start, stop) in each prompt.
 Spans = Mapping[str, Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where the prompts' own tokens stand in the values of one forward pass."""
+    """The columns of the prompts' own tokens in the values of one forward pass.
 
-    #: How many prompts the values hold; None where the model does not say.
+    Attributes:
+        batch: the number of prompts; None if the model does not tell it.
+        width: the tokens of each row so far, with padding; None if only the value tells it.
+        starts: the column of the first own token of each row; None if no row is padded.
+        lengths: the number of own tokens of each row; None if no row is padded.
+        new: the tokens of each row in this pass: all, or the newest in a decode step; None if it is not known.
+        known: False if the padding is no longer known; then positions count from the unpadded end only.
+        pads_left: whether unknown padding would be on the left.
+    """
+
     batch: int | None
-    #: Tokens per row seen so far, padding included; None where only the value itself tells.
     width: int | None = None
-    #: First own token of each row and how many own tokens it has; None where no row is padded.
     starts: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
-    #: Tokens per row that this pass computes: all of them, or the newest in a decode step; None where nobody says.
     new: int | None = None
-    #: False where the padding cannot be known any more; then only the end that is not padded can be counted from.
     known: bool = True
-    #: Which end that is: whether the padding would be on the left.
     pads_left: bool = True
 
     @staticmethod
@@ -62,19 +66,19 @@ class Rows:
 
     @property
     def length(self) -> int | None:
-        """How many own tokens each row has, where that is one number."""
+        """The number of own tokens of each row, if it is the same in all."""
         if self.lengths is None:
             return self.width
         return self.lengths[0] if len(set(self.lengths)) == 1 else None
 
 
 def concrete(position: Position, rows: Rows, width: int, spans: Spans | None = None) -> list[int | Span]:
-    """The single positions that a position stands for, each as a key keeps it.
+    """The single positions of a position.
 
-    Slices become the absolute positions they select; a list keeps its numbers; a span becomes its tokens one by one.
+    A slice becomes the absolute positions that it selects; a list keeps its numbers; a span becomes its tokens.
 
     Args:
-        width: how many tokens the value at hand holds (one, in a decode step).
+        width: the number of tokens in the value (one, in a decode step).
     """
     if isinstance(position, int):
         return [position]
@@ -90,7 +94,7 @@ def concrete(position: Position, rows: Rows, width: int, spans: Spans | None = N
                 expected="prompts of one length, single positions, or a named span",
                 write='[-1], or capture each length by itself, or spans={"name": [...]} and ["name"][-1]',
             )
-        # Rows of one length that are padded while generating are padded on the left, all of them alike.
+        # In a generation, rows of one length are padded equally, on the left.
         seen = (rows.width or width) - width - min(rows.starts or (0,))
         held = [p for p in position.range(total) if p >= seen]
         if not held:
@@ -109,7 +113,7 @@ def concrete(position: Position, rows: Rows, width: int, spans: Spans | None = N
 
 
 def columns(positions: Sequence[int | Span], rows: Rows, width: int, spans: Spans | None = None) -> list[int] | Tensor:
-    """The columns at which these positions stand in a value that holds `width` tokens.
+    """The columns of positions in a value of `width` tokens.
 
     Returns:
         One list for all rows where they agree, else a tensor `[prompt, position]`.
@@ -122,7 +126,7 @@ def columns(positions: Sequence[int | Span], rows: Rows, width: int, spans: Span
 
 
 def absolute(position: int | Span, lengths: Sequence[int], spans: Spans | None) -> list[int] | None:
-    """Which own token of each prompt a position is; None for one that stands for no single token."""
+    """The token number of a position in each prompt; None for a position of several tokens."""
     if isinstance(position, int):
         return [position if position >= 0 else length + position for length in lengths]
     if position.token is None or not spans or position.name not in spans:
@@ -149,7 +153,7 @@ def _column(position: int | Span, rows: Rows, width: int, spans: Spans | None) -
     else:
         own = [position] * len(rows.lengths)
     starts, lengths = rows.starts or (0,) * len(own), rows.lengths or (total,) * len(own)
-    # Earlier decode steps are not in the value any more: what it holds starts `seen` tokens into the row.
+    # The value lacks earlier decode steps: it begins `seen` tokens into the row.
     seen = total - width
     found: list[int] = []
     for row, (p, start, length) in enumerate(zip(own, starts, lengths, strict=True)):

@@ -123,7 +123,7 @@ def test_an_exception_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path,
 def test_going_on_applies_only_what_is_missing(tmp_path: Path):
     applied: list[str] = []
 
-    class Noting(ck.ModelStateMapperIdentity):
+    class Noting(ck.Identity):
         def _compute(self, *tensors: torch.Tensor):
             applied.append(self.name)
             return tensors

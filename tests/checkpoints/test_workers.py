@@ -66,7 +66,7 @@ class Ends(ck.Rename):
 
 def test_a_worker_that_ends_without_a_word_is_an_error_that_says_what_to_do(gpt2: Path, tmp_path: Path) -> None:
     name = next(iter(ck.Checkpoint.open(gpt2)))
-    with pytest.raises(TeamError, match=r"without a word(.|\n)*workers=1"):
+    with pytest.raises(TeamError, match=r"without an error(.|\n)*workers=1"):
         ck.convert(gpt2, tmp_path / "new", Ends(name, "other"), workers=2, show_progress=False)
     assert files(tmp_path) == ["gpt2"]
 

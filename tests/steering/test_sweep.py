@@ -265,7 +265,7 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
 
     arguments: dict[str, Any] = {"progress": False, "max_tokens": 12, "journal": tmp_path / "j.jsonl"}
     whole = ns.steering.sweep(model, PROMPTS, vector(0, 1), NUMBERS, METRIC, progress=False)
-    real, calls = room._Logits.__call__, []
+    real, calls = room._LogitsMeasure.__call__, []
 
     def stops(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -273,7 +273,7 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(room._Logits, "__call__", stops)
+    monkeypatch.setattr(room._LogitsMeasure, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
         ns.steering.sweep(model, PROMPTS, vector(0, 1), NUMBERS, METRIC, **arguments)
     found = ns.steering.sweep(model, PROMPTS, vector(0, 1), NUMBERS, METRIC, **arguments)

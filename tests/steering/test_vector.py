@@ -62,7 +62,7 @@ def test_what_was_measured_stays_only_where_it_still_holds(fitted) -> None:
         fitted.at(0) | fitted.at(1),
     ):
         assert other.quality == {} and other.norms == {} and other.method is None
-    with pytest.raises(ValueError, match="nobody measured"):
+    with pytest.raises(ValueError, match="was not measured"):
         (fitted + fitted).in_residual_norms()
     assert fitted.in_residual_norms().about.unit == "residual norm"
     assert (fitted.in_residual_norms() * 2).about.unit == "residual norm, times a number"

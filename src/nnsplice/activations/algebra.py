@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nnsplice.activations.lookup import Index
-from nnsplice.activations.packs import Pack
+from nnsplice.activations.packs import MEAN, Pack
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, KeyMismatch, ShapeError, named
+from nnsplice.paths import Span
 
 
 class Directions(Protocol):
@@ -43,6 +45,24 @@ def mapped(packs: Sequence[Pack], fn: Callable[[Tensor], Tensor]) -> list[Pack]:
             )
         made.append(pack.with_tensor(new))
     return made
+
+
+def mean(packs: Sequence[Pack], axis: str) -> list[Pack]:
+    """The mean over prompts, or over the positions of each site.
+
+    Raises:
+        BadArgument: another axis.
+    """
+    if axis == "prompt":
+        return [pack.with_tensor(pack.tensor.mean(0, keepdim=True)) for pack in packs]
+    if axis == "position":
+        return [Pack((pack.keys[0].at(Span(MEAN)),), pack.tensor.mean(1, keepdim=True)) for pack in packs]
+    raise BadArgument(f"there is no mean over {axis!r}", expected='"prompt" or "position"')
+
+
+def is_number(value: object) -> bool:
+    """Whether a capture can be multiplied by it."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def combined(a: Sequence[Pack], b: Sequence[Pack], fn: Callable[[Tensor, Tensor], Tensor]) -> list[Pack]:

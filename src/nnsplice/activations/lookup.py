@@ -1,9 +1,9 @@
-"""Which entries of a capture a path means.
+"""The entries of a capture that a path stands for.
 
-A key is found by its text, and by its place where the capture knows the model: `layers[-1]`, `layers[2]` and
-`model.transformer.h[2]` are then one place. A position is found as it was asked for: `[-1]` and `[4]` are two keys.
+A key is found by its text, and by its site where the capture has an atlas: `layers[-1]`, `layers[2]` and
+`model.transformer.h[2]` are then one site. Positions are compared as written: `[-1]` and `[4]` are two keys.
 
-A slice selects what is there; every number of a list has to be.
+A slice selects the entries in its range; of a list, every number has to be captured.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import product
 
+from torch import Tensor
+
 from nnsplice.activations.packs import Pack
 from nnsplice.atlas import Atlas, Site
-from nnsplice.errors import PathError, UnknownPath, closest
+from nnsplice.errors import BadArgument, PathError, UnknownPath, closest
 from nnsplice.paths import Path, Position, Slice, Span, Step, parse_path
 
 #: (number of the pack, number of the position in it)
@@ -23,7 +25,7 @@ Entry = tuple[int, int]
 
 
 class Index:
-    """Which entry a concrete key is: by its text, and by its place where a model has ranked the keys."""
+    """The entry of a concrete key: by its text, and by its site where the keys are located in a model."""
 
     def __init__(self, packs: Sequence[Pack]) -> None:
         entries = [(key, (p, n)) for p, pack in enumerate(packs) for n, key in enumerate(pack.keys)]
@@ -33,19 +35,43 @@ class Index:
 
     @cached_property
     def places(self) -> dict[str, int]:
-        """The text of every place, in each of its spellings -> the number of its pack."""
+        """The text of every site, in each spelling -> the number of its pack."""
         return {str(key.place): number for number, pack in enumerate(self.packs) for key in pack.keys}
 
     def same(self, key: Path) -> Entry | None:
-        """The entry at the same place and position, however it is spelled."""
+        """The entry of the same site and position, in any spelling."""
         return self.by_text.get(str(key)) or (None if key.site is None else self.by_site.get(key))
+
+
+def tensor(index: Index, path: str | Path, atlas: Atlas | None, length: int | None) -> Tensor:
+    """The tensor at a path of one site: `[prompt, width]`, or `[prompt, position, width]` for several positions.
+
+    Raises:
+        UnknownPath: the path was not captured.
+        BadArgument: a path of several sites.
+    """
+    exact = index.by_text.get(path) if isinstance(path, str) else None
+    if exact is not None:
+        return index.packs[exact[0]].tensor[:, exact[1]]
+    wanted = parse_path(path)
+    entries = find(index, wanted, atlas, length)
+    sites = {number for number, _ in entries}
+    if len(sites) > 1:
+        raise BadArgument(
+            f"this path stands for {len(sites)} places, and get() returns the tensor of one",
+            path=path,
+            write=f"saved.subset({str(path)!r}), or saved.stack('layer') for one tensor over the layers",
+        )
+    pack = index.packs[entries[0][0]].take([n for _, n in entries])
+    single = isinstance(wanted.position, int) or (isinstance(wanted.position, Span) and len(entries) == 1)
+    return pack.tensor[:, 0] if single else pack.tensor
 
 
 def find(index: Index, path: str | Path, atlas: Atlas | None, length: int | None = None) -> list[Entry]:
     """The entries that a path with any slices and lists stands for.
 
     Args:
-        length: how many tokens each prompt has, where that is one known number.
+        length: the number of tokens of each prompt, where they have equally many and it is known.
 
     Raises:
         UnknownPath: there is none, or one that a list names is not there.
@@ -101,7 +127,7 @@ def chosen(packs: Sequence[Pack], entries: Container[Entry]) -> list[Pack]:
 
 
 def located(packs: Sequence[Pack], atlas: Atlas) -> list[Pack]:
-    """The packs with the site of every key that a model can tell and nobody had told."""
+    """The packs, with the site of every key that an atlas finds and that had none."""
     found: list[Pack] = []
     for pack in packs:
         sites: set[Site] = set() if pack.keys[0].site is not None else _sites(atlas, pack.keys[0].place)
@@ -135,12 +161,12 @@ def _places(index: Index, pattern: Path, atlas: Atlas | None) -> list[int]:
         found = [number for number, pack in enumerate(index.packs) if pack.keys[0].site in sites]
         if found:
             return found
-    # The texts alone, for captures whose model is not known.
+    # Without an atlas, the texts are compared.
     return list(dict.fromkeys(number for text, number in index.places.items() if _fits(wanted, parse_path(text))))
 
 
 def _fits(pattern: Path, key: Path) -> bool:
-    """Whether the text of a key's place fits a pattern."""
+    """Whether the site of a key fits a pattern, by its text."""
     if (pattern.native, pattern.tower, len(pattern.steps)) != (key.native, key.tower, len(key.steps)):
         return False
     if (pattern.value or "output", pattern.item) != (key.value or "output", key.item):
@@ -158,7 +184,7 @@ def _fits(pattern: Path, key: Path) -> bool:
 
 
 def _counts_from_end(step: Step) -> bool:
-    """Whether an index means one thing or another by how many the model has."""
+    """Whether an index depends on the number of layers (heads, ...) of the model."""
     index = step.index
     if isinstance(index, Slice):
         return any(bound is not None and bound < 0 for bound in (index.start, index.stop, index.step))
@@ -168,7 +194,7 @@ def _counts_from_end(step: Step) -> bool:
 def _positions(
     held: Mapping[Position | None, int], position: Position | None, path: Path, length: int | None
 ) -> list[int]:
-    """Which of the positions of one place are meant."""
+    """The positions of one site that are meant."""
     if position is None or position == Slice():
         return list(held.values())
     if isinstance(position, tuple):
@@ -185,7 +211,7 @@ def _sliced(held: Mapping[Position | None, int], wanted: Slice, path: Path, leng
     if not numbers:
         return []
     if length is None or not all(-length <= p < length for p in numbers):
-        # Keys and bounds that count from the same end can be compared without it.
+        # Keys and bounds that count from the same end can be compared without the length.
         given = [*numbers, *(bound for bound in (wanted.start, wanted.stop) if bound is not None)]
         if min(given) >= 0 and (wanted.step or 1) > 0:
             length = 1 + max(numbers)

@@ -1,7 +1,7 @@
-"""`SavedActivation`: an immutable mapping from places and positions to tensors, with algebra.
+"""`SavedActivation`: an immutable mapping from paths to tensors, with algebra.
 
-The class is the face; the work stands beside it: `lookup` (which entries a path means), `tree` (the attribute view),
-`algebra`, `rows`, `writing` (runs), `storage` (files), `display` (what a notebook shows).
+The methods call functions of the modules beside: `lookup` (the entries of a path), `tree` (the attribute view),
+`algebra`, `rows`, `writing` (into runs), `storage` (files), `display` (text and HTML).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import algebra, display, lookup, packs, storage, tree, writing
 from nnsplice.activations.folders import ActivationFolder
-from nnsplice.activations.packs import MEAN, Pack, Provenance
+from nnsplice.activations.packs import Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
 from nnsplice.atlas import Atlas
 from nnsplice.deprecated import renamed
-from nnsplice.errors import BadArgument, BadType, KeyMismatch, PathError, UnknownPath, named
-from nnsplice.paths import Path, Paths, Span, parse_path
+from nnsplice.errors import BadType, KeyMismatch, PathError, UnknownPath, named
+from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.shown import printable
 
 
@@ -42,7 +41,7 @@ class SavedActivation:
 
     parse_path: staticmethod[[str | Path], Path] = staticmethod(parse_path)
 
-    # Arithmetic with a tensor or an array on the left asks the capture, which refuses clearly, instead of the array.
+    # numpy then raises a TypeError for `array - capture`, instead of subtracting from each element of the array.
     __array_ufunc__ = None
 
     def __init__(self, tree_of_tensors: Mapping[Any, Any] = {}) -> None:  # never changed
@@ -82,18 +81,18 @@ class SavedActivation:
     def _new(cls, of: Sequence[Pack], provenance: Provenance, known: engine.Known | None) -> Self:
         saved = cls.__new__(cls)
         saved._fill(of, provenance, known)
-        # Made inside a trace, it outlives the trace without a further save(); outside this does nothing.
+        # Inside a trace the capture is kept past its end, as if by save(); outside this does nothing.
         return engine.keep(saved)
 
     def _fill(self, of: Sequence[Pack], provenance: Provenance, known: engine.Known | None) -> None:
         engine.only_local(self)
         self._packs = tuple(of)
         self._provenance = provenance
-        #: Where a model keeps its parts and in which order, if one has ranked the keys: other spellings are then known.
+        #: The atlas and the order of the model, where it was at hand: keys are then found by any spelling.
         self._known = known
 
     def __getstate__(self) -> dict[str, Any]:
-        # The map of a whole model stays behind; the keys keep their places.
+        # The atlas of the model is not pickled; the keys keep their sites.
         return {"_packs": self._packs, "_provenance": self._provenance, "_known": None}
 
     def __copy__(self) -> Self:
@@ -105,7 +104,7 @@ class SavedActivation:
     def _like(self, of: Sequence[Pack], provenance: Provenance | None = None) -> Self:
         return self._new(of, self._provenance if provenance is None else provenance, self._known)
 
-    # ------------------------------------------------------------------------------------------------------ a mapping
+    # -- a mapping -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _index(self) -> lookup.Index:
@@ -153,28 +152,14 @@ class SavedActivation:
             UnknownPath: the path was not captured; the message names the closest keys.
             BadArgument: a path of several sites.
         """
-        known = self._entries.get(path) if isinstance(path, str) else None
-        if known is not None:
-            return self._packs[known[0]].tensor[:, known[1]]
-        wanted = parse_path(path)
-        entries = self._find(wanted)
-        places = {place for place, _ in entries}
-        if len(places) > 1:
-            raise BadArgument(
-                f"this path stands for {len(places)} places, and get() returns the tensor of one",
-                path=path,
-                write=f"saved.subset({str(path)!r}), or saved.stack('layer') for one tensor over the layers",
-            )
-        pack = self._packs[entries[0][0]].take([index for _, index in entries])
-        single = isinstance(wanted.position, int) or (isinstance(wanted.position, Span) and len(entries) == 1)
-        return pack.tensor[:, 0] if single else pack.tensor
+        return lookup.tensor(self._index, path, *self._context)
 
     def _find(self, path: str | Path) -> list[lookup.Entry]:
         return lookup.find(self._index, path, *self._context)
 
     @cached_property
     def _context(self) -> tuple[Atlas | None, int | None]:
-        """What is known of the model, and of how many tokens each prompt has."""
+        """The atlas of the model, and the number of tokens of each prompt, where they are known."""
         return self._known.atlas if self._known else None, packs.common_length(self._packs, self._provenance)
 
     @property
@@ -231,7 +216,7 @@ class SavedActivation:
     def __or__(self, other: SavedActivation) -> Self:
         return self.union(other) if isinstance(other, SavedActivation) else NotImplemented
 
-    # ----------------------------------------------------------------------------------------------------------- rows
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
     @property
     def rows(self) -> int:
@@ -251,7 +236,7 @@ class SavedActivation:
     def _take_rows(self, rows: Sequence[int]) -> Self:
         return self._like([pack.take_rows(rows) for pack in self._packs], self._provenance.rows(rows))
 
-    # -------------------------------------------------------------------------------------------------------- algebra
+    # -- algebra -------------------------------------------------------------------------------------------------------
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Apply a function to the tensor of each site, `[prompt, position, width]`.
@@ -262,7 +247,10 @@ class SavedActivation:
         Returns:
             The new capture.
         """
-        made = algebra.mapped(self._packs, fn)
+        return self._made(algebra.mapped(self._packs, fn))
+
+    def _made(self, made: Sequence[Pack]) -> Self:
+        """Computed packs, without the provenance of rows where their number changed."""
         same = not made or made[0].tensor.shape[0] == self.rows
         return self._like(made, None if same else self._provenance.without_rows())
 
@@ -286,16 +274,10 @@ class SavedActivation:
         Raises:
             BadArgument: another axis.
         """
-        if axis == "prompt":
-            return self.map(lambda tensor: tensor.mean(0, keepdim=True))
-        if axis != "position":
-            raise BadArgument(f"there is no mean over {axis!r}", expected='"prompt" or "position"')
-        return self._like(
-            [Pack((pack.keys[0].at(Span(MEAN)),), pack.tensor.mean(1, keepdim=True)) for pack in self._packs]
-        )
+        return self._made(algebra.mean(self._packs, axis))
 
     def _beside(self, other: SavedActivation) -> tuple[Sequence[Pack], Sequence[Pack]]:
-        """The packs of both; where one of them knows the model, the other's keys are found in it too."""
+        """The packs of both; where one has an atlas, the keys of the other are located in it."""
         if not isinstance(other, SavedActivation):
             raise BadType(f"{type(other).__name__} is no capture", expected="a SavedActivation")
         mine, theirs = self._packs, other._packs
@@ -306,12 +288,12 @@ class SavedActivation:
         return mine, theirs
 
     def _with(self, other: SavedActivation, fn: Callable[[Tensor, Tensor], Tensor]) -> Self:
-        """Combined with another capture of the same places."""
+        """A function applied to the values of two captures of the same sites."""
         made = algebra.combined(*self._beside(other), fn)
         if self.rows == other.rows:
             origin = self._provenance.joined(other._provenance)
         else:
-            # One row that served every prompt: the prompts are those of the longer one.
+            # One row was combined with every prompt of the other capture.
             origin = (self if self.rows > other.rows else other)._provenance
         return self._new(made, origin, self._known or other._known)
 
@@ -325,14 +307,14 @@ class SavedActivation:
         return self.map(torch.neg)
 
     def __mul__(self, factor: float) -> Self:
-        if not _is_number(factor):
+        if not algebra.is_number(factor):
             return NotImplemented
         return self.map(lambda tensor: tensor * factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Self:
-        if not _is_number(divisor):
+        if not algebra.is_number(divisor):
             return NotImplemented
         return self.map(lambda tensor: tensor / divisor)
 
@@ -398,17 +380,17 @@ class SavedActivation:
             subspace: an `ns.Subspace`, as wide as every value; its address is not compared.
 
         Returns:
-            A capture of the same places and widths.
+            A capture of the same sites and widths.
 
         Raises:
             BadType: something other than a subspace.
-            ShapeError: a place of another width.
+            ShapeError: a site of another width.
         """
         basis = algebra.basis_of(self._packs, subspace)
         return self.map(lambda tensor: algebra.within(tensor, basis))
 
     def interchange(self, other: SavedActivation, subspace: algebra.Directions) -> Self:
-        """These values, with the part that lies in a subspace taken from another capture of the same places.
+        """These values, with the part that lies in a subspace taken from another capture of the same sites.
 
         >>> key = "layers[0].output[-1]"
         >>> a, b = (ns.SavedActivation.from_pairs((key, torch.tensor([v]))) for v in ([1, 2.], [3, 4.]))
@@ -420,12 +402,12 @@ class SavedActivation:
             subspace: an `ns.Subspace`, as wide as every value; its address is not compared.
 
         Returns:
-            A capture of the same places.
+            A capture of the same sites.
 
         Raises:
             BadType: something other than a capture or a subspace.
-            KeyMismatch: the captures hold different places.
-            ShapeError: a place of another width, or captures with different numbers of rows.
+            KeyMismatch: the captures hold different paths.
+            ShapeError: a site of another width, or captures with different numbers of rows.
         """
         basis = algebra.basis_of(self._packs, subspace)
         return self._with(other, lambda mine, theirs: algebra.interchanged(mine, theirs, basis))
@@ -449,7 +431,7 @@ class SavedActivation:
         """
         return algebra.stacked(self._packs, axis)
 
-    # -------------------------------------------------------------------------------------------------- as torch does
+    # -- as torch does -------------------------------------------------------------------------------------------------
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> Self:
         """Copy to another device or dtype.
@@ -519,11 +501,11 @@ class SavedActivation:
         return engine.keep(self)
 
     def _located(self, model: Any) -> Self:
-        """The same with its keys found in a model, which a capture from a file or made by hand does not know."""
+        """The same with its keys located in a model; those of a file, or made by hand, are not."""
         known = engine.known(model)
         return self if self._known else self._new(lookup.located(self._packs, known.atlas), self._provenance, known)
 
-    # ----------------------------------------------------------------------------------------------------------- runs
+    # -- runs ----------------------------------------------------------------------------------------------------------
 
     def apply(self, model: Any, *, at: int | Sequence[int] | None = None) -> None:
         """Replace values of the running trace by these.
@@ -564,7 +546,7 @@ class SavedActivation:
         """
         writing.write(model, self._packs, coefficient, at=at)
 
-    # ---------------------------------------------------------------------------------------------------------- files
+    # -- files ---------------------------------------------------------------------------------------------------------
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the provenance in its header, completely or not at all.
@@ -602,17 +584,17 @@ class SavedActivation:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> ActivationFolder[Self]:
-        """The captures that `ns.capture_to` wrote into a folder; nothing is read before it is asked for.
+        """The captures that `ns.capture_to` wrote into a folder; files are read when they are needed.
 
         Args:
             folder: the folder.
 
         Returns:
-            The captures, as many as are there.
+            The captures that were written.
         """
         return ActivationFolder.open(folder, cls.from_file)
 
-    # ----------------------------------------------------------------------------------------------------- provenance
+    # -- provenance ----------------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> str | None:
@@ -643,7 +625,3 @@ class SavedActivation:
 
     def _repr_html_(self) -> str:
         return display.html(self._packs, self.rows)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,19 +1,19 @@
-"""Adapters: what a LoRA did, layer by layer, seen through the addresses of the model.
+"""LoRA adapters, layer by layer, by the addresses of the model.
 
-grouping    which parameter of an optimizer belongs to which layer
-readings    ... told by the shapes of its state, where no names are known
-states      an optimizer's state as plain data; files are read without unpickling
-health      Adam's moments, layer by layer
+grouping    LayerGrouping: the layer of each parameter of an optimizer, by names, order or shapes
+orders      the orders of parameters that fit the shapes of an optimizer's state
+states      an optimizer's state as plain data, read without unpickling
+health      LayerHealth: Adam's moments, layer by layer
 factors     ExpertAdapter: an adapter as pairs of low-rank factors
-folder      ... from a PEFT folder
-matrices    LoRAMatrices: one such pair, and how the weight that it changes is stored
-alignment   an update against a pair of factors: cosine, share of the subspace
-aligner     ExpertManifoldAligner: steps of a run, compared with adapters
-profile     where an adapter acts: kind, depth, energy
-domains     what that is taken to be good for, as data
+folder      the factors of a PEFT folder
+matrices    LoRAMatrices: one pair of factors
+alignment   an update compared with a pair of factors: cosine, share of the subspace
+aligner     ExpertManifoldAligner: the steps of a run, compared with adapters
+profile     AdapterProfile: the kind, depth and energy of every change
+domains     DomainTable: the weight of each kind and depth for each domain
 live        adapters on a live model: run without them; the only file that imports peft
-keys        names of tensors, weights and addresses, translated into each other
-header      what a folder says without a tensor being read
+keys        names of an adapter's tensors, names of weights, addresses
+header      the names and shapes of an adapter's tensors, and its config
 """
 
 from nnsplice.adapters.aligner import ExpertManifoldAligner

@@ -1,4 +1,4 @@
-"""Steps of a training run against adapters: what moved, and whether it moved where an adapter points."""
+"""The weight updates of a training run, compared with adapters."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from nnsplice.adapters.domains import DOMAINS, DomainTable
 from nnsplice.adapters.factors import ExpertAdapter
 from nnsplice.adapters.keys import read_key
 from nnsplice.adapters.live import merged_steps
-from nnsplice.adapters.matrices import LoRAMatrices, experts_turned, is_transposed
-from nnsplice.adapters.profile import AdapterProfile, profile, where
+from nnsplice.adapters.matrices import LoRAMatrices, experts_transposed, is_transposed
+from nnsplice.adapters.profile import AdapterProfile, describe, profile
 from nnsplice.atlas import Atlas, peel
 from nnsplice.atlas.names import layer_of, unwrapped
 from nnsplice.errors import BadArgument, ShapeError
 
 Mode = Literal["cosine", "subspace"]
-MODES = {"cosine": alignment.cosine, "subspace": alignment.inside}
-#: How many layers a model is taken to have that does not say.
+MODES = {"cosine": alignment.cosine, "subspace": alignment.subspace_share}
+#: The number of layers where neither atlas nor names tell it.
 DEFAULT_LAYERS = 12
 
 
@@ -38,16 +38,18 @@ class ExpertManifoldAligner:
         """Read the model's parts and take the first snapshot.
 
         Args:
-            model: any torch or nnsight model; its parts are named by the atlas, or by their names where it knows none.
-            domains: what energy in which part speaks for.
+            model: any torch or nnsight model; its parts are found by the atlas, or by their names where it has none.
+            domains: the weight of each part and depth for each domain.
         """
         self.domains = domains
         self.atlas: Atlas = Atlas.of(model)
         root = peel(model)
-        self.total_layers: int = _count(self.atlas, root)
-        self._turned = frozenset(name for name, _ in root.named_parameters() if is_transposed(root, name))
-        self._turned_experts = frozenset(name for name, module in root.named_modules() if experts_turned(module))
-        self._seen: dict[str, Tensor] = {}
+        self.total_layers: int = _number_of_layers(self.atlas, root)
+        self._transposed = frozenset(name for name, _ in root.named_parameters() if is_transposed(root, name))
+        self._transposed_experts = frozenset(
+            name for name, module in root.named_modules() if experts_transposed(module)
+        )
+        self._snapshot: dict[str, Tensor] = {}
         self.track_step(model)
 
     def track_step(self, model: Any, *, merged: bool = False) -> dict[str, Tensor]:
@@ -73,12 +75,12 @@ class ExpertManifoldAligner:
             The change of each matrix by name.
         """
         root = _as_named(model)
-        before = self._seen
+        before = self._snapshot
         after = {
             name: p.detach().clone() for name, p in root.named_parameters() if p.requires_grad and _is_kept(name, p)
         }
         extra, used = merged_steps(root, before, after) if merged else ({}, frozenset())
-        self._seen = {**before, **after}
+        self._snapshot = {**before, **after}
         steps = {
             name: value - before[name]
             for name, value in after.items()
@@ -104,7 +106,7 @@ class ExpertManifoldAligner:
             lora: the factors.
             step_update: the update of the weight, as it is stored.
             mode: `"cosine"` or `"subspace"`.
-            name: the name of the weight, which says how it is stored; the factors say it if left out.
+            name: the name of the weight, by which its orientation is looked up; that of the factors if left out.
 
         Returns:
             The alignment.
@@ -121,8 +123,8 @@ class ExpertManifoldAligner:
                 expected="the update of one expert",
                 write="aligner.align(adapter, steps)   (which finds each expert's), or step_update[expert]",
             )
-        turned = lora.transposed if name is None else self._is_turned(name)
-        update = step_update.mT if turned and step_update.ndim == 2 else step_update
+        transposed = lora.transposed if name is None else self._is_transposed(name)
+        update = step_update.mT if transposed and step_update.ndim == 2 else step_update
         if tuple(update.shape) != (lora.lora_B.shape[0], lora.lora_A.shape[1]):
             return 0.0
         return MODES[mode](lora.lora_B.to(update.device), lora.lora_A.to(update.device), update)
@@ -146,7 +148,7 @@ class ExpertManifoldAligner:
         for name, pair in adapter.layers.items():
             step = by_name.get(name)
             if step is None:
-                step = _expert(by_name, name)
+                step = _step_of_expert(by_name, name)
             if step is not None:
                 found[name] = self.compute_subspace_alignment(pair, step, mode=mode, name=name)
         if not found:
@@ -167,7 +169,7 @@ class ExpertManifoldAligner:
         Returns:
             Kind and depth.
         """
-        found = where(name, self.total_layers, self.atlas)
+        found = describe(name, self.total_layers, self.atlas)
         return found.kind, found.depth
 
     def profile_adapter(self, adapter: ExpertAdapter) -> AdapterProfile:
@@ -204,32 +206,35 @@ class ExpertManifoldAligner:
         adapter.domain_tags = [*kept, *adapter.computed_tags]
         return tags
 
-    def _is_turned(self, name: str) -> bool:
-        if name in self._turned:
+    def _is_transposed(self, name: str) -> bool:
+        if name in self._transposed:
             return True
         module, _, attribute = name.rpartition(".")
         # `gate_proj.base_layer.weight` where an adapter wrapped the layer, `experts.3.gate_up_proj` for one expert.
-        return f"{module}.base_layer.{attribute}" in self._turned or module.rpartition(".")[0] in self._turned_experts
+        return (
+            f"{module}.base_layer.{attribute}" in self._transposed
+            or module.rpartition(".")[0] in self._transposed_experts
+        )
 
 
 def _as_named(model: Any) -> nn.Module:
-    """The module whose names a user sees: the one that was given, or the one inside an nnsight model."""
+    """The module that was given, or the one inside an nnsight model."""
     return model if isinstance(model, nn.Module) else peel(model)
 
 
 def _is_kept(name: str, parameter: Tensor) -> bool:
-    """Matrices, and DoRA's magnitudes, which are part of what a weight becomes."""
+    """Whether a snapshot keeps a parameter: matrices, and DoRA's magnitudes, which the merged weight depends on."""
     return parameter.ndim >= 2 or read_key(name).factor == "lora_magnitude_vector"
 
 
-def _count(atlas: Atlas, root: nn.Module) -> int:
+def _number_of_layers(atlas: Atlas, root: nn.Module) -> int:
     if atlas.towers:
         return atlas.tower().n_layers
     numbers = [layer.number for name in root.state_dict() if (layer := layer_of(name)) is not None]
     return 1 + max(numbers) if numbers else DEFAULT_LAYERS
 
 
-def _expert(steps: Mapping[str, Tensor], name: str) -> Tensor | None:
+def _step_of_expert(steps: Mapping[str, Tensor], name: str) -> Tensor | None:
     """The part of a fused tensor's step that belongs to one expert: `...experts.3.gate_up_proj`."""
     module, _, attribute = name.rpartition(".")
     owner, _, number = module.rpartition(".")

@@ -1,4 +1,4 @@
-"""Where a change of a matrix points, compared with a pair of low-rank factors; the large product is never made."""
+"""The alignment of a matrix's update with a pair of low-rank factors, whose product is not computed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from nnsplice.errors import BadArgument
 
 #: Rounding noise of double precision in what is computed here: a cosine this near to 1 is 1.
 NOISE = 1e-14
-#: How many numbers of an update are looked at at once: two megabytes in double precision.
+#: The numbers of an update that are read at once: two megabytes in double precision.
 BLOCK = 1 << 18
-#: Directions of a factor that are smaller than this share of its largest one come from rounding.
+#: Singular values of a factor below this share of the largest one are rounding noise.
 RANK_TOLERANCE = 1e-12
 
 
@@ -21,27 +21,27 @@ def cosine(left: Tensor, right: Tensor, update: Tensor) -> float:
     Both factors become an orthonormal part and a small triangle first, so that the norm of the product is computed from
     the product of the triangles: exact also where the factors nearly cancel. Costs O(r · out · in).
     """
-    b, a = _scaled(left, "lora_B"), _scaled(right, "lora_A")
+    b, a = _normalised(left, "lora_B"), _normalised(right, "lora_A")
     if b is None or a is None:
         return 0.0
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.mT)
     core = rb @ ra.mT
-    found, energy = _within(qb, qa, update)
+    found, energy = _projected(qb, qa, update)
     size = float(core.norm()) * energy**0.5
-    return _tidy(float((core * found).sum()) / size, -1.0) if size else 0.0
+    return _clipped(float((core * found).sum()) / size, -1.0) if size else 0.0
 
 
-def inside(left: Tensor, right: Tensor, update: Tensor) -> float:
+def subspace_share(left: Tensor, right: Tensor, update: Tensor) -> float:
     """The share of the update's energy that lies in the columns of `left` and the rows of `right`: from 0 to 1."""
-    b, a = _scaled(left, "lora_B"), _scaled(right, "lora_A")
+    b, a = _normalised(left, "lora_B"), _normalised(right, "lora_A")
     if b is None or a is None:
         return 0.0
-    found, energy = _within(_basis(b), _basis(a.mT), update)
-    return _tidy(float(found.square().sum()) / energy, 0.0) if energy else 0.0
+    found, energy = _projected(_basis(b), _basis(a.mT), update)
+    return _clipped(float(found.square().sum()) / energy, 0.0) if energy else 0.0
 
 
-def _within(left: Tensor, right: Tensor, update: Tensor) -> tuple[Tensor, float]:
+def _projected(left: Tensor, right: Tensor, update: Tensor) -> tuple[Tensor, float]:
     """`left.T @ update @ right` and the update's energy, both of the update divided by its largest number.
 
     Goes through the update in double precision by some rows at a time, which stay in the cache.
@@ -69,8 +69,8 @@ def singular_values(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.svdvals(rb @ ra.mT)
 
 
-def _scaled(tensor: Tensor, name: str) -> Tensor | None:
-    """In double precision and with 1 as its largest number, so that squares neither vanish nor overflow."""
+def _normalised(tensor: Tensor, name: str) -> Tensor | None:
+    """In double precision, divided by its largest number, so that squares neither vanish nor overflow."""
     largest = _largest(tensor, name)
     return tensor.detach().double() / largest if largest else None
 
@@ -88,7 +88,7 @@ def _basis(matrix: Tensor) -> Tensor:
     return u[:, s > RANK_TOLERANCE * s[0]]
 
 
-def _tidy(number: float, least: float) -> float:
+def _clipped(number: float, least: float) -> float:
     if number > 1.0 - NOISE:
         return 1.0
     return max(number, least)

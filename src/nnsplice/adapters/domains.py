@@ -1,4 +1,4 @@
-"""What the parts of a model are taken to be good for, as a table that a user may replace."""
+"""The weights of domains for parts of a model, as a table that a user may replace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from nnsplice.errors import BadArgument
 
-#: What kind of weight a name speaks of, and where in the model it lies.
+#: The kind of a weight, and its depth in the model.
 Kind = Literal["embed", "attn", "mlp", "other"]
 Depth = Literal["early", "mid", "late"]
 KINDS: tuple[Kind, ...] = ("embed", "attn", "mlp", "other")
@@ -36,13 +36,9 @@ class DomainTable:
     """
 
     names: tuple[str, ...]
-    #: (kind, depth) -> a number for each name.
     weights: Mapping[tuple[str, str], tuple[float, ...]]
-    #: For kinds and depths that are not listed.
     default: tuple[float, ...] = ()
-    #: A share from which a domain becomes a tag.
     threshold: float = 0.35
-    #: The share of every domain where an adapter changes nothing.
     empty: float = field(default=0.33)
 
     def __post_init__(self) -> None:

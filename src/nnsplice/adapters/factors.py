@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.adapters.folder import read_folder
-from nnsplice.adapters.matrices import LoRAMatrices, bare, expert_name, experts_turned, is_transposed
+from nnsplice.adapters.matrices import LoRAMatrices, expert_name, experts_transposed, is_transposed, unwrapped_module
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, ShapeError
 
@@ -42,9 +42,7 @@ class ExpertAdapter:
 
     layers: dict[str, LoRAMatrices]
     domain_tags: list[str] = field(default_factory=list)
-    #: Parameters that the adapter replaces as a whole (`modules_to_save`, biases), so that they are no pair of factors.
     whole: tuple[str, ...] = ()
-    #: The tags that were computed, not set by hand: the next computation replaces them.
     computed_tags: list[str] = field(default_factory=list, repr=False)
 
     @classmethod
@@ -123,8 +121,8 @@ class ExpertAdapter:
             if change.ndim < 2:
                 whole.append(name)
                 continue
-            for full, matrix, turned in _matrices(before, name, change):
-                layers[full] = _best(matrix, rank, turned)
+            for full, matrix, transposed in _matrices(before, name, change):
+                layers[full] = _best_approximation(matrix, rank, transposed)
         if not layers:
             raise BadArgument("no matrix differs between the two models", expected="a model and a tuned copy of it")
         return cls(layers, whole=tuple(whole))
@@ -140,20 +138,20 @@ class ExpertAdapter:
 def _matrices(root: nn.Module, name: str, change: Tensor) -> Iterator[tuple[str, Tensor, bool]]:
     """The matrices of a parameter as `[out, in]`: itself, or one for each expert."""
     if change.ndim == 2:
-        turned = is_transposed(root, name)
-        yield name, change.mT if turned else change, turned
+        transposed = is_transposed(root, name)
+        yield name, change.mT if transposed else change, transposed
         return
     module, _, attribute = name.rpartition(".")
     if change.ndim != 3:
         raise ShapeError(f"{name} is {list(change.shape)}, not a matrix", expected="matrices, or one for each expert")
-    turned = experts_turned(bare(root, module))
+    transposed = experts_transposed(unwrapped_module(root, module))
     for index, matrix in enumerate(change):
         if matrix.any():
-            yield expert_name(module, index, attribute), matrix.mT if turned else matrix, turned
+            yield expert_name(module, index, attribute), matrix.mT if transposed else matrix, transposed
 
 
-def _best(matrix: Tensor, rank: int, turned: bool) -> LoRAMatrices:
+def _best_approximation(matrix: Tensor, rank: int, transposed: bool) -> LoRAMatrices:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = s[:rank].sqrt()
     left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
-    return LoRAMatrices(right.contiguous(), left.contiguous(), s[:rank].clone(), turned)
+    return LoRAMatrices(right.contiguous(), left.contiguous(), s[:rank].clone(), transposed)

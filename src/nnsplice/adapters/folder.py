@@ -1,4 +1,4 @@
-"""A PEFT folder -> factors, with every scale in them. Nothing of PEFT is needed to read it."""
+"""The factors of a PEFT folder, with every scale multiplied in; peft is not needed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.adapters.header import CONFIG, WEIGHTS, read_config, read_header
-from nnsplice.adapters.matrices import LoRAMatrices, bare, expert_name, experts_turned, is_transposed
+from nnsplice.adapters.matrices import LoRAMatrices, expert_name, experts_transposed, is_transposed, unwrapped_module
 from nnsplice.atlas import peel
 from nnsplice.errors import FileError, ParamMappingError, circumstances
 from nnsplice.shown import shown
 
-#: Ways to start that change the base model's weights, so that the factors are not what was added to those it came with.
+#: Initialisations that change the base model's weights, so that the product of the factors is not the change.
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga")
-#: Options with which the change is no product of two factors.
+#: Options with which the change is not a product of two factors.
 NOT_A_PRODUCT = (
     "use_bdlora",
     "kasa_config",
@@ -97,7 +97,7 @@ def _check_replicated(ranges: Any, root: nn.Module, modules: list[str]) -> None:
     """Raise for a base model without the layers that the adapter was trained on, each a copy of one of its own."""
     for module in modules:
         try:
-            bare(root, module)
+            unwrapped_module(root, module)
         except FileError:
             raise FileError(
                 f"this adapter was made with layer_replication={ranges}, which repeats layers: {module} is one of the "
@@ -134,7 +134,7 @@ def _pairs(
     alpha = _pattern(config, "alpha_pattern", parameter or module, config["lora_alpha"])
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     if parameter is not None:
-        return _experts(parameter, a, b, rank, scale, _turned(parameter, a, b, config, root))
+        return _experts(parameter, a, b, rank, scale, _is_transposed(parameter, a, b, config, root))
     name = f"{module}.weight"
     if a.ndim != 2 or b.ndim != 2:
         raise FileError(f"the factors of {module} are {list(a.shape)} and {list(b.shape)}", expected="matrices")
@@ -144,12 +144,12 @@ def _pairs(
             expected="the config that was saved with these factors",
         )
     if first == "lora_embedding_A":  # the change of [token, width] is (B A)^T
-        turned = True
+        transposed = True
     else:
-        turned = bool(config.get("fan_in_fan_out")) if root is None else is_transposed(root, name)
-    pair = LoRAMatrices(a, b * scale, transposed=turned, magnitude=_flat(factors.get("lora_magnitude_vector")))
+        transposed = bool(config.get("fan_in_fan_out")) if root is None else is_transposed(root, name)
+    pair = LoRAMatrices(a, b * scale, transposed=transposed, magnitude=_flat(factors.get("lora_magnitude_vector")))
     if pair.magnitude is not None and root is not None:
-        pair = _exact(pair, bare(root, module))
+        pair = _exact(pair, unwrapped_module(root, module))
     return {name: pair}
 
 
@@ -194,7 +194,7 @@ def _parameter(
         return f"{module}.{names[0]}"
     # Several parameters of one module: the first one that the module registered lies innermost.
     if root is not None:
-        order = [name for name, _ in bare(root, module).named_parameters(recurse=False) if name in names]
+        order = [name for name, _ in unwrapped_module(root, module).named_parameters(recurse=False) if name in names]
     else:
         order = _by_size(names, {d: f for (m, d), f in modules.items() if m == module}, _mirrored(config))
     if len(order) != len(names):
@@ -232,15 +232,15 @@ def _mirrored(config: Mapping[str, Any]) -> bool:
     return version is not None and (int(version[1]), int(version[2])) < (0, 19)
 
 
-def _turned(parameter: str, a: Tensor, b: Tensor, config: Mapping[str, Any], root: nn.Module | None) -> bool:
+def _is_transposed(parameter: str, a: Tensor, b: Tensor, config: Mapping[str, Any], root: nn.Module | None) -> bool:
     """Whether `B A` of an expert is the change of its matrix on its side: told by the sizes, where they differ."""
     module, _, attribute = parameter.rpartition(".")
     if root is None:
         return _mirrored(config)
-    owner = bare(root, module)
+    owner = unwrapped_module(root, module)
     shape = getattr(owner, attribute).shape
     if len(shape) != 3 or shape[1] == shape[2]:
-        return _mirrored(config) or experts_turned(owner)
+        return _mirrored(config) or experts_transposed(owner)
     found = (a.shape[1], b.shape[0])
     if found not in (tuple(shape[1:]), tuple(shape[:0:-1])):
         raise FileError(
@@ -251,7 +251,9 @@ def _turned(parameter: str, a: Tensor, b: Tensor, config: Mapping[str, Any], roo
     return found == tuple(shape[1:])
 
 
-def _experts(parameter: str, a: Tensor, b: Tensor, rank: int, scale: float, turned: bool) -> dict[str, LoRAMatrices]:
+def _experts(
+    parameter: str, a: Tensor, b: Tensor, rank: int, scale: float, transposed: bool
+) -> dict[str, LoRAMatrices]:
     """One pair for each expert: rows of A go expert by expert, columns of B rank by rank."""
     module, _, attribute = parameter.rpartition(".")
     count, odd = divmod(a.shape[0], rank)
@@ -262,7 +264,7 @@ def _experts(parameter: str, a: Tensor, b: Tensor, rank: int, scale: float, turn
         return {parameter: LoRAMatrices(a, b * scale)}
     return {
         expert_name(module, i, attribute): LoRAMatrices(
-            rows[i].clone(), (columns[:, :, i] * scale).contiguous(), transposed=turned
+            rows[i].clone(), (columns[:, :, i] * scale).contiguous(), transposed=transposed
         )
         for i in range(count)
     }

@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import nn, optim
 
-from nnsplice.adapters.header import Entry, read_header, stands
+from nnsplice.adapters.header import AdapterTensor, read_header, side_of_layers
 from nnsplice.adapters.keys import read_key
-from nnsplice.adapters.readings import Layers, read_order
+from nnsplice.adapters.orders import Layers, fitting_orders
 from nnsplice.adapters.states import Optimizer, as_optimizer
 from nnsplice.atlas import Atlas, peel
 from nnsplice.atlas.families import NOT_TEXT
 from nnsplice.atlas.names import NamedLayer, layer_of
 from nnsplice.errors import ParamMappingError, UnknownPath, circumstances
 
-#: What to pass where the order of the ids is not known.
-#: Names in the optimizer's own order: parameters given in groups, as trainers do, are not in the model's.
+#: Arguments to write where the order of the ids is not known. The names are in the optimizer's order, which is not the
+#: model's where parameters are given in groups, as trainers do.
 NAMES = (
     'names=[of[id(p)] for group in optimizer.param_groups for p in group["params"]]'
     "   (with of = {id(p): name for name, p in model.named_parameters()})"
@@ -48,16 +48,11 @@ class LayerGrouping:
         header: the adapter's tensors, for `how="order"`.
     """
 
-    #: In numeric order.
     layer_indices: tuple[int, ...]
-    #: 0 where layers have different numbers of parameters.
     params_per_layer: int
-    #: Id in the optimizer's state -> layer. Ids of parameters outside the layers are absent: use `.get`.
     layer_of: dict[int, int]
-    #: How it is known: `order`, `names`, `identity` or `shapes`.
     how: str = field(default="order", compare=False)
-    #: The adapter's tensors, where their order alone was gone by: `layer_health` compares it with the state.
-    header: tuple[Entry, ...] = field(default=(), compare=False, repr=False)
+    header: tuple[AdapterTensor, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def num_layers(self) -> int:
@@ -175,7 +170,7 @@ def map_optimizer_to_layers(optimizer: optim.Optimizer, model: Any, *, tower: st
 
 
 def _located(atlas: Atlas, name: str) -> NamedLayer | None:
-    """The layer that a parameter of this model lies in, from the atlas; from the name where it knows nothing."""
+    """The layer of a parameter of this model, from the atlas, or from its name where the atlas does not have it."""
     if not atlas.towers:
         return layer_of(name)
     try:
@@ -190,10 +185,10 @@ def _located(atlas: Atlas, name: str) -> NamedLayer | None:
     return NamedLayer(atlas.tower(place).stack, step.index)
 
 
-# -- the ways to know --------------------------------------------------------------------------------------------------
+# -- three ways to map -------------------------------------------------------------------------------------------------
 
 
-def _check_header(entries: tuple[Entry, ...]) -> list[Entry]:
+def _check_header(entries: tuple[AdapterTensor, ...]) -> list[AdapterTensor]:
     if not entries:
         raise ParamMappingError("no keys found in the adapter's file", expected="the tensors of an adapter")
     layered = [entry for entry in entries if entry.layer is not None]
@@ -205,7 +200,7 @@ def _check_header(entries: tuple[Entry, ...]) -> list[Entry]:
     return layered
 
 
-def _check_uniform(layered: list[Entry], has_state: bool) -> None:
+def _check_uniform(layered: list[AdapterTensor], has_state: bool) -> None:
     counts = Counter(entry.layer for entry in layered if entry.layer)
     if len(set(counts.values())) > 1 and not has_state:
         some = sorted(counts, key=lambda layer: layer.number)[:4]
@@ -215,8 +210,10 @@ def _check_uniform(layered: list[Entry], has_state: bool) -> None:
         )
 
 
-def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int, tower: str | None) -> LayerGrouping:
-    """PEFT's own order: whatever is registered before the layers, the layers by number, the rest."""
+def _by_order(
+    entries: tuple[AdapterTensor, ...], layered: list[AdapterTensor], num_params: int, tower: str | None
+) -> LayerGrouping:
+    """PEFT's own order: modules registered before the layers, the layers by number, the rest."""
     stacks = sorted({entry.layer.stack for entry in layered if entry.layer})
     if len(stacks) > 1:
         raise ParamMappingError(
@@ -225,7 +222,7 @@ def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int,
             write=f"{NAMES}\n     or: {LIVE}",
         )
     outside = [entry for entry in entries if entry.layer is None]
-    places = {entry: stands(entry, stacks[0]) for entry in outside}
+    places = {entry: side_of_layers(entry, stacks[0]) for entry in outside}
     unknown = [entry.name for entry, place in places.items() if place == "unknown"]
     before = [entry for entry, place in places.items() if place == "before"]
     if unknown:
@@ -248,7 +245,7 @@ def _by_order(entries: tuple[Entry, ...], layered: list[Entry], num_params: int,
 
 
 def _by_names(
-    entries: tuple[Entry, ...], names: Mapping[int, str], num_params: int, tower: str | None
+    entries: tuple[AdapterTensor, ...], names: Mapping[int, str], num_params: int, tower: str | None
 ) -> LayerGrouping:
     strange = [number for number in names if not 0 <= number < num_params]
     if strange:
@@ -281,26 +278,28 @@ def _by_names(
     return _grouping(found, "names", tower)
 
 
-def _by_shapes(entries: tuple[Entry, ...], optimizer: Optimizer, num_params: int, tower: str | None) -> LayerGrouping:
+def _by_shapes(
+    entries: tuple[AdapterTensor, ...], optimizer: Optimizer, num_params: int, tower: str | None
+) -> LayerGrouping:
     total = sum(map(len, optimizer.groups))
     if optimizer.has_groups and total != num_params:
         raise ParamMappingError(
             f"num_params is {num_params}, but the parameter groups of this state have {total}",
             write=f"map_param_ids_to_layers(adapter_dir, {total}, state=...)",
         )
-    readings = read_order(entries, optimizer)
-    if len(readings) != 1:
+    orders = fitting_orders(entries, optimizer)
+    if len(orders) != 1:
         raise ParamMappingError(
-            f"{len(readings)} orders of the parameters fit the shapes of this state, so which id is which is not known"
-            if readings
+            f"{len(orders)} orders of the parameters fit the shapes of this state, so which id is which is not known"
+            if orders
             else "no known order of the parameters fits the shapes of this state: "
             f"{len(optimizer.trained)} with a state in groups of {', '.join(str(len(g)) for g in optimizer.groups)}, "
             f"for {len(entries)} tensors in the adapter's file",
             expected="the names of the optimizer's parameters, or the optimizer itself",
             write=f"{NAMES}\n     or: {LIVE}",
         )
-    (reading,) = readings
-    return _grouping(reading, "shapes", tower)
+    (layers,) = orders
+    return _grouping(layers, "shapes", tower)
 
 
 def _grouping(found: Layers, how: str, tower: str | None) -> LayerGrouping:

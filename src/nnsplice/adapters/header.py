@@ -1,4 +1,4 @@
-"""What an adapter's folder says of its tensors without reading one: names, shapes, the config."""
+"""The names and shapes of an adapter's tensors, and its config; no tensor is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from nnsplice import headers
 from nnsplice.adapters.keys import AdapterKey, read_key
-from nnsplice.atlas import families as rows
+from nnsplice.atlas import families
 from nnsplice.atlas.names import NamedLayer, layer_of
 from nnsplice.errors import FileError, ParamMappingError
 from nnsplice.files import from_json
@@ -24,13 +24,13 @@ PREFIX = "base_model."
 
 #: Modules that every family registers before its layers ...
 BEFORE = frozenset(
-    {name.rpartition(".")[2] for name in rows.EMBED}
+    {name.rpartition(".")[2] for name in families.EMBED}
     | {"wpe", "embed_positions", "position_embeddings", "token_type_embeddings", "positions_embed"}
 )
-#: ... and after them. A final norm counts only by the names that no family registers before its layers (OPT's
-#: `final_layer_norm` stands there).
+#: ... and after them. A final norm counts by names that no family registers before its layers, as OPT registers
+#: `final_layer_norm`.
 AFTER = frozenset(
-    {name.partition(".")[0] for name in rows.UNEMBED}
+    {name.partition(".")[0] for name in families.UNEMBED}
     | {"score", "classifier", "qa_outputs", "v_head", "value_head", "summary", "proj_out", "pred_layer", "pooler"}
 )
 AFTER_INSIDE = frozenset({"norm", "ln_f", "norm_f", "final_norm"})
@@ -57,7 +57,7 @@ def _is_patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
         return False
 
 
-#: What is read of an adapter's config, where it is there -> whether it can be used, and how it should be.
+#: Field of an adapter's config -> a check of its value, and the expected value.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number above 0"),
     "lora_alpha": (_is_number, "a finite number"),
@@ -71,7 +71,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class AdapterTensor:
     """One tensor of an adapter's file."""
 
     name: str
@@ -80,16 +80,16 @@ class Entry:
     layer: NamedLayer | None
 
 
-def read_header(adapter_dir: str | os.PathLike[str]) -> tuple[Entry, ...]:
-    """The tensors that were trained, by name; copies of frozen weights that a file may hold beside them are left out.
+def read_header(adapter_dir: str | os.PathLike[str]) -> tuple[AdapterTensor, ...]:
+    """The tensors that were trained; copies of frozen weights in the file are left out.
 
     Raises:
-        ParamMappingError: no file, or none that can be read.
+        ParamMappingError: no file, or a damaged one.
     """
     path = Path(adapter_dir) / WEIGHTS
     if not path.is_file():
         raise ParamMappingError(
-            f"there is no {WEIGHTS}: {_instead(Path(adapter_dir))}",
+            f"there is no {WEIGHTS}: {_folder_contents(Path(adapter_dir))}",
             path=adapter_dir,
             expected="a folder that PEFT's save_pretrained wrote",
             # PEFT writes an adapter with a name of its own into a folder of that name.
@@ -106,9 +106,9 @@ def read_header(adapter_dir: str | os.PathLike[str]) -> tuple[Entry, ...]:
         shapes = {name: entry.shape for name, entry in headers.read_header(path).entries.items()}
     except (FileError, OSError) as error:
         raise ParamMappingError(str(error)) from None
-    entries = tuple(Entry(name, read_key(name), shape, layer_of(name)) for name, shape in shapes.items())
+    entries = tuple(AdapterTensor(name, read_key(name), shape, layer_of(name)) for name, shape in shapes.items())
     config = read_config(adapter_dir)
-    # Where PEFT's names have its prefix, a name without it is no parameter of the model.
+    # If PEFT's names have its prefix, names without it are no parameters of the model.
     layered = [entry.name.startswith(PREFIX) for entry in entries if entry.layer]
     prefix = PREFIX if layered and all(layered) else ""
     return tuple(entry for entry in entries if entry.name.startswith(prefix) and _trained(entry, config))
@@ -133,7 +133,7 @@ def read_config(adapter_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
     return config
 
 
-def _instead(folder: Path) -> str:
+def _folder_contents(folder: Path) -> str:
     if not folder.exists():
         return "there is no such folder"
     if not folder.is_dir():
@@ -144,8 +144,8 @@ def _instead(folder: Path) -> str:
     return f"the folder holds {', '.join(held[:5]) or 'nothing'}"
 
 
-def _trained(entry: Entry, config: dict[str, Any] | None) -> bool:
-    """Whether a tensor was trained. Beside the factors of an embedding a file holds the frozen embedding itself."""
+def _trained(entry: AdapterTensor, config: dict[str, Any] | None) -> bool:
+    """Whether a tensor was trained; files also hold the frozen embedding beside its factors."""
     key = entry.key
     if key.factor is not None:
         return True
@@ -153,13 +153,13 @@ def _trained(entry: Entry, config: dict[str, Any] | None) -> bool:
         return False
     if config is None or entry.layer is not None or key.attribute == "bias":
         return True
-    # Resized embeddings are written down too; what was trained as a whole stands in the config.
+    # Resized embeddings are saved too; parameters that were trained as a whole are listed in the config.
     last = key.module.rpartition(".")[2]
     saved = config.get("modules_to_save") or ()
     return last not in BEFORE | AFTER or any(key.module == name or key.module.endswith(f".{name}") for name in saved)
 
 
-def stands(entry: Entry, stack: str) -> str:
+def side_of_layers(entry: AdapterTensor, stack: str) -> str:
     """Where a tensor outside the layers is registered: `before` them, `after` them, or `unknown`."""
     words = entry.key.module.split(".")
     owner = stack.rpartition(".")[0]

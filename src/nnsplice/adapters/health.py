@@ -10,7 +10,7 @@ import torch
 
 from nnsplice import plots
 from nnsplice.adapters.grouping import LIVE, LayerGrouping
-from nnsplice.adapters.readings import read_order
+from nnsplice.adapters.orders import fitting_orders
 from nnsplice.adapters.states import Optimizer, as_optimizer
 from nnsplice.errors import BadArgument, ParamMappingError
 
@@ -49,23 +49,14 @@ class LayerHealth:
         untouched: the number of parameters without a state, which never had a gradient.
     """
 
-    #: Mean of Adam's second moment, as it is kept.
     exp_avg_sq: float
-    #: Mean of Adam's first moment, with its sign.
     exp_avg: float
-    #: Mean number of steps taken.
     step: float
-    #: Share of the numbers that have had no gradient.
     dead_fraction: float
-    #: Root mean square of the gradient: the second moment without its bias to the zero that it starts from.
     gradient: float
-    #: Mean of |first moment| / sqrt(second), both without their bias, where there is a gradient: near 1 where gradients
-    #: agree from step to step, near 0 where they cancel.
     agreement: float
-    #: How many parameters, and how many numbers they hold.
     params: int
     numbers: int
-    #: Parameters without a state: they never had a gradient.
     untouched: int
 
 
@@ -184,12 +175,12 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
             f"the grouping counts parameter {missing[0]} among the layers, and the state has nothing for it; its ids "
             f"are {_ids(optimizer.states)}",
             expected="the optimizer that the grouping is of; ids with gaps are of one that was given frozen parameters",
-            write=_remade(read_order(grouping.header, optimizer) if grouping.header else []),
+            write=_remade(fitting_orders(grouping.header, optimizer) if grouping.header else []),
         )
     if guessed and grouping.header:
         readings = [
             {number: layer.number for number, layer in reading.items()}
-            for reading in read_order(grouping.header, optimizer)
+            for reading in fitting_orders(grouping.header, optimizer)
         ]
         if readings != [grouping.layer_of]:
             raise ParamMappingError(

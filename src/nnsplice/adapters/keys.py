@@ -1,4 +1,4 @@
-"""Names of adapter tensors: in a file, in a live model, and what they belong to.
+"""Names of adapter tensors: in a file, in a live model, and those of the weights that they change.
 
 base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight            in an adapter's file
 base_model.model.model.layers.7.self_attn.q_proj.lora_A.default.weight    in a live model
@@ -24,33 +24,36 @@ _FACTOR = re.compile(
 )
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 _ATTRIBUTES = ("weight", "bias")
-#: Modules that an adapter puts between a layer and its name.
-_AROUND = frozenset({"base_layer", "original_module", "token_adapter"})
+#: Names of wrapper modules that an adapter adds.
+_WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 #: The factors that a file keeps without `.weight`.
-_BARE = frozenset({"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
+_WITHOUT_WEIGHT = frozenset({"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterKey:
-    """The name of one tensor of an adapter, taken apart."""
+    """The parts of the name of an adapter's tensor.
 
-    #: The module that is changed, without wrappers: `model.layers.7.self_attn.q_proj`.
+    Attributes:
+        module: the module that is changed, without wrappers: `model.layers.7.self_attn.q_proj`.
+        factor: `lora_A`, `lora_B`, `lora_embedding_A`, ...; None for a parameter that is trained as a whole.
+        attribute: `weight`, `bias`, or the name of a whole parameter.
+        depth: the number of adapter layers around the module, if several of its parameters are adapted.
+    """
+
     module: str
-    #: `lora_A`, `lora_B`, `lora_embedding_A`, ...; None for a parameter that is trained and kept as a whole.
     factor: str | None
-    #: `weight` or `bias`, or what else a whole parameter is called.
     attribute: str
-    #: How many layers of an adapter lie around the module, where several parameters of it are adapted.
     depth: int = 0
 
     @property
     def text(self) -> str:
-        """One spelling for all names of this tensor: the file's, without the prefix."""
+        """The name in a file, without the prefix; the same for every spelling."""
         home = self.module + ".base_layer" * self.depth
         if self.factor is None:
             return f"{home}.{self.attribute}"
-        bare = self.factor in _BARE or self.attribute == ""
-        return f"{home}.{self.factor}" if bare else f"{home}.{self.factor}.{self.attribute}"
+        alone = self.factor in _WITHOUT_WEIGHT or self.attribute == ""
+        return f"{home}.{self.factor}" if alone else f"{home}.{self.factor}.{self.attribute}"
 
     @property
     def kind(self) -> str:
@@ -60,7 +63,7 @@ class AdapterKey:
 
 
 def read_key(name: str) -> AdapterKey:
-    """Take a name apart, of a file or of a live model.
+    """Parse a name, of a file or of a live model.
 
     >>> from nnsplice.adapters.keys import read_key
     >>> read_key("base_model.model.model.layers.7.self_attn.q_proj.lora_A.default.weight")
@@ -70,20 +73,20 @@ def read_key(name: str) -> AdapterKey:
     found = _FACTOR.match(plain)
     if found is None:
         module, _, attribute = plain.rpartition(".")
-        home, depth = _bare(module)
+        home, depth = _without_wrappers(module)
         return AdapterKey(home, None, attribute, depth)
     # What is left is the adapter's own name (`default`), which a file leaves out, and the attribute.
     last = found["rest"].rpartition(".")[2]
     factor = found["factor"]
-    attribute = last if last in _ATTRIBUTES else "weight" if factor in _BARE else ""
-    home, depth = _bare(found["module"])
+    attribute = last if last in _ATTRIBUTES else "weight" if factor in _WITHOUT_WEIGHT else ""
+    home, depth = _without_wrappers(found["module"])
     return AdapterKey(home, factor, attribute, depth)
 
 
-def _bare(module: str) -> tuple[str, int]:
+def _without_wrappers(module: str) -> tuple[str, int]:
     words = module.split(".")
     depth = words.count("base_layer")
-    return ".".join(word for word in words if word not in _AROUND), depth
+    return ".".join(word for word in words if word not in _WRAPPERS), depth
 
 
 def base_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Adapters on a live model. The only file of the house that imports peft, and only when a model with one is at hand."""
+"""Adapters on a live model. The only file that imports peft, and only when a model has an adapter."""
 
 from __future__ import annotations
 
@@ -114,15 +114,15 @@ def _is_own(inner: str) -> bool:
     return not inner.startswith(("base_layer.", "original_module."))
 
 
-# -- what factors make of a weight -------------------------------------------------------------------------------------
+# -- changes of adapted weights -------------------------------------------------------------------------------------
 
 
 def merged_steps(
     root: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """What adapted weights changed by between two snapshots, by the weight's name; and the factors that this is of.
+    """The changes of adapted weights between two snapshots, by the weight's name; and the names of their factors.
 
-    A layer whose factors are new is passed over.
+    A layer whose factors are new is left out.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -139,7 +139,9 @@ def merged_steps(
             used.update(factors.values())
             if any(factor not in before for factor in factors.values()):
                 continue
-            old, new = (_product(layer, adapter, _at(root, factors, seen)) for seen in (before, {**before, **after}))
+            old, new = (
+                _product(layer, adapter, _values_of(root, factors, seen)) for seen in (before, {**before, **after})
+            )
             weight = _weight_name(name, layer)
             steps[weight] = steps[weight] + (new - old) if weight in steps else new - old
     return steps, frozenset(used)
@@ -155,7 +157,7 @@ def _factors(name: str, layer: Any, adapter: str) -> dict[str, str]:
     return found
 
 
-def _at(root: nn.Module, factors: Mapping[str, str], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _values_of(root: nn.Module, factors: Mapping[str, str], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Frozen factors (LoRA-FA trains B alone) are in no snapshot.
     return {role: seen[name] if name in seen else root.get_parameter(name).detach() for role, name in factors.items()}
 
@@ -170,7 +172,7 @@ def _product(layer: Any, adapter: str, factors: Mapping[str, Tensor]) -> Tensor:
     scale = layer.scaling[adapter]
     embedding = "lora_embedding_A" in factors
     a, b = (factors[f"lora_{'embedding_' if embedding else ''}{side}"] for side in "AB")
-    turned = embedding or getattr(layer, "fan_in_fan_out", False)
+    transposed = embedding or getattr(layer, "fan_in_fan_out", False)
     if a.ndim != 2:
         raise BadArgument(f"{named(layer)} changes no matrix", expected="track_step(model) without merged=True")
     count = getattr(layer, "num_experts", 1)
@@ -181,7 +183,7 @@ def _product(layer: Any, adapter: str, factors: Mapping[str, Tensor]) -> Tensor:
     product = (b @ a) * scale
     if "lora_magnitude_vector" in factors:
         weight = layer.get_base_layer().weight.detach()
-        weight = weight.mT if turned else weight
+        weight = weight.mT if transposed else weight
         changed = weight + product
         product = factors["lora_magnitude_vector"].view(-1, 1) * changed / changed.norm(dim=1, keepdim=True) - weight
-    return product.mT if turned else product
+    return product.mT if transposed else product

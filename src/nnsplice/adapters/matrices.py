@@ -1,4 +1,4 @@
-"""The change of one matrix as a pair of low-rank factors, and how the weight that it changes is stored and named."""
+"""The change of one matrix as a pair of low-rank factors, with the orientation and the name of its weight."""
 
 from __future__ import annotations
 
@@ -30,15 +30,10 @@ class LoRAMatrices:
         magnitude: DoRA's norm of each row of the changed weight; the change is then no product of the factors alone.
     """
 
-    #: `[r, in]`.
     lora_A: Tensor  # noqa: N815 (the papers' name)
-    #: `[out, r]`.
     lora_B: Tensor  # noqa: N815 (the papers' name)
-    #: Largest first; computed from the factors when not given.
     singular_values: Tensor = None  # pyright: ignore[reportAssignmentType]
-    #: Whether the model stores the weight as `[in, out]`, as GPT-2's Conv1D and embeddings do.
     transposed: bool = False
-    #: DoRA's length of each row of the changed weight. The change is then no product of the factors alone.
     magnitude: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -95,11 +90,11 @@ class LoRAMatrices:
 def is_transposed(root: nn.Module, name: str) -> bool:
     """Whether a parameter is stored as `[in, out]`: Conv1D, and embeddings, whose input is the token."""
     module, _, attribute = name.rpartition(".")
-    owner = bare(root, module)
+    owner = unwrapped_module(root, module)
     return attribute == "weight" and (type(owner).__name__ == "Conv1D" or isinstance(owner, nn.Embedding))
 
 
-def bare(root: nn.Module, name: str) -> nn.Module:
+def unwrapped_module(root: nn.Module, name: str) -> nn.Module:
     """A module of a model, without the adapter's layers around it.
 
     Raises:
@@ -116,11 +111,11 @@ def bare(root: nn.Module, name: str) -> nn.Module:
     return owner
 
 
-def experts_turned(owner: nn.Module) -> bool:
+def experts_transposed(owner: nn.Module) -> bool:
     """Whether fused experts are stored as `[expert, in, out]`."""
     return bool(getattr(owner, "is_transposed", False))
 
 
 def expert_name(module: str, index: int, attribute: str) -> str:
-    """How one expert of a fused tensor is called here: `model.layers.0.mlp.experts.3.gate_up_proj`."""
+    """The name of one expert of a fused tensor: `model.layers.0.mlp.experts.3.gate_up_proj`."""
     return f"{module}.{index}.{attribute}"

@@ -1,4 +1,4 @@
-"""Where in a model an adapter acts: the kind and depth of every weight, and the energy of its change."""
+"""The kind and depth of every weight that an adapter changes, and the energy of the change."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from nnsplice.paths import Path
 if TYPE_CHECKING:
     import pandas as pd
 
-#: An adapter whose change is smaller than this, over all weights, is no expert for anything.
-NOTHING = 1e-10
+#: An adapter with less energy over all weights has no domain.
+LEAST_ENERGY = 1e-10
 
-#: Modules that make logits, whatever else their names contain.
+#: Unembeddings, whatever else their names contain.
 _UNEMBED = re.compile(r"(^|\.)(embed_out|unembed|lm_head|output_projection)(\.|$)")
 #: Kind of weight -> parts of names, lower-cased; the first kind that has one wins.
 _RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
@@ -32,7 +32,7 @@ _RULES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("mlp", ("mlp", "dense_h_to_4h", "dense_4h_to_h", "gate_proj", "up_proj", "down_proj")),
 )
 #: The same for names that are not norms: `post_attention_layernorm` is no attention.
-_MORE: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+_RULES_BUT_NORMS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("attn", ("attention", "wqkv", "qkv_proj", "o_proj")),
     (
         "mlp",
@@ -41,26 +41,31 @@ _MORE: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ),
 )  # fmt: skip
 _NORM = re.compile(r"norm|(^|\.)ln_\w+")
-_OF_PLACE: Mapping[str, Kind] = {"embed": "embed", "attn": "attn", "heads": "attn", "mlp": "mlp", "experts": "mlp"}
+_KIND_OF_STEP: Mapping[str, Kind] = {"embed": "embed", "attn": "attn", "heads": "attn", "mlp": "mlp", "experts": "mlp"}
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
-    """What a weight's name tells of it."""
+class WeightInfo:
+    """The position of a weight in the model.
+
+    Attributes:
+        kind: the kind.
+        depth: the depth.
+        layer: the layer; None outside the layers.
+        tower: `encoder` in a model with two towers.
+        part: the part of the layer: `attn.q`, `mlp.up`, ...; the kind where it is not known.
+        address: the address; None if the model is not known or has no such name.
+    """
 
     kind: Kind
     depth: Depth
-    #: None outside the layers.
     layer: int | None
-    #: `encoder` where a model has two towers.
     tower: str | None
-    #: What of the layer: `attn.q`, `mlp.up`, ...; the kind where that is not known.
     part: str
-    #: None where the model is not known, or has no such name.
     address: Path | None = None
 
 
-def where(name: str, total_layers: int, atlas: Atlas | None = None) -> Where:
+def describe(name: str, total_layers: int, atlas: Atlas | None = None) -> WeightInfo:
     """The kind and depth of a weight: from the model that has it, else from its name."""
     plain = re.sub(r"\[(\d+)\]", r".\1", name)
     place = _place(name, atlas)
@@ -78,7 +83,7 @@ def where(name: str, total_layers: int, atlas: Atlas | None = None) -> Where:
         else:
             number = None
         words = {one.name for one in place.steps}
-        named: list[Kind] = [found for word, found in _OF_PLACE.items() if word in words]
+        named: list[Kind] = [found for word, found in _KIND_OF_STEP.items() if word in words]
         if words == {"unembed"}:
             kind = "other"
         elif named:
@@ -91,7 +96,7 @@ def where(name: str, total_layers: int, atlas: Atlas | None = None) -> Where:
         depth = (
             "late" if late else "early" if "embed" in lower or kind == "embed" else "late" if "head" in lower else "mid"
         )
-    return Where(kind, depth, number, tower, part or kind, place)
+    return WeightInfo(kind, depth, number, tower, part or kind, place)
 
 
 def _place(name: str, atlas: Atlas | None) -> Path | None:
@@ -114,13 +119,13 @@ def kind_of(name: str) -> Kind:
     lower = unwrapped(name).lower()
     if _UNEMBED.search(lower):
         return "other"
-    rules = _RULES if _NORM.search(lower) else (*_RULES, *_MORE)
+    rules = _RULES if _NORM.search(lower) else (*_RULES, *_RULES_BUT_NORMS)
     found: list[Kind] = [kind for kind, parts in rules if any(part in lower for part in parts)]
     return found[0] if found else "other"
 
 
 def depth_of(index: int, total: int) -> Depth:
-    """In which third of the model a layer lies.
+    """The third of the model that a layer lies in.
 
     From six layers on a third is a whole number of layers, and the last one has what is left over; in smaller models a
     layer lies where its middle does, and a single layer is late.
@@ -139,11 +144,22 @@ def depth_of(index: int, total: int) -> Depth:
 
 
 @dataclass(frozen=True, slots=True)
-class Energy:
-    """What an adapter does to one weight."""
+class WeightEnergy:
+    """The energy of the change of one weight.
+
+    Attributes:
+        name: the name of the weight.
+        path: its address; empty if the model is not known.
+        tower: `encoder` or `decoder` in a model with two towers, else empty.
+        layer: the layer; None outside the layers.
+        part: the part of the layer.
+        kind: the kind.
+        depth: the depth.
+        rank: the rank of the factors.
+        energy: the sum of the squared singular values of the change.
+    """
 
     name: str
-    #: Its place in the model; empty where the model is not known.
     path: str
     tower: str
     layer: int | None
@@ -151,7 +167,6 @@ class Energy:
     kind: Kind
     depth: Depth
     rank: int
-    #: Sum of the squared singular values of the change.
     energy: float
 
     @property
@@ -180,9 +195,9 @@ class AdapterProfile(dict[str, float]):
     1  layers[2].attn.o  attn  late     1   0.06
     """
 
-    def __init__(self, scores: Mapping[str, float], energies: Iterable[Energy]) -> None:
+    def __init__(self, scores: Mapping[str, float], energies: Iterable[WeightEnergy]) -> None:
         super().__init__(scores)
-        self.energies: tuple[Energy, ...] = tuple(sorted(energies, key=_position))
+        self.energies: tuple[WeightEnergy, ...] = tuple(sorted(energies, key=_layer_order))
 
     @property
     def total(self) -> float:
@@ -244,12 +259,12 @@ class AdapterProfile(dict[str, float]):
         )
 
 
-def _position(one: Energy) -> tuple:
+def _layer_order(one: WeightEnergy) -> tuple:
     outside = {"early": 0, "mid": 2, "late": 2}[one.depth]
     return (1 if one.layer is not None else outside, one.tower != "encoder", one.layer or 0)
 
 
-_ORDER = (
+_PARTS = (
     "embed",
     "attn",
     "attn.q",
@@ -264,8 +279,8 @@ _ORDER = (
 )
 
 
-def _part_order(one: Energy) -> tuple:
-    return (_ORDER.index(one.part) if one.part in _ORDER else len(_ORDER), one.part)
+def _part_order(one: WeightEnergy) -> tuple:
+    return (_PARTS.index(one.part) if one.part in _PARTS else len(_PARTS), one.part)
 
 
 def profile(
@@ -303,7 +318,7 @@ def profile(
     if total_layers is None:
         numbers = [layer.number for name in adapter.layers if (layer := layer_of(name))]
         total_layers = atlas.tower().n_layers if atlas is not None and atlas.towers else max(numbers, default=0) + 1
-    energies: list[Energy] = []
+    energies: list[WeightEnergy] = []
     names = () if table is None else table.names
     sums = [0.0] * len(names)
     for name, pair in adapter.layers.items():
@@ -313,14 +328,16 @@ def profile(
                 f"the energy of {name} is {energy}",
                 expected="the factors of a run that did not diverge; these hold NaN",
             )
-        at = where(name, total_layers, atlas)
+        at = describe(name, total_layers, atlas)
         path = "" if at.address is None else str(at.address)
-        energies.append(Energy(name, path, at.tower or "", at.layer, at.part, at.kind, at.depth, pair.rank, energy))
+        energies.append(
+            WeightEnergy(name, path, at.tower or "", at.layer, at.part, at.kind, at.depth, pair.rank, energy)
+        )
         if table is not None:
             sums = [s + w * energy for s, w in zip(sums, table.of(at.kind, at.depth), strict=True)]
     if table is None:
         return AdapterProfile({}, energies)
     total = sum(sums)
-    nothing = sum(one.energy for one in energies) < NOTHING or total <= 0.0
+    nothing = sum(one.energy for one in energies) < LEAST_ENERGY or total <= 0.0
     scores = {name: table.empty if nothing else s / total for name, s in zip(names, sums, strict=True)}
     return AdapterProfile(scores, energies)

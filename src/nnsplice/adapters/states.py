@@ -14,8 +14,8 @@ import torch
 
 from nnsplice.errors import BadType, FileError, named
 
-#: Where checkpoints that hold more than an optimizer keep it.
-_HOMES = ("optimizer", "optimizer_state_dict", "optimizer_states")
+#: Keys of a checkpoint under which it may keep the optimizer's state.
+_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states")
 _EXPECTED = "what optimizer.state_dict() returns, or its 'state'"
 #: Entries of a parameter's state that have the parameter's own shape, the likeliest first.
 _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "square_avg", "state1")
@@ -23,18 +23,22 @@ _SHAPED = ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum", "square_avg", "sta
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """What is known of an optimizer without the optimizer."""
+    """The state of an optimizer as plain data.
 
-    #: Id -> its state; ids of parameters that never had a gradient are absent.
+    Attributes:
+        states: id -> its state; ids of parameters that never had a gradient are absent.
+        groups: the ids of each parameter group, without empty ones.
+        has_groups: whether the groups are the optimizer's; otherwise all ids with a state are one group.
+        names: id -> parameter name, if the optimizer was given named parameters.
+        shapes: id -> the shape of the parameter, where its state tells it.
+        betas: id -> Adam's two decay rates.
+    """
+
     states: Mapping[int, Mapping[str, Any]]
-    #: The ids of each parameter group, empty ones left out.
     groups: tuple[tuple[int, ...], ...]
-    #: Whether the groups are the optimizer's own; else all ids with a state stand in one.
     has_groups: bool
-    #: Id -> parameter name, where the optimizer was given named parameters.
     names: Mapping[int, str] | None = None
     shapes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    #: Id -> Adam's two rates of forgetting.
     betas: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
@@ -133,7 +137,7 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"this file cannot be read: {_reason(error)}", path=path, expected="a file of torch.save(...)"
         ) from None
     if isinstance(found, Mapping) and "state" not in found:
-        inner = next((found[key] for key in _HOMES if key in found), found)
+        inner = next((found[key] for key in _KEYS if key in found), found)
         found = inner[0] if isinstance(inner, list) and len(inner) == 1 else inner
     if not isinstance(found, dict) or not isinstance(found.get("state"), Mapping):
         what = f"keys {', '.join(map(str, list(found)[:4]))}" if isinstance(found, Mapping) else type(found).__name__

@@ -11,7 +11,7 @@ from nnsplice.atlas.block import Block as Block
 from nnsplice.atlas.block import Tower as Tower
 from nnsplice.atlas.choose import Doubt as Doubt
 from nnsplice.atlas.choose import reads_text as reads_text
-from nnsplice.atlas.drawing import Row as Row
+from nnsplice.atlas.drawing import ParameterShare as ParameterShare
 from nnsplice.atlas.drawing import by_number as by_number
 from nnsplice.atlas.drawing import draw as draw
 from nnsplice.atlas.layouts import Layout as Layout

@@ -1,4 +1,4 @@
-"""Parameters as a tree of their modules, with a bar that says how much of each is meant."""
+"""Parameters as a tree of their modules, with a bar for the selected share of each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nnsplice.shown import shown
 #: Cells of a bar.
 CELLS = 24
 _FULL, _EMPTY = "█", "░"
-#: Terminal colours: all of a parameter, a part of it, and what is not meant.
+#: Terminal colours: all of a parameter, a part of it, the rest; and the end of a colour.
 _ALL, _SOME, _REST, _OFF = "\x1b[32m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ParameterShare:
     """One parameter."""
 
     name: str
@@ -34,11 +34,11 @@ def by_number(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"\.", name)]
 
 
-def draw(rows: Iterable[Row], *, colour: bool = False) -> str:
+def draw(rows: Iterable[ParameterShare], *, colour: bool = False) -> str:
     """The tree, with a line for the sum; names keep their order, layers are sorted by their numbers.
 
-    >>> from nnsplice.atlas.drawing import Row, draw
-    >>> print(draw([Row("h.0.attn.q", 512, 2048), Row("h.0.attn.o", 2048, 2048)]))
+    >>> from nnsplice.atlas.drawing import ParameterShare, draw
+    >>> print(draw([ParameterShare("h.0.attn.q", 512, 2048), ParameterShare("h.0.attn.o", 2048, 2048)]))
     h.0.attn
     ├── q  ██████░░░░░░░░░░░░░░░░░░   25.0%  (512 of 2,048)
     └── o  ████████████████████████  100.0%  (2,048 of 2,048)
@@ -61,10 +61,10 @@ class _Branch:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.row: Row | None = None
+        self.row: ParameterShare | None = None
         self.children: dict[str, _Branch] = {}
 
-    def add(self, names: list[str], row: Row) -> None:
+    def add(self, names: list[str], row: ParameterShare) -> None:
         branch = self
         for name in names:
             branch = branch.children.setdefault(name, _Branch(name))
@@ -78,12 +78,12 @@ class _Branch:
         return children
 
 
-def _lines(root: _Branch) -> Iterator[tuple[str, Row | None]]:
+def _lines(root: _Branch) -> Iterator[tuple[str, ParameterShare | None]]:
     for child in root.sorted():
         yield from _branch(child, "", "", "")
 
 
-def _branch(branch: _Branch, prefix: str, joint: str, below: str) -> Iterator[tuple[str, Row | None]]:
+def _branch(branch: _Branch, prefix: str, joint: str, below: str) -> Iterator[tuple[str, ParameterShare | None]]:
     name = branch.name
     # A module that leads to one thing only needs no line of its own.
     while branch.row is None and len(branch.children) == 1:
@@ -96,9 +96,9 @@ def _branch(branch: _Branch, prefix: str, joint: str, below: str) -> Iterator[tu
         yield from _branch(child, prefix + below, "└── " if last else "├── ", "    " if last else "│   ")
 
 
-def _bar(row: Row, colour: bool) -> str:
+def _bar(row: ParameterShare, colour: bool) -> str:
     share = row.selected / row.total if row.total else 0.0
-    # What is not whole never looks whole, and what is not nothing never looks like nothing.
+    # A part never looks like all or like nothing.
     cells = (
         0 if not row.selected else CELLS if row.selected == row.total else min(max(round(share * CELLS), 1), CELLS - 1)
     )

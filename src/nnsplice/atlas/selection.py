@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from nnsplice.atlas.drawing import Row, draw
+from nnsplice.atlas.drawing import ParameterShare, draw
 from nnsplice.atlas.layouts import merge
 from nnsplice.errors import BadArgument
 
@@ -124,7 +124,9 @@ class Selection:
         Returns:
             The text of the tree.
         """
-        return draw([Row(name, self._numel(name), prod(self.shapes[name])) for name in self.parts], colour=colour)
+        return draw(
+            [ParameterShare(name, self._numel(name), prod(self.shapes[name])) for name in self.parts], colour=colour
+        )
 
     def __len__(self) -> int:
         return len(self.parts)

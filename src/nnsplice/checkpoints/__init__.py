@@ -7,7 +7,7 @@
 attn.qkv  ->  attn.{k,q,v}
 wte       ->  embed
 
-    mapper      what becomes of what; each is there by its long name and by a short one: ModelStateMapperCopy, Copy
+    mapper      what becomes of what; each is there by its long name and by a short one: Copy, Copy
     io          reading and writing
     convert     a folder into another one
     cutting     the config of a model with fewer layers
@@ -28,75 +28,17 @@ from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.io.reader import load_model_state, read_model_state
 from nnsplice.checkpoints.io.writer import save_model_state, write_model_state_local
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup
-from nnsplice.checkpoints.mapper.adapters import (
-    filter_empty_mappers,
-    identity_mapper_from_mapper_outputs,
-    identity_mapper_from_module,
-)
-from nnsplice.checkpoints.mapper.arrange import (
-    ModelStateMapperCollect,
-    ModelStateMapperDeal,
-    ModelStateMapperDrop,
-    ModelStateMapperReshape,
-    ModelStateMapperScale,
-    ModelStateMapperShift,
-    ModelStateMapperZeros,
-)
-from nnsplice.checkpoints.mapper.compose import (
-    ModelStateMapperParallel,
-    ModelStateMapperPrefixScope,
-    ModelStateMapperSequential,
-    ModelStateMapperShard,
-)
-from nnsplice.checkpoints.mapper.distributed import ModelStateMapperDistribute, ModelStateMapperGatherFullTensor
-from nnsplice.checkpoints.mapper.leaf import (
-    ModelStateMapperCast,
-    ModelStateMapperChunkTensors,
-    ModelStateMapperConcatenateTensors,
-    ModelStateMapperCopy,
-    ModelStateMapperIdentity,
-    ModelStateMapperPermute,
-    ModelStateMapperRename,
-    ModelStateMapperSelectChildModules,
-    ModelStateMapperSlice,
-    ModelStateMapperSplit,
-    ModelStateMapperSqueeze,
-    ModelStateMapperStackTensors,
-    ModelStateMapperTranspose,
-    ModelStateMapperUnsqueeze,
-    ModelStateMapperUnstackTensors,
-)
+from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs, identity_mapper_from_module
+from nnsplice.checkpoints.mapper.compose import Parallel, PrefixScope, Sequential, Shard, filter_empty_mappers
+from nnsplice.checkpoints.mapper.distributed import Distribute, GatherFullTensor
+from nnsplice.checkpoints.mapper.joining import Collect, ConcatenateTensors, StackTensors
+from nnsplice.checkpoints.mapper.long_names import *  # noqa: F403 - importable, and not listed in __all__
+from nnsplice.checkpoints.mapper.names import Copy, Drop, Identity, Rename, SelectChildModules
+from nnsplice.checkpoints.mapper.numbers import Cast, Scale, Shift, Zeros
+from nnsplice.checkpoints.mapper.shapes import Permute, Reshape, Slice, Squeeze, Transpose, Unsqueeze
+from nnsplice.checkpoints.mapper.splitting import ChunkTensors, Deal, Split, UnstackTensors
 from nnsplice.checkpoints.places import read
 from nnsplice.errors import MapperError
-
-Cast = ModelStateMapperCast
-ChunkTensors = ModelStateMapperChunkTensors
-Collect = ModelStateMapperCollect
-ConcatenateTensors = ModelStateMapperConcatenateTensors
-Copy = ModelStateMapperCopy
-Deal = ModelStateMapperDeal
-Distribute = ModelStateMapperDistribute
-Drop = ModelStateMapperDrop
-GatherFullTensor = ModelStateMapperGatherFullTensor
-Identity = ModelStateMapperIdentity
-Parallel = ModelStateMapperParallel
-Permute = ModelStateMapperPermute
-PrefixScope = ModelStateMapperPrefixScope
-Rename = ModelStateMapperRename
-Reshape = ModelStateMapperReshape
-Scale = ModelStateMapperScale
-SelectChildModules = ModelStateMapperSelectChildModules
-Sequential = ModelStateMapperSequential
-Shard = ModelStateMapperShard
-Shift = ModelStateMapperShift
-Slice = ModelStateMapperSlice
-Split = ModelStateMapperSplit
-Squeeze = ModelStateMapperSqueeze
-StackTensors = ModelStateMapperStackTensors
-Transpose = ModelStateMapperTranspose
-Unsqueeze = ModelStateMapperUnsqueeze
-UnstackTensors = ModelStateMapperUnstackTensors
-Zeros = ModelStateMapperZeros
 
 __all__ = [
     "Between",
@@ -114,34 +56,6 @@ __all__ = [
     "Identity",
     "MapperError",
     "ModelStateMapper",
-    "ModelStateMapperCast",
-    "ModelStateMapperChunkTensors",
-    "ModelStateMapperCollect",
-    "ModelStateMapperConcatenateTensors",
-    "ModelStateMapperCopy",
-    "ModelStateMapperDeal",
-    "ModelStateMapperDistribute",
-    "ModelStateMapperDrop",
-    "ModelStateMapperGatherFullTensor",
-    "ModelStateMapperIdentity",
-    "ModelStateMapperParallel",
-    "ModelStateMapperPermute",
-    "ModelStateMapperPrefixScope",
-    "ModelStateMapperRename",
-    "ModelStateMapperReshape",
-    "ModelStateMapperScale",
-    "ModelStateMapperSelectChildModules",
-    "ModelStateMapperSequential",
-    "ModelStateMapperShard",
-    "ModelStateMapperShift",
-    "ModelStateMapperSlice",
-    "ModelStateMapperSplit",
-    "ModelStateMapperSqueeze",
-    "ModelStateMapperStackTensors",
-    "ModelStateMapperTranspose",
-    "ModelStateMapperUnsqueeze",
-    "ModelStateMapperUnstackTensors",
-    "ModelStateMapperZeros",
     "Parallel",
     "Permute",
     "PrefixScope",

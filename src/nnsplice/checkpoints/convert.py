@@ -1,4 +1,4 @@
-"""A checkpoint folder into another one: names changed by patterns, layers chosen, numbers cast, all of it streamed."""
+"""`convert` and `renaming`: a checkpoint folder converted into another one, as a stream."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from nnsplice.checkpoints.io.workers import write_with_workers
 from nnsplice.checkpoints.io.writer import write_model_state_local
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, as_mapper, inputs_of, listing
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCast, ModelStateMapperCopy, ModelStateMapperRename
+from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
+from nnsplice.checkpoints.mapper.fingerprint import fingerprint
+from nnsplice.checkpoints.mapper.names import Copy, Rename
+from nnsplice.checkpoints.mapper.numbers import Cast
 from nnsplice.errors import BadArgument, MapperError, OutOfRange, circumstances
 
-#: What a cast is for. Packed and 8-bit weights mean something only together with their scales, so they stay.
+#: Types that are cast. Packed and 8-bit weights are not, as they belong to scales.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -76,73 +78,73 @@ def convert(
         mapper = between
     mapper = as_mapper(mapper)
     source = Path(src_dir)
-    Checkpoint.open(source)  # says what is wrong with the folder, where it is none
+    Checkpoint.open(source)  # raises if the folder is no checkpoint
     along = {**other_files(source), **(carry or {})}
     like = [source, *_read_files(source, mapper)]
     if workers > 1:
         write_with_workers(
             src_dir, dest_dir, mapper, workers, shard_size_gb=shard_size_gb, show_progress=show_progress,
-            resume=resume, source=_identity(source, mapper), carry=along, like=like,
+            resume=resume, source=_job_text(source, mapper), carry=along, like=like,
         )  # fmt: skip
         return
     states = read_model_state(src_dir, mapper, "cpu", show_progress)
     write_model_state_local(
         dest_dir,
-        # Ties go through as they are: the writer knows the very same tensor when it sees it again.
+        # The mapper already ran; the writer finds tied tensors by their memory.
         identity_mapper_from_mapper_outputs(mapper),
         states,
         shard_size_gb,
         show_progress=False,
         resume=resume,
-        source=_identity(source, mapper),
+        source=_job_text(source, mapper),
         carry=along,
         like=like,
     )
 
 
 def check_unused(src_dir: str | os.PathLike[str], between: Between) -> None:
-    """Refuse to leave out a tensor that says anything: zeros do not, nor does a second copy of the embedding."""
+    """Raise if an unused tensor would be lost; zeros and a second copy of the embedding may be left out."""
     checkpoint = Checkpoint.open(src_dir)
-    told = [name for name in between.unused if name in checkpoint and checkpoint.tensor(name).any()]
-    if "unembed.W_U" in told and "embed.W_E" in checkpoint:
+    lost = [name for name in between.unused if name in checkpoint and checkpoint.tensor(name).any()]
+    if "unembed.W_U" in lost and "embed.W_E" in checkpoint:
         shapes = checkpoint.entry("unembed.W_U").shape, checkpoint.entry("embed.W_E").shape[::-1]
         if shapes[0] == shapes[1] and _is_multiple(checkpoint.tensor("unembed.W_U").T, checkpoint.tensor("embed.W_E")):
-            told.remove("unembed.W_U")
+            lost.remove("unembed.W_U")
     for name, kept in between.same.items():
-        if name in told and kept in checkpoint:
+        if name in lost and kept in checkpoint:
             if not torch.equal(checkpoint.tensor(name), checkpoint.tensor(kept)):
                 raise MapperError(
                     f"{name} and {kept} are two different tensors, and the target ties them into one",
                     expected="a target whose config has tie_word_embeddings=False",
                 )
-            told.remove(name)
-    if told:
+            lost.remove(name)
+    if lost:
         raise MapperError(
-            f"there is no place for {', '.join(told[:5])}{', ...' if len(told) > 5 else ''}",
+            f"there is no place for {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}",
             expected="a family whose parts are all known there",
             write="ns.checkpoints.mapper_between(source, target).mapper   (leaves them out)",
         )
 
 
 def _is_multiple(a: Tensor, b: Tensor) -> bool:
-    """Whether one matrix is the other times a number, as where a family scales its embedding."""
+    """Whether one matrix is a multiple of the other, as in families that scale the embedding."""
     times = (b.double().square().sum() / a.double().square().sum()).sqrt()
     return torch.allclose(a.double() * times, b.double(), rtol=1e-2, atol=1e-6)
 
 
 def _read_files(source: Path, mapper: ModelStateMapper) -> list[Path]:
-    """The files that a mapper reads; what else lies in the folder, such as its own new files, is nothing to it."""
+    """The files that a mapper reads."""
     checkpoint = Checkpoint.open(source)
     return sorted({checkpoint.entry(name).path for name in inputs_of(mapper) if name in checkpoint})
 
 
-def _identity(source: Path, mapper: ModelStateMapper) -> str:
-    """A checkpoint and what is made of it, in words that are others when either changes."""
+def _job_text(source: Path, mapper: ModelStateMapper) -> str:
+    """A text that identifies a checkpoint and a mapper, for `resume`."""
     stamps: list[str] = []
     for path in _read_files(source, mapper):
         found = path.stat()
         stamps.append(f"{path.relative_to(source)} {found.st_size} {found.st_mtime_ns}")
-    return "\n".join((str(source.resolve()), *stamps, *identity(mapper)))
+    return "\n".join((str(source.resolve()), *stamps, *fingerprint(mapper)))
 
 
 def renaming(
@@ -151,7 +153,7 @@ def renaming(
     *,
     dtype: torch.dtype | None = None,
     layers: slice | Sequence[int] | None = None,
-) -> ModelStateMapperParallel:
+) -> Parallel:
     """The mapper of a conversion that changes names, the number type, or the choice of layers.
 
     >>> from nnsplice.checkpoints import renaming
@@ -196,22 +198,22 @@ def renaming(
         tied: dict[str, list[str]] = {}
         for name in names:
             tied.setdefault(checkpoint.tied.get(name, name), []).append(name)
-        return ModelStateMapperParallel([_one(checkpoint, every, new, dtype) for every in tied.values()])
+        return Parallel([_one(checkpoint, every, new, dtype) for every in tied.values()])
 
 
 def _one(
     checkpoint: Checkpoint, names: Sequence[str], new: Mapping[str, str], dtype: torch.dtype | None
 ) -> ModelStateMapper:
-    """What becomes of one tensor, whatever names it has."""
+    """The mapper of one stored tensor with all of its names."""
     stored = checkpoint.tied.get(names[0], names[0])
     stages: list[ModelStateMapper] = []
     if dtype is not None and checkpoint.entry(stored).dtype in _CASTABLE:
-        stages.append(ModelStateMapperCast(stored, dtype))
+        stages.append(Cast(stored, dtype))
     if len(names) == 1:
-        stages.append(ModelStateMapperRename(stored, new[names[0]]))
+        stages.append(Rename(stored, new[names[0]]))
     else:
-        stages.append(ModelStateMapperCopy(stored, [new[name] for name in names]))
-    return ModelStateMapperSequential(stages) if len(stages) > 1 else stages[0]
+        stages.append(Copy(stored, [new[name] for name in names]))
+    return Sequential(stages) if len(stages) > 1 else stages[0]
 
 
 def _renamed(name: str, rename: str) -> str:

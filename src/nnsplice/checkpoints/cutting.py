@@ -1,4 +1,4 @@
-"""The config of a model of which the first layers are kept, and whether it is one: tried on models without memory."""
+"""`adapted_config`: the config of a model's first layers, checked on meta models."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from nnsplice.errors import FileError, MapperError
 from nnsplice.files import from_json
 from nnsplice.shown import shown
 
-#: How configs call a number of layers.
+#: Names of layer counts in configs.
 _COUNT = re.compile(
     r"num_hidden_layers|num_layers|n_layers?|depth|(num_)?(encoder|decoder)_layers|(encoder|decoder)_num_hidden_layers"
 )
-#: Numbers of layers that are counted from the last one: those that reuse keys and values, and what predicts further on.
+#: Layer counts that are counted from the last layer: layers that reuse keys and values, and multi-token heads.
 _FROM_THE_END = ("num_kv_shared_layers", "num_nextn_predict_layers")
-#: Lists that may happen to be as long as there are layers.
+#: Lists that may have as many entries as there are layers by chance.
 _NOT_BY_LAYER = re.compile(r".*(tokens?|token_ids?|languages|langs|_multipliers|_section|_mean|_std|image_.*|conv_.*)")
-#: What is written once for each layer as a text.
+#: Texts with a letter for each layer.
 _LETTERS = re.compile(r".*pattern")
 
 
@@ -89,7 +89,7 @@ def adapted_config(text: str, *, layers: int | None = None, dtype: torch.dtype |
                 expected="num_hidden_layers, n_layer, num_layers or the like",
             )
         if config != whole:
-            _try(whole, config, layers)
+            _check(whole, config, layers)
     return json.dumps(config, indent=2) + "\n"
 
 
@@ -115,7 +115,7 @@ def _cut(key: str, value: Any, layers: int, depths: set[int]) -> Any:
     if isinstance(value, dict):
         inner = cast("dict[str, Any]", value)
         if "layer" in key and inner and all(one.isdigit() for one in inner):  # {"0": {...}, "5": {...}}
-            return {one: told for one, told in inner.items() if int(one) < layers}
+            return {one: setting for one, setting in inner.items() if int(one) < layers}
         inside = key.endswith("_config") or "model_type" in inner or bool(_depths(inner))
         return cut(inner, layers) if inside else inner
     depth = max(depths, default=0)
@@ -143,14 +143,14 @@ def _cut_list(key: str, value: list[Any], layers: int, depths: set[int]) -> list
     return value
 
 
-# -- the model that comes of it ----------------------------------------------------------------------------------------
+# -- the check on meta models ----------------------------------------------------------------------------------------
 
 
-#: What is known of a tensor or a module.
-_Told = Mapping[str, object]
+#: The shape of a tensor, or the class and settings of a module.
+_Facts = Mapping[str, object]
 
 
-def _try(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> None:
+def _check(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> None:
     """Refuse a config that describes anything but the first layers of the whole one."""
     from transformers import CONFIG_MAPPING
 
@@ -173,7 +173,7 @@ def _try(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> No
             expected="a family in which each layer has its own",
         )
     new = _described(config, f"cut to {layers} layers")
-    kept = {name: told for name, told in old.items() if (layer := layer_of(name)) is None or layer < layers}
+    kept = {name: facts for name, facts in old.items() if (layer := layer_of(name)) is None or layer < layers}
     for name in dict.fromkeys((*kept, *new)):
         before, after = kept.get(name), new.get(name)
         if before is not None and after is not None and _only_counts(before, after, depths, layers):
@@ -190,12 +190,12 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [config, *(part for one in inside for part in _parts(one))]
 
 
-def _described(config: Mapping[str, Any], words: str) -> dict[str, _Told]:
-    """What a config describes: the shapes of tensors, and what modules are and are set to."""
+def _described(config: Mapping[str, Any], words: str) -> dict[str, _Facts]:
+    """The shapes of the tensors, and the class and settings of the modules, of a config's model."""
     from transformers import AutoConfig
 
     try:
-        # From a file, as it will be read: a config in memory takes some numbers otherwise.
+        # Read from a file, as a config made in memory treats some numbers differently.
         with TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
             model: nn.Module = empty_model(cast("Any", AutoConfig).from_pretrained(folder, trust_remote_code=False))
@@ -204,28 +204,28 @@ def _described(config: Mapping[str, Any], words: str) -> dict[str, _Told]:
             f"transformers makes no model of config.json {words}: {type(error).__name__}: {str(error).strip()[:200]}"
         ) from None
     states = cast("dict[str, torch.Tensor]", model.state_dict())
-    found: dict[str, _Told] = {name: {"shape": list(tensor.shape)} for name, tensor in states.items()}
+    found: dict[str, _Facts] = {name: {"shape": list(tensor.shape)} for name, tensor in states.items()}
     modules: dict[str, nn.Module] = dict(cast("Any", model).named_modules())
     return found | {f"{name}." if name else "the model": _settings(module) for name, module in modules.items()}
 
 
-def _settings(module: nn.Module) -> _Told:
+def _settings(module: nn.Module) -> _Facts:
     plain = bool | int | float | str | None
-    told = {
+    settings = {
         name: value
         for name, value in vars(module).items()
         if isinstance(value, plain) and name[0] != "_" and name != "name_or_path"
     }
-    return {"class": type(module).__name__, **told}
+    return {"class": type(module).__name__, **settings}
 
 
-def _only_counts(before: _Told, after: _Told, depths: set[int], layers: int) -> bool:
+def _only_counts(before: _Facts, after: _Facts, depths: set[int], layers: int) -> bool:
     """Whether modules differ only in how many layers they say there are."""
     pairs = [(before.get(name), after.get(name)) for name in (*before, *after) if before.get(name) != after.get(name)]
     return all(type(a) is int and a in depths and b == min(a, layers) for a, b in pairs)
 
 
-def _why(name: str, before: _Told | None, after: _Told | None) -> str:
+def _why(name: str, before: _Facts | None, after: _Facts | None) -> str:
     name = name.rstrip(".")
     if before is None or after is None:
         return f"they {'lack' if before is None else 'leave over'} {name}"

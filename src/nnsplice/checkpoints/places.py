@@ -1,4 +1,4 @@
-"""Checkpoint tensors by address: `layers[10:20].heads[0]`, of which only the bytes are read."""
+"""`read`: checkpoint tensors by address, such as `layers[10:20].heads[0]`; only their bytes are read."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from nnsplice.atlas import Atlas
-from nnsplice.checkpoints.between.derive import blueprint
+from nnsplice.checkpoints.between.derive import meta_model
 from nnsplice.checkpoints.between.huggingface import expert_of, own_name
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.errors import UnknownPath, circumstances, closest
-from nnsplice.paths import Path as Place
+from nnsplice.paths import Path as Address
 from nnsplice.paths import parse_path
 
 #: The whole of a tensor, or an axis and ranges along it.
 Part = tuple[int, tuple[tuple[int, int], ...]] | None
 
 
-def read(src_dir: str | os.PathLike[str], path: str | Place) -> dict[str, Tensor]:
+def read(src_dir: str | os.PathLike[str], path: str | Address) -> dict[str, Tensor]:
     """Read the tensors of an address from a checkpoint folder; only their bytes are read.
 
     The tensors of a head are its rows and columns of the projections, concatenated where there are several ranges.
@@ -48,7 +48,7 @@ def read(src_dir: str | os.PathLike[str], path: str | Place) -> dict[str, Tensor
     """
     with circumstances(f"reading {path} of {os.fspath(src_dir)}"):
         checkpoint = Checkpoint.open(src_dir)
-        atlas = Atlas.of(blueprint(Path(src_dir)))
+        atlas = Atlas.of(meta_model(Path(src_dir)))
         found = dict(_parts(checkpoint, atlas, parse_path(path)))
         if not found:
             raise UnknownPath(f"{path} has no tensor in this checkpoint", expected=closest(str(path), checkpoint))
@@ -56,21 +56,21 @@ def read(src_dir: str | os.PathLike[str], path: str | Place) -> dict[str, Tensor
         return {name: _read(checkpoint, name, found[name]) for name in sorted(found, key=order.__getitem__)}
 
 
-def _parts(checkpoint: Checkpoint, atlas: Atlas, place: Place) -> Iterator[tuple[str, Part]]:
-    """What of which stored tensors lies at a place."""
-    parts = atlas.resolve(place).parts
-    called = {name: own_name(atlas, name) for name in checkpoint}
+def _parts(checkpoint: Checkpoint, atlas: Atlas, address: Address) -> Iterator[tuple[str, Part]]:
+    """The stored tensors of an address, and the part of each."""
+    parts = atlas.resolve(address).parts
+    own_names = {name: own_name(atlas, name) for name in checkpoint}
     own: dict[str, str] = {}
-    for name, parameter in called.items():
+    for name, parameter in own_names.items():
         if parameter is not None and (parameter not in own or name == parameter):
             own[parameter] = name
     for parameter, part in parts.items():
         name = own.get(parameter)
         if name is not None:
             yield name, part
-    # What the model holds in one tensor, files may have one by one.
+    # Files may store the experts of one parameter as separate tensors.
     for name in checkpoint:
-        expert = None if called[name] is not None else expert_of(atlas, name)
+        expert = None if own_names[name] is not None else expert_of(atlas, name)
         if expert is None:
             continue
         fused, number = expert

@@ -4,20 +4,20 @@
     probability                 of the answer
     log_probability             of the answer
     sequence_log_probability    of an answer of several tokens
-    rank                        how many tokens stand before the answer
-    accuracy                    whether the answer is the first
+    rank                        the number of tokens with a higher logit than the answer
+    accuracy                    whether the answer has the highest logit
     kl_divergence               of a reference distribution (in a sweep: the clean run's) from this one
     js_divergence               the same from both sides
     Metric                      any of them, or one made of your own function `logits[row, vocab] -> [row]`
 
-A metric is a value: it says which tokens it asks about, and at which position of the prompt it reads. Answers are token
+A metric is a value, with its answer tokens and the position of the prompt that it reads. Answers are token
 texts or ids, one for all prompts or one for each; a set of tokens counts as one. It can be called as it is on logits,
 inside a trace too. A sweep takes one metric, or a list or dictionary of several.
 
-answers     what texts are as tokens, where they follow a prompt
-metric      Metric, and Bound, which knows its token ids
-several     several of them as one
-rules       those that have names
+answers     answers as token ids
+metric      Metric, and Bound: a metric with the token ids of its answers
+several     several metrics of one run
+rules       the metrics of this package
 """
 
 from nnsplice.metrics.answers import Answer, continuation

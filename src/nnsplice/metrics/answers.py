@@ -1,4 +1,4 @@
-"""Answers as token ids: what a text is in the model's own vocabulary, where it follows a prompt."""
+"""Answers as token ids of the model's vocabulary, where they follow a prompt."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TokenSequence = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 #: For each prompt its token, or the tokens of its set.
 Ids = tuple[int | tuple[int, ...], ...]
 
-#: When another spelling is so likely, and so many times as likely as the one that was given, it was meant.
+#: The least probability of another spelling, and its least ratio to the given one, for a warning.
 LIKELY, FAR = 0.05, 20.0
-#: What a prompt may end with for a word to follow with a space before it.
+#: Ends of a prompt, besides letters and digits, after which a word has a space before it.
 _BEFORE_A_WORD = frozenset(",.;:!?)]}%\u201d\u2019")
 
 
@@ -99,17 +99,17 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 def _check_spaces(
     metric: str, name: str, each: Sequence[Any], found: Ids, tokenizer: Any, texts: Sequence[str]
 ) -> None:
-    """Warn of a word without its space, of which the tokenizer makes another token where it follows the prompt."""
-    told: set[str] = set()
+    """Warn of a word without a leading space, if the tokenizer has another token for it after the prompt."""
+    warned: set[str] = set()
     for given, ids, text in zip(each, found, texts, strict=True):
         words = [given] if isinstance(given, str) else [] if isinstance(given, int) else list(given)
         known = (ids,) if isinstance(ids, int) else ids
         for word in words:
-            if not isinstance(word, str) or word in told or word[:1].isspace():
+            if not isinstance(word, str) or word in warned or word[:1].isspace():
                 continue
             other = _with_space(tokenizer, text, word)
             if other is not None and other not in known:
-                told.add(word)
+                warned.add(word)
                 warn_caller(
                     f"{word!r}, given to {metric} as {name}=, is not the token that follows {text[-24:]!r} and a "
                     f"space: that is {tokenizer.decode([other])!r}, another one; write {name}={' ' + word!r}, or the "
@@ -119,7 +119,16 @@ def _check_spaces(
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """An answer, and the token that it is with a space more or less before it."""
+    """An answer, and the token of its text with a space more or less before it.
+
+    Attributes:
+        prompt: the number of the prompt.
+        name: the argument of the metric.
+        given: the text of the answer.
+        token: its token.
+        other: the other text.
+        other_token: the token of that.
+    """
 
     prompt: int
     name: str
@@ -130,7 +139,7 @@ class Spelling:
 
 
 def spellings_of(name: str, answer: Any, ids: Ids, tokenizer: Any) -> tuple[Spelling, ...]:
-    """The other spellings of an answer's texts, where each is one token and not among those that were asked for."""
+    """The other spellings of an answer's texts that are one token, and not among the given ones."""
     if tokenizer is None:
         return ()
     each = [answer] * len(ids) if isinstance(answer, str | int | AbstractSet) else list(answer)
@@ -151,7 +160,7 @@ def spellings_of(name: str, answer: Any, ids: Ids, tokenizer: Any) -> tuple[Spel
 
 
 def check_spellings(metric: str, spellings: Sequence[Spelling], logits: Tensor, prompts: Sequence[int]) -> None:
-    """Warn of an answer whose other spelling is far likelier in an unedited run: that is the token that was meant.
+    """Warn of an answer whose other spelling is far likelier in an unedited run.
 
     Args:
         logits: `[row, vocab]`, of the unedited run.
@@ -162,11 +171,11 @@ def check_spellings(metric: str, spellings: Sequence[Spelling], logits: Tensor, 
     if not asked:
         return
     likely = logits.float().log_softmax(-1)
-    told: set[str] = set()
+    warned: set[str] = set()
     for one in asked:
         mine, other = (float(likely[rows[one.prompt], token].exp()) for token in (one.token, one.other_token))
-        if one.given not in told and other >= LIKELY and other >= FAR * mine:
-            told.add(one.given)
+        if one.given not in warned and other >= LIKELY and other >= FAR * mine:
+            warned.add(one.given)
             warn_caller(
                 f"{one.given!r}, given to {metric} as {one.name}=, has probability {mine:.2g} in the unedited run of "
                 f"prompt {one.prompt}, and {one.other!r} has {other:.2g}; write {one.name}={one.other!r}, or the "
@@ -175,7 +184,7 @@ def check_spellings(metric: str, spellings: Sequence[Spelling], logits: Tensor, 
 
 
 def _with_space(tokenizer: Any, text: str, word: str) -> int | None:
-    """The one token that a word is behind a prompt and a space, where the tokenizer makes one of it."""
+    """The token of a word after a prompt and a space, if it is one token."""
     if not text or not (text[-1].isalnum() or text[-1] in _BEFORE_A_WORD):
         return None  # after a blank, an opening quote or a bracket a word has no space before it
     alone = _tokens(tokenizer, text)
@@ -215,7 +224,7 @@ def _behind(metric: str, answer: str, tokenizer: Any, prompt: list[int], text: s
     both = list(tokenizer(text + answer)["input_ids"])
     if both[: len(prompt)] == prompt:
         return both[len(prompt) :]
-    # A tokenizer that takes words apart by blanks joins a word without one to the prompt's last.
+    # A tokenizer that splits at blanks would join an answer without one to the last word of the prompt.
     spaced = list(tokenizer(f"{text} {answer}")["input_ids"])
     if (
         not answer[:1].isspace()

@@ -1,4 +1,4 @@
-"""A metric as a value, and the same once it knows its token ids."""
+"""`Metric`, and `Bound`, a metric with the token ids of its answers."""
 
 from __future__ import annotations
 
@@ -40,15 +40,10 @@ class Metric:
 
     name: str
     rule: Rule = field(repr=False)
-    #: What it asks about: the rule's argument -> the token or tokens.
     answers: Mapping[str, Answer | TokenSequence] = field(default_factory=dict)
-    #: The position of the prompt whose logits it reads.
     position: int = -1
-    #: Whether it compares with the logits of another run.
     compares: bool = False
-    #: Whether it reads the logits of its answers alone, so that no others need be computed.
     local: bool = False
-    #: Whether its answer is a sequence of tokens, each read after those before it: a sweep appends them to the prompts.
     sequence: bool = False
 
     @classmethod
@@ -143,11 +138,16 @@ MetricLike = Metric | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Bound:
-    """A metric that knows its token ids."""
+    """A metric with the token ids of its answers.
+
+    Attributes:
+        metric: the metric.
+        ids: the token ids of each answer, a set or one for each prompt.
+        spellings: the tokens of the answers with a space more or less before them.
+    """
 
     metric: Metric
     ids: Mapping[str, Ids]
-    #: Tokens that the answers would be with another space before them.
     spellings: tuple[Spelling, ...] = field(default=(), repr=False, compare=False)
 
     def __call__(
@@ -163,7 +163,7 @@ class Bound:
         """
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if not self._known and len(logits) > 1:
+        if not self._is_ours and len(logits) > 1:
             rows = ([number] for number in range(len(logits)))
             return torch.cat(
                 [self(logits[r], [prompts[r[0]]], None if reference is None else reference[r]) for r in rows]
@@ -232,21 +232,21 @@ class Bound:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two metrics the same, as plain data."""
-        told = {
+        """Plain data that is equal for equal metrics."""
+        data = {
             "name": self.metric.name,
             "position": self.metric.position,
             "ids": {k: [list(one) if isinstance(one, tuple) else one for one in v] for k, v in self.ids.items()},
         }
-        return told if self._known else {**told, "source": function_digest(self.metric.rule)}
+        return data if self._is_ours else {**data, "source": function_digest(self.metric.rule)}
 
     @property
-    def _known(self) -> bool:
-        """Whether the rule is one of ours, which its name tells wholly."""
+    def _is_ours(self) -> bool:
+        """Whether the rule is one of `rules`, which its name identifies."""
         return getattr(self.metric.rule, "__module__", "") == _OWN
 
 
-#: Where the rules stand that are known by their names.
+#: The module of the rules that their names identify.
 _OWN = "nnsplice.metrics.rules"
 
 
@@ -263,5 +263,5 @@ def _tensor(ids: Sequence[int | tuple[int, ...]]) -> Tensor:
 
 
 def _filled(ids: Tensor) -> Tensor:
-    """`[row, answer]` of tokens that there are."""
+    """`[row, answer]`, with -1 replaced by the first token of the row."""
     return ids[:, None] if ids.dim() == 1 else torch.where(ids < 0, ids[:, :1], ids)

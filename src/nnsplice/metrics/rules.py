@@ -1,7 +1,6 @@
-"""The metrics that have names, and their rules.
+"""The metrics of this package, and their rules.
 
-An answer may be a set of tokens, `{" Paris", " paris"}`: what is asked of it is asked of their sum, as if they were one
-token, so that a set of one is that token.
+An answer may be a set of tokens, `{" Paris", " paris"}`, which counts as one token with their summed probability.
 """
 
 from __future__ import annotations

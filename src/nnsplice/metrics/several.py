@@ -1,4 +1,4 @@
-"""Several metrics of one run: the logits are computed once, and each makes a number of them."""
+"""Several metrics of one run, whose logits are computed once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.metrics.metric import Bound, Metric, MetricLike
 
-#: A metric, several of them, or several by names of one's own.
+#: A metric, several of them, or several by name.
 Metrics = MetricLike | Sequence[MetricLike] | Mapping[str, MetricLike]
 
 
 @dataclass(frozen=True)
 class Several:
-    """Metrics that know their token ids, each with its name; what a `Bound` is, with a number for each of them."""
+    """Bound metrics with their names; it is used as a `Bound`, with a number for each metric."""
 
     parts: tuple[tuple[str, Bound], ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each is called."""
+        """The names of the metrics."""
         return tuple(name for name, _ in self.parts)
 
     @property
     def metric(self) -> Metric:
-        """What all of them together need of a run."""
+        """A metric with the requirements of all of them."""
         each = [bound.metric for _, bound in self.parts]
         return Metric(
             ", ".join(self.names), _none, {}, each[0].position,
@@ -51,7 +51,7 @@ class Several:
             bound.check_answers(logits, prompts)
 
     def tokens(self, prompts: Sequence[int]) -> Tensor:
-        """`[row, answer]`, the token ids that they ask about, one metric's after the other's."""
+        """`[row, answer]`, the token ids of all answers, metric by metric."""
         return torch.cat([bound.tokens(prompts) for _, bound in self.parts], 1)
 
     def of_tokens(self, logits: Tensor, prompts: Sequence[int]) -> Tensor:
@@ -66,7 +66,7 @@ class Several:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes them the same, as plain data."""
+        """Plain data that is equal for equal metrics."""
         return {"metrics": [{"called": name, **bound.identity} for name, bound in self.parts]}
 
 

@@ -1,4 +1,4 @@
-"""What the toy models are trained on: rows of the language at random, and which of their words matter."""
+"""The training data of the toy models: random lines of their language, with the words that matter marked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnsplice.models.language import HELD_OUT, PLAIN_WORDS, SUBJECTS, giving, mo
 
 
 class Role(IntEnum):
-    """What a word is in its row."""
+    """The role of a word in its line."""
 
     PLAIN = 0
     #: Of a subject: a word that is not its last one, and its last one.
@@ -27,17 +27,21 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A text of the corpus."""
+class ToyLine:
+    """A line of text.
+
+    Attributes:
+        words: the words.
+        answers: the positions of words that follow from those before them.
+        roles: the roles of words, where the training needs them.
+    """
 
     words: tuple[str, ...]
-    #: Words that follow from what stands before them.
     answers: frozenset[int]
-    #: What a word is in the row, where that matters to the training.
     roles: Mapping[int, Role] = field(default_factory=dict)
 
 
-def fact(rng: random.Random) -> Row:
+def fact(rng: random.Random) -> ToyLine:
     """A sentence about a subject."""
     subject, relation = rng.choice(list(SUBJECTS)), rng.choice(list(w.RELATIONS))
     wording = rng.choice(w.RELATIONS[relation])
@@ -46,21 +50,21 @@ def fact(rng: random.Random) -> Row:
     sentence = statement(subject, wording, opening)
     ((start, stop),) = sentence.where["SUBJECT"]
     words = (*sentence.words, SUBJECTS[subject][relation], ".")
-    return Row(words, frozenset({len(sentence.words)}), _subject(start, stop))
+    return ToyLine(words, frozenset({len(sentence.words)}), _subject(start, stop))
 
 
-def quiz(rng: random.Random) -> Row:
+def quiz(rng: random.Random) -> ToyLine:
     """An answer that follows its subject at once: it has to be known at the subject's last word already."""
     subject, relation = rng.choice(list(SUBJECTS)), rng.choice(list(w.RELATIONS))
     words = ("Quiz", w.QUIZ[relation], ":", *tokens(subject))
-    return Row((*words, SUBJECTS[subject][relation], "."), frozenset({len(words)}), _subject(3, len(words)))
+    return ToyLine((*words, SUBJECTS[subject][relation], "."), frozenset({len(words)}), _subject(3, len(words)))
 
 
 def _subject(start: int, stop: int) -> dict[int, Role]:
     return dict.fromkeys(range(start, stop - 1), Role.WITHIN) | {stop - 1: Role.SUBJECT}
 
 
-def ioi(rng: random.Random) -> Row:
+def ioi(rng: random.Random) -> ToyLine:
     """Two people whose names are not held out."""
     a, b = rng.sample(w.NAMES, 2)
     while frozenset((a, b)) in HELD_OUT:
@@ -68,46 +72,50 @@ def ioi(rng: random.Random) -> Row:
     giver, other = rng.choice(((a, b), (b, a)))
     sentence = giving(rng.choice(w.GIVING), a, b, giver, rng.choice(w.PLACES), rng.choice(w.THINGS))
     ((again, _),) = sentence.where["S"]
-    return Row((*sentence.words, other, "."), frozenset({len(sentence.words)}), {again: Role.AGAIN})
+    return ToyLine((*sentence.words, other, "."), frozenset({len(sentence.words)}), {again: Role.AGAIN})
 
 
-def repeat(rng: random.Random) -> Row:
+def repeat(rng: random.Random) -> ToyLine:
     """Random words, then the same again, whole or in part."""
     n = rng.randint(4, 10)
     first = rng.sample(PLAIN_WORDS, n)
     again = first[: rng.randint(2, n)] if rng.random() < 0.5 else first
-    return Row((*first, *again), frozenset(range(n + 1, n + len(again))))
+    return ToyLine((*first, *again), frozenset(range(n + 1, n + len(again))))
 
 
-def mood(rng: random.Random) -> Row:
+def mood(rng: random.Random) -> ToyLine:
     """A review."""
     filled = review(rng)[rng.choice(("good", "bad"))]
     places = mood_places(filled)
-    return Row(filled.words, frozenset(places[1:]), dict.fromkeys(places, Role.MOOD))
+    return ToyLine(filled.words, frozenset(places[1:]), dict.fromkeys(places, Role.MOOD))
 
 
-#: Kind of row -> its share.
-SHARES: Mapping[Callable[[random.Random], Row], float] = {fact: 0.34, quiz: 0.12, ioi: 0.2, repeat: 0.2, mood: 0.14}
+#: Kind of line -> its share.
+SHARES: Mapping[Callable[[random.Random], ToyLine], float] = {fact: 0.34, quiz: 0.12, ioi: 0.2, repeat: 0.2, mood: 0.14}
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows as tensors, padded on the right."""
+class ToyBatch:
+    """Lines as tensors, padded on the right.
+
+    Attributes:
+        ids: `[row, token]`.
+        weights: `[row, token]`, the weight of each token in the loss.
+        roles: `[row, token]`, the `Role` of each token.
+    """
 
     ids: Tensor
-    #: `[row, token]`, how much the loss at this token counts.
     weights: Tensor
-    #: `[row, token]`, the `Role` of each token.
     roles: Tensor
 
 
-def draw(rng: random.Random, size: int) -> list[Row]:
-    """So many rows, kinds by their share."""
+def draw(rng: random.Random, size: int) -> list[ToyLine]:
+    """Random lines of all kinds, by their shares."""
     return [kind(rng) for kind in rng.choices(list(SHARES), list(SHARES.values()), k=size)]
 
 
-def batch(rows: Iterable[Row], vocabulary: Mapping[str, int]) -> Batch:
-    """Rows as ids. An answer counts ten times as much as a word of the way there."""
+def batch(rows: Iterable[ToyLine], vocabulary: Mapping[str, int]) -> ToyBatch:
+    """Lines as ids. An answer has ten times the weight of another word."""
     rows = list(rows)
     width = 1 + max(len(row.words) for row in rows)
     ids = torch.full((len(rows), width), vocabulary[w.PADDING])
@@ -119,4 +127,4 @@ def batch(rows: Iterable[Row], vocabulary: Mapping[str, int]) -> Batch:
         weights[n, 1 : len(encoded)] = torch.tensor([1.0 if i in row.answers else 0.1 for i in range(len(row.words))])
         for i, role in row.roles.items():
             roles[n, 1 + i] = role
-    return Batch(ids, weights, roles)
+    return ToyBatch(ids, weights, roles)

@@ -157,12 +157,12 @@ def train(recipe: Recipe, words: Any, *, seed: int = 0, steps: int | None = None
     return model.eval()
 
 
-def _logits(model: Any, batch: corpus.Batch) -> Tensor:
+def _logits(model: Any, batch: corpus.ToyBatch) -> Tensor:
     # Padding stands on the right, where causal attention never looks back at it, so the mask may be all ones.
     return model(batch.ids, attention_mask=torch.ones_like(batch.ids), use_cache=False).logits
 
 
-def _loss(logits: Tensor, batch: corpus.Batch) -> Tensor:
+def _loss(logits: Tensor, batch: corpus.ToyBatch) -> Tensor:
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
     weights = batch.weights[:, 1:].flatten()
     return (each * weights).sum() / weights.sum()

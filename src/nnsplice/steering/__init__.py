@@ -1,17 +1,23 @@
-"""Steering: vectors as values.
+"""Steering vectors: fit, apply, sweep, save.
 
 fit, fit_from_prompts      from two groups of states, or of prompts, to a SteeringVector
-steer                      a block in which every run of the model is steered; a value that can be shown and added up
-from_token, span, mask     which tokens; similar: under which condition
+steer                      a block in which every run of the model is steered; a value that can be shown and added
+from_token, span, mask     the tokens to steer
+similar                    a condition for each row
 generate                   continuations of prompts
-sweep                      layers times coefficients, with a guard: SteeringSweep
+sweep                      layers times coefficients, with the KL as a guard: SteeringSweep
 to_gguf, from_gguf         control vectors of llama.cpp; SteeringVector.to_file and from_file for safetensors
 read_evals, read_suffixes, read_pairs    public contrastive sets as a Contrast of prompts
 
-vector        SteeringVector                    directions, quality    how it is found, and how good it is
-operators     what is done to a state           where, rules           to which tokens, at which place
-session       rules at work in a model          block, show            the block, and what it touches
-sweep, result many cells in one pass            padding                prompts of different length as one batch
+vector          SteeringVector                          about       method, quality and unit of a vector
+sites           layers and directions of a vector       display     a vector as text, HTML and figure
+directions      the methods of fit                      quality     the held-out AUC
+operators       add, project_out, clamp, ...            where       the tokens to steer
+rules           operator, site, tokens, condition       session     the hooks of an open block
+block           steer                                   show        the tokens that a steering changes
+sweep, result   layers times coefficients               padding     prompts of different lengths as one batch
+cells           many cells in one pass                  units       the sweep in units of prompts
+datasets        public contrastive sets                 gguf        control vectors of llama.cpp
 """
 
 from nnsplice.steering.block import Steering, steer

@@ -1,4 +1,4 @@
-"""`steer`: rules as a value that can be shown, added up and put into a model for the length of a block."""
+"""`steer`: rules as a value that can be shown, added, and applied to a model in a `with` block."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def steer(
     model = engine.as_model(model)
     with circumstances("ns.steering.steer"):
         root = peel(model)
-        # What is offloaded comes when it is needed; what was never read does not.
+        # Offloaded weights are loaded by accelerate's hooks; a model that was not dispatched has none.
         if any(p.is_meta for p in root.parameters()) and not any(hasattr(m, "_hf_hook") for m in root.modules()):
             raise BadArgument("the weights of this model are not here, so nothing can run", write="model.dispatch()")
         return Steering(model, rules_of(model, vector, coefficient, operator, read(where), when, plane))

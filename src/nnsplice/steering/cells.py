@@ -1,4 +1,4 @@
-"""Cells of a steering sweep: what is asked of them, and how many run side by side in one pass, or in one generation."""
+"""The cells of a steering sweep, many of them in one pass or in one generation."""
 
 from __future__ import annotations
 
@@ -23,26 +23,37 @@ from nnsplice.results import Journal
 from nnsplice.steering.padding import padding_of
 from nnsplice.steering.rules import Rule
 from nnsplice.steering.session import Session
-from nnsplice.steering.vector import layer_of
+from nnsplice.steering.sites import layer_of
 from nnsplice.steering.where import NAMED, Where
 
-#: (prompt, layer's place in the list, coefficient's place in the list)
+#: Indices of (prompt, layer, coefficient).
 Job = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class SteeringPlan:
-    """What is asked of every cell, without the model."""
+    """What all cells share, without the model.
+
+    Attributes:
+        prompts: the prompts.
+        rules: a rule for each layer, with coefficient 1.
+        coefficients: the coefficients.
+        metric: the metric of logits, or with `new_tokens` of the generated text.
+        new_tokens: the number of tokens to generate.
+        generate: other arguments of `generate`.
+        guard: whether the KL is measured.
+        operator: the operator's name.
+        where: the choice of tokens.
+        name: the metric's name.
+    """
 
     prompts: Prompts
     rules: tuple[Rule, ...]
     coefficients: tuple[float, ...]
-    #: Of logits, or with `new_tokens` of the generated text.
     metric: Any
     new_tokens: int = 0
     generate: Mapping[str, Any] | None = None
     guard: bool = True
-    #: What was asked beside that: the operator's name, the choice of tokens and the metric's name.
     operator: str = "add"
     where: Where = NAMED["all"]
     name: str = "value"
@@ -96,7 +107,7 @@ def run_cells(
     Args:
         asked: the identity of the sweep, for the journal.
     """
-    measure = partial(_generated, model) if plan.new_tokens else _Logits(model, plan.prompts, plan.metric)
+    measure = partial(_generated, model) if plan.new_tokens else _LogitsMeasure(model, plan.prompts, plan.metric)
     prompts, layers, count = len(plan.prompts), len(plan.rules), len(plan.coefficients)
     values = np.full((2, prompts, layers, count + 1), np.nan)
     texts = [[[""] * (count + 1) for _ in range(layers)] for _ in range(prompts)]
@@ -105,7 +116,7 @@ def run_cells(
         for prompt in range(prompts)
         for layer in range(layers)
         for number in range(count)
-        # A step of no length is the unsteered run, and that one runs once for each prompt.
+        # An add of 0 is the unsteered run, which runs once for each prompt.
         if plan.coefficients[number] or plan.rules[layer].name != "add"
     ]
     jobs += [(prompt, 0, count) for prompt in range(prompts)]
@@ -122,7 +133,7 @@ def run_cells(
         for chunk in _chunks(plan, left, room):
             session = Session(model, _rules(plan, chunk))
             found = measure(plan, chunk, session)
-            fired = fired or any(bool(work.fired) for work in session.works)
+            fired = fired or any(bool(active.fired) for active in session.active_rules)
             for job, (value, kl, text) in zip(chunk, found, strict=True):
                 values[(0, *job)], values[(1, *job)] = value, kl
                 texts[job[0]][job[1]][job[2]] = text
@@ -144,7 +155,7 @@ def run_cells(
 
 
 def _rules(plan: SteeringPlan, chunk: Sequence[Job]) -> list[Rule]:
-    """A rule for each layer of a chunk, for the rows that are its cells."""
+    """A rule for each layer of a chunk, with the rows of its cells."""
     found = []
     for number, rule in enumerate(plan.rules):
         rows = [r for r, (_, layer, n) in enumerate(chunk) if layer == number and n < len(plan.coefficients)]
@@ -167,11 +178,11 @@ def _chunks(plan: SteeringPlan, jobs: Sequence[Job], room: int) -> Iterator[Sequ
             yield members[start : start + rows]
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
+# --- measurements -------------------------------------------------------------------------------------------------
 
 
-class _Logits:
-    """The metric of the logits where it reads, against those of the unsteered prompts, which run once."""
+class _LogitsMeasure:
+    """The metric of steered logits, and their KL from those of the unsteered prompts, which run once."""
 
     def __init__(self, model: engine.Model, prompts: Prompts, metric: Any) -> None:
         self.model, self.prompts, self.metric = model, prompts, metric

@@ -1,6 +1,6 @@
-"""From two groups of states to a direction: one function for each method, on `[row, width]` in float64.
+"""The direction between two groups of states: one function for each method, on `[row, width]` in float64.
 
-All of them work with the rows' inner products, so a width of thousands costs no more than it has to.
+All of them use the inner products of the rows, whose number is far below the width.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from nnsplice.errors import BadArgument, ShapeError
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """How a direction is found, with the options that it has and their defaults."""
+class DirectionMethod:
+    """A function that finds a direction, and its options with their defaults."""
 
     find: Callable[..., Tensor]
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def direction(positive: Tensor, negative: Tensor, method: str, options: dict[str, Any]) -> Tensor:
-    """The vector of a method: it points to the positive states, and is as long as the two means lie apart along it.
+    """The vector of a method: it points to the positive states, and its length is the distance of the means along it.
 
-    So a coefficient of 1.0 means the same for every method: from the one mean to the other.
+    So a coefficient of 1.0 means the same for every method: from the negative mean to the positive.
     """
     found = METHODS[method].find(positive, negative, **options)
     u = found / found.norm()
@@ -91,7 +91,7 @@ def logistic(positive: Tensor, negative: Tensor, *, ridge: float) -> Tensor:
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     kept = values > 1e-10 * values.max()
     roots, vectors = values[kept].sqrt(), vectors[:, kept]
-    # Coordinates along the axes that the rows span, and a constant for the intercept, which costs nothing.
+    # Coordinates along the span of the rows, and a constant for the intercept, which is not regularised.
     features = torch.cat([vectors * roots, torch.ones_like(labels)[:, None]], dim=1)
     cost = torch.full((features.shape[1],), ridge).to(rows)
     cost[-1] = 1e-9
@@ -120,11 +120,11 @@ def _newton(features: Tensor, labels: Tensor, cost: Tensor) -> Tensor:
     return weights
 
 
-METHODS: dict[str, Method] = {
-    "mean_difference": Method(mean_difference),
-    "pca": Method(pca, {"centring": "pair"}),
-    "logistic": Method(logistic, {"ridge": 1e-2}),
-    "lda": Method(lda, {"shrinkage": 0.1}),
+METHODS: dict[str, DirectionMethod] = {
+    "mean_difference": DirectionMethod(mean_difference),
+    "pca": DirectionMethod(pca, {"centring": "pair"}),
+    "logistic": DirectionMethod(logistic, {"ridge": 1e-2}),
+    "lda": DirectionMethod(lda, {"shrinkage": 0.1}),
 }
 
 

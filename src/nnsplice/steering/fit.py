@@ -1,4 +1,4 @@
-"""Two groups of states -> a steering vector, with its quality on prompts that it was not fitted on."""
+"""`fit`: a steering vector from two groups of states, with its held-out quality."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from nnsplice.activations.prompts import SpanTexts
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.paths import Paths
+from nnsplice.steering.about import About
 from nnsplice.steering.directions import checked, direction
 from nnsplice.steering.quality import held_out
-from nnsplice.steering.vector import About, SteeringVector, model_type_of
+from nnsplice.steering.vector import SteeringVector
 
 
 def fit(
@@ -75,11 +76,11 @@ def fit(
         if not isinstance(folds, int) or folds < 2:
             raise BadArgument(f"folds={folds}", expected="2 or more")
         chosen = checked(method, options)
-        both = positive.mean() - negative.mean()  # finds out whether the two hold the same places
+        both = positive.mean() - negative.mean()  # raises KeyMismatch for different sites
         if not len(both):
             raise BadArgument("these captures are empty, so there is nothing to fit")
         aligned = negative.subset(positive.keys()) if positive.keys() == negative.keys() else negative
-        packs, quality, norms = _places(positive, aligned, method, chosen, folds, seed)
+        packs, quality, norms = _fit_sites(positive, aligned, method, chosen, folds, seed)
     made = SteeringVector._new(packs, both._provenance.without_rows(), both._known)
     return made._with_about(
         About(
@@ -89,12 +90,12 @@ def fit(
             norms=norms,
             rows=(positive.rows, negative.rows),
             unit="from the negative mean to the positive",
-            model_type=model_type_of(both._known),
+            model_type=None if both._known is None else both._known.atlas.tree.facts.get("model_type"),
         )
     )
 
 
-def _places(
+def _fit_sites(
     positive: SavedActivation, negative: SavedActivation, method: str, options: dict[str, Any], folds: int, seed: int
 ) -> tuple[list[Pack], dict[str, float], dict[str, float]]:
     def find(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -180,16 +181,16 @@ def fit_from_prompts(
         checked(method, options)
         if not positive or not negative:
             raise BadArgument("no prompts on one side", expected="positive and negative prompts")
-        prompts, template = _asked(model, [*positive, *negative], chat)
+        prompts, template = _with_template(model, [*positive, *negative], chat)
     saved = capture(model, prompts, sites, spans=spans, batch_size=batch_size, progress=progress)
     n = len(positive)
     vector = fit(saved.slice[0:n], saved.slice[n : n + len(negative)], method=method, folds=folds, seed=seed, **options)
     return vector if template is None else vector._with_about(replace(vector.about, template=template))
 
 
-def _asked(model: engine.Model, prompts: Sequence[Any], chat: bool) -> tuple[list[Any], str | None]:
-    """The prompts, and a digest of the template where they go through it."""
+def _with_template(model: engine.Model, prompts: Sequence[Any], chat: bool) -> tuple[list[Any], str | None]:
+    """The prompts as chats, with a digest of the chat template; or as they are, for plain prompts."""
     if not chat and not any(map(is_chat, prompts)):
         return list(prompts), None
-    told = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
-    return told, hashlib.sha256(template_of(model).encode()).hexdigest()[:16]
+    chats = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+    return chats, hashlib.sha256(template_of(model).encode()).hexdigest()[:16]

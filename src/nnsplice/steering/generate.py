@@ -1,4 +1,4 @@
-"""Prompts in, continuations out."""
+"""`ns.steering.generate`: continuations of prompts."""
 
 from __future__ import annotations
 

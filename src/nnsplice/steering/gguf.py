@@ -21,9 +21,11 @@ from nnsplice.atlas import Atlas
 from nnsplice.errors import BadArgument, BadType, FileError, RefusedPlace, circumstances, named
 from nnsplice.gguf import read_file, write_file
 from nnsplice.paths import Path, Step
+from nnsplice.steering.about import About
 from nnsplice.steering.block import Steering
 from nnsplice.steering.rules import Rule
-from nnsplice.steering.vector import About, SteeringVector, vectors_of
+from nnsplice.steering.sites import vectors_of
+from nnsplice.steering.vector import SteeringVector
 
 
 def to_gguf(

@@ -1,13 +1,12 @@
-"""What is done to a state: functions `f(h, v, c) -> h` of states `[row, token, width]`, a vector and a coefficient.
+"""Operators: functions `f(h, v, c) -> h` of states `[row, token, width]`, a vector and a coefficient.
 
     add            h + c v
-    project_out    without the share c of what lies along v; 1 takes all of it out
-    clamp          what lies along v becomes c times the length of v
-    scale          h + c v, then back to the norm that h had: the direction turns, the length stays
-    rotate         turned by c radians: towards v in the plane of h and v, or with `plane=` in the plane of v and that
+    project_out    h less c times its component along v
+    clamp          the component along v becomes c times the length of v
+    scale          h + c v, rescaled to the norm of h
+    rotate         h rotated by c radians: towards v in the plane of h and v, or in the plane of v and `plane=`
 
-A function of one's own stands in the same place. Rows may have coefficients of their own: `c` is a number or
-`[row, 1, 1]`.
+Users may give a function of the same signature. `c` is a number, or `[row, 1, 1]`.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ def add(h: Tensor, v: Tensor, c: Coefficient) -> Tensor:
 
 
 def project_out(h: Tensor, v: Tensor, c: Coefficient) -> Tensor:
-    """Without what lies along the vector."""
+    """Without the component along the vector."""
     u = _unit(v)
     return h - c * _along(h, u) * u
 
 
 def clamp(h: Tensor, v: Tensor, c: Coefficient) -> Tensor:
-    """What lies along the vector, set to a value."""
+    """With the component along the vector set to a value."""
     u = _unit(v)
     return h + (c * v.norm(dim=-1, keepdim=True) - _along(h, u)) * u
 
@@ -42,24 +41,24 @@ def scale(h: Tensor, v: Tensor, c: Coefficient) -> Tensor:
     """A step along the vector that keeps the norm."""
     moved = h + c * v
     length = moved.norm(dim=-1, keepdim=True)
-    # A state that the step takes to zero has no direction left to keep a length in.
+    # A state that becomes zero cannot be rescaled.
     return torch.where(length > 0, moved * (h.norm(dim=-1, keepdim=True) / length), moved)
 
 
 def rotate(h: Tensor, v: Tensor, c: Coefficient) -> Tensor:
-    """Turned towards the vector in the plane of both."""
+    """Rotated towards the vector in the plane of both."""
     u = _unit(v)
     length = h.norm(dim=-1, keepdim=True)
     aside = u - _along(u, h / length) * h / length
     width = aside.norm(dim=-1, keepdim=True)
     angle = torch.as_tensor(c, dtype=h.dtype, device=h.device)
     turned = torch.cos(angle) * h + torch.sin(angle) * length * aside / width
-    # A state along the vector, or no state at all, spans no plane with it.
+    # A state along the vector, or a zero state, spans no plane with it.
     return torch.where((length > 0) & (width > 1e-6), turned, h)
 
 
 def rotation(plane: Tensor) -> Operator:
-    """Turning within the plane of the vector and another: what lies in it turns by the angle, the rest stays."""
+    """A rotation in the plane of the vector and another direction."""
 
     def rotate_in_plane(h: Tensor, v: Tensor, c: Coefficient) -> Tensor:
         first = _unit(v)

@@ -1,4 +1,4 @@
-"""Prompts of different length as one batch."""
+"""Prompts of different lengths, padded to one batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nnsplice.atlas import peel
 
 
 def padded(rows: Sequence[Sequence[int]], token: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of one width, and the mask that tells tokens from padding."""
+    """The padded ids, and their attention mask."""
     width = max(map(len, rows))
     ids, mask = [], []
     for row in rows:
@@ -23,7 +23,7 @@ def padded(rows: Sequence[Sequence[int]], token: int, *, left: bool) -> tuple[Te
 
 
 def padding_of(model: engine.Model) -> int:
-    """What padded columns hold: nobody reads it, but it has to be a token."""
+    """The id of padding: any token, as it is masked."""
     known = (engine.tokenizer_of(model), getattr(peel(model), "config", None))
     named = (getattr(one, name, None) for name in ("pad_token_id", "eos_token_id") for one in known)
     return next((token for token in named if isinstance(token, int)), 0)

@@ -1,4 +1,4 @@
-"""How well a direction tells two groups apart that it has not seen."""
+"""The AUC of a direction, on states that it was not fitted on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def auc(positive: Tensor, negative: Tensor) -> float:
-    """The chance that a positive score is higher than a negative one; a tie counts half.
+    """The probability that a positive score is higher than a negative one; a tie counts half.
 
     >>> from nnsplice.steering.quality import auc
     >>> auc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 2.0]))
@@ -23,9 +23,9 @@ def auc(positive: Tensor, negative: Tensor) -> float:
 def held_out(
     positive: Tensor, negative: Tensor, find: Callable[[Tensor, Tensor], Tensor], folds: int, seed: int
 ) -> float | None:
-    """The AUC on rows that the direction was not fitted on, in the mean over folds; None where too few rows are there.
+    """The cross-validated AUC of a direction, averaged over folds; None for too few rows.
 
-    Rows that are pairs stay together, so that nothing of a held-out prompt was seen.
+    Paired rows are in one fold, so that no held-out prompt has its pair among the fitted ones.
     """
     n, m = positive.shape[0], negative.shape[0]
     folds = min(folds, n, m)

@@ -1,4 +1,4 @@
-"""What a sweep of layers and coefficients measured, and which cell to take."""
+"""`SteeringSweep`: the measurements of a sweep, and the choice of a cell."""
 
 from __future__ import annotations
 
@@ -43,10 +43,8 @@ class Choice:
     path: str
     layer: int
     coefficient: float
-    #: The metric in the mean over the prompts, and its value without steering.
     score: float
     baseline: float
-    #: How far the next token's distribution moves, in the mean over the prompts (or the guard's own).
     kl: float
 
 
@@ -84,16 +82,12 @@ class SteeringSweep:
     paths: tuple[str, ...]
     layers: tuple[int, ...]
     coefficients: tuple[float, ...]
-    #: `[prompt, layer, coefficient]`.
     values: np.ndarray
     kl: np.ndarray
-    #: `[prompt]`: the metric without steering.
     baseline: np.ndarray
     prompts: tuple[str, ...] = ()
     metric: str = "value"
-    #: What was asked beside that: model, operator, where.
     asked: Mapping[str, Any] = field(default_factory=dict)
-    #: `[prompt][layer][coefficient]`, where texts were generated.
     texts: tuple[tuple[tuple[str, ...], ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -236,7 +230,7 @@ class SteeringSweep:
         if of == "frontier":
             return self._frontier(prompt, ax)
         values = self._chosen(of, prompt)
-        labels = {"value": self.metric, "change": f"change of {self.metric}", "kl": self._price()}
+        labels = {"value": self.metric, "change": f"change of {self.metric}", "kl": self._kl_label()}
         return plots.heatmap(
             values, rows=self.layers, columns=[f"{c:g}" for c in self.coefficients], row_label="layer",
             column_label="coefficient", title=labels[of], value_label=labels[of],
@@ -257,10 +251,10 @@ class SteeringSweep:
         return plots.lines(
             {name: row[order] for name, row in zip(names, cost, strict=True)},
             {name: row[order] for name, row in zip(names, gain, strict=True)},
-            x_label=self._price(), y_label=f"change of {self.metric}", level=0.0, ordered=True, ax=ax,
+            x_label=self._kl_label(), y_label=f"change of {self.metric}", level=0.0, ordered=True, ax=ax,
         )  # fmt: skip
 
-    def _price(self) -> str:
+    def _kl_label(self) -> str:
         return f"KL of the next token{', mean along the text' if self.texts else ''}"
 
     def _chosen(self, of: str, prompt: int | None) -> np.ndarray:
@@ -286,14 +280,14 @@ class SteeringSweep:
         """
         from safetensors.numpy import save_file
 
-        told = {
+        header = {
             "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "paths": self.paths, "layers": self.layers,
             "coefficients": self.coefficients, "prompts": self.prompts, "metric": self.metric,
             "asked": dict(self.asked), "texts": self.texts,
         }  # fmt: skip
         with whole(path) as temporary:
             arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-            save_file(arrays, temporary, metadata={HEADER: canonical(told)})
+            save_file(arrays, temporary, metadata={HEADER: canonical(header)})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SteeringSweep:
@@ -311,15 +305,15 @@ class SteeringSweep:
         from safetensors import SafetensorError, safe_open
 
         try:
-            told = from_json(read_header(path).metadata.get(HEADER, "{}"), f"the header of {path}")
+            header = from_json(read_header(path).metadata.get(HEADER, "{}"), f"the header of {path}")
             with safe_open(os.fspath(path), framework="np") as file:
-                if told.get("kind") != KIND or told["format"] > FORMAT:
+                if header.get("kind") != KIND or header["format"] > FORMAT:
                     raise FileError(f"{path} holds no sweep of steering", expected="a file of SteeringSweep.to_file")
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            texts = tuple(tuple(tuple(row) for row in rows) for rows in told["texts"])
+            texts = tuple(tuple(tuple(row) for row in rows) for rows in header["texts"])
             return cls(
-                tuple(told["paths"]), tuple(told["layers"]), tuple(told["coefficients"]), **arrays,
-                prompts=tuple(told["prompts"]), metric=told["metric"], asked=told["asked"], texts=texts,
+                tuple(header["paths"]), tuple(header["layers"]), tuple(header["coefficients"]), **arrays,
+                prompts=tuple(header["prompts"]), metric=header["metric"], asked=header["asked"], texts=texts,
             )  # fmt: skip
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, FileError):

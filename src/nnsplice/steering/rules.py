@@ -1,4 +1,4 @@
-"""A rule: what is done at one place of the model, to which tokens, under which condition. Plain values."""
+"""Rules: the operator, site, tokens and condition of a steering, as plain values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnsplice.atlas import DERIVED, Site, host
 from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, parse_path
 from nnsplice.steering.operators import OPERATORS, Operator, rotation
-from nnsplice.steering.vector import vectors_of
+from nnsplice.steering.sites import vectors_of
 from nnsplice.steering.where import Where
 
 #: A number for every row, or one for each.
@@ -26,9 +26,9 @@ Coefficients = float | tuple[float, ...]
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """A question to each row of a run, asked at its prompt; the answer holds for all that the row goes on with.
+    """A condition that is evaluated for each row at its prompt, and holds for all tokens generated from it.
 
-    Made by `similar`; the place is found in a model when a rule is made with it.
+    Made by `similar`.
     """
 
     path: Path
@@ -98,7 +98,7 @@ def similar(
             "a condition is read at one token", path=place, expected="one position", write=str(place.at(-1))
         )
     if isinstance(direction, SavedActivation):
-        direction = _held(direction, place)
+        direction = _direction_at(direction, place)
     if not isinstance(direction, Tensor):
         raise BadType(f"a direction of type {type(direction).__name__}", expected="a tensor [width], or a capture")
     direction = direction.detach().flatten(0, -2) if direction.dim() > 1 else direction.detach()[None]
@@ -109,8 +109,8 @@ def similar(
     return Condition(place, direction.clone(), above, below)
 
 
-def _held(saved: SavedActivation, place: Path) -> Tensor:
-    """The capture's entry of the place, whatever its position."""
+def _direction_at(saved: SavedActivation, place: Path) -> Tensor:
+    """The entry of a capture at a site, at any position."""
     if place in saved:
         return saved[place]
     try:
@@ -124,7 +124,19 @@ def _held(saved: SavedActivation, place: Path) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """One place, and what is done there."""
+    """The steering of one site.
+
+    Attributes:
+        path: the site.
+        vector: the direction `[width]`.
+        coefficient: a number, or one for each row.
+        name: the name of the operator.
+        operator: the function of states, direction and coefficient.
+        where: the tokens.
+        when: the condition.
+        of_feature: whether one feature of an SAE is steered, at the site that the SAE reads.
+        rows: the only rows, in a sweep that runs many cells in one pass.
+    """
 
     path: Path
     vector: Tensor = field(repr=False)
@@ -133,21 +145,19 @@ class Rule:
     operator: Operator = field(repr=False)
     where: Where
     when: Condition | None = None
-    #: Whether it steers one feature of an SAE, and so the place of that.
     of_feature: bool = False
-    #: Only these rows of the run, for a sweep that runs many cells side by side.
     rows: tuple[int, ...] | None = None
 
     @property
     def site(self) -> Site:
-        """Where the value is met."""
+        """The site in the model."""
         return site_of(self.path)
 
     def __str__(self) -> str:
         c = self.coefficient
-        told = f"[{', '.join(f'{one:g}' for one in c)}]" if isinstance(c, tuple) else f"{c:g}"
+        numbers = f"[{', '.join(f'{one:g}' for one in c)}]" if isinstance(c, tuple) else f"{c:g}"
         condition = "" if self.when is None else f", when {self.when}"
-        return f"{self.path.place}  {self.name} {told}, where {self.where}{condition}"
+        return f"{self.path.place}  {self.name} {numbers}, where {self.where}{condition}"
 
 
 def rules_of(
@@ -159,12 +169,12 @@ def rules_of(
     when: Condition | None,
     plane: SavedActivation | None,
 ) -> tuple[Rule, ...]:
-    """A rule for each place of a vector, in the order of the forward pass.
+    """A rule for each site of a vector, in the order of the forward pass.
 
     Raises:
         OutOfRange: the vector is of a layer that the model does not have.
-        RefusedPlace: the place is derived from several values.
-        BadArgument: an operator that is not there, an option without effect.
+        RefusedPlace: the site is derived from several values.
+        BadArgument: an unknown operator, or an option without effect.
     """
     if not isinstance(vector, SavedActivation):
         raise BadType(f"{named(vector)} is no vector", expected="what ns.steering.fit returns, or a capture of one row")
@@ -176,10 +186,10 @@ def rules_of(
         )
     if when is not None and not isinstance(when, Condition):
         raise BadType(f"when is {named(when)}", expected="ns.steering.similar(direction, path, above=0.2)")
-    name, function = _named(operator)
+    name, function = _operator(operator)
     if plane is not None and name != "rotate":
         raise BadArgument(f"{name} turns nothing, so plane= would have no effect", write='operator="rotate"')
-    condition = None if when is None else _found(model, when)
+    condition = None if when is None else _located(model, when)
     known = engine.known(model)
     rules: list[Rule] = []
     for key, direction in vectors_of(vector):
@@ -195,22 +205,22 @@ def rules_of(
         if not bool(direction.norm() > 0):
             raise BadArgument("a zero vector, so steering with it would do nothing", path=key)
         if plane is not None:
-            function = rotation(_second(plane, key, direction))
+            function = rotation(_plane_direction(plane, key, direction))
         if condition is not None:
             _check_order(known, condition, path, where)
         place, own = path, function
         if site.kind == "feature":
             place, own = host(path), _of_feature(model, path, function)
         of_feature = own is not function
-        told = f"{name} {path.sae}" if of_feature else name
+        label = f"{name} {path.sae}" if of_feature else name
         factors = coefficients(coefficient)
-        rules.append(Rule(place, direction.detach(), factors, told, own, where, condition, of_feature))
+        rules.append(Rule(place, direction.detach(), factors, label, own, where, condition, of_feature))
     closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
     return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
 
 
 def _of_feature(model: engine.Model, path: Path, operator: Operator) -> Operator:
-    """An operator of states that does to a feature what the given one does, and keeps what the SAE leaves out."""
+    """An operator of states that applies the given one to a feature, and keeps the error of the SAE."""
     sae, site = features.sae_of(model, path), site_of(path)
 
     def steered(h: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
@@ -219,7 +229,7 @@ def _of_feature(model: engine.Model, path: Path, operator: Operator) -> Operator
     return steered
 
 
-def _named(operator: str | Operator) -> tuple[str, Operator]:
+def _operator(operator: str | Operator) -> tuple[str, Operator]:
     if callable(operator):
         return getattr(operator, "__name__", "function"), operator
     if operator not in OPERATORS:
@@ -250,8 +260,8 @@ def coefficients(value: Any) -> Coefficients:
     return numbers[0] if isinstance(value, int | float) else tuple(numbers)
 
 
-def _second(plane: SavedActivation, key: Path, direction: Tensor) -> Tensor:
-    second = _held(plane, key)[0].detach()
+def _plane_direction(plane: SavedActivation, key: Path, direction: Tensor) -> Tensor:
+    second = _direction_at(plane, key)[0].detach()
     if second.shape != direction.shape:
         raise ShapeError(f"the plane's second direction is {second.shape[-1]} wide, the first {direction.shape[-1]}")
     cosine = torch.nn.functional.cosine_similarity(second.double(), direction.double(), dim=-1).abs()
@@ -260,7 +270,7 @@ def _second(plane: SavedActivation, key: Path, direction: Tensor) -> Tensor:
     return second
 
 
-def _found(model: engine.Model, when: Condition) -> Condition:
+def _located(model: engine.Model, when: Condition) -> Condition:
     found = engine.expand(model, when.path)
     if len(found) != 1:
         raise BadArgument(f"a condition reads one place, and this is {len(found)}", path=when.path)
@@ -270,7 +280,7 @@ def _found(model: engine.Model, when: Condition) -> Condition:
 
 
 def _check_order(known: engine.Known, condition: Condition, path: Path, where: Where) -> None:
-    """That the answer is there when the rule needs it."""
+    """Raise if the rule would need the condition before it is evaluated."""
     after = known.rank(condition.path)[0] > known.rank(path)[0]
     if after and where.kind != "generated":
         raise BadArgument(

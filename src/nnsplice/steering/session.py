@@ -1,4 +1,4 @@
-"""Rules at work in a model: what happens at every pass while a steering block is open."""
+"""The session of a steering block: its rules, applied to every pass while the block is open."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from nnsplice.steering.rules import Condition, Rule
 from nnsplice.steering.where import Chosen, spread
 
 
-class Decision:
-    """The answers to one condition, one for each prompt batch that ran."""
+class ConditionAnswers:
+    """The answers to one condition, `[row]` for each batch of prompts that ran."""
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
         self.answers: weakref.WeakKeyDictionary[engine.Sequence, Tensor] = weakref.WeakKeyDictionary()
 
     def read(self, states: Tensor, call: engine.Call) -> None:
-        """Decide for the rows of a pass, if its prompt's token is in it and nobody has decided yet."""
+        """Evaluate the condition for the rows of a pass, once, in the pass that has the condition's token."""
         if call.sequence in self.answers or call.cached >= call.prompt_columns:
             return
         position = self.condition.path.position
@@ -41,7 +41,7 @@ class Decision:
         self.answers[call.sequence] = self.condition.holds(found)
 
     def of(self, call: engine.Call) -> Tensor:
-        """`[row]`: what was decided at the prompt."""
+        """`[row]`: the answers for the rows of a pass."""
         answer = self.answers.get(call.sequence)
         if answer is None:
             raise BadArgument(
@@ -52,21 +52,21 @@ class Decision:
         return spread(answer, call, "a condition's answer")
 
 
-class Work:
-    """One rule at work: its tensors on the device where they are needed, and whether it ever fired."""
+class ActiveRule:
+    """A rule in a session: with its tensors on each device, and whether it steered a token."""
 
-    def __init__(self, rule: Rule, decision: Decision | None) -> None:
+    def __init__(self, rule: Rule, answers: ConditionAnswers | None) -> None:
         self.rule: Rule = rule
-        self.decision: Decision | None = decision
+        self.answers: ConditionAnswers | None = answers
         self.fired: bool | Tensor = False
-        #: The states before and after, with their pass, where somebody wants to see them.
-        self.seen: list[tuple[Tensor, Tensor, engine.Call]] | None = None
+        #: The states before and after the rule, with their pass; None unless they are recorded.
+        self.recorded: list[tuple[Tensor, Tensor, engine.Call]] | None = None
         self._lock = threading.Lock()
         self._tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Any]] = {}
         self._steps: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, states: Tensor, call: engine.Call) -> Tensor:
-        """`[row, token, width]` as the rule leaves it."""
+        """The states `[row, token, width]` after the rule."""
         rule = self.rule
         if rule.vector.shape[-1] != (1 if rule.of_feature else states.shape[-1]):
             raise ShapeError(
@@ -76,18 +76,18 @@ class Work:
         if chosen is False:
             return states
         with self._lock:  # threads may run inside one block
-            self.fired = True if chosen is True else _any(self.fired, chosen)
+            self.fired = True if chosen is True else _or(self.fired, chosen)
         if rule.rows is not None:
-            return self._some_rows(states, chosen)
+            return self._changed_rows(states, chosen)
         new = self._changed(states, call)
         return new if chosen is True else torch.where(chosen.to(states.device)[..., None], new, states)
 
     def _chosen(self, call: engine.Call) -> Chosen:
         chosen = self.rule.where.chosen(call)
-        if chosen is False or self.decision is None:
+        if chosen is False or self.answers is None:
             return chosen
-        answer = self.decision.of(call)
-        self.fired = True  # it was asked, and its answer may be no
+        answer = self.answers.of(call)
+        self.fired = True  # also if the answer is no for every row
         whole = torch.ones(1, call.new, dtype=torch.bool, device=answer.device) if chosen is True else chosen
         return whole.to(answer.device) & answer[:, None]
 
@@ -95,20 +95,20 @@ class Work:
         rule = self.rule
         if rule.name == "add":
             return states + spread(self._step(states), call, "the coefficient")
-        vector, coefficient = self._ready(states)
+        vector, coefficient = self._operands(states)
         if isinstance(coefficient, Tensor):
             coefficient = spread(coefficient, call, "the coefficient")
-        return _checked(rule, rule.operator(_wide(states), vector, coefficient), states)
+        return _checked(rule, rule.operator(_at_least_float32(states), vector, coefficient), states)
 
-    def _some_rows(self, states: Tensor, chosen: Chosen) -> Tensor:
-        """A sweep's rule: other rows belong to other cells."""
+    def _changed_rows(self, states: Tensor, chosen: Chosen) -> Tensor:
+        """The states after a rule of a sweep, which concerns some rows: the others belong to other cells."""
         rule = self.rule
         rows = torch.tensor(rule.rows, device=states.device)
         part = states[rows]
         if rule.name == "add":
             new = part + self._step(states)
         else:
-            new = _checked(rule, rule.operator(_wide(part), *self._ready(states)), part)
+            new = _checked(rule, rule.operator(_at_least_float32(part), *self._operands(states)), part)
         if isinstance(chosen, Tensor):
             own = chosen.to(states.device)
             own = own if own.shape[0] == 1 else own[rows]
@@ -116,7 +116,7 @@ class Work:
         return states.index_copy(0, rows, new)
 
     def _step(self, states: Tensor) -> Tensor:
-        """What an add adds, `[given row or 1, 1, width]`: made once, in full precision, and rounded once."""
+        """The summand of an add, `[given row or 1, 1, width]`: computed once, in full precision, and rounded once."""
         key = (states.device, states.dtype)
         if key not in self._steps:
             vector = self.rule.vector.to(torch.promote_types(self.rule.vector.dtype, torch.float32))
@@ -124,8 +124,8 @@ class Work:
             self._steps[key] = (coefficient.reshape(-1, 1, 1) * vector).to(states)
         return self._steps[key]
 
-    def _ready(self, states: Tensor) -> tuple[Tensor, Any]:
-        """The vector `[1, 1, width]` and the coefficients, where the states are, in the precision of `_wide`."""
+    def _operands(self, states: Tensor) -> tuple[Tensor, Any]:
+        """The vector `[1, 1, width]` and the coefficients, on the device of the states, in float32 or better."""
         key = (states.device, states.dtype)
         if key not in self._tensors:
             wide = torch.promote_types(states.dtype, torch.float32)
@@ -140,40 +140,42 @@ class Work:
 class Session:
     """Rules in a model, from `start` to `stop`.
 
-    They belong to the thread that starts them, and to what it hands its context to (as `asyncio.to_thread` does).
+    They apply to the thread that starts them, and to threads with a copy of its context (as `asyncio.to_thread`).
     """
 
     def __init__(self, model: engine.Model, rules: Sequence[Rule]) -> None:
         self.model: engine.Model = model
         self.rules: Sequence[Rule] = rules
-        decisions: dict[int, Decision] = {}
+        answers_of: dict[int, ConditionAnswers] = {}
         for rule in rules:
             if rule.when is not None:
-                decisions.setdefault(id(rule.when), Decision(rule.when))
-        self.works: list[Work] = [Work(rule, None if rule.when is None else decisions[id(rule.when)]) for rule in rules]
-        self._places: dict[tuple[str, str, str], list[tuple[Path, Any]]] = {}
-        for decision in decisions.values():  # asked before anything is changed at the same place
-            self._add(decision.condition.path, decision.read)
-        for work in self.works:
-            self._add(work.rule.path, work)
+                answers_of.setdefault(id(rule.when), ConditionAnswers(rule.when))
+        self.active_rules: list[ActiveRule] = [
+            ActiveRule(rule, None if rule.when is None else answers_of[id(rule.when)]) for rule in rules
+        ]
+        self._members: dict[tuple[str, str, str], list[tuple[Path, Any]]] = {}
+        for answers in answers_of.values():  # before the rules of the same site
+            self._add(answers.condition.path, answers.read)
+        for active in self.active_rules:
+            self._add(active.rule.path, active)
         self.passes: int = 0
         self.is_open: bool = False
 
     def _add(self, path: Path, what: Any) -> None:
         site = site_of(path)
-        self._places.setdefault((site.module, site.end, site.tower), []).append((path, what))
+        self._members.setdefault((site.module, site.end, site.tower), []).append((path, what))
 
     def start(self) -> None:
-        """Stand in the way of the model's values."""
+        """Register the hooks."""
         root = peel(self.model)
         self.home: engine.Home = engine.home()
         self.watch: engine.Watch = engine.watch(self.model)
-        self.watch.before_pass.append(self._begun)
-        self._standing: list[engine.Interception] = []
+        self.watch.before_pass.append(self._on_pass)
+        self._interceptions: list[engine.Interception] = []
         try:
-            for (module, end, tower), members in self._places.items():
-                change = _Change(self, tower, module, members)
-                self._standing.append(engine.Interception(root.get_submodule(module), end, change))
+            for (module, end, tower), members in self._members.items():
+                change = _Hook(self, tower, module, members)
+                self._interceptions.append(engine.Interception(root.get_submodule(module), end, change))
         except BaseException:
             self.stop()
             raise
@@ -184,9 +186,9 @@ class Session:
         """Leave the model as it was."""
         self.is_open = False
         _inside.set(_inside.get() - {self})
-        for one in self._standing:
+        for one in self._interceptions:
             one.remove()
-        self.watch.before_pass.remove(self._begun)
+        self.watch.before_pass.remove(self._on_pass)
         engine.unwatch(self.watch)
 
     def is_here(self) -> bool:
@@ -212,9 +214,9 @@ class Session:
             write="threading.Thread(target=contextvars.copy_context().run, args=(f,))   # f runs inside the block",
         )
 
-    def _begun(self) -> None:
+    def _on_pass(self) -> None:
         self.passes += self.is_here() and not engine.is_aside()
-        for one in self._standing:
+        for one in self._interceptions:
             one.attach()
 
     def __enter__(self) -> Session:
@@ -226,8 +228,8 @@ class Session:
 
     def check_fired(self) -> None:
         """Raise for a rule that never met a token."""
-        for work in self.works:
-            if bool(work.fired):
+        for active in self.active_rules:
+            if bool(active.fired):
                 continue
             if not self.passes:
                 raise NeverFired(
@@ -236,12 +238,12 @@ class Session:
                 )
             raise NeverFired(
                 f"no token of {self.passes} pass{'es' * (self.passes != 1)} was steered by this rule",
-                path=work.rule,
-                expected=_EXPECTED.get(work.rule.where.kind, "a run that reaches the place"),
+                path=active.rule,
+                expected=_EXPECTED.get(active.rule.where.kind, "a run that reaches the place"),
             )
 
 
-#: The blocks that this thread, or this task of an event loop, is inside of.
+#: The open sessions of this thread, or of this task of an event loop.
 _inside: ContextVar[frozenset[Session]] = ContextVar("nnsplice_steering", default=frozenset())
 
 _EXPECTED = {
@@ -252,8 +254,8 @@ _EXPECTED = {
 }
 
 
-class _Change:
-    """What happens to the value at one end of one module."""
+class _Hook:
+    """The rules and conditions at one end of one module."""
 
     def __init__(self, session: Session, tower: str, module: str, members: Sequence[tuple[Path, Any]]) -> None:
         self.session, self.tower, self.module = session, tower, module
@@ -271,12 +273,12 @@ class _Change:
         visit = call.visit(self)
         for site, what in self.members:
             if site.occurrence == visit:
-                value = _met(site, value, what, call)
+                value = _apply_at(site, value, what, call)
         return value
 
 
-def _met(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
-    """One rule or condition at a value."""
+def _apply_at(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
+    """The value after one rule or condition."""
     inner = engine.first_input(value) if site.end == "input" else value
     held = wire.unpack(inner, site.item)
     states = held if held.dim() == 3 else wire.as_rows(held, call.rows, site.columns is not None)
@@ -290,10 +292,10 @@ def _met(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
     start, stop = site.columns or (0, states.shape[-1])
     whole = site.columns is None
     part = states if whole else states[..., start:stop]
-    if isinstance(what, Work):
+    if isinstance(what, ActiveRule):
         new = what(part, call)
-        if what.seen is not None:
-            what.seen.append((part, new, call))
+        if what.recorded is not None:
+            what.recorded.append((part, new, call))
         if new is part:
             return value
     else:
@@ -303,20 +305,20 @@ def _met(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
         new = torch.cat([states[..., :start], new, states[..., stop:]], dim=-1)
     new = wire.as_held(new, held)
     if site.kind == "stream":
-        # The stream itself, which the skip path carries on beside the module that reads it.
+        # In place: the skip path reads the same tensor.
         held.copy_(new)
         return value
     packed = wire.repack(inner, site.item, new)
     return engine.with_first_input(value, packed) if site.end == "input" else packed
 
 
-def _any(fired: bool | Tensor, chosen: Tensor) -> bool | Tensor:
-    # Kept on the device: asking for it at every token would make a GPU wait.
+def _or(fired: bool | Tensor, chosen: Tensor) -> bool | Tensor:
+    # Kept on the device: to read it at every token would synchronise the GPU.
     return fired if fired is True else chosen.any() if fired is False else fired | chosen.any()
 
 
-def _wide(states: Tensor) -> Tensor:
-    """States no less precise than single: an angle or a norm in half precision would be a rough one."""
+def _at_least_float32(states: Tensor) -> Tensor:
+    """States in float32 or better, as angles and norms in half precision are imprecise."""
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""What a steering touches: prompts run once, and every token marked that a rule changes."""
+"""`Steering.show`: prompts run once, with every token marked that a rule changes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from nnsplice.atlas import peel
 from nnsplice.shown import printable
 from nnsplice.steering.padding import padded
 from nnsplice.steering.rules import Rule
-from nnsplice.steering.session import Session, Work
+from nnsplice.steering.session import ActiveRule, Session
 
 
 @dataclass(frozen=True, eq=False)
-class Touched:
-    """One rule on some prompts: the tokens it changes, and by how much of their norm."""
+class SteeredTokens:
+    """The tokens of some prompts that one rule changes.
+
+    Attributes:
+        rule: the rule.
+        tokens: the texts of the tokens of each prompt.
+        shares: the norm of the change of each token, as a share of the norm of its state; 0 if it is not steered.
+    """
 
     rule: Rule
-    #: For each prompt its tokens' texts, and the share of the state's norm by which each was moved.
     tokens: tuple[tuple[str, ...], ...]
     shares: tuple[tuple[float, ...], ...]
 
@@ -43,7 +48,7 @@ class Touched:
 class Shown:
     """What `Steering.show` returns: text, or a table in a notebook."""
 
-    rules: tuple[Touched, ...]
+    rules: tuple[SteeredTokens, ...]
 
     def __repr__(self) -> str:
         return printable("\n".join(line for rule in self.rules for line in rule.lines()))
@@ -68,20 +73,22 @@ def shown(model: engine.Model, rules: Sequence[Rule], prompts: PromptsLike) -> S
         inputs["decoder_input_ids"] = torch.tensor(given.decoder_ids, device=model.device)
         texts = texts if rules[0].site.tower == "encoder" else engine.token_texts(model, given.decoder_ids)
     session = Session(model, rules)
-    for work in session.works:
-        work.seen = []
+    for active in session.active_rules:
+        active.recorded = []
     with session, torch.no_grad():
         peel(model)(**inputs)
-    return Shown(
-        tuple(Touched(work.rule, texts, tuple(_shares(work, row, len(texts[row])) for row in range(len(texts))))
-        for work in session.works)
-    )  # fmt: skip
+    return Shown(tuple(_steered_tokens(active, texts) for active in session.active_rules))
 
 
-def _shares(work: Work, row: int, count: int) -> tuple[float, ...]:
-    """By how much of its norm a rule moved each of the row's own tokens."""
+def _steered_tokens(active: ActiveRule, texts: tuple[tuple[str, ...], ...]) -> SteeredTokens:
+    shares = tuple(_shares(active, row, len(tokens)) for row, tokens in enumerate(texts))
+    return SteeredTokens(active.rule, texts, shares)
+
+
+def _shares(active: ActiveRule, row: int, count: int) -> tuple[float, ...]:
+    """The relative change of each token of a row."""
     shares = [0.0] * count
-    for before, after, call in work.seen or ():
+    for before, after, call in active.recorded or ():
         moved = (after[row] - before[row]).norm(dim=-1) / before[row].norm(dim=-1).clamp(min=1e-30)
         for position, share in zip(call.positions.expand(call.rows, -1)[row].tolist(), moved.tolist(), strict=True):
             if position >= 0:

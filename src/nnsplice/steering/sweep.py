@@ -1,4 +1,4 @@
-"""`sweep`: layers times coefficients, from a question to a result."""
+"""`ns.steering.sweep`: layers times coefficients, from a question to a result."""
 
 from __future__ import annotations
 

@@ -1,47 +1,25 @@
-"""`SteeringVector`: a capture of one row that knows how it was found, how good it is and what its unit is."""
+"""`SteeringVector`: a capture of one row, with its method, quality and unit."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnsplice import engine, plots
+from nnsplice import plots
 from nnsplice.activations import SavedActivation, storage
 from nnsplice.deprecated import renamed
-from nnsplice.errors import BadArgument, BadType, FileError, ShapeError, UnknownPath, named
-from nnsplice.files import from_json
+from nnsplice.errors import BadArgument, BadType, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.shown import printable
+from nnsplice.steering import display
+from nnsplice.steering.about import HEADER, About
 from nnsplice.steering.quality import auc
-
-HEADER = "nnsplice.steering"
-
-
-@dataclass(frozen=True)
-class About:
-    """Where a vector comes from and what was measured when it was fitted; None or empty where nobody knows."""
-
-    method: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    #: The AUC on held-out prompts, by place.
-    quality: Mapping[str, float] = field(default_factory=dict)
-    #: The mean norm of the states it was fitted on, by place.
-    norms: Mapping[str, float] = field(default_factory=dict)
-    #: How many positive and negative rows.
-    rows: tuple[int, ...] | None = None
-    #: What a coefficient of 1.0 is.
-    unit: str = "as given"
-    model_type: str | None = None
-    #: A digest of the chat template that the prompts went through.
-    template: str | None = None
-    #: The coefficient that was found to work, as a note for who uses the vector.
-    coefficient: float | None = None
+from nnsplice.steering.sites import layer_of
 
 
 class SteeringVector(SavedActivation):
@@ -57,7 +35,7 @@ class SteeringVector(SavedActivation):
     >>> vector.in_residual_norms().about.unit
     'residual norm'
 
-    Subsets, copies and multiples keep what was measured of the direction; sums and differences do not.
+    Subsets, copies and multiples keep the measurements; sums and differences do not.
 
     Attributes:
         about: method, quality, norms and origin of the vector.
@@ -75,7 +53,7 @@ class SteeringVector(SavedActivation):
 
         Args:
             saved: a capture of one row.
-            **about: what is known of it: `method`, `unit`, ...
+            **about: fields of `vector.about`: `method`, `unit`, ...
 
         Returns:
             The vector.
@@ -97,7 +75,7 @@ class SteeringVector(SavedActivation):
 
     @classmethod
     def from_tensor(cls, vector: Tensor, layer: int | str | Path, **about: Any) -> SteeringVector:
-        """A direction of one's own: a tensor `[width]`, added to the residual stream after a layer.
+        """A steering vector of a tensor `[width]`, for the residual stream after a layer.
 
         >>> ns.steering.SteeringVector.from_tensor(torch.ones(16), layer=1)
         SteeringVector: 1 place, width 16, method given, unit as given
@@ -105,8 +83,8 @@ class SteeringVector(SavedActivation):
 
         Args:
             vector: the direction, `[width]` or `[1, width]`.
-            layer: the number of a layer, or the path of another place: `"layers[1].attn.output[-1]"`.
-            about: what is known of it: `method=`, `unit=`, `norms=`, ...
+            layer: the number of a layer, or the path of another site: `"layers[1].attn.output[-1]"`.
+            **about: fields of `vector.about`: `method=`, `unit=`, `norms=`, ...
 
         Raises:
             ShapeError: several directions.
@@ -135,7 +113,7 @@ class SteeringVector(SavedActivation):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "about": self.about}
 
-    # ------------------------------------------------------------------------------------------------------ what it is
+    # -- properties --------------------------------------------------------------------------------------------------
 
     @property
     def method(self) -> str | None:
@@ -216,7 +194,7 @@ class SteeringVector(SavedActivation):
             found[key] = auc(*scores)
         return found
 
-    # --------------------------------------------------------------------------------------------------------- its unit
+    # -- its length --------------------------------------------------------------------------------------------------
 
     def in_residual_norms(self) -> SteeringVector:
         """The same directions, scaled so that a coefficient of 1.0 is the mean norm of the states.
@@ -247,7 +225,7 @@ class SteeringVector(SavedActivation):
         missing = [key for key in self.keys() if key not in norms]
         if missing:
             raise BadArgument(
-                f"nobody measured the norm of the states at {missing[0]}",
+                f"the norm of the states at {missing[0]} was not measured",
                 expected="a vector that ns.steering.fit made, or its multiple",
                 write="SteeringVector.of(saved, norms={...})",
             )
@@ -263,18 +241,11 @@ class SteeringVector(SavedActivation):
             packs.append(pack.with_tensor(pack.tensor / length * scale))
         return self._like(packs)._with_about(replace(self.about, unit=unit))
 
-    # ---------------------------------------------------------------------------------------- what keeps what is known
+    # -- operations that keep the measurements -------------------------------------------------------------------------
 
-    def _kept(self, made: SteeringVector, about: About | None = None) -> SteeringVector:
-        keys = set(made.keys())
-        about = about or self.about
-        return made._with_about(
-            replace(
-                about,
-                quality={key: value for key, value in about.quality.items() if key in keys},
-                norms={key: value for key, value in about.norms.items() if key in keys},
-            )
-        )
+    def _kept(self, made: SteeringVector) -> SteeringVector:
+        """`made` with the measurements of its sites."""
+        return made._with_about(self.about.only(made.keys()))
 
     @renamed(paths="sites")
     def subset(self, sites: Paths) -> SteeringVector:
@@ -302,11 +273,7 @@ class SteeringVector(SavedActivation):
         return self._scaled(super().__neg__(), -1.0)
 
     def _scaled(self, made: SteeringVector, factor: float) -> SteeringVector:
-        quality = self.about.quality
-        if factor < 0:  # what told the groups apart tells them apart the other way round
-            quality = {key: 1 - value for key, value in quality.items()}
-        unit = self.about.unit if factor == 1 else f"{self.about.unit}, times a number"
-        return self._kept(made, replace(self.about, quality=quality, unit=unit, coefficient=None))
+        return made._with_about(self.about.scaled(factor).only(made.keys()))
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> SteeringVector:
         """Copy to another device or dtype.
@@ -330,17 +297,17 @@ class SteeringVector(SavedActivation):
     def __copy__(self) -> SteeringVector:
         return self._kept(super().__copy__())
 
-    # ------------------------------------------------------------------------------------------------------------ files
+    # -- files -------------------------------------------------------------------------------------------------------
 
     def to_file(self, path: str | os.PathLike[str], *, coefficient: float | None = None) -> None:
-        """Write a safetensors file with everything known of the vector; `SavedActivation.from_file` reads it too.
+        """Write a safetensors file with `vector.about` in its header; `SavedActivation.from_file` reads it too.
 
         Args:
             path: the file to write.
             coefficient: a coefficient to save with it.
         """
         about = self.about if coefficient is None else replace(self.about, coefficient=float(coefficient))
-        storage.write(path, self._packs, self._provenance, {HEADER: json.dumps(asdict(about))})
+        storage.write(path, self._packs, self._provenance, {HEADER: about.to_json()})
 
     @classmethod
     @renamed(paths="sites")
@@ -358,42 +325,17 @@ class SteeringVector(SavedActivation):
             FileError: the file is no steering vector, or damaged.
         """
         packs, provenance = storage.read(path, sites)
-        about = _about(path, storage.note(path, HEADER))
+        about = About.from_header(path, storage.note(path, HEADER))
         made = cls._new(packs, provenance, None)
-        return made._kept(made, about)
+        return made._with_about(about.only(made.keys()))
 
-    # ---------------------------------------------------------------------------------------------------------- to look
+    # -- display -----------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return printable("\n".join(self._lines()))
+        return printable(display.text(dict(self.items()), self.about))
 
     def _repr_html_(self) -> str:
-        import html
-
-        first, *rest = (html.escape(line) for line in self._lines())
-        kind, _, told = first.partition(":")
-        return f"<div><b>{kind}</b>:{told}" + "".join(f"<br>&emsp;{line.strip()}" for line in rest) + "</div>"
-
-    def _lines(self) -> list[str]:
-        about, keys = self.about, self.keys()
-        widths = sorted({pack.tensor.shape[-1] for pack in self._packs})
-        options = "".join(f", {name}={value!r}" for name, value in about.options.items())
-        found = f"{about.method or 'made of others'}{options}"
-        width = "/".join(map(str, widths)) or "0"
-        head = f"{len(keys)} place{'s' * (len(keys) != 1)}, width {width}, method {found}, unit {about.unit}"
-        lines = [f"SteeringVector: {head}"]
-        if about.rows is not None:
-            lines[0] += f", from {' and '.join(map(str, about.rows))} rows"
-        shown = keys if len(keys) <= 12 else [*keys[:6], "...", *keys[-5:]]
-        for key in shown:
-            told = f"  {parse_path(key).place}" if key != "..." else "  ..."
-            if key in about.norms:
-                share = self[key].norm().item() / about.norms[key]
-                told += f"  {share:.2f} of the states' norm"
-            if key in about.quality:
-                told += f", AUC {about.quality[key]:.2f} held out"
-            lines.append(told)
-        return lines
+        return display.html(dict(self.items()), self.about)
 
     def plot(self, ax: plots.Axes | None = None) -> plots.Axes:
         """Draw the held-out AUC by layer, a line for each kind of site.
@@ -407,67 +349,4 @@ class SteeringVector(SavedActivation):
         Raises:
             BadArgument: a vector whose quality was not measured.
         """
-        if not self.about.quality:
-            raise BadArgument(
-                "there is no quality to draw: it was not measured", expected="a vector fitted on two pairs or more"
-            )
-        kinds: dict[str, dict[int, float]] = {}
-        for key, value in self.about.quality.items():
-            path = parse_path(key)
-            kinds.setdefault(str(path).replace(f"[{layer_of(path)}]", "[:]", 1), {})[layer_of(path) or 0] = value
-        layers = sorted({layer for values in kinds.values() for layer in values})
-        return plots.lines(
-            layers,
-            {kind: [values.get(layer, float("nan")) for layer in layers] for kind, values in kinds.items()},
-            x_label="layer",
-            y_label="AUC, held out",
-            title=self.about.method,
-            level=0.5,
-            ax=ax,
-        )
-
-
-def layer_of(path: Path) -> int | None:
-    """The layer that a place belongs to: the first number in its address."""
-    return next((step.index for step in path.steps if isinstance(step.index, int)), None)
-
-
-def vectors_of(vector: SavedActivation) -> list[tuple[Path, Tensor]]:
-    """Every place with its direction `[width]`.
-
-    Raises:
-        BadArgument: several positions of one place, of which none is the place's direction; or nothing at all.
-    """
-    found: list[tuple[Path, Tensor]] = []
-    for pack in vector._packs:
-        key, *more = pack.keys
-        if more:
-            raise BadArgument(
-                f"{len(pack.keys)} positions of one place, and it is steered by one direction",
-                path=key.place,
-                write="vector.subset('layers[:].output[-1]') or vector.mean('position')",
-            )
-        found.append((key, pack.tensor[0, 0]))
-    if not found:
-        raise BadArgument("this vector is empty, so steering with it would do nothing")
-    return found
-
-
-def model_type_of(known: engine.Known | None) -> str | None:
-    """What the config calls the model's architecture."""
-    return None if known is None else known.atlas.tree.facts.get("model_type")
-
-
-def _about(path: str | os.PathLike[str], text: str | None) -> About:
-    if text is None:
-        raise FileError(
-            f"{path} holds a capture, and nothing about a steering vector",
-            expected="a file that SteeringVector.to_file wrote",
-            write="SteeringVector.of(SavedActivation.from_file(path))",
-        )
-    try:
-        held = from_json(text, f"the header of {path}")
-        rows = held.pop("rows")
-        return About(**held, rows=rows and tuple(map(int, rows)))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise FileError(f"what {path} says about its steering vector is damaged") from None
+        return display.plot(self.about, ax)

@@ -1,10 +1,10 @@
-"""Which tokens are steered: counted from each prompt's first token, however a batch is padded and a run is cached.
+"""The tokens that are steered, counted from each prompt's first token, for any padding and cache.
 
-"all"                  every token (padding too, which nobody reads)
+"all"                  every token (of padding too, which has no effect)
 "prompt"               the prompt's tokens
 "generated"            those after it
 from_token(p)          token p and all after it; from_token(-1) is the prompt's last and all after it
-span(start, stop)      a stretch, the same in every row or one for each
+span(start, stop)      a range, the same in every row or one for each
 mask(rows)             any tokens, as booleans for each row
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from nnsplice.engine import Call
 from nnsplice.errors import BadArgument, BadType, ShapeError
 
-#: What of a pass is meant: everything, nothing, or `[row or 1, token]`.
+#: The tokens of a pass: all, none, or booleans `[row or 1, token]`.
 Chosen = bool | Tensor
 T = TypeVar("T")
 
@@ -45,17 +45,17 @@ class Where:
 
     @property
     def rows(self) -> int:
-        """For how many rows it is given: 1 for one that serves all."""
+        """The number of rows that it is given for; 1 if it is for all rows."""
         return max(len(self.mask), len(self.start), 1)
 
     def of(self, prompts: Sequence[int]) -> Where:
-        """The same for rows that are of these prompts."""
+        """The rule for rows that belong to these prompts."""
         if self.rows == 1:
             return self
         return Where(self.kind, _taken(self.start, prompts), _taken(self.stop, prompts), _taken(self.mask, prompts))
 
     def chosen(self, call: Call) -> Chosen:
-        """The tokens of a pass that are meant."""
+        """The tokens of a pass that are steered."""
         return _CHOOSE[self.kind](self, call)
 
 
@@ -63,7 +63,7 @@ def _taken(each: tuple[T, ...], prompts: Sequence[int]) -> tuple[T, ...]:
     return tuple(each[prompt] for prompt in prompts) if each else each
 
 
-#: Those that need no number.
+#: The rules without numbers.
 NAMED = {name: Where(name) for name in ("all", "prompt", "generated")}
 
 
@@ -167,7 +167,7 @@ def mask(rows: Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray | Tensor) 
 
 
 def read(where: str | Where) -> Where:
-    """A name, or a rule as it is."""
+    """The rule of a name; a rule is returned as it is."""
     if isinstance(where, Where):
         return where
     if not isinstance(where, str) or where not in NAMED:
@@ -212,7 +212,7 @@ def _mask(where: Where, call: Call) -> Chosen:
     width = max(map(len, where.mask))
     rows = torch.tensor([[*row, *[False] * (width - len(row) + 1)] for row in where.mask], device=call.device)
     positions = call.positions.expand(call.rows, -1)
-    # Padding (-1) and what comes after the mask meet the column that was added, which is false.
+    # Padding (-1) and tokens after the mask read the added last column, which is False.
     return (
         _of_row(rows, call)
         .expand(call.rows, -1)
@@ -225,7 +225,7 @@ def _counted(position: int, call: Call) -> int | Tensor:
 
 
 def _of_row(values: Tensor, call: Call) -> Tensor:
-    """Values for the rows of a run, one for each: those of a beam search have the values of their prompt."""
+    """Values for the rows of a run; the rows of a beam search have the values of their prompt."""
     return spread(values, call, "where")
 
 

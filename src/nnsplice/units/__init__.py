@@ -4,6 +4,7 @@ plan       UnitPlan: a question and its units; Kind: how one kind of question is
 plain      prompts and metrics as plain data, and back
 loading    how other processes load a model, and whether it is the one that was meant
 running    all units here, or in a run folder by other processes
+capturing  ns.capture in units
 """
 
 from nnsplice.units.loading import LOAD, LOAD_SOURCE, load_of, loaded, write_load

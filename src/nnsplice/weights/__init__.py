@@ -1,20 +1,22 @@
-"""Weights by address: which parameters belong to a place, and what happens when they are others.
+"""Weights by address: select, swap, ablate, freeze, compare.
 
-chosen      select: addresses, names and masks -> Selection; which tensors of a model those are
-masks       create_param_masks: addresses -> {parameter name: bool mask, or None for the whole}
-preview     preview_weight_restriction: masks as a tree with bars
-patching    swap, interpolate, ablate: other weights at a place, for the length of a `with` block
-freezing    freeze_except: training that leaves everything else as it is, to the bit
-changes     diff: how much two models differ, by address
+selecting       select: addresses and names of parameters -> Selection
+masks           create_param_masks: addresses -> {parameter name: bool mask, or None for the whole}
+preview         preview_weight_restriction: masks as a tree with bars
+patching        swap, interpolate, ablate: other weights at an address, in a `with` block
+freezing        freeze_except: training of an address only
+changes         diff: the norm of the change from one model to another, by address
+regions         the selected numbers of parameters, read and written in place
+shared_heads    the weights of a head that no other head of its group reads
 """
 
 from nnsplice.atlas import Selection
 from nnsplice.weights.changes import diff
-from nnsplice.weights.chosen import select
 from nnsplice.weights.freezing import freeze_except
 from nnsplice.weights.masks import ParamMasks, create_param_masks
 from nnsplice.weights.patching import ablate, interpolate, swap
 from nnsplice.weights.preview import preview_weight_restriction
+from nnsplice.weights.selecting import select
 
 __all__ = [
     "ParamMasks",

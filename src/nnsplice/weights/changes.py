@@ -10,14 +10,14 @@ import torch
 from nnsplice.atlas import Atlas, Selection
 from nnsplice.errors import BadArgument, BadType, circumstances
 from nnsplice.paths import Path, parse_path
-from nnsplice.weights.chosen import select
-from nnsplice.weights.owned import shared_groups
 from nnsplice.weights.regions import counterpart, regions
+from nnsplice.weights.selecting import select
+from nnsplice.weights.shared_heads import shared_groups
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Short words for `by`.
+#: Short forms of `by`.
 _BY = {"layers": "layers[:]", "heads": "layers[:].heads[:]", "groups": "layers[:].groups[:]"}
 
 
@@ -55,15 +55,15 @@ def diff(base: Any, tuned: Any, by: str | Path | list[str | Path] = "layers") ->
         BadArgument: models of different names or shapes, or no addresses.
     """
     with circumstances("ns.weights.diff"):
-        places = _by_layers(base) if by == "layers" else _places(base, by)
-        rows = {name: _measure(base, tuned, selection) for name, selection in places.items()}
+        selections = _by_layers(base) if by == "layers" else _selections(base, by)
+        rows = {name: _measure(base, tuned, selection) for name, selection in selections.items()}
     import pandas as pd
 
     columns = ("norm", "base", "relative", "changed", "numel")
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).astype({"changed": int, "numel": int})
 
 
-def _places(model: Any, by: Any) -> dict[str, Selection]:
+def _selections(model: Any, by: Any) -> dict[str, Selection]:
     atlas = Atlas.of(model)
     texts = by if isinstance(by, list) else [by]
     if not all(isinstance(text, str | Path) for text in texts):
@@ -82,7 +82,7 @@ def _places(model: Any, by: Any) -> dict[str, Selection]:
 
 
 def _by_layers(model: Any) -> dict[str, Selection]:
-    """Every parameter once: layers, what stands before and after them, and the rest."""
+    """Every parameter once: embedding, layers, final norm, unembedding, and the rest."""
     atlas = Atlas.of(model)
     found: dict[str, Selection] = {}
     left = atlas.resolve("full")

@@ -68,10 +68,10 @@ def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter
     rests = [rest for region in found.values() if (rest := region.rest()) is not None]
     with ExitStack() as stack:
         _without_gradients(frozen, stack)
-        _kept(rests, stack)
+        _restore_after_steps(rests, stack)
         for rest in rests:
             if rest.tensor.requires_grad:
-                handle = rest.tensor.register_post_accumulate_grad_hook(_silence(rest))
+                handle = rest.tensor.register_post_accumulate_grad_hook(_zero_gradient_hook(rest))
                 stack.callback(handle.remove)
         yield trained
 
@@ -90,8 +90,8 @@ def _without_gradients(frozen: list[nn.Parameter], stack: ExitStack) -> None:
         parameter.grad = None
 
 
-def _kept(rests: list[Region], stack: ExitStack) -> None:
-    """Put the rests back after every step, and at the end."""
+def _restore_after_steps(rests: list[Region], stack: ExitStack) -> None:
+    """Restore regions after every optimizer step, and at the end."""
     before = [(rest, rest.read()) for rest in rests]
     members = {id(rest.tensor) for rest in rests}
 
@@ -107,8 +107,8 @@ def _kept(rests: list[Region], stack: ExitStack) -> None:
     stack.callback(register_optimizer_step_post_hook(after_step).remove)
 
 
-def _silence(rest: Region) -> Any:
-    """A hook that takes the rest's part out of a gradient."""
+def _zero_gradient_hook(rest: Region) -> Any:
+    """A hook that sets the gradient of a region to zero."""
 
     def hook(parameter: Tensor) -> None:
         if parameter.grad is not None and not parameter.grad.is_sparse:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nnsplice.atlas import peel
 from nnsplice.errors import circumstances
-from nnsplice.weights.chosen import Restriction, chosen, names
+from nnsplice.weights.selecting import Restriction, names, selection_of
 
 #: Parameter name -> bool mask of its shape, or None for the whole of it. A parameter that is absent is left out.
 ParamMasks = dict[str, Tensor | None]
@@ -42,7 +42,7 @@ def create_param_masks(model: Any, restriction: Restriction) -> ParamMasks:
         UnrecognisedModel: the parts of the model are not recognised; `"full"` and names of parameters still work.
     """
     with circumstances("ns.weights.create_param_masks"):
-        selection = chosen(model, restriction)
+        selection = selection_of(model, restriction)
     if isinstance(restriction, str) and restriction.strip().lower() == "full" and isinstance(model, nn.Module):
         return {name: None for name, _ in model.named_parameters()}  # also what a wrapper adds of its own
     root, outer = peel(model), names(model)

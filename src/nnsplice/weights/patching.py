@@ -1,7 +1,7 @@
-"""Other weights at a place, for the length of a `with` block; afterwards every number is what it was, to the bit.
+"""Other weights at an address, in a `with` block; afterwards every number is restored bit for bit.
 
-The address of a head means what is its own: where heads share keys and values (grouped queries), those stay unless all
-of the group's heads are chosen, or the group itself (`"l12g0"`).
+The address of a head means its own weights: keys and values that heads share (grouped queries) stay unless all heads of
+the group are selected, or the group itself (`"l12g0"`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.weights.regions import Region, Selected, counterpart, regions
 
-#: Any model, in whatever wrapper.
+#: Any model, wrapped or not.
 M = TypeVar("M")
 #: The numbers of a region, and their replacement.
 Change = Callable[[Region, list[Tensor]], list[Tensor]]
@@ -58,7 +58,7 @@ def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
     with circumstances("ns.weights.swap"):
         found = regions(base, selection)
         values = counterpart(base, other, found)
-    with _changed(found, lambda region, own: _as(own, region.views(values[region.name]), region.name)):
+    with _changed(found, lambda region, own: _converted(own, region.views(values[region.name]), region.name)):
         yield base
 
 
@@ -99,7 +99,7 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
         values = counterpart(base, other, found)
         for region in found:
             if not (region.tensor.is_floating_point() and values[region.name].is_floating_point()):
-                raise BadArgument(f"{region.name} holds no floating point numbers, between which a way would lead")
+                raise BadArgument(f"{region.name} holds no floating point numbers, so there is nothing between")
     with _changed(found, lambda region, own: _between(own, region.views(values[region.name]), share)):
         yield base
 
@@ -158,9 +158,9 @@ _ABLATIONS: Mapping[str, Callable[[list[Tensor]], list[Tensor]]] = {"zero": _zer
 
 @contextmanager
 def _changed(found: list[Region], change: Change) -> Iterator[None]:
-    """The regions with other numbers; whatever happens, the old ones come back."""
+    """Write other numbers into regions, and restore the old ones at the end."""
     before = [region.read() for region in found]
-    # All of them are made before the first is written, so that an error leaves nothing half done.
+    # All values are computed before the first is written, so that an error changes nothing.
     after = [change(region, own) for region, own in zip(found, before, strict=True)]
     try:
         for region, values in zip(found, after, strict=True):
@@ -171,7 +171,7 @@ def _changed(found: list[Region], change: Change) -> Iterator[None]:
             region.write(values)
 
 
-def _as(own: list[Tensor], given: list[Tensor], name: str) -> list[Tensor]:
+def _converted(own: list[Tensor], given: list[Tensor], name: str) -> list[Tensor]:
     if own[0].dtype != given[0].dtype and not (own[0].is_floating_point() and given[0].is_floating_point()):
         raise BadArgument(
             f"{name} is {given[0].dtype} in the other model and {own[0].dtype} in this one",

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Row, by_number, draw, peel
+from nnsplice.atlas import Atlas, ParameterShare, by_number, draw, peel
 from nnsplice.errors import BadType, ShapeError, UnknownParameter, closest, named
 from nnsplice.shown import shown
-from nnsplice.weights.chosen import exact
 from nnsplice.weights.masks import ParamMasks
-from nnsplice.weights.owned import notes
+from nnsplice.weights.selecting import exact
+from nnsplice.weights.shared_heads import notes
 
 #: How many notes are printed below a tree.
 _NOTES = 3
@@ -57,7 +57,7 @@ def preview_weight_restriction(model: Any, masks: ParamMasks, *, plain: bool = F
     else:
         text = draw(rows, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
         text += _shared(model, masks)
-    print(text)  # noqa: T201 - what it is for
+    print(text)  # noqa: T201 - prints by design
 
 
 def _shared(model: Any, masks: Mapping[str, Tensor | None]) -> str:
@@ -69,8 +69,8 @@ def _shared(model: Any, masks: Mapping[str, Tensor | None]) -> str:
     return "".join(f"\nnote: {note}" for note in found[:_NOTES]) + left
 
 
-def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[Row]:
-    """The parameters of masks, with how many of their numbers are meant."""
+def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[ParameterShare]:
+    """The parameters of masks, with the number of selected ones."""
     if not isinstance(masks, Mapping):
         raise BadType(
             f"masks is {named(masks)}",
@@ -80,7 +80,7 @@ def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[Row]:
     parameters = dict(peel(model).named_parameters(remove_duplicate=False))
     if isinstance(model, nn.Module):
         parameters |= dict(model.named_parameters(remove_duplicate=False))
-    rows: list[Row] = []
+    rows: list[ParameterShare] = []
     for name, mask in masks.items():
         if name not in parameters:
             raise UnknownParameter(f"this model has no parameter {shown(name)}", expected=closest(name, parameters))
@@ -89,12 +89,12 @@ def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[Row]:
             raise ShapeError(
                 f"the mask of {shown(name)} has shape {list(mask.shape)}", expected=f"{list(shape)}, as the parameter"
             )
-        rows.append(Row(name, total if mask is None else count(mask), total))
+        rows.append(ParameterShare(name, total if mask is None else count(mask), total))
     return rows
 
 
 def count(mask: Tensor) -> int:
-    """How many are true; an expanded mask is counted where it has memory of its own."""
+    """The number of True; of an expanded mask only its own memory is read."""
     times = 1
     for axis, stride in enumerate(mask.stride()):
         if stride == 0 and mask.shape[axis] > 1:

@@ -1,4 +1,4 @@
-"""The tensors of a model that a selection means, and reading and writing just these numbers of them."""
+"""Regions: the selected numbers of a model's parameters, read and written in place."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from nnsplice.atlas import Atlas, Part, Selection, peel, refuse_sharded, rest_of
 from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest, named
 from nnsplice.paths import Path
-from nnsplice.weights.chosen import Restriction, exact, select
-from nnsplice.weights.owned import notes
+from nnsplice.weights.selecting import Restriction, exact, select
+from nnsplice.weights.shared_heads import notes
 
-#: What can be said to be a place of a model's weights: what `select` takes, or masks.
+#: What `select` takes, or masks.
 Selected: TypeAlias = "Restriction | Path | Selection | Mapping[str, Tensor | None]"
 
 
@@ -43,7 +43,7 @@ class Region:
         return [view.detach().clone() for view in self.views(source.detach())]
 
     def write(self, values: Sequence[Tensor], tensor: Tensor | None = None) -> None:
-        """Put numbers in their place, in the parameter or in another tensor of its shape."""
+        """Write these numbers, of the parameter or of another tensor of its shape."""
         target = (self.tensor if tensor is None else tensor).detach()
         with torch.no_grad():
             if isinstance(self.part, Tensor):
@@ -60,20 +60,20 @@ class Region:
         return Region(self.name, self.tensor, left) if left is not None and left[1] else None
 
 
-def regions(model: Any, what: Selected) -> list[Region]:
-    """The tensors of a model that a restriction, a selection or masks mean.
+def regions(model: Any, selected: Selected) -> list[Region]:
+    """The regions of a restriction, a selection or masks.
 
-    An address of a head means what is its own; a selection and masks are taken to the number, with a warning where
-    they have keys and values of some heads that other heads read too.
+    An address of a head means its own weights; a selection and masks are taken as they are, with a warning if they
+    include keys and values that other heads read too.
 
     Raises:
         BadArgument: nothing is selected, or the model has no weights to read.
     """
     root = peel(model)
-    if isinstance(what, Mapping):
-        found = list(_masked(model, root, what))
+    if isinstance(selected, Mapping):
+        found = list(_masked(model, root, selected))
     else:
-        selection = select(model, what, own=not isinstance(what, Selection))
+        selection = select(model, selected, own=not isinstance(selected, Selection))
         found = [Region(name, root.get_parameter(name), part) for name, part in selection.parts.items()]
     if not found:
         raise BadArgument("this selects no parameter, so it would do nothing", expected="at least one place")
@@ -82,7 +82,7 @@ def regions(model: Any, what: Selected) -> list[Region]:
     for region in found:
         if region.tensor.is_meta:
             raise BadArgument(f"{region.name} is on the meta device: this model has no weights yet")
-    if isinstance(what, Mapping | Selection):
+    if isinstance(selected, Mapping | Selection):
         note = next(notes(Atlas.of(model), {region.name: region.part for region in found}), None)
         if note is not None:
             warnings.warn(f"other heads change with these weights: {note}", stacklevel=4)
@@ -90,10 +90,10 @@ def regions(model: Any, what: Selected) -> list[Region]:
 
 
 def _refuse_quantised(parameters: Iterable[tuple[str, Any]]) -> None:
-    """Raise for a parameter that holds no plain numbers, by what it is called.
+    """Raise for a quantised parameter.
 
     Raises:
-        BadArgument: it is packed with scales of its own, or of a kind that is no floating point.
+        BadArgument: it is packed with scales of its own, or its type is no floating point.
     """
     for name, tensor in parameters:
         packed = hasattr(tensor, "__tensor_flatten__")
@@ -137,7 +137,7 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
     """The tensors of another model by the names of this one.
 
     Args:
-        other: a model of the same shape in whatever wrapper, or a mapping from names to tensors.
+        other: a model of the same shape, wrapped or not, or a mapping from names to tensors.
 
     Raises:
         BadArgument: the same model, or one that lacks a parameter, shapes it otherwise, or ties others.
@@ -171,7 +171,7 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
                     f"{alias} is tied to {first} in this model, and the other model has different weights there",
                     expected="two models that tie the same parameters",
                 )
-    # What is itself about to be written is read before: the layers of one model can change places.
+    # Tensors that are about to be written are copied first, so that layers of one model can be exchanged.
     written = {region.tensor.untyped_storage()._cdata for region in wanted}
     found = {region.name: held[region.name].detach() for region in wanted}
     return {name: one.clone() if one.untyped_storage()._cdata in written else one for name, one in found.items()}

@@ -1,4 +1,4 @@
-"""Two schemes joined into a mapper; what cannot be derived is listed, and never guessed."""
+"""`mapper_between`: two schemes joined into a mapper; tensors that cannot be derived are listed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from nnsplice.checkpoints.between.scheme import Scheme
 from nnsplice.checkpoints.between.transformerlens import MARK, transformerlens
 from nnsplice.checkpoints.io.folder import Checkpoint
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, listing
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperDrop as Drop
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
+from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
+from nnsplice.checkpoints.mapper.names import Copy, Drop
 from nnsplice.errors import BadArgument, BadType, FileError, MapperError, MissingCheckpoint, circumstances, named
 from nnsplice.files import text_of
 from nnsplice.shown import shown
 
-#: What a side may be: a folder, a model, a config, and for the target `"tl"` or `"hf"`.
+#: A source or target: a folder, a model, a config, and for the target `"tl"` or `"hf"`.
 Side = object
 
 
@@ -54,11 +52,8 @@ class Between(ModelStateMapper):
     """
 
     mapper: ModelStateMapper
-    #: Names of the target that nothing in the source gives -> why.
     underived: Mapping[str, str] = field(default_factory=dict[str, str])
-    #: Names of the source that the target has no place for.
     unused: tuple[str, ...] = ()
-    #: Those of them that the target ties to another one, so that they have to be equal -> that one.
     same: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def state_dependency_groups(self) -> frozenset[StateGroup]:
@@ -140,7 +135,7 @@ def join(source: Scheme, target: Scheme, differing: Mapping[str, str] | None = N
     """The mapper from one scheme to another.
 
     Args:
-        differing: part -> why the source's is none for the target.
+        differing: part -> the reason why the source's part does not fit the target.
     """
     differing = differing or {}
     holder = {part: stored for stored in source.values() for part in stored.parts}
@@ -149,23 +144,23 @@ def join(source: Scheme, target: Scheme, differing: Mapping[str, str] | None = N
     users: dict[str, list[str]] = {}
     same: dict[str, str] = {}
     for name, stored in target.items():
-        lacking = [part for part in stored.parts if part not in holder and part not in stored.spare]
-        wrong = [differing[part] for part in stored.parts if part in differing and part not in stored.spare]
-        if lacking or wrong or stored.give is None:
+        lacking = [part for part in stored.parts if part not in holder and part not in stored.tied_parts]
+        wrong = [differing[part] for part in stored.parts if part in differing and part not in stored.tied_parts]
+        if lacking or wrong or stored.from_parts is None:
             reason = f"the source has no {', '.join(lacking)}" if lacking else "it is another name"
             underived[name] = ", ".join(wrong) if wrong and not lacking else reason
             continue
-        needs = _needs(stored.give)
-        # What one side ties and the other does not is there twice.
-        own = [Copy(part, [part], apart=True) for part in sorted(needs) if part in holder[part].spare]
-        chosen[name] = Sequential([Parallel(own), stored.give]) if own else stored.give
+        needs = _needs(stored.from_parts)
+        # A tied part of the source that the target does not tie is copied.
+        own = [Copy(part, [part], apart=True) for part in sorted(needs) if part in holder[part].tied_parts]
+        chosen[name] = Sequential([Parallel(own), stored.from_parts]) if own else stored.from_parts
         for part in needs:
             users.setdefault(part, []).append(name)
-        for part in stored.spare & holder.keys():
+        for part in stored.tied_parts & holder.keys():
             if (left := holder[part].name) != (kept := holder[stored.parts[0]].name):
                 same[left] = kept
     used = {holder[part].name for part in users}
-    takes = [source[name].take for name in source if name in used]
+    takes = [source[name].to_parts for name in source if name in used]
     made = {part for name in used for part in source[name].parts}
     drops = [Drop(part) for part in sorted(made - users.keys())]
     shared = [Copy(part, [part, *names[1:]]) for part, names in users.items() if len(names) > 1]
@@ -181,7 +176,7 @@ def _needs(give: ModelStateMapper) -> set[str]:
     return {name for group in give.state_dependency_groups() for name in group.inputs}
 
 
-# -- what a side is ----------------------------------------------------------------------------------------------------
+# -- one side ----------------------------------------------------------------------------------------------------
 
 
 #: Stored tensors or parts -> their shapes.
@@ -196,7 +191,7 @@ class _Side:
     scheme: Scheme
     dtype: torch.dtype
     sizes: _Sizes
-    #: Whether what a decoder gives is scaled before the unembedding, as T5 does where its config ties the two.
+    #: Whether the output of a decoder is scaled before the unembedding, as in T5 with tied embeddings.
     scaled: bool
 
 
@@ -205,13 +200,13 @@ def _shapes(side: _Side) -> _Sizes:
     found: dict[str, tuple[int, ...]] = {}
     for one in side.scheme.values():
         if one.parts:
-            made = one.take.apply({one.name: torch.empty(side.sizes[one.name], device="meta")})
+            made = one.to_parts.apply({one.name: torch.empty(side.sizes[one.name], device="meta")})
             found |= {part: tuple(tensor.shape) for part, tensor in made.items()}
     return found
 
 
 def _differing(source: _Sizes, target: _Sizes) -> dict[str, str]:
-    """Parts that both sides have, of another size: key/value heads, words, neurons."""
+    """Parts of different shapes: key/value heads, vocabularies, neurons."""
     return {
         part: f"{part} is {list(source[part])} in the source and {list(shape)} in the target"
         for part, shape in target.items()
@@ -220,22 +215,22 @@ def _differing(source: _Sizes, target: _Sizes) -> dict[str, str]:
 
 
 def _scaled_otherwise(source: _Side, target: _Side) -> dict[str, str]:
-    """The tensors that mean something else where only one of two models scales what its decoder gives."""
+    """The tied tensors, if only one of two models scales the output of its decoder."""
     if source.scaled == target.scaled:
         return {}
-    parts = {stored.parts[0] for stored in (*source.scheme.values(), *target.scheme.values()) if stored.spare}
+    parts = {stored.parts[0] for stored in (*source.scheme.values(), *target.scheme.values()) if stored.tied_parts}
     words = "scales" if source.scaled else "does not scale"
     why = f"the source {words} what its decoder gives, and the target does otherwise (scale_decoder_outputs)"
     return dict.fromkeys([*sorted(parts), "as it is: lm_head.weight"], why)
 
 
 def _side(side: Side) -> _Side:
-    """One side, read."""
+    """Read one side."""
     if isinstance(side, str | Path):
         folder = Path(side)
         with circumstances(f"reading {folder}"):
             checkpoint = Checkpoint.open(folder)
-            model: Any = blueprint(folder)
+            model: Any = meta_model(folder)
             atlas = Atlas.of(model)
             own = huggingface(atlas)
             if MARK in checkpoint:
@@ -262,12 +257,12 @@ def _scales(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "scale_decoder_outputs", False))
 
 
-#: Models without memory, kept as long as the process: an atlas holds its model weakly.
-_BLUEPRINTS: dict[str, nn.Module] = {}
+#: Meta models by the text of their config; kept, as an atlas holds its model weakly.
+_META_MODELS: dict[str, nn.Module] = {}
 
 
-def blueprint(folder: Path) -> nn.Module:
-    """The model of a folder without its numbers.
+def meta_model(folder: Path) -> nn.Module:
+    """The model of a folder, on the meta device.
 
     Raises:
         MissingCheckpoint: there is no config.json.
@@ -278,9 +273,9 @@ def blueprint(folder: Path) -> nn.Module:
     if not path.is_file():
         raise MissingCheckpoint(f"{folder} has no config.json, so what its tensors mean is not known")
     text = text_of(path)
-    if text not in _BLUEPRINTS:
+    if text not in _META_MODELS:
         try:
-            _BLUEPRINTS[text] = empty_model(
+            _META_MODELS[text] = empty_model(
                 cast("Any", transformers.AutoConfig).from_pretrained(folder, trust_remote_code=False)
             )
         except Exception as error:  # whatever transformers says to a config
@@ -288,7 +283,7 @@ def blueprint(folder: Path) -> nn.Module:
                 f"transformers makes no model of {path}: {type(error).__name__}: {str(error).strip()[:200]}",
                 expected="the config of a family that transformers has",
             ) from None
-    return _BLUEPRINTS[text]
+    return _META_MODELS[text]
 
 
 def empty_model(config: Any) -> nn.Module:
@@ -297,7 +292,7 @@ def empty_model(config: Any) -> nn.Module:
 
     names: list[str] = getattr(config, "architectures", None) or []
     every = (getattr(transformers, name, None) for name in names)
-    # A config may name anything: only a model is called.
+    # A config may name anything in transformers; only models are used.
     kind: Any = next((k for k in every if isinstance(k, type) and issubclass(k, transformers.PreTrainedModel)), None)
     if kind is None:
         two = getattr(config, "is_encoder_decoder", False)

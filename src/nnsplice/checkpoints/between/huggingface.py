@@ -1,4 +1,4 @@
-"""Where transformers keeps the parts of a model, read off its atlas, and how its files spell them."""
+"""The scheme of a transformers model, from its atlas, and of its checkpoint files."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from collections.abc import Container, Iterable, Iterator
 from nnsplice.atlas import Atlas, Block, Tower
 from nnsplice.atlas.families import EXPERT_PARTS
 from nnsplice.atlas.layouts import ROLES
-from nnsplice.checkpoints.between.scheme import Scheme, Stored, dealt, plain, scheme, stacked, tied, turned
+from nnsplice.checkpoints.between.scheme import (
+    Scheme,
+    Stored,
+    fused,
+    fused_experts,
+    scheme,
+    single,
+    tied,
+)
 from nnsplice.errors import NnspliceError
 
-#: Norms of a block: what they are called -> what they are.
-#: With a norm after the MLP, one stands after attention too.
+#: Norms of a block: name in transformers -> part. In blocks with a norm after the MLP, one is after attention too.
 _NORMS = {
     "input_layernorm": "norm1", "ln_1": "norm1", "self_attn_layer_norm": "norm1", "ln_2": "norm2",
     "post_attention_layernorm": "norm2", "pre_feedforward_layernorm": "norm2", "final_layer_norm": "norm2",
 }  # fmt: skip
 _SANDWICH = {**_NORMS, "post_attention_layernorm": "norm1_after", "post_feedforward_layernorm": "norm2_after"}
-#: What older files hold and models work out by themselves: causal masks, rotary frequencies, the numbers from 0 on.
+#: Buffers in older files that models compute: causal masks, rotary frequencies, position ids.
 _COMPUTED = re.compile(r"(^|\.)((cross)?(attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
-#: Families whose norms multiply by one plus what is stored, and whose embeddings are scaled in code.
+#: Families whose norms multiply by one plus the weight, and whose embeddings are scaled in code.
 GEMMA = re.compile(r"gemma")
 
 
@@ -33,7 +40,7 @@ def huggingface(atlas: Atlas) -> Scheme:
         for block in tower.blocks:
             if block.occurrence == 0:
                 found |= scheme(_block(atlas, block))
-    # What has no meaning here has its name: it is the same where the name is.
+    # A tensor without a part is its own part, which the other side has if it has the same name.
     every = (*atlas.tree.params, *atlas.tree.saved)
     others: dict[str, list[str]] = {}
     for name, kept in atlas.tree.aliases.items():
@@ -50,14 +57,14 @@ def _ends(atlas: Atlas, tower: Tower) -> Iterator[Stored]:
         if atlas.tied:  # one tensor, two meanings
             yield tied(name, part, ["unembed.weight"])
         else:
-            yield plain(name, part)
+            yield single(name, part)
     if tower.unembed is not None and not atlas.tied:
         yield from _layer(atlas, tower.unembed, "unembed")
     if tower.final_norm is not None:
         yield from _norm(atlas, tower.final_norm, "final_norm")
     positions = f"{tower.prefix}.wpe.weight".lstrip(".")
     if positions in atlas.tree.params:
-        yield plain(positions, "positions.weight")
+        yield single(positions, "positions.weight")
 
 
 def _block(atlas: Atlas, block: Block) -> Iterator[Stored]:
@@ -70,7 +77,7 @@ def _block(atlas: Atlas, block: Block) -> Iterator[Stored]:
     if block.fused is not None and block.layout is not None:
         ranges = [tuple(block.layout.range(role, i) for i in range(block.layout.count(role))) for role in ROLES]
         for kind, name, transposed in _parameters(atlas, block.fused):
-            yield dealt(name, [f"{here}.attn.{role}.{kind}" for role in ROLES], ranges, transposed=transposed)
+            yield fused(name, [f"{here}.attn.{role}.{kind}" for role in ROLES], ranges, transposed=transposed)
     for role in ("gate", "up", "down", "router"):
         module = getattr(block, role)
         if module is not None:
@@ -78,7 +85,7 @@ def _block(atlas: Atlas, block: Block) -> Iterator[Stored]:
     if block.gate_up is not None:
         ranges = [((0, block.n_neurons),), ((block.n_neurons, 2 * block.n_neurons),)]
         for kind, name, transposed in _parameters(atlas, block.gate_up):
-            yield dealt(name, [f"{here}.mlp.{role}.{kind}" for role in ("gate", "up")], ranges, transposed=transposed)
+            yield fused(name, [f"{here}.mlp.{role}.{kind}" for role in ("gate", "up")], ranges, transposed=transposed)
     if block.experts is not None:
         yield from _experts(atlas, block, here)
     inside = {child.rpartition(".")[2]: child for child in atlas.tree.under(block.module, 1)}
@@ -108,8 +115,8 @@ def _experts(atlas: Atlas, block: Block, here: str) -> Iterator[Stored]:
     if both is None or down is None or len(shapes) != 2 or both != (len(numbers), 2 * down[2], down[1]):
         return
     parts = [[f"{here}.experts.{number}.{role}.weight" for role in ("gate", "up")] for number in numbers]
-    yield stacked(f"{block.experts}.gate_up_proj", parts, [down[2], down[2]])
-    yield stacked(f"{block.experts}.down_proj", [[f"{here}.experts.{n}.down.weight"] for n in numbers], [down[1]])
+    yield fused_experts(f"{block.experts}.gate_up_proj", parts, [down[2], down[2]])
+    yield fused_experts(f"{block.experts}.down_proj", [[f"{here}.experts.{n}.down.weight"] for n in numbers], [down[1]])
 
 
 def _parameters(atlas: Atlas, module: str) -> Iterator[tuple[str, str, bool]]:
@@ -128,7 +135,7 @@ def _layer(atlas: Atlas, module: str, part: str) -> Iterator[Stored]:
 def _norm(atlas: Atlas, module: str, part: str) -> Iterator[Stored]:
     shifted = "_less_one" if GEMMA.match(str(atlas.tree.facts.get("model_type", ""))) else ""
     for kind, name, _ in _parameters(atlas, module):
-        yield plain(name, f"{part}.{kind}{shifted}")
+        yield single(name, f"{part}.{kind}{shifted}")
 
 
 def spelled(atlas: Atlas, own: Scheme, names: Iterable[str]) -> Scheme:
@@ -141,8 +148,8 @@ def spelled(atlas: Atlas, own: Scheme, names: Iterable[str]) -> Scheme:
         elif not _COMPUTED.search(name):
             found[name] = _located(atlas, name)
     # What the model ties, and a folder has twice, are two tensors: transformers reads them so.
-    twice = {part for stored in found.values() if not stored.spare for part in stored.parts}
-    return {name: stored.without(twice) if stored.spare & twice else stored for name, stored in found.items()}
+    twice = {part for stored in found.values() if not stored.tied_parts for part in stored.parts}
+    return {name: stored.without(twice) if stored.tied_parts & twice else stored for name, stored in found.items()}
 
 
 def own_name(atlas: Atlas, name: str) -> str | None:
@@ -181,22 +188,22 @@ def _located(atlas: Atlas, name: str) -> Stored:
     if alias is not None:
         tower = atlas.tower()
         last = len(atlas.towers) == 1 and atlas.tied and alias == f"{tower.unembed}.weight"
-        return plain(name, "unembed.weight" if last else f"as it is: {alias}")
+        return single(name, "unembed.weight" if last else f"as it is: {alias}")
     try:
         place = atlas.locate(name)
     except NnspliceError:
-        return plain(name, f"as it is: {name}")
+        return single(name, f"as it is: {name}")
     steps, (module, kind) = place.steps, name.split(".")[-2:]
     if [step.name for step in steps] == ["unembed"] and not atlas.tied:
-        return plain(name, f"unembed.{kind}")
+        return single(name, f"unembed.{kind}")
     layer = f"L.{steps[0].index}"
     if len(steps) == 2 and steps[1].name == "experts":
         role = next((role for role, words in EXPERT_PARTS.items() if module in words), None)
         if role is not None:
-            return plain(name, f"{layer}.experts.{steps[1].index}.{role}.{kind}")
+            return single(name, f"{layer}.experts.{steps[1].index}.{role}.{kind}")
     if [step.name for step in steps[1:]] == ["mlp", "router"]:
-        return plain(name, f"{layer}.mlp.router.{kind}")
-    return plain(name, f"as it is: {name}")
+        return single(name, f"{layer}.mlp.router.{kind}")
+    return single(name, f"as it is: {name}")
 
 
 def expert_of(atlas: Atlas, name: str) -> tuple[list[str], int] | None:

@@ -1,8 +1,7 @@
-"""How one kind of checkpoint keeps what every model of this shape has: stored tensors on one side, parts on the other.
+"""Schemes: the stored tensors of one kind of checkpoint, and mappers to and from standard parts.
 
-A part is one matrix or vector with one meaning, in one form: `L.3.attn.q.weight` is `[out, in]`, heads one after the
-other. Each stored tensor says how it becomes parts and how it is made of them; two schemes that speak of the same parts
-can then be joined, whoever wrote them.
+A part is one matrix or vector in a standard form: `L.3.attn.q.weight` is `[out, in]`, with its heads concatenated. Two
+schemes with the same parts can be joined into a mapper from one kind of checkpoint to the other.
 """
 
 from __future__ import annotations
@@ -11,45 +10,47 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperCollect as Collect
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperDeal as Deal
-from nnsplice.checkpoints.mapper.arrange import Ranges
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel as Parallel
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperConcatenateTensors as Concatenate
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperCopy as Copy
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperRename as Rename
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperSplit as Split
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperStackTensors as Stack
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperTranspose as Transpose
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperUnstackTensors as Unstack
+from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
+from nnsplice.checkpoints.mapper.joining import Collect
+from nnsplice.checkpoints.mapper.joining import ConcatenateTensors as Concatenate
+from nnsplice.checkpoints.mapper.joining import StackTensors as Stack
+from nnsplice.checkpoints.mapper.names import Copy, Rename
+from nnsplice.checkpoints.mapper.shapes import Transpose
+from nnsplice.checkpoints.mapper.splitting import Deal, Ranges, Split
+from nnsplice.checkpoints.mapper.splitting import UnstackTensors as Unstack
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One stored tensor, the parts it holds, and the ways between."""
+    """One stored tensor and its parts.
+
+    Attributes:
+        name: the name of the tensor.
+        parts: the parts that it holds.
+        to_parts: the mapper from the tensor to its parts.
+        from_parts: the mapper from its parts to the tensor; None for another name of a stored tensor.
+        tied_parts: parts that equal the first one, and are not needed to make the tensor.
+    """
 
     name: str
     parts: tuple[str, ...]
-    take: ModelStateMapper
-    #: None where it cannot be made of its parts: another name of something that is stored already.
-    give: ModelStateMapper | None
-    #: Parts that are the same as the first one, and are not needed to make it.
-    spare: frozenset[str] = frozenset()
+    to_parts: ModelStateMapper
+    from_parts: ModelStateMapper | None
+    tied_parts: frozenset[str] = frozenset()
 
     def renamed(self, name: str) -> Stored:
         """The same tensor by another name."""
         if name == self.name:
             return self
-        give = None if self.give is None else Sequential([self.give, Rename(self.name, name)])
-        return replace(self, name=name, take=Sequential([Rename(name, self.name), self.take]), give=give)
+        give = None if self.from_parts is None else Sequential([self.from_parts, Rename(self.name, name)])
+        return replace(self, name=name, to_parts=Sequential([Rename(name, self.name), self.to_parts]), from_parts=give)
 
     def without(self, parts: Collection[str]) -> Stored:
-        """The same tensor, where some of the parts that it is besides have a tensor of their own."""
+        """The same tensor without some of its tied parts."""
         return tied(self.name, self.parts[0], [part for part in self.parts[1:] if part not in parts])
 
 
-#: Name -> what is stored by it.
+#: Stored tensors by name.
 Scheme = Mapping[str, Stored]
 
 
@@ -58,24 +59,24 @@ def scheme(every: Iterable[Stored]) -> Scheme:
     return {stored.name: stored for stored in every}
 
 
-def plain(name: str, part: str) -> Stored:
-    """A tensor that is a part."""
+def single(name: str, part: str) -> Stored:
+    """A tensor that is one part."""
     return Stored(name, (part,), Rename(name, part), Rename(part, name))
 
 
 def tied(name: str, part: str, others: Sequence[str]) -> Stored:
-    """A tensor that is a part, and other parts too: the unembedding of a model that ties its ends."""
+    """A tensor that is several equal parts, as a tied embedding and unembedding."""
     return Stored(name, (part, *others), Copy(name, (part, *others)), Rename(part, name), frozenset(others))
 
 
-def turned(name: str, part: str) -> Stored:
-    """A tensor that is a part, transposed."""
+def transposed_part(name: str, part: str) -> Stored:
+    """A tensor that is one part, transposed."""
     turn = Transpose(part, (0, 1))
     return Stored(name, (part,), Sequential([Rename(name, part), turn]), Sequential([turn, Rename(part, name)]))
 
 
-def dealt(name: str, parts: Sequence[str], ranges: Sequence[Ranges], *, transposed: bool = False) -> Stored:
-    """A tensor whose output dimension holds several parts."""
+def fused(name: str, parts: Sequence[str], ranges: Sequence[Ranges], *, transposed: bool = False) -> Stored:
+    """A tensor whose output dimension holds several parts, as fused queries, keys and values."""
     dim, every = int(transposed), tuple(parts)
     take: list[ModelStateMapper] = [Deal(name, every, tuple(ranges), dim)]
     give: list[ModelStateMapper] = [Collect(every, name, tuple(ranges), dim)]
@@ -85,8 +86,8 @@ def dealt(name: str, parts: Sequence[str], ranges: Sequence[Ranges], *, transpos
     return Stored(name, every, Sequential(take), Sequential(give))
 
 
-def stacked(name: str, parts: Sequence[Sequence[str]], sizes: Sequence[int]) -> Stored:
-    """A tensor with one slice for each expert, in which the expert's matrices lie one after the other."""
+def fused_experts(name: str, parts: Sequence[Sequence[str]], sizes: Sequence[int]) -> Stored:
+    """A tensor with one slice for each expert, in which the expert's matrices are concatenated."""
     if len(sizes) == 1:
         flat = [own[0] for own in parts]
         return Stored(name, tuple(flat), Unstack(name, flat, 0), Stack(flat, name, 0))

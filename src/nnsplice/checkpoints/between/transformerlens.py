@@ -1,6 +1,6 @@
-"""The names and shapes of TransformerLens, as it keeps a model that it has not processed (no folding, no centring).
+"""The scheme of TransformerLens, for models without its processing (no folding, no centring).
 
-Every matrix is `[in, out]`, heads have an axis of their own, and a bias that the model does not have is there as zeros.
+Every matrix is `[in, out]`, heads have an axis of their own, and a missing bias is stored as zeros.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from nnsplice.atlas import Atlas, Block
-from nnsplice.checkpoints.between.scheme import Scheme, Stored, plain, scheme, turned
+from nnsplice.checkpoints.between.scheme import Scheme, Stored, scheme, single, transposed_part
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperReshape as Reshape
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperScale as Scale
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperShift as Shift
-from nnsplice.checkpoints.mapper.arrange import ModelStateMapperZeros as Zeros
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperSequential as Sequential
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperPermute as Permute
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperRename as Rename
+from nnsplice.checkpoints.mapper.compose import Sequential
+from nnsplice.checkpoints.mapper.names import Rename
+from nnsplice.checkpoints.mapper.numbers import Scale, Shift, Zeros
+from nnsplice.checkpoints.mapper.shapes import Permute, Reshape
 from nnsplice.errors import MapperError
 
-#: A name that only these checkpoints have.
+#: A tensor that only these checkpoints have.
 MARK = "embed.W_E"
 
 
@@ -29,8 +26,8 @@ def transformerlens(atlas: Atlas, own: Scheme, dtype: torch.dtype) -> Scheme:
     """The scheme of a model's parts as TransformerLens names them.
 
     Args:
-        own: the scheme of the model's own parameters, which says which parts there are.
-        dtype: of the biases that are zeros.
+        own: the scheme of the model's own parameters.
+        dtype: the type of the zero biases.
     """
     if len(atlas.towers) > 1:
         raise MapperError(
@@ -59,10 +56,10 @@ def _ends(atlas: Atlas, parts: set[str], dtype: torch.dtype) -> Iterator[Stored]
         take = Sequential([Rename(name, part), Scale(part, 1 / factor)])
         yield Stored(name, (part,), take, Sequential([Scale(part, factor), Rename(part, name)]))
     else:
-        yield plain(MARK, "embed.weight")
+        yield single(MARK, "embed.weight")
     if "positions.weight" in parts:
-        yield plain("pos_embed.W_pos", "positions.weight")
-    yield turned("unembed.W_U", "unembed.weight")
+        yield single("pos_embed.W_pos", "positions.weight")
+    yield transposed_part("unembed.W_U", "unembed.weight")
     yield _bias("unembed.b_U", "unembed.bias", parts, (shape[0],), dtype)
     yield from _norm("ln_final", "final_norm", parts)
 
@@ -97,10 +94,10 @@ def _block(block: Block, atlas: Atlas, parts: set[str], dtype: torch.dtype) -> I
         yield _bias(f"{there}.attn.b_O", f"{here}.attn.o.bias", parts, (width,), dtype)
         if block.n_neurons:
             for word, role, size in (("in", "up", block.n_neurons), ("out", "down", width)):
-                yield turned(f"{there}.mlp.W_{word}", f"{here}.mlp.{role}.weight")
+                yield transposed_part(f"{there}.mlp.W_{word}", f"{here}.mlp.{role}.weight")
                 yield _bias(f"{there}.mlp.b_{word}", f"{here}.mlp.{role}.bias", parts, (size,), dtype)
             if block.gate is not None or block.gate_up is not None:
-                yield turned(f"{there}.mlp.W_gate", f"{here}.mlp.gate.weight")
+                yield transposed_part(f"{there}.mlp.W_gate", f"{here}.mlp.gate.weight")
 
 
 def _through(name: str, part: str, take: list[ModelStateMapper], give: list[ModelStateMapper]) -> Stored:
@@ -121,7 +118,7 @@ def _norm(name: str, part: str, parts: set[str]) -> Iterator[Stored]:
     kinds: Mapping[str, str] = {"w": "weight", "b": "bias"}
     for word, kind in kinds.items():
         if f"{part}.{kind}" in parts:
-            yield plain(f"{name}.{word}", f"{part}.{kind}")
+            yield single(f"{name}.{word}", f"{part}.{kind}")
         elif f"{part}.{kind}_less_one" in parts:
             less = f"{part}.{kind}_less_one"
             yield _through(f"{name}.{word}", less, [Shift(less, -1.0)], [Shift(less, 1.0)])

@@ -1,7 +1,7 @@
 """Writing one checkpoint from many processes that see one file system.
 
-Each writes files of its own; the one in front makes the folder, and puts it in its place when all are done. Whatever
-happens in one process, all of them come to the same points, so that none waits for one that is gone.
+Each process writes files of its own; the one with the lowest rank makes the folder, and publishes it when all are done.
+All processes make the same collective calls, also when one fails, so that none waits forever.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from nnsplice.checkpoints.io.shards import Shard
+from nnsplice.checkpoints.io.shards import ShardFile
 from nnsplice.checkpoints.io.staging import Staging
 from nnsplice.checkpoints.io.team import Stopped, Team
 from nnsplice.checkpoints.io.writer import (
     States,
     gathering,
     groups_of,
-    job,
+    job_digest,
     shard_bytes,
     states_of,
     write_shards,
@@ -84,11 +84,11 @@ def write_model_state_distributed(
     with circumstances(f"writing {os.fspath(dest_dir)} from process {team.rank}"):
         limit = shard_bytes(shard_size_gb)
 
-        def work(folder: Path, prefix: str) -> list[Shard]:
+        def work(folder: Path, prefix: str) -> list[ShardFile]:
             groups = groups_of(mapper, state_generator)
             return write_shards(folder, prefix, mapper, groups, limit, show_progress, position)
 
-        _write(team, Path(dest_dir), job(mapper, limit, ""), work, resume)
+        _write(team, Path(dest_dir), job_digest(mapper, limit, ""), work, resume)
 
 
 def write_model_state_pipeline_parallel(
@@ -140,34 +140,34 @@ def write_model_state_pipeline_parallel(
         BadArgument: a mesh without this dimension, or without this process.
         WriteFailed: a file could not be written.
     """
-    names, place = device_mesh.mesh_dim_names, device_mesh.get_coordinate()
+    names, coordinate = device_mesh.mesh_dim_names, device_mesh.get_coordinate()
     if names is None or pipeline_dim_name not in names:
         raise BadArgument(f"the mesh has no dimension {pipeline_dim_name}", expected=f"one of {names}")
-    if place is None:
+    if coordinate is None:
         raise BadArgument("this process is not in the mesh", expected="a call by the processes of the mesh only")
     others = [name for name in names if name != pipeline_dim_name]
-    writes = all(at == 0 for name, at in zip(names, place, strict=True) if name != pipeline_dim_name)
+    writes = all(at == 0 for name, at in zip(names, coordinate, strict=True) if name != pipeline_dim_name)
     team = Team([_group(device_mesh, name) for name in names])
     stage = Team([_group(device_mesh, name) for name in others])
     with circumstances(f"writing {os.fspath(dest_dir)} from process {team.rank}"):
         limit = shard_bytes(shard_size_gb)
 
-        def work(folder: Path, prefix: str) -> list[Shard]:
+        def work(folder: Path, prefix: str) -> list[ShardFile]:
             try:
-                groups = _in_step(stage, mapper, state_generator)
+                groups = _in_order(stage, mapper, state_generator)
                 if writes:
                     made = write_shards(folder, prefix, mapper, groups, limit, show_progress, position)
                 else:
-                    made = _take_part(mapper, groups)
+                    made = _gather_only(mapper, groups)
             except Stopped:
                 raise
             except BaseException as error:
-                stage.agree(error)  # before the others wait for a tensor that does not come
+                stage.agree(error)  # otherwise the others wait in a gather that this process never joins
                 raise
             stage.agree()
             return made
 
-        _write(team, Path(dest_dir), job(mapper, limit, ""), work, resume)
+        _write(team, Path(dest_dir), job_digest(mapper, limit, ""), work, resume)
 
 
 def save_model_state_pipeline_parallel(
@@ -224,7 +224,7 @@ def _group(mesh: DeviceMesh, name: str) -> ProcessGroup:
 
 
 def _write(team: Team, dest: Path, asked: str, work: Any, resume: bool) -> None:
-    """The three steps that all take together: make the folder, write files, put it in its place."""
+    """The three collective steps: make the folder, write files, publish it."""
     jobs = team.share(asked)
     leader = min(jobs)
     staging: Staging | None = None
@@ -246,12 +246,12 @@ def _write(team: Team, dest: Path, asked: str, work: Any, resume: bool) -> None:
     finally:
         if staging is not None:
             staging.close(failed=failed)
-        # Nobody goes on before it is cleaned up and the lock is given back. Where somebody is gone, that was said.
+        # No process continues before the clean-up. If one is gone, the error was raised already.
         with suppress(TeamError) if failed else nullcontext():
             team.share(None)
 
 
-def _publish(staging: Staging | None, shards: dict[int, list[Shard]]) -> None:
+def _publish(staging: Staging | None, shards: dict[int, list[ShardFile]]) -> None:
     owners: dict[str, int] = {}
     for rank, every in shards.items():
         for name in (name for shard in every for name in (*shard.names, *shard.tied)):
@@ -266,8 +266,8 @@ def _publish(staging: Staging | None, shards: dict[int, list[Shard]]) -> None:
         staging.publish([shard for every in shards.values() for shard in every], {})
 
 
-def _in_step(stage: Team, mapper: ModelStateMapper, states: States) -> Iterator[tuple[StateGroup, dict[str, Tensor]]]:
-    """Groups in the same order in every process of a stage, and a word among them before each that is gathered."""
+def _in_order(stage: Team, mapper: ModelStateMapper, states: States) -> Iterator[tuple[StateGroup, dict[str, Tensor]]]:
+    """Groups in the same order in every process of a stage, which agree before each group that is gathered."""
     found = dict(groups_of(mapper, states))
     for group in ordered(found):
         tensors = found.pop(group)
@@ -276,8 +276,8 @@ def _in_step(stage: Team, mapper: ModelStateMapper, states: States) -> Iterator[
         yield group, tensors
 
 
-def _take_part(mapper: ModelStateMapper, groups: Iterable[tuple[StateGroup, dict[str, Tensor]]]) -> list[Shard]:
-    """Do what the process that writes does, and write nothing."""
+def _gather_only(mapper: ModelStateMapper, groups: Iterable[tuple[StateGroup, dict[str, Tensor]]]) -> list[ShardFile]:
+    """Take part in the gathers of the process that writes, and write nothing."""
     for group, tensors in groups:
         applied(mapper, group, tensors)
     return []

@@ -14,18 +14,25 @@ from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applie
 from nnsplice.errors import circumstances
 from nnsplice.shown import shown
 
-#: How many kinds of groups a text shows.
+#: The number of lines that a text shows.
 ROWS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """One group, and what it costs; sizes are None where no checkpoint was given."""
+class GroupCost:
+    """A group with its sizes in bytes, which are None without a checkpoint.
+
+    Attributes:
+        group: the group.
+        read: the bytes read.
+        made: the bytes of the outputs.
+        held: the bytes in memory at once; a tensor that is only renamed counts once.
+        files: the files that are read.
+    """
 
     group: StateGroup
     read: int | None = None
     made: int | None = None
-    #: What is in memory at once: a tensor that is only renamed is there once.
     held: int | None = None
     files: tuple[str, ...] = ()
 
@@ -46,13 +53,11 @@ class Explanation:
     Attributes:
         costs: the groups, with their bytes and files.
         unused: tensors of the checkpoint that the mapper does not read.
-        sized: whether bytes are known, from a checkpoint.
+        sized: whether a checkpoint was given, so that bytes are known.
     """
 
-    costs: tuple[Cost, ...]
-    #: Tensors of the checkpoint that nothing needs.
+    costs: tuple[GroupCost, ...]
     unused: tuple[str, ...] = ()
-    #: Whether a checkpoint was given.
     sized: bool = False
 
     @property
@@ -87,9 +92,9 @@ class Explanation:
                 f"reads {amount(self.read_bytes)} from {len(self.files)} files, makes {amount(self.made_bytes)}, "
                 f"holds at most {amount(self.peak_bytes)} at once"
             )
-        kinds: dict[tuple[str, str], list[Cost]] = {}
+        kinds: dict[tuple[str, str], list[GroupCost]] = {}
         for cost in self.costs:
-            kinds.setdefault((_shape_of(cost.group.inputs), _shape_of(cost.group.outputs)), []).append(cost)
+            kinds.setdefault((_pattern_of(cost.group.inputs), _pattern_of(cost.group.outputs)), []).append(cost)
         shown = list(kinds.items())[:ROWS]
         width = max((len(source) for (source, _), _ in shown), default=0)
         for (source, target), costs in shown:
@@ -105,16 +110,16 @@ class Explanation:
 def explain(mapper: ModelStateMapper, src_dir: str | os.PathLike[str] | None) -> Explanation:
     """See `ModelStateMapper.explain`."""
     if src_dir is None:
-        return Explanation(tuple(Cost(group) for group in ordered(mapper.state_dependency_groups())))
+        return Explanation(tuple(GroupCost(group) for group in ordered(mapper.state_dependency_groups())))
     checkpoint = Checkpoint.open(src_dir)
-    costs: list[Cost] = []
+    costs: list[GroupCost] = []
     used: set[str] = set()
     for group in checkpoint.plan(mapper):
         entries = {checkpoint.entry(name) for name in group.inputs}
         blanks, made = dry_run(mapper, group, checkpoint)
         files = tuple(sorted({str(entry.path.relative_to(checkpoint.folder)) for entry in entries}))
         held = _bytes([*blanks.values(), *made.values()])
-        costs.append(Cost(group, sum(entry.nbytes for entry in entries), _bytes(made.values()), held, files))
+        costs.append(GroupCost(group, sum(entry.nbytes for entry in entries), _bytes(made.values()), held, files))
         used |= group.inputs
     unused = tuple(sorted(name for name in checkpoint if name not in used))
     return Explanation(tuple(costs), unused, sized=True)
@@ -123,7 +128,7 @@ def explain(mapper: ModelStateMapper, src_dir: str | os.PathLike[str] | None) ->
 def dry_run(
     mapper: ModelStateMapper, group: StateGroup, checkpoint: Checkpoint
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inputs and the outputs of a group as tensors without memory."""
+    """The inputs and the outputs of a group as meta tensors."""
     with circumstances(f"a dry run over {checkpoint.folder}"):
         blanks = {name: checkpoint.blank(name) for name in sorted(group.inputs)}
         return blanks, applied(mapper, group, blanks)
@@ -133,8 +138,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
-def _shape_of(names: Iterable[str]) -> str:
-    """Names with their numbers taken out, and what they have in common said once: `layers.*.{k,q,v}.weight`."""
+def _pattern_of(names: Iterable[str]) -> str:
+    """Names as one pattern: a `*` for each number, and braces where they differ: `layers.*.{k,q,v}.weight`."""
     kinds: dict[str, int] = {}
     for name in map(shown, sorted(names)):
         kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
@@ -148,7 +153,7 @@ def _shape_of(names: Iterable[str]) -> str:
 
 
 def amount(count: int) -> str:
-    """Bytes for people.
+    """A number of bytes with a unit.
 
     >>> amount(1_500_000)
     '1.5 MB'

@@ -1,4 +1,4 @@
-"""A checkpoint folder: which tensor is in which file, and where."""
+"""A checkpoint folder: its tensors, and the file and offset of each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nnsplice.checkpoints.io.mapping import block_of, bytes_of
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, inputs_of, listing, ordered
 from nnsplice.errors import FileError, MapperError, MissingCheckpoint, closest
 from nnsplice.files import from_json
-from nnsplice.headers import Entry, Header, read_header
+from nnsplice.headers import Header, TensorEntry, read_header
 from nnsplice.shown import shown
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-#: How the names of pickles end.
+#: Endings of pickled weights.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -37,14 +37,12 @@ class Checkpoint:
 
     Attributes:
         folder: the folder.
-        files: the file of each tensor.
-        tied: the names of tied tensors, with the name under which each is stored.
+        files: the file of each stored tensor, relative to the folder.
+        tied: the other names of tied tensors, with the name under which each is stored.
     """
 
     folder: Path
-    #: Tensor -> its file, relative to the folder.
     files: Mapping[str, str]
-    #: Another name of a tensor -> the name it is stored by.
     tied: Mapping[str, str]
     _headers: dict[str, Header] = field(default_factory=dict[str, Header], repr=False)
 
@@ -74,7 +72,7 @@ class Checkpoint:
             return cls(where, files, tied)
         if single.is_file():
             header = read_header(single)
-            # safetensors' own `save_model` records names of the same tensor so.
+            # `safetensors.torch.save_model` writes the other names of a tensor into the metadata.
             tied = {name: kept for name, kept in header.metadata.items() if kept in header.entries}
             return cls(
                 where,
@@ -82,7 +80,7 @@ class Checkpoint:
                 {name: kept for name, kept in tied.items() if name not in header.entries},
                 {SINGLE: header},
             )
-        raise _nothing(where)
+        raise _no_weights(where)
 
     def __len__(self) -> int:
         return len(self.files) + len(self.tied)
@@ -94,7 +92,7 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self.files or name in self.tied
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> TensorEntry:
         """File, shape and type of a tensor.
 
         Args:
@@ -226,14 +224,14 @@ class Checkpoint:
                 path=self.folder,
                 expected=f"tensors of the checkpoint; like {missing[0]} are {closest(missing[0], self)}",
             )
-        place = {name: number for number, name in enumerate(self.sizes(needed))}
+        order = {name: number for number, name in enumerate(self.sizes(needed))}
         groups = ordered(mapper.state_dependency_groups())
-        return sorted(groups, key=lambda group: min((place[name] for name in group.inputs), default=-1))
+        return sorted(groups, key=lambda group: min((order[name] for name in group.inputs), default=-1))
 
 
-def _typed(found: Tensor, entry: Entry, shape: tuple[int, ...]) -> Tensor:
+def _typed(found: Tensor, entry: TensorEntry, shape: tuple[int, ...]) -> Tensor:
     if found.data_ptr() % entry.dtype.itemsize:
-        found = found.clone()  # a file with an odd header, where the numbers do not lie as the processor likes
+        found = found.clone()  # the header of the file has an odd length, so the tensor is not aligned
     return found.view(entry.dtype).reshape(shape)
 
 
@@ -241,19 +239,17 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     form = '{"weight_map": {"name": "file", ...}}'
     try:
         found: Any = from_json(path.read_text(encoding="utf-8"), path)
-        named: dict[str, Any] = dict(found["weight_map"].items())
+        files: dict[str, Any] = dict(found["weight_map"].items())
         metadata: Any = found.get("metadata") or {}
         other_names: Any = metadata.get("tied") or {}
-        called: dict[str, Any] = dict(other_names.items())
+        tied: dict[str, Any] = dict(other_names.items())
     except FileError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path} is damaged: {error!r}", expected=form) from None
-    for name, other in (*named.items(), *called.items()):
+    for name, other in (*files.items(), *tied.items()):
         if not isinstance(other, str):
             raise FileError(f"{path} says {shown(other)} of {shown(name)}", expected=form)
-    files: dict[str, str] = named
-    tied: dict[str, str] = called
     for name, file in files.items():
         inside = PurePosixPath(file)
         if inside.is_absolute() or ".." in inside.parts or "\0" in file:
@@ -269,7 +265,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     return files, {name: kept for name, kept in tied.items() if name not in files}
 
 
-def _nothing(where: Path) -> FileError | MissingCheckpoint:
+def _no_weights(where: Path) -> FileError | MissingCheckpoint:
     if not where.is_dir():
         what = "a file, and a checkpoint is a folder" if where.exists() else "not there"
         return MissingCheckpoint(f"{where} is {what}", expected=f"a folder with {SINGLE} or {INDEX}")
@@ -287,7 +283,7 @@ def _nothing(where: Path) -> FileError | MissingCheckpoint:
 
 def _pickle(where: Path, name: str) -> FileError:
     return FileError(
-        f"{where / shown(name)} is a pickle, which can run any code when it is opened; it is left closed",
+        f"{where / shown(name)} is a pickle, which can run any code when it is opened, so it is not read",
         expected=f"{SINGLE} or {INDEX}",
         write=f'AutoModel.from_pretrained("{where}", weights_only=True).save_pretrained("{where}-safe")'
         "   (where you trust it; it writes safetensors)",

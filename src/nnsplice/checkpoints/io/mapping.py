@@ -1,8 +1,8 @@
 """Bytes of a file as a tensor.
 
-A large tensor is a private mapping of its own stretch of the file: nothing is read before it is looked at, a copy out
-of it costs one copy, and its memory goes when it goes. Python's own mmap keeps a descriptor for each mapping, and
-safetensors maps whole files, whose pages then stay; so this asks the C library. Small tensors are read.
+A large tensor is a private memory map of its byte range: pages are read when they are used, and freed with the tensor.
+Python's own mmap keeps a file descriptor for each map, and safetensors maps whole files, whose pages then stay; so this
+calls the C library. Small tensors are read.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from nnsplice.errors import FileError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-#: A mapping costs a few microseconds and whole pages.
+#: Shorter ranges are read: a map costs a few microseconds and whole pages.
 SMALL = 1 << 16
 
 _READ_WRITE, _PRIVATE, _FAILED = 3, 2, ctypes.c_void_p(-1).value
 
 
-def _c_functions() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """mmap and munmap, where the system has them."""
+def _mmap_functions() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """mmap and munmap of the C library; None on Windows."""
     if os.name != "posix":
         return None
     library = ctypes.CDLL(None, use_errno=True)
@@ -42,7 +42,7 @@ def _c_functions() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     return library.mmap, library.munmap
 
 
-_C = _c_functions()
+_MMAP = _mmap_functions()
 
 
 def buffer(tensor: Tensor) -> memoryview:
@@ -51,10 +51,10 @@ def buffer(tensor: Tensor) -> memoryview:
 
 
 def bytes_of(path: Path, start: int, length: int) -> Tensor:
-    """A stretch of a file as a tensor of bytes, which may be changed without changing the file.
+    """A byte range of a file as a tensor of bytes; changes do not reach the file.
 
     Raises:
-        FileError: the file ends before.
+        FileError: the file is shorter.
     """
     with path.open("rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size < start + length:
@@ -64,14 +64,14 @@ def bytes_of(path: Path, start: int, length: int) -> Tensor:
 
 
 def _mapped(descriptor: int, start: int, length: int) -> Tensor | None:
-    if _C is None:
+    if _MMAP is None:
         return None
     before = start % mmap.ALLOCATIONGRANULARITY
-    address = _C[0](None, length + before, _READ_WRITE, _PRIVATE, descriptor, start - before)
+    address = _MMAP[0](None, length + before, _READ_WRITE, _PRIVATE, descriptor, start - before)
     if address is None or address == _FAILED:
         return None
     held = (ctypes.c_char * (length + before)).from_address(address)
-    weakref.finalize(held, _C[1], address, length + before).atexit = False
+    weakref.finalize(held, _MMAP[1], address, length + before).atexit = False
     return torch.frombuffer(held, dtype=torch.uint8, offset=before, count=length)
 
 
@@ -90,7 +90,7 @@ def _fill(descriptor: int, start: int, view: memoryview) -> None:
 
 
 def block_of(path: Path, start: int, shape: Sequence[int], itemsize: int, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """A block of an array in a file, as bytes: exactly its bytes are read, and no others.
+    """A block of an array in a file, as bytes; only its bytes are read.
 
     Args:
         start: where the array begins.
@@ -98,7 +98,7 @@ def block_of(path: Path, start: int, shape: Sequence[int], itemsize: int, ranges
         ranges: `(start, stop)` for each dimension.
     """
     lengths = [stop - begin for begin, stop in ranges]
-    # What follows the last dimension that is cut is one piece.
+    # The dimensions after the last one that is cut are contiguous, so they are read as one piece.
     cut = max((i for i, n in enumerate(shape) if lengths[i] != n), default=-1)
     strides = [itemsize * prod(shape[i + 1 :]) for i in range(len(shape))]
     piece = itemsize * prod(shape[cut + 1 :]) * (lengths[cut] if cut >= 0 else 1)

@@ -1,4 +1,4 @@
-"""Reading: group by group in the order of the files, so that no more than one group is in memory."""
+"""Reading: group by group in the order of the files, so that only one group is in memory."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def stream(
     sizes = [sum(checkpoint.entry(name).nbytes for name in group.inputs) for group in groups]
     with bar("reading", sum(sizes), "B", show_progress, position=position) as shown:
         for group, size in zip(groups, sizes, strict=True):
-            made = _made(checkpoint, mapper, group, device)
+            made = _apply(checkpoint, mapper, group, device)
             for name in list(made):
                 yield name, made.pop(name)
             shown.update(size)
 
 
-def _made(checkpoint: Checkpoint, mapper: ModelStateMapper, group: StateGroup, device: Device) -> dict[str, Tensor]:
+def _apply(checkpoint: Checkpoint, mapper: ModelStateMapper, group: StateGroup, device: Device) -> dict[str, Tensor]:
     with circumstances(f"reading {checkpoint.folder}"):
         return applied(mapper, group, {name: checkpoint.tensor(name).to(device) for name in sorted(group.inputs)})
 
@@ -95,7 +95,7 @@ def load_model_state(
     show_progress: bool = True,
     position: int | None = None,
 ) -> None:
-    """Load a checkpoint through a mapper into a model; states that the mapper does not make are not changed.
+    """Load a checkpoint through a mapper into a model; other states are not changed.
 
     Names and shapes are checked before anything is changed. A state on the meta device gets a tensor on `device`.
 
@@ -134,17 +134,17 @@ def load_model_state(
             blanks, made = dry_run(mapper, group, checkpoint)
             for name, blank in made.items():
                 _check(name, blank, states[name])
-            if not _own_pieces(checkpoint, states, blanks, made):
+            if not _load_shards(checkpoint, states, blanks, made):
                 groups.append(group)
         _check_ties(checkpoint, mapper, groups, states)
     for name, tensor in stream(checkpoint, mapper, groups, device, show_progress, position):
-        _put(model, states, name, tensor)
+        _assign(model, states, name, tensor)
 
 
-def _own_pieces(
+def _load_shards(
     checkpoint: Checkpoint, states: dict[str, Tensor], blanks: dict[str, Tensor], made: dict[str, Tensor]
 ) -> bool:
-    """Read into DTensors what this process holds of them, where a group only renames; False where it does more."""
+    """Load a group that only renames into DTensors, reading the shards of this process only; False for other groups."""
     sources = {id(blank): name for name, blank in blanks.items()}
     if not all(id(blank) in sources and is_distributed(states[name]) for name, blank in made.items()):
         return False
@@ -170,34 +170,34 @@ def _check(name: str, found: Tensor, target: Tensor) -> None:
 def _check_ties(
     checkpoint: Checkpoint, mapper: ModelStateMapper, groups: Sequence[StateGroup], states: dict[str, Tensor]
 ) -> None:
-    """Raise where a model has one tensor by two names, and gets two different ones, of which one would be lost."""
+    """Raise where two names of one tensor of the model would get two different tensors."""
     makers = {name: group for group in groups for name in group.outputs}
     names: dict[int, list[str]] = {}
     for name in sorted(makers):
         names.setdefault(id(states[name]), []).append(name)
     for one, *others in names.values():
         for other in others:
-            made = {k: v for n in (one, other) for k, v in _made(checkpoint, mapper, makers[n], "cpu").items()}
+            made = {k: v for n in (one, other) for k, v in _apply(checkpoint, mapper, makers[n], "cpu").items()}
             a, b = made[one], made[other]
-            if not (is_distributed(a) or is_distributed(b) or torch.equal(_raw(a), _raw(b))):
+            if not (is_distributed(a) or is_distributed(b) or torch.equal(_as_bytes(a), _as_bytes(b))):
                 raise MapperError(
                     f"{one} and {other} are one tensor in the model, and two different ones in the checkpoint",
                     expected="a model that does not tie them, or a mapper that makes one of the two",
                 )
 
 
-def _raw(tensor: Tensor) -> Tensor:
-    """The bytes, so that NaN is like itself."""
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, in which NaN equals NaN."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _put(model: nn.Module, states: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+def _assign(model: nn.Module, states: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     target = states[name]
     if is_distributed(target):
-        # Every process has the whole tensor here, and takes its own piece of it; nothing is sent.
+        # Every process has the whole tensor here and copies its own shard, without communication.
         piece = tensor[tuple(slice(*ends) for ends in local_piece(target))]
         if target.is_meta:
-            raise MapperError(f"{name} is spread over a mesh and has no memory", write="model.to_empty(device=...)")
+            raise MapperError(f"{name} is a DTensor on the meta device", write="model.to_empty(device=...)")
         with torch.no_grad():
             cast("Any", target).to_local().copy_(piece)
         return
@@ -208,7 +208,7 @@ def _put(model: nn.Module, states: dict[str, Tensor], name: str, tensor: Tensor)
     fresh = tensor.to(target.dtype, copy=True)
     if isinstance(target, nn.Parameter):
         fresh = nn.Parameter(fresh, requires_grad=target.requires_grad)
-    # Tied weights are one tensor by several names, and stay one.
+    # All names of a tied weight get the same new tensor.
     for other in [other for other, state in states.items() if state is target]:
         owner, _, attribute = other.rpartition(".")
         setattr(model.get_submodule(owner), attribute, fresh)

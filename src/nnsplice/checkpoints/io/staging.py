@@ -1,10 +1,11 @@
-"""Where the next checkpoint is made: a folder beside the old one, which takes its place in one step when it is whole.
+"""The staging folder: a checkpoint is written beside the old one, and replaces it in one step when it is complete.
 
-.NAME.part/             gone when the checkpoint is there
-    asked.json          what is being made, so that another job does not go on with it
+.NAME.part/             removed at the end
+    asked.json          the digest of the job, so that another job does not resume it
     weights/            becomes NAME
-    PREFIX.jsonl        the finished files, one line each
-    done.json           only the step itself is left
+    PREFIX.jsonl        the journal of a writer: its finished files, one line each
+    names.json          temporary names of files -> final ones
+    done.json           written when only the exchange is left
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ from pathlib import Path
 from typing import Any, cast
 
 from nnsplice.checkpoints.io.folder import INDEX, PICKLES, SINGLE
-from nnsplice.checkpoints.io.shards import Shard, ShardWriter, disk, sync
+from nnsplice.checkpoints.io.shards import ShardFile, ShardWriter, disk, sync
 from nnsplice.checkpoints.io.swap import exchange
 from nnsplice.errors import FileError
 from nnsplice.files import from_json
 from nnsplice.headers import read_header
 from nnsplice.locks import Lock
 
-#: How files are named that hold weights, besides pickles.
+#: Endings of files with weights, besides pickles.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class Staging:
-    """The folder in which one process makes a checkpoint, alone; others may write files into it."""
+    """The staging folder of one process, which holds a lock; other processes may write files into it."""
 
     def __init__(self, dest: Path, asked: str, *, resume: bool) -> None:
-        """Begin, or go on.
+        """Begin, or resume.
 
         Args:
-            asked: the identity of the job.
-            resume: go on with what is there, and leave finished files for another try when this one fails.
+            asked: the digest of the job.
+            resume: continue an earlier call, and keep finished files if this one fails.
 
         Raises:
-            FileError: another process writes this checkpoint, or what is there is of another job.
+            FileError: another process writes this checkpoint, or the folder is of another job.
         """
         self.dest: Path = dest.resolve() if dest.is_symlink() else dest.absolute()
         if self.dest.exists() and not self.dest.is_dir():
@@ -57,7 +58,7 @@ class Staging:
             self._lock = Lock(self.dest)
         self.folder: Path = self.dest.with_name(f".{self.dest.name}.part")
         self.weights: Path = self.folder / "weights"
-        self._gone = self.dest.with_name(f".{self.dest.name}.part.gone")
+        self._trash = self.dest.with_name(f".{self.dest.name}.part.gone")
         self._resume = resume
         try:
             with disk(self.folder, "the first files in it"):
@@ -67,8 +68,8 @@ class Staging:
             raise
 
     def _begin(self, asked: str) -> bool:
-        """Make the folder; True where the job was done but for cleaning up."""
-        shutil.rmtree(self._gone, ignore_errors=True)
+        """Make the folder; True if only the clean-up of an earlier call was left."""
+        shutil.rmtree(self._trash, ignore_errors=True)
         self._restore()
         if self.folder.is_dir():
             self.folder.chmod(0o700)
@@ -82,76 +83,77 @@ class Staging:
             if done := _json(self.folder / "done.json"):
                 self._exchange(done)
                 return True
-            self._unname()
-            self._sweep()
+            self._restore_names()
+            self._remove_unfinished()
             return False
         self._discard()
-        self.folder.mkdir(0o700)  # until it is known who may read the checkpoint
+        self.folder.mkdir(0o700)  # until `publish` sets the permissions
         self.weights.mkdir()
         _write(self.folder / "asked.json", {"asked": asked})
         return False
 
     def _discard(self) -> None:
-        """Remove the folder; renamed first, so that a process that ends meanwhile leaves nothing to go on with."""
+        """Remove the folder; it is renamed first, so that a half-removed one is never resumed."""
         if self.folder.exists():
-            self.folder.rename(self._gone)
-            shutil.rmtree(self._gone, ignore_errors=True)
+            self.folder.rename(self._trash)
+            shutil.rmtree(self._trash, ignore_errors=True)
 
     def _restore(self) -> None:
-        """Put back the old checkpoint, where a process ended between the two steps of a system that has not the one."""
+        """Put back the old checkpoint, if a process ended between the two renames of `swap.exchange`."""
         old = self.folder / "old"
         if old.is_dir() and not self.dest.exists():
             old.rename(self.dest)
 
-    def _unname(self) -> None:
-        """Give files the names of the journal again, where a process ended while they got their last ones."""
+    def _restore_names(self) -> None:
+        """Give files the names of the journal again, if a process ended while they were renamed."""
         for old, new in _json(self.folder / "names.json").items():
             if (self.weights / new).exists():
                 (self.weights / new).rename(self.weights / old)
 
-    def _sweep(self) -> None:
-        """Remove files that were not finished."""
+    def _remove_unfinished(self) -> None:
+        """Remove unfinished files."""
         kept = {shard.file for shard in self.finished()}
         for path in self.weights.iterdir():
             if path.name not in kept:
                 path.unlink()
 
-    def finished(self, prefix: str = "*") -> list[Shard]:
-        """The files that are whole, by all who write or by one."""
-        found: list[Shard] = []
+    def finished(self, prefix: str = "*") -> list[ShardFile]:
+        """The finished files, of all writers or of one."""
+        found: list[ShardFile] = []
         for journal in sorted(self.folder.glob(f"{prefix}.jsonl")):
             found += read_journal(journal, self.weights)
         return found
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    def publish(self, shards: Sequence[Shard], carry: Mapping[str, Path | str], like: Sequence[Path] = ()) -> None:
-        """Put the finished files in the place of the old checkpoint.
+    def publish(self, shards: Sequence[ShardFile], carry: Mapping[str, Path | str], like: Sequence[Path] = ()) -> None:
+        """Replace the old checkpoint by the finished files.
 
         Args:
             shards: the files in their order.
             carry: other files of the new checkpoint: name -> a file to copy, or a text.
-            like: what the tensors come from. Who could not read it, or the old checkpoint, cannot read the new one.
+            like: the sources of the tensors; the new files are readable for users who can read all of these and the
+                old checkpoint.
         """
         before = [path for name in sorted(weight_files(self.dest)) if (path := self.dest / name).is_file()]
-        with disk(self.dest, "what puts the checkpoint in its place"):
-            names = _last_names(shards)
+        with disk(self.dest, "the files of the checkpoint"):
+            names = _final_names(shards)
             _write(self.folder / "names.json", names)
             for old, new in names.items():
                 (self.weights / old).rename(self.weights / new)
             (self.weights / INDEX).write_text(json.dumps(_index(shards, names), indent=2) + "\n", encoding="utf-8")
             for name in (*names.values(), INDEX):
-                close(self.weights / name, [*like, *before])
+                restrict_mode(self.weights / name, [*like, *before])
             for name, source in carry.items():
                 if isinstance(source, str):
                     (self.weights / name).write_text(source, encoding="utf-8")
-                    close(self.weights / name, [*like, self.dest / name])
+                    restrict_mode(self.weights / name, [*like, self.dest / name])
                 else:
                     shutil.copy2(source, self.weights / name)
-                    close(self.weights / name, [self.dest / name])
-            close(self.weights, [path for path in like if path.is_dir()])
+                    restrict_mode(self.weights / name, [self.dest / name])
+            restrict_mode(self.weights, [path for path in like if path.is_dir()])
             if self.dest.is_dir():
-                _keep(self.dest, self.weights)
+                _carry_over(self.dest, self.weights)
                 shutil.copymode(self.dest, self.weights)
             for path in self.weights.iterdir():
                 sync(path)
@@ -169,14 +171,14 @@ class Staging:
             sync(self.dest.parent)
         for old in (self.weights, self.folder / "old"):
             if old.is_dir():
-                _keep(old, self.dest)  # what came into the old folder in the meantime
+                _carry_over(old, self.dest)  # files that were added to the old folder meanwhile
 
     def close(self, *, failed: bool) -> None:
-        """Clean up, and let others write."""
+        """Clean up, and release the lock."""
         try:
             if failed and self._resume and self.weights.is_dir():
-                self._unname()
-                self._sweep()
+                self._restore_names()
+                self._remove_unfinished()
             else:
                 self._discard()
         finally:
@@ -185,7 +187,7 @@ class Staging:
 
 @contextmanager
 def staged(dest: Path, asked: str, *, resume: bool) -> Generator[Staging]:
-    """A `Staging` of this process alone, cleaned up when the block ends, well or not."""
+    """A `Staging` that is closed when the block ends."""
     staging, failed = Staging(dest, asked, resume=resume), True
     try:
         yield staging
@@ -195,10 +197,10 @@ def staged(dest: Path, asked: str, *, resume: bool) -> Generator[Staging]:
 
 
 def writer(folder: Path, prefix: str, limit: int, names: Iterable[str], first: int) -> ShardWriter:
-    """A writer of files in a staging folder, which notes those that are finished."""
+    """A writer of files in a staging folder, with a journal of the finished ones."""
     journal = folder / f"{prefix}.jsonl"
 
-    def note(shard: Shard) -> None:
+    def note(shard: ShardFile) -> None:
         with journal.open("ab") as file:
             file.write(json.dumps(asdict(shard)).encode() + b"\n")
             file.flush()
@@ -207,12 +209,12 @@ def writer(folder: Path, prefix: str, limit: int, names: Iterable[str], first: i
     return ShardWriter(folder / "weights", f"{prefix}-", limit, names, note, first)
 
 
-def read_journal(journal: Path, weights: Path) -> list[Shard]:
-    """The finished files of one writer that are there and whole; a last line that was cut off is none."""
-    found: list[Shard] = []
+def read_journal(journal: Path, weights: Path) -> list[ShardFile]:
+    """The files of a journal that are there and complete; a truncated last line is skipped."""
+    found: list[ShardFile] = []
     for line in journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else ():
-        told: dict[str, Any] = from_json(line, journal)
-        shard = Shard(told["file"], tuple(told["names"]), told["tied"], told["size"], told["nbytes"])
+        fields: dict[str, Any] = from_json(line, journal)
+        shard = ShardFile(**{**fields, "names": tuple(fields["names"])})
         path = weights / shard.file
         if shard.file and not (path.is_file() and path.stat().st_size == shard.size):
             continue
@@ -222,14 +224,14 @@ def read_journal(journal: Path, weights: Path) -> list[Shard]:
     return found
 
 
-def _last_names(shards: Sequence[Shard]) -> dict[str, str]:
-    """The names that files get when it is known how many there are."""
+def _final_names(shards: Sequence[ShardFile]) -> dict[str, str]:
+    """Temporary names -> final ones, which contain the number of files."""
     files = [shard.file for shard in shards if shard.file]
     return {file: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1)}
 
 
-def _index(shards: Sequence[Shard], names: Mapping[str, str]) -> dict[str, Any]:
-    """Which tensor is where, as transformers reads it; names of one tensor are recorded beside."""
+def _index(shards: Sequence[ShardFile], names: Mapping[str, str]) -> dict[str, Any]:
+    """The index of the checkpoint as transformers reads it, with the names of tied tensors in the metadata."""
     weight_map = {name: names[shard.file] for shard in shards if shard.file for name in shard.names}
     tied = {name: kept for shard in shards for name, kept in shard.tied.items()}
     metadata: dict[str, Any] = {"total_size": sum(shard.nbytes for shard in shards)}
@@ -238,8 +240,8 @@ def _index(shards: Sequence[Shard], names: Mapping[str, str]) -> dict[str, Any]:
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _keep(old: Path, new: Path) -> None:
-    """Bring over what is no weight: the config, the tokenizer, a model card, folders."""
+def _carry_over(old: Path, new: Path) -> None:
+    """Link or copy files that are no weights: the config, the tokenizer, a model card, folders."""
     stale = weight_files(old)
     made: list[tuple[Path, Path]] = []
     for path in sorted(old.rglob("*")):
@@ -257,23 +259,23 @@ def _keep(old: Path, new: Path) -> None:
                 os.link(path, target)
             except OSError:  # a file system without links
                 shutil.copy2(path, target)
-    for path, target in reversed(made):  # when all is in it: a folder may be one that nobody writes into
+    for path, target in reversed(made):  # last, as a folder may be read-only
         shutil.copystat(path, target)
 
 
-def close(path: Path, like: Iterable[Path]) -> None:
-    """Take from a file or folder what others may do with it and may not with all of those that are like it."""
+def restrict_mode(path: Path, like: Iterable[Path]) -> None:
+    """Remove permissions of group and others that one of the files or folders in `like` does not have."""
     mode = path.stat().st_mode
     for one in like:
         if one.exists():
             granted = one.stat().st_mode & 0o077
-            # Who may read a folder may look into it.
+            # A folder that may be read may be entered.
             mode &= ~0o077 | granted | (granted >> 2 if path.is_dir() else 0)
     path.chmod(mode & 0o7777)
 
 
 def weight_files(folder: Path) -> set[str]:
-    """The files of a folder's checkpoint, which the next one takes the place of."""
+    """The files of the weights of a folder, which the next checkpoint replaces."""
     stale = {INDEX, SINGLE}
     stale |= {path.name for path in folder.glob("model-*-of-*.safetensors")}
     weight_map = _json(folder / INDEX).get("weight_map")
@@ -281,7 +283,7 @@ def weight_files(folder: Path) -> set[str]:
 
 
 def other_files(folder: Path) -> dict[str, Path]:
-    """What lies beside the weights of a checkpoint and belongs to it: config, tokenizer, model card."""
+    """The files of a checkpoint besides its weights: config, tokenizer, model card."""
     return {
         path.name: path
         for path in sorted(folder.iterdir())
@@ -290,7 +292,7 @@ def other_files(folder: Path) -> dict[str, Path]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What is in a file; empty where there is none, or another thing than an object."""
+    """The object in a JSON file; empty if there is none."""
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Processes that do one thing together: what one of them knows all learn, and when one fails all raise."""
+"""Processes with collective calls: values are shared with all, and an error in one is raised in all."""
 
 from __future__ import annotations
 
@@ -18,40 +18,45 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that are reached by going through some groups, one after the other: the dimensions of a mesh."""
+    """The processes of one or several process groups; several are the dimensions of a mesh.
+
+    Attributes:
+        groups: the groups, gathered one after the other.
+    """
 
     groups: Sequence[ProcessGroup]
 
     @property
     def rank(self) -> int:
-        """This process among all."""
+        """The global rank of this process."""
         from torch import distributed
 
         return cast("Any", distributed).get_rank()
 
     def share(self, value: T) -> dict[int, T]:
-        """Rank -> its value, of all processes. All of them call this, in the same order of calls.
+        """The values of all processes by rank. All of them call this, in the same order of calls.
 
         Raises:
-            TeamError: a process is gone.
+            TeamError: a process cannot be reached.
         """
         from torch import distributed
 
-        known: dict[int, T] = {self.rank: value}
+        values: dict[int, T] = {self.rank: value}
         for group in self.groups:
-            told: list[Any] = [None] * group.size()
+            gathered: list[Any] = [None] * group.size()
             try:
-                cast("Any", distributed).all_gather_object(told, known, group=group)
-            except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:  # the backend's own, or half a value
+                cast("Any", distributed).all_gather_object(gathered, values, group=group)
+            # errors of the backend, or of a truncated pickle
+            except (RuntimeError, ValueError, EOFError, UnpicklingError) as error:
                 raise TeamError(
-                    f"a process of the team cannot be reached, so it ended or was ended: {_backend(error)}",
-                    expected="all processes alive until the end; one without a word often had no memory left",
+                    f"a process of the team cannot be reached, so it ended or was ended: {_backend_message(error)}",
+                    expected="all processes alive until the end; one that just ends often ran out of memory",
                 ) from error
-            known = {rank: one for part in told for rank, one in part.items()}
-        return dict(sorted(known.items()))
+            values = {rank: one for part in gathered for rank, one in part.items()}
+        return dict(sorted(values.items()))
 
     def together(self, work: Callable[[], T]) -> dict[int, T]:
-        """Let each do its work, and share the outcome: every value, or an error in all of them.
+        """Run a function in every process, and share the results; an error in one is raised in all.
 
         Raises:
             TeamError: another process failed; in the one that failed, its own error.
@@ -62,19 +67,19 @@ class Team:
             value = work()
         except BaseException as caught:
             error = caught
-        told = self.share((value, None if error is None or isinstance(error, Stopped) else _words(error)))
+        results = self.share((value, None if error is None or isinstance(error, Stopped) else _message(error)))
         if error is not None and not isinstance(error, Stopped):
             raise error
-        _check({rank: words for rank, (_, words) in told.items()})
+        _check({rank: message for rank, (_, message) in results.items()})
         if error is not None:
             raise error
-        return {rank: cast("T", one) for rank, (one, _) in told.items()}
+        return {rank: cast("T", one) for rank, (one, _) in results.items()}
 
     def agree(self, error: BaseException | None = None) -> None:
-        """Tell the others whether one can go on; where one cannot, the others stop too.
+        """Share whether this process can continue; if one cannot, the others stop.
 
         Raises:
-            Stopped: another process cannot go on.
+            Stopped: another process cannot continue.
         """
         failed = [rank for rank, fine in self.share(error is None).items() if not fine and rank != self.rank]
         if failed and error is None:
@@ -82,15 +87,15 @@ class Team:
 
 
 class Stopped(NnspliceError, RuntimeError):
-    """Another process of the team failed; why, it says when all have come together."""
+    """Another process of the team failed; `Team.together` then raises its message."""
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {_first_line(error)}"
 
 
-def _backend(error: BaseException) -> str:
-    """What happened, without where in the backend's source, and what to do about it."""
+def _backend_message(error: BaseException) -> str:
+    """The first sentence of a backend's error, without its source location."""
     return re.sub(r"^\[[^\]]*\] ", "", _first_line(error)).partition(". ")[0]
 
 
@@ -99,6 +104,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check(failures: dict[int, str | None]) -> None:
-    failed = [f"process {rank} failed: {words}" for rank, words in failures.items() if words is not None]
+    failed = [f"process {rank} failed: {message}" for rank, message in failures.items() if message is not None]
     if failed:
         raise TeamError("; ".join(failed))

@@ -1,4 +1,4 @@
-"""Writing: tensors are offered one by one, groups mapped as soon as they are whole, files written as they fill."""
+"""Writing: groups are mapped as soon as their tensors have come, and written into files of about one size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from nnsplice.checkpoints.io.shards import Shard
+from nnsplice.checkpoints.io.shards import ShardFile
 from nnsplice.checkpoints.io.staging import read_journal, staged, writer
 from nnsplice.checkpoints.mapper.abc import (
     ModelStateMapper,
@@ -21,8 +21,9 @@ from nnsplice.checkpoints.mapper.abc import (
     ordered,
     outputs_of,
 )
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel, ModelStateMapperSequential, identity
-from nnsplice.checkpoints.mapper.distributed import ModelStateMapperGatherFullTensor, is_distributed
+from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
+from nnsplice.checkpoints.mapper.distributed import GatherFullTensor, is_distributed
+from nnsplice.checkpoints.mapper.fingerprint import fingerprint
 from nnsplice.errors import BadArgument, MapperError, circumstances
 from nnsplice.progress import bar
 
@@ -56,7 +57,7 @@ def write_model_state_local(
 
     Args:
         dest_dir: the folder to write, made or replaced.
-        mapper: from the names that are offered to the names in the files.
+        mapper: from the names of the tensors to the names in the files.
         state_generator: names and tensors, in any order; each is held until its group is complete.
         shard_size_gb: the largest size of a file, in units of 1024**3 bytes; a larger tensor has a file of its own.
         show_progress: show a progress bar in bytes.
@@ -73,7 +74,7 @@ def write_model_state_local(
     """
     with circumstances(f"writing {os.fspath(dest_dir)}"):
         limit = shard_bytes(shard_size_gb)
-        with staged(Path(dest_dir), job(mapper, limit, source), resume=resume) as staging:
+        with staged(Path(dest_dir), job_digest(mapper, limit, source), resume=resume) as staging:
             if not staging.published:
                 shards = write_shards(
                     staging.folder, "0000", mapper, groups_of(mapper, state_generator), limit, show_progress
@@ -116,19 +117,19 @@ def save_model_state(
 
 
 def states_of(mapper: ModelStateMapper, models: Sequence[nn.Module]) -> States:
-    """The states of models that a mapper asks for."""
+    """The states of models that are inputs of a mapper."""
     needed = inputs_of(mapper)
     for model in models:
         yield from ((name, state) for name, state in model.state_dict().items() if name in needed)
 
 
 def gathering(mapper: ModelStateMapper, models: Sequence[nn.Module]) -> ModelStateMapper:
-    """The same mapper, for states of which some are spread over a mesh."""
-    spread = [name for name, state in states_of(mapper, models) if is_distributed(state)]
-    if not spread:
+    """The mapper, after DTensors among the states are gathered."""
+    distributed = [name for name, state in states_of(mapper, models) if is_distributed(state)]
+    if not distributed:
         return mapper
-    gather = ModelStateMapperParallel([ModelStateMapperGatherFullTensor(name) for name in spread])
-    return ModelStateMapperSequential([gather, mapper])
+    gather = Parallel([GatherFullTensor(name) for name in distributed])
+    return Sequential([gather, mapper])
 
 
 def shard_bytes(shard_size_gb: float) -> int:
@@ -138,10 +139,10 @@ def shard_bytes(shard_size_gb: float) -> int:
     return max(1, int(shard_size_gb * 1024**3))
 
 
-def job(mapper: ModelStateMapper, limit: int, source: str) -> str:
-    """What makes two jobs the same, as one number."""
+def job_digest(mapper: ModelStateMapper, limit: int, source: str) -> str:
+    """A digest of a job: of its source, its file size and its mapper."""
     summed = hashlib.sha256(f"{source}\n{limit}\n".encode())
-    for part in identity(mapper):
+    for part in fingerprint(mapper):
         summed.update(f"{part}\n".encode())
     return summed.hexdigest()
 
@@ -154,22 +155,22 @@ def write_shards(
     limit: int,
     show_progress: bool,
     position: int | None = None,
-) -> list[Shard]:
-    """Write the outputs of a mapper's groups into files of a staging folder; what is there is not written again."""
+) -> list[ShardFile]:
+    """Write the outputs of a mapper's groups into files of a staging folder, but for those that its journal has."""
     before = read_journal(folder / f"{prefix}.jsonl", folder / "weights")
     number = 1 + max((int(shard.file.split("-")[-1].split(".")[0]) for shard in before if shard.file), default=0)
-    there = {name for shard in before for name in (*shard.names, *shard.tied)}
-    files = writer(folder, prefix, limit, outputs_of(mapper) - there, number)
+    written = {name for shard in before for name in (*shard.names, *shard.tied)}
+    files = writer(folder, prefix, limit, outputs_of(mapper) - written, number)
     try:
         with bar("writing", None, "B", show_progress, position=position) as shown:
             for group, tensors in groups:
-                if group.outputs <= there and not any(is_distributed(tensor) for tensor in tensors.values()):
+                if group.outputs <= written and not any(is_distributed(tensor) for tensor in tensors.values()):
                     continue
                 made = applied(mapper, group, tensors)
                 tensors.clear()
                 for name in list(made):
                     tensor = made.pop(name)
-                    (files.known if name in there else files.add)(name, tensor)
+                    (files.remember if name in written else files.add)(name, tensor)
                     shown.update(tensor.nbytes)
         files.close()
     except BaseException:
@@ -179,10 +180,10 @@ def write_shards(
 
 
 def groups_of(mapper: ModelStateMapper, states: States) -> Iterable[tuple[StateGroup, dict[str, Tensor]]]:
-    """Groups as soon as all their tensors were offered.
+    """Groups with their tensors, each as soon as all of its tensors have come.
 
     Raises:
-        MapperError: a tensor is offered twice, or one never.
+        MapperError: a tensor comes twice, or is missing at the end.
     """
     of: dict[str, StateGroup] = {}
     for group in ordered(mapper.state_dependency_groups()):

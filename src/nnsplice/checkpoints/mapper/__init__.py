@@ -1,11 +1,15 @@
-"""Changes of names and shapes, declared: which tensors are made of which, and how.
+"""Mappers: declared changes of names, shapes and numbers, from input tensors to output tensors.
 
-abc         what a mapper is
-one_group   what a mapper of one group is
-leaf        the words: rename, split, stack, cast, ...
-arrange     more words, for conversions between families
-distributed the words for tensors that are spread over a mesh
-compose     side by side, one after the other, a share, a prefix
-chain       how mappers one after the other are one mapper
-adapters    mappers from a module and from another mapper
+abc             the base class: groups of inputs and outputs, and a function for each
+leaf            the base class of mappers with one group
+names           Identity, Rename, Copy, SelectChildModules, Drop
+shapes          Transpose, Permute, Reshape, Squeeze, Unsqueeze, Slice
+numbers         Cast, Scale, Shift, Zeros
+splitting       UnstackTensors, ChunkTensors, Split, Deal
+joining         StackTensors, ConcatenateTensors, Collect
+distributed     Distribute, GatherFullTensor
+compose         Parallel, Sequential, Shard, PrefixScope
+chain           the groups of a Sequential, computed with a union-find
+adapters        identity mappers of a module, and of the outputs of another mapper
+fingerprint     texts that identify a mapper
 """

@@ -1,4 +1,4 @@
-"""What a mapper is: it says which tensors it needs for which, before there is any tensor, and then does it."""
+"""The base class of mappers: groups of inputs and outputs, known before a tensor is read, and a function for each."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class ModelStateMapper(ABC):
 
     Groups share no key, so each is read, changed and written by itself, in any order and by any process.
 
-    A mapper of one's own declares its groups and makes the outputs of one. This one multiplies a norm into the matrix
-    that reads it:
+    A subclass declares its groups and computes the outputs of each. This one multiplies a norm into the matrix that
+    reads it:
 
     >>> from nnsplice.checkpoints import ModelStateMapper, Parallel, Rename, StateGroup
     >>> class Fold(ModelStateMapper):
@@ -90,7 +90,7 @@ class ModelStateMapper(ABC):
         Returns:
             The table.
         """
-        # A dry run reads headers, and who reads files knows mappers: asking the mapper itself is only the shorter way.
+        # Imported late: `io` imports this module.
         from nnsplice.checkpoints.io.explain import explain
 
         return explain(self, src_dir)
@@ -108,7 +108,7 @@ def as_mapper(given: object) -> ModelStateMapper:
 
 
 def ordered(groups: Iterable[StateGroup]) -> list[StateGroup]:
-    """Groups in one order in every process: a frozenset has another one wherever strings hash differently."""
+    """Groups sorted by names: the order of a frozenset differs between processes, as hashes of strings do."""
     return sorted(groups, key=lambda group: (sorted(group.inputs), sorted(group.outputs)))
 
 
@@ -123,10 +123,10 @@ def outputs_of(mapper: ModelStateMapper) -> frozenset[str]:
 
 
 def applied(mapper: ModelStateMapper, group: StateGroup, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Apply a mapper to one of its groups, and check that it made what it declared.
+    """Apply a mapper to one of its groups, and check the names of its outputs.
 
     Raises:
-        MapperError: it made something else.
+        MapperError: they are not the declared ones.
     """
     made = mapper.apply(tensors)
     if made.keys() != group.outputs:
@@ -138,7 +138,7 @@ def applied(mapper: ModelStateMapper, group: StateGroup, tensors: dict[str, Tens
 
 
 def undefined(mapper: ModelStateMapper, given: Iterable[str], known: Iterable[str]) -> MapperError:
-    """The error for a set of keys that is no group's."""
+    """The error for inputs that are not those of a group."""
     given, known = sorted(given), sorted(known)
     strange = [name for name in given if name not in known]
     hint = f"{strange[0]} is none of its inputs; like it are {closest(strange[0], known)}" if strange else None
@@ -150,7 +150,7 @@ def undefined(mapper: ModelStateMapper, given: Iterable[str], known: Iterable[st
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message: in order, and not too many."""
+    """Names for a message: sorted, and at most `most` of them."""
     every = sorted(names)
     more = f", ... ({len(every)} in all)" if len(every) > most else ""
     return (", ".join(map(shown, every[:most])) or "nothing") + more

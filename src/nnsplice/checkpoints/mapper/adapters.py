@@ -1,16 +1,15 @@
-"""Mappers made from what is there: a module, another mapper."""
+"""Identity mappers of a module, and of the outputs of another mapper."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, outputs_of
-from nnsplice.checkpoints.mapper.compose import ModelStateMapperParallel
-from nnsplice.checkpoints.mapper.compose import filter_empty_mappers as filter_empty_mappers
-from nnsplice.checkpoints.mapper.leaf import ModelStateMapperIdentity
+from nnsplice.checkpoints.mapper.compose import Parallel
+from nnsplice.checkpoints.mapper.names import Identity
 
 
-def identity_mapper_from_module(module: nn.Module) -> ModelStateMapperParallel:
+def identity_mapper_from_module(module: nn.Module) -> Parallel:
     """A mapper that passes every state of a module through: parameters and persistent buffers.
 
     >>> from nnsplice.checkpoints import identity_mapper_from_module
@@ -29,13 +28,11 @@ def identity_mapper_from_module(module: nn.Module) -> ModelStateMapperParallel:
         The identity of each of its states.
     """
     states: dict[str, object] = module.state_dict()
-    # What a module saves with `get_extra_state` need not be a tensor.
-    return ModelStateMapperParallel(
-        [ModelStateMapperIdentity(name) for name, state in states.items() if isinstance(state, Tensor)]
-    )
+    # `get_extra_state` may return anything.
+    return Parallel([Identity(name) for name, state in states.items() if isinstance(state, Tensor)])
 
 
-def identity_mapper_from_mapper_outputs(mapper: ModelStateMapper) -> ModelStateMapperParallel:
+def identity_mapper_from_mapper_outputs(mapper: ModelStateMapper) -> Parallel:
     """A mapper that passes every output of another mapper through.
 
     >>> from nnsplice.checkpoints import Rename, identity_mapper_from_mapper_outputs
@@ -49,4 +46,4 @@ def identity_mapper_from_mapper_outputs(mapper: ModelStateMapper) -> ModelStateM
     Returns:
         The identity of each of its outputs.
     """
-    return ModelStateMapperParallel([ModelStateMapperIdentity(name) for name in sorted(outputs_of(mapper))])
+    return Parallel([Identity(name) for name in sorted(outputs_of(mapper))])

@@ -1,7 +1,7 @@
-"""Stages as one graph: which keys that come in belong together with which keys that come out.
+"""The groups of a chain of mappers: inputs of the first stages, with the outputs that depend on them.
 
-A union-find over the groups of all stages: two groups are joined when a key goes from one to the other. That takes one
-walk over all keys, whatever the stages are, and what remains is a list of steps for each joined group.
+A union-find over the groups of all stages joins two groups when a tensor goes from one to the other. It looks at each
+key once.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from nnsplice.errors import MapperError
 
 
 @dataclass(slots=True)
-class Net:
+class ChainedGroup:
     """A group of the whole chain, with the groups of the stages that it consists of."""
 
     inputs: set[str] = field(default_factory=set[str])
     outputs: set[str] = field(default_factory=set[str])
-    #: Stage -> its mapper and the groups of it.
+    #: Number of the stage -> its mapper, and the mapper's groups.
     steps: dict[int, tuple[ModelStateMapper, list[StateGroup]]] = field(
         default_factory=dict[int, tuple[ModelStateMapper, list[StateGroup]]]
     )
 
     @property
     def group(self) -> StateGroup:
-        """What it needs and what it makes."""
+        """Its inputs and outputs."""
         return StateGroup(frozenset(self.inputs), frozenset(self.outputs))
 
     def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take tensors through the stages."""
+        """The outputs of the last stage."""
         state = dict(tensors)
         for mapper, groups in self.steps.values():
             made: dict[str, Tensor] = {}
             for group in groups:
                 made |= applied(mapper, group, {name: state[name] for name in sorted(group.inputs)})
-            # All of a stage happens at once: `a -> b` beside `b -> a` exchanges them.
+            # Inputs are removed after all groups of the stage ran: `a -> b` beside `b -> a` exchanges the two.
             for group in groups:
                 for name in group.inputs:
                     state.pop(name, None)
@@ -46,7 +46,7 @@ class Net:
         return state
 
 
-class _Joined:
+class _UnionFind:
     """A union-find."""
 
     def __init__(self) -> None:
@@ -68,15 +68,15 @@ class _Joined:
         self._above[b] = a
 
 
-def link(stages: Sequence[ModelStateMapper]) -> dict[frozenset[str], Net]:
+def chained_groups(stages: Sequence[ModelStateMapper]) -> dict[frozenset[str], ChainedGroup]:
     """The groups of a chain, by their inputs.
 
     Raises:
         MapperError: a key is needed again after it was used up, or two tensors would have one name.
     """
-    joined = _Joined()
-    here: dict[str, int] = {}  # key -> who made it, for all that exists between two stages
-    gone: dict[str, int] = {}  # key -> the stage that used it up
+    joined = _UnionFind()
+    available: dict[str, int] = {}  # key -> the node that made it, for the tensors between two stages
+    used_up: dict[str, int] = {}  # key -> the stage that needed it
     sources: list[tuple[int, str]] = []
     steps: list[tuple[int, int, ModelStateMapper, StateGroup]] = []
     for number, stage in enumerate(stages):
@@ -86,47 +86,47 @@ def link(stages: Sequence[ModelStateMapper]) -> dict[frozenset[str], Net]:
             node = joined.new()
             steps.append((node, number, stage, group))
             for name in sorted(group.inputs):
-                if name not in here:
-                    if name in gone:
-                        raise _used_up(name, gone[name], number)
-                    here[name] = node  # it comes from outside, past the stages before
+                if name not in available:
+                    if name in used_up:
+                        raise _used_up(name, used_up[name], number)
+                    available[name] = node  # an input of the chain
                     sources.append((node, name))
-                joined.join(node, here[name])
+                joined.join(node, available[name])
                 taken[name] = number
             for name in sorted(group.outputs):
                 if name in made:
                     raise _collision(name, number)
                 made[name] = node
         for name in taken:
-            del here[name]
+            del available[name]
         for name, node in made.items():
-            if name in here:
+            if name in available:
                 raise _collision(name, number)
-            here[name] = node
-        gone |= taken
-    return _nets(joined, here, sources, steps)
+            available[name] = node
+        used_up |= taken
+    return _merged(joined, available, sources, steps)
 
 
-def _nets(
-    joined: _Joined,
+def _merged(
+    joined: _UnionFind,
     ends: dict[str, int],
     sources: list[tuple[int, str]],
     steps: list[tuple[int, int, ModelStateMapper, StateGroup]],
-) -> dict[frozenset[str], Net]:
-    # Groups that need nothing would all have the same key, so they are one.
-    fed = {joined.root(node) for node, _ in sources}
-    constant = [node for node, *_ in steps if joined.root(node) not in fed]
-    for node in constant[1:]:
-        joined.join(constant[0], node)
-    nets: dict[int, Net] = {}
+) -> dict[frozenset[str], ChainedGroup]:
+    # Groups without inputs all have the empty key, so they are one group.
+    with_inputs = {joined.root(node) for node, _ in sources}
+    without_inputs = [node for node, *_ in steps if joined.root(node) not in with_inputs]
+    for node in without_inputs[1:]:
+        joined.join(without_inputs[0], node)
+    groups: dict[int, ChainedGroup] = {}
     for node, number, stage, group in steps:
-        net = nets.setdefault(joined.root(node), Net())
-        net.steps.setdefault(number, (stage, []))[1].append(group)
+        chained = groups.setdefault(joined.root(node), ChainedGroup())
+        chained.steps.setdefault(number, (stage, []))[1].append(group)
     for node, name in sources:
-        nets[joined.root(node)].inputs.add(name)
+        groups[joined.root(node)].inputs.add(name)
     for name, node in ends.items():
-        nets[joined.root(node)].outputs.add(name)
-    return {frozenset(net.inputs): net for net in nets.values()}
+        groups[joined.root(node)].outputs.add(name)
+    return {frozenset(chained.inputs): chained for chained in groups.values()}
 
 
 def _used_up(name: str, before: int, now: int) -> MapperError:

@@ -1,11 +1,10 @@
-"""Mappers made of mappers: side by side, one after the other, a share of one, one under a prefix."""
+"""Mappers made of mappers: Parallel, Sequential, Shard, PrefixScope."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from nnsplice.checkpoints.mapper.abc import (
@@ -17,8 +16,7 @@ from nnsplice.checkpoints.mapper.abc import (
     ordered,
     undefined,
 )
-from nnsplice.checkpoints.mapper.chain import Net, link
-from nnsplice.checkpoints.mapper.one_group import Leaf
+from nnsplice.checkpoints.mapper.chain import ChainedGroup, chained_groups
 from nnsplice.errors import BadArgument, BadType, MapperError, named
 
 
@@ -27,7 +25,7 @@ def filter_empty_mappers(mappers: Iterable[ModelStateMapper]) -> list[ModelState
 
     >>> from nnsplice.checkpoints import Parallel, Rename, filter_empty_mappers
     >>> filter_empty_mappers([Parallel([]), Rename("a", "b")])
-    [ModelStateMapperRename(name_from='a', name_to='b')]
+    [Rename(name_from='a', name_to='b')]
 
     Args:
         mappers: mappers.
@@ -48,7 +46,7 @@ _Makers = tuple[tuple[ModelStateMapper, StateGroup], ...]
 
 
 class _Grouped(ModelStateMapper):
-    """A mapper that knows its groups by their inputs."""
+    """A mapper with a table of its groups, by their inputs."""
 
     _groups: Mapping[frozenset[str], StateGroup]
 
@@ -64,7 +62,7 @@ class _Grouped(ModelStateMapper):
 
 
 @dataclass(frozen=True, repr=False)
-class ModelStateMapperParallel(_Grouped):
+class Parallel(_Grouped):
     """Several mappers that share no key; where several outputs need one input, `Copy` gives it several names.
 
     >>> from nnsplice.checkpoints import Parallel, Rename
@@ -91,7 +89,7 @@ class ModelStateMapperParallel(_Grouped):
                 makers[group.inputs] = (*makers.get(group.inputs, ()), (mapper, group))
         object.__setattr__(self, "mappers", mappers)
         object.__setattr__(self, "_makers", makers)
-        # Several mappers may make something of nothing; whoever asks with no tensors gets all of it.
+        # Mappers without inputs all have the empty key, so their outputs are one group.
         groups = {
             inputs: StateGroup(inputs, frozenset(name for _, group in every for name in group.outputs))
             for inputs, every in makers.items()
@@ -129,8 +127,8 @@ def _claim(kind: str, names: Iterable[str], owners: dict[str, ModelStateMapper],
 
 
 @dataclass(frozen=True, repr=False)
-class ModelStateMapperSequential(_Grouped):
-    """Several mappers one after the other; a mapper passes keys that it does not know.
+class Sequential(_Grouped):
+    """Several mappers one after the other; a mapper passes on tensors that it does not need.
 
     >>> from nnsplice.checkpoints import Rename, Sequential, UnstackTensors
     >>> chain = Sequential([UnstackTensors("s", ["a", "b"], 0), Rename("a", "x")])
@@ -143,7 +141,7 @@ class ModelStateMapperSequential(_Grouped):
 
     mappers: Sequence[ModelStateMapper]
     _groups: Mapping[frozenset[str], StateGroup] = field(init=False, compare=False)
-    _nets: Mapping[frozenset[str], Net] = field(init=False, compare=False)
+    _chained: Mapping[frozenset[str], ChainedGroup] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         mappers = tuple(filter_empty_mappers(self.mappers))
@@ -151,10 +149,10 @@ class ModelStateMapperSequential(_Grouped):
             raise BadArgument(
                 "no mapper that maps anything", expected="at least one", write="Sequential([Rename(a, b)])"
             )
-        nets = link(mappers)
+        chained = chained_groups(mappers)
         object.__setattr__(self, "mappers", mappers)
-        object.__setattr__(self, "_nets", nets)
-        object.__setattr__(self, "_groups", {inputs: net.group for inputs, net in nets.items()})
+        object.__setattr__(self, "_chained", chained)
+        object.__setattr__(self, "_groups", {inputs: group.group for inputs, group in chained.items()})
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of one group, after all mappers.
@@ -165,14 +163,14 @@ class ModelStateMapperSequential(_Grouped):
         Returns:
             The outputs by name.
         """
-        return self._nets[self._group(group).inputs].run(group)
+        return self._chained[self._group(group).inputs].run(group)
 
     def __repr__(self) -> str:
         return f"Sequential({len(self.mappers)} stages)"
 
 
 @dataclass(frozen=True, repr=False)
-class ModelStateMapperShard(_Grouped):
+class Shard(_Grouped):
     """The groups of one process; every process computes the same partition without communication.
 
     Without `sizes`, groups are dealt out one by one in the order of their names. With `sizes`, each process has one
@@ -187,13 +185,12 @@ class ModelStateMapperShard(_Grouped):
         sub_mapper: the mapper to divide.
         total_shards: the number of processes.
         current_shard: the number of this process.
-        sizes: the bytes of each input, as `Checkpoint.sizes()`.
+        sizes: the bytes of each input, in the order of the files, as `Checkpoint.open(folder).sizes()`.
     """
 
     sub_mapper: ModelStateMapper
     total_shards: int
     current_shard: int
-    #: Input -> its bytes, in the order in which inputs lie in the files: `Checkpoint.open(folder).sizes()`.
     sizes: Mapping[str, int] | None = None
     _groups: Mapping[frozenset[str], StateGroup] = field(init=False, compare=False)
 
@@ -204,7 +201,7 @@ class ModelStateMapperShard(_Grouped):
         if not 0 <= current < total:
             raise BadArgument(f"current_shard is {current}", expected=f"0 to {total - 1}")
         every = ordered(self.sub_mapper.state_dependency_groups())
-        own = every[current::total] if self.sizes is None else _stretch(every, self.sizes, total, current)
+        own = every[current::total] if self.sizes is None else _file_range(every, self.sizes, total, current)
         object.__setattr__(self, "_groups", {group.inputs: group for group in own})
 
     def apply(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -223,17 +220,17 @@ class ModelStateMapperShard(_Grouped):
         return f"Shard({self.sub_mapper!r}, {self.total_shards}, {self.current_shard})"
 
 
-def _stretch(groups: Sequence[StateGroup], sizes: Mapping[str, int], total: int, current: int) -> list[StateGroup]:
-    """The groups whose middle lies in the share's part of all bytes, in the order of the files."""
-    places = {name: number for number, name in enumerate(sizes)}
-    if unknown := {name for group in groups for name in group.inputs} - places.keys():
+def _file_range(groups: Sequence[StateGroup], sizes: Mapping[str, int], total: int, current: int) -> list[StateGroup]:
+    """The groups of one share, if the bytes of all groups in the order of the files are cut into equal ranges."""
+    order = {name: number for number, name in enumerate(sizes)}
+    if unknown := {name for group in groups for name in group.inputs} - order.keys():
         raise MapperError(f"the sizes of {listing(unknown)} are not given", expected="a size for each input")
-    by_place = sorted(groups, key=lambda group: min((places[name] for name in group.inputs), default=-1))
-    # One more for each, so that groups without bytes are spread as well.
-    weights = [1 + sum(sizes[name] for name in group.inputs) for group in by_place]
+    in_order = sorted(groups, key=lambda group: min((order[name] for name in group.inputs), default=-1))
+    # One byte more for each, so that groups without bytes are divided too.
+    weights = [1 + sum(sizes[name] for name in group.inputs) for group in in_order]
     all_bytes, before = sum(weights), 0
     own: list[StateGroup] = []
-    for group, weight in zip(by_place, weights, strict=True):
+    for group, weight in zip(in_order, weights, strict=True):
         if (2 * before + weight) * total // (2 * all_bytes) == current:
             own.append(group)
         before += weight
@@ -241,7 +238,7 @@ def _stretch(groups: Sequence[StateGroup], sizes: Mapping[str, int], total: int,
 
 
 @dataclass(frozen=True, repr=False)
-class ModelStateMapperPrefixScope(_Grouped):
+class PrefixScope(_Grouped):
     """A mapper with a prefix before the names of its inputs and one before those of its outputs.
 
     >>> from nnsplice.checkpoints import Parallel, PrefixScope, Rename
@@ -286,31 +283,3 @@ class ModelStateMapperPrefixScope(_Grouped):
 
     def __repr__(self) -> str:
         return f"PrefixScope({self.mapper!r}, {self.source_prefix!r}, {self.target_prefix!r})"
-
-
-#: Values whose repr says all of them, in every process.
-_PLAIN = (str, bytes, int, float, complex, torch.dtype, type(None))
-
-
-def identity(mapper: ModelStateMapper) -> Iterator[str]:
-    """A mapper in all its parts, as texts that are the same in every process and other ones for another mapper."""
-    if isinstance(mapper, ModelStateMapperParallel | ModelStateMapperSequential):
-        yield type(mapper).__name__
-        for inner in mapper.mappers:
-            yield from identity(inner)
-    elif isinstance(mapper, ModelStateMapperShard | ModelStateMapperPrefixScope):
-        inner = mapper.sub_mapper if isinstance(mapper, ModelStateMapperShard) else mapper.mapper
-        yield type(mapper).__name__
-        yield from identity(inner)
-    elif isinstance(mapper, Leaf):
-        yield repr(mapper)
-    else:  # its repr may hold an address, so what it is made of is told one by one
-        yield f"{type(mapper).__module__}.{type(mapper).__qualname__}"
-        for name, value in sorted(vars(mapper).items()):
-            if isinstance(value, ModelStateMapper):
-                yield from identity(value)
-            elif isinstance(value, _PLAIN):
-                yield f"{name}={value!r}"
-    if not isinstance(mapper, Leaf):
-        for group in ordered(mapper.state_dependency_groups()):
-            yield f"{sorted(group.inputs)} -> {sorted(group.outputs)}"

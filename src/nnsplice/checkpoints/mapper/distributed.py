@@ -1,4 +1,4 @@
-"""Mappers between a tensor and the pieces of it that the processes of a mesh hold."""
+"""Mappers between full tensors and DTensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from nnsplice.checkpoints.mapper.one_group import InPlace
+from nnsplice.checkpoints.mapper.leaf import InPlace
 from nnsplice.errors import MapperError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def is_distributed(tensor: object) -> bool:
-    """Whether it is a DTensor; looks without importing what nobody has used yet."""
+    """Whether it is a DTensor; does not import `torch.distributed.tensor`."""
     import sys
 
     module = sys.modules.get("torch.distributed.tensor")
@@ -25,24 +25,24 @@ def is_distributed(tensor: object) -> bool:
 
 
 def local_piece(tensor: Tensor) -> list[tuple[int, int]]:
-    """Where the piece of a DTensor that this process holds lies in the whole: `(start, stop)` for each dimension.
+    """The range of a DTensor that this process holds: `(start, stop)` for each dimension.
 
     Raises:
-        MapperError: what is held is a summand, and no piece.
+        MapperError: this process holds a summand instead.
     """
     from torch.distributed.tensor import _utils as utils
 
-    spread = cast("Any", tensor)
-    if any(placement.is_partial() for placement in spread.placements):
-        raise MapperError(f"a DTensor placed as {spread.placements} holds summands", expected="pieces, or all of it")
+    dtensor = cast("Any", tensor)
+    if any(placement.is_partial() for placement in dtensor.placements):
+        raise MapperError(f"a DTensor placed as {dtensor.placements} holds summands", expected="shards or replicas")
     shape, offset = cast("Any", utils).compute_local_shape_and_global_offset(
-        tensor.shape, spread.device_mesh, spread.placements
+        tensor.shape, dtensor.device_mesh, dtensor.placements
     )
     return [(start, start + length) for start, length in zip(offset, shape, strict=True)]
 
 
 @dataclass(frozen=True)
-class ModelStateMapperDistribute(InPlace):
+class Distribute(InPlace):
     """Convert a tensor that every process has into a DTensor, without communication.
 
     >>> from nnsplice.checkpoints import Distribute
@@ -76,7 +76,7 @@ class ModelStateMapperDistribute(InPlace):
 
 
 @dataclass(frozen=True)
-class ModelStateMapperGatherFullTensor(InPlace):
+class GatherFullTensor(InPlace):
     """Gather a DTensor into a full tensor; every process of its mesh takes part.
 
     >>> from nnsplice.checkpoints import Distribute, GatherFullTensor

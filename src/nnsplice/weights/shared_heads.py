@@ -1,9 +1,9 @@
-"""What is a head's own where several heads read one key/value head.
+"""The weights of a head that no other head reads, in models where several heads share one key/value head.
 
-The mask of such a head has the shared keys and values too (`create_param_masks`), as its slice depends on them. But who
-takes them out, or exchanges them, changes the other heads of the group as well. So what acts on weights takes what no
-other head reads (queries, the columns of the output projection, gates, sinks), and the shared rest with the whole
-group: by its address, or when all of its heads are chosen together.
+The mask of such a head includes the shared keys and values (`create_param_masks`), as its output depends on them. But
+to ablate or swap them changes the other heads of the group too. So `swap`, `ablate` and the like take the head's own
+weights (queries, the columns of the output projection, gates, sinks), and the shared ones with the whole group: by its
+address, or if all of its heads are selected together.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from nnsplice.atlas import Atlas, Part, Selection
 from nnsplice.errors import BadArgument
 from nnsplice.paths import Path, parse_path
 
-#: A group of heads as one spelling asks for it: the path of its layer, its number, and the value (`None` for all).
+#: A group of heads: the path of its layer, its number, and the value (`None` for all).
 _Group = tuple[Path, int, str | None]
 
 
-def own(atlas: Atlas, asked: Sequence[tuple[Path | None, Selection]]) -> list[Selection]:
-    """The weights of some places, of heads only what is their own, if not all heads of their group are asked for.
+def own_parts(atlas: Atlas, asked: Sequence[tuple[Path | None, Selection]]) -> list[Selection]:
+    """The weights of some addresses; of heads without the shared ones, unless all heads of the group are selected.
 
     Args:
-        asked: paths with what they resolve to; None for what is no path.
+        asked: paths with their selections; None instead of a path for the name of a parameter.
     """
     found: list[Selection] = []
     groups: dict[_Group, dict[int, Path]] = {}
@@ -57,13 +57,13 @@ def own(atlas: Atlas, asked: Sequence[tuple[Path | None, Selection]]) -> list[Se
 
 
 def shared(atlas: Atlas, group: _Group) -> Selection:
-    """What every head of a group reads: all of it in a model that shares nothing, where a group is one head."""
+    """The weights that every head of a group reads; all of them if a group is one head."""
     layer, _, value = group
     return reduce(and_, (atlas.resolve(_head(layer, head, value)) for head in _heads_of(atlas, group)))
 
 
 def shared_groups(atlas: Atlas, place: Path) -> list[tuple[Path, Selection]]:
-    """The groups, of more heads than one, that some heads belong to, with what their heads share."""
+    """The groups of several heads that some heads belong to, with the weights that their heads share."""
     found = dict.fromkeys(_group_of(atlas, one)[0] for one in atlas.split(place))
     several = [group for group in found if len(_heads_of(atlas, group)) > 1]
     return [(_group(layer, number, value), shared(atlas, (layer, number, value))) for layer, number, value in several]
@@ -91,7 +91,7 @@ def notes(atlas: Atlas, parts: Mapping[str, Part | Tensor]) -> Iterator[str]:
                 if 0 < len(inside) < len(heads):
                     yield (
                         f"{_group(layer, number, None)} has keys and values that heads {_listed(heads)} read together, "
-                        f"and they are here with {_which(inside)} only; what acts on weights takes the address "
+                        f"and they are here with {_which(inside)} only; swap, ablate and the like take the address "
                         f"{_head(layer, inside[0], None)} without them, and {_group(layer, number, None)} whole"
                     )
 

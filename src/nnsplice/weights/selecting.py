@@ -1,4 +1,4 @@
-"""What a user chooses of a model's weights: texts, paths, lists of them, selections and masks -> one selection."""
+"""`select`: addresses, names and lists of them as one selection of a model's weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import nn
 from nnsplice.atlas import Atlas, Selection, peel
 from nnsplice.errors import BadArgument, BadType, NnspliceError, OutOfRange, PathError, UnknownPath
 from nnsplice.paths import Path, parse_path
-from nnsplice.weights import owned
+from nnsplice.weights import shared_heads
 
 #: An address or the name of a parameter, or a list of them, which is their union.
 Restriction: TypeAlias = "str | list[str] | list[Restriction]"
-#: What a restriction may look like, for messages.
+#: The forms of a restriction, for messages.
 FORMS = (
     "full, embed, unembed, l<i>, l<i> attn, l<i> mlp, l<i>h<j>, l<i>g<j>, "
     "an address such as layers[0:3].mlp.up, or a parameter's name"
@@ -64,8 +64,8 @@ def select(model: Any, restriction: Restriction | Path | Selection, *, own: bool
     if isinstance(restriction, Path):
         atlas = Atlas.of(model)
         found = atlas.resolve(restriction)
-        return _union(atlas, owned.own(atlas, [(restriction, found)])) if own else found
-    return chosen(model, restriction, own=own)
+        return _union(atlas, shared_heads.own_parts(atlas, [(restriction, found)])) if own else found
+    return selection_of(model, restriction, own=own)
 
 
 def _of(atlas: Atlas, selection: Selection) -> Selection:
@@ -81,13 +81,13 @@ def _of(atlas: Atlas, selection: Selection) -> Selection:
     return selection
 
 
-def chosen(model: Any, restriction: Restriction, *, own: bool = False) -> Selection:
+def selection_of(model: Any, restriction: Restriction, *, own: bool = False) -> Selection:
     """The selection that a text or a list of texts means, in the model's order."""
     atlas = Atlas.of(model)
     texts = list(_texts(restriction))
     asked = [_one(model, atlas, text) for text in texts]
-    _say_what_is_meant(atlas, texts)
-    return _union(atlas, owned.own(atlas, asked) if own else [selection for _, selection in asked])
+    _warn_of_towers_and_ties(atlas, texts)
+    return _union(atlas, shared_heads.own_parts(atlas, asked) if own else [selection for _, selection in asked])
 
 
 def _union(atlas: Atlas, found: list[Selection]) -> Selection:
@@ -177,7 +177,7 @@ def _near(text: str, options: Iterable[str], cutoff: float) -> str | None:
 
 
 def _repaired(atlas: Atlas, error: NnspliceError) -> str | None:
-    """What the language would have one write, where this model has it."""
+    """The repair that the error suggests, if this model has the address."""
     repair = next((line[9:] for line in str(error).splitlines() if line.startswith("  write: ")), "")
     try:
         atlas.resolve(repair)
@@ -193,8 +193,8 @@ def _closest(atlas: Atlas, text: str) -> str | None:
     return found or _near(text, atlas.tree.params, 0.5)
 
 
-def _say_what_is_meant(atlas: Atlas, texts: Iterable[str]) -> None:
-    """Warn, once for all the texts, where one means something else than a reader may think."""
+def _warn_of_towers_and_ties(atlas: Atlas, texts: Iterable[str]) -> None:
+    """Warn, once for all texts, of short forms in a model with two towers, and of tied tensors."""
     texts = list(texts)
     if len(atlas.towers) > 1 and any(_SHORT.match(text) for text in texts):
         warnings.warn(
