@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from nnsplice.errors import BadArgument, named
-from nnsplice.sweeps import Plan
+from nnsplice.sweeps import sweep
 from nnsplice.units import UnitPlan
 from nnsplice.work import imported
 
+R = TypeVar("R")
+
 #: What asks in one call -> where it is found, and where its plan is made, with the same arguments.
 KINDS = {
-    "ns.sweep": ("nnsplice.sweeps:sweep", "nnsplice.sweeps:plan_sweep"),
     "ns.attribute": ("nnsplice.attribution:attribute", "nnsplice.attribution.units:plan_attribute"),
     "ns.path_patch": ("nnsplice.attribution:path_patch", "nnsplice.attribution.units:plan_paths"),
     "ns.sweep_weights": ("nnsplice.sweeps:sweep_weights", "nnsplice.sweeps.weight_units:plan"),
@@ -24,7 +25,7 @@ KINDS = {
 _OF_RUN = ("executor", "max_tokens", "journal", "progress")
 
 
-def plan(question: Callable[..., Any], *args: Any, **options: Any) -> Plan | UnitPlan:
+def plan(question: Callable[..., R], *args: Any, **options: Any) -> UnitPlan[R]:
     """Plan a question without running it, so that `ns.run` runs it in units, here or in other processes.
 
     A unit is some whole prompts. All processes, in any order, give the same bits, whatever dies on the way.
@@ -37,8 +38,8 @@ def plan(question: Callable[..., Any], *args: Any, **options: Any) -> Plan | Uni
     'ig'
 
     Args:
-        question: `ns.sweep`, `ns.attribute`, `ns.path_patch`, `ns.sweep_weights`, `ns.faithfulness`, `ns.capture` or
-            `ns.steering.sweep`.
+        question: `ns.attribute`, `ns.path_patch`, `ns.sweep_weights`, `ns.faithfulness`, `ns.capture` or
+            `ns.steering.sweep`. For `ns.sweep` there is `ns.plan_sweep`.
         *args: its arguments.
         **options: its options, without those of `ns.run`: `executor`, `max_tokens`, `journal`, `progress`.
 
@@ -60,4 +61,5 @@ def plan(question: Callable[..., Any], *args: Any, **options: Any) -> Plan | Uni
     raise BadArgument(
         f"{getattr(question, '__name__', named(question))} is not run in units",
         expected=f"one of {', '.join(KINDS)}",
+        write="ns.plan_sweep(...)" if question is sweep else None,
     )

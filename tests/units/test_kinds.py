@@ -86,7 +86,7 @@ def test_a_plan_is_plain_data_and_the_same_again(model: Any, other: Any, tmp_pat
     assert read == plan
     assert (
         json.loads(plan.text)["weights"]
-        == ns.plan_sweep(model, *CLEAN[:1], *CORRUPTED[:1], HEADS, METRIC).asked["weights"]
+        == ns.plan_sweep(model, CLEAN[:1], CORRUPTED[:1], HEADS, METRIC).asked["weights"]
     )
     for size in (None, 1, 700):
         units = plan.units(size)
@@ -124,13 +124,13 @@ def test_a_part_of_the_units_gives_the_prompts_that_are_there(
 
 
 def test_all_kinds_are_tried_here(model: Any, other: Any) -> None:
-    tried = {questions.asked(name, model, other)[0] for name in NAMES} | {ns.sweep}
+    tried = {questions.asked(name, model, other)[0] for name in NAMES}
     assert len(tried) == len(KINDS)
 
 
-def test_a_sweep_is_planned_as_by_plan_sweep(model: Any) -> None:
-    plan = ns.plan(ns.sweep, model, CLEAN, CORRUPTED, HEADS, METRIC)
-    assert plan.asked == ns.plan_sweep(model, CLEAN, CORRUPTED, HEADS, METRIC).asked
+def test_a_sweep_has_a_plan_of_its_own(model: Any) -> None:
+    with pytest.raises(BadArgument, match=r"sweep is not run in units[\s\S]*ns\.plan_sweep"):
+        ns.plan(ns.sweep, model, CLEAN, CORRUPTED, HEADS, METRIC)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_constants_that_are_trained_for_each_circuit_are_refused(model: Any) -> 
 def test_trained_constants_go_along(model: Any) -> None:
     circuit = questions.circuits(model)[0]
     constants = ns.optimal_ablation(model, circuit, CLEAN, CORRUPTED, steps=2, progress=False)
-    options = {"ablation": constants}
+    options: dict[str, Any] = {"ablation": constants}
     plan = ns.plan(ns.faithfulness, model, circuit, CLEAN, None, METRIC, **options)
     whole = ns.faithfulness(model, circuit, CLEAN, None, METRIC, **options, progress=False)
     np.testing.assert_allclose(ns.run(plan, model, progress=False).values, whole.values, rtol=0, atol=1e-11)
@@ -242,7 +242,8 @@ def test_a_folder_of_another_question_is_refused(model: Any, tmp_path: Path) -> 
         (plan, {"max_tokens": 65}, "max_tokens: 64 there, 65 here"),
     ):
         with pytest.raises(FileError, match=differs):
-            ns.run(one, LOAD, on="folder", out=tmp_path / "run", **{"size": 1, "max_tokens": 64, **more})
+            options: dict[str, Any] = {"size": 1, "max_tokens": 64, **more}
+            ns.run(one, LOAD, on="folder", out=tmp_path / "run", **options)
 
 
 def test_steering_that_reaches_no_token_of_any_unit_is_told(model: Any) -> None:

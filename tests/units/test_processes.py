@@ -97,7 +97,7 @@ def _slow(name: str, model: Any) -> tuple[Any, dict[str, Any]]:
     """A plan whose units take some tenths of a second, so that a process is in the middle of one when it is killed."""
     metric, pair = sweep_functions.slow, (model, CLEAN * 2, CORRUPTED * 2)
     if name == "sweep":
-        return ns.plan(ns.sweep, *pair, "layers[:].mlp", metric), {"size": 9, "max_tokens": 64}
+        return ns.plan_sweep(*pair, "layers[:].mlp", metric), {"size": 9, "max_tokens": 64}
     return ns.plan(ns.path_patch, *pair, "layers[:].mlp", "unembed", metric), {"size": 1, "max_tokens": 64}
 
 

@@ -34,7 +34,7 @@ PASSES = 4
 
 def plan_paths(
     model: Any, clean: Any, corrupted: Any, senders: Paths, receivers: Paths, metric: Any, **options: Any
-) -> UnitPlan:
+) -> UnitPlan[Any]:
     """The plan of path patches; the arguments are those of `ns.path_patch`."""
     check_options("ns.path_patch", options, known_of(path_patching.path_patch, plan_sweep, path_patching.SET_HERE))
     model = engine.as_model(model)
@@ -45,7 +45,9 @@ def plan_paths(
     return unit_plan("nnsplice.attribution.units:PATHS", model, plan, plan.costs(), receivers=listed)
 
 
-def _paths_ready(plan: UnitPlan, models: Models, max_tokens: int, agree: Agree) -> Callable[[Sequence[int]], Arrays]:
+def _paths_ready(
+    plan: UnitPlan[Any], models: Models, max_tokens: int, agree: Agree
+) -> Callable[[Sequence[int]], Arrays]:
     model = models.model
     check_mode(model)
     engine.refuse_changed_logits(model)
@@ -61,7 +63,7 @@ def _paths_ready(plan: UnitPlan, models: Models, max_tokens: int, agree: Agree) 
     return unit
 
 
-def _paths_joined(plan: UnitPlan, outcomes: Outcomes) -> SweepResult:
+def _paths_joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SweepResult:
     metric = plan.told["plan"]["metric"]
     return result_of(plan, outcomes, metrics=tuple(name for name, _ in metric.get("several", ())))
 
@@ -92,7 +94,7 @@ def plan_attribute(
     spans: PairSpanTexts | None = None,
     align: str = "position",
     seed: int = 0,
-) -> UnitPlan:
+) -> UnitPlan[Any]:
     """The plan of estimates; the arguments are those of `ns.attribute`."""
     model = engine.as_model(model)
     with circumstances("ns.attribute"):
@@ -124,7 +126,7 @@ def plan_attribute(
 
 
 def _attribute_ready(
-    plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree
+    plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree
 ) -> Callable[[Sequence[int]], Arrays]:
     told, model = plan.told, models.model
     check_mode(model)
@@ -147,7 +149,7 @@ def _attribute_ready(
     return unit
 
 
-def _attribute_joined(plan: UnitPlan, outcomes: Outcomes) -> SweepResult:
+def _attribute_joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SweepResult:
     told = plan.told
     found = result_of(plan, outcomes, receivers=tuple(told["receivers"] or ()))
     each = [text_in(arrays["backwards"]) for _, arrays in outcomes]

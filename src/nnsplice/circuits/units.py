@@ -52,7 +52,7 @@ def plan(
     ablation: Ablation = "patch",
     reference: Any = None,
     shares: Sequence[float] = SHARES,
-) -> UnitPlan:
+) -> UnitPlan[Any]:
     """The plan of a report, whose arguments these are."""
     with circumstances("ns.faithfulness"):
         if isinstance(ablation, str) and ablation == "optimal":
@@ -92,7 +92,7 @@ def plan(
     return UnitPlan.of("nnsplice.circuits.units:FAITHFULNESS", told, costs, files)
 
 
-def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
+def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
     told, model = plan.told, models.model
     check_mode(model)
     engine.refuse_edits(model)
@@ -126,7 +126,7 @@ def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Ca
     return unit
 
 
-def _joined(plan: UnitPlan, outcomes: Outcomes) -> Faithfulness:
+def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> Faithfulness:
     told = plan.told
     run = together([Run(**text_in(arrays["run"])) for _, arrays in outcomes])
     return report(

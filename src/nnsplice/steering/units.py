@@ -39,7 +39,7 @@ from nnsplice.work import Arrays
 VECTOR = "vector.safetensors"
 
 
-def plan(model: Any, prompts: Any, vector: Any, *args: Any, operator: Any = "add", **options: Any) -> UnitPlan:
+def plan(model: Any, prompts: Any, vector: Any, *args: Any, operator: Any = "add", **options: Any) -> UnitPlan[Any]:
     """The plan of a sweep, whose arguments these are."""
     model = engine.as_model(model)
     if options.get("do_sample"):
@@ -71,7 +71,7 @@ def plan(model: Any, prompts: Any, vector: Any, *args: Any, operator: Any = "add
     return UnitPlan.of("nnsplice.steering.units:SWEEP", told, costs, {VECTOR: save(tensors)})
 
 
-def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
+def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
     told, model = plan.told, models.model
     if engine.in_training(model):
         raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
@@ -99,7 +99,7 @@ def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Ca
     return unit
 
 
-def _joined(plan: UnitPlan, outcomes: Outcomes) -> SteeringSweep:
+def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SteeringSweep:
     shown = dict(plan.told["shown"])
     where = _where_of(plan.told["where"])
     check_fired(where, any(bool(arrays["fired"]) for _, arrays in outcomes))

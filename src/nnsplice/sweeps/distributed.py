@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from nnsplice.work import Arrays, Engine, RunFolder
 
 #: How far two runs of one prompt may lie apart, as a share of the largest number.
 ROUNDING = 5e-2
+R = TypeVar("R")
 
 
 @overload
@@ -45,14 +46,14 @@ def run(
 ) -> SweepResult: ...  # fmt: skip
 @overload
 def run(
-    plan: UnitPlan,
+    plan: UnitPlan[R],
     model: Any, *, executor: str | Executor = ..., max_tokens: int | None = ...,
     journal: str | PathLike[str] | None = ..., progress: bool = ..., source: Any = ..., on: str | Engine | None = ...,
     out: str | PathLike[str] | None = ..., size: float | None = ..., load_options: Mapping[str, Any] | None = ...,
     threads: int = ..., partial: bool = ...,
-) -> Any: ...  # fmt: skip
+) -> R: ...  # fmt: skip
 def run(
-    plan: Plan | UnitPlan,
+    plan: Plan | UnitPlan[Any],
     model: Any,
     *,
     executor: str | Executor = "auto",

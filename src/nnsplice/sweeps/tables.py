@@ -19,7 +19,7 @@ from nnsplice.units import Outcomes, UnitPlan, packed_text, prompts_in, rows_of,
 from nnsplice.work import Arrays
 
 
-def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float], **more: Any) -> UnitPlan:
+def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float], **more: Any) -> UnitPlan[Any]:
     """A question about the cells of a plan, cut into whole prompts.
 
     Args:
@@ -37,7 +37,7 @@ def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float]
     return UnitPlan.of(kind, told, costs, {})
 
 
-def plan_in(plan: UnitPlan, model: engine.Model) -> Plan:
+def plan_in(plan: UnitPlan[Any], model: engine.Model) -> Plan:
     """The plan again, for this model."""
     return read_plan(plan.told["plan"], "", model)
 
@@ -51,7 +51,7 @@ def arrays_of(table: Table) -> Arrays:
     }  # fmt: skip
 
 
-def result_of(plan: UnitPlan, outcomes: Outcomes, **more: Any) -> SweepResult:
+def result_of(plan: UnitPlan[Any], outcomes: Outcomes, **more: Any) -> SweepResult:
     """The result of the prompts that are there, of a plan that `unit_plan` made.
 
     Args:
@@ -66,7 +66,7 @@ def result_of(plan: UnitPlan, outcomes: Outcomes, **more: Any) -> SweepResult:
 
 
 def joined(
-    plan: UnitPlan,
+    plan: UnitPlan[Any],
     outcomes: Outcomes,
     cells: tuple[Cell, ...],
     exists: np.ndarray,

@@ -32,7 +32,7 @@ from nnsplice.work import Arrays
 
 def plan(
     base: Any, tuned: Any, prompts: PromptsLike, sites: Paths, metric: MetricLike, *, batch_size: int | None = None
-) -> UnitPlan:
+) -> UnitPlan[Any]:
     """The plan of a sweep of weights, whose arguments these are."""
     if isinstance(tuned, Mapping):
         raise BadArgument(
@@ -59,7 +59,7 @@ def plan(
     return UnitPlan.of("nnsplice.sweeps.weight_units:WEIGHTS", told, costs, {})
 
 
-def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
+def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
     told, tuned = plan.told, models.source
     given, metric = prompts_of(told["prompts"], models.model), metric_of(told["metric"])
     assert isinstance(metric, Bound)  # as this sweep has one
@@ -72,7 +72,7 @@ def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Ca
     return unit
 
 
-def _joined(plan: UnitPlan, outcomes: Outcomes) -> SweepResult:
+def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SweepResult:
     told = plan.told
     cells = tuple(Cell(*cell) for cell in told["cells"])
     exists = np.ones((len(plan), len(cells)), dtype=bool)

@@ -20,7 +20,7 @@ from nnsplice.units.plan import Agree, Kind, Models, Outcomes, UnitPlan, bytes_o
 from nnsplice.work import Arrays
 
 
-def plan(model: Any, prompts: PromptsLike, sites: Paths, *, spans: SpanTexts | None = None) -> UnitPlan:
+def plan(model: Any, prompts: PromptsLike, sites: Paths, *, spans: SpanTexts | None = None) -> UnitPlan[Any]:
     """The plan of a capture, whose arguments these are."""
     model = engine.as_model(model)
     with circumstances("ns.capture"):
@@ -39,7 +39,7 @@ def plan(model: Any, prompts: PromptsLike, sites: Paths, *, spans: SpanTexts | N
     return UnitPlan.of("nnsplice.units.capturing:CAPTURE", told, [depth * max(pair) for pair in lengths], {})
 
 
-def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
+def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
     model, sites = models.model, plan.told["sites"]
     whole = prompts_of(plan.told["prompts"], model)
 
@@ -52,7 +52,7 @@ def _ready(plan: UnitPlan, models: Models, max_tokens: int, _agree: Agree) -> Ca
     return unit
 
 
-def _joined(plan: UnitPlan, outcomes: Outcomes) -> SavedActivation:
+def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SavedActivation:
     told = plan.told["origin"]
     origin = Provenance(
         told["model"], told["revision"], _tuples(told["prompts"]), _tuples(told["tokens"]),

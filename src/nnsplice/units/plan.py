@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ SIZE = 2.5e6
 MAX_TOKENS = 4096
 PLAN = "plan.json"
 R = TypeVar("R")
+#: What the question returns that was planned.
+Result = TypeVar("Result")
 
 #: What a worker finds out that all workers of a run have to take alike: a name, and how it is found out.
 Agree = Callable[[str, Callable[[], Any]], Any]
@@ -51,13 +53,13 @@ class Kind:
     #: What its users call it: `ns.attribute`.
     name: str
     #: Gets ready to run units, with so many tokens at once: a function from the prompts of a unit to its outcome.
-    ready: Callable[[UnitPlan, Models, int, Agree], Callable[[Sequence[int]], Arrays]]
+    ready: Callable[[UnitPlan[Any], Models, int, Agree], Callable[[Sequence[int]], Arrays]]
     #: The result of the units that are done; without a model.
-    joined: Callable[[UnitPlan, Outcomes], Any]
+    joined: Callable[[UnitPlan[Any], Outcomes], Any]
 
 
 @dataclass(frozen=True, repr=False)
-class UnitPlan:
+class UnitPlan(Generic[Result]):
     """A question cut into units, as plain data without a reference to the model: what `ns.plan` returns.
 
     >>> pairs = ["w3 w4 w5", "w3 w4"], ["w3 w6 w5", "w3 w6"]
@@ -80,7 +82,9 @@ class UnitPlan:
     files: tuple[tuple[str, bytes], ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, kind: str, told: Mapping[str, Any], costs: Sequence[float], files: Mapping[str, bytes]) -> UnitPlan:
+    def of(
+        cls, kind: str, told: Mapping[str, Any], costs: Sequence[float], files: Mapping[str, bytes]
+    ) -> UnitPlan[Any]:
         """A plan of plain data, which holds at least the digest of the model's weights, `"weights"`."""
         text = json.dumps(told, sort_keys=True)
         return cls(kind, text, tuple(float(cost) for cost in costs), tuple(sorted(files.items())))
@@ -158,7 +162,7 @@ class UnitPlan:
         write_json(folder / PLAN, {**told, **more})
 
     @classmethod
-    def read(cls, folder: Path) -> tuple[UnitPlan, Mapping[str, Any]]:
+    def read(cls, folder: Path) -> tuple[UnitPlan[Any], Mapping[str, Any]]:
         """A plan that `write` wrote, and what stands beside it."""
         told = from_json(text_of(folder / PLAN), folder / PLAN)
         files = tuple((name, (folder / name).read_bytes()) for name in told["files"])

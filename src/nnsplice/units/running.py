@@ -20,7 +20,7 @@ from nnsplice.work import Arrays, Engine, RunFolder, engine_of
 
 
 def run(
-    plan: UnitPlan,
+    plan: UnitPlan[Any],
     model: Any,
     *,
     max_tokens: int | None,
@@ -80,7 +80,7 @@ def finish(folder: RunFolder, chosen: Engine, progress: bool, partial: bool) -> 
         )
 
 
-def _here(plan: UnitPlan, models: Models, max_tokens: int, size: float | None, progress: bool) -> Any:
+def _here(plan: UnitPlan[Any], models: Models, max_tokens: int, size: float | None, progress: bool) -> Any:
     """All units in this process, one after the other."""
     run_unit = plan.row.ready(plan, models, max_tokens, _alone)
     units = plan.units(size)
@@ -96,7 +96,7 @@ def _alone(_name: str, mine: Callable[[], Any]) -> Any:
     return mine()
 
 
-def _models_of(plan: UnitPlan, model: Any, source: Any) -> Models:
+def _models_of(plan: UnitPlan[Any], model: Any, source: Any) -> Models:
     """Models of this process.
 
     Raises:
@@ -116,7 +116,7 @@ def _models_of(plan: UnitPlan, model: Any, source: Any) -> Models:
 
 
 def _prepared(
-    plan: UnitPlan, path: str | PathLike[str], *, max_tokens: int, size: float | None, threads: int
+    plan: UnitPlan[Any], path: str | PathLike[str], *, max_tokens: int, size: float | None, threads: int
 ) -> RunFolder:
     """A run folder with this plan, written or found there."""
     units = plan.units(size)
