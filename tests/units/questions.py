@@ -55,6 +55,10 @@ def asked(name: str, model: Any, other: Any) -> tuple[Any, tuple[Any, ...], dict
         "path_patch, tokens and metrics": (
             ns.path_patch, (*pair, "layers[:].heads[:][:]", "unembed", {"a": METRIC, "b": ns.rank("w7")}), {},
         ),
+        "path_patch, subspace": (
+            ns.path_patch, (*pair, "layers[:].mlp", "unembed", METRIC),
+            {"subspace": ns.Subspace.of("layers[1].mlp.output", torch.eye(16, dtype=torch.float64)[:3])},
+        ),
         "attribute": (ns.attribute, (*pair, NODES[1:], OWN), {}),
         "attribute, ig": (ns.attribute, (*pair, "layers[:].output", METRIC), {"method": "ig", "steps": 3}),
         "attribute, atp*": (ns.attribute, (*pair, HEADS, METRIC), {"method": "atp*"}),
@@ -86,6 +90,7 @@ def _curve(model: Any) -> tuple[Any, ...]:
 
 NAMES = (
     "steering", "steering, spans and an operator", "steering, generated", "path_patch",
+    "path_patch, subspace",
     "path_patch, tokens and metrics", "attribute", "attribute, ig", "attribute, atp*", "attribute, eap-ig",
     "attribute, relp", "attribute, ifr", "faithfulness", "faithfulness, mean", "faithfulness, own mean",
     "faithfulness, saved", "sweep_weights", "capture",

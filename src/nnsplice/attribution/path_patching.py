@@ -286,7 +286,9 @@ class _Pass:
                     continue
                 positions, width = plan.positions(sender, job[0]), part.shape[-1]
                 values = [source.value(job[0], sender, path, order, p, width) for order, p in enumerate(positions)]
-                part[self.still.start + row, positions] = torch.stack([v for v in values if v is not None]).to(part)
+                current = part[self.still.start + row, positions]
+                new = torch.stack([v for v in values if v is not None]).to(part)
+                part[self.still.start + row, positions] = plan.operation.apply(current, new)
 
     def _receive(self, receiver: Path, rows: Sequence[int], part: Tensor) -> None:
         if receiver.position is None:

@@ -128,7 +128,7 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
     here = {"operation": plan.operation.identity, "metric": _sources(plan.metric.identity)}
     there = {"operation": told["asked"]["operation"], "metric": _sources(told["asked"]["metric"])}
     for name in here:
-        if json.dumps(here[name]) != json.dumps(there[name]):
+        if json.dumps(here[name], sort_keys=True) != json.dumps(there[name], sort_keys=True):
             raise BadArgument(
                 f"the {name} is another function here than where the sweep was planned",
                 expected="one file for all, which does not change while the sweep runs",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from nnsplice.results.merging import together
 from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.plan_files import cells_of, plain_plan, read_plan
+from nnsplice.sweeps.plan_files import cells_of, plain_plan, read_plan, write_tensors
 from nnsplice.units import Outcomes, UnitPlan, packed_text, prompts_in, rows_of, text_in
 from nnsplice.work import Arrays
 
@@ -34,12 +36,18 @@ def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float]
         "labels": labels_of(model, plan),
         **more,
     }
-    return UnitPlan.of(kind, told, costs, {})
+    with tempfile.TemporaryDirectory() as folder:
+        write_tensors(plan, Path(folder))
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return UnitPlan.of(kind, told, costs, files)
 
 
 def plan_in(plan: UnitPlan[Any], model: engine.Model) -> Plan:
     """The plan again, for this model."""
-    return read_plan(plan.told["plan"], "", model)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in plan.files:
+            (Path(folder) / name).write_bytes(content)
+        return read_plan(plan.told["plan"], folder, model)
 
 
 def arrays_of(table: Table) -> Arrays:

@@ -86,7 +86,7 @@ class UnitPlan(Generic[Result]):
         cls, kind: str, told: Mapping[str, Any], costs: Sequence[float], files: Mapping[str, bytes]
     ) -> UnitPlan[Any]:
         """A plan of plain data, which holds at least the digest of the model's weights, `"weights"`."""
-        text = json.dumps(told, sort_keys=True)
+        text = json.dumps(told)
         return cls(kind, text, tuple(float(cost) for cost in costs), tuple(sorted(files.items())))
 
     def __len__(self) -> int:
