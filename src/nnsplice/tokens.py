@@ -173,7 +173,7 @@ def _bounds(span: Span, spans: Spans | None) -> Sequence[tuple[int, int]]:
     if spans is None or span.name not in spans:
         known = ", ".join(f'"{name}"' for name in spans or ()) or "none"
         raise SpanError(
-            f'the span "{span.name}" is not given; spans given: {known}',
+            f'nobody said where the span "{span.name}" stands; spans given: {known}',
             expected=f'spans={{"{span.name}": [a text or (start, stop) for each prompt]}} where prompts are given, '
             "or at= a position where a run is written to",
         )

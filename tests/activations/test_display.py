@@ -73,7 +73,7 @@ def test_bytes_as_a_person_says_them(count: int, text: str) -> None:
         (["layers[0].output[0]", "layers[2].output[0]", "layers[5].output[0]"], ["layers[0,2,5].output  [0]"]),
         (
             ["layers[0].heads[0].output[0]", "layers[1].heads[3].output[0]"],
-            ["layers[0..1].heads[0,3].output (2 of these sites)  [0]"],
+            ["layers[0..1].heads[0,3].output (2 of these places)  [0]"],
         ),
         (["encoder.layers[0].output[0]", "layers[0].output[0]"], ["encoder.layers[0].output  [0]", "layers[0].output"]),
         (
@@ -99,7 +99,7 @@ def test_no_site_is_lost_where_places_share_a_line(keys: list[str], lines: list[
 def test_many_kinds_of_place_are_cut_with_their_count() -> None:
     saved = hand(*(f"model.block{n}.output[0]" for n in range(SHOWN + 5)))
     lines = repr(saved).splitlines()
-    assert len(lines) == 1 + SHOWN + 1 and lines[-1] == "  ... and 5 more kinds of site"
+    assert len(lines) == 1 + SHOWN + 1 and lines[-1] == "  ... and 5 more kinds of place"
     cells = Cells(saved._repr_html_()).cells
     assert len(cells) == 3 * SHOWN + 1 and "... and 5 more" in cells[-1]
     assert "more" not in repr(hand(*(f"model.block{n}.output[0]" for n in range(SHOWN))))

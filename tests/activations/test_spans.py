@@ -59,8 +59,8 @@ def test_a_span_is_written_where_it_stands_in_the_prompts_of_the_run(model) -> N
         ({"subject": ["w4", "w9", "w20"]}, SpanError, r"'w20' does not occur in row 2"),
         ({"subject": ["w3", "w9"]}, SpanError, "given 2 times for 3 prompts"),
         ({"subject": SUBJECTS}, SpanError, r"1, 2, 3 tokens in different prompts[\s\S]*\[-1\] for its last"),
-        ({"other": SUBJECTS}, SpanError, r'the span "subject" is not given; spans given: "other"'),
-        (None, SpanError, "is not given"),
+        ({"other": SUBJECTS}, SpanError, r'nobody said where the span "subject" stands; spans given: "other"'),
+        (None, SpanError, "nobody said"),
         ({"subject": [(0, 9), (0, 1), (0, 1)]}, SpanError, "tokens 0 to 9, and the prompt has 4"),
         ({"subject": [(2, 2), (0, 1), (0, 1)]}, SpanError, "0 <= start < stop"),
         ({"subject": [3, 4, 5]}, BadType, r"is 3[\s\S]*a text, or \(start, stop\)"),
@@ -90,7 +90,7 @@ def test_texts_cannot_be_found_in_token_ids(model) -> None:
 
 
 def test_inside_a_trace_spans_are_not_known(model) -> None:
-    with pytest.raises(SpanError, match="is not given"):
+    with pytest.raises(SpanError, match="nobody said where"):
         with model.trace(PROMPTS):
             ns.save_activations(model, f'{PLACE}["subject"][0]')
 

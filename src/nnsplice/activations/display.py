@@ -1,4 +1,4 @@
-"""A capture as text and as an HTML table: sites, positions, rows, dtype, size."""
+"""What a capture shows of itself: sites, positions, rows, dtype, size; as text and as a small table."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Line = tuple[str, str, str]
 
 
 def text(packs: Sequence[Pack], rows: int) -> str:
-    """A line for the whole, then one for each kind of site."""
+    """A line for the whole, then one for each kind of place."""
     lines = _lines(packs)
     shown = [f"  {'  '.join(line)}" for line in lines[:SHOWN]]
-    more = [f"  ... and {len(lines) - SHOWN} more kinds of site"] if len(lines) > SHOWN else []
+    more = [f"  ... and {len(lines) - SHOWN} more kinds of place"] if len(lines) > SHOWN else []
     return "\n".join([f"SavedActivation: {_summary(packs, rows)}", *shown, *more])
 
 
@@ -29,7 +29,7 @@ def html(packs: Sequence[Pack], rows: int) -> str:
         for line in lines[:SHOWN]
     )
     more = f"<tr><td colspan=3>... and {len(lines) - SHOWN} more</td></tr>" if len(lines) > SHOWN else ""
-    head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("site", "positions", "width"))
+    head = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("place", "positions", "width"))
     return (
         f"<div><b>SavedActivation</b>: {escape.escape(_summary(packs, rows))}"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}{more}</tbody></table></div>"
@@ -37,7 +37,7 @@ def html(packs: Sequence[Pack], rows: int) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes with a unit."""
+    """Bytes as a person says them."""
     amount = float(count)
     for unit in ("B", "kB", "MB"):
         if amount < 1000:
@@ -59,7 +59,7 @@ def _summary(packs: Sequence[Pack], rows: int) -> str:
 
 
 def _lines(packs: Sequence[Pack]) -> list[Line]:
-    """One line for all sites that differ only in their numbers and hold the same positions."""
+    """One line for all places that differ in their numbers alone and hold the same positions."""
     groups: dict[tuple, list[Path]] = {}
     for pack in packs:
         place = pack.keys[0].place
@@ -77,7 +77,7 @@ def _positions(positions: Sequence[Position]) -> str:
 
 
 def _span(places: Sequence[Path]) -> str:
-    """The sites as one text, with ranges of numbers: `layers[0..11].output`."""
+    """The places as one text, the numbers that vary as ranges: `layers[0..11].output`."""
     first = places[0]
     count = 1
     names = ["model"] if first.native else [first.tower] if first.tower else []
@@ -86,8 +86,8 @@ def _span(places: Sequence[Path]) -> str:
         names.append(step.name + (f"[{_numbers(numbers)}]" if numbers else ""))
         count *= max(1, len(numbers))
     item = "" if first.item is None else f"[{first.item}]"
-    # Head 0 of layer 0 and head 3 of layer 1 are two sites, but would read as four.
-    some = "" if count == len(places) else f" ({len(places)} of these sites)"
+    # Head 0 of layer 0 and head 3 of layer 1 are two places, and their numbers would be read as four.
+    some = "" if count == len(places) else f" ({len(places)} of these places)"
     return ".".join([*names, first.value or "output"]) + item + some
 
 

@@ -58,7 +58,7 @@ def tensor(index: Index, path: str | Path, atlas: Atlas | None, length: int | No
     sites = {number for number, _ in entries}
     if len(sites) > 1:
         raise BadArgument(
-            f"this path stands for {len(sites)} sites, and get() returns the tensor of one",
+            f"this path stands for {len(sites)} places, and get() returns the tensor of one",
             path=path,
             write=f"saved.subset({str(path)!r}), or saved.stack('layer') for one tensor over the layers",
         )
@@ -86,7 +86,9 @@ def find(index: Index, path: str | Path, atlas: Atlas | None, length: int | None
         "not in this capture" if missing == pattern else f"{missing} is not in this capture",
         path=path,
         expected=f"one of its keys: {closest(str(missing), keys)}" if keys else "nothing: this capture is empty",
-        write=f"ns.expand(model, {str(path)!r}), as this capture has no model to count from" if from_end else None,
+        write=f"ns.expand(model, {str(path)!r}), as this capture does not know how many its model has"
+        if from_end
+        else None,
     )
 
 
@@ -217,7 +219,7 @@ def _sliced(held: Mapping[Position | None, int], wanted: Slice, path: Path, leng
             length = -min(numbers)
         else:
             raise UnknownPath(
-                f"[{wanted}] depends on the number of tokens of the prompts, which is not known",
+                f"[{wanted}] depends on how many tokens the prompts have, which this capture does not know",
                 path=path,
                 expected=f"some of its positions: {', '.join(map(str, numbers[:8]))}{', ...' * (len(numbers) > 8)}",
             )

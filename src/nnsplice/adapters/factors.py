@@ -20,7 +20,7 @@ from nnsplice.errors import BadArgument, ShapeError
 class ExpertAdapter:
     """The change that an adapter makes to each weight, as low-rank factors, with tags of its domains.
 
-    The keys of `layers` are the names of the base model's parameters: `model.layers.7.self_attn.q_proj.weight`.
+    `layers` goes by the names of the base model's own parameters: `model.layers.7.self_attn.q_proj.weight`.
 
     >>> from copy import deepcopy
     >>> tuned = deepcopy(ns.models.peel(model))

@@ -210,7 +210,7 @@ def _ends(module: str, target: str) -> bool:
 
 
 def _by_size(names: list[str], nested: Mapping[int, Tensors], mirrored: bool) -> list[str]:
-    """The order of two fused tensors by their sizes: the output of gate and up is twice as wide as the input of down."""
+    """The order of two fused tensors told by their sizes: gate and up together are twice as wide as what down reads."""
     if names != ["down_proj", "gate_up_proj"] or sorted(nested) != [0, 1]:
         return []
     sizes = [(nested[d]["lora_A"].shape[1], nested[d]["lora_B"].shape[0]) for d in (1, 0)]
@@ -225,15 +225,15 @@ def _by_size(names: list[str], nested: Mapping[int, Tensors], mirrored: bool) ->
 def _mirrored(config: Mapping[str, Any]) -> bool:
     """Whether a PEFT before 0.19 wrote the folder, which took every fused tensor for `[expert, in, out]`.
 
-    For experts stored as `[expert, out, in]`, A then has the output dimension. Versions before 0.18 do not write their
-    number.
+    Where experts are stored as `[expert, out, in]`, A then reads what the matrix gives. Versions before 0.18 do not say
+    which they are.
     """
     version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or "0.17"))
     return version is not None and (int(version[1]), int(version[2])) < (0, 19)
 
 
 def _is_transposed(parameter: str, a: Tensor, b: Tensor, config: Mapping[str, Any], root: nn.Module | None) -> bool:
-    """Whether `B A` of an expert is the transposed change of its matrix; by the sizes, if they differ."""
+    """Whether `B A` of an expert is the change of its matrix on its side: told by the sizes, where they differ."""
     module, _, attribute = parameter.rpartition(".")
     if root is None:
         return _mirrored(config)

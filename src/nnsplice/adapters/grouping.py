@@ -322,7 +322,7 @@ def _grouping(found: Layers, how: str, tower: str | None) -> LayerGrouping:
 
 
 def _short(stack: str) -> str:
-    """The name of the tower of a list of layers; a single tower is the decoder."""
+    """What `tower` says for a list of layers; a model with one tower calls it the decoder."""
     if any(word in NOT_TEXT for word in stack.split(".")):
         return stack
     return next((word for word in stack.split(".") if word in ("encoder", "decoder")), "decoder")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-#: Adam's default decay rates, for a state without them.
+#: Adam's usual rates, for a state that does not say them.
 BETAS = (0.9, 0.999)
 
 
@@ -193,7 +193,7 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
 
 
 def _remade(readings: Sequence[object]) -> str:
-    """The call that makes a grouping for this state; without names if exactly one order fits."""
+    """The call that makes a grouping of this state: with the state alone where it can be read in one way only."""
     if len(readings) == 1:
         return "map_param_ids_to_layers(adapter_dir, num_params, state=optimizer_state)"
     return (

@@ -158,7 +158,7 @@ def _factors(name: str, layer: Any, adapter: str) -> dict[str, str]:
 
 
 def _values_of(root: nn.Module, factors: Mapping[str, str], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Frozen factors (LoRA-FA trains only B) are in no snapshot.
+    # Frozen factors (LoRA-FA trains B alone) are in no snapshot.
     return {role: seen[name] if name in seen else root.get_parameter(name).detach() for role, name in factors.items()}
 
 

@@ -120,7 +120,7 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such pickles are refused below
+            warnings.simplefilter("ignore")  # of pickles by other hands, which are refused anyway
             found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileError("there is no such file", path=path, expected="a file of torch.save(...)") from None

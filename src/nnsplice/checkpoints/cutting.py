@@ -105,7 +105,7 @@ def cut(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
 def _depths(config: Mapping[str, Any]) -> set[int]:
     """How many layers the stacks of a config have."""
     counts = {value for key, value in config.items() if _COUNT.fullmatch(key) and type(value) is int and value > 0}
-    if not counts:  # some configs only have a list
+    if not counts:  # some say it by a list alone
         lists = [config.get(key) for key in ("layer_types", "layers_block_type")]
         counts = {len(cast("list[Any]", found)) for found in lists if isinstance(found, list)}
     return counts
@@ -159,7 +159,7 @@ def _check(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> 
         raise FileError(f"config.json says that model_type is {shown(kind)}", expected="the name of a family")
     if kind not in CONFIG_MAPPING:
         warnings.warn(
-            f"config.json was cut by the names of its fields, without a check: transformers has no model type {kind!r}",
+            f"config.json was cut by the names in it alone: transformers knows no {kind!r} to try it on",
             UserWarning,
             stacklevel=4,
         )
@@ -181,7 +181,7 @@ def _check(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> 
         raise MapperError(
             f"the first {layers} layers of a {kind} are no model of its own: {_why(name, before, after)}",
             expected="a family whose layers do not depend on how many there are",
-            write="ns.checkpoints.renaming(folder, layers=...)   (the tensors without a config)",
+            write="ns.checkpoints.renaming(folder, layers=...)   (the tensors alone, without a config)",
         )
 
 
@@ -199,7 +199,7 @@ def _described(config: Mapping[str, Any], words: str) -> dict[str, _Facts]:
         with TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
             model: nn.Module = empty_model(cast("Any", AutoConfig).from_pretrained(folder, trust_remote_code=False))
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # whatever transformers says to a config
         raise MapperError(
             f"transformers makes no model of config.json {words}: {type(error).__name__}: {str(error).strip()[:200]}"
         ) from None
@@ -220,7 +220,7 @@ def _settings(module: nn.Module) -> _Facts:
 
 
 def _only_counts(before: _Facts, after: _Facts, depths: set[int], layers: int) -> bool:
-    """Whether modules differ only in their layer counts."""
+    """Whether modules differ only in how many layers they say there are."""
     pairs = [(before.get(name), after.get(name)) for name in (*before, *after) if before.get(name) != after.get(name)]
     return all(type(a) is int and a in depths and b == min(a, layers) for a, b in pairs)
 

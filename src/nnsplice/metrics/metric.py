@@ -117,7 +117,7 @@ class Metric:
         """
         if self.sequence:
             raise BadArgument(
-                f"{self.name} reads the answer's tokens one after the other, so they have to be in the prompts",
+                f"{self.name} reads the answer's tokens one after the other, so they have to stand in the prompts",
                 expected="a sweep or an ablation, which appends them",
             )
         ids = {name: ids_of(self.name, name, one, tokenizer, prompts, texts) for name, one in self.answers.items()}
@@ -206,7 +206,7 @@ class Bound:
         return value
 
     def take(self, rows: Sequence[int]) -> Bound:
-        """The metric for these prompts only."""
+        """The metric of these prompts alone."""
         return Bound(self.metric, {name: tuple(ids[row] for row in rows) for name, ids in self.ids.items()})
 
     def check_answers(self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int]) -> None:
@@ -214,7 +214,7 @@ class Bound:
         check_spellings(self.metric.name, self.spellings, logits, prompts)
 
     def tokens(self, prompts: Sequence[int]) -> Tensor:
-        """`[row, answer]`, the token ids of all answers; smaller sets are padded with their first token."""
+        """`[row, answer]`, the token ids that it asks about; where sets differ in size, some come twice."""
         return torch.cat([_filled(_tensor([ids[p] for p in prompts])) for ids in self.ids.values()], 1)
 
     def of_tokens(self, logits: Float[Tensor, "row answer"], prompts: Sequence[int]) -> Tensor:

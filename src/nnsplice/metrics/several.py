@@ -42,7 +42,7 @@ class Several:
         return torch.stack([one.double() for one in found], -1)
 
     def take(self, rows: Sequence[int]) -> Several:
-        """The metrics for these prompts only."""
+        """The metrics of these prompts alone."""
         return Several(tuple((name, bound.take(rows)) for name, bound in self.parts))
 
     def check_answers(self, logits: Tensor, prompts: Sequence[int]) -> None:

@@ -200,8 +200,8 @@ def read_pairs(
     for _ in range(n):
         *shown, asked = drawn.sample(found, examples + 1)
         outputs = [row["output"] for row in shown]
-        shift = drawn.randrange(1, len(outputs))
-        wrong = outputs[shift:] + outputs[:shift]
+        turned = drawn.randrange(1, len(outputs))
+        wrong = outputs[turned:] + outputs[:turned]
         end = template.format(input=asked["input"], output="\0").partition("\0")[0]
         pairs.append([])
         for dealt in (outputs, wrong):

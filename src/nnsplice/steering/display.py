@@ -34,7 +34,7 @@ def _lines(directions: Mapping[str, Tensor], about: About) -> list[str]:
     widths = "/".join(map(str, sorted({tensor.shape[-1] for tensor in directions.values()}))) or "0"
     options = "".join(f", {name}={value!r}" for name, value in about.options.items())
     method = f"{about.method or 'made of others'}{options}"
-    head = f"SteeringVector: {counted(len(directions), 'site')}, width {widths}, method {method}, unit {about.unit}"
+    head = f"SteeringVector: {counted(len(directions), 'place')}, width {widths}, method {method}, unit {about.unit}"
     if about.rows is not None:
         head += f", from {' and '.join(map(str, about.rows))} rows"
     keys = list(directions)

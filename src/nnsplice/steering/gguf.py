@@ -153,7 +153,7 @@ def _expressible(rule: Rule) -> Tensor:
     reasons = {
         rule.name != "add": f"llama.cpp adds control vectors, and this rule is {rule.name}",
         rule.where.kind != "all": f"llama.cpp adds at every position, and this rule says where {rule.where}",
-        rule.when is not None: "llama.cpp has no conditions",
+        rule.when is not None: "llama.cpp knows no condition",
         isinstance(rule.coefficient, tuple): "llama.cpp has one strength for all rows",
     }
     for found, reason in reasons.items():
@@ -190,7 +190,7 @@ def _block(place: Path) -> int:
 
 
 def _native_block(place: Path) -> int | None:
-    """The block of a native path, if it is located in a model."""
+    """The block of a native path of a list of blocks, where a model has told what it is."""
     if not place.native or place.site is None or place.value != "output" or place.item is not None:
         return None
     last = place.steps[-1]

@@ -52,9 +52,9 @@ def rotate(h: Tensor, v: Tensor, c: Coefficient) -> Tensor:
     aside = u - _along(u, h / length) * h / length
     width = aside.norm(dim=-1, keepdim=True)
     angle = torch.as_tensor(c, dtype=h.dtype, device=h.device)
-    rotated = torch.cos(angle) * h + torch.sin(angle) * length * aside / width
+    turned = torch.cos(angle) * h + torch.sin(angle) * length * aside / width
     # A state along the vector, or a zero state, spans no plane with it.
-    return torch.where((length > 0) & (width > 1e-6), rotated, h)
+    return torch.where((length > 0) & (width > 1e-6), turned, h)
 
 
 def rotation(plane: Tensor) -> Operator:

@@ -39,8 +39,8 @@ class SteeredTokens:
             words = [mark.format(text) if share else text for text, share in pairs]
             moved = [share for share in shares if share]
             ends = dict.fromkeys(f"{share:.2f}" for share in (min(moved), max(moved))) if moved else ()
-            change = f"by {' to '.join(ends)} of the norm" if moved else "none of the prompt"
-            found.append(f"  {' '.join(words)}   ({len(moved)} of {len(texts)} tokens, {change})")
+            told = f"by {' to '.join(ends)} of the norm" if moved else "none of the prompt"
+            found.append(f"  {' '.join(words)}   ({len(moved)} of {len(texts)} tokens, {told})")
         return found
 
 

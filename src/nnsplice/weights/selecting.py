@@ -105,7 +105,7 @@ def _texts(restriction: Any, inside: bool = False) -> Iterator[str]:
         text = restriction.strip()
         if inside and text.lower() == "full":
             raise BadArgument(
-                f"{restriction!r} is in a list, but it is the whole model, to which nothing can be added",
+                f"{restriction!r} stands in a list, but it is the whole model, to which nothing can be added",
                 expected='"full" by itself',
             )
         yield text

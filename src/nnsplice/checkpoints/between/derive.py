@@ -278,7 +278,7 @@ def meta_model(folder: Path) -> nn.Module:
             _META_MODELS[text] = empty_model(
                 cast("Any", transformers.AutoConfig).from_pretrained(folder, trust_remote_code=False)
             )
-        except Exception as error:  # transformers raises many kinds
+        except Exception as error:  # whatever transformers says to a config
             raise FileError(
                 f"transformers makes no model of {path}: {type(error).__name__}: {str(error).strip()[:200]}",
                 expected="the config of a family that transformers has",

@@ -48,7 +48,7 @@ def write_model_state_distributed(
 ) -> None:
     """Write the tensors of all processes of a group as one checkpoint; every process calls this with its own mapper.
 
-    `Shard` divides a mapper between processes. Here the group has one process:
+    `Shard` divides a mapper between processes. Here the group is this process alone:
 
     >>> from tempfile import TemporaryDirectory
     >>> from torch import distributed

@@ -64,7 +64,7 @@ def write_model_state_local(
         resume: continue an interrupted call, and keep finished files if this one is interrupted.
         source: a description of the tensors' origin; `resume` refuses to continue with another one.
         carry: other files for the folder: name -> a file to copy, or a text.
-        like: files and folders that the tensors come from; the new files are readable for users who may read all of
+        like: files and folders that the tensors come from; the new files are readable for whoever may read all of
             these.
 
     Raises:

@@ -10,7 +10,7 @@ from nnsplice.checkpoints.mapper.abc import ModelStateMapper, ordered
 from nnsplice.checkpoints.mapper.compose import Parallel, PrefixScope, Sequential, Shard
 from nnsplice.checkpoints.mapper.leaf import Leaf
 
-#: Values that their repr identifies, in every process.
+#: Values whose repr says all of them, in every process.
 _PLAIN = (str, bytes, int, float, complex, torch.dtype, type(None))
 
 

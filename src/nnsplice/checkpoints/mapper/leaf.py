@@ -63,7 +63,7 @@ def unique_names(what: str, names: Sequence[str]) -> tuple[str, ...]:
     seen: set[str] = set()
     twice = next((name for name in names if name in seen or seen.add(name)), None)
     if twice is not None:
-        raise BadArgument(f"{twice} is twice in {what}", expected="each name once")
+        raise BadArgument(f"{twice} stands twice in {what}", expected="each name once")
     return names
 
 

@@ -161,7 +161,7 @@ def check_ranges(leaf: Leaf, length: int, ranges: Sequence[Ranges]) -> None:
     at = 0
     for start, stop in sorted(one for own in ranges for one in own):
         if start != at:
-            raise MapperError(f"ranges overlap or leave out {min(at, start)}:{max(at, start)}", path=repr(leaf))
+            raise MapperError(f"ranges meet or leave out {min(at, start)}:{max(at, start)}", path=repr(leaf))
         at = stop
     if at != length:
         raise MapperError(f"ranges end at {at}, and the dimension has length {length}", path=repr(leaf))
