@@ -103,6 +103,7 @@ READERS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*apart in the mean")
 @pytest.mark.parametrize("name", READERS)
 def test_questions_of_every_kind_are_run_told_and_merged(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
