@@ -116,9 +116,7 @@ def _captured(
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
         given = encode(model, prompts, spans, images=True)
-        wanted = _wanted(model, sites)
-        _check_positions(wanted, given)
-        closures.require(model, wanted)
+        wanted = checked(model, given, sites)
     batches = given.batches(batch_size)
     parts: list[list[Pack]] = []
     with bar("capture", len(given), "prompt", progress) as shown:
@@ -129,9 +127,26 @@ def _captured(
             else:
                 parts.append(_local(model, wanted, inputs, batch, found, keep_graph))
             shown.update(len(rows))
+    origin = origin_of(model, given, wanted)
+    return SavedActivation._new(joined(parts, batches), origin, engine.known(model))
+
+
+def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
+    """The places that are captured, which all prompts have to have.
+
+    Raises:
+        ShortRow: a prompt has no token at a position.
+    """
+    wanted = _wanted(model, sites)
+    _check_positions(wanted, given)
+    closures.require(model, wanted)
+    return wanted
+
+
+def origin_of(model: engine.Model, given: Prompts, wanted: Sequence[Path]) -> Provenance:
+    """Where a capture of these prompts comes from."""
     name, revision = engine.name_of(model)
-    origin = Provenance(name, revision, given.texts, _ids(given, wanted), given.spans)
-    return SavedActivation._new(_joined(parts, batches), origin, engine.known(model))
+    return Provenance(name, revision, given.texts, _ids(given, wanted), given.spans)
 
 
 def _wanted(model: engine.Model, paths: Paths) -> list[Path]:
@@ -215,16 +230,16 @@ def _local(
     return packs
 
 
-def _joined(parts: Sequence[Sequence[Pack]], batches: Sequence[Sequence[int]]) -> list[Pack]:
+def joined(parts: Sequence[Sequence[Pack]], batches: Sequence[Sequence[int]]) -> list[Pack]:
     """The batches' packs as one, rows in the order of the prompts."""
     if len(parts) == 1 and list(batches[0]) == sorted(batches[0]):
         return list(parts[0])
     order = torch.tensor([row for rows in batches for row in rows]).argsort()
-    joined: list[Pack] = []
+    found: list[Pack] = []
     for packs in zip(*parts, strict=True):
         tensor = torch.cat([pack.tensor for pack in packs])
-        joined.append(packs[0].with_tensor(tensor[order.to(tensor.device)]))
-    return joined
+        found.append(packs[0].with_tensor(tensor[order.to(tensor.device)]))
+    return found
 
 
 def _tokens(batch: engine.Batch) -> tuple[tuple[int, ...], ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -108,15 +108,30 @@ class Estimator:
         found = self.scored(prompts)
         return found.scores if found.edges is None else found.edges, found.spent.cost
 
-    def scored(self, chosen: Sequence[int]) -> Scored:
-        """Estimate the cells of these prompts."""
-        model, plan, graph, method = self.model, self.plan, self.graph, self.method
-        _check_kinds(plan, self.name)
-        if plan.align == "role" and self.name != "atp":
+    def check(self) -> None:
+        """Raise for a plan that the method cannot score, of all its prompts, before anything runs.
+
+        Raises:
+            BadArgument: it pairs tokens otherwise, or two towers differ.
+            RefusedPlace: a site without a gradient.
+            ShapeError: a pair of prompts of different lengths.
+        """
+        self._check()
+        if self.method.stepwise:
+            _check_way(self.plan, range(len(self.plan.corrupted)), self.name)
+
+    def _check(self) -> None:
+        _check_kinds(self.plan, self.name)
+        if self.plan.align == "role" and self.name != "atp":
             raise BadArgument(
                 f'{self.name} takes points between two prompts, token by token, and align="role" pairs them otherwise',
                 expected='method="atp"',
             )
+
+    def scored(self, chosen: Sequence[int]) -> Scored:
+        """Estimate the cells of these prompts."""
+        model, plan, graph, method = self.model, self.plan, self.graph, self.method
+        self._check()
         spent, prompts = Spent(Law.of(model)), len(plan.corrupted)
         scores = np.zeros((prompts, len(plan.targets)))
         made_of = None if graph is None else np.zeros((*scores.shape, len(graph.receivers)))
@@ -160,39 +175,50 @@ class Estimator:
                 halving(rows, work)
         return Scored(scores, made_of, clean, corrupted, spent)
 
-    def result(self, choice: Choice | None, start: float) -> SweepResult:
-        """All prompts, as a result; what choosing the method has cost, and when it began, are part of its run."""
+    def whole(self) -> Scored:
+        """All prompts, with NaN where there is no edge."""
         plan, graph = self.plan, self.graph
         found = self.scored(range(len(plan.corrupted)))
         check_baselines(plan.metric, clean=found.clean, corrupted=found.corrupted)
-        exists, scores = plan.exists(), found.scores
-        if found.edges is not None and graph is not None:
-            scores = found.edges.sum(-1)
-            found.edges[~(exists[..., None] & graph.joined(plan).numpy()[None])] = np.nan
+        if found.edges is None or graph is None:
+            return found
+        scores = found.edges.sum(-1)
+        found.edges[~(plan.exists()[..., None] & graph.joined(plan).numpy()[None])] = np.nan
+        return replace(found, scores=scores)
+
+    def result(self, choice: Choice | None, start: float) -> SweepResult:
+        """All prompts, as a result; what choosing the method has cost, and when it began, are part of its run."""
+        plan, graph = self.plan, self.graph
+        found, exists = self.whole(), plan.exists()
         spent, cost = found.spent, found.spent.cost
-        passes = f"{_count(cost.forwards, 'forward')} and {_count(spent.backwards, 'backward')}"
-        note = [f"estimated with {passes}", *dict.fromkeys(spent.notes), *_doubts(plan, self.name)]
+        note = notes(cost.forwards, spent.backwards, spent.notes, doubts(plan, self.name))
         if choice is not None:
-            cost, note = cost + choice.cost, [choice.note, *note]
+            cost, note = cost + choice.cost, f"{choice.note}; {note}"
         about = Run(
             self.name,
             time.perf_counter() - start,
             **cost.told(),
             known=len(plan.known),
             gate=closures.spent(self.model),
-            note="; ".join(note),
+            note=note,
         )
         cells = tuple(target.cell for target in plan.targets)
         return SweepResult(
             Table(
-                cells, found.corrupted[:, None] + scores, exists, exists, found.clean, found.corrupted, plan.tokens,
-                plan.asked, about, edges=found.edges, receivers=() if graph is None else graph.receivers,
+                cells, found.corrupted[:, None] + found.scores, exists, exists, found.clean, found.corrupted,
+                plan.tokens, plan.asked, about, edges=found.edges, receivers=() if graph is None else graph.receivers,
                 labels=labels_of(self.model, plan),
             )
         )  # fmt: skip
 
 
-def _doubts(plan: Plan, name: str) -> list[str]:
+def notes(forwards: int, backwards: int, noted: Sequence[str], doubts: Sequence[str]) -> str:
+    """What a result's note says of its estimates."""
+    passes = f"{_count(forwards, 'forward')} and {_count(backwards, 'backward')}"
+    return "; ".join([f"estimated with {passes}", *dict.fromkeys(noted), *doubts])
+
+
+def doubts(plan: Plan, name: str) -> list[str]:
     """What is known of estimates of such places, for the note."""
     stream = any(
         not path.native and path.steps[-1].name in ("layers", "embed") and path.value in ("input", "mid", "output")
@@ -236,7 +262,7 @@ def _check_end(batch: Batch, clean: Tensor, name: str) -> None:
         )
 
 
-def _check_way(plan: Plan, rows: list[int], name: str) -> None:
+def _check_way(plan: Plan, rows: Sequence[int], name: str) -> None:
     assert plan.clean is not None
     if plan.clean.decoder_ids != plan.corrupted.decoder_ids:
         raise BadArgument(

@@ -17,10 +17,11 @@ from nnsplice.paths import Slice, Span
 from nnsplice.results import PART, taken
 from nnsplice.shown import counted
 from nnsplice.sweeps.cells import Part, Target, has_tokens, own_tokens
-from nnsplice.sweeps.cutting import MAX_TOKENS, SIZE, Piece, pieces
+from nnsplice.sweeps.cutting import Piece, pieces
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption
+from nnsplice.units import MAX_TOKENS, SIZE
 
 
 @dataclass(frozen=True, repr=False)
@@ -256,6 +257,11 @@ class Plan:
         units, naive = self.units(size), float(whole[runs].sum() + unedited.sum())
         work = sum(float(unedited[list(unit.prompts)].sum()) for unit in units) + float(totals.sum())
         return Estimate(len(self.jobs), len(self.known), len(units), work, naive)
+
+    def costs(self) -> list[float]:
+        """In tokens times layers, about how much work each prompt is."""
+        unedited, totals, _ = self._costs()
+        return (unedited[: self.prompts] + totals).tolist()
 
     def _costs(self) -> tuple[np.ndarray, np.ndarray, Callable[[int], np.ndarray]]:
         """In tokens times layers, what each prompt costs without an edit, and with all, and each cell of one prompt."""

@@ -161,7 +161,9 @@ def measured_table(
     return summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
 
 
-def chosen_for(plan: Plan, model: engine.Model, executor: str, at_once: int) -> Chosen:
+def chosen_for(
+    plan: Plan, model: engine.Model, executor: str, at_once: int, other: engine.Model | None = None
+) -> Chosen:
     """The executor of a plan that others will run in parts: tried on its longest prompt and its shortest, once."""
     prompts = plan.jobs.prompts
     if executor in ("reference", "batched") or not prompts:
@@ -171,7 +173,7 @@ def chosen_for(plan: Plan, model: engine.Model, executor: str, at_once: int) -> 
     part = plan.take(sorted({plan.owners[run] if plan.owners else run for run in ends}))
     check_mode(model)
     with engine.turn(model):
-        logits, source, _ = clean_run(model, part, at_once)
+        logits, source, _ = clean_run(model, part, at_once, other)
         found, _ = Chosen.of(executor, Work(model, part, source, logits if part.metric.metric.compares else None))
     return found
 
