@@ -116,7 +116,7 @@ def test_whatever_a_way_raises_means_the_next_one(error: Exception, monkeypatch:
     def raising(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(probing, "run_for_all", raising)
+    monkeypatch.setattr(probing, "run_rows", raising)
     result = run(plan, model, progress=False)
     assert result.run.executor == "batched" and f"{type(error).__name__}: " in result.run.note
     assert np.abs(result.table.values[0] - expected).max() < 1e-12
@@ -126,7 +126,7 @@ def test_whatever_a_way_raises_means_the_next_one(error: Exception, monkeypatch:
     assert result.run.executor == "reference" and "not batched: " in result.run.note and "boom" in result.run.note
     choosing._trusted.clear()
     memory = RuntimeError("not enough memory: you tried to allocate 12 bytes")
-    monkeypatch.setattr(probing, "run_for_all", lambda *_: (_ for _ in ()).throw(memory))
+    monkeypatch.setattr(probing, "run_rows", lambda *_: (_ for _ in ()).throw(memory))
     with pytest.raises(RuntimeError, match="not enough memory"):
         run(plan, model, progress=False)
     choosing._trusted.clear()
@@ -155,7 +155,7 @@ def test_a_model_that_rounds_to_less_than_its_dtype_is_packed_within_its_own_noi
     model = _double("llama", hidden_size=96, intermediate_size=160)
     _rounding(model)
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
-    result = run(plan, model, progress=False)
+    result = run(plan, model, max_tokens=12, progress=False)
     assert result.run.executor == "packed"
     assert "parts of this model round to less than its float64: rounding moves its logits by " in result.run.note
     far = np.abs(result.table.values[0] - by_hooks(model._module, plan, CLEAN, CORRUPTED)).max()
