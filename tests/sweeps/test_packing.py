@@ -305,6 +305,28 @@ def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_
         assert max(abs(found[job] - once[job]) for job in plan.jobs) < 1e-12
 
 
+def test_chunks_about_the_same_prompts_share_one_recorded_pass() -> None:
+    model = _double("llama")
+    lengths = (5, 9, 4, 7)
+    clean, corrupted = [[*range(3, 3 + n)] for n in lengths], [[*range(30, 30 + n)] for n in lengths]
+    plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
+    once = run(plan, model, executor="packed", progress=False)
+    for room, passes in ((10_000, 1), (sum(lengths), 1), (14, 2), (9, 4)):
+        found = run(plan, model, executor="packed", max_tokens=room, progress=False)
+        groups = running._recorded_together(_work(model, plan), range(4), room)
+        assert len(groups) == passes and sorted(prompt for group in groups for prompt in group) == [0, 1, 2, 3]
+        assert np.nanmax(np.abs(found.table.values - once.table.values)) < 1e-12
+        assert np.abs(found.corrupted - once.corrupted).max() < 1e-12
+        # The clean runs, of prompts of one length at a time, and the recorded ones of as many prompts as are shared.
+        padded = sum(len(recording._padded_batches(group, lengths)) for group in groups)
+        assert found.run.forwards == 4 + padded
+    # A prompt too long to be recorded with its chunk, and one without cells.
+    same = plan_sweep(model, [*clean, clean[1]], [*corrupted, clean[1]], "layers[:].output", METRIC)
+    found = run(same, model, executor="packed", max_tokens=8, progress=False)
+    assert np.nanmax(np.abs(found.table.values[:4] - once.table.values)) < 1e-12
+    assert found.table.values[4] == pytest.approx(found.corrupted[4], abs=0, nan_ok=True)
+
+
 def test_the_first_chunk_is_a_small_one_so_that_the_bar_moves_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _double("llama")
     each = Law.of(model).token
