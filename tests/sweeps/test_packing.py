@@ -287,6 +287,19 @@ def test_the_operations_that_a_result_tells_are_those_that_torch_counts(family: 
     assert packed.run.flops < 0.8 * rows.run.flops
 
 
+@pytest.mark.parametrize("lengths", [(9,), (9, 6)])
+def test_logits_that_a_hook_has_computed_of_all_tokens_are_counted(lengths: tuple[int, ...]) -> None:
+    model = wrap("llama")
+    # Code around the head may mix tokens, so the model is not asked for the logits of single ones.
+    model._module.lm_head.register_forward_hook(lambda *_: None)
+    clean, corrupted = [[*range(3, 3 + n)] for n in lengths], [[*range(30, 30 + n)] for n in lengths]
+    plan = plan_sweep(model, clean, corrupted, "layers[:].output[1]", ns.rank("w7"))
+    run(plan, model, executor="packed", progress=False)  # a model is probed only once
+    packed, counted = _multiplied(lambda: run(plan, model, executor="packed", progress=False))
+    # One token is left out, which the head is tried on.
+    assert counted - packed.run.flops == 2 * model._module.lm_head.weight.numel()
+
+
 def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_on_it() -> None:
     model = _double("gemma3")
     plan = plan_sweep(model, CLEAN, CORRUPTED, ["layers[:].output", "layers[:].mlp.output"], METRIC)
