@@ -15,6 +15,7 @@ corrupted run, at the speed of one large matrix product measured in the same rou
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -28,7 +29,6 @@ import transformers as hf
 import nnsplice as ns
 from bench.activations import tokenizer
 from bench.timing import machine
-from nnsplice.sweeps import choosing
 
 METRIC = ns.logit_diff(5, 7)
 
@@ -104,17 +104,22 @@ def _scaled(one: Callable[[int, int], None], layers: int, tokens: int, sample: i
     return (_clock() - start) / len(chosen) * layers * tokens
 
 
-def by_sweep(model: Any, clean: torch.Tensor, corrupted: torch.Tensor, executor: str) -> float:
-    """`ns.sweep`, whole; seconds."""
+def by_sweep(
+    model: Any, clean: torch.Tensor, corrupted: torch.Tensor, executor: str, flops: list[float] | None = None
+) -> float:
+    """`ns.sweep`, whole; seconds. The operations that it tells are added to `flops`."""
     start = _clock()
-    ns.sweep(model, clean, corrupted, "layers[:].output[:]", METRIC, executor=executor, progress=False)
-    return _clock() - start
+    result = ns.sweep(model, clean, corrupted, "layers[:].output[:]", METRIC, executor=executor, progress=False)
+    spent = _clock() - start
+    if flops is not None:
+        flops.append(result.run.flops)
+    return spent
 
 
-def first_sweep(model: Any, clean: torch.Tensor, corrupted: torch.Tensor) -> float:
-    """`ns.sweep` as it is called, where nothing is known yet of which executor is right for the model; seconds."""
-    choosing._trusted.clear()
-    return by_sweep(model, clean, corrupted, "auto")
+def first_sweep(model: Any, clean: torch.Tensor, corrupted: torch.Tensor, flops: list[float]) -> float:
+    """`ns.sweep` as it is called, of a model of which nothing is known yet; seconds."""
+    new = ns.load(copy.deepcopy(model._module), tokenizer=tokenizer(256))
+    return by_sweep(new, clean, corrupted, "auto", flops)
 
 
 def _clock() -> float:
@@ -193,12 +198,13 @@ def table(build: Callable[[], Any], chosen: argparse.Namespace, times: dict[str,
     root: Any = model._module
     vocabulary = root.config.vocab_size
     clean, corrupted = (torch.randint(10, vocabulary, (1, tokens), device=device) for _ in range(2))
+    flops: dict[str, list[float]] = {"packed": [], "first": []}
     ways: dict[str, Callable[[], float]] = {
         "nnsight, one trace per cell": lambda: by_nnsight(model, clean, corrupted, sample),
         "torch hooks, one forward per cell": lambda: by_hooks(model, clean, corrupted, sample),
         "ns.sweep, batched": lambda: by_sweep(model, clean, corrupted, "batched"),
-        "ns.sweep, packed": lambda: by_sweep(model, clean, corrupted, "packed"),
-        "ns.sweep, the first of a model": lambda: first_sweep(model, clean, corrupted),
+        "ns.sweep, packed": lambda: by_sweep(model, clean, corrupted, "packed", flops["packed"]),
+        "ns.sweep, the first of a model": lambda: first_sweep(model, clean, corrupted, flops["first"]),
     }
     corrupted[:, :common] = clean[:, :common]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -224,6 +230,11 @@ def table(build: Callable[[], Any], chosen: argparse.Namespace, times: dict[str,
         gain = statistics.median(a / b for a, b in zip(base, spent, strict=True))
         print(f"{name:36}{statistics.median(spent):9.2f}{gain:14.2f}")
     packed = statistics.median(seconds["ns.sweep, packed"])
+    first = statistics.median(seconds["ns.sweep, the first of a model"])
+    more = flops["first"][0] / flops["packed"][0]
+    print(f"{'the first / a plain packed run':36}{first / packed:9.2f}{'':14}   {more:.2f} times its operations")
+    above = flops["packed"][0] / floor(model, tokens, common)
+    print(f"{'its operations / those of the floor':36}{above:9.2f}")
     print(f"{'the floor':36}{least:9.2f}{statistics.median(base) / least:14.2f}   packed reaches {least / packed:.0%}")
 
 

@@ -91,3 +91,15 @@ def test_bad_positions_are_answered() -> None:
         ns.patched_logits(model, PROMPTS, saved, batch_size=0)
     with pytest.raises(BadArgument, match="cross the wire"):
         ns.patched_logits(model, PROMPTS, saved, keep_graph=True, remote=True)
+
+
+def test_a_bar_counts_prompts_and_can_be_silenced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nnsplice.progress.DELAY", 0.0)
+    model = wrap("llama")
+    saved = ns.capture(model, PROMPTS, "layers[0].output[-1]", progress=False)
+    ns.patched_logits(model, PROMPTS, saved, positions=-1, batch_size=1, progress=False)
+    assert capsys.readouterr().err == ""
+    ns.patched_logits(model, PROMPTS, saved, positions=-1, batch_size=1)
+    assert f"{len(PROMPTS)}/{len(PROMPTS)}" in capsys.readouterr().err

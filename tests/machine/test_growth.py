@@ -40,7 +40,7 @@ def work_of(model: Any, length: int, sites: Any = STREAM, **options: Any) -> Wor
     logits, source, _ = clean_run(model, plan, 10_000)
     work = Work(model, plan, source, logits)
     assert choose("packed", work)[0] == "packed"
-    corrupted_logits(work)  # the recorded pass
+    corrupted_logits(work, range(len(plan.corrupted)))  # the recorded pass
     return work
 
 

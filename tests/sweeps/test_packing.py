@@ -287,6 +287,19 @@ def test_the_operations_that_a_result_tells_are_those_that_torch_counts(family: 
     assert packed.run.flops < 0.8 * rows.run.flops
 
 
+@pytest.mark.parametrize("lengths", [(9,), (9, 6)])
+def test_logits_that_a_hook_has_computed_of_all_tokens_are_counted(lengths: tuple[int, ...]) -> None:
+    model = wrap("llama")
+    # Code around the head may mix tokens, so the model is not asked for the logits of single ones.
+    model._module.lm_head.register_forward_hook(lambda *_: None)
+    clean, corrupted = [[*range(3, 3 + n)] for n in lengths], [[*range(30, 30 + n)] for n in lengths]
+    plan = plan_sweep(model, clean, corrupted, "layers[:].output[1]", ns.rank("w7"))
+    run(plan, model, executor="packed", progress=False)  # a model is probed only once
+    packed, counted = _multiplied(lambda: run(plan, model, executor="packed", progress=False))
+    # One token is left out, which the head is tried on.
+    assert counted - packed.run.flops == 2 * model._module.lm_head.weight.numel()
+
+
 def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_on_it() -> None:
     model = _double("gemma3")
     plan = plan_sweep(model, CLEAN, CORRUPTED, ["layers[:].output", "layers[:].mlp.output"], METRIC)
@@ -303,6 +316,28 @@ def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_
         assert all(spent.block_calls <= calls for _, _, spent in chunks)
         found = {job: value for jobs, values, _ in chunks for job, value in zip(jobs, values, strict=True)}
         assert max(abs(found[job] - once[job]) for job in plan.jobs) < 1e-12
+
+
+def test_chunks_about_the_same_prompts_share_one_recorded_pass() -> None:
+    model = _double("llama")
+    lengths = (5, 9, 4, 7)
+    clean, corrupted = [[*range(3, 3 + n)] for n in lengths], [[*range(30, 30 + n)] for n in lengths]
+    plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
+    once = run(plan, model, executor="packed", progress=False)
+    for room, passes in ((10_000, 1), (sum(lengths), 1), (14, 2), (9, 4)):
+        found = run(plan, model, executor="packed", max_tokens=room, progress=False)
+        groups = running._recorded_together(_work(model, plan), range(4), room)
+        assert len(groups) == passes and sorted(prompt for group in groups for prompt in group) == [0, 1, 2, 3]
+        assert np.nanmax(np.abs(found.table.values - once.table.values)) < 1e-12
+        assert np.abs(found.corrupted - once.corrupted).max() < 1e-12
+        # The clean runs, of prompts of one length at a time, and the recorded ones of as many prompts as are shared.
+        padded = sum(len(recording._padded_batches(group, lengths)) for group in groups)
+        assert found.run.forwards == 4 + padded
+    # A prompt too long to be recorded with its chunk, and one without cells.
+    same = plan_sweep(model, [*clean, clean[1]], [*corrupted, clean[1]], "layers[:].output", METRIC)
+    found = run(same, model, executor="packed", max_tokens=8, progress=False)
+    assert np.nanmax(np.abs(found.table.values[:4] - once.table.values)) < 1e-12
+    assert found.table.values[4] == pytest.approx(found.corrupted[4], abs=0, nan_ok=True)
 
 
 def test_the_first_chunk_is_a_small_one_so_that_the_bar_moves_soon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_whatever_a_way_raises_means_the_next_one(error: Exception, monkeypatch:
     def raising(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(probing, "run_for_all", raising)
+    monkeypatch.setattr(probing, "run_rows", raising)
     result = run(plan, model, progress=False)
     assert result.run.executor == "batched" and f"{type(error).__name__}: " in result.run.note
     assert np.abs(result.table.values[0] - expected).max() < 1e-12
@@ -126,7 +126,7 @@ def test_whatever_a_way_raises_means_the_next_one(error: Exception, monkeypatch:
     assert result.run.executor == "reference" and "not batched: " in result.run.note and "boom" in result.run.note
     choosing._trusted.clear()
     memory = RuntimeError("not enough memory: you tried to allocate 12 bytes")
-    monkeypatch.setattr(probing, "run_for_all", lambda *_: (_ for _ in ()).throw(memory))
+    monkeypatch.setattr(probing, "run_rows", lambda *_: (_ for _ in ()).throw(memory))
     with pytest.raises(RuntimeError, match="not enough memory"):
         run(plan, model, progress=False)
     choosing._trusted.clear()
@@ -155,7 +155,7 @@ def test_a_model_that_rounds_to_less_than_its_dtype_is_packed_within_its_own_noi
     model = _double("llama", hidden_size=96, intermediate_size=160)
     _rounding(model)
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
-    result = run(plan, model, progress=False)
+    result = run(plan, model, max_tokens=12, progress=False)
     assert result.run.executor == "packed"
     assert "parts of this model round to less than its float64: rounding moves its logits by " in result.run.note
     far = np.abs(result.table.values[0] - by_hooks(model._module, plan, CLEAN, CORRUPTED)).max()
@@ -207,3 +207,59 @@ def test_layers_that_run_for_the_last_tokens_alone_are_asked_for_all_logits() ->
         found = run(plan, model, executor=executor, progress=False).table.values[0]
         assert np.abs(found - expected).max() < 1e-12
     assert len({round(value, 9) for value in expected}) > 8
+
+
+def test_the_trial_of_a_small_plan_is_the_run_that_gives_its_values() -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    first = run(plan, model, progress=False)
+    second = run(plan, model, progress=False)
+    tried = len(probing.cells(_work(model, plan)))
+    assert first == second and first.run.executor == second.run.executor == "packed"
+    assert first.run.forwards == second.run.forwards + tried  # and no pack or recorded pass beside the plan's own
+    assert first.run.tokens == second.run.tokens + tried * 3 * len(CLEAN)
+    assert np.abs(first.table.values[0] - by_hooks(model._module, plan, CLEAN, CORRUPTED)).max() < 1e-12
+
+
+def test_without_memory_for_all_of_a_plan_the_cells_are_tried_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = _double("llama"), []
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    expected = by_hooks(model._module, plan, CLEAN, CORRUPTED)
+    run_rows = probing.run_rows
+
+    def short(work: Work, jobs: Any) -> Any:
+        asked.append(len(jobs))
+        if len(jobs) > 10:
+            raise RuntimeError("not enough memory: you tried to allocate 12 bytes")
+        return run_rows(work, jobs)
+
+    monkeypatch.setattr(probing, "run_rows", short)
+    result = run(plan, model, progress=False)
+    assert asked == [len(plan.jobs), len(probing.cells(_work(model, plan)))]
+    assert result.run.executor == "packed" and np.abs(result.table.values[0] - expected).max() < 1e-12
+
+
+def test_a_journal_is_given_no_values_of_a_trial(tmp_path: Any) -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    file = tmp_path / "run.jsonl"
+    first = run(plan, model, journal=file, progress=False)
+    size = file.stat().st_size
+    choosing._trusted.clear()
+    assert run(plan, model, journal=file, progress=False) == first and file.stat().st_size == size
+
+
+def test_values_of_a_trial_that_differ_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _double("llama")
+    plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
+    expected = by_hooks(model._module, plan, CLEAN, CORRUPTED)
+    measured_states = probing.measured_states
+    # A fault in packed rows alone, in each of their ways.
+    monkeypatch.setattr(
+        probing,
+        "measured_states",
+        lambda work, head, states, jobs: measured_states(work, head, states + 1e-3 * states.roll(1, -1), jobs),
+    )
+    result = run(plan, model, progress=False)
+    assert result.run.executor == "batched" and "in a run of its own" in result.run.note
+    assert np.abs(result.table.values[0] - expected).max() < 1e-12

@@ -224,3 +224,20 @@ def test_a_model_with_edits_is_refused_because_its_module_runs_without_them():
         edited.transformer.h[1].output[:] = 0
     with pytest.raises(ValueError, match="has edits of nnsight"):
         ns.sweep_weights(edited, tuned, PROMPTS, "layers[1]", METRIC, progress=False)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_only_logits_that_the_metric_reads_are_computed_and_they_are_counted(hooked):
+    model, tuned = pair("llama")
+    expected = [by_hand(model, tuned, f"layers[{layer}].mlp", PROMPTS[0]) for layer in range(3)]
+    plain = ns.sweep_weights(model, tuned, PROMPTS[0], "layers[:].mlp", METRIC, progress=False)
+    assert np.abs(plain.table.values[0] - expected).max() < 1e-12
+    head = 2 * model._module.lm_head.weight.numel()
+    if hooked:  # by code that may mix tokens, so all of them have to be there
+        model._module.lm_head.register_forward_hook(lambda *_: None)
+    result = ns.sweep_weights(model, tuned, PROMPTS[0], "layers[:].mlp", METRIC, progress=False)
+    assert np.abs(result.table.values - plain.table.values).max() < 1e-12
+    more = len(result.table.tokens[0]) - 1 if hooked else 0
+    assert result.run.flops - plain.run.flops == 3 * head * more
+    block = sum(2 * p.numel() for p in model._module.model.layers[0].parameters() if p.dim() == 2)
+    assert plain.run.flops == (3 + 2 + 1) * block * len(result.table.tokens[0]) + 3 * head

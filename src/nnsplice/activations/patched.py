@@ -20,6 +20,7 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Site, peel
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, circumstances, named
 from nnsplice.paths import Path, Span
+from nnsplice.progress import bar
 from nnsplice.tokens import Spans
 
 
@@ -34,6 +35,7 @@ def patched_logits(
     positions: int | Sequence[int] | None = None,
     batch_size: int | None = None,
     keep_graph: bool = False,
+    progress: bool = True,
     remote: bool | str = False,
 ) -> Tensor:
     """Run prompts with saved activations written into the run, and return the logits.
@@ -57,6 +59,7 @@ def patched_logits(
         positions: a position or several of each prompt's own tokens; all tokens if None.
         batch_size: how many prompts run at once; all prompts of one length if None.
         keep_graph: record gradients to the activations and to the model's parameters.
+        progress: show a progress bar once a second has passed.
         remote: run on nnsight's remote service.
 
     Returns:
@@ -72,7 +75,7 @@ def patched_logits(
     """
     with engine.gathered(model):
         return _patched(
-            engine.as_model(model), prompts, saved, add, at, spans, positions, batch_size, keep_graph, remote
+            engine.as_model(model), prompts, saved, add, at, spans, positions, batch_size, keep_graph, progress, remote
         )
 
 
@@ -86,6 +89,7 @@ def _patched(
     positions: int | Sequence[int] | None,
     batch_size: int | None,
     keep_graph: bool,
+    progress: bool,
     remote: bool | str,
 ) -> Tensor:
     if not isinstance(saved, SavedActivation):
@@ -118,20 +122,22 @@ def _patched(
         if at is None:
             _check_spans(model, saved, given)
     found: dict[int, Tensor] = {}
-    for rows in given.batches(batch_size):
-        packs = [_rows(pack, rows) for pack in saved._packs]
-        inputs, spanned = given.inputs(rows, model.device), given.spans_of(rows)
-        length = given.length("decoder", rows[0])
-        at_end = range(-length, 0) if wanted is None else [position % length - length for position in wanted]
-        if remote:
-            batch = given.batch(rows)
-            logits = runs.logits(model, packs, inputs, batch, add=add, at=at, spans=spanned, remote=remote)
-        else:
-            kept = fewer_logits(model, min(at_end), (key for pack in packs for key in pack.keys))
-            with nullcontext() if keep_graph else torch.no_grad():
-                logits = _local(model, packs, inputs, kept, add=add, at=at, spans=spanned)
-                engine.whole(peel(model), logits, None, "a row of logits")
-        found |= dict(zip(rows, logits[:, list(at_end)], strict=True))
+    with bar("logits", len(given), "prompt", progress) as shown:
+        for rows in given.batches(batch_size):
+            packs = [_rows(pack, rows) for pack in saved._packs]
+            inputs, spanned = given.inputs(rows, model.device), given.spans_of(rows)
+            length = given.length("decoder", rows[0])
+            at_end = range(-length, 0) if wanted is None else [position % length - length for position in wanted]
+            if remote:
+                batch = given.batch(rows)
+                logits = runs.logits(model, packs, inputs, batch, add=add, at=at, spans=spanned, remote=remote)
+            else:
+                kept = fewer_logits(model, min(at_end), (key for pack in packs for key in pack.keys))
+                with nullcontext() if keep_graph else torch.no_grad():
+                    logits = _local(model, packs, inputs, kept, add=add, at=at, spans=spanned)
+                    engine.whole(peel(model), logits, None, "a row of logits")
+            found |= dict(zip(rows, logits[:, list(at_end)], strict=True))
+            shown.update(len(rows))
     each = [found[row] for row in range(len(given))]
     if wanted is not None:
         return torch.stack([row[0] for row in each] if isinstance(positions, int) else each)

@@ -25,14 +25,14 @@ def _replayed(subject: Subject, kind: Kind) -> Finding:
     require_eager(subject, kind)
     what = str(kind.path)
     saved = capture(subject.model, subject.inputs, kind.path.at(Slice()))
-    own = patched_logits(subject.model, subject.inputs, saved)
+    own = patched_logits(subject.model, subject.inputs, saved, progress=False)
     number = gap(own, subject.logits)
     allowed = subject.tolerance if kind.value.name in _COMPUTED or kind.role == "experts" else 0.0
     if not number <= allowed:
         return Finding("replay", what, "FAILED", number, "writing a run's own values changes its logits")
     # Without this a write that does nothing would pass. A sample of neurons or experts may really change nothing.
     if kind.everything:
-        other = patched_logits(subject.model, subject.inputs, saved.slice[1, 0])
+        other = patched_logits(subject.model, subject.inputs, saved.slice[1, 0], progress=False)
         if torch.equal(other, own):
             return Finding("replay", what, "FAILED", number, "writing another prompt's values changes nothing")
     return Finding("replay", what, "ok", number, "computed again on the way, so rounding shows" if number else "")

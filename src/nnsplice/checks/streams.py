@@ -81,7 +81,7 @@ def _patched(subject: Subject, path: Path, last: bool = False) -> Finding:
     """
     at = (DECODER_TOKENS if engine.is_encoder_decoder(subject.model) else TOKENS) // 2
     saved = capture(subject.model, subject.inputs, path.at(at))
-    logits, clean = patched_logits(subject.model, subject.inputs, saved.slice[1, 0]), subject.logits
+    logits, clean = patched_logits(subject.model, subject.inputs, saved.slice[1, 0], progress=False), subject.logits
     before, here, after = (gap(logits[:, span], clean[:, span]) for span in (slice(at), [at], slice(at + 1, None)))
     wrong = [
         (not before <= subject.tolerance, f"tokens before token {at} change"),

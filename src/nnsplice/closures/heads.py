@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, islice
 from math import comb
 from typing import Literal
@@ -70,6 +71,26 @@ class Tied:
             return self.gates
         return self.leaves[part]
 
+    @cached_property
+    def columns(self) -> dict[Part, tuple[Tensor, Tensor]]:
+        """By part, of each column of what holds it: which head or group it is of, or -1; whether it is the first."""
+        found: dict[Part, tuple[Tensor, Tensor]] = {}
+        for part in self.parts:
+            width = self.leaf(part).shape[-1]
+            owner, leads = torch.full((width,), -1), torch.zeros(width, dtype=torch.bool)
+            for index, (start, stop) in self._ranges(part):
+                owner[start:stop], leads[start : start + 1] = index, True
+            found[part] = owner, leads
+        return found
+
+    def _ranges(self, part: Part) -> Iterator[tuple[int, tuple[int, int]]]:
+        if part == "gate":
+            gates = ((head, self.block.gate_of(head)) for head in range(self.layout.n_heads))
+            yield from ((head, gate[1]) for head, gate in gates if gate is not None)
+            return
+        for index in range(self.layout.count(part)):
+            yield index, self.layout.range(part, index)
+
     def last(self, heads: Iterable[int], columns: Iterable[int]) -> Tensor:
         """Some columns of some heads' slices at the last token, summed with weights that do not cancel."""
         d = self.layout.head_dim
@@ -111,10 +132,12 @@ def influence(tower: Tower, layers: list[Tied], what: str = "") -> Iterator[Clos
     """Which columns of q, k, v and gates each slice depends on, for all layers together."""
     outside = {(t.block.index, role, part): 0.0 for t in layers for role in t.parts for part in ("heads", "tokens")}
     for by in ("head", "group"):
-        words = {t.block.index: codewords(t.layout.n_heads if by == "head" else t.layout.n_kv) for t in layers}
+        # Where each head has its own keys and values, one round tells all.
+        there = [t for t in layers if by == "head" or t.layout.n_heads != t.layout.n_kv]
+        words = {t.block.index: codewords(t.layout.n_heads if by == "head" else t.layout.n_kv) for t in there}
         for number in sorted(frozenset().union(*(word for of in words.values() for word in of))):
-            chosen = {t.block.index: _chosen(t.layout, by, words[t.block.index], number) for t in layers}
-            asked = [t for t in layers if chosen[t.block.index]]
+            chosen = {t.block.index: _chosen(t.layout, by, words[t.block.index], number) for t in there}
+            asked = [t for t in there if chosen[t.block.index]]
             total = torch.stack(
                 [t.last(of, [0] * len(of)).cpu() for t in asked for of in [chosen[t.block.index]]]
             ).sum()
@@ -123,7 +146,7 @@ def influence(tower: Tower, layers: list[Tied], what: str = "") -> Iterator[Clos
             found = dict(zip(leaves, grads, strict=True))
             for t in asked:
                 for role in t.parts:
-                    if (role in ("q", "gate")) != (by == "head"):
+                    if t.layout.n_heads != t.layout.n_kv and (role in ("q", "gate")) != (by == "head"):
                         continue
                     shares = _outside(t, role, found[t.leaf(role)], chosen[t.block.index])
                     for part, share in zip(("heads", "tokens"), shares, strict=True):
@@ -152,31 +175,21 @@ def _chosen(layout: Layout, by: str, words: list[frozenset[int]], number: int) -
     return [head for group, word in enumerate(words) if number in word for head in layout.heads_of(group)]
 
 
-def _ranges(t: Tied, role: Part, heads: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """The columns of some heads in the layer that makes a role of them; each once."""
-    if role == "gate":
-        yield from (columns for head in heads if (gate := t.block.gate_of(head)) for columns in [gate[1]])
-        return
-    for index in dict.fromkeys(head if role == "q" else t.layout.group_of(head) for head in heads):
-        yield t.layout.range(role, index)
-
-
 def _outside(t: Tied, role: Part, grad: Tensor | None, heads: list[int]) -> tuple[float, float]:
     """The largest gradient at columns, and at tokens, where none should be, as shares of the largest of this role."""
     if grad is None:
         return 0.0, 0.0  # nothing at all depends on it, as in a head that was zeroed
     grad = grad.reshape(-1, grad.shape[-1]).abs().double().cpu()
-    own = torch.zeros(grad.shape, dtype=torch.bool)
-    of = torch.zeros(grad.shape, dtype=torch.bool)
-    for start, stop in _ranges(t, role, range(t.layout.n_heads)):
-        of[:, start:stop] = True
-    for start, stop in _ranges(t, role, heads):
-        # Of a value, and of a gate, one column makes one column.
-        own[:, start : start + 1 if role in ("v", "gate") else stop] = True
-    size = float(grad[of].max())
+    owner, leads = t.columns[role]
+    chosen = torch.zeros(t.layout.n_heads + 1, dtype=torch.bool)  # the last is of columns that belong to none
+    chosen[[head if role in ("q", "gate") else t.layout.group_of(head) for head in heads]] = True
+    own = chosen[owner]
+    if role in ("v", "gate"):  # one column of these makes one column
+        own &= leads
+    size = float(grad[:, owner >= 0].max())
     if not size:
         return 0.0, 0.0
-    others = float((grad * (of & ~own)).max()) / size
+    others = float((grad * ((owner >= 0) & ~own)).max()) / size
     # The query of the last token is read by it alone, and so is its gate.
     return others, float((grad * own)[:-1].max()) / size if role in ("q", "gate") and len(grad) > 1 else 0.0
 

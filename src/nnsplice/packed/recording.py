@@ -92,6 +92,8 @@ class _Pass:
     kept: dict[Site, Tensor]
     #: What the model without its head returned.
     returned: Any
+    #: Of how many tokens of each prompt logits were computed.
+    logits: int
 
 
 def record(base: Base, prompts: Sequence[int]) -> Recording:
@@ -167,7 +169,13 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
         },
         whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
         head=base.memo["head"],
-        cost=sum((base.law.whole(base.prompts.padded(rows), range(len(rows)), 1) for rows in batches), Cost()),
+        cost=sum(
+            (
+                base.law.whole(base.prompts.padded(rows), range(len(rows)), one.logits)
+                for rows, one in zip(batches, passes, strict=True)
+            ),
+            Cost(),
+        ),
     )
 
 
@@ -251,7 +259,8 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
         raise NotImplementedError("a layer of it has no attention, or more than one")
     if any(not _same(left[a], states) for a, states in zip(blocks[: len(left)], entering[1:], strict=False)):
         raise NotImplementedError("parts of the images are added to its stream between its layers")
-    return _Pass(entering, calls, kept.of, kept.masks, heard, sites, ends[0])
+    logits = fewer.get("logits_to_keep", entering[0].shape[1])
+    return _Pass(entering, calls, kept.of, kept.masks, heard, sites, ends[0], logits)
 
 
 @contextmanager

@@ -52,8 +52,11 @@ class Chosen:
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Answer]] = weakref.WeakKeyDictionary()
 
 
-def choose(name: str, work: Work) -> tuple[str, str, Cost]:
+def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
     """The executor's name, what there is to know about it, and what it cost to know.
+
+    Args:
+        room: see `compare`.
 
     Raises:
         RefusedExecutor: packed rows were asked for, and they give other numbers here, or none.
@@ -74,7 +77,7 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
         return name, "", Cost()
     if not work.plan.jobs:
         return "batched", "", Cost()
-    answer, cost = _asked(work)
+    answer, cost = _asked(work, room)
     if answer.way is not None:
         work.memo["way"] = answer.way
     if name == "packed" and answer.executor != "packed":
@@ -85,7 +88,7 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
     return answer.executor, answer.note, cost
 
 
-def _asked(work: Work) -> tuple[Answer, Cost]:
+def _asked(work: Work, room: int) -> tuple[Answer, Cost]:
     known = _trusted.setdefault(peel(work.model), {})
     asked, longest = question(work), longest_of(work)
     answer = known.get(asked)
@@ -95,7 +98,7 @@ def _asked(work: Work) -> tuple[Answer, Cost]:
         return answer, Cost()
     if len(known) > 256:  # a metric made anew in a loop is a new question each time
         known.clear()
-    known[asked], cost = compare(work, longest)
+    known[asked], cost = compare(work, longest, room)
     return known[asked], cost
 
 

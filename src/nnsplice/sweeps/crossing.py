@@ -187,6 +187,6 @@ def _metric(
         saved = capture(model, prompts, "embed[-1]")
     else:
         saved = SavedActivation.from_pairs(*((str(place.at(n)), held[:, n]) for n in range(held.shape[1])))
-    logits: Tensor = patched_logits(model, prompts, saved, positions=bound.metric.position)
+    logits: Tensor = patched_logits(model, prompts, saved, positions=bound.metric.position, progress=False)
     with torch.no_grad():
         return bound(logits, rows).double().cpu().numpy()

@@ -21,7 +21,7 @@ from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
 from nnsplice.atlas import DERIVED
 from nnsplice.errors import ShapeError
-from nnsplice.packed import cut
+from nnsplice.packed import cut, padded_at_most
 from nnsplice.packed.cost import Cost, Law
 from nnsplice.packed.indices import on
 from nnsplice.paths import Path
@@ -61,8 +61,10 @@ class Executor:
     tokens: Callable[[Work, Sequence[Job]], list[int]]
     #: Whether the jobs of one run may be about prompts of different length.
     mixed: bool = False
-    #: The corrupted run's logits where the metric reads, `[prompt, vocab]`, where it makes that run anyway.
-    corrupted: Callable[[Work], tuple[Tensor, Cost]] | None = None
+    #: These corrupted prompts' logits where the metric reads, `[prompt, vocab]`, where it makes that run anyway: jobs
+    #: about these prompts share it, until it is to be forgotten.
+    corrupted: Callable[[Work, Sequence[int]], tuple[Tensor, Cost]] | None = None
+    forget: Callable[[Work], None] | None = None
     #: What a result calls it, where it is none of those that have a name of their own.
     name: str = "own"
     #: Where it has several ways: the one that is right for this work, why none that is faster, what it cost to know.
@@ -79,6 +81,21 @@ def whole_prompts(work: Work, jobs: Sequence[Job]) -> list[int]:
     return [max(encoder[prompt], decoder[prompt]) for prompt, _ in jobs]
 
 
+def fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int, at: int = 0) -> int:
+    """How many of the jobs from `at` on fit: their own tokens, and their prompts, padded as they run."""
+    own = total = longest = 0
+    seen: set[int] = set()
+    for number in range(at, len(jobs)):
+        own += sizes[number]
+        prompt = jobs[number][0]
+        if prompt not in seen:
+            seen.add(prompt)
+            total, longest = total + prompts[number], max(longest, prompts[number])
+        if max(own, padded_at_most(len(seen), total, longest)) > room:
+            return max(number - at, 1)
+    return len(jobs) - at
+
+
 # --- reference --------------------------------------------------------------------------------------------------------
 
 
@@ -92,8 +109,12 @@ def _reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     return values, cost
 
 
-def alone(work: Work, job: Job) -> Tensor:
-    """The logits that the metric reads in a run of one job's own: `[1, vocab]`."""
+def alone(work: Work, job: Job, *, only: bool = False) -> Tensor:
+    """The logits that the metric reads in a run of one job's own: `[1, vocab]`.
+
+    Args:
+        only: have no others computed, where the model can be asked for that.
+    """
     plan, model = work.plan, work.model
     inputs = plan.corrupted.inputs([job[0]], model.device)
     found: list[Tensor] = []
@@ -112,8 +133,9 @@ def alone(work: Work, job: Job) -> Tensor:
         with engine.gathered(model):  # here, as this runs in a thread of nnsight's
             body()
 
+    fewer = only_read(model, read_at(plan, job[0]), plan.targets[job[1]].places) if only else {}
     with torch.no_grad(), cut(model, of_rows(plan, [job])):
-        engine.run(model, inputs, over_processes)
+        engine.run(model, {**inputs, **fewer} if fewer and isinstance(inputs, Mapping) else inputs, over_processes)
     return found[0]
 
 

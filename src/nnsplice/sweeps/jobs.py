@@ -91,6 +91,11 @@ class Jobs(Sequence[Job]):
         kept = starts < stops
         return Jobs(self._prompts[kept], starts[kept].astype(np.int32), stops[kept].astype(np.int32))
 
+    def of_prompts(self, prompts: Sequence[int]) -> Jobs:
+        """The cells of these prompts alone."""
+        kept = np.isin(self._prompts, prompts)
+        return Jobs(self._prompts[kept], self._starts[kept], self._stops[kept])
+
     def of_targets(self, targets: Iterable[int]) -> Jobs:
         """The cells of these targets alone."""
         prompts, numbers = self.columns()

@@ -13,13 +13,16 @@ from nnsplice import packed as engine_of_rows
 from nnsplice import wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import peel
-from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, Row
+from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, Ran, Row
 from nnsplice.packed.rows import Change, Values
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.executors import Executor, Work, measured
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.knockouts import cuts_of
+
+#: Where the memo of a work has the prompts whose recorded pass several runs of jobs share.
+SHARED = "shared"
 
 
 def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
@@ -28,17 +31,15 @@ def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     Raises:
         NotImplementedError: this model, or one of these sites, is not covered.
     """
-    (values,), cost = run_for_all((work,), jobs)
-    return values, cost
-
-
-def run_for_all(works: Sequence[Work], jobs: Sequence[Job]) -> tuple[list[list[float]], Cost]:
-    """One run of jobs, read by the metric of each of some works that differ in nothing else."""
-    ran = engine_of_rows.run(base_of(works[0]), [row_of(works[0], job) for job in jobs])
+    ran = run_rows(work, jobs)
     with torch.no_grad():
-        states = ran.states()
-        read = [measured_states(work, ran.head, states, jobs) for work in works]
-    return [values for values, _ in read], sum((head for _, head in read), ran.cost)
+        values, spent = measured_states(work, ran.head, ran.states(), jobs)
+    return values, ran.cost + spent
+
+
+def run_rows(work: Work, jobs: Sequence[Job]) -> Ran:
+    """Jobs side by side, of which no metric is taken yet."""
+    return engine_of_rows.run(base_of(work), [row_of(work, job) for job in jobs], prompts=work.memo.get(SHARED))
 
 
 def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
@@ -88,13 +89,20 @@ def base_of(work: Work, keep: tuple[Path, ...] = ()) -> Base:
     return work.memo["base"]
 
 
-def corrupted_logits(work: Work) -> tuple[Tensor, Cost]:
-    """The logits of the corrupted prompts where the metric reads, from the pass that is recorded anyway."""
-    recording, spent = engine_of_rows.recorded(base_of(work), range(len(work.plan.corrupted)))
+def corrupted_logits(work: Work, prompts: Sequence[int]) -> tuple[Tensor, Cost]:
+    """The logits of corrupted prompts where the metric reads, from the recorded pass that their jobs begin from."""
+    recording, spent = engine_of_rows.recorded(base_of(work), prompts)
+    work.memo[SHARED] = recording.prompts
     lengths = work.plan.corrupted.lengths("decoder")
     position = work.plan.metric.metric.position
-    read = [recording.bases[prompt] + position % length for prompt, length in enumerate(lengths)]
+    read = [recording.bases[prompt] + position % lengths[prompt] for prompt in prompts]
     return recording.head.logits(recording.entering[-1][read]), spent + _head(work, recording.head, len(read))
+
+
+def forget(work: Work) -> None:
+    """Let go of the recorded pass; from here on every run of jobs records the prompts that it is about."""
+    for name in (SHARED, "recording"):
+        work.memo.pop(name, None)
 
 
 def tokens_of(work: Work, jobs: Sequence[Job]) -> list[int]:
@@ -111,7 +119,7 @@ def tokens_of(work: Work, jobs: Sequence[Job]) -> list[int]:
     return [max(position % lengths[job[0]] + 1 - start(job), 1) for job in jobs]
 
 
-packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupted_logits)
+packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupted_logits, forget=forget)
 
 
 # --- the metric -------------------------------------------------------------------------------------------------------

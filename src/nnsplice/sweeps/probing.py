@@ -21,9 +21,10 @@ from nnsplice.atlas import Atlas, peel
 from nnsplice.packed import ways
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.cells import Target
-from nnsplice.sweeps.executors import Executor, Work, alone, batched, measured, whole_prompts
+from nnsplice.sweeps.executors import Work, alone, batched, fitting, measured, whole_prompts
 from nnsplice.sweeps.jobs import Job
-from nnsplice.sweeps.packing import packed, run_for_all
+from nnsplice.sweeps.packing import forget, measured_states, run_rows, tokens_of
+from nnsplice.sweeps.reading import only_read, read_at
 
 #: How far two ways of computing one number may lie apart, in the model's dtype, before one of them is wrong.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -35,6 +36,8 @@ MOVED = 1e-10
 ROUGH = (torch.float16, torch.bfloat16)
 #: At least so many cells are computed, and so many kinds of layer are told apart.
 PROBES, LAYERS = 4, 6
+#: Where the memo of a work has the jobs that ran beside the cells, with their values: the whole plan.
+RAN = "ran"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +63,41 @@ class Tried:
     #: How far the metric was off at most.
     off: float
     cost: Cost
+    #: The values of all jobs that ran.
+    values: list[Any]
 
 
-def compare(work: Work, longest: int) -> tuple[Answer, Cost]:
-    """All ways on a few cells, the fastest first, until one agrees with runs of their own."""
+def compare(work: Work, longest: int, room: int = 0) -> tuple[Answer, Cost]:
+    """All ways on a few cells, the fastest first, until one agrees with runs of their own.
+
+    Args:
+        room: a plan whose jobs fit into so many tokens is packed as a whole, and the cells are compared in the very run
+            that gives all values; these are left in the memo as `RAN` where the cells agree, and else thrown away.
+    """
     probe = _Probe(work, cells(work))
     cost, mismatch, raised = probe.cost, "", ""
     over = engine.Team.of(work.model).size
     if over > 1:
         raised = f"this model is spread over {over} processes, and packed rows run their attention in one"
-    for way in ways(whole_prompts(work, probe.jobs)) if over == 1 else ():
+    whole = list(work.plan.jobs) if over == 1 and _fits(work, room) else None
+    for way in ways(whole_prompts(work, whole or probe.jobs)) if over == 1 else ():
         work.memo["way"] = way
         try:
-            tried = probe.tried(packed, [probe.jobs])
+            tried, whole = _packed(probe, whole)
         except Exception as error:
             raised = _reason(error)
             continue
         cost += tried.cost
         if not tried.differs:
+            if whole is not None:
+                work.memo[RAN] = whole, tried.values
             return Answer("packed", probe.note(tried), longest, way=way), cost + probe.noise_cost
         mismatch = mismatch or tried.differs
     work.memo.pop("way", None)
+    forget(work)
     refused = mismatch or raised
     try:
-        tried = probe.tried(batched, _by_shape(work, probe.jobs))
+        tried = probe.batched()
     except Exception as error:
         note = f"not packed: {refused}; not batched: {_reason(error)}"
         return Answer("reference", note, longest, refused), cost + probe.noise_cost
@@ -93,6 +107,26 @@ def compare(work: Work, longest: int) -> tuple[Answer, Cost]:
         return Answer("reference", f"not batched: {tried.differs}", longest, refused), cost
     note = "; ".join(part for part in (f"not packed: {refused}", probe.note(tried)) if part)
     return Answer("batched", note, longest, refused), cost
+
+
+def _packed(probe: _Probe, whole: list[Job] | None) -> tuple[Tried, list[Job] | None]:
+    """The cells in a pack of the whole plan, and that; by themselves where there is none, or no memory for it."""
+    if whole is not None:
+        try:
+            return probe.packed(whole), whole
+        except Exception as error:
+            if not engine.is_memory(error):
+                raise
+            forget(probe.work)
+    return probe.packed(probe.jobs), None
+
+
+def _fits(work: Work, room: int) -> bool:
+    """Whether all jobs of a plan run as one pack of at most so many tokens."""
+    jobs = work.plan.jobs
+    if len(jobs) > room:
+        return False
+    return fitting(jobs, tokens_of(work, jobs), whole_prompts(work, jobs), room) == len(jobs)
 
 
 def _reason(error: Exception) -> str:
@@ -120,12 +154,15 @@ class _Probe:
             work.plan.metric.metric, name="logits", rule=self._keep, answers={}, compares=False, local=False
         )
         self.asking = replace(work, plan=replace(work.plan, metric=asked.bind(None, len(work.plan.corrupted))))
-        self.logits = {job: alone(self.asking, job) for job in self.jobs}
+        # The first has all logits computed, which shows that the others may do without those that nobody reads.
+        self.logits = {job: alone(self.asking, job, only=number > 0) for number, job in enumerate(self.jobs)}
         self.points = {job: float(direction(logits)) for job, logits in self.logits.items()}
         self.cost, self.noise_cost = Cost(), Cost()
-        for prompt, _ in self.jobs:
+        for number, (prompt, target) in enumerate(self.jobs):
             length = work.plan.corrupted.length("decoder", prompt)
-            self.cost += work.law.whole(work.plan.corrupted, [prompt], length)
+            fewer = only_read(work.model, read_at(work.plan, prompt), work.plan.targets[target].places)
+            logits = fewer.get("logits_to_keep", length) if number else length
+            self.cost += work.law.whole(work.plan.corrupted, [prompt], logits)
         self.dtype = dtype_of(work)
         self.allowed = allowed(work)
         self.noise: float | None = None
@@ -134,29 +171,41 @@ class _Probe:
         self.kept.append(logits)
         return direction(logits)
 
-    def tried(self, executor: Executor, chunks: Sequence[Sequence[Job]]) -> Tried:
-        """Run the cells another way."""
-        cost, differs, off = Cost(), "", 0.0
-        for jobs in chunks:
+    def packed(self, jobs: Sequence[Job]) -> Tried:
+        """Run jobs as packed rows, the cells among them, and compare the cells."""
+        ran = run_rows(self.work, jobs)
+        order = {job: number for number, job in enumerate(jobs)}
+        at = [order[job] for job in self.jobs]
+        with torch.no_grad():
+            states = ran.states()
+            points, spent = measured_states(self.asking, ran.head, states[at], self.jobs)
+            differs = self._difference(self.jobs, points)
+            if differs:
+                return Tried(differs, 0.0, ran.cost + spent, [])
+            values, more = measured_states(self.work, ran.head, states, jobs)
+        mine, own = self._mine(self.jobs), [values[number] for number in at]
+        metric = self.work.plan.metric.metric
+        if metric.local:  # which computes the logits of its answers alone
+            scale = max(float(logits.abs().max()) for logits in self.logits.values())
+            differs = self._first(self.jobs, own, mine, metric.name, max(scale, 1.0))
+        return Tried(differs, _apart(own, mine), ran.cost + spent + more, values)
+
+    def batched(self) -> Tried:
+        """Run the cells as rows of batches."""
+        cost, differs, off, found = Cost(), "", 0.0, []
+        for jobs in _by_shape(self.work, self.jobs):
             self.kept.clear()
-            metric = self.work.plan.metric.metric
-            of_answers = executor is packed and metric.local  # which computes the logits of its answers alone
-            values: list[float] = []
-            if of_answers:
-                (points, values), spent = run_for_all((self.asking, self.work), jobs)
-            else:
-                points, spent = executor(self.asking, jobs)
+            points, spent = batched(self.asking, jobs)
             cost += spent
             differs = differs or self._difference(jobs, points)
-            mine = [measured(self.work, self.logits[job], [job])[0] for job in jobs]
-            if of_answers and not differs:
-                scale = max(float(self.logits[job].abs().max()) for job in jobs)
-                differs = self._first(jobs, values, mine, metric.name, max(scale, 1.0))
-            else:
-                values = measured(self.work, torch.cat(self.kept), jobs)
-            apart = np.abs(np.asarray(values, float) - np.asarray(mine, float))
-            off = max([off, *apart[np.isfinite(apart)].tolist()])
-        return Tried(differs, off, cost)
+            values = measured(self.work, torch.cat(self.kept), jobs)
+            found += values
+            off = max(off, _apart(values, self._mine(jobs)))
+        return Tried(differs, off, cost, found)
+
+    def _mine(self, jobs: Sequence[Job]) -> list[Any]:
+        """The metric of these cells in runs of their own."""
+        return [measured(self.work, self.logits[job], [job])[0] for job in jobs]
 
     def note(self, tried: Tried) -> str:
         """What a result says of numbers that agree with runs of their own as well as this model's can."""
@@ -194,6 +243,12 @@ class _Probe:
                 f"({abs(a - b):.2g} apart, {self.allowed * scale:.2g} allowed)"
             )
         return ""
+
+
+def _apart(values: Sequence[Any], mine: Sequence[Any]) -> float:
+    """How far two lists of numbers lie apart at most, where both are finite."""
+    apart = np.abs(np.asarray(values, float) - np.asarray(mine, float))
+    return max(apart[np.isfinite(apart)].tolist(), default=0.0)
 
 
 def _each(jobs: Sequence[Job], values: Sequence[Any], mine: Sequence[Any]) -> Iterator[tuple[Job, float, float]]:

@@ -208,7 +208,10 @@ def _top(model: engine.Model, given: Prompts) -> list[int]:
 
     # A run with its own embeddings written back in is the run itself.
     saved = [capture(model, given.take([row]), "embed.output[-1]") for row in range(len(given))]
-    return [int(patched_logits(model, given.take([row]), own)[0, -1].argmax()) for row, own in enumerate(saved)]
+    return [
+        int(patched_logits(model, given.take([row]), own, progress=False)[0, -1].argmax())
+        for row, own in enumerate(saved)
+    ]
 
 
 def _noised(

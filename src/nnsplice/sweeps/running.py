@@ -10,6 +10,7 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,17 +19,18 @@ from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import Metrics, Several
-from nnsplice.packed import Cost, Law, padded_at_most
+from nnsplice.packed import Cost, Law
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.subspaces import Subspace
 from nnsplice.sweeps import foreign
 from nnsplice.sweeps.choosing import EXECUTORS, Chosen, choose
-from nnsplice.sweeps.executors import Executor, Work, whole_prompts
+from nnsplice.sweeps.executors import Executor, Work, fitting, whole_prompts
 from nnsplice.sweeps.identity import labels_of, saes_of
 from nnsplice.sweeps.jobs import Job, Jobs
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
+from nnsplice.sweeps.probing import RAN
 from nnsplice.sweeps.sequences import summed
 from nnsplice.sweeps.sets import Sites
 from nnsplice.sweeps.unedited import clean_run, corrupted_run
@@ -117,6 +119,7 @@ def measured_table(
         places = [place for target in plan.targets for place in target.places]
         closures.require(model, [*places, *([plan.corruption.place] if plan.corruption else ())])
     first, at_once = _rooms(model, max_tokens)
+    whole = min(2 * first, at_once)
     clean_logits, source, cost = clean_run(model, plan, at_once, other)
     prompts = range(len(plan.corrupted))
     compares = clean_logits if plan.metric.metric.compares else None
@@ -127,27 +130,33 @@ def measured_table(
     elif isinstance(executor, Chosen):
         name, note, execute = executor.name, executor.note, executor.handed(work)
     else:
-        name, note, spent = choose(executor, work)
+        # What a journal holds already need not run again for a trial.
+        name, note, spent = choose(executor, work, whole if journal is None else 0)
         execute, cost = EXECUTORS[name], cost + spent
-    corrupted_logits, spent = _corrupted(work, execute, at_once)
-    cost += spent
     if not plan.owners:
         plan.metric.check_answers(clean_logits, prompts)
     clean = plan.metric(clean_logits, prompts, compares).double().cpu().numpy()
-    corrupted = plan.metric(corrupted_logits, prompts, compares).double().cpu().numpy()
-    check_baselines(plan.metric, clean=clean, corrupted=corrupted)
+    check_baselines(plan.metric, clean=clean)
+    corrupted = np.zeros_like(clean)
 
     names = plan.metric.names if isinstance(plan.metric, Several) else ()
     shape = (len(prompts), len(plan.targets))
     with ledger(shape, plan.jobs, plan.asked, journal, progress, len(names), team) as book:
-        known = plan.known.columns()
-        book.values[known], book.done[known] = corrupted[known[0]], True
+        if RAN in work.memo:
+            book.note(*work.memo.pop(RAN))
         prompts_of, targets_of = plan.jobs.columns()
         left = ~book.done[prompts_of, targets_of]
         left = Jobs.of_columns(prompts_of[left], targets_of[left])
-        for jobs, found, spent in _chunks(work, execute, left, at_once, first):
-            book.note(jobs, found)
+        for rows, logits, spent in _corrupted(work, execute, at_once):
+            beside = None if compares is None else compares[rows]
+            corrupted[rows] = plan.metric(logits, rows, beside).double().cpu().numpy()
+            check_baselines(plan.metric, corrupted=corrupted)
             cost += spent
+            for jobs, found, spent in _chunks(work, execute, left.of_prompts(rows), at_once, first):
+                book.note(jobs, found)
+                cost, first = cost + spent, at_once
+        known = plan.known.columns()
+        book.values[known], book.done[known] = corrupted[known[0]], True
     book.warn_of_nan()
     about = Run(
         name, time.perf_counter() - start, **cost.told(), known=len(plan.known), gate=closures.spent(model), note=note
@@ -293,18 +302,39 @@ def check_mode(model: engine.Model) -> None:
         )
 
 
-def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Cost]:
-    """The corrupted prompts' logits: from a run that is made anyway, where all of them fit into one."""
-    plan = work.plan
-    together = len(plan.jobs.prompts) == len(plan.corrupted)
-    if executor.corrupted is not None and together and sum(plan.corrupted.lengths("decoder")) <= at_once:
+def _corrupted(work: Work, executor: Executor, at_once: int) -> Iterator[tuple[list[int], Tensor, Cost]]:
+    """Corrupted prompts, whose jobs are run together, and their logits: from a run that is made for these anyway."""
+    every, about = list(range(len(work.plan.corrupted))), work.plan.jobs.prompts
+    shared = [] if executor.corrupted is None else _recorded_together(work, about, at_once)
+    alone = sorted(set(every).difference(*shared))
+    if alone:
+        yield alone, *corrupted_run(work.model, work.plan, at_once, alone)
+    for rows in shared:
+        assert executor.corrupted is not None
         try:
-            return executor.corrupted(work)
+            logits, spent = executor.corrupted(work, rows)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not engine.is_memory(error):
                 raise
             engine.Team.of(work.model).refuse_memory(error)
-    return corrupted_run(work.model, plan, at_once)
+            if executor.forget is not None:
+                executor.forget(work)
+            logits, spent = corrupted_run(work.model, work.plan, at_once, rows)
+        yield rows, logits, spent
+
+
+def _recorded_together(work: Work, prompts: Sequence[int], at_once: int) -> list[list[int]]:
+    """Neighbouring prompts that fit into one recorded pass; none that does not fit by itself."""
+    lengths = work.plan.corrupted.lengths("decoder")
+    groups: list[list[int]] = []
+    tokens = 0
+    for prompt in (prompt for prompt in prompts if lengths[prompt] <= at_once):
+        tokens += lengths[prompt]
+        if not groups or tokens > at_once:
+            groups.append([])
+            tokens = lengths[prompt]
+        groups[-1].append(prompt)
+    return groups
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------
@@ -322,19 +352,27 @@ def _rooms(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
 def _chunks(
     work: Work, executor: Executor, jobs: Sequence[Job], at_once: int, first: int | None = None
 ) -> Iterator[tuple[Sequence[Job], list[float], Cost]]:
-    """Jobs that run together, at most so many tokens at once, and half of it after running out of memory."""
+    """Jobs that run together, at most so many tokens at once, and half of it after running out of memory.
+
+    Args:
+        first: how many tokens the first chunk has, where a few chunks follow it.
+    """
     room = at_once if first is None else first
     for members in _together(work, executor, jobs):
         sizes, prompts = executor.tokens(work, members), whole_prompts(work, members)
+        if sum(sizes) <= 2 * room:
+            room = min(2 * room, at_once)  # what would be left is not worth another reading of all weights
         at = 0
         while at < len(members):
-            chunk = members[at : at + _fitting(members, sizes, prompts, room, at)]
+            chunk = members[at : at + fitting(members, sizes, prompts, room, at)]
             try:
                 values, cost = executor(work, chunk)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if len(chunk) == 1 or isinstance(error, NnspliceError) or not engine.is_memory(error):
                     raise
                 engine.Team.of(work.model).refuse_memory(error)
+                if executor.forget is not None:
+                    executor.forget(work)
                 room = at_once = min(room, sum(sizes[at : at + len(chunk)])) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -351,18 +389,3 @@ def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[
     for job in sorted(jobs):
         groups.setdefault(shapes[job[0]], []).append(job)
     return list(groups.values())
-
-
-def _fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int, at: int) -> int:
-    """How many of the jobs from `at` on fit: their own tokens, and their prompts, padded as they run."""
-    own = total = longest = 0
-    seen: set[int] = set()
-    for number in range(at, len(jobs)):
-        own += sizes[number]
-        prompt = jobs[number][0]
-        if prompt not in seen:
-            seen.add(prompt)
-            total, longest = total + prompts[number], max(longest, prompts[number])
-        if max(own, padded_at_most(len(seen), total, longest)) > room:
-            return max(number - at, 1)
-    return len(jobs) - at

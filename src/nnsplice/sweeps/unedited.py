@@ -74,9 +74,13 @@ def clean_run(
     return torch.stack([logits[row] for row in first]), Source(plan, captured), cost
 
 
-def corrupted_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, Cost]:
-    """The logits that the metric reads in the corrupted run, `[prompt, vocab]`, and the cost."""
-    rows = range(len(plan.corrupted))
+def corrupted_run(model: engine.Model, plan: Plan, room: int, rows: Sequence[int] | None = None) -> tuple[Tensor, Cost]:
+    """The logits that the metric reads in the corrupted run, `[prompt, vocab]`, and the cost.
+
+    Args:
+        rows: of these prompts; of all if left out.
+    """
+    rows = range(len(plan.corrupted)) if rows is None else rows
     places = [place for target in plan.targets for place in target.places]
     logits, cost = _logits(
         model, plan, plan.corrupted, rows, room, lambda rows: lambda: corrupt(model, plan, rows), places, clean=False

@@ -10,7 +10,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from typing import Any, TypeVar, cast
@@ -212,7 +212,7 @@ def _measured(
             with swap(runs.base, tuned, selection), prefix.before(selection) as skipped:
                 logits = runs.logits(module, rows)
             found = dict(zip(rows, runs.measured(rows, logits, clean_logits).tolist(), strict=True))
-            spent = runs.law.whole(runs.given, rows, runs.given.length("decoder", rows[0]), skipped)
+            spent = runs.law.whole(runs.given, rows, runs.computed(module, rows), skipped)
             yield [(row, number) for row in left], [found[row] for row in left], spent
 
 
@@ -226,6 +226,8 @@ class Runs:
     batch_size: int | None
     #: What every call is given beside the prompts.
     arguments: Mapping[str, Any]
+    #: Of each module that runs, whether it can be asked for the logits of its last tokens only.
+    _keeps: dict[int, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> Runs:
@@ -266,11 +268,24 @@ class Runs:
         """`[row, vocab]`, at the position that the metric reads."""
         inputs = self.given.inputs(rows, next(module.parameters()).device)
         assert isinstance(inputs, Mapping)
-        length = self.given.length("decoder", rows[0])
-        at = self.metric.metric.position % length - length
-        logits = module(**inputs, **self.arguments)
+        fewer = {"logits_to_keep": -self._at(rows)} if self._keeps_logits(module) else {}
+        logits = module(**inputs, **fewer, **self.arguments)
         logits = logits.logits if hasattr(logits, "logits") else logits[0]
-        return logits[:, at].clone()
+        return logits[:, self._at(rows)].clone()
+
+    def computed(self, module: Any, rows: Sequence[int]) -> int:
+        """Of how many tokens of these prompts logits are computed."""
+        return -self._at(rows) if self._keeps_logits(module) else self.given.length("decoder", rows[0])
+
+    def _at(self, rows: Sequence[int]) -> int:
+        """Where the metric reads, counted from the end."""
+        length = self.given.length("decoder", rows[0])
+        return self.metric.metric.position % length - length
+
+    def _keeps_logits(self, module: Any) -> bool:
+        if id(module) not in self._keeps:
+            self._keeps[id(module)] = engine.keeps_logits(module)
+        return self._keeps[id(module)]
 
     def all_logits(self, module: Any) -> Tensor:
         """The same of every prompt, in their order."""
