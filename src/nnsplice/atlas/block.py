@@ -77,6 +77,8 @@ class Block:
     mlp_beside: tuple[str, ...] = ()
     #: Layers behind the projections of keys and values, whose rows are the groups' -> the role.
     group_rows: tuple[tuple[str, str], ...] = ()
+    #: Norms over all queries or keys of a token -> the role: one head's moves those of the others.
+    joint_norms: tuple[tuple[str, Role], ...] = ()
     #: Layers of the attention that serve all heads alike: what latent queries, keys and values are made from.
     latents: tuple[str, ...] = ()
     #: The layer whose output scales the heads' slices, and how many of its columns are one head's; None where there is

@@ -7,7 +7,7 @@ config's `model_type` decides only where two families with the same names and sh
 
 from __future__ import annotations
 
-from nnsplice.atlas.layouts import Kind
+from nnsplice.atlas.layouts import Kind, Role
 
 #: Attributes of modules and configs that recognition may ask for.
 FACTS = (
@@ -91,6 +91,8 @@ HEAD_GATES = ("gate_proj", "output_gate", "g_proj")
 HEAD_ROWS = ("r_proj",)
 #: Layers behind a projection whose rows go to the key/value heads in equal shares -> the role that they belong to.
 GROUP_ROWS = {"k_sconv.conv1d": "k", "v_sconv.conv1d": "v"}
+#: Norms behind the projections of queries and keys. One that is as wide as all heads of a role is theirs together.
+ROLE_NORMS: dict[str, Role] = {"q_norm": "q", "k_norm": "k"}
 #: What all heads of a layer have in common, beside norms and parameters of one number; no head owns any of it.
 SHARED_BY_HEADS = ("relative_attention_bias", "rel_logits_proj")
 #: Attention whose heads are not plain, told by a parameter of its own: the name -> how its heads share what they read.

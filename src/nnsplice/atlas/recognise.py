@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block, Tower, TowerName
 from nnsplice.atlas.choose import Doubt, Towers, choose, is_numbered
-from nnsplice.atlas.layouts import Layout, fits
+from nnsplice.atlas.layouts import Layout, Role, fits
 from nnsplice.atlas.stacked import read_stacked
 from nnsplice.atlas.stream import read_stream
 from nnsplice.atlas.tree import Node, Tree, is_norm
@@ -281,6 +281,7 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             "head_gates": (gates := _head_gates(tree, home, o, layout)),
             "gate_layer": _gate_layer(tree, gates, layout),
             "group_rows": tuple((m, role) for row, role in rows.GROUP_ROWS.items() if (m := tree.child(home, row))),
+            "joint_norms": () if layout is None else tuple(_joint_norms(tree, home, layout)),
             "latents": tuple(m for row in rows.LATENTS if (m := tree.child(home, row))),
             "layout": None if mixed else layout,
             "mixed": mixed,
@@ -292,6 +293,15 @@ def _mixed(tree: Tree, home: str) -> str | None:
     """Why the heads of an attention module are not plain; None where nothing says so."""
     own = {*tree.nodes[home].params, *tree.nodes[home].children}
     return next((reason for name, reason in rows.MIXED_HEADS.items() if name in own), None)
+
+
+def _joint_norms(tree: Tree, home: str, layout: Layout) -> Iterator[tuple[str, Role]]:
+    """The norms of an attention that are as wide as all heads of a role together."""
+    for row, role in rows.ROLE_NORMS.items():
+        module, count = tree.child(home, row), layout.count(role)
+        shapes = [shape for _, shape in tree.nodes[module].params.values()] if module else []
+        if module is not None and count > 1 and (count * layout.size(role),) in shapes:
+            yield module, role
 
 
 def _head_gates(tree: Tree, home: str, o: str, layout: Layout | None) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def split(atlas: Parts, path: Path) -> Iterator[Path]:
     if place.role == "full":
         yield path
         return
-    if path.value in ("input", "mid", "pattern"):
+    if path.value in ("input", "mid", "ungated", "pattern"):
         raise PathError(
             f".{path.value} is an activation: no parameters belong to it",
             path=path,

@@ -8,10 +8,10 @@ from typing import Literal
 End = Literal["input", "output"]
 #: How a value is met. `plain`: it stands in a tensor, and a write replaces the tensor. `stream`: it stands in a tensor
 #: that a skip path carries on beside the module, so a write must reach both. `pattern` and `expert` are derived from
-#: several values (`activations/derived.py`). `feature` and `error` are what an attached SAE makes of a plain value.
-Kind = Literal["plain", "stream", "pattern", "expert", "feature", "error"]
+#: several values (`activations/derived.py`), and so is `ungated`, a head's slice before its gate. `feature` and `error` are what an attached SAE makes of a plain value.
+Kind = Literal["plain", "stream", "pattern", "expert", "ungated", "feature", "error"]
 #: The kinds that are computed from values, and stand in none.
-DERIVED: tuple[Kind, ...] = ("pattern", "expert", "feature", "error")
+DERIVED: tuple[Kind, ...] = ("pattern", "expert", "ungated", "feature", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Site:
     #: Which call of a module that runs several times in one pass.
     occurrence: int = 0
     kind: Kind = "plain"
-    #: The head of a pattern, or the number of an expert or a feature.
+    #: The head of a pattern or of a slice before its gate, or the number of an expert or a feature.
     index: int | None = None
     #: Which tower's tokens the positions count.
     tower: Literal["encoder", "decoder"] = "decoder"

@@ -22,7 +22,7 @@ ROOTS = ("embed", "layers", "final_norm", "unembed")
 #: Values of each place; a place that is not listed has only `output`.
 VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("input", "mid", "output"),
-    "heads": ("output", "q", "k", "v", "gate", "pattern"),
+    "heads": ("output", "q", "k", "v", "gate", "ungated", "pattern"),
     "groups": ("k", "v"),
 }
 
@@ -324,11 +324,19 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
         return Site(module, "output", item=item, kind="pattern", index=index, **common)
     if value == "output":
         return Site(block.o, "input", columns=(index * layout.head_dim, (index + 1) * layout.head_dim), **common)
-    if value == "gate":
+    if value in ("gate", "ungated"):
         gate = block.gate_of(index)
         if gate is None:
-            raise UnknownPath(f"the heads of layer {block.index} have no gates", path=path, column=_last(path, "gate"))
-        return Site(gate[0], "output", columns=gate[1], **common)
+            raise UnknownPath(
+                f"the heads of layer {block.index} have no gates",
+                path=path,
+                column=_last(path, value),
+                write=str(replace(path, value="output")) if value == "ungated" else None,
+            )
+        if value == "gate":
+            return Site(gate[0], "output", columns=gate[1], **common)
+        columns = (index * layout.head_dim, (index + 1) * layout.head_dim)
+        return Site(block.o, "input", columns=columns, kind="ungated", index=index, **common)
     if name == "heads" and value != "q" and layout.n_kv != layout.n_heads:
         group = layout.group_of(index)
         raise RefusedPlace(

@@ -202,6 +202,10 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what} pass{'es' * (number != 1)}"
 
 
+#: Kinds that no gradient is taken of, in words.
+_DERIVED = {"pattern": "a pattern", "expert": "one expert", "ungated": "a slice before its gate"}
+
+
 def _check_kinds(plan: Plan, name: str) -> None:
     joint = next((target for target in plan.targets if target.is_set), None)
     if joint is not None:
@@ -213,10 +217,9 @@ def _check_kinds(plan: Plan, name: str) -> None:
         )
     for path in nodes.places_of(plan):
         kind = site_of(path).kind
-        if kind in ("pattern", "expert"):
+        if kind in _DERIVED:
             raise RefusedPlace(
-                f"{'a pattern' if kind == 'pattern' else 'one expert'} is derived from several values of a run, so "
-                f"{name} has no gradient of it",
+                f"{_DERIVED[kind]} is derived from several values of a run, so {name} has no gradient of it",
                 path=path,
                 write="ns.sweep(...)   (exact)",
             )

@@ -194,6 +194,7 @@ def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]
         if layers:
             yield from heads.influence(tower, layers)
         for tied in layers:
+            yield from heads.before_gates(tower, tied)
             yield from heads.keys(tower, tied.block, len(tied.slots), _given(tower, example))
             if _is_eager(model) and tied.block.pattern is not None:
                 yield from heads.patterns(tower, tied, seen)
@@ -247,7 +248,7 @@ _PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {
 
 
 #: Kinds that every layer with heads has; a layer that nothing was measured of cannot be trusted.
-_MEASURED: tuple[Kind, ...] = ("heads", "q", "k", "v", "gate", "written pattern")
+_MEASURED: tuple[Kind, ...] = ("heads", "q", "k", "v", "gate", "ungated", "written pattern")
 
 
 def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None:
@@ -278,7 +279,7 @@ def _needed(towers: Mapping[str, Tower], kind: Kind) -> set[tuple[str, int]]:
     """The layers of which something has to be known."""
     every = ((name, block) for name, tower in towers.items() for block in tower.blocks)
     found = ((name, block) for name, block in every if kind in _MEASURED and block.layout is not None)
-    return {(name, block.index) for name, block in found if kind != "gate" or block.gate_of(0)}
+    return {(name, block.index) for name, block in found if kind not in ("gate", "ungated") or block.gate_of(0)}
 
 
 def _where(path: Path) -> tuple[str, int]:

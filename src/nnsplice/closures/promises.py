@@ -22,6 +22,7 @@ Kind = Literal[
     "k",
     "v",
     "gate",
+    "ungated",
     "pattern",
     "written pattern",
     "neurons",
@@ -46,6 +47,7 @@ PROMISES: dict[Kind, tuple[str, str]] = {
     "k": (".groups[:].k", "the key of one group moves the slices of its heads and no others"),
     "v": (".groups[:].v", "the value of one group moves the slices of its heads, column by column, and no others"),
     "gate": (".heads[:].gate", "the gate of one head moves that head's slice, column by column, and no other"),
+    "ungated": (".heads[:].ungated", "times the sigmoid of the gate it is the head's slice"),
     "pattern": (".heads[:].pattern", "these are the shares with which a head mixes values: not negative, 1 at most"),
     "written pattern": ("writes to .heads[:].pattern", "pattern @ v is the head's slice"),
     "neurons": (".neurons[:].output", "through the last matrix of the MLP they make its output"),
@@ -86,7 +88,7 @@ def kind_of(path: Path) -> Kind | None:
             return "pattern" if isinstance(path.site, Site) and path.site.kind == "pattern" else "written pattern"
         case "heads" | "groups" as part, "output":
             return "heads" if part == "heads" else None
-        case "heads" | "groups", ("q" | "k" | "v" | "gate") as role:
+        case "heads" | "groups", ("q" | "k" | "v" | "gate" | "ungated") as role:
             return role
         case ("attn" | "mixer" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
             return part

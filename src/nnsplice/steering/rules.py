@@ -195,9 +195,9 @@ def rules_of(
     for key, direction in vectors_of(vector):
         (path,) = known.atlas.expand(key.place)
         site = site_of(path)
-        if site.kind in ("pattern", "expert", "error"):
+        if site.kind in ("pattern", "expert", "ungated", "error"):
             raise RefusedPlace(
-                f"a {site.kind} is derived from several values, so there is no one state to steer",
+                f"a value of the kind {site.kind} is derived from several values, so there is no one state to steer",
                 path=path,
                 expected="the residual stream, what a branch adds to it, a head or a neuron",
                 write="layers[i].output",
@@ -216,6 +216,7 @@ def rules_of(
         factors = coefficients(coefficient)
         rules.append(Rule(place, direction.detach(), factors, label, own, where, condition, of_feature))
     closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
+    closures.tell_joint_norms(model, (rule.path for rule in rules))
     return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
 
 
