@@ -161,7 +161,8 @@ def gather(
     for access in plan:
         rows = batch.rows(access.tower)
         gates.read_before(access, mediator, batch)
-        values = _values(model, access, mediator, rows, gates)
+        of_keys = batch.rows(derived.key_tower(model, access)) if access.kind == "pattern" else rows
+        values = _values(model, access, mediator, of_keys, gates)
         for keys in keys_of(access.paths, rows, next(iter(values.values())).shape[1], spans):
             value = values[site_of(keys[0]).index]
             packs.append(Pack(keys, _picked(value if keep_graph else value.detach(), keys, rows, spans)))

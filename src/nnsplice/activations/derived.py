@@ -30,7 +30,7 @@ from nnsplice.tokens import Rows
 def block_of(model: engine.Model, site: Site) -> Block:
     """The layer that a derived value belongs to."""
     for tower in engine.known(model).atlas.towers.values():
-        for block in tower.blocks:
+        for block in (one for layer in tower.blocks for one in layer.attentions):
             homes = (block.pattern and block.pattern[0], block.experts, block.mlp, block.o)
             if tower.name == site.tower and site.module in homes and site.occurrence == block.occurrence:
                 return block
@@ -52,8 +52,18 @@ def require_eager(model: engine.Model, path: Path) -> None:
         )
 
 
+def key_tower(model: engine.Model, access: Access) -> str:
+    """Whose tokens the keys of a pattern are."""
+    site = site_of(access.paths[0])
+    return block_of(model, site).key_tower or site.tower
+
+
 def patterns(access: Access, mediator: Any, rows: Rows) -> dict[int | None, Tensor]:
-    """Each wanted head's probabilities `[prompt, query, key]`, the keys counted from each prompt's first own token."""
+    """Each wanted head's probabilities `[prompt, query, key]`, the keys counted from each prompt's first own token.
+
+    Args:
+        rows: where the tokens stand that are keys.
+    """
     site = site_of(access.paths[0])
     raw = access.place.read(mediator)
     try:
@@ -116,7 +126,8 @@ def pattern_places(model: engine.Model, path: Path) -> tuple[Path, Path]:
     assert module is not None
     group = layout.group_of(site.index)
     common: dict[str, Any] = {"occurrence": site.occurrence, "tower": site.tower}
-    read = Site(module, "output", columns=layout.range("v", group), **common)
+    of_values = {**common, "tower": block.key_tower or site.tower}
+    read = Site(module, "output", columns=layout.range("v", group), **of_values)
     width = layout.head_dim
     written = Site(block.o, "input", columns=(site.index * width, (site.index + 1) * width), **common)
     return replace(path, site=read, position=None), replace(path, site=written)

@@ -86,6 +86,7 @@ def write(
     for step in steps:
         step.access.check_ahead(mediator)
         for entry in step.entries:
+            _check_keys(entry, batch)
             _check_rows(entry, batch.rows(step.access.tower))
     factor = None if coefficient is None else _factor(coefficient)
     read = Read()
@@ -202,6 +203,18 @@ def _sources(access: Access, mediator: Any, rows: Rows) -> dict[object, Tensor]:
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _check_keys(entry: Entry, batch: engine.Batch) -> None:
+    """Raise for patterns over another tower's tokens where padding stands before prompts."""
+    if entry.kind != "pattern" or entry.source is None or site_of(entry.source).tower == site_of(entry.target).tower:
+        return
+    if any(any(rows.starts or ()) for rows in (batch.encoder, batch.decoder)):
+        raise ShapeError(
+            "prompts are padded on the left here, and a pattern over the encoder's tokens counts them from the first",
+            path=entry.path.place,
+            expected="padding on the right, or prompts of one length",
+        )
 
 
 def _check_rows(entry: Entry, rows: Rows) -> None:

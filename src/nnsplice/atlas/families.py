@@ -145,7 +145,7 @@ MIXERS = (
 READS_KV, STORES_KV, KIND_OF_KV = "is_kv_shared_layer", "store_full_length_kv", "layer_type"
 
 #: Which element of the attention module's output holds the probabilities.
-PATTERN_ITEM = {"SelfAttention": 2}
+PATTERN_ITEM = {"SelfAttention": 2, "EncDecAttention": 2}
 PATTERN_ITEM_DEFAULT = 1
 
 #: Who tells the number of heads: the attention module first, then the config.

@@ -38,7 +38,7 @@ class Parts:
     @cached_property
     def tuple_modules(self) -> frozenset[str]:
         """Attention modules, whose output is a tuple in every family."""
-        blocks = [block for tower in self.towers.values() for block in tower.blocks]
+        blocks = [one for tower in self.towers.values() for block in tower.blocks for one in block.attentions]
         return frozenset(name for block in blocks for name in (block.attn, block.pattern and block.pattern[0]) if name)
 
     def __repr__(self) -> str:

@@ -183,7 +183,23 @@ def read_block(tree: Tree, name: str, index: int, *, whole: bool = True) -> Bloc
         **attention,
         **mlp,
     )
-    return replace(block, **read_stream(tree, block))
+    return replace(block, **read_stream(tree, block), cross=_cross(tree, block))
+
+
+def _cross(tree: Tree, block: Block) -> Block | None:
+    """The attention of a layer to the other tower; None where it has none, or one whose parts are not known."""
+    home = next((child for child in tree.under(block.module, 3) if child.rpartition(".")[2] in rows.CROSS), None)
+    found = {} if home is None else _read_attention(tree, home)
+    if home is None or found["o"] is None or found["fused"]:
+        return None
+    own = {**found, "attn": home, "pattern": (home, _pattern_item(home))}
+    none = dict.fromkeys(("mlp", "gate", "up", "down", "gate_up", "router", "experts", "mid", "mlp_added", "mixer"))
+    return replace(block, **own, **none, attn_added=home, n_neurons=0, mlp_beside=(), stacked={}, key_tower="encoder")
+
+
+def _pattern_item(home: str) -> int:
+    """Which element of an attention's output holds the probabilities."""
+    return rows.PATTERN_ITEM.get(home.rpartition(".")[2], rows.PATTERN_ITEM_DEFAULT)
 
 
 def _read_split(tree: Tree, node: Node) -> list[Block | None] | None:
@@ -265,14 +281,13 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             attn, o = (home, None) if parent == block else (parent, _first(tree, parent, rows.O_BESIDE))
         if o is None:
             continue
-        last = home.rpartition(".")[2]
         # GPT-Neo wraps the module once more, with nothing else inside: users name the outer one.
         while attn != block and len(tree.nodes[attn.rpartition(".")[0]].children) == 1:
             attn = attn.rpartition(".")[0]
         layout, mixed = _read_layout(tree, home, (q, k, v), fused, o), _mixed(tree, home)
         return {
             "attn": None if attn == block else attn,
-            "pattern": None if home == block else (home, rows.PATTERN_ITEM.get(last, rows.PATTERN_ITEM_DEFAULT)),
+            "pattern": None if home == block else (home, _pattern_item(home)),
             "q": None if fused else q,
             "k": None if fused else k,
             "v": None if fused else v,

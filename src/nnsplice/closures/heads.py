@@ -230,14 +230,15 @@ def patterns(tower: Tower, t: Tied, seen: Seen) -> Iterator[Closure]:
     if shares is None:
         return
     values, tokens = t.leaves["v"].detach(), t.slots.shape[0]
+    keys = values.numel() // values.shape[-1]
     allowed = tolerance(shares, values, t.slots)
-    if shares.dim() != 4 or tuple(shares.shape[-3:]) != (layout.n_heads, tokens, tokens) or shares.shape[0] != 1:
+    if shares.dim() != 4 or tuple(shares.shape[-3:]) != (layout.n_heads, tokens, keys) or shares.shape[0] != 1:
         found = f"what is returned has the shape {list(shares.shape)}, for {layout.n_heads} heads and {tokens} tokens"
         yield Closure("pattern", tower.name, block.index, _NOTHING, allowed, found)
         yield Closure("written pattern", tower.name, block.index, _NOTHING, allowed, found)
         return
     shares = shares[0].double().cpu()
-    values = values.reshape(tokens, -1).double().cpu()
+    values = values.reshape(keys, -1).double().cpu()
     slots = t.slots.detach().double().cpu()
     own = torch.stack([values[:, slice(*layout.range("v", layout.group_of(h)))] for h in range(layout.n_heads)])
     slices = slots.unflatten(-1, (layout.n_heads, layout.head_dim)).transpose(0, 1)

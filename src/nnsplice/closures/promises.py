@@ -16,6 +16,7 @@ Kind = Literal[
     "mid",
     "attn",
     "mixer",
+    "cross",
     "mlp",
     "heads",
     "q",
@@ -29,6 +30,9 @@ Kind = Literal[
     "experts",
 ]
 
+#: What closures call the tower of cross-attention: its layers are the decoder's.
+CROSS = "cross"
+
 #: Kind -> how a message calls its places, and what they promise.
 PROMISES: dict[Kind, tuple[str, str]] = {
     "stream": (
@@ -41,6 +45,7 @@ PROMISES: dict[Kind, tuple[str, str]] = {
         ".mixer.output",
         "it is what the mixing of tokens adds to the stream: input + mixer.output + mlp.output is the output",
     ),
+    "cross": (".cross.output", "it is what cross-attention adds to the stream"),
     "mlp": (".mlp.output", "it is what the MLP adds to the stream: input + attn.output + mlp.output is the output"),
     "heads": (".heads[:].output", "each slice is one head's, and through the output projection they make attn.output"),
     "q": (".heads[:].q", "the query of one head moves that head's slice and no other"),
@@ -82,7 +87,7 @@ def kind_of(path: Path) -> Kind | None:
         return None
     if len(names) == 1:
         return "mid" if path.value == "mid" else "stream"
-    match names[-1], path.value or "output":
+    match names[-1].removeprefix("cross."), path.value or "output":
         case "heads", "pattern":
             # What is written in its place, and what that is made of, are sites of another kind.
             return "pattern" if isinstance(path.site, Site) and path.site.kind == "pattern" else "written pattern"
@@ -90,7 +95,7 @@ def kind_of(path: Path) -> Kind | None:
             return "heads" if part == "heads" else None
         case "heads" | "groups", ("q" | "k" | "v" | "gate" | "ungated") as role:
             return role
-        case ("attn" | "mixer" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
+        case ("attn" | "mixer" | "cross" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
             return part
     return None
 
