@@ -115,7 +115,7 @@ def _captured(
     if batch_size is not None and batch_size < 1:
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
-        given = encode(model, prompts, spans)
+        given = encode(model, prompts, spans, sounds=True)
         wanted = _wanted(model, sites)
         _check_positions(wanted, given)
         closures.require(model, wanted)
@@ -282,4 +282,10 @@ def _ids(given: Prompts, wanted: Sequence[Path]) -> tuple[tuple[int, ...], ...] 
         return given.ids
     # The tokens that the positions count, which are not one row where places of both towers were captured.
     towers = {site_of(path).tower for path in wanted}
-    return None if len(towers) > 1 else given.decoder_ids if towers == {"decoder"} else given.ids
+    return (
+        None
+        if len(towers) > 1 or (given.sounds is not None and towers == {"encoder"})
+        else given.decoder_ids
+        if towers == {"decoder"}
+        else given.ids
+    )

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations import sounds as features
 from nnsplice.activations.messages import Chat, Message, is_chat, templated
 from nnsplice.activations.offsets import covered
+from nnsplice.activations.sounds import Sound
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.paths import Span
@@ -34,6 +36,10 @@ class Prompts:
     taken: engine.Taken = field(default=engine.ANY, repr=False, compare=False)
     #: For a plain module, its inputs by name, of which `values` are the first; empty where there is one.
     inputs_by_name: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    #: Of prompts that an encoder hears, what it is given; their `ids` are numbers that tell sounds apart.
+    sounds: tuple[Sound, ...] | None = field(default=None, repr=False)
+    #: The type of number that sounds are given in.
+    dtype: torch.dtype = field(default=torch.float32, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids) if self.values is None else self.values.shape[0]
@@ -67,7 +73,15 @@ class Prompts:
             None if self.spans is None else {n: tuple(bounds[row] for row in rows) for n, bounds in self.spans.items()},
             self.taken,
             self._named(rows),
+            None if self.sounds is None else tuple(self.sounds[row] for row in rows),
+            self.dtype,
         )
+
+    def token_texts(self, model: engine.Model, tower: str) -> tuple[tuple[str, ...], ...]:
+        """The tokens of one tower as text; numbers where an encoder hears."""
+        if tower == "decoder" and self.decoder_ids is not None:
+            return engine.token_texts(model, self.decoder_ids)
+        return engine.token_texts(model, self.ids) if self.sounds is None else tuple(features.names(self.sounds))
 
     def _named(self, rows: Sequence[int]) -> dict[str, Any]:
         """The inputs by name of some rows; what has no row for each prompt is given to all."""
@@ -82,6 +96,8 @@ class Prompts:
         longest = max(map(len, taken.ids), default=0)
         if all(len(ids) == longest for ids in taken.ids):
             return taken
+        if self.sounds is not None:
+            raise NotImplementedError("prompts that an encoder hears are not padded to one length")
         return replace(taken, ids=tuple(ids + ids[-1:] * (longest - len(ids)) for ids in taken.ids), texts=None)
 
     def rows(self, tower: str) -> Rows:
@@ -93,9 +109,9 @@ class Prompts:
 
     def batches(self, size: int | None) -> list[list[int]]:
         """Row numbers in batches of prompts of one length, so that none needs padding."""
-        groups: dict[tuple[int, int], list[int]] = {}
+        groups: dict[object, list[int]] = {}
         for row, lengths in enumerate(zip(self.lengths("encoder"), self.lengths("decoder"), strict=True)):
-            groups.setdefault(lengths, []).append(row)
+            groups.setdefault((lengths, self.sounds and self.sounds[row].shape), []).append(row)
         step = size or len(self)
         return [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
 
@@ -105,8 +121,11 @@ class Prompts:
             return self._named(rows)
         if self.values is not None:
             return self.values[list(rows)]
-        ids = torch.tensor([self.ids[row] for row in rows], device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.sounds is None:
+            ids = torch.tensor([self.ids[row] for row in rows], device=device)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        else:
+            inputs = features.joined([self.sounds[row] for row in rows], self.dtype, device)
         if self.decoder_ids is not None:
             inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
         return engine.as_taken(self.taken, inputs)
@@ -154,13 +173,25 @@ SpanTexts = Mapping[str, SpanText]
 PairSpanTexts = SpanTexts | Mapping[str, SpanTexts]
 
 
-def encode(model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None) -> Prompts:
-    """Prompts in any of their forms, checked; the first of them shows how a module of the user's own is called."""
-    if isinstance(prompts, Prompts):
-        return prompts
-    given = _encoded(model, prompts, spans)
-    if len(given):
-        engine.offer_probe(model, lambda: given.inputs([0], model.device))
+def encode(
+    model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None, *, sounds: bool = False
+) -> Prompts:
+    """Prompts in any of their forms, checked; the first of them shows how a module of the user's own is called.
+
+    Args:
+        sounds: whether the caller gives the model all that `Prompts.inputs` holds, and not tokens alone.
+
+    Raises:
+        BadArgument: prompts that an encoder hears, for a caller that takes tokens alone.
+    """
+    given = prompts if isinstance(prompts, Prompts) else _encoded(model, prompts, spans)
+    if given.sounds is not None and not sounds:
+        raise BadArgument(
+            f"these prompts are {given.sounds[0].name}, and this question runs on tokens alone",
+            expected="ns.capture, ns.patched_logits, ns.sweep, ns.ablate or ns.attribute, which take them",
+        )
+    if given is not prompts and len(given):
+        engine.offer_probe(model, lambda: given.inputs([0], model.device), always=given.sounds is not None)
     return given
 
 
@@ -179,6 +210,8 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         return Prompts(values=prompts)
     if isinstance(prompts, Mapping) and "input_ids" not in prompts and not is_chat(prompts) and _is_plain(model):
         return _by_name(model, prompts)
+    if (heard := features.sounds_of(model, prompts)) is not None:
+        return _heard(model, prompts, heard, spans)
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
     if chats:
         texts, ids, messages = _chats(model, chats)
@@ -197,6 +230,24 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
     return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))))
+
+
+def _heard(model: engine.Model, prompts: Mapping[str, Any], heard: tuple[Sound, ...], spans: Any) -> Prompts:
+    """Prompts that an encoder hears."""
+    if spans:
+        raise BadArgument("spans are stretches of tokens, and an encoder hears these prompts")
+    decoder = prompts.get("decoder_input_ids")
+    if decoder is None:
+        decoder_ids: Ids = ((engine.decoder_start(model),),) * len(heard)
+    else:
+        decoder_ids = _unpadded(decoder, prompts.get("decoder_attention_mask"))
+    if len(decoder_ids) != len(heard) or not all(decoder_ids):
+        raise BadArgument(
+            f"{len(heard)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
+            expected="a row of at least one token for each",
+        )
+    taken, dtype = engine.taken_by(type(peel(model))), features.dtype_of(model)
+    return Prompts(tuple(one.ids for one in heard), None, decoder_ids, taken=taken, sounds=heard, dtype=dtype)
 
 
 def _is_plain(model: engine.Model) -> bool:

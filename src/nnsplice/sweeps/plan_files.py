@@ -138,6 +138,9 @@ def cells_of(told: Mapping[str, Any]) -> tuple[Cell, ...]:
 
 def _prompts(prompts: Prompts) -> dict[str, Any]:
     spans = None if prompts.spans is None else {name: [list(b) for b in rows] for name, rows in prompts.spans.items()}
+    if prompts.sounds is not None:
+        raise BadArgument(f"a plan with prompts of {prompts.sounds[0].name} is not written to a file",
+                          expected="a sweep in this process")  # fmt: skip
     decoder = None if prompts.decoder_ids is None else [list(row) for row in prompts.decoder_ids]
     texts = None if prompts.texts is None else list(prompts.texts)
     return {"ids": [list(row) for row in prompts.ids], "texts": texts, "decoder": decoder, "spans": spans}
