@@ -135,8 +135,13 @@ def test_sweeps_of_both_towers_and_between_them(name: str) -> None:
 def test_zeros_and_gradients_in_both_towers(name: str) -> None:
     model, bare = load(name), build(name)
     clean, corrupted = pair(name)
-    places = ["encoder.layers[0].mlp.output[1]", "layers[1].cross.heads[2].output[-1]", "layers[0].cross.groups[1].v[2]",
-              "layers[0].cross.output[1]", "encoder.layers[1].heads[0].output[0]"]  # fmt: skip
+    places = [
+        "encoder.layers[0].mlp.output[1]",
+        "layers[1].cross.heads[2].output[-1]",
+        "layers[0].cross.groups[1].v[2]",
+        "layers[0].cross.output[1]",
+        "encoder.layers[1].heads[0].output[0]",
+    ]
     found = ns.ablate(model, corrupted, places, METRIC, progress=False)
     zeros = {cell.path: float(found.table.values[0, n]) for n, cell in enumerate(found.table.cells)}
     estimates = ns.attribute(model, clean, corrupted, places, METRIC, progress=False)
@@ -156,7 +161,7 @@ def test_zeros_and_gradients_in_both_towers(name: str) -> None:
         # The slope of a step along the way to the clean value.
         step = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
-        def along(value: Tensor, at: int = at, way: Tensor = source - here) -> Tensor:
+        def along(value: Tensor, at: int = at, way: Tensor = source - here, step: Tensor = step) -> Tensor:
             value[:, at] = value[:, at] + step * way
             return value
 
@@ -236,8 +241,13 @@ def test_cross_attention_is_refused_by_name_where_there_is_none() -> None:
     t5 = load("t5")
     with pytest.raises(ns.errors.UnknownPath, match="attends to no other tower"):
         ns.capture(t5, "w3 w4", "encoder.layers[0].cross.output[-1]")
-    with pytest.raises(ns.errors.PathError):
-        ns.parse_path("layers[0].cross.heads[0].pattern[-1][2]")
+    clean, corrupted = pair("t5")
+    with pytest.raises(
+        ns.errors.RefusedPlace, match=r"(?s)edges of cross-attention.*write: layers\[0\].*pattern\[-1\]"
+    ):
+        ns.ablate(t5, clean, "layers[0].cross.heads[0].pattern[-1][2]", METRIC, operation="knockout", progress=False)
+    with pytest.raises(ns.errors.RefusedPlace, match="edges of cross-attention"):
+        ns.ablate(t5, corrupted, "layers[0].cross.heads[0].pattern[-1]", METRIC, operation="knockout", progress=False)
     with pytest.raises(ns.errors.PathError, match=r"layers\[0\].cross.groups\[:\].v"):
         ns.capture(t5, "w3 w4", "layers[0].cross.groups[:].output[-1]")
 
@@ -259,3 +269,29 @@ def test_weights_of_cross_attention() -> None:
     }
     assert set(atlas.resolve("layers[1].cross.q").parts) == {f"{attention}.q.weight"}
     assert not set(atlas.resolve("layers[1].attn").parts) & set(atlas.resolve("layers[1].cross").parts)
+
+
+@pytest.mark.parametrize("tower", ["encoder", "decoder"])
+def test_knockouts_inside_a_tower(tower: str) -> None:
+    """BART's; T5's attention is given a bias by position, which is refused by that name."""
+    model, bare = load("bart"), build("bart")
+    clean, _ = pair("bart")
+    place = f"{tower}.layers[1].heads[2]"
+    found = ns.ablate(model, clean, f"{place}.pattern[2][1]", METRIC, operation="knockout", progress=False)
+    with torch.no_grad():
+        ran = bare(**clean, output_attentions=True)
+    shares = (ran.encoder_attentions if tower == "encoder" else ran.decoder_attentions)[1][0, 2, 2].clone()
+    shares[1] = 0
+    slice_, value = (
+        site_of(ns.expand(model, path)[0]) for path in (f"{place}.output", f"{tower}.layers[1].groups[2].v")
+    )
+    mixed = (shares / shares.sum()) @ values(bare, clean, [value])[value][0]
+
+    def write(tensor: Tensor) -> Tensor:
+        tensor[0, 2] = mixed
+        return tensor
+
+    logits = run(bare, clean, {slice_: write})[0, -1]
+    assert float(found.table.values[0, 0]) == pytest.approx(float(logits[7] - logits[8]), abs=1e-11)
+    with pytest.raises(ns.errors.NnspliceError, match="its attention is given position_bias"):
+        ns.ablate(load("t5"), pair("t5")[0], f"{place}.pattern[2][1]", METRIC, operation="knockout", progress=False)

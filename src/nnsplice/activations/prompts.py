@@ -232,7 +232,7 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))))
 
 
-def _heard(model: engine.Model, prompts: Mapping[str, Any], heard: tuple[Sound, ...], spans: Any) -> Prompts:
+def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: Any) -> Prompts:
     """Prompts that an encoder hears."""
     if spans:
         raise BadArgument("spans are stretches of tokens, and an encoder hears these prompts")

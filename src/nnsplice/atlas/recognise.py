@@ -67,11 +67,12 @@ def _with_keys(tree: Tree, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
 def find_towers(tree: Tree) -> Towers:
     """The towers of a model by name; none where no list of blocks is recognised, or where several could be the one."""
     stacks = find_stacks(tree)
-    for name, blocks in stacks.items():
-        kinds = {tree.nodes[block.module].kind for block in blocks}
+    # Some of them are no stacks: XLNet's attention has no layers for its queries.
+    for node in filter(is_numbered, tree.nodes.values()):
+        kinds = {tree.nodes[child].kind for child in node.children.values()}
         reason = next((why for start, why in rows.REFUSED.items() for kind in kinds if kind.startswith(start)), None)
         if reason is not None:
-            return Towers(MappingProxyType({}), MappingProxyType({}), Doubt(reason, (name,)))
+            return Towers(MappingProxyType({}), MappingProxyType({}), Doubt(reason, (node.name,)))
     chosen = choose(
         tree, {name: len(blocks) for name, blocks in stacks.items()}, lambda name: _width(tree, stacks[name])
     )

@@ -100,6 +100,8 @@ def expand_portable(atlas: Parts, path: Path) -> Iterator[Path]:
             write=f"{path.place if path.value is None else replace(path.place, value=None)}.v",
         )
     _check_value(path, place, value)
+    if place.role == "cross.heads" and path.key is not None:
+        raise edges_between_towers(path)
     if place.role in ("embed", "final_norm", "unembed"):
         yield replace(path, value="output", site=_model_site(tower, path, place.role))
         return
@@ -117,6 +119,16 @@ def expand_portable(atlas: Parts, path: Path) -> Iterator[Path]:
             steps[1] = Step(name, index)
             site = counted_site(path, tower, block, name.removeprefix("cross."), index, value)
             yield replace(path, steps=tuple(steps), value=value, site=site)
+
+
+def edges_between_towers(path: Path | str) -> RefusedPlace:
+    """The error for a query and a key of two towers."""
+    return RefusedPlace(
+        "edges of cross-attention are not cut or read one by one",
+        path=path,
+        expected="the pattern of a query, whose width are the encoder's tokens",
+        write=str(replace(path, key=None) if isinstance(path, Path) else path),
+    )
 
 
 def attended(path: Path, block: Block) -> Block:
