@@ -121,7 +121,7 @@ FAMILIES: dict[str, set[str]] = {
     "minicpm3": set(),
     "mamba": set(),
     "nemotron_h": set(),
-    "minimax": {"pattern", "written pattern"},
+    "minimax": {"pattern", "written pattern", "ungated"},  # a norm stands between its values and their gates
 }
 
 

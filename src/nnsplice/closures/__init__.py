@@ -10,7 +10,7 @@ gate        measure once, keep it, refuse what does not hold
 """
 
 from nnsplice.closures.gate import measure, require, spent
-from nnsplice.closures.promises import PROMISES, Closure, Kind, kind_of
+from nnsplice.closures.promises import CROSS, PROMISES, Closure, Kind, kind_of
 from nnsplice.closures.shared import tell_joint_norms
 
-__all__ = ["PROMISES", "Closure", "Kind", "kind_of", "measure", "require", "spent", "tell_joint_norms"]
+__all__ = ["CROSS", "PROMISES", "Closure", "Kind", "kind_of", "measure", "require", "spent", "tell_joint_norms"]
