@@ -32,6 +32,7 @@ _T5S = {
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5ForConditionalGeneration", _T5S),
     "t5/gated": ("T5ForConditionalGeneration", {**_T5S, "feed_forward_proj": "gated-gelu"}),
+    "longt5": ("LongT5ForConditionalGeneration", _T5S),
     "mt5": ("MT5ForConditionalGeneration", _T5S),
     "umt5": ("UMT5ForConditionalGeneration", _T5S),
     "bart": ("BartForConditionalGeneration", _BARTS),
@@ -39,6 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "marian": ("MarianMTModel", _BARTS),
     "pegasus": ("PegasusForConditionalGeneration", _BARTS),
     "m2m_100": ("M2M100ForConditionalGeneration", _BARTS),
+    "plbart": ("PLBartForConditionalGeneration", _BARTS),
     "blenderbot": ("BlenderbotForConditionalGeneration", _BARTS),
 }
 HEARS = "whisper"
@@ -250,6 +252,18 @@ def test_cross_attention_is_refused_by_name_where_there_is_none() -> None:
         ns.ablate(t5, corrupted, "layers[0].cross.heads[0].pattern[-1]", METRIC, operation="knockout", progress=False)
     with pytest.raises(ns.errors.PathError, match=r"layers\[0\].cross.groups\[:\].v"):
         ns.capture(t5, "w3 w4", "layers[0].cross.groups[:].output[-1]")
+
+
+def test_an_encoder_that_is_not_recognised_is_told() -> None:
+    """LED's reads windows with projections of its own; its decoder, and what that reads of it, are served."""
+    sizes = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4}
+    with quiet():
+        config = hf.LEDConfig(**{**_BARTS, **sizes})
+        model = ns.load(hf.LEDForConditionalGeneration(config).double().eval(), tokenizer=zoo.tokenizer())
+    with pytest.raises(ns.errors.UnrecognisedModel, match="the layers of this model's encoder are not recognised"):
+        ns.capture(model, pair("t5")[0], "encoder.layers[0].output[0]")
+    saved = ns.capture(model, pair("t5")[0], ["layers[0].cross.heads[0].output[0]", "layers[0].cross.groups[0].k[3]"])
+    assert len(saved) == 2
 
 
 @pytest.mark.parametrize("sender", ["layers[0].cross.heads[0].output", "encoder.layers[0].mlp.output"])

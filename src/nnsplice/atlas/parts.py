@@ -68,6 +68,14 @@ class Parts:
                 write="a native path, starting with `model.`",
             )
         wanted = path.tower if path is not None and path.tower else "decoder"
+        if wanted not in self.towers and self.tree.facts.get("is_encoder_decoder"):
+            raise UnrecognisedModel(
+                f"the layers of this model's {wanted} are not recognised",
+                path=path,
+                column=0,
+                expected="the modules by the model's own names",
+                write="a native path, starting with `model.`",
+            )
         if wanted not in self.towers:
             raise UnknownPath(
                 f"this model has one tower, and no {wanted}",
