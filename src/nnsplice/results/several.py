@@ -45,7 +45,7 @@ def arrays(table: Table, of: Callable[[Table], xr.DataArray]) -> xr.DataArray:
     for array in found:
         for each in (array, *array.coords.values()):
             each.attrs = {}
-    whole = xr.concat(found, pd.Index(list(table.metrics), name="metric"), combine_attrs="drop")
+    whole = xr.concat(found, pd.Index(list(table.metrics), name="metric", dtype=object), combine_attrs="drop")
     return whole.transpose("prompt", "metric", ...)
 
 
