@@ -18,12 +18,12 @@ import zoo
 from activations.oracle import hooked, run, values
 from nnsplice.activations.access import site_of
 
-_BARTS = {
+_BARTS: dict[str, Any] = {
     "vocab_size": zoo.VOCAB, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 0,
 }  # fmt: skip
-_T5S = {
+_T5S: dict[str, Any] = {
     "vocab_size": zoo.VOCAB, "d_model": 16, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2,
     "num_heads": 4, "relative_attention_num_buckets": 8, "decoder_start_token_id": 0, "pad_token_id": 0,
     "eos_token_id": 1,
@@ -256,9 +256,13 @@ def test_cross_attention_is_refused_by_name_where_there_is_none() -> None:
 
 def test_an_encoder_that_is_not_recognised_is_told() -> None:
     """LED's reads windows with projections of its own; its decoder, and what that reads of it, are served."""
-    sizes = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4}
+    sizes: dict[str, Any] = {
+        "max_encoder_position_embeddings": 64,
+        "max_decoder_position_embeddings": 64,
+        "attention_window": 4,
+    }
     with quiet():
-        config = hf.LEDConfig(**{**_BARTS, **sizes})
+        config = hf.LEDConfig(**_BARTS, **sizes)
         model = ns.load(hf.LEDForConditionalGeneration(config).double().eval(), tokenizer=zoo.tokenizer())
     with pytest.raises(ns.errors.UnrecognisedModel, match="the layers of this model's encoder are not recognised"):
         ns.capture(model, pair("t5")[0], "encoder.layers[0].output[0]")
