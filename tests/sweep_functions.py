@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,39 @@ def tiny() -> Any:
 def other() -> Any:
     """The same with other weights."""
     return wrap("gpt2", seed=5)
+
+
+def precise() -> Any:
+    """The model in float64, whose generation does not stop by itself."""
+    return _precise(tiny())
+
+
+def precise_other() -> Any:
+    """The other model in float64."""
+    return _precise(other())
+
+
+def _precise(model: Any) -> Any:
+    model._module.double()
+    model._module.generation_config.eos_token_id = None
+    model._module.generation_config.pad_token_id = 0
+    return model
+
+
+def slow(logits: Tensor) -> Tensor:
+    """A metric that takes so long that a process can be ended in the middle of it."""
+    time.sleep(0.02 * len(logits))
+    return logits[:, 7] - logits[:, 8]
+
+
+def words(text: str) -> float:
+    """A metric of texts."""
+    return float(len(set(text.split())))
+
+
+def pushed(h: Tensor, v: Tensor, c: Any) -> Tensor:
+    """An operator of one's own."""
+    return h + 2 * c * v
 
 
 def largest(logits: Tensor) -> Tensor:

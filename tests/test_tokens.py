@@ -175,7 +175,7 @@ def test_spans_are_given_for_every_prompt_of_the_run() -> None:
     for rows in (Rows(2, 4), Rows(2, 4, (0, 1), (4, 3))):
         with pytest.raises(SpanError, match="given for 3 prompts, and the run has 2"):
             columns([Span("s", 0)], rows, 4, {"s": [(0, 1)] * 3})
-    with pytest.raises(SpanError, match='where the span "s" stands; spans given: "t"'):
+    with pytest.raises(SpanError, match='the span "s" is not given; spans given: "t"'):
         columns([Span("s", 0)], Rows(1, 4), 4, {"t": [(0, 1)]})
     with pytest.raises(SpanError, match="spans given: none"):
         concrete(Span("s"), Rows(1, 4), 4)

@@ -8,7 +8,7 @@ One address language names every part of a model: activations, weights, adapters
     SavedActivation, save_activations, capture,   activations: saved, of whole data sets too, edited,
     capture_to, updates, patched_logits, chat     and written into another run; chat messages as a prompt
     sweep, causal_trace, ablate, sweep_weights,   exact patching, tracing and ablation of every site,
-    plan_sweep, Plan, run, on, SweepResult        in one call, or planned and run in parts, here or elsewhere
+    plan_sweep, Plan, plan, run, on, SweepResult  in one call, or planned and run in parts, here or elsewhere
     crossings, diff_lens, over_revisions,         comparing two models; one job over training checkpoints
     Revisions
     attribute, path_patch                         gradient estimates of a sweep; path patching
@@ -60,6 +60,7 @@ if TYPE_CHECKING:  # for readers and type checkers; at run time a name is import
         sweep_circuits,
     )
     from nnsplice.engine import expand
+    from nnsplice.kinds import plan
     from nnsplice.lens import diff_lens
     from nnsplice.metrics import (
         Metric,
@@ -142,6 +143,7 @@ __all__ = [
     "parse_path",
     "patched_logits",
     "path_patch",
+    "plan",
     "plan_sweep",
     "plots",
     "probability",
@@ -209,6 +211,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
         "rank",
         "sequence_log_probability",
     ),
+    "kinds": ("plan",),
     "models": ("load",),
     "packed": ("knockout",),
     "paths": ("Path", "parse_path"),

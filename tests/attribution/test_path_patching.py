@@ -15,6 +15,7 @@ from hooked import build as built
 from hooked import wrapped
 from nnsplice.attribution import packed_paths, path_patching
 from nnsplice.packed import still
+from nnsplice.sweeps.running import run_fresh
 from zoo import FAMILIES, MASKED, SEQ2SEQ, having, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7", "w3 w9 w5 w16 w7"
@@ -355,3 +356,21 @@ def test_spans_and_several_metrics_are_tokens_and_metrics_one_by_one(family: str
             )
             assert np.abs(both.table.values[prompt, :, number] - one.table.values[0]).max() < 1e-12
             assert np.abs(one.table.values[0] - one.corrupted[0]).max() > 1e-10
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_part_of_a_sender_is_all_that_is_sent(packed: bool) -> None:
+    """Nothing stands between the last MLP and the logits, so its path there is its patch in a sweep."""
+    model = wrap("gpt2")
+    model._module.double()
+    pair = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
+    metric, last = ns.logit_diff("w7", "w8"), "layers[2].mlp"
+    part = ns.Subspace.of(f"{last}.output", torch.eye(16, dtype=torch.float64)[:3])
+    plan = path_patching.planned(model, *pair, last, metric, subspace=part)
+    plan, paths = path_patching.routed(model, plan, ["unembed"])
+    found = run_fresh(plan, model, executor=paths.executor if packed else paths._alone, progress=False)
+    assert found.run.executor == ("packed paths" if packed else "paths")
+    there = ns.sweep(model, *pair, last, metric, subspace=part, together=True, progress=False)
+    np.testing.assert_allclose(found.table.values, there.table.values, rtol=0, atol=1e-12)
+    whole = ns.path_patch(model, *pair, last, "unembed", metric, progress=False)
+    assert np.abs(found.table.values - whole.table.values).min() > 1e-3

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 
 import nnsplice as ns
+import sweep_functions
+from nnsplice.circuits import Faithfulness
 from nnsplice.cli import app
+from nnsplice.errors import FileError
 from nnsplice.work import Worker
+from units import questions
 from work_payload import written
 
 CLEAN, CORRUPTED = (f"The {name} is located in the city of" for name in ("Velmar Tower", "Ostrin Bridge"))
@@ -91,3 +95,34 @@ def test_estimates_run_here(tmp_path: Path, capsys: Any) -> None:
     )
     assert code == 2
     assert "exact sweeps" in err
+
+
+READERS = {
+    "steering": ns.steering.SteeringSweep, "path_patch": ns.SweepResult, "faithfulness": Faithfulness,
+    "capture": ns.SavedActivation,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*apart in the mean")
+@pytest.mark.parametrize("name", READERS)
+def test_questions_of_every_kind_are_run_told_and_merged(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = sweep_functions.precise()
+    question, arguments, options = questions.asked(name, model, None)
+    plan = ns.plan(question, *arguments, **options)
+    with pytest.raises(FileError, match="no unit of"):
+        ns.run(plan, questions.LOAD, on="folder", out=tmp_path / "run", size=1, max_tokens=64)
+    code, _, err = _called(capsys, "merge", tmp_path / "run")
+    assert code == 1
+    assert "5 of 5 units are missing" in err
+    code, out, _ = _called(capsys, "work", tmp_path / "run")
+    assert (code, out.strip()) == (0, "done: 5 units")
+    code, out, _ = _called(capsys, "status", tmp_path / "run")
+    assert (code, out.splitlines()[0]) == (0, "5 of 5 units done, 0 failed, 0 workers")
+    code, out, _ = _called(capsys, "merge", tmp_path / "run")
+    assert code == 0
+    assert "result.safetensors" in out
+    found = READERS[name].from_file(tmp_path / "run" / "result.safetensors")
+    here = ns.run(plan, model, size=1, max_tokens=64, progress=False)
+    assert questions.bits(found) == questions.bits(here)

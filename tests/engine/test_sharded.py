@@ -17,7 +17,8 @@ def asked(size: int, folder: Path, kind: str) -> dict[str, str]:
         [sys.executable, str(SCRIPT), str(size), str(folder), kind], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    return json.loads((folder / "answers.json").read_text())
+    answers = folder / "answers.json"
+    return json.loads(answers.read_text()) if answers.exists() else {}
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -27,6 +28,31 @@ def test_captures_of_several_processes_are_those_of_one_or_refused(size, tmp_pat
     assert len(found) == 13 and all(float(apart) < 1e-12 for apart in found.values()), found
     # Queries are measured before they are read, and that way goes past what is gathered.
     assert list(refused) == ["tensor layers[1].heads[2].q[-1]"] and refused.popitem()[1].startswith("RefusedPlace")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sweeps_of_several_processes_are_those_of_one_or_refused(size, tmp_path):
+    found = asked(size, tmp_path, "swept")
+    assert found.pop("note").startswith(f"not packed: this model is spread over {size} processes")
+    assert found.pop("packed").startswith("RefusedExecutor")
+    assert found.pop("tensor knockout").startswith("RefusedPlace")  # heads are numbered within each process there
+    # The header, and chunks of at most 16 tokens; what is done is not written again.
+    assert int(found.pop("lines")) > 3
+    assert (found.pop("same"), found.pop("edited")) == ("True", "True")
+    assert len(found) == 18 and all(float(apart) < 1e-10 for apart in found.values()), found
+
+
+def test_processes_that_go_different_ways_are_told_and_none_waits_for_ever(tmp_path):
+    asked(2, tmp_path, "failing")
+    first, second = (json.loads((tmp_path / f"answers-{rank}.json").read_text()) for rank in range(2))
+    for found in (first, second):
+        assert found["prompts"].startswith("BadArgument: the sweep of process 1 is another than that of process 0")
+        assert found["tokens"].startswith("BadArgument: the sweep of process 1")
+        assert found["all well"] == "done"
+    assert first["journal"].startswith("FileNotFoundError: there is no folder")
+    assert second["journal"].startswith("TeamError: opening the journal failed in process 0: FileNotFoundError")
+    assert second["memory"].startswith("OutOfMemoryError") and "max_tokens=" in second["memory"]
+    assert first["memory"].startswith("RuntimeError")  # gloo's: the other did not come in time
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -8,12 +8,19 @@ from typing import Any
 import torch
 import transformers as hf
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
+from families import images
 from families.sizes import FLOAT32, LAYERS, NEEDS, NOT_BUILT, PART, SIZES, VARIANTS
 
-#: Model type -> the class that AutoModelForCausalLM makes of it.
-FAMILIES: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+#: Model type -> the class that AutoModelForCausalLM makes of it, or AutoModelForImageTextToText.
+FAMILIES: dict[str, str] = {
+    **{name: dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)[name] for name in images.INPUTS},
+    **dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+}
 #: Fields that say how many layers there are.
 _DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 #: Fields that get a small value also where the family's own default is None.
@@ -41,7 +48,7 @@ def config_of(name: str, **overrides: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         family, _, variant = name.partition("/")
-        given = {**(VARIANTS[name] if variant else NEEDS.get(family, {})), **overrides}
+        given = {**(VARIANTS[name] if variant else NEEDS.get(family, {})), **images.NEEDS.get(family, {}), **overrides}
         return _small(CONFIG_MAPPING[family], given)
 
 
@@ -98,8 +105,9 @@ def build(name: str, *, seed: int = 0, **overrides: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = getattr(config, PART[name]) if name in PART else config
-            kind: Any = getattr(hf, FAMILIES[name]) if name in PART else hf.AutoModelForCausalLM
-            start = kind._from_config if name in PART else kind.from_config
+            own = name in PART or name in images.INPUTS
+            kind: Any = getattr(hf, FAMILIES[name]) if own else hf.AutoModelForCausalLM
+            start = kind._from_config if own else kind.from_config
             model = start(made, attn_implementation="eager", experts_implementation="eager")
         with torch.no_grad():
             for parameter in model.parameters():

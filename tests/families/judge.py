@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from families.build import FAMILIES
+from families.images import INPUTS
+from families.images_of import judge_images
 from families.patterns_of import judge_patterns
 from families.recognition import recognise
 from families.sizes import FLOAT32
@@ -65,6 +67,8 @@ def judge(family: str) -> Judgement:
         judge_values(subject, served)
         judge_patterns(subject, served)
         executor, note = judge_sweeps(subject, served, ("packed", "auto"))
+        if family in INPUTS:
+            executor = f"{executor}, with images {judge_images(subject, served)}"
         if family.partition("/")[0] not in FLOAT32:
             # In float64 what is rounded in float32 on the way is enough to send `auto` to a slower executor.
             judge_sweeps(Subject(family, torch.float32, subject.findings), served, ("auto",))

@@ -30,9 +30,10 @@ _WORDS = ("exact", "refused", "wrong", "crash", "the same", "not built")
 _HEAD = """# What nnsplice gives of each model family
 
 Made by `make families` with {made}; do not edit. Every family of the table behind
-`AutoModelForCausalLM` is built as a tiny random model, and all that nnsplice gives of it is compared with plain torch
-hooks, gradients and arithmetic (`tests/families/`). **exact**: every number that is given is right; what cannot be
-given is refused with an error that says so. **refused**: nothing is given.
+`AutoModelForCausalLM`, and some of those behind `AutoModelForImageTextToText`, is built as a tiny random model, and all
+that nnsplice gives of it is compared with plain torch hooks, gradients and arithmetic (`tests/families/`); for those
+with `with images` in the table, of prompts that hold images too. **exact**: every number that is given is right; what
+cannot be given is refused with an error that says so. **refused**: nothing is given.
 
 {counts}
 

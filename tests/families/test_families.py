@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import nnsplice as ns
-from families import expected
+from activations.oracle import values
+from families import expected, images_of
 from families.build import FAMILIES, aliases, build, names
 from families.judge import judge
 from families.sizes import NOT_BUILT
@@ -98,3 +99,15 @@ def test_the_judge_sees_a_mask_of_another_head(llama, monkeypatch) -> None:
     subject = Subject("llama")
     judge_weights(subject)
     assert {"weights: heads", "weights: no number of a head is left out"} <= _states(subject)["wrong"]
+
+
+def test_the_judge_sees_another_image(monkeypatch) -> None:
+    subject = Subject("llava")
+    kinds = ("layers[:].output", "embed.output", "layers[:].heads[:].output")
+    served = {kind: one for kind, one in serve(subject).items() if kind in kinds}
+    shown = images_of.with_image
+    monkeypatch.setattr(
+        images_of, "values", lambda bare, inputs, sites: values(bare, shown("llava", inputs["input_ids"], 7), sites)
+    )
+    images_of.judge_images(subject, served)
+    assert {"images: capture", "images: replay", "images: sweep by packed"} <= _states(subject)["wrong"]

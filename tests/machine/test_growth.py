@@ -130,6 +130,34 @@ def test_a_wait_in_the_packed_rows_would_be_seen(machine, family, monkeypatch):
     assert chunk(simulated, work).waits > 3
 
 
+HEADS, QUERIES = "layers[:].heads[:].output", "layers[1].heads[:].q"
+ASKED: dict[str, Any] = {
+    "path patches": lambda m, pair: ns.path_patch(m, *pair, HEADS, "layers[2].heads[:].q", METRIC, progress=False),
+    **{
+        f"{method} of {sites}": lambda m, pair, method=method, sites=sites: ns.attribute(
+            m, *pair, sites, METRIC, method=method, steps=2 if method == "eap-ig" else None, progress=False
+        )
+        for method, sites in [("atp", HEADS), ("atp*", HEADS), ("atp*", QUERIES), ("eap", HEADS), ("eap-ig", HEADS)]
+    },
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_attribution_waits_for_blocks_and_not_for_edges_cells_or_tokens(machine, asked):
+    simulated, found = machine(1), []
+    for length, heads in ((8, 4), (32, 4), (8, 2)):
+        model = placed.model("llama", "one", num_attention_heads=heads, num_key_value_heads=2)
+        ASKED[asked](model, prompts(length))  # what is asked once of a model is asked here
+        with simulated.measured() as spent:
+            result = ASKED[asked](model, prompts(length))
+        assert spent.launches > 100 and result.table.values.size >= heads
+        found.append(spent)
+    short, long, few = found
+    assert short.waits == long.waits == few.waits <= 20 + 4 * 3, long.lines["waits"].most_common(8)
+    # Keys of another run are tried token by token; queries, outputs and edges are not.
+    assert long.launches == short.launches
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

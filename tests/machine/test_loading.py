@@ -7,11 +7,13 @@ import importlib
 import logging
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
 import nnsplice as ns
 import zoo
+from models import quantised
 
 
 def devices(model) -> set[str]:
@@ -42,6 +44,29 @@ def test_a_module_stays_where_it_is(machine, place):
 def test_a_split_model_stays_split(machine):
     machine(2)
     assert devices(ns.load("toy", device_map="auto")) == {"cuda:0", "cuda:1"}
+
+
+def test_a_gguf_file_is_loaded_onto_a_device_and_gives_the_numbers_of_the_cpu(machine, tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("NNSPLICE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.Q4_1.gguf"
+    quantised.write(file)
+    clean, corrupted, sites = " the cat sat", " the sat cat", ["layers[:].output", "layers[:].heads[:].output[-1]"]
+    metric = ns.logit_diff(" cat", " sat")
+
+    def asked(model):
+        swept = ns.sweep(model, clean, corrupted, sites, metric, progress=False)
+        return ns.capture(model, clean, "layers[:].output[:]"), swept
+
+    captured, swept = asked(ns.load(str(file), dtype=torch.float64))
+    simulated = machine(1)
+    model = ns.load(str(file), dtype=torch.float64, device_map="cuda:0")
+    with simulated.measured() as spent:
+        found, other = asked(model)
+    assert devices(model) == {"cuda:0"} and spent.launches > 100
+    assert other.run.executor == swept.run.executor == "packed"
+    assert all(value.is_cuda and (value.cpu() - captured[path]).abs().max() < 1e-12 for path, value in found.items())
+    assert np.nanmax(np.abs(other.table.values - swept.table.values)) < 1e-12 < np.nanstd(swept.table.values)
 
 
 def test_without_the_argument_transformers_moves_the_module(machine, monkeypatch):

@@ -16,6 +16,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import encode
 from nnsplice.errors import OverlappingWrite
 from nnsplice.packed import Base, Edit, Read, Row, run
+from nnsplice.packed.parts import PartChange
 from nnsplice.paths import Path
 from zoo import FAMILIES, having, wrap
 
@@ -73,7 +74,7 @@ def by_hooks(model: Any, prompt: Sequence[int], row: Row) -> tuple[Tensor, list[
             part = _place(flat, site_of(edit.place))
             at_ = list(edit.positions)
             given = edit.values(part.shape[-1])
-            assert given is None or isinstance(given, Tensor)
+            assert (given is None or isinstance(given, Tensor)) and not isinstance(edit.change, PartChange)
             part[at_] = edit.change(part[at_], given)
             return flat.reshape(held.shape)
 

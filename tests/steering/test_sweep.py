@@ -261,11 +261,11 @@ def test_files(grid, model, tmp_path: Path) -> None:
 
 
 def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeypatch) -> None:
-    from nnsplice.steering import sweep as room
+    from nnsplice.steering import cells as room
 
     arguments: dict[str, Any] = {"progress": False, "max_tokens": 12, "journal": tmp_path / "j.jsonl"}
     whole = ns.steering.sweep(model, PROMPTS, vector(0, 1), NUMBERS, METRIC, progress=False)
-    real, calls = room.__globals__["_LogitsMeasure"].__call__, []
+    real, calls = room._LogitsMeasure.__call__, []
 
     def stops(self: Any, *args: Any) -> Any:
         calls.append(1)
@@ -273,7 +273,7 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(room.__globals__["_LogitsMeasure"], "__call__", stops)
+    monkeypatch.setattr(room._LogitsMeasure, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
         ns.steering.sweep(model, PROMPTS, vector(0, 1), NUMBERS, METRIC, **arguments)
     found = ns.steering.sweep(model, PROMPTS, vector(0, 1), NUMBERS, METRIC, **arguments)
@@ -287,8 +287,9 @@ def test_a_stopped_sweep_goes_on_from_its_journal(model, tmp_path: Path, monkeyp
 
 
 def test_a_stopped_generation_goes_on_with_the_texts_that_were_written(model, tmp_path: Path, monkeypatch) -> None:
-    room = ns.steering.sweep.__globals__
-    real, calls = room["_generated"], []
+    from nnsplice.steering import cells as room
+
+    real, calls = room._generated, []
 
     def stops(*args: Any) -> Any:
         calls.append(1)
@@ -300,7 +301,7 @@ def test_a_stopped_generation_goes_on_with_the_texts_that_were_written(model, tm
     asked = (model, PROMPTS, vector(0, 1), NUMBERS, words)
     whole = ns.steering.sweep(*asked, **arguments)
     journal = tmp_path / "j.jsonl"
-    monkeypatch.setitem(room, "_generated", stops)
+    monkeypatch.setattr(room, "_generated", stops)
     with pytest.raises(KeyboardInterrupt):
         ns.steering.sweep(*asked, journal=journal, **arguments)
     found = ns.steering.sweep(*asked, journal=journal, **arguments)

@@ -199,7 +199,7 @@ def test_features_are_updated_on_the_way(model: Any) -> None:
 
 def test_a_sweep_patches_each_feature_by_itself(model: Any) -> None:
     result = ns.sweep(model, TEXTS, OTHERS, [f"{AT}.features[0:6][1]", f"{AT}.error[1]"], METRIC, progress=False)
-    assert result.run.executor == "reference"
+    assert result.run.executor == "packed"
     sae, clean, here = _sae(), _stream(model, TEXTS), _stream(model, OTHERS)
     grid = result.grid('layers[:].output.sae["s"].features[:]')
     assert dict(grid.sizes) == {"prompt": 2, "layer": 1, "feature": 6, "position": 1}
@@ -312,12 +312,13 @@ def test_what_cannot_be_attached(model: Any) -> None:
 
 def test_what_has_no_features_is_told(model: Any) -> None:
     with pytest.raises(BadArgument, match="several values"):
-        ns.sweep(model, TEXTS, OTHERS, f"{AT}.features[0][1]", METRIC, executor="packed", progress=False)
+        ns.sweep(model, TEXTS, OTHERS, f"{AT}.features[0][1]", METRIC, executor="batched", progress=False)
     with pytest.raises(RefusedPlace, match="derived"):
-        ns.path_patch(model, TEXTS, OTHERS, f"{AT}.features[0][1]", "unembed", METRIC, progress=False)
-    for method in ("eap", "relp", "exact"):
-        with pytest.raises(RefusedPlace):
-            ns.attribute(model, TEXTS, OTHERS, [f"{AT}.features[0]", "embed"], METRIC, method=method, progress=False)
+        ns.path_patch(model, TEXTS, OTHERS, "embed", f"{AT}.features[0]", METRIC, progress=False)
+    with pytest.raises(RefusedPlace, match="derived"):
+        ns.path_patch(model, TEXTS, OTHERS, f"{AT}.features[0]", f"{AT}.features[0]", METRIC, progress=False)
+    with pytest.raises(RefusedPlace, match="ifr shares a stream among"):
+        ns.attribute(model, TEXTS, OTHERS, f"{AT}.features[0]", METRIC, method="ifr", progress=False)
     with pytest.raises(BadArgument, match="no sender of a circuit"):
         ns.Circuit.of(edges=[(f"{AT}.features[0]", "layers[2].mlp.input")], model=model)
     error = ns.SavedActivation.from_pairs((f"{AT}.error[-1]", torch.ones(1, 16)))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import nnsplice as ns
-from nnsplice.errors import BadArgument, FileError, ShapeError
+from nnsplice.errors import BadArgument, BadType, FileError, ShapeError
 from nnsplice.subspaces.sae_files import write_sae
 from nnsplice.subspaces.train_toy_sae import explained, states
 
@@ -166,8 +166,50 @@ def test_a_factor_of_the_inputs(tmp_path: Path) -> None:
     values = torch.randn(3, WIDTH)
     assert torch.allclose(scaled.encode(values), plain.encode(2 * values), atol=1e-6)
     assert torch.allclose(2 * scaled.decode(scaled.encode(values)), plain.decode(plain.encode(2 * values)), atol=1e-5)
-    with pytest.raises(FileError, match="scaling_factor= would change"):
-        ns.load_sae(_folder(tmp_path), scaling_factor=2.0)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "by_norm"),
+    [("standard", False), ("topk", False), ("topk", True), ("batchtopk", False), ("batchtopk", True),
+     ("jumprelu", False), ("gated", False)],
+)  # fmt: skip
+def test_a_factor_of_every_kind_against_scaled_inputs(kind: str, by_norm: bool, centred: bool, tmp_path: Path) -> None:
+    write_sae(sae_of(kind, centred=centred, by_decoder_norm=by_norm), tmp_path)
+    plain = ns.load_sae(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**config, "normalize_activations": "expected_average_only_in"}))
+    scaled = ns.load_sae(tmp_path, scaling_factor=0.25)
+    values = 8 * torch.randn(50, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = plain.encode(values / 4)
+    found = scaled.encode(values)
+    assert torch.allclose(scaled.decode(found), plain.decode(expected) * 4, atol=1e-5)
+    assert torch.allclose(found, expected * (4 if by_norm else 1), atol=1e-5)
+    assert 0 < int((found > 0).sum()) < found.numel()
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "text"),
+    [(0, BadArgument, "scaling_factor=0"), (-2.0, BadArgument, "above 0"), (math.nan, BadArgument, "nan"),
+     (math.inf, BadArgument, "inf"), ("2", BadType, "no number"), (True, BadType, "no number"),
+     (torch.ones(3), BadType, "no number")],
+)  # fmt: skip
+def test_factors_that_are_none(factor: Any, error: type[Exception], text: str, tmp_path: Path) -> None:
+    folder = _folder(tmp_path, normalize_activations="expected_average_only_in")
+    with pytest.raises(error, match=text):
+        ns.load_sae(folder, scaling_factor=factor)
+
+
+def test_a_factor_where_none_is_used(tmp_path: Path) -> None:
+    for norm in ("none", "layer_norm", "constant_norm_rescale"):
+        with pytest.raises(BadArgument, match=r"scaling_factor=2.0 would change"):
+            ns.load_sae(_folder(tmp_path, normalize_activations=norm), scaling_factor=2.0)
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors_of("jumprelu").items()}
+    np.savez(tmp_path / "params.npz", **arrays)
+    with pytest.raises(BadArgument, match="would change"):
+        ns.load_sae(tmp_path / "params.npz", scaling_factor=2.0)
+    with pytest.raises(FileError, match=r"does not say what that is(.|\n)*scaling_factor=\.\.\."):
+        ns.load_sae(_folder(tmp_path, normalize_activations="expected_average_only_in"))
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:

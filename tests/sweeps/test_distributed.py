@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 CLEAN = ["w3 w4 w5 w6", "w3 w4 w8", "w5 w9 w3 w7 w8", "w4 w4"]
 CORRUPTED = ["w3 w9 w5 w6", "w3 w9 w8", "w5 w4 w3 w7 w8", "w5 w4"]
 SITES = ["layers[:].output[:]", "layers[:].heads[:].output[:]"]
-LOAD = "sweep_functions:tiny"
+LOAD, OTHER = "sweep_functions:tiny", "sweep_functions:other"
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,7 @@ PLANS: dict[str, Any] = {
         "align": "role",
     },
     "sets": {"sites": [["layers[0].heads[1][0]", "layers[2].output[-1]"], ["layers[1]"]]},
+    "subspace": {"subspace": ns.Subspace.of("layers[1].output", torch.eye(16)[:3]), "sites": "layers[:].output[:]"},
     "knockout": {"operation": "knockout", "sites": ["layers[:].heads[0].pattern[-1][0]"]},
 }  # fmt: skip
 
@@ -267,13 +268,45 @@ def test_a_function_that_has_changed_is_refused(tiny: Any, tmp_path: Path, monke
     assert "the metric is another function here" in worker.told["reason"]
 
 
-def test_another_models_values_stay_in_one_process(tiny: Any, tmp_path: Path) -> None:
+def test_another_models_values_come_from_a_model_that_workers_load(tiny: Any, tmp_path: Path) -> None:
+    """Two models in one process each, and two workers: the same bits; the whole in one process: the same numbers."""
     other, metric = sweep_functions.other(), ns.logit_diff("w7", "w8")
     plan = ns.plan_sweep(tiny, CLEAN, None, SITES, metric, source=other)
-    with pytest.raises(BadArgument, match="foreign= cannot be given"):
-        ns.run(plan, LOAD, on="local:1", out=tmp_path / "run", progress=False)
-    with pytest.raises(BadArgument, match="runs in one process"):
-        ns.run(plan, LOAD, on="local:1", out=tmp_path / "run", source=tiny, progress=False)
+    options: dict[str, Any] = {"size": 20, "max_tokens": 64, "progress": False}
+    with pytest.raises(BadArgument, match=r"values from another model[\s\S]*source=\"tuned\""):
+        ns.run(plan, LOAD, on="local:1", out=tmp_path / "run", **options)
+    with pytest.raises(BadArgument, match="lives in this process"):
+        ns.run(plan, LOAD, on="local:1", out=tmp_path / "run", source=other, **options)
+    with pytest.raises(BadArgument, match="source would do nothing"):
+        ns.run(_plan(tiny), LOAD, on="local:1", out=tmp_path / "run", source=OTHER, **options)
+    found = ns.run(plan, LOAD, on="local:2", out=tmp_path / "run", source=OTHER, **options)
+    alone = ns.run(plan, LOAD, on="local:1", out=tmp_path / "one", source=OTHER, **options)
+    whole = ns.run(plan, tiny, source=other, progress=False)
+    assert _same(found, alone)
+    assert found.asked == whole.asked
+    np.testing.assert_allclose(found.table.values, whole.table.values, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.clean, whole.clean, rtol=1e-4, atol=1e-5)
+    assert np.abs(found.clean - found.corrupted).min() > 1e-4  # the two models differ, so the right one was loaded
+
+
+def test_a_source_with_other_weights_is_refused(tiny: Any, tmp_path: Path) -> None:
+    plan = ns.plan_sweep(tiny, CLEAN, None, SITES, ns.logit_diff("w7", "w8"), source=sweep_functions.other())
+    with pytest.raises(TeamError, match="the source sweep_functions:tiny has the weights"):
+        ns.run(plan, LOAD, on="local:1", out=tmp_path / "run", source=LOAD, progress=False)
+
+
+def test_a_subspace_changes_the_part_that_lies_in_it_in_other_processes_too(tiny: Any, tmp_path: Path) -> None:
+    """Beside the sweep of all of a value: a subspace that was lost on the way would give those numbers."""
+    sites, metric = "layers[:].output[:]", ns.logit_diff("w7", "w8")
+    vectors = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    part = ns.Subspace.of("layers[1].output", vectors)
+    plan = ns.plan_sweep(tiny, CLEAN, CORRUPTED, sites, metric, subspace=part)
+    found = ns.run(plan, LOAD, on="local:1", out=tmp_path / "run", size=20, max_tokens=64, progress=False)
+    whole = ns.run(plan, tiny, progress=False)
+    assert found.asked == whole.asked
+    np.testing.assert_allclose(found.table.values, whole.table.values, rtol=1e-4, atol=1e-5)
+    wholly = ns.sweep(tiny, CLEAN, CORRUPTED, sites, metric, progress=False)
+    assert np.nanmax(np.abs(found.table.values - wholly.table.values)) > 1e-2
 
 
 def test_a_part_goes_to_other_processes_with_its_numbers(tiny: Any, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Protocol
@@ -17,7 +17,12 @@ from nnsplice.paths import Span
 
 
 class Directions(Protocol):
-    """A subspace: an orthonormal basis."""
+    """A subspace: an orthonormal basis at an address."""
+
+    @property
+    def place(self) -> str:
+        """The address."""
+        ...
 
     @property
     def basis(self) -> Tensor:
@@ -239,10 +244,14 @@ def interchanged(current: Tensor, source: Tensor, basis: Tensor) -> Tensor:
     return current + within(source.to(current) - current, basis)
 
 
-def basis_of(packs: Sequence[Pack], directions: Directions) -> Tensor:
+def basis_of(packs: Sequence[Pack], directions: Directions, at: Callable[[str], Container[int]]) -> Tensor:
     """The basis of a subspace that fits every pack.
 
+    Args:
+        at: an address -> the numbers of the packs that it means.
+
     Raises:
+        BadArgument: a pack of another place than the subspace's.
         BadType: it is no subspace.
         ShapeError: a pack of another width.
     """
@@ -255,5 +264,15 @@ def basis_of(packs: Sequence[Pack], directions: Directions) -> Tensor:
                 f"the capture is {pack.tensor.shape[-1]} wide here, and the subspace's place {basis.shape[0]}",
                 path=pack.keys[0].place,
                 write="saved.subset(subspace.place)",
+            )
+    own = at(directions.place)
+    for number, pack in enumerate(packs):
+        if number not in own:
+            raise BadArgument(
+                f"the subspace is of {directions.place}, and the capture holds another place",
+                path=pack.keys[0].place,
+                expected="a capture of the subspace's own place",
+                write=f"saved.subset({directions.place!r}), or "
+                f"ns.Subspace({str(pack.keys[0].place)!r}, subspace.basis) if its directions are meant to hold there",
             )
     return basis

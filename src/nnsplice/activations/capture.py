@@ -78,8 +78,8 @@ def capture(
 
     Args:
         model: a model from `ns.load`.
-        prompts: a text, a list of texts, token ids (list, list of lists, tensor), chat messages or an encoding; for a
-            module of your own its input: token ids, values
+        prompts: a text, a list of texts, token ids (list, list of lists, tensor), chat messages, an encoding, or
+            `{"text": ..., "images": ...}`; for a module of your own its input: token ids, values
             `[prompt, token, width]` or `[prompt, width]`, or a dictionary by the names of its forward's arguments.
         sites: a path or several, with token positions: `"layers[:].output[-1]"`, `'layers[2].output["subject"][-1]'`.
         spans: token spans by name: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
@@ -115,10 +115,8 @@ def _captured(
     if batch_size is not None and batch_size < 1:
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
-        given = encode(model, prompts, spans, sounds=True)
-        wanted = _wanted(model, sites)
-        _check_positions(wanted, given)
-        closures.require(model, wanted)
+        given = encode(model, prompts, spans, images=True, sounds=True)
+        wanted = checked(model, given, sites)
     batches = given.batches(batch_size)
     parts: list[list[Pack]] = []
     with bar("capture", len(given), "prompt", progress) as shown:
@@ -129,9 +127,26 @@ def _captured(
             else:
                 parts.append(_local(model, wanted, inputs, batch, found, keep_graph))
             shown.update(len(rows))
+    origin = origin_of(model, given, wanted)
+    return SavedActivation._new(joined(parts, batches), origin, engine.known(model))
+
+
+def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
+    """The places that are captured, which all prompts have to have.
+
+    Raises:
+        ShortRow: a prompt has no token at a position.
+    """
+    wanted = _wanted(model, sites)
+    _check_positions(wanted, given)
+    closures.require(model, wanted)
+    return wanted
+
+
+def origin_of(model: engine.Model, given: Prompts, wanted: Sequence[Path]) -> Provenance:
+    """Where a capture of these prompts comes from."""
     name, revision = engine.name_of(model)
-    origin = Provenance(name, revision, given.texts, _ids(given, wanted), given.spans)
-    return SavedActivation._new(_joined(parts, batches), origin, engine.known(model))
+    return Provenance(name, revision, given.texts, _ids(given, wanted), given.spans)
 
 
 def _wanted(model: engine.Model, paths: Paths) -> list[Path]:
@@ -200,7 +215,7 @@ def _values(
     model: engine.Model, access: Access, mediator: Any, rows: Rows, gates: _Gates
 ) -> Mapping[int | None, Tensor]:
     """`[prompt, token, width]` of one value of the run, by the number of the head, expert or feature."""
-    if access.kind in features.KINDS:
+    if access.kind in (*features.KINDS, features.TRANSCODED):
         sites = [site_of(path) for path in access.paths]
         return features.parts(features.sae_of(model, access.paths[0]), sites, hold(access, mediator, rows).tensor)
     if access.kind == "pattern":
@@ -251,16 +266,16 @@ def _local(
     return packs
 
 
-def _joined(parts: Sequence[Sequence[Pack]], batches: Sequence[Sequence[int]]) -> list[Pack]:
+def joined(parts: Sequence[Sequence[Pack]], batches: Sequence[Sequence[int]]) -> list[Pack]:
     """The batches' packs as one, rows in the order of the prompts."""
     if len(parts) == 1 and list(batches[0]) == sorted(batches[0]):
         return list(parts[0])
     order = torch.tensor([row for rows in batches for row in rows]).argsort()
-    joined: list[Pack] = []
+    found: list[Pack] = []
     for packs in zip(*parts, strict=True):
         tensor = torch.cat([pack.tensor for pack in packs])
-        joined.append(packs[0].with_tensor(tensor[order.to(tensor.device)]))
-    return joined
+        found.append(packs[0].with_tensor(tensor[order.to(tensor.device)]))
+    return found
 
 
 def _tokens(batch: engine.Batch) -> tuple[tuple[int, ...], ...] | None:

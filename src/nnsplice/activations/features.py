@@ -6,8 +6,11 @@ the value keeps every bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nnsplice.activations.access import site_of
@@ -18,6 +21,10 @@ from nnsplice.paths import Path
 
 #: The kinds that are read and written here.
 KINDS = ("feature", "error")
+#: A feature of a transcoder, which reads one place and is written at another.
+TRANSCODED = "transcoded"
+#: So many values of features are encoded at once.
+AT_ONCE = 1 << 24
 
 
 def sae_of(model: Any, path: Path) -> Features:
@@ -33,6 +40,15 @@ def sae_of(model: Any, path: Path) -> Features:
     return held[name].sae
 
 
+def written_at(model: Any, path: Path) -> Path:
+    """Where a feature of a transcoder is written."""
+    name = site_of(path).sae
+    held = attached(peel(model))
+    if name is None or name not in held:
+        raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
+    return replace(path, sae=None, site=held[name].place.site)
+
+
 def part(sae: Features, site: Site, values: Tensor) -> Tensor:
     """`[..., 1]` of a feature, `[..., width]` of the error, of `[..., width]` values.
 
@@ -46,7 +62,7 @@ def part(sae: Features, site: Site, values: Tensor) -> Tensor:
 
 def parts(sae: Features, sites: list[Site], values: Tensor) -> dict[int | None, Tensor]:
     """The same for several parts of one SAE, by the number of the feature; None is the error."""
-    features = sae.encode(values) if any(site.kind == "feature" for site in sites) else values[..., :0]
+    features = sae.encode(values) if any(site.kind != "error" for site in sites) else values[..., :0]
     return {
         site.index: part(sae, site, values) if site.index is None else features[..., [site.index]].to(values)
         for site in sites
@@ -69,3 +85,37 @@ def moved(sae: Features, site: Site, difference: Tensor, values: Tensor) -> Tens
 def changed(sae: Features, site: Site, values: Tensor, new: Tensor) -> Tensor:
     """The values of a place with one part of them replaced."""
     return values + moved(sae, site, new.to(values) - part(sae, site, values), values)
+
+
+def each(sae: Features, sites: Sequence[Site], values: Tensor) -> Tensor:
+    """A part of each row's own, all of one kind: `[row, 1]` of a feature, `[row, width]` of the error.
+
+    Args:
+        sites: the part that each row is about.
+        values: `[row, width]`; many rows may be the same, and such are encoded once.
+    """
+    if sites[0].kind == "error":
+        return sae.error(values).to(values)
+    if values.requires_grad:
+        alike, which = values, torch.arange(len(values), device=values.device)
+    else:
+        alike, which = torch.unique(values, dim=0, return_inverse=True)
+    numbers = torch.tensor(_numbers(sites), device=values.device)
+    found = values.new_zeros(len(values), 1)
+    step = max(AT_ONCE // sae.features, 1)
+    for start in range(0, len(alike), step):
+        rows = ((which >= start) & (which < start + step)).nonzero()[:, 0]
+        encoded = sae.encode(alike[start : start + step])
+        found = found.index_put((rows,), encoded[which[rows] - start, numbers[rows]][:, None].to(values))
+    return found
+
+
+def moved_each(sae: Features, sites: Sequence[Site], difference: Tensor, values: Tensor) -> Tensor:
+    """What each row changes by when a part of its own does: `moved`, of `[row, ...]`."""
+    if sites[0].kind == "error":
+        return difference.to(values)
+    return sae.added_each(difference, values, _numbers(sites)).to(values)
+
+
+def _numbers(sites: Sequence[Site]) -> list[int]:
+    return [site.index for site in sites if site.index is not None]

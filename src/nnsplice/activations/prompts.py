@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations import images as image_values
 from nnsplice.activations import sounds as features
+from nnsplice.activations.image_inputs import are_shown, encodings_of, images_of
+from nnsplice.activations.images import Ids, PromptImages, check_without, spans_of_images
 from nnsplice.activations.messages import Chat, Message, is_chat, templated
-from nnsplice.activations.offsets import covered
+from nnsplice.activations.named_spans import bounds_of
 from nnsplice.activations.sounds import Sound
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, SpanError, named
@@ -36,6 +40,8 @@ class Prompts:
     taken: engine.Taken = field(default=engine.ANY, repr=False, compare=False)
     #: For a plain module, its inputs by name, of which `values` are the first; empty where there is one.
     inputs_by_name: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    #: Of prompts with images, what the forward takes of each beside its tokens.
+    images: tuple[PromptImages, ...] | None = field(default=None, repr=False)
     #: Of prompts that an encoder hears, what it is given; their `ids` are numbers that tell sounds apart.
     sounds: tuple[Sound, ...] | None = field(default=None, repr=False)
     #: The type of number that sounds are given in.
@@ -73,6 +79,7 @@ class Prompts:
             None if self.spans is None else {n: tuple(bounds[row] for row in rows) for n, bounds in self.spans.items()},
             self.taken,
             self._named(rows),
+            None if self.images is None else tuple(self.images[row] for row in rows),
             None if self.sounds is None else tuple(self.sounds[row] for row in rows),
             self.dtype,
         )
@@ -82,6 +89,28 @@ class Prompts:
         if tower == "decoder" and self.decoder_ids is not None:
             return engine.token_texts(model, self.decoder_ids)
         return engine.token_texts(model, self.ids) if self.sounds is None else tuple(features.names(self.sounds))
+
+    def shared_start(self, other: Prompts, row: int) -> int:
+        """How many tokens one prompt begins with as the other's does, where tokens read those before them alone."""
+        ids, there = self.ids[row], other.ids[row]
+        start = next((n for n, (a, b) in enumerate(zip(ids, there, strict=True)) if a != b), len(there))
+        held = [None if one.images is None else one.images[row] for one in (self, other)]
+        return start if held == [None, None] else min(start, image_values.shared_start(*held))
+
+    def is_causal(self, model: engine.Model) -> bool:
+        """Whether a token of these prompts depends on those before it alone: some models read images both ways."""
+        if self.images is None or not engine.is_causal(model):
+            return engine.is_causal(model)
+        alike = {(len(ids), one.form): row for row, (ids, one) in enumerate(zip(self.ids, self.images, strict=True))}
+        return all(
+            engine.is_causal_for(model, form, lambda row=row: self.inputs([row], model.device), self.images[row].ends)
+            for form, row in alike.items()
+        )
+
+    def identity(self, row: int) -> tuple[object, ...]:
+        """What a run of one prompt depends on: equal for prompts that run alike."""
+        decoder = None if self.decoder_ids is None else self.decoder_ids[row]
+        return self.ids[row], decoder, None if self.images is None else self.images[row].digest
 
     def _named(self, rows: Sequence[int]) -> dict[str, Any]:
         """The inputs by name of some rows; what has no row for each prompt is given to all."""
@@ -98,6 +127,8 @@ class Prompts:
             return taken
         if self.sounds is not None:
             raise NotImplementedError("prompts that an encoder hears are not padded to one length")
+        if self.images is not None:
+            raise NotImplementedError("prompts with images are not padded to one length")
         return replace(taken, ids=tuple(ids + ids[-1:] * (longest - len(ids)) for ids in taken.ids), texts=None)
 
     def rows(self, tower: str) -> Rows:
@@ -107,11 +138,16 @@ class Prompts:
             return Rows(len(self), lengths[0])
         return Rows(len(self), max(lengths), (0,) * len(lengths), tuple(lengths))
 
+    def shape(self, row: int) -> tuple[object, ...]:
+        """Prompts of one shape run in one pass: as many tokens, and images that stand in one tensor."""
+        held = (None if each is None else each[row].shape for each in (self.images, self.sounds))
+        return (self.length("encoder", row), self.length("decoder", row), *held)
+
     def batches(self, size: int | None) -> list[list[int]]:
-        """Row numbers in batches of prompts of one length, so that none needs padding."""
+        """Row numbers in batches of prompts of one length, with images of one shape, so that none needs padding."""
         groups: dict[object, list[int]] = {}
-        for row, lengths in enumerate(zip(self.lengths("encoder"), self.lengths("decoder"), strict=True)):
-            groups.setdefault((lengths, self.sounds and self.sounds[row].shape), []).append(row)
+        for row in range(len(self)):
+            groups.setdefault(self.shape(row), []).append(row)
         step = size or len(self)
         return [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
 
@@ -128,6 +164,8 @@ class Prompts:
             inputs = features.joined([self.sounds[row] for row in rows], self.dtype, device)
         if self.decoder_ids is not None:
             inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
+        if self.images is not None:
+            inputs |= image_values.joined([self.images[row] for row in rows], device)
         return engine.as_taken(self.taken, inputs)
 
     def batch(self, rows: Sequence[int]) -> engine.Batch:
@@ -150,8 +188,8 @@ class Prompts:
         return None if self.spans is None else {name: [all_[r] for r in rows] for name, all_ in self.spans.items()}
 
 
-#: What prompts may be given as: texts, chat messages, token ids, an encoding, or values `[prompt, token, width]` for a
-#: plain module.
+#: What prompts may be given as: texts, chat messages, token ids, an encoding, texts with images, or values
+#: `[prompt, token, width]` for a plain module.
 PromptsLike = (
     Prompts
     | str
@@ -174,23 +212,37 @@ PairSpanTexts = SpanTexts | Mapping[str, SpanTexts]
 
 
 def encode(
-    model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None, *, sounds: bool = False
+    model: engine.Model,
+    prompts: PromptsLike,
+    spans: SpanTexts | None = None,
+    *,
+    images: bool = False,
+    sounds: bool = False,
 ) -> Prompts:
     """Prompts in any of their forms, checked; the first of them shows how a module of the user's own is called.
 
     Args:
-        sounds: whether the caller gives the model all that `Prompts.inputs` holds, and not tokens alone.
+        images: whether the caller gives the model all that `Prompts.inputs` holds, images too.
+        sounds: the same of what an encoder hears.
 
     Raises:
-        BadArgument: prompts that an encoder hears, for a caller that takes tokens alone.
+        BadArgument: prompts with images or sounds, for a caller that takes none.
     """
     given = prompts if isinstance(prompts, Prompts) else _encoded(model, prompts, spans)
+    if given.images is not None and not images:
+        raise BadArgument(
+            "these prompts hold images, and this question runs on tokens alone",
+            expected="prompts of text; ns.capture, ns.sweep, ns.ablate, ns.attribute, ns.path_patch, ns.causal_trace, "
+            "ns.patched_logits and the logit lens take images",
+        )
     if given.sounds is not None and not sounds:
         raise BadArgument(
             f"these prompts are {given.sounds[0].name}, and this question runs on tokens alone",
             expected="ns.capture, ns.patched_logits, ns.sweep, ns.ablate or ns.attribute, which take them",
         )
-    if given is not prompts and len(given):
+    if given is prompts:
+        return given
+    if len(given):
         engine.offer_probe(model, lambda: given.inputs([0], model.device), always=given.sounds is not None)
     return given
 
@@ -212,24 +264,30 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         return _by_name(model, prompts)
     if (heard := features.sounds_of(model, prompts)) is not None:
         return _heard(model, prompts, heard, spans)
+    images = None
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
+    chats = [] if are_shown(chats) else chats
     if chats:
         texts, ids, messages = _chats(model, chats)
         decoder_ids = None
     else:
-        texts, ids, decoder_ids = _ids(model, prompts)
-        messages = {}
+        texts, ids, decoder_ids, images = _ids(model, prompts)
+        messages = {} if images is None else spans_of_images(model, ids, images)
     if not ids:
         raise BadArgument("no prompts", expected="at least one prompt")
     for row, tokens in enumerate(ids):
         if not tokens:
             raise BadArgument(f"prompt {row} has no tokens", expected="at least one token in every prompt")
     engine.check_tokens(model, ids)
-    named_ones = {name: tuple(_bounds(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
+    if images is None:
+        check_without(model, ids)
+    named_ones = {name: tuple(bounds_of(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
     found = None if spans is None and not messages else {**messages, **named_ones}
+    # The texts alone do not make these tokens.
+    texts = texts if images is None else None
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
-    return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))))
+    return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))), images=images)
 
 
 def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: Any) -> Prompts:
@@ -271,9 +329,6 @@ def _by_name(model: engine.Model, inputs: Mapping[str, Any]) -> Prompts:
     return Prompts(values=first, taken=taken, inputs_by_name=dict(inputs))
 
 
-Ids = tuple[tuple[int, ...], ...]
-
-
 def _several_chats(prompts: Any) -> list[Any]:
     """The prompts where at least one is a chat, else none."""
     several = isinstance(prompts, Sequence) and not isinstance(prompts, str) and any(map(is_chat, prompts))
@@ -298,7 +353,19 @@ def _chats(
     return texts if len(texts) == len(told) else None, tuple(one.ids for one in told), spans
 
 
-def _ids(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids, Ids | None]:
+def _ids(
+    model: engine.Model, prompts: Any
+) -> tuple[tuple[str, ...] | None, Ids, Ids | None, tuple[PromptImages, ...] | None]:
+    """Texts, token ids, the decoder's token ids and the images of prompts that are no chats."""
+    if (seen := encodings_of(model, prompts)) is None:
+        return *_of_tokens(model, prompts), None
+    texts, encodings = seen
+    each = [_of_tokens(model, encoding)[1] for encoding in encodings]
+    images = [images_of(model, one, ids) for one, ids in zip(encodings, each, strict=True)]
+    return texts, tuple(chain.from_iterable(each)), None, tuple(chain.from_iterable(images))
+
+
+def _of_tokens(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, Ids, Ids | None]:
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
@@ -357,55 +424,3 @@ def _unpadded(ids: Any, mask: Any) -> Ids:
         return tuple(tuple(row) for row in rows.tolist())
     own = torch.as_tensor(mask).bool()
     return tuple(tuple(row[kept].tolist()) for row, kept in zip(rows, own, strict=True))
-
-
-# --- spans ------------------------------------------------------------------------------------------------------------
-
-
-def _bounds(
-    model: engine.Model, name: str, given: Any, texts: tuple[str, ...] | None, ids: Ids
-) -> Iterator[tuple[int, int]]:
-    one_for_all = isinstance(given, str) or (isinstance(given, tuple) and all(isinstance(n, int) for n in given))
-    if not one_for_all and not isinstance(given, Sequence):
-        raise BadType(f'span "{name}" is {given!r}', expected="a text or (start, stop) in tokens, or a list of them")
-    each = [given] * len(ids) if one_for_all else list(given)
-    if len(each) != len(ids):
-        raise SpanError(f'span "{name}" is given {len(each)} times for {len(ids)} prompts', expected="one per prompt")
-    for row, span in enumerate(each):
-        if isinstance(span, str):
-            yield _of_text(model, name, span, row, texts)
-        elif isinstance(span, tuple | list) and len(span) == 2 and all(isinstance(n, int) for n in span):
-            start, stop = span
-            if not 0 <= start < stop <= len(ids[row]):
-                raise SpanError(
-                    f'span "{name}" of row {row} is tokens {start} to {stop}, and the prompt has {len(ids[row])}',
-                    expected="0 <= start < stop <= number of tokens",
-                )
-            yield start, stop
-        else:
-            raise BadType(f'span "{name}" of row {row} is {span!r}', expected="a text, or (start, stop) in tokens")
-
-
-def _of_text(model: engine.Model, name: str, span: str, row: int, texts: tuple[str, ...] | None) -> tuple[int, int]:
-    if texts is None:
-        raise SpanError(
-            f'span "{name}" is a text, and the prompts are token ids',
-            expected="(start, stop) in tokens, or text prompts",
-        )
-    text = texts[row]
-    places = [start for start in range(len(text)) if span and text.startswith(span, start)]
-    if len(places) != 1:
-        found = "does not occur" if not places else f"occurs {len(places)} times"
-        raise SpanError(f'span "{name}": {span!r} {found} in row {row}: {text!r}', expected="a text that occurs once")
-    first, last = places[0], places[0] + len(span)
-    tokenizer = engine.tokenizer_of(model)
-    if not getattr(tokenizer, "is_fast", False):
-        raise SpanError(
-            f'span "{name}" cannot be found: this tokenizer does not say where its tokens stand in the text',
-            expected="(start, stop) in tokens, or a fast tokenizer",
-        )
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    found = covered(offsets, first, last)
-    if found is None:
-        raise SpanError(f'span "{name}": no token of row {row} stands for {span!r}')
-    return found

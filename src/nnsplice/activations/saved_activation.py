@@ -377,16 +377,18 @@ class SavedActivation:
         tensor([[0., 4.]])
 
         Args:
-            subspace: an `ns.Subspace`, as wide as every value; its address is not compared.
+            subspace: an `ns.Subspace` of the place that was captured. For directions that are meant to hold at another
+                place too, `ns.Subspace(place, subspace.basis)`.
 
         Returns:
             A capture of the same sites and widths.
 
         Raises:
+            BadArgument: the capture holds another place than the subspace's.
             BadType: something other than a subspace.
             ShapeError: a site of another width.
         """
-        basis = algebra.basis_of(self._packs, subspace)
+        basis = algebra.basis_of(self._packs, subspace, self._packs_at)
         return self.map(lambda tensor: algebra.within(tensor, basis))
 
     def interchange(self, other: SavedActivation, subspace: algebra.Directions) -> Self:
@@ -399,18 +401,23 @@ class SavedActivation:
 
         Args:
             other: the capture that the part is taken from, with as many rows, or one row that serves every prompt.
-            subspace: an `ns.Subspace`, as wide as every value; its address is not compared.
+            subspace: an `ns.Subspace` of the place that was captured. For directions that are meant to hold at another
+                place too, `ns.Subspace(place, subspace.basis)`.
 
         Returns:
             A capture of the same sites.
 
         Raises:
+            BadArgument: the captures hold another place than the subspace's.
             BadType: something other than a capture or a subspace.
             KeyMismatch: the captures hold different paths.
             ShapeError: a site of another width, or captures with different numbers of rows.
         """
-        basis = algebra.basis_of(self._packs, subspace)
+        basis = algebra.basis_of(self._packs, subspace, self._packs_at)
         return self._with(other, lambda mine, theirs: algebra.interchanged(mine, theirs, basis))
+
+    def _packs_at(self, place: str) -> set[int]:
+        return {number for number, _ in lookup.match(self._index, parse_path(place), *self._context)[0]}
 
     def _flat(self) -> dict[str, Tensor]:
         return {key: tensor[:, 0] for key, tensor in self.items()}

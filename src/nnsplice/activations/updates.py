@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nnsplice import closures, engine, wire
@@ -87,27 +88,60 @@ def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
 def _walk(
     model: engine.Model, plan: Sequence[Access], mediator: Any, batch: engine.Batch, names: dict[Path, str]
 ) -> Iterator[tuple[str, Tensor, Update]]:
+    sae_inputs = _SaeInputs()
     for access in plan:
         rows = batch.rows(access.tower)
         made = derived.experts(access, mediator, rows) if access.kind == "expert" else None
+        if access.kind == features.TRANSCODED:  # read once, as the first update lets the run go on to where it writes
+            inputs = hold(access, mediator, rows).tensor
+            made = {site_of(path).index: inputs for path in access.paths}
         for path in access.paths:
             # Read anew for each position: the block may have changed the value since.
             values = hold(access, mediator, rows).tensor if made is None else made[site_of(path).index]
-            if access.kind in features.KINDS:
+            read = None if made is None else Read({path.site: values})
+            if access.kind == features.TRANSCODED:
                 values = features.part(features.sae_of(model, path), site_of(path), values)
+            if access.kind in features.KINDS:
+                values = features.part(features.sae_of(model, path), site_of(path), sae_inputs.of(access, values))
             position = path.position
             assert isinstance(position, int)
             where = columns((position,), rows, values.shape[1])
             current = wire.pick(values, where, site_of(path).columns)[:, 0]
-            read = None if made is None else Read({path.site: values})
-            yield names[path], current, _updater(model, mediator, path, rows, read)
+            yield names[path], current, _updater(model, mediator, path, rows, read, sae_inputs)
 
 
-def _updater(model: engine.Model, mediator: Any, path: Path, rows: Rows, read: Read | None) -> Update:
+class _SaeInputs:
+    """What stood at a place before parts of its SAEs were updated: what they change by at one token adds up."""
+
+    def __init__(self) -> None:
+        #: Where it stands -> what SAEs read there, and what stands there since the last update.
+        self._held: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def of(self, access: Access, values: Tensor) -> Tensor:
+        """What SAEs read where these values stand now; the values themselves, where something else changed them."""
+        before, now = self._held.get(self._key(access), (values, values))
+        return before if now is values or torch.equal(now, values) else values
+
+    def note(self, access: Access, before: Tensor, now: Tensor) -> None:
+        """An update of a part was written."""
+        self._held[self._key(access)] = before, now
+
+    @staticmethod
+    def _key(access: Access) -> tuple[object, ...]:
+        return (access.place.key, access.item)
+
+
+def _updater(
+    model: engine.Model, mediator: Any, path: Path, rows: Rows, read: Read | None, sae_inputs: _SaeInputs
+) -> Update:
     position = path.position
     assert isinstance(position, int)
-    target = host(path) if read is None else derived.expert_output(path)
-    sae = features.sae_of(model, path) if site_of(path).kind in features.KINDS else None
+    kind = site_of(path).kind
+    if kind == features.TRANSCODED:
+        target = features.written_at(model, path)
+    else:
+        target = host(path) if read is None else derived.expert_output(path)
+    sae = features.sae_of(model, path) if kind in (*features.KINDS, features.TRANSCODED) else None
     (access,) = accesses(model, [target])
     visits = mediator.occurrence(access.place.key)
 
@@ -130,6 +164,10 @@ def _updater(model: engine.Model, mediator: Any, path: Path, rows: Rows, read: R
             )
         entry = Entry(path, target, (position,), new[:, None], None if read is None else path, sae)
         held = hold(access, mediator, rows)
-        held.write(written(held.tensor, [entry], rows, read=read))
+        before = held.tensor if sae is None else sae_inputs.of(access, held.tensor)
+        now = written(held.tensor, [entry], rows, read=read, before=before)
+        if sae is not None:
+            sae_inputs.note(access, before, now)
+        held.write(now)
 
     return update

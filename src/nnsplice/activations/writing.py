@@ -187,6 +187,8 @@ def _entry(model: engine.Model, group: Sequence[tuple[Path, int]], where: Sequen
         return Entry(path, derived.expert_output(path), positions, tensor, path)
     if kind in features.KINDS:
         return Entry(path, host(path), positions, tensor, sae=features.sae_of(model, path))
+    if kind == features.TRANSCODED:
+        return Entry(path, features.written_at(model, path), positions, tensor, path, features.sae_of(model, path))
     return Entry(path, path, positions, tensor)
 
 
@@ -195,6 +197,8 @@ def _sources(access: Access, mediator: Any, rows: Rows) -> dict[object, Tensor]:
         made = derived.experts(access, mediator, rows)
         return {path.site: made[site_of(path).index] for path in access.paths}
     tensor = hold(access, mediator, rows).tensor
+    if access.kind == features.TRANSCODED:
+        return {path.site: tensor for path in access.paths}
     found: dict[object, Tensor] = {}
     for path in access.paths:
         start, stop = site_of(path).columns or (0, tensor.shape[-1])
@@ -235,14 +239,21 @@ def written(
     factor: Tensor | float | None = None,
     spans: Spans | None = None,
     read: Read | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """A copy of `[prompt, token, width]` with all entries in it."""
+    """A copy of `[prompt, token, width]` with all entries in it.
+
+    Args:
+        before: what SAEs read, where parts of theirs were written into `values` already.
+    """
     batch, width = values.shape[:2]
-    before = values
+    before = values if before is None else before
+    encoded: dict[tuple[int, int], Tensor] = {}
     for one in check_overlaps(entries, rows, width, spans):
         entry, where = one.entry, one.where
         if entry.sae is not None:
-            values = _with_part(entry, where, before, values, factor)
+            inputs = before if read is None or entry.source is None else read.values[entry.source.site]
+            values = _with_part(entry, where, inputs, values, factor, encoded)
             continue
         part = one.part or (0, values.shape[-1])
         new = entry.tensor
@@ -268,15 +279,29 @@ def written(
     return values
 
 
-def _with_part(entry: Entry, where: Any, before: Tensor, values: Tensor, factor: Tensor | float | None) -> Tensor:
+def _with_part(
+    entry: Entry,
+    where: Any,
+    before: Tensor,
+    values: Tensor,
+    factor: Tensor | float | None,
+    encoded: dict[tuple[int, int], Tensor],
+) -> Tensor:
     """The values with what a feature, or the error, changes by; parts of one SAE add up.
 
     Args:
-        before: the values that the SAE reads, whatever was written beside it.
+        before: the values that the SAE reads, whatever was written beside it; a transcoder's are of another place.
+        encoded: all features of an SAE, by it and what it reads, as many of them may be written.
     """
     assert entry.sae is not None
     site = site_of(entry.path)
-    old = wire.pick(features.part(entry.sae, site, before), where, None)
+    if site.index is None:
+        old = features.part(entry.sae, site, before)
+    else:
+        key = (id(entry.sae), id(before))
+        encoded[key] = entry.sae.encode(before) if key not in encoded else encoded[key]
+        old = encoded[key][..., site.index : site.index + 1].to(before)
+    old = wire.pick(old, where, None)
     new = entry.tensor.to(values)
     if new.shape[-1] != old.shape[-1] or new.shape[0] not in (1, old.shape[0]):
         raise ShapeError(
@@ -322,6 +347,7 @@ def check_overlaps(entries: Sequence[Entry], rows: Rows, width: int, spans: Span
         OverlappingWrite: two of them mean the same number; which should win?
     """
     taken: list[Taken] = []
+    whole: list[Taken] = []
     for entry in entries:
         one = Taken(entry, site_of(entry.target).columns, columns(entry.positions, rows, width, spans))
         if any(len(set(row)) < len(row) for row in one.tokens):
@@ -330,9 +356,9 @@ def check_overlaps(entries: Sequence[Entry], rows: Rows, width: int, spans: Span
                 path=entry.path.place,
                 expected="each token once",
             )
-        for other in taken:
-            # Experts, and parts of an SAE, add their differences, so any number of them can share a token.
-            added = other.entry.kind == entry.kind == "expert" or None not in (entry.sae, other.entry.sae)
+        # Experts, and parts of an SAE, add their differences, so any number of them can share a token.
+        for other in taken if entry.sae is None else whole:
+            added = other.entry.kind == entry.kind == "expert"
             if not added and one.meets(other):
                 raise OverlappingWrite(
                     f"{other.entry.path.place} and {entry.path.place} overlap at the same token",
@@ -340,6 +366,8 @@ def check_overlaps(entries: Sequence[Entry], rows: Rows, width: int, spans: Span
                     write=f"saved.subset({str(entry.path.place)!r})",
                 )
         taken.append(one)
+        if entry.sae is None:
+            whole.append(one)
     return taken
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from nnsplice.atlas.site import Site
-from nnsplice.errors import OutOfRange, PathError, UnknownPath, closest
+from nnsplice.errors import OutOfRange, PathError, RefusedPlace, UnknownPath, closest
 from nnsplice.paths.path import Index, Path, Slice
 
 
@@ -39,14 +39,20 @@ class Features(Protocol):
         """What features add to the place, without a bias."""
         ...
 
+    def added_each(self, values: Tensor, like: Tensor | None, numbers: Sequence[int]) -> Tensor:
+        """The same where each row is about one feature: `[row, 1]` -> `[row, width]`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Attached:
-    """An SAE and the place that it reads."""
+    """An SAE and its place."""
 
-    #: As `expand` returns it.
+    #: Where it is written, as `expand` returns it.
     place: Path
     sae: Features
+    #: What a transcoder reads, which is another place; None for an SAE, which reads its own.
+    reads: Path | None = None
 
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, Attached]] = weakref.WeakKeyDictionary()
@@ -89,8 +95,15 @@ def expand_part(root: nn.Module | None, path: Path, places: Sequence[Path]) -> I
                 write=None if told else f"ns.attach_sae(model, {str(place.place)!r}, sae, {path.sae.name!r})",
             )
         for number in _numbers(path, one.sae.features):
-            kind = "error" if number is None else "feature"
-            site = replace(place.site, kind=kind, index=number, sae=path.sae.name)
+            if one.reads is not None and number is None:
+                raise RefusedPlace(
+                    "what a transcoder leaves out is of two places, the one that it reads and the one that it writes",
+                    path=path,
+                    expected="its features; a write of them leaves the rest as it is",
+                )
+            kind = "transcoded" if one.reads is not None else "error" if number is None else "feature"
+            read = place if one.reads is None else one.reads
+            site = replace(read.site, kind=kind, index=number, sae=path.sae.name)  # type: ignore[type-var]
             yield replace(place, sae=replace(path.sae, features=number), site=site)
 
 
@@ -110,11 +123,12 @@ def _numbers(path: Path, count: int) -> Iterator[int | None]:
 
 
 def host(path: Path) -> Path:
-    """The place that a feature or an error is of; a path of neither as it is."""
+    """The place that a feature or an error of an SAE is of; a path of neither as it is."""
     if path.sae is None:
         return path
     site = path.site
     assert isinstance(site, Site), f"{path} was not expanded"
+    assert site.kind != "transcoded", f"{path} is written at another place"
     return replace(path, sae=None, site=replace(site, kind="plain", index=None, sae=None))
 
 

@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from nnsplice.atlas.families import NOT_TEXT
 from nnsplice.atlas.site import Site
 from nnsplice.errors import NeverFired
+
+#: Parts of a module's name that mark a tower for something else than text, or what leads from there to the text's.
+_OF_IMAGES = NOT_TEXT | {"multi_modal_projector", "connector"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,12 @@ class Order:
         visits = sum((site.module, site.end, visit) in self.ranks for visit in range(site.occurrence))
         if visits:
             return NeverFired(f"{name} runs {visits} times in one forward pass, so there is no call {site.occurrence}")
+        if _OF_IMAGES & set(name.split(".")):
+            return NeverFired(
+                f"{name} does not run on tokens: its values belong to pieces of an image or a sound",
+                expected="a place that tokens go through, where those of an image are a span",
+                write='layers[i].output["image"]',
+            )
         inside = sorted({module for module, _, _ in self.ranks if module.startswith(f"{site.module}.")})
         return NeverFired(
             f"{name} is never called as a whole in a forward pass, so it has no {site.end}",

@@ -9,10 +9,11 @@ End = Literal["input", "output"]
 #: How a value is met. `plain`: it stands in a tensor, and a write replaces the tensor. `stream`: it stands in a tensor
 #: that a skip path carries on beside the module, so a write must reach both. `pattern`, `expert` and `ungated`, a slice
 #: before its gate, are derived from several values (`activations/derived.py`). `feature` and `error` are what an
-#: attached SAE makes of a plain value.
-Kind = Literal["plain", "stream", "pattern", "expert", "ungated", "feature", "error"]
+#: attached SAE makes of a plain value; `transcoded` is a feature of one that reads this value and is written at another
+#: place.
+Kind = Literal["plain", "stream", "pattern", "expert", "ungated", "feature", "error", "transcoded"]
 #: The kinds that are computed from values, and stand in none.
-DERIVED: tuple[Kind, ...] = ("pattern", "expert", "ungated", "feature", "error")
+DERIVED: tuple[Kind, ...] = ("pattern", "expert", "ungated", "feature", "error", "transcoded")
 
 
 @dataclass(frozen=True, slots=True)

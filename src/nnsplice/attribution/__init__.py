@@ -13,6 +13,7 @@ exact           every edge, measured
 path_patching   what a place does through chosen others, exactly
 selecting       auto: which method is the best on a slice
 verifying       estimates checked against exact values
+units           attribute and path_patch in units of prompt pairs
 """
 
 from nnsplice.attribution.attribute import asked_of, attribute

@@ -107,19 +107,11 @@ def attribute(
     """
     start = time.perf_counter()
     model = engine.as_model(model)
-    _check_numbers(steps, verify)
-    chosen = None if method == AUTO else _method(method, receivers, steps, verify)
+    check_numbers(steps, verify)
+    chosen = None if method == AUTO else method_named(method, receivers, steps, verify)
     with circumstances("ns.attribute"):
         together = receivers is not None if chosen is None else chosen.nodes is None
-        plan = plan_sweep(
-            model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together
-        )
-        if isinstance(plan.metric, Several) or plan.owners:
-            raise BadArgument(
-                f"attribute takes the gradient of one metric at one position, and this is {plan.metric.metric.name}",
-                expected="one metric of single tokens, such as ns.logit_diff",
-            )
-        check_mode(model)
+        plan = planned(model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together)
         graph = edges.Graph.of(model, plan, receivers) if together else None
         at_once = engine.room(model, max_tokens)
         choice: Choice | None = None
@@ -133,7 +125,7 @@ def attribute(
                 model, plan, graph, each, executor=executor, max_tokens=max_tokens, progress=progress
             )
             method, chosen = choice.taken, METHODS[choice.taken]
-        asked = _asked(plan, method, steps_of(chosen, steps), graph)
+        asked = told_of(plan, method, steps_of(chosen, steps), graph)
         plan = replace(plan, asked=asked if choice is None else {**asked, **_AUTO_ASKED})
         if chosen.measured:
             assert graph is not None
@@ -149,21 +141,54 @@ def attribute(
 
 def asked_of(model: Any, plan: Plan, method: str, receivers: Paths | None, steps: int | None) -> dict[str, Any]:
     """What the estimates of a plan are asked for: their identity, but for what is verified, and what `auto` takes."""
-    _check_numbers(steps, 0)
+    check_numbers(steps, 0)
     if method == AUTO:
         graph = None if receivers is None else edges.Graph.of(engine.as_model(model), plan, receivers)
         return {**plan.asked, **_AUTO_ASKED, **({} if graph is None else {"receivers": list(graph.receivers)})}
-    chosen = _method(method, receivers, steps, 0)
+    chosen = method_named(method, receivers, steps, 0)
     graph = edges.Graph.of(engine.as_model(model), plan, receivers) if chosen.nodes is None else None
-    return _asked(plan, method, steps_of(chosen, steps), graph)
+    return told_of(plan, method, steps_of(chosen, steps), graph)
 
 
-def _asked(plan: Plan, method: str, steps: int, graph: edges.Graph | None) -> dict[str, Any]:
+def planned(
+    model: engine.Model,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
+    sites: Paths,
+    metric: MetricLike,
+    *,
+    spans: PairSpanTexts | None,
+    align: str,
+    seed: int,
+    together: bool,
+) -> Plan:
+    """The plan of a sweep whose cells are estimated.
+
+    Raises:
+        BadArgument: several metrics, one of several tokens, or a model in train mode.
+    """
+    plan = plan_sweep(model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together)
+    if isinstance(plan.metric, Several) or plan.owners:
+        raise BadArgument(
+            f"attribute takes the gradient of one metric at one position, and this is {plan.metric.metric.name}",
+            expected="one metric of single tokens, such as ns.logit_diff",
+        )
+    check_mode(model)
+    return plan
+
+
+def told_of(plan: Plan, method: str, steps: int, graph: edges.Graph | None) -> dict[str, Any]:
+    """What is asked, with the method."""
     told: dict[str, Any] = {"method": method, **({"steps": steps} if steps else {})}
     return {**plan.asked, **told, **({} if graph is None else {"receivers": list(graph.receivers)})}
 
 
-def _method(name: str, receivers: Any, steps: int | None, verify: int) -> Method:
+def method_named(name: str, receivers: Any, steps: int | None, verify: int) -> Method:
+    """A method by its name, which has to take these options.
+
+    Raises:
+        BadArgument: it does not, or there is none of that name.
+    """
     if name not in METHODS:
         raise BadArgument(f"there is no method {name!r}", expected=", ".join((*METHODS, AUTO)))
     chosen = METHODS[name]
@@ -176,7 +201,8 @@ def _method(name: str, receivers: Any, steps: int | None, verify: int) -> Method
     return chosen
 
 
-def _check_numbers(steps: int | None, verify: int) -> None:
+def check_numbers(steps: int | None, verify: int) -> None:
+    """Raise for numbers of steps and of verified cells that are none."""
     if steps is not None and (isinstance(steps, bool) or steps < 1):
         raise BadArgument(f"steps={steps}", expected="at least 1")
     if isinstance(verify, bool) or not isinstance(verify, int) or verify < 0:

@@ -11,16 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import DERIVED, peel
+from nnsplice.atlas import DERIVED, host, peel
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.gradients import Flow, spot
-from nnsplice.attribution.nodes import Batch, points
+from nnsplice.attribution.nodes import Batch, PartsMoved, points
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.sweeps.plan import Plan
@@ -62,6 +63,13 @@ class Graph:
     @staticmethod
     def of(model: engine.Model, plan: Plan, receivers: Paths | None) -> Graph:
         """For a plan whose sites are senders, each a place by itself."""
+        if plan.corrupted.images is not None:
+            raise BadArgument(
+                "edges between the parts of a model are not estimated for prompts with images, which may enter its "
+                "stream between the layers",
+                expected='method="atp" for sites',
+                write="ns.path_patch(model, clean, corrupted, senders, receivers, metric)   (exact)",
+            )
         branches, known = branches_of(model), engine.known(model)
         places = dict.fromkeys(place for target in plan.targets for place in target.places)
         senders = {place: _sender(place, branches) for place in places}
@@ -129,6 +137,7 @@ class Graph:
         metric = batch.metric(one)
         spots = dict.fromkeys(spot(site_of(r.path if r.branch else r.reads)) for r in self.all)
         gradients = batch.pulled(metric, one, spots, again=True)
+        masks = _Masks(batch)
         for receiver in self.all:
             stream, site = spot(site_of(receiver.reads)), site_of(receiver.path)
             shape = one.values[stream].shape
@@ -140,9 +149,8 @@ class Graph:
             width = one.values[at].shape
             masked = torch.zeros_like(gradient).reshape(width)
             columns = slice(*(site.columns or (0, None))) if receiver.branch else slice(None)
-            for row, prompt in enumerate(batch.rows):
-                tokens = tokens_of(receiver.path, batch.plan.corrupted)[prompt]
-                masked[row, tokens, columns] = gradient.reshape(width)[row, tokens, columns]
+            read = masks.of(receiver.path, gradient.device, width[1])
+            masked[..., columns] = torch.where(read, gradient.reshape(width)[..., columns], 0)
             if receiver.branch:
                 masked = masked.reshape(gradient.shape)
                 (masked,) = torch.autograd.grad(
@@ -161,16 +169,18 @@ class Graph:
         """What each sender's change adds to the stream: `[row, token, width]`."""
         sent: dict[Path, Tensor] = {}
         ends: dict[str, Ends] = {}
-        for wanted in batch.wanted:
+        parts = PartsMoved(batch, here)
+        for number, wanted in enumerate(batch.wanted):
             sender, site = self.senders[wanted.place], site_of(wanted.place)
             values = here.values[spot(site)]
-            rows, tokens, clean_tokens = (
-                at.to(values.device) for at in (wanted.rows, wanted.tokens, wanted.clean_tokens)
-            )
+            rows, tokens, clean_tokens = batch.tokens_on(values.device)[number]
             moved = torch.zeros_like(values)
             columns = slice(*(site.columns or (0, None)))
-            there = batch.clean[spot(site)][rows, clean_tokens, columns]
-            moved[rows, tokens, columns] = there - values[rows, tokens, columns]
+            if wanted.place.sae is not None:
+                moved[rows, tokens] = parts.of(wanted).to(moved)
+            else:
+                there = batch.clean[spot(site)][rows, clean_tokens, columns]
+                moved[rows, tokens, columns] = there - values[rows, tokens, columns]
             if sender.projection is not None:
                 if sender.projection not in ends:
                     ends[sender.projection] = Ends.of(batch, sender, values, here)
@@ -179,6 +189,25 @@ class Graph:
                 moved = moved * sender.branch.block.scale  # in code, behind the last module of the branch
             sent[wanted.place] = moved.double().to(batch.model.device)
         return sent
+
+
+class _Masks:
+    """Which tokens of each row a receiver reads, on its device: receivers that read the same have one mask."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._made: dict[Any, Tensor] = {}
+
+    def of(self, path: Path, device: torch.device, width: int) -> Tensor:
+        """`[row, token, 1]`"""
+        tokens = tokens_of(path, self.batch.plan.corrupted)
+        key = (device, width, tuple(tuple(tokens[prompt]) for prompt in self.batch.rows))
+        if key not in self._made:
+            mask = torch.zeros(len(self.batch.rows), width, 1, dtype=torch.bool)
+            for row, chosen in enumerate(key[2]):
+                mask[row, list(chosen)] = True
+            self._made[key] = mask.to(device, non_blocking=True)
+        return self._made[key]
 
 
 @dataclass(frozen=True)
@@ -235,13 +264,14 @@ def norm_behind(branch: Branch) -> str | None:
 
 
 def _sender(place: Path, branches: Branches) -> Sender:
-    if place.sae is not None:
+    if site_of(place).kind == "transcoded":
         raise RefusedPlace(
-            "an edge starts at a value of the run, and this is a part of one",
+            "a feature of a transcoder is derived from several values of a run, so no edge starts there",
             path=place,
-            write='method="atp", which scores features as places',
+            write="ns.sweep(...)   (exact)",
         )
-    branch, site = branches.of(place), site_of(place)
+    # A feature, or an error, sends what it changes of the place that it is a part of.
+    branch, site = branches.of(place), site_of(host(place))
     if branch is None:
         at = branches.stream_at(place)
         assert at is not None

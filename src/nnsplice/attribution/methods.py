@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.attribution import edges, nodes, relevance, routes, star
 from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
-from nnsplice.attribution.nodes import Batch
+from nnsplice.attribution.nodes import Batch, Mixed, spot
 from nnsplice.attribution.selecting import Choice
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.packed.cost import Cost, Law
@@ -24,6 +24,7 @@ from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.probing import TOLERANCE
 
 
 def _plain(_model: engine.Model) -> AbstractContextManager[None]:
@@ -107,15 +108,30 @@ class Estimator:
         found = self.scored(prompts)
         return found.scores if found.edges is None else found.edges, found.spent.cost
 
-    def scored(self, chosen: Sequence[int]) -> Scored:
-        """Estimate the cells of these prompts."""
-        model, plan, graph, method = self.model, self.plan, self.graph, self.method
-        _check_kinds(plan, self.name)
-        if plan.align == "role" and self.name != "atp":
+    def check(self) -> None:
+        """Raise for a plan that the method cannot score, of all its prompts, before anything runs.
+
+        Raises:
+            BadArgument: it pairs tokens otherwise, or two towers differ.
+            RefusedPlace: a site without a gradient.
+            ShapeError: a pair of prompts of different lengths.
+        """
+        self._check()
+        if self.method.stepwise:
+            _check_way(self.plan, range(len(self.plan.corrupted)), self.name)
+
+    def _check(self) -> None:
+        _check_kinds(self.plan, self.name)
+        if self.plan.align == "role" and self.name != "atp":
             raise BadArgument(
                 f'{self.name} takes points between two prompts, token by token, and align="role" pairs them otherwise',
                 expected='method="atp"',
             )
+
+    def scored(self, chosen: Sequence[int]) -> Scored:
+        """Estimate the cells of these prompts."""
+        model, plan, graph, method = self.model, self.plan, self.graph, self.method
+        self._check()
         spent, prompts = Spent(Law.of(model)), len(plan.corrupted)
         scores = np.zeros((prompts, len(plan.targets)))
         made_of = None if graph is None else np.zeros((*scores.shape, len(graph.receivers)))
@@ -130,6 +146,8 @@ class Estimator:
                 paths.append(entry)
             values, logits = nodes.clean_run(model, plan, rows, paths, spent)
             batch = Batch(model, plan, tuple(rows), wanted, values, logits, entry, self.steps, spent)
+            if method.stepwise and plan.corrupted.images is not None:
+                _check_end(batch, logits, self.name)
             if method.edges is not None:
                 assert graph is not None
                 one, found = batch.run([], tied=False), method.edges(graph, batch)
@@ -157,39 +175,50 @@ class Estimator:
                 halving(rows, work)
         return Scored(scores, made_of, clean, corrupted, spent)
 
-    def result(self, choice: Choice | None, start: float) -> SweepResult:
-        """All prompts, as a result; what choosing the method has cost, and when it began, are part of its run."""
+    def whole(self) -> Scored:
+        """All prompts, with NaN where there is no edge."""
         plan, graph = self.plan, self.graph
         found = self.scored(range(len(plan.corrupted)))
         check_baselines(plan.metric, clean=found.clean, corrupted=found.corrupted)
-        exists, scores = plan.exists(), found.scores
-        if found.edges is not None and graph is not None:
-            scores = found.edges.sum(-1)
-            found.edges[~(exists[..., None] & graph.joined(plan).numpy()[None])] = np.nan
+        if found.edges is None or graph is None:
+            return found
+        scores = found.edges.sum(-1)
+        found.edges[~(plan.exists()[..., None] & graph.joined(plan).numpy()[None])] = np.nan
+        return replace(found, scores=scores)
+
+    def result(self, choice: Choice | None, start: float) -> SweepResult:
+        """All prompts, as a result; what choosing the method has cost, and when it began, are part of its run."""
+        plan, graph = self.plan, self.graph
+        found, exists = self.whole(), plan.exists()
         spent, cost = found.spent, found.spent.cost
-        passes = f"{_count(cost.forwards, 'forward')} and {_count(spent.backwards, 'backward')}"
-        note = [f"estimated with {passes}", *dict.fromkeys(spent.notes), *_doubts(plan, self.name)]
+        note = notes(cost.forwards, spent.backwards, spent.notes, doubts(plan, self.name))
         if choice is not None:
-            cost, note = cost + choice.cost, [choice.note, *note]
+            cost, note = cost + choice.cost, f"{choice.note}; {note}"
         about = Run(
             self.name,
             time.perf_counter() - start,
             **cost.told(),
             known=len(plan.known),
             gate=closures.spent(self.model),
-            note="; ".join(note),
+            note=note,
         )
         cells = tuple(target.cell for target in plan.targets)
         return SweepResult(
             Table(
-                cells, found.corrupted[:, None] + scores, exists, exists, found.clean, found.corrupted, plan.tokens,
-                plan.asked, about, edges=found.edges, receivers=() if graph is None else graph.receivers,
+                cells, found.corrupted[:, None] + found.scores, exists, exists, found.clean, found.corrupted,
+                plan.tokens, plan.asked, about, edges=found.edges, receivers=() if graph is None else graph.receivers,
                 labels=labels_of(self.model, plan),
             )
         )  # fmt: skip
 
 
-def _doubts(plan: Plan, name: str) -> list[str]:
+def notes(forwards: int, backwards: int, noted: Sequence[str], doubts: Sequence[str]) -> str:
+    """What a result's note says of its estimates."""
+    passes = f"{_count(forwards, 'forward')} and {_count(backwards, 'backward')}"
+    return "; ".join([f"estimated with {passes}", *dict.fromkeys(noted), *doubts])
+
+
+def doubts(plan: Plan, name: str) -> list[str]:
     """What is known of estimates of such places, for the note."""
     stream = any(
         not path.native and path.steps[-1].name in ("layers", "embed") and path.value in ("input", "mid", "output")
@@ -203,7 +232,12 @@ def _count(number: int, what: str) -> str:
 
 
 #: Kinds that no gradient is taken of, in words.
-_DERIVED = {"pattern": "a pattern", "expert": "one expert", "ungated": "a slice before its gate"}
+_DERIVED = {
+    "pattern": "a pattern",
+    "expert": "one expert",
+    "ungated": "a slice before its gate",
+    "transcoded": "a feature of a transcoder",
+}
 
 
 def _check_kinds(plan: Plan, name: str) -> None:
@@ -225,7 +259,18 @@ def _check_kinds(plan: Plan, name: str) -> None:
             )
 
 
-def _check_way(plan: Plan, rows: list[int], name: str) -> None:
+def _check_end(batch: Batch, clean: Tensor, name: str) -> None:
+    """Raise where the clean prompt's embeddings do not make its run, as parts of images enter elsewhere too."""
+    end = batch.run([], mixed=Mixed(batch.entry, batch.clean[spot(site_of(batch.entry))]), tied=False).logits
+    if bool((end - clean).abs().max() > TOLERANCE.get(clean.dtype, 2e-1) * clean.abs().max()):
+        raise BadArgument(
+            f"{name} goes from the embeddings of one prompt to those of the other, and the images of these enter the "
+            "model beside their embeddings too",
+            expected='method="atp"',
+        )
+
+
+def _check_way(plan: Plan, rows: Sequence[int], name: str) -> None:
     assert plan.clean is not None
     if plan.clean.decoder_ids != plan.corrupted.decoder_ids:
         raise BadArgument(

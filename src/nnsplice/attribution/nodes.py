@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.attribution.gradients import Flow, Mixed, Spent, Spot, flow, measured, pulled, spot
+from nnsplice.packed.indices import on
 from nnsplice.paths import Path
 from nnsplice.sweeps.plan import Plan
 
@@ -64,6 +65,19 @@ class Batch:
     #: How many gradients are taken on the way from one run to the other; 0 for one, in the corrupted run.
     steps: int
     spent: Spent
+    #: Device -> the tokens of `wanted`, sent there.
+    sent: dict[torch.device, list[Tensor]] = field(default_factory=dict)
+
+    def tokens_on(self, device: torch.device) -> list[Tensor]:
+        """For each place that is wanted, on a device: `[3, number]`, its rows, tokens and tokens of the clean run.
+
+        They go there in one copy, that nobody waits for: there are as many places as heads.
+        """
+        if device not in self.sent:
+            each = [torch.stack([one.rows, one.tokens, one.clean_tokens]) for one in self.wanted]
+            together = on(torch.cat(each, 1).numpy(), device)
+            self.sent[device] = list(together.split([part.shape[1] for part in each], 1))
+        return self.sent[device]
 
     @property
     def paths(self) -> list[Path]:
@@ -92,9 +106,9 @@ def clean_run(
 ) -> tuple[Clean, Tensor]:
     """The clean prompts' values and the logits that the metric reads; their lengths may differ."""
     assert plan.clean is not None
-    groups: dict[int, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for row in rows:
-        groups.setdefault(plan.clean.length("encoder", row), []).append(row)
+        groups.setdefault(plan.clean.shape(row), []).append(row)
     for members in groups.values():
         spent.forward(plan.clean, members)
     flows = [flow(model, plan, members, paths, clean=True, tied=False) for members in groups.values()]
@@ -145,7 +159,9 @@ def along_the_way(batch: Batch) -> tuple[Flow, Tensor]:
 def lined_up(batch: Batch, here: Flow, gradients: Gradients, skip: Container[Path] = ()) -> Tensor:
     """`[row, cell]`: what each cell's difference between the two runs is worth along these gradients."""
     scores = torch.zeros(len(here.rows), len(batch.plan.targets), dtype=torch.float64)
-    for one in batch.wanted:
+    parts = PartsMoved(batch, here)
+    found: list[tuple[Wanted, Tensor]] = []
+    for number, one in enumerate(batch.wanted):
         site = site_of(one.place)
         gradient = gradients.get(spot(site))
         if gradient is None or one.place in skip:
@@ -153,20 +169,54 @@ def lined_up(batch: Batch, here: Flow, gradients: Gradients, skip: Container[Pat
         columns = slice(*(site.columns or (0, None)))
         values = here.values[spot(site)]
         # To where the layer is, whose values may lie on a device of their own.
-        rows, tokens, clean_tokens = (at.to(values.device) for at in (one.rows, one.tokens, one.clean_tokens))
+        rows, tokens, clean_tokens = batch.tokens_on(values.device)[number]
         along = gradient.reshape(values.shape)[rows, tokens, columns].double()
-        clean, here_ = batch.clean[spot(site)][rows, clean_tokens, columns], values[rows, tokens, columns]
-        moved = clean.double() - here_.double()
         if one.place.sae is not None:
-            moved = _part_moved(batch.model, one.place, clean.double(), here_.double())
-        scores.index_put_((one.rows, one.cells), (moved * along).sum(-1).cpu(), accumulate=True)
+            moved = parts.of(one)
+        else:
+            clean, here_ = batch.clean[spot(site)][rows, clean_tokens, columns], values[rows, tokens, columns]
+            moved = clean.double() - here_.double()
+        found.append((one, (moved * along).sum(-1)))
+    for (one, _), worth in zip(found, on_host([worth for _, worth in found]), strict=True):
+        scores.index_put_((one.rows, one.cells), worth, accumulate=True)
     return scores
 
 
-def _part_moved(model: engine.Model, place: Path, clean: Tensor, here: Tensor) -> Tensor:
-    """What a feature, or the error, changes of its place when it is patched; the other parts stay as they are."""
-    sae, site = features.sae_of(model, place), site_of(place)
-    return features.moved(sae, site, features.part(sae, site, clean) - features.part(sae, site, here), here)
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one dtype on the host, with one wait for each device that they are on."""
+    there: dict[torch.device, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        there.setdefault(tensor.device, []).append(number)
+    found = list(tensors)
+    for numbers in there.values():
+        together = torch.cat([tensors[number].flatten() for number in numbers]).cpu()
+        parts = together.split([tensors[number].numel() for number in numbers])
+        for number, part in zip(numbers, parts, strict=True):
+            found[number] = part.view(tensors[number].shape)
+    return found
+
+
+class PartsMoved:
+    """What features, or the error, change of their place when they are patched; the other parts stay as they are."""
+
+    def __init__(self, batch: Batch, here: Flow) -> None:
+        self._batch, self._here = batch, here
+        #: All features, or the error, of a value of the clean run and of this one: `[row, token, ...]`.
+        self._known: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def of(self, one: Wanted) -> Tensor:
+        """`[wanted, width]`"""
+        site = site_of(one.place)
+        sae, at = features.sae_of(self._batch.model, one.place), spot(site)
+        here, clean = self._here.values[at].double(), self._batch.clean[at].double()
+        if (at, site.sae, site.kind) not in self._known:
+            read = sae.error if site.kind == "error" else sae.encode
+            self._known[at, site.sae, site.kind] = read(clean), read(here)
+        there, now = self._known[at, site.sae, site.kind]
+        rows, tokens, clean_tokens = (at_.to(now.device) for at_ in (one.rows, one.tokens, one.clean_tokens))
+        part = slice(None) if site.index is None else slice(site.index, site.index + 1)
+        difference = there[rows, clean_tokens, part] - now[rows, tokens, part]
+        return features.moved(sae, site, difference, here[rows, tokens])
 
 
 def places_of(plan: Plan) -> list[Path]:

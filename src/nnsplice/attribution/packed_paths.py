@@ -26,8 +26,13 @@ from nnsplice.sweeps.choosing import longest_of, question
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.packing import base_of, measured_states, row_of
+from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.probing import ROUGH, allowed, cells, direction, dtype_of, rounding
 from nnsplice.sweeps.targets import tokens_of
+from nnsplice.sweeps.unedited import clean_run
+
+#: What a result calls this executor.
+PACKED = "packed paths"
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,41 @@ class _Answer:
     rough: str = ""
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the paths of a whole plan are run, which its parts take without trying anew."""
+
+    packed: bool
+    #: How packed rows come by their attention.
+    attention: str | None = None
+    note: str = ""
+
+
+def way_for(plan: Plan, model: engine.Model, executor: Executor, at_once: int) -> Way:
+    """The way of a plan that others will run in parts: tried on its longest prompt and its shortest, once."""
+    prompts = plan.jobs.prompts
+    if not prompts or executor.choose is None:
+        return Way(False)
+    lengths = plan.corrupted.lengths("decoder")
+    part = plan.take(sorted({max(prompts, key=lengths.__getitem__), min(prompts, key=lengths.__getitem__)}))
+    with engine.turn(model):
+        logits, source, _ = clean_run(model, part, at_once)
+        work = Work(model, part, source, logits if part.metric.metric.compares else None)
+        found, note, _ = executor.choose(work)
+    return Way(found.name == PACKED, work.memo.get("way"), note)
+
+
+def handed(work: Work, way: Way, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
+    """What `chosen` says, where it was said before."""
+    if not way.packed:
+        return slow, way.note, Cost()
+    work.memo["way"] = way.attention
+    return Executor(paths, whole_prompts, mixed=True, name=PACKED), way.note, Cost()
+
+
 def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
     """Packed rows where they give a few cells the values of the slow way, else that; why, and what it cost to know."""
-    fast = Executor(paths, whole_prompts, mixed=True, name="packed paths")
+    fast = Executor(paths, whole_prompts, mixed=True, name=PACKED)
     if not work.plan.jobs:
         return slow, "", Cost()
     known = _trusted.setdefault(peel(work.model), {})

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from nnsplice import closures, engine, wire
+from nnsplice.activations import features
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.atlas import DERIVED
 from nnsplice.attribution.branches import Branch, Branches, branches_of
-from nnsplice.attribution.packed_paths import PackedPaths, chosen
+from nnsplice.attribution.packed_paths import PackedPaths, Way, chosen, handed
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import Metrics
 from nnsplice.packed.cost import Cost
@@ -36,7 +37,7 @@ from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.targets import tokens_of
 
 #: What is no option, as a path patch always patches from the clean run, at the tokens that its senders say.
-_SET_HERE = ("operation", "reference", "corruption", "seed", "source")
+SET_HERE = ("operation", "reference", "corruption", "seed", "source")
 
 
 def path_patch(
@@ -86,29 +87,58 @@ def path_patch(
     """
     if "executor" in options:
         raise BadArgument("path_patch has one way of running", expected="no executor=")
-    check_options("ns.path_patch", options, known_of(path_patch, plan_sweep, _SET_HERE))
+    check_options("ns.path_patch", options, known_of(path_patch, plan_sweep, SET_HERE))
     running = {name: options.pop(name) for name in RUNNING if name in options}
     model = engine.as_model(model)
     with circumstances("ns.path_patch"):
-        plan = plan_sweep(model, clean, corrupted, senders, metric, together=together, **options)
-        if plan.owners:
-            raise BadArgument(
-                f"path_patch reads one position, and {plan.metric.metric.name} reads several",
-                expected="a metric of single tokens, or several of them",
-            )
-        joint = next((target for target in plan.targets if target.is_set), None)
-        if joint is not None:
-            # What an earlier sender does to a branch that a later one speaks by would reach the receivers too.
-            raise BadArgument(
-                "senders that are patched together would reach each other's branches, and these the receivers",
-                path=joint.cell.path,
-                expected="single senders, each a cell",
-            )
+        plan = planned(model, clean, corrupted, senders, metric, together=together, **options)
         return run_paths(model, plan, [receivers] * len(plan.targets), **running)
+
+
+def planned(
+    model: engine.Model,
+    clean: PromptsLike | None,
+    corrupted: PromptsLike | None,
+    senders: Paths,
+    metric: Metrics,
+    *,
+    together: bool = True,
+    **options: Any,
+) -> Plan:
+    """The plan of a sweep whose sites are senders; the arguments are those of `path_patch`.
+
+    Raises:
+        BadArgument: a set of senders, or a metric of several tokens.
+    """
+    plan = plan_sweep(model, clean, corrupted, senders, metric, together=together, **options)
+    if plan.owners:
+        raise BadArgument(
+            f"path_patch reads one position, and {plan.metric.metric.name} reads several",
+            expected="a metric of single tokens, or several of them",
+        )
+    joint = next((target for target in plan.targets if target.is_set), None)
+    if joint is not None:
+        # What an earlier sender does to a branch that a later one speaks by would reach the receivers too.
+        raise BadArgument(
+            "senders that are patched together would reach each other's branches, and these the receivers",
+            path=joint.cell.path,
+            expected="single senders, each a cell",
+        )
+    return plan
 
 
 def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **running: Any) -> SweepResult:
     """Run a plan whose sites are senders, each with its own receivers."""
+    plan, paths = routed(model, plan, receivers)
+    return run_fresh(plan, model, executor=paths.executor, **running)
+
+
+def routed(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> tuple[Plan, Routes]:
+    """A plan with what its senders reach, and the ways there.
+
+    Raises:
+        BadArgument: no sender reaches a receiver.
+    """
     if plan.operation.name != "patch":
         raise BadArgument(f"operation={plan.operation.name!r}", expected="patching from the clean run")
     paths = Routes.of(model, plan, receivers)
@@ -121,8 +151,7 @@ def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **run
             expected="senders that run before the receivers",
         )
     beside = plan.jobs.of_targets(number for number in range(len(plan.targets)) if not paths.reached(plan, number))
-    plan = replace(plan, jobs=reached, known=plan.known + beside, asked=asked)
-    return run_fresh(plan, model, executor=paths.executor, **running)
+    return replace(plan, jobs=reached, known=plan.known + beside, asked=asked), paths
 
 
 @dataclass(frozen=True)
@@ -148,10 +177,11 @@ class Routes:
                 raise BadArgument("no receivers, so nothing is reached", expected="at least one path")
         senders = [place for target in plan.targets for place in target.places]
         places = dict.fromkeys([*senders, *(path for paths in expanded.values() for path in paths)])
+        received = dict.fromkeys(path for paths in expanded.values() for path in paths)
         for path in places:
-            _check(path, branches)
+            _check(path, branches, receives=path in received)
         closures.tell_joint_norms(model, places)
-        for path in (path for paths in expanded.values() for path in paths):
+        for path in received:
             tokens_of(path, plan.corrupted)
         each = tuple(expanded[engine.listed(paths)] for paths in receivers)
         return Routes(branches, each, {path: known.rank(path) for path in places})
@@ -164,8 +194,17 @@ class Routes:
     @property
     def executor(self) -> Executor:
         """As sweeps run it: on packed rows where these agree with the three runs here, else these."""
-        fast = PackedPaths(self.branches, self.receivers, self.rank)
-        return Executor(self.run, self._tokens, name="paths", choose=lambda work: chosen(work, fast, self._alone))
+        return Executor(
+            self.run, self._tokens, name="paths", choose=lambda work: chosen(work, self._packed, self._alone)
+        )
+
+    def agreed(self, way: Way) -> Executor:
+        """As it was chosen for a whole plan, of which others run other parts."""
+        return replace(self.executor, choose=lambda work: handed(work, way, self._packed, self._alone))
+
+    @property
+    def _packed(self) -> PackedPaths:
+        return PackedPaths(self.branches, self.receivers, self.rank)
 
     @property
     def _alone(self) -> Executor:
@@ -250,7 +289,13 @@ class _Pass:
                     continue
                 positions, width = plan.positions(sender, job[0]), part.shape[-1]
                 values = [source.value(job[0], sender, path, order, p, width) for order, p in enumerate(positions)]
-                part[self.still.start + row, positions] = torch.stack([v for v in values if v is not None]).to(part)
+                current = part[self.still.start + row, positions]
+                new = torch.stack([v for v in values if v is not None]).to(part)
+                if path.sae is not None:
+                    sae = features.sae_of(self.work.model, path)
+                    part[self.still.start + row, positions] = features.changed(sae, site_of(path), current, new)
+                else:
+                    part[self.still.start + row, positions] = plan.operation.apply(current, new)
 
     def _receive(self, receiver: Path, rows: Sequence[int], part: Tensor) -> None:
         if receiver.position is None:
@@ -268,9 +313,9 @@ class _Pass:
             new[[self.still.start + row for row in rows]] = new[[self.own[row] for row in rows]]
 
 
-def _check(path: Path, branches: Branches) -> None:
+def _check(path: Path, branches: Branches, *, receives: bool) -> None:
     site = site_of(path)
-    if site.kind in DERIVED:
+    if site.kind in DERIVED and (receives or site.kind not in features.KINDS):
         raise RefusedPlace(
             f"a place of the kind {site.kind} is derived from several values of a run",
             path=path,

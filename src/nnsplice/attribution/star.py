@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas, Site, peel
 from nnsplice.atlas.tree import is_norm
-from nnsplice.attribution.attention import Attended, Seen, probabilities, worth_of_keys, worth_of_queries
+from nnsplice.attribution.attention import Seen, probabilities, worth_of_keys, worth_of_queries
 from nnsplice.attribution.branches import Branches, branches_of
 from nnsplice.attribution.gradients import Flow, flow, pulled, spot
-from nnsplice.attribution.nodes import Batch, Gradients, lined_up
+from nnsplice.attribution.nodes import Batch, Gradients, lined_up, on_host
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.paths import Path
 
@@ -55,10 +55,8 @@ def with_both_fixes(batch: Batch) -> tuple[Flow, Tensor]:
         found = pulled(metric, inputs, again=dropped != layers[-1])
         gradients: Gradients = dict(zip(spots, found[: len(spots)], strict=True))
         straight = lined_up(batch, here, gradients, skip=asks)
-        for module, gradient in zip(modules, found[len(spots) :], strict=True):
-            if gradient is not None:
-                straight += _queries_and_keys(batch, asks, module, seen[module], there[module], gradient)
-        return straight
+        of_modules = {m: g for m, g in zip(modules, found[len(spots) :], strict=True) if g is not None}
+        return straight + _queries_and_keys(batch, asks, seen, there, of_modules)
 
     plain = scores(None)
     owners = torch.tensor([_layer_inside(batch, branches, cell) for cell in range(len(batch.plan.targets))])
@@ -135,19 +133,19 @@ def _mixes(atlas: Atlas, name: str, head_dim: int) -> bool:
 
 
 def _queries_and_keys(
-    batch: Batch, asks: Mapping[Path, Asks], module: nn.Module, here: Attended, there: Attended, gradient: Tensor
+    batch: Batch, asks: Mapping[Path, Asks], here: Seen, there: Seen, gradients: Mapping[nn.Module, Tensor]
 ) -> Tensor:
-    worth: dict[str, Tensor] = {}
+    """`[row, cell]`, of places with queries or keys, along the gradients at the probabilities of their modules."""
     scores = torch.zeros(len(batch.rows), len(batch.plan.targets), dtype=torch.float64)
-    for one in batch.wanted:
-        ask = asks.get(one.place)
-        if ask is None or ask.module is not module:
-            continue
-        if ask.role not in worth:
-            of = worth_of_queries if ask.role == "q" else worth_of_keys
-            worth[ask.role] = of(here, there, gradient)
-        per_token = worth[ask.role][:, list(ask.heads)].sum(1)
-        scores.index_put_((one.rows, one.cells), per_token.cpu()[one.rows, one.tokens], accumulate=True)
+    asked = [(one, ask) for one in batch.wanted if (ask := asks.get(one.place)) and ask.module in gradients]
+    worth: dict[tuple[nn.Module, str], Tensor] = {}
+    for module, role in dict.fromkeys((ask.module, ask.role) for _, ask in asked):
+        of = worth_of_queries if role == "q" else worth_of_keys
+        worth[module, role] = of(here[module], there[module], gradients[module])
+    worth = dict(zip(worth, on_host(list(worth.values())), strict=True))
+    for one, ask in asked:
+        per_token = worth[ask.module, ask.role][:, list(ask.heads)].sum(1)
+        scores.index_put_((one.rows, one.cells), per_token[one.rows, one.tokens], accumulate=True)
     return scores
 
 

@@ -26,6 +26,7 @@ curves        how much of the metric circuits keep, as a curve over their sizes
 removals      whether a circuit has all that matters and nothing that does not
 search        acdc: edges taken out for as long as the metric stays
 measuring     many circuits over many prompts, in batches
+units         faithfulness in units of prompts
 """
 
 from nnsplice.circuits.circuit import Circuit

@@ -48,8 +48,13 @@ def source_of(
     corrupted: Prompts | None,
     ablation: Ablation,
     reference: Prompts | None,
+    max_tokens: int | None = None,
 ) -> Source:
-    """Where the values of an ablation come from."""
+    """Where the values of an ablation come from.
+
+    Args:
+        max_tokens: how many tokens of a mean's prompts run at once; what suits the device, if left out.
+    """
     if reference is not None and ablation not in ("mean", "optimal"):
         raise BadArgument(
             'only ablation="mean" and "optimal" take a reference', expected='ablation="mean", or no reference'
@@ -73,7 +78,7 @@ def source_of(
         return Source(lambda rows, own: (own.map(torch.zeros_like), Cost()), is_run=False, identity="zero")
     if ablation in ("mean", "optimal"):
         begin = reference or corrupted or clean
-        mean = _mean(model, wiring, begin)
+        mean = _mean(model, wiring, begin, max_tokens)
         if ablation == "mean":
             return mean
         return replace(mean, identity={"optimal": mean.identity}, trained_from=begin)
@@ -110,12 +115,16 @@ def _run(
 
 
 def mean_of(
-    model: engine.Model, wiring: Wiring, reference: Prompts, experts: Collection[tuple[int, int]] = ()
+    model: engine.Model,
+    wiring: Wiring,
+    reference: Prompts,
+    experts: Collection[tuple[int, int]] = (),
+    max_tokens: int | None = None,
 ) -> tuple[Recorded, Cost]:
     """The mean over the tokens of each prompt, and then over prompts: one vector for each place."""
     sums: list[Recorded] = []
     cost = Cost()
-    room = max(engine.room(model) // max(reference.lengths("decoder")), 1)
+    room = max(engine.room(model, max_tokens) // max(reference.lengths("decoder")), 1)
     for rows in reference.batches(room):
         values, spent = _run(model, wiring, reference, rows, experts)
         sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))
@@ -129,14 +138,14 @@ def mean_of(
     return whole, cost
 
 
-def _mean(model: engine.Model, wiring: Wiring, reference: Prompts) -> Source:
+def _mean(model: engine.Model, wiring: Wiring, reference: Prompts, max_tokens: int | None) -> Source:
     """The mean, the same at every token."""
     known: dict[frozenset[tuple[int, int]], Recorded] = {}
 
     def values(rows: Sequence[int], own: Recorded) -> tuple[Recorded, Cost]:
         cost, experts = Cost(), frozenset(own.experts)
         if experts not in known:
-            known[experts], cost = mean_of(model, wiring, reference, experts)
+            known[experts], cost = mean_of(model, wiring, reference, experts, max_tokens)
         return wide(known[experts], own), cost
 
     return Source(values, is_run=False, identity={"mean": [list(row) for row in reference.ids]})

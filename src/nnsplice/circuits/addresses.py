@@ -1,9 +1,9 @@
 """The addresses of a circuit: who adds to the stream, and who reads it.
 
 Senders are `embed`, `layers[i].heads[j]`, `layers[i].mlp` and `layers[i].experts[e]`, at all tokens or, as in
-`layers[i].heads[j][-1]`, at some. Receivers are `layers[i].heads[j].q`,
-`layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`. Any spelling of them that a path can
-have is taken, and one comes out.
+`layers[i].heads[j][-1]`, at some; and features of an SAE of `layers[i].mlp.output`, and its error. Receivers are
+`layers[i].heads[j].q`, `layers[i].groups[g].k`, `layers[i].groups[g].v`, `layers[i].mlp` and `unembed`. Any spelling of
+them that a path can have is taken, and one comes out.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from functools import lru_cache
 from typing import Literal
 
 from nnsplice.errors import BadArgument
-from nnsplice.paths import Path, Position, parse_path
+from nnsplice.paths import Dictionary, Path, Position, parse_path
 
 Role = Literal["sender", "receiver"]
-#: At which tokens, None for all of them; and which expert.
-Part = tuple[Position | None, int | None]
+#: Which expert of an MLP, or which feature of an SAE of what it adds, or that SAE's error; None for all of a sender.
+Piece = int | Dictionary | None
+#: At which tokens, None for all of them; and which piece.
+Part = tuple[Position | None, Piece]
 
-SENDERS = "embed, layers[i].heads[j], layers[i].mlp, layers[i].experts[e]"
+SENDERS = (
+    "embed, layers[i].heads[j], layers[i].mlp, layers[i].experts[e], "
+    'layers[i].mlp.output.sae["name"].features[n], layers[i].mlp.output.sae["name"].error'
+)
 RECEIVERS = "layers[i].heads[j].q, layers[i].groups[g].k, layers[i].groups[g].v, layers[i].mlp, unembed"
 
 
@@ -50,9 +55,13 @@ def address(given: str | Path, role: Role) -> Path:
         group = f"layers[{path.steps[0].index}].groups[{path.steps[1].index}].{path.value}"
         raise _unknown(path, role, "keys and values belong to groups, which several heads may share", group)
     taken = _TAKEN[role].get(names, ())
-    if path.value not in taken or path.sae is not None:
+    if path.sae is not None and (role == "receiver" or names != ("layers", "mlp") or path.value != "output"):
+        why = "it has to be of an SAE of layers[i].mlp.output, as other places are no sender's own"
+        raise _unknown(path, role, why if role == "sender" else "")
+    if path.value not in taken:
         raise _unknown(path, role)
-    return replace(path, tower=None, value=None if path.value == "output" else path.value, site=None)
+    kept = path.value if path.sae is not None or path.value != "output" else None
+    return replace(path, tower=None, value=kept, site=None)
 
 
 #: By the names of a place: which values it may be asked for, as a sender and as a receiver.
@@ -73,17 +82,19 @@ _TAKEN: dict[Role, dict[tuple[str, ...], tuple[str | None, ...]]] = {
 
 
 def whole_of(sender: Path) -> Path:
-    """The sender of a graph that a sender is, or is a part of: at all tokens, and of an expert the MLP."""
+    """The sender of a graph that a sender is, or is a part of: at all tokens, and of an expert or a feature the MLP."""
     place = sender.place
+    if place.sae is not None:
+        return replace(place, sae=None, value=None, site=None)
     if place.steps[-1].name != "experts":
         return place
     return replace(place, steps=(place.steps[0], replace(place.steps[1], name="mlp", index=None)))
 
 
 def part_of(sender: Path) -> Part | None:
-    """Which part of it: at which tokens, and which expert; None for all of it."""
-    expert = sender.steps[-1].index if sender.steps[-1].name == "experts" else None
-    return None if expert is None and sender.position is None else (sender.position, expert)  # type: ignore[return-value]
+    """Which part of it: at which tokens, and which expert or feature; None for all of it."""
+    piece = sender.sae or (sender.steps[-1].index if sender.steps[-1].name == "experts" else None)
+    return None if piece is None and sender.position is None else (sender.position, piece)  # type: ignore[return-value]
 
 
 def _unknown(path: Path, role: Role, why: str = "", write: str | None = None) -> BadArgument:

@@ -728,10 +728,11 @@ class Circuit:
         return Drawing.of(self.nodes, self.edges, scores, self.shape)
 
     def __repr__(self) -> str:
-        counts = {"embed": 0, "head": 0, "MLP": 0, "expert": 0}
+        counts = {"embed": 0, "head": 0, "MLP": 0, "expert": 0, "feature": 0, "error": 0}
         kinds = {"embed": "embed", "heads": "head", "mlp": "MLP", "experts": "expert"}
-        for name, _ in dict.fromkeys((node.steps[-1].name, node.place) for node in self.nodes):
-            counts[kinds[name]] += 1
+        for name, place in dict.fromkeys((node.steps[-1].name, node.place) for node in self.nodes):
+            part = None if place.sae is None else "error" if place.sae.features is None else "feature"
+            counts[part or kinds[name]] += 1
         parts = ["embed"] if counts["embed"] else []
         parts += [_count(n, what) for what, n in counts.items() if n and what != "embed"]
         what = self.kind if len(self) != 1 else self.kind[:-1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,7 +22,9 @@ from nnsplice.circuits.measuring import Question, measure
 from nnsplice.circuits.origin import check_model
 from nnsplice.circuits.scores import Scores, scores_of
 from nnsplice.circuits.shape import Shape
-from nnsplice.errors import BadArgument, BadType, circumstances, named
+from nnsplice.errors import BadArgument, BadType, FileError, circumstances, named
+from nnsplice.files import from_json, whole
+from nnsplice.headers import read_header
 from nnsplice.metrics import Metrics
 from nnsplice.paths import parse_path
 from nnsplice.results import Run, SweepResult
@@ -28,6 +32,8 @@ from nnsplice.results import Run, SweepResult
 if TYPE_CHECKING:
     import pandas as pd
 
+HEADER, KIND, FORMAT = "nnsplice", "Faithfulness", 1
+_ARRAYS = ("values", "full", "empty")
 #: The shares of all edges that MIB measures at.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 By = Literal["signed", "absolute"]
@@ -244,6 +250,60 @@ class Faithfulness:
         axes.set_xscale("log")
         return axes
 
+    def to_file(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, completely or not at all.
+
+        Args:
+            path: the file to write.
+        """
+        from safetensors.numpy import save_file
+
+        told = {
+            "kind": KIND, "format": FORMAT, "points": [astuple(point) for point in self.points], "metric": self.metric,
+            "metrics": self.metrics, "run": asdict(self.run),
+        }  # fmt: skip
+        with whole(path) as temporary:
+            arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+            save_file(arrays, temporary, metadata={HEADER: json.dumps(told)})
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Faithfulness:
+        """Read what `to_file` wrote.
+
+        >>> from tempfile import TemporaryDirectory
+        >>> circuit = ns.Circuit.full(model)
+        >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
+        >>> report = ns.faithfulness(model, circuit, *pairs, ns.logit_diff("w7", "w8"), progress=False)
+        >>> with TemporaryDirectory() as folder:
+        ...     report.to_file(f"{folder}/report.safetensors")
+        ...     read = type(report).from_file(f"{folder}/report.safetensors")
+        >>> bool((read.values == report.values).all())
+        True
+
+        Args:
+            path: the file.
+
+        Returns:
+            The report.
+
+        Raises:
+            FileError: the file is none, or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            told = from_json(read_header(path).metadata.get(HEADER, "{}"), f"the header of {path}")
+            if told.get("kind") != KIND or told["format"] > FORMAT:
+                raise FileError(f"{path} holds no faithfulness", expected="a file of Faithfulness.to_file")
+            with safe_open(os.fspath(path), framework="np") as file:
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            points = tuple(Point(*point) for point in told["points"])
+            return cls(points, **arrays, metric=told["metric"], run=Run(**told["run"]), metrics=tuple(told["metrics"]))
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, FileError):
+                raise
+            raise FileError(f"{path} is damaged or no safetensors file: {error}") from None
+
     def __repr__(self) -> str:
         if self.metrics:
             return "\n".join(repr(self.only(name)) for name in self.metrics)
@@ -333,28 +393,50 @@ def faithfulness(
     start = time.perf_counter()
     with circumstances("ns.faithfulness"):
         question = Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
-        shape = question.wiring.shape
-        if isinstance(circuits, SweepResult):
-            scores = scores_of(circuits)
-            check_model(scores.provenance, question.model)
-            question.check_parts(one[0] if isinstance(one, tuple) else one for one in scores.of)
-            points, masks = _curve(scores, shape, shares)
-        else:
-            points, masks = _given(circuits, question)
-        found = measure(question, [np.zeros_like(shape.exists), *masks], max_tokens=max_tokens, progress=progress)
-        empty, full = found.values[:, 0], found.clean
-        names = question.metrics or (question.metric.metric.name,)
-        each = (ends.reshape(len(ends), -1).T for ends in (full, empty))
-        said: list[str] = []
-        for name, a, b in zip(names, *each, strict=True):
-            said.append(_check_ends(a, b, name))
-        note = "; ".join(filter(None, (*said, found.note)))
+        points, masks = circuits_of(circuits, question, shares)
+        found = measure(question, masks, max_tokens=max_tokens, progress=progress)
         about = Run(
-            "circuits", time.perf_counter() - start, **found.cost.told(), gate=closures.spent(question.model), note=note
+            "circuits",
+            time.perf_counter() - start,
+            **found.cost.told(),
+            gate=closures.spent(question.model),
+            note=found.note,
         )
-        return Faithfulness(
-            tuple(points), found.values[:, 1:], full, empty, question.metric.metric.name, about, question.metrics
-        )
+        return report(points, found.values, found.clean, question.metric.metric.name, question.metrics, about)
+
+
+def circuits_of(
+    circuits: Circuit | SweepResult | Sequence[Circuit], question: Question, shares: Sequence[float]
+) -> tuple[list[Point], list[Mask]]:
+    """The circuits that are measured, and their edges, with those of the empty circuit before them."""
+    shape = question.wiring.shape
+    if isinstance(circuits, SweepResult):
+        scores = scores_of(circuits)
+        check_model(scores.provenance, question.model)
+        question.check_parts(one[0] if isinstance(one, tuple) else one for one in scores.of)
+        points, masks = _curve(scores, shape, shares)
+    else:
+        points, masks = _given(circuits, question)
+    return points, [Mask(np.zeros_like(shape.exists)), *masks]
+
+
+def report(
+    points: Sequence[Point], values: np.ndarray, clean: np.ndarray, metric: str, metrics: tuple[str, ...], run: Run
+) -> Faithfulness:
+    """What was measured, with a warning where the ends of the scale are close.
+
+    Args:
+        values: `[prompt, circuit]`, of the empty circuit first; of several metrics these are a last axis.
+        clean: of the whole model, without that of the circuits.
+
+    Raises:
+        BadArgument: a metric of an end that is NaN.
+    """
+    empty, full = values[:, 0], clean
+    each = (ends.reshape(len(ends), -1).T for ends in (full, empty))
+    said = [_check_ends(a, b, name) for name, a, b in zip(metrics or (metric,), *each, strict=True)]
+    about = replace(run, note="; ".join(filter(None, (*said, run.note))))
+    return Faithfulness(tuple(points), values[:, 1:], full, empty, metric, about, metrics)
 
 
 def _curve(scores: Scores, shape: Shape, shares: Sequence[float]) -> tuple[list[Point], list[Mask]]:
@@ -426,7 +508,7 @@ def _check_ends(full: np.ndarray, empty: np.ndarray, metric: str) -> str:
             f"the model and the empty circuit are {apart.mean():.3g} apart in the mean {metric}, with a standard error "
             f"of {error:.3g}: shares of that say little"
         )
-        warnings.warn(said, stacklevel=3)
+        warnings.warn(said, stacklevel=4)
         return said
     return ""
 

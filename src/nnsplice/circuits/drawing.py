@@ -100,6 +100,9 @@ def _mark(path: Path, width: int, top: int, shape: Shape | None) -> Mark:
     if name in ("embed", "unembed"):
         return Mark(str(path), name, middle + _shifted(path), 0.0 if name == "embed" else 2.0 * top + 1.0)
     row = 2.0 * _layer(path) + 1.0
+    if path.sae is not None:
+        number = path.sae.features if isinstance(path.sae.features, int) else -1
+        return Mark(str(path), "feature", float(width) + 1.5 + 0.9 * (number % 16) / 16 + _shifted(path), row + 1.0)
     if name == "mlp":
         return Mark(str(path), "mlp", float(width) + 0.5 + _shifted(path), row + 1.0)
     if name == "experts":

@@ -29,7 +29,7 @@ class Mask:
     @property
     def experts(self) -> set[tuple[int, int]]:
         """`(sender, expert)` of the experts that are senders by themselves."""
-        return {(s, expert) for (_, s), parts in self.parts.items() for _, expert in parts if expert is not None}
+        return {(s, piece) for (_, s), parts in self.parts.items() for _, piece in parts if isinstance(piece, int)}
 
     def only(self, edges: np.ndarray) -> Mask:
         """Fewer of its edges."""

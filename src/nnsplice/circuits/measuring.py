@@ -126,9 +126,19 @@ class Measured:
 
 @torch.no_grad()
 def measure(
-    question: Question, masks: Sequence[np.ndarray | Mask], *, max_tokens: int | None = None, progress: bool = False
+    question: Question,
+    masks: Sequence[np.ndarray | Mask],
+    *,
+    max_tokens: int | None = None,
+    progress: bool = False,
+    prompts: Sequence[int] | None = None,
 ) -> Measured:
-    """The metric of each circuit, given by its edges `[receiver, sender]`, for each prompt."""
+    """The metric of each circuit, given by its edges `[receiver, sender]`, for each prompt.
+
+    Args:
+        prompts: only these, in this order.
+    """
+    chosen = list(range(len(question.clean)) if prompts is None else prompts)
     masks = [mask if isinstance(mask, Mask) else Mask(mask) for mask in masks]
     if question.source.trained_from is not None:
         return _trained(question, masks, max_tokens, progress)
@@ -149,17 +159,18 @@ def measure(
     clean = np.full((len(question.clean), *metrics), np.nan)
     order = sorted(range(len(kinds)), key=lambda number: int(kinds[number].edges.sum()))
     held = max((_streams(wiring, mask) for mask in kinds), default=1.0)
-    with engine.turn(model), bar("circuits", len(kinds) * len(question.clean), "run", progress) as shown:
+    with engine.turn(model), bar("circuits", len(kinds) * len(chosen), "run", progress) as shown:
         cost = _trust(question)
         parts.check_experts(model, wiring, question.clean, parts.experts_of(wiring, kinds))
-        for rows in question.clean.batches(None):
+        for batch in question.clean.take(chosen).batches(None):
+            rows = [chosen[row] for row in batch]
             length = question.clean.length("decoder", rows[0])
             at = question.metric.metric.position % length - length
             # A circuit runs whole, so prompts are parted by what the largest one holds.
             step = int(room / (length * held))
             for part in _parts(rows, max(step, 1)):
                 cost += _group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
-    return Measured(values[:, which], clean, cost)
+    return Measured(values[chosen][:, which], clean[chosen], cost)
 
 
 def _trained(question: Question, masks: Sequence[Mask], max_tokens: int | None, progress: bool) -> Measured:

@@ -91,8 +91,15 @@ def order_of(path: Path) -> tuple[int, ...]:
 def rank_of(member: Path | Edge) -> tuple[Any, ...]:
     """When a node runs, or an edge's sender and then its receiver."""
     if isinstance(member, tuple):
-        return (*map(order_of, member), str(member[0].position))
-    return (order_of(member), str(member.position))
+        return (*map(order_of, member), str(member[0].position), _number(member[0]))
+    return (order_of(member), str(member.position), _number(member))
+
+
+def _number(path: Path) -> tuple[str, int]:
+    """The order of features of one MLP; the error comes first."""
+    if path.sae is None:
+        return ("", -1)
+    return (path.sae.name, path.sae.features if isinstance(path.sae.features, int) else -1)
 
 
 def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:

@@ -1,4 +1,4 @@
-"""Senders that are a part of one, some tokens or an expert: what runs keep of them, and whether a model has them."""
+"""Senders that are a part of one: tokens, an expert or a feature; what runs keep of them, and if a model has them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine, wire
+from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import peel
+from nnsplice.atlas import Site, attached, host, peel
 from nnsplice.circuits.ablations import Source
-from nnsplice.circuits.addresses import part_of, whole_of
+from nnsplice.circuits.addresses import Piece, part_of, whole_of
 from nnsplice.circuits.masks import Mask
 from nnsplice.circuits.recording import record, run_plainly
 from nnsplice.circuits.running import Slot
 from nnsplice.circuits.wiring import Wiring
 from nnsplice.errors import BadArgument, RefusedPlace
-from nnsplice.paths import Path, Position
+from nnsplice.paths import Dictionary, Path, Position
 from nnsplice.sweeps.targets import tokens_of
 
 
@@ -38,6 +39,8 @@ def check_parts(model: engine.Model, wiring: Wiring, prompts: Prompts, source: S
     for sender in parts:
         (path,) = engine.expand(model, sender.place)
         tokens_of(path.at(sender.position), prompts)
+        if sender.sae is not None:
+            _check_sae(model, sender, path, wiring.layers[int(sender.steps[0].index)].mlp_added)  # type: ignore[arg-type]
         if sender.steps[-1].name != "experts":
             continue
         layer = wiring.layers[int(sender.steps[0].index)]  # type: ignore[arg-type]
@@ -54,6 +57,35 @@ def check_parts(model: engine.Model, wiring: Wiring, prompts: Prompts, source: S
             )
 
 
+def _check_sae(model: engine.Model, sender: Path, path: Path, added: Site) -> None:
+    """Raise where a feature is no share of what the MLP adds to the stream."""
+    assert sender.sae is not None
+    sae = attached(peel(model))[sender.sae.name].sae
+    if site_of(path).kind == "transcoded":
+        raise RefusedPlace(
+            "a transcoder reads what enters the MLP, so its features are no shares of what the MLP adds",
+            path=sender,
+            write=str(whole_of(sender)),
+        )
+    if sae.identity["norm"] != "none":
+        raise RefusedPlace(
+            "this SAE scales its inputs by each token's size, so what the MLP adds is no sum of features and an error",
+            path=sender,
+            write=str(whole_of(sender)),
+        )
+    if site_of(host(path)).location != added.location:
+        raise RefusedPlace(
+            "what this SAE is of is not what the MLP adds to the stream", path=sender, write=str(whole_of(sender))
+        )
+
+
+def saes_of(model: engine.Model, members: Iterable[Path]) -> dict[str, Any]:
+    """The SAEs whose features are senders, by their names, as plain data."""
+    names = sorted({sender.sae.name for sender in members if sender.sae is not None})
+    held = attached(peel(model))
+    return {"saes": {name: dict(held[name].sae.identity) for name in names}} if names else {}
+
+
 def experts_of(wiring: Wiring, masks: Iterable[Mask]) -> set[tuple[int, int]]:
     """By layer and number."""
     layers = {sender + len(layer.q): number for number, ((sender, _), layer)
@@ -61,8 +93,8 @@ def experts_of(wiring: Wiring, masks: Iterable[Mask]) -> set[tuple[int, int]]:
     return {(layers[sender], expert) for mask in masks for sender, expert in mask.experts}
 
 
-#: A sender, one of its experts, and at which tokens.
-Kept = tuple[int, int | None, frozenset[Position] | None]
+#: A sender, one of its pieces, and at which tokens.
+Kept = tuple[int, Piece, frozenset[Position] | None]
 
 
 def _kept_by(mask: Mask, receiver: int, sender: int) -> set[Kept]:
@@ -70,12 +102,12 @@ def _kept_by(mask: Mask, receiver: int, sender: int) -> set[Kept]:
     parts = mask.parts.get((receiver, sender))
     if parts is None:
         return {(sender, None, None)}
-    experts: dict[int | None, set[Position | None]] = {}
-    for position, expert in parts:
-        experts.setdefault(expert, set()).add(position)
+    pieces: dict[Piece, set[Position | None]] = {}
+    for position, piece in parts:
+        pieces.setdefault(piece, set()).add(position)
     return {
-        (sender, expert, None if None in positions else frozenset(positions))  # type: ignore[arg-type]
-        for expert, positions in experts.items()
+        (sender, piece, None if None in positions else frozenset(positions))  # type: ignore[arg-type]
+        for piece, positions in pieces.items()
     }
 
 
@@ -102,7 +134,7 @@ def slots_of(
     for circuit, receiver, kept in found:
         reads[circuit, receiver, order[kept]] = True
     _check_once(reads, list(order))
-    slots = [Slot(sender, expert, _tokens_at(model, wiring, prompts, rows, sender, at)) for sender, expert, at in order]
+    slots = [Slot(sender, piece, _tokens_at(model, wiring, prompts, rows, sender, at)) for sender, piece, at in order]
     return edges, slots, reads
 
 
@@ -126,20 +158,31 @@ def _tokens_at(
 
 
 def _check_once(reads: np.ndarray, order: Sequence[Kept]) -> None:
-    """Raise where one receiver would read an expert beside some tokens of the MLP that it is in: its part twice.
+    """Raise where one receiver would read an expert or a feature beside what it is a part of otherwise: it twice.
 
     Raises:
         BadArgument: so it is.
     """
-    for number, (sender, expert, _) in enumerate(order):
-        if expert is None:
+    for number, (sender, piece, _) in enumerate(order):
+        if piece is None:
             continue
-        beside = [n for n, (other, one, at) in enumerate(order) if other == sender and one is None and at is not None]
+        beside = [n for n, (other, one, _) in enumerate(order) if other == sender and _shares(piece, one)]
         if (reads[..., beside] & reads[..., [number]]).any():
             raise BadArgument(
-                f"expert {expert} and some tokens of its MLP are both in a circuit: its part would count twice",
-                expected="tokens of the MLP, or its experts",
+                f"{_named(piece)} and another part of its MLP are both in a circuit: its part would count twice",
+                expected="tokens of the MLP, its experts, or features of one SAE",
             )
+
+
+def _shares(piece: Piece, other: Piece) -> bool:
+    """Whether something of an MLP may be in both, other than as pieces of one kind have nothing in common."""
+    if isinstance(piece, Dictionary) and isinstance(other, Dictionary):
+        return piece.name != other.name
+    return type(piece) is not type(other)
+
+
+def _named(piece: Piece) -> str:
+    return f"expert {piece}" if isinstance(piece, int) else str(piece)
 
 
 def check_experts(model: engine.Model, wiring: Wiring, prompts: Prompts, experts: Collection[tuple[int, int]]) -> None:

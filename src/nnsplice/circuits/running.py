@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import wire
+from nnsplice.atlas import attached
+from nnsplice.circuits.addresses import Piece
 from nnsplice.circuits.columns import project, through
 from nnsplice.circuits.recording import Frame, Recorded, ended, expert_of, given_to_experts, projected
 from nnsplice.circuits.wiring import LayerWires, Wiring
 from nnsplice.packed.cost import Cost, Law
+from nnsplice.paths import Dictionary
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Slot:
     """What is kept of a sender: all that it gives, or a part of that."""
 
     sender: int
-    expert: int | None = None
+    #: An expert of an MLP, or a feature or the error of an SAE of what it adds.
+    piece: Piece = None
     #: `[prompt, token, 1]`: 1 at the tokens that are meant; None for all of them.
     tokens: Tensor | None = None
 
@@ -239,8 +243,9 @@ class Pass:
 
         def added(_module: nn.Module, _args: Any, output: Any) -> None:
             moved = self._apart(wire.unpack(output, layer.mlp_added.item), self.ablated.values.mlp[number])
-            own = {key: self._apart(expert_of(self.root, layer, given[number], key, self.rows),
+            own: dict[Piece, Tensor] = {key: self._apart(expert_of(self.root, layer, given[number], key, self.rows),
                                     self.ablated.values.experts[number, key]) for key in experts}  # fmt: skip
+            own |= self._features(sender + len(layer.q), moved, self.ablated.values.mlp[number])
             self._keep(sender + len(layer.q), moved * layer.block.scale,
                        {key: value * layer.block.scale for key, value in own.items()})  # fmt: skip
             raise _Done
@@ -306,10 +311,10 @@ class Pass:
         found = values.reshape(self.circuits, self.prompts, self.tokens, -1).to(self.dtype)
         return found - ablated.to(found)
 
-    def _keep(self, sender: int, moved: Tensor, experts: Mapping[int, Tensor] | None = None) -> None:
+    def _keep(self, sender: int, moved: Tensor, pieces: Mapping[Piece, Tensor] | None = None) -> None:
         for number in self.at[sender]:
             slot = self.kept[number]
-            part = moved if slot.expert is None or experts is None else experts[slot.expert]
+            part = moved if slot.piece is None or pieces is None else pieces[slot.piece]
             part = part.to(self.moved) if slot.tokens is None else part.to(self.moved) * slot.tokens.to(self.moved)
             if self.tied:
                 self.parts[number] = part
@@ -318,7 +323,28 @@ class Pass:
 
     def _experts(self, sender: int) -> list[int]:
         """The experts of an MLP that are senders by themselves."""
-        return sorted({one for number in self.at.get(sender, ()) if (one := self.kept[number].expert) is not None})
+        return sorted({one for one in self._pieces(sender) if isinstance(one, int)})
+
+    def _features(self, sender: int, moved: Tensor, ablated: Tensor) -> dict[Piece, Tensor]:
+        """How far the share of each feature, and of the error, is from the ablated one: `[circuit, prompt, ...]`.
+
+        Args:
+            moved: how far what the MLP adds is.
+            ablated: `[prompt, token, width]`
+        """
+        wanted = list(dict.fromkeys(one for one in self._pieces(sender) if isinstance(one, Dictionary)))
+        found: dict[Piece, Tensor] = {}
+        for name in dict.fromkeys(one.name for one in wanted):
+            sae, before = attached(self.root)[name].sae, ablated.to(moved)
+            apart = sae.encode(before + moved) - sae.encode(before)
+            # What all features and the error change by is what the MLP does.
+            found[Dictionary(name)] = moved - sae.added(apart, None)
+            for one in (one for one in wanted if one.name == name and isinstance(one.features, int)):
+                found[one] = sae.added(apart[..., [one.features]], None, [one.features])  # type: ignore[list-item]
+        return found
+
+    def _pieces(self, sender: int) -> list[Piece]:
+        return [self.kept[number].piece for number in self.at.get(sender, ())]
 
     # --- streams
 

@@ -47,12 +47,16 @@ def merge(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: DIR/result.safetensors.")] = None,
 ) -> None:
     """Put the units of a run together into one result file."""
-    from nnsplice.sweeps.distributed import merged
+    from nnsplice.results import SweepResult
+    from nnsplice.work import RunFolder, merged
 
     target = folder / "result.safetensors" if out is None else out
-    result = merged(folder, partial=partial)
+    result = merged(RunFolder.open(folder), partial=partial)
     result.to_file(target)
-    say(f"{int(result.table.done.sum())} cells of {len(result.clean)} prompts, in {target}")
+    if isinstance(result, SweepResult):
+        say(f"{int(result.table.done.sum())} cells of {len(result.clean)} prompts, in {target}")
+    else:
+        say(f"{str(result).partition(chr(10))[0]}, in {target}")
 
 
 @app.command()

@@ -74,6 +74,9 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
     known = _measured.get(peel(model)) if wanted else None
     if not wanted or (known is not None and wanted.keys() <= known.sound and known.mark == marks(model)):
         return
+    # In the middle of a run `fully_shard` has other tensors for the same weights, and nothing may run its blocks.
+    if known is not None and wanted.keys() <= known.sound and engine.meshes(peel(model)) and engine.is_inside(model):
+        return
     # First a turn with the model, as what is measured runs it, and whoever has one may come here too.
     with engine.turn(model), _lock:
         known = _of(model)
@@ -112,7 +115,8 @@ def marks(model: Any) -> tuple[object, ...]:
     """What changes when modules or weights do; no number is read."""
     root = peel(model)
     # The atlas is read anew when modules change.
-    return (Atlas.of(root), hash(tuple(map(_mark, root.parameters()))))
+    mark = id if engine.meshes(root) else _mark  # of whole weights that come and go with each run
+    return (Atlas.of(root), hash(tuple(map(mark, root.parameters()))))
 
 
 def _mark(parameter: torch.Tensor) -> tuple[int, int]:

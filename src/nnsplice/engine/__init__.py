@@ -23,7 +23,7 @@ import nnsplice.engine.anyio_first  # noqa: F401  # before nnsight
 from nnsplice.engine.arguments import BLOCK_CACHE_NAMES, CACHE_NAMES, cache_argument, cache_of, tokens_before
 from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
-from nnsplice.engine.causality import after_last_attention, is_causal
+from nnsplice.engine.causality import after_last_attention, is_causal, is_causal_for
 from nnsplice.engine.digest import weights_digest
 from nnsplice.engine.hooks import has_code_around, hooks_of, replaced_in
 from nnsplice.engine.intercept import Interception
@@ -46,7 +46,8 @@ from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import example_of, offer_probe, order_of, record, undisturbed
 from nnsplice.engine.roots import refuse_changed_logits, refuse_replaced, runs_alone
 from nnsplice.engine.signatures import ANY, Taken, as_taken, taken_by
-from nnsplice.engine.spread import gathered, spread_like, whole
+from nnsplice.engine.spread import gathered, meshes, read_logits, spread_like, whole
+from nnsplice.engine.team import Team
 from nnsplice.engine.tracing import (
     ONLY_LOCAL,
     Model,
@@ -54,6 +55,7 @@ from nnsplice.engine.tracing import (
     Scope,
     callable_of,
     first_input,
+    is_inside,
     keep,
     only_local,
     place,
@@ -84,6 +86,7 @@ __all__ = [
     "Scope",
     "Sequence",
     "Taken",
+    "Team",
     "Watch",
     "after_last_attention",
     "as_model",
@@ -106,19 +109,23 @@ __all__ = [
     "in_training",
     "is_aside",
     "is_causal",
+    "is_causal_for",
     "is_edited",
     "is_encoder_decoder",
+    "is_inside",
     "is_memory",
     "keep",
     "keeps_logits",
     "known",
     "listed",
+    "meshes",
     "name_of",
     "offer_probe",
     "only_local",
     "order_of",
     "other_attention",
     "place",
+    "read_logits",
     "read_remote",
     "record",
     "refuse_changed_logits",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,52 @@ def _seen(model: Model) -> bool:
     first, second = logits[:, :-1].double()
     scale = torch.where(first.abs() < 1e4, first.abs(), 0).max()  # tokens that are ruled out have logits of any size
     return bool((first - second).abs().max() <= ROUNDING * scale)
+
+
+def is_causal_for(model: Model, form: Hashable, inputs: Callable[[], Any], columns: Sequence[int]) -> bool:
+    """Whether the same holds in one prompt with images, which some models read forwards and backwards.
+
+    What enters the first layer is changed at some tokens, and the logits of all tokens before have to stay.
+
+    Args:
+        form: equal for prompts of which one tells of all.
+        inputs: what the model's forward takes for one such prompt; called where it is not known.
+        columns: the tokens to change, beside the last.
+    """
+    module = peel(model)
+    known, now = _known.setdefault(module, {}), (fingerprint(module), attention_of(model), form)
+    if now not in known:
+        known[now] = _seen_of(model, inputs(), columns)
+    return known[now]
+
+
+def _seen_of(model: Model, inputs: Mapping[str, Tensor], columns: Sequence[int]) -> bool:
+    root = peel(model)
+    first = root.get_submodule(Atlas.of(model).tower().blocks[0].module)
+    changed: list[int] = []
+
+    def change(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = not args
+        name = next(iter(kwargs), "")
+        states = (kwargs[name] if named else args[0]).clone()
+        for column in changed:
+            draws = torch.randn(states[:, column].shape, generator=torch.Generator().manual_seed(0)).to(states)
+            states[:, column] += draws * states[:, column].std()
+        return (args, {**kwargs, name: states}) if named else ((states, *args[1:]), kwargs)
+
+    hook = first.register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        with undisturbed(model) as call:
+            base = call(**inputs).logits[0].double()
+            scale = torch.where(base.abs() < 1e4, base.abs(), 0).max()
+            for column in {*columns, len(base) - 1} - {0}:
+                changed[:] = [column]
+                moved = call(**inputs).logits[0].double()
+                if bool((moved - base)[:column].abs().max() > ROUNDING * scale):
+                    return False
+    finally:
+        hook.remove()
+    return True
 
 
 def after_last_attention(model: Model, site: Site) -> bool:

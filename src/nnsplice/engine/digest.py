@@ -5,6 +5,8 @@ a model computes for itself (rotary frequencies, caches) does not: it follows fr
 
 A tensor that was read once is not read again while torch says that nothing was written to it. torch does not count what
 is written through `tensor.data`, or past torch; so where a file is at stake, all of it is read (`anew=True`).
+
+A tensor that is spread over processes is gathered, so that the digest is the one of the whole model, in each of them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 from nnsplice.atlas import peel
 from nnsplice.digests import summed
+from nnsplice.engine.spread import is_dtensor
+from nnsplice.engine.team import Team
 from nnsplice.errors import BadArgument
 
 #: A tensor that was read, the state it was in, and its checksum.
@@ -60,25 +64,45 @@ def weights_digest(model: Any, *, anew: bool = False) -> str:
     for adapter in adapters:
         told.update(str(adapter).encode())
     before: dict[int, _Read] = {} if anew else _READ.get(root, {})
-    sums: list[int | Tensor] = []
-    noted: list[tuple[int, weakref.ref[Tensor], tuple[Any, ...]] | None] = []
-    for name, tensor in (*parameters, *buffers):
-        for plain in _stored(tensor):
-            held = _offloaded(root, name) if plain.is_meta else plain
-            state = None if held.is_inference() else _state(held)  # torch does not count what is written to those
-            known = None if state is None else before.get(id(held))
-            is_known = known is not None and known[0]() is held and known[1] == state
-            sums.append(known[2] if known is not None and is_known else summed(held.detach()))
-            noted.append(None if state is None else (id(held), weakref.ref(held), state))
-    read = _read(sums)
+    team = Team.of(root)
+    held = [
+        _offloaded(root, name) if plain.is_meta else plain
+        for name, tensor in (*parameters, *buffers)
+        for plain in _stored(tensor)
+    ]
+    states = [_state(tensor, team.size) for tensor in held]
+    known = [_known(before, tensor, state) for tensor, state in zip(held, states, strict=True)]
+    if team.size > 1 and not team.least(
+        int(all(n is not None for n, t in zip(known, held, strict=True) if is_dtensor(t)))
+    ):
+        known = [None] * len(known)  # all of them gather, or none
+    read = _read([number if number is not None else _summed(t) for number, t in zip(known, held, strict=True)])
+    noted = [None if s is None else (id(t), weakref.ref(t), s) for t, s in zip(held, states, strict=True)]
     for number in read:
         told.update(b"%d" % number)
     _READ[root] = {note[0]: (*note[1:], number) for note, number in zip(noted, read, strict=True) if note is not None}
     return told.hexdigest()[:16]
 
 
-def _state(tensor: Tensor) -> tuple[Any, ...]:
+def _state(tensor: Any, processes: int) -> tuple[Any, ...] | None:
+    """What is another once a tensor was written to; None where nothing tells."""
+    if is_dtensor(tensor):
+        tensor = tensor._local_tensor
+    elif processes > 1:
+        return None  # `fully_shard` gathers weights into tensors of which torch does not count that
+    if tensor.is_inference():  # torch does not count what is written to those
+        return None
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _known(before: dict[int, _Read], tensor: Tensor, state: tuple[Any, ...] | None) -> int | None:
+    """The checksum of a tensor that was read before and not written to since."""
+    known = None if state is None else before.get(id(tensor))
+    return known[2] if known is not None and known[0]() is tensor and known[1] == state else None
+
+
+def _summed(tensor: Any) -> int | Tensor:
+    return summed((tensor.full_tensor() if is_dtensor(tensor) else tensor).detach())
 
 
 def _read(sums: Sequence[int | Tensor]) -> list[int]:
@@ -96,7 +120,7 @@ def _read(sums: Sequence[int | Tensor]) -> list[int]:
 
 def _stored(tensor: Any) -> Iterator[Any]:
     """The plain tensors that hold a tensor's numbers: itself, or the parts of a quantised one, which cannot be cut."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    if is_dtensor(tensor) or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,13 +13,17 @@ from torch import nn
 from nnsplice.atlas import peel, text_config
 from nnsplice.atlas.families import NOT_TEXT, POSITIONS
 from nnsplice.engine.hooks import has_code_around
-from nnsplice.engine.spread import check_whole
+from nnsplice.engine.spread import check_whole, gathered
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType, named
 
 
-def as_model(model: object) -> Model:
-    """The nnsight model, or an error that says how to make one."""
+def as_model(model: object, *, spread: bool = False) -> Model:
+    """The nnsight model, or an error that says how to make one.
+
+    Args:
+        spread: take a model that is spread over processes: whoever asks reads its values through `whole`.
+    """
     if not isinstance(model, Model):
         raise BadType(
             f"{named(model)} is not wrapped for tracing",
@@ -27,7 +32,8 @@ def as_model(model: object) -> Model:
         )
     if model.parent is not None:
         raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")
-    check_whole(peel(model))
+    with gathered(model) if spread else nullcontext():
+        check_whole(peel(model))
     return model
 
 
@@ -146,5 +152,8 @@ def decoder_start(model: Model) -> int:
 def name_of(model: Model) -> tuple[str, str | None]:
     """What a result says it was made with: the checkpoint's name or the class, and the revision."""
     module = peel(model)
-    name = getattr(getattr(module, "config", None), "_name_or_path", "") or type(module).__name__
+    kind = type(module)
+    if kind.__bases__[0].__name__ == "FSDPModule":  # fully_shard makes a class of its own of the model's
+        kind = kind.__bases__[1]
+    name = getattr(getattr(module, "config", None), "_name_or_path", "") or kind.__name__
     return name, model.__dict__.get("revision")

@@ -39,12 +39,12 @@ def check_whole(root: nn.Module) -> None:
     Raises:
         BadArgument: it is spread, or in a way that is not known.
     """
-    if not (_reads.get() and _meshes(root)):
+    if not (_reads.get() and meshes(root)):
         whole_here(root, "what is read or written")
 
 
-def _meshes(root: nn.Module) -> list[Any]:
-    """The groups of processes that parameters are spread over by name; none where anything is spread another way."""
+def meshes(root: nn.Module) -> list[Any]:
+    """The processes that parameters are spread over by name; none where anything is spread another way."""
     if not distributed.is_available() or not distributed.is_initialized():
         return []
     parameters = list(root.parameters())
@@ -55,12 +55,17 @@ def _meshes(root: nn.Module) -> list[Any]:
 
 
 def _refuse_two_ways(root: nn.Module) -> None:
-    meshes = _meshes(root)
-    if len(meshes) > 1 or any(mesh.ndim > 1 for mesh in meshes):
+    found = meshes(root)
+    if len(found) > 1 or any(mesh.ndim > 1 for mesh in found):
         raise BadArgument(
             "this model is spread over processes in two ways at once, and which part is here is not known",
             expected="tensor parallelism or fully_shard, one of them, over one mesh",
         )
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is spread by name: its shape is the whole one, and its numbers are gathered on demand."""
+    return hasattr(tensor, "full_tensor")
 
 
 def whole(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any, Any]:
@@ -69,16 +74,16 @@ def whole(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any
     Raises:
         BadArgument: it is another in each process, so that it may be a part.
     """
-    meshes = _meshes(root)
-    if not meshes:
+    over = meshes(root)
+    if not over:
         return value, None
     parts = [value] if isinstance(value, Tensor) else list(value.values() if isinstance(value, dict) else value)
     held: Any = parts[item or 0]
-    if hasattr(held, "full_tensor"):
+    if is_dtensor(held):
         return wire.repack(value, item, held.full_tensor()), held
     if not _is_fully_sharded(root):
-        plain, group = held.detach(), meshes[0].get_group()
-        shape = torch.tensor([plain.dim(), *plain.shape, *[0] * 8][:8])
+        plain, group = held.detach(), over[0].get_group()
+        shape = torch.tensor([plain.dim(), *plain.shape, *[0] * 8][:8], device=plain.device)
         same = _agreed(shape, group) and _agreed(plain.double(), group)
         if not same:
             raise BadArgument(
@@ -87,6 +92,24 @@ def whole(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any
                 write="use_local_output=False in the plan of its module, which says how it is spread",
             )
     return value, None
+
+
+def read_logits(model: Any, at: int | None = None) -> Tensor:
+    """Inside a trace: the logits `[prompt, token, vocab]`, or those of one token `[prompt, vocab]`, in a copy.
+
+    Of a model over several processes every process gets those of the first, to the bit: what is decided by them is
+    decided alike.
+    """
+    logits = wire.logits_of(model)
+    logits = logits if at is None else logits[:, at]
+    root = peel(model)
+    over = meshes(root)
+    if not over:
+        return logits.clone()
+    found, _ = whole(root, logits, None, "the logits")
+    found, group = found.detach().clone(memory_format=torch.contiguous_format), over[0].get_group()
+    distributed.broadcast(found, distributed.get_global_rank(group, 0), group)
+    return found
 
 
 def spread_like(tensor: Tensor, other: Any) -> Any:

@@ -42,7 +42,16 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
     if isinstance(name_or_module, str):
         kwargs.setdefault("dispatch", True)
     with staying(name_or_module, kwargs) as device:
-        model = TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs, **device)
+        try:
+            model = TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs, **device)
+        except ImportError as error:
+            if "tensor_parallel" not in str(error):
+                raise
+            raise BadArgument(
+                f"nnsight {nnsight.__version__} cannot wrap a model of transformers' tp_plan: {error}",
+                expected="a model that torch spreads over the processes",
+                write="torch.distributed.tensor.parallel.parallelize_module(block, mesh, plan), or fully_shard(block)",
+            ) from error
     if kwargs.get("peft") is not None:
         # The layers of an adapter come in train mode, into a model that is not.
         model._module.eval()
@@ -78,6 +87,15 @@ def worker(model: Model, what: str) -> Mediator:
             write="with model.trace(prompt): ...   (with several invokes: inside `with tracer.invoke(prompt):`)",
         )
     return mediator
+
+
+def is_inside(model: Model) -> bool:
+    """Whether this is the block of a trace of the model."""
+    try:
+        worker(model, "this")
+    except OutsideTrace:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

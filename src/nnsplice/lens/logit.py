@@ -83,7 +83,7 @@ def logit(
         engine.refuse_edits(model)
         engine.refuse_changed_logits(model)
         check_mode(model)
-        given = encode(model, prompts, spans)
+        given = encode(model, prompts, spans, images=True)
         if given.values is not None:
             raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
         tower = decoder_of(model)

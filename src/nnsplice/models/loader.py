@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -236,11 +237,15 @@ def _module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine
             expected="what says how to load it where it is loaded",
             write=f"transformers.AutoModelForCausalLM.from_pretrained(name, {late.partition(',')[0]}=...)",
         )
+    if "processor" in kwargs:
+        kwargs = {"task": "image-text-to-text", **kwargs}
+        tokenizer = getattr(kwargs["processor"], "tokenizer", None) if tokenizer is None else tokenizer
     if tokenizer is None and getattr(module.config, "_name_or_path", ""):
         tokenizer = _tokenizer_of(module)
     if tokenizer is None or tokenizer is False:
         return _without_tokenizer(module, kwargs)
-    return engine.wrap(module, tokenizer, **kwargs)
+    with _quiet():
+        return engine.wrap(module, tokenizer, **kwargs)
 
 
 def _plain(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
@@ -465,7 +470,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(CRITICAL)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ cutting      edges of attention taken out of that
 whole        attention modules with code of their own, which run whole prompts
 wave         the way through the blocks
 edits        writing into packed tokens, and reading them
+parts        edits of features of an SAE, and of its error
 heads        from final states to logits
 run          rows in, final states and readings out
 still        rows of which every branch but the edited one adds what it added before

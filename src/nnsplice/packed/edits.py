@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import wire
+from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site
 from nnsplice.packed.indices import on
+from nnsplice.packed.parts import PartChange
 from nnsplice.packed.rows import Change, Edit, Placed, Read
 
 #: The number of a row, and one of its edits or reads.
@@ -23,23 +25,38 @@ Find = Callable[[int, int], int | None]
 def edited(values: Tensor, edits: Sequence[Numbered], find: Find) -> Tensor:
     """A copy of `[token, width]` with these edits done; all of them at one place, or of the whole width."""
     alike: dict[Change, list[tuple[int, Edit]]] = {}
+    parts: dict[tuple[PartChange, str], list[tuple[int, Edit]]] = {}
     for number, placed in edits:
-        assert isinstance(placed.what, Edit)
-        alike.setdefault(placed.what.change, []).append((number, placed.what))
+        edit = placed.what
+        assert isinstance(edit, Edit)
+        if isinstance(edit.change, PartChange):
+            parts.setdefault((edit.change, site_of(edit.place).kind), []).append((number, edit))
+        else:
+            alike.setdefault(edit.change, []).append((number, edit))
     out = None
     for change, members in alike.items():
-        at, given = _gathered(members, find, values)
+        at, given, _ = _gathered(members, find, values, values.shape[-1])
         if len(at):
             out = values.clone() if out is None else out
             # Of `out`, as an edit may stand on what another change made of the same token.
             out[at] = change(out[at], given).to(out)
+    before = values if out is None else out
+    for (change, kind), members in parts.items():
+        at, given, sites = _gathered(members, find, values, 1 if kind == "feature" else values.shape[-1])
+        if len(at):
+            out = before.clone() if out is None or out is before else out
+            # Of `before`: an SAE reads what stood there, and what its parts change by at one token adds up.
+            out.index_add_(0, at, change.steps(before[at], given, sites).to(out))
     return values if out is None else out
 
 
-def _gathered(members: Sequence[tuple[int, Edit]], find: Find, values: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where the edited tokens stand, and what is given for them."""
+def _gathered(
+    members: Sequence[tuple[int, Edit]], find: Find, values: Tensor, width: int
+) -> tuple[Tensor, Tensor | None, list[Site]]:
+    """Where the edited tokens stand, what is given for them, and the site that each is about."""
     where: list[int] = []
     news: list[Tensor] = []
+    sites: list[Site] = []
     for number, edit in members:
         there = [
             (order, at) for order, position in enumerate(edit.positions) if (at := find(number, position)) is not None
@@ -47,13 +64,14 @@ def _gathered(members: Sequence[tuple[int, Edit]], find: Find, values: Tensor) -
         if not there:
             continue
         where += [at for _, at in there]
-        given = edit.values(values.shape[-1])
+        sites += [site_of(edit.place)] * len(there)
+        given = edit.values(width)
         if given is not None:
             news += [given[order] for order, _ in there]
     # Stacked where they are, as a copy for each would cost more than all of them.
     if len({new.device for new in news}) > 1:
         news = [new.to(values.device) for new in news]
-    return on(where, values.device), torch.stack(news).to(values, non_blocking=True) if news else None
+    return on(where, values.device), torch.stack(news).to(values, non_blocking=True) if news else None, sites
 
 
 #: What rows have read on their way: by the number of the row and the read, `[position, width]`.

@@ -108,7 +108,7 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
         raise NotImplementedError("what is wrapped around it does more than call it")
     root = base.root
     towers = Atlas.of(root).towers
-    if set(towers) != {"decoder"} or not engine.is_causal(base.model):
+    if set(towers) != {"decoder"} or not base.prompts.is_causal(base.model):
         raise NotImplementedError("it is no causal decoder")
     tower = towers["decoder"]
     if any(block.occurrence for block in tower.blocks) or tower.unembed is None:
@@ -222,6 +222,9 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     fewer = {"logits_to_keep": 1} if engine.keeps_logits(base.model) else {}
     # Before hooks of the user's, which run again where packed rows enter the block.
     hooks = [block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for block in blocks]
+    left: dict[nn.Module, Tensor] = {}
+    if base.prompts.images is not None:
+        hooks += [block.register_forward_hook(lambda m, _a, out: left.__setitem__(m, first(out))) for block in blocks]
     hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
     hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
     inputs = base.prompts.padded(prompts).inputs(range(len(prompts)), base.model.device)
@@ -246,6 +249,8 @@ def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, w
     mixing = sum(not block.only_mlp for block in tower.blocks)
     if len(entering) != len(blocks) + 1 or len(attention_runs) != mixing or len(ends) != 1:
         raise NotImplementedError("a layer of it has no attention, or more than one")
+    if any(not _same(left[a], states) for a, states in zip(blocks[: len(left)], entering[1:], strict=False)):
+        raise NotImplementedError("parts of the images are added to its stream between its layers")
     return _Pass(entering, calls, kept.of, kept.masks, heard, sites, ends[0])
 
 
@@ -263,6 +268,10 @@ def _hearing(
         raise NotImplementedError("a layer of it has no module that mixes tokens")
     with listening([root.get_submodule(mixer) for mixer in mixers if mixer], heard):
         yield
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or torch.equal(one.to(other.device), other)
 
 
 def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], kept: Recorder, whole: bool) -> Any:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site, Tower
 from nnsplice.errors import OverlappingWrite
+from nnsplice.packed.parts import PartChange, home, is_part
 from nnsplice.paths import Path
 
 #: What becomes of values: `([token, width] as the run computed them, [token, width] that were given or None)` -> new
@@ -39,13 +41,20 @@ class Edit:
     place: Path
     #: Which of the prompt's tokens, each once.
     positions: tuple[int, ...]
-    change: Change
+    #: A `PartChange` where the place is a feature or an error.
+    change: Change | PartChange
     values: Values
 
     @classmethod
     def of(cls, place: Path, positions: Sequence[int], values: Tensor) -> Edit:
         """These values, `[position, width]`, instead of those of the run."""
         return cls(place, tuple(positions), replaced, lambda width: values)
+
+    @classmethod
+    def made(cls, model: Any, place: Path, positions: Sequence[int], change: Change, values: Values) -> Edit:
+        """A change of any place, a feature or an error of an attached SAE too."""
+        changed = PartChange(features.sae_of(model, place), change) if is_part(place) else change
+        return cls(place, tuple(positions), changed, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +112,8 @@ class Placed:
 
     @property
     def site(self) -> Site:
-        """The place as the model has it."""
-        return site_of(self.what.place)
+        """Where the value stands in the model."""
+        return home(self.what.place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +189,7 @@ class Homes:
         Raises:
             NotImplementedError: its site stands in no block.
         """
-        site = site_of(what.place)
+        site = site_of(what.place) if isinstance(what, Read) else home(what.place)
         if site not in self._known:
             self._known[site] = self._find(what.place, site, isinstance(what, Cut))
         return Placed(what, *self._known[site])
@@ -269,8 +278,11 @@ def _first_layer(edit: Placed) -> int:
 
 
 def _check_overlaps(edits: Sequence[Placed]) -> None:
-    for number, one in enumerate(edits):
-        for other in edits[:number]:
+    # Parts of an SAE add what they change by, so they are compared with other edits alone.
+    parts = [edit for edit in edits if is_part(edit.what.place)]
+    others = [edit for edit in edits if not is_part(edit.what.place)]
+    for number, one in enumerate(others):
+        for other in (*others[:number], *parts):
             a, b = one.site, other.site
             same = a.location == b.location and _meet(a.columns, b.columns)
             if same and set(one.what.positions) & set(other.what.positions):

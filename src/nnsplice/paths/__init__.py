@@ -12,6 +12,7 @@ from nnsplice.paths.parse import parse_path, reads
 from nnsplice.paths.path import (
     ACTIVATION_VALUES,
     WEIGHT_VALUES,
+    Dictionary,
     Index,
     Path,
     Paths,
@@ -26,6 +27,7 @@ from nnsplice.paths.path import (
 __all__ = [
     "ACTIVATION_VALUES",
     "WEIGHT_VALUES",
+    "Dictionary",
     "Index",
     "Path",
     "Paths",

@@ -42,7 +42,7 @@ def merge(tables: Sequence[Table]) -> Table:
         new = other.done & ~done
         values[new] = other.values[new]
         done |= new
-    return replace(first, values=values, done=done, run=_together([table.run for table in tables]))
+    return replace(first, values=values, done=done, run=together([table.run for table in tables]))
 
 
 def _spread(tables: Sequence[Table]) -> list[Table]:
@@ -123,7 +123,8 @@ def _same(name: str, a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.isclose(a, b, rtol=ROUNDING, atol=ROUNDING * float(np.abs([a, b]).max(initial=0))).all())
 
 
-def _together(runs: Sequence[Run]) -> Run:
+def together(runs: Sequence[Run]) -> Run:
+    """What all of them cost."""
     return Run(
         executor=", ".join(dict.fromkeys(run.executor for run in runs if run.executor)),
         seconds=sum(run.seconds for run in runs),

@@ -69,7 +69,7 @@ def common(asked: Mapping[str, Any]) -> dict[str, Any]:
 def _changed(asked: Mapping[str, Any], change: _Change) -> dict[str, Any]:
     """What is asked, with every list that has an entry for each prompt changed."""
     told = dict(asked)
-    for name in ("clean", "corrupted"):
+    for name in ("clean", "corrupted", "prompts"):
         if isinstance(prompts := told.get(name), Mapping):
             told[name] = {
                 key: {span: change(rows) for span, rows in of.items()} if key == "spans" else change(of)

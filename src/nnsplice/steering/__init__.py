@@ -15,7 +15,8 @@ directions      the methods of fit                      quality     the held-out
 operators       add, project_out, clamp, ...            where       the tokens to steer
 rules           operator, site, tokens, condition       session     the hooks of an open block
 block           steer                                   show        the tokens that a steering changes
-sweep, result   many cells in one pass                  padding     prompts of different lengths as one batch
+sweep, result   layers times coefficients               padding     prompts of different lengths as one batch
+cells           many cells in one pass                  units       the sweep in units of prompts
 datasets        public contrastive sets                 gguf        control vectors of llama.cpp
 """
 

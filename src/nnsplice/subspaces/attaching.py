@@ -13,7 +13,7 @@ from nnsplice.paths import Path, Span, parse_path
 from nnsplice.subspaces.sae import SAE
 
 
-def attach_sae(model: Any, place: str | Path, sae: SAE, name: str) -> str:
+def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str | Path | None = None) -> str:
     """Give features of a place addresses: `layers[2].output.sae["name"].features[7]`, and `.error` for the rest.
 
     They are places of captures, sweeps and gradients, and features of steering. Writing a feature adds what changes,
@@ -28,17 +28,24 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str) -> str:
     torch.Size([1, 64])
     >>> ns.detach_sae(toy, "third")
 
+    A transcoder reads what enters an MLP and is written to what that adds: `place` is where its features are written,
+    and `reads` what they are read from. They are places of captures, writes and sweeps, each cell a run of its own; its
+    error, gradients, paths, circuits and steering are refused.
+
     Args:
         model: a model from `ns.load`.
         place: one place of the model, a whole value: the stream, or what a branch adds.
         sae: an SAE of this place, from `ns.load_sae`.
         name: its name in addresses; each name once in a model.
+        reads: of a transcoder, the place that it reads: portable, or native such as
+            `"model.model.layers[5].mlp.input"`.
 
     Returns:
         The address that features are parts of.
 
     Raises:
-        BadArgument: a name that is taken or empty, or a path of several places.
+        BadArgument: a name that is taken or empty, a path of several places (as a cross-layer transcoder has), a
+            transcoder without `reads`, `reads` with an SAE that is none, or a place there that runs after `place`.
         BadType: something other than an SAE.
         PathError: a native path, or a text that is no path.
         RefusedPlace: a head, neurons, or another part of a value.
@@ -55,7 +62,11 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str) -> str:
             raise PathError("features have addresses at portable places", path=place, write='"layers[2].output"')
         found = engine.expand(model, parse_path(place).place)
         if len(found) != 1:
-            raise BadArgument(f"{len(found)} places", path=place, expected="one place for an SAE")
+            raise BadArgument(
+                f"{len(found)} places",
+                path=place,
+                expected="one place; an SAE of several layers (a cross-layer transcoder) is not known here",
+            )
         site = site_of(found[0])
         if site.kind != "plain" or site.columns is not None or found[0].sae is not None:
             raise RefusedPlace(
@@ -67,11 +78,48 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str) -> str:
             raise BadArgument(
                 f"an SAE {name!r} is attached already", expected="another name", write=f"ns.detach_sae(model, {name!r})"
             )
-        width = capture(model, [[0]], found[0].at(0)).get(found[0].at(0)).shape[-1]
+        width = _width(model, found[0])
         if width != sae.width:
             raise ShapeError(f"the SAE is of a place {sae.width} wide, and this one is {width} wide", path=place)
-    attach(peel(model), name, Attached(found[0], sae))
+        source = _read_by(model, sae, found[0], reads)
+    attach(peel(model), name, Attached(found[0], sae, source))
     return f"{found[0].place}.sae[{Span(name)}]"
+
+
+def _width(model: engine.Model, place: Path) -> int:
+    return capture(model, [[0]], place.at(0)).get(place.at(0)).shape[-1]
+
+
+def _read_by(model: engine.Model, sae: SAE, place: Path, reads: str | Path | None) -> Path | None:
+    """The place that a transcoder reads; None for an SAE."""
+    if reads is None:
+        if sae.transcoder:
+            raise BadArgument(
+                "a transcoder reads another place than it is written to",
+                path=place,
+                expected="reads=, what enters the MLP",
+                write=f'ns.attach_sae(model, {str(place)!r}, sae, name, reads="layers[i].mid")',
+            )
+        return None
+    if sae.centred or sae.norm != "none":
+        raise BadArgument(
+            "an SAE that takes its bias from its inputs, or scales them, reads the place that it is of",
+            path=place,
+            expected="a transcoder, or no reads=",
+        )
+    found = engine.expand(model, parse_path(reads).place)
+    if len(found) != 1:
+        raise BadArgument(f"{len(found)} places", path=reads, expected="one place that a transcoder reads")
+    site = site_of(found[0])
+    if site.kind not in ("plain", "stream") or site.columns is not None or found[0].sae is not None:
+        raise RefusedPlace("a transcoder reads a value that stands whole in one tensor", path=reads)
+    known = engine.known(model)
+    if site.tower != site_of(place).tower or not known.rank(found[0])[0] < known.rank(place)[0]:
+        raise BadArgument(f"{reads} does not run before {place}", expected="what enters the MLP that it stands for")
+    width = _width(model, found[0])
+    if width != sae.reads:
+        raise ShapeError(f"the transcoder reads {sae.reads} numbers, and this place is {width} wide", path=reads)
+    return found[0]
 
 
 def detach_sae(model: Any, name: str) -> None:

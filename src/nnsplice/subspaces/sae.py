@@ -49,6 +49,8 @@ class SAE:
         norm: how inputs are scaled before.
         by_decoder_norm: whether features are chosen by what they add, their value times the norm of their direction.
         about: where it comes from, as plain data.
+        transcoder: whether it reads another place than it writes; then `W_enc` is `[width read, feature]`, and there
+            may be `W_skip` `[width, width read]`, by which inputs are added to the reconstruction.
     """
 
     kind: str
@@ -58,6 +60,7 @@ class SAE:
     norm: str = "none"
     by_decoder_norm: bool = False
     about: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    transcoder: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -66,6 +69,10 @@ class SAE:
             raise BadArgument(f"inputs scaled by {self.norm!r}", expected=f"one of {', '.join(NORMS)}")
         held = {name: tensor.detach() for name, tensor in self.tensors.items()}
         wanted = {**KINDS[self.kind], **DECODER}
+        if self.transcoder:
+            if self.centred or self.norm != "none":
+                raise BadArgument("a transcoder takes no bias from what it reads, and does not scale it")
+            wanted |= {"W_enc": "rf", **({"W_skip": "wr"} if "W_skip" in held else {})}
         _check(held, wanted)
         if self.kind == "topk" and not (isinstance(self.k, int) and 1 <= self.k <= held["W_dec"].shape[0]):
             raise BadArgument(f"a topk SAE with k={self.k!r}", expected=f"1 to {held['W_dec'].shape[0]}")
@@ -87,10 +94,16 @@ class SAE:
         return self.tensors["W_dec"].shape[1]
 
     @property
+    def reads(self) -> int:
+        """How many numbers the place has that it reads: its own, but of a transcoder."""
+        return self.tensors["W_enc"].shape[0]
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """What makes two of them the same, as plain data."""
         how = {"kind": self.kind, "k": self.k, "centred": self.centred, "norm": self.norm}
-        return {**how, "by_decoder_norm": self.by_decoder_norm, "tensors": self._digest}
+        more = {"transcoder": True} if self.transcoder else {}
+        return {**how, "by_decoder_norm": self.by_decoder_norm, "tensors": self._digest, **more}
 
     @cached_property
     def _digest(self) -> str:
@@ -102,7 +115,7 @@ class SAE:
         """The features of values, computed in float32 at least.
 
         Args:
-            values: `[..., width]`.
+            values: `[..., width]`, of what a transcoder reads.
 
         Returns:
             `[..., feature]`.
@@ -131,18 +144,22 @@ class SAE:
             `[..., width]`.
 
         Raises:
-            BadArgument: the SAE scales its inputs, and `like` is left out.
+            BadArgument: the SAE scales its inputs, or a transcoder skips by them, and `like` is left out.
         """
         t = self._tensors(features)
         out = self.added(features.to(t["W_dec"]), None) + t["b_dec"]
-        if self.norm == "none":
+        if self.norm == "none" and "W_skip" not in t:
             return out
         if like is None:
             raise BadArgument(
-                f"this SAE scales its inputs ({self.norm}), and what it decodes has to be scaled back",
+                "this transcoder adds its inputs to what it decodes"
+                if "W_skip" in t
+                else f"this SAE scales its inputs ({self.norm}), and what it decodes has to be scaled back",
                 expected="the values that were encoded",
                 write="sae.decode(features, like=values)",
             )
+        if "W_skip" in t:
+            return out + like.to(out) @ t["W_skip"].T
         mean, scale = self._scaling(like.to(out))
         return out * scale[1] + mean
 
@@ -157,11 +174,30 @@ class SAE:
         Returns:
             `[..., width]`.
         """
-        t = self._tensors(features)
+        directions = self._directions(features, chosen)
+        return self._scaled_back(features.to(directions) @ directions, like)
+
+    def added_each(self, values: Tensor, like: Tensor | None, numbers: Sequence[int]) -> Tensor:
+        """What one feature of each row adds: `added`, where every row is about a feature of its own.
+
+        Args:
+            values: `[row, 1]`.
+            like: the values that were encoded, `[row, width]`; None leaves them scaled as the SAE scales its inputs.
+            numbers: the number of each row's feature.
+
+        Returns:
+            `[row, width]`.
+        """
+        directions = self._directions(values, numbers)
+        return self._scaled_back(values.to(directions) * directions, like)
+
+    def _directions(self, like: Tensor, chosen: Sequence[int] | None) -> Tensor:
+        """The direction of each feature, for its value as it is encoded: `[feature, width]`."""
+        t = self._tensors(like)
         directions = t["W_dec"] if chosen is None else t["W_dec"][list(chosen)]
-        if self.by_decoder_norm:
-            directions = directions / directions.norm(dim=-1, keepdim=True)
-        out = features.to(directions) @ directions
+        return directions / directions.norm(dim=-1, keepdim=True) if self.by_decoder_norm else directions
+
+    def _scaled_back(self, out: Tensor, like: Tensor | None) -> Tensor:
         return out if like is None or self.norm == "none" else out * self._scaling(like.to(out))[1][1]
 
     def error(self, values: Tensor) -> Tensor:
@@ -174,8 +210,14 @@ class SAE:
             `[..., width]`.
 
         Raises:
+            BadArgument: a transcoder, whose values are of another place than what is decoded.
             ShapeError: values of another width.
         """
+        if self.transcoder:
+            raise BadArgument(
+                "a transcoder decodes another place than it reads, so its error takes both",
+                write="written - sae.decode(sae.encode(read), read)",
+            )
         wide = values.to(self._tensors(values)["W_dec"])
         return wide - self.decode(self.encode(values), values)
 
@@ -223,11 +265,13 @@ class SAE:
     def _check_width(self, values: Tensor) -> None:
         if not isinstance(values, Tensor):
             raise BadType(f"{named(values)} is no tensor", expected=f"[..., {self.width}]")
-        if values.shape[-1] != self.width:
-            raise ShapeError(f"values {values.shape[-1]} wide, and the SAE is of a place {self.width} wide")
+        if values.shape[-1] != self.reads:
+            kind = "transcoder reads" if self.transcoder else "SAE is of"
+            raise ShapeError(f"values {values.shape[-1]} wide, and the {kind} a place {self.reads} wide")
 
     def __repr__(self) -> str:
-        return f"SAE: {self.kind}, {self.features} features of a place {self.width} wide"
+        kind = f"{self.kind} transcoder" if self.transcoder else self.kind
+        return f"SAE: {kind}, {self.features} features of a place {self.width} wide"
 
 
 def _check(held: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
@@ -236,7 +280,9 @@ def _check(held: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:
         raise BadArgument(f"an SAE without {', '.join(missing)}", expected=", ".join(wanted))
     if held["W_dec"].dim() != 2:
         raise ShapeError(f"W_dec of shape {list(held['W_dec'].shape)}", expected="[feature, width]")
-    length = dict(zip("fw", held["W_dec"].shape, strict=True))
+    if held["W_enc"].dim() != 2:
+        raise ShapeError(f"W_enc of shape {list(held['W_enc'].shape)}", expected="[width, feature]")
+    length = {**dict(zip("fw", held["W_dec"].shape, strict=True)), "r": held["W_enc"].shape[0]}
     for name, axes in wanted.items():
         shape = [length[axis] for axis in axes]
         if list(held[name].shape) != shape:

@@ -7,6 +7,8 @@ is not known here is refused by its name, as its numbers would be wrong.
 from __future__ import annotations
 
 import json
+import math
+import numbers
 import os
 import zipfile
 from collections.abc import Mapping
@@ -16,12 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice.errors import BadArgument, FileError, NnspliceError
+from nnsplice.errors import BadArgument, BadType, FileError, NnspliceError
 from nnsplice.files import from_json, is_pickle, text_of, whole
 from nnsplice.subspaces.sae import DECODER, KINDS, NORMS, SAE
 
 CONFIG, WEIGHTS, PARAMS = "cfg.json", "sae_weights.safetensors", "params.npz"
 EXPECTED = f"a folder with {CONFIG} and {WEIGHTS} (SAELens), or a file {PARAMS} (Gemma Scope)"
+#: Transcoders by the names of SAELens, with the kind that each encodes as.
+TRANSCODERS = {
+    "transcoder": "standard",
+    "skip_transcoder": "standard",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
 #: Of a config, what changes the arithmetic, with the values under which it is what is computed here.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "reshape_activations": ("none", "hook_z", None),  # heads side by side, as a place has them
@@ -37,7 +46,8 @@ def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
     >>> ns.load_sae(ns.models.embedded("toy") / "sae")
     SAE: topk, 256 features of a place 64 wide
 
-    Kinds: standard, topk, batchtopk, jumprelu, gated.
+    Kinds: standard, topk, batchtopk, jumprelu, gated; transcoders, with and without a skip, that are standard or
+    jumprelu. Gemma Scope's transcoders have the format of its SAEs: attach them with `reads=`.
 
     Args:
         path: a folder that holds `cfg.json` and `sae_weights.safetensors`, or `params.npz`; or the npz file.
@@ -48,10 +58,12 @@ def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
         The SAE.
 
     Raises:
-        BadArgument: a `scaling_factor` for a `params.npz`, which scales nothing by a factor.
+        BadArgument: a `scaling_factor` that is not above 0 and finite, or for an SAE that scales nothing by a factor.
+        BadType: a `scaling_factor` that is no number.
         FileError: the file is none of these, is damaged, has a kind or setting that is not known here, or needs a
-            `scaling_factor`, or has one given that it does not need.
+            `scaling_factor`.
     """
+    _check_factor(scaling_factor)
     place = FilePath(path)
     if place.is_dir():
         place = place / (CONFIG if (place / CONFIG).is_file() else PARAMS)
@@ -59,17 +71,29 @@ def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
         raise FileError(f"there is no SAE at {path}", expected=EXPECTED)
     try:
         if place.suffix == ".npz":
-            sae = _gemma_scope(place)
+            sae, scaled = _gemma_scope(place), False
         else:
-            sae = _saelens(place.parent, scaling_factor)
-            scaling_factor = None
+            sae, scaled = _saelens(place.parent, scaling_factor)
     except FileError:
         raise
     except (NnspliceError, KeyError) as error:
         raise FileError(f"{path} holds no SAE that can be used: {error}", expected=EXPECTED) from None
-    if scaling_factor is not None:
-        raise BadArgument("this SAE scales nothing by a factor, so scaling_factor= would change its numbers")
+    if scaling_factor is not None and not scaled:
+        raise BadArgument(
+            f"the SAE at {path} scales nothing by a factor; scaling_factor={scaling_factor} would change its numbers",
+            expected="no scaling_factor",
+            write=f"ns.load_sae({str(path)!r})",
+        )
     return sae
+
+
+def _check_factor(factor: object) -> None:
+    if factor is None:
+        return
+    if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+        raise BadType(f"scaling_factor={factor!r} is no number", expected="a number above 0")
+    if not 0 < float(factor) < math.inf:
+        raise BadArgument(f"scaling_factor={factor}", expected="a number above 0, by which inputs are multiplied")
 
 
 def _gemma_scope(path: FilePath) -> SAE:
@@ -88,7 +112,8 @@ def _gemma_scope(path: FilePath) -> SAE:
     return SAE("jumprelu", tensors, about={"format": "Gemma Scope"})
 
 
-def _saelens(folder: FilePath, scaling_factor: float | None) -> SAE:
+def _saelens(folder: FilePath, scaling_factor: float | None) -> tuple[SAE, bool]:
+    """The SAE, and whether it scales its inputs by a factor."""
     weights = folder / WEIGHTS
     if not weights.is_file() or not (folder / CONFIG).is_file():
         raise FileError(f"{folder} holds no {CONFIG} with {WEIGHTS}", expected=EXPECTED)
@@ -96,6 +121,7 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> SAE:
     if not isinstance(config, dict):
         raise FileError(f"{folder / CONFIG} is no config", expected="an object of JSON")
     tensors = _read(weights)
+    transcoder = config.get("architecture") in TRANSCODERS
     kind = _kind(folder, config)
     for name, values in _PLAIN.items():
         if config.get(name, values[0]) not in values:
@@ -107,32 +133,56 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> SAE:
     if kind == "batchtopk" and "threshold" not in tensors:
         raise FileError(f"{weights} has no threshold, so which features are on would depend on the batch")
     norm = config.get("normalize_activations") or "none"
-    if norm == "expected_average_only_in":
-        tensors, norm = _scaled(tensors, scaling_factor, folder), "none"
-    elif scaling_factor is not None:
-        raise FileError(f"{folder / CONFIG} scales nothing by a factor, so scaling_factor= would change its numbers")
+    by_decoder_norm = bool(config.get("rescale_acts_by_decoder_norm", False))
+    scaled = norm == "expected_average_only_in"
+    if scaled:
+        tensors, norm = _scaled(tensors, scaling_factor, folder, by_decoder_norm), "none"
+    if transcoder:
+        _check_transcoder(folder, config, tensors, norm, scaled)
     if norm not in NORMS:
         raise FileError(f"{folder / CONFIG} has normalize_activations={norm!r}, which is not known here")
     held = config.get("metadata")
     metadata = held if isinstance(held, dict) else {}
     told = {name: metadata.get(name, config.get(name)) for name in ("model_name", "hook_name")}
-    return SAE(
+    sae = SAE(
         kind,
-        {name: tensor for name, tensor in tensors.items() if name in {**KINDS[kind], **DECODER}},
+        {name: tensor for name, tensor in tensors.items() if name in _names(kind, transcoder)},
         k=config.get("k", (config.get("activation_fn_kwargs") or {}).get("k")) if kind == "topk" else None,
-        centred=bool(config.get("apply_b_dec_to_input", True)),
+        centred=bool(config.get("apply_b_dec_to_input", not transcoder)),
         norm=norm,
-        by_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
+        transcoder=transcoder,
+        by_decoder_norm=by_decoder_norm,
         about={"format": "SAELens", **{name: value for name, value in told.items() if value is not None}},
     )
+    return sae, scaled
+
+
+def _names(kind: str, transcoder: bool) -> set[str]:
+    return {*KINDS[kind], *DECODER, *(("W_skip",) if transcoder else ())}
+
+
+def _check_transcoder(
+    folder: FilePath, config: Mapping[str, Any], tensors: Mapping[str, Tensor], norm: str, scaled: bool
+) -> None:
+    """Raise where a transcoder is not what its name says."""
+    kind = config["architecture"]
+    if norm != "none" or scaled:
+        raise FileError(
+            f"{folder / CONFIG} is a {kind} that scales its inputs, which is not known here",
+            expected="normalize_activations none",
+        )
+    if ("skip" in kind) != ("W_skip" in tensors):
+        raise FileError(f"{folder / WEIGHTS} has {'no ' if 'skip' in kind else ''}W_skip, and its config says {kind!r}")
 
 
 def _kind(folder: FilePath, config: Mapping[str, Any]) -> str:
     """The kind that a config names; an older one says it by the activation function of a standard SAE."""
-    kind = config.get("architecture", "standard")
+    named = config.get("architecture", "standard")
+    kind: Any = TRANSCODERS.get(named, named)
     if kind not in KINDS:
         raise FileError(
-            f"{folder / CONFIG} is of the kind {kind!r}, which is not known here", expected=f"one of {', '.join(KINDS)}"
+            f"{folder / CONFIG} is of the kind {kind!r}, which is not known here",
+            expected=f"one of {', '.join((*KINDS, *TRANSCODERS))}",
         )
     function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     if kind == "standard" and function == "topk":
@@ -144,8 +194,10 @@ def _kind(folder: FilePath, config: Mapping[str, Any]) -> str:
     return kind
 
 
-def _scaled(tensors: Mapping[str, Tensor], factor: float | None, folder: FilePath) -> dict[str, Tensor]:
-    if factor is None or not factor > 0:
+def _scaled(
+    tensors: Mapping[str, Tensor], factor: float | None, folder: FilePath, by_decoder_norm: bool
+) -> dict[str, Tensor]:
+    if factor is None:
         raise FileError(
             f"{folder / CONFIG} scales inputs by the inverse of their expected norm, and does not say what that is",
             expected="the factor",
@@ -154,6 +206,8 @@ def _scaled(tensors: Mapping[str, Tensor], factor: float | None, folder: FilePat
     made = dict(tensors)
     made["W_enc"] = made["W_enc"] * factor
     made["W_dec"], made["b_dec"] = made["W_dec"] / factor, made["b_dec"] / factor
+    if by_decoder_norm and "threshold" in made:  # features are as large as what they add, and so is their threshold
+        made["threshold"] = made["threshold"] / factor
     return made
 
 

@@ -19,6 +19,8 @@ foreign       values of another model: what has to fit
 crossing      crossings: fed or computed, of two models
 revisions     over_revisions: one job over checkpoints
 weights       sweep_weights: a tuned model's weights in its base, place by place
+weight_units  the same in units of prompts
+tables        other questions about a plan's cells, in units of prompts
 jobs          the cells of a plan as ranges
 cutting       a plan in units of work
 prefix        what need not be computed again

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import DERIVED, fingerprint, peel
 from nnsplice.errors import BadArgument, RefusedExecutor
@@ -60,11 +61,14 @@ def choose(name: str, work: Work) -> tuple[str, str, Cost]:
     if name not in (*EXECUTORS, "auto"):
         raise BadArgument(f"there is no executor {name!r}", expected=f"auto, {', '.join(EXECUTORS)}")
     targets = work.plan.targets
-    derived = [t.cell.path for t in targets if any(site_of(p).kind in DERIVED for p in t.places)]
+    kinds = {site_of(place).kind for target in targets for place in target.places}
+    refused = {kind for kind in kinds & set(DERIVED) if name == "batched" or kind not in features.KINDS}
+    derived = [t.cell.path for t in targets if any(site_of(p).kind in refused for p in t.places)]
     if derived and work.plan.operation.way != "cut" and name != "reference":
         note = f"{derived[0]} is derived from several values of a run, so each cell runs by itself"
         if name != "auto":
-            raise BadArgument(note, expected='executor="reference" or "auto"')
+            others = '"reference" or "auto"' if refused - set(features.KINDS) else '"packed", "reference" or "auto"'
+            raise BadArgument(note, expected=f"executor={others}")
         return "reference", note, Cost()
     if name in ("reference", "batched"):
         return name, "", Cost()
@@ -85,7 +89,9 @@ def _asked(work: Work) -> tuple[Answer, Cost]:
     known = _trusted.setdefault(peel(work.model), {})
     asked, longest = question(work), longest_of(work)
     answer = known.get(asked)
-    if answer is not None and longest <= answer.longest:
+    remembered = answer is not None and longest <= answer.longest
+    if engine.Team.of(work.model).least(int(remembered)):
+        assert answer is not None
         return answer, Cost()
     if len(known) > 256:  # a metric made anew in a loop is a new question each time
         known.clear()

@@ -8,11 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: How much work a unit is about, in tokens times layers that are run.
-SIZE = 2.5e6
-#: How many tokens of a unit run at once, on every machine alike.
-MAX_TOKENS = 4096
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:

@@ -8,39 +8,52 @@ have its weights, its versions and its number of threads.
 from __future__ import annotations
 
 import dataclasses
-import re
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
 
 from nnsplice import engine
 from nnsplice.digests import function_digest
-from nnsplice.errors import BadArgument, BadType, FileError, KeyMismatch, TeamError, named
-from nnsplice.files import from_json, local_folder, text_of
+from nnsplice.errors import BadArgument, BadType, FileError, KeyMismatch, named
+from nnsplice.files import from_json, text_of
 from nnsplice.results import PART, Cell, Run, SweepResult, Table, plain, taken
 from nnsplice.sweeps import running
 from nnsplice.sweeps.choosing import Chosen
-from nnsplice.sweeps.cutting import MAX_TOKENS
 from nnsplice.sweeps.executors import Executor
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan, Unit
 from nnsplice.sweeps.plan_files import PLAN, cells_of, read_plan, write_plan
-from nnsplice.work import Arrays, Engine, RunFolder, engine_of, imported, write_json
-from nnsplice.work import named as named_function
+from nnsplice.units import LOAD, LOAD_SOURCE, MAX_TOKENS, UnitPlan, finish, folder_for, load_of, loaded, write_load
+from nnsplice.units import run as run_units
+from nnsplice.work import Arrays, Engine, RunFolder
 
 #: How far two runs of one prompt may lie apart, as a share of the largest number.
 ROUNDING = 5e-2
-LOAD = "load.json"
-_FUNCTION = re.compile(r"[\w.]+:[\w.]+")
+R = TypeVar("R")
 
 
+@overload
 def run(
     plan: Plan,
+    model: Any, *, executor: str | Executor = ..., max_tokens: int | None = ...,
+    journal: str | PathLike[str] | None = ..., progress: bool = ..., source: Any = ..., on: str | Engine | None = ...,
+    out: str | PathLike[str] | None = ..., size: float | None = ..., load_options: Mapping[str, Any] | None = ...,
+    threads: int = ..., partial: bool = ...,
+) -> SweepResult: ...  # fmt: skip
+@overload
+def run(
+    plan: UnitPlan[R],
+    model: Any, *, executor: str | Executor = ..., max_tokens: int | None = ...,
+    journal: str | PathLike[str] | None = ..., progress: bool = ..., source: Any = ..., on: str | Engine | None = ...,
+    out: str | PathLike[str] | None = ..., size: float | None = ..., load_options: Mapping[str, Any] | None = ...,
+    threads: int = ..., partial: bool = ...,
+) -> R: ...  # fmt: skip
+def run(
+    plan: Plan | UnitPlan[Any],
     model: Any,
     *,
     executor: str | Executor = "auto",
@@ -54,7 +67,7 @@ def run(
     load_options: Mapping[str, Any] | None = None,
     threads: int = 1,
     partial: bool = False,
-) -> SweepResult:
+) -> Any:
     """Run a plan and return the value of every cell: in this process, or with `on=` in others and on other machines.
 
     >>> metric = ns.logit_diff("w7", "w8")
@@ -64,7 +77,7 @@ def run(
     ('prompt', 'layer', 'position')
 
     Args:
-        plan: a plan from `ns.plan_sweep`, or a part of one.
+        plan: a plan from `ns.plan_sweep`, or a part of one; or one from `ns.plan`.
         model: the model that the plan was made with. For other processes how they load it: a name or a folder as for
             `ns.load`, or a function of a file as `module:function`, which returns a model.
         executor: `"packed"` batches the tokens that can differ, `"batched"` gives each cell a row of a batched trace,
@@ -74,17 +87,18 @@ def run(
             units it is 4096 if left out, on every machine alike.
         journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
         progress: show a progress bar.
-        source: the other model, of a plan that was made with one.
+        source: the other model, of a plan that was made with one; for other processes how they load it, as `model`.
         on: `"local:8"` for so many processes here, `"folder"` to write a run folder and leave it to
             `nnsplice work DIR`, `ns.on.slurm(...)`, `ns.on.ray(...)`. All give the same bits, whatever dies.
         out: the run folder, in which every finished unit is kept; the same call resumes from it.
-        size: how much work a unit is about, as for `plan.units`.
+        size: how much work a unit is about, as for `plan.units`; a plan from `ns.plan` runs in units here too.
         load_options: for `ns.load` in the workers: `{"device_map": "cuda", "dtype": "bfloat16"}`.
         threads: the number of threads of each worker on a CPU; numbers are rounded otherwise with more.
         partial: return what there is when units fail; missing cells are not done.
 
     Returns:
-        The values of all cells, with the metric of the clean and the corrupted run.
+        The values of all cells, with the metric of the clean and the corrupted run; of a plan from `ns.plan` what the
+        function returns that was planned.
 
     Raises:
         BadArgument: the model has other weights than the plan was made with, or is in train mode, or something cannot
@@ -94,43 +108,57 @@ def run(
         FileError: the journal or the folder is of another sweep, damaged, or in use.
         TeamError: units failed, or no worker could go on.
     """
-    if on is None and out is None:
-        given = {"size": size, "load_options": load_options, "threads": None if threads == 1 else threads}
-        idle = [name for name, value in {**given, "partial": partial or None}.items() if value is not None]
-        if idle:
-            raise BadArgument(f"{', '.join(idle)} says nothing to a run in this process", write='on="local:2"')
+    here = on is None and out is None
+    elsewhere = {"load_options": load_options, "threads": threads != 1, "partial": partial}
+    if isinstance(plan, UnitPlan):
+        _check_idle({"executor": executor != "auto", "journal": journal}, f"a run of {plan.row.name} in units")
+        _check_idle(elsewhere if here else {}, "a run in this process")
+        return run_units(
+            plan, model, max_tokens=max_tokens, progress=progress, source=source, on=on, out=out, size=size,
+            load_options=load_options, threads=threads, partial=partial,
+        )  # fmt: skip
+    if here:
+        _check_idle({"size": size, **elsewhere}, "a run in this process")
         return running.run(
             plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress, source=source
         )
     if not isinstance(plan, Plan):
         raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
-    if source is not None:
-        raise BadArgument("a plan with another model as its source runs in one process", write="ns.run(plan, model)")
+    if plan.foreign != (source is not None):
+        raise BadArgument(
+            "the plan takes its values from the model itself, so a source would do nothing"
+            if source is not None
+            else "the plan takes its values from another model",
+            expected="no source" if source is not None else "how other processes load that model too",
+            write=None if source is not None else 'ns.run(plan, "base", source="tuned", on="local:2")',
+        )
     if journal is not None:
         raise BadArgument("a journal beside a run folder, which keeps every finished unit itself", expected="out=")
     if not isinstance(executor, str):
         raise BadArgument("an executor of one's own cannot be given to other processes", expected="its name")
-    chosen = engine_of("local" if on is None else on)
-    told = _load_of(model)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "run" if out is None else out
-        if out is None and on == "folder":
-            raise BadArgument('on="folder" writes a folder, and none is named', write="out=DIR")
+    told, told_source = load_of(model), None if source is None else load_of(source)
+    with folder_for(on, out) as (chosen, path):
         folder = prepared(
             plan, path, executor=executor, max_tokens=MAX_TOKENS if max_tokens is None else max_tokens, size=size,
             threads=threads,
         )  # fmt: skip
-        write_json(folder.path / LOAD, {"load": told, "options": _options(load_options)})
-        chosen.run(folder, progress)
-        failures = folder.failures()
-        if failures and not partial:
-            lines = [f"  unit {number}: {reason}" for number, reason in list(failures.items())[:5]]
-            raise TeamError(
-                "\n".join([f"{len(failures)} of {folder.units} units failed", *lines]),
-                expected=f"their reasons mended; the same call tries them again, and {folder.path} keeps the others",
-                write="partial=True for what there is",
-            )
+        write_load(folder, told, told_source, load_options)
+        finish(folder, chosen, progress, partial)
         return merged(folder.path, partial=partial or on == "folder")
+
+
+def _check_idle(options: Mapping[str, Any], to: str) -> None:
+    """Raise for options that are given and would do nothing.
+
+    Args:
+        options: their values, false where they are not given.
+        to: what they would do nothing to.
+    """
+    idle = [name for name, value in options.items() if value]
+    if idle:
+        raise BadArgument(
+            f"{', '.join(idle)} says nothing to {to}", write='on="local:2"' if "size" in options else None
+        )
 
 
 def prepared(
@@ -162,14 +190,12 @@ class Units:
             BadArgument: the model has other weights than the plan was made with.
         """
         torch.set_num_threads(folder.identity("threads"))
-        told, how = (from_json(text_of(folder.path / name), folder.path / name) for name in (PLAN, LOAD))
-        self.model: engine.Model = _loaded(how["load"], how["options"])
-        digest, there = engine.weights_digest(self.model), folder.identity("weights")
-        if digest != there:
-            raise BadArgument(
-                f"the model {how['load']} has the weights {digest} here, and the plan was made with {there}",
-                expected="the model that the plan was made with",
-            )
+        told = from_json(text_of(folder.path / PLAN), folder.path / PLAN)
+        self.model: engine.Model = loaded(folder, LOAD, folder.identity("weights"))
+        asked = told["plan"]["asked"]
+        self.source: engine.Model | None = (
+            loaded(folder, LOAD_SOURCE, asked["source"]["weights"]) if told["plan"]["foreign"] else None
+        )
         engine.refuse_changed_logits(self.model)
         running.check_mode(self.model)
         plan = read_plan(told["plan"], folder.path, self.model)
@@ -177,7 +203,7 @@ class Units:
         name = folder.identity("executor")
         agreed = folder.agree(
             "executor",
-            lambda: dataclasses.asdict(running.chosen_for(plan, self.model, name, self.max_tokens)),
+            lambda: dataclasses.asdict(running.chosen_for(plan, self.model, name, self.max_tokens, self.source)),
         )
         self.executor: Chosen = Chosen(**agreed)
         self.units: tuple[Unit, ...] = plan.units(told["size"], executor=name, max_tokens=self.max_tokens)
@@ -185,7 +211,9 @@ class Units:
     def run(self, number: int) -> Arrays:
         """The values of a unit's cells, in the order of their ranges, and its two runs without an edit."""
         with engine.turn(self.model):
-            table = running.measured_table(self.units[number].plan, self.model, self.executor, self.max_tokens)
+            table = running.measured_table(
+                self.units[number].plan, self.model, self.executor, self.max_tokens, other=self.source
+            )
         done = Jobs.of_mask(table.done)
         self.units[number].__dict__.pop("plan", None)  # made again where it is needed again
         cost = {name: getattr(table.run, name) for name in _COSTS}
@@ -283,44 +311,3 @@ def _check_same(number: int, before: np.ndarray, now: np.ndarray) -> None:
 
 def _names(plan: Plan) -> list[str]:
     return list(getattr(plan.metric, "names", ()))
-
-
-# --- models in other processes ----------------------------------------------------------------------------------------
-
-
-def _load_of(model: Any) -> str:
-    """How other processes load a model, as a text."""
-    if isinstance(model, str | PathLike):
-        return str(local_folder(model)) if "://" in str(model) else str(model)
-    if callable(model) and not isinstance(model, torch.nn.Module) and not hasattr(model, "_module"):
-        return named_function(model, "what loads the model")
-    raise BadArgument(
-        f"{named(model)} lives in this process, and other processes load one of their own",
-        expected="a name or a folder as for ns.load, or module:function",
-        write='ns.run(plan, "gpt2", on="local:2"), or in my_module.py: def load(): ...   then "my_module:load"',
-    )
-
-
-def _options(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    options = {
-        name: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for name, v in (given or {}).items()
-    }
-    wrong = [name for name, value in options.items() if not isinstance(value, str | int | float | bool | dict | None)]
-    if wrong:
-        raise BadArgument(
-            f"load_options: {', '.join(wrong)} is no text and no number, and other processes cannot have it",
-            expected="plain data",
-            write='load="my_module:load", a function that says the rest itself',
-        )
-    return options
-
-
-def _loaded(told: str, options: Mapping[str, Any]) -> Any:
-    """The model, in a worker."""
-    from nnsplice.models import load
-
-    if _FUNCTION.fullmatch(told) and not Path(told).exists():
-        make: Callable[..., Any] = imported(told)
-        made = make(**options)
-        return made if isinstance(made, engine.Model) else load(made)
-    return load(told, **options)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import engine
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
+from nnsplice.atlas import DERIVED
 from nnsplice.errors import ShapeError
 from nnsplice.packed import cut
 from nnsplice.packed.cost import Cost, Law
@@ -105,10 +106,14 @@ def alone(work: Work, job: Job) -> Tensor:
             _updated(work, job)
         elif plan.operation.way != "cut":
             write(model, _packs(work, job), 1.0 if plan.operation.way == "add" else None)
-        found.append(wire.logits_of(model)[:, read_at(plan, job[0])].clone())
+        found.append(engine.read_logits(model, read_at(plan, job[0])))
+
+    def over_processes() -> None:
+        with engine.gathered(model):  # here, as this runs in a thread of nnsight's
+            body()
 
     with torch.no_grad(), cut(model, of_rows(plan, [job])):
-        engine.run(model, inputs, body)
+        engine.run(model, inputs, over_processes)
     return found[0]
 
 
@@ -159,6 +164,8 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         for part in () if plan.operation.way == "cut" else plan.targets[job[1]].parts:
             for order, position in enumerate(plan.positions(part, job[0])):
                 for place in part.places:
+                    if site_of(place).kind in DERIVED:
+                        raise NotImplementedError(f"{place} is derived from a value, and stands in none")
                     writes.setdefault(place.place, []).append(Write(row, job[0], part, place, order, position))
     known = engine.known(model)
     stops = accesses(model, sorted(writes, key=known.rank))
@@ -175,7 +182,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
             held = hold(access, mediator, batch.rows(access.tower))
             check_length(access, held.tensor, plan.corrupted.length(access.tower, prompts[0]))
             held.write(_changed(work, access, held.tensor, writes))
-        found.append(wire.logits_of(model)[:, at].clone())
+        found.append(engine.read_logits(model, at))
 
     with torch.no_grad(), cut(model, of_rows(plan, jobs)):
         engine.run(model, {**inputs, **(fewer := only_read(model, at, writes))}, body)

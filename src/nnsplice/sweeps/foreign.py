@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnsplice import closures, engine
+from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts, encode
@@ -35,6 +36,8 @@ def check(
             expected='operation="patch", and nothing else that differs',
             write="ns.sweep(model, prompts, None, sites, metric, source=other)",
         )
+    if prompts.images is not None:
+        raise BadArgument("values of another model are for prompts of text, and these hold images")
     engine.refuse_changed_logits(other)
     if engine.in_training(other):
         raise BadArgument("the source is in train mode, so dropout would make every run another one")
@@ -83,6 +86,13 @@ def check_places(model: engine.Model, other: engine.Model, prompts: Prompts, tar
     closures.require(other, pairs.values(), written=True)
     if any(site_of(place).kind == "pattern" for place in pairs):
         raise BadArgument("a pattern is no value that another model's run could be given", expected="other places")
+    for here, there in pairs.items():
+        if here.sae is not None and features.sae_of(model, here).identity != features.sae_of(other, there).identity:
+            raise BadArgument(
+                f"the source has another SAE {here.sae.name!r}, whose features are others",
+                path=here,
+                expected="one SAE, attached to both models",
+            )
     first = prompts.take([0])
     widths: list[Mapping[Path, int]] = []
     for one, places in ((model, pairs), (other, pairs.values())):

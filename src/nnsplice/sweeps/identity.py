@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
@@ -48,7 +49,7 @@ def asked_of(
         "align": align,
         "seed": seed,
         **({} if source is None else {"source": model_told(source)}),
-        **_saes(model, targets),
+        **saes_of(model, targets),
     }
 
 
@@ -58,11 +59,15 @@ def model_told(model: engine.Model) -> dict[str, Any]:
     return {"model": name, "revision": revision, "weights": engine.weights_digest(model)}
 
 
-def _saes(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
+def saes_of(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
     """The SAEs whose features are sites, by their names."""
-    names = {str(site_of(place).sae) for target in targets for place in target.places if place.sae is not None}
-    held = attached(peel(model))
-    return {"saes": {name: dict(held[name].sae.identity) for name in sorted(names)}} if names else {}
+    places = {str(site_of(place).sae): place for target in targets for place in target.places if place.sae is not None}
+    told: dict[str, Any] = {}
+    for name, place in sorted(places.items()):
+        told[name] = dict(features.sae_of(model, place).identity)
+        if (reads := attached(peel(model))[name].reads) is not None:
+            told[name]["reads"] = str(reads.place)
+    return {"saes": told} if told else {}
 
 
 def labels_of(model: engine.Model, plan: Plan) -> dict[str, Any]:
@@ -90,6 +95,8 @@ def told(prompts: Prompts) -> dict[str, Any]:
         plain["texts"] = list(prompts.texts)
     if prompts.decoder_ids is not None:
         plain["decoder"] = [list(row) for row in prompts.decoder_ids]
+    if prompts.images is not None:
+        plain["images"] = [images.digest for images in prompts.images]
     if prompts.spans is not None:
         plain["spans"] = {name: [list(bounds) for bounds in rows] for name, rows in prompts.spans.items()}
     return plain

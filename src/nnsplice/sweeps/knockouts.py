@@ -55,7 +55,7 @@ def check(model: engine.Model, operation: Operation, targets: Sequence[Target], 
 
 def _check_rest(model: engine.Model, target: Target, edited: Prompts) -> None:
     """Raise where a query would lose every key that it can see."""
-    causal = engine.is_causal(model)
+    causal = edited.is_causal(model)
     for prompt in range(len(edited)):
         lost: dict[tuple[object, int], set[int]] = {}
         for part in target.parts:

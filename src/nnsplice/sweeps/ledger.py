@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nnsplice import engine
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Several
 from nnsplice.progress import bar
@@ -27,11 +28,17 @@ class Ledger:
     done: np.ndarray
     log: Journal | None
     shown: Any
+    #: The processes that the model is spread over; the first of them has the journal.
+    team: engine.Team
 
     def note(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
         """Write down what was measured; it is in the journal before the bar moves."""
         for job, value in zip(jobs, values, strict=True):
             self.values[job], self.done[job] = value, True
+        self.team.by_first("writing the journal", lambda: self._log(jobs, values))
+        self.shown.update(len(jobs))
+
+    def _log(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
         if self.log is not None:
             # A journal has one number in a place: several metrics of a cell stand side by side.
             each = np.array(values, dtype=np.float64).reshape(len(jobs), -1)
@@ -39,7 +46,6 @@ class Ledger:
             wide = each.shape[1]
             numbers = cells[:, None] * wide + np.arange(wide)
             self.log.append(np.repeat(prompts, wide).tolist(), numbers.reshape(-1).tolist(), each.reshape(-1).tolist())
-        self.shown.update(len(jobs))
 
     def warn_of_nan(self) -> None:
         """Say so where the metric of a cell was no number."""
@@ -57,22 +63,27 @@ def ledger(
     journal: str | PathLike[str] | None,
     progress: bool,
     metrics: int = 0,
+    team: engine.Team | None = None,
 ) -> Iterator[Ledger]:
     """A ledger for these jobs, with all that a journal of the same question has of them.
 
     Args:
         metrics: how many numbers a cell has, where it has several.
+        team: the processes that the model is spread over: the first has the journal and the bar.
     """
     several, wide = ((metrics,) if metrics else ()), metrics or 1
     values, done = np.full((*shape, *several), np.nan), np.zeros(shape, dtype=bool)
-    log = None if journal is None else Journal.open(journal, asked, len(jobs) * wide)
+    team = team or engine.Team()
+    log: Journal | None = None
+    if journal is not None:
+        log = team.by_first("opening the journal", lambda: Journal.open(journal, asked, len(jobs) * wide))
     try:
-        for (prompt, number), value in (log.done() if log is not None else {}).items():
+        for (prompt, number), value in team.told(log.done() if log is not None else {}).items():
             cell = number // wide
             values[(prompt, cell, number % wide) if metrics else (prompt, cell)] = value
             done[prompt, cell] = True
-        with bar("sweep", len(jobs), "cell", progress, done=int(done[jobs.columns()].sum())) as shown:
-            yield Ledger(values, done, log, shown)
+        with bar("sweep", len(jobs), "cell", progress and team.is_first, done=int(done[jobs.columns()].sum())) as shown:
+            yield Ledger(values, done, log, shown, team)
     finally:
         if log is not None:
             log.close()

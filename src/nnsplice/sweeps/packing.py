@@ -55,7 +55,13 @@ def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
         # Before its first difference a pair is one run, and what is patched there is what stands there.
         tokens = {position: order for order, position in enumerate(plan.positions(part, prompt)) if position >= same}
         edits += [
-            Edit(place, tuple(tokens), change or plan.operation.apply, _values(work, prompt, part, place, tokens))
+            Edit.made(
+                work.model,
+                place,
+                tuple(tokens),
+                change or plan.operation.apply,
+                _values(work, prompt, part, place, tokens),
+            )
             for place in (part.places if tokens else ())
         ]
     read = plan.metric.metric.position % plan.corrupted.length("decoder", prompt)

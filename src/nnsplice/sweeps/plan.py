@@ -17,10 +17,11 @@ from nnsplice.paths import Slice, Span
 from nnsplice.results import PART, taken
 from nnsplice.shown import counted
 from nnsplice.sweeps.cells import Part, Target, has_tokens, own_tokens
-from nnsplice.sweeps.cutting import MAX_TOKENS, SIZE, Piece, pieces
+from nnsplice.sweeps.cutting import Piece, pieces
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.targets import Corruption
+from nnsplice.units import MAX_TOKENS, SIZE
 
 
 @dataclass(frozen=True, repr=False)
@@ -257,6 +258,11 @@ class Plan:
         work = sum(float(unedited[list(unit.prompts)].sum()) for unit in units) + float(totals.sum())
         return Estimate(len(self.jobs), len(self.known), len(units), work, naive)
 
+    def costs(self) -> list[float]:
+        """In tokens times layers, about how much work each prompt is."""
+        unedited, totals, _ = self._costs()
+        return (unedited[: self.prompts] + totals).tolist()
+
     def _costs(self) -> tuple[np.ndarray, np.ndarray, Callable[[int], np.ndarray]]:
         """In tokens times layers, what each prompt costs without an edit, and with all, and each cell of one prompt."""
         layer = np.array([min((part.cell.layer or 0) for part in target.parts) for target in self.targets])
@@ -323,8 +329,7 @@ class Plan:
         if self.operation.name != "patch" or self.clean is None or self.align != "position" or self.foreign:
             return [0] * len(self.corrupted)
         changed = self.corruption.positions if self.corruption is not None else ((),) * len(self.corrupted)
-        pairs = zip(self.clean.ids, self.corrupted.ids, strict=True)
-        each = [next((n for n, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[1])) for pair in pairs]
+        each = [self.clean.shared_start(self.corrupted, row) for row in range(len(self.corrupted))]
         return [min([start, *tokens]) for start, tokens in zip(each, changed, strict=True)]
 
     @cached_property

@@ -10,25 +10,25 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument
-from nnsplice.metrics import Bound, Metric, Several, rules
 from nnsplice.paths import Path, Slice, Span
 from nnsplice.results import Cell
+from nnsplice.subspaces import Subspace
 from nnsplice.sweeps.cells import At, Part, Target
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import NAMES, Operation, operation_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.targets import Corruption
-from nnsplice.work import imported, named, write_json
+from nnsplice.units import function_of, metric_of, plain_function, plain_metric, plain_prompts, prompts_of
+from nnsplice.work import write_json
 
 PLAN, REFERENCE, CORRUPTION = "plan.json", "reference.safetensors", "corruption.safetensors"
+SUBSPACE = "subspace.safetensors"
 #: The fields of a plan that these files hold. Another one, where it says something, is refused.
 _HELD = {
     "corrupted", "clean", "targets", "metric", "operation", "reference", "align", "seed", "jobs", "known", "asked",
-    "corruption", "tokens", "owners", "appended", "numbers", "of",
+    "corruption", "tokens", "owners", "appended", "numbers", "of", "foreign",
 }  # fmt: skip
 
 
@@ -43,13 +43,18 @@ def plain_plan(plan: Plan) -> dict[str, Any]:
             raise BadArgument(f"a plan with {field.name}= cannot be given to other processes", expected="one without")
     corruption = plan.corruption
     return {
-        "corrupted": _prompts(plan.corrupted),
-        "clean": "corrupted" if plan.clean is plan.corrupted else None if plan.clean is None else _prompts(plan.clean),
+        "corrupted": plain_prompts(plan.corrupted),
+        "clean": "corrupted"
+        if plan.clean is plan.corrupted
+        else None
+        if plan.clean is None
+        else plain_prompts(plan.clean),
         "targets": [_target(target) for target in plan.targets],
-        "metric": _metric(plan.metric),
+        "metric": plain_metric(plan.metric),
         "operation": plan.operation.name
         if plan.operation.name in NAMES
-        else _function(plan.operation.compute, "operation"),
+        else plain_function(plan.operation.compute, "operation"),
+        "subspace": plan.operation.subspace is not None,
         "reference": plan.reference is not None,
         "align": plan.align,
         "seed": plan.seed,
@@ -68,6 +73,7 @@ def plain_plan(plan: Plan) -> dict[str, Any]:
         "appended": list(plan.appended),
         "numbers": list(plan.numbers),
         "of": plan.of,
+        "foreign": plan.foreign,
     }
 
 
@@ -77,6 +83,8 @@ def write_tensors(plan: Plan, folder: FilePath) -> None:
 
     if plan.reference is not None:
         plan.reference.to_file(folder / REFERENCE)
+    if plan.operation.subspace is not None:
+        plan.operation.subspace.to_file(folder / SUBSPACE)
     if plan.corruption is not None:
         values = {str(row): value.contiguous().clone() for row, value in enumerate(plan.corruption.values)}
         save_file(values, folder / CORRUPTION)
@@ -97,10 +105,9 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
     """
     from safetensors.torch import load_file
 
-    taken = engine.taken_by(type(peel(model)))
-    edited = _prompts_of(told["corrupted"], taken)
+    edited = prompts_of(told["corrupted"], model)
     clean = told["clean"]
-    source = edited if clean == "corrupted" else None if clean is None else _prompts_of(clean, taken)
+    source = edited if clean == "corrupted" else None if clean is None else prompts_of(clean, model)
     corruption = told["corruption"]
     if corruption is not None:
         values = load_file(FilePath(folder) / CORRUPTION)
@@ -109,18 +116,19 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
         each = tuple(values[str(row)] for row in range(len(positions)))
         corruption = Corruption(place, positions, each, corruption["overwrites"])
     reference = SavedActivation.from_file(FilePath(folder) / REFERENCE)._located(model) if told["reference"] else None
+    subspace = Subspace.from_file(FilePath(folder) / SUBSPACE) if told["subspace"] else None
     plan = Plan(
-        corrupted=edited, clean=source, targets=_targets(told["targets"], model), metric=_metric_of(told["metric"]),
-        operation=_operation_of(told["operation"]), reference=reference, align=told["align"], seed=told["seed"],
-        jobs=Jobs.of_ranges(told["jobs"]), known=Jobs.of_ranges(told["known"]), asked=told["asked"],
+        corrupted=edited, clean=source, targets=_targets(told["targets"], model), metric=metric_of(told["metric"]),
+        operation=_operation_of(told["operation"], subspace), reference=reference, align=told["align"],
+        seed=told["seed"], jobs=Jobs.of_ranges(told["jobs"]), known=Jobs.of_ranges(told["known"]), asked=told["asked"],
         corruption=corruption, tokens=tuple(tuple(each) for each in told["tokens"]), owners=tuple(told["owners"]),
-        appended=tuple(told["appended"]), numbers=tuple(told["numbers"]), of=told["of"],
+        appended=tuple(told["appended"]), numbers=tuple(told["numbers"]), of=told["of"], foreign=told["foreign"],
     )  # fmt: skip
     # The operation wholly, so that what these files do not hold of it is refused and not left out.
     here = {"operation": plan.operation.identity, "metric": _sources(plan.metric.identity)}
     there = {"operation": told["asked"]["operation"], "metric": _sources(told["asked"]["metric"])}
     for name in here:
-        if json.dumps(here[name]) != json.dumps(there[name]):
+        if json.dumps(here[name], sort_keys=True) != json.dumps(there[name], sort_keys=True):
             raise BadArgument(
                 f"the {name} is another function here than where the sweep was planned",
                 expected="one file for all, which does not change while the sweep runs",
@@ -131,28 +139,6 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
 def cells_of(told: Mapping[str, Any]) -> tuple[Cell, ...]:
     """The cells of a plan as plain data, without its model."""
     return tuple(Cell(*target["cell"]) for target in told["targets"])
-
-
-# --- prompts ----------------------------------------------------------------------------------------------------------
-
-
-def _prompts(prompts: Prompts) -> dict[str, Any]:
-    spans = None if prompts.spans is None else {name: [list(b) for b in rows] for name, rows in prompts.spans.items()}
-    if prompts.sounds is not None:
-        raise BadArgument(f"a plan with prompts of {prompts.sounds[0].name} is not written to a file",
-                          expected="a sweep in this process")  # fmt: skip
-    decoder = None if prompts.decoder_ids is None else [list(row) for row in prompts.decoder_ids]
-    texts = None if prompts.texts is None else list(prompts.texts)
-    return {"ids": [list(row) for row in prompts.ids], "texts": texts, "decoder": decoder, "spans": spans}
-
-
-def _prompts_of(told: Mapping[str, Any], taken: engine.Taken) -> Prompts:
-    def rows(each: Any) -> Any:
-        return None if each is None else tuple(tuple(row) for row in each)
-
-    spans = None if told["spans"] is None else {name: rows(each) for name, each in told["spans"].items()}
-    texts = None if told["texts"] is None else tuple(told["texts"])
-    return Prompts(rows(told["ids"]), texts, rows(told["decoder"]), None, spans, taken)
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -208,38 +194,8 @@ def _at_of(told: Any) -> At:
 # --- functions --------------------------------------------------------------------------------------------------------
 
 
-def _function(function: Any, what: str) -> dict[str, str]:
-    return {"function": named(function, f"the {what}")}
-
-
-def _metric(metric: Bound | Several) -> dict[str, Any]:
-    if isinstance(metric, Several):
-        return {"several": [[name, _metric(bound)] for name, bound in metric.parts]}
-    own, rule = metric.metric, metric.metric.rule
-    known = getattr(rule, "__module__", "") == rules.__name__
-    return {
-        "name": own.name, "rule": rule.__name__ if known else _function(rule, "metric"), "position": own.position,
-        "compares": own.compares, "local": own.local,
-        "ids": metric.identity["ids"],
-    }  # fmt: skip
-
-
-def _metric_of(told: Mapping[str, Any]) -> Bound | Several:
-    if "several" in told:
-        each = [(name, _metric_of(one)) for name, one in told["several"]]
-        return Several(tuple((name, bound) for name, bound in each if isinstance(bound, Bound)))
-    rule = told["rule"]
-    rule = getattr(rules, rule) if isinstance(rule, str) else imported(rule["function"])
-    ids = {
-        name: tuple(tuple(one) if isinstance(one, list) else one for one in each) for name, each in told["ids"].items()
-    }
-    answers = {name: list(each) for name, each in ids.items()}
-    metric = Metric(told["name"], rule, answers, told["position"], compares=told["compares"], local=told["local"])
-    return Bound(metric, ids)
-
-
-def _operation_of(told: str | Mapping[str, str]) -> Operation:
-    return operation_of(told if isinstance(told, str) else imported(told["function"]))
+def _operation_of(told: str | Mapping[str, str], subspace: Subspace | None) -> Operation:
+    return operation_of(told if isinstance(told, str) else function_of(told, "operation"), subspace)
 
 
 def _sources(identity: Any) -> Any:

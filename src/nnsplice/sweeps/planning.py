@@ -100,7 +100,7 @@ def plan_sweep(
         ShortRow: a prompt has no token at a position of a site or of the metric.
         SpanError: a span that is not found, or has another length in the other prompt.
     """
-    model = engine.as_model(model)
+    model = engine.as_model(model, spread=source is None)
     other = None if source is None else engine.as_model(source)
     with circumstances("ns.plan_sweep"):
         engine.refuse_changed_logits(model)
@@ -157,8 +157,8 @@ def _prompts(
         raise BadArgument("neither clean nor corrupted prompts", expected="prompts")
     if clean is None and operation.name == "patch":
         raise BadArgument("patching takes its values from the clean run, and clean is None", expected="clean prompts")
-    source = None if clean is None else encode(model, clean, spans_clean, sounds=True)
-    edited = source if corrupted is None else encode(model, corrupted, spans_corrupted, sounds=True)
+    source = None if clean is None else encode(model, clean, spans_clean, images=True, sounds=True)
+    edited = source if corrupted is None else encode(model, corrupted, spans_corrupted, images=True, sounds=True)
     assert edited is not None
     if edited.values is not None:
         raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")

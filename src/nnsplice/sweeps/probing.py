@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnsplice import engine, wire
+from nnsplice import engine
 from nnsplice.atlas import Atlas, peel
 from nnsplice.packed import ways
 from nnsplice.packed.cost import Cost
@@ -66,7 +66,10 @@ def compare(work: Work, longest: int) -> tuple[Answer, Cost]:
     """All ways on a few cells, the fastest first, until one agrees with runs of their own."""
     probe = _Probe(work, cells(work))
     cost, mismatch, raised = probe.cost, "", ""
-    for way in ways(whole_prompts(work, probe.jobs)):
+    over = engine.Team.of(work.model).size
+    if over > 1:
+        raised = f"this model is spread over {over} processes, and packed rows run their attention in one"
+    for way in ways(whole_prompts(work, probe.jobs)) if over == 1 else ():
         work.memo["way"] = way
         try:
             tried = probe.tried(packed, [probe.jobs])
@@ -77,10 +80,10 @@ def compare(work: Work, longest: int) -> tuple[Answer, Cost]:
         if not tried.differs:
             return Answer("packed", probe.note(tried), longest, way=way), cost + probe.noise_cost
         mismatch = mismatch or tried.differs
-    del work.memo["way"]
+    work.memo.pop("way", None)
     refused = mismatch or raised
     try:
-        tried = probe.tried(batched, _by_length(work, probe.jobs))
+        tried = probe.tried(batched, _by_shape(work, probe.jobs))
     except Exception as error:
         note = f"not packed: {refused}; not batched: {_reason(error)}"
         return Answer("reference", note, longest, refused), cost + probe.noise_cost
@@ -100,10 +103,10 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"
 
 
-def _by_length(work: Work, jobs: Sequence[Job]) -> list[list[Job]]:
-    groups: dict[int, list[Job]] = {}
-    for job, length in zip(jobs, whole_prompts(work, jobs), strict=True):
-        groups.setdefault(length, []).append(job)
+def _by_shape(work: Work, jobs: Sequence[Job]) -> list[list[Job]]:
+    groups: dict[object, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(work.plan.corrupted.shape(job[0]), []).append(job)
     return list(groups.values())
 
 
@@ -260,7 +263,7 @@ def noise_of(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
                 engine.run(
                     work.model,
                     work.plan.corrupted.inputs(rows, work.model.device),
-                    lambda: found.append(direction(wire.logits_of(work.model))),
+                    lambda: found.append(direction(engine.read_logits(work.model))),
                 )
             cost += work.law.whole(work.plan.corrupted, rows, lengths[prompt])
     finally:

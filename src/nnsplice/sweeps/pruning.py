@@ -21,7 +21,7 @@ from nnsplice.sweeps.plan import Plan
 def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
     """The cells to compute, and those that cannot differ from the corrupted run."""
     # A hook of the user's may mix tokens in any way.
-    causal = engine.is_causal(model) and not _has_hooks(model)
+    causal = plan.corrupted.is_causal(model) and not _has_hooks(model)
     to_compute = np.zeros((len(plan.corrupted), len(plan.targets)), dtype=bool)
     is_known, is_after = np.zeros_like(to_compute), np.zeros(len(plan.targets), dtype=bool)
     kinds, after = _kinds(model, plan), 0
@@ -112,7 +112,7 @@ def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:
     if source is None:
         return False
     a, b = edited.take([prompt]), source.take([prompt])
-    return (a.ids, a.decoder_ids, a.spans) == (b.ids, b.decoder_ids, b.spans)
+    return (a.identity(0), a.spans) == (b.identity(0), b.spans)
 
 
 def _has_hooks(model: engine.Model) -> bool:

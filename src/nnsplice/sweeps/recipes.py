@@ -86,11 +86,11 @@ def ablate(
     running = {name: options.pop(name) for name in RUNNING if name in options}
     if operation in ("mean", "resample") and reference is None:
         everywhere = list(dict.fromkeys(path.place for path in every_path(sites)))
-        reference = _all_tokens(engine.as_model(model), prompts, everywhere)
+        reference = _all_tokens(engine.as_model(model, spread=True), prompts, everywhere)
     plan = plan_sweep(
         model, prompts, None, sites, metric, operation=operation, reference=reference, together=together, **options
     )
-    return run_fresh(plan, engine.as_model(model), **running)
+    return run_fresh(plan, engine.as_model(model, spread=True), **running)
 
 
 _SET_BY_ABLATE = ("corruption", "source")
@@ -98,7 +98,7 @@ _SET_BY_ABLATE = ("corruption", "source")
 
 def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:
     """The mean over its tokens of each prompt's values at these places, a row for each prompt."""
-    given = encode(model, prompts)
+    given = encode(model, prompts, images=True)
     rows: list[Any] = []
     for batch in given.batches(None):
         saved = capture(model, given.take(batch), [place.at(parse_path("embed[:]").position) for place in places])
@@ -169,7 +169,7 @@ def causal_trace(
         SpanError: a subject that is not found in its prompt.
     """
     check_options("ns.causal_trace", options, known_of(causal_trace, causal_trace))
-    model = engine.as_model(model)
+    model = engine.as_model(model, spread=True)
     if kind not in KINDS:
         raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))
     if sites is not None and kind != "residual":
@@ -185,7 +185,7 @@ def causal_trace(
     if samples < 1:
         raise BadArgument(f"samples={samples}", expected="at least 1")
     with circumstances("ns.causal_trace"):
-        given = encode(model, prompts, {"subject": subject})
+        given = encode(model, prompts, {"subject": subject}, images=True)
         answers = _top(model, given) if answer is None else answer
         each = [answers] * len(given) if isinstance(answers, str | int | AbstractSet) else list(answers)
         if len(each) != len(given):
@@ -216,7 +216,7 @@ def _noised(
 ) -> Corruption:
     assert given.spans is not None
     # Added noise is the same before and after positions are added; what takes the place of the embedding leaves them.
-    wanted = _embedding(model) if overwrites else f"{_read_by(model)}embed.output"
+    wanted = _embedding(model, given) if overwrites else f"{_read_by(model)}embed.output"
     (place,) = engine.expand(model, wanted)
     bounds = given.spans["subject"]
     width = capture(model, given.take([0]), [place.at(0)]).get(place.at(0)).shape[-1]
@@ -247,16 +247,21 @@ def _drawn(noise: float | Tensor, samples: int, tokens: int, width: int, seed: s
 
 def _spread(model: engine.Model, given: Prompts) -> float:
     """The standard deviation of the numbers in the subject's token embeddings, of one prompt."""
-    place = _embedding(model)
+    place = _embedding(model, given)
     assert given.spans is not None
     ((start, stop),) = given.spans["subject"]
     saved = capture(model, given, f"{place}[{','.join(map(str, range(start, stop)))},]")
     return float(torch.cat([tensor.flatten() for _, tensor in saved.items()]).double().std())
 
 
-def _embedding(model: engine.Model) -> str:
-    """What the token embedding gives by itself; where there is no such module, the stream that enters the layers."""
+def _embedding(model: engine.Model, given: Prompts) -> str:
+    """What the token embedding gives by itself; where there is no such module, the stream that enters the layers.
+
+    The stream too in prompts with images, which take the place of what the embedding gives of their tokens.
+    """
     stream = f"{_read_by(model)}embed.output"
+    if given.images is not None:
+        return stream
     embed = Atlas.of(model).tower(parse_path(stream)).embed
     return stream if embed is None else f"model.{_native(embed)}.output"
 

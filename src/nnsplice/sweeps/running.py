@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from nnsplice.subspaces import Subspace
 from nnsplice.sweeps import foreign
 from nnsplice.sweeps.choosing import EXECUTORS, Chosen, choose
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
-from nnsplice.sweeps.identity import labels_of
+from nnsplice.sweeps.identity import labels_of, saes_of
 from nnsplice.sweeps.jobs import Job, Jobs
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Plan
@@ -51,7 +52,7 @@ def run(
     """A plan in this process; its arguments are those of `ns.run`."""
     if not isinstance(plan, Plan):
         raise BadType(f"{named(plan)} is no plan", expected="what ns.plan_sweep returns", write="ns.run(plan, model)")
-    model = engine.as_model(model)
+    model = engine.as_model(model, spread=source is None)
     engine.refuse_changed_logits(model)
     check_mode(model)
     digest = engine.weights_digest(model)
@@ -59,6 +60,11 @@ def run(
         raise BadArgument(
             f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
             expected="the model that the plan was made with",
+        )
+    if plan.asked.get("saes", {}) != saes_of(model, plan.targets).get("saes", {}):
+        raise BadArgument(
+            "the plan was made with another SAE of this name than the one that is attached",
+            expected="the SAE that the plan was made with",
         )
     return run_fresh(
         plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress, source=source
@@ -78,6 +84,9 @@ def run_fresh(
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
     other = foreign.source_of(plan, source)
+    team = engine.Team.of(model)
+    journal = team.told(None if journal is None else os.fspath(journal))
+    team.check_same((dict(plan.asked), plan.jobs.ranges, str(executor), max_tokens), "the sweep")
     # A file tells its question from others by every number of the model, also by those written past torch's notice.
     if journal is not None and plan.asked.get("weights") != engine.weights_digest(model, anew=True):
         raise BadArgument(
@@ -101,6 +110,12 @@ def measured_table(
 ) -> Table:
     """What `run` finds, as a table; whoever calls holds the model's turn, and has checked the model."""
     start = time.perf_counter()
+    team = engine.Team.of(model)
+    if team.size > 1:
+        # What is measured of a place runs its block by itself; inside a trace that would take the weights of the block
+        # away from the run around it, as fully_shard keeps them for one call at a time.
+        places = [place for target in plan.targets for place in target.places]
+        closures.require(model, [*places, *([plan.corruption.place] if plan.corruption else ())])
     first, at_once = _rooms(model, max_tokens)
     clean_logits, source, cost = clean_run(model, plan, at_once, other)
     prompts = range(len(plan.corrupted))
@@ -123,7 +138,8 @@ def measured_table(
     check_baselines(plan.metric, clean=clean, corrupted=corrupted)
 
     names = plan.metric.names if isinstance(plan.metric, Several) else ()
-    with ledger((len(prompts), len(plan.targets)), plan.jobs, plan.asked, journal, progress, len(names)) as book:
+    shape = (len(prompts), len(plan.targets))
+    with ledger(shape, plan.jobs, plan.asked, journal, progress, len(names), team) as book:
         known = plan.known.columns()
         book.values[known], book.done[known] = corrupted[known[0]], True
         prompts_of, targets_of = plan.jobs.columns()
@@ -145,7 +161,9 @@ def measured_table(
     return summed(table, plan.owners, plan.tokens) if plan.owners else replace(table, metrics=names)
 
 
-def chosen_for(plan: Plan, model: engine.Model, executor: str, at_once: int) -> Chosen:
+def chosen_for(
+    plan: Plan, model: engine.Model, executor: str, at_once: int, other: engine.Model | None = None
+) -> Chosen:
     """The executor of a plan that others will run in parts: tried on its longest prompt and its shortest, once."""
     prompts = plan.jobs.prompts
     if executor in ("reference", "batched") or not prompts:
@@ -155,7 +173,7 @@ def chosen_for(plan: Plan, model: engine.Model, executor: str, at_once: int) -> 
     part = plan.take(sorted({plan.owners[run] if plan.owners else run for run in ends}))
     check_mode(model)
     with engine.turn(model):
-        logits, source, _ = clean_run(model, part, at_once)
+        logits, source, _ = clean_run(model, part, at_once, other)
         found, _ = Chosen.of(executor, Work(model, part, source, logits if part.metric.metric.compares else None))
     return found
 
@@ -259,8 +277,8 @@ def sweep(
             stacklevel=2,
         )
     return run_fresh(
-        plan, engine.as_model(model), executor=executor, max_tokens=max_tokens, journal=journal, progress=progress,
-        source=source,
+        plan, engine.as_model(model, spread=source is None), executor=executor, max_tokens=max_tokens,
+        journal=journal, progress=progress, source=source,
     )  # fmt: skip
 
 
@@ -285,6 +303,7 @@ def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Co
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
             if not engine.is_memory(error):
                 raise
+            engine.Team.of(work.model).refuse_memory(error)
     return corrupted_run(work.model, plan, at_once)
 
 
@@ -293,7 +312,7 @@ def _corrupted(work: Work, executor: Executor, at_once: int) -> tuple[Tensor, Co
 
 def _rooms(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
     """How many tokens run at once, in the first chunk and later: what suits the machine, or what was asked for."""
-    room = engine.room(model, max_tokens)
+    room = engine.Team.of(model).least(engine.room(model, max_tokens))  # memory is not free alike everywhere
     if max_tokens is not None or (model.device is not None and model.device.type != "cpu"):
         return room, room
     each = Law.of(model).token
@@ -315,6 +334,7 @@ def _chunks(
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if len(chunk) == 1 or isinstance(error, NnspliceError) or not engine.is_memory(error):
                     raise
+                engine.Team.of(work.model).refuse_memory(error)
                 room = at_once = min(room, sum(sizes[at : at + len(chunk)])) // 2
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -324,11 +344,12 @@ def _chunks(
 
 
 def _together(work: Work, executor: Executor, jobs: Sequence[Job]) -> list[list[Job]]:
-    """Jobs by the length of their prompts, where that matters; sorted by prompt, so that a chunk is about few."""
-    encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
-    groups: dict[tuple[int, int], list[Job]] = {}
+    """Jobs by the shape of their prompts, where that matters; sorted by prompt, so that a chunk is about few."""
+    prompts = work.plan.corrupted
+    shapes = [() if executor.mixed else prompts.shape(row) for row in range(len(prompts))]
+    groups: dict[object, list[Job]] = {}
     for job in sorted(jobs):
-        groups.setdefault((0, 0) if executor.mixed else (encoder[job[0]], decoder[job[0]]), []).append(job)
+        groups.setdefault(shapes[job[0]], []).append(job)
     return list(groups.values())
 
 

@@ -39,7 +39,7 @@ def spread(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts
     Raises:
         BadArgument: the model does not read forwards only.
     """
-    if not engine.is_causal(model) or edited.decoder_ids is not None:
+    if not edited.is_causal(model) or edited.decoder_ids is not None:
         raise BadArgument(
             f"{metric.name} appends the answer to the prompt, and this model does not read forwards only",
             expected="a causal decoder",
@@ -65,7 +65,12 @@ def spread(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts
 def _with(prompts: Prompts, answers: Sequence[Sequence[int]], runs: Sequence[tuple[int, int]]) -> Prompts:
     each = prompts.take([prompt for prompt, _ in runs])
     ids = tuple(row + tuple(answers[p][:number]) for row, (p, number) in zip(each.ids, runs, strict=True))
-    return replace(each, ids=ids, texts=None)
+    images = (
+        None
+        if each.images is None
+        else tuple(one.longer(number) for one, (_, number) in zip(each.images, runs, strict=True))
+    )
+    return replace(each, ids=ids, texts=None, images=images)
 
 
 def summed(table: Table, owners: Sequence[int], tokens: tuple[tuple[str, ...], ...]) -> Table:

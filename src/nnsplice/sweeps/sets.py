@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations, product
 
 from nnsplice import engine
 from nnsplice.activations import derived, features
@@ -121,11 +121,14 @@ def _check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
 def _check_overlaps(model: engine.Model, parts: Sequence[Part], edited: Prompts) -> None:
     """Raise where two parts give one number two values, in any prompt."""
     written = [(part, _written(model, part.places[0])) for part in parts]
-    for (one, a), (other, b) in combinations(written, 2):
+    # Parts of SAEs add their differences, as experts do, so they are compared with other places alone.
+    adding = {*features.KINDS, features.TRANSCODED}
+    others = [pair for pair in written if site_of(pair[0].places[0]).kind not in adding]
+    of_saes = [pair for pair in written if site_of(pair[0].places[0]).kind in adding]
+    for (one, a), (other, b) in chain(combinations(others, 2), product(of_saes, others)):
         sa, sb = site_of(a), site_of(b)
-        kinds = {site_of(one.places[0]).kind, site_of(other.places[0]).kind}
-        adding = kinds == {"expert"} or kinds <= set(features.KINDS)  # they add their differences
-        if adding or (sa.location, sa.item) != (sb.location, sb.item) or not _meet(sa.columns, sb.columns):
+        experts = {site_of(one.places[0]).kind, site_of(other.places[0]).kind} == {"expert"}
+        if experts or (sa.location, sa.item) != (sb.location, sb.item) or not _meet(sa.columns, sb.columns):
             continue
         for prompt, length in enumerate(edited.lengths(one.tower)):
             if not (has_tokens(one.position, length) and has_tokens(other.position, length)):
@@ -146,6 +149,8 @@ def _written(model: engine.Model, place: Path) -> Path:
         return derived.pattern_places(model, place)[1]
     if kind == "ungated":
         return derived.slice_place(place)
+    if kind == features.TRANSCODED:
+        return features.written_at(model, place)
     return derived.expert_output(place) if kind == "expert" else host(place)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import gather
 from nnsplice.activations.packs import Pack
@@ -87,10 +87,8 @@ def corrupted_run(model: engine.Model, plan: Plan, room: int) -> tuple[Tensor, C
 def _first_alike(plan: Plan, prompts: Prompts) -> list[int]:
     """For each prompt the first that is the same, and read at the same token: one run serves them all."""
     known: dict[object, int] = {}
-    decoder = prompts.decoder_ids
     return [
-        known.setdefault((ids, None if decoder is None else decoder[row], read_at(plan, row, clean=True)), row)
-        for row, ids in enumerate(prompts.ids)
+        known.setdefault((prompts.identity(row), read_at(plan, row, clean=True)), row) for row in range(len(prompts))
     ]
 
 
@@ -116,7 +114,7 @@ def _logits(
 
         def body(at: int = at, found: list[Tensor] = found, first: Callable = first) -> None:
             first()
-            found.append(wire.logits_of(model)[:, at].clone())
+            found.append(engine.read_logits(model, at))
 
         inputs = prompts.inputs(rows, model.device)
         assert isinstance(inputs, Mapping)

@@ -10,7 +10,7 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from typing import Any, TypeVar, cast
@@ -105,38 +105,99 @@ def sweep_weights(
     """
     base = engine.as_model(base)
     start = time.perf_counter()
+    asking = asked_of(base, tuned, prompts, sites, metric, batch_size=batch_size, anew=journal is not None)
+    runs, asked = asking.runs, asking.asked
     with circumstances("ns.sweep_weights"), engine.turn(base), torch.no_grad():
-        if batch_size is not None and batch_size < 1:
-            raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
-        places = _places(base, sites)
-        _check_pair(base, tuned, places.values())
-        runs = _Runs.of(base, prompts, metric, batch_size)
-        clean_logits, every = _tuned_logits(runs, tuned), range(len(runs.given))
-        clean = runs.measured(every, clean_logits, clean_logits)
-        corrupted = runs.measured(every, runs.all_logits(peel(base)), clean_logits)
-        check_baselines(runs.metric, tuned=clean, base=corrupted)
-    cells = tuple(cell_of(place) for place in places)
-    asked = _asked(tuned, runs, places, cells, anew=journal is not None)
-    cost = Cost()
-    shape = len(every), len(cells)
-    jobs = Jobs.of(np.ndindex(shape))
+        ends = _ends(runs, tuned)
+    shape = len(runs.given), len(asking.cells)
+    cost, jobs = Cost(), Jobs.of(np.ndindex(shape))
     # The weights are other ones while this runs, so other threads' sweeps of the model wait.
     with (
         engine.turn(base),
         ledger(shape, jobs, asked, journal, progress) as book,
         torch.no_grad(),
     ):
-        for done, found, spent in _measured(runs, tuned, list(places.values()), clean_logits, book.done):
+        for done, found, spent in _measured(runs, tuned, asking.selections, ends.logits, book.done):
             book.note(done, found)
             cost += spent
     book.warn_of_nan()
     about = Run("weights", time.perf_counter() - start, **cost.told())
     exists = np.ones(shape, dtype=bool)
-    return SweepResult(Table(cells, book.values, book.done, exists, clean, corrupted, runs.tokens, asked, about))
+    return SweepResult(
+        Table(asking.cells, book.values, book.done, exists, ends.clean, ends.corrupted, runs.tokens, asked, about)
+    )
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A sweep of weights, with every mistake in it found."""
+
+    runs: Runs
+    cells: tuple[Cell, ...]
+    #: The weights of each cell.
+    selections: Sequence[Selection]
+    asked: Mapping[str, Any]
+
+
+def asked_of(
+    base: engine.Model,
+    tuned: Any,
+    prompts: PromptsLike,
+    sites: Paths,
+    metric: MetricLike | Bound,
+    *,
+    batch_size: int | None,
+    anew: bool = False,
+) -> Asking:
+    """What is asked; the arguments are those of `sweep_weights`.
+
+    Args:
+        anew: read all weights again.
+    """
+    with circumstances("ns.sweep_weights"), engine.turn(base), torch.no_grad():
+        if batch_size is not None and batch_size < 1:
+            raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
+        places = _places(base, sites)
+        _check_pair(base, tuned, places.values())
+        runs = Runs.of(base, prompts, metric, batch_size)
+    cells = tuple(cell_of(place) for place in places)
+    return Asking(runs, cells, list(places.values()), _asked(tuned, runs, places, cells, anew=anew))
+
+
+def measured_part(asking: Asking, tuned: Any, prompts: Sequence[int], batch_size: int) -> Table:
+    """The cells of some of the prompts, as a table without their names."""
+    start, runs, cost = time.perf_counter(), asking.runs.take(prompts, batch_size), Cost()
+    shape = len(prompts), len(asking.cells)
+    values, done = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
+    with engine.turn(runs.base), torch.no_grad():
+        ends = _ends(runs, tuned)
+        for jobs, found, spent in _measured(runs, tuned, asking.selections, ends.logits, done.copy()):
+            at = tuple(np.array(jobs).T)
+            values[at], done[at] = found, True
+            cost += spent
+    about = Run("weights", time.perf_counter() - start, **cost.told())
+    return Table((), values, done, np.ones(shape, dtype=bool), ends.clean, ends.corrupted, run=about)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The tuned model's logits where the metric reads, `[prompt, vocab]`, and the metric of both models."""
+
+    logits: Tensor
+    clean: np.ndarray
+    corrupted: np.ndarray
+
+
+def _ends(runs: Runs, tuned: Any) -> _Ends:
+    logits, every = _tuned_logits(runs, tuned), range(len(runs.given))
+    clean = runs.measured(every, logits, logits)
+    corrupted = runs.measured(every, runs.all_logits(peel(runs.base)), logits)
+    check_baselines(runs.metric, tuned=clean, base=corrupted)
+    return _Ends(logits, clean, corrupted)
 
 
 def _measured(
-    runs: _Runs, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
+    runs: Runs, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
 ) -> Iterator[tuple[list[Job], list[float], Cost]]:
     """What is not done: jobs, their values, and what they cost."""
     module = peel(runs.base)
@@ -156,7 +217,7 @@ def _measured(
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """Forward passes of some prompts, and what the metric makes of them."""
 
     base: engine.Model
@@ -167,20 +228,29 @@ class _Runs:
     arguments: Mapping[str, Any]
 
     @classmethod
-    def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> _Runs:
+    def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> Runs:
+        """Runs of prompts in any of their forms, with a metric that may be bound to them."""
         engine.refuse_edits(base)
         engine.refuse_changed_logits(base, bare=True)
         given = encode(base, prompts)
         if given.values is not None:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
         texts = given.texts if given.decoder_ids is None else None
-        bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
+        bound = metric
+        if not isinstance(bound, Bound):
+            bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
         bound.metric.check_lengths(given.lengths("decoder"))
         taken = inspect.signature(type(peel(base)).forward).parameters
         return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
 
+    def take(self, prompts: Sequence[int], batch_size: int) -> Runs:
+        """Those of some of the prompts, at most so many at once."""
+        size = batch_size if self.batch_size is None else min(batch_size, self.batch_size)
+        return replace(self, given=self.given.take(prompts), metric=self.metric.take(prompts), batch_size=size)
+
     @cached_property
     def law(self) -> Law:
+        """What tokens cost in the model."""
         return Law.of(self.base)
 
     @property
@@ -189,6 +259,7 @@ class _Runs:
         return engine.token_texts(self.base, self.given.decoder_ids or self.given.ids)
 
     def batches(self) -> list[list[int]]:
+        """Prompts of one length that run together."""
         return self.given.batches(self.batch_size)
 
     def logits(self, module: Any, rows: Sequence[int]) -> Tensor:
@@ -209,11 +280,12 @@ class _Runs:
         return torch.stack([found[row] for row in range(len(self.given))])
 
     def measured(self, rows: Sequence[int], logits: Tensor, reference: Tensor) -> np.ndarray:
+        """The metric of these prompts, whose logits these are."""
         compared = reference[list(rows)] if self.metric.metric.compares else None
         return self.metric(logits, rows, compared).double().cpu().numpy()
 
 
-def _tuned_logits(runs: _Runs, tuned: Any) -> Tensor:
+def _tuned_logits(runs: Runs, tuned: Any) -> Tensor:
     module = peel(runs.base)
     if not isinstance(tuned, Mapping):
         return runs.all_logits(peel(tuned)).to(next(module.parameters()).device)
@@ -244,7 +316,7 @@ def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> 
 
 
 def _asked(
-    tuned: Any, runs: _Runs, places: Mapping[Path, Selection], cells: Sequence[Cell], anew: bool
+    tuned: Any, runs: Runs, places: Mapping[Path, Selection], cells: Sequence[Cell], anew: bool
 ) -> dict[str, Any]:
     base, given = runs.base, runs.given
     atlas = Atlas.of(base)

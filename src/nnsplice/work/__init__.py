@@ -8,12 +8,12 @@ engines       where a run may take place: what `ns.run(..., on=...)` takes
 local         processes on this machine
 folder        no workers: the folder is left to `nnsplice work`
 slurm, ray    tasks of a cluster, each file the only one that imports its library
-status        how a run stands
+status        how a run stands, and what it found
 """
 
 from nnsplice.work.engines import Engine, engine_of
 from nnsplice.work.run_folder import Arrays, RunFolder, Task, imported, named, write_json
-from nnsplice.work.status import Status, status_of
+from nnsplice.work.status import Status, merged, status_of
 from nnsplice.work.worker import Worker
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Worker",
     "engine_of",
     "imported",
+    "merged",
     "named",
     "status_of",
     "write_json",

@@ -1,4 +1,4 @@
-"""How a run stands: what is done, who is at work, how fast, and what failed and why."""
+"""How a run stands: what is done, who is at work, how fast, and what failed and why; and what it found."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnsplice.locks import age_of, is_gone
-from nnsplice.work.run_folder import RunFolder
+from nnsplice.work.run_folder import RunFolder, imported
 
 
 @dataclass(frozen=True)
@@ -34,3 +34,13 @@ def status_of(folder: RunFolder) -> Status:
         silent = gone is None and age_of(path) > folder.told["lease"]
         workers.append({**told, "alive": not gone and not silent and told["state"] in ("loading", "running")})
     return Status(folder.units, len(folder.done()), folder.failures(), workers)
+
+
+def merged(folder: RunFolder, *, partial: bool = False) -> Any:
+    """The result of a run: what `merged` of the module says that opens it for workers.
+
+    Args:
+        partial: also when units are missing.
+    """
+    module = str(folder.told["opener"]).partition(":")[0]
+    return imported(f"{module}:merged")(folder.path, partial=partial)

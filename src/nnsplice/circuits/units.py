@@ -1,0 +1,138 @@
+"""`ns.faithfulness` in units: some prompts with all circuits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple
+from typing import Any
+
+from nnsplice import engine
+from nnsplice.activations.prompts import encode
+from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.circuits.ablations import Ablation, source_of
+from nnsplice.circuits.circuit import Circuit
+from nnsplice.circuits.constants import OptimalAblation
+from nnsplice.circuits.curves import SHARES, Faithfulness, Point, circuits_of, report
+from nnsplice.circuits.measuring import Question, measure
+from nnsplice.circuits.wiring import wiring_of
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.packed.cost import Law
+from nnsplice.results import Run, SweepResult
+from nnsplice.results.merging import together
+from nnsplice.sweeps.running import check_mode
+from nnsplice.units import (
+    Agree,
+    Kind,
+    Models,
+    Outcomes,
+    UnitPlan,
+    bytes_of,
+    metric_of,
+    packed_text,
+    plain_metric,
+    plain_prompts,
+    prompts_of,
+    read_from,
+    rows_of,
+    text_in,
+)
+from nnsplice.work import Arrays
+
+SCORES, VALUES = "scores.safetensors", "ablation.safetensors"
+
+
+def plan(
+    model: Any,
+    circuits: Any,
+    clean: Any,
+    corrupted: Any,
+    metric: Any,
+    *,
+    ablation: Ablation = "patch",
+    reference: Any = None,
+    shares: Sequence[float] = SHARES,
+) -> UnitPlan[Any]:
+    """The plan of a report, whose arguments these are."""
+    with circumstances("ns.faithfulness"):
+        if isinstance(ablation, str) and ablation == "optimal":
+            raise BadArgument(
+                'ablation="optimal" trains constants on all prompts for each circuit, so it is not run in units',
+                expected="constants that are trained once",
+                write="ablation=ns.optimal_ablation(model, circuit, clean, corrupted)",
+            )
+        question = Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
+        points, masks = circuits_of(circuits, question, shares)
+    files: dict[str, bytes] = {}
+    if isinstance(circuits, SweepResult):
+        files[SCORES] = bytes_of(circuits.to_file)
+        told: dict[str, Any] = {"circuits": SCORES}
+    else:
+        each = [circuits] if isinstance(circuits, Circuit) else list(circuits)
+        files |= {f"circuit{number}.json": bytes_of(one.to_file) for number, one in enumerate(each)}
+        told = {"circuits": len(each)}
+    if isinstance(ablation, SavedActivation | OptimalAblation):
+        values = ablation.values if isinstance(ablation, OptimalAblation) else ablation
+        files[VALUES] = bytes_of(values.to_file)
+    asked = None if reference is None else plain_prompts(encode(question.model, reference))
+    told |= {
+        "weights": question.asked["weights"],
+        "clean": plain_prompts(question.clean),
+        "corrupted": None if question.corrupted is None else plain_prompts(question.corrupted),
+        "reference": asked,
+        "metric": plain_metric(question.metric),
+        "name": question.metric.metric.name,
+        "metrics": list(question.metrics),
+        "ablation": ablation if isinstance(ablation, str) else VALUES,
+        "shares": [float(share) for share in shares],
+        "points": [astuple(point) for point in points],
+    }
+    depth = len(question.wiring.layers)
+    costs = [length * depth * (len(masks) + 2) for length in question.clean.lengths("decoder")]
+    return UnitPlan.of("nnsplice.circuits.units:FAITHFULNESS", told, costs, files)
+
+
+def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
+    told, model = plan.told, models.model
+    check_mode(model)
+    engine.refuse_edits(model)
+    engine.refuse_changed_logits(model, bare=True)
+    wiring = wiring_of(model)
+    clean, corrupted, reference = (
+        None if told[name] is None else prompts_of(told[name], model) for name in ("clean", "corrupted", "reference")
+    )
+    assert clean is not None
+    ablation: Any = told["ablation"]
+    if ablation == VALUES:
+        ablation = read_from(plan.file(VALUES), SavedActivation.from_file)
+    # Of all prompts, as a mean is one of all; a unit asks of some.
+    source = source_of(model, wiring, clean, corrupted, ablation, reference, max_tokens)
+    question = Question(model, wiring, clean, corrupted, metric_of(told["metric"]), source, Law.of(model))
+    if told["circuits"] == SCORES:
+        circuits: Any = read_from(plan.file(SCORES), SweepResult.from_file)
+    else:
+        files = [plan.file(f"circuit{number}.json") for number in range(told["circuits"])]
+        circuits = [read_from(content, Circuit.from_file) for content in files]
+    points, masks = circuits_of(circuits, question, told["shares"])
+    if [list(astuple(point)) for point in points] != told["points"]:
+        raise BadArgument("these circuits are others here than where they were planned", expected="the same versions")
+
+    def unit(prompts: Sequence[int]) -> Arrays:
+        start = time.perf_counter()
+        found = measure(question, masks, max_tokens=max_tokens, prompts=prompts)
+        run = Run("circuits", time.perf_counter() - start, **found.cost.told(), note=found.note)
+        return {"values": found.values, "clean": found.clean, "run": packed_text(asdict(run))}
+
+    return unit
+
+
+def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> Faithfulness:
+    told = plan.told
+    run = together([Run(**text_in(arrays["run"])) for _, arrays in outcomes])
+    return report(
+        [Point(*point) for point in told["points"]], rows_of(outcomes, "values"), rows_of(outcomes, "clean"),
+        told["name"], tuple(told["metrics"]), run,
+    )  # fmt: skip
+
+
+FAITHFULNESS = Kind("ns.faithfulness", _ready, _joined)

@@ -1,0 +1,70 @@
+"""`ns.capture` in units: the places of some prompts, each unit's a safetensors file of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from nnsplice import engine
+from nnsplice.activations.capture import capture, checked, joined, origin_of
+from nnsplice.activations.packs import Provenance
+from nnsplice.activations.prompts import PromptsLike, SpanTexts, encode
+from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.errors import BadArgument, circumstances
+from nnsplice.paths import Paths
+from nnsplice.units.plain import plain_prompts, prompts_of
+from nnsplice.units.plan import Agree, Kind, Models, Outcomes, UnitPlan, bytes_of, prompts_in, read_from
+from nnsplice.work import Arrays
+
+
+def plan(model: Any, prompts: PromptsLike, sites: Paths, *, spans: SpanTexts | None = None) -> UnitPlan[Any]:
+    """The plan of a capture, whose arguments these are."""
+    model = engine.as_model(model)
+    with circumstances("ns.capture"):
+        given = encode(model, prompts, spans)
+        if given.values is not None:
+            raise BadArgument("prompts are tokens in units, and these are values", expected="texts or token ids")
+        wanted = checked(model, given, sites)
+    told = {
+        "weights": engine.weights_digest(model),
+        "prompts": plain_prompts(given),
+        "sites": [str(path) for path in wanted],
+        "origin": dataclasses.asdict(origin_of(model, given, wanted)),
+    }
+    depth = len(engine.expand(model, "layers[:].output"))
+    lengths = zip(given.lengths("encoder"), given.lengths("decoder"), strict=True)
+    return UnitPlan.of("nnsplice.units.capturing:CAPTURE", told, [depth * max(pair) for pair in lengths], {})
+
+
+def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
+    model, sites = models.model, plan.told["sites"]
+    whole = prompts_of(plan.told["prompts"], model)
+
+    def unit(prompts: Sequence[int]) -> Arrays:
+        some = whole.take(prompts)
+        longest = max(*some.lengths("encoder"), *some.lengths("decoder"))
+        found = capture(model, some, sites, batch_size=max(max_tokens // longest, 1), progress=False)
+        return {"capture": np.frombuffer(bytes_of(found.to_file), dtype=np.uint8)}
+
+    return unit
+
+
+def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SavedActivation:
+    told = plan.told["origin"]
+    origin = Provenance(
+        told["model"], told["revision"], _tuples(told["prompts"]), _tuples(told["tokens"]),
+        None if told["spans"] is None else {name: _tuples(rows) or () for name, rows in told["spans"].items()},
+    )  # fmt: skip
+    parts = [read_from(arrays["capture"].tobytes(), SavedActivation.from_file)._packs for _, arrays in outcomes]
+    packs = joined(parts, [prompts for prompts, _ in outcomes])
+    return SavedActivation._new(packs, origin.rows(prompts_in(outcomes)), None)
+
+
+def _tuples(rows: Any) -> Any:
+    return None if rows is None else tuple(tuple(row) if isinstance(row, list) else row for row in rows)
+
+
+CAPTURE = Kind("ns.capture", _ready, _joined)

@@ -1,0 +1,180 @@
+"""A plan's units: all of them here, or in a run folder by other processes; and what is found, put together."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnsplice import engine
+from nnsplice.errors import BadArgument, FileError, TeamError
+from nnsplice.progress import bar
+from nnsplice.units.loading import LOAD, LOAD_SOURCE, load_of, loaded, write_load
+from nnsplice.units.plan import MAX_TOKENS, Models, UnitPlan
+from nnsplice.work import Arrays, Engine, RunFolder, engine_of
+
+
+def run(
+    plan: UnitPlan[Any],
+    model: Any,
+    *,
+    max_tokens: int | None,
+    progress: bool,
+    source: Any,
+    on: str | Engine | None,
+    out: str | PathLike[str] | None,
+    size: float | None,
+    load_options: Mapping[str, Any] | None,
+    threads: int,
+    partial: bool,
+) -> Any:
+    """`ns.run` of such a plan, whose arguments these are; all units here where neither `on` nor `out` is given."""
+    if (source is None) != (plan.told.get("source_weights") is None):
+        raise BadArgument(
+            f"{plan.row.name} is about {'one model, so source= would do nothing' if source is not None else 'two'}",
+            expected="no source" if source is not None else "the other model",
+            write="ns.run(plan, model)" if source is not None else "ns.run(plan, model, source=other)",
+        )
+    at_once = MAX_TOKENS if max_tokens is None else max_tokens
+    if on is None and out is None:
+        return _here(plan, _models_of(plan, model, source), at_once, size, progress)
+    told, told_source = load_of(model), None if source is None else load_of(source)
+    with folder_for(on, out) as (chosen, path):
+        folder = _prepared(plan, path, max_tokens=at_once, size=size, threads=threads)
+        write_load(folder, told, told_source, load_options)
+        finish(folder, chosen, progress, partial)
+        return merged(folder.path, partial=partial or on == "folder")
+
+
+@contextmanager
+def folder_for(
+    on: str | Engine | None, out: str | PathLike[str] | None
+) -> Iterator[tuple[Engine, str | PathLike[str]]]:
+    """Where a run takes place and its folder, which is a temporary one if nobody names it."""
+    chosen = engine_of("local" if on is None else on)
+    if out is None and on == "folder":
+        raise BadArgument('on="folder" writes a folder, and none is named', write="out=DIR")
+    with tempfile.TemporaryDirectory() as temporary:
+        yield chosen, Path(temporary) / "run" if out is None else out
+
+
+def finish(folder: RunFolder, chosen: Engine, progress: bool, partial: bool) -> None:
+    """Have all units run.
+
+    Raises:
+        TeamError: units failed, and not all there is was asked for; or no worker could go on.
+    """
+    chosen.run(folder, progress)
+    failures = folder.failures()
+    if failures and not partial:
+        lines = [f"  unit {number}: {reason}" for number, reason in list(failures.items())[:5]]
+        raise TeamError(
+            "\n".join([f"{len(failures)} of {folder.units} units failed", *lines]),
+            expected=f"their reasons mended; the same call tries them again, and {folder.path} keeps the others",
+            write="partial=True for what there is",
+        )
+
+
+def _here(plan: UnitPlan[Any], models: Models, max_tokens: int, size: float | None, progress: bool) -> Any:
+    """All units in this process, one after the other."""
+    run_unit = plan.row.ready(plan, models, max_tokens, _alone)
+    units = plan.units(size)
+    with bar("units", len(units), "unit", progress) as shown:
+        outcomes: list[tuple[Sequence[int], Arrays]] = []
+        for unit in units:
+            outcomes.append((unit, run_unit(unit)))
+            shown.update(1)
+    return plan.row.joined(plan, outcomes)
+
+
+def _alone(_name: str, mine: Callable[[], Any]) -> Any:
+    return mine()
+
+
+def _models_of(plan: UnitPlan[Any], model: Any, source: Any) -> Models:
+    """Models of this process.
+
+    Raises:
+        BadArgument: one has other weights than the plan was made with.
+    """
+    models = Models(engine.as_model(model), source)
+    for one, what, key in ((models.model, "model", "weights"), (models.source, "source", "source_weights")):
+        if one is not None and engine.weights_digest(one) != plan.told[key]:
+            raise BadArgument(
+                f"the {what} has other weights than the one that the plan was made with",
+                expected="the model that the plan was made with",
+            )
+    return models
+
+
+# --- in a folder ------------------------------------------------------------------------------------------------------
+
+
+def _prepared(
+    plan: UnitPlan[Any], path: str | PathLike[str], *, max_tokens: int, size: float | None, threads: int
+) -> RunFolder:
+    """A run folder with this plan, written or found there."""
+    units = plan.units(size)
+    identity = {
+        "question": plan.row.name, "asked": plan.digest, "weights": plan.told["weights"],
+        "source": plan.told.get("source_weights"), "units": [len(units), size], "max_tokens": max_tokens,
+        "threads": threads,
+    }  # fmt: skip
+    return RunFolder.create(
+        path, "nnsplice.units.running:opened", len(units), identity, lambda folder: plan.write(folder, size=size)
+    )
+
+
+class _Task:
+    """A worker's side of a plan: its models, and the units as they are asked for."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Load the models, and get ready."""
+        torch.set_num_threads(folder.identity("threads"))
+        plan, told = UnitPlan.read(folder.path)
+        model = loaded(folder, LOAD, folder.identity("weights"))
+        there = folder.identity("source")
+        models = Models(model, None if there is None else loaded(folder, LOAD_SOURCE, there))
+        self.model: engine.Model = model
+        self.units: tuple[tuple[int, ...], ...] = plan.units(told["size"])
+        self.unit: Callable[[Sequence[int]], Arrays] = plan.row.ready(
+            plan, models, folder.identity("max_tokens"), folder.agree
+        )
+
+    def run(self, number: int) -> Arrays:
+        """The outcome of a unit."""
+        return self.unit(self.units[number])
+
+
+def opened(folder: RunFolder) -> _Task:
+    """What workers begin with."""
+    return _Task(folder)
+
+
+def merged(path: str | PathLike[str], *, partial: bool = False) -> Any:
+    """The result of a run folder; no model is needed.
+
+    Args:
+        partial: also when units are missing: prompts without any are left out.
+
+    Raises:
+        FileError: units are missing, or there is none at all.
+    """
+    folder = RunFolder.open(path)
+    plan, told = UnitPlan.read(folder.path)
+    done = sorted(folder.done())
+    if len(done) < folder.units and not partial:
+        raise FileError(
+            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.path}",
+            expected="a run that is finished",
+            write=f"nnsplice work {folder.path}, or merge with partial=True (--partial) for what there is",
+        )
+    if not done:
+        raise FileError(f"no unit of {folder.path} is done yet", write=f"nnsplice status {folder.path}")
+    units = plan.units(told["size"])
+    return plan.row.joined(plan, [(units[number], folder.outcome(number)[0]) for number in done])
