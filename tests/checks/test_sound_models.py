@@ -52,6 +52,7 @@ def test_layers_narrow_what_is_looked_at() -> None:
     assert {f.what for f in findings if f.check == "heads"} == {
         "encoder.layers[2].heads[:].output",
         "layers[2].heads[:].output",
+        "layers[2].cross.heads[:].output",
     }
 
 
@@ -68,7 +69,7 @@ def test_a_model_whose_parts_are_not_recognised_fails_one_check_and_skips_the_re
     module = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=64, d_model=8, n_layer=1, n_head=2, d_inner=8)).eval()
     findings = list(run_checks(ns.load(module, tokenizer=tokenizer(), task="text-generation")))
     assert [finding.state for finding in findings] == ["FAILED"] + ["skipped"] * (len(CHECKS) - 1)
-    assert "cannot be told apart" in findings[0].detail
+    assert "two streams run through its layers" in findings[0].detail
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -111,7 +111,7 @@ FAMILIES: dict[str, set[str]] = {
     "afmoe": {"written pattern"},
     "bitnet": {"written pattern"},
     "granite_swa": {"written pattern"},
-    "laguna": {"written pattern"},
+    "laguna": {"written pattern", "ungated"},  # its gates are no sigmoids
     "gemma4_text": {"written pattern", "mid", "mlp"},  # the layer scales its output, and adds an input of its own
     "diffllama": set(),
     "doge": {"mid", "attn", "mixer", "mlp"},  # its heads are refused by name, as those of DiffLlama
@@ -121,7 +121,7 @@ FAMILIES: dict[str, set[str]] = {
     "minicpm3": set(),
     "mamba": set(),
     "nemotron_h": set(),
-    "minimax": {"pattern", "written pattern"},
+    "minimax": {"pattern", "written pattern", "ungated"},  # a norm stands between its values and their gates
 }
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from families import expected
-from families.build import FAMILIES, aliases, names
+from families.build import aliases, names
 from families.judge import Judgement, judge
 from families.sizes import NOT_BUILT
 
@@ -29,7 +29,7 @@ FILE = ROOT / "docs" / "families.md"
 _WORDS = ("exact", "refused", "wrong", "crash", "the same", "not built")
 _HEAD = """# What nnsplice gives of each model family
 
-Made by `make families` with transformers {transformers}, torch {torch}; do not edit. Every family of the table behind
+Made by `make families` with {made}; do not edit. Every family of the table behind
 `AutoModelForCausalLM`, and some of those behind `AutoModelForImageTextToText`, is built as a tiny random model, and all
 that nnsplice gives of it is compared with plain torch hooks, gradients and arithmetic (`tests/families/`); for those
 with `with images` in the table, of prompts that hold images too. **exact**: every number that is given is right; what
@@ -51,7 +51,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows = _kept() if options.only else _others()
+    if unknown := [name for name in options.only or () if name not in names()]:
+        sys.exit(
+            f"transformers {transformers.__version__} has no family {', '.join(unknown)} that is built here; "
+            "which version is installed, constraints.txt says"
+        )
+    rows, made = _kept() if options.only else _others(), _versions(bool(options.only))
     record = expected.read() if options.only else {}
     for name in options.only or names():
         start = time.process_time()
@@ -63,7 +68,7 @@ def main() -> None:
         # Written after each, so that what was judged before a stop is kept.
         rows[name], record[name] = _row(one), expected.of(one)
         FILE.parent.mkdir(exist_ok=True)
-        FILE.write_text(_table(rows))
+        FILE.write_text(_table(rows, made))
         if options.record:
             expected.write(record)
 
@@ -81,13 +86,22 @@ def _others() -> dict[str, str]:
     return rows | {name: f"| {name} | not built | | | | | {reason} |" for name, reason in NOT_BUILT.items()}
 
 
-def _table(rows: Mapping[str, str]) -> str:
+def _versions(only: bool) -> str:
+    """What the rows were made with; where some are judged alone, what the others were made with stays."""
+    now = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    before = re.search(r"^Made by `make families` with ([^;]*);", FILE.read_text()[:2000], re.M) if only else None
+    if before is None or now in before[1]:
+        return now if before is None else before[1]
+    return f"{before[1]}, and single rows since with {now}"
+
+
+def _table(rows: Mapping[str, str], made: str) -> str:
     """The whole document."""
     verdicts = Counter(re.findall(r"[a-z ]+", line.split(" | ")[1])[0].partition(" as ")[0] for line in rows.values())
     counts = ", ".join(f"{verdicts[word]} {word}" for word in _WORDS if verdicts[word])
     wirings = sum("/" in name for name in rows)
-    counts = f"{len(FAMILIES)} families, and {wirings} other wirings of some: {counts}."
-    head = _HEAD.format(transformers=transformers.__version__, torch=torch.__version__, counts=counts)
+    counts = f"{len(rows) - wirings} families, and {wirings} other wirings of some: {counts}."
+    head = _HEAD.format(made=made, counts=counts)
     return head + "\n".join(rows[name] for name in sorted(rows)) + "\n"
 
 

@@ -115,7 +115,7 @@ def _captured(
     if batch_size is not None and batch_size < 1:
         raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
     with circumstances("ns.capture"):
-        given = encode(model, prompts, spans, images=True)
+        given = encode(model, prompts, spans, images=True, sounds=True)
         wanted = checked(model, given, sites)
     batches = given.batches(batch_size)
     parts: list[list[Pack]] = []
@@ -167,22 +167,53 @@ def gather(
     spans: Spans | None = None,
 ) -> list[Pack]:
     """Read the places, given in execution order, out of the run that this block belongs to."""
-    plan = accesses(model, paths)
-    for access in plan:
+    plan, gates = accesses(model, paths), _Gates(model, paths)
+    for access in (*gates.plan, *plan):
         access.check_ahead(mediator)
         if access.kind == "pattern":
             derived.require_eager(model, access.paths[0])
     packs: list[Pack] = []
     for access in plan:
         rows = batch.rows(access.tower)
-        values = _values(model, access, mediator, rows)
+        gates.read_before(access, mediator, batch)
+        of_keys = batch.rows(derived.key_tower(model, access)) if access.kind == "pattern" else rows
+        values = _values(model, access, mediator, of_keys, gates)
         for keys in keys_of(access.paths, rows, next(iter(values.values())).shape[1], spans):
             value = values[site_of(keys[0]).index]
             packs.append(Pack(keys, _picked(value if keep_graph else value.detach(), keys, rows, spans)))
+            if access.kind == "ungated":
+                derived.check_open(keys[0].place, packs[-1].tensor)
     return packs
 
 
-def _values(model: engine.Model, access: Access, mediator: Any, rows: Rows) -> Mapping[int | None, Tensor]:
+class _Gates:
+    """The gates of slices that are wanted as they were before them, read on the way."""
+
+    def __init__(self, model: engine.Model, paths: Sequence[Path]) -> None:
+        self.model, self.known = model, engine.known(model)
+        #: Slice before its gate -> the gate.
+        self.of = {path.site: derived.gate_place(model, path) for path in paths if site_of(path).kind == "ungated"}
+        self.plan = accesses(model, sorted(dict.fromkeys(self.of.values()), key=self.known.rank))
+        self.waiting = list(self.plan)
+        self.values: dict[object, Tensor] = {}
+
+    def read_before(self, access: Access, mediator: Any, batch: engine.Batch) -> None:
+        """Read the gates that stand before a value."""
+        while self.waiting and self.known.rank(self.waiting[0].paths[0]) <= self.known.rank(access.paths[0]):
+            gate = self.waiting.pop(0)
+            tensor = hold(gate, mediator, batch.rows(gate.tower)).tensor
+            for path in gate.paths:
+                start, stop = site_of(path).columns or (0, tensor.shape[-1])
+                self.values[path.site] = tensor[..., start:stop]
+
+    def opened(self, path: Path, slices: Tensor) -> Tensor:
+        """A slice as it was before its gate."""
+        return derived.before_gate(path, slices, self.values[self.of[path.site].site])
+
+
+def _values(
+    model: engine.Model, access: Access, mediator: Any, rows: Rows, gates: _Gates
+) -> Mapping[int | None, Tensor]:
     """`[prompt, token, width]` of one value of the run, by the number of the head, expert or feature."""
     if access.kind in (*features.KINDS, features.TRANSCODED):
         sites = [site_of(path) for path in access.paths]
@@ -191,14 +222,19 @@ def _values(model: engine.Model, access: Access, mediator: Any, rows: Rows) -> M
         return derived.patterns(access, mediator, rows)
     if access.kind == "expert":
         return derived.experts(access, mediator, rows)
-    return {None: hold(access, mediator, rows).tensor}
+    tensor = hold(access, mediator, rows).tensor
+    if access.kind == "ungated":
+        return {site_of(path).index: gates.opened(path, tensor) for path in access.paths}
+    return {None: tensor}
 
 
 def _picked(values: Tensor, keys: Sequence[Path], rows: Rows, spans: Spans | None) -> Tensor:
     positions = [key.position for key in keys]
     where = columns(positions, rows, values.shape[1], spans)  # type: ignore[arg-type]  # concrete() made them single
     everything = isinstance(where, list) and where == list(range(values.shape[1]))
-    return wire.pick(values, None if everything else where, site_of(keys[0]).columns)
+    site = site_of(keys[0])
+    part = None if site.kind == "ungated" else site.columns  # it was cut out when its gate was taken off
+    return wire.pick(values, None if everything else where, part)
 
 
 def _check_positions(paths: Sequence[Path], given: Prompts) -> None:
@@ -261,4 +297,10 @@ def _ids(given: Prompts, wanted: Sequence[Path]) -> tuple[tuple[int, ...], ...] 
         return given.ids
     # The tokens that the positions count, which are not one row where places of both towers were captured.
     towers = {site_of(path).tower for path in wanted}
-    return None if len(towers) > 1 else given.decoder_ids if towers == {"decoder"} else given.ids
+    return (
+        None
+        if len(towers) > 1 or (given.sounds is not None and towers == {"encoder"})
+        else given.decoder_ids
+        if towers == {"decoder"}
+        else given.ids
+    )

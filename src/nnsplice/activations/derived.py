@@ -1,8 +1,11 @@
-"""Values that stand in no tensor of their own: an attention pattern as it is written, one expert's contribution.
+"""Values that stand in no tensor of their own: a pattern as it is written, a slice before its gate, one expert.
 
 A **pattern** is read where the attention module returns its probabilities. By then it has been used, so writing one
 means computing what it would have mixed: the head's slice before the output projection is `pattern @ v`, and that is
 written.
+
+A **slice before its gate** is what stands before the output projection, divided by the sigmoid of the gate, which is
+read where its layer makes it. Writing one writes its product with the sigmoid.
 
 One **expert** has no module: its contribution is what the experts' own code makes of the same tokens when every other
 expert's weight is zero. Writing it adds the difference to what all experts make together.
@@ -25,10 +28,10 @@ from nnsplice.tokens import Rows
 
 
 def block_of(model: engine.Model, site: Site) -> Block:
-    """The layer that a pattern or an expert belongs to."""
+    """The layer that a derived value belongs to."""
     for tower in engine.known(model).atlas.towers.values():
-        for block in tower.blocks:
-            homes = (block.pattern and block.pattern[0], block.experts, block.mlp)
+        for block in (one for layer in tower.blocks for one in layer.attentions):
+            homes = (block.pattern and block.pattern[0], block.experts, block.mlp, block.o)
             if tower.name == site.tower and site.module in homes and site.occurrence == block.occurrence:
                 return block
     raise UnknownPath(f"no layer of this model has {site.module}")
@@ -49,8 +52,18 @@ def require_eager(model: engine.Model, path: Path) -> None:
         )
 
 
+def key_tower(model: engine.Model, access: Access) -> str:
+    """Whose tokens the keys of a pattern are."""
+    site = site_of(access.paths[0])
+    return block_of(model, site).key_tower or site.tower
+
+
 def patterns(access: Access, mediator: Any, rows: Rows) -> dict[int | None, Tensor]:
-    """Each wanted head's probabilities `[prompt, query, key]`, the keys counted from each prompt's first own token."""
+    """Each wanted head's probabilities `[prompt, query, key]`, the keys counted from each prompt's first own token.
+
+    Args:
+        rows: where the tokens stand that are keys.
+    """
     site = site_of(access.paths[0])
     raw = access.place.read(mediator)
     try:
@@ -113,10 +126,52 @@ def pattern_places(model: engine.Model, path: Path) -> tuple[Path, Path]:
     assert module is not None
     group = layout.group_of(site.index)
     common: dict[str, Any] = {"occurrence": site.occurrence, "tower": site.tower}
-    read = Site(module, "output", columns=layout.range("v", group), **common)
+    of_values = {**common, "tower": block.key_tower or site.tower}
+    read = Site(module, "output", columns=layout.range("v", group), **of_values)
     width = layout.head_dim
     written = Site(block.o, "input", columns=(site.index * width, (site.index + 1) * width), **common)
     return replace(path, site=read, position=None), replace(path, site=written)
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def gate_place(model: engine.Model, path: Path) -> Path:
+    """The gate of the head whose slice before the gate is meant."""
+    site = site_of(path)
+    assert site.index is not None
+    gate = block_of(model, site).gate_of(site.index)
+    assert gate is not None
+    module, columns = gate
+    found = Site(module, "output", columns=columns, occurrence=site.occurrence, tower=site.tower)
+    return replace(path, value="gate", site=found, position=None)
+
+
+def slice_place(path: Path) -> Path:
+    """What is written for a slice before its gate: the slice behind it."""
+    return replace(path, site=replace(site_of(path), kind="plain", index=None))
+
+
+def before_gate(path: Path, slices: Tensor, gate: Tensor) -> Tensor:
+    """What a head mixed, `[prompt, token, head width]`.
+
+    Args:
+        slices: `[prompt, token, width]` of all heads, behind the gates.
+        gate: `[prompt, token, head width or 1]` of this head.
+    """
+    start, stop = site_of(path).columns or (0, slices.shape[-1])
+    return slices[..., start:stop] / gate.sigmoid().to(slices)
+
+
+def check_open(path: Path, found: Tensor) -> None:
+    """Raise where a gate lets nothing through, so that what stood before it cannot be known."""
+    if not bool(found.isfinite().all()):
+        raise RefusedPlace(
+            "a gate is closed (its sigmoid rounds to 0), and what stands before it cannot be told from what is behind",
+            path=path,
+            expected="tokens at which the gate is open, or a model in float64",
+            write=str(replace(path, value="output")),
+        )
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------

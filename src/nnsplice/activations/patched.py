@@ -100,7 +100,7 @@ def _patched(
         )
     with circumstances("ns.patched_logits"):
         engine.refuse_changed_logits(model)
-        given = encode(model, prompts, spans, images=True)
+        given = encode(model, prompts, spans, images=True, sounds=True)
         if at is not None and not isinstance(at, int):
             raise BadType(
                 f"at={at!r}",

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import images as image_values
+from nnsplice.activations import sounds as features
 from nnsplice.activations.image_inputs import are_shown, encodings_of, images_of
 from nnsplice.activations.images import Ids, PromptImages, check_without, spans_of_images
 from nnsplice.activations.messages import Chat, Message, is_chat, templated
 from nnsplice.activations.named_spans import bounds_of
+from nnsplice.activations.sounds import Sound
 from nnsplice.atlas import peel
 from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.paths import Span
@@ -40,6 +42,10 @@ class Prompts:
     inputs_by_name: Mapping[str, Any] = field(default_factory=dict, repr=False)
     #: Of prompts with images, what the forward takes of each beside its tokens.
     images: tuple[PromptImages, ...] | None = field(default=None, repr=False)
+    #: Of prompts that an encoder hears, what it is given; their `ids` are numbers that tell sounds apart.
+    sounds: tuple[Sound, ...] | None = field(default=None, repr=False)
+    #: The type of number that sounds are given in.
+    dtype: torch.dtype = field(default=torch.float32, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids) if self.values is None else self.values.shape[0]
@@ -74,7 +80,15 @@ class Prompts:
             self.taken,
             self._named(rows),
             None if self.images is None else tuple(self.images[row] for row in rows),
+            None if self.sounds is None else tuple(self.sounds[row] for row in rows),
+            self.dtype,
         )
+
+    def token_texts(self, model: engine.Model, tower: str) -> tuple[tuple[str, ...], ...]:
+        """The tokens of one tower as text; numbers where an encoder hears."""
+        if tower == "decoder" and self.decoder_ids is not None:
+            return engine.token_texts(model, self.decoder_ids)
+        return engine.token_texts(model, self.ids) if self.sounds is None else tuple(features.names(self.sounds))
 
     def shared_start(self, other: Prompts, row: int) -> int:
         """How many tokens one prompt begins with as the other's does, where tokens read those before them alone."""
@@ -111,6 +125,8 @@ class Prompts:
         longest = max(map(len, taken.ids), default=0)
         if all(len(ids) == longest for ids in taken.ids):
             return taken
+        if self.sounds is not None:
+            raise NotImplementedError("prompts that an encoder hears are not padded to one length")
         if self.images is not None:
             raise NotImplementedError("prompts with images are not padded to one length")
         return replace(taken, ids=tuple(ids + ids[-1:] * (longest - len(ids)) for ids in taken.ids), texts=None)
@@ -124,8 +140,8 @@ class Prompts:
 
     def shape(self, row: int) -> tuple[object, ...]:
         """Prompts of one shape run in one pass: as many tokens, and images that stand in one tensor."""
-        images = () if self.images is None else self.images[row].shape
-        return (self.length("encoder", row), self.length("decoder", row), *images)
+        held = (None if each is None else each[row].shape for each in (self.images, self.sounds))
+        return (self.length("encoder", row), self.length("decoder", row), *held)
 
     def batches(self, size: int | None) -> list[list[int]]:
         """Row numbers in batches of prompts of one length, with images of one shape, so that none needs padding."""
@@ -141,8 +157,11 @@ class Prompts:
             return self._named(rows)
         if self.values is not None:
             return self.values[list(rows)]
-        ids = torch.tensor([self.ids[row] for row in rows], device=device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.sounds is None:
+            ids = torch.tensor([self.ids[row] for row in rows], device=device)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        else:
+            inputs = features.joined([self.sounds[row] for row in rows], self.dtype, device)
         if self.decoder_ids is not None:
             inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
         if self.images is not None:
@@ -193,15 +212,21 @@ PairSpanTexts = SpanTexts | Mapping[str, SpanTexts]
 
 
 def encode(
-    model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None, *, images: bool = False
+    model: engine.Model,
+    prompts: PromptsLike,
+    spans: SpanTexts | None = None,
+    *,
+    images: bool = False,
+    sounds: bool = False,
 ) -> Prompts:
     """Prompts in any of their forms, checked; the first of them shows how a module of the user's own is called.
 
     Args:
         images: whether the caller gives the model all that `Prompts.inputs` holds, images too.
+        sounds: the same of what an encoder hears.
 
     Raises:
-        BadArgument: prompts with images, for a caller that takes none.
+        BadArgument: prompts with images or sounds, for a caller that takes none.
     """
     given = prompts if isinstance(prompts, Prompts) else _encoded(model, prompts, spans)
     if given.images is not None and not images:
@@ -210,10 +235,15 @@ def encode(
             expected="prompts of text; ns.capture, ns.sweep, ns.ablate, ns.attribute, ns.path_patch, ns.causal_trace, "
             "ns.patched_logits and the logit lens take images",
         )
+    if given.sounds is not None and not sounds:
+        raise BadArgument(
+            f"these prompts are {given.sounds[0].name}, and this question runs on tokens alone",
+            expected="ns.capture, ns.patched_logits, ns.sweep, ns.ablate or ns.attribute, which take them",
+        )
     if given is prompts:
         return given
     if len(given):
-        engine.offer_probe(model, lambda: given.inputs([0], model.device))
+        engine.offer_probe(model, lambda: given.inputs([0], model.device), always=given.sounds is not None)
     return given
 
 
@@ -232,6 +262,8 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         return Prompts(values=prompts)
     if isinstance(prompts, Mapping) and "input_ids" not in prompts and not is_chat(prompts) and _is_plain(model):
         return _by_name(model, prompts)
+    if (heard := features.sounds_of(model, prompts)) is not None:
+        return _heard(model, prompts, heard, spans)
     images = None
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
     chats = [] if are_shown(chats) else chats
@@ -256,6 +288,24 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
     return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))), images=images)
+
+
+def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: Any) -> Prompts:
+    """Prompts that an encoder hears."""
+    if spans:
+        raise BadArgument("spans are stretches of tokens, and an encoder hears these prompts")
+    decoder = prompts.get("decoder_input_ids")
+    if decoder is None:
+        decoder_ids: Ids = ((engine.decoder_start(model),),) * len(heard)
+    else:
+        decoder_ids = _unpadded(decoder, prompts.get("decoder_attention_mask"))
+    if len(decoder_ids) != len(heard) or not all(decoder_ids):
+        raise BadArgument(
+            f"{len(heard)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
+            expected="a row of at least one token for each",
+        )
+    taken, dtype = engine.taken_by(type(peel(model))), features.dtype_of(model)
+    return Prompts(tuple(one.ids for one in heard), None, decoder_ids, taken=taken, sounds=heard, dtype=dtype)
 
 
 def _is_plain(model: engine.Model) -> bool:

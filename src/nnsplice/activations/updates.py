@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import closures, engine, wire
 from nnsplice.activations import derived, features
 from nnsplice.activations.access import Access, accesses, hold, require_positions, site_of
 from nnsplice.activations.writing import Entry, Read, written
@@ -68,6 +69,12 @@ def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
         access.check_ahead(mediator)
     for path, _ in arranged:
         derived.refuse_router(model, path)
+        if site_of(path).kind == "ungated":
+            raise RefusedPlace(
+                "what stands before a gate is computed from two places, and an update goes through one",
+                path=path,
+                write=str(replace(path, value="output")),
+            )
         if site_of(path).kind == "pattern":
             raise RefusedPlace(
                 "when a pattern can be read it has already been used, so it cannot be updated in the same run",
@@ -140,6 +147,7 @@ def _updater(
 
     def update(new: Tensor) -> None:
         engine.worker(model, "update")
+        closures.tell_joint_norms(model, [path])
         if mediator.occurrence(access.place.key) != visits:
             raise LateUpdate(
                 "the run has already gone past this place, so the update would change nothing",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import closures, engine, wire
 from nnsplice.activations import derived, features
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.packs import Pack
@@ -81,10 +81,12 @@ def write(
         raise BadArgument("this capture is empty, so writing it would do nothing", expected="at least one entry")
     packs, spans = moved(packs, at, spans)
     steps = plan(model, packs)
+    closures.tell_joint_norms(model, (entry.path for step in steps for entry in step.entries))
     batch = engine.batch_of(model, mediator)
     for step in steps:
         step.access.check_ahead(mediator)
         for entry in step.entries:
+            _check_keys(entry, batch)
             _check_rows(entry, batch.rows(step.access.tower))
     factor = None if coefficient is None else _factor(coefficient)
     read = Read()
@@ -179,6 +181,8 @@ def _entry(model: engine.Model, group: Sequence[tuple[Path, int]], where: Sequen
         derived.require_eager(model, path)
         source, target = derived.pattern_places(model, path)
         return Entry(path, target, positions, tensor, source)
+    if kind == "ungated":
+        return Entry(path, derived.slice_place(path), positions, tensor, derived.gate_place(model, path))
     if kind == "expert":
         return Entry(path, derived.expert_output(path), positions, tensor, path)
     if kind in features.KINDS:
@@ -203,6 +207,18 @@ def _sources(access: Access, mediator: Any, rows: Rows) -> dict[object, Tensor]:
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _check_keys(entry: Entry, batch: engine.Batch) -> None:
+    """Raise for patterns over another tower's tokens where padding stands before prompts."""
+    if entry.kind != "pattern" or entry.source is None or site_of(entry.source).tower == site_of(entry.target).tower:
+        return
+    if any(any(rows.starts or ()) for rows in (batch.encoder, batch.decoder)):
+        raise ShapeError(
+            "prompts are padded on the left here, and a pattern over the encoder's tokens counts them from the first",
+            path=entry.path.place,
+            expected="padding on the right, or prompts of one length",
+        )
 
 
 def _check_rows(entry: Entry, rows: Rows) -> None:
@@ -244,6 +260,8 @@ def written(
         source = None if read is None or entry.source is None else read.values[entry.source.site]
         if entry.kind == "pattern" and source is not None:
             new = derived.mixed(new, source, rows)
+        if entry.kind == "ungated" and source is not None:
+            new = new.to(values) * wire.pick(source, where, None).sigmoid().to(values)
         if new.shape[-1] != part[1] - part[0]:
             raise ShapeError(
                 f"the capture is {new.shape[-1]} wide, the place {part[1] - part[0]}", path=entry.path.place

@@ -25,6 +25,7 @@ from nnsplice.atlas.shards import whole_here as whole_here
 from nnsplice.atlas.site import DERIVED as DERIVED
 from nnsplice.atlas.site import Kind as Kind
 from nnsplice.atlas.site import Site as Site
+from nnsplice.atlas.sites import edges_between_towers as edges_between_towers
 from nnsplice.atlas.sites import native_text as native_text
 from nnsplice.atlas.tree import text_config as text_config
 from nnsplice.atlas.verify import Check as Check

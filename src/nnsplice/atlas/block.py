@@ -77,6 +77,8 @@ class Block:
     mlp_beside: tuple[str, ...] = ()
     #: Layers behind the projections of keys and values, whose rows are the groups' -> the role.
     group_rows: tuple[tuple[str, str], ...] = ()
+    #: Norms over all queries or keys of a token -> the role: one head's moves those of the others.
+    joint_norms: tuple[tuple[str, Role], ...] = ()
     #: Layers of the attention that serve all heads alike: what latent queries, keys and values are made from.
     latents: tuple[str, ...] = ()
     #: The layer whose output scales the heads' slices, and how many of its columns are one head's; None where there is
@@ -85,8 +87,17 @@ class Block:
     #: The layer whose keys and values this one reads, where it has none of its own, and the modules that make them.
     kv_layer: int | None = None
     kv_from: tuple[str, str] | None = None
+    #: The layer's attention to the other tower, as a block without an MLP; None where there is none that is known.
+    cross: Block | None = None
+    #: The tower whose tokens the keys and values are of, where that is not the layer's own.
+    key_tower: TowerName | None = None
     #: Why no head can be named, where heads share what they read; then there is no layout.
     mixed: str | None = None
+
+    @property
+    def attentions(self) -> tuple[Block, ...]:
+        """The layer, and its attention to the other tower where it has one."""
+        return (self,) if self.cross is None else (self, self.cross)
 
     @property
     def modules(self) -> tuple[str, ...]:

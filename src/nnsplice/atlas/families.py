@@ -7,7 +7,7 @@ config's `model_type` decides only where two families with the same names and sh
 
 from __future__ import annotations
 
-from nnsplice.atlas.layouts import Kind
+from nnsplice.atlas.layouts import Kind, Role
 
 #: Attributes of modules and configs that recognition may ask for.
 FACTS = (
@@ -91,6 +91,8 @@ HEAD_GATES = ("gate_proj", "output_gate", "g_proj")
 HEAD_ROWS = ("r_proj",)
 #: Layers behind a projection whose rows go to the key/value heads in equal shares -> the role that they belong to.
 GROUP_ROWS = {"k_sconv.conv1d": "k", "v_sconv.conv1d": "v"}
+#: Norms behind the projections of queries and keys. One that is as wide as all heads of a role is theirs together.
+ROLE_NORMS: dict[str, Role] = {"q_norm": "q", "k_norm": "k"}
 #: What all heads of a layer have in common, beside norms and parameters of one number; no head owns any of it.
 SHARED_BY_HEADS = ("relative_attention_bias", "rel_logits_proj")
 #: Attention whose heads are not plain, told by a parameter of its own: the name -> how its heads share what they read.
@@ -143,7 +145,7 @@ MIXERS = (
 READS_KV, STORES_KV, KIND_OF_KV = "is_kv_shared_layer", "store_full_length_kv", "layer_type"
 
 #: Which element of the attention module's output holds the probabilities.
-PATTERN_ITEM = {"SelfAttention": 2}
+PATTERN_ITEM = {"SelfAttention": 2, "EncDecAttention": 2}
 PATTERN_ITEM_DEFAULT = 1
 
 #: Who tells the number of heads: the attention module first, then the config.

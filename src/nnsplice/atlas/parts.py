@@ -38,7 +38,7 @@ class Parts:
     @cached_property
     def tuple_modules(self) -> frozenset[str]:
         """Attention modules, whose output is a tuple in every family."""
-        blocks = [block for tower in self.towers.values() for block in tower.blocks]
+        blocks = [one for tower in self.towers.values() for block in tower.blocks for one in block.attentions]
         return frozenset(name for block in blocks for name in (block.attn, block.pattern and block.pattern[0]) if name)
 
     def __repr__(self) -> str:
@@ -68,6 +68,14 @@ class Parts:
                 write="a native path, starting with `model.`",
             )
         wanted = path.tower if path is not None and path.tower else "decoder"
+        if wanted not in self.towers and self.tree.facts.get("is_encoder_decoder"):
+            raise UnrecognisedModel(
+                f"the layers of this model's {wanted} are not recognised",
+                path=path,
+                column=0,
+                expected="the modules by the model's own names",
+                write="a native path, starting with `model.`",
+            )
         if wanted not in self.towers:
             raise UnknownPath(
                 f"this model has one tower, and no {wanted}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block, Tower, TowerName
 from nnsplice.atlas.choose import Doubt, Towers, choose, is_numbered
-from nnsplice.atlas.layouts import Layout, fits
+from nnsplice.atlas.layouts import Layout, Role, fits
 from nnsplice.atlas.stacked import read_stacked
 from nnsplice.atlas.stream import read_stream
 from nnsplice.atlas.tree import Node, Tree, is_norm
@@ -67,11 +67,12 @@ def _with_keys(tree: Tree, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
 def find_towers(tree: Tree) -> Towers:
     """The towers of a model by name; none where no list of blocks is recognised, or where several could be the one."""
     stacks = find_stacks(tree)
-    for name, blocks in stacks.items():
-        kinds = {tree.nodes[block.module].kind for block in blocks}
+    # Some of them are no stacks: XLNet's attention has no layers for its queries.
+    for node in filter(is_numbered, tree.nodes.values()):
+        kinds = {tree.nodes[child].kind for child in node.children.values()}
         reason = next((why for start, why in rows.REFUSED.items() for kind in kinds if kind.startswith(start)), None)
         if reason is not None:
-            return Towers(MappingProxyType({}), MappingProxyType({}), Doubt(reason, (name,)))
+            return Towers(MappingProxyType({}), MappingProxyType({}), Doubt(reason, (node.name,)))
     chosen = choose(
         tree, {name: len(blocks) for name, blocks in stacks.items()}, lambda name: _width(tree, stacks[name])
     )
@@ -183,7 +184,23 @@ def read_block(tree: Tree, name: str, index: int, *, whole: bool = True) -> Bloc
         **attention,
         **mlp,
     )
-    return replace(block, **read_stream(tree, block))
+    return replace(block, **read_stream(tree, block), cross=_cross(tree, block))
+
+
+def _cross(tree: Tree, block: Block) -> Block | None:
+    """The attention of a layer to the other tower; None where it has none, or one whose parts are not known."""
+    home = next((child for child in tree.under(block.module, 3) if child.rpartition(".")[2] in rows.CROSS), None)
+    found = {} if home is None else _read_attention(tree, home)
+    if home is None or found["o"] is None or found["fused"]:
+        return None
+    own = {**found, "attn": home, "pattern": (home, _pattern_item(home))}
+    none = dict.fromkeys(("mlp", "gate", "up", "down", "gate_up", "router", "experts", "mid", "mlp_added", "mixer"))
+    return replace(block, **own, **none, attn_added=home, n_neurons=0, mlp_beside=(), stacked={}, key_tower="encoder")
+
+
+def _pattern_item(home: str) -> int:
+    """Which element of an attention's output holds the probabilities."""
+    return rows.PATTERN_ITEM.get(home.rpartition(".")[2], rows.PATTERN_ITEM_DEFAULT)
 
 
 def _read_split(tree: Tree, node: Node) -> list[Block | None] | None:
@@ -265,14 +282,13 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             attn, o = (home, None) if parent == block else (parent, _first(tree, parent, rows.O_BESIDE))
         if o is None:
             continue
-        last = home.rpartition(".")[2]
         # GPT-Neo wraps the module once more, with nothing else inside: users name the outer one.
         while attn != block and len(tree.nodes[attn.rpartition(".")[0]].children) == 1:
             attn = attn.rpartition(".")[0]
         layout, mixed = _read_layout(tree, home, (q, k, v), fused, o), _mixed(tree, home)
         return {
             "attn": None if attn == block else attn,
-            "pattern": None if home == block else (home, rows.PATTERN_ITEM.get(last, rows.PATTERN_ITEM_DEFAULT)),
+            "pattern": None if home == block else (home, _pattern_item(home)),
             "q": None if fused else q,
             "k": None if fused else k,
             "v": None if fused else v,
@@ -281,6 +297,7 @@ def _read_attention(tree: Tree, block: str) -> dict[str, Any]:
             "head_gates": (gates := _head_gates(tree, home, o, layout)),
             "gate_layer": _gate_layer(tree, gates, layout),
             "group_rows": tuple((m, role) for row, role in rows.GROUP_ROWS.items() if (m := tree.child(home, row))),
+            "joint_norms": () if layout is None else tuple(_joint_norms(tree, home, layout)),
             "latents": tuple(m for row in rows.LATENTS if (m := tree.child(home, row))),
             "layout": None if mixed else layout,
             "mixed": mixed,
@@ -292,6 +309,15 @@ def _mixed(tree: Tree, home: str) -> str | None:
     """Why the heads of an attention module are not plain; None where nothing says so."""
     own = {*tree.nodes[home].params, *tree.nodes[home].children}
     return next((reason for name, reason in rows.MIXED_HEADS.items() if name in own), None)
+
+
+def _joint_norms(tree: Tree, home: str, layout: Layout) -> Iterator[tuple[str, Role]]:
+    """The norms of an attention that are as wide as all heads of a role together."""
+    for row, role in rows.ROLE_NORMS.items():
+        module, count = tree.child(home, row), layout.count(role)
+        shapes = [shape for _, shape in tree.nodes[module].params.values()] if module else []
+        if module is not None and count > 1 and (count * layout.size(role),) in shapes:
+            yield module, role
 
 
 def _head_gates(tree: Tree, home: str, o: str, layout: Layout | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from nnsplice.atlas.native import follow
 from nnsplice.atlas.ownership import per_head, unclaimed, whole_names
 from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.selection import Part, Ranges, Selection, join
-from nnsplice.atlas.sites import COUNTED, count, missing_part, no_attention, reads_other, take_apart
+from nnsplice.atlas.sites import COUNTED, attended, count, missing_part, no_attention, reads_other, take_apart
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import PathError, RefusedPlace, UnknownPath
 from nnsplice.paths.path import Path
@@ -80,7 +80,7 @@ def split(atlas: Parts, path: Path) -> Iterator[Path]:
     if place.role == "full":
         yield path
         return
-    if path.value in ("input", "mid", "pattern"):
+    if path.value in ("input", "mid", "ungated", "pattern"):
         raise PathError(
             f".{path.value} is an activation: no parameters belong to it",
             path=path,
@@ -117,13 +117,13 @@ def _one(atlas: Parts, path: Path) -> Iterator[Piece]:
         return
     layer, *inner = (step.index for step in path.steps)
     assert isinstance(layer, int)
-    block = tower.blocks[layer]
+    block = attended(path, tower.blocks[layer])
     if place.counted is None:
-        yield from _part(atlas, path, block, place.role)
+        yield from _part(atlas, path, block, "attn" if place.role == "cross" else place.role)
     else:
         if place.value in ("k", "v") and block.kv_layer is not None:
             raise reads_other(path, block, place.value)
-        yield from _COUNTED[path.steps[1].name](atlas, block, inner[0], place.value)
+        yield from _COUNTED[path.steps[1].name.removeprefix("cross.")](atlas, block, inner[0], place.value)
 
 
 def whole(atlas: Parts, module: str) -> Iterator[Piece]:

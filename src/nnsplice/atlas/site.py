@@ -7,12 +7,13 @@ from typing import Literal
 
 End = Literal["input", "output"]
 #: How a value is met. `plain`: it stands in a tensor, and a write replaces the tensor. `stream`: it stands in a tensor
-#: that a skip path carries on beside the module, so a write must reach both. `pattern` and `expert` are derived from
-#: several values (`activations/derived.py`). `feature` and `error` are what an attached SAE makes of a plain value;
-#: `transcoded` is a feature of one that reads this value and is written at another place.
-Kind = Literal["plain", "stream", "pattern", "expert", "feature", "error", "transcoded"]
+#: that a skip path carries on beside the module, so a write must reach both. `pattern`, `expert` and `ungated`, a slice
+#: before its gate, are derived from several values (`activations/derived.py`). `feature` and `error` are what an
+#: attached SAE makes of a plain value; `transcoded` is a feature of one that reads this value and is written at another
+#: place.
+Kind = Literal["plain", "stream", "pattern", "expert", "ungated", "feature", "error", "transcoded"]
 #: The kinds that are computed from values, and stand in none.
-DERIVED: tuple[Kind, ...] = ("pattern", "expert", "feature", "error", "transcoded")
+DERIVED: tuple[Kind, ...] = ("pattern", "expert", "ungated", "feature", "error", "transcoded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Site:
     #: Which call of a module that runs several times in one pass.
     occurrence: int = 0
     kind: Kind = "plain"
-    #: The head of a pattern, or the number of an expert or a feature.
+    #: The head of a pattern or of a slice before its gate, or the number of an expert or a feature.
     index: int | None = None
     #: Which tower's tokens the positions count.
     tower: Literal["encoder", "decoder"] = "decoder"

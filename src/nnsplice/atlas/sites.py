@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nnsplice.atlas.block import Block, Tower
+from nnsplice.atlas.block import Block, Tower, TowerName
 from nnsplice.atlas.indices import column, resolve_index
 from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.site import Site
@@ -13,17 +13,20 @@ from nnsplice.errors import PathError, RefusedPlace, UnknownPath, closest
 from nnsplice.paths.path import WEIGHT_VALUES, Path, Step
 
 #: What may follow `layers[i]`, and what may follow that.
-INSIDE_LAYER = ("attn", "mixer", "mlp", "heads", "groups", "experts", "neurons")
+INSIDE_LAYER = ("attn", "mixer", "mlp", "heads", "groups", "experts", "neurons", "cross", "cross.heads", "cross.groups")
 INSIDE_ATTN = ("q", "k", "v", "o")
 INSIDE_MLP = ("gate", "up", "down", "router")
 #: Counted parts -> what one of them is called in a sentence.
 COUNTED = {"heads": "head", "groups": "group", "experts": "expert", "neurons": "neuron"}
+COUNTED |= {"cross.heads": "head", "cross.groups": "group"}
 ROOTS = ("embed", "layers", "final_norm", "unembed")
 #: Values of each place; a place that is not listed has only `output`.
 VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("input", "mid", "output"),
-    "heads": ("output", "q", "k", "v", "gate", "pattern"),
+    "heads": ("output", "q", "k", "v", "gate", "ungated", "pattern"),
     "groups": ("k", "v"),
+    "cross.heads": ("output", "q", "k", "v", "pattern"),
+    "cross.groups": ("k", "v"),
 }
 
 
@@ -55,7 +58,7 @@ def take_apart(path: Path) -> Place:
     if len(names) == 1:
         return Place("layers", None, value)
     _refuse_projected_heads(path, names)
-    allowed = {"attn": INSIDE_ATTN, "mlp": INSIDE_MLP}
+    allowed = {"attn": INSIDE_ATTN, "cross": INSIDE_ATTN, "mlp": INSIDE_MLP}
     for number, name in enumerate(names[1:], start=1):
         options = INSIDE_LAYER if number == 1 else allowed.get(names[1], ()) if number == 2 else ()
         if name not in options:
@@ -90,30 +93,63 @@ def expand_portable(atlas: Parts, path: Path) -> Iterator[Path]:
             f"{path} names parameters, not an activation", path=path, expected="an activation such as .output"
         )
     value = place.value or "output"
-    if place.role == "groups" and value == "output":
+    if place.role in ("groups", "cross.groups") and value == "output":
         raise RefusedPlace(
             "a group has no output of its own: its keys and values are shared by heads",
             path=path,
             write=f"{path.place if path.value is None else replace(path.place, value=None)}.v",
         )
     _check_value(path, place, value)
+    if place.role == "cross.heads" and path.key is not None:
+        raise edges_between_towers(path)
     if place.role in ("embed", "final_norm", "unembed"):
         yield replace(path, value="output", site=_model_site(tower, path, place.role))
         return
     for layer in resolve_index(path, 0, tower.n_layers, "layer", atlas.tower_phrase(tower)):
-        block = tower.blocks[layer]
+        block = attended(path, tower.blocks[layer])
         steps = [Step("layers", layer), *path.steps[1:]]
         if place.counted is None:
-            site = block_site(path, tower, block, place.role, value)
+            site = block_site(path, tower, block, "attn" if place.role == "cross" else place.role, value)
             yield replace(path, steps=tuple(steps), value=value, site=site)
             continue
         name = steps[1].name
-        length = count(path, block, name)
+        length = count(path, block, place.role)
         shown = f"layers[{layer}].{name}"
         for index in resolve_index(path, 1, length, COUNTED[name], f"layer {layer}", shown):
             steps[1] = Step(name, index)
-            site = counted_site(path, tower, block, name, index, value)
+            site = counted_site(path, tower, block, name.removeprefix("cross."), index, value)
             yield replace(path, steps=tuple(steps), value=value, site=site)
+
+
+def edges_between_towers(path: Path | str) -> RefusedPlace:
+    """The error for a query and a key of two towers."""
+    return RefusedPlace(
+        "edges of cross-attention are not cut or read one by one",
+        path=path,
+        expected="the pattern of a query, whose width are the encoder's tokens",
+        write=str(replace(path, key=None) if isinstance(path, Path) else path),
+    )
+
+
+def attended(path: Path, block: Block) -> Block:
+    """The block that a path of a layer speaks of: the layer, or its attention to the encoder."""
+    if block.key_tower is not None or len(path.steps) < 2 or path.steps[1].name.partition(".")[0] != "cross":
+        return block
+    if block.cross is not None:
+        return block.cross
+    raise (RefusedPlace if block.has_cross else UnknownPath)(
+        f"the parts of the cross-attention of layer {block.index} are not known"
+        if block.has_cross
+        else f"layer {block.index} attends to no other tower",
+        path=path,
+        column=column(path, 1),
+        expected="the attention by the model's own names" if block.has_cross else "a decoder's layer beside an encoder",
+    )
+
+
+def _home(path: Path) -> str:
+    """What stands between a layer and its heads in a path."""
+    return "cross." if len(path.steps) > 1 and path.steps[1].name.startswith("cross") else ""
 
 
 def _last(path: Path, word: str) -> int | None:
@@ -145,7 +181,7 @@ def _model_site(tower: Tower, path: Path, role: str) -> Site:
 
 def count(path: Path, block: Block, name: str) -> int:
     """How many heads, groups, experts or neurons a layer has; an error where it cannot have them."""
-    at = column(path, 1)
+    at, block, name = column(path, 1), attended(path, block), name.removeprefix("cross.")
     if name in ("heads", "groups"):
         if not block.has_attention:
             raise no_attention(path, block)
@@ -230,6 +266,7 @@ def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) ->
         raise reads_other(path, block, role)
     if role in ("q", "k", "v"):
         module, columns = _projected(path, block, role)
+        common["tower"] = _tower_of(tower, block, role)
     elif role == "o":
         module = block.o
     elif role in ("gate", "up") and block.gate_up:
@@ -299,7 +336,7 @@ def _projected(path: Path, block: Block, role) -> tuple[str | None, tuple[int, i
             f"{'q, k and v' if block.fused else beside}",
             path=path,
             column=column(path, 2),
-            write=f"layers[{block.index}].{part}[:].{role}",
+            write=f"layers[{block.index}].{_home(path)}{part}[:].{role}",
         )
     return module, ranges[0]
 
@@ -324,11 +361,19 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
         return Site(module, "output", item=item, kind="pattern", index=index, **common)
     if value == "output":
         return Site(block.o, "input", columns=(index * layout.head_dim, (index + 1) * layout.head_dim), **common)
-    if value == "gate":
+    if value in ("gate", "ungated"):
         gate = block.gate_of(index)
         if gate is None:
-            raise UnknownPath(f"the heads of layer {block.index} have no gates", path=path, column=_last(path, "gate"))
-        return Site(gate[0], "output", columns=gate[1], **common)
+            raise UnknownPath(
+                f"the heads of layer {block.index} have no gates",
+                path=path,
+                column=_last(path, value),
+                write=str(replace(path, value="output")) if value == "ungated" else None,
+            )
+        if value == "gate":
+            return Site(gate[0], "output", columns=gate[1], **common)
+        columns = (index * layout.head_dim, (index + 1) * layout.head_dim)
+        return Site(block.o, "input", columns=columns, kind="ungated", index=index, **common)
     if name == "heads" and value != "q" and layout.n_kv != layout.n_heads:
         group = layout.group_of(index)
         raise RefusedPlace(
@@ -336,13 +381,19 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
             f"head {index} reads group {group}",
             path=path,
             column=column(path, 1),
-            write=f"layers[{block.index}].groups[{group}].{value}",
+            write=f"layers[{block.index}].{_home(path)}groups[{group}].{value}",
         )
     if value in ("k", "v") and block.kv_layer is not None:
         raise reads_other(path, block, value)
     module = block.projection(value)
     assert module is not None
+    common["tower"] = _tower_of(tower, block, value)
     return Site(module, "output", columns=layout.range(value, index), **common)  # pyright: ignore[reportArgumentType]
+
+
+def _tower_of(tower: Tower, block: Block, role: str) -> TowerName:
+    """Whose tokens a projection runs over."""
+    return tower.name if role == "q" or block.key_tower is None else block.key_tower
 
 
 def expert_home(block: Block) -> str:

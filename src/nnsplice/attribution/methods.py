@@ -231,6 +231,15 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what} pass{'es' * (number != 1)}"
 
 
+#: Kinds that no gradient is taken of, in words.
+_DERIVED = {
+    "pattern": "a pattern",
+    "expert": "one expert",
+    "ungated": "a slice before its gate",
+    "transcoded": "a feature of a transcoder",
+}
+
+
 def _check_kinds(plan: Plan, name: str) -> None:
     joint = next((target for target in plan.targets if target.is_set), None)
     if joint is not None:
@@ -242,10 +251,9 @@ def _check_kinds(plan: Plan, name: str) -> None:
         )
     for path in nodes.places_of(plan):
         kind = site_of(path).kind
-        named = {"pattern": "a pattern", "expert": "one expert", "transcoded": "a feature of a transcoder"}
-        if kind in named:
+        if kind in _DERIVED:
             raise RefusedPlace(
-                f"{named[kind]} is derived from several values of a run, so {name} has no gradient of it",
+                f"{_DERIVED[kind]} is derived from several values of a run, so {name} has no gradient of it",
                 path=path,
                 write="ns.sweep(...)   (exact)",
             )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import closures, engine, wire
 from nnsplice.activations import features
 from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.prompts import PromptsLike
@@ -180,6 +180,7 @@ class Routes:
         received = dict.fromkeys(path for paths in expanded.values() for path in paths)
         for path in places:
             _check(path, branches, receives=path in received)
+        closures.tell_joint_norms(model, places)
         for path in received:
             tokens_of(path, plan.corrupted)
         each = tuple(expanded[engine.listed(paths)] for paths in receivers)

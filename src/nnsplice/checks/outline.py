@@ -16,7 +16,7 @@ from nnsplice.errors import RefusedPlace, UnknownPath
 from nnsplice.paths import Index, Path, Step
 
 #: What a part of a layer has inside.
-_INSIDE = {"attn": INSIDE_ATTN, "mlp": INSIDE_MLP}
+_INSIDE = {"attn": INSIDE_ATTN, "cross": INSIDE_ATTN, "mlp": INSIDE_MLP}
 #: What may follow `layers[i]`: nothing, a part, a part of that.
 IN_LAYER: tuple[tuple[str, ...], ...] = (
     (),

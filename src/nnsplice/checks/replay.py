@@ -12,7 +12,7 @@ from nnsplice.checks.structure import require_eager
 from nnsplice.paths import Slice
 
 #: Values that are written through others that are computed from them, so that rounding may show.
-_COMPUTED = ("pattern",)
+_COMPUTED = ("pattern", "ungated")
 
 
 def replay(subject: Subject) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations
 from nnsplice.checks.finding import DECODER_TOKENS, TOKENS, Finding, Subject, attempt, gap
 from nnsplice.checks.outline import place_of
-from nnsplice.closures import PROMISES, Closure, Kind, measure
+from nnsplice.closures import CROSS, PROMISES, Closure, Kind, measure
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path, Slice
 
@@ -40,10 +40,14 @@ def _promises(subject: Subject, check: str, kinds: tuple[Kind, ...]) -> Iterator
         if place not in worst or closure.holds < worst[place].holds:
             worst[place] = closure
     for closure in worst.values():
-        if closure.layer in subject.layers[closure.tower]:
+        # The attention between towers is of the decoder's layers.
+        crosses = closure.tower == CROSS
+        if closure.layer in subject.layers["decoder" if crosses else closure.tower]:
             of = "encoder." if closure.tower == "encoder" else ""
             name = PROMISES[closure.kind][0]
-            what = f"{of}layers[{closure.layer}]{name}" if name[0] == "." else f"{of}layers[{closure.layer}]: {name}"
+            inside = ".cross" if crosses and not name.startswith(".cross") else ""
+            what = f"{of}layers[{closure.layer}]{inside}"
+            what += name if name[0] == "." else f": {name}"
             fine = closure.holds
             yield Finding(check, what, "ok" if fine else "FAILED", closure.gap, "" if fine else closure.found)
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from nnsplice import engine
-from nnsplice.atlas import Atlas, Site, Tower, peel
+from nnsplice.atlas import Atlas, Block, Site, Tower, peel
 from nnsplice.closures import ends, heads, parts, streams
-from nnsplice.closures.promises import PROMISES, Closure, Kind, kind_of
+from nnsplice.closures.promises import CROSS, PROMISES, Closure, Kind, kind_of
 from nnsplice.closures.seen import Call, look
 from nnsplice.errors import NnspliceError, RefusedPlace
 from nnsplice.paths import Path
@@ -184,23 +184,28 @@ def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]
         end = ends.ended(tower, seen)
         if end is not None:
             known.ends[tower.name] = end
-        layers: list[heads.Tied] = []
         for block in tower.blocks:
             sums = streams.Sums(atlas, block, seen)
             yield from streams.stream(tower, block, seen)
             yield from streams.branches(tower, block, sums)
+            yield from streams.crossing(tower, block, sums)
             yield from streams.middle(tower, block, sums)
-            yield from heads.rebuilt(atlas, tower, block, seen)
             yield from parts.neurons(tower, block, seen)
-            tied = heads.tied(block, seen)
-            if tied is not None:
-                layers.append(tied)
-        if layers:
-            yield from heads.influence(tower, layers)
-        for tied in layers:
-            yield from heads.keys(tower, tied.block, len(tied.slots), _given(tower, example))
-            if _is_eager(model) and tied.block.pattern is not None:
-                yield from heads.patterns(tower, tied, seen)
+        own = list(tower.blocks)
+        crossing = [block.cross for block in tower.blocks if block.cross is not None]
+        for label, blocks in ((tower.name, own), (CROSS, crossing)):
+            named = replace(tower, name=label)  # pyright: ignore[reportArgumentType] - for the closures' names alone
+            for block in blocks:
+                yield from heads.rebuilt(atlas, named, block, seen)
+            layers = [tied for block in blocks if (tied := heads.tied(block, seen)) is not None]
+            if layers:
+                yield from heads.influence(named, layers)
+            for tied in layers:
+                yield from heads.before_gates(named, tied)
+                if label != CROSS:
+                    yield from heads.keys(named, tied.block, len(tied.slots), _given(tower, example))
+                if _is_eager(model) and tied.block.pattern is not None:
+                    yield from heads.patterns(named, tied, seen)
 
 
 def _given(tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
@@ -251,7 +256,7 @@ _PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {
 
 
 #: Kinds that every layer with heads has; a layer that nothing was measured of cannot be trusted.
-_MEASURED: tuple[Kind, ...] = ("heads", "q", "k", "v", "gate", "written pattern")
+_MEASURED: tuple[Kind, ...] = ("heads", "q", "k", "v", "gate", "ungated", "written pattern")
 
 
 def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None:
@@ -269,7 +274,7 @@ def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None
         tower, layer = _where(path)
         closure = next((c for c in broken if c.tower == tower and c.layer == layer), None)
         if closure is None and kind in _MEASURED and (tower, layer) not in there:
-            if towers[tower].blocks[layer].layout is None:
+            if _block(towers, tower, layer).layout is None:
                 continue  # a whole projection, of which nothing but its name is claimed
             text = "nothing could be measured of its attention: it makes no probabilities, or passes no gradients back"
             closure = Closure(kind, tower, layer, float("inf"), 0.0, text)
@@ -280,15 +285,27 @@ def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None
 
 def _needed(towers: Mapping[str, Tower], kind: Kind) -> set[tuple[str, int]]:
     """The layers of which something has to be known."""
-    every = ((name, block) for name, tower in towers.items() for block in tower.blocks)
+    every = [(name, block) for name, tower in towers.items() for block in tower.blocks]
+    # Without an encoder beside it, cross-attention does not run.
+    every += [(CROSS, block.cross) for name, block in every if block.cross is not None and "encoder" in towers]
     found = ((name, block) for name, block in every if kind in _MEASURED and block.layout is not None)
-    return {(name, block.index) for name, block in found if kind != "gate" or block.gate_of(0)}
+    return {(name, block.index) for name, block in found if kind not in ("gate", "ungated") or block.gate_of(0)}
 
 
 def _where(path: Path) -> tuple[str, int]:
     index = path.steps[0].index if path.steps[0].name == "layers" else 0
     assert isinstance(path.site, Site) and isinstance(index, int)
-    return path.site.tower, index
+    crosses = len(path.steps) > 1 and path.steps[1].name.partition(".")[0] == CROSS
+    return CROSS if crosses else path.site.tower, index
+
+
+def _block(towers: Mapping[str, Tower], tower: str, layer: int) -> Block:
+    """The layer that a closure is of."""
+    if tower != CROSS:
+        return towers[tower].blocks[layer]
+    block = towers["decoder"].blocks[layer].cross
+    assert block is not None
+    return block
 
 
 def _refusal(

@@ -194,6 +194,31 @@ def _outside(t: Tied, role: Part, grad: Tensor | None, heads: list[int]) -> tupl
     return others, float((grad * own)[:-1].max()) / size if role in ("q", "gate") and len(grad) > 1 else 0.0
 
 
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def before_gates(tower: Tower, t: Tied) -> Iterator[Closure]:
+    """A slice is what the head mixed, times the sigmoid of its gate; nothing where heads have no gates.
+
+    The first token reads itself alone, so what its heads mixed is the value of their group.
+    """
+    block, layout = t.block, t.layout
+    if t.gates is None:
+        return
+    slots, gates, values = (
+        tensor.detach().reshape(-1, tensor.shape[-1])[0].double().cpu() for tensor in (t.slots, t.gates, t.leaves["v"])
+    )
+    missed = 0.0
+    for head in range(layout.n_heads):
+        gate = block.gate_of(head)
+        assert gate is not None
+        made = values[slice(*layout.range("v", layout.group_of(head)))] * gates[slice(*gate[1])].sigmoid()
+        slot = slots[head * layout.head_dim : (head + 1) * layout.head_dim]
+        missed = max(missed, largest((slot - made).abs(), slot.abs() + made.abs()))
+    found = "the first token's slices are not its values times the sigmoids of the gates"
+    yield Closure("ungated", tower.name, block.index, missed, tolerance(t.slots), found)
+
+
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
 
@@ -218,14 +243,15 @@ def patterns(tower: Tower, t: Tied, seen: Seen) -> Iterator[Closure]:
     if shares is None:
         return
     values, tokens = t.leaves["v"].detach(), t.slots.shape[0]
+    keys = values.numel() // values.shape[-1]
     allowed = tolerance(shares, values, t.slots)
-    if shares.dim() != 4 or tuple(shares.shape[-3:]) != (layout.n_heads, tokens, tokens) or shares.shape[0] != 1:
+    if shares.dim() != 4 or tuple(shares.shape[-3:]) != (layout.n_heads, tokens, keys) or shares.shape[0] != 1:
         found = f"what is returned has the shape {list(shares.shape)}, for {layout.n_heads} heads and {tokens} tokens"
         yield Closure("pattern", tower.name, block.index, _NOTHING, allowed, found)
         yield Closure("written pattern", tower.name, block.index, _NOTHING, allowed, found)
         return
     shares = shares[0].double().cpu()
-    values = values.reshape(tokens, -1).double().cpu()
+    values = values.reshape(keys, -1).double().cpu()
     slots = t.slots.detach().double().cpu()
     own = torch.stack([values[:, slice(*layout.range("v", layout.group_of(h)))] for h in range(layout.n_heads)])
     slices = slots.unflatten(-1, (layout.n_heads, layout.head_dim)).transpose(0, 1)

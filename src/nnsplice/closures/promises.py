@@ -16,17 +16,22 @@ Kind = Literal[
     "mid",
     "attn",
     "mixer",
+    "cross",
     "mlp",
     "heads",
     "q",
     "k",
     "v",
     "gate",
+    "ungated",
     "pattern",
     "written pattern",
     "neurons",
     "experts",
 ]
+
+#: What closures call the tower of cross-attention: its layers are the decoder's.
+CROSS = "cross"
 
 #: Kind -> how a message calls its places, and what they promise.
 PROMISES: dict[Kind, tuple[str, str]] = {
@@ -40,12 +45,14 @@ PROMISES: dict[Kind, tuple[str, str]] = {
         ".mixer.output",
         "it is what the mixing of tokens adds to the stream: input + mixer.output + mlp.output is the output",
     ),
+    "cross": (".cross.output", "it is what cross-attention adds to the stream"),
     "mlp": (".mlp.output", "it is what the MLP adds to the stream: input + attn.output + mlp.output is the output"),
     "heads": (".heads[:].output", "each slice is one head's, and through the output projection they make attn.output"),
     "q": (".heads[:].q", "the query of one head moves that head's slice and no other"),
     "k": (".groups[:].k", "the key of one group moves the slices of its heads and no others"),
     "v": (".groups[:].v", "the value of one group moves the slices of its heads, column by column, and no others"),
     "gate": (".heads[:].gate", "the gate of one head moves that head's slice, column by column, and no other"),
+    "ungated": (".heads[:].ungated", "times the sigmoid of the gate it is the head's slice"),
     "pattern": (".heads[:].pattern", "these are the shares with which a head mixes values: not negative, 1 at most"),
     "written pattern": ("writes to .heads[:].pattern", "pattern @ v is the head's slice"),
     "neurons": (".neurons[:].output", "through the last matrix of the MLP they make its output"),
@@ -80,15 +87,15 @@ def kind_of(path: Path) -> Kind | None:
         return None
     if len(names) == 1:
         return "mid" if path.value == "mid" else "stream"
-    match names[-1], path.value or "output":
+    match names[-1].removeprefix("cross."), path.value or "output":
         case "heads", "pattern":
             # What is written in its place, and what that is made of, are sites of another kind.
             return "pattern" if isinstance(path.site, Site) and path.site.kind == "pattern" else "written pattern"
         case "heads" | "groups" as part, "output":
             return "heads" if part == "heads" else None
-        case "heads" | "groups", ("q" | "k" | "v" | "gate") as role:
+        case "heads" | "groups", ("q" | "k" | "v" | "gate" | "ungated") as role:
             return role
-        case ("attn" | "mixer" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
+        case ("attn" | "mixer" | "cross" | "mlp" | "q" | "k" | "v" | "neurons" | "experts") as part, "output":
             return part
     return None
 

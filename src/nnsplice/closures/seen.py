@@ -70,8 +70,9 @@ def look(model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: 
             _watch(hooks, atlas, block)
             if write is not None:
                 hooks.write(block, write)
-            else:
-                _tie(hooks, atlas, block)
+                continue
+            for attention in block.attentions:
+                _tie(hooks, atlas, attention)
         call = stack.enter_context(engine.undisturbed(model))
         stack.enter_context(torch.set_grad_enabled(write is None))
         logits = getattr(call(*args, **kwargs), "logits", None)
@@ -92,6 +93,9 @@ def _watch(hooks: _Hooks, atlas: Atlas, block: Block) -> None:
         hooks.keep(module, "output", "passed")
     for module in norms_of(atlas, block):
         hooks.keep(module, "given", "output", "passed")
+    if block.cross is not None:
+        for module in (block.cross.attn_added, block.cross.o):
+            hooks.keep(module, "output", "passed")
     if block.mid is not None:
         hooks.keep(block.mid[0], "given", "passed")
     if block.experts is not None and not block.experts_are_modules:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor
 
 from nnsplice.atlas import Atlas, Block, Tower
-from nnsplice.closures.promises import Closure, Kind, gap, tolerance
+from nnsplice.closures.promises import CROSS, Closure, Kind, gap, tolerance
 from nnsplice.closures.seen import Seen, norms_of
 
 _NOTHING = float("inf")
@@ -103,6 +103,13 @@ class Sums:
             return 0.0  # more than attention comes before it, so the way to the output has to say what it is
         return _best([self.before, self.attn], self._normed_to(self.mid) or [self.mid])
 
+    def of_cross(self) -> float:
+        """By how much cross-attention misses every stream that is normalised or goes on, behind the layer's own."""
+        cross = None if self.block.cross is None else self._scaled(self.block.cross.attn_added)
+        totals = [*(given for given, _ in self.norms), self.mid, *self.ends]
+        own = None if self.before is None or self.attn is None else self.before + self.attn
+        return min(_best([start, cross], totals) for start in (own, *(made for _, made in self.norms)))
+
     def from_mid(self, mid: Tensor | None) -> float:
         """By how much the stream between the branches and the MLP miss the output."""
         return _best([mid, self.mlp], self.ends)
@@ -142,6 +149,14 @@ def branches(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:
         missed = whole if whole <= sums.allowed else min(whole, alone())
         found = f"input + {'mixer' if kind == 'mixer' else 'attn'}.output + mlp.output is not the output"
         yield Closure(kind, tower.name, block.index, missed, sums.allowed, found)
+
+
+def crossing(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:
+    """What the attention to the other tower adds; nothing where it did not run."""
+    cross = block.cross
+    if cross is not None and sums.seen.at(cross.attn_added, "passed", block.occurrence) is not None:
+        found = "the layer's stream with cross.output is not the stream behind it"
+        yield Closure("cross", CROSS, block.index, sums.of_cross(), sums.allowed, found)
 
 
 def middle(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:

@@ -43,14 +43,15 @@ def order_of(model: object, probe: Any = None) -> Order:
     return order
 
 
-def offer_probe(model: object, inputs: Callable[[], Any]) -> None:
+def offer_probe(model: object, inputs: Callable[[], Any], *, always: bool = False) -> None:
     """Inputs that a model is about to run with: where its own are not known, they are what its order is learned from.
 
     Args:
         inputs: makes them; not called where they are not needed.
+        always: these are no tokens, so the model cannot run with tokens that are made up.
     """
     root = peel(model)
-    if root not in _probes and not _knows_vocabulary(root):
+    if root not in _probes and (always or not _knows_vocabulary(root)):
         _probes[root] = inputs()
 
 

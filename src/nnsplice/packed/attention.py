@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
+from nnsplice.errors import RefusedExecutor
 from nnsplice.packed.layout import Group
 from nnsplice.packed.masks import LATER, causal, without
 
@@ -151,7 +152,7 @@ def _dispatch(
     given = {name: value for name, value in more.items() if name not in _OF_THE_RUN}
     unknown = [n for n, value in given.items() if n not in _READ and value is not None and value is not False]
     if unknown:
-        raise NotImplementedError(f"its attention is given {', '.join(unknown)}, which packed rows do not handle")
+        raise RefusedExecutor(f"its attention is given {', '.join(unknown)}, which packed rows do not handle")
     call = AttentionCall(
         module,
         query,

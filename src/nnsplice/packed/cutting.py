@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, edges_between_towers, peel
 from nnsplice.errors import BadArgument, MissingPosition, RefusedPlace, ShortRow
 from nnsplice.packed.attention import AttentionCall, attention, is_exchanged
 from nnsplice.packed.masks import Edge, causal, without
@@ -152,6 +152,8 @@ def knockout(model: Any, edges: Paths) -> Iterator[None]:
             site = site_of(place)
             if site.kind != "pattern" or site.index is None:
                 raise BadArgument("a knockout is of attention, and this is none", path=path)
+            if place.steps[-1].name == "cross.heads":
+                raise edges_between_towers(path)
             wanted.setdefault(_called(root, site), []).append((site.index, path.position, path.key, str(path)))
     if not wanted:
         raise BadArgument("no edges, so nothing is cut", expected="at least one path")

@@ -141,6 +141,9 @@ def _fold(tree: Node) -> Path:
         elif child.data == "edge":
             *query, seen = cast("list[Node]", child.children)
             position, key = _bracketed(query), _position(seen)
+        elif child.data in ("heads", "groups") and steps[-1].name == "cross":
+            # One step, as that of the layer's own attention is.
+            steps[-1] = replace(_step(child, native), name=f"cross.{child.data}")
         elif child.data != "open":
             steps.append(_step(child, native))
     if position is not None and value is None:

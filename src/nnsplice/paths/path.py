@@ -10,7 +10,7 @@ from typing import Any
 from nnsplice.errors import PathError
 
 #: The names a value can have, in the order of the language's table. `weight` and `bias` are views of parameters.
-ACTIVATION_VALUES = ("output", "input", "mid", "q", "k", "v", "gate", "pattern")
+ACTIVATION_VALUES = ("output", "input", "mid", "q", "k", "v", "gate", "ungated", "pattern")
 WEIGHT_VALUES = ("weight", "bias")
 
 #: Names that are a value (or mean one) where a native path ends. An attribute of that name is written with nnsight's

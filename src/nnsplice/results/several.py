@@ -41,8 +41,11 @@ def arrays(table: Table, of: Callable[[Table], xr.DataArray]) -> xr.DataArray:
     import pandas as pd
     import xarray as xr
 
-    found = [of(one(table, name)).drop_attrs() for name in table.metrics]
-    whole = xr.concat(found, pd.Index(list(table.metrics), name="metric"), combine_attrs="drop")
+    found = [of(one(table, name)) for name in table.metrics]
+    for array in found:
+        for each in (array, *array.coords.values()):
+            each.attrs = {}
+    whole = xr.concat(found, pd.Index(list(table.metrics), name="metric", dtype=object), combine_attrs="drop")
     return whole.transpose("prompt", "metric", ...)
 
 

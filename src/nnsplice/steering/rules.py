@@ -195,8 +195,10 @@ def rules_of(
     for key, direction in vectors_of(vector):
         (path,) = known.atlas.expand(key.place)
         site = site_of(path)
-        if site.kind in ("pattern", "expert", "error", "transcoded"):
-            told = "feature of a transcoder" if site.kind == "transcoded" else site.kind
+        if site.kind in ("pattern", "expert", "ungated", "error", "transcoded"):
+            told = {"transcoded": "feature of a transcoder", "ungated": "slice before its gate"}.get(
+                site.kind, site.kind
+            )
             raise RefusedPlace(
                 f"a {told} is derived from several values, so there is no one state to steer",
                 path=path,
@@ -217,6 +219,7 @@ def rules_of(
         factors = coefficients(coefficient)
         rules.append(Rule(place, direction.detach(), factors, label, own, where, condition, of_feature))
     closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
+    closures.tell_joint_norms(model, (rule.path for rule in rules))
     return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
 
 

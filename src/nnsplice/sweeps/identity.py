@@ -81,10 +81,10 @@ def labels_of(model: engine.Model, plan: Plan) -> dict[str, Any]:
     words = dict(zip(map(str, ids), engine.token_texts(model, [[one] for one in ids]), strict=True))
     labels: dict[str, Any] = {"words": {key: text for key, (text,) in words.items()}}
     clean = plan.clean
-    if clean is not None and clean is not plan.corrupted and not plan.owners and plan.operation.name == "patch":
-        rows = clean.decoder_ids or clean.ids
-        if len(plan.tokens) == len(rows):
-            labels["clean"] = [list(row) for row in engine.token_texts(model, rows)]
+    other = clean is not plan.corrupted and not plan.owners and plan.operation.name == "patch"
+    if clean is not None and other and len(plan.tokens) == len(clean):
+        tower = plan.targets[0].tower if plan.targets else "encoder"
+        labels["clean"] = [list(row) for row in clean.token_texts(model, tower)]
     return labels
 
 

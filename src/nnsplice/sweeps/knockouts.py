@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
+from nnsplice.atlas import edges_between_towers
 from nnsplice.errors import BadArgument
 from nnsplice.packed import Cut
 from nnsplice.sweeps.cells import Target, has_tokens, own_tokens
@@ -26,6 +27,8 @@ def check(model: engine.Model, operation: Operation, targets: Sequence[Target], 
     for target in targets:
         for part in target.parts:
             place = part.places[0]
+            if place.steps[-1].name == "cross.heads" and (operation.way == "cut" or part.key is not None):
+                raise edges_between_towers(part.cell.path)
             if operation.way != "cut" and part.key is not None:
                 raise BadArgument(
                     f"an edge of attention is cut or not, it has no value to {operation.name}",

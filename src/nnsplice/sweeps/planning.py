@@ -130,8 +130,7 @@ def plan_sweep(
             foreign.check_places(model, other, edited, targets)
         elif chosen.name == "patch" and corruption is None:
             _tell_of_sameness(edited, there)
-    of_decoder = bool(targets) and targets[0].tower == "decoder"
-    tokens = engine.token_texts(model, edited.decoder_ids if of_decoder and edited.decoder_ids else edited.ids)
+    tokens = edited.token_texts(model, targets[0].tower if targets else "encoder")
     told = bound.identity if runs is None else runs.identity
     asked = asked_of(model, edited, there, targets, told, chosen, reference, window, align, seed, corruption, other)
     none = Jobs.of(())
@@ -158,8 +157,8 @@ def _prompts(
         raise BadArgument("neither clean nor corrupted prompts", expected="prompts")
     if clean is None and operation.name == "patch":
         raise BadArgument("patching takes its values from the clean run, and clean is None", expected="clean prompts")
-    source = None if clean is None else encode(model, clean, spans_clean, images=True)
-    edited = source if corrupted is None else encode(model, corrupted, spans_corrupted, images=True)
+    source = None if clean is None else encode(model, clean, spans_clean, images=True, sounds=True)
+    edited = source if corrupted is None else encode(model, corrupted, spans_corrupted, images=True, sounds=True)
     assert edited is not None
     if edited.values is not None:
         raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")

@@ -147,6 +147,8 @@ def _written(model: engine.Model, place: Path) -> Path:
     kind = site_of(place).kind
     if kind == "pattern":
         return derived.pattern_places(model, place)[1]
+    if kind == "ungated":
+        return derived.slice_place(place)
     if kind == features.TRANSCODED:
         return features.written_at(model, place)
     return derived.expert_output(place) if kind == "expert" else host(place)

@@ -61,7 +61,9 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
     found = [targets[path] for path in sorted(targets, key=lambda path: known.rank(path))]
     joint = [joined(model, known, members, edited) for members in sets]
     found += {target.cell.path: target for target in joint}.values()
-    closures.require(model, [place for target in found for place in target.places], written=True)
+    places = [place for target in found for place in target.places]
+    closures.require(model, places, written=True)
+    closures.tell_joint_norms(model, places)
     return tuple(found)
 
 

@@ -19,8 +19,13 @@ def plain_prompts(prompts: Prompts) -> dict[str, Any]:
     """Prompts as plain data.
 
     Raises:
-        BadArgument: they have images.
+        BadArgument: they have images, or are what an encoder hears.
     """
+    if prompts.sounds is not None:
+        raise BadArgument(
+            f"prompts of {prompts.sounds[0].name} are not written to a file",
+            expected="a run in this process",
+        )
     if prompts.images is not None:
         raise BadArgument(
             "a plan's files hold tokens, and these prompts have images",

@@ -1,0 +1,111 @@
+"""Prompts that are no tokens: what an encoder hears, as its processor gives it, beside the tokens of the decoder."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnsplice import engine
+from nnsplice.atlas import peel
+from nnsplice.digests import digest_of
+from nnsplice.errors import BadArgument, ShapeError
+
+#: What a processor may give beside the features.
+_BESIDE = ("decoder_input_ids", "decoder_attention_mask")
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """What an encoder is given of one prompt."""
+
+    #: The argument of the forward, and `[channel, frame]` or `[sample]`.
+    name: str
+    values: Tensor
+    #: How many tokens the encoder makes of it.
+    tokens: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sounds of one shape run in one pass."""
+        return tuple(self.values.shape)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """A number for each token of the encoder, equal for equal sounds alone; no ids of a vocabulary."""
+        return (int(digest_of({self.name: self.values})[:15], 16), *range(1, self.tokens))
+
+
+def argument_of(model: engine.Model) -> str | None:
+    """The argument that takes an encoder's features; None for models that read tokens."""
+    name = getattr(peel(model), "main_input_name", "input_ids")
+    return name if engine.is_encoder_decoder(model) and name != "input_ids" else None
+
+
+def sounds_of(model: engine.Model, prompts: Any) -> tuple[Sound, ...] | None:
+    """The sound of each prompt; None for prompts of another kind.
+
+    Raises:
+        BadArgument: something stands beside the features that would be left out.
+        ShapeError: the features have no row for each prompt.
+    """
+    name = argument_of(model)
+    if name is None or not isinstance(prompts, Mapping) or name not in prompts:
+        return None
+    if left := [other for other in prompts if other not in (name, *_BESIDE)]:
+        raise BadArgument(
+            f"{left[0]} stands beside {name}, and would be left out",
+            expected=f"{name} and decoder_input_ids alone",
+        )
+    values = torch.as_tensor(prompts[name])
+    if not values.is_floating_point() or values.dim() < 2 or not len(values):
+        raise ShapeError(
+            f"{name} of shape {list(values.shape)} and {values.dtype}", expected="numbers with a row for each prompt"
+        )
+    tokens = _tokens_of(peel(model), values[:1])
+    return tuple(Sound(name, row.detach().cpu(), tokens) for row in values)
+
+
+def joined(sounds: Sequence[Sound], dtype: torch.dtype, device: torch.device | None) -> dict[str, Tensor]:
+    """What the forward takes of several sounds of one shape."""
+    return {sounds[0].name: torch.stack([one.values for one in sounds]).to(device, dtype)}
+
+
+def dtype_of(model: engine.Model) -> torch.dtype:
+    """The type of number that features are given in: that of the encoder's weights."""
+    return next(p.dtype for p in _encoder(peel(model)).parameters() if p.is_floating_point())
+
+
+#: Module -> shape of the features -> tokens.
+_lengths: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = weakref.WeakKeyDictionary()
+
+
+def _encoder(root: Any) -> nn.Module:
+    return root.get_encoder()
+
+
+def _tokens_of(root: nn.Module, values: Tensor) -> int:
+    """How many tokens the encoder makes of features of this shape, seen in a run of it."""
+    known = _lengths.setdefault(root, {})
+    shape = tuple(values.shape)
+    if shape not in known:
+        encoder = _encoder(root)
+        parameter = next(p for p in encoder.parameters() if p.is_floating_point())
+        with engine.undisturbed(root):
+            try:
+                known[shape] = int(encoder(values.to(parameter)).last_hidden_state.shape[1])
+            except (ValueError, RuntimeError) as error:  # Whisper takes features of one length alone
+                raise ShapeError(
+                    f"the encoder takes no features of shape {list(shape[1:])}: {str(error).partition(chr(10))[0]}",
+                    expected="what the model's own processor gives",
+                ) from None
+    return known[shape]
+
+
+def names(sounds: Sequence[Sound]) -> Iterator[tuple[str, ...]]:
+    """What the tokens of an encoder are called: their numbers."""
+    return (tuple(map(str, range(one.tokens))) for one in sounds)
