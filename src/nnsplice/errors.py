@@ -403,6 +403,10 @@ class FileError(NnspliceError, ValueError):
     """
 
 
+class StoreError(NnspliceError, OSError):
+    """An object store does not answer, or refuses: a wrong bucket, credentials, or the network."""
+
+
 class MapperError(NnspliceError, ValueError):
     """The mappers of a checkpoint do not fit together, or do not fit its tensors.
 

@@ -86,10 +86,10 @@ def test_the_driver_killed_and_called_again(tmp_path: Path) -> None:
     _until(lambda: not _pids(folder))
     there = folder.done()
     assert 2 <= len(there) < 60
-    times = {number: folder.unit_file(number).stat().st_mtime_ns for number in there}
+    times = {number: (folder.path / folder.unit_file(number)).stat().st_mtime_ns for number in there}
     Local(2).run(folder, False)
     assert bits(folder) == alone(60)
-    assert {number: folder.unit_file(number).stat().st_mtime_ns for number in there} == times
+    assert {number: (folder.path / folder.unit_file(number)).stat().st_mtime_ns for number in there} == times
 
 
 def test_a_signal_lets_a_worker_leave_after_its_unit(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ import torch
 from nnsplice import engine
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, FileError, KeyMismatch, TeamError, named
-from nnsplice.files import from_json, local_folder, text_of
+from nnsplice.files import from_json, text_of
 from nnsplice.results import PART, Cell, Run, SweepResult, Table, plain, taken
+from nnsplice.stores import is_address
 from nnsplice.sweeps import running
 from nnsplice.sweeps.choosing import Chosen
 from nnsplice.sweeps.cutting import MAX_TOKENS
@@ -77,7 +78,8 @@ def run(
         source: the other model, of a plan that was made with one.
         on: `"local:8"` for so many processes here, `"folder"` to write a run folder and leave it to
             `nnsplice work DIR`, `ns.on.slurm(...)`, `ns.on.ray(...)`. All give the same bits, whatever dies.
-        out: the run folder, in which every finished unit is kept; the same call resumes from it.
+        out: the run folder, in which every finished unit is kept; the same call resumes from it. It may be in an object
+            store (`"s3://bucket/run"`, `"gs://..."`; extra `cloud`).
         size: how much work a unit is about, as for `plan.units`.
         load_options: for `ns.load` in the workers: `{"device_map": "cuda", "dtype": "bfloat16"}`.
         threads: the number of threads of each worker on a CPU; numbers are rounded otherwise with more.
@@ -127,10 +129,10 @@ def run(
             lines = [f"  unit {number}: {reason}" for number, reason in list(failures.items())[:5]]
             raise TeamError(
                 "\n".join([f"{len(failures)} of {folder.units} units failed", *lines]),
-                expected=f"their reasons mended; the same call tries them again, and {folder.path} keeps the others",
+                expected=f"their reasons mended; the same call tries them again, and {folder.address} keeps the others",
                 write="partial=True for what there is",
             )
-        return merged(folder.path, partial=partial or on == "folder")
+        return merged(folder.address, partial=partial or on == "folder")
 
 
 def prepared(
@@ -221,14 +223,14 @@ def merged(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
     done = folder.done()
     if len(done) < folder.units and not partial:
         raise FileError(
-            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.path}",
+            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.address}",
             expected="a run that is finished",
-            write=f"nnsplice work {folder.path}, or merge with partial=True (--partial) for what there is",
+            write=f"nnsplice work {folder.address}, or merge with partial=True (--partial) for what there is",
         )
     plan, metrics = told["plan"], tuple(told["metrics"])
     prompts = max(plan["owners"]) + 1 if plan["owners"] else len(plan["corrupted"]["ids"])
     if not done:
-        raise FileError(f"no unit of {folder.path} is done yet", write=f"nnsplice status {folder.path}")
+        raise FileError(f"no unit of {folder.address} is done yet", write=f"nnsplice status {folder.address}")
     return SweepResult(_table(folder, sorted(done), plan, cells_of(plan), metrics, prompts, told["exists"]))
 
 
@@ -256,7 +258,7 @@ def _table(
         runs, targets = Jobs.of_ranges(arrays["ranges"].tolist()).columns()
         values[rows[runs], targets], there[rows[runs], targets] = arrays["values"], True
         cost += arrays["cost"]
-    agreed = from_json(text_of(folder.path / "executor.json"), folder.path)["agreed"]
+    agreed = folder.agreed("executor")
     spent = dict(zip(_COSTS, cost.tolist(), strict=True))
     counts = {name: int(spent[name]) for name in ("forwards", "block_calls", "tokens", "known")}
     about = Run(agreed["name"], spent["seconds"], flops=spent["flops"], note=agreed["note"], **counts)
@@ -291,7 +293,12 @@ def _names(plan: Plan) -> list[str]:
 def _load_of(model: Any) -> str:
     """How other processes load a model, as a text."""
     if isinstance(model, str | PathLike):
-        return str(local_folder(model)) if "://" in str(model) else str(model)
+        if is_address(model):
+            raise BadArgument(
+                f"{model} is in an object store, and weights are read from a file system",
+                expected="a name, or a folder that all machines see",
+            )
+        return str(model)
     if callable(model) and not isinstance(model, torch.nn.Module) and not hasattr(model, "_module"):
         return named_function(model, "what loads the model")
     raise BadArgument(

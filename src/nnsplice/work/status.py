@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nnsplice.locks import age_of, is_gone
+from nnsplice.locks import is_gone
 from nnsplice.work.run_folder import RunFolder
 
 
@@ -29,8 +29,8 @@ class Status:
 def status_of(folder: RunFolder) -> Status:
     """Look at a run."""
     workers: list[dict[str, Any]] = []
-    for path, told in folder.workers():
+    for name, told in folder.workers():
         gone = is_gone(told)
-        silent = gone is None and age_of(path) > folder.told["lease"]
+        silent = gone is None and folder.store.age(name) > folder.told["lease"]
         workers.append({**told, "alive": not gone and not silent and told["state"] in ("loading", "running")})
     return Status(folder.units, len(folder.done()), folder.failures(), workers)
