@@ -80,5 +80,6 @@ def status(folder: Run, as_json: Json = False) -> None:
         say(f"unit {number} failed: {reason}")
     if found.failures:
         raise FileError(
-            f"{len(found.failures)} units failed", expected=f"their reasons mended; logs are in {store_of(folder).at('workers')}"
+            f"{len(found.failures)} units failed",
+            expected=f"their reasons mended; logs are in {store_of(folder).at('workers')}",
         )

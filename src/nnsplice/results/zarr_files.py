@@ -10,19 +10,24 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nnsplice.errors import FileError, MissingPackage
-from nnsplice.files import from_json, local_folder
+from nnsplice.files import from_json
 from nnsplice.results import files
 from nnsplice.results.table import AXES, NAMED, Cell, Run, Table, settled
+from nnsplice.stores import Store, store_of
 
 if TYPE_CHECKING:
     import xarray as xr
 
 KIND, FORMAT = "SweepResult", 1
+#: Of the group: all that is text.
+ATTRIBUTE = "nnsplice"
 _DIMS = {
     "values": ("prompt", "cell"), "done": ("prompt", "cell"), "exists": ("prompt", "cell"), "clean": ("prompt",),
     "corrupted": ("prompt",), "counts": ("prompt", "cell"),
@@ -36,14 +41,17 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
         FileError: there is something of that name, or the result has edges, which fit into one file.
     """
     zarr = _zarr()
-    target = local_folder(path)
-    if target.exists():
-        raise FileError(f"{target} exists", expected="a new name")
+    store = store_of(path)
+    if store.folder.exists() if store.folder is not None else store.names():
+        raise FileError(f"{store.address} exists", expected="a new name")
     if table.edges is not None or table.exact is not None:
         raise FileError("estimates of edges, and what was checked of them, go to a file", write="result.to_file(path)")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        group = zarr.create_group(temporary, zarr_format=3)
+    told = {
+        "kind": KIND, "format": FORMAT, "digest": files.digest(table), "run": files.told_of_run(table),
+        **files.texts(table),
+    }  # fmt: skip
+    with _new(store) as place:
+        group = zarr.create_group(place, zarr_format=3)
         for name, dims in _DIMS.items():
             array = getattr(table, name)
             if array is None:
@@ -59,12 +67,23 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
                 dimension_names=(*dims, *several),
             )
             new[...] = array
-        told = {
-            "kind": KIND, "format": FORMAT, "digest": files.digest(table), "run": files.told_of_run(table),
-            **files.texts(table),
-        }  # fmt: skip
-        group.attrs["nnsplice"] = files.canonical(told)
-        temporary.rename(target)
+        group.attrs[ATTRIBUTE] = files.canonical(told)  # the last, as a store without it is none
+
+
+@contextmanager
+def _new(store: Store) -> Iterator[Any]:
+    """Where a new store is written, which is there when the block ends well."""
+    if store.folder is None:
+        try:
+            yield _place(store)  # nothing is renamed in an object store; a store is one when its attribute is there
+        except BaseException:
+            store.clear()
+            raise
+        return
+    temporary = store.folder.with_name(f".{store.folder.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield temporary
+        temporary.rename(store.folder)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -98,7 +117,8 @@ def lazy(path: str | os.PathLike[str]) -> xr.Dataset:
     import xarray as xr
 
     _, told = _opened(path)
-    found = xr.open_zarr(local_folder(path), consolidated=False, chunks=None)
+    store = store_of(path)
+    found = xr.open_zarr(_place(store), consolidated=False, chunks=None)
     cells = [Cell(*row) for row in told["cells"]]
     coordinates: dict[str, Any] = {"path": ("cell", [cell.path for cell in cells])}
     coordinates["component"] = ("cell", [cell.component for cell in cells])
@@ -119,14 +139,26 @@ def lazy(path: str | os.PathLike[str]) -> xr.Dataset:
 
 def _opened(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     zarr = _zarr()
-    folder = local_folder(path)
-    if not (folder / "zarr.json").is_file():
-        raise FileError(f"{folder} is no store of a result", expected="a store that SweepResult.to_zarr wrote")
-    group = zarr.open_group(folder, mode="r")
-    told = from_json(str(group.attrs.get("nnsplice", "null")), folder)
+    store = store_of(path)
+    if not store.has("zarr.json"):
+        raise FileError(f"{store.address} is no store of a result", expected="a store that SweepResult.to_zarr wrote")
+    group = zarr.open_group(_place(store), mode="r")
+    told = from_json(str(group.attrs.get(ATTRIBUTE, "null")), store.address)
     if not isinstance(told, dict) or told.get("kind") != KIND or told["format"] > FORMAT:
-        raise FileError(f"{folder} holds something else, or was written by a newer nnsplice")
+        raise FileError(
+            f"{store.address} holds something else, is not finished, or was written by a newer nnsplice",
+            expected="a store that SweepResult.to_zarr wrote",
+        )
     return group, told
+
+
+def _place(store: Store) -> Any:
+    """A store as zarr takes it."""
+    if store.folder is not None:
+        return store.folder
+    from zarr.storage import ObjectStore  # pyright: ignore[reportMissingImports]  (an extra)
+
+    return ObjectStore(store.inner)
 
 
 def _zarr() -> Any:

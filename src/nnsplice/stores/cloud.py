@@ -159,11 +159,11 @@ class CloudStore:
         """Be the only one."""
         return CloudLock(self, f"{name}.lock")
 
-    def zarr(self, *, read_only: bool = False) -> Any:
-        """The same as a store of zarr."""
-        from zarr.storage import ObjectStore  # pyright: ignore[reportMissingImports]  (an extra)
-
-        return ObjectStore(self.inner, read_only=read_only)
+    def clear(self) -> None:
+        """Remove all that is under the prefix."""
+        with self._told():
+            for some in self.inner.list():
+                self.inner.delete([one["path"] for one in some])
 
     # --- inside
 
@@ -177,14 +177,11 @@ class CloudStore:
 
     def _replaced(self, name: str, data: bytes, seen: Any) -> bool:
         """Write, if the file is still the one that was seen."""
-        from obstore.exceptions import (  # pyright: ignore[reportMissingImports]  (an extra)
-            NotFoundError,
-            PreconditionError,
-        )
+        from obstore.exceptions import PreconditionError  # pyright: ignore[reportMissingImports]  (an extra)
 
         try:
-            self.inner.put(name, data, mode={"e_tag": seen["e_tag"], "version": seen["version"]})
-        except (PreconditionError, NotFoundError):
+            self.inner.put(name, data, mode={key: seen[key] for key in ("e_tag", "version") if seen[key] is not None})
+        except (PreconditionError, FileNotFoundError):
             return False
         return True
 
@@ -198,17 +195,18 @@ class CloudStore:
         from obstore.exceptions import (  # pyright: ignore[reportMissingImports]  (an extra)
             AlreadyExistsError,
             BaseError,
-            NotFoundError,
         )
 
         try:
             yield
-        except NotFoundError as error:
-            if "bucket" in str(error).lower():
-                raise StoreError(f"{self.address} is not there: {_first(error)}", expected="a bucket that exists") from error
-            raise FileNotFoundError(f"{self.address}: {_first(error)}") from error
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise StoreError(
+                    f"{self.address} is in a bucket that is not there", expected="one that exists"
+                ) from None
+            raise FileNotFoundError(f"{self.address}: {_first(error)}") from None
         except AlreadyExistsError as error:
-            raise FileExistsError(f"{self.address}: {_first(error)}") from error
+            raise FileExistsError(f"{self.address}: {_first(error)}") from None
         except BaseError as error:
             raise StoreError(
                 f"{self.address} does not answer as it should: {_first(error)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ class LocalStore:
     """A folder of a file system; `Store` says what each method does."""
 
     folder: Path
+    inner: None = None
     pause: float = 0.0
 
     @property
@@ -92,6 +94,10 @@ class LocalStore:
     def age(self, name: str) -> float:
         """Seconds since the last sign of life."""
         return age_of(self.folder / name)
+
+    def clear(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def append(self, name: str, text: str) -> None:
         """Append to a file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from nnsplice.stores.addresses import is_address
 from nnsplice.stores.local import LocalStore
@@ -30,6 +30,11 @@ class Store(Protocol):
     @property
     def folder(self) -> Path | None:
         """The folder on this machine; None for an object store."""
+        ...
+
+    @property
+    def inner(self) -> Any:
+        """The same as an object of obstore; None for a folder."""
         ...
 
     @property
@@ -91,6 +96,10 @@ class Store(Protocol):
         Raises:
             FileNotFoundError: it is not there.
         """
+        ...
+
+    def clear(self) -> None:
+        """Remove all that is under it."""
         ...
 
     def append(self, name: str, text: str) -> None:

@@ -42,10 +42,10 @@ class Claims:
         if not self._is_dead(there, number):
             return False
         strike = f"strikes/{number:06}.{there.get('token', 'unreadable')}"
-        if not self.store.create(strike, f"{there.get('worker', 'a worker')} ended\n{uuid.uuid4().hex}".encode()):
-            # Another one judged this claim before. It takes the unit at once, unless it died on the way.
-            if self.store.age(strike) < self.folder.told["lease"]:
-                return False
+        ended = f"{there.get('worker', 'a worker')} ended\n{uuid.uuid4().hex}".encode()
+        # Of several that judge this claim, the first takes the unit at once, unless it dies on the way.
+        if not self.store.create(strike, ended) and self.store.age(strike) < self.folder.told["lease"]:
+            return False
         strikes = self.folder.strikes(number)
         if len(strikes) >= STRIKES:
             lines = "; ".join(strikes)
