@@ -17,7 +17,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -157,14 +159,14 @@ class RunFolder:
         """
         if self.store.folder is not None:
             return self.store.folder
-        copy = tempfile.TemporaryDirectory(prefix="nnsplice-run-")
-        object.__setattr__(self, "_copy", copy)  # it goes with this object
+        copy = Path(tempfile.mkdtemp(prefix="nnsplice-run-"))
+        weakref.finalize(self, shutil.rmtree, copy, ignore_errors=True)
         for name in self.store.names():
             if name not in FOLDERS and not name.startswith(".") and not name.endswith(".lock"):
-                file = Path(copy.name) / name
+                file = copy / name
                 file.write_bytes(self.store.read(name))
                 self._shared[name] = file.stat().st_mtime_ns
-        return Path(copy.name)
+        return copy
 
     def share(self) -> None:
         """Have others see what was written into `path` since."""
