@@ -46,15 +46,15 @@ def local_slurm(tmp_path: Path) -> Slurm:
     return Slurm(2, {"timeout_min": 5}, cluster="local")
 
 
-def _killing(folder: RunFolder, kills: int) -> threading.Thread:
-    """A thread that kills workers while they run."""
+def _killing(folder: RunFolder, kills: int, units: int = 1) -> threading.Thread:
+    """A thread that kills workers while they run, when they have told of so many units."""
 
     def kill() -> None:
         killed: set[int] = set()
         deadline = time.monotonic() + 60
         while len(killed) < kills and time.monotonic() < deadline:
             for one in status_of(folder).workers:
-                if one["alive"] and one["state"] == "running" and one["units"] and one["pid"] not in killed:
+                if one["alive"] and one["state"] == "running" and one["units"] >= units and one["pid"] not in killed:
                     os.kill(one["pid"], signal.SIGKILL)
                     killed.add(one["pid"])
                     break
@@ -128,13 +128,13 @@ def test_a_preempted_task_asks_for_itself_again(local_slurm: Slurm, tmp_path: Pa
 
 
 def test_a_run_in_an_object_store_whatever_dies(bucket: str) -> None:  # noqa: F811
-    folder = written(f"{bucket}/runs/a", 40, seconds=0.05)
-    thread = _killing(folder, 2)
+    folder = written(f"{bucket}/runs/a", 60, seconds=0.05)
+    thread = _killing(folder, 2, units=0)  # a worker tells of its units every two seconds
     Local(2).run(folder, False)
     thread.join()
-    assert bits(folder) == alone(40)
+    assert bits(folder) == alone(60)
     found = status_of(RunFolder.open(f"{bucket}/runs/a"))
-    assert (found.done, found.failures) == (40, {})
+    assert (found.done, found.failures) == (60, {})
     assert len(found.workers) >= 3
     names = folder.store.names("workers")
     assert {f"{one['worker']}.log" for one in found.workers if one["state"] == "done"} <= set(names)
