@@ -33,7 +33,7 @@ class Arithmetic:
             raise RuntimeError("the device is lost")
         if number in self.how.get("full", ()):
             raise OSError(28, "No space left on device")
-        return {"values": np.sqrt(np.arange(1, 9) * float(number + 1))}
+        return {"values": np.sqrt(np.arange(1, 1 + self.how.get("numbers", 8)) * float(number + 1))}
 
 
 def opened(folder: RunFolder) -> Arithmetic:

@@ -16,7 +16,7 @@ from nnsplice.errors import BadArgument, FileError
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name beside `path` to write under; the file takes its place when the block ends well."""
-    target = Path(path)
+    target = local_folder(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
@@ -72,7 +72,7 @@ def text_of(path: str | os.PathLike[str]) -> str:
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path:
-    """A folder on this machine's file system.
+    """A folder or a file on this machine's file system.
 
     Raises:
         BadArgument: the address of an object store, of which a path would be a folder of an odd name.
@@ -81,6 +81,6 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
     if "://" in text:
         raise BadArgument(
             f"{text} is an address of an object store, and what is written here goes to a file system",
-            expected="a folder; one that all machines of a run see, where there are several",
+            expected="a path on a file system",
         )
     return Path(text)

@@ -78,14 +78,19 @@ def header_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> list[int]:
     return [*shape[:-1], shape[-1] * 2] if NAMES[dtype] == _HALF and shape else list(shape)
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: str | os.PathLike[str], *, local: Path | None = None) -> Header:
     """Read and check a header; files that safetensors refuses are refused.
+
+    Args:
+        path: the file, by the name that messages say.
+        local: where it is on this machine, if it is elsewhere.
 
     Raises:
         FileError: no safetensors file, or a damaged one; the message names the tensor where it is about one.
     """
-    path = Path(path)
-    with path.open("rb") as file:
+    path = os.fspath(path)
+    local = Path(path) if local is None else local
+    with local.open("rb") as file:
         first = file.read(8)
         length = int.from_bytes(first, "little")
         end = os.fstat(file.fileno()).st_size
@@ -110,16 +115,16 @@ def read_header(path: str | os.PathLike[str]) -> Header:
                 f"the file at {end}",
                 expected="the whole file; download or copy it again",
             )
-    _check(path, entries)
+    _check(path, local, entries)
     return Header(entries, metadata)
 
 
-def _check(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+def _check(path: str, local: Path, entries: Mapping[str, TensorEntry]) -> None:
     """Raise if safetensors refuses the header, for gaps, overlaps, repeated names or its JSON."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(os.fspath(path), framework="np"):
+        with safe_open(os.fspath(local), framework="np"):
             pass
     except (SafetensorError, ValueError) as error:
         for entry in entries.values():
@@ -131,7 +136,7 @@ def _check(path: Path, entries: Mapping[str, TensorEntry]) -> None:
         raise FileError(f"{path} is damaged or no safetensors file: {error}", expected="a safetensors file") from None
 
 
-def _entry(path: Path, name: str, fields: Any, data: int) -> TensorEntry:
+def _entry(path: str, name: str, fields: Any, data: int) -> TensorEntry:
     try:
         begin, end = (_whole(offset) for offset in fields["data_offsets"])
         kind, shape = str(fields["dtype"]), tuple(_whole(length) for length in fields["shape"])
@@ -155,7 +160,7 @@ def _entry(path: Path, name: str, fields: Any, data: int) -> TensorEntry:
             f"{shown(name)} in {path} is {kind} {list(shape)} and has {end - begin} bytes",
             expected=f"{nbytes} bytes",
         )
-    return TensorEntry(name, path, kind, shape, data + begin, nbytes)
+    return TensorEntry(name, Path(path), kind, shape, data + begin, nbytes)
 
 
 def _whole(number: Any) -> int:

@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Lock:
         for _ in range(8):
             _held.add(self._words)  # before it is there, so that no other thread takes it for a dead one's
             if _made(self.path, self._words):
-                self._beat = Beat(lambda: [self.path], LEASE / 12)
+                self._beat = Beat(lambda: os.utime(self.path), LEASE / 12)
                 return
             _held.discard(self._words)
             self._take_over(of)
@@ -86,24 +86,23 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 class Beat:
-    """A thread that touches files every few seconds, as a sign that their process lives; `stop` ends it."""
+    """A thread that gives a sign every few seconds that its process lives; `stop` ends it."""
 
-    def __init__(self, of: Callable[[], Iterable[Path]], every: float) -> None:
+    def __init__(self, sign: Callable[[], object], every: float) -> None:
         """Begin.
 
         Args:
-            of: the files at that time; one that is gone is passed over.
+            sign: gives one; that it cannot be given now is passed over.
             every: seconds between two signs.
         """
-        self._of, self._every, self._stopped = of, every, threading.Event()
+        self._sign, self._every, self._stopped = sign, every, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stopped.wait(self._every):
-            for path in self._of():
-                with suppress(OSError):
-                    os.utime(path)
+            with suppress(OSError):
+                self._sign()
 
     def stop(self) -> None:
         """Give no more signs."""

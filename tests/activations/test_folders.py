@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import nnsplice as ns
 from nnsplice.activations import data_sets
-from nnsplice.errors import BadArgument, FileError, MissingPosition, UnknownPath
+from nnsplice.errors import BadArgument, FileError, MissingPackage, MissingPosition, UnknownPath
 from zoo import wrap
 
 
@@ -121,7 +122,8 @@ def test_mistakes_are_told(model: Any, tmp_path: Path, monkeypatch: pytest.Monke
         ns.capture_to("a", model, _prompts(), "layers[0].output")
     with pytest.raises(BadArgument, match="folder is for many"):
         ns.capture_to("a", model, "w3 w4", "layers[0].output[-1]")
-    with pytest.raises(BadArgument, match="object store"):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(MissingPackage, match=r"nnsplice\[cloud\]"):
         ns.capture_to("s3://bucket/a", model, _prompts(), "layers[0].output[-1]")
     with pytest.raises(BadArgument, match="at least 1"):
         ns.capture_to("a", model, _prompts(), "layers[0].output[-1]", chunk=0)

@@ -132,10 +132,12 @@ def test_a_wait_in_the_packed_rows_would_be_seen(machine, family, monkeypatch):
 
 HEADS, QUERIES = "layers[:].heads[:].output", "layers[1].heads[:].q"
 ASKED: dict[str, Any] = {
-    "path patches": lambda m, pair: ns.path_patch(m, *pair, HEADS, "layers[2].heads[:].q", METRIC, progress=False),
+    "path patches": lambda m, pair: ns.path_patch(
+        m, pair[0], pair[1], HEADS, "layers[2].heads[:].q", METRIC, progress=False
+    ),
     **{
         f"{method} of {sites}": lambda m, pair, method=method, sites=sites: ns.attribute(
-            m, *pair, sites, METRIC, method=method, steps=2 if method == "eap-ig" else None, progress=False
+            m, pair[0], pair[1], sites, METRIC, method=method, steps=2 if method == "eap-ig" else None, progress=False
         )
         for method, sites in [("atp", HEADS), ("atp*", HEADS), ("atp*", QUERIES), ("eap", HEADS), ("eap-ig", HEADS)]
     },

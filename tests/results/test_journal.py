@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnsplice.errors import BadArgument, FileError
+from nnsplice.locks import LEASE
 from nnsplice.results import Journal
 
 ASKED = {"model": "gpt2", "sites": ["layers[0].output[1]"], "metric": {"name": "logit_diff", "ids": (3, 4)}, "seed": 0}
@@ -197,6 +199,23 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
             assert json.loads(lock.read_text())["pid"] == os.getpid()
             assert _bits(journal.done()) == _expected(CHUNKS[:1])
         assert not lock.exists()
+
+
+def test_the_journal_of_a_driver_that_died_on_another_machine_is_taken_over_after_its_lease(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    _write(path, CHUNKS[:1])
+    lock = path.with_name("run.jsonl.lock")
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere pid:[1]", "began": "1", "lock": "x"}))
+    with pytest.raises(FileError, match="being written by process 1 on elsewhere"):
+        Journal.open(path, ASKED, 9)
+    past = time.time() - LEASE - 5
+    os.utime(lock, (past, past))
+    with Journal.open(path, ASKED, 9) as journal:
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        assert _bits(journal.done()) == _expected(CHUNKS[:1])
+        journal.append(*CHUNKS[1])
+    assert not lock.exists()
+    assert _bits(_records(path)) == _expected(CHUNKS[:2])
 
 
 def test_an_error_while_running_gives_the_lock_back(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import nnsplice as ns
-from nnsplice.errors import BadArgument, FileError, MissingPackage
+from nnsplice.errors import FileError, MissingPackage
 from nnsplice.results import SweepResult
 from zoo import wrap
 
@@ -124,8 +124,9 @@ def test_without_the_extra_it_is_named(
 
 
 @needs_zarr
-def test_an_object_store_is_no_folder(result: SweepResult, tmp_path: Path, monkeypatch: Any) -> None:
+def test_without_obstore_an_address_is_refused(result: SweepResult, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadArgument, match="object store"):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(MissingPackage, match=r"nnsplice\[cloud\]"):
         result.to_zarr("s3://bucket/r.zarr")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import torch
 
 import nnsplice as ns
 import sweep_functions
-from nnsplice.errors import BadArgument, FileError, TeamError
+from nnsplice.errors import BadArgument, FileError, MissingPackage, TeamError
 from nnsplice.sweeps import distributed
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.plan_files import read_plan, write_plan
@@ -221,9 +221,10 @@ def test_what_loads_the_model_has_to_be_found_by_others(tiny: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("where", ["s3://bucket/run", "gs://bucket/run"])
-def test_an_object_store_is_no_folder(tiny: Any, tmp_path: Path, monkeypatch: Any, where: str) -> None:
+def test_without_obstore_an_address_is_refused(tiny: Any, tmp_path: Path, monkeypatch: Any, where: str) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadArgument, match="object store"):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(MissingPackage, match=r"nnsplice\[cloud\]"):
         ns.run(_plan(tiny), LOAD, on="local:1", out=where)
     assert list(tmp_path.iterdir()) == []
 

@@ -88,7 +88,7 @@ def test_a_model_of_torchao_is_swept_alike_by_every_executor_and_its_weights_are
     module = _toy()
     # Its own format of 4 bits has kernels for GPUs alone; this one keeps numbers of 4 bits in bytes.
     config = (
-        quantization.Int8WeightOnlyConfig() if bits == 8 else quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4)
+        quantization.Int8WeightOnlyConfig() if bits == 8 else quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4)  # pyright: ignore[reportAttributeAccessIssue]
     )
     quantization.quantize_(module, config)
     reference = _sweep(module, "reference")

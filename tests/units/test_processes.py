@@ -112,10 +112,10 @@ def test_a_worker_killed_in_the_middle_of_a_unit_and_the_rest_by_another(model: 
     first.wait()
     there = folder.done()
     assert 2 <= len(there) < folder.units
-    times = {number: folder.unit_file(number).stat().st_mtime_ns for number in there}
+    times = {number: (folder.path / folder.unit_file(number)).stat().st_mtime_ns for number in there}
     second = _worker(folder)
     assert second.wait(120) == 0
-    assert {number: folder.unit_file(number).stat().st_mtime_ns for number in there} == times
+    assert {number: (folder.path / folder.unit_file(number)).stat().st_mtime_ns for number in there} == times
     found, alone = merged(folder), _alone(_left(plan, tmp_path / "alone", **options))
     assert questions.bits(found) == questions.bits(alone)
     assert questions.told(found) == questions.told(alone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -86,17 +87,18 @@ def test_the_driver_killed_and_called_again(tmp_path: Path) -> None:
     _until(lambda: not _pids(folder))
     there = folder.done()
     assert 2 <= len(there) < 60
-    times = {number: folder.unit_file(number).stat().st_mtime_ns for number in there}
+    times = {number: (folder.path / folder.unit_file(number)).stat().st_mtime_ns for number in there}
     Local(2).run(folder, False)
     assert bits(folder) == alone(60)
-    assert {number: folder.unit_file(number).stat().st_mtime_ns for number in there} == times
+    assert {number: (folder.path / folder.unit_file(number)).stat().st_mtime_ns for number in there} == times
 
 
-def test_a_signal_lets_a_worker_leave_after_its_unit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_lets_a_worker_leave_after_its_unit(tmp_path: Path, number: signal.Signals) -> None:
     folder = written(tmp_path / "run", 60, seconds=0.05)
     worker = _worker(folder)
     _until(lambda: folder.done())
-    worker.send_signal(signal.SIGTERM)
+    worker.send_signal(number)
     assert worker.wait(30) == 0
     (told,) = [told for _, told in folder.workers()]
     assert told["state"] == "left"
@@ -137,6 +139,23 @@ def test_a_full_disk_is_nothing_about_the_unit(tmp_path: Path) -> None:
         Local(1).run(folder, False)
     assert folder.failures() == {}
     assert not list((folder.path / "strikes").iterdir())
+
+
+def test_an_outcome_that_the_disk_does_not_take_leaves_nothing(tmp_path: Path) -> None:
+    """A real write that fails half way: files of this worker may have 64 kB, and the outcomes have 800."""
+    folder = written(tmp_path / "run", 3, numbers=100_000)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))  # noqa: E731  (a function for the child)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "nnsplice", "work", str(folder.path)], env={**environment(), "NNSPLICE_PARENT": ""},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=limit,
+    )  # fmt: skip
+    assert worker.wait(60) == 4
+    (told,) = [told for _, told in folder.workers()]
+    assert told["state"] == "broken"
+    assert "File too large" in told["reason"]
+    assert [list((folder.path / name).iterdir()) for name in ("units", "claims", "strikes", "failed")] == [[]] * 4
+    assert Worker(folder).work() == 0
+    assert folder.done() == {0, 1, 2}
 
 
 def test_a_worker_with_other_weights_is_refused(tmp_path: Path) -> None:

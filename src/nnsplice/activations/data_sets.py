@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path as FilePath
 from typing import Any
 
 from nnsplice import engine
@@ -17,10 +16,10 @@ from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, told_of
 from nnsplice.activations.prompts import Prompts, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, FileError, circumstances
-from nnsplice.files import from_json, local_folder, text_of, whole
-from nnsplice.locks import Lock
+from nnsplice.files import from_json
 from nnsplice.paths import Path, Paths, Slice, parse_path
 from nnsplice.progress import bar
+from nnsplice.stores import Store, store_of
 
 #: Prompts in a chunk, and tokens that run at once.
 CHUNK, TOKENS = 256, 4096
@@ -49,7 +48,8 @@ def capture_to(
     5
 
     Args:
-        folder: where the captures go; made if it is not there.
+        folder: where the captures go, made if it is not there; or an address of an object store (`"s3://bucket/a"`,
+            `"gs://..."`; extra `cloud`).
         model: the model.
         prompts: any iterable: texts, lists of token ids, or the rows of a data set, of which `column` is taken.
         paths: places with token positions, as for `ns.capture`.
@@ -70,32 +70,34 @@ def capture_to(
         raise BadArgument(f"chunk={chunk}, max_tokens={max_tokens}", expected="at least 1")
     if isinstance(prompts, str):
         raise BadArgument("one prompt, and a folder is for many", write="ns.capture(model, prompt, paths)")
-    target = local_folder(folder)
+    store = store_of(folder)
     model = engine.as_model(model)
     with circumstances("ns.capture_to"):
         wanted = [str(path) for path in _wanted(model, paths)]
-    target.mkdir(parents=True, exist_ok=True)
-    lock = Lock(target / "capture")
+    store.make()
+    lock = store.lock("capture")
     try:
-        _begin(target, model, wanted, chunk, max_tokens)
+        _begin(store, model, wanted, chunk, max_tokens)
         total = len(prompts) if isinstance(prompts, Sequence) else None
         rows = (one[column] if isinstance(one, Mapping) and column in one else one for one in prompts)
+        files: list[dict[str, Any]] = []
         number = start = 0
         with bar("capture", total, "prompt", progress) as shown:
             while members := list(itertools.islice(rows, chunk)):
                 part = None if spans is None else {name: _some(of, start, len(members)) for name, of in spans.items()}
-                _chunk(target, model, encode(model, members, part), wanted, number, start, max_tokens)
+                files += _chunk(store, model, encode(model, members, part), wanted, number, start, max_tokens)
                 number, start = number + 1, start + len(members)
                 shown.update(len(members))
         if not number:
             raise BadArgument("no prompts", expected="at least one prompt")
-        beyond = target / f"chunk-{number:06}.json"
-        if beyond.exists():
-            raise FileError(f"{target} holds more prompts than these {start}", expected="the prompts of that capture")
-        _write(target / "index.json", {"chunks": number, "rows": start})
+        if store.has(f"chunk-{number:06}.json"):
+            raise FileError(
+                f"{store.address} holds more prompts than these {start}", expected="the prompts of that capture"
+            )
+        _write(store, "index.json", {"chunks": number, "rows": start, "files": files})
     finally:
         lock.release()
-    return SavedActivation.open(target)
+    return SavedActivation.open(folder)
 
 
 def _wanted(model: engine.Model, paths: Paths) -> list[Path]:
@@ -113,34 +115,36 @@ def _some(of: Any, start: int, count: int) -> Any:
     return of if one else of[start : start + count]
 
 
-def _begin(target: FilePath, model: engine.Model, paths: list[str], chunk: int, max_tokens: int) -> None:
+def _begin(store: Store, model: engine.Model, paths: list[str], chunk: int, max_tokens: int) -> None:
     name, revision = engine.name_of(model)
     told = {
         "kind": KIND, "format": FORMAT, "model": name, "revision": revision,
         "weights": engine.weights_digest(model, anew=True), "paths": paths, "chunk": chunk, "max_tokens": max_tokens,
     }  # fmt: skip
-    beside = target / "capture.json"
-    if not beside.exists():
-        _write(beside, told)
+    if not store.has("capture.json"):
+        _write(store, "capture.json", told)
         return
-    there = told_of(target)
+    there = told_of(store)
     if other := [key for key in told if there.get(key) != told[key]]:
         lines = [f"  {key}: {there.get(key)} there, {told[key]} here" for key in other]
         raise FileError(
-            "\n".join([f"{target} holds another capture", *lines]), expected="a new folder, or the same call"
+            "\n".join([f"{store.address} holds another capture", *lines]), expected="a new folder, or the same call"
         )
 
 
 def _chunk(
-    target: FilePath, model: engine.Model, given: Prompts, paths: list[str], number: int, start: int, max_tokens: int
-) -> None:
-    """Capture a chunk, if it is not there."""
-    beside = target / f"chunk-{number:06}.json"
+    store: Store, model: engine.Model, given: Prompts, paths: list[str], number: int, start: int, max_tokens: int
+) -> list[dict[str, Any]]:
+    """Capture a chunk, if it is not there, and return its files."""
+    beside = f"chunk-{number:06}.json"
     digest = hashlib.sha256(repr((given.ids, given.decoder_ids, given.spans)).encode()).hexdigest()[:16]
-    if beside.exists():
-        if from_json(text_of(beside), beside)["prompts"] != digest:
-            raise FileError(f"{target} was begun with other prompts: chunk {number} differs", expected="a new folder")
-        return
+    if store.has(beside):
+        told = from_json(store.read(beside), store.at(beside))
+        if told["prompts"] != digest:
+            raise FileError(
+                f"{store.address} was begun with other prompts: chunk {number} differs", expected="a new folder"
+            )
+        return told["files"]
     # All tokens of a prompt are a tensor of its length, so prompts of one length share a file then.
     ragged = any(isinstance(parse_path(path).position, Slice) for path in paths)
     groups = given.batches(None) if ragged else [list(range(len(given)))]
@@ -149,11 +153,11 @@ def _chunk(
         some = given.take(rows)
         longest = max(*some.lengths("encoder"), *some.lengths("decoder"))
         name = f"chunk-{number:06}-{at}.safetensors"
-        capture(model, some, paths, batch_size=max(max_tokens // longest, 1)).to_file(target / name)
+        capture(model, some, paths, batch_size=max(max_tokens // longest, 1)).to_file(store.at(name))
         files.append({"name": name, "rows": [start + row for row in rows]})
-    _write(beside, {"rows": [start, start + len(given)], "prompts": digest, "files": files})
+    _write(store, beside, {"rows": [start, start + len(given)], "prompts": digest, "files": files})
+    return files
 
 
-def _write(path: FilePath, told: Any) -> None:
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(told), encoding="utf-8")
+def _write(store: Store, name: str, told: Any) -> None:
+    store.write(name, json.dumps(told).encode())

@@ -3,7 +3,7 @@
     capture.json           what is captured: model, weights, places, how many prompts a chunk has
     chunk-000007.json      which prompts the chunk has, and which of its files holds which of them
     chunk-000007-0.safetensors    a capture as `SavedActivation.to_file` writes it
-    index.json             how many chunks there are; written when all are there
+    index.json             all chunks' files; written when all are there
 
 A chunk is there when its json is, so a capture that was killed goes on behind the last whole one.
 """
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from nnsplice.errors import BadArgument, FileError, UnknownPath
-from nnsplice.files import from_json, local_folder, text_of
+from nnsplice.files import from_json
 from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.stores import Store, store_of
 
 KIND, FORMAT = "nnsplice captures", 1
 
@@ -45,7 +46,8 @@ class ActivationFolder(Generic[Held]):
     (3, torch.Size([3, 16]))
     """
 
-    folder: FilePath
+    #: Where they are: a folder, or an address of an object store.
+    store: Store
     #: What is captured.
     told: Mapping[str, Any]
     #: The files, each with the numbers of its prompts.
@@ -53,31 +55,37 @@ class ActivationFolder(Generic[Held]):
     #: Whether all prompts are there; a capture that was stopped has the first of them.
     is_complete: bool
     #: Reads a file, or with paths only these of its places.
-    read: Callable[[FilePath, Paths | None], Held] = field(repr=False)
+    read: Callable[[FilePath | str, Paths | None], Held] = field(repr=False)
 
     @classmethod
     def open(
-        cls, folder: str | os.PathLike[str], read: Callable[[FilePath, Paths | None], Held]
+        cls, folder: str | os.PathLike[str], read: Callable[[FilePath | str, Paths | None], Held]
     ) -> ActivationFolder[Held]:
         """The captures of a folder, as many as there are.
 
         Args:
+            folder: the folder, or its address in an object store.
             read: reads a file.
 
         Raises:
             FileError: there are none, or some are damaged.
         """
-        path = local_folder(folder)
-        if not (path / "capture.json").is_file():
-            raise FileError(f"{path} holds no captures", expected="a folder that ns.capture_to wrote")
-        files: list[tuple[str, tuple[int, ...]]] = []
-        for number in itertools.count():
-            beside = path / f"chunk-{number:06}.json"
-            if not beside.is_file():
-                break
-            told = from_json(text_of(beside), beside)
-            files += [(one["name"], tuple(one["rows"])) for one in told["files"]]
-        return cls(path, told_of(path), tuple(files), (path / "index.json").is_file(), read)
+        store = store_of(folder)
+        if not store.has("capture.json"):
+            raise FileError(f"{store.address} holds no captures", expected="a folder that ns.capture_to wrote")
+        told, complete = told_of(store), store.has("index.json")
+        found = from_json(store.read("index.json"), store.at("index.json")).get("files") if complete else None
+        if found is None:  # a capture that was stopped
+            there = set(store.names())
+            chunks = itertools.takewhile(there.__contains__, (f"chunk-{n:06}.json" for n in itertools.count()))
+            found = [one for name in chunks for one in from_json(store.read(name), store.at(name))["files"]]
+        files = tuple((one["name"], tuple(one["rows"])) for one in found)
+        return cls(store, told, files, complete, read)
+
+    @property
+    def folder(self) -> FilePath | str:
+        """The folder, or its address."""
+        return self.store.address if self.store.folder is None else self.store.folder
 
     @property
     def paths(self) -> list[str]:
@@ -92,7 +100,7 @@ class ActivationFolder(Generic[Held]):
     def parts(self, paths: Paths | None = None) -> Iterator[tuple[tuple[int, ...], Held]]:
         """Each file's prompts by their numbers, and its capture; with `paths` only these places of it are read."""
         for name, rows in self.files:
-            yield rows, self.read(self.folder / name, paths)
+            yield rows, self.read(self.store.at(name), paths)
 
     def get(self, path: str | Path) -> Tensor:
         """One place of all prompts, `[prompt, width]`; the other places are not read.
@@ -134,7 +142,7 @@ class ActivationFolder(Generic[Held]):
             order = torch.randperm(len(order), generator=generator).tolist()
         rest: Tensor | None = None
         for number in order:
-            part = self.read(self.folder / self.files[number][0], wanted)
+            part = self.read(self.store.at(self.files[number][0]), wanted)
             values = part.get(wanted)
             flat = values.reshape(-1, values.shape[-1])
             flat = flat if generator is None else flat[torch.randperm(len(flat), generator=generator)]
@@ -146,9 +154,9 @@ class ActivationFolder(Generic[Held]):
             yield rest
 
 
-def told_of(folder: FilePath) -> dict[str, Any]:
+def told_of(store: Store) -> dict[str, Any]:
     """What is captured in a folder."""
-    told = from_json(text_of(folder / "capture.json"), folder / "capture.json")
+    told = from_json(store.read("capture.json"), store.at("capture.json"))
     if not isinstance(told, dict) or told.get("kind") != KIND or told["format"] > FORMAT:
-        raise FileError(f"{folder} holds something else, or was written by a newer nnsplice")
+        raise FileError(f"{store.address} holds something else, or was written by a newer nnsplice")
     return told

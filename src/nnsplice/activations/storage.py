@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ from nnsplice.activations import lookup
 from nnsplice.activations.packs import Pack, Provenance, check_key, common_length
 from nnsplice.digests import checksum
 from nnsplice.errors import BadType, FileError, PathError
-from nnsplice.files import from_json, is_pickle, whole
+from nnsplice.files import from_json, is_pickle
 from nnsplice.headers import Header, read_header
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.shown import shown
+from nnsplice.stores import Opened, opened, whole
 
 HEADER = "nnsplice"
 KIND = "SavedActivation"
@@ -57,23 +57,31 @@ def write(
 
 def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list[Pack], Provenance]:
     """The packs of a file, or with `paths` only these of its places and positions, and where they come from."""
+    with opened(path, header=True) as file:
+        return _read(path, paths, file)
+
+
+def _read(path: str | os.PathLike[str], paths: Paths | None, at: Opened) -> tuple[list[Pack], Provenance]:
     from safetensors import SafetensorError, safe_open
 
-    if is_pickle(path):
+    local = at.local
+    if is_pickle(local):
         raise FileError(
             f"{path} looks like a pickle (torch.save), which can run any code when it is opened",
             expected="a safetensors file that SavedActivation.to_file wrote",
             write="load it with torch.load(..., weights_only=True) yourself, then SavedActivation.from_pairs(...)",
         )
-    before, problem = _stamp(path), None
+    problem = None
     packs, provenance = [], Provenance()
     try:
-        told = read_header(path)
+        told = read_header(path, local=local)
         header = _header(path, told.metadata)
         keys, rows = _keys(path, header, told)
-        with safe_open(os.fspath(path), framework="pt") as file:
-            provenance = _provenance(path, header, rows)
-            chosen = _everything(keys) if paths is None else _chosen(keys, engine.listed(paths), provenance)
+        provenance = _provenance(path, header, rows)
+        chosen = _everything(keys) if paths is None else _chosen(keys, engine.listed(paths), provenance)
+        for name in chosen:
+            at.fetch(told.entries[name].start, told.entries[name].nbytes)
+        with safe_open(os.fspath(local), framework="pt") as file:
             packs = [_pack(path, header, file, name, keys[name], numbers) for name, numbers in chosen.items()]
     except FileError as error:
         problem = error
@@ -81,8 +89,8 @@ def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list
         problem = FileError(
             f"{path} is damaged or no safetensors file: {error}", expected="a file that SavedActivation.to_file wrote"
         )
-    # safetensors opens a file twice, and may have met two.
-    if _stamp(path) != before:
+    # The file is opened twice here, and may have been two.
+    if not at.is_same():
         raise FileError(f"{path} was replaced while it was read", expected="a file that nobody writes meanwhile")
     if problem is not None:
         raise problem
@@ -91,13 +99,8 @@ def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list
 
 def note(path: str | os.PathLike[str], name: str) -> str | None:
     """A further text of the header."""
-    return read_header(path).metadata.get(name)
-
-
-def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int]:
-    """What another file of the same name would have otherwise."""
-    found = FilePath(path).stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    with opened(path, header=True) as file:
+        return read_header(path, local=file.local).metadata.get(name)
 
 
 def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -12,8 +12,12 @@ import typer
 from nnsplice.cli.commands import app
 from nnsplice.cli.table import Json, Row, say, tabulate
 from nnsplice.errors import FileError
+from nnsplice.stores import store_of
 
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, as ns.run(..., out=DIR) writes.")]
+# A text, as a path would drop a slash of s3://
+Run = Annotated[
+    str, typer.Argument(metavar="DIR", help="A run folder, as ns.run(..., out=DIR) writes, or its s3:// address.")
+]
 
 
 @app.command()
@@ -44,13 +48,13 @@ def merge(
     partial: Annotated[
         bool, typer.Option("--partial", help="Also when units are missing; cells are then too.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: DIR/result.safetensors.")] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Default: DIR/result.safetensors.")] = None,
 ) -> None:
     """Put the units of a run together into one result file."""
     from nnsplice.results import SweepResult
     from nnsplice.work import RunFolder, merged
 
-    target = folder / "result.safetensors" if out is None else out
+    target = store_of(folder).at("result.safetensors") if out is None else out
     result = merged(RunFolder.open(folder), partial=partial)
     result.to_file(target)
     if isinstance(result, SweepResult):
@@ -80,5 +84,6 @@ def status(folder: Run, as_json: Json = False) -> None:
         say(f"unit {number} failed: {reason}")
     if found.failures:
         raise FileError(
-            f"{len(found.failures)} units failed", expected=f"their reasons mended; logs are in {folder / 'workers'}"
+            f"{len(found.failures)} units failed",
+            expected=f"their reasons mended; logs are in {store_of(folder).at('workers')}",
         )

@@ -29,6 +29,7 @@ Each one is also a builtin exception:
     ├── MapperError (ValueError)            mappers that do not fit together, or do not fit a checkpoint
     ├── MissingCheckpoint (FileNotFoundError)   a folder has no weights, or lacks a file of them
     ├── WriteFailed (OSError)               a file could not be written
+    ├── StoreError (OSError)                an object store refuses or does not answer
     └── TeamError (RuntimeError)            another process of a distributed call failed
 
 Each file has one subject: `addresses`, `arguments`, `values` (prompts, captures, tensors), `runs`, `files`.
@@ -49,7 +50,7 @@ from nnsplice.errors.addresses import (
 from nnsplice.errors.arguments import BadArgument, BadType, MissingPackage
 from nnsplice.errors.base import NnspliceError
 from nnsplice.errors.base import circumstances as circumstances
-from nnsplice.errors.files import FileError, MapperError, MissingCheckpoint, WriteFailed
+from nnsplice.errors.files import FileError, MapperError, MissingCheckpoint, StoreError, WriteFailed
 from nnsplice.errors.runs import LateUpdate, NeedsProbe, NeverFired, OutsideTrace, RefusedExecutor, TeamError
 from nnsplice.errors.values import (
     DuplicatePath,
@@ -87,6 +88,7 @@ __all__ = [
     "ShapeError",
     "ShortRow",
     "SpanError",
+    "StoreError",
     "TeamError",
     "UnknownParameter",
     "UnknownPath",

@@ -15,6 +15,14 @@ class FileError(NnspliceError, ValueError):
     """
 
 
+class StoreError(NnspliceError, OSError):
+    """An object store refuses or does not answer: a wrong bucket, wrong credentials, or the network.
+
+    >>> issubclass(ns.errors.StoreError, OSError)
+    True
+    """
+
+
 class MapperError(NnspliceError, ValueError):
     """The mappers of a checkpoint do not fit together, or do not fit its tensors.
 

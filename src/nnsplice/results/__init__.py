@@ -25,7 +25,7 @@ from nnsplice.results.estimates import Miss, Verification
 from nnsplice.results.files import plain
 from nnsplice.results.journal import Journal
 from nnsplice.results.parts import PART, taken
-from nnsplice.results.result import SweepResult
+from nnsplice.results.result import StoredResult, SweepResult
 from nnsplice.results.table import AXES, SETS, Cell, Run, Table
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Journal",
     "Miss",
     "Run",
+    "StoredResult",
     "SweepResult",
     "Table",
     "Verification",

@@ -12,14 +12,16 @@ import json
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
 from nnsplice.errors import BadType, FileError, NnspliceError, named
-from nnsplice.files import from_json, is_pickle, whole
+from nnsplice.files import from_json, is_pickle
 from nnsplice.headers import read_header
 from nnsplice.results.table import Cell, Run, Table, settled
+from nnsplice.stores import opened, whole
 
 HEADER = "nnsplice"
 KIND = "SweepResult"
@@ -99,16 +101,21 @@ def read(path: str | os.PathLike[str]) -> Table:
     Raises:
         FileError: another file, or a damaged one.
     """
+    with opened(path) as file:
+        return _read(path, file.local)
+
+
+def _read(path: str | os.PathLike[str], local: FilePath) -> Table:
     from safetensors import SafetensorError, safe_open
 
-    if is_pickle(path):
+    if is_pickle(local):
         raise FileError(
             f"{path} looks like a pickle, which can run any code when it is opened; it is left closed",
             expected=WRITTEN,
         )
     try:
-        header = _header(path, read_header(path).metadata)
-        with safe_open(os.fspath(path), framework="np") as file:
+        header = _header(path, read_header(path, local=local).metadata)
+        with safe_open(os.fspath(local), framework="np") as file:
             held = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
             if held != {**_ARRAYS, **{name: kind for name, kind in _MORE.items() if name in held}}:
                 raise FileError(f"{path} is damaged: it holds {held}", expected=WRITTEN)

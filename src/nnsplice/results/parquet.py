@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from nnsplice.errors import MissingPackage
-from nnsplice.files import local_folder, whole
+from nnsplice.stores import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +20,7 @@ def write(path: str | os.PathLike[str], frames: Iterable[pd.DataFrame]) -> None:
         import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingPackage("Parquet is written by pyarrow", write='pip install "nnsplice[parquet]"') from error
-    with whole(local_folder(path)) as temporary:
+    with whole(path) as temporary:
         writer: Any = None
         for frame in frames:
             schema = None if writer is None else writer.schema

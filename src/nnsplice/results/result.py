@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -649,3 +649,16 @@ class SweepResult:
             table = several.one(self.table, name) if self.table.metrics else self.table
             for doubt in measures.doubts(table, name, own=own, prompt=prompt):
                 warnings.warn(doubt, stacklevel=3)
+
+
+class StoredResult(SweepResult):
+    """A result whose table is read when it is first asked for."""
+
+    def __init__(self, load: Callable[[], Table]) -> None:
+        object.__setattr__(self, "_load", load)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "table":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        object.__setattr__(self, "table", settled(self.__dict__["_load"]()))
+        return self.__dict__["table"]

@@ -8,7 +8,7 @@ have its weights, its versions and its number of threads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -20,13 +20,14 @@ from nnsplice import engine
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, FileError, KeyMismatch, named
 from nnsplice.files import from_json, text_of
-from nnsplice.results import PART, Cell, Run, SweepResult, Table, plain, taken
+from nnsplice.results import PART, Run, StoredResult, SweepResult, Table, plain, taken, zarr_files
 from nnsplice.sweeps import running
 from nnsplice.sweeps.choosing import Chosen
 from nnsplice.sweeps.executors import Executor
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan, Unit
 from nnsplice.sweeps.plan_files import PLAN, cells_of, read_plan, write_plan
+from nnsplice.sweeps.stored import StoredUnits, check_units, folder_of, is_store, store_beside
 from nnsplice.units import LOAD, LOAD_SOURCE, MAX_TOKENS, UnitPlan, finish, folder_for, load_of, loaded, write_load
 from nnsplice.units import run as run_units
 from nnsplice.work import Arrays, Engine, RunFolder
@@ -90,7 +91,8 @@ def run(
         source: the other model, of a plan that was made with one; for other processes how they load it, as `model`.
         on: `"local:8"` for so many processes here, `"folder"` to write a run folder and leave it to
             `nnsplice work DIR`, `ns.on.slurm(...)`, `ns.on.ray(...)`. All give the same bits, whatever dies.
-        out: the run folder, in which every finished unit is kept; the same call resumes from it.
+        out: the run folder, in which every finished unit is kept; the same call resumes from it. It may be in an object
+            store (`"s3://bucket/run"`, `"gs://..."`; extra `cloud`).
         size: how much work a unit is about, as for `plan.units`; a plan from `ns.plan` runs in units here too.
         load_options: for `ns.load` in the workers: `{"device_map": "cuda", "dtype": "bfloat16"}`.
         threads: the number of threads of each worker on a CPU; numbers are rounded otherwise with more.
@@ -144,7 +146,7 @@ def run(
         )  # fmt: skip
         write_load(folder, told, told_source, load_options)
         finish(folder, chosen, progress, partial)
-        return merged(folder.path, partial=partial or on == "folder")
+        return (finished if is_store(path) else merged)(folder.address, partial=partial or on == "folder")
 
 
 def _check_idle(options: Mapping[str, Any], to: str) -> None:
@@ -164,7 +166,7 @@ def _check_idle(options: Mapping[str, Any], to: str) -> None:
 def prepared(
     plan: Plan, path: str | PathLike[str], *, executor: str, max_tokens: int, size: float | None, threads: int
 ) -> RunFolder:
-    """A run folder with this plan, written or found there."""
+    """A run folder with this plan, written or found there; beside a Zarr store where the path is one."""
     units = plan.units(size, executor=executor, max_tokens=max_tokens)
     cut = [[list(unit.piece.prompts), unit.piece.start, unit.piece.stop] for unit in units]
     exists = Jobs.of_mask(plan.exists()).ranges
@@ -174,10 +176,19 @@ def prepared(
         "max_tokens": max_tokens, "threads": threads,
     }  # fmt: skip
 
+    stored = is_store(path)
+    if stored:
+        check_units(units, plan)
+
     def write(folder: Path) -> None:
         write_plan(plan, folder, size=size, exists=exists, metrics=_names(plan))
+        if stored:
+            told = from_json(text_of(folder / PLAN), folder / PLAN)
+            mask = _exists(told["plan"], exists, len(plan.targets))
+            zarr_files.Growing.begin(path, mask, len(_names(plan)), function_digest(identity))
 
-    return RunFolder.create(path, "nnsplice.sweeps.distributed:opened", len(units), identity, write)
+    opener = f"{__name__}:{'opened_store' if stored else 'opened'}"
+    return RunFolder.create(folder_of(path) if stored else path, opener, len(units), identity, write)
 
 
 class Units:
@@ -235,72 +246,129 @@ def opened(folder: RunFolder) -> Units:
     return Units(folder)
 
 
+def opened_store(folder: RunFolder) -> StoredUnits:
+    """... and of one whose values go to a Zarr store."""
+    return StoredUnits(Units(folder), folder)
+
+
 def merged(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
     """The result of a run folder; no model is needed.
 
     Args:
+        path: the folder, or its address.
         partial: also when units are missing: their cells are not done, and prompts without any are left out.
 
     Raises:
         FileError: units are missing, or there is none at all.
     """
-    folder = RunFolder.open(path)
-    told = from_json(text_of(folder.path / PLAN), folder.path / PLAN)
-    done = folder.done()
-    if len(done) < folder.units and not partial:
-        raise FileError(
-            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.path}",
-            expected="a run that is finished",
-            write=f"nnsplice work {folder.path}, or merge with partial=True (--partial) for what there is",
-        )
+    folder, told, done = _done(path, partial)
+    if folder.told["opener"].endswith(":opened_store"):
+        return finished(path, partial=partial)
     plan, metrics = told["plan"], tuple(told["metrics"])
-    prompts = max(plan["owners"]) + 1 if plan["owners"] else len(plan["corrupted"]["ids"])
-    if not done:
-        raise FileError(f"no unit of {folder.path} is done yet", write=f"nnsplice status {folder.path}")
-    return SweepResult(_table(folder, sorted(done), plan, cells_of(plan), metrics, prompts, told["exists"]))
-
-
-def _table(
-    folder: RunFolder,
-    done: Iterable[int],
-    plan: Mapping[str, Any],
-    cells: tuple[Cell, ...],
-    metrics: tuple[str, ...],
-    prompts: int,
-    exists: list[list[int]],
-) -> Table:
+    prompts, cells = _prompts(plan), cells_of(plan)
     several = (len(metrics),) if metrics else ()
     values = np.full((prompts, len(cells), *several), np.nan)
     there = np.zeros((prompts, len(cells)), dtype=bool)
-    unedited = {name: np.full((prompts, *several), np.nan) for name in ("clean", "corrupted")}
-    cost = np.zeros(len(_COSTS))
+    about = _About(folder, prompts, several)
     for number in done:
-        arrays, _ = folder.outcome(number)
+        arrays = about.read(number)
         rows = arrays["prompts"]
-        for name, whole in unedited.items():
-            known = ~np.isnan(whole[rows])
-            _check_same(number, whole[rows][known], arrays[name][known])
-            whole[rows] = np.where(known, whole[rows], arrays[name])  # of a prompt in several units, the first one's
         runs, targets = Jobs.of_ranges(arrays["ranges"].tolist()).columns()
         values[rows[runs], targets], there[rows[runs], targets] = arrays["values"], True
-        cost += arrays["cost"]
-    agreed = from_json(text_of(folder.path / "executor.json"), folder.path)["agreed"]
-    spent = dict(zip(_COSTS, cost.tolist(), strict=True))
-    counts = {name: int(spent[name]) for name in ("forwards", "block_calls", "tokens", "known")}
-    about = Run(agreed["name"], spent["seconds"], flops=spent["flops"], note=agreed["note"], **counts)
-    mask = np.zeros((len(plan["corrupted"]["ids"]), len(cells)), dtype=bool)
-    mask[Jobs.of_ranges(exists).columns()] = True
-    if plan["owners"]:
-        owners = np.array(plan["owners"])
-        mask = np.stack([mask[owners == prompt].all(0) for prompt in range(prompts)])
-    rows = np.flatnonzero(~np.isnan(unedited["clean"].reshape(prompts, -1)).any(1))
+    mask = _exists(plan, told["exists"], len(cells))
+    rows = np.flatnonzero(~np.isnan(about.clean.reshape(prompts, -1)).any(1))
     asked, tokens = plan["asked"], [tuple(each) for each in plan["tokens"]]
     if len(rows) < prompts:
         asked = taken(asked, rows.tolist(), asked[PART]["of"] if PART in asked else prompts)
-    return Table(
-        cells, values[rows], there[rows], mask[rows], unedited["clean"][rows], unedited["corrupted"][rows],
-        tuple(tokens[row] for row in rows) if tokens else (), asked, about, metrics=metrics,
+    return SweepResult(
+        Table(
+            cells, values[rows], there[rows], mask[rows], about.clean[rows], about.corrupted[rows],
+            tuple(tokens[row] for row in rows) if tokens else (), asked, about.cost(), metrics=metrics,
+        )
     )  # fmt: skip
+
+
+def finished(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
+    """The result of a run whose values went to a Zarr store: the rest is written beside them, and no value is read.
+
+    Raises:
+        FileError: units are missing, or there is none at all.
+    """
+    folder, told, done = _done(path, partial)
+    plan, metrics = told["plan"], tuple(told["metrics"])
+    prompts, cells = _prompts(plan), cells_of(plan)
+    several = (len(metrics),) if metrics else ()
+    about, sums = _About(folder, prompts, several), [""] * prompts
+    for number in done:
+        arrays = about.read(number)
+        for prompt, one in zip(arrays["prompts"], arrays["sums"], strict=True):
+            sums[prompt] = one.tobytes().decode()
+    shape = (prompts, len(cells))
+    values, none = np.broadcast_to(np.nan, (*shape, *several)), np.broadcast_to(False, shape)
+    tokens = tuple(tuple(each) for each in plan["tokens"])
+    table = Table(
+        cells, values, none, none, about.clean, about.corrupted, tokens, plan["asked"], about.cost(), metrics=metrics
+    )
+    store = store_beside(folder)
+    zarr_files.Growing(store).finish(table, sums)
+    return StoredResult(lambda: zarr_files.read(store))
+
+
+def _done(path: str | PathLike[str], partial: bool) -> tuple[RunFolder, dict[str, Any], list[int]]:
+    """A run folder, what its plan says, and the units that are done."""
+    folder = RunFolder.open(path)
+    done = folder.done()
+    if len(done) < folder.units and not partial:
+        raise FileError(
+            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.address}",
+            expected="a run that is finished",
+            write=f"nnsplice work {folder.address}, or merge with partial=True (--partial) for what there is",
+        )
+    if not done:
+        raise FileError(f"no unit of {folder.address} is done yet", write=f"nnsplice status {folder.address}")
+    return folder, from_json(text_of(folder.path / PLAN), folder.path / PLAN), sorted(done)
+
+
+class _About:
+    """What units say beside the values of cells, put together."""
+
+    def __init__(self, folder: RunFolder, prompts: int, several: tuple[int, ...]) -> None:
+        self.folder = folder
+        self.clean, self.corrupted = (np.full((prompts, *several), np.nan) for _ in range(2))
+        self._cost = np.zeros(len(_COSTS))
+
+    def read(self, number: int) -> dict[str, np.ndarray]:
+        """Read a unit, and keep what it says."""
+        arrays, _ = self.folder.outcome(number)
+        rows = arrays["prompts"]
+        for name in ("clean", "corrupted"):
+            whole = getattr(self, name)
+            known = ~np.isnan(whole[rows])
+            _check_same(number, whole[rows][known], arrays[name][known])
+            whole[rows] = np.where(known, whole[rows], arrays[name])  # of a prompt in several units, the first one's
+        self._cost += arrays["cost"]
+        return arrays
+
+    def cost(self) -> Run:
+        """What all of them cost."""
+        agreed = self.folder.agreed("executor")
+        spent = dict(zip(_COSTS, self._cost.tolist(), strict=True))
+        counts = {name: int(spent[name]) for name in ("forwards", "block_calls", "tokens", "known")}
+        return Run(agreed["name"], spent["seconds"], flops=spent["flops"], note=agreed["note"], **counts)
+
+
+def _prompts(plan: Mapping[str, Any]) -> int:
+    return max(plan["owners"]) + 1 if plan["owners"] else len(plan["corrupted"]["ids"])
+
+
+def _exists(plan: Mapping[str, Any], exists: list[list[int]], cells: int) -> np.ndarray:
+    """`[prompt, cell]`, as of a table."""
+    mask = np.zeros((len(plan["corrupted"]["ids"]), cells), dtype=bool)
+    mask[Jobs.of_ranges(exists).columns()] = True
+    if plan["owners"]:
+        owners = np.array(plan["owners"])
+        mask = np.stack([mask[owners == prompt].all(0) for prompt in range(_prompts(plan))])
+    return mask
 
 
 def _check_same(number: int, before: np.ndarray, now: np.ndarray) -> None:

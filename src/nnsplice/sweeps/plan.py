@@ -237,6 +237,10 @@ class Plan:
         found = pieces(lengths, *self._costs(), SIZE if size is None else size)
         return tuple(Unit(number, piece, executor, max_tokens, self) for number, piece in enumerate(found))
 
+    def costs_of_prompts(self) -> np.ndarray:
+        """`[prompt]`: the work of all of its cells, by which units are cut."""
+        return self._costs()[1]
+
     def estimate(self, size: float | None = None) -> Estimate:
         """How much work the plan is, before anything runs.
 

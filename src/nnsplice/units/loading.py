@@ -12,7 +12,8 @@ import torch
 
 from nnsplice import engine
 from nnsplice.errors import BadArgument, named
-from nnsplice.files import from_json, local_folder, text_of
+from nnsplice.files import from_json, text_of
+from nnsplice.stores import is_address
 from nnsplice.work import RunFolder, imported, write_json
 from nnsplice.work import named as named_function
 
@@ -27,7 +28,12 @@ def load_of(model: Any) -> str:
         BadArgument: they cannot.
     """
     if isinstance(model, str | PathLike):
-        return str(local_folder(model)) if "://" in str(model) else str(model)
+        if is_address(model):
+            raise BadArgument(
+                f"{model} is in an object store, and weights are read from a file system",
+                expected="a name, or a folder that all machines see",
+            )
+        return str(model)
     if callable(model) and not isinstance(model, torch.nn.Module) and not hasattr(model, "_module"):
         return named_function(model, "what loads the model")
     raise BadArgument(

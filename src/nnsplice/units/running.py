@@ -48,7 +48,7 @@ def run(
         folder = _prepared(plan, path, max_tokens=at_once, size=size, threads=threads)
         write_load(folder, told, told_source, load_options)
         finish(folder, chosen, progress, partial)
-        return merged(folder.path, partial=partial or on == "folder")
+        return merged(folder.address, partial=partial or on == "folder")
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def finish(folder: RunFolder, chosen: Engine, progress: bool, partial: bool) -> 
         lines = [f"  unit {number}: {reason}" for number, reason in list(failures.items())[:5]]
         raise TeamError(
             "\n".join([f"{len(failures)} of {folder.units} units failed", *lines]),
-            expected=f"their reasons mended; the same call tries them again, and {folder.path} keeps the others",
+            expected=f"their reasons mended; the same call tries them again, and {folder.address} keeps the others",
             write="partial=True for what there is",
         )
 
@@ -170,11 +170,11 @@ def merged(path: str | PathLike[str], *, partial: bool = False) -> Any:
     done = sorted(folder.done())
     if len(done) < folder.units and not partial:
         raise FileError(
-            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.path}",
+            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.address}",
             expected="a run that is finished",
-            write=f"nnsplice work {folder.path}, or merge with partial=True (--partial) for what there is",
+            write=f"nnsplice work {folder.address}, or merge with partial=True (--partial) for what there is",
         )
     if not done:
-        raise FileError(f"no unit of {folder.path} is done yet", write=f"nnsplice status {folder.path}")
+        raise FileError(f"no unit of {folder.address} is done yet", write=f"nnsplice status {folder.address}")
     units = plan.units(told["size"])
     return plan.row.joined(plan, [(units[number], folder.outcome(number)[0]) for number in done])

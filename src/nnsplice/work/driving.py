@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 from nnsplice.errors import TeamError
-from nnsplice.locks import Lock
 from nnsplice.progress import bar
 from nnsplice.work.run_folder import STRIKES, RunFolder
 from nnsplice.work.worker import DONE, REFUSED
@@ -41,7 +40,8 @@ def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progr
         FileError: another process drives this run.
         TeamError: no worker is left, and units are.
     """
-    lock = Lock(folder.path / "driver")
+    folder.share()
+    lock = folder.store.lock("driver")
     handles: dict[int, Handle] = {}
     try:
         folder.forgive()
@@ -53,7 +53,7 @@ def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progr
             while handles:
                 time.sleep(LOOK)
                 ended = {number: code for number, handle in handles.items() if (code := handle.poll()) is not None}
-                if ended or time.monotonic() - looked > COUNT:
+                if ended or time.monotonic() - looked > max(COUNT, folder.store.pause):
                     now, looked = _state(folder), time.monotonic()
                     shown.update(now[0] - before[0])
                     fruitless = 0 if now != before else fruitless
@@ -77,14 +77,15 @@ def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progr
         lines = [f"  {line}" for reason in list(reasons)[-3:] for line in reason.splitlines()]
         raise TeamError(
             "\n".join([f"{left} of {folder.units} units were not run, as no worker could go on", *lines]),
-            expected=f"workers that run; their logs are in {folder.path / 'workers'}",
+            expected=f"workers that run; their logs are in {folder.store.at('workers')}",
             write="the same call again, which goes on from what is there",
         )
 
 
 def command(folder: RunFolder) -> list[str]:
     """What a worker's process runs."""
-    return [sys.executable, "-m", "nnsplice", "work", str(folder.path.resolve())]
+    where = folder.address if folder.store.folder is None else str(folder.store.folder.resolve())
+    return [sys.executable, "-m", "nnsplice", "work", where]
 
 
 def environment() -> dict[str, str]:
@@ -95,4 +96,4 @@ def environment() -> dict[str, str]:
 
 def _state(folder: RunFolder) -> tuple[int, int, int]:
     """Units that are done, those that are left out, and strikes: what changes while workers get on."""
-    return len(folder.done()), len(folder.failures()), sum(1 for _ in (folder.path / "strikes").iterdir())
+    return len(folder.done()), len(folder.failures()), len(folder.store.names("strikes"))

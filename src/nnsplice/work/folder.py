@@ -13,3 +13,4 @@ class Folder:
 
     def run(self, folder: RunFolder, progress: bool) -> None:
         """Nothing runs here."""
+        folder.share()

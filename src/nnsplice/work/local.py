@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO
 
 from nnsplice.work.driving import command, drive, environment
 from nnsplice.work.run_folder import RunFolder
@@ -21,12 +25,30 @@ class Local:
         """Have all units run."""
         devices = gpus()
         workers = self.workers or len(devices) or os.cpu_count() or 1
-        drive(
-            folder,
-            lambda number: Process.start(folder, devices[number % len(devices)] if devices else None),
-            workers,
-            progress,
-        )
+        with _output(folder) as log:
+            drive(
+                folder,
+                lambda number: Process.start(folder, devices[number % len(devices)] if devices else None, log),
+                workers,
+                progress,
+            )
+
+
+@contextmanager
+def _output(folder: RunFolder) -> Iterator[IO[bytes]]:
+    """Where what workers print goes: a crash of theirs, for one."""
+    name = "workers/output.log"
+    if folder.store.folder is not None:
+        with (folder.store.folder / name).open("ab") as log:
+            yield log
+        return
+    with tempfile.TemporaryFile() as log:
+        try:
+            yield log
+        finally:
+            log.seek(0)
+            folder.store.append(name, log.read().decode(errors="replace"))
+            folder.store.flush()
 
 
 @dataclass(frozen=True)
@@ -36,16 +58,15 @@ class Process:
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, folder: RunFolder, device: str | None) -> Process:
+    def start(cls, folder: RunFolder, device: str | None, log: IO[bytes]) -> Process:
         """Start one, on this GPU alone."""
         own = environment() | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        with (folder.path / "workers" / "output.log").open("ab") as log:
-            # In a session of its own, so that Ctrl-C is for the driver, which then ends it.
-            return cls(
-                subprocess.Popen(
-                    command(folder), env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
+        # In a session of its own, so that Ctrl-C is for the driver, which then ends it.
+        return cls(
+            subprocess.Popen(
+                command(folder), env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+        )
 
     def poll(self) -> int | None:
         """How it ended."""

@@ -16,7 +16,11 @@ from nnsplice.work.driving import command, drive, environment
 from nnsplice.work.run_folder import RunFolder
 
 #: Of a worker's environment, what it has from the driver; where its GPUs are says Ray.
-_HANDED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "NNSPLICE_CACHE")
+_HANDED_ON = (
+    "PYTHONPATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "NNSPLICE_CACHE",
+    # Where an object store is; no credentials, which the machines of a cluster have of their own.
+    "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@
     failed/000017.json  why it is left out
     workers/NAME.json   what a worker does, and its log beside it
 
-Nothing is unpickled, and doing a unit twice is harmless: both write the same.
+Nothing is unpickled, and doing a unit twice is harmless: both write the same. The folder may be an address of an object
+store, where a put that fails if something is there makes a claim.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import uuid
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +30,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from nnsplice.errors import BadArgument, FileError
-from nnsplice.files import from_json, is_pickle, local_folder, text_of, whole
+from nnsplice.files import from_json, is_pickle, whole
+from nnsplice.stores import Store, opened, store_of
 
 KIND, FORMAT = "nnsplice run", 1
+FOLDERS = ("units", "claims", "strikes", "failed", "workers")
 #: How often a unit may end its worker before it is left out.
 STRIKES = 3
 #: Seconds without a sign after which a worker on another machine is taken for dead.
@@ -52,9 +58,12 @@ class Task(Protocol):
 class RunFolder:
     """A folder that holds a run; `create` writes one, `open` reads one."""
 
-    path: Path
+    #: Where all processes of the run see it.
+    store: Store
     #: What stands in run.json.
     told: Mapping[str, Any]
+    #: When the files in `path` that are in the store too were last written, where these are two places.
+    _shared: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def create(
@@ -70,19 +79,20 @@ class RunFolder:
         """Write a run, or go on with the same one.
 
         Args:
+            path: a folder, or an address of an object store.
             opener: `module:function` of what workers call with the folder to have a `Task`.
             units: how many there are.
             identity: plain data that tells this run from others: what is asked, how it is cut, what runs it.
-            write: writes into the folder what the opener will need.
+            write: writes into a folder what the opener will need, which finds it in `folder.path`.
             lease: seconds without a sign after which a worker on another machine is taken for dead.
 
         Raises:
             FileError: the folder holds another run, or other files.
         """
-        folder = local_folder(path)
+        store = store_of(path)
         identity = json.loads(json.dumps(identity))
-        if (folder / "run.json").exists():
-            found = cls.open(folder)
+        if store.has("run.json"):
+            found = cls.open(path)
             if other := [
                 key for key in {**identity, **found.told["identity"]} if found.identity(key) != identity.get(key)
             ]:
@@ -90,27 +100,31 @@ class RunFolder:
                     f"  {key}: {_short(found.identity(key))} there, {_short(identity.get(key))} here" for key in other
                 ]
                 raise FileError(
-                    "\n".join([f"{folder} holds another run, or one that was cut differently", *lines]),
+                    "\n".join([f"{store.address} holds another run, or one that was cut differently", *lines]),
                     expected="an empty folder, or the one of this run",
                 )
             return found
-        begun = folder / ".begun"
-        there = [one.name for one in folder.iterdir() if one.name != "driver.lock"] if folder.is_dir() else []
-        if there and not begun.exists():
+        there = [name for name in store.names() if name not in ("driver.lock", ".begun")]
+        if there and not store.has(".begun"):
             raise FileError(
-                f"{folder} holds {', '.join(sorted(there)[:3])}, and no run", expected="an empty folder, or this run's"
+                f"{store.address} holds {', '.join(sorted(there)[:3])}, and no run",
+                expected="an empty folder, or this run's",
             )
-        for name in ("units", "claims", "strikes", "failed", "workers"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            begun.touch()  # a process that is killed before run.json is there has written all that is
-        write(folder)
+        store.make()
+        store.write(".begun", b"")  # a process that is killed before run.json is there has written all that is
         told = {
             "kind": KIND, "format": FORMAT, "opener": opener, "units": units, "lease": lease, "identity": identity,
             "versions": versions(),
         }  # fmt: skip
-        write_json(folder / "run.json", told)
-        begun.unlink()
-        return cls(folder, told)
+        new = cls(store, told)
+        if store.folder is not None:
+            for name in FOLDERS:
+                (store.folder / name).mkdir(exist_ok=True)
+        write(new.path)
+        new.share()
+        new.write_json("run.json", told)
+        store.remove(".begun")
+        return new
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -119,17 +133,50 @@ class RunFolder:
         Raises:
             FileError: it is none, or one that a newer nnsplice wrote.
         """
-        folder = local_folder(path)
-        if not (folder / "run.json").is_file():
+        store = store_of(path)
+        try:
+            told = from_json(store.read("run.json"), store.at("run.json"))
+        except FileNotFoundError:
             raise FileError(
-                f"{folder} holds no run", expected='a folder that ns.run(..., out=folder) or on="folder" made'
-            )
-        told = from_json(text_of(folder / "run.json"), folder / "run.json")
+                f"{store.address} holds no run", expected='a folder that ns.run(..., out=folder) or on="folder" made'
+            ) from None
         if not isinstance(told, dict) or told.get("kind") != KIND:
-            raise FileError(f"{folder / 'run.json'} says nothing of a run", expected="a run folder")
+            raise FileError(f"{store.at('run.json')} says nothing of a run", expected="a run folder")
         if told["format"] > FORMAT:
-            raise FileError(f"{folder} has format {told['format']}; this nnsplice reads up to {FORMAT}")
-        return cls(folder, told)
+            raise FileError(f"{store.address} has format {told['format']}; this nnsplice reads up to {FORMAT}")
+        return cls(store, told)
+
+    @property
+    def address(self) -> str:
+        """What `RunFolder.open` takes, in this process and in others."""
+        return self.store.address
+
+    @cached_property
+    def path(self) -> Path:
+        """What stands beside run.json (a plan, a reference), on this machine: the folder, or a copy of these files.
+
+        What is written into the copy reaches the others with `share`.
+        """
+        if self.store.folder is not None:
+            return self.store.folder
+        copy = Path(tempfile.mkdtemp(prefix="nnsplice-run-"))
+        weakref.finalize(self, shutil.rmtree, copy, ignore_errors=True)
+        for name in self.store.names():
+            if name not in FOLDERS and not name.startswith(".") and not name.endswith(".lock"):
+                file = copy / name
+                file.write_bytes(self.store.read(name))
+                self._shared[name] = file.stat().st_mtime_ns
+        return copy
+
+    def share(self) -> None:
+        """Have others see what was written into `path` since."""
+        if self.store.folder is not None:
+            return
+        for file in self.path.iterdir():
+            written = file.stat().st_mtime_ns
+            if self._shared.get(file.name) != written:
+                self.store.write(file.name, file.read_bytes())
+                self._shared[file.name] = written
 
     @property
     def units(self) -> int:
@@ -159,16 +206,16 @@ class RunFolder:
 
     # --- units
 
-    def unit_file(self, number: int) -> Path:
-        """Where the outcome of a unit stands, once it is there."""
-        return self.path / "units" / f"{number:06}.safetensors"
+    def unit_file(self, number: int) -> str:
+        """The name of a unit's outcome, once it is there."""
+        return f"units/{number:06}.safetensors"
 
     def keep(self, number: int, arrays: Arrays, about: Mapping[str, Any]) -> None:
         """Write the outcome of a unit: the whole of it, or nothing."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        with whole(self.unit_file(number)) as temporary:
-            save_file(dict(arrays), temporary, metadata={"unit": str(number), "about": json.dumps(about)})
+        told = {"unit": str(number), "about": json.dumps(about)}
+        self.store.write(self.unit_file(number), save(dict(arrays), metadata=told))
 
     def outcome(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """What was found of a unit, and what is told about its running.
@@ -178,44 +225,48 @@ class RunFolder:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = self.unit_file(number)
-        if is_pickle(path):
-            raise FileError(f"{path} looks like a pickle; it is left closed", expected="a file that a worker wrote")
-        try:
-            with safe_open(path, framework="np") as file:
-                told = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise FileError(f"{path} is damaged: {error}", write=f"rm {path}   (and run the unit again)") from None
+        path = self.store.at(self.unit_file(number))
+        with opened(path) as found:
+            if is_pickle(found.local):
+                raise FileError(f"{path} looks like a pickle; it is left closed", expected="a file that a worker wrote")
+            try:
+                with safe_open(found.local, framework="np") as file:
+                    told = file.metadata() or {}
+                    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            except SafetensorError as error:
+                raise FileError(
+                    f"{path} is damaged: {error}", expected="the file removed, and the unit run again"
+                ) from None
         if told.get("unit") != str(number):
             raise FileError(f"{path} holds unit {told.get('unit')}", expected=f"unit {number}")
         return arrays, from_json(told.get("about", "{}"), path)
 
     def done(self) -> set[int]:
         """The units whose outcome is there."""
-        return _numbers(self.path / "units")
+        return self.numbers("units")
 
     def failures(self) -> dict[int, str]:
         """The units that are left out, and why."""
-        found = {
-            number: self.path / "failed" / f"{number:06}.json" for number in sorted(_numbers(self.path / "failed"))
-        }
-        return {number: from_json(text_of(path), path)["reason"] for number, path in found.items()}
+        return {number: self._json(f"failed/{number:06}.json")["reason"] for number in sorted(self.numbers("failed"))}
 
     def fail(self, number: int, reason: str) -> None:
         """Leave a unit out."""
-        write_json(self.path / "failed" / f"{number:06}.json", {"unit": number, "reason": reason})
+        self.write_json(f"failed/{number:06}.json", {"unit": number, "reason": reason})
 
     def forgive(self) -> None:
         """Have units that were left out tried again: whatever ended their workers may be mended."""
         for folder in ("failed", "strikes"):
-            for path in (self.path / folder).iterdir():
-                path.unlink(missing_ok=True)
+            for name in self.store.names(folder):
+                self.store.remove(f"{folder}/{name}")
 
     def strikes(self, number: int) -> list[str]:
         """How workers ended at a unit, a line for each."""
-        found = sorted((self.path / "strikes").glob(f"{number:06}.*"))
-        return [text_of(path) for path in found]
+        found = sorted(name for name in self.store.names("strikes") if name.startswith(f"{number:06}."))
+        return [self.store.read(f"strikes/{name}").decode().partition("\n")[0] for name in found]
+
+    def numbers(self, folder: str) -> set[int]:
+        """The units that have a file there."""
+        return {int(name[:6]) for name in self.store.names(folder) if name[:6].isdigit()}
 
     # --- what workers agree on, and tell
 
@@ -226,24 +277,26 @@ class RunFolder:
             name: of the thing, and of the file that says it.
             mine: finds out what this worker would say.
         """
-        path = self.path / f"{name}.json"
-        if not path.exists():
-            own = path.with_name(f".{name}.{uuid.uuid4().hex}")
-            write_json(own, {"agreed": mine()})
-            try:
-                os.link(own, path)
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without links
-                if not path.exists():
-                    own.replace(path)
-            own.unlink(missing_ok=True)
-        return from_json(text_of(path), path)["agreed"]
+        if not self.store.has(f"{name}.json"):
+            self.store.create(f"{name}.json", json.dumps({"agreed": mine()}).encode())
+        return self.agreed(name)
 
-    def workers(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Every worker that was ever here, and what it told last."""
-        for path in sorted((self.path / "workers").glob("*.json")):
-            yield path, from_json(text_of(path), path)
+    def agreed(self, name: str) -> Any:
+        """What the workers have agreed on."""
+        return self._json(f"{name}.json")["agreed"]
+
+    def workers(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every worker that was ever here, by the name of its file, and what it told last."""
+        for name in sorted(self.store.names("workers")):
+            if name.endswith(".json") and not name.startswith("."):
+                yield f"workers/{name}", self._json(f"workers/{name}")
+
+    def write_json(self, name: str, told: Any) -> None:
+        """Write plain data to a file that appears whole."""
+        self.store.write(name, json.dumps(told).encode())
+
+    def _json(self, name: str) -> Any:
+        return from_json(self.store.read(name), self.store.at(name))
 
 
 def versions() -> dict[str, str]:
@@ -296,10 +349,6 @@ def write_json(path: Path, told: Any) -> None:
     """Write plain data to a file that appears whole."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(told), encoding="utf-8")
-
-
-def _numbers(folder: Path) -> set[int]:
-    return {int(name[:6]) for name in os.listdir(folder) if name[:6].isdigit()}  # noqa: PTH208 (names alone, of many)
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nnsplice.errors import MissingPackage
+from nnsplice.errors import BadArgument, MissingPackage
 from nnsplice.work.driving import command, drive, environment
 from nnsplice.work.run_folder import RunFolder
 
@@ -30,7 +30,13 @@ class Slurm:
             raise MissingPackage(
                 "Slurm is reached through submitit, which is not installed", write='pip install "nnsplice[slurm]"'
             ) from error
-        executor = submitit.AutoExecutor(folder.path / "slurm", cluster=self.cluster)
+        if folder.store.folder is None:
+            raise BadArgument(
+                f"submitit keeps its jobs in a folder that all machines see, and {folder.address} is none",
+                expected='on="folder", and a job that calls srun',
+                write=f"srun nnsplice work {folder.address}",
+            )
+        executor = submitit.AutoExecutor(folder.store.folder / "slurm", cluster=self.cluster)
         executor.update_parameters(**self.parameters)
         attempt = Attempt(command(folder), {**environment(), "NNSPLICE_PARENT": ""})
         count = min(self.workers, folder.units - len(folder.done()))

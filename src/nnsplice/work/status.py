@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nnsplice.locks import age_of, is_gone
+from nnsplice.locks import is_gone
 from nnsplice.work.run_folder import RunFolder, imported
 
 
@@ -29,9 +29,9 @@ class Status:
 def status_of(folder: RunFolder) -> Status:
     """Look at a run."""
     workers: list[dict[str, Any]] = []
-    for path, told in folder.workers():
+    for name, told in folder.workers():
         gone = is_gone(told)
-        silent = gone is None and age_of(path) > folder.told["lease"]
+        silent = gone is None and folder.store.age(name) > folder.told["lease"]
         workers.append({**told, "alive": not gone and not silent and told["state"] in ("loading", "running")})
     return Status(folder.units, len(folder.done()), folder.failures(), workers)
 
@@ -43,4 +43,4 @@ def merged(folder: RunFolder, *, partial: bool = False) -> Any:
         partial: also when units are missing.
     """
     module = str(folder.told["opener"]).partition(":")[0]
-    return imported(f"{module}:merged")(folder.path, partial=partial)
+    return imported(f"{module}:merged")(folder.address, partial=partial)

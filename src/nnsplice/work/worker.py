@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import signal
 import time
 import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.locks import Beat, this_process
 from nnsplice.work.claims import Claims
-from nnsplice.work.run_folder import RunFolder, Task, write_json
+from nnsplice.work.run_folder import RunFolder, Task
 
 #: What ends a worker after the unit that it is at: preemption by Slurm, submitit's own signal, Ctrl-C.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
@@ -42,17 +42,25 @@ class Worker:
         self.name: str = name or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.claims: Claims = Claims(folder, self.name)
         self.told: dict[str, Any] = {"worker": self.name, **this_process(), "units": 0, "seconds": 0.0}
-        self.path: Path = folder.path / "workers" / f"{self.name}.json"
+        self.file: str = f"workers/{self.name}"
         self.stopping: bool = False
+        self._told_at: float = 0.0
 
     def work(self) -> int:
         """Run units until none is left, and say how the process should end."""
-        beat = Beat(lambda: [*self.claims.signs(), self.path], self.folder.told["lease"] / 6)
+        beat = Beat(self._sign, self.folder.told["lease"] / 6)
         try:
             with self._signals():
                 return self._work()
         finally:
             beat.stop()
+            with suppress(OSError):  # what it says is lost, and nothing else
+                self.folder.store.flush()
+
+    def _sign(self) -> None:
+        self.claims.sign()
+        self.folder.store.touch(f"{self.file}.json")
+        self.folder.store.flush()
 
     def _work(self) -> int:
         self._tell("loading")
@@ -78,7 +86,7 @@ class Worker:
         return DONE
 
     def _unit(self, task: Task, number: int) -> int:
-        if self.folder.unit_file(number).exists():
+        if self.folder.store.has(self.folder.unit_file(number)):
             self.claims.held = None
             return DONE
         start = time.perf_counter()
@@ -110,9 +118,7 @@ class Worker:
 
     def _numbers(self) -> Iterator[int]:
         """Units that this worker has claimed: first those that nobody had, then those of workers that are gone."""
-        for number in range(self.folder.units):
-            if self.claims.take(number):
-                yield number
+        yield from self._free()
         while left := self._left():
             found = False
             for number in sorted(left):
@@ -122,7 +128,21 @@ class Worker:
             if not found:
                 if self._should_leave():
                     return
-                time.sleep(PAUSE)
+                time.sleep(max(PAUSE, self.folder.store.pause))
+
+    def _free(self) -> Iterator[int]:
+        """Units that nobody had, claimed."""
+        if not self.folder.store.pause:
+            yield from filter(self.claims.take, range(self.folder.units))
+            return
+        # A try costs as much as a look at all claims, so those that are taken are left out, and workers begin apart.
+        chosen = random.Random(self.name)
+        while free := sorted(set(range(self.folder.units)) - self.folder.numbers("claims")):
+            chosen.shuffle(free)
+            for number in free:
+                if not self.claims.take(number):
+                    break
+                yield number
 
     def _left(self) -> set[int]:
         return set(range(self.folder.units)) - self.folder.done() - set(self.folder.failures())
@@ -154,10 +174,14 @@ class Worker:
     def _tell(self, state: str, **more: Any) -> None:
         if state != self.told.get("state"):
             self.log(f"{state}{': ' + more['reason'] if 'reason' in more else ''}")
+        changed = state != self.told.get("state")
         self.told.update(state=state, **more)
-        write_json(self.path, self.told)
+        now = time.monotonic()
+        if changed or now - self._told_at >= self.folder.store.pause:
+            self.folder.write_json(f"{self.file}.json", self.told)
+            self.folder.store.flush()
+            self._told_at = now
 
     def log(self, line: str) -> None:
         """Append a line to this worker's log."""
-        with self.path.with_suffix(".log").open("a", encoding="utf-8") as file:
-            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+        self.folder.store.append(f"{self.file}.log", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")

@@ -1,0 +1,13 @@
+"""Where files are kept: folders, and object stores (`s3://`, `gs://`) with the same few operations.
+
+store       the operations, and the store that an address means
+local       a folder
+cloud       an object store, through obstore; the only file that imports it
+files       single files: written whole, read whole or in ranges
+"""
+
+from nnsplice.stores.addresses import is_address
+from nnsplice.stores.files import Opened, opened, whole
+from nnsplice.stores.store import Held, Store, store_of
+
+__all__ = ["Held", "Opened", "Store", "is_address", "opened", "store_of", "whole"]

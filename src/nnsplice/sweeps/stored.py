@@ -1,0 +1,79 @@
+"""Sweeps whose values go to a Zarr store, `out="....zarr"`: each prompt's are a chunk that one unit writes.
+
+Beside the store `x.zarr` stands the run folder `x.zarr.run`: claims, and of each unit what is no value of a cell.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from nnsplice.errors import BadArgument
+from nnsplice.results import zarr_files
+from nnsplice.stores import store_of
+from nnsplice.sweeps.jobs import Jobs
+from nnsplice.sweeps.plan import Plan, Unit
+from nnsplice.work import Arrays, RunFolder
+
+_RUN = ".run"
+
+
+def is_store(path: str | os.PathLike[str] | None) -> bool:
+    """Whether values go to a Zarr store."""
+    return path is not None and os.fspath(path).rstrip("/").endswith(".zarr")
+
+
+def folder_of(path: str | os.PathLike[str]) -> str:
+    """The run folder of a store."""
+    return f"{store_of(path).address}{_RUN}"
+
+
+def store_beside(folder: RunFolder) -> str:
+    """The store of a run folder."""
+    return folder.address.removesuffix(_RUN)
+
+
+def check_units(units: tuple[Unit, ...], plan: Plan) -> None:
+    """Refuse units of which several have cells of one prompt.
+
+    Raises:
+        BadArgument: there are some.
+        MissingPackage: zarr is not installed.
+    """
+    zarr_files.needed()
+    if cut := sorted({unit.prompts[0] for unit in units if unit.piece.start or unit.piece.stop is not None}):
+        raise BadArgument(
+            f"prompt {cut[0]} is cut into several units, and a chunk of a Zarr store is written by one",
+            expected="units of whole prompts",
+            write=f"size={math.ceil(plan.costs_of_prompts().max())}, or out= without .zarr",
+        )
+
+
+class _Runs(Protocol):
+    def run(self, number: int) -> Arrays: ...
+
+
+class StoredUnits:
+    """A worker's side: the values go to the store, before the unit counts as done."""
+
+    def __init__(self, units: _Runs, folder: RunFolder) -> None:
+        """Open the store."""
+        self._units, self._store = units, zarr_files.Growing(store_beside(folder))
+
+    def run(self, number: int) -> Arrays:
+        """What is no value of a cell, and a checksum of each prompt's values."""
+        found: Mapping[str, Any] = self._units.run(number)
+        prompts = found["prompts"]
+        runs, targets = Jobs.of_ranges(found["ranges"].tolist()).columns()
+        sums: list[str] = []
+        for row, prompt in enumerate(prompts):
+            own = runs == row
+            values, done = self._store.empty()
+            values[targets[own]], done[targets[own]] = found["values"][own], True
+            sums.append(self._store.write(int(prompt), values, done))
+        kept = {name: array for name, array in found.items() if name not in ("values", "ranges")}
+        return {**kept, "sums": np.frombuffer("".join(sums).encode(), dtype=np.uint8).reshape(len(prompts), -1)}
