@@ -100,7 +100,7 @@ def table(task: Task, rounds: int) -> None:
     truth = sizes(exact)
     can = ~np.isnan(truth)
     cells = int(can.sum())
-    print(f"\n{task.name}: {cells} places, {len(exact.clean)} prompts, exact by the {exact.run.executor} executor")
+    print(f"\n{task.name}: {cells} sites, {len(exact.clean)} prompts, exact by the {exact.run.executor} executor")
     print(f"{'':16}{'cpu s':>8}{'faster':>8}{'rank':>7}" + "".join(f"{f'in {budget}':>8}" for budget in BUDGETS))
     print(f"{'exact':16}{seconds:8.2f}{1.0:8.1f}{1.0:7.2f}" + "".join(f"{1.0:8.0%}" for _ in BUDGETS))
     for name, options in METHODS.items():

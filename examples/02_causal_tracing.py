@@ -1,4 +1,4 @@
-"""Where in a model is a fact? Change every place by itself and see which one decides the answer.
+"""Where in a model is a fact? Change every site by itself and see which one decides the answer.
 
 The model is SmolLM2-135M, which `nnsplice fetch smollm2` gets.
 

@@ -1,4 +1,4 @@
-"""What of a fine-tuned model made it another one? Give its weights to the base model, one place at a time.
+"""What of a fine-tuned model made it another one? Give its weights to the base model, one site at a time.
 
 python examples/04_weights.py [FOLDER]
 """
@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # so small a model only waits for a second thread
 base = ns.load("toy")
 toy, tokenizer = ns.models.toy_prompts(), base.tokenizer
 
-# 1. Which weights belong to a place? Columns of fused matrices, biases, whole modules: all by one name.
+# 1. Which weights belong to a site? Columns of fused matrices, biases, whole modules: all by one name.
 ns.weights.preview_weight_restriction(base, ns.weights.create_param_masks(base, ["l1h0", "l2 mlp"]))
 
 # 2. Fine-tune: the drink goes to the one who has it already, and what is known of towers and bridges stays.

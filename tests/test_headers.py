@@ -49,7 +49,7 @@ def good(tensors: list[tuple[str, tuple[int, ...]]]) -> tuple[Pieces, int]:
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A file that was right, changed in a few places, each in a way of its own."""
+    """A file that was right, changed in a few sites, each in a way of its own."""
     shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
     pieces, size = good(draw(st.lists(st.tuples(st.sampled_from(sorted(SIZES)), shapes), max_size=4)))
     data = bytes(range(256)) * (size // 256 + 1)

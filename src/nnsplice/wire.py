@@ -51,7 +51,7 @@ def spread(tensor: Any) -> str:
 
 
 def repack(value: Any, item: int | None, tensor: Tensor) -> Any:
-    """A value like `value` with `tensor` in the place that `unpack` reads; `value` itself stays as it is."""
+    """A value like `value` with `tensor` in the site that `unpack` reads; `value` itself stays as it is."""
     if isinstance(value, Mapping):
         copied = value.copy()  # type: ignore[attr-defined]  # ModelOutput is a dict
         copied[list(value)[item or 0]] = tensor

@@ -12,7 +12,7 @@ LAYERS = ("layers[0].output", "layers[1].output", "layers[1].mlp.output")
 
 
 def hand(*paths: str, rows: int = 2, width: int = 4, dtype: torch.dtype = torch.float64) -> ns.SavedActivation:
-    """A capture of these places; every number in it is another one."""
+    """A capture of these sites; every number in it is another one."""
     entry = torch.arange(1.0, rows * width + 1, dtype=dtype).reshape(rows, width)
     return ns.SavedActivation.from_pairs(*((path, entry + 100 * n) for n, path in enumerate(paths)))
 
@@ -41,7 +41,7 @@ def captures(draw: st.DrawFn, rows: int | None = None, of: list[str] | None = No
 
 @st.composite
 def pairs_of_captures(draw: st.DrawFn) -> tuple[ns.SavedActivation, ns.SavedActivation]:
-    """Two captures of the same places and rows, each with its keys in an order of its own."""
+    """Two captures of the same sites and rows, each with its keys in an order of its own."""
     chosen, rows = draw(keys()), draw(st.integers(1, 4))
     return draw(captures(rows, chosen)), draw(captures(rows, draw(st.permutations(chosen))))
 

@@ -1,4 +1,4 @@
-"""The portable places that a model has, for tests over all families."""
+"""The portable sites that a model has, for tests over all families."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACES = (
 
 
 def places_of(model: Any) -> list[ns.Path]:
-    """Every single place of the list that this model has and does not refuse, in execution order."""
+    """Every single site of the list that this model has and does not refuse, in execution order."""
     found: list[ns.Path] = []
     for place in PLACES:
         try:

@@ -263,7 +263,7 @@ def test_a_file_is_as_readable_as_any_other_that_is_made_here(tmp_path: Path) ->
 
 
 def test_shapes_turned_round_in_the_header_are_seen(tmp_path: Path) -> None:
-    """The sizes still fit, the keys too: rows and width have changed places."""
+    """The sizes still fit, the keys too: rows and width have changed sites."""
     path = tmp_path / "saved.safetensors"
     values = torch.arange(2 * 3 * 5.0).reshape(2, 3, 5)
     saved = ns.SavedActivation.from_pairs(*((f"layers[0].output[{p}]", values[:, p]) for p in range(3)))

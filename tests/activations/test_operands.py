@@ -1,4 +1,4 @@
-"""What a capture can be combined with: numbers as factors, captures of the same places; the rest is refused by name."""
+"""What a capture can be combined with: numbers as factors, captures of the same sites; the rest is refused by name."""
 
 from __future__ import annotations
 

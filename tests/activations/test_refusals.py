@@ -1,4 +1,4 @@
-"""Calls at the wrong place, in the wrong order or of the wrong things are told, most before the run."""
+"""Calls in the wrong place, in the wrong order or of the wrong things are told, most before the run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_overlapping_writes_are_refused(llama) -> None:
 def test_the_same_place_under_two_names_is_written_once_only(gpt2) -> None:
     row = torch.zeros(1, 16)
     saved = ns.SavedActivation.from_pairs(("layers[2].output[-1]", row), ("model.transformer.h[-1].output[-1]", row))
-    with pytest.raises(DuplicatePath, match=r"same place and position as another key[\s\S]*h\[-1\]"):
+    with pytest.raises(DuplicatePath, match=r"same site and position as another key[\s\S]*h\[-1\]"):
         ns.patched_logits(gpt2, PROMPT, saved)
 
 
@@ -137,7 +137,7 @@ def test_wrong_arguments_are_named(gpt2) -> None:
 
 def test_a_capture_of_another_width_or_number_of_rows_is_refused(gpt2) -> None:
     narrow = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.zeros(1, 8)))
-    with pytest.raises(ShapeError, match="8 wide, the place 16"):
+    with pytest.raises(ShapeError, match="8 wide, the site 16"):
         ns.patched_logits(gpt2, PROMPT, narrow)
     three = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.zeros(3, 16)))
     with pytest.raises(ShapeError, match=r"3 rows, the run 2[\s\S]*slice"), gpt2.trace(["w3 w4", "w5 w6"]):

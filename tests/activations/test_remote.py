@@ -62,7 +62,7 @@ def test_a_remote_capture_equals_a_local_one(remote) -> None:
 
 
 def is_t5(model) -> bool:
-    """Its layers have a second attention between the two, so `mid` is not one place."""
+    """Its layers have a second attention between the two, so `mid` is not one site."""
     return model._module.config.model_type == "t5"
 
 

@@ -1,4 +1,4 @@
-"""Named spans: found in each prompt's own text, used in positions, refused where they are not one place."""
+"""Named spans: found in each prompt's own text, used in positions, refused where they are not one stretch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`updates` walks through places in the model's order, and writes at once or says why not."""
+"""`updates` walks through sites in the model's order, and writes at once or says why not."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_an_update_of_another_shape_says_what_to_write(gpt2) -> None:
 
 def test_updates_take_single_places_each_once(gpt2) -> None:
     for paths, kind, message in (
-        ("layers[:].output[-1]", PathError, "single places"),
-        ("layers[0].output[:]", PathError, "single places"),
-        (["layers[0].output[-1]", "layers[-3].output[-1]"], DuplicatePath, "same place twice"),
+        ("layers[:].output[-1]", PathError, "single sites"),
+        ("layers[0].output[:]", PathError, "single sites"),
+        (["layers[0].output[-1]", "layers[-3].output[-1]"], DuplicatePath, "same site twice"),
         ([], BadArgument, "nothing to update"),
         ("layers[0].output", MissingPosition, "which tokens"),
     ):

@@ -251,7 +251,7 @@ def test_without_a_model_only_the_texts_are_compared() -> None:
     saved = hand("layers[0].output[0]", "layers[1].output[0]", "layers[3].output[0]")
     assert saved.subset("layers[0:2].output[0]").keys() == ["layers[0].output[0]", "layers[1].output[0]"]
     assert saved.subset("layers[1:].output").keys() == ["layers[1].output[0]", "layers[3].output[0]"]
-    assert saved["layers[0,0].output[0,0]"].shape == (2, 2, 4)  # the place once, each position as often as it is named
+    assert saved["layers[0,0].output[0,0]"].shape == (2, 2, 4)  # the site once, each position as often as it is named
     assert saved.subset("layers[3,0]").keys() == ["layers[0].output[0]", "layers[3].output[0]"]
     for wanted in ("layers[-1].output[0]", "layers[-2:].output[0]"):
         with pytest.raises(UnknownPath, match=r"ns\.expand\(model, "):

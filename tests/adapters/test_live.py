@@ -1,4 +1,4 @@
-"""An adapter on a model leaves every address valid; with and without it, at all places or at some."""
+"""An adapter on a model leaves every address valid; with and without it, at all sites or at some."""
 
 from __future__ import annotations
 

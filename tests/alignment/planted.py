@@ -45,7 +45,7 @@ def planted(rank: int = 2, seed: int = 0, scale: float = 0.3, *, aligned: bool =
 
     Args:
         scale: of the logits; small, so that the loss still falls where every answer is right already.
-        aligned: every direction is the difference of two of the place's own numbers.
+        aligned: every direction is the difference of two of the site's own numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     codes = torch.tensor(list(product((-1.0, 1.0), repeat=rank)), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Names of many spellings -> places."""
+"""Names of many spellings -> sites."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_parameter_of_a_block_has_a_portable_place(name):
 
 @pytest.mark.parametrize("name", [*zoo.FAMILIES, "albert"])
 def test_modules_are_found_where_they_are(name):
-    """A portable place of a module resolves to nothing outside it; a native one leads to it."""
+    """A portable site of a module resolves to nothing outside it; a native one leads to it."""
     found = atlas(name)
     for module in found.tree.nodes:
         if not module:

@@ -1,4 +1,4 @@
-"""Which parameters belong to a place: against the model's own gradients, and by the laws of parts and wholes."""
+"""Which parameters belong to a site: against the model's own gradients, and by the laws of parts and wholes."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def test_masks_cost_one_axis():
     assert huge.numel() == 2 * 4096 and mask[5:7].all() and not mask[4].any() and not mask[7].any()
 
 
-# -- one place after another -------------------------------------------------------------------------------------------
+# -- one site after another -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_atp_star_sees_the_query_that_turns_the_choice(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_edges_of_the_circuit_are_on_top(form: str) -> None:
-    """Previous-token head -> lookup -> mover -> logits, each through the place that it is read by."""
+    """Previous-token head -> lookup -> mover -> logits, each through the site that it is read by."""
     model, clean, corrupted, metric = _task(form, "fact")
     groups = 4 if form == "gpt2" else 2
     value = 2 * groups // 4

@@ -1,4 +1,4 @@
-"""Scores of places equal hand-written gradients, are exact on a straight line, and zero where nothing differs."""
+"""Scores of sites equal hand-written gradients, are exact on a straight line, and zero where nothing differs."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_a_metric_that_compares_and_reads_elsewhere() -> None:
         ({"method": "atp-star"}, "there is no method"),
         ({"method": "atp", "steps": 3}, "takes no steps"),
         ({"method": "ig", "steps": 0}, "steps=0"),
-        ({"method": "ig", "receivers": "unembed"}, "scores places, so receivers"),
+        ({"method": "ig", "receivers": "unembed"}, "scores sites, so receivers"),
         ({"verify": -1}, "verify=-1"),
         ({"sites": "layers[1].heads[0].pattern[-1]"}, "derived from several values"),
         ({"method": "eap", "sites": "layers[1].heads[0].q"}, "adds nothing by itself"),

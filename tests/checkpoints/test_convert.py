@@ -220,7 +220,7 @@ def test_the_command_says_what_is_wrong(gpt2: Path, arguments: list[str], code: 
 def test_a_tensor_that_has_no_place_is_refused_and_left_out_when_asked(name: str, lost: str, tmp_path: Path):
     build(name).save_pretrained(tmp_path / "hf")
     between = ck.mapper_between(tmp_path / "hf", "tl")
-    with pytest.raises(MapperError, match=rf"no place for .*{lost}(.|\n)*\.mapper"):
+    with pytest.raises(MapperError, match=rf"no site for .*{lost}(.|\n)*\.mapper"):
         ck.convert(tmp_path / "hf", tmp_path / "tl", between, show_progress=False)
     assert not (tmp_path / "tl").exists()
     ck.convert(tmp_path / "hf", tmp_path / "tl", between.mapper, show_progress=False)

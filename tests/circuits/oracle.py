@@ -24,13 +24,13 @@ Edges = set[tuple[str, str]]
 
 
 def point(model: Any, path: str) -> Point:
-    """Where a place of a wrapped model stands, as hooks know it."""
+    """Where a site of a wrapped model stands, as hooks know it."""
     (found,) = ns.expand(model, path)
     return Point(found.site.module, found.site.end, found.site.columns)
 
 
 class Graph:
-    """The places of a wrapped model, by their addresses."""
+    """The sites of a wrapped model, by their addresses."""
 
     def __init__(self, model: Any, layers: int, heads: int, groups: int, parallel: bool) -> None:
         self.layers, self.heads, self.groups, self.parallel = layers, heads, groups, parallel
@@ -134,7 +134,7 @@ def by_hooks(
         return found
 
     def read(place: Point, values: Values) -> Tensor:
-        """What stands at a place while these are written."""
+        """What stands at a site while these are written."""
         found: list[Tensor] = []
 
         def keep(tensor: Tensor) -> Tensor:

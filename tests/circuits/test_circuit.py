@@ -309,7 +309,7 @@ def test_graphs_that_are_none_are_told(tmp_path: Path, told: Any, match: str) ->
         ([("embed", "layers[0].heads[1]")], "no receiver"),
         ([("embed", "layers[0].heads[1].k")], r"groups\[1\].k"),
         ([("embed", "layers[0].attn")], "no receiver"),
-        ([("layers[:].mlp", "unembed")], "several places"),
+        ([("layers[:].mlp", "unembed")], "several sites"),
         ([("layers[-1].mlp", "unembed")], "depends on the model"),
         ([("embed", "layers[0].mlp[-1]")], "a receiver reads at all"),
         ([("model.transformer.h[0].mlp", "unembed")], "by their roles"),

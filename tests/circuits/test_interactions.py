@@ -1,4 +1,4 @@
-"""Interactions, against runs of the bare module with hooks at one place and at two."""
+"""Interactions, against runs of the bare module with hooks at one site and at two."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRIC = ns.logit_diff("w7", "w8")
 
 
 def measured(family: str, sites: dict[str, Point]) -> tuple[Any, float, float]:
-    """The metric of a run of one prompt with these places of the other: `(base, other, names)` -> that."""
+    """The metric of a run of one prompt with these sites of the other: `(base, other, names)` -> that."""
     module = bare(family)
     values = {text: kept(module, ids(text), list(sites.values())) for text in (CLEAN, CORRUPTED)}
 

@@ -1,4 +1,4 @@
-"""Circuits whose senders are some tokens of a place, or an expert: what plain hooks make of them."""
+"""Circuits whose senders are some tokens of a site, or an expert: what plain hooks make of them."""
 
 from __future__ import annotations
 

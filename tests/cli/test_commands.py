@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 TOY = """\
-place              values               width
+site              values               width
 embed              .output              64
 layers[0..5]       .input .mid .output  64
   attn             .output              64
@@ -133,7 +133,7 @@ def test_paths_under_a_path(under: str, first: str, count: int) -> None:
         ("layers[0].mlp.gate", "has no gate"),
         ("layers[0].attn.q.mid", "a value of the layer"),
         ("layers[0].groups[0].output", "no output of its own"),
-        ("layers[0].output[-1]", "tokens are no part of a place"),
+        ("layers[0].output[-1]", "tokens are no part of a site"),
         ("full", "names parameters"),
         ("model.transformer.blocks", "has no part blocks"),
         ("layers[", "layers["),
@@ -199,7 +199,7 @@ def test_check_shows_each_finding_when_asked() -> None:
         (["check"], "Missing argument"),
         (["check", "toy", "--layer", "1"], "No such option"),
         (["paths", "toy", "--tower", "left"], "'left'"),
-        (["paths", "toy", "--native", "--tower", "decoder"], "portable places"),
+        (["paths", "toy", "--native", "--tower", "decoder"], "portable sites"),
         (["paths", "toy", "--native", "--under", "l5"], "starting with model."),
         (["pahts", "toy"], "No such command"),
     ],

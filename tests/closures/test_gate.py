@@ -1,4 +1,4 @@
-"""Whatever reads or writes a place is refused where it is not what it is called: once measured, at little cost."""
+"""Whatever reads or writes a site is refused where it is not what it is called: once measured, at little cost."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ def test_a_result_tells_what_measuring_took_and_only_once() -> None:
     model = broken.llama()
     first, second = (_swept(model, "layers[:].output[-1]") for _ in range(2))
     assert (first.run.gate, second.run.gate) == (2.0, 0.0)
-    assert "what places promise was measured first: 2 forward passes of a 4-token prompt" in repr(first)
+    assert "what sites promise was measured first: 2 forward passes of a 4-token prompt" in repr(first)
     assert "measured first" not in repr(second) and first == second
     assert _swept(model, "layers[:].mid[-1]").run.gate == 1.0
     with torch.no_grad():

@@ -200,7 +200,7 @@ def test_a_private_name_that_moved_is_told_with_the_version(monkeypatch: pytest.
 
     assert {type(private.find(name)) for name in private.PLACES}  # all of them are where they are said to be
     monkeypatch.setitem(private.PLACES, "Controller", ("nnsight.intervention.gone", "nnsight.intervention.source"))
-    assert private.find("Controller") is private.Controller  # the next place is tried
+    assert private.find("Controller") is private.Controller  # the next entry is tried
     monkeypatch.setitem(private.PLACES, "Mediator", ("nnsight.intervention.gone",))
     with pytest.raises(ns.errors.MissingPackage, match=r"nnsight \d.* has no Mediator in nnsight.intervention.gone"):
         private.find("Mediator")

@@ -112,7 +112,7 @@ def _row(one: Judgement) -> str:
 
 
 def _refused(one: Judgement) -> str:
-    """What is refused, with the reason; one reason for many places is said once."""
+    """What is refused, with the reason; one reason for many sites is said once."""
     by_text: dict[str, list[str]] = {}
     for finding in one.findings:
         if finding.state == "refused":

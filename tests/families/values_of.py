@@ -15,7 +15,7 @@ from families.subject import Subject, after, before, gap, hooks, number, own, si
 from families.weights_of import through
 from nnsplice.atlas import Block, Site
 
-#: Every kind of place, as it is asked for.
+#: Every kind of site, as it is asked for.
 KINDS = (
     "embed.output",
     "layers[:].input",
@@ -46,10 +46,10 @@ KINDS = (
 
 @dataclass
 class Served:
-    """What nnsplice gives of one kind of place."""
+    """What nnsplice gives of one kind of site."""
 
     kind: str
-    #: Single places with their values `[token, width]` on the long prompt.
+    #: Single sites with their values `[token, width]` on the long prompt.
     values: dict[ns.Path, Tensor] = field(default_factory=dict)
     saved: ns.SavedActivation | None = None
     refused: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Served:
 
 
 def serve(subject: Subject) -> dict[str, Served]:
-    """Ask for every kind of place, all layers at once, or layer by layer where that is refused."""
+    """Ask for every kind of site, all layers at once, or layer by layer where that is refused."""
     return {kind: _serve(subject, kind) for kind in KINDS}
 
 

@@ -29,7 +29,7 @@ def planted(token: int) -> tuple[Any, Any, torch.Tensor]:
 def test_a_vector_is_of_one_place_and_of_some_tokens() -> None:
     base, tuned, _ = planted(20)
     read = ns.diff_lens(base, tuned, TEXTS, "layers[:].output", first=2, k=2)
-    with pytest.raises(ns.errors.BadArgument, match="names 3 places"):
+    with pytest.raises(ns.errors.BadArgument, match="names 3 sites"):
         read.vector("layers[:].output")
     with pytest.raises(ns.errors.BadArgument, match="first=0"):
         ns.diff_lens(base, tuned, TEXTS, first=0)

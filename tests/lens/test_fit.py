@@ -148,7 +148,7 @@ def test_another_model_and_other_places_are_refused(model) -> None:
     with pytest.raises(BadArgument, match="other weights"):
         ns.lens.logit(wrap("llama"), "w3 w4 w5", "layers[1].output", lens=lens)
     for place in ("layers[0].output", "layers[1].input", "embed.output"):
-        with pytest.raises(BadArgument, match="not fitted at this place"):
+        with pytest.raises(BadArgument, match="not fitted at this site"):
             ns.lens.logit(model, "w3 w4 w5", place, lens=lens)
 
 

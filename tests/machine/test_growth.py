@@ -96,7 +96,7 @@ def test_waits_of_a_whole_sweep_do_not_grow_with_tokens_and_hardly_with_blocks(m
             assert spent.launches > 100 and result.run.executor == "packed"
             found[layers, length] = spent.waits
     assert found[3, 8] == found[3, 32] and found[6, 8] == found[6, 32]
-    assert found[6, 8] - found[3, 8] <= 3 * 4  # captures of the clean run are read at each place
+    assert found[6, 8] - found[3, 8] <= 3 * 4  # captures of the clean run are read at each site
 
 
 @pytest.mark.parametrize("operation", ["noise", "mean", "resample"])

@@ -45,7 +45,7 @@ ASKED: dict[str, Callable[[Any], SweepResult]] = {
 }
 #: Attention with code of its own, which runs whole prompts; and a window.
 SOME = [("gptj", asked) for asked in ("ragged sweep", "sets", "zero", "paths")] + [("gpt_neo", "sweep")]
-#: Families, questions and places: keys and values that groups share on two devices, and one device.
+#: Families, questions and sites: keys and values that groups share on two devices, and one device.
 CASES = [
     *(("llama", asked, "split") for asked in ASKED),
     *(("gpt2", asked, "one") for asked in ASKED),

@@ -59,7 +59,7 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Circuit:
-    """What works in a model, prompts for it, and every place where a patch restores the answer."""
+    """What works in a model, prompts for it, and every site where a patch restores the answer."""
 
     heads: tuple[Head, ...]
     lookups: tuple[Lookup, ...]

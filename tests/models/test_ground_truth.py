@@ -53,7 +53,7 @@ def places(length: int) -> list[str]:
     return [f"{site}[{p}]" for site in ("embed.output", *sites, "final_norm.output") for p in range(length)]
 
 
-#: How a place is patched: what is written into the corrupted run for the sake of this path.
+#: How a site is patched: what is written into the corrupted run for the sake of this path.
 Patch = Callable[[Case, str], ns.SavedActivation]
 
 
@@ -79,7 +79,7 @@ def effects(case: Case, patch: Patch, paths: list[str]) -> dict[str, Tensor]:
 
 
 def mistaken(case: Case, patch: Patch, paths: list[str]) -> list[str]:
-    """The places whose effect is not what the circuit says, for any of the prompts."""
+    """The sites whose effect is not what the circuit says, for any of the prompts."""
     return [
         f"{path}: {effect.tolist()}"
         for path, effect in effects(case, patch, paths).items()
@@ -206,7 +206,7 @@ def after_addition(case: Case, path: str) -> ns.SavedActivation:
     return right(case, path.replace("attn.output", "mid"))
 
 
-#: Broken patch -> the places that it is asked for.
+#: Broken patch -> the sites that it is asked for.
 BROKEN: dict[Patch, str] = {
     next_head: ".heads[",
     next_layer: "layers[",

@@ -213,7 +213,7 @@ def test_ioi_pairs_differ_in_the_giver_alone() -> None:
         assert len(differing(pair.clean, pair.corrupted)) == 1
         assert language.tokens(pair.clean).count(pair.wrong) == 2 == language.tokens(pair.corrupted).count(pair.answer)
     assert 0.15 < sum(not pair.trained for pair in pairs) / len(pairs) < 0.25
-    # Neither the place of a name nor who comes first gives the answer away.
+    # Neither the position of a name nor who comes first gives the answer away.
     first = [language.tokens(p.clean).index(p.answer) < language.tokens(p.clean).index(p.wrong) for p in pairs]
     assert 0.4 < sum(first) / len(first) < 0.6
 

@@ -30,7 +30,7 @@ def native_paths(draw: st.DrawFn) -> Path:
         ["transformer", "h", "E_x", "attn", "größe", "output", "input", "inputs", "weight", "model"]
     )
     value = draw(st.sampled_from([None, "output", "input", "weight", "bias"]))
-    # The model alone is no place: it has a value, or names of parts.
+    # The model alone is no site: it has a value, or names of parts.
     least = 1 if value is None else 0
     steps = tuple(draw(st.lists(st.builds(Step, names, st.none() | indices), min_size=least, max_size=4)))
     if value not in ("output", "input"):

@@ -33,7 +33,7 @@ def head_cells(positions: tuple[int | str, ...] = (-1,)) -> list[Cell]:
 
 
 def table(cells: list[Cell] | None = None, tokens: tuple[tuple[str, ...], ...] = TOKENS, **other: Any) -> Table:
-    """Both kinds of place; the second prompt has no fourth token."""
+    """Both kinds of site; the second prompt has no fourth token."""
     cells = [*stream_cells(), *head_cells()] if cells is None else cells
     lengths = np.array([len(row) for row in tokens])
     exists = np.array([[not isinstance(c.position, int) or c.position < n for c in cells] for n in lengths])

@@ -1,4 +1,4 @@
-"""A kind of place by any of its names, and what a result promises about its arrays."""
+"""A kind of site by any of its names, and what a result promises about its arrays."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_a_cell_says_what_it_is(browser: Any, tmp_path: Path) -> None:
         assert part in said
     effect = float(result.effect(STREAM, per_prompt=True)[0, 1, 2])  # of the prompt that was chosen
     assert f"{abs(effect):.4g}"[:5] in said
-    # The other prompt is shorter, and the other kind of place has heads.
+    # The other prompt is shorter, and the other kind of site has heads.
     _choose(browser, "prompt", "the dog")
     assert _count(browser) == 6
     _choose(browser, "kind", HEAD)

@@ -106,12 +106,12 @@ def test_all_tokens_at_once_have_no_position_axis() -> None:
 
 
 def test_a_grid_is_of_one_kind_of_place(result: SweepResult) -> None:
-    with pytest.raises(BadArgument, match=r"2 kinds of place[\s\S]*result\.grid"):
+    with pytest.raises(BadArgument, match=r"2 kinds of site[\s\S]*result\.grid"):
         result.grid()
-    with pytest.raises(UnknownPath, match=r"no such kind of place[\s\S]*expected"):
+    with pytest.raises(UnknownPath, match=r"no such kind of site[\s\S]*expected"):
         result.grid("layers[:].mlp.output")
     assert result.components == (STREAM, HEAD)
-    # Named by one of its places, too.
+    # Named by one of its sites, too.
     assert result.grid("layers[1].heads[0].output").equals(result.grid(HEAD))
     assert SweepResult(table(head_cells())).grid().attrs["component"] == HEAD
 

@@ -238,7 +238,7 @@ def test_a_mistake_is_answered_before_anything_runs(model, arguments: dict, text
 
 def test_a_mistake_that_only_a_run_can_show(model) -> None:
     for arguments, text in (
-        ({"vector": vector(1, width=8)}, "8 wide, the place 16"),
+        ({"vector": vector(1, width=8)}, "8 wide, the site 16"),
         ({"coefficient": [1.0, 2.0]}, "2 rows, and the run has 1"),
         ({"where": ns.steering.mask([[True], [True]])}, "2 rows"),
         ({"operator": lambda h, v, c: (c * v)[0]}, "the new states, not what is added"),

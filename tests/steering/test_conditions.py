@@ -70,7 +70,7 @@ def test_beams_keep_the_answer_of_their_prompt(model, probe) -> None:
 
 
 def test_it_reads_the_run_as_it_goes_on(model, probe) -> None:
-    """A condition sees what was steered before its place, and not what its own rule does there."""
+    """A condition sees what was steered before its site, and not what its own rule does there."""
     direction, _ = probe
     unit = direction / direction.norm()
     away = ns.SavedActivation.from_pairs(("layers[0].output[-1]", unit[None]))
@@ -104,7 +104,7 @@ def test_a_capture_that_holds_the_place_is_a_direction(model) -> None:
         (lambda: ns.steering.similar(torch.zeros(16), "layers[0].output[-1]", above=0.5), "similar to nothing"),
         (lambda: ns.steering.similar(torch.ones(2, 16), "layers[0].output[-1]", above=0.5), "2 directions"),
         (lambda: ns.steering.similar(torch.ones(16), "layers[0].output[:]", above=0.5), "at one token"),
-        (lambda: ns.steering.similar(vector(1), "layers[0].output[-1]", above=0.5), "nothing of this place"),
+        (lambda: ns.steering.similar(vector(1), "layers[0].output[-1]", above=0.5), "nothing of this site"),
         (lambda: ns.steering.similar([1.0], "layers[0].output", above=0.5), "type list"),  # pyright: ignore
     ],
 )
@@ -119,10 +119,10 @@ def test_a_condition_that_comes_too_late_is_refused(model) -> None:
         ns.steering.steer(model, vector(1), when=late)
     assert ns.steering.steer(model, vector(1), when=late, where="generated").rules[0].when is not None
     several = ns.steering.similar(torch.ones(16), "layers[:].output[-1]", above=0.0)
-    with pytest.raises(ValueError, match="one place"):
+    with pytest.raises(ValueError, match="one site"):
         ns.steering.steer(model, vector(2), when=several)
     wide = ns.steering.similar(torch.ones(8), "layers[0].output[-1]", above=0.0)
-    with pytest.raises(ValueError, match="8 wide, the place 16"):
+    with pytest.raises(ValueError, match="8 wide, the site 16"):
         with ns.steering.steer(model, vector(1), when=wide):
             model._module(torch.tensor([[3, 4]]))
     beyond = ns.steering.similar(torch.ones(16), "layers[0].output[7]", above=0.0)

@@ -7,7 +7,7 @@ only the first row is asked and steered; state is kept for all       test_condit
 an edit without a loop steers the prompt alone                       test_generation (all)
 a batch that is padded is steered at other tokens                    test_generation, test_exactness
 a vector is added twice                                              here, and test_exactness
-layer n is read at one place and steered at another                  here
+layer n is read at one site and steered at another                  here
 one strength for a whole batch                                       test_generation (rows)
 centring by pair where the mean of all was meant                     test_fit (pca)
 no intercept, so that a probe follows the states' mean               here

@@ -146,7 +146,7 @@ def test_a_metric_that_compares_is_given_the_unsteered_run(model) -> None:
 def test_few_passes_serve_many_cells(model) -> None:
     passes = []
     handle = model._module.register_forward_hook(lambda *_: passes.append(1))
-    # The first use sees what places promise, and that this hook changes nothing.
+    # The first use sees what sites promise, and that this hook changes nothing.
     ns.steering.sweep(model, PROMPTS[0], vector(0, 1, 2), [1], METRIC, progress=False)
     passes.clear()
     ns.steering.sweep(model, PROMPTS[0], vector(0, 1, 2), [-2, -1, 0, 1, 2, 3, 4, 5], METRIC, progress=False)
@@ -326,7 +326,7 @@ def test_a_stopped_generation_goes_on_with_the_texts_that_were_written(model, tm
         ({"max_new_tokens": 0, "metric": words}, "at least 1"),
         ({"max_new_tokens": 2}, "function text -> number"),
         ({"max_new_tokens": 2, "metric": words, "num_beams": 2}, "several rows of a cell"),
-        ({"vector": vector(1) | vector(1, site="mlp.output")}, "several places for one"),
+        ({"vector": vector(1) | vector(1, site="mlp.output")}, "several sites for one"),
         ({"operator": "subtract"}, "no operator"),
         ({"prompts": torch.zeros(1, 2, 16)}, "values"),
         ({"vector": vector(5)}, "layers"),

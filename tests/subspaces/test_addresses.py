@@ -1,4 +1,4 @@
-"""Features of an attached SAE as places: captures, writes, sweeps, gradients and steering against plain hooks."""
+"""Features of an attached SAE as sites: captures, writes, sweeps, gradients and steering against plain hooks."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_what_cannot_be_attached(model: Any) -> None:
         ns.attach_sae(wrap("gpt2", n_embd=32), "layers[0].output", _sae(), "s")
     with pytest.raises(RefusedPlace, match="stands whole"):
         ns.attach_sae(model, "layers[0].heads[1].output", _sae(), "t")
-    with pytest.raises(BadArgument, match="3 places"):
+    with pytest.raises(BadArgument, match="3 sites"):
         ns.attach_sae(model, "layers[:].output", _sae(), "t")
     with pytest.raises(BadType, match="no SAE"):
         ns.attach_sae(model, "layers[0].output", torch.eye(16), "t")  # type: ignore[arg-type]

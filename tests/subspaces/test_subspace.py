@@ -68,7 +68,7 @@ def test_a_basis_that_is_not_orthonormal_is_refused() -> None:
 
 
 def test_a_place_with_slices_or_positions() -> None:
-    with pytest.raises(PathError, match="one place"):
+    with pytest.raises(PathError, match="one site"):
         ns.Subspace.of("layers[:].output", torch.eye(4))
     assert ns.Subspace.of("layers[2].heads[1].q[-1]", torch.eye(4)).place == "layers[2].heads[1].q"
 
@@ -90,7 +90,7 @@ def test_pca_finds_what_was_planted() -> None:
 
 def test_a_capture_of_several_places_needs_one_named() -> None:
     saved = ns.capture(wrap("gpt2"), ["w3 w4", "w5 w6", "w7 w8"], "layers[:].output[-1]")
-    with pytest.raises(BadArgument, match="3 places"):
+    with pytest.raises(BadArgument, match="3 sites"):
         ns.Subspace.pca(saved, k=1)
     assert ns.Subspace.pca(saved, k=1, place="layers[2].output").place == "layers[2].output"
     with pytest.raises(UnknownPath):
@@ -125,7 +125,7 @@ def test_intersections_and_unions() -> None:
     assert torch.allclose(_projector(both), turn[:, 1:3] @ turn[:, 1:3].T, atol=1e-8)
     assert torch.allclose(_projector(either), turn[:, [0, 1, 2, 5, 6]] @ turn[:, [0, 1, 2, 5, 6]].T, atol=1e-8)
     assert (a & ns.Subspace(PLACE, turn[:, 9:10])).k == 0
-    with pytest.raises(BadArgument, match="of one place"):
+    with pytest.raises(BadArgument, match="of one site"):
         _ = a & ns.Subspace("layers[2].output", b.basis)
     with pytest.raises(ShapeError, match="16 wide"):
         a.angles(ns.Subspace(PLACE, torch.eye(4)))

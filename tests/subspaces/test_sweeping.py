@@ -1,4 +1,4 @@
-"""Sweeps of a part of each place: the same in every executor, and what plain torch hooks make of it."""
+"""Sweeps of a part of each site: the same in every executor, and what plain torch hooks make of it."""
 
 from __future__ import annotations
 

@@ -160,9 +160,9 @@ def test_a_transcoder_of_another_width() -> None:
         skip.decode(skip.encode(values))
     with pytest.raises(BadArgument, match="error takes both"):
         skip.error(values)
-    with pytest.raises(ShapeError, match="transcoder reads a place 6 wide"):
+    with pytest.raises(ShapeError, match="transcoder reads a site 6 wide"):
         sae.encode(torch.randn(3, WIDTH))
-    with pytest.raises(ShapeError, match="reads 6 numbers, and this place is 16"):
+    with pytest.raises(ShapeError, match="reads 6 numbers, and this site is 16"):
         _model(READS[0], sae)
 
 
@@ -208,13 +208,13 @@ def test_other_transcoders_are_refused_by_name(
 
 def test_attaching_says_what_is_missing() -> None:
     model = wrap("llama")
-    with pytest.raises(BadArgument, match="reads another place than it is written to"):
+    with pytest.raises(BadArgument, match="reads another site than it is written to"):
         ns.attach_sae(model, "layers[1].mlp.output", transcoder(), "t")
     with pytest.raises(BadArgument, match="does not run before"):
         ns.attach_sae(model, "layers[1].mlp.output", transcoder(), "t", reads="layers[1].output")
-    with pytest.raises(BadArgument, match="3 places"):
+    with pytest.raises(BadArgument, match="3 sites"):
         ns.attach_sae(model, "layers[1].mlp.output", transcoder(), "t", reads="layers[:].mid")
-    with pytest.raises(BadArgument, match="reads the place that it is of"):
+    with pytest.raises(BadArgument, match="reads the site that it is of"):
         ns.attach_sae(model, "layers[1].mlp.output", sae_of(), "t", reads="layers[1].mid")
     with pytest.raises(RefusedPlace, match="stands whole"):
         ns.attach_sae(model, "layers[1].mlp.output", transcoder(), "t", reads="layers[1].heads[0].q")

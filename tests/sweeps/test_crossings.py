@@ -35,7 +35,7 @@ def module_of(root: Any, family: str, part: str, layer: int) -> Any:
 
 
 def by_hand(base: Any, tuned: Any, family: str, part: str, layer: int, ids: Tensor) -> list[float]:
-    """Neither, fed, computed, both: what the place puts out, written into the base model's run."""
+    """Neither, fed, computed, both: what the site puts out, written into the base model's run."""
     mixed = {"fed": copy.deepcopy(tuned), "computed": copy.deepcopy(base)}
     for name, other in (("fed", base), ("computed", tuned)):
         state = module_of(other, family, part, layer).state_dict()
@@ -93,7 +93,7 @@ def test_places_that_are_no_parts_with_weights_are_refused(site: str) -> None:
 def test_a_norm_behind_a_branch_is_none_of_its_weights() -> None:
     base = wrap("gemma2")
     tuned = ns.load(copy.deepcopy(peel(base)), tokenizer=tokenizer())
-    with pytest.raises(NnspliceError, match=r"stands behind this place|layers\[i\]"):
+    with pytest.raises(NnspliceError, match=r"stands behind this site|layers\[i\]"):
         ns.crossings(base, tuned, PROMPTS, "layers[:].mlp", METRIC, progress=False)
 
 

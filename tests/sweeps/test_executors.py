@@ -248,7 +248,7 @@ def test_a_reference_of_another_width_is_refused(executor: str, width: int) -> N
         plan = plan_sweep(
             model, None, CORRUPTED[1], "layers[1].output[-1]", METRIC, operation=operation, reference=reference
         )
-        with pytest.raises(ValueError, match=f"is {width} wide, the place 16"):
+        with pytest.raises(ValueError, match=f"is {width} wide, the site 16"):
             _values(plan, model, executor)
 
 

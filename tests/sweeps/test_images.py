@@ -39,7 +39,7 @@ class Family:
         return _difference(run(self.bare, inputs, edits))
 
     def truth(self, clean: dict[str, Tensor], corrupted: dict[str, Tensor], paths: str) -> Tensor:
-        """`[place, token]`: the metric of the corrupted run with one token of one place from the clean one."""
+        """`[place, token]`: the metric of the corrupted run with one token of one site from the clean one."""
         sites = [place.site for place in ns.expand(self.model, paths)]
         seen = values(self.bare, clean, sites)  # type: ignore[arg-type]
 
@@ -210,7 +210,7 @@ def test_images_of_different_sizes_in_a_pair_are_refused() -> None:
 
 
 def test_images_of_different_sizes_run_beside_each_other() -> None:
-    """Prompts of as many tokens, whose images have other grids and stand at other places."""
+    """Prompts of as many tokens, whose images have other grids and stand at other positions."""
     model, bare = ns.load(build("qwen2_vl"), tokenizer=False), build("qwen2_vl")
     rows = [_sized("qwen2_vl", 4, 4, 2), _sized("qwen2_vl", 4, 6), _sized("qwen2_vl", 6, 4)]
     assert len({one["input_ids"].shape for one in rows}) == 1

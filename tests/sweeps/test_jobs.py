@@ -117,7 +117,7 @@ def test_planning_asks_once_for_a_kind_of_prompt_and_a_kind_of_token(monkeypatch
     assert planned(60, "layers[0].output[:]") == few
     many = planned(60, "layers[:].heads[:].output[:]")
     assert max(few["has"], many["has"]) <= 3 * 4  # tokens: which exist, and which are reached in two kinds of layer
-    assert many["lengths"] <= few["lengths"] + 3 * 12  # a few times for a place
+    assert many["lengths"] <= few["lengths"] + 3 * 12  # a few times for a site
 
 
 def test_a_plan_takes_cells_in_any_order() -> None:

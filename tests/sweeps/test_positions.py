@@ -76,5 +76,5 @@ def test_reading_has_to_say_which_tokens(model, read: Any) -> None:
             read(model, CLEAN, "layers[:].output")
         with pytest.raises(MissingPosition), model.trace(CLEAN):
             ns.save_activations(model, "layers[:].output")
-    else:  # places alone need no position
+    else:  # sites alone need no position
         assert len(read(model, CLEAN, "layers[:].output")) == 3

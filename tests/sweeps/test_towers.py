@@ -1,4 +1,4 @@
-"""Models of two towers: every kind of place of both, and of the attention between them, against torch hooks alone."""
+"""Models of two towers: every kind of site of both, and of the attention between them, against torch hooks alone."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ ROWS: Mapping[str, dict[str, Any]] = {
 
 
 def build(name: str, **overrides: Any) -> Any:
-    """One family, in eval mode; biases and norms are random too, as a zero would hide a wrong place."""
+    """One family, in eval mode; biases and norms are random too, as a zero would hide a wrong site."""
     kind = type(hf.AutoConfig.for_model(name.partition("/")[0]))
     state = torch.random.get_rng_state()
     try:

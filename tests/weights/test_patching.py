@@ -257,7 +257,7 @@ MISTAKES: Mapping[str, tuple[Any, str]] = {
     "another shape": (lambda b, o: w.swap(b, _mismatched(), "l0"), r"has shape \[24, 32\] in the other"),
     "meta": (lambda b, o: w.swap(b, copy.deepcopy(o).to("meta"), "l0"), "meta"),
     "base on meta": (lambda b, o: w.swap(copy.deepcopy(b).to("meta"), o, "l0"), "meta"),
-    "no place": (lambda b, o: w.swap(b, o, w.select(b, "l0") - w.select(b, "l0")), "no parameter"),
+    "no site": (lambda b, o: w.swap(b, o, w.select(b, "l0") - w.select(b, "l0")), "no parameter"),
     "no mask": (lambda b, o: w.swap(b, o, {}), "no parameter"),
     "an unknown name": (lambda b, o: w.swap(b, o, {"nothing.weight": None}), "no parameter nothing"),
     "an empty mask": (

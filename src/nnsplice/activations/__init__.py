@@ -3,10 +3,10 @@
 saved_activation    SavedActivation, the value
 capture             save_activations (inside a trace), capture (around one)
 writing             what apply and add_to do: the plan of a write, and the write
-updates             walk through places of a run and change them
+updates             walk through sites of a run and change them
 derived             attention patterns and single experts
 patched             patched_logits
-access              which values of a run a list of places needs
+access              which values of a run a list of sites needs
 packs               what a capture holds
 lookup, tree        which entries a path means; the attribute view
 prompts             prompts as token ids in batches of one length, spans

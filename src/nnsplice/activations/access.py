@@ -1,4 +1,4 @@
-"""Which values a list of places needs, and the tensor in each: what capture and replay share.
+"""Which values a list of sites needs, and the tensor in each: what capture and replay share.
 
 A run is asked once for each value, whatever number of heads and positions of it is wanted.
 """
@@ -21,7 +21,7 @@ from nnsplice.tokens import Rows, Spans, concrete
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One value of the run and the places in it."""
+    """One value of the run and the sites in it."""
 
     place: engine.Place
     item: int | None
@@ -40,8 +40,8 @@ class Access:
         if self.place.is_past(mediator):
             raise LateUpdate(
                 f"{self.name} has already run",
-                expected="places in the order of the forward pass; within one call nnsplice sorts them itself",
-                write="one call with all the paths, made before the block asks for a later place",
+                expected="sites in the order of the forward pass; within one call nnsplice sorts them itself",
+                write="one call with all the paths, made before the block asks for a later site",
             )
 
 
@@ -52,7 +52,7 @@ def site_of(path: Path) -> Site:
 
 
 def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
-    """Group places, given in execution order, by the value that they stand in.
+    """Group sites, given in execution order, by the value that they stand in.
 
     Raises:
         RefusedPlace: on this model they are not what they are called.
@@ -73,7 +73,7 @@ def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
 
 
 def require_positions(paths: Sequence[Path]) -> None:
-    """Raise for a place without token positions."""
+    """Raise for a site without token positions."""
     for path in paths:
         if path.position is None:
             raise MissingPosition(
@@ -107,7 +107,7 @@ class Held:
             self._put(engine.spread_like(new.flatten(0, 1) if self.spread.dim() == 2 else new, self.spread))
             return
         if access.kind == "stream":
-            # The one place where the live tensor is changed: the stream itself, which the skip path carries on beside
+            # The one site where the live tensor is changed: the stream itself, which the skip path carries on beside
             # the module whose input it is met at. A replaced input would change what the module reads, not the stream.
             self.tensor.copy_(new)
             return
@@ -123,7 +123,7 @@ class Held:
             raise RefusedPlace(
                 "all prompts of the batch share this value, so it cannot be written for some of them",
                 path=access.name,
-                expected="a place with rows of its own, or one prompt in the trace",
+                expected="a site with rows of its own, or one prompt in the trace",
             )
         self._put(new)
 

@@ -71,7 +71,7 @@ def is_number(value: object) -> bool:
 
 
 def combined(a: Sequence[Pack], b: Sequence[Pack], fn: Callable[[Tensor, Tensor], Tensor]) -> list[Pack]:
-    """The function applied to two captures of the same places; one row serves every prompt of the other capture."""
+    """The function applied to two captures of the same sites; one row serves every prompt of the other capture."""
     made: list[Pack] = []
     for pack, other in zip(a, aligned(a, b), strict=True):
         (rows_a, _, width_a), (rows_b, _, width_b) = pack.tensor.shape, other.shape
@@ -91,7 +91,7 @@ def aligned(a: Sequence[Pack], b: Sequence[Pack]) -> list[Tensor]:
     """The tensors of `b` in the order of the packs and positions of `a`.
 
     Raises:
-        KeyMismatch: they hold different places.
+        KeyMismatch: they hold different sites.
     """
     index_a, index_b = Index(a), Index(b)
     found = [[index_b.same(key) for key in pack.keys] for pack in a]
@@ -104,7 +104,7 @@ def aligned(a: Sequence[Pack], b: Sequence[Pack]) -> list[Tensor]:
     right = [key for pack in b for key in pack.keys if index_a.same(key) is None]
     if left or right:
         raise KeyMismatch(
-            "two captures of different places\n"
+            "two captures of different sites\n"
             + "\n".join(
                 f"  only in the {side}: {', '.join(map(str, keys[:5]))}{', ...' if len(keys) > 5 else ''}"
                 for side, keys in (("left", left), ("right", right))
@@ -121,7 +121,7 @@ def aligned(a: Sequence[Pack], b: Sequence[Pack]) -> list[Tensor]:
 
 
 def close(a: Sequence[Pack], b: Sequence[Pack], rtol: float, atol: float, equal_nan: bool) -> bool:
-    """Whether two captures of the same places hold the same values, whatever their devices and dtypes."""
+    """Whether two captures of the same sites hold the same values, whatever their devices and dtypes."""
     for pack, tensor in zip(a, aligned(a, b), strict=True):
         dtype = torch.promote_types(pack.tensor.dtype, tensor.dtype)
         mine, theirs = pack.tensor.to(dtype), tensor.to(pack.tensor.device, dtype)
@@ -135,7 +135,7 @@ def united(a: Sequence[Pack], b: Sequence[Pack]) -> list[Pack]:
 
     Raises:
         DuplicatePath: a key stands in both.
-        ShapeError: other numbers of prompts, or of other widths at one place.
+        ShapeError: other numbers of prompts, or of other widths at one site.
     """
     index = Index(a)
     shared = [str(key) for pack in b for key in pack.keys if index.same(key) is not None]
@@ -143,7 +143,7 @@ def united(a: Sequence[Pack], b: Sequence[Pack]) -> list[Pack]:
         raise DuplicatePath(
             f"{len(shared)} path{'s' * (len(shared) != 1)} in both captures: {', '.join(shared[:5])}"
             + (", ..." if len(shared) > 5 else ""),
-            expected="captures of different places or positions",
+            expected="captures of different sites or positions",
             write="a | b.subset([...])",
         )
     rows = [pack.tensor.shape[0] for pack in (*a[:1], *b[:1])]
@@ -153,7 +153,7 @@ def united(a: Sequence[Pack], b: Sequence[Pack]) -> list[Pack]:
 
 
 def merged(packs: Sequence[Pack]) -> list[Pack]:
-    """Packs of one place as one: those of one site, or of one text."""
+    """Packs of one site joined into one."""
     groups: list[list[Pack]] = []
     known: dict[object, list[Pack]] = {}
     for pack in packs:
@@ -169,14 +169,14 @@ def merged(packs: Sequence[Pack]) -> list[Pack]:
 def _joined(group: Sequence[Pack]) -> Pack:
     widths = sorted({pack.tensor.shape[-1] for pack in group})
     if len(widths) > 1:
-        raise ShapeError(f"entries of one place have widths {widths}", path=group[0].keys[0].place)
+        raise ShapeError(f"entries of one site have widths {widths}", path=group[0].keys[0].place)
     # torch takes the dtype that holds both exactly; only the device has to be chosen.
     tensor = torch.cat([pack.tensor.to(group[0].tensor.device) for pack in group], dim=1)
     return Pack(tuple(key for pack in group for key in pack.keys), tensor)
 
 
 def stacked(packs: Sequence[Pack], axis: str) -> Tensor:
-    """The packs of one kind of place as one tensor, along the number that `axis` names in its keys, in its order."""
+    """The packs of one kind of site as one tensor, along the number that `axis` names in its keys, in its order."""
     if not packs:
         raise BadArgument("this capture is empty, so there is nothing to stack")
     kinds: dict[str, list[tuple[int, Pack]]] = {}
@@ -191,7 +191,7 @@ def stacked(packs: Sequence[Pack], axis: str) -> Tensor:
         kinds.setdefault(str(replace(place, site=None, steps=open_)), []).append((along.index, pack))
     if len(kinds) != 1:
         raise BadArgument(
-            f"{len(kinds)} kinds of place stand here, and a stack is of one: {', '.join(list(kinds)[:4])}",
+            f"{len(kinds)} kinds of site stand here, and a stack is of one: {', '.join(list(kinds)[:4])}",
             write="saved.subset('layers[:].output').stack('layer')",
         )
     ((kind, members),) = kinds.items()
@@ -251,7 +251,7 @@ def basis_of(packs: Sequence[Pack], directions: Directions, at: Callable[[str], 
         at: an address -> the numbers of the packs that it means.
 
     Raises:
-        BadArgument: a pack of another place than the subspace's.
+        BadArgument: a pack of another site than the subspace's.
         BadType: it is no subspace.
         ShapeError: a pack of another width.
     """
@@ -261,7 +261,7 @@ def basis_of(packs: Sequence[Pack], directions: Directions, at: Callable[[str], 
     for pack in packs:
         if pack.tensor.shape[-1] != basis.shape[0]:
             raise ShapeError(
-                f"the capture is {pack.tensor.shape[-1]} wide here, and the subspace's place {basis.shape[0]}",
+                f"the capture is {pack.tensor.shape[-1]} wide here, and the subspace's site {basis.shape[0]}",
                 path=pack.keys[0].place,
                 write="saved.subset(subspace.place)",
             )
@@ -269,9 +269,9 @@ def basis_of(packs: Sequence[Pack], directions: Directions, at: Callable[[str], 
     for number, pack in enumerate(packs):
         if number not in own:
             raise BadArgument(
-                f"the subspace is of {directions.place}, and the capture holds another place",
+                f"the subspace is of {directions.place}, and the capture holds another site",
                 path=pack.keys[0].place,
-                expected="a capture of the subspace's own place",
+                expected="a capture of the subspace's own site",
                 write=f"saved.subset({directions.place!r}), or "
                 f"ns.Subspace({str(pack.keys[0].place)!r}, subspace.basis) if its directions are meant to hold there",
             )

@@ -132,7 +132,7 @@ def _captured(
 
 
 def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
-    """The places that are captured, which all prompts have to have.
+    """The sites that are captured, which all prompts have to have.
 
     Raises:
         ShortRow: a prompt has no token at a position.
@@ -166,7 +166,7 @@ def gather(
     keep_graph: bool = False,
     spans: Spans | None = None,
 ) -> list[Pack]:
-    """Read the places, given in execution order, out of the run that this block belongs to."""
+    """Read the sites, given in execution order, out of the run that this block belongs to."""
     plan, gates = accesses(model, paths), _Gates(model, paths)
     for access in (*gates.plan, *plan):
         access.check_ahead(mediator)
@@ -295,7 +295,7 @@ def _ids(given: Prompts, wanted: Sequence[Path]) -> tuple[tuple[int, ...], ...] 
         return None
     if given.decoder_ids is None:
         return given.ids
-    # The tokens that the positions count, which are not one row where places of both towers were captured.
+    # The tokens that the positions count, which are not one row where sites of both towers were captured.
     towers = {site_of(path).tower for path in wanted}
     return (
         None

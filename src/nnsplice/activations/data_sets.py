@@ -37,7 +37,7 @@ def capture_to(
     max_tokens: int = TOKENS,
     progress: bool = True,
 ) -> ActivationFolder[SavedActivation]:
-    """Capture places of the runs of many prompts into a folder, a chunk at a time; the same call goes on after a stop.
+    """Capture sites of the runs of many prompts into a folder, a chunk at a time; the same call goes on after a stop.
 
     In memory there is one chunk. With `[:]` all tokens of prompts of any length are captured.
 
@@ -52,7 +52,7 @@ def capture_to(
             `"gs://..."`; extra `cloud`).
         model: the model.
         prompts: any iterable: texts, lists of token ids, or the rows of a data set, of which `column` is taken.
-        paths: places with token positions, as for `ns.capture`.
+        paths: sites with token positions, as for `ns.capture`.
         spans: where named spans stand, with one for each prompt, where the prompts have a length.
         column: the column of a data set that holds the prompts.
         chunk: how many prompts are captured and written together.

@@ -1,4 +1,4 @@
-"""Features of attached SAEs, and what they leave out: read from the value of their place, and written into it.
+"""Features of attached SAEs, and what they leave out: read from the value of their site, and written into it.
 
 A feature is written as a difference, `h + dec(f') - dec(f)`, so what the SAE leaves out stays; where nothing differs
 the value keeps every bit.
@@ -21,7 +21,7 @@ from nnsplice.paths import Path
 
 #: The kinds that are read and written here.
 KINDS = ("feature", "error")
-#: A feature of a transcoder, which reads one place and is written at another.
+#: A feature of a transcoder, which reads one site and is written at another.
 TRANSCODED = "transcoded"
 #: So many values of features are encoded at once.
 AT_ONCE = 1 << 24
@@ -70,7 +70,7 @@ def parts(sae: Features, sites: list[Site], values: Tensor) -> dict[int | None, 
 
 
 def moved(sae: Features, site: Site, difference: Tensor, values: Tensor) -> Tensor:
-    """What the place changes by when a part of it does.
+    """What the site changes by when a part of it does.
 
     Args:
         difference: `[..., 1]` or `[..., width]`.
@@ -83,7 +83,7 @@ def moved(sae: Features, site: Site, difference: Tensor, values: Tensor) -> Tens
 
 
 def changed(sae: Features, site: Site, values: Tensor, new: Tensor) -> Tensor:
-    """The values of a place with one part of them replaced."""
+    """The values of a site with one part of them replaced."""
     return values + moved(sae, site, new.to(values) - part(sae, site, values), values)
 
 

@@ -1,6 +1,6 @@
 """Captures of whole data sets: a folder of safetensors files, read a file at a time.
 
-    capture.json           what is captured: model, weights, places, how many prompts a chunk has
+    capture.json           what is captured: model, weights, sites, how many prompts a chunk has
     chunk-000007.json      which prompts the chunk has, and which of its files holds which of them
     chunk-000007-0.safetensors    a capture as `SavedActivation.to_file` writes it
     index.json             all chunks' files; written when all are there
@@ -54,7 +54,7 @@ class ActivationFolder(Generic[Held]):
     files: tuple[tuple[str, tuple[int, ...]], ...]
     #: Whether all prompts are there; a capture that was stopped has the first of them.
     is_complete: bool
-    #: Reads a file, or with paths only these of its places.
+    #: Reads a file, or with paths only these of its sites.
     read: Callable[[FilePath | str, Paths | None], Held] = field(repr=False)
 
     @classmethod
@@ -89,7 +89,7 @@ class ActivationFolder(Generic[Held]):
 
     @property
     def paths(self) -> list[str]:
-        """The places with their positions, as they were asked for."""
+        """The sites with their positions, as they were asked for."""
         return list(self.told["paths"])
 
     @property
@@ -98,12 +98,12 @@ class ActivationFolder(Generic[Held]):
         return sum(len(rows) for _, rows in self.files)
 
     def parts(self, paths: Paths | None = None) -> Iterator[tuple[tuple[int, ...], Held]]:
-        """Each file's prompts by their numbers, and its capture; with `paths` only these places of it are read."""
+        """Each file's prompts by their numbers, and its capture; with `paths` only these sites of it are read."""
         for name, rows in self.files:
             yield rows, self.read(self.store.at(name), paths)
 
     def get(self, path: str | Path) -> Tensor:
-        """One place of all prompts, `[prompt, width]`; the other places are not read.
+        """One site of all prompts, `[prompt, width]`; the other sites are not read.
 
         Raises:
             UnknownPath: it was not captured in all of them.
@@ -126,7 +126,7 @@ class ActivationFolder(Generic[Held]):
         return found
 
     def tokens(self, place: str | Path, batch_size: int = 1024, *, seed: int | None = None) -> Iterator[Tensor]:
-        """All captured tokens of one place in batches `[token, width]`, to train a probe or an autoencoder on.
+        """All captured tokens of one site in batches `[token, width]`, to train a probe or an autoencoder on.
 
         One file is in memory at a time. The last batch may be smaller.
 

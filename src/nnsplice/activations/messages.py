@@ -31,7 +31,7 @@ class Templated:
     ids: tuple[int, ...]
     #: The text with these tokens; None where the tokenizer gives no text these very tokens.
     text: str | None
-    #: Role -> (start, stop) in tokens, of each message whose place in the text is certain.
+    #: Role -> (start, stop) in tokens, of each message whose position in the text is certain.
     spans: Mapping[str, tuple[int, int]]
 
 

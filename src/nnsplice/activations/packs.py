@@ -87,7 +87,7 @@ class Provenance:
 
 
 def lengths(packs: Sequence[Pack], origin: Provenance) -> list[int] | None:
-    """How many tokens each prompt has; None where nobody knows, or where places of two towers count different ones."""
+    """How many tokens each prompt has; None where nobody knows, or where sites of two towers count different ones."""
     towers = {getattr(pack.keys[0].site, "tower", pack.keys[0].tower or "decoder") for pack in packs}
     return None if origin.tokens is None or len(towers) > 1 else [len(row) for row in origin.tokens]
 
@@ -111,7 +111,7 @@ def positions(packs: Sequence[Pack], origin: Provenance) -> dict[str, list[int] 
 
 
 def from_entries(entries: Iterable[tuple[Path, Tensor]]) -> list[Pack]:
-    """Packs of single entries `[prompt, width]`, in the order in which their places come first."""
+    """Packs of single entries `[prompt, width]`, in the order in which their sites come first."""
     groups: dict[object, list[tuple[Path, Tensor]]] = {}
     seen: set[Path] = set()
     rows: int | None = None
@@ -126,9 +126,9 @@ def from_entries(entries: Iterable[tuple[Path, Tensor]]) -> list[Pack]:
             raise ShapeError(f"{tensor.shape[0]} rows where the entries before have {rows}", path=key)
         rows = tensor.shape[0]
         if key in seen:
-            raise DuplicatePath("the same place and position twice", path=key)
+            raise DuplicatePath("the same site and position twice", path=key)
         seen.add(key)
-        # Entries of one site share the site where a model has ranked the key, else the text of the place.
+        # Entries of one site share its index where a model has ranked the key, else its text.
         groups.setdefault(key.site or str(key.place), []).append((key, tensor))
     return [_stack(group) for group in groups.values()]
 
@@ -136,14 +136,14 @@ def from_entries(entries: Iterable[tuple[Path, Tensor]]) -> list[Pack]:
 def _stack(entries: list[tuple[Path, Tensor]]) -> Pack:
     widths = {tensor.shape[1] for _, tensor in entries}
     if len(widths) > 1:
-        raise ShapeError(f"positions of one place have widths {sorted(widths)}", path=entries[0][0].place)
+        raise ShapeError(f"positions of one site have widths {sorted(widths)}", path=entries[0][0].place)
     return Pack(tuple(key for key, _ in entries), torch.stack([tensor for _, tensor in entries], dim=1))
 
 
 def check_key(key: Path) -> None:
-    """Raise for a path that does not name one token position of one place."""
+    """Raise for a path that does not name one token position of one site."""
     if not key.concrete:
-        raise PathError("a key names one place", path=key, expected="a number in every bracket")
+        raise PathError("a key names one site", path=key, expected="a number in every bracket")
     if key.position is None:
         raise MissingPosition("a key names one token position", path=key, write=str(key.at(-1)))
     if not isinstance(key.position, int | Span):

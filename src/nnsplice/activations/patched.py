@@ -150,7 +150,7 @@ def _padded(logits: Tensor, length: int) -> Tensor:
 
 
 def _check_spans(model: engine.Model, saved: SavedActivation, given: Prompts) -> None:
-    """Raise for spans of the encoder's prompts at places of the decoder."""
+    """Raise for spans of the encoder's prompts at sites of the decoder."""
     for key in (key for pack in saved._packs for key in pack.keys if isinstance(key.position, Span)):
         for place in engine.expand(model, key.place):
             with circumstances(str(key)):

@@ -174,12 +174,12 @@ class Prompts:
         return engine.Batch(Rows(len(rows), decoder, new=decoder), Rows(len(rows), encoder, new=encoder))
 
     def check_span(self, position: object, tower: str) -> None:
-        """Raise for a named span at a place of the decoder, where spans are stretches of the encoder's prompts."""
+        """Raise for a named span at a site of the decoder, where spans are stretches of the encoder's prompts."""
         if isinstance(position, Span) and self.decoder_ids is not None and tower == "decoder":
             raise SpanError(
-                f'the span "{position.name}" is a stretch of the encoder\'s prompts, and this place counts the '
+                f'the span "{position.name}" is a stretch of the encoder\'s prompts, and this site counts the '
                 "decoder's tokens",
-                expected="a position of the decoder's own tokens, or a place of the encoder",
+                expected="a position of the decoder's own tokens, or a site of the encoder",
                 write="layers[3].output[0], or encoder.layers[3].output" + f"[{position}]",
             )
 

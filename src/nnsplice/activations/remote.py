@@ -29,7 +29,7 @@ def read(
     spans: Spans | None,
     remote: bool | str,
 ) -> list[Pack]:
-    """Capture places, given in execution order, in one remote run of prompts of one length."""
+    """Capture sites, given in execution order, in one remote run of prompts of one length."""
     recipe: list[wire.Stop] = []
     keys: list[tuple[Path, ...]] = []
     for access in accesses(model, paths):
@@ -85,8 +85,8 @@ def _columns(keys: Sequence[Path], rows: Rows, spans: Spans | None) -> list[int]
 def _stop(access: Access, rows: Rows, parts: list[wire.Part]) -> wire.Stop:
     if access.kind in DERIVED or access.place.occurrence:
         raise RefusedPlace(
-            "this place is derived from several values of a run, which a remote run does not do",
+            "this site is derived from several values of a run, which a remote run does not do",
             path=access.name,
-            expected="a place that stands in one tensor",
+            expected="a site that stands in one tensor",
         )
     return (access.place.names, access.place.end, access.item, rows.batch, parts)

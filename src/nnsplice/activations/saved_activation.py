@@ -377,14 +377,14 @@ class SavedActivation:
         tensor([[0., 4.]])
 
         Args:
-            subspace: an `ns.Subspace` of the place that was captured. For directions that are meant to hold at another
-                place too, `ns.Subspace(place, subspace.basis)`.
+            subspace: an `ns.Subspace` of the site that was captured. For directions that are meant to hold at another
+                site too, `ns.Subspace(site, subspace.basis)`.
 
         Returns:
             A capture of the same sites and widths.
 
         Raises:
-            BadArgument: the capture holds another place than the subspace's.
+            BadArgument: the capture holds another site than the subspace's.
             BadType: something other than a subspace.
             ShapeError: a site of another width.
         """
@@ -401,14 +401,14 @@ class SavedActivation:
 
         Args:
             other: the capture that the part is taken from, with as many rows, or one row that serves every prompt.
-            subspace: an `ns.Subspace` of the place that was captured. For directions that are meant to hold at another
-                place too, `ns.Subspace(place, subspace.basis)`.
+            subspace: an `ns.Subspace` of the site that was captured. For directions that are meant to hold at another
+                site too, `ns.Subspace(site, subspace.basis)`.
 
         Returns:
             A capture of the same sites.
 
         Raises:
-            BadArgument: the captures hold another place than the subspace's.
+            BadArgument: the captures hold another site than the subspace's.
             BadType: something other than a capture or a subspace.
             KeyMismatch: the captures hold different paths.
             ShapeError: a site of another width, or captures with different numbers of rows.

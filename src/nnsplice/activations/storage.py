@@ -1,6 +1,6 @@
 """Captures on disk: a safetensors file, its keys and provenance as JSON in the header.
 
-Each site is one tensor named by its place, so single places are read without the rest. Nothing is ever unpickled. A
+Each site is one tensor named by its site, so single sites are read without the rest. Nothing is ever unpickled. A
 file is written under another name and renamed when it is whole. The header repeats the shape and kind of every tensor
 with a checksum of its numbers, as what safetensors itself says may be damaged and still fit.
 """
@@ -56,7 +56,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list[Pack], Provenance]:
-    """The packs of a file, or with `paths` only these of its places and positions, and where they come from."""
+    """The packs of a file, or with `paths` only these of its sites and positions, and where they come from."""
     with opened(path, header=True) as file:
         return _read(path, paths, file)
 

@@ -26,7 +26,7 @@ class Tree:
     def __getattr__(self, name: str) -> Any:
         # Names with an underscore are asked for by copying, pickling and notebooks, also before there are children.
         if name.startswith("_"):
-            raise AttributeError(f"{name} is no place of a model")
+            raise AttributeError(f"{name} is no site of a model")
         if name not in self._children:
             raise AttributeError(
                 f"nothing captured at {self._name}.{name}; there is {closest(name, map(str, self._children))}"

@@ -1,4 +1,4 @@
-"""`updates`: walk through places of a run, each with its value and a way to change it."""
+"""`updates`: walk through sites of a run, each with its value and a way to change it."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
         if path in seen or not isinstance(path.position, int) or [n for _, n in arranged].count(number) > 1:
             kind = DuplicatePath if path in seen else PathError
             raise kind(
-                "the same place twice" if path in seen else "updates go through single places and positions",
+                "the same site twice" if path in seen else "updates go through single sites and positions",
                 path=wanted[number],
-                expected="a number in every bracket, each place once",
+                expected="a number in every bracket, each site once",
                 write="for key, current, update in ns.updates(model, saved.keys())",
             )
         seen[path] = number
@@ -71,7 +71,7 @@ def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
         derived.refuse_router(model, path)
         if site_of(path).kind == "ungated":
             raise RefusedPlace(
-                "what stands before a gate is computed from two places, and an update goes through one",
+                "what stands before a gate is computed from two sites, and an update goes through one",
                 path=path,
                 write=str(replace(path, value="output")),
             )
@@ -111,7 +111,7 @@ def _walk(
 
 
 class _SaeInputs:
-    """What stood at a place before parts of its SAEs were updated: what they change by at one token adds up."""
+    """What stood at a site before parts of its SAEs were updated: what they change by at one token adds up."""
 
     def __init__(self) -> None:
         #: Where it stands -> what SAEs read there, and what stands there since the last update.
@@ -150,7 +150,7 @@ def _updater(
         closures.tell_joint_norms(model, [path])
         if mediator.occurrence(access.place.key) != visits:
             raise LateUpdate(
-                "the run has already gone past this place, so the update would change nothing",
+                "the run has already gone past this site, so the update would change nothing",
                 path=path,
                 expected="update(...) inside the loop, before the next key is asked for",
             )

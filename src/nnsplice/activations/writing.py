@@ -35,12 +35,12 @@ Coefficient = float | Sequence[float] | Tensor
 class Entry:
     """What is to be written at one site: its positions and `[prompt, position, width]`."""
 
-    #: The place that was captured, and the one that is written: they differ for derived values.
+    #: The site that was captured, and the one that is written: they differ for derived values.
     path: Path
     target: Path
     positions: tuple[int | Span, ...]
     tensor: Tensor
-    #: The place that a derived value is made from, which is read before.
+    #: The site that a derived value is made from, which is read before.
     source: Path | None = None
     #: The SAE that a feature or an error is of.
     sae: Features | None = None
@@ -117,9 +117,9 @@ def moved(
     for pack in packs:
         if len(pack.keys) > 1:
             raise BadArgument(
-                f"{len(pack.keys)} positions of one place cannot all be written at one",
+                f"{len(pack.keys)} positions of one site cannot all be written at one",
                 path=pack.keys[0].place,
-                expected="one position for each place when at= is given",
+                expected="one position for each site when at= is given",
                 write="saved.subset(...) or saved.mean('position')",
             )
     if isinstance(at, int):
@@ -162,7 +162,7 @@ def _entries(model: engine.Model, packs: Sequence[Pack], known: engine.Known) ->
     for path, number in known.arrange(keys):
         same = sites.setdefault(path.site, [])
         if any(path.position == earlier.position for earlier, _ in same):
-            raise DuplicatePath("in this model this is the same place and position as another key", path=keys[number])
+            raise DuplicatePath("in this model this is the same site and position as another key", path=keys[number])
         same.append((path, number))
     return [_entry(model, group, where) for group in sites.values()]
 
@@ -264,7 +264,7 @@ def written(
             new = new.to(values) * wire.pick(source, where, None).sigmoid().to(values)
         if new.shape[-1] != part[1] - part[0]:
             raise ShapeError(
-                f"the capture is {new.shape[-1]} wide, the place {part[1] - part[0]}", path=entry.path.place
+                f"the capture is {new.shape[-1]} wide, the site {part[1] - part[0]}", path=entry.path.place
             )
         if new.shape[0] not in (1, batch):
             raise ShapeError(f"the capture has {new.shape[0]} rows, the run {batch}", path=entry.path.place)
@@ -290,7 +290,7 @@ def _with_part(
     """The values with what a feature, or the error, changes by; parts of one SAE add up.
 
     Args:
-        before: the values that the SAE reads, whatever was written beside it; a transcoder's are of another place.
+        before: the values that the SAE reads, whatever was written beside it; a transcoder's are of another site.
         encoded: all features of an SAE, by it and what it reads, as many of them may be written.
     """
     assert entry.sae is not None

@@ -105,7 +105,7 @@ def _chosen(model: Any, layers: list[tuple[str, Any]], paths: Paths) -> list[tup
     if not chosen:
         raise UnknownPath(
             f"the adapter has no factors at {', '.join(map(str, paths))}",
-            expected=f"a place of one of {len(layers)} adapted layers, such as {atlas.locate(layers[0][0])}",
+            expected=f"a site of one of {len(layers)} adapted layers, such as {atlas.locate(layers[0][0])}",
         )
     return chosen
 

@@ -56,10 +56,10 @@ def align(
     """Find the subspace of every site that holds a variable: distributed alignment search (DAS).
 
     A pair is two prompts that differ in the variable. The base run is given the source run's value of it, in a subspace
-    of one place, `h + Q Qᵀ (h' - h)`; where the subspace holds the variable, and the whole of it, the model then
+    of one site, `h + Q Qᵀ (h' - h)`; where the subspace holds the variable, and the whole of it, the model then
     answers as the counterfactual says. Q is trained on some of the pairs and measured on the others. A subspace that
     was trained for an answer can give it without having stood for anything, so three numbers stand beside every
-    accuracy: of a random subspace, of the same training on random weights, of the whole place.
+    accuracy: of a random subspace, of the same training on random weights, of the whole site.
 
     >>> base, source = ["w3 w4", "w5 w4", "w6 w4", "w7 w4"], ["w5 w4", "w6 w4", "w7 w4", "w3 w4"]
     >>> found = ns.align(model, base, source, ["w5", "w6", "w7", "w3"], "layers[0:2].output[0]", k=2, epochs=2,
@@ -76,11 +76,11 @@ def align(
         source: the runs that values are taken from; source i belongs to base i.
         answers: the counterfactual answer of each pair, one token: what the base prompt's answer would be with the
             source's value of the variable.
-        sites: paths, `"layers[:].output[-1]"`, or `'layers[:].output["subject"][-1]'` for a role; each place at each
+        sites: paths, `"layers[:].output[-1]"`, or `'layers[:].output["subject"][-1]'` for a role; each site at each
             token or span has a subspace of its own.
         k: how many dimensions: of `"das"`, all of them are used; of `"boundless"`, the most; of `"mask"`, the budget.
         method: `"das"`, a rotation; `"boundless"`, a rotation and how many of its directions; `"mask"`, some of the
-            place's own numbers, by hard concrete gates.
+            site's own numbers, by hard concrete gates.
         held_out: a share of the pairs that is measured on, or their numbers.
         epochs: passes over the training pairs, at most.
         batch_size: how many pairs each training step is of.
@@ -100,12 +100,12 @@ def align(
 
     Raises:
         BadArgument: a model in train mode, an unknown method, a number that is not positive, no pairs to train on or
-            none held out, a set of places as a site, or pairs that are the same run at all sites or in all of one
+            none held out, a set of sites as a site, or pairs that are the same run at all sites or in all of one
             site's training pairs; or no twin with random weights can be made.
         FileError: the journal is of another alignment, or damaged.
         RefusedExecutor: packed rows do not give this model's numbers.
-        RefusedPlace: a place that is derived from several values, such as a pattern.
-        ShapeError: a place has fewer than `k` dimensions.
+        RefusedPlace: a site that is derived from several values, such as a pattern.
+        ShapeError: a site has fewer than `k` dimensions.
     """
     start = time.perf_counter()
     model = engine.as_model(model)
@@ -261,7 +261,7 @@ def _check_k(setting: Setting, plan: Plan, widths: Mapping[int, int]) -> None:
     for target, width in widths.items():
         if setting.k > width:
             raise ShapeError(
-                f"k={setting.k}, and this place is {width} wide",
+                f"k={setting.k}, and this site is {width} wide",
                 path=plan.targets[target].cell.path,
                 expected=f"k of at most {width}",
             )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 #: What is measured on the held-out pairs, each by interchange: of the trained subspace; of a random one of as many
-#: dimensions; of one that was trained in the same way on the model with random weights; of the whole place.
+#: dimensions; of one that was trained in the same way on the model with random weights; of the whole site.
 IIA, RANDOM, UNTRAINED, WHOLE = MEASURED = ("iia", "random_subspace", "random_model", "whole_place")
 CONTENTS = "alignment.json"
 
@@ -71,7 +71,7 @@ class Alignment:
         """The subspace that was found at a site.
 
         Args:
-            path: the site; its position may be left out where one site of this place was trained.
+            path: the site; its position may be left out where it was trained at one position only.
 
         Returns:
             The subspace.
@@ -187,6 +187,6 @@ class Alignment:
         for row in self.best(3).to_dict("records"):
             lines.append(
                 f"  {row['path']}  accuracy {row[IIA]:.2f}; random subspace {row[RANDOM]:.2f}, "
-                f"random model {row[UNTRAINED]:.2f}, whole place {row[WHOLE]:.2f}"
+                f"random model {row[UNTRAINED]:.2f}, whole site {row[WHOLE]:.2f}"
             )
         return printable("\n".join(lines))

@@ -103,16 +103,16 @@ def check_sites(plan: Plan) -> None:
     """Raise for sites of which no subspace can be trained.
 
     Raises:
-        RefusedPlace: a place that is derived from several values.
-        BadArgument: a set of places, or pairs that are one run.
+        RefusedPlace: a site that is derived from several values.
+        BadArgument: a set of sites, or pairs that are one run.
     """
     for target in plan.targets:
         if len(target.places) != 1:
             raise BadArgument(
-                "a set of places has no one subspace", path=target.cell.path, expected="one place in a cell"
+                "a set of sites has no one subspace", path=target.cell.path, expected="one site in a cell"
             )
         if site_of(target.places[0]).kind in DERIVED:
-            raise RefusedPlace("this place is derived from several values of a run", path=target.cell.path)
+            raise RefusedPlace("this site is derived from several values of a run", path=target.cell.path)
     if not plan.jobs:
         raise BadArgument(
             "at all these sites both runs of every pair are one, so there is nothing to interchange",

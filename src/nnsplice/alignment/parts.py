@@ -103,7 +103,7 @@ class Boundless(Rotation):
 
 
 class Mask(Part):
-    """A mask over the place's own numbers: hard concrete gates, and a budget of k that stay open."""
+    """A mask over the site's own numbers: hard concrete gates, and a budget of k that stay open."""
 
     def __init__(self, width: int, k: int, generator: torch.Generator) -> None:
         super().__init__()

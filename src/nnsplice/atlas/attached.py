@@ -1,4 +1,4 @@
-"""SAEs that are attached to places of a model: their names, and what an address of one of their parts means."""
+"""SAEs that are attached to sites of a model: their names, and what an address of one of their parts means."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Features(Protocol):
         ...
 
     def added(self, features: Tensor, like: Tensor | None, chosen: Sequence[int] | None = None) -> Tensor:
-        """What features add to the place, without a bias."""
+        """What features add to the site, without a bias."""
         ...
 
     def added_each(self, values: Tensor, like: Tensor | None, numbers: Sequence[int]) -> Tensor:
@@ -46,12 +46,12 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class Attached:
-    """An SAE and its place."""
+    """An SAE and its site."""
 
     #: Where it is written, as `expand` returns it.
     place: Path
     sae: Features
-    #: What a transcoder reads, which is another place; None for an SAE, which reads its own.
+    #: What a transcoder reads, which is another site; None for an SAE, which reads its own.
     reads: Path | None = None
 
 
@@ -59,7 +59,7 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, Attached]] = weakref.W
 
 
 def attach(root: nn.Module, name: str, one: Attached) -> None:
-    """Give a place of a model an SAE, by a name that is free."""
+    """Give a site of a model an SAE, by a name that is free."""
     _ATTACHED.setdefault(root, {})[name] = one
 
 
@@ -77,7 +77,7 @@ def expand_part(root: nn.Module | None, path: Path, places: Sequence[Path]) -> I
     """Every single feature, or the error, that a path means.
 
     Args:
-        places: what the path means without its SAE.
+        sites: what the path means without its SAE.
 
     Raises:
         UnknownPath: no SAE of this name is attached there.
@@ -97,7 +97,7 @@ def expand_part(root: nn.Module | None, path: Path, places: Sequence[Path]) -> I
         for number in _numbers(path, one.sae.features):
             if one.reads is not None and number is None:
                 raise RefusedPlace(
-                    "what a transcoder leaves out is of two places, the one that it reads and the one that it writes",
+                    "what a transcoder leaves out is of two sites, the one that it reads and the one that it writes",
                     path=path,
                     expected="its features; a write of them leaves the rest as it is",
                 )
@@ -123,12 +123,12 @@ def _numbers(path: Path, count: int) -> Iterator[int | None]:
 
 
 def host(path: Path) -> Path:
-    """The place that a feature or an error of an SAE is of; a path of neither as it is."""
+    """The site that a feature or an error of an SAE is of; a path of neither as it is."""
     if path.sae is None:
         return path
     site = path.site
     assert isinstance(site, Site), f"{path} was not expanded"
-    assert site.kind != "transcoded", f"{path} is written at another place"
+    assert site.kind != "transcoded", f"{path} is written at another site"
     return replace(path, sae=None, site=replace(site, kind="plain", index=None, sae=None))
 
 

@@ -20,7 +20,7 @@ class Block:
     module: str
     #: Which call of the module is this layer, where one module serves several layers.
     occurrence: int
-    #: The attention module, and the one that returns the probabilities with their place in its output.
+    #: The attention module, and the one that returns the probabilities, with their index in its output.
     attn: str | None
     pattern: tuple[str, int] | None
     q: str | None

@@ -1,7 +1,7 @@
-"""Names of parameters and modules -> the smallest portable place that holds them.
+"""Names of parameters and modules -> the smallest portable site that holds them.
 
 Names come from this model, from a wrapped or an unwrapped one, from adapter files and from checkpoints, so the same
-tensor is spelled in many ways. A name is first brought to a spelling of this model's tree; then the place is the
+tensor is spelled in many ways. A name is first brought to a spelling of this model's tree; then the site is the
 deepest module around it that the language has a word for.
 """
 
@@ -28,7 +28,7 @@ _ADAPTED = re.compile(
 
 
 def locate(atlas: Parts, name: str) -> Path:
-    """The smallest place that holds a name. See `Atlas.locate`."""
+    """The smallest site that holds a name. See `Atlas.locate`."""
     for spelling in _spellings(atlas, name):
         found = _known(atlas, spelling) or _foreign_expert(atlas, spelling)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Which module is which place of the language."""
+"""Which module is which site of the language."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnsplice.paths.path import Path, Step
 
 
 def module_places(tree: Tree, towers: Mapping[str, Tower]) -> dict[str, Path]:
-    """Module name -> the place that is this module; the first layer where several share one."""
+    """Module name -> the site that is this module; the first layer where several share one."""
     places: dict[str, Path] = {}
     for tower in towers.values():
         for role in ("embed", "final_norm", "unembed"):

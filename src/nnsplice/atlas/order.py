@@ -24,7 +24,7 @@ class Order:
     True
     """
 
-    #: (module, end, occurrence) -> place in the sequence.
+    #: (module, end, occurrence) -> index in the sequence.
     ranks: dict[tuple[str, str, int], int]
 
     @staticmethod
@@ -73,7 +73,7 @@ class Order:
         if _OF_IMAGES & set(name.split(".")):
             return NeverFired(
                 f"{name} does not run on tokens: its values belong to pieces of an image or a sound",
-                expected="a place that tokens go through, where those of an image are a span",
+                expected="a site that tokens go through, where those of an image are a span",
                 write='layers[i].output["image"]',
             )
         inside = sorted({module for module, _, _ in self.ranks if module.startswith(f"{site.module}.")})

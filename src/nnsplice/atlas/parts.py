@@ -117,7 +117,7 @@ class Parts:
 
     @cached_property
     def places(self) -> Mapping[str, Path]:
-        """Module name -> the portable place that is this module."""
+        """Module name -> the portable site that is this module."""
         return MappingProxyType(module_places(self.tree, self.towers))
 
     @property
@@ -151,5 +151,5 @@ class Parts:
 
     @cached_property
     def selections(self) -> dict[Path, Selection]:
-        """The parameters of the places that were asked for, as `resolve` found them."""
+        """The parameters of the sites that were asked for, as `resolve` found them."""
         return {}

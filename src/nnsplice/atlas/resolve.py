@@ -1,4 +1,4 @@
-"""Paths -> parameters: which tensors, and which rows or columns of them, belong to a place."""
+"""Paths -> parameters: which tensors, and which rows or columns of them, belong to a site."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Piece = tuple[str, Part]
 
 
 def resolve(atlas: Parts, path: Path) -> Selection:
-    """The parameters of a place, sought once. See `Atlas.resolve`."""
+    """The parameters of a site, sought once. See `Atlas.resolve`."""
     found = atlas.selections.get(path)
     if found is None:
         found = atlas.selections[path] = _resolve(atlas, path)
@@ -71,7 +71,7 @@ def _native(atlas: Parts, path: Path) -> Iterator[Piece]:
 
 
 def split(atlas: Parts, path: Path) -> Iterator[Path]:
-    """The single places of a model that a path means. See `Atlas.split`."""
+    """The single sites of a model that a path means. See `Atlas.split`."""
     refuse_part(path)
     if path.native:
         yield from (replace(path, steps=found.steps) for found in follow(atlas, path))
@@ -106,7 +106,7 @@ def split(atlas: Parts, path: Path) -> Iterator[Path]:
 
 
 def _one(atlas: Parts, path: Path) -> Iterator[Piece]:
-    """What belongs to one place."""
+    """What belongs to one site."""
     place = take_apart(path)
     if place.role == "full":
         yield from ((name, None) for name in atlas.tree.params)

@@ -31,7 +31,7 @@ def refuse_sharded(parameters: Iterable[tuple[str, Any]], what: str) -> None:
         how = spread(tensor) if isinstance(tensor, Tensor) else ""
         if how:
             raise BadArgument(
-                f"{name} is {how}, and an address means rows and columns of the whole: {what} would be another place's",
+                f"{name} is {how}, and an address means rows and columns of the whole: {what} would be another site's",
                 expected="a plain model with the whole tensors, gathered first",
                 write="plain.load_state_dict({name: p.full_tensor() for name, p in model.named_parameters()})",
             )

@@ -1,4 +1,4 @@
-"""A site: one place of one model whose activation can be read and written, as plain data."""
+"""A site: one activation of one model that can be read and written, as plain data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ End = Literal["input", "output"]
 #: that a skip path carries on beside the module, so a write must reach both. `pattern`, `expert` and `ungated`, a slice
 #: before its gate, are derived from several values (`activations/derived.py`). `feature` and `error` are what an
 #: attached SAE makes of a plain value; `transcoded` is a feature of one that reads this value and is written at another
-#: place.
+#: site.
 Kind = Literal["plain", "stream", "pattern", "expert", "ungated", "feature", "error", "transcoded"]
 #: The kinds that are computed from values, and stand in none.
 DERIVED: tuple[Kind, ...] = ("pattern", "expert", "ungated", "feature", "error", "transcoded")
@@ -20,7 +20,7 @@ DERIVED: tuple[Kind, ...] = ("pattern", "expert", "ungated", "feature", "error",
 class Site:
     """Where a value is met during the forward pass, and which part of it is meant.
 
-    The identity of a place: two paths that name the same site are the same place, however they are spelled.
+    The identity of a site: two paths to the same site are equal, however they are spelled.
     """
 
     #: The module's dotted name under the root (`transformer.h.3.attn.c_proj`; empty for the root itself).

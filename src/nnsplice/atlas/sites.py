@@ -20,7 +20,7 @@ INSIDE_MLP = ("gate", "up", "down", "router")
 COUNTED = {"heads": "head", "groups": "group", "experts": "expert", "neurons": "neuron"}
 COUNTED |= {"cross.heads": "head", "cross.groups": "group"}
 ROOTS = ("embed", "layers", "final_norm", "unembed")
-#: Values of each place; a place that is not listed has only `output`.
+#: Values of each site; a site that is not listed has only `output`.
 VALUES: dict[str, tuple[str, ...]] = {
     "layers": ("input", "mid", "output"),
     "heads": ("output", "q", "k", "v", "gate", "ungated", "pattern"),
@@ -32,9 +32,9 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A portable path taken apart: what kind of place it is and where its indices stand."""
+    """A portable path taken apart: what kind of site it is and where its indices stand."""
 
-    #: The role that the place ends in: `layers`, `attn`, `q`, `heads`, ...
+    #: The role that the site ends in: `layers`, `attn`, `q`, `heads`, ...
     role: str
     #: Number of the step that counts heads, groups, experts or neurons; None where there is none.
     counted: int | None
@@ -48,7 +48,7 @@ def take_apart(path: Path) -> Place:
         return Place("full", None, path.value)
     if names[0] not in ROOTS:
         raise UnknownPath(
-            f"{names[0]} is no place", path=path, column=column(path, 0), expected=closest(names[0], ROOTS)
+            f"{names[0]} is no site", path=path, column=column(path, 0), expected=closest(names[0], ROOTS)
         )
     value = path.value
     if names[0] != "layers":
@@ -210,7 +210,7 @@ def count(path: Path, block: Block, name: str) -> int:
 
 
 def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) -> Site:
-    """The site of a place of one layer that is not counted."""
+    """The index of a site in the one layer that is not counted."""
     common = {"occurrence": block.occurrence, "tower": tower.name}
     if role == "layers":
         if value != "mid":

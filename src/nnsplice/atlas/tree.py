@@ -23,7 +23,7 @@ class Node:
     name: str
     #: Name of its class.
     kind: str
-    #: Attribute -> dotted name of the child (a shared child has the name of its first place).
+    #: Attribute -> dotted name of the child (a shared child has the name of its first site).
     children: Mapping[str, str]
     #: Parameter attribute -> (its first name in the whole model, its shape).
     params: Mapping[str, tuple[str, tuple[int, ...]]]

@@ -1,16 +1,16 @@
-"""Attribution: what places and paths are worth, estimated from gradients, and exactly along chosen paths.
+"""Attribution: what sites and paths are worth, estimated from gradients, and exactly along chosen paths.
 
 attribute       from a question to a result
 methods         the table of methods, and how one scores prompts
 gradients       one run whose values are tied to its logits
-nodes           atp and ig: scores of places
+nodes           atp and ig: scores of sites
 star, attention atp*: what its two corrections need
 branches        what reads the stream and what adds to it
-edges           eap and eap-ig: scores between places
+edges           eap and eap-ig: scores between sites
 relevance       relp: eap with the gradients of other rules
 routes          ifr: shares of what receivers read, without gradients
 exact           every edge, measured
-path_patching   what a place does through chosen others, exactly
+path_patching   what a site does through chosen others, exactly
 selecting       auto: which method is the best on a slice
 verifying       estimates checked against exact values
 units           attribute and path_patch in units of prompt pairs

@@ -193,7 +193,7 @@ def method_named(name: str, receivers: Any, steps: int | None, verify: int) -> M
         raise BadArgument(f"there is no method {name!r}", expected=", ".join((*METHODS, AUTO)))
     chosen = METHODS[name]
     if receivers is not None and chosen.nodes is not None:
-        raise BadArgument(f"{name} scores places, so receivers would do nothing", expected='method="eap" or "eap-ig"')
+        raise BadArgument(f"{name} scores sites, so receivers would do nothing", expected='method="eap" or "eap-ig"')
     if chosen.measured and verify:
         raise BadArgument(f"{name} is measured, so verify={verify} would do nothing", expected="no verify")
     if steps is not None and not chosen.stepwise:

@@ -1,4 +1,4 @@
-"""The branches of a model's layers: what each reads of the stream, what it adds to it, and which one a place is in.
+"""The branches of a model's layers: what each reads of the stream, what it adds to it, and which one a site is in.
 
 A branch is an attention or an MLP. Between two branches there is nothing but the stream, so whatever one of them adds
 reaches another directly or through further branches; edges and paths are made of that.
@@ -51,10 +51,10 @@ class Branches:
         return replace(parse_path(f"layers[{last.index}].output"), site=site)
 
     def of(self, path: Path) -> Branch | None:
-        """The branch that a place is inside of; None for the stream itself.
+        """The branch that a site is inside of; None for the stream itself.
 
         Raises:
-            RefusedPlace: the place is in none, and is not the stream.
+            RefusedPlace: the site is in none, and is not the stream.
         """
         site = site_of(path)
         if self.stream_at(path) is not None:
@@ -63,13 +63,13 @@ class Branches:
             if _inside(branch, site):
                 return branch
         raise RefusedPlace(
-            "it is not known which branch of a layer this place belongs to",
+            "it is not known which branch of a layer this site belongs to",
             path=path,
-            expected="a place of attention or MLP, or of the stream",
+            expected="a site of attention or MLP, or of the stream",
         )
 
     def stream_at(self, path: Path) -> int | None:
-        """When a place of the stream is met, in the order of the branches; None for a place that is no stream."""
+        """When a site of the stream is met, in the order of the branches; None for a site that is no stream."""
         site = site_of(path)
         for block in self.tower.blocks:
             if site.occurrence == block.occurrence and site.item in (None, 0):
@@ -120,7 +120,7 @@ def branches_of(model: engine.Model) -> Branches:
 
 
 def _path(text: str, site: Site) -> Path:
-    """A place by its role, also where its name means nothing by itself (a branch that is scaled in code)."""
+    """A site by its role, also where its name means nothing by itself (a branch that is scaled in code)."""
     return replace(parse_path(text), site=site)
 
 

@@ -1,8 +1,8 @@
-"""`eap` and `eap-ig`: what passes from one place straight to another.
+"""`eap` and `eap-ig`: what passes from one site straight to another.
 
 A sender's change, as it is added to the stream, times the gradient of the metric at the stream *as one receiver reads
 it*: through that receiver and whatever comes after, but not past it. Summed over all receivers that is the sender's own
-gradient, so the scores of a place are made of the scores of its edges.
+gradient, so the scores of a site are made of the scores of its edges.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOGETHER = 64
 
 @dataclass(frozen=True)
 class Sender:
-    """A place whose change goes to the stream: at once, or through the projection at the end of its branch."""
+    """A site whose change goes to the stream: at once, or through the projection at the end of its branch."""
 
     place: Path
     branch: Branch | None
@@ -44,7 +44,7 @@ class Sender:
 
 @dataclass(frozen=True)
 class Receiver:
-    """A place that reads the stream, at some tokens."""
+    """A site that reads the stream, at some tokens."""
 
     path: Path
     branch: Branch | None
@@ -62,7 +62,7 @@ class Graph:
 
     @staticmethod
     def of(model: engine.Model, plan: Plan, receivers: Paths | None) -> Graph:
-        """For a plan whose sites are senders, each a place by itself."""
+        """For a plan whose sites are senders, each a site by itself."""
         if plan.corrupted.images is not None:
             raise BadArgument(
                 "edges between the parts of a model are not estimated for prompts with images, which may enter its "
@@ -240,7 +240,7 @@ class Ends:
         allowed = 1e-9 if own.dtype == torch.float64 else 1e-3 if own.dtype == torch.float32 else 5e-2
         if not torch.allclose(ends, own, rtol=allowed, atol=allowed * float(own.abs().max())):
             raise RefusedPlace(
-                f"more than {sender.projection} stands between this place and the stream",
+                f"more than {sender.projection} stands between this site and the stream",
                 path=sender.place,
                 write=str(sender.branch.added),
             )
@@ -270,7 +270,7 @@ def _sender(place: Path, branches: Branches) -> Sender:
             path=place,
             write="ns.sweep(...)   (exact)",
         )
-    # A feature, or an error, sends what it changes of the place that it is a part of.
+    # A feature, or an error, sends what it changes of the site that it is a part of.
     branch, site = branches.of(place), site_of(host(place))
     if branch is None:
         at = branches.stream_at(place)
@@ -282,7 +282,7 @@ def _sender(place: Path, branches: Branches) -> Sender:
     if (site.module, site.end) == (last, "input") and site.kind == "plain":
         return Sender(place, branch, branch.adds_at, last)
     raise RefusedPlace(
-        "an edge starts where something is added to the stream, and this place adds nothing by itself",
+        "an edge starts where something is added to the stream, and this site adds nothing by itself",
         path=place,
         expected="heads, attn.output, mlp.output, neurons, embed.output, layers[i].output",
     )
@@ -290,7 +290,7 @@ def _sender(place: Path, branches: Branches) -> Sender:
 
 def _receiver(path: Path, branches: Branches) -> Receiver:
     if site_of(path).kind in DERIVED:
-        raise RefusedPlace("this place is derived from several values of a run, so no gradient reaches it", path=path)
+        raise RefusedPlace("this site is derived from several values of a run, so no gradient reaches it", path=path)
     branch = branches.of(path)
     if branch is not None:
         return Receiver(path, branch, branch.reads, branch.reads_at)
@@ -301,7 +301,7 @@ def _receiver(path: Path, branches: Branches) -> Receiver:
 
 
 def _everything(model: engine.Model, branches: Branches) -> Iterator[str]:
-    """Every place where a branch reads the stream, once, and the logits."""
+    """Every site where a branch reads the stream, once, and the logits."""
     for block in branches.tower.blocks:
         start = f"layers[{block.index}]"
         if block.reads_beside is not None:  # what these names leave out is a part of attention too

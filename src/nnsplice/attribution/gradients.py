@@ -95,7 +95,7 @@ def flow(
     mixed: Mixed | None = None,
     tied: bool = True,
 ) -> Flow:
-    """Run these prompts and keep the values of these places.
+    """Run these prompts and keep the values of these sites.
 
     Args:
         clean: the plan's clean prompts, not the corrupted ones; the logits are of no use then.
@@ -130,7 +130,7 @@ def flow(
                 raise RefusedPlace(
                     "all prompts of a batch share this value, so it has no gradient of one of them",
                     path=access.name,
-                    expected="a place with rows of its own",
+                    expected="a site with rows of its own",
                 )
             if tied and not tensor.requires_grad and tensor.is_floating_point():
                 tensor.requires_grad_()  # the first value of the run: what comes after it is tied to it

@@ -219,7 +219,7 @@ def notes(forwards: int, backwards: int, noted: Sequence[str], doubts: Sequence[
 
 
 def doubts(plan: Plan, name: str) -> list[str]:
-    """What is known of estimates of such places, for the note."""
+    """What is known of estimates of such sites, for the note."""
     stream = any(
         not path.native and path.steps[-1].name in ("layers", "embed") and path.value in ("input", "mid", "output")
         for path in nodes.places_of(plan)

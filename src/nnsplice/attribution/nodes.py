@@ -24,7 +24,7 @@ Gradients = dict[Spot, Tensor | None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """All that is asked of one place: rows of the batch, their tokens in both runs, and the cells that these are of."""
+    """All that is asked of one site: rows of the batch, their tokens in both runs, and the cells that these are of."""
 
     place: Path
     cells: Tensor
@@ -34,7 +34,7 @@ class Wanted:
 
 
 def wanted_of(plan: Plan, rows: Sequence[int]) -> list[Wanted]:
-    """What the plan's jobs ask of each place, for these prompts."""
+    """What the plan's jobs ask of each site, for these prompts."""
     number = {prompt: row for row, prompt in enumerate(rows)}
     found: dict[Path, list[tuple[int, int, int, int]]] = {}
     for prompt, cell in plan.jobs:
@@ -57,7 +57,7 @@ class Batch:
     plan: Plan
     rows: tuple[int, ...]
     wanted: Sequence[Wanted]
-    #: The clean run at every place that is asked about, and its logits where the metric reads, `[row, vocab]`.
+    #: The clean run at every site that is asked about, and its logits where the metric reads, `[row, vocab]`.
     clean: Clean
     clean_logits: Tensor
     #: Where the stream enters the first layer.
@@ -69,9 +69,9 @@ class Batch:
     sent: dict[torch.device, list[Tensor]] = field(default_factory=dict)
 
     def tokens_on(self, device: torch.device) -> list[Tensor]:
-        """For each place that is wanted, on a device: `[3, number]`, its rows, tokens and tokens of the clean run.
+        """For each site that is wanted, on a device: `[3, number]`, its rows, tokens and tokens of the clean run.
 
-        They go there in one copy, that nobody waits for: there are as many places as heads.
+        They go there in one copy, that nobody waits for: there are as many sites as heads.
         """
         if device not in self.sent:
             each = [torch.stack([one.rows, one.tokens, one.clean_tokens]) for one in self.wanted]
@@ -81,7 +81,7 @@ class Batch:
 
     @property
     def paths(self) -> list[Path]:
-        """The places that are asked about."""
+        """The sites that are asked about."""
         return [one.place for one in self.wanted]
 
     def run(self, paths: Sequence[Path], *, mixed: Mixed | None = None, tied: bool = True) -> Flow:
@@ -197,7 +197,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class PartsMoved:
-    """What features, or the error, change of their place when they are patched; the other parts stay as they are."""
+    """What features, or the error, change of their site when they are patched; the other parts stay as they are."""
 
     def __init__(self, batch: Batch, here: Flow) -> None:
         self._batch, self._here = batch, here
@@ -220,5 +220,5 @@ class PartsMoved:
 
 
 def places_of(plan: Plan) -> list[Path]:
-    """Every place that a job of the plan changes."""
+    """Every site that a job of the plan changes."""
     return list(dict.fromkeys(place.place for _, cell in plan.jobs for place in plan.targets[cell].places))

@@ -42,14 +42,14 @@ class PackedPaths:
     branches: Branches
     #: For each target of the plan.
     receivers: Sequence[Sequence[Path]]
-    #: When each place is reached.
+    #: When each site is reached.
     rank: Mapping[Path, engine.Rank]
 
     def __call__(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         """Run jobs.
 
         Raises:
-            NotImplementedError: this model, or one of these places, is not covered.
+            NotImplementedError: this model, or one of these sites, is not covered.
         """
         branches = {branch: Branch(branch.block.index, branch.added) for branch in self.branches.all}
         base = base_of(work, keep=tuple(branch.added for branch in branches.values()))

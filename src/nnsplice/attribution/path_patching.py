@@ -1,4 +1,4 @@
-"""Path patching: what a place does through chosen others, and through nothing else. Exact.
+"""Path patching: what a site does through chosen others, and through nothing else. Exact.
 
 Three runs in one pass. Its rows are, for each cell: a run in which the sender has its clean value and every branch
 after it stands still, so that only what the receivers read is changed; and a run in which the receivers have what the
@@ -317,8 +317,8 @@ def _check(path: Path, branches: Branches, *, receives: bool) -> None:
     site = site_of(path)
     if site.kind in DERIVED and (receives or site.kind not in features.KINDS):
         raise RefusedPlace(
-            f"a place of the kind {site.kind} is derived from several values of a run",
+            f"a site of the kind {site.kind} is derived from several values of a run",
             path=path,
-            expected="a place with a value of its own: queries, keys, values, heads, branches, the stream",
+            expected="a site with a value of its own: queries, keys, values, heads, branches, the stream",
         )
     branches.of(path)

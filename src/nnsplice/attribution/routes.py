@@ -80,7 +80,7 @@ def _counted(batch: Batch, rows: Sequence[int], length: int, receiver: Receiver,
 class _Adds:
     """Who adds to the stream at once: `embed`, an MLP, or all heads of an attention."""
 
-    #: What is read of a run, and the places that the senders have.
+    #: What is read of a run, and the sites that the senders have.
     paths: tuple[Path, ...]
     branch: Branch | None
     adds_at: int
@@ -116,7 +116,7 @@ def _senders(model: engine.Model) -> list[_Adds]:
 
 
 def _numbers(graph: Graph, senders: Sequence[_Adds]) -> dict[Path, int]:
-    """The number of each place that is asked about among all senders.
+    """The number of each site that is asked about among all senders.
 
     Raises:
         RefusedPlace: it is none of them.
@@ -125,7 +125,7 @@ def _numbers(graph: Graph, senders: Sequence[_Adds]) -> dict[Path, int]:
     for place in graph.senders:
         if site_of(place) not in every:
             raise RefusedPlace(
-                "ifr shares a stream among embed, heads and MLPs, and this place is none of them",
+                "ifr shares a stream among embed, heads and MLPs, and this site is none of them",
                 path=place,
                 expected="embed, layers[i].heads[j], layers[i].mlp",
             )

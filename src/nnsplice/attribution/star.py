@@ -27,7 +27,7 @@ from nnsplice.paths import Path
 
 @dataclass(frozen=True)
 class Asks:
-    """A place that holds queries or keys: whose, and of which heads."""
+    """A site that holds queries or keys: whose, and of which heads."""
 
     module: nn.Module
     role: str
@@ -65,7 +65,7 @@ def with_both_fixes(batch: Batch) -> tuple[Flow, Tensor]:
         others = owners != layer
         sizes += scores(layer).abs() * others
         counted += others
-    # In a model of one layer nothing can be left out beside the place itself.
+    # In a model of one layer nothing can be left out beside the site itself.
     sizes = torch.where(counted > 0, sizes / counted.clamp_min(1), plain.abs())
     return here, torch.where(plain < 0, -sizes, sizes)
 
@@ -83,7 +83,7 @@ class _Dropper:
 
 
 def _layer_inside(batch: Batch, branches: Branches, cell: int) -> int:
-    """The layer whose standing still would silence the cell itself; -1 for places of the stream."""
+    """The layer whose standing still would silence the cell itself; -1 for sites of the stream."""
     inside = [branches.of(place) for place in batch.plan.targets[cell].places]
     layers = {branch.block.index for branch in inside if branch is not None}
     return layers.pop() if len(layers) == 1 and None not in inside else -1
@@ -93,7 +93,7 @@ def _layer_inside(batch: Batch, branches: Branches, cell: int) -> int:
 
 
 def asks_of(batch: Batch, branches: Branches) -> dict[Path, Asks]:
-    """Which of the places hold queries or keys, however they are spelled."""
+    """Which of the sites hold queries or keys, however they are spelled."""
     roles = dict(_roles(batch, branches))
     found = {path: roles[site_of(path)] for path in batch.paths if site_of(path) in roles}
     for reason in {ask.mixes for ask in found.values() if ask.mixes}:
@@ -121,7 +121,7 @@ def _roles(batch: Batch, branches: Branches) -> Iterator[tuple[Site, Asks]]:
         for text, (role, heads) in places.items():
             try:
                 (path,) = atlas.expand(text)
-            except NnspliceError:  # heads that alternate on one axis have no place for all of them
+            except NnspliceError:  # heads that alternate on one axis have no site for all of them
                 continue
             yield site_of(path), Asks(module, role, heads, keys if role == "k" else mixes)
 
@@ -135,7 +135,7 @@ def _mixes(atlas: Atlas, name: str, head_dim: int) -> bool:
 def _queries_and_keys(
     batch: Batch, asks: Mapping[Path, Asks], here: Seen, there: Seen, gradients: Mapping[nn.Module, Tensor]
 ) -> Tensor:
-    """`[row, cell]`, of places with queries or keys, along the gradients at the probabilities of their modules."""
+    """`[row, cell]`, of sites with queries or keys, along the gradients at the probabilities of their modules."""
     scores = torch.zeros(len(batch.rows), len(batch.plan.targets), dtype=torch.float64)
     asked = [(one, ask) for one in batch.wanted if (ask := asks.get(one.place)) and ask.module in gradients]
     worth: dict[tuple[nn.Module, str], Tensor] = {}

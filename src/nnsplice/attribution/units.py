@@ -113,7 +113,7 @@ def plan_attribute(
         plan = planned(model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together)
         graph = edges.Graph.of(model, plan, receivers) if together else None
         each = steps_of(chosen, steps)
-        # What this kind of place, and this pair of prompts, cannot have is found now and not in the workers.
+        # What this kind of site, and this pair of prompts, cannot have is found now and not in the workers.
         estimator = Estimator(model, plan, method, chosen, graph, each, 1, progress=False)
         estimator.check()
         plan = replace(plan, asked=told_of(plan, method, each, graph))

@@ -120,7 +120,7 @@ def check_unused(src_dir: str | os.PathLike[str], between: Between) -> None:
             lost.remove(name)
     if lost:
         raise MapperError(
-            f"there is no place for {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}",
+            f"there is no site for {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}",
             expected="a family whose parts are all known there",
             write="ns.checkpoints.mapper_between(source, target).mapper   (leaves them out)",
         )

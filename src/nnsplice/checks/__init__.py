@@ -1,8 +1,8 @@
 """Checks: what can be addressed in a model, and whether what nnsplice promises holds on it.
 
-outline     the places of a model as plain data, read without running it
+outline     the sites of a model as plain data, read without running it
 finding     what a check found, the model it looks at, and the sum of many findings
-structure   are the parts recognised, does every place fire
+structure   are the parts recognised, does every site fire
 replay      does a run stay what it is when its own pieces are written into it, and only then
 streams     do heads make what attention adds; do patches stay causal; does padding stay outside
 run         all of them, in order

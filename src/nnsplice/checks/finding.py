@@ -169,7 +169,7 @@ class Kind:
 
     @property
     def role(self) -> str:
-        """The last name of the place."""
+        """The last name of the site."""
         return self.names[-1] if self.names else "layers"
 
     @property
@@ -179,7 +179,7 @@ class Kind:
 
 
 def kinds(subject: Subject) -> Iterator[Kind]:
-    """Every portable place that is not refused; of neurons and experts, which are many, the first and the last."""
+    """Every portable site that is not refused; of neurons and experts, which are many, the first and the last."""
     for tower in outline(subject.atlas):
         for group, parts in _groups(tower, subject.layers[tower.name]):
             for part in parts:

@@ -1,6 +1,6 @@
 """What can be addressed in a model, read off its atlas: no forward pass, no weights.
 
-The words come from the language's own tables, so a place that the language learns is listed here too. A place that does
+The words come from the language's own tables, so a site that the language learns is listed here too. A site that does
 not exist in a model (the gate of an MLP without one) is left out; one that has no honest value is kept, with the reason
 why it is refused.
 """
@@ -24,13 +24,13 @@ IN_LAYER: tuple[tuple[str, ...], ...] = (
 )
 #: What stands before and after the layers.
 BEFORE, AFTER = (("embed",),), (("final_norm",), ("unembed",))
-#: Places that are the output of one matrix; the others are as wide as the residual stream.
+#: Sites that are the output of one matrix; the others are as wide as the residual stream.
 _PROJECTIONS = frozenset((*INSIDE_ATTN, *INSIDE_MLP, "unembed"))
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One value of a place."""
+    """One value of a site."""
 
     name: str
     #: Numbers per token; None for an attention pattern, which is as wide as the prompt is long, and where unknown.
@@ -41,7 +41,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One place, by the names that follow `layers[i]`, or its own name outside of the layers."""
+    """One site, by the names that follow `layers[i]`, or its own name outside of the layers."""
 
     names: tuple[str, ...]
     values: tuple[Value, ...]
@@ -133,7 +133,7 @@ def _count(tower: Tower, block: Block | None, names: tuple[str, ...]) -> int | N
 
 
 def _value(atlas: Atlas, tower: Tower, block: Block | None, names: tuple[str, ...], name: str) -> Value | None:
-    """A value of a place with its width; None where the model has no such place."""
+    """A value of a site with its width; None where the model has no such site."""
     try:
         (path,) = atlas.expand(place_of(tower.name, names, name, None if block is None else block.index))
     except UnknownPath:

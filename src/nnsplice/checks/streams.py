@@ -1,4 +1,4 @@
-"""Are places what they are called, does a patch move later tokens only, does padding stay outside?"""
+"""Are sites what they are called, does a patch move later tokens only, does padding stay outside?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnsplice.closures import CROSS, PROMISES, Closure, Kind, measure
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path, Slice
 
-# -- what places promise -----------------------------------------------------------------------------------------------
+# -- what sites promise -----------------------------------------------------------------------------------------------
 
 
 def heads(subject: Subject) -> Iterator[Finding]:
@@ -29,7 +29,7 @@ def heads(subject: Subject) -> Iterator[Finding]:
 
 
 def promises(subject: Subject) -> Iterator[Finding]:
-    """All other places are what they are called: the numbers by which captures and patches of them are refused."""
+    """All other sites are what they are called: the numbers by which captures and patches of them are refused."""
     yield from _promises(subject, "promises", tuple(kind for kind in PROMISES if kind != "heads"))
 
 

@@ -1,4 +1,4 @@
-"""Are the parts of the model recognised, is their order known, and does every place fire?"""
+"""Are the parts of the model recognised, is their order known, and does every site fire?"""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _order(subject: Subject, tower: Tower, layers: tuple[int, ...], what: str) -
 
 
 def places(subject: Subject) -> Iterator[Finding]:
-    """Every place fires, and is as wide as the outline says."""
+    """Every site fires, and is as wide as the outline says."""
     for kind in kinds(subject):
         yield attempt("places", str(kind.path), lambda kind=kind: _fires(subject, kind))
 
@@ -95,7 +95,7 @@ def _fires(subject: Subject, kind: Kind) -> Finding:
     wanted = engine.expand(subject.model, kind.path)
     saved = capture(subject.model, subject.inputs, kind.path.at(-1))
     if len(saved) != len(wanted):
-        return Finding("places", str(kind.path), "FAILED", detail=f"{len(wanted)} places, and {len(saved)} values")
+        return Finding("places", str(kind.path), "FAILED", detail=f"{len(wanted)} sites, and {len(saved)} values")
     widths = {tensor.shape[-1] for _, tensor in saved.items()}
     if kind.value.width is not None and widths != {kind.value.width}:
         found = ", ".join(map(str, sorted(widths)))

@@ -20,7 +20,7 @@ parts         senders that are some tokens of one, or an expert
 masks         which edges of a circuit can matter
 columns       parts of a projection
 running       the run of circuits, in which each receiver reads a stream of its own
-together      what two places do beyond what each does
+together      what two sites do beyond what each does
 sweeping      many circuits as one result
 curves        how much of the metric circuits keep, as a curve over their sizes
 removals      whether a circuit has all that matters and nothing that does not

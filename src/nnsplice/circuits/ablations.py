@@ -121,7 +121,7 @@ def mean_of(
     experts: Collection[tuple[int, int]] = (),
     max_tokens: int | None = None,
 ) -> tuple[Recorded, Cost]:
-    """The mean over the tokens of each prompt, and then over prompts: one vector for each place."""
+    """The mean over the tokens of each prompt, and then over prompts: one vector for each site."""
     sums: list[Recorded] = []
     cost = Cost()
     room = max(engine.room(model, max_tokens) // max(reference.lengths("decoder")), 1)
@@ -152,7 +152,7 @@ def _mean(model: engine.Model, wiring: Wiring, reference: Prompts, max_tokens: i
 
 
 def wide(values: Recorded, own: Recorded) -> Recorded:
-    """One vector of each place, at every token."""
+    """One vector of each site, at every token."""
 
     def expanded(value: Tensor, like: Tensor) -> Tensor:
         return value.to(like).expand_as(like)

@@ -33,16 +33,16 @@ def address(given: str | Path, role: Role) -> Path:
     """The one spelling of a sender or a receiver.
 
     Raises:
-        BadArgument: it is neither, or several places at once.
+        BadArgument: it is neither, or several sites at once.
     """
     path = parse_path(given)
     names = tuple(step.name for step in path.steps)
     if path.native or path.tower == "encoder":
-        raise _unknown(path, role, "a circuit names its places by their roles")
+        raise _unknown(path, role, "a circuit names its sites by their roles")
     if not path.concrete or any(isinstance(step.index, int) and step.index < 0 for step in path.steps):
         raise BadArgument(
-            f"{path} can mean several places, or depends on the model",
-            expected="one place",
+            f"{path} can mean several sites, or depends on the model",
+            expected="one site",
             write=f'Circuit.of(nodes=["{path}"], model=model)   (paths are expanded there)',
         )
     if path.position is not None and role == "receiver":
@@ -56,7 +56,7 @@ def address(given: str | Path, role: Role) -> Path:
         raise _unknown(path, role, "keys and values belong to groups, which several heads may share", group)
     taken = _TAKEN[role].get(names, ())
     if path.sae is not None and (role == "receiver" or names != ("layers", "mlp") or path.value != "output"):
-        why = "it has to be of an SAE of layers[i].mlp.output, as other places are no sender's own"
+        why = "it has to be of an SAE of layers[i].mlp.output, as other sites are no sender's own"
         raise _unknown(path, role, why if role == "sender" else "")
     if path.value not in taken:
         raise _unknown(path, role)
@@ -64,7 +64,7 @@ def address(given: str | Path, role: Role) -> Path:
     return replace(path, tower=None, value=kept, site=None)
 
 
-#: By the names of a place: which values it may be asked for, as a sender and as a receiver.
+#: By the names of a site: which values it may be asked for, as a sender and as a receiver.
 _TAKEN: dict[Role, dict[tuple[str, ...], tuple[str | None, ...]]] = {
     "sender": {
         ("embed",): (None, "output"),

@@ -335,7 +335,7 @@ class Circuit:
             raise KeyMismatch(
                 f"circuit {sign} circuit, of models with other heads or layers",
                 expected="one model's",
-                write="circuit.on(model)   (takes a circuit over, where that model has its places)",
+                write="circuit.on(model)   (takes a circuit over, where that model has its sites)",
             )
         if ours and theirs and ours != theirs:
             raise KeyMismatch(

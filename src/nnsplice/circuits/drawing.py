@@ -66,7 +66,7 @@ class Drawing:
 
 
 def _drawn_at(path: Path) -> Path:
-    """The node that a place is drawn as: a head's queries are at the head."""
+    """The node that a site is drawn as: a head's queries are at the head."""
     return replace(path, value=None) if path.value == "q" else path
 
 
@@ -81,7 +81,7 @@ def _index(path: Path) -> int:
 
 
 def _shifted(path: Path) -> float:
-    """How far right of its place some tokens of it are drawn, so that several do not lie on each other."""
+    """How far right of its mark some tokens of it are drawn, so that several do not lie on each other."""
     position = path.position
     if position is None:
         return 0.0

@@ -31,7 +31,7 @@ def checked_edges(given: Iterable[Any], shape: Shape | None) -> list[Edge]:
 
     Raises:
         BadArgument: one leads against the order in which a model runs.
-        UnknownPath: the graph has no such place.
+        UnknownPath: the graph has no such site.
     """
     edges: list[Edge] = []
     for edge in given:
@@ -81,7 +81,7 @@ _KINDS = {"embed": -1, "heads": 0, "groups": 1, "mlp": 3, "experts": 4, "unembed
 
 
 def order_of(path: Path) -> tuple[int, ...]:
-    """When a place runs; in one layer, queries come before keys, keys before values, and the MLP last."""
+    """When a site runs; in one layer, queries come before keys, keys before values, and the MLP last."""
     last = path.steps[-1]
     layer = {"embed": -1, "unembed": 1 << 30}.get(last.name, path.steps[0].index)
     index = last.index if len(path.steps) > 1 and isinstance(last.index, int) else 0

@@ -221,7 +221,7 @@ class Pass:
             at += stop - start
 
     def _projection(self, name: str, states: Tensor) -> Tensor:
-        """What stands in a projection's place: its input is kept, or what was put together comes out."""
+        """What stands in a projection's site: its input is kept, or what was put together comes out."""
         if self.mode is not None:
             self.seen[name] = states
             self.mode()

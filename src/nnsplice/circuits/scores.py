@@ -60,7 +60,7 @@ def scores_of(result: Any) -> Scores:
     """What a result says of edges, where it does, or of heads and MLPs.
 
     Raises:
-        BadArgument: its scores are NaN, or of single tokens, or of places that no circuit is made of.
+        BadArgument: its scores are NaN, or of single tokens, or of sites that no circuit is made of.
     """
     if not isinstance(result, SweepResult):
         raise BadType(

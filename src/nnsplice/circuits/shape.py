@@ -52,12 +52,12 @@ class Shape:
 
     @cached_property
     def sender_number(self) -> Mapping[Path, int]:
-        """Sender -> its place among the senders."""
+        """Sender -> its index among the senders."""
         return {path: number for number, path in enumerate(self.senders)}
 
     @cached_property
     def receiver_number(self) -> Mapping[Path, int]:
-        """Receiver -> its place among the receivers."""
+        """Receiver -> its index among the receivers."""
         return {path: number for number, path in enumerate(self.receivers)}
 
     @cached_property

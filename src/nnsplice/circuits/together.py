@@ -1,4 +1,4 @@
-"""Whether places act together: what two of them do beyond what each does, around the corrupted and the clean run."""
+"""Whether sites act together: what two of them do beyond what each does, around the corrupted and the clean run."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def interactions(
             raise BadArgument("interactions are of one metric", expected="one metric, such as ns.logit_diff")
         # `there` begins at the corrupted run, `back` at the clean one.
         up, down = (_beyond(table.values - table.corrupted[:, None], len(places), chosen) for table in (there, back))
-        down[:, : len(places)] *= -1.0  # of one place, what is lost
+        down[:, : len(places)] *= -1.0  # of one site, what is lost
         moved = np.stack([up, down], -1)
         ends = {name: np.stack([getattr(there, name)] * 2, -1) for name in ("clean", "corrupted")}
         asked = {**there.asked, "operation": "interactions", "pairs": [list(pair) for pair in chosen]}
@@ -109,7 +109,7 @@ def interactions(
 
 
 def _beyond(moved: np.ndarray, places: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """`[prompt, cell]`: how far each moves the metric, and of pairs what is more than their places' own."""
+    """`[prompt, cell]`: how far each moves the metric, and of pairs what is more than their sites' own."""
     found = moved.copy()
     for number, (a, b) in enumerate(pairs, places):
         found[:, number] -= moved[:, a] + moved[:, b]
@@ -121,7 +121,7 @@ def _places(model: engine.Model, sites: Paths) -> list[Path]:
     found = [place.at(path.position) for path in wanted for place in engine.expand(model, path.place)]
     places = sorted(dict.fromkeys(found), key=engine.known(model).rank)
     if len(places) < 2:
-        raise BadArgument(f"{len(places)} place, and two are needed to act together", expected="several sites")
+        raise BadArgument(f"{len(places)} site, and two are needed to act together", expected="several sites")
     return places
 
 
@@ -139,10 +139,10 @@ def _pairs(model: engine.Model, places: Sequence[Path], pairs: Any) -> list[tupl
         for end in map(parse_path, pair):
             same = [place.at(end.position) for place in engine.expand(model, end.place)]
             if len(same) != 1 or same[0] not in number:
-                raise BadArgument(f"{end} is none of the sites", expected="pairs of places that are among them")
+                raise BadArgument(f"{end} is none of the sites", expected="pairs of sites that are among them")
             at.append(number[same[0]])
         if at[0] == at[1]:
-            raise BadArgument(f"{pair[0]} with itself is no pair", expected="two places")
+            raise BadArgument(f"{pair[0]} with itself is no pair", expected="two sites")
         found[min(at), max(at)] = None
     if not found:
         raise BadArgument("no pairs", expected='"all", or pairs of paths')

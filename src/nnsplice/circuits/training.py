@@ -93,7 +93,7 @@ def train(
     small, _ = needed(wiring.shape, mask, from_embed=False, mixed=mixed)
     free = ablated(wiring.shape, mask, mixed)
     mean, cost = mean_of(model, wiring, reference)
-    # A place without an address is refused before anything is trained.
+    # A site without an address is refused before anything is trained.
     engine.expand(model, ["embed.output", "layers[:].heads[:].output", "layers[:].mlp.output"])
     trained, held = recipe.split(len(prompts))
     groups = list(_groups(model, wiring, prompts, position, room))

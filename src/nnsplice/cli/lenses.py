@@ -1,4 +1,4 @@
-"""`nnsplice lens`: what places of the stream say, and what parts of the model say to the logits."""
+"""`nnsplice lens`: what sites of the stream say, and what parts of the model say to the logits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nnsplice.results import SweepResult
 
 lens: typer.Typer = typer.Typer(
-    cls=Commands, rich_markup_mode=None, no_args_is_help=True, help="What places would say, and what they say directly."
+    cls=Commands, rich_markup_mode=None, no_args_is_help=True, help="What sites would say, and what they say directly."
 )
 app.add_typer(lens, name="lens")
 
@@ -34,7 +34,7 @@ Page = Annotated[Path | None, typer.Option("--page", metavar="FILE", help="Write
 def logit(
     model: ModelName,
     prompt: Prompt,
-    sites: Annotated[str, typer.Option(metavar="PATH", help="Places of the stream.")] = "layers[:].output[-1]",
+    sites: Annotated[str, typer.Option(metavar="PATH", help="Sites of the stream.")] = "layers[:].output[-1]",
     answer: Annotated[
         list[str] | None, typer.Option(metavar="TOKEN", help="Whose probability and rank: one for all, or for each.")
     ] = None,

@@ -1,4 +1,4 @@
-"""The places of a model as rows: place, values, width, and why a value is refused."""
+"""The sites of a model as rows: site, values, width, and why a value is refused."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _layers(name: str, parts: Iterable[Part], depth: int, attention: str | None,
 
 
 def _part(part: Part, depth: int, label: str, attention: str | None) -> Iterator[Row]:
-    """A row for each width and each reason, the first with the place's name."""
+    """A row for each width and each reason, the first with the site's name."""
     groups: dict[tuple[str, str], list[str]] = {}
     for value in part.values:
         groups.setdefault(_width(value, attention), []).append(f".{value.name}")

@@ -1,4 +1,4 @@
-"""The model's own modules as rows: attribute, class, shape of its weight, and the portable place that it is."""
+"""The model's own modules as rows: attribute, class, shape of its weight, and the portable site that it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnsplice.cli.listing import ranges
 from nnsplice.cli.table import Row
 from nnsplice.paths import Path
 
-HEAD: Row = ("module", "class", "weight", "portable place")
+HEAD: Row = ("module", "class", "weight", "portable site")
 
 
 def rows(atlas: Atlas, under: Path | None = None, *, collapse: bool = True) -> list[Row]:
@@ -33,7 +33,7 @@ class _Walk:
         self.shape = cache(self._shape)
 
     def module(self, name: str, label: str, depth: int, spelled: Mapping[str, str]) -> Iterator[Row]:
-        """A module and what lies below it; `spelled` says which numbers a portable place stands for."""
+        """A module and what lies below it; `spelled` says which numbers a portable site stands for."""
         node = self.nodes[name]
         if node.indexed and node.container and node.children:
             yield from self._entries(name, label, depth, spelled)

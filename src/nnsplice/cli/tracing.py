@@ -126,7 +126,7 @@ def trace(
 
     \b
     DIR/result.safetensors   the numbers, for ns.SweepResult.from_file
-    DIR/figure.png           a heatmap; one for each kind of place
+    DIR/figure.png           a heatmap; one for each kind of site
     DIR/page.html            a page for a browser
     DIR/journal.jsonl        what a stopped run goes on from, with --resume
     DIR/run                  the same with --on: finished units, for nnsplice status, work and merge

@@ -1,4 +1,4 @@
-"""`nnsplice mask`: which weights belong to a place."""
+"""`nnsplice mask`: which weights belong to a site."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def mask(
     plain: Annotated[bool, typer.Option("--plain", help="One parameter's name per line, and nothing else.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Which parameters of MODEL belong to a place, and how much of each. Nothing is run.
+    """Which parameters of MODEL belong to a site, and how much of each. Nothing is run.
 
     \b
     nnsplice mask toy l1h0
     nnsplice mask toy "l1 mlp" l2h3
     nnsplice mask toy 'layers[0:3].attn.q' --plain
 
-    Several places are shown together. A key/value head that several heads share is shown with each of
+    Several sites are shown together. A key/value head that several heads share is shown with each of
     them, with a note: what acts on weights takes it with the whole group (l1g0).
     """
     from nnsplice.weights import create_param_masks, preview_weight_restriction

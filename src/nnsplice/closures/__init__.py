@@ -1,6 +1,6 @@
-"""What portable places promise, measured on the model itself before they are used.
+"""What portable sites promise, measured on the model itself before they are used.
 
-promises    the kinds of places, what each promises, and how a promise is measured against rounding
+promises    the kinds of sites, what each promises, and how a promise is measured against rounding
 seen        one forward pass with the values kept that promises are made of
 streams     the branches add up; the stream between them
 heads       one head, one slice; patterns

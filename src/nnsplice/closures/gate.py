@@ -1,4 +1,4 @@
-"""Measure what a kind of place promises before it is used for the first time, and refuse what does not hold.
+"""Measure what a kind of site promises before it is used for the first time, and refuse what does not hold.
 
 Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for the stream, one for what is
 written between attention and MLP, and for experts three calls of theirs.
@@ -165,7 +165,7 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise RefusedPlace(
-                f"what portable places of {type(peel(model)).__name__} promise could not be measured: a short run "
+                f"what portable sites of {type(peel(model)).__name__} promise could not be measured: a short run "
                 f"failed with {reason}",
                 expected="a model that runs with a few tokens, or an input to run it with",
                 write="ns.expand(model, paths, probe=example_input) once, or native paths",

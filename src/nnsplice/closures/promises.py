@@ -1,4 +1,4 @@
-"""What a portable place promises, by its kind, and the result of measuring it."""
+"""What a portable site promises, by its kind, and the result of measuring it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Kind = Literal[
 #: What closures call the tower of cross-attention: its layers are the decoder's.
 CROSS = "cross"
 
-#: Kind -> how a message calls its places, and what they promise.
+#: Kind -> how a message calls its sites, and what they promise.
 PROMISES: dict[Kind, tuple[str, str]] = {
     "stream": (
         ".input and .output",
@@ -81,7 +81,7 @@ class Closure:
 
 
 def kind_of(path: Path) -> Kind | None:
-    """The kind of an expanded path; None for a native one and for places that are what their module's name says."""
+    """The kind of an expanded path; None for a native one and for sites that are what their module's name says."""
     names = [step.name for step in path.steps]
     if path.native or names[0] not in ("layers", "embed"):
         return None

@@ -60,7 +60,7 @@ def look(model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: 
     """Run a model once and keep what its closures need.
 
     Args:
-        write: put into every place between attention and MLP, as a replay would; no gradients are kept then.
+        write: put into every site between attention and MLP, as a replay would; no gradients are kept then.
     """
     root, atlas = peel(model), Atlas.of(model)
     args, kwargs = example

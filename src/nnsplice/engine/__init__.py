@@ -5,7 +5,7 @@ models      what is asked of a model as a whole
 digest      what tells its weights from those of another of its name
 memory      how much of it runs at once
 recording   the order of its modules, recorded once
-places      paths -> places of the model, in that order
+sites      paths -> sites of the model, in that order
 anyio_first what has to be imported before nnsight
 arguments   what a call was given, by name, and how many tokens came before
 batch       where the prompts' own tokens stand in a run

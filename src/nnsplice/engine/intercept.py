@@ -72,7 +72,7 @@ _taps: weakref.WeakKeyDictionary[nn.Module, dict[str, _Tap]] = weakref.WeakKeyDi
 
 
 class Interception:
-    """One change that stands in a model until it is removed; several may stand at one place, whatever their order."""
+    """One change that stands in a model until it is removed; several may stand at one site, whatever their order."""
 
     def __init__(self, module: nn.Module, end: str, change: Change) -> None:
         self.module: nn.Module = module

@@ -1,4 +1,4 @@
-"""Paths -> places of one model, in the order of its forward pass."""
+"""Paths -> sites of one model, in the order of its forward pass."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def listed(paths: Paths) -> tuple[str | Path, ...]:
     return several
 
 
-#: A path that was asked for becomes places, each with the number of the path that named it.
+#: A path that was asked for becomes sites, each with the number of the path that named it.
 Arranged = list[tuple[Path, int]]
 #: Where an expanded path stands; paths compare by it.
 Rank = tuple[int, int, tuple[int, int], int, tuple[int | str, ...]]
@@ -78,8 +78,8 @@ class Known:
         return (self.order.rank(site), *within, position_rank(path.position))
 
     def arrange(self, paths: tuple[str | Path, ...]) -> Arranged:
-        """The places of these paths in execution order; a place that is named twice comes twice."""
-        # By their texts: paths that another model has told apart may be equal and mean different places here.
+        """The sites of these paths in execution order; a site that is named twice comes twice."""
+        # By their texts: paths that another model has told apart may be equal and mean different sites here.
         texts = tuple(map(str, paths))
         if texts not in self._plans:
             for path in map(parse_path, paths):

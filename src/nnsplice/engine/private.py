@@ -1,7 +1,7 @@
 """The names of nnsight that are private and used by `tracing`: where each stands, and what to say when one has moved.
 
 nnsight moves private names between versions. A name is sought at the places of its row, in their order, so what moves
-next is a new place in a row; a name that is nowhere is told with the version that is installed, at the first import and
+next is a new entry in a row; a name that is nowhere is told with the version that is installed, at the first import and
 not in the middle of somebody's run.
 """
 
@@ -32,7 +32,7 @@ USED: dict[str, tuple[str, ...]] = {
 
 
 def find(name: str) -> Any:
-    """A private name of nnsight, from the first of its places that has it.
+    """A private name of nnsight, from the first module that has it.
 
     >>> from nnsplice.engine import private
     >>> private.find("Mediator").__name__

@@ -1,7 +1,7 @@
 """Whether what was read from a model's structure is what it runs: its recorded order tells.
 
 with_proof     an atlas without its towers, where the decoder does not stand between embedding and logits
-check_calls    an error for a place of a layer that runs more often than the atlas knows
+check_calls    an error for a site of a layer that runs more often than the atlas knows
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _doubt(atlas: Atlas, order: Order) -> Doubt | None:
 
 
 def check_calls(atlas: Atlas, order: Order, path: Path) -> None:
-    """Raise for a place of a layer that runs more often than the atlas knows, as a path cannot say which call it means.
+    """Raise for a site of a layer that runs more often than the atlas knows, as a path cannot say which call it means.
 
     Raises:
         RefusedPlace: it runs several times.

@@ -77,7 +77,7 @@ def runs_alone(model: Model) -> bool:
 
 
 def refuse_replaced(model: Any, names: Iterable[str]) -> None:
-    """Raise where a `forward` that was put in a module's place makes other values than those that are read of it.
+    """Raise where a `forward` that was put in a module's site makes other values than those that are read of it.
 
     Args:
         names: the modules that are read or written, from the bare model.

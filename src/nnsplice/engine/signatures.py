@@ -25,7 +25,7 @@ class Taken:
 
     @property
     def first(self) -> str | None:
-        """The first argument, which most modules are called with by place."""
+        """The first argument, which most modules are called with by site."""
         return self.names[0] if self.names else None
 
     def takes(self, name: str) -> bool:

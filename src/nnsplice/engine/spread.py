@@ -88,7 +88,7 @@ def whole(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any
         if not same:
             raise BadArgument(
                 f"{name} is another tensor in each process: a part, or a summand, of what it is called",
-                expected="a place that every process has whole, such as the stream, attention, the MLP",
+                expected="a site that every process has whole, such as the stream, attention, the MLP",
                 write="use_local_output=False in the plan of its module, which says how it is spread",
             )
     return value, None

@@ -2,7 +2,7 @@
 
 What of nnsight is private is found by `private` and used here alone; `tests/engine/test_tracing.py` fails when nnsight
 changes it: a
-worker's `Mediator` (which visit of a place it waits for, which rows are its own), the names of submodules that nnsight
+worker's `Mediator` (which visit of a site it waits for, which rows are its own), the names of submodules that nnsight
 moves, the body that a module's controller calls and whose `forward` stands before it, and how it tells
 `with loss.backward():` from a plain call.
 """

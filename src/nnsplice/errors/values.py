@@ -44,7 +44,7 @@ class KeyMismatch(NnspliceError, ValueError):
     >>> one, other = (ns.capture(model, "w3 w4", f"layers[{i}].output[-1]") for i in (0, 1))
     >>> one - other
     Traceback (most recent call last):
-    nnsplice.errors.KeyMismatch: two captures of different places
+    nnsplice.errors.KeyMismatch: two captures of different sites
       only in the left: layers[0].output[-1]
       only in the right: layers[1].output[-1]
       expected: the same keys in both
@@ -59,7 +59,7 @@ class DuplicatePath(NnspliceError, ValueError):
     >>> one | other
     Traceback (most recent call last):
     nnsplice.errors.DuplicatePath: 1 path in both captures: layers[1].output[-1]
-      expected: captures of different places or positions
+      expected: captures of different sites or positions
       write: a | b.subset([...])
     """
 

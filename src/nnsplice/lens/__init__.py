@@ -1,4 +1,4 @@
-"""Lenses: what a place would say, and what it says to the metric directly.
+"""Lenses: what a site would say, and what it says to the metric directly.
 
 logit       the model's own norm and head on any state of the stream
 direct      the metric as a sum of what heads, MLPs and embeddings add

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DiffLens:
-    """The mean difference of the tuned model's states and the base model's, at each place and each of the first tokens.
+    """The mean difference of the tuned model's states and the base model's, at each site and each of the first tokens.
 
     >>> saved = ns.SavedActivation.from_pairs(("layers[1].output[0]", torch.ones(1, 16)))
     >>> ns.lens.DiffLens(saved, torch.tensor([[7]]), torch.tensor([[0.5]]), {7: "a"}).tokens()["token"].tolist()
     ['a']
 
     Attributes:
-        differences: one row; the keys are places with the tokens' numbers.
+        differences: one row; the keys are sites with the tokens' numbers.
         ids: for each key the tokens that its difference says, the likeliest first.
         shares: their probabilities.
         texts: the tokens' texts.
@@ -59,25 +59,25 @@ class DiffLens:
         return pd.DataFrame(rows, columns=["layer", "position", "rank", "token", "probability", "path"])
 
     def vector(self, place: str | Path) -> SteeringVector:
-        """The mean difference of one place over its tokens, as a steering vector.
+        """The mean difference of one site over its tokens, as a steering vector.
 
         Args:
-            place: one of the places that were read, without a position.
+            site: one of the sites that were read, without a position.
 
         Returns:
-            The vector, of one place.
+            The vector, of one site.
 
         Raises:
-            UnknownPath: a place that was not read.
-            BadArgument: several places, whose mean is a vector of none of them.
+            UnknownPath: a site that was not read.
+            BadArgument: several sites, whose mean is a vector of none of them.
         """
         chosen = self.differences.subset(place)
         places = {str(parse_path(key).place) for key in chosen}
         if len(places) > 1:
             raise BadArgument(
-                f"{place} names {len(places)} places, and a vector is of one",
+                f"{place} names {len(places)} sites, and a vector is of one",
                 expected=f"one of {', '.join(sorted(places))}",
-                write=f"[read.vector(place) for place in {sorted(places)}]",
+                write=f"[read.vector(site) for site in {sorted(places)}]",
             )
         mean = torch.stack([value.reshape(1, -1) for _, value in chosen.items()]).mean(0)
         key = parse_path(next(iter(chosen))).place
@@ -115,18 +115,18 @@ def diff_lens(
         base: the model before tuning.
         tuned: the tuned model, of the same shape and tokenizer.
         prompts: text that has nothing to do with the tuning.
-        sites: places of the stream, without positions.
+        sites: sites of the stream, without positions.
         first: how many of each prompt's first tokens.
         k: how many tokens of each difference are kept.
 
     Returns:
-        The mean differences over the prompts, at each place and each of the first tokens, and their likeliest tokens.
+        The mean differences over the prompts, at each site and each of the first tokens, and their likeliest tokens.
 
     Raises:
         BadArgument: models in train mode, with edits of nnsight, of different tokens, or the same model twice; `first`
             below 1.
         RefusedPlace: a site that is not the residual stream or has a position, or a model without a decoder and a head.
-        ShapeError: a place that has different widths in the two models.
+        ShapeError: a site that has different widths in the two models.
         ShortRow: a prompt has fewer than `first` tokens.
     """
     base, tuned = engine.as_model(base), engine.as_model(tuned)

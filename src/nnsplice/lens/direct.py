@@ -51,7 +51,7 @@ def direct(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> SweepResult:
-    """What every place adds to the metric directly: direct logit attribution, with the final norm's size held still.
+    """What every site adds to the metric directly: direct logit attribution, with the final norm's size held still.
 
     The cells of a prompt and `result.rest` (biases, and what was not asked about, each computed by itself) are the
     metric, before a final softcap. That is measured on every job; a model of which it does not hold is refused.
@@ -76,12 +76,12 @@ def direct(
         progress: show a bar.
 
     Returns:
-        A cell for each place, in units of the metric; `result.rest` has the remainder of each prompt.
+        A cell for each site, in units of the metric; `result.rest` has the remainder of each prompt.
 
     Raises:
         BadArgument: a model in train mode or with edits of nnsight, several metrics or one that compares runs, an
             answer of several tokens, no sites, a branch together with its parts, or a position other than the metric's.
-        RefusedPlace: a metric that is not linear in the logits, a place that adds nothing by itself, or a model whose
+        RefusedPlace: a metric that is not linear in the logits, a site that adds nothing by itself, or a model whose
             metric is not the sum of the parts.
         ShortRow: a prompt has no token at the metric's position.
     """

@@ -87,14 +87,14 @@ class FittedLens:
         )  # fmt: skip
 
     def check(self, model: engine.Model, places: Sequence[Path]) -> None:
-        """Raise for another model than it was fitted to, or a place that it has no map for.
+        """Raise for another model than it was fitted to, or a site that it has no map for.
 
         Args:
             model: the model to read.
-            places: the places to read.
+            sites: the sites to read.
 
         Raises:
-            BadArgument: the model has other weights, or a place is no output of a fitted layer.
+            BadArgument: the model has other weights, or a site is no output of a fitted layer.
         """
         if engine.weights_digest(model) != self.about.get("weights"):
             raise BadArgument(
@@ -106,7 +106,7 @@ class FittedLens:
         for place in places:
             if layers.get(site_of(place)) not in self.layers:
                 raise BadArgument(
-                    "this lens was not fitted at this place",
+                    "this lens was not fitted at this site",
                     path=place,
                     expected=f"layers[{','.join(map(str, self.layers))}].output",
                 )
@@ -116,7 +116,7 @@ class FittedLens:
 
         Args:
             model: the model that the lens was fitted to.
-            place: the output of a fitted layer.
+            site: the output of a fitted layer.
             states: `[row, width]`.
 
         Returns:

@@ -1,4 +1,4 @@
-"""`Lens`: what places of the stream say, as a result of numbers and the tokens that come first."""
+"""`Lens`: what sites of the stream say, as a result of numbers and the tokens that come first."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class Lens:
         return visible(self.texts.get(int(self.ids[prompt, cell, 0]), ""))
 
     def __repr__(self) -> str:
-        told = f"Lens: the first {self.ids.shape[2]} tokens of {self.ids.shape[1]} places\n"
+        told = f"Lens: the first {self.ids.shape[2]} tokens of {self.ids.shape[1]} sites\n"
         return told + repr(self.result)
 
     def _repr_html_(self) -> str:

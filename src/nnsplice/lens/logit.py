@@ -44,7 +44,7 @@ def logit(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Lens:
-    """Read the stream at places as the model reads it at its end: its own final norm and head (the logit lens).
+    """Read the stream at sites as the model reads it at its end: its own final norm and head (the logit lens).
 
     At the last layer it says what the model says; that is tried on these prompts, and a model of which it does not
     hold is refused.
@@ -58,7 +58,7 @@ def logit(
     Args:
         model: a model from `ns.load`, in eval mode.
         prompts: a text, a list of texts, token ids or chat messages.
-        sites: places of the stream: `layers[i].output`, `.input`, `.mid`, `embed`; without positions, every position is
+        sites: sites of the stream: `layers[i].output`, `.input`, `.mid`, `embed`; without positions, every position is
             a cell of its own.
         answers: a token for all prompts or for each, whose probability and rank every cell tells; a set of tokens
             counts as one.
@@ -72,9 +72,9 @@ def logit(
         The probabilities and the likeliest tokens of every cell.
 
     Raises:
-        BadArgument: a model in train mode or with edits of nnsight, a set of places, a span of several tokens, or a
+        BadArgument: a model in train mode or with edits of nnsight, a set of sites, a span of several tokens, or a
             fitted lens of another model or other layers.
-        RefusedPlace: a place that is no state of the stream, or a model whose norm and head do not make its logits of
+        RefusedPlace: a site that is no state of the stream, or a model whose norm and head do not make its logits of
             the last layer's output.
     """
     start = time.perf_counter()
@@ -170,7 +170,7 @@ def _largest(logits: Tensor) -> Tensor:
     return logits.softmax(-1).amax(-1)
 
 
-# --- which places -----------------------------------------------------------------------------------------------------
+# --- which sites -----------------------------------------------------------------------------------------------------
 
 
 def check_state(target: Target, tower: Tower) -> None:
@@ -178,11 +178,11 @@ def check_state(target: Target, tower: Tower) -> None:
     path = target.places[0]
     if target.is_set:
         raise BadArgument(
-            "a set of places has no one state that could be read", path=target.cell.path, expected="single places"
+            "a set of sites has no one state that could be read", path=target.cell.path, expected="single sites"
         )
     if not is_stream(path, tower):
         raise RefusedPlace(
-            "this place is no state of the stream, which is what the model's head reads",
+            "this site is no state of the stream, which is what the model's head reads",
             path=path,
             expected="layers[i].output, layers[i].input, layers[i].mid or embed",
             write="ns.lens.direct(model, prompts, metric, sites)   (what a branch adds to the metric)",
@@ -196,7 +196,7 @@ def check_state(target: Target, tower: Tower) -> None:
 
 
 def is_stream(path: Path, tower: Tower) -> bool:
-    """Whether a place is the stream, before, within or behind a layer."""
+    """Whether a site is the stream, before, within or behind a layer."""
     site = site_of(path)
     if site.columns is not None or site.index is not None:
         return False

@@ -119,11 +119,11 @@ def patchscope(
     Args:
         model: a model from `ns.load`, in eval mode.
         source_prompts: the prompts that states are taken from.
-        sites: places of the stream, `layers[i].output`, `.input` or `embed`; without positions, every position is a
+        sites: sites of the stream, `layers[i].output`, `.input` or `embed`; without positions, every position is a
             cell of its own.
         target_prompt: the prompt that they are written into, such as `"cat -> cat; 135 -> 135; hello -> hello; ?"`.
         position: the token of the target prompt whose state is replaced.
-        target: the place where they are written, `"layers[0].output"`; where left out, the place they were taken from.
+        target: the site where they are written, `"layers[0].output"`; where left out, the site they were taken from.
         max_new_tokens: how many tokens are generated, at most.
         spans: where named spans of the source prompts stand.
         max_tokens: how many tokens run at once.
@@ -134,7 +134,7 @@ def patchscope(
 
     Raises:
         BadArgument: a model without a tokenizer, in train mode or with edits of nnsight, or several target prompts.
-        RefusedPlace: a place that is no state of the stream, or a target that is not where the stream enters or leaves
+        RefusedPlace: a site that is no state of the stream, or a target that is not where the stream enters or leaves
             a layer.
         ShortRow: the target prompt has no such position.
     """
@@ -205,7 +205,7 @@ def _where(model: engine.Model, place: str | Path) -> Site:
         raise RefusedPlace(
             "states are written where the stream enters or leaves a layer",
             path=place,
-            expected="one place: layers[i].output, layers[i].input or embed, without a position",
+            expected="one site: layers[i].output, layers[i].input or embed, without a position",
         )
     return site_of(found[0])
 

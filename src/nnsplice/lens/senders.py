@@ -17,7 +17,7 @@ class Asked:
     """What is asked of one branch: itself, or its heads, neurons or experts."""
 
     branch: Branch
-    #: Place -> the number of its cell.
+    #: Site -> the number of its cell.
     cells: dict[Path, int]
     #: Every expert of the layer, where experts are asked about.
     experts: tuple[Path, ...] = ()
@@ -50,12 +50,12 @@ def senders_of(model: engine.Model, branches: Branches, sites: Paths) -> Senders
     """What sites ask for.
 
     Raises:
-        RefusedPlace: a place that is no part of the sum.
+        RefusedPlace: a site that is no part of the sum.
         BadArgument: a branch and its own parts, which would count twice.
     """
     wanted = engine.listed(sites)
     if not wanted:
-        raise BadArgument("no sites", expected="at least one place, such as layers[:].heads[:]")
+        raise BadArgument("no sites", expected="at least one site, such as layers[:].heads[:]")
     known = engine.known(model)
     places: dict[Path, None] = {}
     for pattern in map(parse_path, wanted):
@@ -106,7 +106,7 @@ def _checked(model: engine.Model, one: Asked, place: Path) -> Asked:
     if (site.module, site.end, site.kind) == (last, "input", "plain") and site.columns is not None:
         return one
     raise RefusedPlace(
-        "this place adds nothing to the stream by itself",
+        "this site adds nothing to the stream by itself",
         path=place,
         expected="embed, heads, attn.output, mlp.output, neurons, experts",
     )
@@ -124,7 +124,7 @@ def check_positions(sites: Paths, reads: int) -> None:
             raise BadArgument(
                 f"what is added at other tokens than [{reads}], which the metric reads, is no direct part of it: 0",
                 path=pattern,
-                expected="places without positions",
+                expected="sites without positions",
                 write=str(pattern.place),
             )
 

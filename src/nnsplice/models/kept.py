@@ -51,7 +51,7 @@ def kept(
         name: what the folder's name begins with.
         tool: what makes the folder, with its version: another version makes it anew.
         make: writes the checkpoint into an empty folder, and returns what source.json says of it besides.
-        digest: of the contents, where it is known what they have to be: copies in several places then share a folder.
+        digest: of the contents, where it is known what they have to be: copies in several sites then share a folder.
 
     Raises:
         WriteFailed: the disk does not take it.

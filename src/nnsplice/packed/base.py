@@ -34,7 +34,7 @@ class Base:
     #: For edits that all rows share, such as the noise of a causal trace: while this context lasts, a call of the model
     #: is the run that rows start from.
     around: Around = plainly
-    #: Places, as `expand` returns them, whose values are kept of the runs.
+    #: Sites, as `expand` returns them, whose values are kept of the runs.
     keep: tuple[Path, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -157,7 +157,7 @@ def knockout(model: Any, edges: Paths) -> Iterator[None]:
             wanted.setdefault(_called(root, site), []).append((site.index, path.position, path.key, str(path)))
     if not wanted:
         raise BadArgument("no edges, so nothing is cut", expected="at least one path")
-    # What places promise is measured with the attention that the model has.
+    # What sites promise is measured with the attention that the model has.
     closures.measure(model, ["stream", "mid", "experts"])
     spread = _Spread({})
     cutting = Cutting({called: lambda call, some=some: spread.of(call, some) for called, some in wanted.items()})

@@ -23,7 +23,7 @@ Find = Callable[[int, int], int | None]
 
 
 def edited(values: Tensor, edits: Sequence[Numbered], find: Find) -> Tensor:
-    """A copy of `[token, width]` with these edits done; all of them at one place, or of the whole width."""
+    """A copy of `[token, width]` with these edits done; all of them at one site, or of the whole width."""
     alike: dict[Change, list[tuple[int, Edit]]] = {}
     parts: dict[tuple[PartChange, str], list[tuple[int, Edit]]] = {}
     for number, placed in edits:
@@ -79,7 +79,7 @@ Readings = dict[tuple[int, Read], Tensor]
 
 
 def read(values: Tensor, reads: Sequence[Numbered], find: Find, into: Readings) -> None:
-    """Keep what stands in `[token, width]` at the tokens that reads of this place ask for."""
+    """Keep what stands in `[token, width]` at the tokens that reads of this site ask for."""
     found: dict[tuple[int, Read], list[int]] = {}
     for number, placed in reads:
         assert isinstance(placed.what, Read)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nnsplice.errors import RefusedPlace
 from nnsplice.packed.indices import on
 
-#: A row of a batch, a head, a query and a key, by their places in the attention's own tensors.
+#: A row of a batch, a head, a query and a key, by their indices in the attention's own tensors.
 Edge = tuple[int, int, int, int]
 #: Why a model is refused whose tokens change those before them.
 LATER = "its attention lets tokens see later ones"

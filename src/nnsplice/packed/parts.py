@@ -34,10 +34,10 @@ class PartChange:
 
 
 def is_part(place: Path) -> bool:
-    """Whether a place is a feature or an error."""
+    """Whether a site is a feature or an error."""
     return site_of(place).kind in features.KINDS
 
 
 def home(place: Path) -> Site:
-    """Where the value stands that a place is a part of, or that it is."""
+    """Where the value stands that a site is a part of, or that it is."""
     return site_of(host(place) if is_part(place) else place)

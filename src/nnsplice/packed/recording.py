@@ -63,7 +63,7 @@ class Recording:
     masks: Mapping[nn.Module, Tensor | None]
     #: How attention modules were called, where they run code of their own; else empty.
     whole: Whole
-    #: By its site, the values of each place that `Base.keep` names: `[token, width]`.
+    #: By site, the values that `Base.keep` names: `[token, width]`.
     kept: Mapping[Site, Tensor]
     #: The model's own head.
     head: heads.Head

@@ -1,7 +1,7 @@
 """Rows: what is asked of the packed engine, and where each begins among the blocks.
 
-A row is one prompt with some edits: places that get other values on the way. It asks for the state that leaves the last
-block at one token, for values of places behind the edits, or for both.
+A row is one prompt with some edits: sites that get other values on the way. It asks for the state that leaves the last
+block at one token, for values of sites behind the edits, or for both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nnsplice.paths import Path
 #: What becomes of values: `([token, width] as the run computed them, [token, width] that were given or None)` -> new
 #: ones. Edits that share one are done in one call.
 Change = Callable[[Tensor, Tensor | None], Tensor]
-#: The width of a place -> `[position, width]` or a row for each position, or None where the change needs no values.
+#: The width of a site -> `[position, width]` or a row for each position, or None where the change needs no values.
 Values = Callable[[int], Tensor | Sequence[Tensor] | None]
 
 
@@ -35,13 +35,13 @@ def replaced(current: Tensor, value: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What one place of a row gets."""
+    """What one site of a row gets."""
 
     #: As `expand` returns it.
     place: Path
     #: Which of the prompt's tokens, each once.
     positions: tuple[int, ...]
-    #: A `PartChange` where the place is a feature or an error.
+    #: A `PartChange` where the site is a feature or an error.
     change: Change | PartChange
     values: Values
 
@@ -52,7 +52,7 @@ class Edit:
 
     @classmethod
     def made(cls, model: Any, place: Path, positions: Sequence[int], change: Change, values: Values) -> Edit:
-        """A change of any place, a feature or an error of an attached SAE too."""
+        """A change of any site, a feature or an error of an attached SAE too."""
         changed = PartChange(features.sae_of(model, place), change) if is_part(place) else change
         return cls(place, tuple(positions), changed, values)
 
@@ -81,7 +81,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A place of a row whose values are wanted, after the edits before it."""
+    """A site of a row whose values are wanted, after the edits before it."""
 
     place: Path
     positions: tuple[int, ...]

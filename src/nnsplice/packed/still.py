@@ -1,8 +1,8 @@
-"""Rows whose branches stand still: what an edit does to the stream by itself, and what later places read of that.
+"""Rows whose branches stand still: what an edit does to the stream by itself, and what later sites read of that.
 
 A branch is an attention or an MLP. Where every branch but the edited one adds what it added in the recorded run, an
 edit moves the stream by one difference, from where it is made to the end. So no block has to run between the edit and a
-place that reads it; and a block that is read runs only as far as the last place that is.
+site that reads it; and a block that is read runs only as far as the last site that is.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ Moved = tuple[tuple[int, ...], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One attention or MLP: its layer, and the place of what it adds to the stream."""
+    """One attention or MLP: its layer, and the site of what it adds to the stream."""
 
     layer: int
     added: Path
 
     @property
     def site(self) -> Site:
-        """The place as the model has it."""
+        """The site as the model has it."""
         return site_of(self.added)
 
 
@@ -121,7 +121,7 @@ def _walker(recording: Recording, homes: Homes, asked: StillRow) -> _Walker:
 def _is_narrow(row: Begun, recording: Recording) -> bool:
     """Whether no token of the row reads what is moved at another one."""
     inside = [edit for edit in row.edits if edit.where not in ("input", "output")]
-    # A second edited place would be reached by the first, and attention then mixes its tokens.
+    # A second edited site would be reached by the first, and attention then mixes its tokens.
     if len({edit.layer for edit in inside}) > 1 or (inside and len(inside) < len(row.edits)):
         return False
     if any(edit.where == "keys" for edit in inside):

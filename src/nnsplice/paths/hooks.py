@@ -1,7 +1,7 @@
-"""Hook names of TransformerLens, and the portable place that each one means.
+"""Hook names of TransformerLens, and the portable site that each one means.
 
     HOOKS       hook name -> portable text
-    REFUSED     hook name -> why it has no portable place, and what to write instead
+    REFUSED     hook name -> why it has no portable site, and what to write instead
     portable    one hook name, with its layer -> portable text
 
 `{n}` stands for the number of the layer. A name that is in neither table is answered with the closest ones.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from nnsplice.errors import PathError, RefusedPlace, closest
 
-#: What each hook means. TransformerLens indexes heads inside a hook; here they belong to the place: `hook_z` is all.
+#: What each hook means. TransformerLens indexes heads inside a hook; here they belong to the site: `hook_z` is all.
 HOOKS = MappingProxyType(
     {
         "blocks.{n}.hook_resid_pre": "layers[{n}].input",
@@ -35,19 +35,19 @@ HOOKS = MappingProxyType(
 
 
 class Refusal(NamedTuple):
-    """Why a hook has no portable place, and what to write instead (None: nothing comes near)."""
+    """Why a hook has no portable site, and what to write instead (None: nothing comes near)."""
 
     reason: str
     write: str | None = None
 
 
 _NO_NORM = Refusal(
-    "the inside of a block's norm has no name here, because families put it in different places",
+    "the inside of a block's norm has no name here, because families put it in different sites",
     "layers[{n}].input or layers[{n}].mid",
 )
 _AFTER_ROTARY = Refusal("q and k are read before the rotary embedding here, and this hook stands after it")
 
-#: Hooks that exist in TransformerLens, but whose value no portable place has.
+#: Hooks that exist in TransformerLens, but whose value no portable site has.
 REFUSED = MappingProxyType(
     {
         "hook_embed": Refusal(
@@ -91,7 +91,7 @@ def portable(hook: str) -> str:
     >>> portable("blocks.5.attn.hook_z")
     'layers[5].heads[:].output'
 
-    Raises `RefusedPlace` for a hook that has no portable place, `PathError` for a name that is no hook.
+    Raises `RefusedPlace` for a hook that has no portable site, `PathError` for a name that is no hook.
     """
     found = _LAYER.match(hook)
     layer = found.group(1) if found else "0"

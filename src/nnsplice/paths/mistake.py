@@ -18,7 +18,7 @@ class Mistake:
     'embed'
     """
 
-    #: Matches the whole of a wrong text, in any case. A group `at` places the caret.
+    #: Matches the whole of a wrong text, in any case. A group `at` sites the caret.
     pattern: str
     #: What is wrong; may name groups of the pattern, as `{at}`.
     message: str

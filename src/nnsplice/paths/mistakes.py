@@ -180,7 +180,7 @@ _NATIVE = (
     ),
     Mistake(
         r"model(?P<at>)",
-        "model alone is no place; what it returns is its output, and all its parameters are full",
+        "model alone is no site; what it returns is its output, and all its parameters are full",
         "model.output",
         ("model",),
     ),

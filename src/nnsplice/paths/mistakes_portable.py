@@ -1,7 +1,7 @@
 """Mistakes in portable paths and their short forms: rows of the table in mistakes.py.
 
     SHORT       short forms, `l5h3`
-    ROLES       a role or a value at the wrong place
+    ROLES       a role or a value in the wrong position
     NAMES       other names of a role
 
 The rows are tried in this order.
@@ -127,7 +127,7 @@ ROLES = (
     ),
     Mistake(
         r"(?P<tower>encoder|decoder)(?P<at>)",
-        "a tower alone is no place",
+        "a tower alone is no site",
         "{tower}.layers[:]",
         ("encoder", "Decoder"),
     ),
@@ -139,7 +139,7 @@ ROLES = (
     ),
     Mistake(
         rf"(?P<place>(?!model\b).*(?:embed|final_norm|attn|mlp|layers{BRACKET}|heads{BRACKET}))(?P<at>{BRACKET})(?P<position>{BRACKET})",
-        "a place takes one position",
+        "a site takes one position",
         "{place}{position}",
         ("embed[0][-1]", "layers[5][0][-1]", "layers[5].attn[0][-1]"),
     ),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Node = Tree[Token]
 
-#: Sweeps go over some ten thousand places; a Path with its text takes about a kilobyte.
+#: Sweeps go over some ten thousand sites; a Path with its text takes about a kilobyte.
 _REMEMBERED = 32_768
 
 
@@ -79,7 +79,7 @@ def reads(text: str) -> bool:
 def _parse(text: str) -> Path:
     stripped = text.strip()
     if not stripped:
-        raise PathError("an empty text is no path", expected="a place of a model", write="layers[5].output[-1]")
+        raise PathError("an empty text is no path", expected="a site of a model", write="layers[5].output[-1]")
     try:
         tree = _tree(stripped)
     except _lark_error() as error:
@@ -117,7 +117,7 @@ _SHORT = {"short": "layers", "heads_short": "heads", "groups_short": "groups"}
 
 
 def _fold(tree: Node) -> Path:
-    """Read the flat list of places, value, item and position that a tree is."""
+    """Read the flat list of sites, value, item and position that a tree is."""
     if tree.data == "hook":
         return _hook(tree)
     native = tree.data == "native"

@@ -62,7 +62,7 @@ def index_text(index: Index | Position) -> str:
 
 
 def position_rank(position: Position | None) -> tuple[int | str, ...]:
-    """The order of positions of one place: none, from the start, from the end, slices and lists, spans."""
+    """The order of positions of one site: none, from the start, from the end, slices and lists, spans."""
     if position is None:
         return (0,)
     if isinstance(position, int):
@@ -85,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Dictionary:
-    """Part of an SAE that is attached to a place, by its name: some of its features, or what they leave out."""
+    """Part of an SAE that is attached to a site, by its name: some of its features, or what they leave out."""
 
     name: str
     #: Which features; None for the error.
@@ -118,7 +118,7 @@ class Path:
         item: the element of a container value (`attn.output[0][-1]` has item 0).
         position: the token positions; None if left open.
         key: the key positions of a pattern, for an edge of attention.
-        sae: the attached SAE whose features or error are meant; None for the place itself.
+        sae: the attached SAE whose features or error are meant; None for the site itself.
         site: the identity in one model, set by `ns.expand`.
     """
 
@@ -128,7 +128,7 @@ class Path:
     native: bool = False
     #: `"encoder"` or `"decoder"` where the text says so (portable paths only).
     tower: str | None = None
-    #: What of the place: one of `ACTIVATION_VALUES` or `WEIGHT_VALUES`; None where the text leaves it open.
+    #: What of the site: one of `ACTIVATION_VALUES` or `WEIGHT_VALUES`; None where the text leaves it open.
     value: str | None = None
     #: Which element of a container value (native paths only: `attn.output[0][-1]` has item 0).
     item: int | None = None
@@ -136,9 +136,9 @@ class Path:
     position: Position | None = None
     #: Of a pattern: which keys these tokens attend to, so that the path is an edge of attention.
     key: Position | None = None
-    #: Of a place with an SAE attached: which part of that.
+    #: Of a site with an SAE attached: which part of that.
     sae: Dictionary | None = None
-    #: The place in one model, set by `expand`; the identity of the path once it is there.
+    #: The site in one model, set by `expand`; the identity of the path once it is there.
     site: Any = field(default=None, repr=False)
 
     @cached_property

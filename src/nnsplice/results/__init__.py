@@ -2,7 +2,7 @@
 
 table           the measured values as plain arrays: Cell, Run, Table
 result          SweepResult: everything below as methods of one value
-kinds           which kind of place is meant
+kinds           which kind of site is meant
 measures        changes and shares of the way back, pooled over prompts
 uncertainty     intervals, tests and stability of averages over prompts
 labelled        grid with named axes, rows, the best cells
@@ -12,7 +12,7 @@ figure          which plane of a grid a figure shows
 page            a page that stands by itself; page.html is how it looks
 display         what a notebook shows
 files           a result on disk, and the digest that is its identity
-pairs           of two places each: a square figure, and both names in a table
+pairs           of two sites each: a square figure, and both names in a table
 zarr_files      the same as a Zarr store, a chunk for each prompt
 parquet         its rows as a Parquet file
 several         one of several metrics, and all of them side by side

@@ -1,4 +1,4 @@
-"""What a result shows of itself: how much was measured, its kinds of place, its scale, what it cost."""
+"""What a result shows of itself: how much was measured, its kinds of site, its scale, what it cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 8
 
 
 def text(table: Table, metric: str) -> str:
-    """A line for the whole, one for each kind of place, one for the ends, one for the run."""
+    """A line for the whole, one for each kind of site, one for the ends, one for the run."""
     first, *others = _lines(table, metric)
     return "\n".join([f"SweepResult: {first}", *(f"  {line}" for line in others)])
 
@@ -34,7 +34,7 @@ def _lines(table: Table, metric: str) -> list[str]:
     told = [f"{kind}, all tokens at once" if kind in whole else kind for kind in kinds[:SHOWN]]
     lines = [f"{cells}, {counted(prompts, 'prompt')}, {metric}{part}", *told]
     if len(kinds) > SHOWN:
-        lines.append(f"... and {counted(len(kinds) - SHOWN, 'more kind')} of place")
+        lines.append(f"... and {counted(len(kinds) - SHOWN, 'more kind')} of site")
     for at, name in enumerate(table.metrics):
         lines.append(f"{name}: clean {_ends(table.clean[:, at])}, corrupted {_ends(table.corrupted[:, at])}")
     if not table.metrics:
@@ -47,14 +47,14 @@ def _lines(table: Table, metric: str) -> list[str]:
     run = table.run
     if run.gate:
         passes = f"{run.gate:.3g} forward pass{'es' * (run.gate != 1)} of a 4-token prompt"
-        lines.append(f"what places promise was measured first: {passes}")
+        lines.append(f"what sites promise was measured first: {passes}")
     if run.executor:
         lines.append(f"{run.executor}, {run.seconds:.2f} s" + (f", {run.known} known without" if run.known else ""))
     return [*lines, run.note] if run.note else lines
 
 
 def _whole(table: Table) -> set[str]:
-    """The kinds of place whose cells change all tokens of a prompt at once; in a sweep of weights there are none."""
+    """The kinds of site whose cells change all tokens of a prompt at once; in a sweep of weights there are none."""
     if "align" not in table.asked:
         return set()
     split = {cell.component for cell in table.cells if (cell.position, cell.role, cell.set) != (None, None, None)}

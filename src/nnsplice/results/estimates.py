@@ -28,7 +28,7 @@ class Miss:
     """
 
     path: str
-    #: Where an edge was estimated: the place that it ends at.
+    #: Where an edge was estimated: the site that it ends at.
     receiver: str | None
     estimated: float
     exact: float
@@ -186,7 +186,7 @@ def recall(exact: np.ndarray, chosen: np.ndarray, weight: np.ndarray, k: int) ->
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The correlation of two orders; equal numbers share the mean of their places."""
+    """The correlation of two orders; equal numbers share the mean of their ranks."""
     if len(a) < 2:
         return float("nan")
     ranks = [_ranks(values) for values in (a, b)]
@@ -228,7 +228,7 @@ def edges(table: Table, prompt: int | None) -> pd.DataFrame:
 
     if table.edges is None:
         raise BadArgument(
-            "this result is about places, and has no edges between them",
+            "this result is about sites, and has no edges between them",
             write='ns.attribute(..., method="eap")',
         )
     labelled.check_prompt(table, prompt)

@@ -1,4 +1,4 @@
-"""Which kind of place a grid is of: `layers[:].mlp.output`, by its name or by any path to one of its places."""
+"""Which kind of site a grid is of: `layers[:].mlp.output`, by its name or by any path to one of its sites."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def kind_named(cells: Sequence[Cell], name: str | Path | None) -> str:
         if not kinds:
             raise BadArgument("this result has no cells, so there is nothing to show")
         raise BadArgument(
-            f"{len(kinds)} kinds of place were changed, and a grid shows one",
+            f"{len(kinds)} kinds of site were changed, and a grid shows one",
             expected=f"one of {', '.join(kinds)}",
             write=f"result.grid({kinds[0]!r})",
         )
@@ -47,11 +47,11 @@ def kind_named(cells: Sequence[Cell], name: str | Path | None) -> str:
         return holding[0]
     if holding:
         raise BadArgument(f"{text!r} could be any of {', '.join(holding)}", expected="the name of one of them")
-    raise UnknownPath("no such kind of place was changed", path=text, expected=f"one of {', '.join(kinds)}")
+    raise UnknownPath("no such kind of site was changed", path=text, expected=f"one of {', '.join(kinds)}")
 
 
 def _place(name: str | Path) -> Path | None:
-    """The place that a path stands at, without its identity in a model; None for a text that is no path."""
+    """The site that a path stands at, without its identity in a model; None for a text that is no path."""
     try:
         return replace(parse_path(name).place, site=None)
     except PathError:

@@ -30,13 +30,13 @@ def token(table: Table, prompt: int, position: Label) -> str:
 
 
 def array(table: Table, values: np.ndarray, kind: str, name: str) -> xr.DataArray:
-    """The values of one kind of place on named axes, NaN where a cell is missing."""
+    """The values of one kind of site on named axes, NaN where a cell is missing."""
     import xarray as xr
 
     numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
     labels, at = points([table.cells[n] for n in numbers])
     whole = np.full((len(table.clean), *map(len, labels.values())), np.nan)
-    # A place without numbers, such as an embedding's weights, is one cell on no axis.
+    # A site without numbers, such as an embedding's weights, is one cell on no axis.
     whole[(slice(None), *at.T)] = values[:, numbers] if labels else values[:, numbers[0]]
     coordinates: dict[str, Any] = {"prompt": table.prompts}
     for axis, of in labels.items():
@@ -201,8 +201,8 @@ def points(cells: Sequence[Cell]) -> tuple[dict[str, list[Label]], np.ndarray]:
         other = taken.setdefault(at, cell)
         if other is not cell:
             raise BadArgument(
-                f"{other.path} and {cell.path} have the same numbers, so a grid has one place for both",
-                expected="places that differ in " + (", ".join(labels) or "layer, head or position"),
+                f"{other.path} and {cell.path} have the same numbers, so a grid has one site for both",
+                expected="sites that differ in " + (", ".join(labels) or "layer, head or position"),
                 write="result.frame()   (a row for each)",
             )
     return labels, np.array(list(taken), dtype=int).reshape(len(cells), len(labels))

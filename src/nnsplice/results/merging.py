@@ -85,7 +85,7 @@ def _at(
     tokens: tuple[tuple[str, ...], ...],
     unedited: Mapping[str, np.ndarray],
 ) -> Table:
-    """The table with its prompts at these places among others."""
+    """The table with its prompts at these sites among others."""
     rows = np.array([place[number] for number in table.prompts.tolist()])
     if any(array is not None for array in (table.edges, table.exact, table.counts, table.rest)):
         raise BadArgument("parts with edges, checked estimates or roles", expected="parts as they were run")

@@ -89,7 +89,7 @@ def _data(table: Table, metric: str) -> dict[str, Any]:
 
 
 def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """One kind of place as the page draws it: its cells in rows and columns, and what each is."""
+    """One kind of site as the page draws it: its cells in rows and columns, and what each is."""
     numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
     labels, at = labelled.points([table.cells[n] for n in numbers])
     axes = list(labels)

@@ -1,4 +1,4 @@
-"""Results of places and of pairs of them: a square figure, and both names of a pair in a table."""
+"""Results of sites and of pairs of them: a square figure, and both names of a pair in a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def are_pairs(table: Table) -> bool:
-    """Whether the cells are places and then pairs of these."""
+    """Whether the cells are sites and then pairs of these."""
     return table.asked.get("operation") == "interactions"
 
 
@@ -29,7 +29,7 @@ def _places(table: Table) -> list[str]:
 
 
 def named(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
-    """A table with the columns `first` and `second`: the places of a pair; of a place by itself only the first."""
+    """A table with the columns `first` and `second`: the sites of a pair; of a site by itself only the first."""
     places = _places(table)
     names: dict[str, tuple[str, str | None]] = {place: (place, None) for place in places}
     for (a, b), cell in zip(table.asked["pairs"], table.cells[len(places) :], strict=True):
@@ -43,9 +43,9 @@ def named(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: Table, prompt: int | None, of: str | None, ax: plots.Axes | None) -> plots.Axes:
-    """A square of all places by all places; of two numbers, the first above the diagonal and the second below it.
+    """A square of all sites by all sites; of two numbers, the first above the diagonal and the second below it.
 
-    On the diagonal is nothing, as what a place does by itself is of another size than what two do beyond that.
+    On the diagonal is nothing, as what a site does by itself is of another size than what two do beyond that.
     """
     if of not in (None, "change"):
         raise BadArgument(f"of={of!r}, and interactions are changes of the metric", expected='of="change", or nothing')

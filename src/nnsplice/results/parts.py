@@ -24,7 +24,7 @@ def taken(asked: Mapping[str, Any], rows: Sequence[int], of: int) -> dict[str, A
     """What is asked of some of the prompts.
 
     Args:
-        rows: their places among those that `asked` is about.
+        rows: their indices among those that `asked` is about.
         of: how many prompts the whole has.
     """
     numbers = numbers_of(asked)

@@ -447,7 +447,7 @@ class SweepResult:
     ) -> plots.Axes:
         """Draw a heatmap of layers by tokens or heads, pooled over prompts; one column is drawn as bars.
 
-        Of `ns.interactions` it is a square of places by places: sufficiency above the diagonal, necessity below.
+        Of `ns.interactions` it is a square of sites by sites: sufficiency above the diagonal, necessity below.
 
         Args:
             component: the kind of site, if there are several.

@@ -54,7 +54,7 @@ def by_role(table: Table, roles: Roles | None) -> Table:
         BadArgument: no cell stands for a token that has a role.
     """
     if table.edges is not None:
-        raise BadArgument("edges are no tokens, so they have no roles", expected="a result about places")
+        raise BadArgument("edges are no tokens, so they have no roles", expected="a result about sites")
     lengths, spans = [len(row) for row in table.tokens], spans_of(table)
     if not lengths:
         raise BadArgument("this result does not say which tokens its prompts have", expected="a sweep over tokens")

@@ -43,7 +43,7 @@ class Cell:
 
     #: The address with its position: `layers[3].heads[1].output[7]`.
     path: str
-    #: The kind of place: `layers[:].heads[:].output`. A grid shows one kind.
+    #: The kind of site: `layers[:].heads[:].output`. A grid shows one kind.
     component: str
     layer: int | None = None
     head: int | None = None
@@ -88,7 +88,7 @@ class Run:
     flops: float = 0.0
     #: Cells whose value was known without computing.
     known: int = 0
-    #: Forward passes of a prompt of 4 tokens that went before, to measure what places promise: the first use of a model
+    #: Forward passes of a prompt of 4 tokens that went before, to measure what sites promise: the first use of a model
     #: costs them, and they are told once. Parts of a pass are calls of experts alone.
     gate: float = 0.0
     #: Why another executor than the fastest was used, where that is so.

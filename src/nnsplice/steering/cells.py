@@ -86,8 +86,8 @@ def layers_of(rules: Sequence[Rule]) -> tuple[int, ...]:
     layers = [layer_of(rule.path) for rule in rules]
     if None in layers or len(set(layers)) < len(layers):
         raise BadArgument(
-            "a sweep compares layers, and this vector has several places for one, or a place of none",
-            expected="one place for each layer",
+            "a sweep compares layers, and this vector has several sites for one, or a site of none",
+            expected="one site for each layer",
             write="vector.subset('layers[:].output')",
         )
     return tuple(layer for layer in layers if layer is not None)

@@ -166,7 +166,7 @@ def _expressible(rule: Rule) -> Tensor:
 
 
 def _block(place: Path) -> int:
-    """The block whose output a place is."""
+    """The block whose output a site is."""
     steps = place.steps
     index = steps[0].index if steps else None
     named = len(steps) == 1 and steps[0].name == "layers" and not place.native and (place.value or "output") == "output"

@@ -45,7 +45,7 @@ class Condition:
         """Whether it holds for each of `[row, width]`."""
         if states.shape[-1] != self.direction.shape[-1]:
             raise ShapeError(
-                f"the condition's direction is {self.direction.shape[-1]} wide, the place {states.shape[-1]}",
+                f"the condition's direction is {self.direction.shape[-1]} wide, the site {states.shape[-1]}",
                 path=self.path,
             )
         cosine = torch.nn.functional.cosine_similarity(states.float(), self.direction.to(states.device).float(), dim=-1)
@@ -117,7 +117,7 @@ def _direction_at(saved: SavedActivation, place: Path) -> Tensor:
         (key,) = saved.subset(place.place).keys()
     except (ValueError, UnknownPath):
         raise UnknownPath(
-            "the direction holds nothing of this place", path=place, expected=f"one of {', '.join(saved.keys()[:5])}"
+            "the direction holds nothing of this site", path=place, expected=f"one of {', '.join(saved.keys()[:5])}"
         ) from None
     return saved[key]
 
@@ -277,7 +277,7 @@ def _plane_direction(plane: SavedActivation, key: Path, direction: Tensor) -> Te
 def _located(model: engine.Model, when: Condition) -> Condition:
     found = engine.expand(model, when.path)
     if len(found) != 1:
-        raise BadArgument(f"a condition reads one place, and this is {len(found)}", path=when.path)
+        raise BadArgument(f"a condition reads one site, and this is {len(found)}", path=when.path)
     if site_of(found[0]).kind in DERIVED:
         raise RefusedPlace("a condition reads a state, and this is derived from several values", path=when.path)
     return Condition(found[0], when.direction, when.above, when.below)
@@ -289,6 +289,6 @@ def _check_order(known: engine.Known, condition: Condition, path: Path, where: W
     if after and where.kind != "generated":
         raise BadArgument(
             f"the condition is read at {condition.path.place}, after {path.place} has already run",
-            expected="a condition at the same place or before it",
+            expected="a condition at the same site or before it",
             write='where="generated", which is decided when the prompt has run',
         )

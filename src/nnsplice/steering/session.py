@@ -70,7 +70,7 @@ class ActiveRule:
         rule = self.rule
         if rule.vector.shape[-1] != (1 if rule.of_feature else states.shape[-1]):
             raise ShapeError(
-                f"the vector is {rule.vector.shape[-1]} wide, the place {states.shape[-1]}", path=rule.path.place
+                f"the vector is {rule.vector.shape[-1]} wide, the site {states.shape[-1]}", path=rule.path.place
             )
         chosen = self._chosen(call)
         if chosen is False:
@@ -239,7 +239,7 @@ class Session:
             raise NeverFired(
                 f"no token of {self.passes} pass{'es' * (self.passes != 1)} was steered by this rule",
                 path=active.rule,
-                expected=_EXPECTED.get(active.rule.where.kind, "a run that reaches the place"),
+                expected=_EXPECTED.get(active.rule.where.kind, "a run that reaches the site"),
             )
 
 

@@ -1,11 +1,11 @@
-"""Subspaces: parts of a place that are smaller than the place.
+"""Subspaces and SAE features: parts of a site's activation.
 
 subspace         Subspace, the value: an orthonormal basis at one address
 bases            vectors -> orthonormal bases, principal angles, intersections
 storage          files
-sae              SAE, the value: features of a place, and what each adds to it
+sae              SAE, the value: features of a site, and what each adds to it
 sae_files        load_sae: the formats of SAELens and Gemma Scope
-attaching        attach_sae: features as places of a model
+attaching        attach_sae: features as sites of a model
 train_toy_sae    how the SAE of the toy model was made
 """
 

@@ -1,4 +1,4 @@
-"""Attaching an SAE to a place of a model, so that its features have addresses."""
+"""Attaching an SAE to a site of a model, so that its features have addresses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nnsplice.subspaces.sae import SAE
 
 
 def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str | Path | None = None) -> str:
-    """Give features of a place addresses: `layers[2].output.sae["name"].features[7]`, and `.error` for the rest.
+    """Give features of a site addresses: `layers[2].output.sae["name"].features[7]`, and `.error` for the rest.
 
-    They are places of captures, sweeps and gradients, and features of steering. Writing a feature adds what changes,
-    `h + dec(f') - dec(f)`; the rest of the place stays. The model runs as before: nothing is put into it.
+    They are sites of captures, sweeps and gradients, and features of steering. Writing a feature adds what changes,
+    `h + dec(f') - dec(f)`; the rest of the site stays. The model runs as before: nothing is put into it.
 
     >>> toy = ns.load("toy")
     >>> address = ns.attach_sae(toy, "layers[2].output", ns.load_sae(ns.models.embedded("toy") / "sae"), "third")
@@ -29,27 +29,27 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str
     >>> ns.detach_sae(toy, "third")
 
     A transcoder reads what enters an MLP and is written to what that adds: `place` is where its features are written,
-    and `reads` what they are read from. They are places of captures, writes and sweeps, each cell a run of its own; its
+    and `reads` what they are read from. They are sites of captures, writes and sweeps, each cell a run of its own; its
     error, gradients, paths, circuits and steering are refused.
 
     Args:
         model: a model from `ns.load`.
-        place: one place of the model, a whole value: the stream, or what a branch adds.
-        sae: an SAE of this place, from `ns.load_sae`.
+        site: one site of the model, a whole value: the stream, or what a branch adds.
+        sae: an SAE of this site, from `ns.load_sae`.
         name: its name in addresses; each name once in a model.
-        reads: of a transcoder, the place that it reads: portable, or native such as
+        reads: of a transcoder, the site that it reads: portable, or native such as
             `"model.model.layers[5].mlp.input"`.
 
     Returns:
         The address that features are parts of.
 
     Raises:
-        BadArgument: a name that is taken or empty, a path of several places (as a cross-layer transcoder has), a
-            transcoder without `reads`, `reads` with an SAE that is none, or a place there that runs after `place`.
+        BadArgument: a name that is taken or empty, a path of several sites (as a cross-layer transcoder has), a
+            transcoder without `reads`, `reads` with an SAE that is none, or a site there that runs after `place`.
         BadType: something other than an SAE.
         PathError: a native path, or a text that is no path.
         RefusedPlace: a head, neurons, or another part of a value.
-        ShapeError: the place has another width.
+        ShapeError: the site has another width.
         UnknownPath: a site that this model does not have.
     """
     model = engine.as_model(model)
@@ -59,13 +59,13 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str
         if not isinstance(name, str) or not name:
             raise BadArgument(f"name={name!r}", expected="a text")
         if parse_path(place).native:
-            raise PathError("features have addresses at portable places", path=place, write='"layers[2].output"')
+            raise PathError("features have addresses at portable sites", path=place, write='"layers[2].output"')
         found = engine.expand(model, parse_path(place).place)
         if len(found) != 1:
             raise BadArgument(
-                f"{len(found)} places",
+                f"{len(found)} sites",
                 path=place,
-                expected="one place; an SAE of several layers (a cross-layer transcoder) is not known here",
+                expected="one site; an SAE of several layers (a cross-layer transcoder) is not known here",
             )
         site = site_of(found[0])
         if site.kind != "plain" or site.columns is not None or found[0].sae is not None:
@@ -80,7 +80,7 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str
             )
         width = _width(model, found[0])
         if width != sae.width:
-            raise ShapeError(f"the SAE is of a place {sae.width} wide, and this one is {width} wide", path=place)
+            raise ShapeError(f"the SAE is of a site {sae.width} wide, and this one is {width} wide", path=place)
         source = _read_by(model, sae, found[0], reads)
     attach(peel(model), name, Attached(found[0], sae, source))
     return f"{found[0].place}.sae[{Span(name)}]"
@@ -91,11 +91,11 @@ def _width(model: engine.Model, place: Path) -> int:
 
 
 def _read_by(model: engine.Model, sae: SAE, place: Path, reads: str | Path | None) -> Path | None:
-    """The place that a transcoder reads; None for an SAE."""
+    """The site that a transcoder reads; None for an SAE."""
     if reads is None:
         if sae.transcoder:
             raise BadArgument(
-                "a transcoder reads another place than it is written to",
+                "a transcoder reads another site than it is written to",
                 path=place,
                 expected="reads=, what enters the MLP",
                 write=f'ns.attach_sae(model, {str(place)!r}, sae, name, reads="layers[i].mid")',
@@ -103,13 +103,13 @@ def _read_by(model: engine.Model, sae: SAE, place: Path, reads: str | Path | Non
         return None
     if sae.centred or sae.norm != "none":
         raise BadArgument(
-            "an SAE that takes its bias from its inputs, or scales them, reads the place that it is of",
+            "an SAE that takes its bias from its inputs, or scales them, reads the site that it is of",
             path=place,
             expected="a transcoder, or no reads=",
         )
     found = engine.expand(model, parse_path(reads).place)
     if len(found) != 1:
-        raise BadArgument(f"{len(found)} places", path=reads, expected="one place that a transcoder reads")
+        raise BadArgument(f"{len(found)} sites", path=reads, expected="one site that a transcoder reads")
     site = site_of(found[0])
     if site.kind not in ("plain", "stream") or site.columns is not None or found[0].sae is not None:
         raise RefusedPlace("a transcoder reads a value that stands whole in one tensor", path=reads)
@@ -118,7 +118,7 @@ def _read_by(model: engine.Model, sae: SAE, place: Path, reads: str | Path | Non
         raise BadArgument(f"{reads} does not run before {place}", expected="what enters the MLP that it stands for")
     width = _width(model, found[0])
     if width != sae.reads:
-        raise ShapeError(f"the transcoder reads {sae.reads} numbers, and this place is {width} wide", path=reads)
+        raise ShapeError(f"the transcoder reads {sae.reads} numbers, and this site is {width} wide", path=reads)
     return found[0]
 
 

@@ -16,7 +16,7 @@ from nnsplice.errors import BadArgument, BadType, ShapeError, named
 from nnsplice.paths import Path
 from nnsplice.subspaces.subspace import Subspace
 
-#: The tensors of each kind beside the decoder's, with what each is as long as: `f` features, `w` the place's width.
+#: The tensors of each kind beside the decoder's, with what each is as long as: `f` features, `w` the site's width.
 KINDS: Mapping[str, Mapping[str, str]] = {
     "standard": {"W_enc": "wf", "b_enc": "f"},
     "topk": {"W_enc": "wf", "b_enc": "f"},
@@ -31,11 +31,11 @@ NORMS = ("none", "layer_norm", "constant_norm_rescale")
 
 @dataclass(frozen=True, eq=False)
 class SAE:
-    """A sparse autoencoder: features of a place, and what each adds to it.
+    """A sparse autoencoder: features of a site, and what each adds to it.
 
     >>> sae = ns.load_sae(ns.models.embedded("toy") / "sae")
     >>> sae
-    SAE: topk, 256 features of a place 64 wide
+    SAE: topk, 256 features of a site 64 wide
     >>> saved = ns.capture(ns.load("toy"), "The hotel was lovely", "layers[2].output[-1]")
     >>> features = sae.encode(saved["layers[2].output[-1]"])
     >>> features.shape, int((features > 0).sum())
@@ -49,7 +49,7 @@ class SAE:
         norm: how inputs are scaled before.
         by_decoder_norm: whether features are chosen by what they add, their value times the norm of their direction.
         about: where it comes from, as plain data.
-        transcoder: whether it reads another place than it writes; then `W_enc` is `[width read, feature]`, and there
+        transcoder: whether it reads another site than it writes; then `W_enc` is `[width read, feature]`, and there
             may be `W_skip` `[width, width read]`, by which inputs are added to the reconstruction.
     """
 
@@ -90,12 +90,12 @@ class SAE:
 
     @property
     def width(self) -> int:
-        """How many numbers its place has."""
+        """How many numbers its site has."""
         return self.tensors["W_dec"].shape[1]
 
     @property
     def reads(self) -> int:
-        """How many numbers the place has that it reads: its own, but of a transcoder."""
+        """How many numbers the site has that it reads: its own, but of a transcoder."""
         return self.tensors["W_enc"].shape[0]
 
     @property
@@ -164,7 +164,7 @@ class SAE:
         return out * scale[1] + mean
 
     def added(self, features: Tensor, like: Tensor | None, chosen: Sequence[int] | None = None) -> Tensor:
-        """What features add to a place: their directions' sum, without `b_dec`; 0 where all features are 0.
+        """What features add to a site: their directions' sum, without `b_dec`; 0 where all features are 0.
 
         Args:
             features: `[..., feature]`, of all features or of those chosen.
@@ -210,12 +210,12 @@ class SAE:
             `[..., width]`.
 
         Raises:
-            BadArgument: a transcoder, whose values are of another place than what is decoded.
+            BadArgument: a transcoder, whose values are of another site than what is decoded.
             ShapeError: values of another width.
         """
         if self.transcoder:
             raise BadArgument(
-                "a transcoder decodes another place than it reads, so its error takes both",
+                "a transcoder decodes another site than it reads, so its error takes both",
                 write="written - sae.decode(sae.encode(read), read)",
             )
         wide = values.to(self._tensors(values)["W_dec"])
@@ -228,7 +228,7 @@ class SAE:
         Subspace: 2 of 64 dimensions at layers[2].output, SAE features
 
         Args:
-            place: the address that the SAE is of.
+            site: the address that the SAE is of.
             features: the numbers of the features.
 
         Returns:
@@ -236,8 +236,8 @@ class SAE:
 
         Raises:
             BadArgument: no such feature, none at all, or directions that depend on each other.
-            PathError: an address of several places.
-            ShapeError: more features than the place is wide.
+            PathError: an address of several sites.
+            ShapeError: more features than the site is wide.
         """
         numbers = list(features)
         wrong = next((n for n in numbers if not isinstance(n, int) or not -self.features <= n < self.features), None)
@@ -267,11 +267,11 @@ class SAE:
             raise BadType(f"{named(values)} is no tensor", expected=f"[..., {self.width}]")
         if values.shape[-1] != self.reads:
             kind = "transcoder reads" if self.transcoder else "SAE is of"
-            raise ShapeError(f"values {values.shape[-1]} wide, and the {kind} a place {self.reads} wide")
+            raise ShapeError(f"values {values.shape[-1]} wide, and the {kind} a site {self.reads} wide")
 
     def __repr__(self) -> str:
         kind = f"{self.kind} transcoder" if self.transcoder else self.kind
-        return f"SAE: {kind}, {self.features} features of a place {self.width} wide"
+        return f"SAE: {kind}, {self.features} features of a site {self.width} wide"
 
 
 def _check(held: Mapping[str, Tensor], wanted: Mapping[str, str]) -> None:

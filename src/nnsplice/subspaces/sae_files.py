@@ -33,7 +33,7 @@ TRANSCODERS = {
 }
 #: Of a config, what changes the arithmetic, with the values under which it is what is computed here.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "reshape_activations": ("none", "hook_z", None),  # heads side by side, as a place has them
+    "reshape_activations": ("none", "hook_z", None),  # heads side by side, as a site has them
     "finetuning_scaling_factor": (False, None),
     "hook_head_index": (None,),
     "use_error_term": (False, None),
@@ -44,7 +44,7 @@ def load_sae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
     """Read an SAE from a folder or file.
 
     >>> ns.load_sae(ns.models.embedded("toy") / "sae")
-    SAE: topk, 256 features of a place 64 wide
+    SAE: topk, 256 features of a site 64 wide
 
     Kinds: standard, topk, batchtopk, jumprelu, gated; transcoders, with and without a skip, that are standard or
     jumprelu. Gemma Scope's transcoders have the format of its SAEs: attach them with `reads=`.

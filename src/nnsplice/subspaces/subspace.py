@@ -25,7 +25,7 @@ ORTHONORMAL = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """A subspace of one place: `h + Q Qᵀ (h' - h)` takes only that part of another run's value.
+    """A subspace of one site: `h + Q Qᵀ (h' - h)` takes only that part of another run's value.
 
     >>> saved = ns.capture(model, ["w3 w4", "w5 w6", "w7 w8", "w9 w10"], "layers[1].output[-1]")
     >>> subspace = ns.Subspace.pca(saved, k=2)
@@ -37,7 +37,7 @@ class Subspace:
     ...                   progress=False)
 
     Attributes:
-        place: the address, canonical and without token positions.
+        site: the address, canonical and without token positions.
         basis: `[width, k]`, orthonormal columns in float64 on the CPU; not to be changed.
         about: how it was found, as plain data.
     """
@@ -60,7 +60,7 @@ class Subspace:
                 "the columns are not orthonormal, or not finite",
                 path=self.place,
                 expected="an orthonormal basis",
-                write="ns.Subspace.of(place, vectors), which makes one of any vectors",
+                write="ns.Subspace.of(site, vectors), which makes one of any vectors",
             )
         object.__setattr__(self, "basis", basis)
 
@@ -74,8 +74,8 @@ class Subspace:
         Subspace: 3 of 16 dimensions at layers[1].output, vectors
 
         Args:
-            place: the address; of a capture, the place in it, whose prompts and positions are the vectors.
-            vectors: `[width]`, `[k, width]`, or a capture: a `SteeringVector` holds one vector for each place.
+            site: the address; of a capture, the site in it, whose prompts and positions are the vectors.
+            vectors: `[width]`, `[k, width]`, or a capture: a `SteeringVector` holds one vector for each site.
 
         Returns:
             The subspace.
@@ -83,9 +83,9 @@ class Subspace:
         Raises:
             BadArgument: NaN, a zero vector, or vectors that depend on each other.
             BadType: something other than a tensor or a capture.
-            PathError: an address of several places.
+            PathError: an address of several sites.
             ShapeError: more vectors than each has numbers, or a tensor of another shape.
-            UnknownPath: a place that was not captured.
+            UnknownPath: a site that was not captured.
         """
         with circumstances("ns.Subspace.of"):
             if isinstance(vectors, SavedActivation):
@@ -103,17 +103,17 @@ class Subspace:
         """The directions in which a capture varies most, over its prompts and positions, around their mean.
 
         Args:
-            saved: a capture of one place, or with `place` of several.
+            saved: a capture of one site, or with `place` of several.
             k: how many directions; at most one less than there are rows.
-            place: the address, where the capture has several.
+            site: the address, where the capture has several.
 
         Returns:
             The subspace; `about["variance"]` is the share of the variance that it holds.
 
         Raises:
-            BadArgument: the rows do not vary in so many directions, hold NaN, or are of several places.
+            BadArgument: the rows do not vary in so many directions, hold NaN, or are of several sites.
             BadType: something other than a capture.
-            UnknownPath: a place that was not captured.
+            UnknownPath: a site that was not captured.
         """
         with circumstances("ns.Subspace.pca"):
             if not isinstance(saved, SavedActivation):
@@ -122,7 +122,7 @@ class Subspace:
                 places = list(dict.fromkeys(str(parse_path(key).place) for key in saved))
                 if len(places) != 1:
                     raise BadArgument(
-                        f"a capture of {len(places)} places", expected="one place", write="ns.Subspace.pca(..., place=)"
+                        f"a capture of {len(places)} sites", expected="one site", write="ns.Subspace.pca(..., place=)"
                     )
                 place = places[0]
             rows = _rows(saved, place)
@@ -138,7 +138,7 @@ class Subspace:
             return cls(str(place), directions[:k].T, about)
 
     def random(self, k: int | None = None, seed: int = 0) -> Subspace:
-        """A random subspace of the same place, uniform among those of k dimensions: the control of what this one does.
+        """A random subspace of the same site, uniform among those of k dimensions: the control of what this one does.
 
         Args:
             k: how many dimensions; as many as this one has, if left out.
@@ -148,10 +148,10 @@ class Subspace:
             The subspace.
 
         Raises:
-            BadArgument: a `k` below 1, or above the width of the place.
+            BadArgument: a `k` below 1, or above the width of the site.
         """
         k = self.k if k is None else k
-        _check_k(k, self.width, f"the place is {self.width} wide")
+        _check_k(k, self.width, f"the site is {self.width} wide")
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(self.width, k, generator=generator, dtype=torch.float64)
         return Subspace(self.place, bases.orthonormal(drawn.T), {"method": "random", "seed": seed})
@@ -165,7 +165,7 @@ class Subspace:
 
     @property
     def width(self) -> int:
-        """How many numbers the place has."""
+        """How many numbers the site has."""
         return self.basis.shape[0]
 
     @cached_property
@@ -213,11 +213,11 @@ class Subspace:
         if not isinstance(other, Subspace):
             raise BadType(f"{named(other)} is no subspace", expected="a Subspace")
         if self.width != other.width:
-            raise ShapeError(f"one subspace is of a place {self.width} wide, the other of one {other.width} wide")
+            raise ShapeError(f"one subspace is of a site {self.width} wide, the other of one {other.width} wide")
         if place and self.place != other.place:
             raise BadArgument(
                 f"subspaces of {self.place} and of {other.place}",
-                expected="two of one place",
+                expected="two of one site",
                 write=f"ns.Subspace({self.place!r}, other.basis), if they are meant to be of one",
             )
 
@@ -267,12 +267,12 @@ def _place(given: object) -> str:
         raise BadType(f"{named(given)} is no address", expected='an address such as "layers[5].output"')
     path = parse_path(given)
     if not path.concrete:
-        raise PathError("a subspace is of one place", path=path, expected="a number in every bracket")
+        raise PathError("a subspace is of one site", path=path, expected="a number in every bracket")
     return str(path.at(-1).place)  # where the value is left open, it is the output
 
 
 def _rows(saved: SavedActivation, place: str | Path) -> Tensor:
-    """`[prompt x position, width]` of a place in a capture."""
+    """`[prompt x position, width]` of a site in a capture."""
     held = saved.get(parse_path(place).place)
     return held.flatten(0, -2)
 

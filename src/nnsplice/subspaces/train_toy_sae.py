@@ -22,7 +22,7 @@ FEATURES, K, STEPS, BATCH = 256, 8, 4000, 256
 
 
 def states(seed: int = 0) -> Tensor:
-    """`[token, width]`, what the toy model has at the place on its own prompts; first tokens left out."""
+    """`[token, width]`, what the toy model has at the site on its own prompts; first tokens left out."""
     prompts = toy_prompts()
     texts: Sequence[str] = [
         *(fact.clean for fact in prompts.facts), *(review.text for review in prompts.reviews),

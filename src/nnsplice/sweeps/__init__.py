@@ -2,7 +2,7 @@
 
 plan          what will be run, as pure data: Plan
 planning      plan_sweep: prompts paired, sites made targets, what need not run told apart
-targets       every cell with the places that it changes
+targets       every cell with the sites that it changes
 sets          cells that change several sites together
 running       a plan in this process, and sweep: chunks, and less at once when memory is short
 distributed   run: here, or in units by other processes
@@ -10,15 +10,15 @@ plan_files    a plan as files for them
 ledger        values as they come in: known ones, a journal's, new ones
 executors     the same numbers at different cost
 cost          what that is: passes, calls of blocks, tokens, operations
-operations    what is done to a place
-parts         sweeps of a part of each place, in a subspace
+operations    what is done to a site
+parts         sweeps of a part of each site, in a subspace
 knockouts     cells in which queries do not see some of their keys
 sources       where the values come from
 recipes       ablate, causal_trace
 foreign       values of another model: what has to fit
 crossing      crossings: fed or computed, of two models
 revisions     over_revisions: one job over checkpoints
-weights       sweep_weights: a tuned model's weights in its base, place by place
+weights       sweep_weights: a tuned model's weights in its base, site by site
 weight_units  the same in units of prompts
 tables        other questions about a plan's cells, in units of prompts
 jobs          the cells of a plan as ranges

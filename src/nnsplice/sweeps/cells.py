@@ -1,4 +1,4 @@
-"""A place as a cell of a result, with its address, its kind and its numbers; and what is changed for a cell."""
+"""A site as a cell of a result, with its address, its kind and its numbers; and what is changed for a cell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ At = int | Span | Slice | None
 
 @dataclass(frozen=True)
 class Part:
-    """Places that are changed at the same tokens."""
+    """Sites that are changed at the same tokens."""
 
     #: What it would be as a cell of its own.
     cell: Cell
@@ -42,7 +42,7 @@ class Target:
 
     @property
     def places(self) -> tuple[Path, ...]:
-        """Every place that is changed."""
+        """Every site that is changed."""
         return tuple(place for part in self.parts for place in part.places)
 
     @property
@@ -52,12 +52,12 @@ class Target:
 
     @property
     def tower(self) -> str:
-        """The tower of its first place."""
+        """The tower of its first site."""
         return self.parts[0].tower
 
 
 def cell_of(path: Path) -> Cell:
-    """The cell of a place at a token or a span; at `[:]`, or without tokens as weights are, it has no position."""
+    """The cell of a site at a token or a span; at `[:]`, or without tokens as weights are, it has no position."""
     place = path.place
     open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
     numbers = [number_of(place, axis) for axis in AXES if axis != "feature"]
@@ -75,7 +75,7 @@ def _shown(at: Position | None) -> int | str | None:
 
 
 def number_of(place: Path, axis: str) -> int | None:
-    """The number of a place along an axis: `"layer"`, `"head"`, ..."""
+    """The number of a site along an axis: `"layer"`, `"head"`, ..."""
     if axis == "feature":
         return place.sae.features if place.sae is not None and isinstance(place.sae.features, int) else None
     for step in place.steps:

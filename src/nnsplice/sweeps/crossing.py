@@ -1,8 +1,8 @@
-"""`crossings`: of what tuning changed at a place, how much was fed to it, and how much it computes itself?
+"""`crossings`: of what tuning changed at a site, how much was fed to it, and how much it computes itself?
 
-A place takes a state in and has weights. Both may be the base model's or the tuned one's, which makes four runs of the
-base model: with what the place would put out in each case written there. The two shares of Shapley are each one's mean
-gain, first and second, and together they are what the place carries of the difference.
+A site takes a state in and has weights. Both may be the base model's or the tuned one's, which makes four runs of the
+base model: with what the site would put out in each case written there. The two shares of Shapley are each one's mean
+gain, first and second, and together they are what the site carries of the difference.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nnsplice.sweeps.operations import operation_of
 from nnsplice.sweeps.running import check_mode
 from nnsplice.weights import select, swap
 
-#: The four runs, as whose input and whose weights a place has, and what is made of them.
+#: The four runs, as whose input and whose weights a site has, and what is made of them.
 CONDITIONS = ("neither", "fed", "computed", "both")
 SHARES = ("share fed", "share computed")
 
@@ -50,9 +50,9 @@ def crossings(
     *,
     progress: bool = True,
 ) -> SweepResult:
-    """Split what each place carries of a tuning into what it was fed and what it computes.
+    """Split what each site carries of a tuning into what it was fed and what it computes.
 
-    The axis `metric` has the runs `neither` (the base model), `fed` (the place's weights are the base's, what comes in
+    The axis `metric` has the runs `neither` (the base model), `fed` (the site's weights are the base's, what comes in
     is the tuned model's), `computed` (the other way round) and `both` (what `ns.sweep(..., source=tuned)` patches); and
     the Shapley values `share fed` and `share computed`, which sum to `both` less `neither`.
 
@@ -75,13 +75,13 @@ def crossings(
         progress: show a bar.
 
     Returns:
-        The six numbers of every place; the clean run is the tuned model's, the corrupted run the base model's.
+        The six numbers of every site; the clean run is the tuned model's, the corrupted run the base model's.
 
     Raises:
         BadArgument: models in train mode, with edits of nnsight, of different tokens, or the same model twice; or a
             metric that compares runs.
-        RefusedPlace: a place whose output is not all that its weights make.
-        ShapeError: a place that has different widths in the two models.
+        RefusedPlace: a site whose output is not all that its weights make.
+        ShapeError: a site that has different widths in the two models.
         ShortRow: a prompt has no token at the metric's position.
     """
     start = time.perf_counter()
@@ -143,11 +143,11 @@ def crossings(
 
 
 def _check(model: engine.Model, place: Path) -> None:
-    """Raise for a place whose output is not what its own weights make of what it is given."""
+    """Raise for a site whose output is not what its own weights make of what it is given."""
     names = [step.name for step in place.steps]
     if place.native or place.position is not None or names not in (["layers"], ["layers", "attn"], ["layers", "mlp"]):
         raise RefusedPlace(
-            "a place is fed and computes where it is a part of the model with weights of its own",
+            "a site is fed and computes where it is a part of the model with weights of its own",
             path=place,
             expected="layers[i], layers[i].attn or layers[i].mlp, without positions",
         )
@@ -156,9 +156,9 @@ def _check(model: engine.Model, place: Path) -> None:
     left = [name for name in made if f"{site_of(place).module}.{name}" not in own]
     if left:
         raise RefusedPlace(
-            f"{site_of(place).module}.{left[0]} stands behind this place and is none of its weights",
+            f"{site_of(place).module}.{left[0]} stands behind this site and is none of its weights",
             path=place,
-            expected="a place that ends where its weights do",
+            expected="a site that ends where its weights do",
             write="layers[i]   (the layer with its norms)",
         )
 
@@ -168,7 +168,7 @@ def _weights(model: engine.Model, place: Path) -> Selection:
 
 
 def _outputs(model: engine.Model, other: engine.Model | None, place: Path, prompts: Prompts) -> Tensor:
-    """What a place puts out in a model's run, with its weights or another's there."""
+    """What a site puts out in a model's run, with its weights or another's there."""
     block = nullcontext() if other is None else swap(model, peel(other), _weights(model, place))
     with block:
         return capture(model, prompts, place.at(Slice())).get(place.at(Slice()))
@@ -182,7 +182,7 @@ def _metric(
     place: Path | None = None,
     held: Tensor | None = None,
 ) -> np.ndarray:
-    """The metric of prompts, with values written at a place where they are given."""
+    """The metric of prompts, with values written at a site where they are given."""
     if place is None or held is None:  # a run with its own embeddings written into it is the run itself
         saved = capture(model, prompts, "embed[-1]")
     else:

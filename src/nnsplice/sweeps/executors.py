@@ -218,7 +218,7 @@ def check_length(access: Access, tensor: Tensor, length: int) -> None:
         raise ShapeError(
             f"{tensor.shape[1]} tokens stand there, and the prompts have {length}",
             path=access.name,
-            expected="a place that every token of a prompt passes, and no other (such as soft tokens)",
+            expected="a site that every token of a prompt passes, and no other (such as soft tokens)",
         )
 
 

@@ -1,6 +1,6 @@
 """Values from another model: a tuned one, another checkpoint, on the very same prompts.
 
-Both have to mean the same by a token and by a place: the same ids for the same texts, places of the same names, of the
+Both have to mean the same by a token and by a site: the same ids for the same texts, sites of the same names, of the
 same widths.
 """
 
@@ -67,7 +67,7 @@ def _vocabulary(model: engine.Model) -> int | None:
 
 
 def counterparts(other: engine.Model, targets: Sequence[Target]) -> dict[Path, Path]:
-    """Each place, and the same of the other model."""
+    """Each site, and the same of the other model."""
     found: dict[Path, Path] = {}
     for place in dict.fromkeys(place.place for target in targets for place in target.places):
         with circumstances("the source"):
@@ -77,7 +77,7 @@ def counterparts(other: engine.Model, targets: Sequence[Target]) -> dict[Path, P
 
 
 def check_places(model: engine.Model, other: engine.Model, prompts: Prompts, targets: Sequence[Target]) -> None:
-    """Raise for a place that the other model does not have, or has in another width.
+    """Raise for a site that the other model does not have, or has in another width.
 
     Raises:
         ShapeError: the widths.
@@ -85,7 +85,7 @@ def check_places(model: engine.Model, other: engine.Model, prompts: Prompts, tar
     pairs = counterparts(other, targets)
     closures.require(other, pairs.values(), written=True)
     if any(site_of(place).kind == "pattern" for place in pairs):
-        raise BadArgument("a pattern is no value that another model's run could be given", expected="other places")
+        raise BadArgument("a pattern is no value that another model's run could be given", expected="other sites")
     for here, there in pairs.items():
         if here.sae is not None and features.sae_of(model, here).identity != features.sae_of(other, there).identity:
             raise BadArgument(
@@ -102,7 +102,7 @@ def check_places(model: engine.Model, other: engine.Model, prompts: Prompts, tar
         a, b = widths[0][here], widths[1][there]
         if a != b:
             raise ShapeError(
-                f"the place is {a} wide in the model and {b} in the source", path=here, expected="models of one width"
+                f"the site is {a} wide in the model and {b} in the source", path=here, expected="models of one width"
             )
 
 

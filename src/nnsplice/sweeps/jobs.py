@@ -78,7 +78,7 @@ class Jobs(Sequence[Job]):
         return np.repeat(self._prompts, sizes), np.repeat(self._starts, sizes) + within
 
     def take(self, rows: Sequence[int]) -> Jobs:
-        """The cells of these prompts, which are numbered by their places among them."""
+        """The cells of these prompts, which are numbered by their order among them."""
         lows, highs = (np.searchsorted(self._prompts, rows, side=side) for side in ("left", "right"))
         kept = [np.arange(low, high) for low, high in zip(lows, highs, strict=True)]
         at = np.concatenate(kept) if kept else np.zeros(0, dtype=int)

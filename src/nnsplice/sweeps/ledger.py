@@ -40,7 +40,7 @@ class Ledger:
 
     def _log(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
         if self.log is not None:
-            # A journal has one number in a place: several metrics of a cell stand side by side.
+            # A journal has one number in a site: several metrics of a cell stand side by side.
             each = np.array(values, dtype=np.float64).reshape(len(jobs), -1)
             prompts, cells = np.array(jobs).reshape(-1, 2).T
             wide = each.shape[1]

@@ -1,4 +1,4 @@
-"""What a sweep does to a place: replace its value, add to it, compute it anew, or cut an edge of attention.
+"""What a sweep does to a site: replace its value, add to it, compute it anew, or cut an edge of attention.
 
 Seven names and functions, four ways: `patch`, `mean` and `resample` replace by a value from elsewhere, `add` and
 `noise` add one, `zero` and a function of the user's compute the new value from the current one, and `knockout` takes
@@ -91,10 +91,10 @@ class Operation:
 
 
 def check_width(subspace: Subspace, width: int, place: object = None) -> None:
-    """Raise for a place of another width."""
+    """Raise for a site of another width."""
     if subspace.width != width:
         raise ShapeError(
-            f"this place is {width} wide, and the subspace is of {subspace.place}, which is {subspace.width} wide",
+            f"this site is {width} wide, and the subspace is of {subspace.place}, which is {subspace.width} wide",
             path=place,
             expected="sites of one width with the subspace",
         )
@@ -107,7 +107,7 @@ def operation_of(given: str | Callable[[Tensor], Tensor], subspace: Subspace | N
         return operation
     if not isinstance(subspace, Subspace):
         raise BadType(
-            f"{named(subspace)} is no subspace", expected="an ns.Subspace", write="ns.Subspace.of(place, vectors)"
+            f"{named(subspace)} is no subspace", expected="an ns.Subspace", write="ns.Subspace.of(site, vectors)"
         )
     if operation.way == "cut":
         raise BadArgument("edges of attention are cut or not, they have no part in a subspace", expected="no subspace=")

@@ -81,7 +81,7 @@ def base_of(work: Work, keep: tuple[Path, ...] = ()) -> Base:
     """The runs that jobs are edits of: the corrupted ones.
 
     Args:
-        keep: places whose values are kept of them.
+        keep: sites whose values are kept of them.
     """
     if "base" not in work.memo:
         around = lambda prompts: _corrupted(work, prompts)  # noqa: E731

@@ -1,4 +1,4 @@
-"""Sweeps of a part of each place: that the subspace fits every place that is changed."""
+"""Sweeps of a part of each site: that the subspace fits every site that is changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnsplice.sweeps.operations import Operation, check_width
 
 
 def check(model: engine.Model, operation: Operation, targets: Sequence[Target], edited: Prompts) -> None:
-    """That every place is as wide as the subspace, seen in one run of the shortest prompt.
+    """That every site is as wide as the subspace, seen in one run of the shortest prompt.
 
     Raises:
         ShapeError: one is not.

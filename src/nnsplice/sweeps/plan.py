@@ -103,7 +103,7 @@ class Plan:
         """The number of a run in the whole.
 
         Args:
-            run: its place here.
+            run: its index here.
 
         Returns:
             Its number.
@@ -160,7 +160,7 @@ class Plan:
         return replace(self, jobs=jobs, known=known)
 
     def take(self, prompts: Sequence[int]) -> Plan:
-        """The part with these prompts, by their places here; `SweepResult.merge` joins the results of parts.
+        """The part with these prompts, by their indices here; `SweepResult.merge` joins the results of parts.
 
         A prompt keeps the number that it has in the whole, so its noise and its samples are the same in every part.
 
@@ -473,7 +473,7 @@ class Unit:
 
     @property
     def prompts(self) -> tuple[int, ...]:
-        """Its prompts, by their places in the plan that was cut."""
+        """Its prompts, by their indices in the plan that was cut."""
         return self.piece.prompts
 
     @cached_property

@@ -362,7 +362,7 @@ def _properties(
 
 
 def kinds_of(target: Target) -> Iterator[Hashable]:
-    """What of a cell may need another way of running: kinds of place, and how those of a set stand to each other."""
+    """What of a cell may need another way of running: kinds of site, and how those of a set stand to each other."""
     for part in target.parts:
         yield "kind", part.cell.component, type(part.position), len(part.places)
     layers = [part.cell.layer for part in target.parts]

@@ -61,9 +61,9 @@ def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
 
 
 def _kinds(model: engine.Model, plan: Plan) -> list[tuple[list[int], tuple[bool, ...]]]:
-    """Targets that are reached alike: changed at the same tokens, and at places that stand alike to the last attention.
+    """Targets that are reached alike: changed at the same tokens, and at sites that stand alike to the last attention.
 
-    With them, for each part, whether all of its places stand behind that.
+    With them, for each part, whether all of its sites stand behind that.
     """
     # Asked once of a value, whatever number of heads and tokens of it are cells.
     behind: dict[object, bool] = {}
@@ -85,11 +85,11 @@ def _reached(plan: Plan, target: Target, prompt: int, behind: Sequence[bool]) ->
     """Whether a target's change can reach what the metric reads, and whether all of it stands after that.
 
     Args:
-        behind: of each part, whether all of its places stand behind the last attention, where no token reads another.
+        behind: of each part, whether all of its sites stand behind the last attention, where no token reads another.
     """
     length = plan.corrupted.length(target.tower, prompt)
     shared, read = plan.shared_start(target, prompt), plan.metric.metric.position % length
-    # Of a set each token of a place is looked at by itself: where a pair is one run still, its other patches
+    # Of a set each token of a site is looked at by itself: where a pair is one run still, its other patches
     # change nothing either.
     can = any(
         token == read or not late

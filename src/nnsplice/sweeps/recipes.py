@@ -97,7 +97,7 @@ _SET_BY_ABLATE = ("corruption", "source")
 
 
 def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> Any:
-    """The mean over its tokens of each prompt's values at these places, a row for each prompt."""
+    """The mean over its tokens of each prompt's values at these sites, a row for each prompt."""
     given = encode(model, prompts, images=True)
     rows: list[Any] = []
     for batch in given.batches(None):
@@ -112,7 +112,7 @@ def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> An
 
 
 def _below(a: Any, b: Any) -> Any:
-    """The rows of two captures of the same places, one under the other."""
+    """The rows of two captures of the same sites, one under the other."""
     return SavedActivation.from_pairs(*((key, torch.cat([a[key], b[key]])) for key in a))
 
 

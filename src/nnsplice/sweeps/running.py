@@ -114,7 +114,7 @@ def measured_table(
     start = time.perf_counter()
     team = engine.Team.of(model)
     if team.size > 1:
-        # What is measured of a place runs its block by itself; inside a trace that would take the weights of the block
+        # What is measured of a site runs its block by itself; inside a trace that would take the weights of the block
         # away from the run around it, as fully_shard keeps them for one call at a time.
         places = [place for target in plan.targets for place in target.places]
         closures.require(model, [*places, *([plan.corruption.place] if plan.corruption else ())])

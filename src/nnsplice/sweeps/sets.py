@@ -121,7 +121,7 @@ def _check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
 def _check_overlaps(model: engine.Model, parts: Sequence[Part], edited: Prompts) -> None:
     """Raise where two parts give one number two values, in any prompt."""
     written = [(part, _written(model, part.places[0])) for part in parts]
-    # Parts of SAEs add their differences, as experts do, so they are compared with other places alone.
+    # Parts of SAEs add their differences, as experts do, so they are compared with other sites alone.
     adding = {*features.KINDS, features.TRANSCODED}
     others = [pair for pair in written if site_of(pair[0].places[0]).kind not in adding]
     of_saes = [pair for pair in written if site_of(pair[0].places[0]).kind in adding]
@@ -143,7 +143,7 @@ def _check_overlaps(model: engine.Model, parts: Sequence[Part], edited: Prompts)
 
 
 def _written(model: engine.Model, place: Path) -> Path:
-    """What is written for a place: other values, where it is derived from some."""
+    """What is written for a site: other values, where it is derived from some."""
     kind = site_of(place).kind
     if kind == "pattern":
         return derived.pattern_places(model, place)[1]

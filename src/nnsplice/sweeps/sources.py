@@ -18,7 +18,7 @@ from nnsplice.sweeps.plan import Plan
 
 @dataclass(frozen=True)
 class Captured:
-    """Values of a run at many places: site -> prompt -> (position -> number, `[number, width]`)."""
+    """Values of a run at many sites: site -> prompt -> (position -> number, `[number, width]`)."""
 
     values: Mapping[object, Mapping[int, tuple[Mapping[int, int], Tensor]]]
     #: For each prompt the one whose run it shares.
@@ -32,7 +32,7 @@ class Captured:
 
 @dataclass(frozen=True)
 class Source:
-    """What is written at a place and a token."""
+    """What is written at a site and a token."""
 
     plan: Plan
     clean: Captured | None = None
@@ -43,11 +43,11 @@ class Source:
         """`[width]`, or None where the operation computes its value from the current one.
 
         Args:
-            part: of a cell, with the place.
+            part: of a cell, with the site.
             order: the number of this token among those of the part; the token of the same number is taken from the
                 clean run.
             position: the token, in the edited prompt.
-            width: how many numbers the place has; 0 where whoever writes the value looks at that.
+            width: how many numbers the site has; 0 where whoever writes the value looks at that.
         """
         plan = self.plan
         if plan.operation.way in ("compute", "cut"):
@@ -62,7 +62,7 @@ class Source:
         keys = [place.at(key) for key in _asked(part.position, order, position)]
         key, held = _held(plan.reference, place, keys)
         if width not in (0, held.shape[-1]):
-            raise ShapeError(f"the reference is {held.shape[-1]} wide, the place {width}", path=place.place)
+            raise ShapeError(f"the reference is {held.shape[-1]} wide, the site {width}", path=place.place)
         if plan.operation.name == "add" and len(held) == plan.runs:
             return self._mean((key, prompt), held[plan.number(prompt)])
         rows = held.flatten(0, 1)
@@ -92,7 +92,7 @@ def _asked(position: At, order: int, token: int) -> list[int | Span]:
 
 
 def _held(reference: SavedActivation, place: Path, keys: Sequence[Path]) -> tuple[Path, Tensor]:
-    """`[row, position, width]` of a reference at the first of these keys that it has, else of the place; its key."""
+    """`[row, position, width]` of a reference at the first of these keys that it has, else of the site; its key."""
     for key in keys:
         if key in reference:
             return key, reference.get(key)[:, None]

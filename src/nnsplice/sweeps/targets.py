@@ -1,4 +1,4 @@
-"""From sites to targets: every cell of a sweep with the places that it changes, in execution order."""
+"""From sites to targets: every cell of a sweep with the sites that it changes, in execution order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Corruption:
 
 
 def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, together: bool) -> tuple[Target, ...]:
-    """What sites ask for, in the order of the forward pass: a target for each place and position, and for each set."""
+    """What sites ask for, in the order of the forward pass: a target for each site and position, and for each set."""
     wanted, sets = told_apart(sites)
     if window < 1:
         raise BadArgument(f"window={window}", expected="at least 1")
@@ -82,12 +82,12 @@ def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | 
 
 
 def _window(model: engine.Model, place: Path, window: int) -> tuple[Path, ...]:
-    """The neighbouring layers of a place, itself in the middle, named or not; at the ends there are fewer."""
+    """The neighbouring layers of a site, itself in the middle, named or not; at the ends there are fewer."""
     if window == 1:
         return (place,)
     layer = number_of(place, "layer")
     if layer is None:
-        raise BadArgument("a window is of neighbouring layers, and this place has no layer", path=place)
+        raise BadArgument("a window is of neighbouring layers, and this site has no layer", path=place)
     low, high = layer - window // 2, layer + (window + 1) // 2
     at = next(number for number, step in enumerate(place.steps) if step.index is not None)  # where layers are counted
     steps = list(place.steps)

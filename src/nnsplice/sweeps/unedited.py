@@ -32,7 +32,7 @@ def clean_run(
     """
     prompts = plan.corrupted if plan.clean is None else plan.clean
     device, model = model.device, model if other is None else other
-    # The same places may have other names in the other model.
+    # The same sites may have other names in the other model.
     sites = {} if other is None else foreign.counterparts(other, plan.targets)
     # The noised samples of a trace have one clean run, and the answers of a prompt may begin alike.
     first = _first_alike(plan, prompts)
@@ -139,7 +139,7 @@ def _read_alike(plan: Plan, batches: Iterable[list[int]], clean: bool) -> Iterat
 
 
 def _needed(plan: Plan) -> dict[int, dict[Path, set[int]]]:
-    """Prompt -> place -> the positions that a patch takes from the clean run."""
+    """Prompt -> site -> the positions that a patch takes from the clean run."""
     needed: dict[int, dict[Path, set[int]]] = {}
     if plan.operation.name != "patch":
         return needed

@@ -1,4 +1,4 @@
-"""`ns.sweep_weights` in units: some prompts with the weights of every place swapped, one place at a time."""
+"""`ns.sweep_weights` in units: some prompts with the weights of every site swapped, one site at a time."""
 
 from __future__ import annotations
 

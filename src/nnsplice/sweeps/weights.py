@@ -1,6 +1,6 @@
 """`sweep_weights`: what of a change of weights changes the answer? The weight analogue of a patching sweep.
 
-For each place the base model runs with the tuned model's weights there, and its own everywhere else. The two ends of
+For each site the base model runs with the tuned model's weights there, and its own everywhere else. The two ends of
 the scale are the base model (`corrupted`) and the tuned model (`clean`), so an effect of 1 is all that tuning did.
 """
 
@@ -309,7 +309,7 @@ def _tuned_logits(runs: Runs, tuned: Any) -> Tensor:
 
 
 def _places(base: engine.Model, sites: Paths) -> dict[Path, Selection]:
-    """Every single place with its weights."""
+    """Every single site with its weights."""
     atlas = Atlas.of(base)
     paths = [parse_path(path) for path in ([sites] if isinstance(sites, str | Path) else sites)]
     found = {place: select(base, place, own=True) for path in paths for place in atlas.split(path)}

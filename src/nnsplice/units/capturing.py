@@ -1,4 +1,4 @@
-"""`ns.capture` in units: the places of some prompts, each unit's a safetensors file of its own."""
+"""`ns.capture` in units: the sites of some prompts, each unit's a safetensors file of its own."""
 
 from __future__ import annotations
 

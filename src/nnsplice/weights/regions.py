@@ -76,7 +76,7 @@ def regions(model: Any, selected: Selected) -> list[Region]:
         selection = select(model, selected, own=not isinstance(selected, Selection))
         found = [Region(name, root.get_parameter(name), part) for name, part in selection.parts.items()]
     if not found:
-        raise BadArgument("this selects no parameter, so it would do nothing", expected="at least one place")
+        raise BadArgument("this selects no parameter, so it would do nothing", expected="at least one site")
     refuse_sharded(((region.name, region.tensor) for region in found), "these weights")
     _refuse_quantised((region.name, region.tensor) for region in found)
     for region in found:

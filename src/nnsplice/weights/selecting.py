@@ -126,7 +126,7 @@ def _a(name: str) -> str:
 
 
 def _one(model: Any, atlas: Atlas, text: str) -> tuple[Path | None, Selection]:
-    """The place that a text names, None for a parameter's name, and its weights."""
+    """The site that a text names, None for a parameter's name, and its weights."""
     params = atlas.tree.params
     name = exact(model, atlas, text)
     if name is not None:
@@ -140,7 +140,7 @@ def _one(model: Any, atlas: Atlas, text: str) -> tuple[Path | None, Selection]:
     except OutOfRange as error:
         raise OutOfRange(f"{text!r} is out of range: {error}") from None
     except UnknownPath as error:
-        # Of the model's own names one may be mistyped; a place that every model could have is only missing here.
+        # Of the model's own names one may be mistyped; a site that every model could have is only missing here.
         raise (_unknown(atlas, text, error) if path.native else BadArgument(str(error))) from None
 
 

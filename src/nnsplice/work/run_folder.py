@@ -2,7 +2,7 @@
 
     run.json            what is run: who opens it, how many units, what all workers have in common
     ...                 what whoever opens it has written beside (a plan, a reference)
-    units/000017...     the outcome of a unit, renamed into place
+    units/000017...     the outcome of a unit, renamed into site
     claims/000017       who is at it, renewed every few seconds
     strikes/000017.*    a worker that died at it, one file for each
     failed/000017.json  why it is left out
@@ -62,7 +62,7 @@ class RunFolder:
     store: Store
     #: What stands in run.json.
     told: Mapping[str, Any]
-    #: When the files in `path` that are in the store too were last written, where these are two places.
+    #: When the files in `path` that are in the store too were last written, where the two differ.
     _shared: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
