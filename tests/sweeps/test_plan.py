@@ -108,7 +108,7 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
         (plan(None, CORRUPTED), BadArgument, "clean is None"),
         (plan(None, None), BadArgument, "neither"),
         (plan(CLEAN, CORRUPTED, "layers[:].output[9]"), ShortRow, r"no prompt has a position \[9\]"),
-        (plan(CLEAN, CORRUPTED, 'layers[:].output["subject"]'), SpanError, "nobody said where"),
+        (plan(CLEAN, CORRUPTED, 'layers[:].output["subject"]'), SpanError, "is not given"),
         (plan(CLEAN, CORRUPTED, "layers[9].output"), IndexError, "past the last layer"),
         (plan(CLEAN, CORRUPTED, "layers[:].output", 3), BadType, "is no metric"),
         (plan(metric=ns.logit_diff("w7 w8", "w9")), BadArgument, r"is 2 tokens: 'w7', 'w8'"),

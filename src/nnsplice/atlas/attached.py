@@ -77,7 +77,7 @@ def expand_part(root: nn.Module | None, path: Path, places: Sequence[Path]) -> I
     """Every single feature, or the error, that a path means.
 
     Args:
-        sites: what the path means without its SAE.
+        places: what the path means without its SAE.
 
     Raises:
         UnknownPath: no SAE of this name is attached there.

@@ -62,7 +62,7 @@ class DiffLens:
         """The mean difference of one site over its tokens, as a steering vector.
 
         Args:
-            site: one of the sites that were read, without a position.
+            place: one of the sites that were read, without a position.
 
         Returns:
             The vector, of one site.

@@ -91,7 +91,7 @@ class FittedLens:
 
         Args:
             model: the model to read.
-            sites: the sites to read.
+            places: the sites to read.
 
         Raises:
             BadArgument: the model has other weights, or a site is no output of a fitted layer.
@@ -116,7 +116,7 @@ class FittedLens:
 
         Args:
             model: the model that the lens was fitted to.
-            site: the output of a fitted layer.
+            place: the output of a fitted layer.
             states: `[row, width]`.
 
         Returns:

@@ -145,7 +145,7 @@ def knockout(model: Any, edges: Paths) -> Iterator[None]:
                 write="layers[3].heads[1].pattern[-1][2]",
             )
         if isinstance(path.position, Span) or isinstance(path.key, Span):
-            raise BadArgument("nobody said where this span stands", path=path, expected="numbers of tokens")
+            raise BadArgument("spans are not given here", path=path, expected="numbers of tokens")
         places = engine.expand(model, path.place)
         closures.require(model, places, written=True)
         for place in places:

@@ -139,7 +139,7 @@ def network(
     2
 
     Args:
-        sites: `(x, y)` of each point.
+        places: `(x, y)` of each point.
         labels: a text for each point; an empty one draws a dot.
         links: the numbers of the two points of each line.
         sizes: the width of each line, from -1 to 1; negative ones have another colour.

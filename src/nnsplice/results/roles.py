@@ -107,7 +107,7 @@ def _groups(
     if roles is None:
         if not spans:
             raise SpanError(
-                "nobody said where the subjects of these prompts stand, so their tokens have no roles",
+                'the span "subject" of these prompts is not given, so their tokens have no roles',
                 expected='spans={"subject": [a text for each prompt]} where the sweep is made, or roles',
                 write='by_role({"last": -1})',
             )

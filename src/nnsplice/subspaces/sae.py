@@ -228,7 +228,7 @@ class SAE:
         Subspace: 2 of 64 dimensions at layers[2].output, SAE features
 
         Args:
-            site: the address that the SAE is of.
+            place: the address that the SAE is of.
             features: the numbers of the features.
 
         Returns:

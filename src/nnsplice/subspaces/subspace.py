@@ -37,7 +37,7 @@ class Subspace:
     ...                   progress=False)
 
     Attributes:
-        site: the address, canonical and without token positions.
+        place: the address, canonical and without token positions.
         basis: `[width, k]`, orthonormal columns in float64 on the CPU; not to be changed.
         about: how it was found, as plain data.
     """
@@ -74,7 +74,7 @@ class Subspace:
         Subspace: 3 of 16 dimensions at layers[1].output, vectors
 
         Args:
-            site: the address; of a capture, the site in it, whose prompts and positions are the vectors.
+            place: the address; of a capture, the site in it, whose prompts and positions are the vectors.
             vectors: `[width]`, `[k, width]`, or a capture: a `SteeringVector` holds one vector for each site.
 
         Returns:
@@ -105,7 +105,7 @@ class Subspace:
         Args:
             saved: a capture of one site, or with `place` of several.
             k: how many directions; at most one less than there are rows.
-            site: the address, where the capture has several.
+            place: the address, where the capture has several.
 
         Returns:
             The subspace; `about["variance"]` is the share of the variance that it holds.

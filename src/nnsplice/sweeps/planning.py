@@ -181,7 +181,7 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
         for prompts in (edited, source or edited):
             if "subject" not in (prompts.spans or {}):
                 raise SpanError(
-                    'align="role" counts tokens from the subjects, and nobody said where they stand',
+                    'align="role" counts tokens from the span "subject", which is not given',
                     expected='spans={"clean": {"subject": ...}, "corrupted": {"subject": ...}}',
                 )
     if source is None or align != "position":
@@ -204,7 +204,7 @@ def _check_spans(targets: Sequence[Target], edited: Prompts, source: Prompts) ->
     for span in dict.fromkeys(position for position in positions if isinstance(position, Span)):
         if span.name not in (source.spans or {}):
             raise SpanError(
-                f'nobody said where the span "{span.name}" stands in the clean prompts',
+                f'the span "{span.name}" is not given for the clean prompts',
                 expected=f'spans={{"clean": {{"{span.name}": ...}}, "corrupted": {{...}}}}',
             )
         assert source.spans is not None and edited.spans is not None

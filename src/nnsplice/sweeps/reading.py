@@ -30,7 +30,7 @@ def only_read(model: engine.Model, at: int, places: Iterable[Path]) -> dict[str,
 
     Args:
         at: where it reads, counted from the end.
-        sites: what of the run is read or written; where these are the logits themselves, all have to be there.
+        places: what of the run is read or written; where these are the logits themselves, all have to be there.
     """
     head = Atlas.of(model).towers.get("decoder")
     if not engine.keeps_logits(model) or any(head is None or site_of(p).module == head.unembed for p in places):
