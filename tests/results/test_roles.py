@@ -136,7 +136,7 @@ def test_roles_are_kept_in_files_and_pages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ask", "kind", "message"),
     [
-        (lambda: SweepResult(_table({})).by_role(), SpanError, r"of these prompts is not given[\\s\\S]*last"),
+        (lambda: SweepResult(_table({})).by_role(), SpanError, r"of these prompts is not given[\s\S]*last"),
         (lambda: SweepResult(_table()).by_role({}), BadType, "names with tokens"),
         (lambda: SweepResult(_table()).by_role({"v": "verb"}), SpanError, r"'verb', and that is no span[\s\S]*subject"),
         (lambda: SweepResult(_table()).by_role({"v": 6}), BadArgument, r"\[6\] in prompt 1, which has 6 tokens"),
