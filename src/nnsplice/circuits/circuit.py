@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits import files, masks, measuring, page
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.addresses import address, part_of, whole_of
-from nnsplice.circuits.drawing import Drawing
+from nnsplice.circuits.drawing import Drawing, draw
 from nnsplice.circuits.masks import Mask
 from nnsplice.circuits.members import (
     Edge,
@@ -28,10 +27,11 @@ from nnsplice.circuits.members import (
     nodes_of,
     order_of,
     rank_of,
+    summary,
     text_of,
 )
 from nnsplice.circuits.origin import OF_MODEL, check_model, expanded, graph_of, provenance_of
-from nnsplice.circuits.scores import By, Scores, greedy, scores_of
+from nnsplice.circuits.scores import By, Scores, count_of, greedy, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, named
 from nnsplice.files import from_json
@@ -471,15 +471,8 @@ class Circuit:
         Raises:
             UnknownPath: a node that the graph does not have.
         """
-        found = np.zeros(shape.exists.shape, dtype=bool)
         checked = self if self.shape == shape else replace(self, shape=shape)
-        if self.kind == "nodes":
-            found[:, [shape.sender_number[whole_of(node)] for node in checked.nodes]] = True
-            return found & shape.exists
-        pairs = [(shape.receiver_number[r], shape.sender_number[whole_of(s)]) for s, r in checked.edges]
-        if pairs:
-            found[tuple(np.array(pairs).T)] = True
-        return found
+        return masks.mask_of(checked.nodes if self.kind == "nodes" else (), checked.edges, shape)
 
     def parts(self, shape: Shape) -> Mask:
         """Its edges in the graph of a model, with what each carries where that is a part of its sender.
@@ -487,15 +480,7 @@ class Circuit:
         Args:
             shape: the model's graph.
         """
-        edges = self.mask(shape)
-        found: dict[tuple[int, int], set[Any]] = {}
-        for member in self.members:
-            sender, receiver = (member, None) if self.kind == "nodes" else member
-            number = shape.sender_number[whole_of(sender)]
-            ends = np.flatnonzero(edges[:, number]) if receiver is None else [shape.receiver_number[receiver]]
-            for end in ends:
-                found.setdefault((int(end), number), set()).add(part_of(sender))
-        return Mask(edges, {at: frozenset(parts) for at, parts in found.items() if None not in parts})
+        return masks.with_parts(self.mask(shape), self.members, shape)
 
     # --- running
 
@@ -700,17 +685,7 @@ class Circuit:
         Returns:
             The axes; the figure is `axes.figure`.
         """
-        drawing = self._drawing()
-        largest = max((abs(line.score or 0.0) for line in drawing.lines), default=0.0)
-        sizes = [1.0 if not largest or line.score is None else line.score / largest for line in drawing.lines]
-        return plots.network(
-            [(mark.x, mark.y) for mark in drawing.marks],
-            [_label(mark.path, mark.kind) for mark in drawing.marks],
-            [(line.start, line.end) for line in drawing.lines],
-            sizes=sizes,
-            title=repr(self),
-            ax=ax,
-        )
+        return draw(self._drawing(), repr(self), ax)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write a self-contained HTML page; hovering over an edge shows its score, and a slider filters edges.
@@ -728,16 +703,7 @@ class Circuit:
         return Drawing.of(self.nodes, self.edges, scores, self.shape)
 
     def __repr__(self) -> str:
-        counts = {"embed": 0, "head": 0, "MLP": 0, "expert": 0, "feature": 0, "error": 0}
-        kinds = {"embed": "embed", "heads": "head", "mlp": "MLP", "experts": "expert"}
-        for name, place in dict.fromkeys((node.steps[-1].name, node.place) for node in self.nodes):
-            part = None if place.sae is None else "error" if place.sae.features is None else "feature"
-            counts[part or kinds[name]] += 1
-        parts = ["embed"] if counts["embed"] else []
-        parts += [_count(n, what) for what, n in counts.items() if n and what != "embed"]
-        what = self.kind if len(self) != 1 else self.kind[:-1]
-        between = " between" if self.kind == "edges" else ":"
-        return f"Circuit of {len(self)} {what}" + (f"{between} {', '.join(parts)}" if parts else "")
+        return summary(self.kind, self.members, self.nodes)
 
     def _graph(self, why: str) -> Shape:
         if self.shape is None:
@@ -746,19 +712,3 @@ class Circuit:
                 write="circuit.on(model), or Circuit.of(..., model=model)",
             )
         return self.shape
-
-
-def count_of(share: float, of: int) -> int:
-    """How many of so many a share is: rounded, and at least one where the share is not nothing."""
-    return max(round(share * of), 1 if share and of else 0)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _label(path: str, kind: str) -> str:
-    numbers = re.findall(r"\d+", path)
-    shown = {"head": "a{}.{}", "mlp": "m{}", "expert": "m{}.{}", "group": ""}.get(kind, kind)
-    position = parse_path(path).position if kind != "group" else None
-    return shown.format(*numbers) + ("" if position is None else path[path.rindex("[") :])

@@ -16,11 +16,11 @@ from nnsplice import closures, plots
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.addresses import part_of
-from nnsplice.circuits.circuit import Circuit, count_of
+from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.masks import Mask, needed
 from nnsplice.circuits.measuring import Question, measure
 from nnsplice.circuits.origin import check_model
-from nnsplice.circuits.scores import Scores, scores_of
+from nnsplice.circuits.scores import Scores, count_of, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, FileError, circumstances, named
 from nnsplice.files import from_json, whole

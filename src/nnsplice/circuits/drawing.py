@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from nnsplice import plots
 from nnsplice.circuits.shape import Shape
-from nnsplice.paths import Path
+from nnsplice.paths import Path, parse_path
 
 Edge = tuple[Path, Path]
 #: The most edges that are drawn: the strongest.
@@ -63,6 +65,27 @@ class Drawing:
             for n in shown
         )  # fmt: skip
         return cls(marks, lines, len(edges) - len(shown))
+
+
+def draw(drawing: Drawing, title: str, ax: plots.Axes | None) -> plots.Axes:
+    """A figure of it, with edges as wide as their scores."""
+    largest = max((abs(line.score or 0.0) for line in drawing.lines), default=0.0)
+    sizes = [1.0 if not largest or line.score is None else line.score / largest for line in drawing.lines]
+    return plots.network(
+        [(mark.x, mark.y) for mark in drawing.marks],
+        [_label(mark) for mark in drawing.marks],
+        [(line.start, line.end) for line in drawing.lines],
+        sizes=sizes,
+        title=title,
+        ax=ax,
+    )
+
+
+def _label(mark: Mark) -> str:
+    numbers = re.findall(r"\d+", mark.path)
+    shown = {"head": "a{}.{}", "mlp": "m{}", "expert": "m{}.{}", "group": ""}.get(mark.kind, mark.kind)
+    position = parse_path(mark.path).position if mark.kind != "group" else None
+    return shown.format(*numbers) + ("" if position is None else mark.path[mark.path.rindex("[") :])
 
 
 def _drawn_at(path: Path) -> Path:

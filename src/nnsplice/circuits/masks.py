@@ -1,15 +1,18 @@
-"""Which edges of a circuit can matter for its run: the others change nothing, and need no computing."""
+"""The edges of a circuit as booleans, and which of them can change its run: the others need no computing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from nnsplice.circuits.addresses import Part
+from nnsplice.circuits.addresses import Part, part_of, whole_of
+from nnsplice.circuits.members import Edge
 from nnsplice.circuits.shape import Shape
+from nnsplice.paths import Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,30 @@ class Mask:
     def only(self, edges: np.ndarray) -> Mask:
         """Fewer of its edges."""
         return Mask(edges, {at: parts for at, parts in self.parts.items() if edges[at]})
+
+
+def mask_of(nodes: Sequence[Path], edges: Sequence[Edge], shape: Shape) -> np.ndarray:
+    """`[receiver, sender]` of edges; without edges, of all edges from the nodes. A part counts as its sender."""
+    found = np.zeros(shape.exists.shape, dtype=bool)
+    if nodes:
+        found[:, [shape.sender_number[whole_of(node)] for node in nodes]] = True
+        return found & shape.exists
+    pairs = [(shape.receiver_number[receiver], shape.sender_number[whole_of(sender)]) for sender, receiver in edges]
+    if pairs:
+        found[tuple(np.array(pairs).T)] = True
+    return found
+
+
+def with_parts(edges: np.ndarray, members: Iterable[Path | Edge], shape: Shape) -> Mask:
+    """A mask with the parts of senders that its members name."""
+    found: dict[tuple[int, int], set[Any]] = {}
+    for member in members:
+        sender, receiver = member if isinstance(member, tuple) else (member, None)
+        number = shape.sender_number[whole_of(sender)]
+        ends = np.flatnonzero(edges[:, number]) if receiver is None else [shape.receiver_number[receiver]]
+        for end in ends:
+            found.setdefault((int(end), number), set()).add(part_of(sender))
+    return Mask(edges, {at: frozenset(parts) for at, parts in found.items() if None not in parts})
 
 
 def behind(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nnsplice.circuits.addresses import Role, address, part_of, whole_of
@@ -115,6 +115,20 @@ def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:
 def text_of(member: Path | Edge) -> str:
     """A member in words."""
     return " -> ".join(map(str, member)) if isinstance(member, tuple) else str(member)
+
+
+def summary(kind: str, members: Sequence[Path | Edge], nodes: Iterable[Path]) -> str:
+    """A circuit in a line: how many members, and nodes of each kind."""
+    counts = {"embed": 0, "head": 0, "MLP": 0, "expert": 0, "feature": 0, "error": 0}
+    kinds = {"embed": "embed", "heads": "head", "mlp": "MLP", "experts": "expert"}
+    for name, place in dict.fromkeys((node.steps[-1].name, node.place) for node in nodes):
+        part = None if place.sae is None else "error" if place.sae.features is None else "feature"
+        counts[part or kinds[name]] += 1
+    parts = ["embed"] if counts["embed"] else []
+    parts += [f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items() if n and what != "embed"]
+    what = kind if len(members) != 1 else kind[:-1]
+    between = " between" if kind == "edges" else ":"
+    return f"Circuit of {len(members)} {what}" + (f"{between} {', '.join(parts)}" if parts else "")
 
 
 def check_parts(members: Iterable[Path | Edge], others: Iterable[Path | Edge], sign: str) -> None:

@@ -56,6 +56,11 @@ class Scores:
         return int(k)
 
 
+def count_of(share: float, of: int) -> int:
+    """How many of so many a share is: rounded, and at least one where the share is not 0."""
+    return max(round(share * of), 1 if share and of else 0)
+
+
 def scores_of(result: Any) -> Scores:
     """What a result says of edges, where it does, or of heads and MLPs.
 
