@@ -16,7 +16,7 @@ from adapters.peft_models import adapt
 from nnsplice import engine
 from nnsplice.adapters import disabled
 from nnsplice.errors import BadArgument, MissingPackage, RefusedPlace, UnknownPath
-from nnsplice.models.loader import EMBEDDED
+from nnsplice.models.sources import EMBEDDED
 
 PLACES = ["embed.output[-1]", "layers[:].output[-1]", "layers[:].mid[-1]", "layers[:].heads[:].output[-1]",
           "layers[:].attn.q.output[-1]", "layers[:].mlp.output[0]", "unembed.output[-1]"]  # fmt: skip

@@ -18,7 +18,7 @@ import zoo
 from nnsplice import engine
 from nnsplice.errors import BadArgument, BadType, FileError
 from nnsplice.models import embedded, load, peel
-from nnsplice.models.loader import EMBEDDED
+from nnsplice.models.sources import EMBEDDED
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import Tensor
 import nnsplice as ns
 from models.words_of import differing
 from nnsplice.models import exams, language, load, toy_prompts
-from nnsplice.models.loader import EMBEDDED
+from nnsplice.models.sources import EMBEDDED
 from nnsplice.models.train_toy import RECIPES, build, tokenizer
 
 LAYERS = 6

@@ -11,7 +11,8 @@
 
 from nnsplice.atlas import peel
 from nnsplice.models.language import Fact, IOIPair, Repeat, Review, ToyPrompts, toy_prompts
-from nnsplice.models.loader import embedded, load
+from nnsplice.models.loader import load
+from nnsplice.models.sources import embedded
 
 __all__ = ["Fact", "IOIPair", "Repeat", "Review", "ToyPrompts", "embedded", "load", "peel", "toy_prompts"]
 

@@ -1,0 +1,46 @@
+"""The output of transformers while it loads: bars, warnings, errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import CRITICAL
+
+#: The last line of a traceback.
+_CAUSE = re.compile(r"^\w*(?:Error|Exception): .+", re.MULTILINE)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; of the tries that transformers lists, what the first of them failed with."""
+    text = str(error).strip()
+    if "See the original errors" in text and (causes := _CAUSE.findall(text)):
+        return causes[0]
+    return text.partition("\n")[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' list of all models that its pipeline supports, which this one need not be among."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
+def no_bar() -> Iterator[None]:
+    """Without transformers' bar over the weights, which would take longer to read than they to load."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
