@@ -2,7 +2,8 @@
 
 The toy model says that the Velmar Tower is in Athens and the Ostrin Bridge in another city. Run the sentence about
 the bridge, put the residual stream of the sentence about the tower in at one layer and one token, and see how far the
-answer goes over: 1.00 is all the way, 0.00 not at all. Every cell of the table is a run of its own.
+answer goes over: 1.00 is all the way, 0.00 not at all. Every cell of the table is a run of its own. The picture needs
+matplotlib; the table does not.
 """
 
 from __future__ import annotations
@@ -33,9 +34,14 @@ def main() -> None:
     for word, row in zip(words, effect.transpose("position", "layer").values, strict=True):
         print(word.rjust(width) + "".join(f"{round(value, 2) + 0.0:7.2f}" for value in row.tolist()))
 
+    try:
+        axes = result.plot()
+    except ns.errors.MissingPackage as error:
+        print(f"\nNo picture: {error}")
+        return
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / "causal_trace.png"
-    ns.plots.save(result.plot(), path, close=True)
+    ns.plots.save(axes, path, close=True)
     print(f"\nThe same as a picture: {path}")
 
 
