@@ -38,7 +38,7 @@ def test_work_status_and_what_failed(tmp_path: Path, capsys: Any) -> None:
     assert code == 1
     assert "4 of 5 units done, 1 failed, 0 workers" in out
     assert "unit 3 failed: unit 3 asks for what is not there" in out
-    assert "1 units failed" in err
+    assert "1 unit failed" in err
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: Any) -> None:
@@ -70,7 +70,7 @@ def test_trace_writes_a_folder_that_others_finish(tmp_path: Path, capsys: Any) -
     assert Worker(RunFolder.open(out / "run")).work() == 0
     code, said, _ = _called(capsys, "merge", out / "run")
     assert code == 0
-    assert "cells of 1 prompts" in said
+    assert "cells of 1 prompt," in said
     found = ns.SweepResult.from_file(out / "run" / "result.safetensors")
     code, _, _ = _called(capsys, "trace", "--model", "toy", "--out", out, "--on", "folder", "--resume", *ASKED)
     assert code == 0

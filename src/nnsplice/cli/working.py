@@ -12,6 +12,7 @@ import typer
 from nnsplice.cli.commands import app
 from nnsplice.cli.table import Json, Row, say, tabulate
 from nnsplice.errors import FileError
+from nnsplice.shown import counted
 from nnsplice.stores import store_of
 
 # A text, as a path would drop a slash of s3://
@@ -37,7 +38,7 @@ def work(folder: Run) -> None:
     worker = Worker(RunFolder.open(folder), parent=int(parent) if parent else None)
     code = worker.work()
     why = f"; {worker.told['reason']}" if "reason" in worker.told else ""
-    say(f"{worker.told['state']}: {worker.told['units']} units{why}")
+    say(f"{worker.told['state']}: {counted(worker.told['units'], 'unit')}{why}")
     if code:
         raise typer.Exit(code)
 
@@ -46,7 +47,7 @@ def work(folder: Run) -> None:
 def merge(
     folder: Run,
     partial: Annotated[
-        bool, typer.Option("--partial", help="Also when units are missing; cells are then too.")
+        bool, typer.Option("--partial", help="Merge although units are missing; their cells have no value.")
     ] = False,
     out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Default: DIR/result.safetensors.")] = None,
 ) -> None:
@@ -58,7 +59,8 @@ def merge(
     result = merged(RunFolder.open(folder), partial=partial)
     result.to_file(target)
     if isinstance(result, SweepResult):
-        say(f"{int(result.table.done.sum())} cells of {len(result.clean)} prompts, in {target}")
+        cells, prompts = counted(int(result.table.done.sum()), "cell"), counted(len(result.clean), "prompt")
+        say(f"{cells} of {prompts}, in {target}")
     else:
         say(f"{str(result).partition(chr(10))[0]}, in {target}")
 
@@ -72,7 +74,7 @@ def status(folder: Run, as_json: Json = False) -> None:
     alive = [one for one in found.workers if one["alive"]]
     left = found.units - found.done - len(found.failures)
     rate = f", {found.rate:.2g} units a second, {left / found.rate:.0f} s to go" if found.rate and left else ""
-    say(f"{found.done} of {found.units} units done, {len(found.failures)} failed, {len(alive)} workers{rate}")
+    say(f"{found.done} of {found.units} units done, {len(found.failures)} failed, {counted(len(alive), 'worker')}{rate}")
     rows: list[Row] = [
         (one["worker"], one["state"] if one["alive"] or one["state"] not in ("loading", "running") else "dead",
          f"{one['units']}", one.get("reason", "").partition("\n")[0])
@@ -84,6 +86,6 @@ def status(folder: Run, as_json: Json = False) -> None:
         say(f"unit {number} failed: {reason}")
     if found.failures:
         raise FileError(
-            f"{len(found.failures)} units failed",
+            f"{counted(len(found.failures), 'unit')} failed",
             expected=f"their reasons mended; logs are in {store_of(folder).at('workers')}",
         )
