@@ -82,18 +82,18 @@ def test_order_finds_layers_that_run_backwards() -> None:
     assert finding.state == "FAILED"
 
 
-def test_places_finds_what_never_fires() -> None:
+def test_sites_finds_what_never_fires() -> None:
     model = wrap("llama")
     attention: Any = peel(model).get_submodule("model.layers.1.self_attn")
     attention.forward = lambda hidden_states, **_: (hidden_states, None)
-    failed = _failed(_of(model, "places"))
+    failed = _failed(_of(model, "sites"))
     assert {"layers[:].attn.q.output", "layers[:].heads[:].output", "layers[:].groups[:].v"} <= failed
     assert "layers[:].mlp.output" not in failed
 
 
-def test_places_finds_another_width_than_the_outline_has(monkeypatch) -> None:
+def test_sites_finds_another_width_than_the_outline_has(monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["nnsplice.checks.outline"], "stream_width", lambda *_: 17)
-    findings = {finding.what: finding.detail for finding in _of(wrap("gpt2"), "places")}
+    findings = {finding.what: finding.detail for finding in _of(wrap("gpt2"), "sites")}
     assert findings["layers[:].output"] == "width 16, not 17" and not findings["layers[:].heads[:].q"]
 
 

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 
 TOY = """\
-site              values               width
+site               values               width
 embed              .output              64
 layers[0..5]       .input .mid .output  64
   attn             .output              64
@@ -275,7 +275,7 @@ def _json(*args: str) -> Any:
 
 
 def test_tables_are_printed_as_json_and_nothing_else_is() -> None:
-    places = {row["place"]: row for row in _json("paths", "toy")}
+    places = {row["site"]: row for row in _json("paths", "toy")}
     assert places["layers[0..5]"]["width"] == 64 and "layers[0..5].attn" in places
     assert all(row["module"] for row in _json("paths", "toy", "--native", "--under", "model.transformer.h[0]"))
     masks = {row["parameter"]: row for row in _json("mask", "toy", "l1h0")}

@@ -111,6 +111,8 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
         (plan(CLEAN, CORRUPTED, 'layers[:].output["subject"]'), SpanError, "is not given"),
         (plan(CLEAN, CORRUPTED, "layers[9].output"), IndexError, "past the last layer"),
         (plan(CLEAN, CORRUPTED, "layers[:].output", 3), BadType, "is no metric"),
+        (plan(metric="logit_diff"), BadType, "a str is no metric"),
+        (plan(metric=[]), BadArgument, "without a metric"),
         (plan(metric=ns.logit_diff("w7 w8", "w9")), BadArgument, r"is 2 tokens: 'w7', 'w8'"),
         (plan(metric=ns.logit_diff("Paris", "w9")), BadArgument, "not in this model's"),
         (plan([CLEAN] * 3, [CORRUPTED] * 3, metric=ns.rank(["w7", "w8"])), BadArgument, r"as answer=[\s\S]*a set"),
@@ -129,7 +131,7 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(26))
+@pytest.mark.parametrize("number", range(28))
 def test_what_makes_no_sense_is_refused(model, number: int) -> None:
     call, kind, message = _bad(model)[number]
     with pytest.raises(kind, match=message):

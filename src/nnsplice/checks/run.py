@@ -8,7 +8,7 @@ from typing import Any
 from nnsplice.checks.finding import Finding, Subject, reason_of, subject_of
 from nnsplice.checks.replay import replay
 from nnsplice.checks.streams import causal, heads, layouts, padding, promises
-from nnsplice.checks.structure import order, parts, places
+from nnsplice.checks.structure import order, parts, sites
 from nnsplice.paths import Slice
 
 Check = Callable[[Subject], Iterator[Finding]]
@@ -17,7 +17,7 @@ Check = Callable[[Subject], Iterator[Finding]]
 CHECKS: dict[str, Check] = {
     "parts": parts,
     "order": order,
-    "places": places,
+    "sites": sites,
     "replay": replay,
     "heads": heads,
     "promises": promises,

@@ -84,10 +84,10 @@ def _order(subject: Subject, tower: Tower, layers: tuple[int, ...], what: str) -
     return Finding("order", what, "ok")
 
 
-def places(subject: Subject) -> Iterator[Finding]:
+def sites(subject: Subject) -> Iterator[Finding]:
     """Every site fires, and is as wide as the outline says."""
     for kind in kinds(subject):
-        yield attempt("places", str(kind.path), lambda kind=kind: _fires(subject, kind))
+        yield attempt("sites", str(kind.path), lambda kind=kind: _fires(subject, kind))
 
 
 def _fires(subject: Subject, kind: Kind) -> Finding:
@@ -95,12 +95,12 @@ def _fires(subject: Subject, kind: Kind) -> Finding:
     wanted = engine.expand(subject.model, kind.path)
     saved = capture(subject.model, subject.inputs, kind.path.at(-1))
     if len(saved) != len(wanted):
-        return Finding("places", str(kind.path), "FAILED", detail=f"{len(wanted)} sites, and {len(saved)} values")
+        return Finding("sites", str(kind.path), "FAILED", detail=f"{len(wanted)} sites, and {len(saved)} values")
     widths = {tensor.shape[-1] for _, tensor in saved.items()}
     if kind.value.width is not None and widths != {kind.value.width}:
         found = ", ".join(map(str, sorted(widths)))
-        return Finding("places", str(kind.path), "FAILED", detail=f"width {found}, not {kind.value.width}")
-    return Finding("places", str(kind.path), "ok")
+        return Finding("sites", str(kind.path), "FAILED", detail=f"width {found}, not {kind.value.width}")
+    return Finding("sites", str(kind.path), "ok")
 
 
 def require_eager(subject: Subject, kind: Kind) -> None:

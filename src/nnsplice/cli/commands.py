@@ -202,7 +202,7 @@ def _show_portable(model: str, path: Path | None, tower: TowerName | None, all_l
         outlines = narrow(atlas, outlines, path)
         index = path.steps[1].index if len(path.steps) > 1 else None
         inner = None if index is None else index_text(index)
-    tabulate("places", listing.rows(outlines, attention=engine.attention_of(found), inner=inner), listing.HEAD)
+    tabulate("sites", listing.rows(outlines, attention=engine.attention_of(found), inner=inner), listing.HEAD)
 
 
 @app.command()
@@ -234,7 +234,7 @@ def check(
     \b
     parts      towers, layers and heads are recognised, and are those that the config speaks of
     order      the order of the modules is recorded, and layers run one after the other in it
-    sites     every site fires, and is as wide as `nnsplice paths` says
+    sites      every site fires, and is as wide as `nnsplice paths` says
     replay     a run's own values written into it leave its logits equal, bit for bit; other values do not
     heads      the heads' own slices through the output projection are what attention adds
     promises   branches add up to the layers, patterns mix values: what is refused where it does not hold

@@ -73,7 +73,7 @@ def logit(
                 said = [] if numbers is None else [f"{numbers['probability'][row, number]:.3f}",
                                                    f"{numbers['rank'][row, number]:.0f}"]  # fmt: skip
                 rows.append((str(row), cell.path, *said, tokens))
-    tabulate("tokens", rows, ("prompt", "place", *(() if numbers is None else ("answer", "rank")), "tokens"))
+    tabulate("tokens", rows, ("prompt", "site", *(() if numbers is None else ("answer", "rank")), "tokens"))
     _write_page(page, found.result)
 
 
@@ -115,8 +115,8 @@ def direct(
     mean = parts.table.values.mean(0)
     order = sorted(range(len(mean)), key=lambda n: -abs(mean[n]))[:LISTED]
     rows = [(parts.cells[n].path, f"{mean[n]: .4g}") for n in order]
-    values = [{"place": parts.cells[n].path, parts.metric: float(mean[n])} for n in order]
-    tabulate("parts", rows, ("place", parts.metric), values)
+    values = [{"site": parts.cells[n].path, parts.metric: float(mean[n])} for n in order]
+    tabulate("parts", rows, ("site", parts.metric), values)
     say()
     say(f"all {len(mean)} parts {mean.sum():.4g}, the rest {parts.rest.mean():.4g}, together {parts.clean.mean():.4g}")
     _write_page(page, parts)

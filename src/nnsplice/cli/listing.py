@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from nnsplice.checks import Outline, Part, Value
 from nnsplice.cli.table import Row
 
-HEAD: Row = ("place", "values", "width", "")
+HEAD: Row = ("site", "values", "width", "")
 
 
 def rows(outlines: Sequence[Outline], *, attention: str | None, inner: str | None = None) -> list[Row]:

@@ -90,8 +90,8 @@ def fit(
         (key, f"{vector.norms[key]:.4g}", f"{vector.quality[key]:.3f}" if key in vector.quality else "")
         for key in vector
     ]
-    values = [{"place": key, "norm": vector.norms[key], "AUC held out": vector.quality.get(key)} for key in vector]
-    tabulate("places", rows, ("place", "norm", "AUC held out"), values)
+    values = [{"site": key, "norm": vector.norms[key], "AUC held out": vector.quality.get(key)} for key in vector]
+    tabulate("sites", rows, ("site", "norm", "AUC held out"), values)
     say(f"\n{len(good)} and {len(bad)} prompts; written to {out}")
 
 

@@ -74,7 +74,9 @@ def status(folder: Run, as_json: Json = False) -> None:
     alive = [one for one in found.workers if one["alive"]]
     left = found.units - found.done - len(found.failures)
     rate = f", {found.rate:.2g} units a second, {left / found.rate:.0f} s to go" if found.rate and left else ""
-    say(f"{found.done} of {found.units} units done, {len(found.failures)} failed, {counted(len(alive), 'worker')}{rate}")
+    say(
+        f"{found.done} of {found.units} units done, {len(found.failures)} failed, {counted(len(alive), 'worker')}{rate}"
+    )
     rows: list[Row] = [
         (one["worker"], one["state"] if one["alive"] or one["state"] not in ("loading", "running") else "dead",
          f"{one['units']}", one.get("reason", "").partition("\n")[0])

@@ -21,7 +21,7 @@ from nnsplice.files import from_json, is_pickle, whole
 from nnsplice.headers import read_header
 from nnsplice.lens.passes import decoder_of
 from nnsplice.paths import Path
-from nnsplice.shown import printable
+from nnsplice.shown import counted, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,7 +189,9 @@ class FittedLens:
             pairs = zip(self.about["kl"], self.about["logit_lens"], strict=True)
             worse = sum(kl > plain for kl, plain in pairs)
             mean = sum(self.about["kl"]) / len(self.layers)
-            told += f", held-out KL {mean:.3g}" + (f", worse than the logit lens in {worse} layers" if worse else "")
+            told += f", held-out KL {mean:.3g}" + (
+                f", worse than the logit lens in {counted(worse, 'layer')}" if worse else ""
+            )
         return printable(told)
 
 

@@ -94,9 +94,11 @@ def bound_of(given: Metrics, tokenizer: Any, prompts: int, texts: Sequence[str] 
 
 
 def _named(given: Sequence[MetricLike] | Mapping[str, MetricLike]) -> list[tuple[str, Metric]]:
-    if not isinstance(given, Mapping | Sequence) or isinstance(given, str) or not given:
-        Metric.of(given if not isinstance(given, Sequence) else None)  # type: ignore[arg-type]  # says what is expected
+    if not isinstance(given, Mapping | Sequence) or isinstance(given, str):
+        Metric.of(given)  # type: ignore[arg-type]  # says what is expected
         raise BadType(f"{named(given)} is no metric", expected="a metric, or several")
+    if not given:
+        raise BadArgument(f"{named(given)} without a metric in it", expected="at least one metric")
     if isinstance(given, Mapping):
         return [(str(name), Metric.of(metric)) for name, metric in given.items()]
     found = [Metric.of(metric) for metric in given]
