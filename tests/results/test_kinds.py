@@ -60,6 +60,13 @@ def test_a_name_of_several_or_of_none(three: SweepResult) -> None:
         SweepResult(table([])).grid()
 
 
+def test_where_a_kind_has_to_be_named_both_calls_are_written(three: SweepResult) -> None:
+    pytest.importorskip("matplotlib")
+    for call in (three.grid, three.plot):
+        with pytest.raises(BadArgument, match=r"write: result\.grid\('layers.*'\), or result\.plot\('layers"):
+            call()
+
+
 def test_a_result_does_not_change() -> None:
     made = table()
     result = SweepResult(made)

@@ -31,7 +31,7 @@ def kind_named(cells: Sequence[Cell], name: str | Path | None) -> str:
         raise BadArgument(
             f"{len(kinds)} kinds of site were changed, and a grid shows one",
             expected=f"one of {', '.join(kinds)}",
-            write=f"result.grid({kinds[0]!r})",
+            write=f"result.grid({kinds[0]!r}), or result.plot({kinds[0]!r})",
         )
     text = str(name)
     if text in kinds:
