@@ -112,7 +112,7 @@ def _bad(model: Any) -> list[tuple[Any, type[Exception], str]]:
         (plan(CLEAN, CORRUPTED, "layers[9].output"), IndexError, "past the last layer"),
         (plan(CLEAN, CORRUPTED, "layers[:].output", 3), BadType, "is no metric"),
         (plan(metric="logit_diff"), BadType, "a str is no metric"),
-        (plan(metric=[]), BadArgument, "without a metric"),
+        (plan(metric=[]), BadType, "a list of no metrics"),
         (plan(metric=ns.logit_diff("w7 w8", "w9")), BadArgument, r"is 2 tokens: 'w7', 'w8'"),
         (plan(metric=ns.logit_diff("Paris", "w9")), BadArgument, "not in this model's"),
         (plan([CLEAN] * 3, [CORRUPTED] * 3, metric=ns.rank(["w7", "w8"])), BadArgument, r"as answer=[\s\S]*a set"),

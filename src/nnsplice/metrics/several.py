@@ -98,7 +98,7 @@ def _named(given: Sequence[MetricLike] | Mapping[str, MetricLike]) -> list[tuple
         Metric.of(given)  # type: ignore[arg-type]  # says what is expected
         raise BadType(f"{named(given)} is no metric", expected="a metric, or several")
     if not given:
-        raise BadArgument(f"{named(given)} without a metric in it", expected="at least one metric")
+        raise BadType(f"{named(given)} of no metrics", expected="at least one metric")
     if isinstance(given, Mapping):
         return [(str(name), Metric.of(metric)) for name, metric in given.items()]
     found = [Metric.of(metric) for metric in given]
