@@ -48,6 +48,9 @@ def test_the_metadata_say_what_it_is_and_what_it_needs(built: Path) -> None:
     assert {"plots", "peft", "gguf", "all"} <= set(told.get_all("Provides-Extra") or [])
     needed = [line.split(";")[0] for line in told.get_all("Requires-Dist") or [] if "extra ==" not in line]
     assert any(line.startswith("nnsight") and "<0.9" in line for line in needed)
+    # transformers reads GGUF files with accelerate only, and nothing else that is needed brings it.
+    of_gguf = [line for line in told.get_all("Requires-Dist") or [] if "'gguf'" in line]
+    assert {"accelerate", "gguf"} <= {line.split(">")[0] for line in of_gguf}
 
 
 def test_the_sdist_holds_what_the_tests_need_and_nothing_that_was_made(built: Path) -> None:
