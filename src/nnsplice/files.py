@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nnsplice.errors import BadArgument, FileError
+
+#: An address of an object store, also one of which pathlib has dropped a slash.
+_ADDRESS = re.compile(r".*://|(s3|gs):/")
 
 
 @contextmanager
@@ -79,7 +83,7 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         BadArgument: the address of an object store, of which a path would be a folder of an odd name.
     """
     text = os.fspath(path)
-    if "://" in text:
+    if _ADDRESS.match(text):
         raise BadArgument(
             f"{text} is an address of an object store, and this is read from and written to a file system alone",
             expected="a path on a file system",

@@ -93,8 +93,8 @@ def run(
         on: `"local:8"` for so many processes here, `"folder"` to write a run folder and leave it to
             `nnsplice work DIR`, `ns.on.slurm(...)`, `ns.on.ray(...)`. All give the same bits, whatever dies.
         out: the run folder, in which every finished unit is kept; the same call resumes from it. It may be in an object
-            store (`"s3://bucket/run"`, `"gs://..."`; extra `cloud`). Of a plan of `ns.plan_sweep` it may be a Zarr store
-            (`"sweep.zarr"`; extra `zarr`), which every unit writes its prompts' values to.
+            store (`"s3://bucket/run"`, `"gs://..."`; extra `cloud`). Of a sweep it may be a Zarr store (`"sweep.zarr"`;
+            extra `zarr`), which every unit writes its prompts' values to.
         size: how much work a unit is about, as for `plan.units`; a plan from `ns.plan` runs in units here too.
         load_options: for `ns.load` in the workers: `{"device_map": "cuda", "dtype": "bfloat16"}`.
         threads: the number of threads of each worker on a CPU; numbers are rounded otherwise with more.
