@@ -66,26 +66,28 @@ def test_questions_are_written_worked_at_told_and_merged(
     name: str,
 ) -> None:
     question, arguments, options = questions.asked(name, model, other)
-    plan, given = ns.plan(question, *arguments, **options), {"size": 1, "max_tokens": 64, "progress": False}
-    two = question is ns.sweep_weights
+    plan = ns.plan(question, *arguments, **options)
+    given: dict[str, Any] = {"size": 1, "max_tokens": 64, "progress": False}
+    source: dict[str, Any] = {"source": SOURCE} if question is ns.sweep_weights else {}
     run = f"{bucket}/runs/a"
     with pytest.raises(FileError, match="no unit of s3://"):
-        ns.run(plan, LOAD, on="folder", out=run, **given, **({"source": SOURCE} if two else {}))
+        ns.run(plan, LOAD, on="folder", out=run, **given, **source)
     assert _called(capsys, "status", run).startswith("0 of 5 units done, 0 failed, 0 workers")
     assert _called(capsys, "work", run) == "done: 5 units\n"
     assert _called(capsys, "status", run).startswith("5 of 5 units done, 0 failed, 0 workers")
     assert f"{run}/result.safetensors" in _called(capsys, "merge", run)
-    here = ns.run(plan, model, **given, **({"source": other} if two else {}))
+    here = ns.run(plan, model, **given, **({"source": other} if source else {}))
     there = type(here).from_file(f"{run}/result.safetensors")
     assert questions.bits(there) == questions.bits(here)
-    again = ns.run(plan, LOAD, on="folder", out=run, **given, **({"source": SOURCE} if two else {}))
+    again = ns.run(plan, LOAD, on="folder", out=run, **given, **source)
     assert questions.bits(again) == questions.bits(here)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_give_the_bits_of_one(model: Any, bucket: str) -> None:  # noqa: F811
     question, arguments, options = questions.asked("attribute", model, None)
-    plan, given = ns.plan(question, *arguments, **options), {"size": 1, "max_tokens": 64, "progress": False}
+    plan = ns.plan(question, *arguments, **options)
+    given: dict[str, Any] = {"size": 1, "max_tokens": 64, "progress": False}
     there = ns.run(plan, LOAD, on="local:2", out=f"{bucket}/run", **given)
     assert questions.bits(there) == questions.bits(ns.run(plan, model, **given))
     with pytest.raises(FileError, match="another run"):
@@ -105,7 +107,7 @@ def test_sweeps_of_a_source_and_of_a_subspace(
     more: dict[str, Any] = {"source": other} if what == "source" else {"subspace": part}
     sites = "layers[1].output[:]"
     plan = ns.plan_sweep(model, CLEAN, CORRUPTED if what == "subspace" else None, sites, METRIC, **more)
-    source = {"source": SOURCE} if what == "source" else {}
+    source: dict[str, Any] = {"source": SOURCE} if what == "source" else {}
     found: list[Any] = []
     for out in (f"{bucket}/run", tmp_path / "run"):
         with pytest.raises(FileError, match="no unit of"):
