@@ -79,7 +79,8 @@ ray:
 	@# Without the constraints, which have a newer python-dateutil than moto takes.
 	@.venv-ray/bin/python -m pip install -q --disable-pip-version-check "moto[s3,server]>=5.1"
 	@echo "== Ray, submitit, Zarr, Parquet, object stores"
-	@.venv-ray/bin/python -m pytest -q -n 0 tests/work/test_clusters.py tests/results/test_zarr.py tests/stores
+	@.venv-ray/bin/python -m pytest -q -n 0 tests/work/test_clusters.py tests/results/test_zarr.py tests/sweeps/test_stored.py \
+		tests/stores tests/units/test_object_stores.py
 
 check: $(READY)
 	@echo "== style"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nnsplice.errors import BadArgument, FileError
+
+#: An address of an object store, also one of which pathlib has dropped a slash.
+_ADDRESS = re.compile(r".*://|(s3|gs):/")
 
 
 @contextmanager
@@ -36,7 +40,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
     """Whether a file that should be safetensors is a pickle, which safetensors would only call damaged."""
-    with Path(path).open("rb") as file:
+    with local_folder(path).open("rb") as file:
         start = file.read(9)
     # The length of a safetensors header can begin with the very bytes of a pickle; the header itself begins with {.
     return start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -64,9 +68,10 @@ def text_of(path: str | os.PathLike[str]) -> str:
 
     Raises:
         FileError: it is no text.
+        BadArgument: the address of an object store.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return local_folder(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is damaged, or no text: {error}", expected="text in UTF-8") from None
 
@@ -78,9 +83,9 @@ def local_folder(path: str | os.PathLike[str]) -> Path:
         BadArgument: the address of an object store, of which a path would be a folder of an odd name.
     """
     text = os.fspath(path)
-    if "://" in text:
+    if _ADDRESS.match(text):
         raise BadArgument(
-            f"{text} is an address of an object store, and what is written here goes to a file system",
+            f"{text} is an address of an object store, and this is read from and written to a file system alone",
             expected="a path on a file system",
         )
     return Path(text)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from nnsplice.errors import FileError
-from nnsplice.files import from_json
+from nnsplice.files import from_json, local_folder
 from nnsplice.shown import shown
 
 #: The name of a type in a header -> its name in torch. Older versions of torch lack some of them.
@@ -87,9 +87,10 @@ def read_header(path: str | os.PathLike[str], *, local: Path | None = None) -> H
 
     Raises:
         FileError: no safetensors file, or a damaged one; the message names the tensor where it is about one.
+        BadArgument: an address of an object store, where `local` is left out.
     """
     path = os.fspath(path)
-    local = Path(path) if local is None else local
+    local = local_folder(path) if local is None else local
     with local.open("rb") as file:
         first = file.read(8)
         length = int.from_bytes(first, "little")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,47 @@ def test_a_capture_that_was_stopped_goes_on(model: Any, tmp_path: Path, monkeypa
     held = ns.capture_to(tmp_path / "part", model, prompts, "layers[:].output[-1]", chunk=4)
     assert len(taken) == 2  # the last chunk alone
     assert torch.equal(held.get("layers[1].output[-1]"), whole.get("layers[1].output[-1]"))
+
+
+KILLED = """
+import sys, time
+import nnsplice as ns
+from nnsplice.activations import data_sets
+from test_folders import _prompts, wrap
+captured = data_sets.capture
+def slow(*args, **options):
+    time.sleep(0.05)
+    return captured(*args, **options)
+data_sets.capture = slow
+ns.capture_to(sys.argv[1], wrap("gpt2"), _prompts(60), "layers[:].output[-1]", chunk=1, progress=False)
+"""
+
+
+def test_a_capture_whose_process_was_killed_goes_on(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, sites, part = _prompts(60), "layers[:].output[-1]", tmp_path / "part"
+    paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(part)], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(part.glob("*.safetensors"))) < 5:
+            assert child.poll() is None and time.monotonic() < deadline, "it did not get so far"
+            time.sleep(0.01)
+    finally:
+        child.kill()
+        child.wait()
+    there = ns.SavedActivation.open(part)
+    assert not there.is_complete and 4 <= there.rows < 60
+    taken, captured = [], data_sets.capture
+    monkeypatch.setattr(data_sets, "capture", lambda *a, **o: (taken.append(1), captured(*a, **o))[1])
+    held = ns.capture_to(part, model, prompts, sites, chunk=1, progress=False)
+    assert held.is_complete and 0 <= 60 - there.rows - len(taken) <= 1  # a chunk may be there before the list of them
+    whole = ns.capture_to(tmp_path / "whole", model, prompts, sites, chunk=1, progress=False)
+    for layer in range(3):
+        assert torch.equal(held.get(f"layers[{layer}].output[-1]"), whole.get(f"layers[{layer}].output[-1]"))
 
 
 def test_another_capture_is_refused(model: Any, tmp_path: Path) -> None:

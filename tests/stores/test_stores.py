@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import nnsplice as ns
 from buckets import bucket, server  # noqa: F401  (fixtures)
 from nnsplice import stores
 from nnsplice.errors import BadArgument, FileError, MissingPackage, StoreError
 from nnsplice.locks import this_process
 from nnsplice.stores import Store, is_address, store_of
+from zoo import wrap
 
 
 @pytest.fixture(params=["folder", "object store"])
@@ -204,3 +207,24 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in ("s3://bucket/a", "gs://bucket/a"):
         with pytest.raises(MissingPackage, match=r'pip install "nnsplice\[cloud\]"'):
             store_of(path)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a.safetensors", "gs://bucket/a.safetensors"])
+def test_files_that_stay_on_a_file_system_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = wrap("gpt2")
+    subspace = ns.Subspace.of("layers[1].output", torch.eye(4)[:2])
+    circuit = ns.Circuit.of(nodes=["layers[0].mlp"], model=model)
+    written = (ns.checkpoints.Identity("a"), [("a", torch.zeros(1))])
+    question: Any = (model, "w3 w4", "w3 w5", "layers[:].output", ns.rank("w7"))
+    for do in (
+        lambda: subspace.to_file(address), lambda: ns.Subspace.from_file(address), lambda: circuit.to_file(address),
+        lambda: ns.Circuit.from_file(address), lambda: ns.lens.FittedLens.from_file(address),
+        lambda: ns.Alignment.from_folder(address), lambda: ns.sweep(*question, journal=address, progress=False),
+        lambda: ns.over_revisions(wrap, ["gpt2"], lambda _: ns.sweep(*question), journal=address),
+        lambda: ns.checkpoints.write_model_state_local(address, *written),
+        lambda: ns.checkpoints.write_model_state_local(Path(address), *written),
+    ):  # fmt: skip
+        with pytest.raises(BadArgument, match=r"bucket/a.safetensors is an address of an object store"):
+            do()
+    assert list(tmp_path.iterdir()) == []

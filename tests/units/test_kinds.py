@@ -205,6 +205,16 @@ def test_options_that_would_do_nothing_are_refused(model: Any, other: Any) -> No
         plan.units(0)
 
 
+@pytest.mark.parametrize("out", ["a/run.zarr", "a/run.zarr/", Path("a/run.zarr"), "s3://bucket/a/run.zarr"])
+def test_a_zarr_store_is_for_sweeps_alone(model: Any, tmp_path: Path, monkeypatch: Any, out: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = ns.plan(ns.attribute, model, CLEAN, CORRUPTED, HEADS, METRIC)
+    for on in (None, "local:1", "folder"):
+        with pytest.raises(BadArgument, match=r"sweep go to alone; this is ns\.attribute[\s\S]*write: out='.*a/run'"):
+            ns.run(plan, LOAD, on=on, out=out)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_models_are_refused(model: Any, other: Any, tmp_path: Path) -> None:
     plan = ns.plan(ns.sweep_weights, model, other, CLEAN, HEADS, METRIC)
     with pytest.raises(BadArgument, match="the model has other weights"):

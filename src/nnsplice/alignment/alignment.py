@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nnsplice import plots
 from nnsplice.errors import BadArgument, FileError, UnknownPath, closest
-from nnsplice.files import from_json, text_of, whole
+from nnsplice.files import from_json, local_folder, text_of, whole
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.shown import printable
@@ -146,7 +146,7 @@ class Alignment:
         Args:
             folder: the folder, which is made if it does not exist.
         """
-        path = FilePath(folder)
+        path = local_folder(folder)
         path.mkdir(exist_ok=True)
         self.result.to_file(path / "result.safetensors")
         names = {key: f"subspace-{number}.safetensors" for number, key in enumerate(self.subspaces)}
@@ -168,7 +168,7 @@ class Alignment:
         Raises:
             FileError: the folder holds no alignment, or is damaged.
         """
-        path = FilePath(folder)
+        path = local_folder(folder)
         if not (path / CONTENTS).is_file():
             raise FileError(f"{path} holds no alignment", expected="a folder that Alignment.to_folder wrote")
         told = from_json(text_of(path / CONTENTS), path / CONTENTS)

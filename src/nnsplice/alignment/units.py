@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnsplice.digests import digest_of
 from nnsplice.errors import FileError
-from nnsplice.files import from_json, text_of, whole
+from nnsplice.files import from_json, local_folder, text_of, whole
 from nnsplice.headers import read_header
 from nnsplice.results.files import canonical
 
@@ -38,7 +38,7 @@ class Units:
         """
         if folder is None:
             return cls(None)
-        path = Path(folder)
+        path = local_folder(folder)
         path.mkdir(exist_ok=True)
         told = path / ASKED
         question = canonical(asked)

@@ -23,11 +23,12 @@ from nnsplice.circuits.origin import check_model
 from nnsplice.circuits.scores import Scores, count_of, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, FileError, circumstances, named
-from nnsplice.files import from_json, whole
+from nnsplice.files import from_json
 from nnsplice.headers import read_header
 from nnsplice.metrics import Metrics
 from nnsplice.paths import parse_path
 from nnsplice.results import Run, SweepResult
+from nnsplice.stores import opened, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -254,7 +255,7 @@ class Faithfulness:
         """Write a safetensors file, completely or not at all.
 
         Args:
-            path: the file to write.
+            path: the file to write, or its address in an object store.
         """
         from safetensors.numpy import save_file
 
@@ -292,11 +293,13 @@ class Faithfulness:
         from safetensors import SafetensorError, safe_open
 
         try:
-            told = from_json(read_header(path).metadata.get(HEADER, "{}"), f"the header of {path}")
-            if told.get("kind") != KIND or told["format"] > FORMAT:
-                raise FileError(f"{path} holds no faithfulness", expected="a file of Faithfulness.to_file")
-            with safe_open(os.fspath(path), framework="np") as file:
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            with opened(path) as found:
+                header = read_header(path, local=found.local).metadata
+                told = from_json(header.get(HEADER, "{}"), f"the header of {path}")
+                if told.get("kind") != KIND or told["format"] > FORMAT:
+                    raise FileError(f"{path} holds no faithfulness", expected="a file of Faithfulness.to_file")
+                with safe_open(os.fspath(found.local), framework="np") as file:
+                    arrays = {name: file.get_tensor(name) for name in _ARRAYS}
             points = tuple(Point(*point) for point in told["points"])
             return cls(points, **arrays, metric=told["metric"], run=Run(**told["run"]), metrics=tuple(told["metrics"]))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,6 +13,7 @@ from nnsplice.cli.loading import Device, Dtype, ModelName, NoCache, loaded
 from nnsplice.cli.table import Json, Row, aligned, say, show, tabulate
 from nnsplice.cli.tracing import plain_warnings
 from nnsplice.errors import BadArgument, FileError
+from nnsplice.files import local_folder
 
 steer: typer.Typer = typer.Typer(
     cls=Commands, rich_markup_mode=None, no_args_is_help=True, help="Fit a steering vector, sweep it, generate with it."
@@ -125,7 +126,7 @@ def sweep(
     import nnsplice as ns
 
     numbers = _numbers(coefficients)
-    if out.exists() and not out.is_dir():
+    if local_folder(out).exists() and not out.is_dir():
         raise FileError(f"{out} is a file", expected="--out with a folder")
     with plain_warnings():
         grid = ns.steering.sweep(
@@ -246,7 +247,7 @@ def _read(path: Path) -> Any:
 
 
 def _check_folder(out: Path) -> None:
-    if not out.parent.is_dir():
+    if not local_folder(out).parent.is_dir():
         raise FileError(f"there is no folder {out.parent} to write {out.name} in")
 
 

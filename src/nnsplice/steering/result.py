@@ -12,10 +12,11 @@ import numpy as np
 
 from nnsplice import plots
 from nnsplice.errors import BadArgument, FileError
-from nnsplice.files import from_json, whole
+from nnsplice.files import from_json
 from nnsplice.headers import read_header
 from nnsplice.results.files import canonical
 from nnsplice.shown import counted, printable
+from nnsplice.stores import opened, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -276,7 +277,7 @@ class SteeringSweep:
         """Write a safetensors file, completely or not at all.
 
         Args:
-            path: the file to write.
+            path: the file to write, or its address in an object store.
         """
         from safetensors.numpy import save_file
 
@@ -305,11 +306,13 @@ class SteeringSweep:
         from safetensors import SafetensorError, safe_open
 
         try:
-            header = from_json(read_header(path).metadata.get(HEADER, "{}"), f"the header of {path}")
-            with safe_open(os.fspath(path), framework="np") as file:
+            with opened(path) as found:
+                told = read_header(path, local=found.local).metadata
+                header = from_json(told.get(HEADER, "{}"), f"the header of {path}")
                 if header.get("kind") != KIND or header["format"] > FORMAT:
                     raise FileError(f"{path} holds no sweep of steering", expected="a file of SteeringSweep.to_file")
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+                with safe_open(os.fspath(found.local), framework="np") as file:
+                    arrays = {name: file.get_tensor(name) for name in _ARRAYS}
             texts = tuple(tuple(tuple(row) for row in rows) for rows in header["texts"])
             return cls(
                 tuple(header["paths"]), tuple(header["layers"]), tuple(header["coefficients"]), **arrays,

@@ -8,6 +8,7 @@ have its weights, its versions and its number of threads.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -92,7 +93,8 @@ def run(
         on: `"local:8"` for so many processes here, `"folder"` to write a run folder and leave it to
             `nnsplice work DIR`, `ns.on.slurm(...)`, `ns.on.ray(...)`. All give the same bits, whatever dies.
         out: the run folder, in which every finished unit is kept; the same call resumes from it. It may be in an object
-            store (`"s3://bucket/run"`, `"gs://..."`; extra `cloud`).
+            store (`"s3://bucket/run"`, `"gs://..."`; extra `cloud`). Of a sweep it may be a Zarr store (`"sweep.zarr"`;
+            extra `zarr`), which every unit writes its prompts' values to.
         size: how much work a unit is about, as for `plan.units`; a plan from `ns.plan` runs in units here too.
         load_options: for `ns.load` in the workers: `{"device_map": "cuda", "dtype": "bfloat16"}`.
         threads: the number of threads of each worker on a CPU; numbers are rounded otherwise with more.
@@ -115,6 +117,12 @@ def run(
     if isinstance(plan, UnitPlan):
         _check_idle({"executor": executor != "auto", "journal": journal}, f"a run of {plan.row.name} in units")
         _check_idle(elsewhere if here else {}, "a run in this process")
+        if is_store(out):
+            raise BadArgument(
+                f"out={out!r} is a Zarr store, which the values of a sweep go to alone; this is {plan.row.name}",
+                expected="the name of a run folder; the result has to_file, and to_zarr where it is a SweepResult",
+                write=f"out={os.fspath(out).rstrip('/').removesuffix('.zarr')!r}",
+            )
         return run_units(
             plan, model, max_tokens=max_tokens, progress=progress, source=source, on=on, out=out, size=size,
             load_options=load_options, threads=threads, partial=partial,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from nnsplice.work import Arrays, RunFolder
 _RUN = ".run"
 
 
-def is_store(path: str | os.PathLike[str] | None) -> bool:
+def is_store(path: str | os.PathLike[str] | None) -> TypeGuard[str | os.PathLike[str]]:
     """Whether values go to a Zarr store."""
     return path is not None and os.fspath(path).rstrip("/").endswith(".zarr")
 

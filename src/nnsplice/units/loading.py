@@ -77,8 +77,13 @@ def loaded(folder: RunFolder, name: str, weights: str | None) -> Any:
     from nnsplice.models import load
 
     if not (folder.path / name).exists():
+        if name == LOAD:
+            raise BadArgument(
+                f"{folder.address} does not say how the model is loaded, as who wrote it ended before",
+                expected="the call of ns.run again that wrote it",
+            )
         raise BadArgument(
-            f"the question is about two models, and {folder.path} says of one how it is loaded",
+            f"the question is about two models, and {folder.address} says of one how it is loaded",
             write='ns.run(plan, "base", source="tuned", on=..., out=...)',
         )
     how = from_json(text_of(folder.path / name), folder.path / name)
