@@ -157,3 +157,9 @@ def test_buffers_that_are_saved_count_and_computed_ones_do_not() -> None:
     assert room.weights_digest(module) == before
     layer.bias += 1
     assert room.weights_digest(module) != before
+
+
+def test_the_memory_of_weights_can_still_be_freed_as_fully_shard_does() -> None:
+    module = nn.Linear(3, 3)
+    room.weights_digest(module)
+    assert all(parameter.untyped_storage().resizable() for parameter in module.parameters())
