@@ -1,4 +1,4 @@
-"""Old names of arguments: they go on working for one version, with a warning that gives the new name."""
+"""Old names of arguments: accepted for one version, with a warning that gives the new name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few characters that tell things apart: tensors by their numbers, functions by their code and by what they read.
+"""Digests: of tensors by their numbers, of functions by their code and the values that they use.
 
 Results and journals are told apart by these, so a digest is the same in every process.
 """

@@ -1,4 +1,4 @@
-"""What every file of ours has in common: it appears whole or not at all, and a pickle is never opened."""
+"""Files that appear complete or not at all; pickles are never opened."""
 
 from __future__ import annotations
 

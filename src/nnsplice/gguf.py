@@ -1,4 +1,4 @@
-"""The GGUF format: what a file says of itself, its tensors as arrays where they are F32, and files of such tensors.
+"""The GGUF format: headers, tensors in F32, and writing.
 
 write_file, read_file     facts and F32 tensors
 read_outline              facts, and the name, shape and type of every tensor, without their numbers

@@ -1,4 +1,4 @@
-"""One process at a time: a file beside another that says who is writing it.
+"""Locks: a file beside another that names the process that writes it.
 
 The file outlives a process that was killed, so it says enough to be judged by the next one: the process number, the
 machine, and when the process began, since numbers come again. A process on another machine cannot be asked; so whoever

@@ -1,4 +1,4 @@
-"""Where a plan runs, as values for `ns.run(plan, load, on=...)`.
+"""The engines of `ns.run(plan, load, on=...)`.
 
 "local:8"                  so many processes on this machine; "local" is one for each GPU, or for each core
 "folder"                   a run folder is written, and left to `nnsplice work DIR` on any machine that sees it

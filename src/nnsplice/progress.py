@@ -1,4 +1,4 @@
-"""The bar of long work: one look, and silence where the work is short or nobody asked for it."""
+"""The progress bar, shown after a second of work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts that others wrote, as they can be shown: a name in a file may hold what a terminal obeys."""
+"""Texts from files, printable without control characters."""
 
 from __future__ import annotations
 

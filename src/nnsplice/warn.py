@@ -1,4 +1,4 @@
-"""Warnings that point at the user's own line, however deep in the library they are found."""
+"""Warnings that point at the user's line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor work at one value of a run: take tokens out of it, put tokens into it.
+"""Reading and writing tokens of one value, as plain functions that a remote run can execute.
 
 These functions are the whole of what a remote run executes, so they travel to a server as source: they use torch and
 the standard library only, know no other part of nnsplice, and take and return plain tensors, numbers, strings, tuples.

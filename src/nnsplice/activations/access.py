@@ -1,4 +1,4 @@
-"""Which values a list of sites needs, and the tensor in each: what capture and replay share.
+"""The modules and tensors that hold a list of sites; used by capture and replay.
 
 A run is asked once for each value, whatever number of heads and positions of it is wanted.
 """

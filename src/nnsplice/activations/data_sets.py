@@ -1,4 +1,4 @@
-"""`capture_to`: the runs of a whole data set, captured into a folder a chunk at a time."""
+"""`capture_to`: captures of a whole data set, written into a folder in chunks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values that stand in no tensor of their own: a pattern as it is written, a slice before its gate, one expert.
+"""Values without a tensor of their own: written patterns, slices before a gate, single experts.
 
 A **pattern** is read where the attention module returns its probabilities. By then it has been used, so writing one
 means computing what it would have mixed: the head's slice before the output projection is `pattern @ v`, and that is

@@ -1,4 +1,4 @@
-"""Features of attached SAEs, and what they leave out: read from the value of their site, and written into it.
+"""Features of attached SAEs and their error: read from the value of a site, and written into it.
 
 A feature is written as a difference, `h + dec(f') - dec(f)`, so what the SAE leaves out stays; where nothing differs
 the value keeps every bit.

@@ -1,4 +1,4 @@
-"""Prompts with images in the forms they are given in, and which image of a batch belongs to which prompt."""
+"""The forms in which prompts with images are given, and the images of each prompt in a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in prompts: what a forward takes of each prompt beside its tokens, and where its images stand among these."""
+"""Images in prompts: the inputs of `forward` beside the tokens, and the positions of image tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entries of a capture that a path stands for.
+"""The entries of a capture that match a path.
 
 A key is found by its text, and by its site where the capture has an atlas: `layers[-1]`, `layers[2]` and
 `model.transformer.h[2]` are then one site. Positions are compared as written: `[-1]` and `[4]` are two keys.

@@ -1,4 +1,4 @@
-"""Chat messages as prompts: what the tokenizer's template makes of them, and where each message stands in that."""
+"""Chat messages as prompts: the tokenizer's template applied, and the span of each message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the named spans of prompts stand: found by their texts, or given in tokens."""
+"""Named spans of prompts: found by their texts, or given in tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a capture holds: one tensor per site, the keys of its positions, and where it all comes from."""
+"""The content of a capture: one tensor per site, the keys of its positions, and the provenance."""
 
 from __future__ import annotations
 

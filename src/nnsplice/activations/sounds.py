@@ -1,4 +1,4 @@
-"""Prompts that are no tokens: what an encoder hears, as its processor gives it, beside the tokens of the decoder."""
+"""Prompts of audio: input features for the encoder beside the decoder's tokens."""
 
 from __future__ import annotations
 

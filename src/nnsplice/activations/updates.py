@@ -1,4 +1,4 @@
-"""`updates`: walk through sites of a run, each with its value and a way to change it."""
+"""`updates`: iterate over sites of a run, each with its value and a function that replaces it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alignment: which subspace of which site holds a variable, trained by interchange interventions (DAS).
+"""Alignment: distributed alignment search (DAS), which trains the subspace of a site that holds a variable.
 
 aligning     align: from pairs and sites to an Alignment
 alignment    Alignment: held-out accuracy by site beside its controls, and the subspaces that were found

@@ -1,4 +1,4 @@
-"""`align`: train a subspace at every site, and measure it on pairs that it was not trained on, beside its controls."""
+"""`align`: train a subspace at every site, and measure its accuracy on held-out pairs beside its controls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often a run with a part of another run puts the other's answer first: interchange-intervention accuracy."""
+"""Interchange-intervention accuracy: how often the counterfactual answer comes first."""
 
 from __future__ import annotations
 

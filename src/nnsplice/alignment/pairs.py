@@ -1,4 +1,4 @@
-"""The question of an alignment: pairs of runs, told apart into training and held-out ones, and sites."""
+"""The pairs of an alignment, split into training and held-out ones, and its sites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained at a site: an orthonormal basis, how many of its directions, or which numbers.
+"""The trained parameters of a site: a rotation, a rotation with a boundary, or a mask.
 
 Each part is a module with three uses: `begin` before every step, `change` as the edit of a packed row, `penalty` beside
 the loss; and `basis` when it is done. A rotation is torch's own orthogonal parametrisation.

@@ -1,4 +1,4 @@
-"""The training of the sites of one layer: packed rows that begin there, and gradients through the blocks behind it.
+"""The training of the sites of one layer: packed rows that start there, gradients through the later blocks only.
 
 Base runs are recorded once for each batch and kept while they fit, for all sites and epochs; what stands before a site
 is never run again. Every site has an optimizer of its own, so what it finds does not depend on what is trained beside

@@ -1,4 +1,4 @@
-"""What is finished of an alignment, in a folder: one file for each layer of each model, and what was asked.
+"""The journal of an alignment: a folder with a file for each finished layer of each model.
 
 A run that goes on finds the layers that are there; a folder of another question is refused.
 """

@@ -1,4 +1,4 @@
-"""A model's twin with random weights: what training finds there, the training has made up."""
+"""The control of random weights: the same architecture, initialised anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model keeps its parts: names, heads, towers; pure data, read once from the module tree."""
+"""The atlas: where a model keeps its heads, MLPs and layers; plain data, read once from the module tree."""
 
 from nnsplice.atlas.atlas import Atlas as Atlas
 from nnsplice.atlas.atlas import fingerprint as fingerprint

@@ -1,4 +1,4 @@
-"""The atlas of a model: what can be asked of where it keeps its parts. The answers stand in files of their own."""
+"""`Atlas`: the structure of a model, and queries on it. The work is in the modules beside it."""
 
 from __future__ import annotations
 

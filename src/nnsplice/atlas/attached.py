@@ -1,4 +1,4 @@
-"""SAEs that are attached to sites of a model: their names, and what an address of one of their parts means."""
+"""SAEs attached to sites of a model: their names, and the meaning of addresses of their features."""
 
 from __future__ import annotations
 

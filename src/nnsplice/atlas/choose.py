@@ -1,4 +1,4 @@
-"""Which list of blocks is the decoder that addresses speak of, and which the encoder.
+"""Which list of blocks is the decoder that addresses name, and which the encoder.
 
 A model may hold several lists of blocks: towers for images and sound, resamplers between them, parts that run in turns.
 The decoder stands under the module that the model itself calls so, or one that is named for text, and no list is nearer

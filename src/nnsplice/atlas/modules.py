@@ -1,4 +1,4 @@
-"""Which module is which site of the language."""
+"""Modules -> the portable sites that they are."""
 
 from __future__ import annotations
 

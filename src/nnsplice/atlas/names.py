@@ -1,4 +1,4 @@
-"""What a name alone tells of its layer, where no model is at hand: adapter files, checkpoints, optimizer states.
+"""The layer of a parameter by its name alone: for adapter files, checkpoints and optimizer states.
 
 With a model, `Atlas.locate` knows more: it looks a name up instead of reading it.
 """

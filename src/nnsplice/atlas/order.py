@@ -1,4 +1,4 @@
-"""The order in which a forward pass reaches a model's modules: the recorded sequence, and where a site stands in it."""
+"""The order in which a forward pass reaches a model's modules, and the index of a site in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters of an attention module belong to a head, to all heads together, or to nobody that is known."""
+"""Which parameters of an attention module belong to one head, to all heads, or are not known to belong to any."""
 
 from __future__ import annotations
 

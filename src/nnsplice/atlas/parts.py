@@ -1,4 +1,4 @@
-"""Where one model keeps its parts, as plain data read once from its module tree: what all answers are made from."""
+"""The parts of one model as plain data, read once from its module tree."""
 
 from __future__ import annotations
 

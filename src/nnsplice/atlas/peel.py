@@ -1,4 +1,4 @@
-"""Take the wrappers off a model until the module that a user would name the parts of."""
+"""`peel`: the innermost module below all wrappers."""
 
 from __future__ import annotations
 

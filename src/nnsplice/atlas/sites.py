@@ -1,4 +1,4 @@
-"""Portable paths -> sites: which end of which module holds the value that a role means."""
+"""Portable paths -> sites: the module and end that hold a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks whose attention and MLP keep their projections as parameters of their own, as TransformerLens' do.
+"""Blocks with projections as parameters of attention and MLP themselves, as in TransformerLens.
 
 There is no layer to name then: a role is a list of parameters, each with the axis along which heads or neurons lie.
 """

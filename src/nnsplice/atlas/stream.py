@@ -1,4 +1,4 @@
-"""What the branches of a block add to the residual stream, and where the stream is met between them."""
+"""What each branch of a block adds to the residual stream, and the stream between them."""
 
 from __future__ import annotations
 

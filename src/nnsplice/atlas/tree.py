@@ -1,4 +1,4 @@
-"""A module tree as plain data: names, shapes and the few attributes that recognition asks for. No tensors are kept."""
+"""A module tree as plain data: names, shapes and the attributes that recognition needs, without tensors."""
 
 from __future__ import annotations
 

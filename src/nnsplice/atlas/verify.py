@@ -1,4 +1,4 @@
-"""Ask the model itself whether the atlas is right: gradients know which numbers make a head.
+"""Verify the atlas by gradients: which parameters change which head.
 
 The slice that head h has in front of the output projection depends on the head's own query, key and value columns and
 on no others, whatever the layout. So back-propagate a random functional of that slice:

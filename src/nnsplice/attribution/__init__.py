@@ -1,4 +1,4 @@
-"""Attribution: what sites and paths are worth, estimated from gradients, and exactly along chosen paths.
+"""Attribution: estimated effects of sites and edges from gradients, and exact path patching.
 
 attribute       from a question to a result
 methods         the table of methods, and how one scores prompts

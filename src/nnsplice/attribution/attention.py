@@ -1,4 +1,4 @@
-"""Attention with its probabilities in the open: what patching a query or a key does to them can be computed exactly.
+"""Attention with explicit probabilities, to compute exactly how patched queries and keys change them.
 
 Transformers looks its attention function up by name, in a public registry. Under the name registered here stands the
 plain one, scores, softmax, mixture, which keeps what it made.

@@ -1,4 +1,4 @@
-"""`attribute`: estimates for every cell of a sweep from a few gradients, checked where it is asked for."""
+"""`attribute`: estimates for every cell of a sweep from a few gradients, with optional verification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The branches of a model's layers: what each reads of the stream, what it adds to it, and which one a site is in.
+"""The branches of a model's layers: what each reads from the stream and adds to it.
 
 A branch is an attention or an MLP. Between two branches there is nothing but the stream, so whatever one of them adds
 reaches another directly or through further branches; edges and paths are made of that.

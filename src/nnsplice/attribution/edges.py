@@ -1,4 +1,4 @@
-"""`eap` and `eap-ig`: what passes from one site straight to another.
+"""`eap` and `eap-ig`: scores of edges by edge attribution patching.
 
 A sender's change, as it is added to the stream, times the gradient of the metric at the stream *as one receiver reads
 it*: through that receiver and whatever comes after, but not past it. Summed over all receivers that is the sender's own

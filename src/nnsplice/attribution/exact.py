@@ -1,4 +1,4 @@
-"""`exact`: every edge by path patching, which is what the estimates of edges are estimates of."""
+"""`exact`: every edge measured by path patching."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run with its values still tied to the logits, so that gradients can be asked of it."""
+"""One run with gradients of the metric by the values of its sites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`atp` and `ig`: what each cell would change if the metric were a straight line, difference times gradient."""
+"""`atp` and `ig`: linear estimates for cells, difference times gradient."""
 
 from __future__ import annotations
 

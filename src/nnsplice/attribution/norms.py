@@ -1,4 +1,4 @@
-"""What a norm does, measured on the module: whether it subtracts the mean, what it adds, and that the rest is a scale.
+"""Properties of a norm, measured on the module: whether it centres, its bias, and that the rest is a scale.
 
 Names do not tell: some families' `LayerNorm` subtracts the mean and some does not, and some multiply with 1 + weight.
 """

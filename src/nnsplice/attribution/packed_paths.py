@@ -1,4 +1,4 @@
-"""Path patches as rows of the packed engine: what receivers read of a sender, and the runs in which they have that.
+"""Path patches as rows of the packed engine: what receivers read from a sender, and the runs with it.
 
 Nothing runs between a sender and its receivers, as every branch there stands still; and the second run begins at the
 receivers. A receiver that is the end of the stream needs no second run.

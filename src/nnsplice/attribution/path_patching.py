@@ -1,4 +1,4 @@
-"""Path patching: what a site does through chosen others, and through nothing else. Exact.
+"""`path_patch`: the exact effect of a site through chosen receivers alone.
 
 Three runs in one pass. Its rows are, for each cell: a run in which the sender has its clean value and every branch
 after it stands still, so that only what the receivers read is changed; and a run in which the receivers have what the

@@ -1,4 +1,4 @@
-"""`ifr`: information flow routes, how much of what a receiver reads comes from each sender (Ferrando and Voita, 2024).
+"""`ifr`: information flow routes, each sender's share of a receiver's input (Ferrando and Voita, 2024).
 
 Of a receiver that reads the stream y at a token, to which a sender has added x, the proximity is
 max(0, |y|_1 - |y - x|_1), and the sender's share its part of the proximities of all senders: `embed`, every head and

@@ -1,4 +1,4 @@
-"""`auto`: which estimate to take, measured on a slice of the user's own model and prompts.
+"""`auto`: the best estimate for a question, measured on a sample of it.
 
 Some prompts and some cells (or edges) are drawn with the plan's seed and computed exactly. Each method that fits
 estimates the same; its recall is the share of the truly largest quarter of the slice that it puts first, and its price

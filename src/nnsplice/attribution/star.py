@@ -1,4 +1,4 @@
-"""`atp*`: atp with its two known blind spots seen to (Kramar et al., 2024).
+"""`atp*`: `atp` with exact softmax for queries and keys, and dropped gradients (Kramar et al., 2024).
 
 * A softmax that is nearly certain has no gradient, though another query would turn it round. So for queries and keys
   the new probabilities are computed, and the straight line begins behind them (the QK fix).

@@ -1,4 +1,4 @@
-"""Estimates checked: the largest computed exactly, and beside them some that the estimate thinks nothing of."""
+"""Verification of estimates: the largest computed exactly, and as many others drawn at random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks: what can be addressed in a model, and whether what nnsplice promises holds on it.
+"""Checks: the sites of a model, and tests that nnsplice's promises hold on it.
 
 outline     the sites of a model as plain data, read without running it
 finding     what a check found, the model it looks at, and the sum of many findings

@@ -1,4 +1,4 @@
-"""What a check found, the model that it looks at, and the sum of many findings."""
+"""Findings of checks, the model that they are about, and their summary."""
 
 from __future__ import annotations
 

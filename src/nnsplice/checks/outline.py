@@ -1,4 +1,4 @@
-"""What can be addressed in a model, read off its atlas: no forward pass, no weights.
+"""The sites of a model by its atlas, without a forward pass.
 
 The words come from the language's own tables, so a site that the language learns is listed here too. A site that does
 not exist in a model (the gate of an MLP without one) is left out; one that has no honest value is kept, with the reason

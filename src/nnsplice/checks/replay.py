@@ -1,4 +1,4 @@
-"""Does a run stay what it is when its own pieces are written into it, and only then?"""
+"""Check that writing a run's own values changes nothing, and other values something."""
 
 from __future__ import annotations
 

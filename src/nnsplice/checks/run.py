@@ -1,4 +1,4 @@
-"""All checks, in the order in which one leans on the other."""
+"""All checks, in order of dependence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are sites what they are called, does a patch move later tokens only, does padding stay outside?"""
+"""Check that branches add up, patches change later tokens only, and padding has no effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Are the parts of the model recognised, is their order known, and does every site fire?"""
+"""Check that parts are recognised, their order is known, and every site fires."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Circuits: which nodes and edges of a model do something, and how much of it they do.
+"""Circuits: nodes and edges that do a task, and the share of the metric that they keep.
 
 circuit       the value: made of scores, of addresses, of files; its algebra; its run
 members       nodes and edges, checked and in order

@@ -1,4 +1,4 @@
-"""What everything outside a circuit gives: another run's values, zero, a mean, or values of one's own or trained."""
+"""The values of senders outside a circuit: of another run, zero, means, given or trained."""
 
 from __future__ import annotations
 

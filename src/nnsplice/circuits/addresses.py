@@ -1,4 +1,4 @@
-"""The addresses of a circuit: who adds to the stream, and who reads it.
+"""The addresses of senders and receivers.
 
 Senders are `embed`, `layers[i].heads[j]`, `layers[i].mlp` and `layers[i].experts[e]`, at all tokens or, as in
 `layers[i].heads[j][-1]`, at some; and features of an SAE of `layers[i].mlp.output`, and its error. Receivers are

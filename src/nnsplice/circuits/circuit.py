@@ -1,4 +1,4 @@
-"""`Circuit`: which nodes of a model take part in something, or through which edges they do."""
+"""`Circuit`: a set of nodes of a model, or of edges between them."""
 
 from __future__ import annotations
 

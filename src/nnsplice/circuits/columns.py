@@ -1,4 +1,4 @@
-"""Some columns of what a projection makes, and what it makes of some: nothing else is computed where it is plain."""
+"""Some columns of a projection's input or output, without computing the others where that is exact."""
 
 from __future__ import annotations
 

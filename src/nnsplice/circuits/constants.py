@@ -1,4 +1,4 @@
-"""`OptimalAblation`: a constant for each sender, trained so that ablating with it changes a model least."""
+"""`OptimalAblation`: a trained constant for each sender."""
 
 from __future__ import annotations
 

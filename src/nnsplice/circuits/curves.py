@@ -1,4 +1,4 @@
-"""How much of what a model does a circuit does: the share of the metric that it keeps, for circuits of every size."""
+"""`faithfulness`: the share of the metric that circuits of every size keep."""
 
 from __future__ import annotations
 

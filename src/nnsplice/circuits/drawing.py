@@ -1,4 +1,4 @@
-"""Where the parts of a circuit are drawn: layers upwards, heads in columns, MLPs beside them."""
+"""The layout and figure of a circuit: layers upwards, heads in columns, MLPs beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Circuits in files: our own, and the graphs of EAP-IG, which the circuits of the MIB benchmark are."""
+"""Circuit files: nnsplice's own, and graphs of EAP-IG, which MIB uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The edges of a circuit as booleans, and which of them can change its run: the others need no computing."""
+"""The edges of a circuit as booleans, and which of them can change its run."""
 
 from __future__ import annotations
 

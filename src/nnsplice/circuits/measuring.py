@@ -1,4 +1,4 @@
-"""The metric of many circuits over many prompts: what is ablated with what, how much runs at once, and what it cost."""
+"""The metric of many circuits over many prompts, in batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The members of a circuit: each by its one spelling, there in its model, and in the order in which they run."""
+"""The members of a circuit: canonical addresses, checked against the model, in execution order."""
 
 from __future__ import annotations
 

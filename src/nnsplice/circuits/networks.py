@@ -1,4 +1,4 @@
-"""Circuits as graphs of networkx, which only this module knows."""
+"""Circuits as networkx graphs; the only file that imports networkx."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`optimal_ablation`: constants for everything outside a circuit, trained once and kept."""
+"""`optimal_ablation`: train constants for all senders outside a circuit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a circuit comes from: its model's graph and weights, as plain data that goes along with it."""
+"""The provenance of a circuit: its model's graph and weights, as plain data."""
 
 from __future__ import annotations
 

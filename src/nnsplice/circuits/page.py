@@ -1,4 +1,4 @@
-"""A circuit as one page that needs nothing else: point at an edge to see its score, move the slider for fewer edges.
+"""A circuit as a self-contained HTML page.
 
 The page is `page.html`, which draws what stands in it as JSON. All texts reach the page as text, and the page's own
 policy forbids it to load anything.

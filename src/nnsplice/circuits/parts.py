@@ -1,4 +1,4 @@
-"""Senders that are a part of one: tokens, an expert or a feature; what runs keep of them, and if a model has them."""
+"""Parts of senders: some tokens, an expert, or a feature; checked against the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unedited runs, kept: what every sender gives, and the stream that is made of it."""
+"""Unedited runs: the output of every sender, and the stream that they add up to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a circuit has all that matters, and nothing that does not: completeness and minimality, exact.
+"""`completeness` and `minimality`: nodes removed from the circuit and from the model.
 
 Both take parts K out of the circuit and look at what that does. A complete circuit without K does what the model
 without K does; in a minimal one every node matters once some others are out.

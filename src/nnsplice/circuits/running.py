@@ -1,4 +1,4 @@
-"""Runs of circuits: every receiver reads a stream of its own, in which only the senders of its edges have their values.
+"""Runs of circuits: every receiver reads its own stream, with clean values of the senders of its edges.
 
 What a sender gives is kept as its difference from the ablated value. So the stream that a receiver reads is the ablated
 stream and the differences of its senders: one product of matrices for all receivers of a layer. Each block runs as it

@@ -1,4 +1,4 @@
-"""`acdc`: a circuit found by taking edges out, from the logits backwards, for as long as the metric stays."""
+"""`acdc`: remove edges from the logits backwards while the metric stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph that a model can have: all its senders and receivers, and which edges there are between them.
+"""The graph of a model: its senders, receivers, and the edges between them.
 
 Plain data: a circuit carries it along, so that complements and files need no model.
 """

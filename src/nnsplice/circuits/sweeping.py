@@ -1,4 +1,4 @@
-"""`sweep_circuits`: the metric of many circuits as one result, on the scale from the empty circuit to the model."""
+"""`sweep_circuits`: the metric of many circuits as one result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether sites act together: what two of them do beyond what each does, around the corrupted and the clean run."""
+"""`interactions`: the joint effect of two sites beyond the sum of their effects."""
 
 from __future__ import annotations
 

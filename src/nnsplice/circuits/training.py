@@ -1,4 +1,4 @@
-"""Constants trained for a circuit, so that the model without the rest answers as the whole one (Li and Janson, 2024).
+"""Training of optimal ablation constants (Li and Janson, 2024).
 
 What is minimised is the mean over prompts of the Kullback-Leibler divergence, at the position of the metric, from the
 full model's distribution of the next token to the circuit's. Training begins at the means, and the best is kept.

@@ -1,4 +1,4 @@
-"""Where the senders and receivers of a model are: modules, columns, and what stands between a branch and the stream."""
+"""Where senders and receivers are in a model: modules, columns, and what stands before the stream."""
 
 from __future__ import annotations
 

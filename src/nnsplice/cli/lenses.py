@@ -1,4 +1,4 @@
-"""`nnsplice lens`: what sites of the stream say, and what parts of the model say to the logits."""
+"""`nnsplice lens`: logit lens, direct attribution and fitted lenses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model as the commands that run one load it: where, with which numbers, with which attention."""
+"""The options by which commands load a model: device, dtype, attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model's own modules as rows: attribute, class, shape of its weight, and the portable site that it is."""
+"""A model's own modules as rows: attribute, class, shape, and portable site."""
 
 from __future__ import annotations
 

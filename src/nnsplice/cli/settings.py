@@ -1,4 +1,4 @@
-"""What a traced sweep is asked for: the options of `nnsplice trace`, from a file and from the command line."""
+"""The settings of `nnsplice trace`, from a file and from the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nnsplice trace`: a sweep from a shell, with everything that it finds in one folder."""
+"""`nnsplice trace`: a sweep from the command line, with all results in one folder."""
 
 from __future__ import annotations
 

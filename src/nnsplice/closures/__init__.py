@@ -1,4 +1,4 @@
-"""What portable sites promise, measured on the model itself before they are used.
+"""The promises of portable sites, measured on the model before their first use.
 
 promises    the kinds of sites, what each promises, and how a promise is measured against rounding
 seen        one forward pass with the values kept that promises are made of

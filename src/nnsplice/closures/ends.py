@@ -1,4 +1,4 @@
-"""Is the last layer's output all that the head reads of the layers?
+"""Measure that the head reads the last layer's output and no other layer's.
 
 Models may give later parts a second look at what earlier layers made, before the final norm or beside it: their states
 are sites of runs like any other, but no stream, since what is written behind the last layer does not decide the logits.

@@ -1,4 +1,4 @@
-"""Measure what a kind of site promises before it is used for the first time, and refuse what does not hold.
+"""The gate: measure the promises of a kind of site before its first use, and refuse what does not hold.
 
 Costs, in forward passes of a prompt of a few tokens: one for all kinds, one more for the stream, one for what is
 written between attention and MLP, and for experts three calls of theirs.

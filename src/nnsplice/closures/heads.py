@@ -1,4 +1,4 @@
-"""Is a slice in front of the output projection one head's, and do patterns mix values into it?"""
+"""Measure that slices before the output projection are heads, and that patterns mix values into them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do neurons and experts make what the MLP makes?"""
+"""Measure that neurons and experts add up to the MLP's output."""
 
 from __future__ import annotations
 

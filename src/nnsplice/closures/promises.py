@@ -1,4 +1,4 @@
-"""What a portable site promises, by its kind, and the result of measuring it."""
+"""The promises of each kind of site, and the results of measuring them."""
 
 from __future__ import annotations
 

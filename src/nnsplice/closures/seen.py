@@ -1,4 +1,4 @@
-"""One forward pass aside from every trace, with the values kept that promises are made of.
+"""One forward pass outside of traces, with the values that promises are measured on.
 
 Between the projections of an attention and its output projection the pass is differentiable, layer by layer: the
 outputs of q, k and v are leaves, and what the output projection makes is cut off. So gradients say which of their

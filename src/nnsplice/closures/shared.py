@@ -1,4 +1,4 @@
-"""What one head's query or key shares with those of the others: a norm over all of them, behind the projection."""
+"""What a head's query or key shares with others: a norm over all heads behind the projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do the branches of a layer add up, and is the stream between them where the atlas says?"""
+"""Measure that the branches of a layer add up to its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: the one room that knows nnsight.
+"""The engine: the only room that uses nnsight.
 
 tracing     the only file that imports it: wrap, run, wait for a value, write a value, remote runs
 models      what is asked of a model as a whole

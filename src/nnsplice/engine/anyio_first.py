@@ -1,4 +1,4 @@
-"""Imported before nnsight: what of anyio has to be there first.
+"""Imports of anyio that must come before nnsight.
 
 nnsight gives every object a `.save`. anyio's tables of attributes, made after that, take it for one of theirs without a
 type, and nothing of anyio runs any more (httpx with asyncio, servers, notebooks). nnsight imports anyio first for this

@@ -1,4 +1,4 @@
-"""The arguments of a model's call by their names, and how many tokens came before those of a pass.
+"""The arguments of a model's call by name, and the number of cached tokens.
 
 That is read from the cache that the call is given. Transformers has renamed it before (`layer_past`, `past_key_values`,
 `cache`), and where a cache is not seen, a token is taken for another. So its names stand in one table, and a call that

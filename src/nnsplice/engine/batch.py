@@ -1,4 +1,4 @@
-"""Inside a trace: where the prompts' own tokens stand, read from the model's own call."""
+"""Inside a trace: padding and the positions of prompts' own tokens, from the model's call."""
 
 from __future__ import annotations
 

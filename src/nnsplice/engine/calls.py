@@ -1,4 +1,4 @@
-"""Outside a trace: which tokens a forward pass computes, read from the calls of the model's own modules.
+"""Outside a trace: the tokens of a forward pass, from the calls of the model's modules.
 
 A pass of a decoder with a cache computes the newest tokens only, a padded batch holds columns that are no tokens, and
 `generate` runs the model many times for one prompt. `Watch` listens to the calls and says for each pass which columns

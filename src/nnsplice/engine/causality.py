@@ -1,4 +1,4 @@
-"""Does a token depend on the tokens before it alone? Asked of the model itself, as configs call it by many names."""
+"""Whether a model is causal, measured on the model."""
 
 from __future__ import annotations
 

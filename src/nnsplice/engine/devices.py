@@ -1,4 +1,4 @@
-"""Where a model is: it stays there when it is wrapped.
+"""The device of a model, which wrapping does not change.
 
 A pipeline of transformers, which nnsight makes of every model, moves it to the first GPU unless it is told a device. It
 may be told none for a model that is split over devices; those it leaves alone.

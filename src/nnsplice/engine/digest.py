@@ -1,4 +1,4 @@
-"""What tells the weights of two models of one name apart: a few characters in which every number counts.
+"""The digest of a model's weights, in which every number counts.
 
 Parameters count, and those buffers that are saved with a model: routers' biases, running means, quantised weights. What
 a model computes for itself (rotary frequencies, caches) does not: it follows from the config, and may change in a run.

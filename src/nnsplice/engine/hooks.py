@@ -1,4 +1,4 @@
-"""Code that others put around a model's modules: hooks, torch's global ones among them, and replaced `forward`s."""
+"""Code around a model's modules: hooks, torch's global hooks, and replaced `forward` methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much runs at once: by the memory that is free, and less when it was too much."""
+"""How many tokens run at once, by free memory; fewer after running out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nnsplice asks of a model as a whole: its name, its tokenizer, its towers, what its tokens depend on."""
+"""Properties of a whole model: name, tokenizer, towers, causality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of nnsight that are private and used by `tracing`: where each stands, and what to say when one has moved.
+"""The private names of nnsight that `tracing` uses: a table with the modules that have them.
 
 nnsight moves private names between versions. A name is sought at the places of its row, in their order, so what moves
 next is a new entry in a row; a name that is nowhere is told with the version that is installed, at the first import and

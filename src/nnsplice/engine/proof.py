@@ -1,4 +1,4 @@
-"""Whether what was read from a model's structure is what it runs: its recorded order tells.
+"""Whether the order read from a model's structure is the order in which it runs.
 
 with_proof     an atlas without its towers, where the decoder does not stand between embedding and logits
 check_calls    an error for a site of a layer that runs more often than the atlas knows

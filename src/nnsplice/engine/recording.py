@@ -1,4 +1,4 @@
-"""The order in which a model reaches its modules: one short real forward under torch's module hooks, kept per model."""
+"""The order in which a model runs its modules, recorded in one short forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code of the user's around the model: what it makes of values after nnsight has read them.
+"""User code around the model that changes values after nnsight has read them.
 
 A value is what a module returned, before hooks of the user's; the logits are what the whole model returned. So what a
 hook on the whole model makes of them, or a `forward` that was replaced after nnsight had wrapped the model, would be

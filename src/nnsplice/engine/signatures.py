@@ -1,4 +1,4 @@
-"""Which arguments a module's call takes, and which of ours it is given."""
+"""The arguments that a module's `forward` takes."""
 
 from __future__ import annotations
 

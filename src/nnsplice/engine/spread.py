@@ -1,4 +1,4 @@
-"""Models over several processes, for what can be read of them whole: each process runs the same pass, and takes part.
+"""Models over several processes: values gathered where they are read, split where they are written.
 
 Under `fully_shard` a layer's weights are whole while it runs, and so is what it computes of this process's prompts.
 Under tensor parallelism some values are spread: those that are DTensors are gathered where they are read. What is a

@@ -1,4 +1,4 @@
-"""What the processes of one call agree on, so that all of them take the same steps and none waits for another in vain.
+"""Agreement between the processes of one call, so that all make the same collective calls.
 
 A step that one process takes by itself (a file, free memory, an answer that was remembered) may go otherwise there, and
 the next exchange would then wait for who never comes. So the first process decides, and tells the others.

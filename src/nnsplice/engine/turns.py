@@ -1,4 +1,4 @@
-"""Threads: what they share and take turns with, and which of them a block belongs to.
+"""Threads: locks on shared models, and the thread that a block belongs to.
 
 Attention is exchanged by a name in a model's config, and a config may serve several models. So what is locked are the
 config objects, and a thread that runs such a model meanwhile without a turn is refused by the attention that it meets.

@@ -1,4 +1,4 @@
-"""Lenses: what a site would say, and what it says to the metric directly.
+"""Lenses: logit lens, direct attribution, fitted lenses, patchscopes.
 
 logit       the model's own norm and head on any state of the stream
 direct      the metric as a sum of what heads, MLPs and embeddings add

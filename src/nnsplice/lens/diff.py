@@ -1,4 +1,4 @@
-"""`diff_lens`: what a tuning left behind in the activations of text that has nothing to do with it."""
+"""`diff_lens`: mean activation differences between two models on unrelated text."""
 
 from __future__ import annotations
 

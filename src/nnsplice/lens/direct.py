@@ -1,4 +1,4 @@
-"""`direct`: the metric as a sum, one part for each head, MLP and embedding that is added to the stream.
+"""`direct`: direct logit attribution, the metric as a sum over heads, MLPs and embeddings.
 
 With the size of the final norm held still, what the metric reads is linear in the last state of the stream, and that
 state is a sum. So the metric is a sum too, and here it has to come out: the parts are computed one by one, what was not

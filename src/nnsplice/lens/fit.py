@@ -1,4 +1,4 @@
-"""`fit`: lenses that are made for a model. A tuned lens is trained; a Jacobian lens is a mean of derivatives."""
+"""`fit`: tuned lenses by training, Jacobian lenses as mean derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`FittedLens`: what takes a layer's states to the end of the stream, fitted to one model, as a value and a file."""
+"""`FittedLens`: affine maps from layers to the last layer, of one model; a value with a file."""
 
 from __future__ import annotations
 

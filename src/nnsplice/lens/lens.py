@@ -1,4 +1,4 @@
-"""`Lens`: what sites of the stream say, as a result of numbers and the tokens that come first."""
+"""`Lens`: probabilities, ranks and top tokens of residual states."""
 
 from __future__ import annotations
 

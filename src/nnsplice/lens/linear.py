@@ -1,4 +1,4 @@
-"""Norms and heads as the straight lines that they are at one run: measured, and not read off the names of classes.
+"""Norms and unembeddings as linear maps at one run, measured on the modules.
 
 A norm is a gain times what it is given, less its mean in some, over a size, and a bias. With the size that it has in
 the run held still it is linear, so that what a metric reads behind it can be carried to what stands in front of it.

@@ -1,4 +1,4 @@
-"""`logit`: the tokens that a state of the stream would say, if it left the last layer."""
+"""`logit`: the logit lens, residual states through the final norm and unembedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of prompts beside every trace: values at ends of modules, what the layers returned, and the logits."""
+"""One run of prompts outside of traces, with module values, layer outputs and logits."""
 
 from __future__ import annotations
 

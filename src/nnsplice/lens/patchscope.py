@@ -1,4 +1,4 @@
-"""`patchscope`: what a captured state says when it is written into another prompt, in the model's own words."""
+"""`patchscope`: text generated from a state that is patched into another prompt."""
 
 from __future__ import annotations
 

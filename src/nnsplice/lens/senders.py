@@ -1,4 +1,4 @@
-"""Which parts of the sum that makes the last stream a job asks about: whole branches, or what they are made of."""
+"""The terms of direct attribution that a job asks for."""
 
 from __future__ import annotations
 

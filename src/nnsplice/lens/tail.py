@@ -1,4 +1,4 @@
-"""From states of the stream to logits: the model's own final norm and head, tried on the run that is read.
+"""The final norm and unembedding, checked against the model's logits on the job's own run.
 
 Nothing of the head is written down anew: whatever stands there, norms, scales, caps and tied weights, is code of the
 model's own forward, and that runs. What the last layer put out has to come back as the model's own logits.

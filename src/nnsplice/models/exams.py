@@ -1,4 +1,4 @@
-"""What a toy model knows: accuracies over every prompt of `toy_prompts()`, on a bare module and its tokenizer."""
+"""Accuracies of a toy model over all prompts of `toy_prompts()`."""
 
 from __future__ import annotations
 

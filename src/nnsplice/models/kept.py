@@ -1,4 +1,4 @@
-"""The cache of converted models: folders that appear whole, say what they were made of, and can be deleted at any time.
+"""The cache of converted models: complete folders that may be deleted at any time.
 
     <cache>/CACHEDIR.TAG, README.txt      what this is
     <cache>/models/<name>-<digest>/       one checkpoint, with source.json beside it: the files it was made of

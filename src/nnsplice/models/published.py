@@ -1,4 +1,4 @@
-"""Pretrained models that Python packages hold: what they are, whether they are installed, and how to get them.
+"""Pretrained models in Python packages: their names, licences and installation.
 
 The packages are not imported: what matters of them are files of weights.
 """

@@ -1,4 +1,4 @@
-"""The small files of a folder with a model, looked at before transformers takes them as they are."""
+"""Checks of a checkpoint's small files before transformers reads them."""
 
 from __future__ import annotations
 

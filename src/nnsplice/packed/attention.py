@@ -1,4 +1,4 @@
-"""Attention for packed tokens: Hugging Face's blocks as they are, with one function of theirs exchanged.
+"""Attention for packed tokens: Hugging Face's blocks with an attention function of their registry.
 
 Transformers looks its attention function up by name, in a public registry. Under the name registered here a function
 runs that the caller has chosen for the time being: one that records keys, values and masks of a whole run, or one that

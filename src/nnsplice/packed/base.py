@@ -1,4 +1,4 @@
-"""The runs that rows are edits of: a model, its prompts, and what is done to each run before anything else."""
+"""The runs that rows edit: a model, its prompts, and what is done to each run first."""
 
 from __future__ import annotations
 

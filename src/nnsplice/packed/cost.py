@@ -1,4 +1,4 @@
-"""What runs cost, counted: passes, calls of blocks, tokens, operations."""
+"""The cost of runs: passes, calls of blocks, tokens, operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edges of attention that are cut: a query does not see a key, so the other keys share the whole of its softmax.
+"""Knockout of attention edges before the softmax.
 
 What is cut is taken out of the mask, in the one function of transformers' registry that attention goes through. An
 attention module with code of its own goes past that function, and is refused.

@@ -1,4 +1,4 @@
-"""Writing into packed tokens, and reading them: at the ends of a block, and inside it while it runs."""
+"""Writing and reading packed tokens, between blocks and inside them."""
 
 from __future__ import annotations
 

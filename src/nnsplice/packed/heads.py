@@ -1,4 +1,4 @@
-"""From the states that leave the last block to what the metric reads.
+"""Final norm and logits of packed rows.
 
 The head is code of the model's own forward (norms, scales, caps), so that is what runs, with the rest of the model
 standing still. A metric that asks for the logits of two tokens needs two columns of the unembedding, though, and where

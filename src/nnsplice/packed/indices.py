@@ -1,4 +1,4 @@
-"""Numbers by which a device looks tokens up: sent many at once, and without waiting for the device."""
+"""Index tensors on the device, sent together and without waiting for it."""
 
 from __future__ import annotations
 

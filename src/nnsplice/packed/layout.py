@@ -1,4 +1,4 @@
-"""Where every token stands: in a pack, in its prompt, and among the recorded tokens.
+"""Index maps between packed tokens, prompt positions and recorded tokens.
 
 Recorded tokens are kept flat, prompt after prompt, so that prompts of different length need no padding. A pack is flat
 too. Attention sees both as one long list, recorded tokens first, and a row of it is a list of numbers into that.

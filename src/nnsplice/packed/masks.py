@@ -1,4 +1,4 @@
-"""Which token sees which: the masks that a model made for the recorded prompts, as packed rows look them up.
+"""The masks of recorded prompts, as packed rows use them.
 
 A packed token is a token of a prompt, so what it sees is a row of the mask that its attention module was given in the
 recorded pass: whatever windows, chunks or documents there are stand in it.

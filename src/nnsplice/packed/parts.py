@@ -1,4 +1,4 @@
-"""Edits of parts of a value: features of an attached SAE, and its error, which stand in no tensor of their own."""
+"""Edits of features and errors of an attached SAE."""
 
 from __future__ import annotations
 

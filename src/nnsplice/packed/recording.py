@@ -1,4 +1,4 @@
-"""One pass of the corrupted prompts, kept: what enters every block, how blocks are called, what attention needs.
+"""The recorded pass of prompts: inputs of every block, keys and values, masks.
 
 Prompts of one length run together; what is kept of them is flat, prompt after prompt, whatever their lengths.
 """

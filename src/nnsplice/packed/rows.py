@@ -1,4 +1,4 @@
-"""Rows: what is asked of the packed engine, and where each begins among the blocks.
+"""Rows: a prompt, the block where it starts, and its edits.
 
 A row is one prompt with some edits: sites that get other values on the way. It asks for the state that leaves the last
 block at one token, for values of sites behind the edits, or for both.

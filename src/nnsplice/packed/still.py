@@ -1,4 +1,4 @@
-"""Rows whose branches stand still: what an edit does to the stream by itself, and what later sites read of that.
+"""Rows with frozen branches: the direct change of the stream, and what later sites read of it.
 
 A branch is an attention or an MLP. Where every branch but the edited one adds what it added in the recorded run, an
 edit moves the stream by one difference, from where it is made to the end. So no block has to run between the edit and a

@@ -1,4 +1,4 @@
-"""A pack of rows on its way through the blocks.
+"""A packed run: all rows through the blocks.
 
 A row begins before the first block that it changes, at its first changed token. Rows are appended where they begin, and
 from there all of them run together. A row that begins inside a block, where a change stays with its token until the

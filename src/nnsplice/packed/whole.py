@@ -1,4 +1,4 @@
-"""Attention modules that run code of their own (GPT-J, GPT-Neo, BLOOM, Falcon, CodeGen, and whoever comes next).
+"""Attention modules that are called with whole prompts (GPT-J, GPT-Neo, BLOOM, Falcon, CodeGen and others).
 
 Nothing is known about what happens inside, so nothing inside can be exchanged. But it is a function of all tokens of a
 prompt, and those are known: the recorded ones before a row begins, its own after. So the module runs whole prompts, one

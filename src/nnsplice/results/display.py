@@ -1,4 +1,4 @@
-"""What a result shows of itself: how much was measured, its kinds of site, its scale, what it cost."""
+"""A result as text: how much was measured, its sites, scale and cost."""
 
 from __future__ import annotations
 

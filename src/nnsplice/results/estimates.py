@@ -1,4 +1,4 @@
-"""Results that are estimates: what the estimate of a cell is made of, and what checking some of them said."""
+"""Results that are estimates: components of a cell, and the verification."""
 
 from __future__ import annotations
 

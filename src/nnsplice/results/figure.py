@@ -1,4 +1,4 @@
-"""Which plane of a result a figure shows, and what its two sides are called."""
+"""The plane of a result that a figure shows, and the labels of its axes."""
 
 from __future__ import annotations
 

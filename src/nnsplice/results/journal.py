@@ -1,4 +1,4 @@
-"""A sweep's journal: every finished chunk is a line, so that the same call goes on after a stop.
+"""The journal of a sweep: a line for every finished chunk, from which the same call resumes.
 
 The first line says what was asked; a journal of another question is refused and left as it is. A last line that was
 cut off by a stop is dropped; a damaged line before it is an error. Numbers are written in hexadecimal, so that they

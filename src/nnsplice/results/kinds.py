@@ -1,4 +1,4 @@
-"""Which kind of site a grid is of: `layers[:].mlp.output`, by its name or by any path to one of its sites."""
+"""The kind of site that a grid shows: `layers[:].mlp.output`, by name or by a path to one site."""
 
 from __future__ import annotations
 

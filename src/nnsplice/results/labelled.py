@@ -1,4 +1,4 @@
-"""Results with names: a grid with named axes, rows, and the measures that are made of the metric."""
+"""Results as labelled arrays and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of a metric: how far it moved, and which share of the way back that is.
+"""Measures derived from a metric: change, and effect as a share of the total effect.
 
 Averages are pooled, as in the literature: differences are averaged over prompts and then divided, so that a prompt
 whose corruption costs nearly nothing counts for nearly nothing. The mean of each prompt's own ratio, which divides by

@@ -1,4 +1,4 @@
-"""Shards of one sweep put together."""
+"""Merging parts of one sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A result as one page that needs nothing else: point at a cell to see what it is.
+"""A result as a self-contained HTML page.
 
 The page is `page.html`, which draws what stands in it as JSON. All texts reach the page as text, so a token can say
 whatever it likes, and the page's own policy forbids it to load anything.

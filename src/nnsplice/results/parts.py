@@ -1,4 +1,4 @@
-"""What was asked of some prompts of a sweep, and how parts that have prompts of their own become one again.
+"""Parts of a sweep with some of its prompts, and how they are joined again.
 
 A part says which prompts of the whole it has: `{"part": {"prompts": [4, 7], "of": 100}}`. All else that it says is
 either the whole's, or a list with an entry for each of its prompts.

@@ -1,4 +1,4 @@
-"""Tokens by what they are in their prompts: the subject's last, the first after it, the last of all.
+"""Roles of tokens: the subject's last, the first after it, the last of all.
 
 Prompts differ in length, so the mean over prompts of position 4 mixes unlike things. A role is the same thing in each
 of them. Of a prompt whose role has several tokens the mean of those is taken first: a long subject counts no more than

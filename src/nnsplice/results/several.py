@@ -1,4 +1,4 @@
-"""Results of several metrics: each by itself, and all of them side by side."""
+"""Results of several metrics."""
 
 from __future__ import annotations
 

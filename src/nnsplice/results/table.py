@@ -1,4 +1,4 @@
-"""What a sweep measured, as plain arrays: one value for each prompt and cell."""
+"""The data of a result as plain arrays: one value for each prompt and cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure an average over prompts is: intervals, tests and stability, from the prompts as they were drawn.
+"""Confidence intervals, tests and stability of averages over prompts.
 
 All are about the pooled effect (differences averaged, then divided), or where there is none, the mean change. Prompts
 are the units: each is drawn whole, with its cells and both ends of its scale, so that what cells share stays shared.

@@ -1,4 +1,4 @@
-"""What figures and pages say of an experiment: its metric with the answers, its prompts, and where these differ."""
+"""The titles of figures and pages: metric with answers, prompts, and their differing tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where files are kept: folders, and object stores (`s3://`, `gs://`) with the same few operations.
+"""Storage: folders and object stores (`s3://`, `gs://`) with the same operations.
 
 store       the operations, and the store that an address means
 local       a folder

@@ -1,4 +1,4 @@
-"""Which texts are addresses of object stores."""
+"""Addresses of object stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operations on files that runs and captures are made of, and the store that an address means."""
+"""The operations of storage, and the store of an address."""
 
 from __future__ import annotations
 

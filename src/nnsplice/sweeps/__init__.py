@@ -1,4 +1,4 @@
-"""Sweeps: one causal question asked of every site.
+"""Sweeps: activation patching, ablation and causal tracing at every site.
 
 plan          what will be run, as pure data: Plan
 planning      plan_sweep: prompts paired, sites made targets, what need not run told apart

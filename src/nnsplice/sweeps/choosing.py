@@ -1,4 +1,4 @@
-"""Which executor runs a plan: the fastest that gives the right numbers on this very model.
+"""The choice of an executor: the fastest that reproduces the reference on this model and job.
 
 Asked once of a question, and a question is everything that an answer may depend on: the model with its hooks, its dtype
 and its attention, the kinds of site, the operation, the metric, and prompts no longer than those that were tried.

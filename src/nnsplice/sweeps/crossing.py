@@ -1,4 +1,4 @@
-"""`crossings`: of what tuning changed at a site, how much was fed to it, and how much it computes itself?
+"""`crossings`: the effect of tuning at a site, split into its input and its weights.
 
 A site takes a state in and has weights. Both may be the base model's or the tuned one's, which makes four runs of the
 base model: with what the site would put out in each case written there. The two shares of Shapley are each one's mean

@@ -1,4 +1,4 @@
-"""How a plan is cut into units of work: whole prompts, short ones together, of a long one a stretch of its targets."""
+"""Plans cut into units: whole prompts, short ones together, long ones by layers."""
 
 from __future__ import annotations
 

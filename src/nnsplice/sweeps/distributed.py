@@ -1,4 +1,4 @@
-"""`run`: a plan here, or in units by other processes and machines, with the same bits whoever runs them.
+"""`run`: a plan in this process, or in units by other processes, with identical bits.
 
 A unit's numbers depend on its plan, its executor and how many tokens run at once, and on nothing else: which worker
 runs it, in which order, and how many died before is all the same. So the workers of a run agree on one executor, and

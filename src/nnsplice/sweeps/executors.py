@@ -1,4 +1,4 @@
-"""Running a plan's jobs: the same numbers at different cost.
+"""The reference and batched executors, and what an executor is.
 
 reference    one trace for each job, written with `SavedActivation`'s own means: slow, and the oracle of the tests
 batched      one nnsight trace for many jobs, a row for each: any architecture

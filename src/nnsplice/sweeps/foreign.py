@@ -1,4 +1,4 @@
-"""Values from another model: a tuned one, another checkpoint, on the very same prompts.
+"""Values from another model on the same prompts.
 
 Both have to mean the same by a token and by a site: the same ids for the same texts, sites of the same names, of the
 same widths.

@@ -1,4 +1,4 @@
-"""What makes two sweeps the same: everything that was asked, as plain data that goes into results and journals."""
+"""The identity of a sweep: all that was asked, as plain data for results and journals."""
 
 from __future__ import annotations
 

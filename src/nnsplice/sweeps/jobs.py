@@ -1,4 +1,4 @@
-"""The cells of a plan as ranges: of millions, a few numbers for each stretch of neighbours."""
+"""The cells of a plan as ranges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knockouts: cells in which queries do not see some of their keys."""
+"""Knockouts: cells in which queries do not attend to some keys."""
 
 from __future__ import annotations
 

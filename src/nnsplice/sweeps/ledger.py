@@ -1,4 +1,4 @@
-"""The values of a sweep as they come in: what is known without, what a journal holds, and what is measured now."""
+"""The values of a sweep: known ones, those of a journal, and new ones."""
 
 from __future__ import annotations
 

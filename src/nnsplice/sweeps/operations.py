@@ -1,4 +1,4 @@
-"""What a sweep does to a site: replace its value, add to it, compute it anew, or cut an edge of attention.
+"""Operations of a sweep: replace a value, add to it, compute it, or cut an attention edge.
 
 Seven names and functions, four ways: `patch`, `mean` and `resample` replace by a value from elsewhere, `add` and
 `noise` add one, `zero` and a function of the user's compute the new value from the current one, and `knockout` takes

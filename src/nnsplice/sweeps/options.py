@@ -1,4 +1,4 @@
-"""Options that a question hands on: one that nobody knows is told by the name of the question that was asked."""
+"""Options that are passed on: unknown ones are reported by the function that was called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packed executor: jobs become rows of the packed engine, and its final states what the metric reads."""
+"""The packed executor: jobs as rows of the packed engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps of a part of each site: that the subspace fits every site that is changed."""
+"""Sweeps with a subspace: that it fits every site."""
 
 from __future__ import annotations
 

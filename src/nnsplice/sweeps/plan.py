@@ -1,4 +1,4 @@
-"""A sweep before it runs: pure data that can be counted, looked at, split and run elsewhere."""
+"""`Plan`: the cells of a sweep before it runs, as plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a question to a plan: prompts paired, sites made targets, and what need not run told apart."""
+"""`plan_sweep`: pair prompts, expand sites, and separate cells that cannot change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that differ from a first one only from some layer on need not compute the layers before it.
+"""Runs that start at the first layer that differs.
 
 The outputs of all blocks are recorded in one run. Later a block that is not reached by the change answers with what it
 answered then, without computing. Whether that gives the same logits, to the bit, is tried on the model at hand; where

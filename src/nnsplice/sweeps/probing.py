@@ -1,4 +1,4 @@
-"""A few cells of a plan, computed in every way: how far packed and batched rows are from runs of their own.
+"""The trial: a few cells of a plan in every executor, compared with runs of their own.
 
 The cells stand for the job: its longest prompt and its shortest, every kind of site, layers of every kind, tokens at
 both ends. What is compared is where the logits point, whatever the metric.

@@ -1,4 +1,4 @@
-"""Which cells need not run: those whose change cannot reach the logits that the metric reads."""
+"""Cells that cannot change the logits that the metric reads."""
 
 from __future__ import annotations
 

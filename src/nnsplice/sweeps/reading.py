@@ -1,4 +1,4 @@
-"""Which logits a run is made for: where a plan's metric reads, and how to have no others computed."""
+"""The token whose logits a metric reads, and how to compute no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions that are asked often: ablation, and causal tracing with noise."""
+"""`ablate` and `causal_trace`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`over_revisions`: one job over the checkpoints of a training, one model in memory at a time."""
+"""`over_revisions`: one job over training checkpoints, one model in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of several tokens: a run for each of them, with those before it appended to the prompt.
+"""Answers of several tokens: a run for each token, with the earlier ones appended.
 
 The logarithm of an answer's probability is the sum over its tokens, each read behind those before it. So a prompt with
 an answer of k tokens is k runs of one more token each, which every executor can make, and the sum of what they measure.

@@ -1,4 +1,4 @@
-"""Where a sweep's values come from: the clean run, a reference, or a generator of noise."""
+"""The sources of a sweep's values: the clean run, a reference, or noise."""
 
 from __future__ import annotations
 

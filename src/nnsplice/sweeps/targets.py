@@ -1,4 +1,4 @@
-"""From sites to targets: every cell of a sweep with the sites that it changes, in execution order."""
+"""Sites -> targets: the cells of a sweep in execution order."""
 
 from __future__ import annotations
 

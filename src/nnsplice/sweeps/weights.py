@@ -1,4 +1,4 @@
-"""`sweep_weights`: what of a change of weights changes the answer? The weight analogue of a patching sweep.
+"""`sweep_weights`: the effect of a tuned model's weights, one address at a time.
 
 For each site the base model runs with the tuned model's weights there, and its own everywhere else. The two ends of
 the scale are the base model (`corrupted`) and the tuned model (`clean`), so an effect of 1 is all that tuning did.

@@ -1,4 +1,4 @@
-"""A causal model of a task: variables, what each follows from, and how."""
+"""A causal model of a task: variables and their mechanisms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts: what is known of a subject."""
+"""Facts: attributes of subjects."""
 
 from __future__ import annotations
 

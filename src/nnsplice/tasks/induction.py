@@ -1,4 +1,4 @@
-"""Induction: random words begin once more, and go on as before."""
+"""Induction: a repeated sequence of random words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions with several answers to choose from: the letter of the right one."""
+"""Multiple-choice questions: the letter of the right answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gendered pronouns: he or she, by the name that was said."""
+"""Gendered pronouns: he or she, by the name."""
 
 from __future__ import annotations
 

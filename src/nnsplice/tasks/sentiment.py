@@ -1,4 +1,4 @@
-"""Sentiment: what follows from what was said of a film."""
+"""Sentiment: words that follow a good or a bad review."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task: pairs of prompts with their answers, made for one tokenizer, and what a model can do of it."""
+"""`Task`: pairs of prompts with answers for one tokenizer, filtered by a model's accuracy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions cut into units: plain data that any process can run a part of, with the same bits whoever runs it.
+"""Questions in units: plain data whose parts any process can run, with identical bits.
 
 plan       UnitPlan: a question and its units; Kind: how one kind of question is run and joined
 plain      prompts and metrics as plain data, and back

@@ -1,4 +1,4 @@
-"""How other processes load a model, as plain data; and that it is the one that was meant."""
+"""How other processes load a model, as plain data, and the check of its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts, metrics and functions as plain data, and the same again in another process. Nothing is unpickled."""
+"""Prompts, metrics and functions as plain data, and back. Nothing is unpickled."""
 
 from __future__ import annotations
 

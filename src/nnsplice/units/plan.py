@@ -1,4 +1,4 @@
-"""`UnitPlan`: a question as plain data, cut into units by itself alone, and what a kind of question has to say of them.
+"""`UnitPlan`: a question as plain data, cut into units.
 
 A unit is some whole prompts. Its outcome is a few arrays, which depend on the plan and the unit and on nothing else.
 """

@@ -1,4 +1,4 @@
-"""A plan's units: all of them here, or in a run folder by other processes; and what is found, put together."""
+"""Units of a plan, run in this process or by others, and their results joined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work in units that any process may take: it knows units and a run, and nothing of models or metrics.
+"""Work in units for any number of processes; independent of models and metrics.
 
 run_folder    a run as a folder: units, claims, what failed and why; nothing in it is unpickled
 claims        who is at which unit

@@ -1,4 +1,4 @@
-"""Who is at which unit: a file made exclusively, renewed while its process lives, taken over when that is gone."""
+"""Claims of units: files created exclusively, renewed while their process lives, taken over after its death."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver of a run: starts workers, starts those anew that die, and shows how far they are."""
+"""The driver of a run: starts workers, restarts dead ones, shows progress."""
 
 from __future__ import annotations
 

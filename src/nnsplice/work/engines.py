@@ -1,4 +1,4 @@
-"""The engines that `ns.on` offers, and the one that a text such as `"local:8"` means."""
+"""The engines of `ns.on`, and those that a text such as `"local:8"` names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No workers at all: the run folder is written, and left to whoever calls `nnsplice work`."""
+"""The engine without workers: the run folder is left to `nnsplice work`."""
 
 from __future__ import annotations
 

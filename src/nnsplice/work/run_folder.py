@@ -1,4 +1,4 @@
-"""A run folder: work in numbered units that any process may take, each unit's outcome a file that appears whole.
+"""The run folder: numbered units, and a complete file for the outcome of each.
 
     run.json            what is run: who opens it, how many units, what all workers have in common
     ...                 what whoever opens it has written beside (a plan, a reference)

@@ -1,4 +1,4 @@
-"""How a run stands: what is done, who is at work, how fast, and what failed and why; and what it found."""
+"""The status of a run: units done, workers, rate, failures; and its result."""
 
 from __future__ import annotations
 

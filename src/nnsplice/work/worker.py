@@ -1,4 +1,4 @@
-"""A worker: takes units of a run folder until none is left, and tells what it does."""
+"""A worker: takes units of a run folder until none is left."""
 
 from __future__ import annotations
 
