@@ -305,7 +305,7 @@ def test_spans_of_different_length_in_a_pair_are_refused() -> None:
             plan({"s": clean}, {"s": corrupted}, 'layers[1].output["s"]')
     with pytest.raises(IndexError, match=r"2 tokens in the clean prompt"):
         plan({"s": (1, 3)}, {"s": (1, 4)}, 'layers[1].output["s"][2]')
-    with pytest.raises(ValueError, match=r"stands in the clean prompts"):
+    with pytest.raises(ValueError, match=r"is not given for the clean prompts"):
         plan({"t": (1, 3)}, {"s": (1, 4)}, 'layers[1].output["s"]')
 
 
