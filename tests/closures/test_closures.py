@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import nnsplice as ns
 from closures import broken
@@ -127,6 +128,8 @@ FAMILIES: dict[str, set[str]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_hold_or_are_refused(name: str) -> None:
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
     model = broken.family(name)
     found = set(failing(model))
     assert found == FAMILIES[name], measure(model)
