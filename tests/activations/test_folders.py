@@ -160,6 +160,19 @@ def test_one_chunk_is_in_memory(model: Any, tmp_path: Path) -> None:
     assert all(-4 < ahead <= 0 for ahead in seen)
 
 
+def test_one_bar_counts_all_prompts(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captures of single chunks show none: they did, also with `progress=False`."""
+    captured, shown = data_sets.capture, []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        shown.append(options.get("progress", True))
+        return captured(*args, **options)
+
+    monkeypatch.setattr(data_sets, "capture", noted)
+    ns.capture_to(tmp_path, model, _prompts(), "layers[1].output[-1]", chunk=4)
+    assert shown == [False] * 3
+
+
 def test_mistakes_are_told(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingPosition):

@@ -153,7 +153,8 @@ def _chunk(
         some = given.take(rows)
         longest = max(*some.lengths("encoder"), *some.lengths("decoder"))
         name = f"chunk-{number:06}-{at}.safetensors"
-        capture(model, some, paths, batch_size=max(max_tokens // longest, 1)).to_file(store.at(name))
+        held = capture(model, some, paths, batch_size=max(max_tokens // longest, 1), progress=False)  # one bar over all
+        held.to_file(store.at(name))
         files.append({"name": name, "rows": [start + row for row in rows]})
     _write(store, beside, {"rows": [start, start + len(given)], "prompts": digest, "files": files})
     return files
