@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import nnsplice as ns
+from nnsplice.closures import gate
 from nnsplice.errors import MissingPosition, OutsideTrace
 from zoo import wrap
 
@@ -245,3 +246,32 @@ def test_at_one_position_for_each_row(gpt2) -> None:
     for row, (prompt, at) in enumerate([("w3 w4 w5", 2), ("w6 w7", 0)]):
         expected = ns.patched_logits(gpt2, prompt, saved, at=at)[0]
         assert torch.allclose(logits[row, -len(expected) :], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", ["capture", "apply", "updates"])
+def test_what_sites_promise_is_looked_up_a_fixed_number_of_times_however_many_sites_there_are(
+    gpt2, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    looked: list[object] = []
+    marks = gate.marks
+    monkeypatch.setattr(gate, "marks", lambda model: (looked.append(model), marks(model))[1])
+
+    def looks(sites: list[str]) -> int:
+        saved = ns.capture(gpt2, PROMPT, sites)
+        looked.clear()
+        with torch.no_grad(), gpt2.trace(PROMPT):
+            if run == "capture":
+                ns.save_activations(gpt2, sites)
+            elif run == "apply":
+                saved.apply(gpt2)
+            else:
+                for _, current, update in ns.updates(gpt2, sites):
+                    update(current * 2)
+        return len(looked)
+
+    one = looks(["layers[0].output[-1]"])
+    assert one >= 1
+    assert (
+        looks([f"layers[{n}].{part}[{at}]" for n in range(3) for part in ("mlp.output", "output") for at in (0, 1)])
+        == one
+    )

@@ -58,18 +58,19 @@ def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
         RefusedPlace: on this model they are not what they are called.
     """
     closures.require(model, paths)
+    return [access_to(model, tuple(group)) for _, group in groupby(paths, key=value_of)]
 
-    def value(path: Path) -> tuple[object, ...]:
-        site = site_of(path)
-        return (*site.location, site.item, site.kind, site.sae)
 
-    found: list[Access] = []
-    root = peel(model)
-    for _, group in groupby(paths, key=value):
-        members = tuple(group)
-        site = site_of(members[0])
-        found.append(Access(engine.place(model, site), site.item, site.kind, site.tower, members, root))
-    return found
+def value_of(path: Path) -> tuple[object, ...]:
+    """What two sites have in common that stand in one value of the run."""
+    site = site_of(path)
+    return (*site.location, site.item, site.kind, site.sae)
+
+
+def access_to(model: engine.Model, paths: tuple[Path, ...]) -> Access:
+    """The access to the one value that these sites stand in; `closures.require` was called for them."""
+    site = site_of(paths[0])
+    return Access(engine.place(model, site), site.item, site.kind, site.tower, paths, peel(model))
 
 
 def require_positions(paths: Sequence[Path]) -> None:

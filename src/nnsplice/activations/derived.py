@@ -13,6 +13,7 @@ expert's weight is zero. Writing it adds the difference to what all experts make
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -208,11 +209,13 @@ def expert_output(path: Path) -> Path:
     return replace(path, site=replace(site, end="output", kind="plain", index=None))
 
 
-def refuse_router(model: engine.Model, path: Path) -> None:
+def refuse_routers(model: engine.Model, paths: Iterable[Path]) -> None:
     """Raise for a write to what a router returns first: the model goes on with the choice that was made inside it."""
-    site = site_of(path)
-    routers = {block.router for tower in engine.known(model).atlas.towers.values() for block in tower.blocks}
-    if site.module in routers and site.end == "output" and not site.item:
+    routers = {block.router for tower in engine.known(model).atlas.towers.values() for block in tower.blocks} - {None}
+    for path in paths if routers else ():
+        site = site_of(path)
+        if site.module not in routers or site.end != "output" or site.item:
+            continue
         raise RefusedPlace(
             "the experts are chosen inside the router, so writing its logits would change nothing",
             path=path,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnsplice import closures, engine, wire
 from nnsplice.activations import derived, features
-from nnsplice.activations.access import Access, accesses, hold, require_positions, site_of
+from nnsplice.activations.access import Access, access_to, accesses, hold, require_positions, site_of
 from nnsplice.activations.writing import Entry, Read, written
 from nnsplice.atlas import host
 from nnsplice.deprecated import renamed
@@ -67,8 +67,8 @@ def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
     plan = accesses(model, [path for path, _ in arranged])
     for access in plan:
         access.check_ahead(mediator)
+    derived.refuse_routers(model, [path for path, _ in arranged])
     for path, _ in arranged:
-        derived.refuse_router(model, path)
         if site_of(path).kind == "ungated":
             raise RefusedPlace(
                 "what stands before a gate is computed from two sites, and an update goes through one",
@@ -81,6 +81,7 @@ def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
                 path=path,
                 write="saved = ns.capture(...); then saved.map(...).apply(model) in another run",
             )
+    closures.require(model, [_written_at(model, path) for path, _ in arranged])
     names = {path: str(parse_path(wanted[number])) for path, number in arranged}
     return _walk(model, plan, mediator, batch, names)
 
@@ -131,18 +132,22 @@ class _SaeInputs:
         return (access.place.key, access.item)
 
 
+def _written_at(model: engine.Model, path: Path) -> Path:
+    """The site that an update of another one is written to."""
+    if site_of(path).kind == features.TRANSCODED:
+        return features.written_at(model, path)
+    return derived.expert_output(path) if site_of(path).kind == "expert" else host(path)
+
+
 def _updater(
     model: engine.Model, mediator: Any, path: Path, rows: Rows, read: Read | None, sae_inputs: _SaeInputs
 ) -> Update:
     position = path.position
     assert isinstance(position, int)
     kind = site_of(path).kind
-    if kind == features.TRANSCODED:
-        target = features.written_at(model, path)
-    else:
-        target = host(path) if read is None else derived.expert_output(path)
+    target = _written_at(model, path)
     sae = features.sae_of(model, path) if kind in (*features.KINDS, features.TRANSCODED) else None
-    (access,) = accesses(model, [target])
+    access = access_to(model, (target,))
     visits = mediator.occurrence(access.place.key)
 
     def update(new: Tensor) -> None:

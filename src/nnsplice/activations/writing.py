@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nnsplice import closures, engine, wire
 from nnsplice.activations import derived, features
-from nnsplice.activations.access import Access, accesses, hold, site_of
+from nnsplice.activations.access import Access, access_to, hold, site_of, value_of
 from nnsplice.activations.packs import Pack
 from nnsplice.atlas import Kind, host
 from nnsplice.atlas.attached import Features
@@ -142,16 +142,12 @@ def plan(model: engine.Model, packs: Sequence[Pack]) -> list[Step]:
     sources = {entry.source.site: entry.source for entry in entries if entry.source is not None}
     stops += [(known.rank(source), 1, source, None) for source in sources.values()]
     stops.sort(key=lambda stop: stop[:2])
-
-    def value(stop: tuple) -> tuple:
-        site = site_of(stop[2])
-        return (*site.location, site.item, site.kind, stop[1])
-
+    closures.require(model, [path for _, _, path, _ in stops])  # once, as it looks at every parameter
     steps: list[Step] = []
-    for _, group in groupby(stops, key=value):
+    for _, group in groupby(stops, key=lambda stop: (value_of(stop[2]), stop[1])):
         members = list(group)
-        (access,) = accesses(model, [path for _, _, path, _ in members])
-        steps.append(Step(access, tuple(entry for *_, entry in members if entry is not None)))
+        written = tuple(entry for *_, entry in members if entry is not None)
+        steps.append(Step(access_to(model, tuple(path for _, _, path, _ in members)), written))
     return steps
 
 
@@ -164,6 +160,7 @@ def _entries(model: engine.Model, packs: Sequence[Pack], known: engine.Known) ->
         if any(path.position == earlier.position for earlier, _ in same):
             raise DuplicatePath("in this model this is the same site and position as another key", path=keys[number])
         same.append((path, number))
+    derived.refuse_routers(model, [group[0][0] for group in sites.values()])
     return [_entry(model, group, where) for group in sites.values()]
 
 
@@ -174,7 +171,6 @@ def _entry(model: engine.Model, group: Sequence[tuple[Path, int]], where: Sequen
     else:
         tensor = torch.cat([pack.tensor[:, n : n + 1] for pack, n in found], dim=1)
     path = group[0][0]
-    derived.refuse_router(model, path)
     positions: tuple[Any, ...] = tuple(path.position for path, _ in group)
     kind = site_of(path).kind
     if kind == "pattern":
