@@ -116,7 +116,17 @@ def marks(model: Any) -> tuple[object, ...]:
     root = peel(model)
     # The atlas is read anew when modules change.
     mark = id if engine.meshes(root) else _mark  # of whole weights that come and go with each run
-    return (Atlas.of(root), hash(tuple(map(mark, root.parameters()))))
+    return (Atlas.of(root), hash(tuple(map(mark, _parameters(root)))))
+
+
+def _parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters; `root.parameters()` also makes their names, which takes five times as long in every trace."""
+    queue: list[nn.Module | None] = [root]
+    while queue:
+        module = queue.pop()
+        if module is not None:
+            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+            queue.extend(module._modules.values())
 
 
 def _mark(parameter: torch.Tensor) -> tuple[int, int]:
