@@ -14,7 +14,7 @@ from attribution.oracle import NAMES, Names, Point, bare, double, ends, ids, kep
 from hooked import build as built
 from hooked import wrapped
 from nnsplice.attribution import packed_paths, path_patching
-from nnsplice.packed import still
+from nnsplice.packed.frozen_forward import FrozenForward
 from nnsplice.sweeps.running import run_fresh
 from zoo import FAMILIES, MASKED, SEQ2SEQ, having, wrap
 
@@ -294,9 +294,9 @@ def test_packed_paths_that_are_off_are_found_out(monkeypatch: pytest.MonkeyPatch
     right = ns.path_patch(*args, progress=False)
     assert right.run.executor == "packed paths"
     packed_paths._trusted.clear()
-    moved = still._Walk._move
+    moved = FrozenForward._move
     monkeypatch.setattr(
-        still._Walk,
+        FrozenForward,
         "_move",
         lambda self, number, layer, read: moved(self, number, layer, {s: 1.01 * v for s, v in read.items()}),
     )

@@ -119,14 +119,14 @@ def test_a_wait_in_the_packed_rows_would_be_seen(machine, family, monkeypatch):
     simulated = machine(1)
     model = placed.model(family, "one")
     work = work_of(model, 8)
-    plain = layout.Group._of
+    plain = layout.AttentionGroup._mask_of
 
     def asking(self: Any, table: Any) -> Any:
         made = plain(self, table)
         assert made is None or not bool(made.all())
         return made
 
-    monkeypatch.setattr(layout.Group, "_of", asking)
+    monkeypatch.setattr(layout.AttentionGroup, "_mask_of", asking)
     assert chunk(simulated, work).waits > 3
 
 

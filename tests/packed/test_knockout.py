@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import random
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ import torch
 import nnsplice as ns
 from nnsplice.activations.access import site_of
 from nnsplice.errors import BadArgument, MissingPosition, NnspliceError, PathError, RefusedPlace, ShortRow
+from nnsplice.packed import running as packed_running
 from nnsplice.sweeps import plan_sweep, run
 from zoo import wrap
 
@@ -381,13 +381,13 @@ def test_mistakes_by_hand_are_told() -> None:
     assert (model._module(input_ids=torch.tensor([IDS])).logits[0] - by_mask(model, [])).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("grain", [1, 4, 64])
+@pytest.mark.parametrize("bucket", [1, 4, 64])
 # Gemma 2 takes its softmax in float32, whatever the model's dtype.
 @pytest.mark.parametrize(("family", "near"), [("gpt2", 1e-11), ("gemma2", 1e-6), ("gpt_oss", 1e-11)])
 def test_rows_that_are_padded_to_share_a_call_are_cut_alike(
-    family: str, near: float, grain: int, monkeypatch: pytest.MonkeyPatch
+    family: str, near: float, bucket: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(importlib.import_module("nnsplice.packed.run").GRAIN, "cpu", grain)
+    monkeypatch.setitem(packed_running.BUCKETS, "cpu", bucket)
     model, sets = _double(family), _sets(7, 12)
     sites = [[_text(edge) for edge in edges] for edges in sets]
     found = ns.sweep(model, None, PROMPT, sites, METRIC, operation="knockout", executor="packed", progress=False)

@@ -12,7 +12,7 @@ import nnsplice as ns
 from hooked import build, by_hooks, wrapped
 from nnsplice.packed import masks
 from nnsplice.packed.indices import Indices
-from nnsplice.packed.layout import Group
+from nnsplice.packed.layout import AttentionGroup
 from nnsplice.sweeps import plan_sweep, run
 from zoo import _MODERN, _MOE, having
 
@@ -77,7 +77,7 @@ def test_masks_of_several_prompts_become_one_table_where_they_agree() -> None:
     assert table is not None and table.shape == (3, 1, 5, 5)
     assert torch.equal(table[:2], long.expand(2, -1, -1, -1)) and torch.equal(table[2:, :, :3, :3], documents)
     asks = np.array([[0, 1], [2, 3]])
-    group = Group.of(
+    group = AttentionGroup.of(
         asks, np.array([[0, 1, 2], [5, 6, 7]]), np.array([[1, 2], [1, 2]]), np.array([0, 2]), Indices(device)
     )
     chosen = group.mask(table)

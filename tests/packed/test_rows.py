@@ -16,7 +16,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import encode
 from nnsplice.errors import OverlappingWrite
 from nnsplice.packed import Base, Edit, Read, Row, run
-from nnsplice.packed.parts import PartChange
+from nnsplice.packed.sae_edits import PartChange
 from nnsplice.paths import Path
 from zoo import FAMILIES, having, wrap
 

@@ -1,8 +1,7 @@
-"""The packed executor: exact, what the cost law says, and careful about models that it does not cover."""
+"""The packed executor: exact, what the cost model says, and careful about models that it does not cover."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +14,9 @@ from torch.utils.flop_counter import flop_registry
 
 import nnsplice as ns
 from nnsplice.atlas import families
-from nnsplice.packed import Law, attention, heads, recording
+from nnsplice.packed import CostModel, attention, heads, recording
+from nnsplice.packed import passes as packed_passes
+from nnsplice.packed import running as packed_running
 from nnsplice.sweeps import choosing, packing, plan_sweep, run, running, unedited
 from nnsplice.sweeps.executors import Work
 from zoo import FAMILIES, having, wrap
@@ -28,8 +29,7 @@ SITES = (
     "layers[:].groups[:].v", "layers[:].neurons[3]", "layers[:].mlp.up", "layers[:].attn.q", "layers[:].attn.o",
 )  # fmt: skip
 METRIC = ns.logit_diff("w7", "w8")
-#: The module, whose name a function of the room bears too.
-running_rows = importlib.import_module("nnsplice.packed.run")
+
 #: No causal decoders.
 NOT_COVERED = ("t5", "bart", "bert")
 #: gpt_oss has sinks, mpt and bloom ALiBi; gptj, gpt_neo, bloom, falcon, codegen, mpt have attention code of their own.
@@ -146,7 +146,7 @@ def test_one_cached_value_off_by_a_hundredth_is_noticed(monkeypatch: pytest.Monk
         value[:, :, 0] *= 1.01
         return made
 
-    monkeypatch.setattr(running_rows, "record", wrong)
+    monkeypatch.setattr(packed_running, "record", wrong)
     assert np.nanmax(np.abs(_values(plan, model, "packed") - right)) > 1e-6
     choosing._trusted.clear()
     result = run(plan, model, progress=False)
@@ -342,7 +342,7 @@ def test_chunks_about_the_same_prompts_share_one_recorded_pass() -> None:
 
 def test_the_first_chunk_is_a_small_one_so_that_the_bar_moves_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _double("llama")
-    each = Law.of(model).token
+    each = CostModel.of(model).token
     monkeypatch.setattr(running, "LEAST", 4)
     monkeypatch.setattr(running, "FIRST", 12 * each)
     monkeypatch.setattr(running, "CHUNK", 30 * each)
@@ -371,8 +371,8 @@ def test_rows_padded_to_share_a_call_of_attention_give_the_same_numbers(
     sites = ["layers[:].output", "layers[:].attn.output", "layers[:].groups[:].v", "layers[:].heads[:].output[-1]"]
     plan = plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC)
     exact = _values(plan, model, "packed")
-    for grain in (2, 64):
-        monkeypatch.setitem(running_rows.GRAIN, "cpu", grain)
+    for bucket in (2, 64):
+        monkeypatch.setitem(packed_running.BUCKETS, "cpu", bucket)
         assert np.nanmax(np.abs(_values(plan, model, "packed") - exact)) < near
 
 
@@ -383,9 +383,9 @@ def test_a_padded_pack_calls_attention_once_a_block(monkeypatch: pytest.MonkeyPa
     attended = attention.AttentionCall.attended
     monkeypatch.setattr(attention.AttentionCall, "attended", lambda *given: (calls.append(1), attended(*given))[1])
     counts = []
-    for grain in (1, 64):
+    for bucket in (1, 64):
         calls.clear()
-        monkeypatch.setitem(running_rows.GRAIN, "cpu", grain)
+        monkeypatch.setitem(packed_running.BUCKETS, "cpu", bucket)
         _values(plan, model, "packed")
         counts.append(len(calls))
     recorded = 3  # at three layers, prompts of two lengths in one pass
@@ -461,7 +461,7 @@ def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pyte
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     right = _values(plan, model, "packed")
     asked: list[int] = []
-    keeper = recording._keeper
+    keeper = packed_passes._keeper
 
     def narrow(entering: list[Any], *more: Any) -> Any:
         keep = keeper(entering, *more)
@@ -474,6 +474,6 @@ def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pyte
 
         return kept
 
-    monkeypatch.setattr(recording, "_keeper", narrow)
+    monkeypatch.setattr(packed_passes, "_keeper", narrow)
     assert np.nanmax(np.abs(_values(plan, model, "packed") - right)) < 1e-12
     assert max(asked) == 3 and asked[-1] == 1

@@ -126,7 +126,7 @@ def align(
     with bar("align", 2 * cells * epochs, "epoch", progress) as shown:
         own, cost = _searched(ask, "model", model, plan, pairs, units, shown.update)
         other, more = _searched(ask, "random model", twin, ask.plan(twin), pairs, units, shown.update)
-    about = Run("packed", time.perf_counter() - start, **(cost + more).told(), note=_note(own, other))
+    about = Run("packed", time.perf_counter() - start, **(cost + more).as_dict(), note=_note(own, other))
     return _alignment(plan, pairs, asked, own, other, about)
 
 

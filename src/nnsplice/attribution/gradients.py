@@ -15,7 +15,7 @@ from nnsplice.activations.access import accesses, site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, host, peel
 from nnsplice.errors import BadArgument, RefusedPlace
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path
 from nnsplice.sweeps.executors import check_length
 from nnsplice.sweeps.plan import Plan
@@ -56,19 +56,19 @@ class Mixed:
 class Spent:
     """What has been run so far."""
 
-    law: Law
+    cost_model: CostModel
     cost: Cost = field(default_factory=Cost)
     backwards: int = 0
     notes: list[str] = field(default_factory=list)
 
     def forward(self, prompts: Prompts, rows: Sequence[int]) -> None:
         """Note a pass over these prompts."""
-        self.cost += self.law.whole(prompts, rows, 1)
+        self.cost += self.cost_model.whole(prompts, rows, 1)
 
     def backward(self, prompts: Prompts, rows: Sequence[int]) -> None:
         """Note a way back through it: a product with each matrix again, as parameters are asked for no gradient."""
         self.backwards += 1
-        self.cost += Cost(flops=self.law.whole(prompts, rows, 1).flops)
+        self.cost += Cost(flops=self.cost_model.whole(prompts, rows, 1).flops)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable,
 from nnsplice.attribution.nodes import Batch, Mixed, spot
 from nnsplice.attribution.selecting import Choice
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.identity import labels_of
@@ -132,7 +132,7 @@ class Estimator:
         """Estimate the cells of these prompts."""
         model, plan, graph, method = self.model, self.plan, self.graph, self.method
         self._check()
-        spent, prompts = Spent(Law.of(model)), len(plan.corrupted)
+        spent, prompts = Spent(CostModel.of(model)), len(plan.corrupted)
         scores = np.zeros((prompts, len(plan.targets)))
         made_of = None if graph is None else np.zeros((*scores.shape, len(graph.receivers)))
         clean, corrupted = np.zeros(prompts), np.zeros(prompts)
@@ -197,7 +197,7 @@ class Estimator:
         about = Run(
             self.name,
             time.perf_counter() - start,
-            **cost.told(),
+            **cost.as_dict(),
             known=len(plan.known),
             gate=closures.spent(self.model),
             note=note,

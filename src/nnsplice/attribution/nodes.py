@@ -13,7 +13,7 @@ from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.attribution.gradients import Flow, Mixed, Spent, Spot, flow, measured, pulled, spot
-from nnsplice.packed.indices import on
+from nnsplice.packed.indices import on_device
 from nnsplice.paths import Path
 from nnsplice.sweeps.plan import Plan
 
@@ -75,7 +75,7 @@ class Batch:
         """
         if device not in self.sent:
             each = [torch.stack([one.rows, one.tokens, one.clean_tokens]) for one in self.wanted]
-            together = on(torch.cat(each, 1).numpy(), device)
+            together = on_device(torch.cat(each, 1).numpy(), device)
             self.sent[device] = list(together.split([part.shape[1] for part in each], 1))
         return self.sent[device]
 

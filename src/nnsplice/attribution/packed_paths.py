@@ -1,6 +1,6 @@
 """Path patches as rows of the packed engine: what receivers read from a sender, and the runs with it.
 
-Nothing runs between a sender and its receivers, as every branch there stands still; and the second run begins at the
+Nothing runs between a sender and its receivers, as every branch there is frozen; and the second run begins at the
 receivers. A receiver that is the end of the stream needs no second run.
 
 Whether that is right for the model at hand is tried on a few cells of the job, beside the three runs of the literature.
@@ -20,7 +20,7 @@ from nnsplice import engine
 from nnsplice.atlas import peel
 from nnsplice.attribution.branches import Branch as ModelBranch
 from nnsplice.attribution.branches import Branches
-from nnsplice.packed import Branch, Cost, Edit, Read, Row, StillRow, run, run_still, ways
+from nnsplice.packed import Branch, Cost, Edit, FrozenRow, Read, Row, run, run_frozen, ways
 from nnsplice.paths import Path
 from nnsplice.sweeps.choosing import longest_of, question
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
@@ -53,27 +53,27 @@ class PackedPaths:
         """
         branches = {branch: Branch(branch.block.index, branch.added) for branch in self.branches.all}
         base = base_of(work, keep=tuple(branch.added for branch in branches.values()))
-        rows = [self._still(work, job, branches) for job in jobs]
-        still = run_still(base, rows, tuple(branches.values()))
+        rows = [self._frozen_row(work, job, branches) for job in jobs]
+        frozen = run_frozen(base, rows, tuple(branches.values()))
         again: list[Row] = []
         numbers: list[int] = []
         for number, row in enumerate(rows):
             if row.row.end is None:
-                moved = [(read, still.moved.get((number, read))) for read in row.row.reads]
+                moved = [(read, frozen.moved.get((number, read))) for read in row.row.reads]
                 edits = tuple(Edit.of(read.place, *found) for read, found in moved if found is not None)
                 again.append(Row(row.row.prompt, edits, self._read(work, row.row.prompt)))
                 numbers.append(number)
-        cost, ends = still.cost, dict(still.ends)
+        cost, ends = frozen.cost, dict(frozen.ends)
         if again:
             ran = run(base, again)
             cost += ran.cost
             ends |= {number: ran.ends[order] for order, number in enumerate(numbers)}
         with torch.no_grad():
             states = torch.stack([ends[number] for number in range(len(jobs))])
-            values, head = measured_states(work, still.head, states, jobs)
+            values, head = measured_states(work, frozen.head, states, jobs)
         return values, cost + head
 
-    def _still(self, work: Work, job: Job, branches: Mapping[ModelBranch, Branch]) -> StillRow:
+    def _frozen_row(self, work: Work, job: Job, branches: Mapping[ModelBranch, Branch]) -> FrozenRow:
         """The sender's row, with what its receivers read."""
         plan, prompt = work.plan, job[0]
         row = row_of(work, job)
@@ -86,11 +86,11 @@ class PackedPaths:
             positions = [token for token in tokens_of(receiver, plan.corrupted)[prompt] if token <= read]
             if self.branches.stream_at(receiver) == self.branches.ends_at:
                 if read in positions:
-                    return StillRow(Row(prompt, row.edits, read), free)
+                    return FrozenRow(Row(prompt, row.edits, read), free)
                 continue
             if positions and self.rank[receiver][0] >= first:
                 reads.append(Read(receiver.place, tuple(positions)))
-        return StillRow(Row(prompt, row.edits, None, tuple(reads)), free)
+        return FrozenRow(Row(prompt, row.edits, None, tuple(reads)), free)
 
     @staticmethod
     def _read(work: Work, prompt: int) -> int:

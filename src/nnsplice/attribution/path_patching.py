@@ -242,7 +242,7 @@ class Routes:
         with torch.no_grad():
             engine.run(model, {**inputs, **(fewer := only_read(model, at, stops))}, body)
         logits = fewer.get("logits_to_keep", plan.corrupted.length("decoder", prompts[0]))
-        return measured(work, found[0], jobs), work.law.whole(plan.corrupted, rows, logits)
+        return measured(work, found[0], jobs), work.cost_model.whole(plan.corrupted, rows, logits)
 
 
 class _Pass:

@@ -19,7 +19,7 @@ from nnsplice.attribution.edges import Graph
 from nnsplice.attribution.path_patching import run_paths
 from nnsplice.attribution.verifying import of_edges
 from nnsplice.errors import BadArgument, NnspliceError
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.running import run_fresh
@@ -89,7 +89,7 @@ def choose(
             expected="sites that matter, or a method by name",
             write='method="ig", or another seed=',
         )
-    one_pass = Law.of(model).whole(plan.corrupted, prompts, 1).flops
+    one_pass = CostModel.of(model).whole(plan.corrupted, prompts, 1).flops
     table: list[Measured] = []
     for name, estimate in methods.items():
         start = time.process_time()

@@ -139,7 +139,7 @@ def _attribute_ready(
         start, part = time.perf_counter(), whole.take(prompts)
         found = Estimator(model, part, told["method"], method, graph, told["steps"], max_tokens, progress=False).whole()
         exists, spent = part.exists(), found.spent
-        run = Run(told["method"], time.perf_counter() - start, **spent.cost.told(), known=len(part.known))
+        run = Run(told["method"], time.perf_counter() - start, **spent.cost.as_dict(), known=len(part.known))
         table = Table(
             (), found.corrupted[:, None] + found.scores, exists, exists, found.clean, found.corrupted, run=run,
             edges=found.edges,

@@ -18,7 +18,7 @@ from nnsplice.circuits.recording import Recorded, record
 from nnsplice.circuits.wiring import Wiring
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, ShapeError, UnknownPath, named
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path, parse_path
 
 Ablation = Literal["patch", "zero", "mean", "optimal"] | SavedActivation | OptimalAblation
@@ -111,7 +111,7 @@ def _run(
     model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], experts: Collection[tuple[int, int]]
 ) -> tuple[Recorded, Cost]:
     made = record(peel(model), model, wiring, prompts, rows, -1, experts)
-    return made.values, Law.of(model).whole(prompts, rows, 1)
+    return made.values, CostModel.of(model).whole(prompts, rows, 1)
 
 
 def mean_of(

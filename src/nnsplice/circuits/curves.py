@@ -401,7 +401,7 @@ def faithfulness(
         about = Run(
             "circuits",
             time.perf_counter() - start,
-            **found.cost.told(),
+            **found.cost.as_dict(),
             gate=closures.spent(question.model),
             note=found.note,
         )

@@ -25,7 +25,7 @@ from nnsplice.circuits.training import Recipe, train
 from nnsplice.circuits.wiring import Wiring, wiring_of
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.metrics import Bound, Metrics, Several, bound_of
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path
 from nnsplice.progress import bar
 from nnsplice.sweeps.identity import told
@@ -46,7 +46,7 @@ class Question:
     corrupted: Prompts | None
     metric: Bound | Several
     source: Source
-    law: Law
+    cost_model: CostModel
 
     @classmethod
     def of(
@@ -80,7 +80,7 @@ class Question:
         bound.metric.check_lengths(prompts.lengths("decoder"))
         asked = None if reference is None else _tokens(encode(model, reference))
         source = source_of(model, wiring, prompts, others, ablation, asked)
-        return cls(model, wiring, prompts, others, bound, source, Law.of(model))
+        return cls(model, wiring, prompts, others, bound, source, CostModel.of(model))
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _group(
     experts = sorted(parts.experts_of(wiring, [mask for _, mask in circuits]))
     own = record(root, model, wiring, question.clean, rows, at, experts)
     length = own.values.embed.shape[1]
-    cost = question.law.whole(question.clean, rows, 1)
+    cost = question.cost_model.whole(question.clean, rows, 1)
     found, spent = question.source.values(rows, own.values)
     cost += spent
     ablated = Ablated.of(root, wiring, found)
@@ -238,7 +238,7 @@ def _group(
     def run(numbers: list[int]) -> None:
         chosen = [circuits[number] for number in numbers]
         edges, *kept = parts.slots_of(model, wiring, question.clean, rows, [mask for _, mask in chosen])
-        made = Pass(root, wiring, own.frame, ablated, edges, question.law, *kept)
+        made = Pass(root, wiring, own.frame, ablated, edges, question.cost_model, *kept)
         logits = made.run(lambda: run_plainly(root, model, question.clean, [*rows] * len(chosen), at))
         asked = [*rows] * len(chosen)
         against = None if reference is None else reference.repeat(len(chosen), 1)
@@ -246,7 +246,9 @@ def _group(
         got = got.reshape(len(chosen), len(rows), *got.shape[1:])
         for (number, _), line in zip(chosen, got, strict=True):
             values[rows, number] = line
-        done.append(made.cost + Cost(forwards=1, flops=len(asked) * question.law.per_token(wiring.tower.unembed)))
+        done.append(
+            made.cost + Cost(forwards=1, flops=len(asked) * question.cost_model.per_token(wiring.tower.unembed))
+        )
         shown.update(len(chosen) * len(rows))
 
     for numbers in _fitting(wiring, [mask for _, mask in circuits], len(rows) * length, room):
@@ -333,7 +335,7 @@ def _trust(question: Question) -> Cost:
         return Cost()
     own = record(root, model, wiring, question.clean, [0], -1)
     ablated = Ablated.of(root, wiring, own.values.map(torch.zeros_like))
-    made = Pass(root, wiring, own.frame, ablated, wiring.shape.exists[None], question.law)
+    made = Pass(root, wiring, own.frame, ablated, wiring.shape.exists[None], question.cost_model)
     logits = made.run(lambda: run_plainly(root, model, question.clean, [0], -1))
     size = float((own.logits - own.logits.mean()).abs().max())
     off = float((logits - own.logits).abs().max())
@@ -344,4 +346,4 @@ def _trust(question: Question) -> Cost:
             expected="a model whose layers read the stream through those alone",
         )
     known.add(asked)
-    return made.cost + question.law.whole(question.clean, [0], 1)
+    return made.cost + question.cost_model.whole(question.clean, [0], 1)

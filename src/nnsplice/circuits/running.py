@@ -27,7 +27,7 @@ from nnsplice.circuits.addresses import Piece
 from nnsplice.circuits.columns import project, through
 from nnsplice.circuits.recording import Frame, Recorded, ended, expert_of, given_to_experts, projected
 from nnsplice.circuits.wiring import LayerWires, Wiring
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Dictionary
 
 
@@ -79,7 +79,7 @@ class Pass:
     ablated: Ablated
     #: `[circuit, receiver, sender]`: the edges that are needed; see `masks.needed`.
     masks: np.ndarray
-    law: Law
+    cost_model: CostModel
     #: What is kept of senders, and `[circuit, receiver, slot]`: which of it each receiver reads. By itself all of every
     #: sender that an edge starts from.
     slots: Sequence[Slot] | None = None
@@ -205,7 +205,7 @@ class Pass:
                 columns = [site.columns for site in mine if site.module == name and site.columns is not None]
                 made = project(self.projections[name], self.forwards[name], self.seen[name], columns)
                 self._put(name, columns, made)
-            self.cost += self._spent(self.law.per_token(*layer.projections) // max(len(streams), 1))
+            self.cost += self._spent(self.cost_model.per_token(*layer.projections) // max(len(streams), 1))
         self.seen = {}
 
     def _enough(self, projections: Sequence[str]) -> None:
@@ -262,7 +262,7 @@ class Pass:
                 stack.callback(after.remove)
             if mlp is not None and layer.mid is not None:
                 stack.enter_context(self._middle(number, layer, mlp))
-            self.cost += self._spent(self.law.per_token(*layer.block.modules))
+            self.cost += self._spent(self.cost_model.per_token(*layer.block.modules))
             yield
 
     @contextmanager

@@ -80,7 +80,7 @@ def sweep_circuits(
         about = Run(
             "circuits",
             time.perf_counter() - start,
-            **found.cost.told(),
+            **found.cost.as_dict(),
             gate=closures.spent(question.model),
             note=found.note,
         )

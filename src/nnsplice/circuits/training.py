@@ -25,7 +25,7 @@ from nnsplice.circuits.recording import Recorded, Run, record, run_plainly
 from nnsplice.circuits.running import Ablated, Pass
 from nnsplice.circuits.wiring import Wiring
 from nnsplice.errors import BadArgument
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.progress import bar
 
 STEPS, RATE, HELD_OUT = 200, 0.05, 0.25
@@ -88,7 +88,7 @@ def train(
         position: where the metric reads.
         room: how many tokens run at once.
     """
-    root, law = peel(model), Law.of(model)
+    root, cost_model = peel(model), CostModel.of(model)
     mixed = [layer.heads_mix for layer in wiring.layers]
     small, _ = needed(wiring.shape, mask, from_embed=False, mixed=mixed)
     free = ablated(wiring.shape, mask, mixed)
@@ -117,7 +117,7 @@ def train(
             own = group.run.values.map(lambda t, chosen=chosen: t[chosen])
             with torch.set_grad_enabled(tied):
                 stands = Ablated.of(root, wiring, wide(values(moves), own))
-                made = Pass(root, wiring, group.run.frame, stands, small[None], law, tied=tied)
+                made = Pass(root, wiring, group.run.frame, stands, small[None], cost_model, tied=tied)
                 logits = made.run(lambda asked=asked, group=group: run_plainly(root, model, prompts, asked, group.at))
                 apart = kl(group.run.logits[chosen], logits).sum() / len(rows)
             if tied:

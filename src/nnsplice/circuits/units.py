@@ -17,7 +17,7 @@ from nnsplice.circuits.curves import SHARES, Faithfulness, Point, circuits_of, r
 from nnsplice.circuits.measuring import Question, measure
 from nnsplice.circuits.wiring import wiring_of
 from nnsplice.errors import BadArgument, circumstances
-from nnsplice.packed.cost import Law
+from nnsplice.packed.cost import CostModel
 from nnsplice.results import Run, SweepResult
 from nnsplice.results.merging import together
 from nnsplice.sweeps.running import check_mode
@@ -107,7 +107,7 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
         ablation = read_from(plan.file(VALUES), SavedActivation.from_file)
     # Of all prompts, as a mean is one of all; a unit asks of some.
     source = source_of(model, wiring, clean, corrupted, ablation, reference, max_tokens)
-    question = Question(model, wiring, clean, corrupted, metric_of(told["metric"]), source, Law.of(model))
+    question = Question(model, wiring, clean, corrupted, metric_of(told["metric"]), source, CostModel.of(model))
     if told["circuits"] == SCORES:
         circuits: Any = read_from(plan.file(SCORES), SweepResult.from_file)
     else:
@@ -120,7 +120,7 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
     def unit(prompts: Sequence[int]) -> Arrays:
         start = time.perf_counter()
         found = measure(question, masks, max_tokens=max_tokens, prompts=prompts)
-        run = Run("circuits", time.perf_counter() - start, **found.cost.told(), note=found.note)
+        run = Run("circuits", time.perf_counter() - start, **found.cost.as_dict(), note=found.note)
         return {"values": found.values, "clean": found.clean, "run": packed_text(asdict(run))}
 
     return unit

@@ -5,51 +5,55 @@ from the recorded run, and the tokens before come in as recorded keys and values
 padding, and each block is called once for all of them. In the last block a row needs its keys and values, and then one
 token: the one whose state is wanted.
 
-rows         what is asked: a prompt, edits, reads, an end; and where each row begins
-base         the runs that rows are edits of
-recording    one pass of these runs: what enters every block, keys and values
-layout       where every token stands, and which rows attend together
-attention    attention of packed rows, through transformers' public registry
-masks        which token sees which, as the model's own masks say
-cutting      edges of attention taken out of that
-whole        attention modules with code of their own, which run whole prompts
-wave         the way through the blocks
-edits        writing into packed tokens, and reading them
-parts        edits of features of an SAE, and of its error
-heads        from final states to logits
-run          rows in, final states and readings out
-still        rows of which every branch but the edited one adds what it added before
-cost         what that is: passes, calls of blocks, tokens, operations
+rows             a prompt with edits, cuts and reads; and the block and token where each row begins
+base             the model and the prompts that rows are edits of
+recording        the recorded run of these prompts: inputs of every block, keys and values, masks
+passes           one pass of a recording
+layout           index maps of packed tokens, and the rows that attend together
+indices          index tensors, sent to a device together
+attention        attention of packed rows, through transformers' public registry
+masks            which token sees which, from the model's own masks
+knockouts        attention with edges cut
+whole_prompts    attention modules with code of their own, which run whole prompts
+forward          the forward pass of packed rows, block by block
+edits            writing and reading packed tokens
+sae_edits        edits of features of an SAE, and of its error
+heads            final norm and logits
+running          run: rows in, final states and readings out
+frozen           run_frozen: rows in which every branch but the edited one adds what it added before
+frozen_rows      these rows, and the tokens of each that an edit moves
+frozen_forward   their way through the blocks
+cost             passes, calls of blocks, tokens, operations
 """
 
 from nnsplice.packed.base import Base
-from nnsplice.packed.cost import Cost, Law
-from nnsplice.packed.cutting import cut, knockout
+from nnsplice.packed.cost import Cost, CostModel
+from nnsplice.packed.frozen import Branch, FrozenRow, run_frozen
 from nnsplice.packed.heads import LOGITS, Head
+from nnsplice.packed.knockouts import cut, knockout
 from nnsplice.packed.recording import padded_at_most, ways
 from nnsplice.packed.rows import Cut, Edit, Read, Row, replaced
-from nnsplice.packed.run import Ran, recorded, run
-from nnsplice.packed.still import Branch, StillRow, run_still
+from nnsplice.packed.running import PackedResult, recorded, run
 
 __all__ = [
     "LOGITS",
     "Base",
     "Branch",
     "Cost",
+    "CostModel",
     "Cut",
     "Edit",
+    "FrozenRow",
     "Head",
-    "Law",
-    "Ran",
+    "PackedResult",
     "Read",
     "Row",
-    "StillRow",
     "cut",
     "knockout",
     "padded_at_most",
     "recorded",
     "replaced",
     "run",
-    "run_still",
+    "run_frozen",
     "ways",
 ]

@@ -20,20 +20,20 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.errors import RefusedExecutor
-from nnsplice.packed.layout import Group
+from nnsplice.packed.layout import AttentionGroup
 from nnsplice.packed.masks import LATER, causal, without
 
 NAME = "nnsplice_packed"
 #: `[group, token, width]` each.
 KeyValue = tuple[Tensor, Tensor]
 
-#: What attention modules pass along that belongs to the run, not to what is computed of queries, keys and values.
-_OF_THE_RUN = {
+#: Arguments of attention modules that belong to the run, not to what is computed of queries, keys and values.
+_RUN_ARGUMENTS = {
     "position_ids", "cache_position", "use_cache", "output_attentions", *engine.BLOCK_CACHE_NAMES,
     "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep",
 }  # fmt: skip
-#: What attention functions of transformers read.
-_READ = {"dropout", "scaling", "softcap", "s_aux", "sliding_window"}
+#: Arguments that attention functions of transformers read.
+_KNOWN = {"dropout", "scaling", "softcap", "s_aux", "sliding_window"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class AttentionCall:
     own: str
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """What the model's own function makes of other tokens: `[row, query, head, width]`.
+        """The model's own function for other tokens: `[row, query, head, width]`.
 
         Args:
             mask: `[row or 1, head or 1, query, key]`, which token sees which, or what is added to their scores; None:
@@ -66,8 +66,8 @@ class AttentionCall:
         return _eager(self.module)(self.module, query, key, value, mask, **self.more)[0]
 
     @property
-    def plain(self) -> bool:
-        """Whether the mask stands in arguments alone, as flash attention has it."""
+    def masks_by_arguments(self) -> bool:
+        """Whether the mask stands in arguments only, as in flash attention."""
         return "flash" in self.own
 
 
@@ -92,7 +92,7 @@ _active = _Active()
 def attention(root: nn.Module, attend: Attend) -> Iterator[None]:
     """Let every attention of the model run `attend`; the model's own choice is back afterwards, whatever happens.
 
-    It runs in this thread alone: another that runs the model meanwhile is refused.
+    It runs in this thread only: another that runs the model meanwhile is refused.
     """
     _register()
     with engine.other_attention(root, NAME) as before:
@@ -149,8 +149,8 @@ def _dispatch(
 ) -> tuple[Tensor, None]:
     attend, _ = _active()
     is_causal = more.pop("is_causal", None)
-    given = {name: value for name, value in more.items() if name not in _OF_THE_RUN}
-    unknown = [n for n, value in given.items() if n not in _READ and value is not None and value is not False]
+    given = {name: value for name, value in more.items() if name not in _RUN_ARGUMENTS}
+    unknown = [n for n, value in given.items() if n not in _KNOWN and value is not None and value is not False]
     if unknown:
         raise RefusedExecutor(f"its attention is given {', '.join(unknown)}, which packed rows do not handle")
     call = AttentionCall(
@@ -160,7 +160,7 @@ def _dispatch(
         value,
         attention_mask,
         getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        {name: value for name, value in given.items() if name in _READ},
+        {name: value for name, value in given.items() if name in _KNOWN},
         _own(getattr(module, "config", None)),
     )
     return attend(call), None
@@ -170,42 +170,42 @@ def _dispatch(
 
 
 @dataclass
-class Recorder:
+class KeyValueRecorder:
     """Keys, values and masks of a whole run, by attention module."""
 
     #: `[prompt, group, token, width]`
-    of: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    key_values: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[nn.Module, Tensor] = field(default_factory=dict)
-    #: The tensors that the block was given whose attention runs next.
-    given: Sequence[Tensor] = ()
-    #: Masks that stand in arguments alone: by length, window and device.
+    #: The arguments of the block whose attention runs next.
+    block_inputs: Sequence[Tensor] = ()
+    #: Masks that stand in arguments only: by length, window and device.
     _written: dict[tuple[int, int | None, torch.device], Tensor] = field(default_factory=dict, repr=False)
     #: Masks that a block was given on another device: by what was given, and where the copy is.
     _moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """The model's own attention, with everything kept that it is given."""
-        if call.module in self.of:
+        if call.module in self.key_values:
             raise NotImplementedError("one attention module runs several times in a pass")
-        self.of[call.module] = (call.key, call.value)
+        self.key_values[call.module] = (call.key, call.value)
         self.masks[call.module] = mask = self._mask(call)
         return call.attended(call.query, call.key, call.value, mask)
 
     def _mask(self, call: AttentionCall) -> Tensor:
         mask, length = call.mask, call.key.shape[2]
-        if call.plain or mask is None:
+        if call.masks_by_arguments or mask is None:
             if not call.is_causal or (call.own == "eager" and mask is None):
                 raise NotImplementedError(LATER)
-            window = call.more.get("sliding_window") if call.plain else None
+            window = call.more.get("sliding_window") if call.masks_by_arguments else None
             device = call.key.device
             return self._written.setdefault((length, window, device), causal(length, window, device))
         if not isinstance(mask, Tensor):
             raise NotImplementedError(f"its attention is given a {type(mask).__name__} as a mask")
         memory = mask.untyped_storage().data_ptr()
-        if any(tensor.untyped_storage().data_ptr() == memory for tensor in self.given):
+        if any(tensor.untyped_storage().data_ptr() == memory for tensor in self.block_inputs):
             return mask
         # A block on another device is given a copy, by a hook of accelerate's.
-        for given in self.given:
+        for given in self.block_inputs:
             if given.device != mask.device and given.shape == mask.shape and given.dtype == mask.dtype:
                 known = self._moved.get((id(given), mask.device))
                 if known is not None and known[0] is given and torch.equal(known[1], mask):
@@ -217,46 +217,46 @@ class Recorder:
 
 
 @dataclass
-class Packed:
+class PackedAttention:
     """Attention of packed rows over the recorded prefix and their own tokens."""
 
     #: Of all recorded tokens, by attention module.
     recorded: Mapping[nn.Module, KeyValue]
     #: See `masks.table`.
     masks: Mapping[nn.Module, Tensor | None]
-    groups: Sequence[Group]
-    #: Own keys and values from an earlier pass through this block, whose queries were not asked.
+    groups: Sequence[AttentionGroup]
+    #: Own keys and values from an earlier pass through this block, whose queries were not used.
     own: KeyValue | None = None
     #: Whether this is such an earlier pass.
-    leaves: bool = False
+    stops_at_keys: bool = False
     #: Token of the pack -> the heads in which it does not see a key, and the key's position.
-    lost: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    cut_edges: Mapping[int, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """`[1, token, head, width]` for the packed tokens."""
         query, module = call.query, call.module
         if module not in self.recorded:
             raise NotImplementedError("an attention module runs that the recorded pass did not run")
-        if self.leaves:
-            raise Left((call.key[0], call.value[0]))
+        if self.stops_at_keys:
+            raise LeftBlock((call.key[0], call.value[0]))
         own = self.own or (call.key[0], call.value[0])
         keys, values = (torch.cat(pair, 1) for pair in zip(self.recorded[module], own, strict=True))
         out = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
         for group in self.groups:
-            at = group.asks.tensor
-            asks = query[0][:, at].transpose(0, 1)
+            at = group.queries.tensor
+            own_queries = query[0][:, at].transpose(0, 1)
             k, v = (t[:, group.keys.tensor].transpose(0, 1) for t in (keys, values))
             table = self.masks[module]
             mask = group.mask(table)
-            if self.lost and (edges := group.edges(self.lost)):
-                rows, heads, queries, _ = asks.shape
+            if self.cut_edges and (edges := group.edges(self.cut_edges)):
+                rows, heads, queries, _ = own_queries.shape
                 known = group.positions.array if table is None else None
-                mask = without(mask, (rows, heads, queries, k.shape[2]), edges, asks.device, known)
-            out[0, at] = call.attended(asks, k, v, mask).to(out)
+                mask = without(mask, (rows, heads, queries, k.shape[2]), edges, own_queries.device, known)
+            out[0, at] = call.attended(own_queries, k, v, mask).to(out)
         return out
 
 
-class Left(Exception):  # no error: the way out of a block that was entered for its keys and values alone
+class LeftBlock(Exception):  # no error: ends a block that ran for its keys and values only
     """A pass through a block ended where its keys and values were known."""
 
     def __init__(self, own: KeyValue) -> None:

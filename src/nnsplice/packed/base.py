@@ -13,14 +13,14 @@ from torch import nn
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import peel
-from nnsplice.packed.cost import Law
+from nnsplice.packed.cost import CostModel
 from nnsplice.paths import Path
 
 #: Numbers of prompts that run together -> what they run in.
 Around = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
 
-def plainly(_prompts: Sequence[int]) -> AbstractContextManager[Any]:
+def unchanged(_prompts: Sequence[int]) -> AbstractContextManager[Any]:
     """Nothing is done to the runs."""
     return nullcontext()
 
@@ -33,7 +33,7 @@ class Base:
     prompts: Prompts
     #: For edits that all rows share, such as the noise of a causal trace: while this context lasts, a call of the model
     #: is the run that rows start from.
-    around: Around = plainly
+    around: Around = unchanged
     #: Sites, as `expand` returns them, whose values are kept of the runs.
     keep: tuple[Path, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -44,6 +44,6 @@ class Base:
         return peel(self.model)
 
     @cached_property
-    def law(self) -> Law:
+    def cost_model(self) -> CostModel:
         """What tokens cost in the model."""
-        return Law.of(self.model)
+        return CostModel.of(self.model)

@@ -21,7 +21,7 @@ class Cost:
     tokens: int = 0
     forwards: int = 0
     block_calls: int = 0
-    #: See `Law`.
+    #: See `CostModel`.
     flops: float = 0.0
     #: The most tokens that were in memory at once.
     peak: int = 0
@@ -35,13 +35,13 @@ class Cost:
             max(self.peak, other.peak),
         )
 
-    def told(self) -> dict[str, Any]:
-        """What a result says of it."""
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that a result has of it."""
         return {name: getattr(self, name) for name in ("forwards", "block_calls", "tokens", "flops")}
 
 
 @dataclass(frozen=True)
-class Law:
+class CostModel:
     """What tokens cost in a model: two operations for every number of a matrix that a token is multiplied with.
 
     What tokens do to each other is left out, as are norms and the like: a tenth of the whole where prompts are short.
@@ -55,7 +55,7 @@ class Law:
     _known: dict[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, model: engine.Model) -> Law:
+    def of(cls, model: engine.Model) -> CostModel:
         """Of a model's blocks and its unembedding; of all its matrices, where it has no blocks."""
         root = peel(model)
         config = getattr(root, "config", None)

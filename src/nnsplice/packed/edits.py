@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from nnsplice import wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site
-from nnsplice.packed.indices import on
-from nnsplice.packed.parts import PartChange
-from nnsplice.packed.rows import Change, Edit, Placed, Read
+from nnsplice.packed.indices import on_device
+from nnsplice.packed.layout import Find
+from nnsplice.packed.rows import Change, Edit, PlacedItem, Read
+from nnsplice.packed.sae_edits import PartChange
 
 #: The number of a row, and one of its edits or reads.
-Numbered = tuple[int, Placed]
-#: A row and a position -> where that token stands; None where it does not run.
-Find = Callable[[int, int], int | None]
+Numbered = tuple[int, PlacedItem]
 
 
 def edited(values: Tensor, edits: Sequence[Numbered], find: Find) -> Tensor:
@@ -71,7 +70,7 @@ def _gathered(
     # Stacked where they are, as a copy for each would cost more than all of them.
     if len({new.device for new in news}) > 1:
         news = [new.to(values.device) for new in news]
-    return on(where, values.device), torch.stack(news).to(values, non_blocking=True) if news else None, sites
+    return on_device(where, values.device), torch.stack(news).to(values, non_blocking=True) if news else None, sites
 
 
 #: What rows have read on their way: by the number of the row and the read, `[position, width]`.
@@ -79,7 +78,7 @@ Readings = dict[tuple[int, Read], Tensor]
 
 
 def read(values: Tensor, reads: Sequence[Numbered], find: Find, into: Readings) -> None:
-    """Keep what stands in `[token, width]` at the tokens that reads of this site ask for."""
+    """Keep the values `[token, width]` at the tokens of these reads, all of one site."""
     found: dict[tuple[int, Read], list[int]] = {}
     for number, placed in reads:
         assert isinstance(placed.what, Read)
@@ -89,7 +88,7 @@ def read(values: Tensor, reads: Sequence[Numbered], find: Find, into: Readings) 
             assert len(where) == len(at), "a read of tokens that do not run"
             found[number, placed.what] = where
     if found:
-        kept = values[on([token for where in found.values() for token in where], values.device)]
+        kept = values[on_device([token for where in found.values() for token in where], values.device)]
         into.update(zip(found, kept.split([len(where) for where in found.values()]), strict=True))
 
 

@@ -25,7 +25,7 @@ class Indices:
     def send(self) -> None:
         """Copy what was added since the last time."""
         waiting, self._waiting = self._waiting, []
-        sent = on(np.concatenate([index.array.ravel() for index in waiting]), self.device)
+        sent = on_device(np.concatenate([index.array.ravel() for index in waiting]), self.device)
         for index, part in zip(waiting, sent.split([index.array.size for index in waiting]), strict=True):
             index.sent = part.view(index.array.shape)
 
@@ -47,6 +47,6 @@ class Index:
         return self.sent
 
 
-def on(numbers: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, device: torch.device) -> Tensor:
+def on_device(numbers: Sequence[int] | Sequence[Sequence[int]] | np.ndarray, device: torch.device) -> Tensor:
     """Numbers on a device. The host goes on: what it copies from is read before the call returns, or as it stands."""
     return torch.as_tensor(np.asarray(numbers, np.int64)).to(device, non_blocking=True)

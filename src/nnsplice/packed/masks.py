@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.errors import RefusedPlace
-from nnsplice.packed.indices import on
+from nnsplice.packed.indices import on_device
 
 #: A row of a batch, a head, a query and a key, by their indices in the attention's own tensors.
 Edge = tuple[int, int, int, int]
@@ -79,7 +79,7 @@ def seen(mask: Tensor) -> Tensor:
 def without(
     mask: Tensor | None,
     shape: tuple[int, int, int, int],
-    lost: Sequence[Edge],
+    cut_edges: Sequence[Edge],
     device: torch.device,
     positions: np.ndarray | None = None,
 ) -> Tensor:
@@ -94,14 +94,16 @@ def without(
     """
     whole = torch.ones(1, dtype=torch.bool, device=device) if mask is None else mask
     new = whole.expand(shape).clone()
-    row, head, query, key = on(np.array(lost).T, device)
-    if max(edge[1] for edge in lost) >= shape[1]:
+    row, head, query, key = on_device(np.array(cut_edges).T, device)
+    if max(edge[1] for edge in cut_edges) >= shape[1]:
         raise RefusedPlace(
             f"its attention has {shape[1]} heads where the model has more",
             expected="attention that is computed head by head",
         )
     new[row, head, query, key] = False if new.dtype is torch.bool else float("-inf")
-    rest = _left(lost, positions) if positions is not None else bool(seen(new[row, head, query]).any(-1).all())
+    rest = (
+        _keeps_a_key(cut_edges, positions) if positions is not None else bool(seen(new[row, head, query]).any(-1).all())
+    )
     if not rest:
         raise RefusedPlace(
             "a query would be left without any key: the others are hidden from it by the model's own mask",
@@ -110,12 +112,12 @@ def without(
     return new
 
 
-def _left(lost: Sequence[Edge], positions: np.ndarray) -> bool:
+def _keeps_a_key(cut_edges: Sequence[Edge], positions: np.ndarray) -> bool:
     """Whether each query that sees all keys up to its own position keeps one."""
     keys: dict[tuple[int, int, int], set[int]] = {}
-    for row, head, query, key in lost:
+    for row, head, query, key in cut_edges:
         keys.setdefault((row, head, query), set()).add(key)
-    at = {(row, query): int(positions[min(row, len(positions) - 1), query]) for row, _, query, _ in lost}
+    at = {(row, query): int(positions[min(row, len(positions) - 1), query]) for row, _, query, _ in cut_edges}
     return not any(own.issuperset(range(at[row, query] + 1)) for (row, _, query), own in keys.items())
 
 

@@ -5,9 +5,7 @@ Prompts of one length run together; what is kept of them is flat, prompt after p
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnsplice import engine, wire
-from nnsplice.activations.access import site_of
+from nnsplice import engine
 from nnsplice.atlas import Atlas, Site, Tower
 from nnsplice.packed import heads, masks
-from nnsplice.packed.attention import KeyValue, Recorder, attention
+from nnsplice.packed.attention import KeyValue
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost
-from nnsplice.packed.indices import on
-from nnsplice.packed.whole import Call, Whole, listening
+from nnsplice.packed.indices import on_device
+from nnsplice.packed.passes import run_pass
+from nnsplice.packed.whole_prompts import WholePrompts
 
-#: Arguments of a block that packed rows do without: masks, caches.
-_DROPPED = {"attention_mask", "causal_mask", "head_mask"} | engine.BLOCK_CACHE_NAMES
 #: The ways of a recording: with the attention function exchanged, for prompts of several lengths in one pass, padded on
 #: the right, or in a pass for each length; or with attention modules that run whole prompts.
 WAYS = ("padded", "exchanged", "whole")
@@ -62,7 +58,7 @@ class Recording:
     #: What each of them sees: see `masks.tables`.
     masks: Mapping[nn.Module, Tensor | None]
     #: How attention modules were called, where they run code of their own; else empty.
-    whole: Whole
+    whole: WholePrompts
     #: By site, the values that `Base.keep` names: `[token, width]`.
     kept: Mapping[Site, Tensor]
     #: The model's own head.
@@ -77,23 +73,7 @@ class Recording:
 
     def arguments(self, layer: int, tokens: Tensor) -> dict[str, Any]:
         """The arguments of a block for packed tokens, given by their numbers among the recorded ones."""
-        return {name: _at(value, tokens) for name, value in self.calls[layer].items()}
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """What one batch left, `[prompt, token, ...]`."""
-
-    entering: list[Tensor]
-    calls: list[dict[str, Any]]
-    attended: dict[nn.Module, KeyValue]
-    masks: dict[nn.Module, Tensor]
-    attention_calls: dict[nn.Module, Call]
-    kept: dict[Site, Tensor]
-    #: What the model without its head returned.
-    returned: Any
-    #: Of how many tokens of each prompt logits were computed.
-    logits: int
+        return {name: _for_tokens(value, tokens) for name, value in self.calls[layer].items()}
 
 
 def record(base: Base, prompts: Sequence[int]) -> Recording:
@@ -104,9 +84,9 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
     """
     if engine.is_edited(base.model):
         raise NotImplementedError("it has edits of nnsight, which calls of its blocks pass by")
-    if base.memo.setdefault("alone", None) is None:
-        base.memo["alone"] = engine.runs_alone(base.model)
-    if not base.memo["alone"]:
+    if base.memo.setdefault("runs_alone", None) is None:
+        base.memo["runs_alone"] = engine.runs_alone(base.model)
+    if not base.memo["runs_alone"]:
         raise NotImplementedError("what is wrapped around it does more than call it")
     root = base.root
     towers = Atlas.of(root).towers
@@ -134,23 +114,23 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
     else:
         batches = [[prompts[row] for row in rows] for rows in base.prompts.take(prompts).batches(None)]
     shapes = [(len(rows), max(lengths[prompt] for prompt in rows)) for rows in batches]
-    passes = [_run(base, root, tower, rows, whole=way == "whole") for rows in batches]
+    passes = [run_pass(base, root, tower, rows, whole=way == "whole") for rows in batches]
     bases, at = {}, 0
     if any(one.entering[0].shape[:2] != shape for one, shape in zip(passes, shapes, strict=True)):
         raise NotImplementedError("its layers hold other tokens than the prompts have")
     for prompt in (prompt for rows in batches for prompt in rows):
         bases[prompt], at = at, at + lengths[prompt]
-    real = _real(batches, shapes, lengths)
+    own = _own_tokens(batches, shapes, lengths)
     # A block is where what leaves it is, and its stream is kept there; what leaves the last stays as it is.
     devices = [tensor.device for tensor in (*passes[0].entering[1:], passes[0].entering[-1])]
     entering = tuple(
-        _chosen(torch.cat([tensor.flatten(0, 1) for tensor in column]), real).to(device)
+        _select(torch.cat([tensor.flatten(0, 1) for tensor in column]), own).to(device)
         for device, column in zip(devices, zip(*(one.entering for one in passes), strict=True), strict=True)
     )
     if "head" not in base.memo:  # what stands there is the model's, whatever the prompts
         last = torch.cat([one.returned.last_hidden_state.flatten(0, 1) for one in passes])
         kind = type(passes[0].returned)
-        base.memo["head"] = heads.Head.of(root, tower, entering[-1], _chosen(last, real), kind)
+        base.memo["head"] = heads.Head.of(root, tower, entering[-1], _select(last, own), kind)
     return Recording(
         prompts=tuple(prompts),
         way=way,
@@ -159,19 +139,21 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
         blocks=tuple(root.get_submodule(block.module) for block in tower.blocks),
         entering=entering,
         calls=tuple(
-            _joined(column, real, device)
+            _joined_arguments(column, own, device)
             for device, column in zip(devices, zip(*(one.calls for one in passes), strict=True), strict=False)
         ),
-        attended={module: _flat([one.attended[module] for one in passes], real) for module in passes[0].attended},
+        attended={
+            module: _joined_key_values([one.attended[module] for one in passes], own) for module in passes[0].attended
+        },
         masks=masks.tables([one.masks for one in passes], shapes),
         kept={
-            site: _chosen(torch.cat([one.kept[site].flatten(0, -2) for one in passes]), real) for site in passes[0].kept
+            site: _select(torch.cat([one.kept[site].flatten(0, -2) for one in passes]), own) for site in passes[0].kept
         },
-        whole=Whole.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
+        whole=WholePrompts.of([one.attention_calls for one in passes], [[bases[p] for p in rows] for rows in batches]),
         head=base.memo["head"],
         cost=sum(
             (
-                base.law.whole(base.prompts.padded(rows), range(len(rows)), one.logits)
+                base.cost_model.whole(base.prompts.padded(rows), range(len(rows)), one.logits)
                 for rows, one in zip(batches, passes, strict=True)
             ),
             Cost(),
@@ -192,7 +174,7 @@ def _padded_batches(prompts: Sequence[int], lengths: Sequence[int]) -> list[list
     return batches
 
 
-class _Real(dict[torch.device, Tensor]):
+class _OwnTokens(dict[torch.device, Tensor]):
     """The numbers of the prompts' own tokens among those that ran, by device."""
 
     def __init__(self, numbers: np.ndarray) -> None:
@@ -200,153 +182,37 @@ class _Real(dict[torch.device, Tensor]):
         self.numbers = numbers
 
     def __missing__(self, device: torch.device) -> Tensor:
-        self[device] = made = on(self.numbers, device)
+        self[device] = made = on_device(self.numbers, device)
         return made
 
 
-def _real(batches: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]], lengths: Sequence[int]) -> _Real | None:
+def _own_tokens(
+    batches: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]], lengths: Sequence[int]
+) -> _OwnTokens | None:
     """Which of the tokens that ran are the prompts' own; None where none is padding."""
     given = np.array([lengths[prompt] for rows in batches for prompt in rows])
     ran = np.array([length for rows, length in shapes for _ in range(rows)])
     if np.array_equal(given, ran):
         return None
     within = np.arange(ran.sum()) - np.repeat(ran.cumsum() - ran, ran)
-    return _Real(np.flatnonzero(within < np.repeat(given, ran)))
+    return _OwnTokens(np.flatnonzero(within < np.repeat(given, ran)))
 
 
-def _chosen(tensor: Tensor, real: _Real | None, dim: int = 0) -> Tensor:
-    return tensor if real is None else tensor.index_select(dim, real[tensor.device])
+def _select(tensor: Tensor, own: _OwnTokens | None, dim: int = 0) -> Tensor:
+    return tensor if own is None else tensor.index_select(dim, own[tensor.device])
 
 
-def _run(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], *, whole: bool) -> _Pass:
-    blocks = [root.get_submodule(block.module) for block in tower.blocks]
-    backbone = root.get_submodule(tower.prefix)
-    entering: list[Tensor] = []
-    calls: list[dict[str, Any]] = []
-    ends: list[Any] = []
-    kept = Recorder()
-    heard: dict[nn.Module, Call] = {}
-    keep = _keeper(entering, calls, kept, whole)
-    fewer = {"logits_to_keep": 1} if engine.keeps_logits(base.model) else {}
-    # Before hooks of the user's, which run again where packed rows enter the block.
-    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True, prepend=True) for block in blocks]
-    left: dict[nn.Module, Tensor] = {}
-    if base.prompts.images is not None:
-        hooks += [block.register_forward_hook(lambda m, _a, out: left.__setitem__(m, first(out))) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(lambda _m, _a, out: entering.append(first(out))))
-    hooks.append(backbone.register_forward_hook(lambda _m, _a, out: ends.append(out)))
-    inputs = base.prompts.padded(prompts).inputs(range(len(prompts)), base.model.device)
-    assert isinstance(inputs, Mapping)
-    sites: dict[Site, Tensor] = {}
-    hooks += [_site_keeper(root, site_of(place), sites) for place in base.keep]
-    try:
-        with torch.no_grad(), base.around(prompts), _hearing(root, tower, kept, heard, whole):
-            root(**inputs, **fewer, use_cache=False)
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        if engine.is_memory(error):  # that is no reason to run another way, but to run less at once
-            raise
-        # A model with attention code of its own may fail in any way when it is told another name for it.
-        how = "when the calls of its attention are noted" if whole else "with its attention exchanged"
-        raise NotImplementedError(f"it does not run {how} ({error})") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    attention_runs = heard if whole else kept.of
-    mixing = sum(not block.only_mlp for block in tower.blocks)
-    if len(entering) != len(blocks) + 1 or len(attention_runs) != mixing or len(ends) != 1:
-        raise NotImplementedError("a layer of it has no attention, or more than one")
-    if any(not _same(left[a], states) for a, states in zip(blocks[: len(left)], entering[1:], strict=False)):
-        raise NotImplementedError("parts of the images are added to its stream between its layers")
-    logits = fewer.get("logits_to_keep", entering[0].shape[1])
-    return _Pass(entering, calls, kept.of, kept.masks, heard, sites, ends[0], logits)
-
-
-@contextmanager
-def _hearing(
-    root: nn.Module, tower: Tower, kept: Recorder, heard: dict[nn.Module, Call], whole: bool
-) -> Iterator[None]:
-    """Keep what every attention needs: keys and values, or how the module was called."""
-    if not whole:
-        with attention(root, kept):
-            yield
-        return
-    mixers = [block.mixes for block in tower.blocks if not block.only_mlp]
-    if None in mixers:
-        raise NotImplementedError("a layer of it has no module that mixes tokens")
-    with listening([root.get_submodule(mixer) for mixer in mixers if mixer], heard):
-        yield
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or torch.equal(one.to(other.device), other)
-
-
-def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], kept: Recorder, whole: bool) -> Any:
-    def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        kept.given = list(_tensors((args, kwargs)))
-        names = list(inspect.signature(type(block).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        states = given.pop(names[0])
-        entering.append(states)
-        calls.append({name: _checked(name, value, states, whole) for name, value in given.items()})
-
-    return keep
-
-
-def _site_keeper(root: nn.Module, site: Site, into: dict[Site, Tensor]) -> Any:
-    assert site.end == "output", "what is kept is what modules return"
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        # A copy, as some blocks add into a branch's output in place.
-        into[site] = wire.unpack(output, site.item).clone()
-
-    return root.get_submodule(site.module).register_forward_hook(keep, prepend=True)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in arguments, in whatever containers they stand."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
-
-
-def _checked(name: str, value: Any, states: Tensor, whole: bool) -> Any:
-    """An argument that can be given for single tokens: by its name, never by a size that may fit by chance."""
-    if name in _DROPPED or value is None:
-        return None
-    prompts, length = states.shape[:2]
-    if "position" in name:
-        parts = value if isinstance(value, tuple) else (value,)
-        if all(isinstance(p, Tensor) and length in (p.shape[0] if p.dim() == 1 else p.shape[1],) for p in parts):
-            flat = tuple(_tokens(part, prompts) for part in parts)
-            return flat if isinstance(value, tuple) else flat[0]
-    elif not isinstance(value, Tensor | tuple | list | dict):
-        return value
-    if whole:  # what only attention reads is kept with the call of the attention itself
-        return None
-    raise NotImplementedError(f"its blocks are given {name}, which is not known to belong to single tokens")
-
-
-def _tokens(part: Tensor, prompts: int) -> Tensor:
-    """`[token]` or `[1, token, ...]`, for the tokens of all prompts, of what is given per position."""
-    if part.dim() == 1:
-        return part.repeat(prompts)
-    return part.expand(prompts, *part.shape[1:]).reshape(1, -1, *part.shape[2:])
-
-
-def _joined(calls: Sequence[Mapping[str, Any]], real: _Real | None, device: torch.device) -> dict[str, Any]:
+def _joined_arguments(
+    calls: Sequence[Mapping[str, Any]], own: _OwnTokens | None, device: torch.device
+) -> dict[str, Any]:
     """The arguments of one block in several passes, for the prompts' own tokens, on its device."""
     joined: dict[str, Any] = {}
     for name, value in calls[0].items():
         each = [call.get(name) for call in calls]
         if isinstance(value, Tensor):
-            joined[name] = _side_by_side(each, real, device)
+            joined[name] = _side_by_side(each, own, device)
         elif isinstance(value, tuple):
-            joined[name] = tuple(_side_by_side(parts, real, device) for parts in zip(*each, strict=True))
+            joined[name] = tuple(_side_by_side(parts, own, device) for parts in zip(*each, strict=True))
         elif any(other != value for other in each):
             raise NotImplementedError(f"its blocks are given another {name} for prompts of another length")
         else:
@@ -354,27 +220,22 @@ def _joined(calls: Sequence[Mapping[str, Any]], real: _Real | None, device: torc
     return joined
 
 
-def _side_by_side(parts: Sequence[Any], real: _Real | None, device: torch.device) -> Tensor:
+def _side_by_side(parts: Sequence[Any], own: _OwnTokens | None, device: torch.device) -> Tensor:
     dim = 0 if parts[0].dim() == 1 else 1
-    return _chosen(torch.cat(list(parts), dim), real, dim).to(device)
+    return _select(torch.cat(list(parts), dim), own, dim).to(device)
 
 
-def _flat(parts: Sequence[KeyValue], real: _Real | None) -> KeyValue:
+def _joined_key_values(parts: Sequence[KeyValue], own: _OwnTokens | None) -> KeyValue:
     columns = zip(*parts, strict=True)
     keys, values = (
-        _chosen(torch.cat([part.transpose(0, 1).flatten(1, 2) for part in column], 1), real, 1) for column in columns
+        _select(torch.cat([part.transpose(0, 1).flatten(1, 2) for part in column], 1), own, 1) for column in columns
     )
     return keys, values
 
 
-def _at(value: Any, tokens: Tensor) -> Any:
+def _for_tokens(value: Any, tokens: Tensor) -> Any:
     if isinstance(value, tuple):
-        return tuple(_at(part, tokens) for part in value)
+        return tuple(_for_tokens(part, tokens) for part in value)
     if not isinstance(value, Tensor):
         return value
     return value[tokens] if value.dim() == 1 else value[:, tokens]
-
-
-def first(value: Any) -> Tensor:
-    """A block's stream, whether or not it stands in a tuple or a list."""
-    return value[0] if isinstance(value, tuple | list) else value

@@ -17,7 +17,7 @@ from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site, Tower
 from nnsplice.errors import OverlappingWrite
-from nnsplice.packed.parts import PartChange, home, is_part
+from nnsplice.packed.sae_edits import PartChange, home, is_part
 from nnsplice.paths import Path
 
 #: What becomes of values: `([token, width] as the run computed them, [token, width] that were given or None)` -> new
@@ -101,8 +101,8 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """An edit, a read or a cut, and where it stands: which layer, and how far its effect goes in it."""
+class PlacedItem:
+    """An edit, a read or a cut with its layer, and how far its effect goes inside that layer."""
 
     what: Edit | Read | Cut
     layer: int
@@ -117,12 +117,12 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """A row, from the first layer that it changes."""
+class PreparedRow:
+    """A row with the first block and the tokens that have to run for it."""
 
     row: Row
-    edits: tuple[Placed, ...]
-    reads: tuple[Placed, ...]
+    edits: tuple[PlacedItem, ...]
+    reads: tuple[PlacedItem, ...]
     #: The first block that runs for it, and the first token that does.
     layer: int
     start: int
@@ -132,10 +132,10 @@ class Begun:
     prompt: int
     base: int
     #: Whether its first block runs for the changed tokens alone: the others come out of it as they were recorded.
-    alone: bool
+    changed_only: bool
     #: The tokens that its first edits change, as far as they can matter.
     changed: tuple[int, ...]
-    cuts: tuple[Placed, ...] = ()
+    cuts: tuple[PlacedItem, ...] = ()
 
     @property
     def length(self) -> int:
@@ -147,7 +147,7 @@ class Begun:
         return self.row.end is not None or any(read.layer > layer for read in self.reads)
 
     @property
-    def beginning(self) -> tuple[Placed, ...]:
+    def beginning(self) -> tuple[PlacedItem, ...]:
         """The edits of the stream that its first block is given."""
         return tuple(
             edit for edit in self.edits
@@ -156,7 +156,7 @@ class Begun:
 
 
 class Blocks(Protocol):
-    """What is known of the blocks that rows go through: a recording."""
+    """The blocks that rows go through, as a recording has them."""
 
     @property
     def tower(self) -> Tower:
@@ -174,16 +174,16 @@ class Blocks(Protocol):
         ...
 
 
-class Homes:
-    """Where sites stand among the blocks of a tower."""
+class SiteLocator:
+    """Finds the block of each site of a tower."""
 
     def __init__(self, blocks: Blocks) -> None:
-        self.of: Blocks = blocks
+        self.recorded: Blocks = blocks
         self.tower: Tower = blocks.tower
         self._layers: dict[str, int] = {block.module: block.index for block in blocks.tower.blocks}
         self._known: dict[Site, tuple[int, str]] = {}
 
-    def placed(self, what: Edit | Read | Cut) -> Placed:
+    def located(self, what: Edit | Read | Cut) -> PlacedItem:
         """Where an edit, a read or a cut stands.
 
         Raises:
@@ -192,14 +192,14 @@ class Homes:
         site = site_of(what.place) if isinstance(what, Read) else home(what.place)
         if site not in self._known:
             self._known[site] = self._find(what.place, site, isinstance(what, Cut))
-        return Placed(what, *self._known[site])
+        return PlacedItem(what, *self._known[site])
 
     def _find(self, place: Path, site: Site, is_cut: bool) -> tuple[int, str]:
         if site.kind not in ("plain", "stream") and not is_cut:
             raise NotImplementedError(f"{place.place} is derived from several values")
         if site.module in self._layers:
             layer = self._layers[site.module]
-            return layer, _end(site.end, self.of.blocks[layer])
+            return layer, _end(site.end, self.recorded.blocks[layer])
         name = site.module
         while name:
             name = name.rpartition(".")[0]
@@ -237,47 +237,49 @@ def _inside(site: Site, block: Block) -> str:
     return "keys"
 
 
-def begun(row: Row, homes: Homes, *, alone: bool = True) -> Begun:
-    """Where a row begins.
+def prepared(row: Row, locator: SiteLocator, *, allow_partial: bool = True) -> PreparedRow:
+    """The row with its first block, its first token and its last.
 
     Args:
-        alone: whether a block can run for some tokens of a prompt alone.
+        allow_partial: whether a block can run for some tokens of a prompt without the others.
 
     Raises:
         NotImplementedError: a site that stands in no block.
         OverlappingWrite: two edits of the row give one number two values.
     """
-    reads = tuple(homes.placed(read) for read in row.reads)
+    reads = tuple(locator.located(read) for read in row.reads)
     last = max((position for read in row.reads for position in read.positions), default=0)
     last = last if row.end is None else max(last, row.end)
-    edits = [homes.placed(edit) for edit in row.edits]
+    edits = [locator.located(edit) for edit in row.edits]
     _check_overlaps(edits)
     # What is changed behind the last token that is wanted changes nothing of it.
     edits = [edit for edit in edits if any(position <= last for position in edit.what.positions)]
-    cuts = [homes.placed(cut) for cut in row.cuts if any(position <= last for position in cut.positions)]
+    cuts = [locator.located(cut) for cut in row.cuts if any(position <= last for position in cut.positions)]
     changes = [*edits, *cuts]
     layers = [_first_layer(change) for change in changes] or [read.layer for read in reads]
-    layer = min(layers, default=len(homes.tower.blocks))
+    layer = min(layers, default=len(locator.tower.blocks))
     first = [change for change in changes if _first_layer(change) == layer]
     own = [*first, *(placed for placed in (*changes, *reads) if placed.layer == layer)]
-    return Begun(
+    return PreparedRow(
         row, tuple(edits), reads, layer,
         start=min((position for edit in (*changes, *reads) for position in edit.what.positions), default=last),
         last=last,
-        prompt=list(homes.of.bases).index(row.prompt),
-        base=homes.of.bases[row.prompt],
-        alone=alone and bool(first) and all(not isinstance(p.what, Read) and p.where == "point" for p in own),
+        prompt=list(locator.recorded.bases).index(row.prompt),
+        base=locator.recorded.bases[row.prompt],
+        changed_only=allow_partial
+        and bool(first)
+        and all(not isinstance(p.what, Read) and p.where == "point" for p in own),
         changed=tuple(sorted({position for edit in first for position in edit.what.positions if position <= last})),
         cuts=tuple(cuts),
     )  # fmt: skip
 
 
-def _first_layer(edit: Placed) -> int:
+def _first_layer(edit: PlacedItem) -> int:
     """The first block that runs otherwise: what leaves a layer enters the next."""
     return edit.layer + (edit.where == "output")
 
 
-def _check_overlaps(edits: Sequence[Placed]) -> None:
+def _check_overlaps(edits: Sequence[PlacedItem]) -> None:
     # Parts of an SAE add what they change by, so they are compared with other edits alone.
     parts = [edit for edit in edits if is_part(edit.what.place)]
     others = [edit for edit in edits if not is_part(edit.what.place)]

@@ -22,8 +22,8 @@ from nnsplice.activations.writing import write
 from nnsplice.atlas import DERIVED
 from nnsplice.errors import ShapeError
 from nnsplice.packed import cut, padded_at_most
-from nnsplice.packed.cost import Cost, Law
-from nnsplice.packed.indices import on
+from nnsplice.packed.cost import Cost, CostModel
+from nnsplice.packed.indices import on_device
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.jobs import Job
@@ -46,9 +46,9 @@ class Work:
     memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def law(self) -> Law:
+    def cost_model(self) -> CostModel:
         """What tokens cost in the model."""
-        return Law.of(self.model)
+        return CostModel.of(self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def _reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     cost = Cost()
     for job in jobs:
         values += measured(work, alone(work, job), [job])
-        cost += work.law.whole(work.plan.corrupted, [job[0]], work.plan.corrupted.length("decoder", job[0]))
+        cost += work.cost_model.whole(work.plan.corrupted, [job[0]], work.plan.corrupted.length("decoder", job[0]))
     return values, cost
 
 
@@ -209,7 +209,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     with torch.no_grad(), cut(model, of_rows(plan, jobs)):
         engine.run(model, {**inputs, **(fewer := only_read(model, at, writes))}, body)
     logits = fewer.get("logits_to_keep", plan.corrupted.length("decoder", prompts[0]))
-    return measured(work, found[0], jobs), work.law.whole(plan.corrupted, prompts, logits)
+    return measured(work, found[0], jobs), work.cost_model.whole(plan.corrupted, prompts, logits)
 
 
 def check_length(access: Access, tensor: Tensor, length: int) -> None:
@@ -227,7 +227,7 @@ def _changed(work: Work, access: Access, tensor: Tensor, writes: dict[Path, list
     for path in access.paths:
         start, stop = site_of(path).columns or (0, tensor.shape[-1])
         here = writes[path.place]
-        rows, tokens = on([[w.row for w in here], [w.position for w in here]], tensor.device)
+        rows, tokens = on_device([[w.row for w in here], [w.position for w in here]], tensor.device)
         current = tensor[rows, tokens, start:stop]
         values = [work.source.value(w.prompt, w.part, w.place, w.order, w.position, stop - start) for w in here]
         value = None if values[0] is None else torch.stack([v for v in values if v is not None]).to(current)

@@ -13,7 +13,7 @@ from nnsplice import packed as engine_of_rows
 from nnsplice import wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import peel
-from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, Ran, Row
+from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, PackedResult, Row
 from nnsplice.packed.rows import Change, Values
 from nnsplice.paths import Path
 from nnsplice.sweeps.cells import Part
@@ -37,7 +37,7 @@ def run_packed(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     return values, ran.cost + spent
 
 
-def run_rows(work: Work, jobs: Sequence[Job]) -> Ran:
+def run_rows(work: Work, jobs: Sequence[Job]) -> PackedResult:
     """Jobs side by side, of which no metric is taken yet."""
     return engine_of_rows.run(base_of(work), [row_of(work, job) for job in jobs], prompts=work.memo.get(SHARED))
 
@@ -142,7 +142,7 @@ def measured_states(work: Work, head: Head, states: Tensor, jobs: Sequence[Job])
 
 
 def _head(work: Work, head: Head, rows: int) -> Cost:
-    return Cost(flops=rows * work.law.per_token(head.tower.unembed))
+    return Cost(flops=rows * work.cost_model.per_token(head.tower.unembed))
 
 
 # --- the corruption ---------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class _Probe:
             length = work.plan.corrupted.length("decoder", prompt)
             fewer = only_read(work.model, read_at(work.plan, prompt), work.plan.targets[target].places)
             logits = fewer.get("logits_to_keep", length) if number else length
-            self.cost += work.law.whole(work.plan.corrupted, [prompt], logits)
+            self.cost += work.cost_model.whole(work.plan.corrupted, [prompt], logits)
         self.dtype = dtype_of(work)
         self.allowed = allowed(work)
         self.noise: float | None = None
@@ -320,7 +320,7 @@ def noise_of(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
                     work.plan.corrupted.inputs(rows, work.model.device),
                     lambda: found.append(direction(engine.read_logits(work.model))),
                 )
-            cost += work.law.whole(work.plan.corrupted, rows, lengths[prompt])
+            cost += work.cost_model.whole(work.plan.corrupted, rows, lengths[prompt])
     finally:
         hook.remove()
     return float((found[1] - found[0]).abs().max()), cost

@@ -19,7 +19,7 @@ from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.metrics import Metrics, Several
-from nnsplice.packed import Cost, Law
+from nnsplice.packed import Cost, CostModel
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.subspaces import Subspace
 from nnsplice.sweeps import foreign
@@ -159,7 +159,12 @@ def measured_table(
         book.values[known], book.done[known] = corrupted[known[0]], True
     book.warn_of_nan()
     about = Run(
-        name, time.perf_counter() - start, **cost.told(), known=len(plan.known), gate=closures.spent(model), note=note
+        name,
+        time.perf_counter() - start,
+        **cost.as_dict(),
+        known=len(plan.known),
+        gate=closures.spent(model),
+        note=note,
     )
     cells = tuple(target.cell for target in plan.targets)
     texts = () if plan.owners else plan.tokens
@@ -345,7 +350,7 @@ def _rooms(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
     room = engine.Team.of(model).least(engine.room(model, max_tokens))  # memory is not free alike everywhere
     if max_tokens is not None or (model.device is not None and model.device.type != "cpu"):
         return room, room
-    each = Law.of(model).token
+    each = CostModel.of(model).token
     return min(room, max(int(FIRST / each), LEAST)), min(room, max(int(CHUNK / each), LEAST))
 
 

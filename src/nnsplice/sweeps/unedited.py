@@ -12,7 +12,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import gather
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path
 from nnsplice.sweeps import foreign
 from nnsplice.sweeps.executors import corrupt
@@ -109,7 +109,7 @@ def _logits(
 ) -> tuple[dict[int, Tensor], Cost]:
     """The logits of the chosen prompts, by their numbers."""
     logits: dict[int, Tensor] = {}
-    law, cost = Law.of(model), Cost()
+    cost_model, cost = CostModel.of(model), Cost()
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
     batches = prompts.take(chosen).batches(max(room // longest, 1))
     for rows, at in _read_alike(plan, ([chosen[n] for n in batch] for batch in batches), clean):
@@ -124,7 +124,7 @@ def _logits(
         assert isinstance(inputs, Mapping)
         with torch.no_grad():
             engine.run(model, {**inputs, **(fewer := only_read(model, at, places))}, body)
-        cost += law.whole(prompts, rows, fewer.get("logits_to_keep", prompts.length("decoder", rows[0])))
+        cost += cost_model.whole(prompts, rows, fewer.get("logits_to_keep", prompts.length("decoder", rows[0])))
         logits |= dict(zip(rows, found[0], strict=True))
     return logits, cost
 

@@ -26,7 +26,7 @@ from nnsplice.deprecated import renamed_to
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Bound, Metric, MetricLike
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import Cell, Run, SweepResult, Table
 from nnsplice.sweeps.cells import cell_of
@@ -121,7 +121,7 @@ def sweep_weights(
             book.note(done, found)
             cost += spent
     book.warn_of_nan()
-    about = Run("weights", time.perf_counter() - start, **cost.told())
+    about = Run("weights", time.perf_counter() - start, **cost.as_dict())
     exists = np.ones(shape, dtype=bool)
     return SweepResult(
         Table(asking.cells, book.values, book.done, exists, ends.clean, ends.corrupted, runs.tokens, asked, about)
@@ -175,7 +175,7 @@ def measured_part(asking: Asking, tuned: Any, prompts: Sequence[int], batch_size
             at = tuple(np.array(jobs).T)
             values[at], done[at] = found, True
             cost += spent
-    about = Run("weights", time.perf_counter() - start, **cost.told())
+    about = Run("weights", time.perf_counter() - start, **cost.as_dict())
     return Table((), values, done, np.ones(shape, dtype=bool), ends.clean, ends.corrupted, run=about)
 
 
@@ -212,7 +212,7 @@ def _measured(
             with swap(runs.base, tuned, selection), prefix.before(selection) as skipped:
                 logits = runs.logits(module, rows)
             found = dict(zip(rows, runs.measured(rows, logits, clean_logits).tolist(), strict=True))
-            spent = runs.law.whole(runs.given, rows, runs.computed(module, rows), skipped)
+            spent = runs.cost_model.whole(runs.given, rows, runs.computed(module, rows), skipped)
             yield [(row, number) for row in left], [found[row] for row in left], spent
 
 
@@ -251,9 +251,9 @@ class Runs:
         return replace(self, given=self.given.take(prompts), metric=self.metric.take(prompts), batch_size=size)
 
     @cached_property
-    def law(self) -> Law:
+    def cost_model(self) -> CostModel:
         """What tokens cost in the model."""
-        return Law.of(self.base)
+        return CostModel.of(self.base)
 
     @property
     def tokens(self) -> tuple[tuple[str, ...], ...]:

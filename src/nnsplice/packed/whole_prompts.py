@@ -1,6 +1,6 @@
 """Attention modules that are called with whole prompts (GPT-J, GPT-Neo, BLOOM, Falcon, CodeGen and others).
 
-Nothing is known about what happens inside, so nothing inside can be exchanged. But it is a function of all tokens of a
+What happens inside is unknown, so nothing inside can be exchanged. But it is a function of all tokens of a
 prompt, and those are known: the recorded ones before a row begins, its own after. So the module runs whole prompts, one
 for each row, with the arguments that it was recorded with, and what it returns for a row's own tokens goes back into
 the pack. Everything around it, two thirds of a block, stays packed.
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnsplice.packed.indices import on
-from nnsplice.packed.layout import Layout
+from nnsplice.packed.indices import on_device
+from nnsplice.packed.layout import Find, PackLayout
 from nnsplice.packed.masks import refuse_later
 
 #: The arguments of an attention module that belong to the run, not to the prompt: its tokens, and the stream that some
@@ -30,12 +30,11 @@ _BY_HEAD = ("alibi",)
 _SHARED = ("position_bias",)
 #: How a call is cut: at most this many times the pack's own tokens at once.
 TIMES = 4
-Find = Callable[[int, int], int | None]
 
 
 @dataclass(frozen=True)
-class Call:
-    """How an attention module was called for prompts of one length, by the names of its arguments."""
+class ModuleCall:
+    """The arguments of an attention module in a run of prompts of one length, by their names."""
 
     #: `[prompt, token, width]`
     live: Mapping[str, Tensor]
@@ -53,20 +52,20 @@ class Call:
 
 
 @contextmanager
-def listening(modules: Sequence[nn.Module], heard: dict[nn.Module, Call]) -> Iterator[None]:
-    """Write down how attention modules are called."""
+def recording_calls(modules: Sequence[nn.Module], module_calls: dict[nn.Module, ModuleCall]) -> Iterator[None]:
+    """Record the arguments of attention modules."""
 
-    def listen(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if module in heard:
+    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if module in module_calls:
             raise NotImplementedError("one attention module runs several times in a pass")
         names = _arguments(module)
         given = dict(zip(names, args, strict=False)) | kwargs
         live = {name: given.pop(name) for name in (names[0], *_LIVE) if name in given}
         if isinstance(mask := given.get("attention_mask"), Tensor):
             _refuse_later(mask)
-        heard[module] = Call(live, given)
+        module_calls[module] = ModuleCall(live, given)
 
-    hooks = [module.register_forward_pre_hook(listen, with_kwargs=True) for module in modules]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:
         yield
     finally:
@@ -83,30 +82,31 @@ def _refuse_later(mask: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholePrompts:
     """The recorded calls of every attention module, one for each length of prompts; empty where none is needed."""
 
-    calls: Mapping[nn.Module, Sequence[Call]]
+    calls: Mapping[nn.Module, Sequence[ModuleCall]]
     #: Where a prompt begins among the recorded tokens -> (which of the calls holds it, its number there).
-    homes: Mapping[int, tuple[int, int]]
+    places: Mapping[int, tuple[int, int]]
 
     @classmethod
-    def of(cls, passes: Sequence[Mapping[nn.Module, Call]], bases: Sequence[Sequence[int]]) -> Whole:
+    def of(cls, passes: Sequence[Mapping[nn.Module, ModuleCall]], bases: Sequence[Sequence[int]]) -> WholePrompts:
         """The calls of several passes, whose prompts begin at `bases`."""
-        homes = {base: (one, row) for one, members in enumerate(bases) for row, base in enumerate(members)}
-        return cls({module: [calls[module] for calls in passes] for module in passes[0]}, homes)
+        places = {base: (one, row) for one, members in enumerate(bases) for row, base in enumerate(members)}
+        return cls({module: [calls[module] for calls in passes] for module in passes[0]}, places)
 
     def length(self, base: int) -> int:
         """How many tokens the prompt has that begins there."""
-        one, _ = self.homes[base]
+        one, _ = self.places[base]
         return next(iter(self.calls.values()))[one].length
 
     @contextmanager
-    def running(self, layout: Layout, finds: Callable[[Find | None], None]) -> Iterator[None]:
+    def running(self, layout: PackLayout, finds: Callable[[Find | None], None]) -> Iterator[None]:
         """While this lasts, attention modules take and return packed tokens, and run whole prompts.
 
         Args:
-            finds: told before each run where a row's token stands in what the module's own layers see, and None after.
+            finds: called before each run with the place of a row's token in what the module's own layers see, and with
+                None after it.
         """
         before = {module: module.__dict__.get("forward") for module in self.calls}
         for module in self.calls:
@@ -121,7 +121,7 @@ class Whole:
                     module.forward = own
 
     def _packed(
-        self, module: nn.Module, forward: Callable[..., Any], layout: Layout, finds: Callable[[Find | None], None]
+        self, module: nn.Module, forward: Callable[..., Any], layout: PackLayout, finds: Callable[[Find | None], None]
     ) -> Callable[..., Any]:
         names = _arguments(module)
 
@@ -130,15 +130,15 @@ class Whole:
             out: Any = None
             parts: list[tuple[Tensor, Tensor]] = []
             for number, call in enumerate(self.calls[module]):
-                for members in self._turns(layout, number, call):
+                for members in self._batches(layout, number, call):
                     device = given[names[0]].device
-                    prompts = on([self.homes[layout.rows[n].base][1] for n in members], device)
-                    own, there = _places(layout, members, device)
+                    prompts = on_device([self.places[layout.rows[n].base][1] for n in members], device)
+                    own, there = _token_indices(layout, members, device)
                     live = {name: tensor[prompts] for name, tensor in call.live.items()}
                     for name, tensor in live.items():
                         tensor[there] = given[name][0, own]
                     finds(_finder(layout, members, call.length))
-                    more = {name: _for(name, value, call, prompts) for name, value in call.given.items()}
+                    more = {name: _argument_for(name, value, call, prompts) for name, value in call.given.items()}
                     out = forward(**live, **more)
                     finds(None)
                     parts.append((own, (out[0] if isinstance(out, tuple | list) else out)[there]))
@@ -150,9 +150,9 @@ class Whole:
 
         return run
 
-    def _turns(self, layout: Layout, number: int, call: Call) -> Iterator[list[int]]:
+    def _batches(self, layout: PackLayout, number: int, call: ModuleCall) -> Iterator[list[int]]:
         """The rows whose prompts a call holds, some at a time."""
-        members = [n for n in layout.long if self.homes[layout.rows[n].base][0] == number]
+        members = [n for n in layout.full if self.places[layout.rows[n].base][0] == number]
         step = max(TIMES * layout.size // call.length, 1)
         for start in range(0, len(members), step):
             yield members[start : start + step]
@@ -162,16 +162,18 @@ def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _places(layout: Layout, members: Sequence[int], device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _token_indices(
+    layout: PackLayout, members: Sequence[int], device: torch.device
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Where the tokens of these rows stand in the pack, and in `[row, token]` of whole prompts."""
     rows = [layout.rows[n] for n in members]
     own = np.concatenate([np.arange(row.length) + layout.offsets[n] for n, row in zip(members, rows, strict=True)])
     at = np.concatenate([np.arange(row.start, row.last + 1) for row in rows])
     order = np.repeat(np.arange(len(rows)), [row.length for row in rows])
-    return on(own, device), (on(order, device), on(at, device))
+    return on_device(own, device), (on_device(order, device), on_device(at, device))
 
 
-def _finder(layout: Layout, members: Sequence[int], length: int) -> Find:
+def _finder(layout: PackLayout, members: Sequence[int], length: int) -> Find:
     order = {n: place for place, n in enumerate(members)}
 
     def find(number: int, position: int) -> int | None:
@@ -182,10 +184,10 @@ def _finder(layout: Layout, members: Sequence[int], length: int) -> Find:
     return find
 
 
-def _for(name: str, value: Any, call: Call, rows: Tensor) -> Any:
+def _argument_for(name: str, value: Any, call: ModuleCall, rows: Tensor) -> Any:
     """An argument for these of the recorded prompts."""
     if isinstance(value, tuple):
-        return tuple(_for(name, part, call, rows) for part in value)
+        return tuple(_argument_for(name, part, call, rows) for part in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or name in _SHARED:
         return value
     if name in _BY_HEAD:

@@ -24,28 +24,28 @@ from nnsplice.paths import Paths, Slice, Span, parse_path
 
 #: An attention module, and which of its calls in a pass.
 Called = tuple[nn.Module, int]
-#: A head, its queries and keys as they were asked for, and the path.
+#: A head, its queries and keys as the path has them, and the path.
 _Wanted = tuple[int, Any, Any, str]
 OWN_CODE = "its attention runs code of its own, in which single edges cannot be cut"
 
 
 @dataclass
-class Cutting:
+class AttentionWithCuts:
     """A model's own attention, with edges cut where a call has some."""
 
-    #: What is cut in one call of an attention module in a pass, by the call's number: layers may share a module.
-    lost: Mapping[Called, Callable[[AttentionCall], Sequence[Edge]]]
+    #: The edges of one call of an attention module in a pass, by the call's number: layers may share a module.
+    cut_edges: Mapping[Called, Callable[[AttentionCall], Sequence[Edge]]]
     ran: set[Called] = field(default_factory=set)
     calls: dict[nn.Module, int] = field(default_factory=dict)
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        """What the attention of a whole batch makes of it."""
+        """The attention of a whole batch without these edges."""
         mask = _own_mask(call)
         called = call.module, self.calls.get(call.module, 0)
         self.calls[call.module] = called[1] + 1
-        if called in self.lost:
+        if called in self.cut_edges:
             self.ran.add(called)
-            edges = self.lost[called](call)
+            edges = self.cut_edges[called](call)
             shape = (call.query.shape[0], call.query.shape[1], call.query.shape[2], call.key.shape[2])
             mask = without(mask, shape, edges, call.query.device) if edges else mask
         return call.attended(call.query, call.key, call.value, mask)
@@ -54,7 +54,7 @@ class Cutting:
 def _own_mask(call: AttentionCall) -> Tensor | None:
     """The mask that the model's own function would go by, written out where it is left to an argument."""
     queries, keys = call.query.shape[2], call.key.shape[2]
-    if call.plain and call.is_causal:
+    if call.masks_by_arguments and call.is_causal:
         if call.mask is not None or queries != keys:
             raise RefusedPlace(f"attention {call.own!r} of padded prompts", expected="prompts of one length, or sdpa")
         return causal(keys, call.more.get("sliding_window"), call.query.device)
@@ -81,7 +81,7 @@ def cut(model: Any, rows: Sequence[Sequence[Cut]]) -> Iterator[None]:
         yield
         return
     _refuse_nested()
-    cutting = Cutting({called: lambda _, edges=edges: edges for called, edges in found.items()})
+    cutting = AttentionWithCuts({called: lambda _, edges=edges: edges for called, edges in found.items()})
     with attention(root, cutting):
         yield
     _check_ran(cutting)
@@ -98,12 +98,12 @@ def _refuse_nested() -> None:
         )
 
 
-def _check_ran(cutting: Cutting) -> None:
-    if set(cutting.lost) - cutting.ran:
+def _check_ran(cutting: AttentionWithCuts) -> None:
+    if set(cutting.cut_edges) - cutting.ran:
         raise RefusedPlace(OWN_CODE, expected="a model whose attention goes through transformers' registry")
 
 
-# --- by hand ----------------------------------------------------------------------------------------------------------
+# --- in a with block --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -159,8 +159,10 @@ def knockout(model: Any, edges: Paths) -> Iterator[None]:
         raise BadArgument("no edges, so nothing is cut", expected="at least one path")
     # What sites promise is measured with the attention that the model has.
     closures.measure(model, ["stream", "mid", "experts"])
-    spread = _Spread({})
-    cutting = Cutting({called: lambda call, some=some: spread.of(call, some) for called, some in wanted.items()})
+    spread = _EdgesOfRun({})
+    cutting = AttentionWithCuts(
+        {called: lambda call, some=some: spread.of(call, some) for called, some in wanted.items()}
+    )
     spread.calls = cutting.calls
     hook = root.register_forward_pre_hook(spread.begin, with_kwargs=True)
     try:
@@ -173,8 +175,8 @@ def knockout(model: Any, edges: Paths) -> Iterator[None]:
 
 
 @dataclass
-class _Spread:
-    """Edges by the prompts' own tokens, where each batch has these."""
+class _EdgesOfRun:
+    """Edges by the prompts' own tokens, found anew in each batch."""
 
     #: Of the attention modules in this pass.
     calls: dict[nn.Module, int]
@@ -189,7 +191,7 @@ class _Spread:
         self.mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
 
     def of(self, call: AttentionCall, wanted: Sequence[_Wanted]) -> list[Edge]:
-        """What a call is cut by."""
+        """The edges that one call is without."""
         batch, _, queries, _ = call.query.shape
         if queries != call.key.shape[2] or (self.mask is not None and self.mask.shape != (batch, queries)):
             raise RefusedPlace(

@@ -1,4 +1,4 @@
-"""Rows in, final states and readings out."""
+"""Run packed rows: their final states and readings."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost
-from nnsplice.packed.cutting import OWN_CODE
+from nnsplice.packed.forward import PackedForward
 from nnsplice.packed.heads import Head
+from nnsplice.packed.knockouts import OWN_CODE
 from nnsplice.packed.recording import Recording, record
-from nnsplice.packed.rows import Homes, Read, Row, begun
-from nnsplice.packed.wave import Wave
+from nnsplice.packed.rows import Read, Row, SiteLocator, prepared
 
 #: Numbers of queries and keys that are rounded up to a multiple share one call of attention: measured, see
 #: bench/RESULTS.md. A launch on a GPU costs more than the padding does.
-GRAIN = {"cpu": 1, "cuda": 64}
+BUCKETS = {"cpu": 1, "cuda": 64}
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a pack of rows gave."""
+class PackedResult:
+    """The final states and readings of a pack of rows."""
 
     head: Head
     #: By the row's number, the state that left the last block at its `end`: `[width]`.
@@ -38,34 +38,36 @@ class Ran:
         return torch.stack([self.ends[number] for number in sorted(self.ends)])
 
 
-def run(base: Base, rows: Sequence[Row], *, prompts: Sequence[int] | None = None, keep_graph: bool = False) -> Ran:
+def run(
+    base: Base, rows: Sequence[Row], *, prompts: Sequence[int] | None = None, keep_graph: bool = False
+) -> PackedResult:
     """Run rows side by side; their prompts may have different lengths.
 
     Args:
         prompts: those that are recorded together, where several runs of rows about some of them share the recorded
             pass; those of the rows, if left out.
         keep_graph: leave states and readings in the autograd graph of what the edits write; the recorded run is no
-            part of it, so gradients pass through the blocks behind the edits alone.
+            part of it, so gradients pass through the blocks behind the edits only.
 
     Raises:
         NotImplementedError: this model, or one of these sites, is not covered.
     """
-    recording, spent = recorded(base, [row.prompt for row in rows] if prompts is None else prompts)
+    recording, recording_cost = recorded(base, [row.prompt for row in rows] if prompts is None else prompts)
     if recording.whole.calls and any(row.cuts for row in rows):
         raise NotImplementedError(OWN_CODE)
-    homes = Homes(recording)
-    placed = [begun(row, homes, alone=not recording.whole.calls) for row in rows]
-    wave = Wave(base.root, recording, placed, base.law, grain_of(recording))
+    locator = SiteLocator(recording)
+    prepared_rows = [prepared(row, locator, allow_partial=not recording.whole.calls) for row in rows]
+    forward = PackedForward(base.root, recording, prepared_rows, base.cost_model, bucket_size(recording))
     with torch.set_grad_enabled(keep_graph):
-        ends = wave.run()
-    return Ran(recording.head, ends, wave.readings, spent + wave.cost)
+        ends = forward.run()
+    return PackedResult(recording.head, ends, forward.readings, recording_cost + forward.cost)
 
 
-def grain_of(recording: Recording) -> int:
-    """What numbers of queries and keys are rounded up to: see `GRAIN`; no more than the prompts have need of."""
+def bucket_size(recording: Recording) -> int:
+    """The multiple that numbers of queries and keys are rounded up to, no larger than the prompts need."""
     ends = sorted((*recording.bases.values(), recording.total))
     longest = max(end - start for start, end in pairwise(ends))
-    return min(GRAIN.get(recording.entering[0].device.type, 1), 1 << (longest - 1).bit_length())
+    return min(BUCKETS.get(recording.entering[0].device.type, 1), 1 << (longest - 1).bit_length())
 
 
 def recorded(base: Base, prompts: Sequence[int]) -> tuple[Recording, Cost]:

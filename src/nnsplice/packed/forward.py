@@ -1,8 +1,8 @@
-"""A packed run: all rows through the blocks.
+"""The forward pass of packed rows, block by block.
 
 A row begins before the first block that it changes, at its first changed token. Rows are appended where they begin, and
 from there all of them run together. A row that begins inside a block, where a change stays with its token until the
-next (attention's output, the MLP, a query), runs that block for the changed tokens alone.
+next (attention's output, the MLP, a query), runs that block for the changed tokens only.
 """
 
 from __future__ import annotations
@@ -15,44 +15,45 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from nnsplice.packed.attention import KeyValue, Left, Packed, attention
-from nnsplice.packed.cost import Cost, Law
+from nnsplice.packed.attention import KeyValue, LeftBlock, PackedAttention, attention
+from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.packed.edits import Find, Numbered, Readings, edited, hooked, read
-from nnsplice.packed.indices import Index, Indices, on
-from nnsplice.packed.layout import Columns, Group, Layout
-from nnsplice.packed.recording import Recording, first
-from nnsplice.packed.rows import Begun, Cut
+from nnsplice.packed.indices import Index, Indices, on_device
+from nnsplice.packed.layout import AttentionGroup, PackLayout, RowColumns
+from nnsplice.packed.passes import block_stream
+from nnsplice.packed.recording import Recording
+from nnsplice.packed.rows import Cut, PreparedRow
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One block of a pack, and by what numbers it finds its tokens: all that is known before anything runs."""
+    """One block of a pack with the index maps of its tokens, all made before anything runs."""
 
     layer: int
-    #: The rows that run, and where they stand: those that change tokens alone are its short ones.
-    layout: Layout
-    #: The rows that begin here with all of their tokens, and their recorded ones.
+    #: The rows that run; those that begin here inside the block are its partial ones.
+    layout: PackLayout
+    #: The rows that begin here with all of their tokens, and the recorded tokens of these.
     entering: Sequence[int]
-    begun: Index
-    #: The recorded tokens of short rows that run, and of all of theirs; where those that ran stand among these.
-    alone: Index
+    entering_tokens: Index
+    #: Of partial rows: the recorded tokens that run, all recorded tokens, and the places of the first among these.
+    partial_tokens: Index
     widened: Index
     changed: Index
     #: The recorded tokens that run, and which of them attend together.
     tokens: Index
-    groups: Sequence[Group]
+    groups: Sequence[AttentionGroup]
 
 
 @dataclass
-class Wave:
-    """The run of one pack."""
+class PackedForward:
+    """One pack on its way through the blocks."""
 
     root: nn.Module
     recording: Recording
-    rows: Sequence[Begun]
-    law: Law
+    rows: Sequence[PreparedRow]
+    cost_model: CostModel
     #: See `Layout.groups`.
-    grain: int
+    bucket: int
     readings: Readings = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
 
@@ -63,18 +64,18 @@ class Wave:
         ends: dict[int, Tensor] = {}
         for step in self._steps():
             if step.entering:
-                begun = self._begin(step)
-                states = begun if states is None else torch.cat([states, begun])
+                entered = self._begin(step)
+                states = entered if states is None else torch.cat([states, entered])
             if states is None:
                 states = self.recording.entering[step.layer][:0]
             if step.layer == last:
                 ends |= self._last(step, states)
                 break
             states = self._through(step, states)
-            states = self._left(step, states)
+            states = self._staying(step, states)
         leaving = [n for n, row in enumerate(self.rows) if row.layer == last + 1]
         if leaving:
-            ends |= dict(zip(leaving, self._leave(leaving), strict=True))
+            ends |= dict(zip(leaving, self._after_last_block(leaving), strict=True))
         return ends
 
     def _steps(self) -> list[_Step]:
@@ -82,46 +83,46 @@ class Wave:
         steps: list[_Step] = []
         active: list[int] = []
         last = len(self.recording.blocks) - 1
-        homes: dict[torch.device, Indices] = {}
+        by_device: dict[torch.device, Indices] = {}
         for layer in range(last + 1):
             beginning = [n for n, row in enumerate(self.rows) if row.layer == layer]
-            entering = [n for n in beginning if not self.rows[n].alone]
-            alone = [n for n in beginning if self.rows[n].alone]
+            entering = [n for n in beginning if not self.rows[n].changed_only]
+            partial = [n for n in beginning if self.rows[n].changed_only]
             active = active + entering
-            if not active and not alone:
+            if not active and not partial:
                 continue
             device = self.recording.entering[layer].device
-            there = homes.setdefault(device, Indices(device))
-            layout, widened = self._layout(active, alone), self._layout(alone)
-            changed = [widened.find(n, position) for n in alone for position in self.rows[n].changed]
-            grouped = not self.recording.whole.calls and not self._is_thin(layer, layout)
+            there = by_device.setdefault(device, Indices(device))
+            layout, widened = self._layout(active, partial), self._layout(partial)
+            changed = [widened.find(n, position) for n in partial for position in self.rows[n].changed]
+            grouped = not self.recording.whole.calls and not self._is_last_only(layer, layout)
             steps.append(
                 _Step(
                     layer,
                     layout,
                     entering,
-                    begun=there.add(self._layout(entering).recorded),
-                    alone=there.add(self._layout((), alone).recorded),
+                    entering_tokens=there.add(self._layout(entering).recorded),
+                    partial_tokens=there.add(self._layout((), partial).recorded),
                     widened=there.add(widened.recorded),
                     changed=there.add([at for at in changed if at is not None]),
                     tokens=there.add(layout.recorded),
-                    groups=layout.groups(self.recording.total, self.grain, there) if grouped else (),
+                    groups=layout.groups(self.recording.total, self.bucket, there) if grouped else (),
                 )
             )
-            active = [n for n in active + alone if self.rows[n].runs(layer)]
+            active = [n for n in active + partial if self.rows[n].runs(layer)]
         return steps
 
-    def _layout(self, long: Sequence[int], short: Sequence[int] = ()) -> Layout:
-        return Layout(self.rows, long, short, self._columns)
+    def _layout(self, full: Sequence[int], partial: Sequence[int] = ()) -> PackLayout:
+        return PackLayout(self.rows, full, partial, self._columns)
 
     @cached_property
-    def _columns(self) -> Columns:
-        return Columns.of(self.rows)
+    def _columns(self) -> RowColumns:
+        return RowColumns.of(self.rows)
 
     def _begin(self, step: _Step) -> Tensor:
         """What enters a block for rows that begin there, with the edits of the stream done that it begins with."""
         numbers, layer, layout = step.entering, step.layer, self._layout(step.entering)
-        states = self.recording.entering[layer][step.begun.tensor]
+        states = self.recording.entering[layer][step.entering_tokens.tensor]
         for where in ("output", "input"):  # what leaves the layer before, then what enters this one
             edits = [(n, edit) for n in numbers for edit in self.rows[n].beginning if edit.where == where]
             states = edited(states, edits, layout.find)
@@ -129,18 +130,18 @@ class Wave:
         read(states, before, layout.find, self.readings)
         return states
 
-    def _leave(self, numbers: Sequence[int]) -> Tensor:
-        """Rows that change what leaves the last block: one token each."""
+    def _after_last_block(self, numbers: Sequence[int]) -> Tensor:
+        """The final states of rows that change the output of the last block: one token each."""
         rows = [self.rows[n] for n in numbers]
         if any(row.reads for row in rows):
             raise NotImplementedError("a read behind the last block")
         ended = self.recording.entering[-1]
-        states = ended[on([row.base + row.last for row in rows], ended.device)]
+        states = ended[on_device([row.base + row.last for row in rows], ended.device)]
         return edited(states, [(n, e) for n in numbers for e in self.rows[n].edits], self._only_last(numbers))
 
-    def _left(self, step: _Step, states: Tensor) -> Tensor:
+    def _staying(self, step: _Step, states: Tensor) -> Tensor:
         """The states of the rows of which something is still wanted, where the next block is."""
-        active = [*step.layout.long, *step.layout.short]
+        active = [*step.layout.full, *step.layout.partial]
         staying = [n for n in active if self.rows[n].runs(step.layer)]
         if len(staying) < len(active):
             offsets = self._layout(active).offsets
@@ -151,39 +152,39 @@ class Wave:
     # --- blocks
 
     def _through(self, step: _Step, states: Tensor) -> Tensor:
-        """What leaves a block: of the long rows, then of the short ones, which are long from here on."""
+        """What leaves a block: of the full rows, then of the partial ones, which are full from here on."""
         layer, layout = step.layer, step.layout
-        pack = torch.cat([states, self.recording.entering[layer][step.alone.tensor]])
+        pack = torch.cat([states, self.recording.entering[layer][step.partial_tokens.tensor]])
         out = self._edited_output(layer, layout, self._call(step, pack), layout.find)
-        if not layout.short:
+        if not layout.partial:
             return out
         following = self.recording.entering[layer + 1]
-        rest = following[on(step.widened.array, following.device)].to(out.device)
+        rest = following[on_device(step.widened.array, following.device)].to(out.device)
         rest[step.changed.tensor] = out[len(states) :]
         return torch.cat([out[: len(states)], rest])
 
     def _last(self, step: _Step, states: Tensor) -> dict[int, Tensor]:
         """What leaves the last block at the tokens that are wanted; nothing else runs, but for keys and values."""
         layer, layout = step.layer, step.layout
-        numbers = [*layout.long, *layout.short]
-        if not self._is_thin(layer, layout):
-            pack = torch.cat([states, self.recording.entering[layer][step.alone.tensor]])
+        numbers = [*layout.full, *layout.partial]
+        if not self._is_last_only(layer, layout):
+            pack = torch.cat([states, self.recording.entering[layer][step.partial_tokens.tensor]])
             out = self._edited_output(layer, layout, self._call(step, pack), layout.find)
             return {n: self._end(n, layout, out) for n in numbers if self.rows[n].row.end is not None}
-        long, there = self._layout(layout.long), Indices(states.device)
+        full, there = self._layout(layout.full), Indices(states.device)
         own: KeyValue | None = None
-        tokens, last = there.add(long.recorded), there.add(long.ends())
+        tokens, last = there.add(full.recorded), there.add(full.ends())
         ends = there.add([self.rows[n].base + self.rows[n].last for n in numbers])
-        short = there.add(ends.array[len(layout.long) :])
-        groups = layout.groups(self.recording.total, self.grain, there, thin=True)
-        if long.size:
-            packed = Packed(self.recording.attended, self.recording.masks, [], leaves=True)
-            own = self._keys_and_values(layer, long, states, packed, tokens.tensor)
+        partial = there.add(ends.array[len(layout.full) :])
+        groups = layout.groups(self.recording.total, self.bucket, there, last_only=True)
+        if full.size:
+            packed = PackedAttention(self.recording.attended, self.recording.masks, [], stops_at_keys=True)
+            own = self._keys_and_values(layer, full, states, packed, tokens.tensor)
         find = self._only_last(numbers)
-        pack = torch.cat([states[last.tensor], self.recording.entering[layer][short.tensor]])
-        attend = Packed(
-            self.recording.attended, self.recording.masks, groups, own=own or self._none(layer),
-            lost=self._lost(layer, layout, find),
+        pack = torch.cat([states[last.tensor], self.recording.entering[layer][partial.tensor]])
+        attend = PackedAttention(
+            self.recording.attended, self.recording.masks, groups, own=own or self._no_keys(layer),
+            cut_edges=self._cut_edges(layer, layout, find),
         )  # fmt: skip
         inside = hooked(self.root, self._inside(layer, layout), lambda: find, self.readings)
         with attention(self.root, attend), inside:
@@ -192,32 +193,34 @@ class Wave:
         out = self._edited_output(layer, layout, out, find)
         return {n: out[order] for order, n in enumerate(numbers)}
 
-    def _is_thin(self, layer: int, layout: Layout) -> bool:
+    def _is_last_only(self, layer: int, layout: PackLayout) -> bool:
         """Whether a block is the last one, and runs for no more than the last token of each row."""
         if layer < len(self.recording.blocks) - 1 or self.recording.whole.calls:
             return False
-        return all(self._thin(self.rows[n], layer) for n in (*layout.long, *layout.short))
+        return all(self._wants_last_only(self.rows[n], layer) for n in (*layout.full, *layout.partial))
 
     @staticmethod
-    def _thin(row: Begun, layer: int) -> bool:
-        """Whether one token is all that is wanted of the row behind the keys and values of this block."""
+    def _wants_last_only(row: PreparedRow, layer: int) -> bool:
+        """Whether the row needs one token only, behind the keys and values of this block."""
         return row.last == row.row.end and all(read.layer != layer for read in row.reads)
 
-    def _end(self, number: int, layout: Layout, out: Tensor) -> Tensor:
+    def _end(self, number: int, layout: PackLayout, out: Tensor) -> Tensor:
         row = self.rows[number]
         assert row.row.end is not None
         at = layout.find(number, row.row.end)
-        # A row of changed tokens alone may leave the wanted one as it was recorded.
+        # A row of changed tokens only may leave the wanted one as it was recorded.
         return self.recording.entering[-1][row.base + row.row.end] if at is None else out[at]
 
-    def _keys_and_values(self, layer: int, layout: Layout, states: Tensor, attend: Packed, tokens: Tensor) -> KeyValue:
+    def _keys_and_values(
+        self, layer: int, layout: PackLayout, states: Tensor, attend: PackedAttention, tokens: Tensor
+    ) -> KeyValue:
         block = self.recording.tower.blocks[layer]
         self._count(layer, len(states), (block.q, block.k, block.v, block.fused))
         inside = hooked(self.root, self._inside(layer, layout), lambda: layout.find, self.readings)
         with attention(self.root, attend), inside:
             try:
                 self._block(layer, states, tokens)
-            except Left as left:
+            except LeftBlock as left:
                 return left.own
         raise NotImplementedError("a block ran through without attention")
 
@@ -231,55 +234,57 @@ class Wave:
             if whole.calls:
                 stack.enter_context(whole.running(layout, lambda inner: find.__setitem__(0, inner or layout.find)))
             else:
-                lost = self._lost(layer, layout, layout.find)
-                attend = Packed(self.recording.attended, self.recording.masks, step.groups, lost=lost)
+                cut_edges = self._cut_edges(layer, layout, layout.find)
+                attend = PackedAttention(
+                    self.recording.attended, self.recording.masks, step.groups, cut_edges=cut_edges
+                )
                 stack.enter_context(attention(self.root, attend))
             return self._block(layer, pack, step.tokens.tensor)
 
     def _count(self, layer: int, tokens: int, parts: Sequence[str | None] = ()) -> None:
         """Note a call of a block, or of those parts of it."""
         block = self.recording.tower.blocks[layer]
-        flops = tokens * self.law.per_token(*(parts or block.modules))
+        flops = tokens * self.cost_model.per_token(*(parts or block.modules))
         if self.recording.whole.calls:  # whose attention runs whole prompts
             more = sum(self.recording.whole.length(row.base) - row.length for row in self.rows if row.layer <= layer)
-            flops += more * self.law.per_token(*filter(None, [block.mixes]))
+            flops += more * self.cost_model.per_token(*filter(None, [block.mixes]))
         self.cost += Cost(tokens, block_calls=1, flops=flops, peak=tokens)
 
     def _block(self, layer: int, pack: Tensor, tokens: Tensor) -> Tensor:
-        return first(self.recording.blocks[layer](pack[None], **self.recording.arguments(layer, tokens)))[0]
+        return block_stream(self.recording.blocks[layer](pack[None], **self.recording.arguments(layer, tokens)))[0]
 
     # --- edits and reads
 
-    def _inside(self, layer: int, layout: Layout) -> list[Numbered]:
-        """The edits and reads inside this block, and those of its input that rows bring which began before it."""
+    def _inside(self, layer: int, layout: PackLayout) -> list[Numbered]:
+        """The edits and reads inside this block, and those of its input of rows that began before it."""
         found: list[Numbered] = []
-        for n in (*layout.long, *layout.short):
+        for n in (*layout.full, *layout.partial):
             row = self.rows[n]
-            begun = () if row.layer != layer else row.beginning
-            found += [(n, e) for e in row.edits if e.layer == layer and e.where != "output" and e not in begun]
+            entered = () if row.layer != layer else row.beginning
+            found += [(n, e) for e in row.edits if e.layer == layer and e.where != "output" and e not in entered]
             found += [(n, r) for r in row.reads if r.layer == layer and r.where != "output"]
         return found
 
-    def _edited_output(self, layer: int, layout: Layout, out: Tensor, find: Find) -> Tensor:
+    def _edited_output(self, layer: int, layout: PackLayout, out: Tensor, find: Find) -> Tensor:
         """What leaves a block, where rows that began before it change or read that too."""
-        here = [(n, self.rows[n]) for n in layout.long]
+        here = [(n, self.rows[n]) for n in layout.full]
         edits = [(n, e) for n, row in here for e in row.edits if (e.layer, e.where) == (layer, "output")]
         reads = [(n, r) for n, row in here for r in row.reads if (r.layer, r.where) == (layer, "output")]
         out = edited(out, edits, find)
         read(out, reads, find, self.readings)
         return out
 
-    def _lost(self, layer: int, layout: Layout, find: Find) -> dict[int, list[tuple[int, int]]]:
+    def _cut_edges(self, layer: int, layout: PackLayout, find: Find) -> dict[int, list[tuple[int, int]]]:
         """Token of the pack -> the heads in which it does not see a key, and the key's position."""
-        lost: dict[int, list[tuple[int, int]]] = {}
-        for n in (*layout.long, *layout.short):
+        cut_edges: dict[int, list[tuple[int, int]]] = {}
+        for n in (*layout.full, *layout.partial):
             for cut in (placed.what for placed in self.rows[n].cuts if placed.layer == layer):
                 assert isinstance(cut, Cut)
                 for query, key in cut.edges:
                     at = find(n, query)
                     if at is not None:
-                        lost.setdefault(at, []).append((cut.head, key))
-        return lost
+                        cut_edges.setdefault(at, []).append((cut.head, key))
+        return cut_edges
 
     # --- tokens
 
@@ -287,7 +292,7 @@ class Wave:
         order = {n: place for place, n in enumerate(numbers)}
         return lambda n, position: order[n] if position == self.rows[n].last else None
 
-    def _none(self, layer: int) -> KeyValue:
+    def _no_keys(self, layer: int) -> KeyValue:
         """No keys and values of their own, for a pack whose rows all see recorded ones only."""
         keys, values = list(self.recording.attended.values())[layer]
         return keys[:, :0], values[:, :0]
