@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +48,41 @@ def test_a_function_has_one_digest_in_every_process() -> None:
     }
     assert len(told) == 1
     assert function_digest(lambda x: x + 1.5) != function_digest(lambda x: x + 2.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Something that a function holds, without a dictionary."""
+
+    factor: float
+
+
+def _times(scale: Any) -> Any:
+    return lambda x: x * scale.factor
+
+
+def test_what_a_function_holds_in_slots_is_part_of_it() -> None:
+    assert function_digest(_times(Scale(2.0))) == function_digest(_times(Scale(2.0)))
+    assert function_digest(_times(Scale(2.0))) != function_digest(_times(Scale(3.0)))
+
+
+def test_a_pattern_is_part_of_a_function_that_holds_or_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counting(pattern: re.Pattern[str]) -> Any:
+        return lambda text: len(pattern.findall(text))
+
+    assert function_digest(counting(re.compile("a"))) == function_digest(counting(re.compile("a")))
+    assert function_digest(counting(re.compile("a"))) != function_digest(counting(re.compile("b")))
+    assert function_digest(counting(re.compile("a"))) != function_digest(counting(re.compile("a", re.IGNORECASE)))
+    before = function_digest(_matches)
+    monkeypatch.setitem(globals(), "WORD", re.compile("w"))
+    assert function_digest(_matches) != before
+
+
+WORD = re.compile("v")
+
+
+def _matches(text: str) -> bool:
+    return bool(WORD.match(text))
 
 
 def _checksum_by_hand(raw: np.ndarray) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dis
 import hashlib
+import re
 import sysconfig
 from collections.abc import Mapping
 from functools import cache, partial
@@ -118,11 +119,27 @@ def _made_of(value: Any, within: tuple[int, ...] = ()) -> Any:
         return _made_of(value.__func__, inner), _made_of(value.__self__, inner)
     if isinstance(value, FunctionType):
         return _own(value, inner), _around(value, inner)
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
+    if isinstance(value, re.Pattern):
+        return value.pattern, value.flags
+    held = {} if isinstance(value, type) else _attributes(value)
+    if not held and (isinstance(value, type) or not hasattr(value, "__dict__")):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     call = vars(type(value)).get("__call__")  # an object that is called like a function
     own = _made_of(call, inner) if isinstance(call, FunctionType) else None
-    return type(value).__qualname__, own, _made_of(vars(value), inner)
+    return type(value).__qualname__, own, _made_of(held, inner)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """What an object holds, in its dictionary and in the slots of its classes."""
+    held = dict(getattr(value, "__dict__", {}))
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
+            if slot not in ("__dict__", "__weakref__") and hasattr(value, name):
+                held[name] = getattr(value, name)
+    return held
 
 
 def _own(function: FunctionType, within: tuple[int, ...]) -> Any:
@@ -163,7 +180,8 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int | float | complex | bytes | Tensor | np.generic | np.ndarray)
+    plain = str | int | float | complex | bytes | re.Pattern | Tensor | np.generic | np.ndarray
+    return value is None or isinstance(value, plain)
 
 
 def _is_filled(cell: CellType) -> bool:
