@@ -138,3 +138,29 @@ def test_half_precision_is_computed_in_full_and_rounded_once() -> None:
             found = ns.capture(model, PROMPTS[0], "layers[1].output[-1]")["layers[1].output[-1]"]
         if name != "add":
             assert torch.equal(found, operator(before.float()[None], v[None], 0.7)[0].bfloat16())
+
+
+def test_a_function_of_the_users_is_what_it_does_whatever_it_is_called() -> None:
+    def add(h: torch.Tensor, v: torch.Tensor, c: Any) -> torch.Tensor:
+        return h + (c + 1) * v
+
+    def rotate(h: torch.Tensor, v: torch.Tensor, c: Any) -> torch.Tensor:
+        return h + 2 * c * v
+
+    model, direction = precise(), vector(1)
+
+    def logits(coefficient: float, operator: Any, **options: Any) -> torch.Tensor:
+        with ns.steering.steer(model, direction, coefficient, operator=operator, **options), model.trace(PROMPTS[0]):
+            found = model.output.logits.detach().save()
+        return found
+
+    close(logits(1.0, add), logits(2.0, "add"))
+    metric = ns.logit_diff("w7", "w8")
+    for operator, same in ((add, [1.0, 2.0]), (rotate, [0.0, 2.0])):
+        found = ns.steering.sweep(model, PROMPTS, direction, [0.0, 1.0], metric, operator=operator, progress=False)
+        expected = ns.steering.sweep(model, PROMPTS, direction, same, metric, progress=False)
+        close(torch.tensor(found.values), torch.tensor(expected.values))
+    with pytest.raises(ns.errors.BadArgument, match="turns nothing"):
+        logits(1.0, rotate, plane=vector(1, seed=1))
+    with pytest.raises(ns.errors.BadArgument, match="llama.cpp adds"):
+        ns.steering.to_gguf(ns.steering.steer(model, direction, operator=add), "never.gguf")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import nnsplice as ns
-from nnsplice.errors import BadArgument, ShapeError
+from nnsplice.errors import BadArgument, FileError, ShapeError
 from nnsplice.sweeps import plan_sweep
 from nnsplice.sweeps.unedited import clean_run
 from zoo import HEADS, LAYERS, build, wrap
@@ -486,3 +487,26 @@ def test_a_mistyped_option_is_told_by_the_name_of_what_was_called() -> None:
     for call in whole:
         with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) got an unexpected keyword argument 'windw'"):
             call(model, "w3 w4", "w5 w4", "layers[:]", metric, windw=2)
+
+
+@pytest.mark.parametrize("name", ["zero", "patch", "noise", "knockout"])
+def test_a_function_of_the_users_may_be_called_as_an_operation_is(name: str, tmp_path: Path) -> None:
+    def halved(value: torch.Tensor) -> torch.Tensor:
+        return value / 2
+
+    def doubled(value: torch.Tensor) -> torch.Tensor:
+        return value * 2
+
+    model, metric = wrap("gpt2"), ns.logit_diff("w7", "w8")
+
+    def swept(operation: Any, journal: str | None = None) -> Any:
+        path = None if journal is None else tmp_path / journal
+        return ns.ablate(model, "w3 w4 w5", "layers[:].mlp", metric, operation=operation, journal=path, progress=False)
+
+    expected = swept(halved).table.values
+    halved.__name__ = doubled.__name__ = name
+    found = swept(halved, "journal.jsonl")
+    assert np.array_equal(found.table.values, expected)
+    assert found.asked["operation"] != name
+    with pytest.raises(FileError, match="another sweep"):
+        swept(doubled, "journal.jsonl")

@@ -117,7 +117,7 @@ def run_cells(
         for layer in range(layers)
         for number in range(count)
         # An add of 0 is the unsteered run, which runs once for each prompt.
-        if plan.coefficients[number] or plan.rules[layer].name != "add"
+        if plan.coefficients[number] or not plan.rules[layer].adds
     ]
     jobs += [(prompt, 0, count) for prompt in range(prompts)]
     fired = False
@@ -144,7 +144,7 @@ def run_cells(
             shown.update(len(chunk))
     fired = fired or len(left) <= prompts
     values[:, :, :, count] = values[:, :, :1, count]
-    idle = [n for n, c in enumerate(plan.coefficients) if not c] if plan.operator == "add" else []
+    idle = [n for n, c in enumerate(plan.coefficients) if not c] if plan.rules[0].adds else []
     values[..., idle] = values[..., [count]]
     for rows in texts:
         for row in rows:

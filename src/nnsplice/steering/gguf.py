@@ -151,7 +151,7 @@ def _expressible(rule: Rule) -> Tensor:
         BadArgument: it does something else.
     """
     reasons = {
-        rule.name != "add": f"llama.cpp adds control vectors, and this rule is {rule.name}",
+        not rule.adds: f"llama.cpp adds control vectors, and this rule is {rule.name}",
         rule.where.kind != "all": f"llama.cpp adds at every position, and this rule says where {rule.where}",
         rule.when is not None: "llama.cpp has no conditions",
         isinstance(rule.coefficient, tuple): "llama.cpp has one strength for all rows",

@@ -14,6 +14,7 @@ from nnsplice.activations import SavedActivation, features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import DERIVED, Site, host
+from nnsplice.atlas.attached import Features
 from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, parse_path
 from nnsplice.steering.operators import OPERATORS, Operator, rotation
@@ -123,6 +124,20 @@ def _direction_at(saved: SavedActivation, place: Path) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class OfFeature:
+    """An operator of states that applies the given one to a feature, and keeps the error of the SAE."""
+
+    sae: Features
+    site: Site
+    operator: Operator
+
+    def __call__(self, h: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
+        """The states with the feature changed."""
+        old = features.part(self.sae, self.site, h)
+        return features.changed(self.sae, self.site, h, self.operator(old, v, c))
+
+
+@dataclass(frozen=True, eq=False)
 class Rule:
     """The steering of one site.
 
@@ -134,7 +149,7 @@ class Rule:
         operator: the function of states, direction and coefficient.
         where: the tokens.
         when: the condition.
-        of_feature: whether one feature of an SAE is steered, at the site that the SAE reads.
+        feature: the feature of an SAE that is steered, at the site that the SAE reads; None for the site itself.
         rows: the only rows, in a sweep that runs many cells in one pass.
     """
 
@@ -145,13 +160,28 @@ class Rule:
     operator: Operator = field(repr=False)
     where: Where
     when: Condition | None = None
-    of_feature: bool = False
+    feature: Path | None = None
     rows: tuple[int, ...] | None = None
 
     @property
     def site(self) -> Site:
         """The site in the model."""
         return site_of(self.path)
+
+    @property
+    def address(self) -> str:
+        """What is steered: the site, or a feature of it."""
+        return str((self.feature or self.path).place)
+
+    @property
+    def requested(self) -> Operator:
+        """The operator that was given, of states or of the feature."""
+        return self.operator.operator if isinstance(self.operator, OfFeature) else self.operator
+
+    @property
+    def adds(self) -> bool:
+        """Whether it adds the vector to the states, as `operator="add"` does; a function of that name may do more."""
+        return self.operator is OPERATORS["add"]
 
     def __str__(self) -> str:
         c = self.coefficient
@@ -178,6 +208,7 @@ def rules_of(
     """
     if not isinstance(vector, SavedActivation):
         raise BadType(f"{named(vector)} is no vector", expected="what ns.steering.fit returns, or a capture of one row")
+    vector._check_saes(model)
     if vector.rows != 1:
         raise ShapeError(
             f"a capture of {vector.rows} rows is no one direction",
@@ -213,29 +244,21 @@ def rules_of(
             _check_order(known, condition, path, where)
         place, own = path, function
         if site.kind == "feature":
-            place, own = host(path), _of_feature(model, path, function)
-        of_feature = own is not function
-        label = f"{name} {path.sae}" if of_feature else name
+            place, own = host(path), OfFeature(features.sae_of(model, path), site, function)
+        feature = path if site.kind == "feature" else None
+        label = name if feature is None else f"{name} {path.sae}"
         factors = coefficients(coefficient)
-        rules.append(Rule(place, direction.detach(), factors, label, own, where, condition, of_feature))
+        rules.append(Rule(place, direction.detach(), factors, label, own, where, condition, feature))
     closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
     closures.tell_joint_norms(model, (rule.path for rule in rules))
     return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
 
 
-def _of_feature(model: engine.Model, path: Path, operator: Operator) -> Operator:
-    """An operator of states that applies the given one to a feature, and keeps the error of the SAE."""
-    sae, site = features.sae_of(model, path), site_of(path)
-
-    def steered(h: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
-        return features.changed(sae, site, h, operator(features.part(sae, site, h), v, c))
-
-    return steered
-
-
 def _operator(operator: str | Operator) -> tuple[str, Operator]:
     if callable(operator):
-        return getattr(operator, "__name__", "function"), operator
+        name = getattr(operator, "__name__", "function")
+        # A function of the user's may be called as one of the names is, and be none of them.
+        return f"{name}()" if name in OPERATORS else name, operator
     if operator not in OPERATORS:
         raise BadArgument(
             f"there is no operator {operator!r}", expected=f"{', '.join(OPERATORS)}, or a function f(h, v, c) -> h"

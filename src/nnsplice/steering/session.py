@@ -68,7 +68,7 @@ class ActiveRule:
     def __call__(self, states: Tensor, call: engine.Call) -> Tensor:
         """The states `[row, token, width]` after the rule."""
         rule = self.rule
-        if rule.vector.shape[-1] != (1 if rule.of_feature else states.shape[-1]):
+        if rule.vector.shape[-1] != (1 if rule.feature is not None else states.shape[-1]):
             raise ShapeError(
                 f"the vector is {rule.vector.shape[-1]} wide, the site {states.shape[-1]}", path=rule.path.place
             )
@@ -93,7 +93,7 @@ class ActiveRule:
 
     def _changed(self, states: Tensor, call: engine.Call) -> Tensor:
         rule = self.rule
-        if rule.name == "add":
+        if rule.adds:
             return states + spread(self._step(states), call, "the coefficient")
         vector, coefficient = self._operands(states)
         if isinstance(coefficient, Tensor):
@@ -105,7 +105,7 @@ class ActiveRule:
         rule = self.rule
         rows = torch.tensor(rule.rows, device=states.device)
         part = states[rows]
-        if rule.name == "add":
+        if rule.adds:
             new = part + self._step(states)
         else:
             new = _checked(rule, rule.operator(_at_least_float32(part), *self._operands(states)), part)

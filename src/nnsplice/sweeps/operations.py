@@ -123,4 +123,6 @@ def _named(given: str | Callable[[Tensor], Tensor]) -> Operation:
         return Operation(given, NAMES[given], torch.zeros_like if given == "zero" else None)
     if not callable(given):
         raise BadType(f"an operation of type {type(given).__name__}", expected=f"{', '.join(NAMES)}, or a function")
-    return Operation(getattr(given, "__name__", type(given).__name__), "compute", given)
+    name = getattr(given, "__name__", type(given).__name__)
+    # A function of the user's may be called as one of the names is, and be none of them.
+    return Operation(f"{name}()" if name in NAMES else name, "compute", given)
