@@ -61,3 +61,14 @@ def largest(logits: Tensor) -> Tensor:
 def halved(value: Tensor) -> Tensor:
     """An operation of one's own."""
     return value / 2
+
+
+def with_sae() -> Any:
+    """A model with an SAE of its own."""
+    import nnsplice as ns
+    from subspaces.test_packed_features import sae_of
+
+    model = wrap("llama")
+    model._module.double()
+    ns.attach_sae(model, "layers[1].mlp.output", sae_of(), "s")
+    return model

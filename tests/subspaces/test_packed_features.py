@@ -210,7 +210,7 @@ def test_a_plan_runs_with_the_sae_that_it_was_made_with() -> None:
     plan = ns.plan_sweep(model, TEXTS, OTHERS, f"{at}.features[2][1]", METRIC)
     found = ns.run(plan, model, progress=False).table.values
     ns.detach_sae(model, "s")
-    with pytest.raises(UnknownPath, match="any more"):
+    with pytest.raises(UnknownPath, match="none of this name"):
         ns.run(plan, model, progress=False)
     ns.attach_sae(model, "layers[1].output", sae_of(seed=1), "s")
     with pytest.raises(BadArgument, match="another SAE of this name"):

@@ -53,7 +53,9 @@ def save_activations(model: Any, sites: Paths, *, keep_graph: bool = False) -> S
     batch = engine.batch_of(model, mediator)
     packs = gather(model, mediator, wanted, batch, keep_graph=keep_graph)
     name, revision = engine.name_of(model)
-    return SavedActivation._new(packs, Provenance(name, revision, tokens=_tokens(batch)), engine.known(model))
+    saes = features.identities(model, wanted) or None
+    origin = Provenance(name, revision, tokens=_tokens(batch), saes=saes)
+    return SavedActivation._new(packs, origin, engine.known(model))
 
 
 @renamed(paths="sites")
@@ -146,7 +148,8 @@ def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
 def origin_of(model: engine.Model, given: Prompts, wanted: Sequence[Path]) -> Provenance:
     """Where a capture of these prompts comes from."""
     name, revision = engine.name_of(model)
-    return Provenance(name, revision, given.texts, _ids(given, wanted), given.spans)
+    saes = features.identities(model, wanted) or None
+    return Provenance(name, revision, given.texts, _ids(given, wanted), given.spans, saes)
 
 
 def _wanted(model: engine.Model, paths: Paths) -> list[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.activations.access import require_positions
 from nnsplice.activations.capture import capture
 from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, told_of
@@ -73,11 +74,12 @@ def capture_to(
     store = store_of(folder)
     model = engine.as_model(model)
     with circumstances("ns.capture_to"):
-        wanted = [str(path) for path in _wanted(model, paths)]
+        places = _wanted(model, paths)
+        wanted, saes = [str(path) for path in places], features.identities(model, places)
     store.make()
     lock = store.lock("capture")
     try:
-        _begin(store, model, wanted, chunk, max_tokens)
+        _begin(store, model, wanted, saes, chunk, max_tokens)
         total = len(prompts) if isinstance(prompts, Sequence) else None
         rows = (one[column] if isinstance(one, Mapping) and column in one else one for one in prompts)
         files: list[dict[str, Any]] = []
@@ -115,11 +117,14 @@ def _some(of: Any, start: int, count: int) -> Any:
     return of if one else of[start : start + count]
 
 
-def _begin(store: Store, model: engine.Model, paths: list[str], chunk: int, max_tokens: int) -> None:
+def _begin(
+    store: Store, model: engine.Model, paths: list[str], saes: dict[str, Any], chunk: int, max_tokens: int
+) -> None:
     name, revision = engine.name_of(model)
     told = {
         "kind": KIND, "format": FORMAT, "model": name, "revision": revision,
         "weights": engine.weights_digest(model, anew=True), "paths": paths, "chunk": chunk, "max_tokens": max_tokens,
+        **({"saes": saes} if saes else {}),
     }  # fmt: skip
     if not store.has("capture.json"):
         _write(store, "capture.json", told)

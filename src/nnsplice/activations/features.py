@@ -6,7 +6,7 @@ the value keeps every bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site, attached, peel
-from nnsplice.atlas.attached import Features
-from nnsplice.errors import UnknownPath
+from nnsplice.atlas.attached import Attached, Features
+from nnsplice.errors import BadArgument, UnknownPath
 from nnsplice.paths import Path
 
 #: The kinds that are read and written here.
@@ -38,6 +38,52 @@ def sae_of(model: Any, path: Path) -> Features:
     if name is None or name not in held:
         raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
     return held[name].sae
+
+
+def identities(model: Any, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """What tells the SAEs of these paths from others, by their names in the model, as plain data.
+
+    Raises:
+        UnknownPath: one was taken away since the path was made.
+    """
+    held = attached(peel(model))
+    places = {path.sae.name: path for path in paths if path.sae is not None}
+    found: dict[str, dict[str, Any]] = {}
+    for name, path in sorted(places.items()):
+        if name not in held:
+            raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
+        found[name] = _identity(held[name])
+    return found
+
+
+def _identity(one: Attached) -> dict[str, Any]:
+    return {**one.sae.identity, **({} if one.reads is None else {"reads": str(one.reads.place)})}
+
+
+def check_identities(model: Any, asked: Mapping[str, Any], what: str) -> None:
+    """Raise where one of these SAEs is not the one that is attached to a model by its name.
+
+    Args:
+        asked: what `identities` said when `what` was made.
+        what: what was made with them, for the error.
+
+    Raises:
+        BadArgument: another SAE.
+        UnknownPath: none.
+    """
+    held = attached(peel(model))
+    for name, told in asked.items():
+        if name not in held:
+            raise UnknownPath(
+                f"{what} was made with the SAE {name!r}, and none of this name is attached to this model",
+                expected="the SAE that it was made with",
+                write=f"ns.attach_sae(model, place, sae, {name!r})",
+            )
+        if _identity(held[name]) != told:
+            raise BadArgument(
+                f"{what} was made with another SAE of this name, {name!r}, than the one that is attached",
+                expected="the SAE that it was made with",
+            )
 
 
 def written_at(model: Any, path: Path) -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnsplice.engine import Rank
-from nnsplice.errors import DuplicatePath, MissingPosition, PathError, ShapeError, named
+from nnsplice.errors import DuplicatePath, KeyMismatch, MissingPosition, PathError, ShapeError, named
 from nnsplice.paths import Path, Span
 from nnsplice.tokens import absolute
 
@@ -59,6 +60,8 @@ class Provenance:
     prompts: tuple[str, ...] | None = None
     tokens: tuple[tuple[int, ...], ...] | None = None
     spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
+    #: What tells the SAEs whose features these are from others, by their names; None where there are none.
+    saes: Mapping[str, Any] | None = None
 
     def rows(self, rows: Sequence[int]) -> Provenance:
         """The provenance of these rows only."""
@@ -73,7 +76,7 @@ class Provenance:
 
     def without_rows(self) -> Provenance:
         """What is left when the rows were merged into one."""
-        return Provenance(self.model, self.revision)
+        return Provenance(self.model, self.revision, saes=self.saes)
 
     def joined(self, other: Provenance) -> Provenance:
         """What two captures have in common, for a result made of both."""
@@ -83,7 +86,21 @@ class Provenance:
             self.prompts if self.prompts == other.prompts else None,
             self.tokens if self.tokens == other.tokens else None,
             self.spans if self.spans == other.spans else None,
+            self.saes_with(other),
         )
+
+    def saes_with(self, other: Provenance) -> Mapping[str, Any] | None:
+        """The SAEs of both.
+
+        Raises:
+            KeyMismatch: one name means two of them.
+        """
+        mine, theirs = self.saes or {}, other.saes or {}
+        if name := next((name for name in mine if theirs.get(name, mine[name]) != mine[name]), None):
+            raise KeyMismatch(
+                f"features of two SAEs that both had the name {name!r}", expected="captures with one SAE of a name"
+            )
+        return {**mine, **theirs} or None
 
 
 def lengths(packs: Sequence[Pack], origin: Provenance) -> list[int] | None:

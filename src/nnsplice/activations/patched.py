@@ -112,6 +112,7 @@ def _patched(
                 f"the capture has {saved.rows} rows, and there are {len(given)} prompts",
                 expected="a row for each prompt, or one row that serves all",
             )
+        saved._check_saes(model)
         if not len(saved):
             raise BadArgument("this capture is empty, so writing it would do nothing")
         if keep_graph and remote:

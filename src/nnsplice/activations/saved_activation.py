@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations import algebra, display, lookup, packs, storage, tree, writing
+from nnsplice.activations import algebra, display, features, lookup, packs, storage, tree, writing
 from nnsplice.activations.folders import ActivationFolder
 from nnsplice.activations.packs import Pack, Provenance
 from nnsplice.activations.rows import RowSlicer
@@ -294,7 +295,8 @@ class SavedActivation:
             origin = self._provenance.joined(other._provenance)
         else:
             # One row was combined with every prompt of the other capture.
-            origin = (self if self.rows > other.rows else other)._provenance
+            more = (self if self.rows > other.rows else other)._provenance
+            origin = replace(more, saes=self._provenance.saes_with(other._provenance))
         return self._new(made, origin, self._known or other._known)
 
     def __add__(self, other: SavedActivation) -> Self:
@@ -510,7 +512,16 @@ class SavedActivation:
     def _located(self, model: Any) -> Self:
         """The same with its keys located in a model; those of a file, or made by hand, are not."""
         known = engine.known(model)
+        self._check_saes(model)
         return self if self._known else self._new(lookup.located(self._packs, known.atlas), self._provenance, known)
+
+    def _check_saes(self, model: Any) -> None:
+        """Raise where features of this are those of another SAE than the one that has its name in a model."""
+        told = self._provenance.saes
+        if told:
+            names = {key.sae.name for pack in self._packs for key in pack.keys if key.sae is not None}
+            used = {name: one for name, one in told.items() if name in names}
+            features.check_identities(engine.as_model(model), used, "the capture")
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
@@ -526,6 +537,7 @@ class SavedActivation:
             LateUpdate: the run is already past a site.
             OverlappingWrite: two keys write the same value.
         """
+        self._check_saes(model)
         writing.write(model, self._packs, None, at=at)
 
     def add_to(
@@ -551,6 +563,7 @@ class SavedActivation:
             LateUpdate: the run is already past a site.
             OverlappingWrite: two keys write the same value.
         """
+        self._check_saes(model)
         writing.write(model, self._packs, coefficient, at=at)
 
     # -- files ---------------------------------------------------------------------------------------------------------

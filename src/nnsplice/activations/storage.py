@@ -221,18 +221,21 @@ def _plain(provenance: Provenance) -> dict[str, Any]:
         "prompts": provenance.prompts,
         "tokens": provenance.tokens,
         "spans": None if provenance.spans is None else dict(provenance.spans),
+        **({"saes": dict(provenance.saes)} if provenance.saes else {}),
     }
 
 
 def _provenance(path: str | os.PathLike[str], header: dict[str, Any], rows: int) -> Provenance:
     try:
         prompts, tokens, spans = header["prompts"], header["tokens"], header["spans"]
+        saes = header.get("saes")
         found = Provenance(
             header["model"],
             header["revision"],
             None if prompts is None else tuple(prompts),
             None if tokens is None else tuple(tuple(row) for row in tokens),
             None if spans is None else {name: tuple((a, b) for a, b in of) for name, of in spans.items()},
+            None if saes is None else {str(name): dict(one) for name, one in saes.items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise FileError(f"the header of {path} is damaged: its provenance cannot be read") from None

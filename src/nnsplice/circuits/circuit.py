@@ -30,7 +30,7 @@ from nnsplice.circuits.members import (
     summary,
     text_of,
 )
-from nnsplice.circuits.origin import OF_MODEL, check_model, expanded, graph_of, provenance_of
+from nnsplice.circuits.origin import OF_MODEL, check_model, expanded, graph_of, provenance_of, saes_in
 from nnsplice.circuits.scores import By, Scores, count_of, greedy, scores_of
 from nnsplice.circuits.shape import Shape
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, named
@@ -137,17 +137,18 @@ class Circuit:
         if (nodes is None) == (edges is None):
             raise BadArgument("a circuit is made of nodes or of edges", expected="one of nodes= and edges=")
         shape = None if model is None else graph_of(model)
-        told = {} if model is None else provenance_of(model)
         given = None if scores is None else tuple(scores)
         if nodes is not None:
             listed = engine.listed(nodes)
             found = [path for one in listed for path in ([one] if model is None else expanded(model, one))]
             if given is not None and len(found) != len(given):
                 raise BadArgument(f"{len(given)} scores for {len(found)} nodes", expected="one for each")
-            return cls("nodes", tuple(found), (), given, shape, told)  # type: ignore[arg-type]
-        if isinstance(edges, str | Path):
+            made = cls("nodes", tuple(found), (), given, shape)  # type: ignore[arg-type]
+        elif isinstance(edges, str | Path):
             raise BadType(f"{edges} is no list of edges", expected="pairs of a sender and a receiver")
-        return cls("edges", (), tuple(edges or ()), given, shape, told)  # type: ignore[arg-type]
+        else:
+            made = cls("edges", (), tuple(edges or ()), given, shape)  # type: ignore[arg-type]
+        return made if model is None else replace(made, provenance=provenance_of(model, made.nodes))
 
     @classmethod
     def top(cls, result: SweepResult, k: int, by: By = "absolute", *, model: Any = None) -> Circuit:
@@ -244,7 +245,7 @@ class Circuit:
         members = [scores.of[number] for number in chosen]
         values = [float(scores.values[number]) for number in chosen]
         if model is not None:
-            check_model(scores.provenance, model)
+            check_model(scores.provenance, model, scores.senders)
         shape = scores.shape if model is None else graph_of(model)
         told = {**scores.provenance, **how}
         if scores.kind == "edges":
@@ -323,7 +324,9 @@ class Circuit:
         scores = tuple(known[one] for one in members) if all(one in known for one in members) and members else None
         told = {k: v for k, v in self.provenance.items() if other.provenance.get(k) == v and k in OF_MODEL}
         parts = (tuple(members), ()) if self.kind == "nodes" else ((), tuple(members))
-        return Circuit(self.kind, *parts, scores, self.shape or other.shape, told)
+        made = Circuit(self.kind, *parts, scores, self.shape or other.shape, told)
+        saes = {**saes_in(other.provenance, made.nodes), **saes_in(self.provenance, made.nodes)}
+        return replace(made, provenance={**told, "saes": saes}) if saes else made
 
     def _alike(self, other: object, sign: str) -> None:
         if not isinstance(other, Circuit):
@@ -343,6 +346,13 @@ class Circuit:
                 f"{other.provenance.get('model')} with other weights",
                 expected="circuits of one model",
                 write="circuit.on(model)   (takes a circuit over to another model)",
+            )
+
+        mine, others = (saes_in(one.provenance, one.nodes) for one in (self, other))
+        if name := next((name for name in mine if others.get(name, mine[name]) != mine[name]), None):
+            raise KeyMismatch(
+                f"circuit {sign} circuit, and an SAE {name!r} of one is another than that of the other",
+                expected="circuits of one SAE",
             )
 
     def __contains__(self, one: object) -> bool:
@@ -540,7 +550,7 @@ class Circuit:
             KeyMismatch: a circuit of another model.
             BadArgument: a circuit of nodes without `embed`, whose run would be the corrupted one.
         """
-        check_model(self.provenance, question.model)
+        check_model(self.provenance, question.model, self.nodes)
         mask = self.parts(question.wiring.shape)
         question.check_parts(self.members if self.kind == "nodes" else [s for s, _ in self.edges])
         if self.kind == "nodes" and self.nodes and not mask.edges[:, 0].any() and question.source.is_run:
@@ -587,7 +597,7 @@ class Circuit:
             UnknownPath: a node that the model does not have.
         """
         about = {"taken over from": dict(self.provenance)} if self.provenance else {}
-        return replace(self, shape=graph_of(model), provenance={**provenance_of(model), **about})
+        return replace(self, shape=graph_of(model), provenance={**provenance_of(model, self.nodes), **about})
 
     # --- files
 

@@ -415,8 +415,8 @@ def circuits_of(
     shape = question.wiring.shape
     if isinstance(circuits, SweepResult):
         scores = scores_of(circuits)
-        check_model(scores.provenance, question.model)
-        question.check_parts(one[0] if isinstance(one, tuple) else one for one in scores.of)
+        check_model(scores.provenance, question.model, scores.senders)
+        question.check_parts(scores.senders)
         points, masks = _curve(scores, shape, shares)
     else:
         points, masks = _given(circuits, question)

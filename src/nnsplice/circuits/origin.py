@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nnsplice import engine
+from nnsplice.activations import features
+from nnsplice.atlas import attached, peel
 from nnsplice.circuits.shape import Shape
 from nnsplice.circuits.wiring import wiring_of
 from nnsplice.errors import KeyMismatch
@@ -20,20 +22,34 @@ def graph_of(model: Any) -> Shape:
     return wiring_of(engine.as_model(model)).shape
 
 
-def provenance_of(model: Any) -> dict[str, Any]:
-    """The model's name, revision and weights."""
+def provenance_of(model: Any, senders: Iterable[Path] = ()) -> dict[str, Any]:
+    """The model's name, revision and weights, and the SAEs of those senders that are their features."""
     model = engine.as_model(model)
     name, revision = engine.name_of(model)
     told = {"model": name, "revision": revision, "weights": engine.weights_digest(model)}
-    return {key: value for key, value in told.items() if value is not None}
+    held = attached(peel(model))
+    saes = features.identities(model, (one for one in senders if one.sae is not None and one.sae.name in held))
+    return {key: value for key, value in (told | ({"saes": saes} if saes else {})).items() if value is not None}
 
 
-def check_model(provenance: Mapping[str, Any], model: Any) -> None:
+def saes_in(provenance: Mapping[str, Any], senders: Iterable[Path]) -> dict[str, Any]:
+    """What a provenance says of the SAEs whose features are among these senders."""
+    names = {one.sae.name for one in senders if one.sae is not None}
+    told = provenance.get("saes")
+    return {name: one for name, one in told.items() if name in names} if isinstance(told, Mapping) else {}
+
+
+def check_model(provenance: Mapping[str, Any], model: Any, senders: Iterable[Path] = ()) -> None:
     """Raise for a model that something was not made of.
+
+    Args:
+        senders: those in it, whose SAEs have to be the ones that it was made with.
 
     Raises:
         KeyMismatch: its weights are others.
+        BadArgument: another SAE is attached to it.
     """
+    features.check_identities(engine.as_model(model), saes_in(provenance, senders), "this")
     weights = provenance.get("weights")
     model = engine.as_model(model)
     if weights is not None and weights != engine.weights_digest(model):

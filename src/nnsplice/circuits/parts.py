@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine, wire
+from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, attached, host, peel
@@ -81,9 +82,8 @@ def _check_sae(model: engine.Model, sender: Path, path: Path, added: Site) -> No
 
 def saes_of(model: engine.Model, members: Iterable[Path]) -> dict[str, Any]:
     """The SAEs whose features are senders, by their names, as plain data."""
-    names = sorted({sender.sae.name for sender in members if sender.sae is not None})
-    held = attached(peel(model))
-    return {"saes": {name: dict(held[name].sae.identity) for name in names}} if names else {}
+    told = features.identities(model, members)
+    return {"saes": told} if told else {}
 
 
 def experts_of(wiring: Wiring, masks: Iterable[Mask]) -> set[tuple[int, int]]:

@@ -20,6 +20,9 @@ from nnsplice.results import SweepResult
 By = Literal["absolute", "signed"]
 Edge = tuple[Path, Path]
 
+#: What a circuit keeps of what its scores are about.
+_ABOUT = ("model", "revision", "weights", "method", "metric", "operation", "saes")
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -32,6 +35,11 @@ class Scores:
     #: The graph that they are of, where they say it.
     shape: Shape | None
     provenance: Mapping[str, Any]
+
+    @property
+    def senders(self) -> tuple[Path, ...]:
+        """The nodes, or where the edges start."""
+        return tuple(one[0] if isinstance(one, tuple) else one for one in self.of)
 
     def order(self, by: By) -> np.ndarray:
         """The numbers of all, the best first; of equal ones, those that run first."""
@@ -75,8 +83,7 @@ def scores_of(result: Any) -> Scores:
     table = result.table
     if table.metrics:
         raise BadArgument("this result has several metrics", write=f'result.only("{table.metrics[0]}")')
-    about = {name: table.asked.get(name) for name in ("model", "revision", "weights", "method", "metric", "operation")}
-    told = {name: value for name, value in about.items() if value is not None}
+    told = {name: table.asked[name] for name in _ABOUT if table.asked.get(name) is not None}
     senders = [address(_whole(cell.path, cell.position), "sender") for cell in table.cells]
     if table.edges is None:
         moved = table.values - table.corrupted[:, None]

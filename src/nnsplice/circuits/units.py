@@ -8,6 +8,7 @@ from dataclasses import asdict, astuple
 from typing import Any
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.activations.prompts import encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.circuits.ablations import Ablation, source_of
@@ -15,6 +16,7 @@ from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.constants import OptimalAblation
 from nnsplice.circuits.curves import SHARES, Faithfulness, Point, circuits_of, report
 from nnsplice.circuits.measuring import Question, measure
+from nnsplice.circuits.scores import scores_of
 from nnsplice.circuits.wiring import wiring_of
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.packed.cost import CostModel
@@ -67,16 +69,19 @@ def plan(
     if isinstance(circuits, SweepResult):
         files[SCORES] = bytes_of(circuits.to_file)
         told: dict[str, Any] = {"circuits": SCORES}
+        senders = [*scores_of(circuits).senders]
     else:
         each = [circuits] if isinstance(circuits, Circuit) else list(circuits)
         files |= {f"circuit{number}.json": bytes_of(one.to_file) for number, one in enumerate(each)}
         told = {"circuits": len(each)}
+        senders = [node for one in each for node in one.nodes]
     if isinstance(ablation, SavedActivation | OptimalAblation):
         values = ablation.values if isinstance(ablation, OptimalAblation) else ablation
         files[VALUES] = bytes_of(values.to_file)
     asked = None if reference is None else plain_prompts(encode(question.model, reference))
     told |= {
         "weights": question.asked["weights"],
+        "saes": features.identities(question.model, senders),
         "clean": plain_prompts(question.clean),
         "corrupted": None if question.corrupted is None else plain_prompts(question.corrupted),
         "reference": asked,

@@ -9,13 +9,13 @@ from typing import Any, cast
 import numpy as np
 
 from nnsplice import engine
-from nnsplice.activations import SavedActivation
+from nnsplice.activations import SavedActivation, features
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.digests import digest_of, function_digest
 from nnsplice.errors import BadArgument, NeverFired, ShapeError, circumstances
 from nnsplice.metrics import Metric, MetricLike
 from nnsplice.steering.cells import SteeringPlan, layers_of, run_cells
-from nnsplice.steering.operators import Operator
+from nnsplice.steering.operators import OPERATORS, Operator
 from nnsplice.steering.result import SteeringSweep
 from nnsplice.steering.rules import rules_of
 from nnsplice.steering.where import Where, read
@@ -132,7 +132,7 @@ def planned(
 def shown_of(plan: SteeringPlan, model: str | None) -> dict[str, Any]:
     """What a result shows of a plan, as plain data."""
     return {
-        "paths": [str(rule.path.place) for rule in plan.rules], "layers": list(plan.layers),
+        "paths": [rule.address for rule in plan.rules], "layers": list(plan.layers),
         "coefficients": list(plan.coefficients), "prompts": list(plan.prompts.texts or ()), "metric": plan.name,
         "asked": {"model": model, "operator": plan.operator, "where": str(plan.where)},
         "has_texts": bool(plan.new_tokens),
@@ -203,14 +203,16 @@ def _numbers(coefficients: Any) -> tuple[float, ...]:
 
 def asked_of(model: engine.Model, plan: SteeringPlan, anew: bool) -> dict[str, Any]:
     """The identity of a sweep, as plain data."""
-    known = plan.operator in ("add", "project_out", "clamp", "scale", "rotate")
+    operator = plan.rules[0].requested
+    known = next((name for name, one in OPERATORS.items() if one is operator), None)
+    saes = features.identities(model, (rule.feature for rule in plan.rules if rule.feature is not None))
     metric = {"name": plan.name, "source": function_digest(plan.metric)} if plan.new_tokens else plan.metric.identity
     asked = {
         "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model, anew=anew),
-        "prompts": [list(row) for row in plan.prompts.ids], "paths": [str(rule.path.place) for rule in plan.rules],
-        "vectors": digest_of({str(rule.path.place): rule.vector for rule in plan.rules}),
+        "prompts": [list(row) for row in plan.prompts.ids], "paths": [rule.address for rule in plan.rules],
+        "vectors": digest_of({rule.address: rule.vector for rule in plan.rules}),
         "coefficients": list(plan.coefficients), "metric": metric, "where": repr(plan.where),
-        "operator": plan.operator if known else function_digest(plan.rules[0].operator),
+        "operator": known or function_digest(operator), **({"saes": saes} if saes else {}),
     }  # fmt: skip
     if plan.new_tokens:
         options = plan.generate or {}

@@ -55,6 +55,7 @@ def plan(model: Any, prompts: Any, vector: Any, *args: Any, operator: Any = "add
     identity = asked_of(model, asked, anew=False)
     told = {
         "weights": identity["weights"],
+        "saes": identity.get("saes", {}),
         "prompts": plain_prompts(asked.prompts),
         "coefficients": list(asked.coefficients),
         "metric": plain_function(asked.metric, "metric") if asked.new_tokens else plain_metric(asked.metric),

@@ -22,7 +22,7 @@ from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, FileError, KeyMismatch, named
 from nnsplice.files import from_json, text_of
 from nnsplice.results import PART, Run, StoredResult, SweepResult, Table, plain, taken, zarr_files
-from nnsplice.sweeps import running
+from nnsplice.sweeps import foreign, running
 from nnsplice.sweeps.choosing import Chosen
 from nnsplice.sweeps.executors import Executor
 from nnsplice.sweeps.jobs import Jobs
@@ -218,6 +218,8 @@ class Units:
         engine.refuse_changed_logits(self.model)
         running.check_mode(self.model)
         plan = read_plan(told["plan"], folder.path, self.model)
+        if self.source is not None:
+            foreign.check_saes(plan, self.source)
         self.max_tokens: int = folder.identity("max_tokens")
         name = folder.identity("executor")
         agreed = folder.agree(

@@ -106,6 +106,16 @@ def check_places(model: engine.Model, other: engine.Model, prompts: Prompts, tar
             )
 
 
+def check_saes(plan: Plan, other: engine.Model) -> None:
+    """Raise where the features of a plan are those of another SAE in the source.
+
+    Raises:
+        BadArgument, UnknownPath: so it is.
+    """
+    with circumstances("the source"):
+        features.check_identities(other, plan.asked.get("saes", {}), "the plan")
+
+
 def identical(model: engine.Model, other: engine.Model) -> bool:
     """Whether two models are one by their weights and their configs, so that no value of them can differ."""
     if model is other:
@@ -144,4 +154,5 @@ def source_of(plan: Plan, source: Any) -> engine.Model | None:
         raise BadArgument(
             "the source has other weights than the one that the plan was made with", expected="the same model"
         )
+    check_saes(plan, other)
     return other

@@ -7,10 +7,8 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations import features
-from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import attached, peel
 from nnsplice.digests import digest_of
 from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.operations import Operation
@@ -61,12 +59,7 @@ def model_told(model: engine.Model) -> dict[str, Any]:
 
 def saes_of(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
     """The SAEs whose features are sites, by their names."""
-    places = {str(site_of(place).sae): place for target in targets for place in target.places if place.sae is not None}
-    told: dict[str, Any] = {}
-    for name, place in sorted(places.items()):
-        told[name] = dict(features.sae_of(model, place).identity)
-        if (reads := attached(peel(model))[name].reads) is not None:
-            told[name]["reads"] = str(reads.place)
+    told = features.identities(model, (place for target in targets for place in target.places))
     return {"saes": told} if told else {}
 
 

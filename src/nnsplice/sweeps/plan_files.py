@@ -10,6 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument
 from nnsplice.paths import Path, Slice, Span
@@ -124,6 +125,7 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
         corruption=corruption, tokens=tuple(tuple(each) for each in told["tokens"]), owners=tuple(told["owners"]),
         appended=tuple(told["appended"]), numbers=tuple(told["numbers"]), of=told["of"], foreign=told["foreign"],
     )  # fmt: skip
+    features.check_identities(model, plan.asked.get("saes", {}), "the plan")
     # The operation wholly, so that what these files do not hold of it is refused and not left out.
     here = {"operation": plan.operation.identity, "metric": _sources(plan.metric.identity)}
     there = {"operation": told["asked"]["operation"], "metric": _sources(told["asked"]["metric"])}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import closures, engine
+from nnsplice.activations import features
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, NnspliceError, named
@@ -25,7 +26,7 @@ from nnsplice.subspaces import Subspace
 from nnsplice.sweeps import foreign
 from nnsplice.sweeps.choosing import EXECUTORS, Chosen, choose
 from nnsplice.sweeps.executors import Executor, Work, fitting, whole_prompts
-from nnsplice.sweeps.identity import labels_of, saes_of
+from nnsplice.sweeps.identity import labels_of
 from nnsplice.sweeps.jobs import Job, Jobs
 from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.plan import Plan
@@ -63,11 +64,7 @@ def run(
             f"the plan was made for {plan.asked.get('model')} with other weights than this model has",
             expected="the model that the plan was made with",
         )
-    if plan.asked.get("saes", {}) != saes_of(model, plan.targets).get("saes", {}):
-        raise BadArgument(
-            "the plan was made with another SAE of this name than the one that is attached",
-            expected="the SAE that the plan was made with",
-        )
+    features.check_identities(model, plan.asked.get("saes", {}), "the plan")
     return run_fresh(
         plan, model, executor=executor, max_tokens=max_tokens, journal=journal, progress=progress, source=source
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.activations.capture import capture, checked, joined, origin_of
 from nnsplice.activations.packs import Provenance
 from nnsplice.activations.prompts import PromptsLike, SpanTexts, encode
@@ -32,6 +33,7 @@ def plan(model: Any, prompts: PromptsLike, sites: Paths, *, spans: SpanTexts | N
         "weights": engine.weights_digest(model),
         "prompts": plain_prompts(given),
         "sites": [str(path) for path in wanted],
+        "saes": features.identities(model, wanted),
         "origin": dataclasses.asdict(origin_of(model, given, wanted)),
     }
     depth = len(engine.expand(model, "layers[:].output"))
@@ -57,6 +59,7 @@ def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SavedActivation:
     origin = Provenance(
         told["model"], told["revision"], _tuples(told["prompts"]), _tuples(told["tokens"]),
         None if told["spans"] is None else {name: _tuples(rows) or () for name, rows in told["spans"].items()},
+        told["saes"],
     )  # fmt: skip
     parts = [read_from(arrays["capture"].tobytes(), SavedActivation.from_file)._packs for _, arrays in outcomes]
     packs = joined(parts, [prompts for prompts, _ in outcomes])

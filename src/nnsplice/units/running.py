@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nnsplice import engine
+from nnsplice.activations import features
 from nnsplice.errors import BadArgument, FileError, TeamError
 from nnsplice.progress import bar
 from nnsplice.units.loading import LOAD, LOAD_SOURCE, load_of, loaded, write_load
@@ -109,6 +110,7 @@ def _models_of(plan: UnitPlan[Any], model: Any, source: Any) -> Models:
                 f"the {what} has other weights than the one that the plan was made with",
                 expected="the model that the plan was made with",
             )
+    features.check_identities(models.model, plan.told.get("saes", {}), "the plan")
     return models
 
 
@@ -139,6 +141,7 @@ class _Task:
         plan, told = UnitPlan.read(folder.path)
         model = loaded(folder, LOAD, folder.identity("weights"))
         there = folder.identity("source")
+        features.check_identities(model, plan.told.get("saes", {}), "the plan")
         models = Models(model, None if there is None else loaded(folder, LOAD_SOURCE, there))
         self.model: engine.Model = model
         self.units: tuple[tuple[int, ...], ...] = plan.units(told["size"])
