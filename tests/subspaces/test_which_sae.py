@@ -151,7 +151,7 @@ def test_a_folder_of_captures_goes_on_with_its_own_sae(tmp_path: Path) -> None:
     _attach(model, 0)
     held = ns.capture_to(tmp_path / "held", model, texts, sites, chunk=2, progress=False)
     expected = ns.capture(model, texts, sites)
-    found = torch.cat([batch for batch in held.tokens(f"{AT}.features[3]", batch_size=4)])
+    found = torch.cat(list(held.tokens(f"{AT}.features[3]", batch_size=4)))
     assert torch.equal(found, expected[f"{AT}.features[3][-1]"])
 
 
