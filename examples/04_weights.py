@@ -51,7 +51,7 @@ def says(model, text):
     return tokenizer.decode(model(ids([text])).logits[0, -1].argmax())
 
 
-plain = ns.models.peel(base)  # the Hugging Face module in it
+plain = ns.models.unwrap(base)  # the Hugging Face module in it
 tuned = copy.deepcopy(plain)
 train(tuned, tuned.parameters())
 prompt = unseen[0].clean

@@ -30,7 +30,8 @@ learned, unseen = facts[160:], facts[:160]
 toy = ns.load("toy")
 words = toy.tokenizer
 model = get_peft_model(
-    ns.models.peel(toy), LoraConfig(r=4, lora_alpha=8, fan_in_fan_out=True, target_modules=["c_attn", "c_proj", "c_fc"])
+    ns.models.unwrap(toy),
+    LoraConfig(r=4, lora_alpha=8, fan_in_fan_out=True, target_modules=["c_attn", "c_proj", "c_fc"]),
 )
 factors = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(factors, lr=5e-3)  # with names: its state says by itself which parameter is which

@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import start_processes
 import nnsplice as ns
 import zoo
 from nnsplice import wire
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.engine import weights_digest
 from nnsplice.errors import NnspliceError
 from weights.oracle import IDS
@@ -180,7 +180,7 @@ def swept(size: int, folder: str) -> dict[str, str]:
     distributed.all_gather_object(every, got.table.values)
     found["same"] = str(all(np.array_equal(one, every[0], equal_nan=True) for one in every))
     # An edit that one process made of its own shard is another model, in all of them.
-    root: Any = peel(several[0])
+    root: Any = unwrap(several[0])
     weight = root.model.layers[1].mlp.up_proj.weight
     before = weights_digest(several[0])
     if rank == size - 1:
@@ -214,7 +214,7 @@ def failing(size: int, folder: str) -> dict[str, str]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     # The other processes wait in the middle of the run: until their group's timeout, as this one lives on.
-    root: Any = peel(tensor)
+    root: Any = unwrap(tensor)
     hook = root.model.layers[2].register_forward_pre_hook(runs_out) if rank == size - 1 else None
     ask("memory")
     assert hook is None or hook.remove() is None

@@ -53,13 +53,19 @@ def test_updates_and_fits_by_paths(model) -> None:
     assert vector.keys() == [SITE]
 
 
+def test_the_module_inside_a_model_by_its_old_name(model) -> None:
+    with pytest.warns(DeprecationWarning, match=r"ns.models.peel is now ns.models.unwrap"):
+        assert ns.models.peel(model) is ns.models.unwrap(model)
+    assert "peel" not in dir(ns.models)
+
+
 def test_ablations_with(model) -> None:
     heads = "layers[1].heads[:]"
     new = ns.ablate(model, PROMPT, heads, METRIC, operation=torch.neg, progress=False)
     with pytest.warns(DeprecationWarning, match=r"ablate\(with_=...\) is now ablate\(operation=...\)"):
         assert ns.ablate(model, PROMPT, heads, METRIC, with_=torch.neg, progress=False) == new
     assert new != ns.ablate(model, PROMPT, heads, METRIC, progress=False)
-    module: Any = ns.models.peel(model)
+    module: Any = ns.models.unwrap(model)
     weight = module.transformer.h[1].attn.c_proj.weight
     with ns.weights.ablate(model, "l1h0", operation="mean"):
         mean = weight.clone()
@@ -76,7 +82,7 @@ def test_both_names_at_once_are_refused(model) -> None:
 
 
 def test_weights_are_swept_in_the_order_of_the_other_questions_and_in_the_old_one(model) -> None:
-    tuned: Any = copy.deepcopy(ns.models.peel(model))
+    tuned: Any = copy.deepcopy(ns.models.unwrap(model))
     with torch.no_grad():
         tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
     new = ns.sweep_weights(model, tuned, PROMPT, "layers[:].attn", METRIC, progress=False)

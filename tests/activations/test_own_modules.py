@@ -14,7 +14,7 @@ import nnsplice as ns
 import zoo
 from nnsplice import engine
 from nnsplice.errors import BadArgument, NeedsProbe
-from nnsplice.models import peel
+from nnsplice.models import unwrap
 
 IDS = torch.tensor([[3, 9, 4]])
 
@@ -47,7 +47,7 @@ def test_it_is_given_what_it_takes(kind: type[_Own]) -> None:
     model = nnsight.NNsight(kind())
     saved = ns.capture(model, IDS, "layers[1].output[-1]")
     with torch.no_grad():
-        inner: Any = peel(model).inner
+        inner: Any = unwrap(model).inner
         found = inner(IDS, output_hidden_states=True)
     assert torch.equal(saved["layers[1].output[-1]"], found.hidden_states[2][:, -1])
     assert torch.equal(ns.patched_logits(model, IDS, saved), found.logits)

@@ -65,9 +65,9 @@ def test_addresses_of_the_model(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     import nnsplice as ns
-    from nnsplice.atlas import peel
+    from nnsplice.atlas import unwrap
 
-    module = peel(ns.load("toy-llama"))
+    module = unwrap(ns.load("toy-llama"))
     get_peft_model(module, LoraConfig(r=2, target_modules=["up_proj"], use_dora=True)).save_pretrained(str(tmp_path))  # pyright: ignore[reportArgumentType]
     code, text = run(tmp_path, "--each")
     assert code == 0 and "DoRA: without --model" in text

@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div
 
 import nnsplice as ns
 from nnsplice.adapters import ExpertAdapter, ExpertManifoldAligner
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_the_profile_finds_what_was_changed(tmp_path, weight, address):
     from peft import LoraConfig, get_peft_model
 
     toy = ns.load("toy")
-    base = peel(toy)
+    base = unwrap(toy)
     changed = copy.deepcopy(base)
     facts = ns.models.toy_prompts().facts[:400:2]
     inputs = toy.tokenizer([fact.clean for fact in facts], padding=True, return_tensors="pt")

@@ -17,7 +17,7 @@ from nnsplice.alignment.measuring import memo_of
 from nnsplice.alignment.pairs import side_of, split
 from nnsplice.alignment.parts import METHODS
 from nnsplice.alignment.untrained import untrained
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, FileError, RefusedPlace, ShapeError, UnknownPath
 from nnsplice.packed import Base
 from nnsplice.sweeps import plan_sweep
@@ -74,7 +74,7 @@ def test_gradients_through_packed_rows_are_those_of_plain_hooks(family: str, met
     model = _double(family)
     plan = plan_sweep(model, SOURCE, BASE, ["layers[:].output[0]", "layers[:].mlp.output[2]"], ns.accuracy(ANSWERS))
     side = side_of("model", model, plan, 4096)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     root.requires_grad_(False)
     largest = 0.0
     for target in sorted({target for _, target in plan.jobs}):
@@ -128,8 +128,8 @@ def test_the_accuracies_are_those_of_a_sweep_of_the_subspace() -> None:
 
 def test_the_random_model_is_new_and_the_same_for_a_seed() -> None:
     model = _double("llama")
-    one, same, other = (peel(untrained(model, seed)) for seed in (0, 0, 1))
-    weights = [dict(module.named_parameters()) for module in (peel(model), one, same, other)]
+    one, same, other = (unwrap(untrained(model, seed)) for seed in (0, 0, 1))
+    weights = [dict(module.named_parameters()) for module in (unwrap(model), one, same, other)]
     name = "model.layers.0.mlp.up_proj.weight"
     assert weights[1][name].dtype is torch.float64
     assert torch.equal(weights[1][name], weights[2][name])
@@ -154,7 +154,7 @@ def test_one_seed_gives_the_same_bits_and_sites_do_not_depend_on_each_other() ->
 
 def test_the_model_is_left_as_it_was() -> None:
     model = _double("llama")
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     before, flags = root(torch.tensor([[3, 4, 5]])).logits, [p.requires_grad for p in root.parameters()]
     _align(model)
     assert torch.equal(root(torch.tensor([[3, 4, 5]])).logits, before)
@@ -274,11 +274,11 @@ def test_places_without_a_value_of_their_own() -> None:
 
 def test_a_model_in_train_mode_and_one_that_cannot_be_made_anew() -> None:
     model = _double("gpt2")
-    peel(model).train()
+    unwrap(model).train()
     with pytest.raises(BadArgument, match="train mode"):
         _align(model)
-    peel(model).eval()
-    peel(model).config = None  # type: ignore[assignment]
+    unwrap(model).eval()
+    unwrap(model).config = None  # type: ignore[assignment]
     with pytest.raises(BadArgument, match="no twin with random weights"):
         untrained(model, 0)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import zoo
 from atlas.helpers import sites
-from nnsplice.atlas import Atlas, fingerprint, peel
+from nnsplice.atlas import Atlas, fingerprint, unwrap
 from nnsplice.errors import NnspliceError
 
 
@@ -33,22 +33,22 @@ def lora(model: nn.Module, **kwargs: Any) -> Any:
 
 def test_a_bare_module_is_itself():
     model = zoo.build("gpt2")
-    assert peel(model) is model
+    assert unwrap(model) is model
 
 
 def test_wrappers_come_off():
     model = zoo.build("gpt2")
     compiled: Any = torch.compile(model, backend="eager")
-    assert peel(compiled) is model
-    assert peel(Distributed(model)) is model
-    assert peel(nn.DataParallel(model)) is model
-    assert peel(Distributed(compiled)) is model
-    assert peel(torch.compile(Distributed(model), backend="eager")) is model
+    assert unwrap(compiled) is model
+    assert unwrap(Distributed(model)) is model
+    assert unwrap(nn.DataParallel(model)) is model
+    assert unwrap(Distributed(compiled)) is model
+    assert unwrap(torch.compile(Distributed(model), backend="eager")) is model
 
 
 def test_nnsight_comes_off():
     wrapped = zoo.wrap("gpt2")
-    assert peel(wrapped) is wrapped._module
+    assert unwrap(wrapped) is wrapped._module
     assert Atlas.of(wrapped) is Atlas.of(wrapped._module)
 
 
@@ -57,7 +57,7 @@ def test_peft_comes_off_and_its_layers_stay():
     model = zoo.build("llama")
     plain = Atlas.of(model)
     adapted = lora(model)
-    assert peel(adapted) is model and peel(Distributed(adapted)) is model
+    assert unwrap(adapted) is model and unwrap(Distributed(adapted)) is model
     atlas = Atlas.of(adapted)
     assert atlas is not plain and atlas.towers["decoder"].n_layers == 3
     assert sites(atlas, "layers[1].heads[2].q") == sites(plain, "layers[1].heads[2].q")
@@ -89,13 +89,13 @@ def test_names_of_an_adapted_model():
 @pytest.mark.parametrize("thing", [None, "gpt2", {"module": 1}])
 def test_no_model(thing):
     with pytest.raises(TypeError, match="a model was expected"):
-        peel(thing)
+        unwrap(thing)
 
 
 def test_a_name_is_no_model_yet():
     for name in ("gpt2", Path("gpt2")):
         with pytest.raises(TypeError, match=r"ns\.load"):
-            peel(name)
+            unwrap(name)
 
 
 def test_a_module_called_module_is_not_a_wrapper_when_more_stands_beside_it():
@@ -106,7 +106,7 @@ def test_a_module_called_module_is_not_a_wrapper_when_more_stands_beside_it():
             self.head = nn.Linear(2, 2)
 
     mine = Mine()
-    assert peel(mine) is mine
+    assert unwrap(mine) is mine
 
 
 # -- one atlas per model -----------------------------------------------------------------------------------------------

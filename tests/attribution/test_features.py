@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import nnsplice as ns
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from subspaces.test_packed_features import FEATURES, METRIC, sae_of
 from zoo import wrap
 
@@ -38,7 +38,7 @@ def _run(
     text: str = CORRUPTED,
 ) -> Tensor:
     """The metric of a run whose stream behind a layer is changed, in the graph, with torch's hooks alone."""
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     handle = root.model.layers[layer].register_forward_hook(lambda _m, _a, out: change(out))
     given = {"inputs_embeds": root.model.embed_tokens(_ids(text))} if embeds is None else {"inputs_embeds": embeds}
     logits = root(**given).logits[0, -1]
@@ -77,7 +77,7 @@ def test_scores_are_steps_along_autograds_gradients(method: str, kind: str, norm
     model, sae = _double(), sae_of(kind, norm)
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     clean, here = _stream(model, CLEAN), _stream(model, CORRUPTED)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     embed = root.model.embed_tokens
     a, b = (embed(_ids(text)).detach() for text in (CORRUPTED, CLEAN))
     places, weights = (np.array([-1.0]), np.array([2.0])) if method == "atp" else np.polynomial.legendre.leggauss(4)
@@ -126,7 +126,7 @@ def test_grad_drop_is_the_mean_size_over_layers_that_stand_still() -> None:
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     clean, here = _stream(model, CLEAN), _stream(model, CORRUPTED)
     of_features, of_error = _steps(sae, clean, here)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     scores = []
     for still in (None, 0, 1, 2):
         hooks = []
@@ -153,7 +153,7 @@ def test_grad_drop_is_the_mean_size_over_layers_that_stand_still() -> None:
 def test_exact_edges_are_what_one_receiver_makes_of_a_part(place: str) -> None:
     model, sae = _double(), sae_of("topk")
     at = ns.attach_sae(model, place, sae, "s")
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     home = root.model.layers[1] if place == "layers[1].output" else root.model.layers[0].mlp
     last, kept = root.model.layers[2], {}
 

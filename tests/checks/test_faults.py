@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnsplice.atlas import Atlas, Block, atlas, fingerprint, peel
+from nnsplice.atlas import Atlas, Block, atlas, fingerprint, unwrap
 from nnsplice.checks import CHECKS, Finding, run_checks, subject_of, summary
 from zoo import wrap
 
@@ -29,7 +29,7 @@ def misread(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the atlas of a model say something else of every block."""
 
     def change(model: Any, **parts: Callable[[Block], Any]) -> None:
-        root = peel(model)
+        root = unwrap(model)
         right = Atlas.of(root)
         towers = {
             name: replace(
@@ -64,7 +64,7 @@ def test_parts_finds_heads_of_unknown_number(misread) -> None:
 
 def test_parts_finds_a_checkpoint_that_was_read_as_another_class() -> None:
     model = wrap("gpt2")
-    config: Any = peel(model).config
+    config: Any = unwrap(model).config
     config.architectures = ["BartForConditionalGeneration"]
     (finding,) = [finding for finding in _of(model, "parts") if finding.state == "FAILED"]
     assert finding.what == "read as GPT2LMHeadModel"
@@ -77,14 +77,14 @@ def test_order_finds_layers_that_run_backwards() -> None:
             return reversed(list(self._modules.values()))  # pyright: ignore[reportReturnType]
 
     model = wrap("gpt2")
-    peel(model).transformer.h.__class__ = Backwards  # pyright: ignore
+    unwrap(model).transformer.h.__class__ = Backwards  # pyright: ignore
     (finding,) = _of(model, "order")
     assert finding.state == "FAILED"
 
 
 def test_sites_finds_what_never_fires() -> None:
     model = wrap("llama")
-    attention: Any = peel(model).get_submodule("model.layers.1.self_attn")
+    attention: Any = unwrap(model).get_submodule("model.layers.1.self_attn")
     attention.forward = lambda hidden_states, **_: (hidden_states, None)
     failed = _failed(_of(model, "sites"))
     assert {"layers[:].attn.q.output", "layers[:].heads[:].output", "layers[:].groups[:].v"} <= failed
@@ -106,7 +106,7 @@ def test_replay_finds_writes_that_do_nothing(monkeypatch) -> None:
 
 def test_replay_finds_a_model_that_is_not_the_same_twice() -> None:
     model = wrap("gpt2")
-    block = peel(model).get_submodule("transformer.h.2")
+    block = unwrap(model).get_submodule("transformer.h.2")
     block.register_forward_hook(lambda _, args, out: _added(out, lambda x: torch.randn_like(x) * 1e-3))
     findings = {f.what: f for f in _of(model, "replay")}
     finding = findings["layers[:].attn.output"]
@@ -140,7 +140,7 @@ def test_layouts_finds_a_wrong_layout(misread, family: str, kind: str) -> None:
 
 def test_causal_finds_that_earlier_tokens_read_later_ones() -> None:
     model = wrap("gpt2")
-    block = peel(model).get_submodule("transformer.h.1")
+    block = unwrap(model).get_submodule("transformer.h.1")
     block.register_forward_hook(lambda _, args, out: _added(out, lambda x: x.mean(1, keepdim=True)))
     findings = {finding.what: finding for finding in _of(model, "causal")}
     assert findings["embed.output"].detail == "tokens before token 3 change"
@@ -151,7 +151,7 @@ def test_causal_finds_that_earlier_tokens_read_later_ones() -> None:
 def test_causal_finds_that_no_later_token_moves() -> None:
     model = wrap("opt")
     for layer in range(3):
-        nn.init.zeros_(peel(model).get_parameter(f"model.decoder.layers.{layer}.self_attn.out_proj.weight"))
+        nn.init.zeros_(unwrap(model).get_parameter(f"model.decoder.layers.{layer}.self_attn.out_proj.weight"))
     findings = {finding.what: finding for finding in _of(model, "causal")}
     assert findings["layers[0].output"].detail == "no token after token 3 changes"
     assert findings["layers[2].output"].state == "ok"
@@ -169,7 +169,7 @@ def test_padding_finds_a_model_that_does_not_look_at_its_mask(family: str, what:
     def without_mask(_: nn.Module, args: tuple, kwargs: dict) -> tuple:
         return args, {name: value for name, value in kwargs.items() if name != "attention_mask"}
 
-    peel(model).register_forward_pre_hook(without_mask, with_kwargs=True)
+    unwrap(model).register_forward_pre_hook(without_mask, with_kwargs=True)
     findings = {finding.what: finding for finding in _of(model, "padding")}
     assert findings[what].state == "FAILED" and (findings[what].number or 0) > 1e-3
 

@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 import nnsplice as ns
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.checks import CHECKS, Finding, outline, run_checks
 from nnsplice.errors import BadArgument
 from nnsplice.paths import Slice
@@ -39,12 +39,12 @@ def test_every_check_passes_on_the_toy() -> None:
 
 def test_a_check_leaves_the_model_as_it_was() -> None:
     model = wrap("llama")
-    before = {name: tensor.clone() for name, tensor in peel(model).state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in unwrap(model).state_dict().items()}
     list(run_checks(model))
-    after = peel(model).state_dict()
+    after = unwrap(model).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in peel(model).modules())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in peel(model).parameters())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in unwrap(model).modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in unwrap(model).parameters())
 
 
 def test_layers_narrow_what_is_looked_at() -> None:
@@ -57,12 +57,12 @@ def test_layers_narrow_what_is_looked_at() -> None:
 
 
 def test_a_model_in_training_mode_is_refused(model) -> None:
-    peel(model).train()
+    unwrap(model).train()
     try:
         with pytest.raises(BadArgument, match=r"training mode[\s\S]*model\.eval\(\)"):
             list(run_checks(model))
     finally:
-        peel(model).eval()
+        unwrap(model).eval()
 
 
 def test_a_model_whose_parts_are_not_recognised_fails_one_check_and_skips_the_rest() -> None:

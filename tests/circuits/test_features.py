@@ -13,7 +13,7 @@ from torch import Tensor
 import nnsplice as ns
 from attribution.oracle import double
 from circuits.test_running import near
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, RefusedPlace, UnknownPath
 from subspaces.test_packed_features import FEATURES, METRIC, sae_of
 
@@ -26,14 +26,14 @@ def _ids(text: str) -> Tensor:
 
 
 def _mlp(model: Any) -> Any:
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     return root.transformer.h[0].mlp if hasattr(root, "transformer") else root.model.layers[0].mlp
 
 
 def _run(model: Any, text: str, change: Any) -> float:
     handle = _mlp(model).register_forward_hook(lambda _m, _a, out: change(out))
     with torch.no_grad():
-        logits = peel(model)(_ids(text)).logits[0, -1]  # type: ignore[operator]
+        logits = unwrap(model)(_ids(text)).logits[0, -1]  # type: ignore[operator]
     handle.remove()
     return float(logits[7] - logits[8])
 
@@ -107,7 +107,7 @@ def test_edges_carry_features_to_their_receivers_alone(tmp_path: Path) -> None:
         edges=[*rest, (f"{AT}.features[4]", "unembed"), (f"{AT}.features[9]", "unembed")], model=model
     )
     own, outside = _added(model, CLEAN), _added(model, CORRUPTED)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     ends: list[Tensor] = []
     handle = root.model.norm.register_forward_pre_hook(lambda _m, args: ends.append(args[0]))
     with torch.no_grad():

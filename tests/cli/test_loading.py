@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import nnsplice as ns
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.cli import app
 from nnsplice.cli.loading import loaded
 from nnsplice.errors import BadArgument
@@ -20,9 +20,9 @@ SITES = ["--sites", "layers[4:].output[-1]", "--answer", "Athens", "--wrong", "D
 
 def test_a_model_is_loaded_with_the_numbers_that_are_asked_for() -> None:
     model = loaded("toy", device="cpu", dtype="bf16")
-    assert {p.dtype for p in peel(model).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in unwrap(model).parameters()} == {torch.bfloat16}
     assert str(model.device) == "cpu"
-    assert {p.dtype for p in peel(loaded("toy")).parameters()} == {torch.float32}
+    assert {p.dtype for p in unwrap(loaded("toy")).parameters()} == {torch.float32}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")

@@ -189,7 +189,7 @@ def test_what_stands_before_a_gate_is_refused_by_name() -> None:
     with pytest.raises(ns.errors.PathError, match="no parameters belong to it"):
         ns.weights.create_param_masks(model, "layers[2].heads[0].ungated")
     with torch.no_grad():  # closed, so that nothing of it is left behind
-        projection: Any = ns.models.peel(model).get_submodule("model.layers.2.self_attn.q_proj")
+        projection: Any = ns.models.unwrap(model).get_submodule("model.layers.2.self_attn.q_proj")
         projection.weight[16:32] = 0
         projection.bias = torch.nn.Parameter(torch.zeros(projection.weight.shape[0], dtype=torch.float64))
         projection.bias[16:32] = -1e4
@@ -199,7 +199,7 @@ def test_what_stands_before_a_gate_is_refused_by_name() -> None:
 
 def test_a_gate_that_is_no_sigmoid_is_refused() -> None:
     model = _family("qwen3_next")
-    projection = ns.models.peel(model).get_submodule("model.layers.2.self_attn.o_proj")
+    projection = ns.models.unwrap(model).get_submodule("model.layers.2.self_attn.o_proj")
     projection.register_forward_pre_hook(lambda _, args: (args[0] * 2.0,))
     with pytest.raises(ns.errors.RefusedPlace, match="not its values times the sigmoids of the gates"):
         ns.capture(model, _IDS, "layers[2].heads[0].ungated[-1]")

@@ -143,7 +143,7 @@ def test_the_next_rename_is_refused_where_tokens_are_counted_and_not_where_they_
     module = build("llama").double()
     module.__class__ = Renamed
     model = ns.load(module, tokenizer=tokenizer())
-    root: Any = ns.models.peel(model)
+    root: Any = ns.models.unwrap(model)
     with torch.no_grad():
         before = root(torch.tensor([[3, 4, 5, 6]])).keys_and_values
         for where in (ns.steering.from_token(2), "generated", ns.steering.span(1, 6)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import NnspliceError
 from zoo import tokenizer, wrap
 
@@ -19,7 +19,7 @@ TEXTS = ["w3 w4 w5 w6", "w9 w8 w7", "w5 w3 w4 w9"]
 def planted(token: int) -> tuple[Any, Any, torch.Tensor]:
     """A model, and one whose second MLP always adds a direction that says one token."""
     base = wrap("gpt2").to(torch.float64)
-    root: Any = copy.deepcopy(peel(base))
+    root: Any = copy.deepcopy(unwrap(base))
     direction = 3 * root.lm_head.weight[token].detach().clone()
     with torch.no_grad():
         root.transformer.h[1].mlp.c_proj.bias.add_(direction)
@@ -42,7 +42,7 @@ def test_a_planted_direction_is_the_difference_and_says_its_token() -> None:
         torch.testing.assert_close(read.differences.get(f"layers[1].output[{number}]").reshape(-1), direction)
         assert float(read.differences.get(f"layers[0].output[{number}]").abs().max()) < 1e-12
     tokens = read.tokens()
-    root: Any = peel(tuned)
+    root: Any = unwrap(tuned)
     with torch.no_grad():
         expected = root.lm_head(root.transformer.ln_f(direction)).softmax(-1).topk(4)
     mine = tokens[(tokens["layer"] == 1) & (tokens["position"] == 0)]

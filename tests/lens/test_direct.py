@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import nnsplice as ns
 from families.lenses_of import direct_law
 from families.subject import Subject, hooks
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.lens.linear import Frozen
 from zoo import wrap
@@ -70,7 +70,7 @@ def rms_behind(seen: tuple[Tensor, Tensor], gain: Tensor, towards: Tensor, eps: 
 
 def test_heads_of_llama_by_hand() -> None:
     model = wrap("llama").to(torch.float64)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     layers = root.model.layers
     modules = {f"o{n}": layer.self_attn.o_proj for n, layer in enumerate(layers)}
     seen = kept(root, IDS, norm=root.model.norm, **modules)
@@ -107,7 +107,7 @@ def test_heads_go_through_the_norm_behind_the_projection() -> None:
 def test_biases_are_the_rest() -> None:
     """GPT-2 with all its branches: what is left are the biases of the norm and the head, to the last digit."""
     model = wrap("gpt2").to(torch.float64)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     with torch.no_grad():
         root.transformer.ln_f.bias.normal_()
     parts = ns.lens.direct(model, IDS, DIFF, ["embed", "layers[:].attn", "layers[:].mlp"])
@@ -220,7 +220,7 @@ def test_what_is_no_norm_is_refused() -> None:
 def test_a_stream_with_something_more_in_it_is_refused() -> None:
     """A hook adds to what leaves a layer, which no branch has added."""
     model = wrap("llama")
-    root: Any = peel(model)
+    root: Any = unwrap(model)
 
     def more(_: Any, __: Any, out: Any) -> Any:
         return (out[0] + 0.1, *out[1:]) if isinstance(out, tuple) else out + 0.1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nnsplice as ns
 from families.subject import Subject, after, first_tensor, hooks
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, FileError, NnspliceError
 from nnsplice.lens import FittedLens
 from zoo import wrap
@@ -63,7 +63,7 @@ def test_jacobians_are_autograds(family: str, atol: float, chunk: int) -> None:
 
 def planted(model: Any) -> tuple[Tensor, Tensor, Any]:
     """A model whose last layer is an affine map of what it is given."""
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     last: Any = root.get_submodule("model.layers")
     width = root.config.hidden_size
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +120,7 @@ def test_a_map_is_what_is_read(model) -> None:
     half = FittedLens("tuned", (1,), torch.eye(16)[None] / 2, torch.zeros(1, 16), about)
     read = ns.lens.logit(model, "w3 w4 w5", "layers[1].output", answers="w7", lens=half)
     saved = ns.capture(model, "w3 w4 w5", "layers[1].output[:]")["layers[1].output[:]"]
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     with torch.no_grad():
         expected = root.lm_head(root.transformer.ln_f(saved / 2)).softmax(-1)
     answer = model.tokenizer("w7")["input_ids"][0]
@@ -167,7 +167,7 @@ def test_what_cannot_be_fitted_is_told(model, options: dict[str, Any], text: str
 
 
 def test_nothing_is_left_on_the_model(model) -> None:
-    root = peel(model)
+    root = unwrap(model)
     before = [p.requires_grad for p in root.parameters()]
     for kind in ("tuned", "jacobian"):
         ns.lens.fit(model, ["w3 w4 w5", "w6 w7"], kind=kind, held_out=0.5, steps=3, progress=False)

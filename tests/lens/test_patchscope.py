@@ -9,7 +9,7 @@ import torch
 
 import nnsplice as ns
 from families.subject import after, before, first_tensor, hooks
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import NnspliceError
 from zoo import wrap
 
@@ -32,7 +32,7 @@ def greedy(root: Any, ids: list[int], steps: int, *made: Any) -> list[int]:
 )
 def test_texts_are_those_of_hooks(family: str, position: int, target: str | None) -> None:
     model = wrap(family)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     tokenizer: Any = model.tokenizer
     blocks = root.get_submodule(ns.Atlas.of(model).tower().stack)
     scope = ns.lens.patchscope(
@@ -70,7 +70,7 @@ def test_a_state_of_the_target_itself_changes_nothing(model) -> None:
     assert set(scope.frame()["text"]) == {scope.unpatched}
     other = ns.lens.patchscope(model, "w3 w4 w5", "layers[0].output[-1]", TARGET, -1, "layers[2].output")
     assert other.texts[0, 0] != other.unpatched
-    assert not any(module._forward_hooks for module in peel(model).modules())
+    assert not any(module._forward_hooks for module in unwrap(model).modules())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import nnsplice as ns
 from models import quantised
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, FileError, MissingPackage, WriteFailed
 from nnsplice.models import dequantise, kept, published
 
@@ -62,7 +62,7 @@ def test_a_model_has_the_numbers_that_its_file_stands_for(kind: str, tmp_path: P
     path = tmp_path / "tiny.gguf"
     expected = quantised.write(path, kind=kind)
     model = ns.load(path)
-    found = peel(model).state_dict()
+    found = unwrap(model).state_dict()
     assert set(found) == {*expected, "lm_head.weight"}
     for name, tensor in expected.items():
         assert found[name].dtype == torch.float32 and torch.equal(found[name], tensor), name
@@ -86,13 +86,13 @@ def test_it_runs_as_the_same_model_made_by_hand(file: Path, tmp_path: Path) -> N
 
 
 def test_it_says_which_types_of_numbers_the_file_held(file: Path) -> None:
-    config: Any = peel(ns.load(file)).config
+    config: Any = unwrap(ns.load(file)).config
     assert config.dequantised_from == {"file": "tiny.Q4_1.gguf", "types": {"Q4_1": 15, "F32": 5}}
 
 
 def test_arguments_reach_it(file: Path) -> None:
     model = ns.load(file, dtype=torch.bfloat16, attn_implementation="eager")
-    assert next(peel(model).parameters()).dtype == torch.bfloat16
+    assert next(unwrap(model).parameters()).dtype == torch.bfloat16
     assert model.attn_implementation == "eager"
 
 
@@ -103,7 +103,7 @@ def test_a_file_of_a_folder_is_named_by_gguf_file(file: Path, tmp_path: Path) ->
 
 
 def test_its_module_finds_its_tokenizer_again(file: Path) -> None:
-    module = peel(ns.load(file))
+    module = unwrap(ns.load(file))
     assert ns.load(module).tokenizer(TEXT)["input_ids"] == ns.load(file).tokenizer(TEXT)["input_ids"]
 
 
@@ -115,7 +115,9 @@ def test_it_is_converted_once(file: Path, cache: Path, monkeypatch: pytest.Monke
     first, second = ns.load(file), ns.load(str(file))
     assert len(seen) == 1
     (folder,) = folders(cache)
-    assert torch.equal(peel(first).state_dict()["model.norm.weight"], peel(second).state_dict()["model.norm.weight"])
+    assert torch.equal(
+        unwrap(first).state_dict()["model.norm.weight"], unwrap(second).state_dict()["model.norm.weight"]
+    )
     told = json.loads((folder / "source.json").read_text())
     assert told["files"][0]["path"] == str(file) and told["types"] == {"Q4_1": 15, "F32": 5}
     assert "lm_head.weight" not in load_file(folder / "model.safetensors"), "tied: stored once"
@@ -133,7 +135,7 @@ def test_a_file_that_has_changed_is_converted_anew(file: Path, cache: Path, monk
     expected = quantised.write(file, seed=1)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert file.stat().st_size == times.st_size, "neither the size nor the time tells"
-    found = peel(ns.load(file)).state_dict()
+    found = unwrap(ns.load(file)).state_dict()
     assert len(seen) == 1 and len(folders(cache)) == 1
     assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], expected["model.layers.1.mlp.up_proj.weight"])
 
@@ -169,7 +171,7 @@ def test_nothing_is_kept_when_nothing_is_to_be(file: Path, cache: Path) -> None:
     model = ns.load(file, cache=False)
     assert folders(cache) == []
     assert ns.capture(model, TEXT, "layers[0].output[-1]").model == str(file)
-    assert torch.equal(peel(model).state_dict()["model.norm.weight"], torch.ones(quantised.WIDTH))
+    assert torch.equal(unwrap(model).state_dict()["model.norm.weight"], torch.ones(quantised.WIDTH))
 
 
 def test_what_an_interrupted_conversion_had_written_is_gone(

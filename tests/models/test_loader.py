@@ -17,7 +17,7 @@ import unusual
 import zoo
 from nnsplice import engine
 from nnsplice.errors import BadArgument, BadType, FileError
-from nnsplice.models import embedded, load, peel
+from nnsplice.models import embedded, load, unwrap
 from nnsplice.models.sources import EMBEDDED
 
 
@@ -196,7 +196,7 @@ def test_an_empty_name() -> None:
 def test_a_module_that_is_not_from_transformers() -> None:
     own: Any = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), second=nn.Linear(3, 2)))
     model = load(own)
-    assert peel(model) is own
+    assert unwrap(model) is own
     x = torch.randn(4, 5, 2)
     saved = ns.capture(model, x, "model.first.output[-1]")
     assert torch.equal(saved["model.first.output[-1]"], own.first(x)[:, -1])

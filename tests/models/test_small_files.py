@@ -116,7 +116,7 @@ def test_a_tokenizer_with_code_of_its_own_is_not_run_nor_asked_about(own_tokeniz
 
 
 def test_a_tokenizer_may_be_a_folder(folder: Path) -> None:
-    module = ns.models.peel(ns.load("toy"))
+    module = ns.models.unwrap(ns.load("toy"))
     for tokenizer in (folder, str(folder), "toy"):
         model = ns.load(module, tokenizer)
         assert ns.capture(model, "The film was", "layers[0].output[-1]").rows == 1

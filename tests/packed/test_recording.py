@@ -10,7 +10,7 @@ import torch
 
 import nnsplice as ns
 from nnsplice.activations.prompts import encode
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.packed import Base
 from nnsplice.packed.recording import Recording, record, ways
 from nnsplice.sweeps import choosing, plan_sweep, run
@@ -70,7 +70,7 @@ def test_a_model_that_reads_the_length_of_its_batch_is_recorded_length_by_length
     plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
     fast = run(plan, model, executor="packed", progress=False).table.values
     assert np.nanmax(np.abs(fast - run(plan, model, executor="reference", progress=False).table.values)) < 1e-12
-    (answer,) = choosing._trusted[peel(model)].values()
+    (answer,) = choosing._trusted[unwrap(model)].values()
     assert answer.way == "exchanged"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from real.pretrained import pretrained
 
 pytestmark = pytest.mark.real
@@ -25,12 +25,12 @@ MODELS = {
 def test_it_is_the_model_that_it_is_said_to_be(name: str) -> None:
     kind, layers, heads, packed, sure = MODELS[name]
     model = pretrained(name)
-    config: Any = peel(model).config
-    assert (type(peel(model)).__name__, config.num_hidden_layers, config.num_attention_heads) == (kind, layers, heads)
+    config: Any = unwrap(model).config
+    assert (type(unwrap(model)).__name__, config.num_hidden_layers, config.num_attention_heads) == (kind, layers, heads)
     types = config.dequantised_from["types"]
     assert packed in types and types[packed] == max(count for kind, count in types.items() if kind != "F32")
     with torch.no_grad():
-        logits = peel(model)(torch.tensor([model.tokenizer(EIFFEL)["input_ids"]])).logits[0, -1]
+        logits = unwrap(model)(torch.tensor([model.tokenizer(EIFFEL)["input_ids"]])).logits[0, -1]
     assert model.tokenizer.decode(logits.argmax()) == " Paris"
     assert float(logits.softmax(-1).max()) == pytest.approx(sure, abs=0.03)
 

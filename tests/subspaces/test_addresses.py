@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import nnsplice as ns
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, BadType, PathError, RefusedPlace, ShapeError, UnknownPath
 from zoo import wrap
 
@@ -44,13 +44,13 @@ def _ids(texts: list[str]) -> Tensor:
 
 
 def _block(model: Any) -> Any:
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     return root.transformer.h[LAYER] if hasattr(root, "transformer") else root.model.layers[LAYER]
 
 
 def _hooked(model: Any, texts: list[str], change: Callable[[Tensor], Tensor], *, graph: bool = False) -> Tensor:
     """The logits of a run whose stream behind the layer is changed, with torch's hooks alone."""
-    root: Any = peel(model)
+    root: Any = unwrap(model)
 
     def hook(_module: Any, _args: Any, out: Any) -> Any:
         new = change(out[0] if isinstance(out, tuple) else out)
@@ -143,7 +143,7 @@ def test_writing_what_is_there_keeps_every_bit(norm: str, dtype: torch.dtype) ->
     ns.attach_sae(model, "layers[1].output", _sae(norm), "n")
     paths = ['layers[1].output.sae["n"].features[:][:]', 'layers[1].output.sae["n"].error[:]']
     with torch.no_grad():
-        expected = peel(model)(_ids(TEXTS)).logits  # type: ignore[operator]
+        expected = unwrap(model)(_ids(TEXTS)).logits  # type: ignore[operator]
     for path in paths:
         saved = ns.capture(model, TEXTS, path)
         found = ns.patched_logits(model, TEXTS, saved)
@@ -185,7 +185,7 @@ def test_features_are_updated_on_the_way(model: Any) -> None:
         new[:, 1] += (feature + 1)[:, None] * sae.tensors["W_dec"][3]
         return new
 
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     kept: list[Tensor] = []
     blocks = root.transformer.h if hasattr(root, "transformer") else root.model.layers
     hook = blocks[2].register_forward_hook(lambda _m, _a, out: kept.append(out[0] if isinstance(out, tuple) else out))
@@ -270,7 +270,7 @@ def test_steering_of_a_feature(model: Any, operator: str) -> None:
     sae = _sae()
     vector = ns.SavedActivation.from_pairs((f"{AT}.features[3][-1]", torch.tensor([[1.0]], dtype=torch.float64)))
     with ns.steering.steer(model, vector, 4.0, operator=operator):
-        found = peel(model)(_ids(TEXTS)).logits  # type: ignore[operator]
+        found = unwrap(model)(_ids(TEXTS)).logits  # type: ignore[operator]
 
     def change(h: Tensor) -> Tensor:
         feature = sae.encode(h)[..., 3:4]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import nnsplice as ns
 from nnsplice.activations.features import AT_ONCE
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, UnknownPath
 from zoo import wrap
 
@@ -94,7 +94,7 @@ def test_values_of_a_reference(operation: str) -> None:
 
 def _by_hooks(model: Any, text: str, change: Callable[[Tensor], Tensor]) -> float:
     """The metric of a run whose stream behind layer 1 is changed, with torch's hooks alone."""
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     handle = root.model.layers[1].register_forward_hook(lambda _m, _a, out: change(out))
     with torch.no_grad():
         logits = root(torch.tensor([[int(word[1:]) for word in text.split()]])).logits[0, -1]

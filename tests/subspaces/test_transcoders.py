@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import nnsplice as ns
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, FileError, RefusedPlace, ShapeError
 from subspaces.test_packed_features import sae_of
 from zoo import wrap
@@ -53,7 +53,7 @@ def _features(sae: ns.SAE, values: Tensor) -> Tensor:
 
 def _run(model: Any, text: str, reads: str, change: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The metric where what the MLP adds is changed, knowing what it was given, with torch's hooks alone."""
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     layer, given = root.model.layers[1], []
     source = layer.post_attention_layernorm if reads.startswith("layers") else layer.mlp
     hooks = [
@@ -92,7 +92,7 @@ def test_writing_what_is_there_keeps_every_bit(reads: str, dtype: torch.dtype) -
     model._module.to(dtype)
     saved = ns.capture(model, CLEAN, f"{AT}.features[:][:]")
     with torch.no_grad():
-        expected = peel(model)(torch.tensor([[3, 4, 5, 6]])).logits  # type: ignore[operator]
+        expected = unwrap(model)(torch.tensor([[3, 4, 5, 6]])).logits  # type: ignore[operator]
     assert torch.equal(ns.patched_logits(model, CLEAN, saved), expected)
 
 

@@ -287,7 +287,7 @@ def _steered(model: Any) -> Any:
 
 
 def _swapped(model: Any) -> Any:
-    tuned = {name: p * 0.9 for name, p in ns.models.peel(model).named_parameters()}
+    tuned = {name: p * 0.9 for name, p in ns.models.unwrap(model).named_parameters()}
     return ns.sweep_weights(model, tuned, [CLEAN], "layers[0]", METRIC, progress=False)
 
 

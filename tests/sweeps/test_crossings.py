@@ -15,7 +15,7 @@ from torch import Tensor
 
 import nnsplice as ns
 from families.subject import after, first_tensor, hooks
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, NnspliceError
 from sweeps.test_foreign import METRIC, PROMPTS, pair
 from zoo import tokenizer, wrap
@@ -57,7 +57,7 @@ def test_the_four_runs_are_those_of_hooks(family: str, part: str) -> None:
     grid = result.grid()
     for row, ids in enumerate(PROMPTS):
         for layer in grid.layer.values:
-            expected = by_hand(peel(base), peel(tuned), family, part, int(layer), torch.tensor([ids]))
+            expected = by_hand(unwrap(base), unwrap(tuned), family, part, int(layer), torch.tensor([ids]))
             found = grid.sel(prompt=row, layer=layer, metric=["neither", "fed", "computed", "both"]).values
             np.testing.assert_allclose(found, expected, atol=1e-12)
     shares = grid.sel(metric=["share fed", "share computed"])
@@ -70,17 +70,17 @@ def test_the_four_runs_are_those_of_hooks(family: str, part: str) -> None:
 
 def test_weights_that_did_not_change_compute_nothing() -> None:
     base = wrap("llama").to(torch.float64)
-    other = copy.deepcopy(peel(base))
+    other = copy.deepcopy(unwrap(base))
     root: Any = other
     with torch.no_grad():
         root.model.layers[1].mlp.down_proj.weight.mul_(2)
     tuned = ns.load(root, tokenizer=tokenizer())
-    before = {name: value.clone() for name, value in peel(base).state_dict().items()}
+    before = {name: value.clone() for name, value in unwrap(base).state_dict().items()}
     grid = ns.crossings(base, tuned, PROMPTS, "layers[:].mlp", METRIC, progress=False).grid()
     computed, fed = (grid.sel(metric=f"share {name}").values for name in ("computed", "fed"))
     assert (computed[:, [0, 2]] == 0).all() and (np.abs(computed[:, 1]) > 1e-6).all()
     assert (fed[:, :2] == 0).all() and (np.abs(fed[:, 2]) > 1e-9).all()
-    assert all(torch.equal(value, before[name]) for name, value in peel(base).state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in unwrap(base).state_dict().items())
 
 
 @pytest.mark.parametrize("site", ["layers[0].heads[:]", "layers[0].attn[-1]", "embed", "layers[0].neurons[0]"])
@@ -92,7 +92,7 @@ def test_places_that_are_no_parts_with_weights_are_refused(site: str) -> None:
 
 def test_a_norm_behind_a_branch_is_none_of_its_weights() -> None:
     base = wrap("gemma2")
-    tuned = ns.load(copy.deepcopy(peel(base)), tokenizer=tokenizer())
+    tuned = ns.load(copy.deepcopy(unwrap(base)), tokenizer=tokenizer())
     with pytest.raises(NnspliceError, match=r"stands behind this site|layers\[i\]"):
         ns.crossings(base, tuned, PROMPTS, "layers[:].mlp", METRIC, progress=False)
 
@@ -109,7 +109,7 @@ def loader(alive: list[weakref.ref[Any]]) -> Callable[[str], Any]:
         gc.collect()
         assert not [one for one in alive if one() is not None], "a model of an earlier revision is still there"
         model = wrap("gpt2", seed=int(name.removeprefix("step")))
-        alive.append(weakref.ref(peel(model)))
+        alive.append(weakref.ref(unwrap(model)))
         return model
 
     return load

@@ -12,7 +12,7 @@ import torch
 import nnsplice as ns
 from activations.oracle import run, values
 from families.subject import site_of
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, NnspliceError, ShapeError
 from zoo import tokenizer, wrap
 
@@ -24,7 +24,7 @@ METRIC = ns.logit_diff(7, 8)
 def pair(family: str) -> tuple[Any, Any]:
     """A model, and one whose weights have moved a little."""
     base = wrap(family).to(torch.float64)
-    other = copy.deepcopy(peel(base))
+    other = copy.deepcopy(unwrap(base))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -37,7 +37,7 @@ def pair(family: str) -> tuple[Any, Any]:
 def test_cells_are_those_of_hooks(family: str, executor: str) -> None:
     base, other = pair(family)
     result = ns.sweep(base, PROMPTS, None, SITES, METRIC, source=other, executor=executor, progress=False)
-    roots: list[Any] = [peel(base), peel(other)]
+    roots: list[Any] = [unwrap(base), unwrap(other)]
     for row, ids in enumerate(PROMPTS):
         inputs = {"input_ids": torch.tensor([ids])}
         ends = [float(METRIC(root(**inputs).logits[:, -1].detach())) for root in roots]
@@ -61,7 +61,7 @@ def test_cells_are_those_of_hooks(family: str, executor: str) -> None:
 def test_the_last_stream_carries_all_but_the_head() -> None:
     """Models that differ in their layers alone are told apart by the last stream wholly."""
     base, other = pair("llama")
-    roots: list[Any] = [peel(base), peel(other)]
+    roots: list[Any] = [unwrap(base), unwrap(other)]
     for name in ("lm_head", "model.norm"):
         roots[1].get_submodule(name).load_state_dict(roots[0].get_submodule(name).state_dict())
     result = ns.sweep(base, PROMPTS, None, "layers[2].output[-1]", METRIC, source=other, progress=False)
@@ -71,7 +71,7 @@ def test_the_last_stream_carries_all_but_the_head() -> None:
 
 def test_identical_models_are_exactly_zero() -> None:
     base = wrap("llama")
-    twin = ns.load(copy.deepcopy(peel(base)), tokenizer=tokenizer())
+    twin = ns.load(copy.deepcopy(unwrap(base)), tokenizer=tokenizer())
     for other in (base, twin):
         result = ns.sweep(base, PROMPTS, None, SITES, METRIC, source=other, progress=False)
         assert all((result.change(kind).fillna(0) == 0).all() for kind in result.components)
@@ -84,7 +84,7 @@ def test_results_and_journals_know_the_other_model(tmp_path) -> None:
     first = ns.sweep(base, PROMPTS, None, "layers[:].mlp", METRIC, **options)
     assert ns.sweep(base, PROMPTS, None, "layers[:].mlp", METRIC, **options) == first
     with torch.no_grad():
-        peel(other).get_submodule("transformer.h.0.mlp.c_fc").weight.mul_(1.5)  # type: ignore[operator]
+        unwrap(other).get_submodule("transformer.h.0.mlp.c_fc").weight.mul_(1.5)  # type: ignore[operator]
     with pytest.raises(NnspliceError):
         ns.sweep(base, PROMPTS, None, "layers[:].mlp", METRIC, **options)
     assert ns.sweep(base, PROMPTS, None, "layers[:].mlp", METRIC, source=other, progress=False) != first
@@ -140,7 +140,7 @@ def test_other_tokenizers_are_refused(model) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self.own, name)
 
-    other = ns.load(copy.deepcopy(peel(model)), tokenizer=tokenizer())
+    other = ns.load(copy.deepcopy(unwrap(model)), tokenizer=tokenizer())
     other.__dict__["tokenizer"] = Other(tokenizer())
     with pytest.raises(BadArgument, match="tokenizers"):
         ns.sweep(model, "w3 w4", None, "layers[:].output[-1]", METRIC, source=other, progress=False)

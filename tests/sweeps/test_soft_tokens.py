@@ -91,7 +91,7 @@ def test_positions_of_captures_writes_and_sweeps_are_the_prompts_own(name: str) 
 def _steer(model: Any) -> Any:
     vector = ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, 16)))
     with ns.steering.steer(model, vector, where=ns.steering.span(1, 3)):
-        return ns.models.peel(model)(input_ids=torch.tensor([CLEAN]))
+        return ns.models.unwrap(model)(input_ids=torch.tensor([CLEAN]))
 
 
 def _knockout(model: Any) -> Any:

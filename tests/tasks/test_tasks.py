@@ -111,7 +111,7 @@ def toy():
 def _logits(model, text: str) -> torch.Tensor:
     ids = torch.tensor([model.tokenizer(text)["input_ids"]])
     with torch.no_grad():
-        return ns.models.peel(model)(ids).logits[0, -1]
+        return ns.models.unwrap(model)(ids).logits[0, -1]
 
 
 def test_a_model_keeps_the_pairs_that_it_tells_apart(toy) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnsplice import closures, engine, wire
-from nnsplice.atlas import Kind, Site, peel
+from nnsplice.atlas import Kind, Site, unwrap
 from nnsplice.errors import LateUpdate, MissingPosition, RefusedPlace, ShapeError
 from nnsplice.paths import Path, Span, position_rank
 from nnsplice.tokens import Rows, Spans, concrete
@@ -70,7 +70,7 @@ def value_of(path: Path) -> tuple[object, ...]:
 def access_to(model: engine.Model, paths: tuple[Path, ...]) -> Access:
     """The access to the one value that these sites stand in; `closures.require` was called for them."""
     site = site_of(paths[0])
-    return Access(engine.place(model, site), site.item, site.kind, site.tower, paths, peel(model))
+    return Access(engine.place(model, site), site.item, site.kind, site.tower, paths, unwrap(model))
 
 
 def require_positions(paths: Sequence[Path]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Site, attached, peel
+from nnsplice.atlas import Site, attached, unwrap
 from nnsplice.atlas.attached import Attached, Features
 from nnsplice.errors import BadArgument, UnknownPath
 from nnsplice.paths import Path
@@ -34,7 +34,7 @@ def sae_of(model: Any, path: Path) -> Features:
         UnknownPath: it was taken away since the path was made.
     """
     name = site_of(path).sae
-    held = attached(peel(model))
+    held = attached(unwrap(model))
     if name is None or name not in held:
         raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
     return held[name].sae
@@ -46,7 +46,7 @@ def identities(model: Any, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     Raises:
         UnknownPath: one was taken away since the path was made.
     """
-    held = attached(peel(model))
+    held = attached(unwrap(model))
     places = {path.sae.name: path for path in paths if path.sae is not None}
     found: dict[str, dict[str, Any]] = {}
     for name, path in sorted(places.items()):
@@ -71,7 +71,7 @@ def check_identities(model: Any, asked: Mapping[str, Any], what: str) -> None:
         BadArgument: another SAE.
         UnknownPath: none.
     """
-    held = attached(peel(model))
+    held = attached(unwrap(model))
     for name, told in asked.items():
         if name not in held:
             raise UnknownPath(
@@ -89,7 +89,7 @@ def check_identities(model: Any, asked: Mapping[str, Any], what: str) -> None:
 def written_at(model: Any, path: Path) -> Path:
     """Where a feature of a transcoder is written."""
     name = site_of(path).sae
-    held = attached(peel(model))
+    held = attached(unwrap(model))
     if name is None or name not in held:
         raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
     return replace(path, sae=None, site=held[name].place.site)

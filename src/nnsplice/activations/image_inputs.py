@@ -12,7 +12,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.images import Ids, PromptImages, check_without, image_token_of
 from nnsplice.activations.messages import Chat, is_chat
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, BadType, ShapeError, named
 
 #: What the names of a forward's arguments begin with that hold images, or say how they are cut.
@@ -118,7 +118,7 @@ def images_of(model: engine.Model, encoding: Mapping[str, Any], ids: Ids) -> tup
         BadArgument: the model takes no images, or not these; or which prompt an image belongs to is not known.
         ShapeError: values whose shape no image has.
     """
-    taken, token = engine.taken_by(type(peel(model))), image_token_of(model)
+    taken, token = engine.taken_by(type(unwrap(model))), image_token_of(model)
     values = {name: _tensor(name, value) for name, value in encoding.items() if name not in _TOKENS}
     for name in values:
         if not (name.startswith(_PARTS) or name in _BY_TOKEN) or "video" in name:
@@ -128,7 +128,7 @@ def images_of(model: engine.Model, encoding: Mapping[str, Any], ids: Ids) -> tup
             )
         if not taken.takes(name) or (token is None and name.startswith(_PARTS)):
             raise BadArgument(
-                f"these prompts hold {name}, and {type(peel(model)).__name__} reads no images in its prompts",
+                f"these prompts hold {name}, and {type(unwrap(model)).__name__} reads no images in its prompts",
                 expected="a model whose config names the token of an image",
             )
     assert token is not None
@@ -147,7 +147,7 @@ def images_of(model: engine.Model, encoding: Mapping[str, Any], ids: Ids) -> tup
         )
     else:
         _check_pixels(model, values)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     dtype: torch.dtype = root.dtype
     parts = {name: value for name, value in values.items() if name not in _BY_TOKEN}
     cut = _cut(parts, counts)
@@ -190,7 +190,7 @@ def _check_pixels(model: engine.Model, values: Mapping[str, Tensor]) -> None:
             expected="numbers [image, channel, height, width], or with an axis of tiles or images before the channel",
             write="processor(text=texts, images=images, return_tensors='pt')",
         )
-    channels = getattr(getattr(peel(model).config, "vision_config", None), "num_channels", pixels.shape[-3])
+    channels = getattr(getattr(unwrap(model).config, "vision_config", None), "num_channels", pixels.shape[-3])
     if pixels.shape[-3] != channels:
         raise ShapeError(
             f"pixel_values of shape {list(pixels.shape)}, whose axis of channels has {pixels.shape[-3]}",

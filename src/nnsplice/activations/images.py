@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, ShapeError
 
@@ -74,7 +74,7 @@ class PromptImages:
 
 def image_token_of(model: engine.Model) -> int | None:
     """The token that stands for a piece of an image; None for a model that its config tells of none."""
-    config = getattr(peel(model), "config", None)
+    config = getattr(unwrap(model), "config", None)
     for name in ("image_token_id", "image_token_index"):
         if isinstance(token := getattr(config, name, None), int):
             return token
@@ -157,7 +157,7 @@ def _alike(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _reads(model: engine.Model) -> bool:
     """Whether the model's forward takes images."""
-    return "pixel_values" in engine.taken_by(type(peel(model))).names
+    return "pixel_values" in engine.taken_by(type(unwrap(model))).names
 
 
 def _runs(row: Sequence[int], token: int | None) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, unwrap
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, circumstances, named
 from nnsplice.paths import Path, Span
 from nnsplice.progress import bar
@@ -136,7 +136,7 @@ def _patched(
                 kept = fewer_logits(model, min(at_end), (key for pack in packs for key in pack.keys))
                 with nullcontext() if keep_graph else torch.no_grad():
                     logits = _local(model, packs, inputs, kept, add=add, at=at, spans=spanned)
-                    engine.whole(peel(model), logits, None, "a row of logits")
+                    engine.whole(unwrap(model), logits, None, "a row of logits")
             found |= dict(zip(rows, logits[:, list(at_end)], strict=True))
             shown.update(len(rows))
     each = [found[row] for row in range(len(given))]

@@ -19,7 +19,7 @@ from nnsplice.activations.images import Ids, PromptImages, check_without, spans_
 from nnsplice.activations.messages import Chat, Message, is_chat, templated
 from nnsplice.activations.named_spans import bounds_of
 from nnsplice.activations.sounds import Sound
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.paths import Span
 from nnsplice.tokens import Rows, Spans
@@ -287,7 +287,7 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     texts = texts if images is None else None
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
-    return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(peel(model))), images=images)
+    return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(unwrap(model))), images=images)
 
 
 def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: Any) -> Prompts:
@@ -304,18 +304,18 @@ def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: A
             f"{len(heard)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
             expected="a row of at least one token for each",
         )
-    taken, dtype = engine.taken_by(type(peel(model))), features.dtype_of(model)
+    taken, dtype = engine.taken_by(type(unwrap(model))), features.dtype_of(model)
     return Prompts(tuple(one.ids for one in heard), None, decoder_ids, taken=taken, sounds=heard, dtype=dtype)
 
 
 def _is_plain(model: engine.Model) -> bool:
     """Whether it is a module of the user's own, of which no config says what its inputs are."""
-    return not hasattr(peel(model), "config")
+    return not hasattr(unwrap(model), "config")
 
 
 def _by_name(model: engine.Model, inputs: Mapping[str, Any]) -> Prompts:
     """The inputs of a module of the user's own, by the names of its forward's arguments."""
-    taken = engine.taken_by(type(peel(model)))
+    taken = engine.taken_by(type(unwrap(model)))
     if unknown := [name for name in inputs if not taken.takes(name)]:
         raise BadArgument(
             f"this model's forward takes no {unknown[0]}",

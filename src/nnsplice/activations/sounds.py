@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, ShapeError
 
@@ -42,7 +42,7 @@ class Sound:
 
 def argument_of(model: engine.Model) -> str | None:
     """The argument that takes an encoder's features; None for models that read tokens."""
-    name = getattr(peel(model), "main_input_name", "input_ids")
+    name = getattr(unwrap(model), "main_input_name", "input_ids")
     return name if engine.is_encoder_decoder(model) and name != "input_ids" else None
 
 
@@ -66,7 +66,7 @@ def sounds_of(model: engine.Model, prompts: Any) -> tuple[Sound, ...] | None:
         raise ShapeError(
             f"{name} of shape {list(values.shape)} and {values.dtype}", expected="numbers with a row for each prompt"
         )
-    tokens = _tokens_of(peel(model), values[:1])
+    tokens = _tokens_of(unwrap(model), values[:1])
     return tuple(Sound(name, row.detach().cpu(), tokens) for row in values)
 
 
@@ -77,7 +77,7 @@ def joined(sounds: Sequence[Sound], dtype: torch.dtype, device: torch.device | N
 
 def dtype_of(model: engine.Model) -> torch.dtype:
     """The type of number that features are given in: that of the encoder's weights."""
-    return next(p.dtype for p in _encoder(peel(model)).parameters() if p.is_floating_point())
+    return next(p.dtype for p in _encoder(unwrap(model)).parameters() if p.is_floating_point())
 
 
 #: Module -> shape of the features -> tokens.

@@ -14,7 +14,7 @@ from nnsplice.adapters.keys import read_key
 from nnsplice.adapters.live import merged_steps
 from nnsplice.adapters.matrices import LoRAMatrices, experts_transposed, is_transposed
 from nnsplice.adapters.profile import AdapterProfile, describe, profile
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.atlas.names import layer_of, unwrapped
 from nnsplice.errors import BadArgument, ShapeError
 
@@ -43,7 +43,7 @@ class ExpertManifoldAligner:
         """
         self.domains = domains
         self.atlas: Atlas = Atlas.of(model)
-        root = peel(model)
+        root = unwrap(model)
         self.total_layers: int = _number_of_layers(self.atlas, root)
         self._transposed = frozenset(name for name, _ in root.named_parameters() if is_transposed(root, name))
         self._transposed_experts = frozenset(
@@ -56,7 +56,7 @@ class ExpertManifoldAligner:
         """The change of every trainable matrix since the last call; a new matrix is only recorded.
 
         >>> from copy import deepcopy
-        >>> tuned = deepcopy(ns.models.peel(model))
+        >>> tuned = deepcopy(ns.models.unwrap(model))
         >>> aligner = ns.adapters.ExpertManifoldAligner(tuned)
         >>> with torch.no_grad():
         ...     _ = tuned.transformer.h[1].mlp.c_fc.weight.add_(0.5)
@@ -219,7 +219,7 @@ class ExpertManifoldAligner:
 
 def _as_named(model: Any) -> nn.Module:
     """The module that was given, or the one inside an nnsight model."""
-    return model if isinstance(model, nn.Module) else peel(model)
+    return model if isinstance(model, nn.Module) else unwrap(model)
 
 
 def _is_kept(name: str, parameter: Tensor) -> bool:

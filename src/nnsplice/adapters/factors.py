@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnsplice.adapters.folder import read_folder
 from nnsplice.adapters.matrices import LoRAMatrices, expert_name, experts_transposed, is_transposed, unwrapped_module
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, ShapeError
 
 
@@ -23,7 +23,7 @@ class ExpertAdapter:
     The keys of `layers` are the names of the base model's parameters: `model.layers.7.self_attn.q_proj.weight`.
 
     >>> from copy import deepcopy
-    >>> tuned = deepcopy(ns.models.peel(model))
+    >>> tuned = deepcopy(ns.models.unwrap(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
     ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
@@ -57,7 +57,7 @@ class ExpertAdapter:
         >>> from peft import LoraConfig, get_peft_model
         >>> folder = mkdtemp()
         >>> config = LoraConfig(r=4, target_modules=["c_fc"], fan_in_fan_out=True)
-        >>> get_peft_model(deepcopy(ns.models.peel(model)), config).save_pretrained(folder)
+        >>> get_peft_model(deepcopy(ns.models.unwrap(model)), config).save_pretrained(folder)
         >>> ns.adapters.ExpertAdapter.from_peft(folder)
         ExpertAdapter(3 matrices, rank 4)
 
@@ -82,7 +82,7 @@ class ExpertAdapter:
         Equal matrices are left out; biases and norms that differ are listed in `whole`.
 
         >>> from copy import deepcopy
-        >>> tuned = deepcopy(ns.models.peel(model))
+        >>> tuned = deepcopy(ns.models.unwrap(model))
         >>> with torch.no_grad():
         ...     _ = tuned.transformer.h[1].mlp.c_fc.weight.mul_(2.0)
         ...     _ = tuned.transformer.h[1].mlp.c_fc.bias.add_(1.0)
@@ -103,7 +103,7 @@ class ExpertAdapter:
         """
         if rank < 1:
             raise BadArgument(f"rank is {rank}", expected="at least 1")
-        before, after = peel(base), peel(tuned)
+        before, after = unwrap(base), unwrap(tuned)
         others = dict(after.named_parameters())
         layers: dict[str, LoRAMatrices] = {}
         whole: list[str] = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nnsplice.adapters.header import CONFIG, WEIGHTS, read_config, read_header
 from nnsplice.adapters.matrices import LoRAMatrices, expert_name, experts_transposed, is_transposed, unwrapped_module
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import FileError, ParamMappingError, circumstances
 from nnsplice.shown import shown
 
@@ -48,7 +48,7 @@ def read_folder(
             raise FileError(f"there is no {CONFIG}, which has the scale of the factors")
         _check_kind(config)
         tensors = _tensors(Path(adapter_dir) / WEIGHTS, {entry.name for entry in entries})
-        root = None if base is None else peel(base)
+        root = None if base is None else unwrap(base)
         modules: defaultdict[tuple[str, int], dict[str, Tensor]] = defaultdict(dict)
         whole: list[str] = []
         for entry in entries:

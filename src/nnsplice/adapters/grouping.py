@@ -15,7 +15,7 @@ from nnsplice.adapters.header import AdapterTensor, read_header, side_of_layers
 from nnsplice.adapters.keys import read_key
 from nnsplice.adapters.orders import Layers, fitting_orders
 from nnsplice.adapters.states import OptimizerState, as_optimizer_state
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.atlas.families import NOT_TEXT
 from nnsplice.atlas.names import NamedLayer, layer_of
 from nnsplice.errors import ParamMappingError, UnknownPath, circumstances
@@ -33,7 +33,7 @@ LIVE = "map_optimizer_to_layers(optimizer, model)   (while both are at hand)"
 class LayerGrouping:
     """The layer of each parameter of an optimizer.
 
-    >>> optimizer = torch.optim.AdamW(ns.models.peel(model).parameters())
+    >>> optimizer = torch.optim.AdamW(ns.models.unwrap(model).parameters())
     >>> grouping = ns.adapters.map_optimizer_to_layers(optimizer, model)
     >>> grouping.num_layers, grouping.params_per_layer
     (3, 12)
@@ -80,7 +80,7 @@ def map_param_ids_to_layers(
     >>> from peft import LoraConfig, get_peft_model
     >>> folder = mkdtemp()
     >>> config = LoraConfig(target_modules=["c_fc"], layers_to_transform=[0, 2], fan_in_fan_out=True)
-    >>> get_peft_model(deepcopy(ns.models.peel(model)), config).save_pretrained(folder)
+    >>> get_peft_model(deepcopy(ns.models.unwrap(model)), config).save_pretrained(folder)
     >>> ns.adapters.map_param_ids_to_layers(folder, num_params=4).layer_of
     {0: 0, 1: 0, 2: 2, 3: 2}
     >>> ns.adapters.map_param_ids_to_layers(folder, num_params=3)
@@ -129,7 +129,7 @@ def map_optimizer_to_layers(optimizer: optim.Optimizer, model: Any, *, tower: st
 
     It works with and without an adapter. Frozen parameters in the optimizer are left out.
 
-    >>> blocks = ns.models.peel(model).transformer.h
+    >>> blocks = ns.models.unwrap(model).transformer.h
     >>> optimizer = torch.optim.AdamW([*blocks[2].mlp.parameters(), *blocks[0].mlp.parameters()])
     >>> ns.adapters.map_optimizer_to_layers(optimizer, model).layer_of
     {0: 2, 1: 2, 2: 2, 3: 2, 4: 0, 5: 0, 6: 0, 7: 0}
@@ -145,7 +145,7 @@ def map_optimizer_to_layers(optimizer: optim.Optimizer, model: Any, *, tower: st
     Raises:
         ParamMappingError: a parameter that is not in the model, or none in a layer.
     """
-    root = model if isinstance(model, nn.Module) else peel(model)
+    root = model if isinstance(model, nn.Module) else unwrap(model)
     atlas = Atlas.of(model)
     called = {id(p): name for name, p in root.named_parameters(remove_duplicate=False)}
     found: dict[int, NamedLayer] = {}

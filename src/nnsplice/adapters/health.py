@@ -64,7 +64,7 @@ class Health(Mapping[int, LayerHealth]):
     """`LayerHealth` by layer, in numeric order.
 
     >>> from copy import deepcopy
-    >>> tuned, ids = deepcopy(ns.models.peel(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
+    >>> tuned, ids = deepcopy(ns.models.unwrap(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
     >>> optimizer = torch.optim.Adam(tuned.parameters(), lr=0.001)
     >>> for _ in range(3):
     ...     optimizer.zero_grad()
@@ -135,7 +135,7 @@ def layer_health(optimizer_state: Mapping[Any, Any], grouping: LayerGrouping, *,
     """Gradient size, agreement and dead parameters of each layer, from the moments of Adam.
 
     >>> from copy import deepcopy
-    >>> tuned, ids = deepcopy(ns.models.peel(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
+    >>> tuned, ids = deepcopy(ns.models.unwrap(ns.load("toy"))), torch.tensor([[5, 6, 7, 8]])
     >>> optimizer = torch.optim.Adam(tuned.parameters(), lr=0.001)
     >>> for _ in range(3):
     ...     optimizer.zero_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.adapters.keys import read_key
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, MissingPackage, RefusedPlace, UnknownPath, named
 from nnsplice.paths import Path, Paths
@@ -28,7 +28,7 @@ def disabled(model: Any, sites: Paths = "full") -> Iterator[None]:
     >>> config = LoraConfig(
     ...     task_type="CAUSAL_LM", target_modules=["c_fc"], init_lora_weights=False, fan_in_fan_out=True
     ... )
-    >>> adapted = ns.load(get_peft_model(deepcopy(ns.models.peel(model)), config), tokenizer=model.tokenizer)
+    >>> adapted = ns.load(get_peft_model(deepcopy(ns.models.unwrap(model)), config), tokenizer=model.tokenizer)
     >>> with ns.adapters.disabled(adapted, "layers[1:]"):
     ...     partly = ns.capture(adapted, "w3 w4", "layers[:].output[-1]")
     >>> difference = ns.capture(adapted, "w3 w4", "layers[:].output[-1]") - partly
@@ -77,11 +77,11 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
     except ImportError:
         raise MissingPackage("adapters on a model need peft", write="pip install nnsplice[peft]") from None
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [(name, module) for name, module in peel(model).named_modules() if isinstance(module, kinds)]
+    return [(name, module) for name, module in unwrap(model).named_modules() if isinstance(module, kinds)]
 
 
 def _configs(model: Any) -> list[Any]:
-    root = peel(model)
+    root = unwrap(model)
     holders = [model, root, *(getattr(model, "_modules", {}) or {}).values()]
     found = next(
         (holder.peft_config for holder in holders if isinstance(getattr(holder, "peft_config", None), dict)), {}

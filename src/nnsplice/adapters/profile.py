@@ -181,7 +181,7 @@ class AdapterProfile(dict[str, float]):
     """The share of each domain, as a dictionary, with the energies behind it: `frame`, `grid`, `plot`.
 
     >>> from copy import deepcopy
-    >>> tuned = deepcopy(ns.models.peel(model))
+    >>> tuned = deepcopy(ns.models.unwrap(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
     ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)
@@ -293,7 +293,7 @@ def profile(
     """The energy (squared norm) of an adapter's update by weight, layer and part, and its shares by domain.
 
     >>> from copy import deepcopy
-    >>> tuned = deepcopy(ns.models.peel(model))
+    >>> tuned = deepcopy(ns.models.unwrap(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.weight[3].add_(0.5)
     ...     _ = tuned.transformer.h[2].attn.c_proj.weight[:, 0].add_(0.25)

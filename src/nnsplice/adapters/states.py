@@ -94,7 +94,7 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
     Only tensors and plain data are read (`weights_only=True`): a file that would run code is refused.
 
     >>> from tempfile import TemporaryDirectory
-    >>> optimizer = torch.optim.AdamW(ns.models.peel(model).parameters())
+    >>> optimizer = torch.optim.AdamW(ns.models.unwrap(model).parameters())
     >>> with TemporaryDirectory() as folder:
     ...     torch.save({"epoch": 3, "optimizer": optimizer.state_dict()}, f"{folder}/checkpoint.pt")
     ...     state = ns.adapters.read_optimizer(f"{folder}/checkpoint.pt")

@@ -20,7 +20,7 @@ from nnsplice import packed
 from nnsplice.alignment.measuring import blocks, memo_of
 from nnsplice.alignment.pairs import Side, seeded
 from nnsplice.alignment.parts import METHODS, Part
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound
 from nnsplice.packed import Base, Cost, Edit, Row
@@ -138,7 +138,7 @@ def train(
     steps = setting.epochs * len(recordings.batches)
     sites = {target: _site(recordings, target, setting, steps) for target in targets}
     active = dict(sites)
-    with _frozen(peel(side.work.model)):
+    with _frozen(unwrap(side.work.model)):
         for epoch in range(setting.epochs):
             sums = {target: [0.0, 0] for target in active}
             order = torch.randperm(len(recordings.batches), generator=seeded(setting.seed, "order", epoch)).tolist()
@@ -159,7 +159,7 @@ def train(
 def _site(recordings: Recordings, target: int, setting: Setting, steps: int) -> _Site:
     side, method = recordings.side, METHODS[setting.method]
     path = side.plan.targets[target].cell.path
-    like = next(p for p in peel(side.work.model).parameters() if p.is_floating_point())
+    like = next(p for p in unwrap(side.work.model).parameters() if p.is_floating_point())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         part = method.make(side.width(target), setting.k, seeded(setting.seed, side.name, path))

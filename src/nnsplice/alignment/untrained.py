@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nnsplice import engine
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument
 from nnsplice.models import load
 
@@ -19,7 +19,7 @@ def untrained(model: engine.Model, seed: int) -> engine.Model:
     Raises:
         BadArgument: the model has no config to be built from.
     """
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     config = getattr(root, "config", None)
     try:
         with torch.random.fork_rng(devices=[]):

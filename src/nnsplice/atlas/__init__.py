@@ -16,7 +16,6 @@ from nnsplice.atlas.drawing import by_number as by_number
 from nnsplice.atlas.drawing import draw as draw
 from nnsplice.atlas.layouts import Layout as Layout
 from nnsplice.atlas.order import Order as Order
-from nnsplice.atlas.peel import peel as peel
 from nnsplice.atlas.selection import Part as Part
 from nnsplice.atlas.selection import Selection as Selection
 from nnsplice.atlas.selection import rest_of as rest_of
@@ -28,10 +27,11 @@ from nnsplice.atlas.site import Site as Site
 from nnsplice.atlas.sites import edges_between_towers as edges_between_towers
 from nnsplice.atlas.sites import native_text as native_text
 from nnsplice.atlas.tree import text_config as text_config
+from nnsplice.atlas.unwrap import unwrap as unwrap
 from nnsplice.atlas.verify import Check as Check
 
 #: What users need of it; the rest is for the rooms above.
-__all__ = ["Atlas", "Selection", "peel"]
+__all__ = ["Atlas", "Selection", "unwrap"]
 
 
 def __dir__() -> list[str]:  # what <TAB> shows

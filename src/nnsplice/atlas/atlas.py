@@ -14,12 +14,12 @@ from nnsplice.atlas.locate import locate
 from nnsplice.atlas.native import expand_native
 from nnsplice.atlas.ownership import unclaimed
 from nnsplice.atlas.parts import Parts
-from nnsplice.atlas.peel import peel
 from nnsplice.atlas.recognise import find_towers
 from nnsplice.atlas.resolve import resolve, split
 from nnsplice.atlas.selection import Selection
 from nnsplice.atlas.sites import expand_portable
 from nnsplice.atlas.tree import read_tree
+from nnsplice.atlas.unwrap import unwrap
 from nnsplice.atlas.verify import Check, verify
 from nnsplice.paths import parse_path
 from nnsplice.paths.path import Path
@@ -70,7 +70,7 @@ class Atlas(Parts):
         Returns:
             The atlas.
         """
-        root = peel(model)
+        root = unwrap(model)
         mark = fingerprint(root)
         known = _ATLASES.get(root)
         if known is not None and known[0] == mark:

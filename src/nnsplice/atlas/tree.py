@@ -202,7 +202,7 @@ def text_config(root: nn.Module) -> Any:
     """The config of the part that reads text and writes it: the model's own, or one inside it; None where it has none.
 
     >>> from nnsplice.atlas.tree import text_config
-    >>> text_config(ns.models.peel(model)).vocab_size
+    >>> text_config(ns.models.unwrap(model)).vocab_size
     64
     """
     config: Any = getattr(root, "config", None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import DERIVED, host, peel
+from nnsplice.atlas import DERIVED, host, unwrap
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.gradients import Flow, spot
 from nnsplice.attribution.nodes import Batch, PartsMoved, points
@@ -228,7 +228,7 @@ class Ends:
             RefusedPlace: there is more to it.
         """
         assert sender.projection is not None and sender.branch is not None
-        root, norm = peel(batch.model), norm_behind(sender.branch)
+        root, norm = unwrap(batch.model), norm_behind(sender.branch)
         project = root.get_submodule(sender.projection)
         with torch.no_grad():
             found = Ends(

@@ -13,7 +13,7 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import accesses, site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import Site, host, peel
+from nnsplice.atlas import Site, host, unwrap
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path
@@ -74,7 +74,7 @@ class Spent:
 @contextmanager
 def differentiable(model: engine.Model) -> Iterator[None]:
     """Gradients of values, and none of parameters: those would cost memory and are not asked for. Flags come back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in peel(model).parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in unwrap(model).parameters()]
     with torch.inference_mode(False), torch.enable_grad():
         try:
             for parameter, _ in flags:

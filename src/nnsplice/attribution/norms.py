@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import RefusedPlace
 
 #: Tokens of the prompt whose run tells what shape each norm is given.
@@ -51,7 +51,7 @@ def norms_of(model: engine.Model, names: list[str]) -> Mapping[str, Norm]:
 
 
 def _shapes_of(model: engine.Model, names: list[str]) -> dict[str, torch.Size]:
-    root = peel(model)
+    root = unwrap(model)
     known = _shapes.get(root)
     if known is not None and all(name in known for name in names):
         return known
@@ -81,8 +81,8 @@ def norm_of(call: Callable[[Tensor], Tensor], shape: torch.Size, model: engine.M
     Raises:
         RefusedPlace: its output is no scaled line.
     """
-    own = next((p for p in peel(model).get_submodule(name).parameters()), None)
-    dtype = next(p.dtype for p in peel(model).parameters() if p.is_floating_point()) if own is None else own.dtype
+    own = next((p for p in unwrap(model).get_submodule(name).parameters()), None)
+    dtype = next(p.dtype for p in unwrap(model).parameters() if p.is_floating_point()) if own is None else own.dtype
     where = torch.device(model.device or "cpu") if own is None else own.device
     draws = torch.Generator().manual_seed(0)
     one, other = (torch.randn(shape, generator=draws, dtype=torch.float64) for _ in range(2))

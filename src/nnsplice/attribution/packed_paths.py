@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.attribution.branches import Branch as ModelBranch
 from nnsplice.attribution.branches import Branches
 from nnsplice.packed import Branch, Cost, Edit, FrozenRow, Read, Row, run, run_frozen, ways
@@ -149,7 +149,7 @@ def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, st
     fast = Executor(paths, whole_prompts, mixed=True, name=PACKED)
     if not work.plan.jobs:
         return slow, "", Cost()
-    known = _trusted.setdefault(peel(work.model), {})
+    known = _trusted.setdefault(unwrap(work.model), {})
     sites = frozenset(path.site for each in paths.receivers for path in each)
     asked, longest, cost = (question(work), sites), longest_of(work), Cost()
     if asked not in known or known[asked].longest < longest:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Atlas, Block, peel
+from nnsplice.atlas import Atlas, Block, unwrap
 from nnsplice.attribution.branches import branches_of
 from nnsplice.attribution.edges import norm_behind
 from nnsplice.attribution.norms import Norm, norms_of
@@ -34,7 +34,7 @@ def rules(model: engine.Model) -> Iterator[None]:
     Raises:
         RefusedPlace: a norm stands behind its branches, or an MLP is not known as an activation between layers.
     """
-    root = peel(model)
+    root = unwrap(model)
     tower = Atlas.of(root).tower()
     with ExitStack() as stack:
         for branch in branches_of(model).all:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.branches import Branch, branches_of
 from nnsplice.attribution.edges import Graph, Receiver, norm_behind
 from nnsplice.attribution.gradients import Flow, Spot, flow, spot
@@ -160,7 +160,7 @@ def _added(model: engine.Model, sender: _Adds, run: Flow) -> Iterator[Tensor]:
         yield run.values[spot(site_of(sender.paths[0]))] * scale
         return
     block = sender.branch.block
-    project = peel(model).get_submodule(str(block.o))
+    project = unwrap(model).get_submodule(str(block.o))
     z, whole = (run.values[spot(site_of(path))] for path in (sender.paths[0], sender.paths[-1]))
     bias = project(torch.zeros_like(z[:1, :1]))
     rest = whole - bias

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Atlas, Site, peel
+from nnsplice.atlas import Atlas, Site, unwrap
 from nnsplice.atlas.tree import is_norm
 from nnsplice.attribution.attention import Seen, probabilities, worth_of_keys, worth_of_queries
 from nnsplice.attribution.branches import Branches, branches_of
@@ -102,7 +102,7 @@ def asks_of(batch: Batch, branches: Branches) -> dict[Path, Asks]:
 
 
 def _roles(batch: Batch, branches: Branches) -> Iterator[tuple[Site, Asks]]:
-    root, atlas = peel(batch.model), Atlas.of(batch.model)
+    root, atlas = unwrap(batch.model), Atlas.of(batch.model)
     for block in branches.tower.blocks:
         home = block.attn or (block.pattern or (None,))[0]
         layout = block.layout
@@ -153,7 +153,7 @@ def _runs(batch: Batch, paths: list[Path], asked: bool):
     """The corrupted run, and the attention of both runs where queries or keys are asked about."""
     if not asked:
         return batch.run(paths), {}, {}
-    root = peel(batch.model)
+    root = unwrap(batch.model)
     if batch.plan.align != "position":
         raise BadArgument(
             'atp* computes attention of one run with queries and keys of the other, at the same positions; align="end" '

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import Atlas, Tower, peel, text_config
+from nnsplice.atlas import Atlas, Tower, text_config, unwrap
 from nnsplice.checks.outline import Outline, Value, outline, place_of
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Index, Path, Slice
@@ -66,7 +66,7 @@ class Subject:
     @property
     def root(self) -> nn.Module:
         """The plain module."""
-        return peel(self.model)
+        return unwrap(self.model)
 
     @property
     def atlas(self) -> Atlas:
@@ -118,7 +118,7 @@ def subject_of(model: Any, layers: Slice | tuple[int, ...] | int | None = None, 
         seed: which random tokens the prompts are made of.
     """
     model = engine.as_model(model)
-    root = peel(model)
+    root = unwrap(model)
     if any(module.training for module in root.modules()):
         raise BadArgument("this model is in training mode, where no two runs are equal", write="model.eval()")
     atlas = Atlas.of(model)
@@ -155,7 +155,7 @@ def _vocabulary(model: engine.Model, atlas: Atlas) -> int:
     tower = atlas.towers.get("decoder")
     if tower is not None and tower.embed is not None:
         return atlas.tree.owner(tower.embed).params["weight"][1][0]
-    return getattr(text_config(peel(model)), "vocab_size", 2)
+    return getattr(text_config(unwrap(model)), "vocab_size", 2)
 
 
 @dataclass(frozen=True, slots=True)

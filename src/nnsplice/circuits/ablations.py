@@ -12,7 +12,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.circuits.constants import OptimalAblation
 from nnsplice.circuits.recording import Recorded, record
 from nnsplice.circuits.wiring import Wiring
@@ -110,7 +110,7 @@ def _check_weights(model: engine.Model, ablation: OptimalAblation) -> None:
 def _run(
     model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], experts: Collection[tuple[int, int]]
 ) -> tuple[Recorded, Cost]:
-    made = record(peel(model), model, wiring, prompts, rows, -1, experts)
+    made = record(unwrap(model), model, wiring, prompts, rows, -1, experts)
     return made.values, CostModel.of(model).whole(prompts, rows, 1)
 
 

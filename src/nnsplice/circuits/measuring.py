@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
-from nnsplice.atlas import fingerprint, peel
+from nnsplice.atlas import fingerprint, unwrap
 from nnsplice.attribution.gradients import halving
 from nnsplice.circuits import parts
 from nnsplice.circuits.ablations import Ablation, Source, source_of
@@ -108,7 +108,7 @@ class Question:
     @property
     def root(self) -> nn.Module:
         """The plain module."""
-        return peel(self.model)
+        return unwrap(self.model)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations import features
-from nnsplice.atlas import attached, peel
+from nnsplice.atlas import attached, unwrap
 from nnsplice.circuits.shape import Shape
 from nnsplice.circuits.wiring import wiring_of
 from nnsplice.errors import KeyMismatch
@@ -27,7 +27,7 @@ def provenance_of(model: Any, senders: Iterable[Path] = ()) -> dict[str, Any]:
     model = engine.as_model(model)
     name, revision = engine.name_of(model)
     told = {"model": name, "revision": revision, "weights": engine.weights_digest(model)}
-    held = attached(peel(model))
+    held = attached(unwrap(model))
     saes = features.identities(model, (one for one in senders if one.sae is not None and one.sae.name in held))
     return {key: value for key, value in (told | ({"saes": saes} if saes else {})).items() if value is not None}
 

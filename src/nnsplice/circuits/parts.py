@@ -13,7 +13,7 @@ from nnsplice import engine, wire
 from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import Site, attached, host, peel
+from nnsplice.atlas import Site, attached, host, unwrap
 from nnsplice.circuits.ablations import Source
 from nnsplice.circuits.addresses import Piece, part_of, whole_of
 from nnsplice.circuits.masks import Mask
@@ -61,7 +61,7 @@ def check_parts(model: engine.Model, wiring: Wiring, prompts: Prompts, source: S
 def _check_sae(model: engine.Model, sender: Path, path: Path, added: Site) -> None:
     """Raise where a feature is no share of what the MLP adds to the stream."""
     assert sender.sae is not None
-    sae = attached(peel(model))[sender.sae.name].sae
+    sae = attached(unwrap(model))[sender.sae.name].sae
     if site_of(path).kind == "transcoded":
         raise RefusedPlace(
             "a transcoder reads what enters the MLP, so its features are no shares of what the MLP adds",
@@ -191,7 +191,7 @@ def check_experts(model: engine.Model, wiring: Wiring, prompts: Prompts, experts
     Raises:
         RefusedPlace: it adds something else.
     """
-    root = peel(model)
+    root = unwrap(model)
     for number in sorted({layer for layer, _ in experts}):
         layer = wiring.layers[number]
         every = [(number, expert) for expert in range(layer.block.n_experts)]

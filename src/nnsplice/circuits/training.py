@@ -16,7 +16,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.attribution.gradients import differentiable
 from nnsplice.circuits.ablations import mean_of, wide
 from nnsplice.circuits.constants import OptimalAblation, Training
@@ -88,7 +88,7 @@ def train(
         position: where the metric reads.
         room: how many tokens run at once.
     """
-    root, cost_model = peel(model), CostModel.of(model)
+    root, cost_model = unwrap(model), CostModel.of(model)
     mixed = [layer.heads_mix for layer in wiring.layers]
     small, _ = needed(wiring.shape, mask, from_embed=False, mixed=mixed)
     free = ablated(wiring.shape, mask, mixed)
@@ -175,7 +175,7 @@ def _groups(model: engine.Model, wiring: Wiring, prompts: Prompts, position: int
         # Training keeps what every block computes, and a pass for each stream that differs.
         step = max(room // (length * 4), 1)
         for rows in (batch[start : start + step] for start in range(0, len(batch), step)):
-            yield _Group(rows, record(peel(model), model, wiring, prompts, rows, at), at)
+            yield _Group(rows, record(unwrap(model), model, wiring, prompts, rows, at), at)
 
 
 # --- vectors ----------------------------------------------------------------------------------------------------------

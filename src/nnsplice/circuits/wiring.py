@@ -9,7 +9,7 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Block, Site, Tower, peel
+from nnsplice.atlas import Block, Site, Tower, unwrap
 from nnsplice.attribution.branches import Branch, branches_of
 from nnsplice.attribution.edges import norm_behind
 from nnsplice.circuits.shape import LayerShape, Shape
@@ -69,7 +69,7 @@ def wiring_of(model: engine.Model) -> Wiring:
         RefusedPlace: its heads cannot be told apart, or something else than queries, keys, values and the MLP reads the
             stream.
     """
-    root = peel(model)
+    root = unwrap(model)
     branches = branches_of(model)
     tower = branches.tower
     if any(block.occurrence for block in tower.blocks):

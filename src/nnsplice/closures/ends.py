@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import Tower, peel
+from nnsplice.atlas import Tower, unwrap
 from nnsplice.closures.promises import Closure, gap, tolerance
 from nnsplice.closures.seen import Seen, replaced
 
@@ -53,7 +53,7 @@ def head(model: Any, tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any
 
 def _logits(model: Any, tower: Tower, kwargs: dict[str, Any], left: Tensor) -> Tensor | None:
     """The logits of a run in which the last layer puts out these values whatever it is given."""
-    last, root = tower.blocks[-1], peel(model)
+    last, root = tower.blocks[-1], unwrap(model)
     visits: list[None] = []
 
     def meet(_: nn.Module, __: Any, output: Any) -> Any:

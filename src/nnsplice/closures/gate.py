@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nnsplice import engine
-from nnsplice.atlas import Atlas, Block, Site, Tower, peel
+from nnsplice.atlas import Atlas, Block, Site, Tower, unwrap
 from nnsplice.closures import ends, heads, parts, streams
 from nnsplice.closures.promises import CROSS, PROMISES, Closure, Kind, kind_of
 from nnsplice.closures.seen import Call, look
@@ -71,11 +71,11 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
             wanted.setdefault(kind, []).append(path)
         if kind == "pattern" and written:
             wanted.setdefault("written pattern", []).append(path)
-    known = _measured.get(peel(model)) if wanted else None
+    known = _measured.get(unwrap(model)) if wanted else None
     if not wanted or (known is not None and wanted.keys() <= known.sound and known.mark == marks(model)):
         return
     # In the middle of a run `fully_shard` has other tensors for the same weights, and nothing may run its blocks.
-    if known is not None and wanted.keys() <= known.sound and engine.meshes(peel(model)) and engine.is_inside(model):
+    if known is not None and wanted.keys() <= known.sound and engine.meshes(unwrap(model)) and engine.is_inside(model):
         return
     # First a turn with the model, as what is measured runs it, and whoever has one may come here too.
     with engine.turn(model), _lock:
@@ -104,7 +104,7 @@ def measure(model: Any, kinds: Iterable[Kind] | None = None) -> list[Closure]:
 def spent(model: Any) -> float:
     """How many forward passes of a prompt of `TOKENS` tokens measuring took since this was asked last."""
     with _lock:
-        known = _measured.get(peel(model))
+        known = _measured.get(unwrap(model))
         if known is None:
             return 0.0
         passes, known.untold = known.untold, 0.0
@@ -113,7 +113,7 @@ def spent(model: Any) -> float:
 
 def marks(model: Any) -> tuple[object, ...]:
     """What changes when modules or weights do; no number is read."""
-    root = peel(model)
+    root = unwrap(model)
     # The atlas is read anew when modules change.
     mark = id if engine.meshes(root) else _mark  # of whole weights that come and go with each run
     return (Atlas.of(root), hash(tuple(map(mark, _parameters(root)))))
@@ -137,7 +137,7 @@ def _mark(parameter: torch.Tensor) -> tuple[int, int]:
 
 
 def _of(model: Any) -> _Measured:
-    root, mark = peel(model), marks(model)
+    root, mark = unwrap(model), marks(model)
     known = _measured.get(root)
     if known is None or known.mark != mark:
         known = _measured[root] = _Measured(mark, untold=0.0 if known is None else known.untold)
@@ -175,7 +175,7 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise RefusedPlace(
-                f"what portable sites of {type(peel(model)).__name__} promise could not be measured: a short run "
+                f"what portable sites of {type(unwrap(model)).__name__} promise could not be measured: a short run "
                 f"failed with {reason}",
                 expected="a model that runs with a few tokens, or an input to run it with",
                 write="ns.expand(model, paths, probe=example_input) once, or native paths",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.atlas import Atlas, Block, Tower, peel, text_config
+from nnsplice.atlas import Atlas, Block, Tower, text_config, unwrap
 from nnsplice.closures.promises import Closure, gap, tolerance
 from nnsplice.closures.seen import Call, Seen
 
@@ -62,7 +62,7 @@ def share_of_experts(model: object) -> float:
 
     By the numbers of their matrices, of which those of one token's experts count.
     """
-    root = peel(model)
+    root = unwrap(model)
     one, whole = 0.0, float(sum(p.numel() for p in root.parameters() if p.dim() > 1))
     chosen = getattr(text_config(root), "num_experts_per_tok", None) or 1
     for tower in Atlas.of(root).towers.values():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine, wire
-from nnsplice.atlas import Atlas, Block, peel
+from nnsplice.atlas import Atlas, Block, unwrap
 from nnsplice.atlas.families import CROSS
 from nnsplice.atlas.tree import is_norm
 
@@ -62,7 +62,7 @@ def look(model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: 
     Args:
         write: put into every site between attention and MLP, as a replay would; no gradients are kept then.
     """
-    root, atlas = peel(model), Atlas.of(model)
+    root, atlas = unwrap(model), Atlas.of(model)
     args, kwargs = example
     with ExitStack() as stack:
         hooks = _Hooks(root, stack)

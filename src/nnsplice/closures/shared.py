@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from nnsplice.atlas import Atlas, Site, native_text, peel
+from nnsplice.atlas import Atlas, Site, native_text, unwrap
 from nnsplice.paths import Path
 from nnsplice.warn import warn_caller
 
@@ -18,7 +18,7 @@ def tell_joint_norms(model: Any, paths: Iterable[Path]) -> None:
 
     Nothing is wrong with such a write: the model's own norm carries it on.
     """
-    atlas = Atlas.of(peel(model))
+    atlas = Atlas.of(unwrap(model))
     for path in paths:
         if path.native or path.value not in _NAMES or path.steps[-1].name not in ("heads", "groups"):
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.engine.arguments import arguments_of, tokens_before
 from nnsplice.engine.models import is_encoder_decoder, tokenizer_of
 from nnsplice.engine.tracing import Mediator, Model, call_of
@@ -64,7 +64,7 @@ def _single_row(mediator: Mediator) -> bool:
 
 
 def _batch(model: Model, args: tuple, kwargs: dict) -> Batch:
-    given = arguments_of(peel(model), args, kwargs)
+    given = arguments_of(unwrap(model), args, kwargs)
     if not is_encoder_decoder(model):
         rows, ids = _rows(given, "", "decoder"), given.get("input_ids")
         return Batch(rows, rows, ids if isinstance(ids, Tensor) else None)

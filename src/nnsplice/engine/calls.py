@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.engine.arguments import arguments_of, cache_of, mask_of, parameters_of, tokens_before
 from nnsplice.errors import BadArgument
 
@@ -114,7 +114,7 @@ class Watch:
     """Listens to a model: `current(tower)` is the pass that this thread runs now."""
 
     def __init__(self, model: Any) -> None:
-        self.root: nn.Module = peel(model)
+        self.root: nn.Module = unwrap(model)
         self._running: _Running = _Running()
         self._caches: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
         self.before_pass: list[Callable[[], None]] = []
@@ -254,7 +254,7 @@ _watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionar
 
 def watch(model: Any) -> Watch:
     """The listener of a model; it is the same for all who ask, and goes with the last of them (`unwatch`)."""
-    root = peel(model)
+    root = unwrap(model)
     with _guard:
         found = _watches.get(root)
         if found is None:

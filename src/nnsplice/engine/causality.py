@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Site, fingerprint, peel, text_config
+from nnsplice.atlas import Atlas, Site, fingerprint, text_config, unwrap
 from nnsplice.engine.models import attention_of, is_encoder_decoder
 from nnsplice.engine.recording import example_of, undisturbed
 from nnsplice.engine.tracing import Model
@@ -28,7 +28,7 @@ def is_causal(model: Model) -> bool:
     One short run tells: of two prompts that differ in their last token, all others have to have the same logits. It is
     kept until the structure or the attention changes. A model that does not run from tokens is believed.
     """
-    module = peel(model)
+    module = unwrap(model)
     generates = getattr(module, "can_generate", None)
     if generates is None or is_encoder_decoder(model) or not generates():
         return False
@@ -71,7 +71,7 @@ def is_causal_for(model: Model, form: Hashable, inputs: Callable[[], Any], colum
         inputs: what the model's forward takes for one such prompt; called where it is not known.
         columns: the tokens to change, beside the last.
     """
-    module = peel(model)
+    module = unwrap(model)
     known, now = _known.setdefault(module, {}), (fingerprint(module), attention_of(model), form)
     if now not in known:
         known[now] = _seen_of(model, inputs(), columns)
@@ -79,7 +79,7 @@ def is_causal_for(model: Model, form: Hashable, inputs: Callable[[], Any], colum
 
 
 def _seen_of(model: Model, inputs: Mapping[str, Tensor], columns: Sequence[int]) -> bool:
-    root = peel(model)
+    root = unwrap(model)
     first = root.get_submodule(Atlas.of(model).tower().blocks[0].module)
     changed: list[int] = []
 
@@ -114,7 +114,7 @@ def after_last_attention(model: Model, site: Site) -> bool:
         return False
     last = towers[site.tower].blocks[-1]
     behind = {(last.module, "output")}
-    if not _convolves(peel(model).get_submodule(last.module)):
+    if not _convolves(unwrap(model).get_submodule(last.module)):
         behind |= {
             (last.mlp_added, "output"), (last.attn_added, "output"), (last.o, "input"), (last.o, "output"),
             (last.mlp, "output"), (last.down, "input"), (last.attn, "output"), last.mid,

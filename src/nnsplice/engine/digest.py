@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.digests import summed
 from nnsplice.engine.spread import is_dtensor
 from nnsplice.engine.team import Team
@@ -42,7 +42,7 @@ def weights_digest(model: Any, *, anew: bool = False) -> str:
     Raises:
         BadArgument: some numbers are nowhere to be read, so that other models would have the same digest.
     """
-    root = peel(model)
+    root = unwrap(model)
     found: dict[int, tuple[str, Tensor]] = {}  # a tied parameter once, by its first name
     buffers: list[tuple[str, Tensor]] = []
     adapters: list[Any] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument
 
@@ -33,7 +33,7 @@ def room(model: Model, asked: int | None = None) -> int:
 
 def bytes_per_token(model: Model) -> int:
     """What one token takes on its way: everything that one block computes of it, some copies of that, and logits."""
-    root = peel(model)
+    root = unwrap(model)
     towers = Atlas.of(model).towers
     size = max((p.element_size() for p in root.parameters() if p.is_floating_point()), default=4)
     if "decoder" not in towers:

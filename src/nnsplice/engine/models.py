@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas import peel, text_config
+from nnsplice.atlas import text_config, unwrap
 from nnsplice.atlas.families import NOT_TEXT, POSITIONS
 from nnsplice.engine.hooks import has_code_around
 from nnsplice.engine.spread import check_whole, gathered
@@ -33,7 +33,7 @@ def as_model(model: object, *, spread: bool = False) -> Model:
     if model.parent is not None:
         raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")
     with gathered(model) if spread else nullcontext():
-        check_whole(peel(model))
+        check_whole(unwrap(model))
     return model
 
 
@@ -51,7 +51,7 @@ def token_texts(model: Model, rows: Iterable[Iterable[int]]) -> tuple[tuple[str,
 
 def check_tokens(model: Model, rows: Iterable[Sequence[int]]) -> None:
     """Raise for what the model's embeddings have no row for; torch would name neither prompt nor token."""
-    module = peel(model)
+    module = unwrap(model)
     words: int = getattr(_embedding(module), "num_embeddings", 0)
     learned = [
         inner.num_embeddings
@@ -83,7 +83,7 @@ def _embedding(module: Any) -> Any:
 
 def is_encoder_decoder(model: Model) -> bool:
     """Whether the model has two towers."""
-    return bool(getattr(getattr(peel(model), "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
 
 
 def is_edited(model: Model) -> bool:
@@ -106,12 +106,12 @@ def refuse_edits(model: Model) -> None:
 
 def in_training(model: Model) -> bool:
     """Whether any part of the model is in train mode."""
-    return any(module.training for module in peel(model).modules())
+    return any(module.training for module in unwrap(model).modules())
 
 
 def keeps_logits(model: Model) -> bool:
     """Whether the model can be asked for the logits of its last tokens only, and runs all its layers on all tokens."""
-    root = peel(model)
+    root = unwrap(model)
     if not _takes_logits(type(root)):
         return False
     # A hook of the user's behind the layers would see those tokens alone, and it may mix them.
@@ -136,12 +136,12 @@ def _takes_logits(kind: type) -> bool:
 
 def attention_of(model: Model) -> str | None:
     """Which implementation of attention the model runs with, where transformers says so."""
-    return getattr(text_config(peel(model)), "_attn_implementation", None)
+    return getattr(text_config(unwrap(model)), "_attn_implementation", None)
 
 
 def decoder_start(model: Model) -> int:
     """The token that the decoder of a model with two towers begins with."""
-    config = peel(model).config
+    config = unwrap(model).config
     for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         token = getattr(config, name, None)
         if isinstance(token, int):
@@ -151,7 +151,7 @@ def decoder_start(model: Model) -> int:
 
 def name_of(model: Model) -> tuple[str, str | None]:
     """What a result says it was made with: the checkpoint's name or the class, and the revision."""
-    module = peel(model)
+    module = unwrap(model)
     kind = type(module)
     if kind.__bases__[0].__name__ == "FSDPModule":  # fully_shard makes a class of its own of the model's
         kind = kind.__bases__[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas import Atlas, Order, fingerprint, peel
+from nnsplice.atlas import Atlas, Order, fingerprint, unwrap
 from nnsplice.deprecated import renamed
 from nnsplice.engine.proof import check_calls, with_proof
 from nnsplice.engine.recording import order_of
@@ -103,7 +103,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, tuple[int, Known]] = weakref.WeakKe
 
 def known(model: object, probe: Any = None) -> Known:
     """The model's map and order, read again when its structure has changed."""
-    root = peel(model)
+    root = unwrap(model)
     now = fingerprint(root)
     found = _known.get(root)
     if found is None or found[0] != now:

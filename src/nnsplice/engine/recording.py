@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnsplice.atlas import Order, fingerprint, peel, text_config
+from nnsplice.atlas import Order, fingerprint, text_config, unwrap
 from nnsplice.engine.signatures import as_taken, taken_by
 from nnsplice.engine.tracing import Model
 from nnsplice.engine.turns import aside, turn
@@ -31,7 +31,7 @@ def order_of(model: object, probe: Any = None) -> Order:
     Args:
         probe: an input for models whose inputs are not known: a tensor, a tuple of arguments or a dict of keywords.
     """
-    root = peel(model)
+    root = unwrap(model)
     now = fingerprint(root)
     known = _orders.get(root)
     if known is not None and known[0] == now:
@@ -50,7 +50,7 @@ def offer_probe(model: object, inputs: Callable[[], Any], *, always: bool = Fals
         inputs: makes them; not called where they are not needed.
         always: these are no tokens, so the model cannot run with tokens that are made up.
     """
-    root = peel(model)
+    root = unwrap(model)
     if root not in _probes and (always or not _knows_vocabulary(root)):
         _probes[root] = inputs()
 
@@ -83,7 +83,7 @@ def example_of(model: object, length: int) -> tuple[object, tuple[Any, ...], dic
     Args:
         length: of the prompt; an input that was given as a probe stays as it is.
     """
-    root = peel(model)
+    root = unwrap(model)
     # Weights that accelerate keeps elsewhere come when they are needed, so such a model runs as it is.
     elsewhere = any(parameter.is_meta for parameter in root.parameters())
     if elsewhere and not any(hasattr(module, "_hf_hook") for module in root.modules()):
@@ -103,7 +103,7 @@ def _eagerly() -> AbstractContextManager[Any]:
 def undisturbed(model: object) -> Iterator[Any]:
     """What to call for a forward pass that leaves nothing behind: in evaluation mode, without gradients; flags and
     random numbers are as before when the block ends."""
-    root = peel(model)
+    root = unwrap(model)
     training = [module for module in root.modules() if module.training]
     devices = [parameter.device for parameter in root.parameters() if parameter.is_cuda][:1]
     try:
@@ -119,7 +119,7 @@ def undisturbed(model: object) -> Iterator[Any]:
 
 def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The module ends that one forward pass goes through, in order; nothing of the model is changed."""
-    root = peel(model)
+    root = unwrap(model)
     names = {id(module): name for name, module in root.named_modules()}
     sequence: list[tuple[str, str]] = []
     here = threading.get_ident()  # the hooks are everywhere, and other threads may run this model meanwhile

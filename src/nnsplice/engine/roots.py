@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.engine.hooks import hooks_of
 from nnsplice.engine.recording import example_of, undisturbed
 from nnsplice.engine.tracing import Body, Model, callable_of, is_passed_by
@@ -37,7 +37,7 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
     Raises:
         BadArgument: by how much they change.
     """
-    outer, root = model._module, peel(model)
+    outer, root = model._module, unwrap(model)
     around = list(_around(outer, root))
     wrapped, hooks, replaced = bare and outer is not root, hooks_of(around), any(map(is_passed_by, around))
     if not (wrapped or replaced) and (not hooks or hooks in _harmless.get(root, ())):
@@ -59,7 +59,7 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
             f"{type(outer).__name__} around the model changes its logits{by}, and what runs here calls the model "
             "inside of it",
             expected="a wrapper that only calls the model, such as LoRA's; no hooks on it, and no soft tokens",
-            write="ns.load(ns.models.peel(model), tokenizer=tokenizer), where the model inside is meant",
+            write="ns.load(ns.models.unwrap(model), tokenizer=tokenizer), where the model inside is meant",
         )
     if not replaced:  # another may come to stand at its address
         _harmless.setdefault(root, set()).add(hooks)
@@ -67,7 +67,7 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
 
 def runs_alone(model: Model) -> bool:
     """Whether a call of the bare module gives the logits that the model gives with all its wrappers."""
-    if model._module is peel(model):
+    if model._module is unwrap(model):
         return True
     try:
         _, whole, alone = _three(model, bare=True)
@@ -85,7 +85,7 @@ def refuse_replaced(model: Any, names: Iterable[str]) -> None:
     Raises:
         BadArgument: the module.
     """
-    root = peel(model)
+    root = unwrap(model)
     modules = [(name, module) for name in dict.fromkeys(names) if is_passed_by(module := root.get_submodule(name))]
     if not modules:
         return

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nnsplice import wire
-from nnsplice.atlas import peel, whole_here
+from nnsplice.atlas import unwrap, whole_here
 from nnsplice.errors import BadArgument
 
 _reads: ContextVar[bool] = ContextVar("reads", default=False)
@@ -25,7 +25,7 @@ _reads: ContextVar[bool] = ContextVar("reads", default=False)
 @contextmanager
 def gathered(model: Any) -> Iterator[None]:
     """While this lasts, a model over several processes is taken, by those who read its values through `whole`."""
-    _refuse_two_ways(peel(model))
+    _refuse_two_ways(unwrap(model))
     token = _reads.set(True)
     try:
         yield
@@ -102,7 +102,7 @@ def read_logits(model: Any, at: int | None = None) -> Tensor:
     """
     logits = wire.logits_of(model)
     logits = logits if at is None else logits[:, at]
-    root = peel(model)
+    root = unwrap(model)
     over = meshes(root)
     if not over:
         return logits.clone()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.engine.spread import meshes
 from nnsplice.errors import BadArgument, TeamError
 
@@ -30,7 +30,7 @@ class Team:
     @classmethod
     def of(cls, model: Any) -> Team:
         """The processes of a model."""
-        found = meshes(peel(model))
+        found = meshes(unwrap(model))
         return cls(found[0].get_group()) if found else cls()
 
     @property

@@ -22,7 +22,7 @@ import nnsight
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, unwrap
 from nnsplice.engine import private
 from nnsplice.engine.devices import staying
 from nnsplice.engine.private import STATE, Controller
@@ -147,7 +147,7 @@ def place(model: Model, site: Site) -> Place:
     """Where the site's value is served in this model."""
     envoy = model
     # Sites go by the bare model, which may lie inside a wrapper such as PEFT's.
-    root, module = peel(model), model._module
+    root, module = unwrap(model), model._module
     home = next(name for name, inner in module.named_modules() if inner is root)
     names = tuple(_attribute(name) for name in f"{home}.{site.module}".split(".") if name)
     for name in names:
@@ -157,7 +157,7 @@ def place(model: Model, site: Site) -> Place:
 
 def callable_of(model: object, module: str) -> Any:
     """What to call for a module by itself, so that a trace that is running now stands aside and counts none of it."""
-    return place(model, Site(module)).envoy if isinstance(model, Model) else peel(model).get_submodule(module)
+    return place(model, Site(module)).envoy if isinstance(model, Model) else unwrap(model).get_submodule(module)
 
 
 @lru_cache(maxsize=4096)

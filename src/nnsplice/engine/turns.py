@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument
 
 #: A lock for each object that is shared, by its id, and how many use it or wait for it.
@@ -28,7 +28,7 @@ _configs: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[Any]]] = weakref.
 @contextmanager
 def turn(model: Any) -> Iterator[None]:
     """Run a model while no other thread exchanges its attention, or that of a model with which it shares a config."""
-    root = peel(model)
+    root = unwrap(model)
     own = getattr(root, "config", None)
     known = _configs.get(root)
     if known is None or known[0] is not own:

@@ -22,7 +22,7 @@ class NeverFired(NnspliceError, RuntimeError):
 
     >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[1].output[-1]"))
     >>> with ns.steering.steer(model, vector, where=ns.steering.from_token(9)):
-    ...     _ = ns.models.peel(model)(torch.tensor([[3, 4]]))
+    ...     _ = ns.models.unwrap(model)(torch.tensor([[3, 4]]))
     Traceback (most recent call last):
     nnsplice.errors.NeverFired: no token of 1 pass was steered by this rule
         layers[1].output  add 1, where from_token(9)
@@ -57,7 +57,7 @@ class RefusedExecutor(NnspliceError, NotImplementedError):
     """The executor given by name does not reproduce the exact numbers of this sweep.
 
     >>> toy, metric = ns.load("toy"), ns.logit_diff("Mary", "John")
-    >>> hook = ns.models.peel(toy).transformer.ln_f.register_forward_hook(lambda _m, _a, out: out + out.flip(1))
+    >>> hook = ns.models.unwrap(toy).transformer.ln_f.register_forward_hook(lambda _m, _a, out: out + out.flip(1))
     >>> ns.sweep(toy, "Mary gave", "John gave", "layers[:].output[:]", metric, executor="packed", progress=False)
     Traceback (most recent call last):
     nnsplice.errors.RefusedExecutor: packed rows do not give this job's numbers: it is no causal decoder

@@ -101,9 +101,9 @@ def diff_lens(
     A narrow tuning changes the first tokens of any text alike; the tuned model's own norm and head say what that is.
 
     >>> import copy
-    >>> tuned = ns.load(copy.deepcopy(ns.models.peel(model)), tokenizer=model.tokenizer)
+    >>> tuned = ns.load(copy.deepcopy(ns.models.unwrap(model)), tokenizer=model.tokenizer)
     >>> with torch.no_grad():
-    ...     _ = ns.models.peel(tuned).transformer.h[1].mlp.c_proj.bias.add_(1.0)
+    ...     _ = ns.models.unwrap(tuned).transformer.h[1].mlp.c_proj.bias.add_(1.0)
     >>> read = ns.diff_lens(model, tuned, ["w3 w4 w5", "w6 w7 w8"], "layers[1:].output", first=2, k=3)
     >>> read, read.tokens().shape
     (DiffLens: 4 differences, 3 tokens of each, (12, 6))

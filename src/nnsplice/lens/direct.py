@@ -20,7 +20,7 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
-from nnsplice.atlas import Atlas, Block, Site, peel, text_config
+from nnsplice.atlas import Atlas, Block, Site, text_config, unwrap
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.edges import norm_behind
 from nnsplice.attribution.gradients import batches
@@ -236,7 +236,7 @@ class _Sums:
 
     def _behind(self) -> tuple[Tensor, Tensor]:
         """What the metric is along the last stream, `[prompt, width]`, and the metric, `[prompt]`."""
-        tower, root = self.branches.tower, peel(self.model)
+        tower, root = self.branches.tower, unwrap(self.model)
         assert tower.unembed is not None
         given, made = self.ends_of(tower.unembed)
         logits = self.run.logits[torch.arange(len(given), device=given.device), self.reads.to(given.device)]
@@ -256,7 +256,7 @@ class _Sums:
     def _through(self, norm: str, towards: Tensor) -> Tensor:
         """A direction behind a norm, in front of it."""
         given, made = self.ends_of(norm)
-        frozen = Frozen.of(peel(self.model).get_submodule(norm), norm, given, made)
+        frozen = Frozen.of(unwrap(self.model).get_submodule(norm), norm, given, made)
         self._note(None, frozen.constant(towards))
         return frozen.back(towards)
 
@@ -294,7 +294,7 @@ class _Sums:
         if asked.experts:
             self._experts(asked, added, towards)
             return
-        module: nn.Module = peel(self.model).get_submodule(asked.projection)
+        module: nn.Module = unwrap(self.model).get_submodule(asked.projection)
         parts = self.at(Site(asked.projection, "input", occurrence=branch.block.occurrence))
         line = Line.through(module, parts, towards, asked.projection)
         self._note(None, line.constant)
@@ -360,7 +360,7 @@ def _factor_behind(model: engine.Model, made: Tensor, logits: Tensor) -> float:
         raise RefusedPlace("what the unembedding makes are not the logits one for one")
     a, b = made.double(), logits.double()
     tried: list[tuple[Tensor, float | None]] = [(b, None)]
-    config = text_config(peel(model))
+    config = text_config(unwrap(model))
     caps = [value for name, value in vars(config).items() if "cap" in name and isinstance(value, float) and value > 0]
     tried += [(cap * torch.atanh((b / cap).clamp(-1, 1)), cap) for cap in caps]
     for before, cap in tried:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.gradients import batches, differentiable
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.lens.fitted import FittedLens, Kind, freeze
@@ -215,7 +215,7 @@ def _jacobians(job: _Job, room: int, chunk: int, progress: bool) -> tuple[Tensor
 
 def _jacobian(job: _Job, row: int, end: Site, chunk: int) -> Tensor:
     """`[layer, width, width]`: the sum over a prompt's tokens, and those from each on, of the derivatives."""
-    root = peel(job.model)
+    root = unwrap(job.model)
     rows: list[Tensor] = []
     width = start = 0
     while start == 0 or start < width:

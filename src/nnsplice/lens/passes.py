@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine, wire
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import Atlas, Site, Tower, peel
+from nnsplice.atlas import Atlas, Site, Tower, unwrap
 from nnsplice.errors import RefusedPlace
 
 
@@ -59,7 +59,7 @@ def last_of(tower: Tower) -> Site:
 
 def look(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: Iterable[Site]) -> Pass:
     """Run these prompts, all of one length."""
-    root, tower = peel(model), decoder_of(model)
+    root, tower = unwrap(model), decoder_of(model)
     inputs = prompts.inputs(rows, model.device)
     assert isinstance(inputs, Mapping)
     length = prompts.lengths("decoder")[rows[0]]

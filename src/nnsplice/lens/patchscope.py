@@ -15,7 +15,7 @@ from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.gradients import batches
 from nnsplice.errors import BadArgument, RefusedPlace, ShortRow, circumstances
 from nnsplice.lens.logit import check_state, exists
@@ -214,7 +214,7 @@ def _written(
     model: engine.Model, into: Prompts, site: Site, position: int, states: Sequence[Tensor], arguments: dict[str, Any]
 ) -> Tensor:
     """The new tokens of the target prompt, a row for each state."""
-    module = peel(model).get_submodule(site.module)
+    module = unwrap(model).get_submodule(site.module)
     length, many = into.lengths("decoder")[0], into.take([0] * len(states))
     visits: list[None] = []
 

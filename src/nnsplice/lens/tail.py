@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.atlas import Tower, peel
+from nnsplice.atlas import Tower, unwrap
 from nnsplice.errors import RefusedPlace
 from nnsplice.lens.passes import Pass, decoder_of, last_of
 from nnsplice.packed import LOGITS, Head
@@ -43,7 +43,7 @@ class Tail:
             if not hasattr(run.returned, "last_hidden_state"):
                 raise NotImplementedError("it does not say which state it gives to its head")
             with engine.turn(model):
-                head = Head.of(peel(model), tower, states, _own(run), type(run.returned))
+                head = Head.of(unwrap(model), tower, states, _own(run), type(run.returned))
         except NotImplementedError as error:
             raise RefusedPlace(f"states of this model are not read as the last layer's are: {error}") from None
         tail = Tail(model, tower, head)
@@ -85,7 +85,7 @@ class Tail:
 
 def allowed(model: engine.Model, logits: Tensor) -> float:
     """What another number of rows may do to logits by rounding, relative to the largest of them."""
-    numbers = [p.dtype for p in peel(model).parameters() if p.is_floating_point()]
+    numbers = [p.dtype for p in unwrap(model).parameters() if p.is_floating_point()]
     eps = max(torch.finfo(dtype).eps for dtype in (logits.dtype, *numbers))
     return max(1e-12, 1e3 * eps if eps < 1e-3 else 8 * eps)
 

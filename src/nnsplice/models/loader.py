@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from nnsplice import engine
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, BadType, FileError, closest, named
 from nnsplice.models.dequantise import Quantised, checkpoint
 from nnsplice.models.folders import from_checkpoint, from_folder
@@ -123,7 +123,7 @@ def _converted(quantised: Quantised, tokenizer: Any, cache: bool, kwargs: dict[s
     with checkpoint(quantised, cache=cache) as folder, no_bar():
         model = from_folder(folder, tokenizer, kwargs)
     # What results say they were made with: what was asked for, and not where its converted form is kept.
-    config: Any = peel(model).config
+    config: Any = unwrap(model).config
     config._name_or_path = quantised.name
     return model
 
@@ -153,7 +153,7 @@ def _embedded(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model
     with no_bar():
         model = engine.wrap(str(EMBEDDED[name]), tokenizer, **{"task": "text-generation", **kwargs})
     # What results say they were made with: the name, and not where this machine keeps the package.
-    config: Any = peel(model).config
+    config: Any = unwrap(model).config
     config._name_or_path = name
     return model
 

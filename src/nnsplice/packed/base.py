@@ -12,7 +12,7 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.packed.cost import CostModel
 from nnsplice.paths import Path
 
@@ -41,7 +41,7 @@ class Base:
     @property
     def root(self) -> nn.Module:
         """The plain module."""
-        return peel(self.model)
+        return unwrap(self.model)
 
     @cached_property
     def cost_model(self) -> CostModel:

@@ -10,7 +10,7 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import Atlas, Tower, peel
+from nnsplice.atlas import Atlas, Tower, unwrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class CostModel:
     @classmethod
     def of(cls, model: engine.Model) -> CostModel:
         """Of a model's blocks and its unembedding; of all its matrices, where it has no blocks."""
-        root = peel(model)
+        root = unwrap(model)
         config = getattr(root, "config", None)
         return cls(root, Atlas.of(model).towers, getattr(config, "num_experts_per_tok", None) or 1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Site, edges_between_towers, peel
+from nnsplice.atlas import Site, edges_between_towers, unwrap
 from nnsplice.errors import BadArgument, MissingPosition, RefusedPlace, ShortRow
 from nnsplice.packed.attention import AttentionCall, attention, is_exchanged
 from nnsplice.packed.masks import Edge, causal, without
@@ -71,7 +71,7 @@ def cut(model: Any, rows: Sequence[Sequence[Cut]]) -> Iterator[None]:
         RefusedPlace: an attention that should be cut does not go through transformers' registry.
     """
     found: dict[Called, list[Edge]] = {}
-    root = peel(model)
+    root = unwrap(model)
     for row, cuts in enumerate(rows):
         for one in cuts:
             found.setdefault(_called(root, site_of(one.place)), []).extend(
@@ -134,7 +134,7 @@ def knockout(model: Any, edges: Paths) -> Iterator[None]:
     """
     _refuse_nested()
     model = engine.as_model(model)
-    root = peel(model)
+    root = unwrap(model)
     wanted: dict[Called, list[_Wanted]] = {}
     for path in map(parse_path, engine.listed(edges)):
         if path.key is None:

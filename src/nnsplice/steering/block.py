@@ -10,7 +10,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.activations.writing import Coefficient
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.steering.operators import Operator
 from nnsplice.steering.rules import Condition, Rule, rules_of
@@ -53,7 +53,7 @@ class Steering:
     def __add__(self, other: Steering) -> Steering:
         if not isinstance(other, Steering):
             return NotImplemented
-        if peel(other.model) is not peel(self.model):
+        if unwrap(other.model) is not unwrap(self.model):
             raise BadArgument("two models cannot be steered as one", expected="two steerings of the same model")
         return Steering(self.model, self.rules + other.rules)
 
@@ -144,7 +144,7 @@ def steer(
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.steer"):
-        root = peel(model)
+        root = unwrap(model)
         # Offloaded weights are loaded by accelerate's hooks; a model that was not dispatched has none.
         if any(p.is_meta for p in root.parameters()) and not any(hasattr(m, "_hf_hook") for m in root.modules()):
             raise BadArgument("the weights of this model are not here, so nothing can run", write="model.dispatch()")

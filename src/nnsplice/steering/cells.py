@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import divergence
 from nnsplice.progress import bar
@@ -206,14 +206,14 @@ class _LogitsMeasure:
         at = self.metric.metric.position % length - length
         kept = {"logits_to_keep": -at} if engine.keeps_logits(self.model) else {}
         with engine.turn(self.model), torch.no_grad():
-            return peel(self.model)(**inputs, **kept, use_cache=False).logits[:, at]
+            return unwrap(self.model)(**inputs, **kept, use_cache=False).logits[:, at]
 
 
 def _generated(
     model: engine.Model, plan: SteeringPlan, jobs: Sequence[Job], session: Session
 ) -> list[tuple[float, float, str]]:
     """The metric of each generated text, and the KL along it: its tokens are given to the unsteered model."""
-    root = cast(Any, peel(model))
+    root = cast(Any, unwrap(model))
     ids = torch.tensor([plan.prompts.ids[prompt] for prompt, _, _ in jobs], device=model.device)
     asked: Any = {"pad_token_id": padding_of(model), "max_new_tokens": plan.new_tokens, **(plan.generate or {})}
     with engine.turn(model), torch.no_grad():

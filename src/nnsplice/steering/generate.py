@@ -12,7 +12,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.activations.writing import Coefficient
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.steering.block import steer
 from nnsplice.steering.operators import Operator
@@ -88,7 +88,7 @@ def generate(
 
 def continued(model: engine.Model, given: Prompts, kwargs: dict[str, Any]) -> Tensor:
     """The new tokens of each prompt, `[row, token]`, as the Hugging Face module itself generates them."""
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     two_towers = engine.is_encoder_decoder(model)
     ids, mask = padded(given.ids, padding_of(model), left=not two_towers)
     if given.decoder_ids is not None and len({len(row) for row in given.decoder_ids}) == 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 
 
 def padded(rows: Sequence[Sequence[int]], token: int, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -24,6 +24,6 @@ def padded(rows: Sequence[Sequence[int]], token: int, *, left: bool) -> tuple[Te
 
 def padding_of(model: engine.Model) -> int:
     """The id of padding: any token, as it is masked."""
-    known = (engine.tokenizer_of(model), getattr(peel(model), "config", None))
+    known = (engine.tokenizer_of(model), getattr(unwrap(model), "config", None))
     named = (getattr(one, name, None) for name in ("pad_token_id", "eos_token_id") for one in known)
     return next((token for token in named if isinstance(token, int)), 0)

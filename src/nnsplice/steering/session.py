@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, unwrap
 from nnsplice.errors import BadArgument, NeverFired, ShapeError, named
 from nnsplice.paths import Path
 from nnsplice.steering.rules import Condition, Rule
@@ -167,7 +167,7 @@ class Session:
 
     def start(self) -> None:
         """Register the hooks."""
-        root = peel(self.model)
+        root = unwrap(self.model)
         self.home: engine.Home = engine.home()
         self.watch: engine.Watch = engine.watch(self.model)
         self.watch.before_pass.append(self._on_pass)

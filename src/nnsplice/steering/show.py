@@ -10,7 +10,7 @@ import torch
 
 from nnsplice import engine
 from nnsplice.activations.prompts import PromptsLike, encode
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.shown import printable
 from nnsplice.steering.padding import padded
 from nnsplice.steering.rules import Rule
@@ -76,7 +76,7 @@ def shown(model: engine.Model, rules: Sequence[Rule], prompts: PromptsLike) -> S
     for active in session.active_rules:
         active.recorded = []
     with session, torch.no_grad():
-        peel(model)(**inputs)
+        unwrap(model)(**inputs)
     return Shown(tuple(_steered_tokens(active, texts) for active in session.active_rules))
 
 

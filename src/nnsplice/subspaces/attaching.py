@@ -7,7 +7,7 @@ from typing import Any
 from nnsplice import engine
 from nnsplice.activations import capture
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Attached, attach, attached, detach, peel
+from nnsplice.atlas import Attached, attach, attached, detach, unwrap
 from nnsplice.errors import BadArgument, BadType, PathError, RefusedPlace, ShapeError, UnknownPath, circumstances, named
 from nnsplice.paths import Path, Span, parse_path
 from nnsplice.subspaces.sae import SAE
@@ -74,7 +74,7 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str
                 path=place,
                 expected="the stream before or after a layer, or what attention or the MLP adds",
             )
-        if name in attached(peel(model)):
+        if name in attached(unwrap(model)):
             raise BadArgument(
                 f"an SAE {name!r} is attached already", expected="another name", write=f"ns.detach_sae(model, {name!r})"
             )
@@ -82,7 +82,7 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str
         if width != sae.width:
             raise ShapeError(f"the SAE is of a site {sae.width} wide, and this one is {width} wide", path=place)
         source = _read_by(model, sae, found[0], reads)
-    attach(peel(model), name, Attached(found[0], sae, source))
+    attach(unwrap(model), name, Attached(found[0], sae, source))
     return f"{found[0].place}.sae[{Span(name)}]"
 
 
@@ -138,7 +138,7 @@ def detach_sae(model: Any, name: str) -> None:
         UnknownPath: no SAE of this name is attached.
     """
     model = engine.as_model(model)
-    held = attached(peel(model))
+    held = attached(unwrap(model))
     if name not in held:
         raise UnknownPath(f"no SAE {name!r} is attached to this model", expected=f"one of {', '.join(held) or 'none'}")
-    detach(peel(model), name)
+    detach(unwrap(model), name)

@@ -16,7 +16,7 @@ from torch import nn
 from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import DERIVED, fingerprint, peel
+from nnsplice.atlas import DERIVED, fingerprint, unwrap
 from nnsplice.errors import BadArgument, RefusedExecutor
 from nnsplice.metrics import Bound, Several
 from nnsplice.packed.cost import Cost
@@ -89,7 +89,7 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
 
 
 def _asked(work: Work, room: int) -> tuple[Answer, Cost]:
-    known = _trusted.setdefault(peel(work.model), {})
+    known = _trusted.setdefault(unwrap(work.model), {})
     asked, longest = question(work), longest_of(work)
     answer = known.get(asked)
     remembered = answer is not None and longest <= answer.longest
@@ -110,7 +110,7 @@ def longest_of(work: Work) -> int:
 
 def question(work: Work) -> Hashable:
     """All that an answer depends on, but for the length of the prompts."""
-    root, plan = peel(work.model), work.plan
+    root, plan = unwrap(work.model), work.plan
     modules = list(root.modules())
     # Numbers of hooks never come again; what one does to packed tokens is found out with it in place.
     hooks = (engine.hooks_of(modules), engine.replaced_in(modules))

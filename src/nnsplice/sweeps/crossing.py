@@ -22,7 +22,7 @@ from nnsplice.activations.capture import capture
 from nnsplice.activations.patched import patched_logits
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import Selection, peel
+from nnsplice.atlas import Selection, unwrap
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import Bound, Metric, MetricLike
 from nnsplice.paths import Path, Paths, Slice
@@ -57,9 +57,9 @@ def crossings(
     the Shapley values `share fed` and `share computed`, which sum to `both` less `neither`.
 
     >>> import copy
-    >>> tuned = ns.load(copy.deepcopy(ns.models.peel(model)), tokenizer=model.tokenizer)
+    >>> tuned = ns.load(copy.deepcopy(ns.models.unwrap(model)), tokenizer=model.tokenizer)
     >>> with torch.no_grad():
-    ...     _ = ns.models.peel(tuned).transformer.h[0].mlp.c_proj.weight.mul_(2.0)
+    ...     _ = ns.models.unwrap(tuned).transformer.h[0].mlp.c_proj.weight.mul_(2.0)
     >>> metric = ns.logit_diff("w7", "w8")
     >>> split = ns.crossings(model, tuned, "w3 w4 w5", "layers[:].mlp", metric, progress=False)
     >>> shares = split.grid()[0].sel(metric=["share fed", "share computed"])
@@ -152,7 +152,7 @@ def _check(model: engine.Model, place: Path) -> None:
             expected="layers[i], layers[i].attn or layers[i].mlp, without positions",
         )
     own = set(_weights(model, place))
-    made = [name for name, _ in peel(model).get_submodule(site_of(place).module).named_parameters()]
+    made = [name for name, _ in unwrap(model).get_submodule(site_of(place).module).named_parameters()]
     left = [name for name in made if f"{site_of(place).module}.{name}" not in own]
     if left:
         raise RefusedPlace(
@@ -169,7 +169,7 @@ def _weights(model: engine.Model, place: Path) -> Selection:
 
 def _outputs(model: engine.Model, other: engine.Model | None, place: Path, prompts: Prompts) -> Tensor:
     """What a site puts out in a model's run, with its weights or another's there."""
-    block = nullcontext() if other is None else swap(model, peel(other), _weights(model, place))
+    block = nullcontext() if other is None else swap(model, unwrap(other), _weights(model, place))
     with block:
         return capture(model, prompts, place.at(Slice())).get(place.at(Slice()))
 

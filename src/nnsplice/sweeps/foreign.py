@@ -14,7 +14,7 @@ from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts, encode
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.errors import BadArgument, ShapeError, circumstances
 from nnsplice.paths import Path, parse_path
 from nnsplice.sweeps.cells import Target
@@ -62,7 +62,7 @@ def check(
 
 def _vocabulary(model: engine.Model) -> int | None:
     unembed = Atlas.of(model).tower().unembed
-    weight = None if unembed is None else getattr(peel(model).get_submodule(unembed), "weight", None)
+    weight = None if unembed is None else getattr(unwrap(model).get_submodule(unembed), "weight", None)
     return None if weight is None else int(weight.shape[0])
 
 
@@ -121,13 +121,13 @@ def identical(model: engine.Model, other: engine.Model) -> bool:
     if model is other:
         return True
     configs = [_config(one) for one in (model, other)]
-    same = configs[0] is not None and configs[0] == configs[1] and type(peel(model)) is type(peel(other))
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for one in (model, other) for m in peel(one).modules())
+    same = configs[0] is not None and configs[0] == configs[1] and type(unwrap(model)) is type(unwrap(other))
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for one in (model, other) for m in unwrap(one).modules())
     return same and not hooked and engine.weights_digest(model) == engine.weights_digest(other)
 
 
 def _config(model: engine.Model) -> dict[str, Any] | None:
-    config = getattr(peel(model), "config", None)
+    config = getattr(unwrap(model), "config", None)
     if not hasattr(config, "to_dict"):
         return None
     told: dict[str, Any] = config.to_dict()  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnsplice import packed as engine_of_rows
 from nnsplice import wire
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, PackedResult, Row
 from nnsplice.packed.rows import Change, Values
 from nnsplice.paths import Path
@@ -156,7 +156,7 @@ def _corrupted(work: Work, prompts: Sequence[int]) -> Iterator[None]:
         yield
         return
     site = site_of(corruption.place)
-    module = peel(work.model).get_submodule(site.module)
+    module = unwrap(work.model).get_submodule(site.module)
 
     def corrupt(states: Tensor) -> Tensor:
         states = states.clone()

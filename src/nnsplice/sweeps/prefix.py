@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Block, Selection, peel
+from nnsplice.atlas import Atlas, Block, Selection, unwrap
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Prefix:
     @classmethod
     def of(cls, model: Any, run: Callable[[], Tensor]) -> Prefix:
         """Record a run, and see whether its last block alone gives its logits."""
-        atlas, root = Atlas.of(model), peel(model)
+        atlas, root = Atlas.of(model), unwrap(model)
         order = sorted(atlas.towers.values(), key=lambda tower: tower.name != "encoder")
         blocks = [block for tower in order for block in tower.blocks]
         if not blocks or any(block.occurrence or block.beside for block in blocks):

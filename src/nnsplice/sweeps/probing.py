@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.packed import ways
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.cells import Target
@@ -277,7 +277,7 @@ def rounding(work: Work, off: float, size: float) -> str:
 
 def dtype_of(work: Work) -> torch.dtype:
     """What the model computes in."""
-    return next((p.dtype for p in peel(work.model).parameters() if p.is_floating_point()), torch.float32)
+    return next((p.dtype for p in unwrap(work.model).parameters() if p.is_floating_point()), torch.float32)
 
 
 def allowed(work: Work) -> float:
@@ -309,7 +309,7 @@ def noise_of(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
         return out * (1 + MOVED * noise)
 
     found: list[Tensor] = []
-    embedding: Any = peel(work.model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    embedding: Any = unwrap(work.model).get_input_embeddings()  # pyright: ignore[reportCallIssue]
     hook = embedding.register_forward_hook(shaken)
     cost = Cost()
     try:
@@ -371,7 +371,7 @@ def kinds_of(target: Target) -> Iterator[Hashable]:
 
 def _kinds_of_layer(work: Work) -> dict[tuple[str, int | None], Hashable]:
     """The kind of every layer: its modules, their settings and hooks, and whether it is the first or the last."""
-    root = peel(work.model)
+    root = unwrap(work.model)
     found: dict[tuple[str, int | None], Hashable] = {}
     for tower in Atlas.of(root).towers.values():
         blocks = [root.get_submodule(block.module) for block in tower.blocks]

@@ -10,7 +10,7 @@ import numpy as np
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import Site, peel
+from nnsplice.atlas import Site, unwrap
 from nnsplice.errors import ShortRow
 from nnsplice.shown import counted
 from nnsplice.sweeps.cells import Part, Target
@@ -116,7 +116,7 @@ def same(edited: Prompts, source: Prompts | None, prompt: int) -> bool:
 
 
 def _has_hooks(model: engine.Model) -> bool:
-    return engine.has_code_around(peel(model).modules())
+    return engine.has_code_around(unwrap(model).modules())
 
 
 def _value(site: Site) -> tuple:

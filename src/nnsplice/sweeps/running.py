@@ -228,9 +228,9 @@ def sweep(
     two models: each cell says how much of their difference a site carries.
 
     >>> import copy
-    >>> tuned = ns.load(copy.deepcopy(ns.models.peel(model)), tokenizer=model.tokenizer)
+    >>> tuned = ns.load(copy.deepcopy(ns.models.unwrap(model)), tokenizer=model.tokenizer)
     >>> with torch.no_grad():
-    ...     _ = ns.models.peel(tuned).transformer.h[1].mlp.c_proj.weight.mul_(2.0)
+    ...     _ = ns.models.unwrap(tuned).transformer.h[1].mlp.c_proj.weight.mul_(2.0)
     >>> result = ns.sweep(model, "w3 w4 w5", None, "layers[:].mlp[-1]", metric, source=tuned, progress=False)
     >>> result.effect().values.squeeze().round(6).tolist()[0]
     0.0

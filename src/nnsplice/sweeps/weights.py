@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
-from nnsplice.atlas import Atlas, Selection, peel
+from nnsplice.atlas import Atlas, Selection, unwrap
 from nnsplice.deprecated import renamed_to
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, circumstances
@@ -73,7 +73,7 @@ def sweep_weights(
     """Weight patching: run the base model with the tuned model's weights at one site at a time, and record the metric.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(ns.models.peel(model))
+    >>> tuned = copy.deepcopy(ns.models.unwrap(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
     >>> metric = ns.logit_diff("w7", "w8")
@@ -191,7 +191,7 @@ class _Ends:
 def _ends(runs: Runs, tuned: Any) -> _Ends:
     logits, every = _tuned_logits(runs, tuned), range(len(runs.given))
     clean = runs.measured(every, logits, logits)
-    corrupted = runs.measured(every, runs.all_logits(peel(runs.base)), logits)
+    corrupted = runs.measured(every, runs.all_logits(unwrap(runs.base)), logits)
     check_baselines(runs.metric, tuned=clean, base=corrupted)
     return _Ends(logits, clean, corrupted)
 
@@ -200,7 +200,7 @@ def _measured(
     runs: Runs, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
 ) -> Iterator[tuple[list[Job], list[float], Cost]]:
     """What is not done: jobs, their values, and what they cost."""
-    module = peel(runs.base)
+    module = unwrap(runs.base)
     for rows in runs.batches():
         if done[rows].all():
             continue
@@ -242,7 +242,7 @@ class Runs:
         if not isinstance(bound, Bound):
             bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
         bound.metric.check_lengths(given.lengths("decoder"))
-        taken = inspect.signature(type(peel(base)).forward).parameters
+        taken = inspect.signature(type(unwrap(base)).forward).parameters
         return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
 
     def take(self, prompts: Sequence[int], batch_size: int) -> Runs:
@@ -301,9 +301,9 @@ class Runs:
 
 
 def _tuned_logits(runs: Runs, tuned: Any) -> Tensor:
-    module = peel(runs.base)
+    module = unwrap(runs.base)
     if not isinstance(tuned, Mapping):
-        return runs.all_logits(peel(tuned)).to(next(module.parameters()).device)
+        return runs.all_logits(unwrap(tuned)).to(next(module.parameters()).device)
     with swap(runs.base, tuned, "full"):
         return runs.all_logits(module)
 
@@ -321,7 +321,7 @@ def _places(base: engine.Model, sites: Paths) -> dict[Path, Selection]:
 def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> None:
     models = {"base": base} if isinstance(tuned, Mapping) else {"base": base, "tuned": tuned}
     for name, model in models.items():
-        if any(module.training for module in peel(model).modules()):
+        if any(module.training for module in unwrap(model).modules()):
             raise BadArgument(
                 f"the {name} model is in train mode, so dropout would make every run another one",
                 write=f"{name}.eval()",
@@ -336,8 +336,8 @@ def _asked(
     base, given = runs.base, runs.given
     atlas = Atlas.of(base)
     name, revision = engine.name_of(base)
-    held = dict(peel(base).named_parameters(remove_duplicate=False))
-    other = dict(tuned) if isinstance(tuned, Mapping) else dict(peel(tuned).named_parameters(remove_duplicate=False))
+    held = dict(unwrap(base).named_parameters(remove_duplicate=False))
+    other = dict(tuned) if isinstance(tuned, Mapping) else dict(unwrap(tuned).named_parameters(remove_duplicate=False))
     # Heads without the keys and values that they share: swept with them, they are another question.
     own = any(atlas.resolve(place) != selection for place, selection in places.items())
     touched = list(dict.fromkeys(name for selection in places.values() for name in selection))

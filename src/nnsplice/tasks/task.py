@@ -13,7 +13,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.patched import fewer_logits
 from nnsplice.activations.prompts import encode
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Metric, accuracy, logit_diff
 from nnsplice.progress import bar
@@ -205,7 +205,7 @@ def _last_logits(model: engine.Model, prompts: Sequence[str], progress: bool) ->
     engine.refuse_edits(model)
     engine.refuse_changed_logits(model, bare=True)
     given = encode(model, prompts)
-    module: Any = peel(model)
+    module: Any = unwrap(model)
     found: dict[int, Tensor] = {}
     with torch.no_grad(), engine.turn(model), bar("the task's prompts", len(given), "prompt", progress) as shown:
         for rows in given.batches(_TOGETHER):

@@ -8,7 +8,7 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations.prompts import Prompts
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Metric, Several, rules
@@ -45,7 +45,7 @@ def prompts_of(told: Mapping[str, Any], model: engine.Model) -> Prompts:
 
     spans = None if told["spans"] is None else {name: rows(each) for name, each in told["spans"].items()}
     texts = None if told["texts"] is None else tuple(told["texts"])
-    return Prompts(rows(told["ids"]), texts, rows(told["decoder"]), None, spans, engine.taken_by(type(peel(model))))
+    return Prompts(rows(told["ids"]), texts, rows(told["decoder"]), None, spans, engine.taken_by(type(unwrap(model))))
 
 
 # --- functions --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def diff(base: Any, tuned: Any, by: str | Path | list[str | Path] = "layers") ->
     the ratio of the two, `changed` how many numbers differ, and `numel` how many there are.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(ns.models.peel(model))
+    >>> tuned = copy.deepcopy(ns.models.unwrap(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.bias.add_(1.0)
     >>> ns.weights.diff(model, tuned)[["norm", "changed", "numel"]]

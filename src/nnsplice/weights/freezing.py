@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.weights.regions import Region, Selected, regions
 
@@ -27,7 +27,7 @@ def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter
     """Freeze everything except an address, in a `with` block; frozen weights stay bit for bit, also with weight decay.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(ns.models.peel(model))
+    >>> tuned = copy.deepcopy(ns.models.unwrap(model))
     >>> with ns.weights.freeze_except(tuned, "l1h2") as parameters:
     ...     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
     ...     for _ in range(3):
@@ -64,7 +64,7 @@ def freeze_except(model: Any, selection: Selected) -> Iterator[list[nn.Parameter
                 expected="at least one parameter with requires_grad=True",
                 write="model.requires_grad_(True)",
             )
-    frozen = [parameter for parameter in peel(model).parameters() if id(parameter) not in found]
+    frozen = [parameter for parameter in unwrap(model).parameters() if id(parameter) not in found]
     rests = [rest for region in found.values() if (rest := region.rest()) is not None]
     with ExitStack() as stack:
         _without_gradients(frozen, stack)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnsplice.atlas import peel
+from nnsplice.atlas import unwrap
 from nnsplice.errors import circumstances
 from nnsplice.weights.selecting import Restriction, names, selection_of
 
@@ -45,7 +45,7 @@ def create_param_masks(model: Any, restriction: Restriction) -> ParamMasks:
         selection = selection_of(model, restriction)
     if isinstance(restriction, str) and restriction.strip().lower() == "full" and isinstance(model, nn.Module):
         return {name: None for name, _ in model.named_parameters()}  # also what a wrapper adds of its own
-    root, outer = peel(model), names(model)
+    root, outer = unwrap(model), names(model)
     masks: ParamMasks = {}
     for name in selection:
         device = root.get_parameter(name).device

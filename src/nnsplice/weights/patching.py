@@ -29,10 +29,10 @@ def swap(base: M, other: Any, selection: Selected) -> Iterator[M]:
     """Weight patching: give `base` the weights of `other` at an address, in a `with` block.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(ns.models.peel(model))
+    >>> tuned = copy.deepcopy(ns.models.unwrap(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].attn.c_proj.weight.mul_(2.0)
-    >>> weight = ns.models.peel(model).transformer.h[1].attn.c_proj.weight
+    >>> weight = ns.models.unwrap(model).transformer.h[1].attn.c_proj.weight
     >>> before = weight.detach().clone()
     >>> with ns.weights.swap(model, tuned, "l1h2"):
     ...     print((weight != before).any(1).nonzero().flatten().tolist())   # rows of head 2
@@ -69,7 +69,7 @@ def interpolate(base: M, other: Any, selection: Selected, t: float) -> Iterator[
     Values of `t` below 0 and above 1 extrapolate.
 
     >>> import copy
-    >>> tuned = copy.deepcopy(ns.models.peel(model))
+    >>> tuned = copy.deepcopy(ns.models.unwrap(model))
     >>> with torch.no_grad():
     ...     _ = tuned.transformer.h[1].mlp.c_fc.bias.add_(1.0)
     >>> with ns.weights.interpolate(model, tuned, "l1 mlp", 0.75):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, ParameterShare, by_number, draw, peel
+from nnsplice.atlas import Atlas, ParameterShare, by_number, draw, unwrap
 from nnsplice.errors import BadType, ShapeError, UnknownParameter, closest, named
 from nnsplice.shown import shown
 from nnsplice.weights.masks import ParamMasks
@@ -77,7 +77,7 @@ def rows_of(model: Any, masks: Mapping[str, Tensor | None]) -> list[ParameterSha
             expected="a mask for each parameter's name",
             write='ns.weights.create_param_masks(model, "l5h3")',
         )
-    parameters = dict(peel(model).named_parameters(remove_duplicate=False))
+    parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
     if isinstance(model, nn.Module):
         parameters |= dict(model.named_parameters(remove_duplicate=False))
     rows: list[ParameterShare] = []

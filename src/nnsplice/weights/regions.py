@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Part, Selection, peel, refuse_sharded, rest_of
+from nnsplice.atlas import Atlas, Part, Selection, refuse_sharded, rest_of, unwrap
 from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest, named
 from nnsplice.paths import Path
 from nnsplice.weights.selecting import Restriction, exact, select
@@ -69,7 +69,7 @@ def regions(model: Any, selected: Selected) -> list[Region]:
     Raises:
         BadArgument: nothing is selected, or the model has no weights to read.
     """
-    root = peel(model)
+    root = unwrap(model)
     if isinstance(selected, Mapping):
         found = list(_masked(model, root, selected))
     else:
@@ -146,9 +146,9 @@ def counterpart(model: Any, other: Any, wanted: Sequence[Region]) -> dict[str, T
     if isinstance(other, Mapping):
         held: dict[str, Tensor] = dict(other)
     else:
-        if peel(other) is peel(model):
+        if unwrap(other) is unwrap(model):
             raise BadArgument("both are the same model, so nothing would change", expected="two models")
-        held = dict(peel(other).named_parameters(remove_duplicate=False))
+        held = dict(unwrap(other).named_parameters(remove_duplicate=False))
     refuse_sharded(((r.name, held[r.name]) for r in wanted if r.name in held), "the other model's weights")
     _refuse_quantised((r.name, held[r.name]) for r in wanted if r.name in held)
     for region in wanted:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from nnsplice.atlas import Atlas, Selection, peel
+from nnsplice.atlas import Atlas, Selection, unwrap
 from nnsplice.errors import BadArgument, BadType, NnspliceError, OutOfRange, PathError, UnknownPath
 from nnsplice.paths import Path, parse_path
 from nnsplice.weights import shared_heads
@@ -150,14 +150,14 @@ def exact(model: Any, atlas: Atlas, text: str) -> str | None:
         return text
     if text in atlas.tree.aliases:
         return atlas.tree.aliases[text]
-    if not isinstance(model, nn.Module) or peel(model) is model:
+    if not isinstance(model, nn.Module) or unwrap(model) is model:
         return None
     return {outer: inner for inner, outer in names(model).items()}.get(text)
 
 
 def names(model: Any) -> Mapping[str, str]:
     """Name of a parameter in the bare model -> its name in `model.named_parameters()`, where wrappers add to it."""
-    root = peel(model)
+    root = unwrap(model)
     if model is root or not isinstance(model, nn.Module):
         return {name: name for name in Atlas.of(model).tree.params}
     outer = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, peel
+from nnsplice.atlas import Atlas, unwrap
 from nnsplice.checkpoints.between.huggingface import huggingface, spelled
 from nnsplice.checkpoints.between.scheme import Scheme
 from nnsplice.checkpoints.between.transformerlens import MARK, transformerlens
@@ -32,7 +32,7 @@ class Between(ModelStateMapper):
 
     >>> from copy import deepcopy
     >>> from nnsplice.checkpoints import mapper_between
-    >>> config = deepcopy(ns.models.peel(model).config)
+    >>> config = deepcopy(ns.models.unwrap(model).config)
     >>> config.n_layer = 4                     # one layer more than the model has
     >>> between = mapper_between(model, config)
     >>> len(between.underived), between.underived["transformer.h.3.ln_1.weight"]
@@ -244,7 +244,7 @@ def _side(side: Side) -> _Side:
     if hasattr(side, "model_type"):
         model = empty_model(side)
     elif isinstance(side, nn.Module) or hasattr(side, "_module"):
-        model = peel(side)
+        model = unwrap(side)
     else:
         raise BadType(f"{named(side)} is no side of a conversion", expected="a folder, a model or a config")
     atlas = Atlas.of(model)

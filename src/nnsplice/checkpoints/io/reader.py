@@ -104,7 +104,7 @@ def load_model_state(
     >>> name = "transformer.wpe.weight"
     >>> mapper = Sequential([Slice(name, dim=0, stop=8), Rename(name, "weight")])
     >>> load_model_state(ns.models.embedded("toy"), mapper, "cpu", short, show_progress=False)
-    >>> torch.equal(short.weight, ns.models.peel(ns.load("toy")).transformer.wpe.weight[:8])
+    >>> torch.equal(short.weight, ns.models.unwrap(ns.load("toy")).transformer.wpe.weight[:8])
     True
 
     Args:

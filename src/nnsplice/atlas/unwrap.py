@@ -1,4 +1,4 @@
-"""`peel`: the innermost module below all wrappers."""
+"""`unwrap`: the innermost module below all wrappers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 from nnsplice.errors import BadType
 
 
-def peel(model: Any) -> nn.Module:
+def unwrap(model: Any) -> nn.Module:
     """The plain module inside nnsight, `torch.compile`, DDP or PEFT wrappers, nested in any order.
 
     For copies, training and other libraries, which need a plain module. Adapter layers that PEFT injected stay, as
     parts of the model.
 
-    >>> type(ns.models.peel(ns.load("toy"))).__name__
+    >>> type(ns.models.unwrap(ns.load("toy"))).__name__
     'GPT2LMHeadModel'
     >>> inner = torch.nn.Linear(2, 2)
-    >>> ns.models.peel(torch.nn.DataParallel(inner)) is inner
+    >>> ns.models.unwrap(torch.nn.DataParallel(inner)) is inner
     True
 
     Args:
