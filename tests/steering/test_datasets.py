@@ -25,6 +25,13 @@ def test_ab_questions() -> None:
     assert len(persona) == 6 and persona.positive[0].endswith(("-> Yes", "-> No"))
 
 
+def test_separators_inside_of_a_text_end_no_line(tmp_path) -> None:
+    row = {"question": "one\u2028two", "answer_matching_behavior": " Yes", "answer_not_matching_behavior": "\x85No"}
+    (tmp_path / "evals.jsonl").write_text("\n".join([json.dumps(row, ensure_ascii=False)] * 2), encoding="utf-8")
+    pairs = ns.steering.read_evals(tmp_path / "evals.jsonl", template="{question}{answer}")
+    assert list(pairs) == [("one\u2028two Yes", "one\u2028two\x85No")] * 2
+
+
 def test_suffixes_behind_two_personas() -> None:
     pairs = ns.steering.read_suffixes(DATA / "suffixes.json", "someone happy", "someone sad")
     texts = [text for text in json.loads((DATA / "suffixes.json").read_text()) if text]
@@ -59,7 +66,7 @@ def test_pairs_are_fitted_on(model) -> None:
     ("reader", "content", "text"),
     [
         ("read_evals", '{"question": "a"}', "line 1 .* is no question"),
-        ("read_evals", "\n\n{", "line 3 .* is no JSON"),
+        ("read_evals", "\n\n{", "line 3 .*no JSON"),
         ("read_evals", "", "holds no pair"),
         ("read_evals", SAME, "same"),
         ("read_pairs", '[{"input": "a"}]', "no list of inputs"),
@@ -86,5 +93,5 @@ def test_mistakes_in_the_call_are_answered(tmp_path) -> None:
     with pytest.raises(FileNotFoundError):
         ns.steering.read_evals(tmp_path / "none")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(FileError, match="not text"):
+    with pytest.raises(FileError, match="no text"):
         ns.steering.read_evals(tmp_path / "bytes")

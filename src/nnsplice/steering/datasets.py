@@ -7,15 +7,14 @@ read_pairs          a JSON list of inputs and outputs, as examples in the prompt
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nnsplice.errors import BadArgument, FileError
+from nnsplice.files import from_json, text_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,9 @@ def read_evals(path: str | os.PathLike[str], *, template: str = "{question}\n\nA
         BadArgument: a template without its fields.
     """
     _check_template(template, "question", "answer")
-    rows = [(number, _json(path, line, number)) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    # Only a line break ends a line: `splitlines` would also cut at separators inside of a JSON text.
+    lines = enumerate(text_of(path).split("\n"), 1)
+    rows = [(number, from_json(line, f"line {number} of {path}")) for number, line in lines if line.strip()]
     pairs = []
     for number, row in rows:
         names = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
@@ -139,7 +140,7 @@ def read_suffixes(
     _check_template(template, "persona", "suffix")
     if positive == negative:
         raise BadArgument(f"both personas are {positive!r}", expected="two that differ")
-    found = _json(path, "\n".join(_lines(path)), 1)
+    found = from_json(text_of(path), path)
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise FileError(f"{path} is no list of texts", expected='["That game", "I can see", ...]')
     pairs = [[template.format(persona=p, suffix=text) for p in (positive, negative)] for text in found if text]
@@ -190,7 +191,7 @@ def read_pairs(
         BadArgument: fewer than 2 examples, fewer pairs than a prompt needs, or a template without its fields.
     """
     _check_template(template, "input", "output")
-    found = _json(path, "\n".join(_lines(path)), 1)
+    found = from_json(text_of(path), path)
     good = isinstance(found, list) and all(isinstance(r, dict) and {"input", "output"} <= set(r) for r in found)
     if not good:
         raise FileError(f"{path} is no list of inputs and outputs", expected='[{"input": "hot", "output": "cold"}]')
@@ -214,20 +215,6 @@ def _contrast(path: Any, pairs: Sequence[Sequence[str]]) -> Contrast:
     if not pairs:
         raise FileError(f"{path} holds no pair")
     return Contrast(tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
-
-
-def _lines(path: str | os.PathLike[str]) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise FileError(f"{path} is not text") from None
-
-
-def _json(path: Any, text: str, number: int) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"line {number} of {path} is no JSON: {error}") from None
 
 
 def _check_template(template: str, *names: str) -> None:
