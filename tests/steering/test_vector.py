@@ -109,8 +109,12 @@ def test_a_vector_from_elsewhere(model) -> None:
         ns.steering.SteeringVector.of(ns.capture(model, ["w3", "w4"], "layers[1].output[-1]"))
     with pytest.raises(TypeError, match="from_pairs"):
         ns.steering.SteeringVector.of(torch.ones(4))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(NnspliceError, match="zero vector"):
-        ns.steering.SteeringVector.of(0 * made).normalised()
+    zero = ns.SavedActivation.from_pairs(("layers[2].output[-1]", torch.zeros(1, 16)))
+    half = made.at(1) | zero
+    with pytest.raises(NnspliceError, match=r"zero vector[\s\S]*layers\[2\][\s\S]*write: vector\.subset") as error:
+        ns.steering.SteeringVector.of(half).normalised()
+    repaired = eval(str(error.value).partition("write: ")[2], {"vector": ns.steering.SteeringVector.of(half)})
+    assert repaired.normalised().layers == [1]
     with pytest.raises(KeyError, match="no vector of layer 5"):
         made.at(5)
     with pytest.raises(KeyError, match="one of 1, 2"):

@@ -18,7 +18,7 @@ from nnsplice.atlas.attached import Features
 from nnsplice.errors import BadArgument, BadType, RefusedPlace, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, parse_path
 from nnsplice.steering.operators import OPERATORS, Operator, rotation
-from nnsplice.steering.sites import vectors_of
+from nnsplice.steering.sites import LEAVE_OUT, NOT_ZERO, vectors_of
 from nnsplice.steering.where import Where
 
 #: A number for every row, or one for each.
@@ -106,7 +106,7 @@ def similar(
     if direction.shape[0] != 1:
         raise ShapeError(f"{direction.shape[0]} directions", expected="one", write="direction.mean()")
     if not bool(direction.norm() > 0):
-        raise BadArgument("a zero vector is similar to nothing")
+        raise BadArgument("a zero vector is similar to nothing", expected=NOT_ZERO)
     return Condition(place, direction.clone(), above, below)
 
 
@@ -237,7 +237,9 @@ def rules_of(
                 write="layers[i].output",
             )
         if not bool(direction.norm() > 0):
-            raise BadArgument("a zero vector, so steering with it would do nothing", path=key)
+            raise BadArgument(
+                "a zero vector, so steering with it would do nothing", path=key, expected=NOT_ZERO, write=LEAVE_OUT
+            )
         if plane is not None:
             function = rotation(_plane_direction(plane, key, direction))
         if condition is not None:

@@ -19,7 +19,7 @@ from nnsplice.shown import printable
 from nnsplice.steering import display
 from nnsplice.steering.about import HEADER, About
 from nnsplice.steering.quality import auc
-from nnsplice.steering.sites import layer_of
+from nnsplice.steering.sites import LEAVE_OUT, NOT_ZERO, layer_of
 
 
 class SteeringVector(SavedActivation):
@@ -237,7 +237,8 @@ class SteeringVector(SavedActivation):
             scale = torch.tensor([lengths[str(key)] for key in pack.keys]).to(pack.tensor)[:, None]
             length = pack.tensor.norm(dim=-1, keepdim=True)
             if not bool((length > 0).all()):
-                raise BadArgument("a zero vector has no direction", path=pack.keys[0])
+                key = next(key for key, size in zip(pack.keys, length[0, :, 0].tolist(), strict=True) if not size > 0)
+                raise BadArgument("a zero vector has no direction", path=key, expected=NOT_ZERO, write=LEAVE_OUT)
             packs.append(pack.with_tensor(pack.tensor / length * scale))
         return self._like(packs)._with_about(replace(self.about, unit=unit))
 
