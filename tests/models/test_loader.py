@@ -188,6 +188,19 @@ def test_a_thing_that_is_no_model(thing: Any) -> None:
     said(error, f"{type(thing).__name__} is no model", "a folder with a checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("s3://bucket/model", "a copy"), ("s3:/bucket/model.gguf", "a copy"), (Path("gs://bucket/model"), "a copy"),
+        ("https://huggingface.co/gpt2/small/tree/main", 'ns.load("gpt2/small")'),
+    ],
+)  # fmt: skip
+def test_an_address_is_no_model(name: Any, write: str) -> None:
+    with pytest.raises(BadArgument, match="is an address") as error:
+        ns.load(name)
+    assert write in str(error.value)
+
+
 def test_an_empty_name() -> None:
     with pytest.raises(BadArgument, match="an empty name"):
         load("")

@@ -224,6 +224,11 @@ def test_files_that_stay_on_a_file_system_say_so(tmp_path: Path, monkeypatch: py
         lambda: ns.over_revisions(wrap, ["gpt2"], lambda _: ns.sweep(*question), journal=address),
         lambda: ns.checkpoints.write_model_state_local(address, *written),
         lambda: ns.checkpoints.write_model_state_local(Path(address), *written),
+        lambda: ns.checkpoints.Checkpoint.open(address), lambda: ns.checkpoints.read(address, "embed"),
+        lambda: ns.checkpoints.convert(address, tmp_path / "new", written[0]),
+        lambda: ns.checkpoints.mapper_between(address, "tl"), lambda: ns.adapters.read_optimizer(address),
+        lambda: ns.adapters.ExpertAdapter.from_peft(address), lambda: ns.steering.read_evals(address),
+        lambda: ns.steering.from_gguf(address),
     ):  # fmt: skip
         with pytest.raises(BadArgument, match=r"bucket/a.safetensors is an address of an object store"):
             do()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ def read(src_dir: str | os.PathLike[str], path: str | Address) -> dict[str, Tens
     """
     with circumstances(f"reading {path} of {os.fspath(src_dir)}"):
         checkpoint = Checkpoint.open(src_dir)
-        atlas = Atlas.of(meta_model(Path(src_dir)))
+        atlas = Atlas.of(meta_model(checkpoint.folder))
         found = dict(_parts(checkpoint, atlas, parse_path(path)))
         if not found:
             raise UnknownPath(f"{path} has no tensor in this checkpoint", expected=closest(str(path), checkpoint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from nnsplice.models.logs import first_line, no_bar
 from nnsplice.models.modules import from_module, tokenizer_from
 from nnsplice.models.published import PUBLISHED
 from nnsplice.models.sources import EMBEDDED, TOY, WHERE, quantised_of
+
+#: An address, also one of which pathlib has dropped a slash.
+_ADDRESS = re.compile(r"(s3|gs):/|[a-z]+://")
 
 
 def load(
@@ -67,6 +71,7 @@ def load(
         MissingPackage: a GGUF file, and gguf is not installed.
         WriteFailed: the converted model could not be written.
     """
+    _refuse_address(name_or_module)
     quantised = quantised_of(name_or_module, gguf_file, kwargs)
     if not cache and quantised is None:
         raise BadArgument(
@@ -126,6 +131,17 @@ def _converted(quantised: Quantised, tokenizer: Any, cache: bool, kwargs: dict[s
     config: Any = unwrap(model).config
     config._name_or_path = quantised.name
     return model
+
+
+def _refuse_address(name: object) -> None:
+    """Raise for an address of an object store, or of a web page, which would be taken for a name on the hub."""
+    if isinstance(name, str | os.PathLike) and _ADDRESS.match(os.fspath(name)):
+        hub = re.match(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)", os.fspath(name))
+        raise BadArgument(
+            f"{os.fspath(name)} is an address, and models are loaded from folders, packages and the Hugging Face hub",
+            expected="a folder with a checkpoint, a GGUF file, or a name on the Hugging Face hub",
+            write=f'ns.load("{hub[1]}")' if hub else 'ns.load("folder")   (with a copy of what is there)',
+        )
 
 
 def _refuse_alone(kwargs: Mapping[str, Any]) -> None:
