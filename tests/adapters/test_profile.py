@@ -37,10 +37,6 @@ def of_energy(energy: float) -> LoRAMatrices:
     return LoRAMatrices(torch.tensor([[energy**0.5, 0.0]]), torch.tensor([[1.0], [0.0]]))
 
 
-def expert(**energies: float) -> ExpertAdapter:
-    return ExpertAdapter({name.replace("__", "."): of_energy(energy) for name, energy in energies.items()})
-
-
 @pytest.fixture(scope="module")
 def twelve():
     """A model of twelve layers by its names alone."""

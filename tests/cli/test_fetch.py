@@ -14,8 +14,6 @@ from models import quantised
 from nnsplice.cli import app
 from nnsplice.models import published
 
-KNOWN = published.PUBLISHED["smollm2"]
-
 
 @pytest.fixture
 def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:

@@ -182,7 +182,6 @@ SIZES: dict[str, Any] = {
 #: Model type -> what the rule does not know of it. A name with a dot belongs to a config inside the config.
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
-_BOTH = {"sliding_attention": _ROPE, "full_attention": _ROPE}
 _SHARED: dict[str, Any] = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
