@@ -71,28 +71,54 @@ def _steps(sae: ns.SAE, clean: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
     return moved[..., None] * (pushes - none), (sae.error(clean) - sae.error(here))[0]
 
 
-@pytest.mark.parametrize(("kind", "norm"), [("jumprelu", "none"), ("topk", "none"), ("jumprelu", "layer_norm")])
-@pytest.mark.parametrize("method", ["atp", "ig"])
+NORMED = [("jumprelu", "none"), ("topk", "none"), ("jumprelu", "layer_norm"), ("topk", "constant_norm_rescale")]
+
+
+@pytest.mark.parametrize(("kind", "norm"), NORMED)
+@pytest.mark.parametrize("method", ["atp", "ig", "eap", "eap-ig"])
 def test_scores_are_steps_along_autograds_gradients(method: str, kind: str, norm: str) -> None:
+    """By a feature itself, at each point: an SAE that scales its inputs gives it the scale of the value there."""
     model, sae = _double(), sae_of(kind, norm)
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     clean, here = _stream(model, CLEAN), _stream(model, CORRUPTED)
     root: Any = unwrap(model)
     embed = root.model.embed_tokens
     a, b = (embed(_ids(text)).detach() for text in (CORRUPTED, CLEAN))
-    places, weights = (np.array([-1.0]), np.array([2.0])) if method == "atp" else np.polynomial.legendre.leggauss(4)
-    gradient = torch.zeros_like(here)
+    stepwise = method in ("ig", "eap-ig")
+    places, weights = np.polynomial.legendre.leggauss(4) if stepwise else (np.array([-1.0]), np.array([2.0]))
+    by_value, by_feature = torch.zeros_like(here), torch.zeros(1, TOKENS, FEATURES, dtype=torch.float64)
     for point, weight in zip((places + 1) / 2, weights / 2, strict=True):
         push = torch.zeros_like(here, requires_grad=True)
-        value = _run(model, lambda h, push=push: h.detach() + push, embeds=a + (b - a) * point)
-        gradient += torch.autograd.grad(value, push)[0] * float(weight)
-    of_features, of_error = _steps(sae, clean, here)
-    found, errors = _found(model, at, method, **({"steps": 4} if method == "ig" else {}))
-    expected = (of_features @ gradient[0, :, :, None])[..., 0].T.detach().numpy()
-    asked = ~np.isnan(found)
-    assert np.allclose(found[asked], expected[asked], rtol=0, atol=1e-9)
-    assert np.allclose(errors, (of_error * gradient[0]).sum(-1).detach().numpy(), rtol=0, atol=1e-9)
+        features = torch.zeros_like(by_feature, requires_grad=True)
+
+        def change(h: Tensor, push: Tensor = push, features: Tensor = features) -> Tensor:
+            own = h.detach()
+            on = sae.encode(own)
+            return own + push + sae.decode(on + features, own) - sae.decode(on, own)
+
+        value = _run(model, change, embeds=a + (b - a) * point)
+        found = torch.autograd.grad(value, [push, features])
+        by_value, by_feature = by_value + found[0] * float(weight), by_feature + found[1] * float(weight)
+    moved, of_error = (sae.encode(clean) - sae.encode(here))[0], (sae.error(clean) - sae.error(here))[0]
+    expected = (moved * by_feature[0]).T.numpy()
+    expected_errors = (of_error * by_value[0]).sum(-1).numpy()
     assert np.abs(expected).max() > 1e-5
+    options = {"steps": 4} if stepwise else {}
+    if method in ("atp", "ig"):
+        scores, errors = _found(model, at, method, **options)
+        measured = ~np.isnan(scores)
+        assert np.allclose(scores[measured], expected[measured], rtol=0, atol=1e-9)
+        assert np.allclose(errors, expected_errors, rtol=0, atol=1e-9)
+        return
+    # Every way from there to the logits: what all receivers read is what leaves the site.
+    sites = [f"{at}.features[:]", f"{at}.error"]
+    result = ns.attribute(
+        model, CLEAN, CORRUPTED, sites, METRIC, method=method, receivers=["layers[2].input"], progress=False, **options
+    )
+    scores = dict(zip((cell.feature for cell in result.table.cells), result.table.edges[0, :, 0], strict=True))  # type: ignore[index]
+    for number in range(FEATURES):
+        assert abs(scores[number] - expected[number].sum()) < 1e-9
+    assert abs(scores[None] - expected_errors.sum()) < 1e-9
 
 
 @pytest.mark.parametrize("place", ["layers[1].output", "layers[1].mlp.output", "layers[0].attn.output"])

@@ -61,7 +61,8 @@ def attribute(
       heads and MLPs; a rough guess for the residual stream, which the result's note says.
     * `"atp*"`: AtP with both of its fixes: attention probabilities are recomputed for patched queries and keys, and
       sizes are averaged over runs in which one layer passes no gradient back. One backward pass for each layer.
-    * `"ig"`: integrated gradients: the mean gradient at `steps` points between the embeddings of the two runs.
+    * `"ig"`: integrated gradients: the mean gradient at `steps` points between the embeddings of the two runs. Of
+      a feature of an SAE that scales its inputs, each gradient has the scale of its point.
     * `"eap"`, `"eap-ig"`: edge attribution patching: scores of edges from sites to `receivers`, as `result.edges()`; a
       cell is the sum of its edges. A site without a position is all its tokens at once. `ns.path_patch` is exact.
     * `"relp"`: `"eap"` with the gradient rules of layer-wise relevance propagation: the scales of norms and attention

@@ -21,7 +21,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.atlas import DERIVED, host, unwrap
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.gradients import Flow, spot
-from nnsplice.attribution.nodes import Batch, PartsMoved, points
+from nnsplice.attribution.nodes import Batch, PartsMoved, points, scaled_features
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.sweeps.plan import Plan
@@ -107,19 +107,25 @@ class Graph:
         reads = [path.place for one in self.all for path in ((one.reads, one.path) if one.branch else (one.reads,))]
         if not batch.steps:
             here = batch.run([*batch.paths, *self._ends(batch), *reads])
-            return here, self._along(batch, self._sent(batch, here), [(1.0, here)])
+            return here, self._along(batch, here, [(1.0, here)])
         here = batch.run([*batch.paths, *self._ends(batch), batch.entry], tied=False)
         entry = spot(site_of(batch.entry))
         way = points(batch, here.values[entry], batch.clean[entry])
+        # What a feature sends has the scale of the point, where its SAE scales its inputs.
+        reads += scaled_features(batch)
         runs = ((weight, batch.run(reads, mixed=mixed)) for weight, mixed in way)
-        return here, self._along(batch, self._sent(batch, here), runs)
+        return here, self._along(batch, here, runs)
 
-    def _along(self, batch: Batch, sent: Mapping[Path, Tensor], runs: Iterable[tuple[float, Flow]]) -> Tensor:
+    def _along(self, batch: Batch, here: Flow, runs: Iterable[tuple[float, Flow]]) -> Tensor:
         """The senders' changes along each receiver's gradient, in the mean over the runs."""
         scores = torch.zeros(len(batch.rows), len(batch.plan.targets), len(self.all), dtype=torch.float64)
+        parts, scaled = PartsMoved(batch, here), scaled_features(batch)
         # `[row and token, sender, width]`, so that many receivers are one product of matrices.
-        stacked = torch.stack([sent[one.place] for one in batch.wanted], -2).flatten(0, 1)
+        stacked = torch.stack(self._sent(batch, here, parts), -2).flatten(0, 1)
         for weight, one in runs:
+            for number, wanted in enumerate(batch.wanted):
+                if wanted.place in scaled and one is not here:
+                    stacked[:, number] = self._sent_by_part(batch, here, parts, number, one).flatten(0, 1)
             gradients = enumerate(self._read(batch, one))
             while block := list(islice(gradients, TOGETHER)):
                 read = torch.stack([gradient.to(stacked).flatten(0, 1) for _, gradient in block], -1)
@@ -165,30 +171,42 @@ class Graph:
         chosen = [self.senders[path] for path in batch.paths]
         return [one.branch.added for one in chosen if one.projection is not None and one.branch is not None]
 
-    def _sent(self, batch: Batch, here: Flow) -> dict[Path, Tensor]:
+    def _sent(self, batch: Batch, here: Flow, parts: PartsMoved) -> list[Tensor]:
         """What each sender's change adds to the stream: `[row, token, width]`."""
-        sent: dict[Path, Tensor] = {}
+        sent: list[Tensor] = []
         ends: dict[str, Ends] = {}
-        parts = PartsMoved(batch, here)
         for number, wanted in enumerate(batch.wanted):
             sender, site = self.senders[wanted.place], site_of(wanted.place)
+            if wanted.place.sae is not None:
+                sent.append(self._sent_by_part(batch, here, parts, number, here))
+                continue
             values = here.values[spot(site)]
             rows, tokens, clean_tokens = batch.tokens_on(values.device)[number]
             moved = torch.zeros_like(values)
             columns = slice(*(site.columns or (0, None)))
-            if wanted.place.sae is not None:
-                moved[rows, tokens] = parts.of(wanted).to(moved)
-            else:
-                there = batch.clean[spot(site)][rows, clean_tokens, columns]
-                moved[rows, tokens, columns] = there - values[rows, tokens, columns]
+            there = batch.clean[spot(site)][rows, clean_tokens, columns]
+            moved[rows, tokens, columns] = there - values[rows, tokens, columns]
             if sender.projection is not None:
                 if sender.projection not in ends:
                     ends[sender.projection] = Ends.of(batch, sender, values, here)
                 moved = ends[sender.projection].through(moved)
-            if sender.branch is not None:
-                moved = moved * sender.branch.block.scale  # in code, behind the last module of the branch
-            sent[wanted.place] = moved.double().to(batch.model.device)
+            sent.append(self._added(batch, sender, moved))
         return sent
+
+    def _sent_by_part(self, batch: Batch, here: Flow, parts: PartsMoved, number: int, scaled_at: Flow) -> Tensor:
+        """The same of a feature or an error, which is a part of what is added: it has no projection before it."""
+        wanted = batch.wanted[number]
+        values = here.values[spot(site_of(wanted.place))]
+        rows, tokens, _ = batch.tokens_on(values.device)[number]
+        moved = torch.zeros_like(values)
+        moved[rows, tokens] = parts.of(wanted, scaled_at).to(moved)
+        return self._added(batch, self.senders[wanted.place], moved)
+
+    @staticmethod
+    def _added(batch: Batch, sender: Sender, moved: Tensor) -> Tensor:
+        if sender.branch is not None:
+            moved = moved * sender.branch.block.scale  # in code, behind the last module of the branch
+        return moved.double().to(batch.model.device)
 
 
 class _Masks:

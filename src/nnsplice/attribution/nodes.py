@@ -147,19 +147,48 @@ def along_the_way(batch: Batch) -> tuple[Flow, Tensor]:
     here = batch.run([*batch.paths, batch.entry], tied=False)
     entry = spot(site_of(batch.entry))
     mean: Gradients = {}
+    # The gradient by a feature of an SAE that scales its inputs has the scale of the point.
+    scaled, parts = scaled_features(batch), PartsMoved(batch, here)
+    scores = torch.zeros(len(here.rows), len(batch.plan.targets), dtype=torch.float64)
     for weight, mixed in points(batch, here.values[entry], batch.clean[entry]):
         one = batch.run(batch.paths, mixed=mixed)
-        for key, gradient in batch.pulled(batch.metric(one), one, one.tensors).items():
+        gradients = batch.pulled(batch.metric(one), one, one.tensors)
+        if scaled:
+            others = set(batch.paths) - scaled
+            scores += weight * lined_up(batch, here, gradients, skip=others, parts=parts, scaled_at=one)
+        for key, gradient in gradients.items():
             so_far = mean.get(key)
             if gradient is not None:
                 mean[key] = gradient * weight if so_far is None else so_far + gradient * weight
-    return here, lined_up(batch, here, mean)
+    return here, scores + lined_up(batch, here, mean, skip=scaled, parts=parts)
 
 
-def lined_up(batch: Batch, here: Flow, gradients: Gradients, skip: Container[Path] = ()) -> Tensor:
-    """`[row, cell]`: what each cell's difference between the two runs is worth along these gradients."""
+def scaled_features(batch: Batch) -> set[Path]:
+    """The sites that are features of SAEs which scale their inputs."""
+    return {
+        path for path in batch.paths
+        if site_of(path).kind == "feature" and features.sae_of(batch.model, path).identity["norm"] != "none"
+    }  # fmt: skip
+
+
+def lined_up(
+    batch: Batch,
+    here: Flow,
+    gradients: Gradients,
+    skip: Container[Path] = (),
+    *,
+    parts: PartsMoved | None = None,
+    scaled_at: Flow | None = None,
+) -> Tensor:
+    """`[row, cell]`: what each cell's difference between the two runs is worth along these gradients.
+
+    Args:
+        skip: sites whose cells are left at 0.
+        parts: what is known of features and errors of these runs.
+        scaled_at: the run whose values say how large features are where an SAE scales its inputs; `here` by itself.
+    """
     scores = torch.zeros(len(here.rows), len(batch.plan.targets), dtype=torch.float64)
-    parts = PartsMoved(batch, here)
+    parts = PartsMoved(batch, here) if parts is None else parts
     found: list[tuple[Wanted, Tensor]] = []
     for number, one in enumerate(batch.wanted):
         site = site_of(one.place)
@@ -172,7 +201,7 @@ def lined_up(batch: Batch, here: Flow, gradients: Gradients, skip: Container[Pat
         rows, tokens, clean_tokens = batch.tokens_on(values.device)[number]
         along = gradient.reshape(values.shape)[rows, tokens, columns].double()
         if one.place.sae is not None:
-            moved = parts.of(one)
+            moved = parts.of(one, here if scaled_at is None else scaled_at)
         else:
             clean, here_ = batch.clean[spot(site)][rows, clean_tokens, columns], values[rows, tokens, columns]
             moved = clean.double() - here_.double()
@@ -204,8 +233,12 @@ class PartsMoved:
         #: All features, or the error, of a value of the clean run and of this one: `[row, token, ...]`.
         self._known: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
-    def of(self, one: Wanted) -> Tensor:
-        """`[wanted, width]`"""
+    def of(self, one: Wanted, scaled_at: Flow) -> Tensor:
+        """`[wanted, width]`
+
+        Args:
+            scaled_at: the run whose values say how large a feature is where the SAE scales its inputs.
+        """
         site = site_of(one.place)
         sae, at = features.sae_of(self._batch.model, one.place), spot(site)
         here, clean = self._here.values[at].double(), self._batch.clean[at].double()
@@ -216,7 +249,7 @@ class PartsMoved:
         rows, tokens, clean_tokens = (at_.to(now.device) for at_ in (one.rows, one.tokens, one.clean_tokens))
         part = slice(None) if site.index is None else slice(site.index, site.index + 1)
         difference = there[rows, clean_tokens, part] - now[rows, tokens, part]
-        return features.moved(sae, site, difference, here[rows, tokens])
+        return features.moved(sae, site, difference, scaled_at.values[at].double()[rows, tokens])
 
 
 def places_of(plan: Plan) -> list[Path]:
