@@ -157,6 +157,9 @@ def write_all(model: Any, recipe: Sequence[Stop], tensors: Mapping[str, Tensor],
         values = as_rows(held, batch, any(columns for _, _, columns in parts))
         for name, tokens, columns in parts:
             new = tensors[name].to(values)
+            width = values.shape[-1] if columns is None else columns[1] - columns[0]
+            if new.shape[-1] != width:  # a width of 1 would be spread over all of them
+                raise ValueError(f"the capture is {new.shape[-1]} wide, the site {width}")
             if add:
                 new = new + pick(values, _tokens(tokens), columns)
             values = put(values, _tokens(tokens), columns, new)

@@ -92,6 +92,29 @@ def test_remote_patched_logits_equal_local_ones(remote, add: bool) -> None:
     assert torch.allclose(there, here, atol=1e-5, equal_nan=True)
 
 
+def test_what_is_derived_is_refused_and_not_written_into_the_value_around_it() -> None:
+    model = wrap("gpt2", attn_implementation="eager")
+    drawn = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (16, 24), "W_dec": (24, 16), "b_enc": (24,), "b_dec": (16,)}
+    sae = ns.SAE("standard", {name: torch.randn(shape, generator=drawn) for name, shape in shapes.items()})
+    at = ns.attach_sae(model, "layers[1].output", sae, "s")
+    sites = [f"{at}.features[0:3][1]", f"{at}.error[1]", "layers[1].heads[1].pattern[1]"]
+    for site in sites:
+        saved = ns.capture(model, "w9 w8 w7 w6", site)
+        with pytest.raises(RefusedPlace, match="derived from several values"):
+            ns.patched_logits(model, "w3 w4 w5 w6", saved, remote="local")
+        with pytest.raises(RefusedPlace, match="derived from several values"):
+            ns.capture(model, "w9 w8 w7 w6", site, remote="local")
+
+
+@pytest.mark.parametrize("site", ["layers[1].output[1]", "layers[1].heads[1].output[1]"])
+def test_a_capture_of_another_width_is_not_spread_over_the_site(site: str) -> None:
+    model = wrap("gpt2")
+    saved = ns.SavedActivation.from_pairs((site, torch.ones(1, 1)))
+    with pytest.raises(Exception, match="the capture is 1 wide, the site"):
+        ns.patched_logits(model, "w3 w4 w5", saved, remote="local")
+
+
 def test_spans_are_resolved_before_they_cross_the_wire(remote) -> None:
     model, _ = remote
     spans = {"subject": ["w4 w5", "w11"]}

@@ -69,6 +69,8 @@ def logits(
         check_overlaps(step.entries, rows, rows.width or 0, spans)
         parts: list[wire.Part] = []
         for entry in step.entries:
+            if entry.kind in DERIVED:  # what is written is made of the value that stands there, or of others
+                raise _refusal(str(entry.path.place))
             where = columns(entry.positions, rows, rows.width or 0, spans)
             name = str(len(tensors))
             parts.append((name, where.tolist() if isinstance(where, Tensor) else where, site_of(entry.target).columns))
@@ -84,9 +86,13 @@ def _columns(keys: Sequence[Path], rows: Rows, spans: Spans | None) -> list[int]
 
 def _stop(access: Access, rows: Rows, parts: list[wire.Part]) -> wire.Stop:
     if access.kind in DERIVED or access.place.occurrence:
-        raise RefusedPlace(
-            "this site is derived from several values of a run, which a remote run does not do",
-            path=access.name,
-            expected="a site that stands in one tensor",
-        )
+        raise _refusal(access.name)
     return (access.place.names, access.place.end, access.item, rows.batch, parts)
+
+
+def _refusal(path: str) -> RefusedPlace:
+    return RefusedPlace(
+        "this site is derived from several values of a run, which a remote run does not do",
+        path=path,
+        expected="a site that stands in one tensor",
+    )
