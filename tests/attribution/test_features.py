@@ -103,7 +103,7 @@ def test_scores_are_steps_along_autograds_gradients(method: str, kind: str, norm
     expected = (moved * by_feature[0]).T.numpy()
     expected_errors = (of_error * by_value[0]).sum(-1).numpy()
     assert np.abs(expected).max() > 1e-5
-    options = {"steps": 4} if stepwise else {}
+    options: dict[str, Any] = {"steps": 4} if stepwise else {}
     if method in ("atp", "ig"):
         scores, errors = _found(model, at, method, **options)
         measured = ~np.isnan(scores)

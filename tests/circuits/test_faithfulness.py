@@ -84,6 +84,24 @@ def test_scores_of_nodes_make_a_curve_of_nodes(model: Any) -> None:
     np.testing.assert_allclose(report.frame().query("by == 'absolute' and share == 0.2")["f"], f, atol=1e-10)
 
 
+@pytest.mark.parametrize("operation", ["zero", "mean", lambda value: value / 2])
+def test_the_score_of_an_ablated_node_is_what_is_lost_without_it(model: Any, operation: Any) -> None:
+    reference = ns.capture(model, PAIRS[1], [f"{site}.output[0]" for site in SITES[1:]])
+    more = {"reference": reference} if operation == "mean" else {}
+    ablated = ns.ablate(model, PAIRS[0], SITES[1:], METRIC, operation=operation, progress=False, **more)
+    lost = (ablated.table.corrupted[:, None] - ablated.table.values).mean(0)
+    top = ns.Circuit.top(ablated, 3, by="signed")
+    assert [name for name in map(str, top.nodes) if name != "embed"] == [
+        cell.path.removesuffix(".output[:]")
+        for cell, score in zip(ablated.table.cells, lost, strict=True)
+        if score in sorted(lost)[-3:]
+    ]
+    assert sorted(top.scores or ())[-3:] == sorted(lost)[-3:]
+    report = ns.faithfulness(model, ablated, *PAIRS, METRIC, shares=[3 / len(lost), 1.0], progress=False)
+    first = report.values[:, [point.by for point in report.points].index("signed")]
+    np.testing.assert_allclose(first, top.run(model, *PAIRS, METRIC), rtol=0, atol=1e-10)
+
+
 def test_with_other_ablations_pruning_is_measured(model: Any, scores: ns.SweepResult) -> None:
     report = ns.faithfulness(model, scores, PAIRS[0], None, METRIC, ablation="zero", shares=[0.05, 0.3], progress=False)
     empty = ns.Circuit.empty(model).run(model, PAIRS[0], None, METRIC, ablation="zero")

@@ -154,7 +154,8 @@ class Circuit:
     def top(cls, result: SweepResult, k: int, by: By = "absolute", *, model: Any = None) -> Circuit:
         """The k edges with the best scores; of a result without edges, the k best nodes and `embed`.
 
-        Scores are averaged over prompts, and ties are in execution order. Nothing is pruned: see `pruned()`.
+        Scores are averaged over prompts, and ties are in execution order. Nothing is pruned: see `pruned()`. Of an
+        ablation (`ns.ablate`, or `ns.sweep` with any operation but `"patch"` and `"add"`) the score is what is lost.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> sites = ["embed", "layers[:].heads[:]", "layers[:].mlp"]

@@ -87,6 +87,7 @@ def scores_of(result: Any) -> Scores:
     senders = [address(_whole(cell.path, cell.position), "sender") for cell in table.cells]
     if table.edges is None:
         moved = table.values - table.corrupted[:, None]
+        moved = -moved if _takes_out(table.asked.get("operation")) else moved
         values = _pooled(moved, table.done)
         return Scores("nodes", tuple(senders), values, None, told)
     receivers = [address(path, "receiver") for path in table.receivers]
@@ -98,6 +99,13 @@ def scores_of(result: Any) -> Scores:
     means = _pooled(table.edges[:, rows, columns], table.exists[:, rows])
     edges = tuple((senders[s], receivers[r]) for s, r in zip(rows, columns, strict=True))
     return Scores("edges", edges, means, _shape(senders, receivers, joined), told)
+
+
+def _takes_out(operation: Any) -> bool:
+    """Whether cells say what a run is without a site, so that what the site is worth is what is lost."""
+    if isinstance(operation, Mapping):  # in a subspace, or a function of the user's
+        return "function" in operation or _takes_out(operation.get("operation"))
+    return operation in ("zero", "mean", "resample", "noise")
 
 
 def _check_nan(senders: Sequence[Path], receivers: Sequence[Path], joined: np.ndarray) -> None:
