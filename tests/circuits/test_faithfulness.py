@@ -87,7 +87,7 @@ def test_scores_of_nodes_make_a_curve_of_nodes(model: Any) -> None:
 @pytest.mark.parametrize("operation", ["zero", "mean", lambda value: value / 2])
 def test_the_score_of_an_ablated_node_is_what_is_lost_without_it(model: Any, operation: Any) -> None:
     reference = ns.capture(model, PAIRS[1], [f"{site}.output[0]" for site in SITES[1:]])
-    more = {"reference": reference} if operation == "mean" else {}
+    more: dict[str, Any] = {"reference": reference} if operation == "mean" else {}
     ablated = ns.ablate(model, PAIRS[0], SITES[1:], METRIC, operation=operation, progress=False, **more)
     lost = (ablated.table.corrupted[:, None] - ablated.table.values).mean(0)
     top = ns.Circuit.top(ablated, 3, by="signed")
