@@ -220,3 +220,25 @@ def test_exact_edges_are_what_one_receiver_makes_of_a_part(place: str) -> None:
             assert np.allclose(np.nan_to_num(found), expected, rtol=0, atol=1e-9)
             kept[cell.path] = max(map(abs, expected))
     assert max(kept.values()) > 1e-5
+
+
+def test_an_error_is_patched_in_a_subspace_alone() -> None:
+    model, sae = _double(), sae_of("topk")
+    at = ns.attach_sae(model, "layers[1].output", sae, "s")
+    subspace = ns.Subspace.of(
+        "layers[1].output", torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).double()
+    )
+    clean, here = _stream(model, CLEAN), _stream(model, CORRUPTED)
+    root: Any = unwrap(model)
+    ends: list[Tensor] = []
+    hook = root.model.layers[2].register_forward_hook(lambda _m, _a, out: ends.append(out))
+    _stream(model, CORRUPTED)
+    hook.remove()
+    step = (sae.error(clean) - sae.error(here))[0, -1] @ subspace.basis @ subspace.basis.T
+    with torch.no_grad():
+        logits = root.lm_head(root.model.norm(ends[0][0, -1] + step))
+    found = ns.path_patch(
+        model, CLEAN, CORRUPTED, f"{at}.error[-1]", "unembed", METRIC, subspace=subspace, progress=False
+    )
+    assert found.run.executor == "packed paths"
+    assert abs(float(found.table.values[0, 0]) - float(logits[7] - logits[8])) < 1e-12

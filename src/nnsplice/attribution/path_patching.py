@@ -292,8 +292,9 @@ class _Pass:
                 current = part[self.still.start + row, positions]
                 new = torch.stack([v for v in values if v is not None]).to(part)
                 if path.sae is not None:
-                    sae = features.sae_of(self.work.model, path)
-                    part[self.still.start + row, positions] = features.changed(sae, site_of(path), current, new)
+                    sae, site = features.sae_of(self.work.model, path), site_of(path)
+                    own = plan.operation.apply(features.part(sae, site, current), new)
+                    part[self.still.start + row, positions] = features.changed(sae, site, current, own)
                 else:
                     part[self.still.start + row, positions] = plan.operation.apply(current, new)
 
