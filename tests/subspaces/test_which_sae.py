@@ -179,3 +179,21 @@ def test_a_journal_of_steering_is_of_one_feature_and_one_sae(tmp_path: Path) -> 
     assert np.array_equal(swept(3), first)
     result = ns.steering.sweep(model, PAIR[0], _vector(3), [4.0], METRIC, progress=False)
     assert result.paths == (f"{AT}.features[3]",)
+
+
+def test_an_sae_that_is_trained_on_is_another_one(tmp_path: Path) -> None:
+    model = _model()
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in sae_of().tensors.items()}
+    ns.detach_sae(model, "s")
+    ns.attach_sae(model, PLACE, ns.SAE("jumprelu", tensors, centred=True), "s")
+
+    def swept(journal: Path | None = None) -> np.ndarray:
+        sites = f"{AT}.features[0:6][-1]"
+        return ns.sweep(model, *PAIR, sites, METRIC, journal=journal, progress=False).table.values
+
+    first = swept(tmp_path / "journal.jsonl")
+    with torch.no_grad():
+        tensors["W_dec"].mul_(2.0)
+    with pytest.raises(FileError, match="another sweep"):
+        swept(tmp_path / "journal.jsonl")
+    assert not np.array_equal(swept(), first)

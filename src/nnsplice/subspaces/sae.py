@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -61,6 +60,8 @@ class SAE:
     by_decoder_norm: bool = False
     about: Mapping[str, Any] = field(default_factory=dict, repr=False)
     transcoder: bool = False
+    #: The versions of the tensors, and their digest then.
+    _known: tuple[tuple[int, ...], str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -105,9 +106,14 @@ class SAE:
         more = {"transcoder": True} if self.transcoder else {}
         return {**how, "by_decoder_norm": self.by_decoder_norm, "tensors": self._digest, **more}
 
-    @cached_property
+    @property
     def _digest(self) -> str:
-        return digest_of(dict(self.tensors))
+        # The tensors are those that were given, so whoever trains them on changes this SAE too.
+        versions = tuple(0 if one.is_inference() else one._version for one in self.tensors.values())
+        if self._known is None or self._known[0] != versions:
+            object.__setattr__(self, "_known", (versions, digest_of(dict(self.tensors))))
+        assert self._known is not None
+        return self._known[1]
 
     # ---------------------------------------------------------------------------------------------------- arithmetic
 
