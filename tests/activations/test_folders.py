@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nnsplice as ns
+import seeing
 from nnsplice.activations import data_sets
 from nnsplice.errors import BadArgument, FileError, MissingPackage, MissingPosition, UnknownPath
 from zoo import wrap
@@ -87,6 +88,7 @@ def test_a_capture_that_was_stopped_goes_on(model: Any, tmp_path: Path, monkeypa
 KILLED = """
 import sys, time
 import nnsplice as ns
+import seeing
 from nnsplice.activations import data_sets
 from test_folders import _prompts, wrap
 captured = data_sets.capture
@@ -189,3 +191,27 @@ def test_mistakes_are_told(model: Any, tmp_path: Path, monkeypatch: pytest.Monke
         ns.SavedActivation.open(tmp_path)
     with pytest.raises(BadArgument, match="no prompts"):
         ns.capture_to("a", model, [], "layers[0].output[-1]")
+
+
+@pytest.mark.parametrize("form", ["encoding", "tensor"])
+def test_token_ids_in_one_object_are_the_prompts_that_they_hold(model: Any, tmp_path: Path, form: str) -> None:
+    ids = torch.tensor([[3, 4, 5], [6, 7, 0]])
+    given = {"encoding": {"input_ids": ids, "attention_mask": ids != 0}, "tensor": ids[:, :2]}[form]
+    held = ns.capture_to(tmp_path, model, given, "layers[1].output[-1]")
+    rows = [[3, 4, 5], [6, 7]] if form == "encoding" else [[3, 4], [6, 7]]
+    each = [ns.capture(model, row, "layers[1].output[-1]").get("layers[1].output[-1]") for row in rows]
+    torch.testing.assert_close(held.get("layers[1].output[-1]"), torch.cat(each))
+
+
+def test_one_prompt_of_token_ids_is_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(BadArgument, match="one prompt of token ids"):
+        ns.capture_to(tmp_path, model, [3, 4, 5], "layers[1].output[-1]")
+
+
+def test_texts_with_images_are_refused_by_name_and_not_run_without_them(tmp_path: Path) -> None:
+    shown = ns.load(seeing.build(), processor=seeing.processor())
+    prompts = {"text": ["w3 <image> w4"], "images": [seeing.picture(1)]}
+    rows = [{"text": "w3 <image> w4", "images": seeing.picture(1)}]
+    for number, given in enumerate((prompts, rows)):
+        with pytest.raises(BadArgument, match="these prompts hold images"):
+            ns.capture_to(tmp_path / str(number), shown, given, "layers[1].output[-1]")

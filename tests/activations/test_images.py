@@ -286,3 +286,11 @@ def test_places_of_the_images_tower_are_refused_by_name(model, processor, module
 def test_a_question_that_runs_on_tokens_alone_refuses_images(model, processor, ask) -> None:
     with pytest.raises(BadArgument, match="runs on tokens alone"):
         ask(model, _with(processor))
+
+
+def test_a_list_of_texts_with_their_images_is_what_the_lists_of_both_are(model) -> None:
+    path = 'layers[2].output["image"]'
+    pictures = [seeing.picture(1), seeing.picture(2)]
+    expected = ns.capture(model, {"text": TEXTS, "images": pictures}, path)
+    each = [{"text": text, "images": picture} for text, picture in zip(TEXTS, pictures, strict=True)]
+    assert ns.capture(model, each, path) == expected

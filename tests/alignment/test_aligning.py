@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nnsplice as ns
+import seeing
 from alignment.planted import planted
 from nnsplice import packed
 from nnsplice.alignment import aligning, training
@@ -296,3 +297,22 @@ def test_pairs_are_told_apart_once() -> None:
     assert len(one.held_out) == 3
     assert sorted((*one.training, *one.held_out)) == list(range(10))
     assert split(10, 0.3, seed=0) == one != split(10, 0.3, seed=1)
+
+
+def test_prompts_with_images_in_the_model_and_in_its_twin_of_random_weights() -> None:
+    model = ns.load(seeing.build(), processor=seeing.processor())
+
+    def prompts(*seeds: int) -> dict[str, Any]:
+        return {"text": ["w3 <image> w5 w6"] * len(seeds), "images": list(map(seeing.picture, seeds))}
+
+    base, source, site = prompts(1, 2), prompts(3, 4), "layers[1].output[-1]"
+    found = ns.align(model, base, source, ["w7", "w8"], site, k=2, epochs=1, held_out=[1], progress=False)
+    basis = found.subspace(site).basis.double()
+    states = [ns.capture(model, given, site).get(site) for given in (base, source)]
+    moved = states[0] + (states[1] - states[0]) @ basis @ basis.T
+    logits = ns.patched_logits(model, base, ns.SavedActivation.from_pairs((site, moved)))
+    metric = ns.logit_diff("w7", "w8")
+    result = ns.sweep(model, source, base, site, metric, subspace=found.subspace(site), progress=False)
+    ids = model.tokenizer("w7 w8")["input_ids"]
+    expected = logits[:, -1, ids[0]] - logits[:, -1, ids[1]]
+    np.testing.assert_allclose(result.table.values.ravel(), expected.numpy().ravel(), atol=1e-12)

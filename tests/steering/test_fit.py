@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nnsplice as ns
+import seeing
 from nnsplice.errors import NnspliceError
 from nnsplice.steering.quality import auc
 
@@ -247,3 +248,31 @@ def test_states_that_cannot_be_told_apart_are_an_error(model) -> None:
         ns.steering.fit(["w3"], ["w4"])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="no prompts"):
         ns.steering.fit_from_prompts(model, [], ["w4"])
+
+
+@pytest.mark.parametrize("form", ["encodings", "tensors", "lists", "one list"])
+def test_prompts_of_token_ids_in_any_form_give_what_lists_of_them_give(model, form: str) -> None:
+    good, bad = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.tensor([[9, 10, 11], [12, 13, 14]])
+    make = {
+        "encodings": lambda ids: {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "tensors": lambda ids: ids,
+        "lists": lambda ids: ids.tolist(),
+        "one list": lambda ids: ids[0].tolist(),
+    }[form]
+    kept = slice(0, 1) if form == "one list" else slice(None)
+    states = [ns.capture(model, ids[kept], KEY).get(KEY) for ids in (good, bad)]
+    found = ns.steering.fit_from_prompts(model, make(good), make(bad), KEY)
+    direction = states[0].mean(0) - states[1].mean(0)
+    torch.testing.assert_close(found.get(KEY)[0].double(), direction.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_prompts_with_images_are_fitted_on_what_the_model_makes_of_the_images() -> None:
+    shown = ns.load(seeing.build(), processor=seeing.processor())
+
+    def prompts(*seeds: int) -> dict[str, Any]:
+        return {"text": ["w3 <image> w4"] * len(seeds), "images": list(map(seeing.picture, seeds))}
+
+    states = [ns.capture(shown, prompts(*seeds), KEY).get(KEY).mean(0) for seeds in ((1, 2), (3, 4))]
+    found = ns.steering.fit_from_prompts(shown, prompts(1, 2), prompts(3, 4), KEY)
+    torch.testing.assert_close(found.get(KEY)[0], states[0] - states[1])
+    assert found.get(KEY).abs().max() > 1e-4

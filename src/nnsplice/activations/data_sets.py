@@ -9,12 +9,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import require_positions
 from nnsplice.activations.capture import capture
 from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, told_of
-from nnsplice.activations.prompts import Prompts, SpanTexts, encode
+from nnsplice.activations.messages import is_chat
+from nnsplice.activations.prompts import Prompts, SpanTexts, encode, one_by_one
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, FileError, circumstances
 from nnsplice.files import from_json
@@ -80,8 +83,10 @@ def capture_to(
     lock = store.lock("capture")
     try:
         _begin(store, model, wanted, saes, chunk, max_tokens)
+        # What is no plain iterable of prompts: an encoding, a tensor of token ids, texts with their images, a chat.
+        prompts = one_by_one(prompts) if isinstance(prompts, Mapping | Tensor) or is_chat(prompts) else prompts
         total = len(prompts) if isinstance(prompts, Sequence) else None
-        rows = (one[column] if isinstance(one, Mapping) and column in one else one for one in prompts)
+        rows = (_of_row(one, column) for one in prompts)
         files: list[dict[str, Any]] = []
         number = start = 0
         with bar("capture", total, "prompt", progress) as shown:
@@ -109,6 +114,14 @@ def _wanted(model: engine.Model, paths: Paths) -> list[Path]:
     if not found:
         raise BadArgument("no paths, so there is nothing to capture", expected="at least one path")
     return found
+
+
+def _of_row(row: Any, column: str) -> Any:
+    """The prompt in a row of a data set; a text with its image is a prompt by itself."""
+    if isinstance(row, int):
+        raise BadArgument("one prompt of token ids, and a folder is for many", write="ns.capture(model, ids, paths)")
+    is_row = isinstance(row, Mapping) and column in row and set(row) != {"text", "images"}
+    return row[column] if is_row else row
 
 
 def _some(of: Any, start: int, count: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -28,6 +28,17 @@ def has_images(encoding: Any) -> bool:
     return isinstance(encoding, Mapping) and "pixel_values" in encoding
 
 
+def is_pair(prompts: Any) -> bool:
+    """Whether this is texts with their images, before a processor has read them."""
+    return isinstance(prompts, Mapping) and "images" in prompts and "input_ids" not in prompts
+
+
+def pairs_of(prompts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Texts with their images, a text and its images at a time."""
+    texts, images = _texts_and_images(prompts)
+    return [{"text": text, "images": one} for text, one in zip(texts, images, strict=True)]
+
+
 def are_shown(chats: Sequence[Any]) -> bool:
     """Whether a message of some chat holds an image."""
     return any(_shows(message) for chat in chats if is_chat(chat) for message in _messages(chat))
@@ -38,26 +49,42 @@ def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | N
     if isinstance(prompts, Mapping):
         if has_images(prompts):
             return None, [prompts]
-        if "images" in prompts and "input_ids" not in prompts:
+        if is_pair(prompts):
             return _processed(model, prompts)
         return None
     if is_chat(prompts) and are_shown([prompts]):
         return None, [_templated(model, prompts)]
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
-        if not are_shown(prompts) and not any(map(has_images, prompts)):
+        if not are_shown(prompts) and not any(has_images(one) or is_pair(one) for one in prompts):
             return None
-        each = [_templated(model, one) if is_chat(one) else one for one in prompts]
+        pairs = [_processed(model, one) if is_pair(one) else None for one in prompts]
+        each: list[Any] = []
+        for one, pair in zip(prompts, pairs, strict=True):
+            each += [_templated(model, one) if is_chat(one) else one] if pair is None else pair[1]
+        texts = None if None in pairs else tuple(chain.from_iterable(pair[0] for pair in pairs if pair is not None))
         if strange := [named(one) for one in each if not (isinstance(one, Mapping) and "input_ids" in one)]:
             raise BadType(f"prompts with images, and {strange[0]}", expected="an encoding for each prompt")
-        return None, each
+        return texts, each
     return None
 
 
-def _processed(
-    model: engine.Model, prompts: Mapping[str, Any]
-) -> tuple[tuple[str, ...] | None, list[Mapping[str, Any]]]:
+def _processed(model: engine.Model, prompts: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Mapping[str, Any]]]:
     """What the model's processor makes of texts and images, a pair at a time, so that nothing is padded."""
     processor = _processor(model)
+    texts, images = _texts_and_images(prompts)
+    return tuple(texts), [
+        processor(text=[t], images=one, return_tensors="pt") for t, one in zip(texts, images, strict=True)
+    ]
+
+
+def _texts_and_images(prompts: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Any]]:
+    """The texts, and what belongs to each.
+
+    Raises:
+        BadArgument: another entry.
+        BadType: no texts.
+        ShapeError: not as many entries of images as texts.
+    """
     if unknown := sorted(set(prompts) - {"text", "images"}):
         raise BadArgument(f"a prompt of {', '.join(map(repr, sorted(prompts)))} has no {unknown[0]!r}",
                           expected='"text" and "images"')  # fmt: skip
@@ -72,9 +99,7 @@ def _processed(
             f"{len(texts)} texts and {number} entries of images",
             expected="an image, or a list of images, for each text",
         )
-    return tuple(texts), [
-        processor(text=[t], images=one, return_tensors="pt") for t, one in zip(texts, images, strict=True)
-    ]
+    return texts, images
 
 
 def _templated(model: engine.Model, prompt: Any) -> Mapping[str, Any]:

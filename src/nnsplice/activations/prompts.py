@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -14,7 +14,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import images as image_values
 from nnsplice.activations import sounds as features
-from nnsplice.activations.image_inputs import are_shown, encodings_of, images_of
+from nnsplice.activations.image_inputs import are_shown, encodings_of, has_images, images_of, is_pair, pairs_of
 from nnsplice.activations.images import Ids, PromptImages, check_without, spans_of_images
 from nnsplice.activations.messages import Chat, Message, is_chat, templated
 from nnsplice.activations.named_spans import bounds_of
@@ -329,6 +329,41 @@ def _by_name(model: engine.Model, inputs: Mapping[str, Any]) -> Prompts:
     return Prompts(values=first, taken=taken, inputs_by_name=dict(inputs))
 
 
+def one_by_one(prompts: Any) -> list[Any]:
+    """Prompts in any form but values, as a list with one entry for each; no model is needed for it.
+
+    >>> from nnsplice.activations.prompts import one_by_one
+    >>> one_by_one("w3 w4"), one_by_one([3, 4])
+    (['w3 w4'], [[3, 4]])
+    >>> one_by_one({"input_ids": [[3, 4], [5, 0]], "attention_mask": [[1, 1], [1, 0]]})
+    [[3, 4], [5]]
+
+    Raises:
+        BadType: not prompts.
+        BadArgument: an encoding of several prompts with images, which is not cut into prompts here.
+    """
+    if isinstance(prompts, str) or is_chat(prompts):
+        return [prompts]
+    if isinstance(prompts, Tensor):
+        return [list(row) for row in _unpadded(prompts, None)]
+    if isinstance(prompts, Mapping):
+        if is_pair(prompts):
+            return pairs_of(prompts)
+        if has_images(prompts):
+            if len(prompts["input_ids"]) == 1:
+                return [prompts]
+            raise BadArgument(
+                f"an encoding of {len(prompts['input_ids'])} prompts with images, where each prompt is taken by itself",
+                expected="a list with an encoding for each prompt",
+                write='{"text": [...], "images": [...]}, for a model that was loaded with its processor',
+            )
+        return [list(row) for row in _of_encoding(prompts)[0]]
+    if not isinstance(prompts, Iterable):
+        raise BadType(f"{named(prompts)} is no prompt", expected="a prompt, or several")
+    several = list(prompts)
+    return [several] if several and all(isinstance(token, int) for token in several) else several
+
+
 def _several_chats(prompts: Any) -> list[Any]:
     """The prompts where at least one is a chat, else none."""
     several = isinstance(prompts, Sequence) and not isinstance(prompts, str) and any(map(is_chat, prompts))
@@ -369,16 +404,7 @@ def _of_tokens(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | Non
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Mapping) or hasattr(prompts, "input_ids"):
-        if "input_ids" not in prompts:
-            raise BadType(
-                f"a mapping with {', '.join(map(repr, prompts)) or 'nothing'} is no encoding",
-                expected='an encoding with "input_ids", or a list of chat messages',
-                write='[{"role": "user", "content": "..."}]' if "role" in prompts else None,
-            )
-        decoder = prompts.get("decoder_input_ids")
-        _refuse_cache(prompts, "" if decoder is None else "decoder_")
-        ids = _unpadded(prompts["input_ids"], prompts.get("attention_mask"))
-        return None, ids, None if decoder is None else _unpadded(decoder, prompts.get("decoder_attention_mask"))
+        return None, *_of_encoding(prompts)
     if isinstance(prompts, Tensor):
         return None, _unpadded(prompts, None), None
     if not isinstance(prompts, Sequence):
@@ -402,6 +428,20 @@ def _of_tokens(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | Non
     if all(isinstance(row, Sequence) and all(isinstance(t, int) for t in row) for row in prompts):
         return None, tuple(tuple(row) for row in prompts), None
     raise BadType("prompts of mixed kinds", expected="all texts, or all lists of token ids")
+
+
+def _of_encoding(prompts: Any) -> tuple[Ids, Ids | None]:
+    """The token ids, and the decoder's, of what a tokenizer returns."""
+    if "input_ids" not in prompts:
+        raise BadType(
+            f"a mapping with {', '.join(map(repr, prompts)) or 'nothing'} is no encoding",
+            expected='an encoding with "input_ids", or a list of chat messages',
+            write='[{"role": "user", "content": "..."}]' if "role" in prompts else None,
+        )
+    decoder = prompts.get("decoder_input_ids")
+    _refuse_cache(prompts, "" if decoder is None else "decoder_")
+    ids = _unpadded(prompts["input_ids"], prompts.get("attention_mask"))
+    return ids, None if decoder is None else _unpadded(decoder, prompts.get("decoder_attention_mask"))
 
 
 def _refuse_cache(prompts: Any, prefix: str) -> None:

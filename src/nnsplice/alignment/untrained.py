@@ -33,4 +33,7 @@ def untrained(model: engine.Model, seed: int) -> engine.Model:
         ) from None
     like = next(p for p in root.parameters() if p.is_floating_point())
     twin = twin.to(like.device, like.dtype).eval()
+    processor = model.__dict__.get("processor")  # of images, which has a tokenizer of its own
+    if processor is not None:
+        return load(twin, processor=processor)
     return load(twin, engine.tokenizer_of(model) or False)

@@ -13,7 +13,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation, capture
 from nnsplice.activations.messages import is_chat, template_of
 from nnsplice.activations.packs import Pack
-from nnsplice.activations.prompts import SpanTexts
+from nnsplice.activations.prompts import PromptsLike, SpanTexts, one_by_one
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.paths import Paths
@@ -130,8 +130,8 @@ def _fit_sites(
 @renamed(paths="sites")
 def fit_from_prompts(
     model: Any,
-    positive: Sequence[Any],
-    negative: Sequence[Any],
+    positive: PromptsLike,
+    negative: PromptsLike,
     sites: Paths = "layers[:].output[-1]",
     *,
     method: str = "mean_difference",
@@ -175,16 +175,14 @@ def fit_from_prompts(
         for name, given in (("positive", positive), ("negative", negative)):
             if not isinstance(given, Iterable):
                 raise BadType(f"{name} is {named(given)}", expected="a prompt, or several")
-        positive, negative = (
-            ([one] if isinstance(one, str) or is_chat(one) else list(one)) for one in (positive, negative)
-        )
+        good, bad = one_by_one(positive), one_by_one(negative)
         checked(method, options)
-        if not positive or not negative:
+        if not good or not bad:
             raise BadArgument("no prompts on one side", expected="positive and negative prompts")
-        prompts, template = _with_template(model, [*positive, *negative], chat)
+        prompts, template = _with_template(model, [*good, *bad], chat)
     saved = capture(model, prompts, sites, spans=spans, batch_size=batch_size, progress=progress)
-    n = len(positive)
-    vector = fit(saved.slice[0:n], saved.slice[n : n + len(negative)], method=method, folds=folds, seed=seed, **options)
+    n = len(good)
+    vector = fit(saved.slice[0:n], saved.slice[n : n + len(bad)], method=method, folds=folds, seed=seed, **options)
     return vector if template is None else vector._with_about(replace(vector.about, template=template))
 
 
