@@ -39,7 +39,7 @@ def one_by_one(model: Any, circuit: ns.Circuit, threshold: float) -> ns.Circuit:
     return circuit.pruned()
 
 
-@pytest.mark.parametrize(("family", "threshold"), [("gpt2", 0.05), ("llama", 0.02), ("gptj", 0.02)])
+@pytest.mark.parametrize(("family", "threshold"), [("gpt2", 0.05), ("llama", 0.02), ("gptj", 0.02), ("olmo2", 0.02)])
 def test_batches_give_what_one_run_for_each_edge_gives(family: str, threshold: float) -> None:
     model = double(family)
     start = some_of(model)
@@ -102,3 +102,20 @@ def test_mistakes_are_answered(given: dict[str, Any], match: str) -> None:
     asked = {"metric": METRIC, "threshold": 0.1, "progress": False, **given}
     with pytest.raises(ns.errors.NnspliceError, match=match):
         ns.acdc(double("gpt2"), *PAIRS, asked.pop("metric"), **asked)
+
+
+def test_pruning_keeps_what_heads_read_through_a_norm_over_all_of_them(tmp_path: Path) -> None:
+    model = double("olmo2")
+    rng = np.random.default_rng(3)
+    every = ns.Circuit.full(model).edges
+    pruned = 0
+    for _ in range(6):
+        circuit = ns.Circuit.of(edges=[edge for edge in every if rng.random() < 0.25], model=model)
+        circuit.to_file(tmp_path / "circuit.json")
+        for one in (circuit, ns.Circuit.from_file(tmp_path / "circuit.json")):
+            smaller = one.pruned()
+            pruned += len(one) - len(smaller)
+            np.testing.assert_allclose(
+                smaller.run(model, *PAIRS, METRIC), one.run(model, *PAIRS, METRIC), rtol=0, atol=1e-12
+            )
+    assert pruned > 10

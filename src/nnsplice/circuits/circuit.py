@@ -415,7 +415,8 @@ class Circuit:
     def pruned(self) -> Circuit:
         """The edges that are on a path from `embed` to `unembed`.
 
-        With `ablation="patch"` pruning does not change the run.
+        With `ablation="patch"` pruning does not change the run. Where a norm takes the queries or keys of all heads
+        together (OLMo 2), each head reads those of all; circuits made with `model=` know that.
 
         >>> loose = ns.Circuit.of(edges=[("embed", "unembed"), ("layers[0].mlp", "unembed")], model=model)
         >>> [str(sender) for sender, _ in loose.pruned().edges]

@@ -63,12 +63,8 @@ def with_parts(edges: np.ndarray, members: Iterable[Path | Edge], shape: Shape) 
     return Mask(edges, {at: frozenset(parts) for at, parts in found.items() if None not in parts})
 
 
-def behind(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:
-    """`[sender]`: whether anything of a sender gets to `unembed` along the edges of a mask `[receiver, sender]`.
-
-    Args:
-        mixed: for each layer, whether a head reads the queries and keys of all heads of its layer.
-    """
+def behind(shape: Shape, mask: np.ndarray) -> np.ndarray:
+    """`[sender]`: whether anything of a sender gets to `unembed` along the edges of a mask `[receiver, sender]`."""
     useful = mask[-1].copy()
     for number in reversed(range(len(shape.layers))):
         layer, (sender, receiver) = shape.layers[number], shape.starts[number]
@@ -76,7 +72,7 @@ def behind(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) 
             useful |= mask[receiver + layer.heads + 2 * layer.groups]
         heads = np.flatnonzero(useful[sender : sender + layer.heads])
         if len(heads):
-            if mixed is not None and mixed[number]:
+            if layer.mixed:
                 read = range(receiver, receiver + layer.heads + 2 * layer.groups)
             else:
                 read = sorted({r for head in heads for r in shape.reads_of(sender + int(head))})
@@ -84,7 +80,7 @@ def behind(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) 
     return useful
 
 
-def reached(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:
+def reached(shape: Shape, mask: np.ndarray) -> np.ndarray:
     """`[sender]`: whether anything of `embed` gets to a sender along the edges of a mask."""
     found = np.zeros(len(shape.senders), dtype=bool)
     found[0] = True
@@ -92,36 +88,34 @@ def reached(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None)
         first = slice(receiver, receiver + layer.heads + 2 * layer.groups)
         reads = np.asarray((mask[first] & found).any(1))
         heads = [reads[[r - receiver for r in shape.reads_of(sender + head)]].any() for head in range(layer.heads)]
-        if mixed is not None and mixed[number] and reads.any():
+        if layer.mixed and reads.any():
             heads = [True] * layer.heads
         found[sender : sender + layer.heads] = heads
         found[sender + layer.heads] = (mask[first.stop] & found).any()
     return found
 
 
-def needed(
-    shape: Shape, mask: np.ndarray, *, from_embed: bool, mixed: Sequence[bool] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def needed(shape: Shape, mask: np.ndarray, *, from_embed: bool) -> tuple[np.ndarray, np.ndarray]:
     """The edges of a mask that can change what leaves the model, and the senders that have one of them.
 
     Args:
         from_embed: whether a sender that nothing of `embed` gets to has its ablated value anyway.
     """
-    useful = behind(shape, mask, mixed)
+    useful = behind(shape, mask)
     if from_embed:
-        useful &= reached(shape, mask, mixed)
+        useful &= reached(shape, mask)
     mask = mask & useful
-    mask[~_alive(shape, useful, mixed)] = False
+    mask[~_alive(shape, useful)] = False
     return mask, np.asarray(mask.any(0))
 
 
-def ablated(shape: Shape, mask: np.ndarray, mixed: Sequence[bool] | None = None) -> np.ndarray:
+def ablated(shape: Shape, mask: np.ndarray) -> np.ndarray:
     """`[sender]`: whether a receiver that matters reads a sender's ablated value."""
-    read = _alive(shape, behind(shape, mask, mixed), mixed)
+    read = _alive(shape, behind(shape, mask))
     return np.asarray((shape.exists & ~mask)[read].any(0))
 
 
-def _alive(shape: Shape, useful: np.ndarray, mixed: Sequence[bool] | None) -> np.ndarray:
+def _alive(shape: Shape, useful: np.ndarray) -> np.ndarray:
     """`[receiver]`: whether what it reads can get to `unembed`, through senders of which this is known."""
     alive = np.zeros(len(shape.receivers), dtype=bool)
     alive[-1] = True
@@ -131,6 +125,6 @@ def _alive(shape: Shape, useful: np.ndarray, mixed: Sequence[bool] | None) -> np
         heads = np.flatnonzero(useful[sender : sender + layer.heads])
         for head in heads:
             alive[list(shape.reads_of(sender + int(head)))] = True
-        if len(heads) and mixed is not None and mixed[number]:
+        if len(heads) and layer.mixed:
             alive[receiver:mlp] = True
     return alive

@@ -144,12 +144,11 @@ def measure(
         return _trained(question, masks, max_tokens, progress)
     model, wiring = question.model, question.wiring
     room = engine.room(model, max_tokens)
-    mixed = [layer.heads_mix for layer in wiring.layers]
     pruned: dict[Hashable, int] = {}
     which: list[int] = []
     kinds: list[Mask] = []
     for mask in masks:
-        small = mask.only(needed(wiring.shape, mask.edges, from_embed=question.source.is_run, mixed=mixed)[0])
+        small = mask.only(needed(wiring.shape, mask.edges, from_embed=question.source.is_run)[0])
         number = pruned.setdefault(small.key, len(kinds))
         which.append(number)
         if number == len(kinds):

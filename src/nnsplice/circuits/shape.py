@@ -6,7 +6,7 @@ Plain data: a circuit carries it along, so that complements and files need no mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,9 @@ class LayerShape:
     heads: int
     groups: int
     parallel: bool
+    #: Whether a head reads the queries and keys of all heads of its layer (a norm over the whole projection). Known of
+    #: a model, and no part of which edges there are.
+    mixed: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Shape:
 
     def told(self) -> list[list[int]]:
         """For files."""
-        return [[layer.heads, layer.groups, int(layer.parallel)] for layer in self.layers]
+        return [[one.heads, one.groups, int(one.parallel), *([1] if one.mixed else [])] for one in self.layers]
 
     @classmethod
     def read(cls, told: Any) -> Shape:
@@ -122,11 +125,11 @@ class Shape:
         """
         if not isinstance(told, Sequence) or not told or not all(map(_is_layer, told)):
             raise FileError("the file does not say how many heads each layer has", expected="[[heads, groups, 0 or 1]]")
-        return cls(tuple(LayerShape(heads, groups, bool(parallel)) for heads, groups, parallel in told))
+        return cls(tuple(LayerShape(one[0], one[1], bool(one[2]), len(one) > 3) for one in told))
 
 
 def _is_layer(told: Any) -> bool:
-    if not isinstance(told, Sequence) or len(told) != 3 or not all(isinstance(n, int) for n in told):
+    if not isinstance(told, Sequence) or len(told) not in (3, 4) or not all(isinstance(n, int) for n in told):
         return False
-    heads, groups, parallel = told
-    return 0 < groups <= heads <= 1 << 16 and heads % groups == 0 and parallel in (0, 1)
+    heads, groups, parallel, *mixed = told
+    return mixed in ([], [1]) and 0 < groups <= heads <= 1 << 16 and heads % groups == 0 and parallel in (0, 1)

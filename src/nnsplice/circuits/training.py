@@ -89,9 +89,8 @@ def train(
         room: how many tokens run at once.
     """
     root, cost_model = unwrap(model), CostModel.of(model)
-    mixed = [layer.heads_mix for layer in wiring.layers]
-    small, _ = needed(wiring.shape, mask, from_embed=False, mixed=mixed)
-    free = ablated(wiring.shape, mask, mixed)
+    small, _ = needed(wiring.shape, mask, from_embed=False)
+    free = ablated(wiring.shape, mask)
     mean, cost = mean_of(model, wiring, reference)
     # A site without an address is refused before anything is trained.
     engine.expand(model, ["embed.output", "layers[:].heads[:].output", "layers[:].mlp.output"])

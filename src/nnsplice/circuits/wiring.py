@@ -76,7 +76,7 @@ def wiring_of(model: engine.Model) -> Wiring:
         raise RefusedPlace("its layers share modules, so a circuit cannot tell them apart")
     pairs = list(zip(branches.all[::2], branches.all[1::2], strict=True))
     layers = tuple(_layer(model, root, attn, mlp) for attn, mlp in pairs)
-    shape = Shape(tuple(LayerShape(len(one.q), len(one.k), one.mid is None) for one in layers))
+    shape = Shape(tuple(LayerShape(len(one.q), len(one.k), one.mid is None, one.heads_mix) for one in layers))
     (embed,) = engine.expand(model, "embed")
     return Wiring(shape, tower, layers, embed)
 
