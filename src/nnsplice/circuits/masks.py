@@ -84,7 +84,7 @@ def reached(shape: Shape, mask: np.ndarray) -> np.ndarray:
     """`[sender]`: whether anything of `embed` gets to a sender along the edges of a mask."""
     found = np.zeros(len(shape.senders), dtype=bool)
     found[0] = True
-    for number, (layer, (sender, receiver)) in enumerate(zip(shape.layers, shape.starts, strict=True)):
+    for layer, (sender, receiver) in zip(shape.layers, shape.starts, strict=True):
         first = slice(receiver, receiver + layer.heads + 2 * layer.groups)
         reads = np.asarray((mask[first] & found).any(1))
         heads = [reads[[r - receiver for r in shape.reads_of(sender + head)]].any() for head in range(layer.heads)]
@@ -119,7 +119,7 @@ def _alive(shape: Shape, useful: np.ndarray) -> np.ndarray:
     """`[receiver]`: whether what it reads can get to `unembed`, through senders of which this is known."""
     alive = np.zeros(len(shape.receivers), dtype=bool)
     alive[-1] = True
-    for number, (layer, (sender, receiver)) in enumerate(zip(shape.layers, shape.starts, strict=True)):
+    for layer, (sender, receiver) in zip(shape.layers, shape.starts, strict=True):
         mlp = receiver + layer.heads + 2 * layer.groups
         alive[mlp] = useful[sender + layer.heads]
         heads = np.flatnonzero(useful[sender : sender + layer.heads])
