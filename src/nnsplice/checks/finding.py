@@ -44,12 +44,9 @@ class Finding:
     """
 
     check: str
-    #: What was looked at, as a path where it has one.
     what: str
     state: State
-    #: What was measured; None where nothing was.
     number: float | None = None
-    #: What was found, or why it was skipped.
     detail: str = ""
 
 

@@ -2,7 +2,7 @@
 
 task            Record, Task: filter, accuracy, and what a sweep takes
 causal_model    CausalModel: a hypothesis about a task, and its counterfactuals
-writing         prompts from templates, words of one token
+templates       records from templates, words of one token
 ioi, greater_than, docstring, pronouns, facts, sentiment, mcqa, arithmetic, induction     a task each
 """
 

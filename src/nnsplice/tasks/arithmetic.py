@@ -7,9 +7,10 @@ from typing import Any
 
 from nnsplice.errors import BadArgument
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task
 
 
+@documented
 def arithmetic(model: Any, n: int = 20, seed: int = 0, *, shots: int = 3) -> Task:
     """Sums such as `3+4=` after a few solved ones; in the corrupted prompt the second number differs.
 
@@ -20,21 +21,11 @@ def arithmetic(model: Any, n: int = 20, seed: int = 0, *, shots: int = 3) -> Tas
     True
 
     Args:
-        model: the model, or its tokenizer.
-        n: the number of pairs.
-        seed: the seed of the pairs.
         shots: the number of solved sums before.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: `shots` below 0, or a model without a tokenizer that has offsets, or one in which the task has no
-            pairs.
     """
     if not isinstance(shots, int) or shots < 0:
         raise BadArgument(f"shots={shots!r}", expected="0 or more solved sums")
-    return drawn("arithmetic", model, n, seed, lambda writer, rng: _record(writer, rng, shots))
+    return made_task("arithmetic", model, n, seed, lambda writer, rng: _record(writer, rng, shots))
 
 
 def _sum(rng: random.Random) -> tuple[int, int]:
@@ -42,11 +33,11 @@ def _sum(rng: random.Random) -> tuple[int, int]:
     return a, rng.randint(0, 9 - a)
 
 
-def _record(writer: Writer, rng: random.Random, shots: int) -> Record | None:
+def _record(writer: PromptWriter, rng: random.Random, shots: int) -> Record | None:
     solved = "".join(f"{a}+{b}={a + b}\n" for a, b in (_sum(rng) for _ in range(shots)))
     (a, b), other = _sum(rng), rng.randint(0, 9)
     if other == b or a + other > 9:
         return None
-    clean, corrupted = (filled(solved + "{a}+{b}=", {"a": str(a), "b": str(second)}) for second in (b, other))
+    clean, corrupted = (fill(solved + "{a}+{b}=", {"a": str(a), "b": str(second)}) for second in (b, other))
     answer, wrong = (writer.answer(clean.text, str(a + second), space=False) for second in (b, other))
     return writer.record(clean, corrupted, answer, wrong, {"a": a, "b": b, "sum": a + b})

@@ -10,8 +10,8 @@ from typing import Any
 
 from nnsplice.errors import BadArgument, circumstances
 
-#: Variable -> value.
-Values = Mapping[str, Any]
+#: The values of variables by name.
+VariableValues = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,9 @@ class Counterfactual:
         expected: the values of all variables in the base run, with the chosen one from the source run.
     """
 
-    base: Values
-    source: Values
-    #: All variables of the base run, the chosen one taken from the source.
-    expected: Values
+    base: VariableValues
+    source: VariableValues
+    expected: VariableValues
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,17 @@ class CausalModel:
         mechanisms: a function of the parents' values, in their order, for each variable that has parents.
     """
 
-    #: Variable -> the values that it can have; None for one that follows from others.
     variables: Mapping[str, Sequence[Any] | None]
-    #: Variable -> what it follows from.
     parents: Mapping[str, tuple[str, ...]]
-    #: Variable -> how, of its parents in their order.
     mechanisms: Mapping[str, Callable[..., Any]]
 
     def __post_init__(self) -> None:
-        """Refuse what is no causal model."""
+        """Check names, parents and mechanisms."""
         with circumstances("ns.tasks.CausalModel"):
             for name in self.variables:
                 if (name in self.parents) != (name in self.mechanisms):
-                    told = "parents and no mechanism" if name in self.parents else "a mechanism and no parents"
-                    raise BadArgument(f"{name!r} has {told}", expected="both, or neither for an input")
+                    has = "parents and no mechanism" if name in self.parents else "a mechanism and no parents"
+                    raise BadArgument(f"{name!r} has {has}", expected="both, or neither for an input")
                 if name not in self.parents and not self.variables[name]:
                     raise BadArgument(f"{name!r} follows from nothing and has no values", expected="its values")
             for name in (*self.parents, *self.mechanisms):
@@ -104,7 +100,7 @@ class CausalModel:
             left = [name for name in left if name not in ready]
         return tuple(found)
 
-    def run(self, inputs: Values, fixed: Values | None = None) -> dict[str, Any]:
+    def run(self, inputs: VariableValues, fixed: VariableValues | None = None) -> dict[str, Any]:
         """Compute the value of every variable.
 
         Args:
@@ -118,9 +114,9 @@ class CausalModel:
             BadArgument: a missing input, or a name that is no variable.
         """
         fixed = fixed or {}
-        strange = [name for name in (*inputs, *fixed) if name not in self.variables]
-        if strange:
-            raise BadArgument(f"{strange[0]!r} is no variable", expected=", ".join(self.variables))
+        unknown = [name for name in (*inputs, *fixed) if name not in self.variables]
+        if unknown:
+            raise BadArgument(f"{unknown[0]!r} is no variable", expected=", ".join(self.variables))
         missing = [name for name in self.inputs if name not in inputs and name not in fixed]
         if missing:
             raise BadArgument(f"no value for {missing[0]!r}", expected=f"values for {', '.join(self.inputs)}")
@@ -134,7 +130,9 @@ class CausalModel:
                 found[name] = inputs[name]
         return {name: found[name] for name in self.variables}
 
-    def interchange(self, base: Values, source: Values, variable: str | Sequence[str]) -> dict[str, Any]:
+    def interchange(
+        self, base: VariableValues, source: VariableValues, variable: str | Sequence[str]
+    ) -> dict[str, Any]:
         """Run the base inputs with some variables set to their values in the source run.
 
         Args:
@@ -152,8 +150,8 @@ class CausalModel:
         unknown = [name for name in names if name not in self.variables]
         if unknown:
             raise BadArgument(f"{unknown[0]!r} is no variable", expected=", ".join(self.variables))
-        taken = self.run(source)
-        return self.run(base, {name: taken[name] for name in names})
+        values = self.run(source)
+        return self.run(base, {name: values[name] for name in names})
 
     def counterfactuals(
         self, variable: str | Sequence[str], n: int = 100, seed: int = 0, *, changed: bool = True
@@ -186,7 +184,7 @@ class CausalModel:
             return found
         raise BadArgument(
             f"exchanging {variable!r} hardly ever changes {', '.join(self.outputs)}: {len(found)} pairs were found",
-            expected="a variable that an output hangs on",
+            expected="a variable that an output depends on",
             write="changed=False",
         )
 

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, chosen, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task, sampled
 
 _NAMES = (
     "size", "name", "path", "mode", "line", "value", "index", "count", "width", "color", "table", "point", "level",
@@ -21,6 +21,7 @@ _TEMPLATE = '''def {function}(self, {a}, {b}, {c}, {d}):
     :param'''
 
 
+@documented
 def docstring(model: Any, n: int = 20, seed: int = 0) -> Task:
     """A function whose docstring describes two of its four parameters, up to the name of the third.
 
@@ -30,23 +31,12 @@ def docstring(model: Any, n: int = 20, seed: int = 0) -> Task:
     >>> record = ns.tasks.docstring(tokenizer, 1)[0]
     >>> record.clean.splitlines()[0], record.answer, record.wrong
     ('def table(self, shape, line, limit, size):', ' limit', ' size')
-
-    Args:
-        model: the model, or its tokenizer.
-        n: the number of pairs.
-        seed: the seed of the pairs.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
-    return drawn("docstring", model, n, seed, _record)
+    return made_task("docstring", model, n, seed, _record)
 
 
-def _record(writer: Writer, rng: random.Random) -> Record | None:
-    picked, about = chosen(_NAMES, rng, 6), chosen(_ABOUT, rng, 2)
+def _record(writer: PromptWriter, rng: random.Random) -> Record | None:
+    picked, about = sampled(_NAMES, rng, 6), sampled(_ABOUT, rng, 2)
     assert picked is not None and about is not None
     a, b, c, d, function, thing = picked
     words = {
@@ -59,6 +49,6 @@ def _record(writer: Writer, rng: random.Random) -> Record | None:
         "about_a": about[0],
         "about_b": about[1],
     }
-    clean, corrupted = (filled(_TEMPLATE, {**words, "c": third, "d": last}) for third, last in ((c, d), (d, c)))
+    clean, corrupted = (fill(_TEMPLATE, {**words, "c": third, "d": last}) for third, last in ((c, d), (d, c)))
     answer, wrong = (writer.answer(clean.text, word) for word in (c, d))
     return writer.record(clean, corrupted, answer, wrong, {"parameters": (a, b, c, d), "next": c})

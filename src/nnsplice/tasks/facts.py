@@ -10,12 +10,13 @@ from typing import Any
 
 from nnsplice.errors import BadArgument
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task
 
 #: Relation, template, subject, answer.
 _Fact = tuple[str, str, str, str]
 
 
+@documented
 def facts(model: Any, n: int = 20, seed: int = 0, *, relations: Sequence[str] | None = None) -> Task:
     """Known facts from ROME, up to their answer; the corrupted prompt has another subject with as many tokens.
 
@@ -27,43 +28,35 @@ def facts(model: Any, n: int = 20, seed: int = 0, *, relations: Sequence[str] | 
     ('In Petrozavodsk, the language spoken is', ' Russian', ' Irish')
 
     Args:
-        model: the model, or its tokenizer, which decides which answers are one token.
-        n: the number of pairs.
-        seed: the seed of the pairs.
         relations: only facts of these relations.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: a relation that does not exist, or a model without a tokenizer that has offsets, or one in which
-            the task has no pairs.
     """
-    held = _read()
+    known_facts = _all_facts()
     if relations is not None:
-        known = sorted({relation for relation, *_ in held})
-        strange = sorted(set(relations) - set(known))
-        if strange:
-            raise BadArgument(f"no facts of the relation {strange[0]!r}", expected=", ".join(known))
-        held = tuple(fact for fact in held if fact[0] in relations)
-    alike: dict[str, list[_Fact]] = {}
-    for fact in held:
-        alike.setdefault(fact[1], []).append(fact)
-    return drawn("facts", model, n, seed, lambda writer, rng: _record(writer, rng, held, alike))
+        known = sorted({relation for relation, *_ in known_facts})
+        unknown = sorted(set(relations) - set(known))
+        if unknown:
+            raise BadArgument(f"no facts of the relation {unknown[0]!r}", expected=", ".join(known))
+        known_facts = tuple(fact for fact in known_facts if fact[0] in relations)
+    by_template: dict[str, list[_Fact]] = {}
+    for fact in known_facts:
+        by_template.setdefault(fact[1], []).append(fact)
+    return made_task("facts", model, n, seed, lambda writer, rng: _record(writer, rng, known_facts, by_template))
 
 
-def _record(writer: Writer, rng: random.Random, held: Sequence[_Fact], alike: dict[str, list[_Fact]]) -> Record | None:
-    relation, template, subject, word = rng.choice(held)
-    _, _, other, wrong_word = rng.choice(alike[template])
+def _record(
+    writer: PromptWriter, rng: random.Random, known_facts: Sequence[_Fact], by_template: dict[str, list[_Fact]]
+) -> Record | None:
+    relation, template, subject, word = rng.choice(known_facts)
+    _, _, other, wrong_word = rng.choice(by_template[template])
     if word == wrong_word:
         return None
-    clean, corrupted = (filled(template, {"subject": one}) for one in (subject, other))
+    clean, corrupted = (fill(template, {"subject": one}) for one in (subject, other))
     answer, wrong = (writer.answer(clean.text, one) for one in (word, wrong_word))
     return writer.record(clean, corrupted, answer, wrong, {"subject": subject, "other": other, "relation": relation})
 
 
 @lru_cache(maxsize=1)
-def _read() -> tuple[_Fact, ...]:
+def _all_facts() -> tuple[_Fact, ...]:
     text = (files("nnsplice.tasks") / "data" / "facts.tsv").read_text(encoding="utf-8")
     rows = (line.split("\t") for line in text.splitlines()[1:])
     return tuple((relation, template, subject, answer) for relation, template, subject, answer in rows)

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task
 
 _EVENTS = (
     "war", "siege", "trial", "strike", "journey", "alliance", "reign", "project", "debate", "famine", "dispute",
@@ -14,6 +14,7 @@ _EVENTS = (
 )  # fmt: skip
 
 
+@documented
 def greater_than(model: Any, n: int = 20, seed: int = 0) -> Task:
     """Sentences up to the last digits of the year in which something ends, later than the year in which it began.
 
@@ -24,25 +25,14 @@ def greater_than(model: Any, n: int = 20, seed: int = 0) -> Task:
     >>> record = ns.tasks.greater_than(tokenizer, 1)[0]   # this one makes a token of every digit
     >>> record.clean, record.answer, record.wrong
     ('The war lasted from the year 1452 to the year 14', ('6', '7', '8', '9'), ('0', '1', '2', '3', '4'))
-
-    Args:
-        model: the model, or its tokenizer.
-        n: the number of pairs.
-        seed: the seed of the pairs.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
-    return drawn("greater_than", model, n, seed, _record, opposite=False)
+    return made_task("greater_than", model, n, seed, _record, opposite=False)
 
 
-def _record(writer: Writer, rng: random.Random) -> Record | None:
+def _record(writer: PromptWriter, rng: random.Random) -> Record | None:
     century, year, event = rng.randint(11, 17), rng.randint(12, 88), rng.choice(_EVENTS)
     template = f"The {event} lasted from the year {century}{{year}} to the year {century}"
-    clean, corrupted = (filled(template, {"year": digits}) for digits in (f"{year:02d}", "01"))
+    clean, corrupted = (fill(template, {"year": digits}) for digits in (f"{year:02d}", "01"))
     two = [writer.answer(clean.text, f"{other:02d}", space=False) for other in range(2, 99)]
     if all(two):
         first, last = [w for w in two[: year - 2] if w], [w for w in two[year - 1 :] if w]

@@ -8,11 +8,12 @@ from typing import Any
 from nnsplice.errors import BadArgument
 from nnsplice.models import words as w
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, chosen, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task, sampled
 
 _WORDS = (*w.NAMES, *w.PLACES, *w.THINGS, *w.TOPICS, *w.PARTS)
 
 
+@documented
 def induction(model: Any, n: int = 20, seed: int = 0, *, length: int = 8) -> Task:
     """Random words, then the first ones again; in the corrupted prompt the answer is replaced by another word.
 
@@ -23,25 +24,15 @@ def induction(model: Any, n: int = 20, seed: int = 0, *, length: int = 8) -> Tas
     'concert key Emma Tom concert'
 
     Args:
-        model: the model, or its tokenizer.
-        n: the number of pairs.
-        seed: the seed of the pairs.
         length: the number of words in the first round, 3 to 30.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: another `length`, or a model without a tokenizer that has offsets, or one in which the task has no
-            pairs.
     """
     if not isinstance(length, int) or not 3 <= length <= 30:
         raise BadArgument(f"length={length!r}", expected="3 to 30 words")
-    return drawn("induction", model, n, seed, lambda writer, rng: _record(writer, rng, length))
+    return made_task("induction", model, n, seed, lambda writer, rng: _record(writer, rng, length))
 
 
-def _record(writer: Writer, rng: random.Random, length: int) -> Record | None:
-    picked = chosen(writer.words(_WORDS), rng, length + 1)
+def _record(writer: PromptWriter, rng: random.Random, length: int) -> Record | None:
+    picked = sampled(writer.words(_WORDS), rng, length + 1)
     if picked is None:
         return None
     *words, other = picked
@@ -51,6 +42,6 @@ def _record(writer: Writer, rng: random.Random, length: int) -> Record | None:
     template = " ".join(f"{{{slot}}}" for slot in slots)
     again = " ".join([*words[: at - 1], "{again}"])
     values = {**dict(zip(slots, words, strict=True)), "again": words[at - 1]}
-    clean, corrupted = (filled(f"{template} {again}", {**values, "answer": word}) for word in (words[at], other))
+    clean, corrupted = (fill(f"{template} {again}", {**values, "answer": word}) for word in (words[at], other))
     answer, wrong = (writer.answer(clean.text, word) for word in (words[at], other))
     return writer.record(clean, corrupted, answer, wrong, {"answer": words[at], "at": at})

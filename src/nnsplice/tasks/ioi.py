@@ -7,7 +7,7 @@ from typing import Any
 
 from nnsplice.models import words as w
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, chosen, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task, sampled
 
 _TEMPLATES = tuple(
     sentence.replace("A and B", "{first} and {second}")
@@ -18,6 +18,7 @@ _TEMPLATES = tuple(
 )
 
 
+@documented
 def ioi(model: Any, n: int = 20, seed: int = 0) -> Task:
     """Indirect object identification: one of two people gives something to the other; corrupted prompts swap the giver.
 
@@ -29,24 +30,13 @@ def ioi(model: Any, n: int = 20, seed: int = 0) -> Task:
     ('After Sarah and Helen got to the market, Sarah handed a ball to', ' Helen', ' Sarah')
     >>> record.spans["s2"], record.variables["order"]
     ((10, 11), 's first')
-
-    Args:
-        model: the model, or its tokenizer, which decides which names are one token.
-        n: the number of pairs.
-        seed: the seed of the pairs.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
-    return drawn("ioi", model, n, seed, _record)
+    return made_task("ioi", model, n, seed, _record)
 
 
-def _record(writer: Writer, rng: random.Random) -> Record | None:
+def _record(writer: PromptWriter, rng: random.Random) -> Record | None:
     names, places, things = (writer.words(words) for words in (w.NAMES, w.PLACES, w.THINGS))
-    picked, template = chosen(names, rng, 2), rng.choice(_TEMPLATES)
+    picked, template = sampled(names, rng, 2), rng.choice(_TEMPLATES)
     order = rng.choice(("io first", "s first"))
     if picked is None or not places or not things:
         return None
@@ -54,7 +44,7 @@ def _record(writer: Writer, rng: random.Random) -> Record | None:
     first, second = ("io", "s1") if order == "io first" else ("s1", "io")
     template = template.replace("first", first).replace("second", second)
     around = {"place": rng.choice(places), "thing": rng.choice(things)}
-    clean = filled(template, {"io": io, "s1": s, "s2": s, **around})
-    corrupted = filled(template, {"io": io, "s1": s, "s2": io, **around})
+    clean = fill(template, {"io": io, "s1": s, "s2": s, **around})
+    corrupted = fill(template, {"io": io, "s1": s, "s2": io, **around})
     answer, wrong = (writer.answer(clean.text, name) for name in (io, s))
     return writer.record(clean, corrupted, answer, wrong, {"io": io, "s": s, "order": order, **around})

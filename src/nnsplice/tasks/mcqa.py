@@ -7,13 +7,14 @@ from typing import Any
 
 from nnsplice.errors import BadArgument
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, chosen, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task, sampled
 
 _COLOURS = ("red", "blue", "green", "black", "white", "yellow", "brown", "orange", "pink", "grey")
 _THINGS = ("box", "car", "door", "coat", "chair", "bird", "cup", "house", "ship", "flag", "lamp", "hat")
 _LETTERS = "ABCDEFGH"
 
 
+@documented
 def mcqa(model: Any, n: int = 20, seed: int = 0, *, choices: int = 2) -> Task:
     """Multiple choice of a thing's colour, answered by letter; corrupted prompts have it at another letter.
 
@@ -25,25 +26,15 @@ def mcqa(model: Any, n: int = 20, seed: int = 0, *, choices: int = 2) -> Task:
     (['The chair is orange. Which colour is the chair?', 'A. blue', 'B. orange', 'Answer:'], ' B')
 
     Args:
-        model: the model, or its tokenizer.
-        n: the number of pairs.
-        seed: the seed of the pairs.
         choices: the number of choices.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: another number of `choices`, or a model without a tokenizer that has offsets, or one in which the
-            task has no pairs.
     """
     if not 2 <= choices <= len(_LETTERS):
         raise BadArgument(f"choices={choices}", expected=f"2 to {len(_LETTERS)}")
-    return drawn("mcqa", model, n, seed, lambda writer, rng: _record(writer, rng, choices))
+    return made_task("mcqa", model, n, seed, lambda writer, rng: _record(writer, rng, choices))
 
 
-def _record(writer: Writer, rng: random.Random, choices: int) -> Record | None:
-    colours = chosen(writer.words(_COLOURS), rng, choices)
+def _record(writer: PromptWriter, rng: random.Random, choices: int) -> Record | None:
+    colours = sampled(writer.words(_COLOURS), rng, choices)
     if colours is None:
         return None
     thing, (at, other) = rng.choice(_THINGS), rng.sample(range(choices), 2)
@@ -55,7 +46,7 @@ def _record(writer: Writer, rng: random.Random, choices: int) -> Record | None:
         words |= {slot: next(rest) for slot in slots.values() if slot not in words}
         listed = "\n".join(f"{_LETTERS[n]}. {{{slots[n]}}}" for n in range(choices))
         template = f"The {thing} is {{colour}}. Which colour is the {thing}?\n{listed}\nAnswer:"
-        made.append(filled(template, {"colour": colours[0], **words}))
+        made.append(fill(template, {"colour": colours[0], **words}))
     clean, corrupted = made
     answer, wrong = (writer.answer(clean.text, _LETTERS[n]) for n in (at, other))
     return writer.record(clean, corrupted, answer, wrong, {"thing": thing, "colour": colours[0], "at": at})

@@ -7,7 +7,7 @@ from typing import Any
 
 from nnsplice.models import words as w
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task
 
 _WOMEN = ("Mary", "Alice", "Sarah", "Emma", "Anna", "Laura", "Kate", "Susan", "Lucy", "Helen")
 _MEN = tuple(name for name in w.NAMES if name not in _WOMEN)
@@ -19,6 +19,7 @@ _TEMPLATES = (
 _ROLES = ("friend", "teacher", "student", "doctor", "writer", "player", "driver", "artist")
 
 
+@documented
 def gendered_pronoun(model: Any, n: int = 20, seed: int = 0) -> Task:
     """Sentences about a man or a woman, up to the pronoun; the corrupted prompt has a name of the other gender.
 
@@ -27,27 +28,16 @@ def gendered_pronoun(model: Any, n: int = 20, seed: int = 0) -> Task:
     >>> record = ns.tasks.gendered_pronoun(tokenizer, 1)[0]
     >>> record.clean, record.answer, record.wrong
     ("So Paul is a very good writer, isn't", ' he', ' she')
-
-    Args:
-        model: the model, or its tokenizer.
-        n: the number of pairs.
-        seed: the seed of the pairs.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
-    return drawn("gendered_pronoun", model, n, seed, _record)
+    return made_task("gendered_pronoun", model, n, seed, _record)
 
 
-def _record(writer: Writer, rng: random.Random) -> Record | None:
+def _record(writer: PromptWriter, rng: random.Random) -> Record | None:
     names = [rng.choice(_MEN), rng.choice(_WOMEN)]
     pronouns = ["he", "she"]
     if rng.random() < 0.5:
         names, pronouns = names[::-1], pronouns[::-1]
     template, role = rng.choice(_TEMPLATES), rng.choice(_ROLES)
-    clean, corrupted = (filled(template, {"name": name, "role": role}) for name in names)
+    clean, corrupted = (fill(template, {"name": name, "role": role}) for name in names)
     answer, wrong = (writer.answer(clean.text, pronoun) for pronoun in pronouns)
     return writer.record(clean, corrupted, answer, wrong, {"name": names[0], "pronoun": pronouns[0], "role": role})

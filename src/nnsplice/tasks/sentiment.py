@@ -7,7 +7,7 @@ from typing import Any
 
 from nnsplice.models import words as w
 from nnsplice.tasks.task import Record, Task
-from nnsplice.tasks.writing import Writer, chosen, drawn, filled
+from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task, sampled
 
 _WORDS = {
     "good": ("great", "wonderful", "excellent", "beautiful", "brilliant", "perfect", "fantastic", "lovely"),
@@ -19,6 +19,7 @@ _TEMPLATES = (
 )
 
 
+@documented
 def sentiment(model: Any, n: int = 20, seed: int = 0) -> Task:
     """Reviews up to their last judgement; the corrupted prompt has adjectives of the opposite sentiment.
 
@@ -28,31 +29,20 @@ def sentiment(model: Any, n: int = 20, seed: int = 0) -> Task:
     >>> record = ns.tasks.sentiment(tokenizer, 1)[0]
     >>> record.clean, record.answer[0], record.wrong[0]
     ('I thought the play was beautiful, and the staff was brilliant. All in all, it was', ' great', ' terrible')
-
-    Args:
-        model: the model, or its tokenizer.
-        n: the number of pairs.
-        seed: the seed of the pairs.
-
-    Returns:
-        The pairs, with answers, spans and variables.
-
-    Raises:
-        BadArgument: a model without a tokenizer that has offsets, or one in which the task has no pairs.
     """
-    return drawn("sentiment", model, n, seed, _record)
+    return made_task("sentiment", model, n, seed, _record)
 
 
-def _record(writer: Writer, rng: random.Random) -> Record | None:
+def _record(writer: PromptWriter, rng: random.Random) -> Record | None:
     moods = ["good", "bad"] if rng.random() < 0.5 else ["bad", "good"]
     topic, part, template = rng.choice(w.TOPICS), rng.choice(w.PARTS), rng.choice(_TEMPLATES)
     made = []
     for mood in moods:
-        pair = chosen(writer.words(_WORDS[mood]), rng, 2)
+        pair = sampled(writer.words(_WORDS[mood]), rng, 2)
         if pair is None:
             return None
         made.append(
-            filled(
+            fill(
                 template,
                 dict(zip(("first", "second"), pair, strict=True)) | {"topic": topic, "topic2": topic, "part": part},
             )

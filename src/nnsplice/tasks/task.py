@@ -18,9 +18,12 @@ from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Metric, accuracy, logit_diff
 from nnsplice.progress import bar
 
-#: What counts as an answer: one token's text, or several of which each is one.
-Answer = str | tuple[str, ...]
-Spans = Mapping[str, tuple[int, int]]
+#: The number of prompts of one length that run at once.
+_BATCH_SIZE = 32
+#: The text of one token, or of several of which each is right.
+AnswerText = str | tuple[str, ...]
+#: Token spans (start, stop) of one prompt by name.
+TokenSpans = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,10 @@ class Record:
 
     clean: str
     corrupted: str
-    #: What follows the clean prompt, and what follows the corrupted one.
-    answer: Answer
-    wrong: Answer
-    #: Name -> (start, stop) in tokens, in each of the two prompts.
-    spans: Spans = field(default_factory=dict)
-    corrupted_spans: Spans = field(default_factory=dict)
-    #: What was chosen to make this record: variable -> value.
+    answer: AnswerText
+    wrong: AnswerText
+    spans: TokenSpans = field(default_factory=dict)
+    corrupted_spans: TokenSpans = field(default_factory=dict)
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,9 +77,7 @@ class Task:
 
     name: str
     records: tuple[Record, ...]
-    #: Whether what follows the corrupted prompt is the wrong answer, or only: not so surely the right one.
     opposite: bool = True
-    #: How many records there were before `filter`; None where it was not asked.
     tried: int | None = None
 
     def __len__(self) -> int:
@@ -96,8 +94,8 @@ class Task:
         return self.records[at] if isinstance(at, int) else replace(self, records=self.records[at], tried=None)
 
     def __repr__(self) -> str:
-        told = f" of {self.tried} pairs that this model tells apart" if self.tried is not None else " pairs"
-        return f"Task {self.name}: {len(self)}{told}"
+        pairs = f" of {self.tried} pairs that this model tells apart" if self.tried is not None else " pairs"
+        return f"Task {self.name}: {len(self)}{pairs}"
 
     @property
     def clean(self) -> list[str]:
@@ -110,12 +108,12 @@ class Task:
         return [record.corrupted for record in self]
 
     @property
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[AnswerText]:
         """The answers to the clean prompts."""
         return [record.answer for record in self]
 
     @property
-    def wrong(self) -> list[Answer]:
+    def wrong(self) -> list[AnswerText]:
         """The wrong answers, which are those to the corrupted prompts."""
         return [record.wrong for record in self]
 
@@ -154,7 +152,7 @@ class Task:
         Raises:
             BadArgument: another `by`.
         """
-        return sum(self._right(model, by, progress)) / len(self)
+        return sum(self._solved(model, by, progress)) / len(self)
 
     def filter(self, model: Any, *, by: Literal["pair", "top"] = "pair", progress: bool = True) -> Task:
         """Keep the records that a model gets right.
@@ -170,8 +168,8 @@ class Task:
         Raises:
             BadArgument: the model gets none right.
         """
-        right = self._right(model, by, progress)
-        kept = tuple(record for record, is_right in zip(self, right, strict=True) if is_right)
+        solved = self._solved(model, by, progress)
+        kept = tuple(record for record, is_solved in zip(self, solved, strict=True) if is_solved)
         if not kept:
             raise BadArgument(
                 f"this model gets none of the {len(self)} pairs of the task {self.name} right",
@@ -186,13 +184,13 @@ class Task:
             )
         return replace(self, records=kept, tried=self.tried or len(self))
 
-    def _right(self, model: Any, by: str, progress: bool) -> list[bool]:
+    def _solved(self, model: Any, by: str, progress: bool) -> list[bool]:
         if by not in ("pair", "top"):
             raise BadArgument(f"by={by!r}", expected='"pair" or "top"')
         model = engine.as_model(model)
         with circumstances(f"the task {self.name}"):
-            asked = accuracy(self.answers) if by == "top" else self.metric
-            bound, every = asked.bind(engine.tokenizer_of(model), len(self)), range(len(self))
+            metric = accuracy(self.answers) if by == "top" else self.metric
+            bound, every = metric.bind(engine.tokenizer_of(model), len(self)), range(len(self))
             clean = bound(_last_logits(model, self.clean, progress), every)
             if by == "top":
                 return (clean > 0).tolist()
@@ -201,22 +199,18 @@ class Task:
 
 
 def _last_logits(model: engine.Model, prompts: Sequence[str], progress: bool) -> Tensor:
-    """What stands behind each prompt, `[prompt, vocab]`, in float32."""
+    """The logits of the last token of each prompt, `[prompt, vocab]`, in float32."""
     engine.refuse_edits(model)
     engine.refuse_changed_logits(model, bare=True)
-    given = encode(model, prompts)
+    encoded = encode(model, prompts)
     module: Any = unwrap(model)
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), engine.turn(model), bar("the task's prompts", len(given), "prompt", progress) as shown:
-        for rows in given.batches(_TOGETHER):
-            inputs = given.inputs(rows, model.device)
+    with torch.no_grad(), engine.turn(model), bar("the task's prompts", len(encoded), "prompt", progress) as shown:
+        for rows in encoded.batches(_BATCH_SIZE):
+            inputs = encoded.inputs(rows, model.device)
             assert isinstance(inputs, Mapping)
             out = module(**inputs, **fewer_logits(model, -1, ()))
             logits = out.logits if hasattr(out, "logits") else out[0]
             found |= dict(zip(rows, logits[:, -1].float().cpu(), strict=True))
             shown.update(len(rows))
-    return torch.stack([found[row] for row in range(len(given))])
-
-
-#: How many prompts of one length run at once.
-_TOGETHER = 32
+    return torch.stack([found[row] for row in range(len(encoded))])
