@@ -40,6 +40,16 @@ def test_what_parts_say() -> None:
     assert "layers[0].mlp.output" in _run("direct", *asked[:6], "--sites", "layers[:].mlp")
 
 
+def test_prompts_are_lines_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{FACT.clean}\n\n{FACT.corrupted}\n", encoding="utf-8")
+    prompts = ("--prompt", FACT.clean, "--prompt", FACT.corrupted)
+    said = _run("logit", "--model", "toy", *prompts, "--sites", "layers[3].output[-1]")
+    assert said.count("\n") == 3
+    assert said == _run(
+        "logit", "--model", "toy", "--prompt", f"@{tmp_path / 'prompts.txt'}", "--sites", "layers[3].output[-1]"
+    )
+
+
 @pytest.mark.parametrize("kind", ["tuned", "jacobian"])
 def test_a_lens_is_fitted_and_read_with(tmp_path: Path, kind: str) -> None:
     file, out = tmp_path / "prompts.txt", tmp_path / "lens.safetensors"

@@ -5,15 +5,17 @@ adapter     the command that shows what an adapter changed
 checkpoints the command that converts
 circuits    the commands that find, run and show a circuit
 commands    the commands about models, and what errors look like
-estimating  what the command that sweeps does with estimates
+estimating  estimates of the command that sweeps
 fetching    the command that installs a pretrained model
-loading     a model, where it is asked to be
+files       prompts from a file, folders to write in
+loading     the model of a command
 lenses      the commands that read states, and split logits
 listing     the sites of a model as rows
 native      its module tree as rows
-settings    what a sweep is asked for, from a file and from options
+options     options that several commands have
+settings    the settings of a sweep, from a file and from options
 steering    the commands that fit, sweep and use a steering vector
-table       rows as aligned text
+table       the output: tables, texts, warnings
 tracing     the command that sweeps
 weights     the command that shows which weights belong to a site
 working     the commands that run, merge and look at the units of a run folder

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nnsplice.cli.commands import TowerName, app
-from nnsplice.cli.table import Json, Row, say, tabulate
+from nnsplice.cli.commands import app
+from nnsplice.cli.options import TowerOption
+from nnsplice.cli.table import JsonOption, TableRow, say, tabulate
 from nnsplice.errors import BadArgument
 
 if TYPE_CHECKING:
@@ -24,15 +25,20 @@ def adapter(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What save_pretrained of PEFT wrote.")],
     optimizer: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The optimizer's state, such as optimizer.pt; read without unpickling."),
+        typer.Option(
+            metavar="FILE", help="The optimizer's state, such as optimizer.pt; read without unpickling. Default: none."
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The base model: parts have addresses then, and DoRA's change is exact."),
+        typer.Option(
+            metavar="MODEL",
+            help="The base model: parts have addresses then, and DoRA's change is exact. Default: none.",
+        ),
     ] = None,
-    tower: Annotated[TowerName | None, typer.Option(help="Whose layers the optimizer's table is of.")] = None,
+    tower: TowerOption = None,
     each: Annotated[bool, typer.Option("--each", help="A row for each weight, instead of one for each layer.")] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What the adapter in DIR changed, layer by layer, and with --optimizer how training went there.
 
@@ -90,7 +96,7 @@ def _summary(found: ExpertAdapter) -> str:
     return "\n".join(lines)
 
 
-def _layers(profile: AdapterProfile) -> list[Row]:
+def _layers(profile: AdapterProfile) -> list[TableRow]:
     layers = profile.layers()
     total, most = profile.total or 1.0, max(layers.values(), default=0.0) or 1.0
     matrices = {row: sum(one.row == row for one in profile.energies) for row in layers}
@@ -100,7 +106,7 @@ def _layers(profile: AdapterProfile) -> list[Row]:
     ]
 
 
-def _weights(profile: AdapterProfile) -> list[Row]:
+def _weights(profile: AdapterProfile) -> list[TableRow]:
     total = profile.total or 1.0
     most = max((one.energy for one in profile.energies), default=0.0) or 1.0
     return [
@@ -115,7 +121,7 @@ def _weights(profile: AdapterProfile) -> list[Row]:
     ]
 
 
-def _health(health: Health) -> list[Row]:
+def _health(health: Health) -> list[TableRow]:
     sizes = {layer: one.gradient for layer, one in health.items()}
     most = max(sizes.values()) or 1.0
     return [

@@ -9,6 +9,7 @@ import typer
 
 from nnsplice.cli.commands import WrongUsage, app
 from nnsplice.cli.loading import dtype_of
+from nnsplice.cli.options import DTYPES
 from nnsplice.cli.table import say
 from nnsplice.files import text_of
 
@@ -21,21 +22,34 @@ if TYPE_CHECKING:
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A folder with safetensors.")],
-    dest: Annotated[Path | None, typer.Argument(metavar="DST", help="The folder to make, or to replace.")] = None,
+    dest: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="The folder to make or replace; not needed with --explain.")
+    ] = None,
     rename: Annotated[
         list[str] | None,
-        typer.Option(metavar="OLD=NEW", help="Whole names between dots; * is any one name. May be given often."),
+        typer.Option(
+            metavar="OLD=NEW", help="Whole names between dots; * is any one name. May be repeated. Default: names stay."
+        ),
     ] = None,
     to: Annotated[
-        str | None, typer.Option(metavar="tl|hf", help="The names and shapes of TransformerLens, or of transformers.")
+        str | None,
+        typer.Option(
+            metavar="tl|hf", help="The names and shapes of TransformerLens, or of transformers. Default: those of SRC."
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="bf16, fp16, fp32 or fp64.")] = None,
-    layers: Annotated[str | None, typer.Option(metavar="INDEX", help="Which layers to keep: 0:4, -1, 0,5,11.")] = None,
-    shard_size: Annotated[float, typer.Option(metavar="GB", help="How large a file may get.")] = 4.0,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, help="How many processes share the work.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{', '.join(DTYPES)}. Default: the checkpoint's.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="INDEX", help="Which layers to keep: 0:4, -1, 0,5,11. Default: all.")
+    ] = None,
+    shard_size: Annotated[
+        float, typer.Option(metavar="GB", help="The largest size of a file, in units of 1024**3 bytes.")
+    ] = 4.0,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="The number of processes.")] = 1,
     explain: Annotated[bool, typer.Option("--explain", help="Show what would be done, and leave.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what a stopped call finished.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No bar.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a call that was stopped.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False,
 ) -> None:
     """Convert the checkpoint in SRC: other names, other numbers, fewer layers. Memory holds one tensor at a time.
 
@@ -80,7 +94,7 @@ def convert(
 def _derived(
     source: Path, to: str, rename: list[str] | None, dtype: torch.dtype | None, layers: object
 ) -> ModelStateMapper:
-    """Names and shapes of another library, all of them, and then what else is asked for."""
+    """The mapper to the names and shapes of another library, then to a dtype."""
     from nnsplice.checkpoints import Cast, Parallel, Sequential, mapper_between
     from nnsplice.checkpoints.convert import check_unused
     from nnsplice.checkpoints.mapper.abc import outputs_of

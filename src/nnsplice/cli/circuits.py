@@ -10,9 +10,21 @@ import typer
 
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, MaxTokens, ModelName, NoCache, loaded
-from nnsplice.cli.table import Json, say, tabulate
-from nnsplice.cli.tracing import plain_warnings
+from nnsplice.cli.files import require_folder_of
+from nnsplice.cli.loading import loaded
+from nnsplice.cli.options import (
+    AnswerOption,
+    CircuitArgument,
+    CleanOption,
+    CorruptedOption,
+    DeviceOption,
+    DtypeOption,
+    MaxTokensOption,
+    ModelOption,
+    NoCacheOption,
+    WrongOption,
+)
+from nnsplice.cli.table import JsonOption, plain_warnings, say, tabulate
 from nnsplice.errors import FileError
 
 circuit: typer.Typer = typer.Typer(
@@ -26,41 +38,40 @@ SITES = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
 #: Edges that are listed.
 LISTED = 10
 
-Clean = Annotated[
-    list[str], typer.Option("--clean", metavar="TEXT", help="What circuits run on. Once for each prompt.")
-]
-Corrupted = Annotated[
-    list[str] | None,
-    typer.Option("--corrupted", metavar="TEXT", help="What everything outside has its values from, in the same order."),
-]
-Answer = Annotated[
-    list[str], typer.Option("--answer", metavar="TOKEN", help="The right token: one for all prompts, or one for each.")
-]
-Wrong = Annotated[list[str], typer.Option("--wrong", metavar="TOKEN", help="The wrong token, in the same way.")]
-File = Annotated[Path, typer.Argument(metavar="CIRCUIT.JSON", help="What `circuit find` wrote, or a graph of EAP-IG.")]
-
 
 @circuit.command()
 def find(
-    model: ModelName,
-    clean: Clean,
-    corrupted: Annotated[list[str], typer.Option(metavar="TEXT", help="The other prompt of each pair.")],
-    answer: Answer,
-    wrong: Wrong,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the circuit goes: .json.")],
-    method: Annotated[str, typer.Option(metavar="NAME", help=f"{'|'.join(METHODS)}.")] = "eap-ig",
-    edges: Annotated[int | None, typer.Option(metavar="N", help="How many of the best edges.")] = None,
-    share: Annotated[float | None, typer.Option(metavar="X", help="Which share of them. Default: 0.02.")] = None,
-    by: Annotated[str, typer.Option(metavar="NAME", help="absolute or signed.")] = "absolute",
-    greedy: Annotated[bool, typer.Option("--greedy", help="Grow from the logits backwards.")] = False,
-    threshold: Annotated[
-        float | None, typer.Option(metavar="X", help="For acdc: an edge stays that moves the metric so much.")
+    model: ModelOption,
+    clean: CleanOption,
+    corrupted: CorruptedOption,
+    answer: AnswerOption,
+    wrong: WrongOption,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write: .json.")],
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help=f"{', '.join(METHODS)}: how edges are scored.")
+    ] = "eap-ig",
+    edges: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many of the best edges to keep. Default: --share.")
     ] = None,
-    max_tokens: MaxTokens = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    as_json: Json = False,
+    share: Annotated[
+        float | None, typer.Option(metavar="X", help="The share of all edges to keep, from 0 to 1. Default: 0.02.")
+    ] = None,
+    by: Annotated[str, typer.Option(metavar="NAME", help="absolute or signed: the order of scores.")] = "absolute",
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Choose edges from the logits backwards, each connected to the logits.")
+    ] = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="The least change of the metric of an edge that is kept, with acdc. Default: none; acdc needs one.",
+        ),
+    ] = None,
+    max_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Choose the edges that matter most, by an estimate or one after the other, and show how much they keep.
 
@@ -77,20 +88,19 @@ def find(
         raise WrongUsage("Give --edges or --share")
     if method == "acdc" and (edges is not None or share is not None or greedy):
         raise WrongUsage("acdc finds out how many edges stay: leave out --edges, --share and --greedy")
-    if not out.absolute().parent.is_dir():
-        raise FileError(f"there is no folder {out.absolute().parent}", expected="--out in a folder that is there")
+    require_folder_of(out)
     metric = ns.logit_diff(given.single(answer), given.single(wrong))
-    asked = (loaded(model, device, dtype, no_cache=no_cache), clean, corrupted)
+    question = (loaded(model, device, dtype, no_cache=no_cache), clean, corrupted)
     progress = sys.stderr.isatty()
     with plain_warnings():
         if threshold is not None:
-            found = ns.acdc(*asked, metric, threshold=threshold, max_tokens=max_tokens, progress=progress)
+            found = ns.acdc(*question, metric, threshold=threshold, max_tokens=max_tokens, progress=progress)
         else:
-            scores = ns.attribute(*asked, SITES, metric, method=method, max_tokens=max_tokens, progress=progress)
+            scores = ns.attribute(*question, SITES, metric, method=method, max_tokens=max_tokens, progress=progress)
             n = edges if edges is not None else len(ns.Circuit.select(scores, 0.02 if share is None else share))
             chosen: Any = ns.Circuit.greedy if greedy else ns.Circuit.top
             found = chosen(scores, n, by)
-        report = ns.faithfulness(asked[0], found, *asked[1:], metric, max_tokens=max_tokens, progress=False)
+        report = ns.faithfulness(question[0], found, *question[1:], metric, max_tokens=max_tokens, progress=False)
     found.to_file(out)
     _list(found, LISTED)
     say()
@@ -100,18 +110,26 @@ def find(
 
 @circuit.command()
 def run(
-    file: File,
-    model: ModelName,
-    clean: Clean,
-    answer: Answer,
-    wrong: Wrong,
-    corrupted: Corrupted = None,
-    ablation: Annotated[str, typer.Option(metavar="NAME", help="patch, zero or mean.")] = "patch",
-    max_tokens: MaxTokens = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    as_json: Json = False,
+    file: CircuitArgument,
+    model: ModelOption,
+    clean: CleanOption,
+    answer: AnswerOption,
+    wrong: WrongOption,
+    corrupted: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="The prompt that gives ablated edges their values, one for each --clean in its order. Default: none.",
+        ),
+    ] = None,
+    ablation: Annotated[
+        str, typer.Option(metavar="NAME", help="patch, zero or mean: the values outside the circuit.")
+    ] = "patch",
+    max_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a circuit, with everything outside it ablated, beside the whole model and beside nothing.
 
@@ -139,13 +157,20 @@ def run(
 
 @circuit.command(name="show")
 def show_(
-    file: File,
-    edges: Annotated[int, typer.Option(metavar="N", help="How many of the strongest are listed.")] = LISTED,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page for a browser.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="For a graph of EAP-IG whose heads share keys and values.")
+    file: CircuitArgument,
+    edges: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the strongest edges to list.")] = LISTED,
+    html: Annotated[
+        Path | None,
+        typer.Option("--page", "--html", metavar="FILE", help="Write a page for a browser: .html. Default: none."),
     ] = None,
-    as_json: Json = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model, for a graph of EAP-IG whose heads share keys and values. Default: not loaded.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what is in a circuit, and draw it.
 
@@ -161,32 +186,32 @@ def show_(
 
 
 def _read(file: Path, model: Any) -> Any:
-    """A circuit, of our own file or of EAP-IG's."""
+    """The circuit of a file: our own, or a graph of EAP-IG."""
     import nnsplice as ns
     from nnsplice.files import from_json, text_of
 
     if not file.is_file():
         raise FileError(f"there is no file {file}", expected="what `nnsplice circuit find` wrote")
-    told = from_json(text_of(file), file)
-    if isinstance(told, dict) and {"cfg", "nodes", "edges"} <= told.keys():
+    content = from_json(text_of(file), file)
+    if isinstance(content, dict) and {"cfg", "nodes", "edges"} <= content.keys():
         return ns.Circuit.from_json(file, model=model)
     return ns.Circuit.from_file(file)
 
 
 def _list(one: Any, most: int) -> None:
-    """What is in a circuit, the strongest first."""
+    """Print what is in a circuit, the strongest edges first."""
     say(repr(one))
     about = [f"{name} {one.provenance[name]}" for name in ("model", "method") if name in one.provenance]
     if about:
         say(", ".join(about))
     scores = one.scores or (float("nan"),) * len(one)
     order = sorted(range(len(one)), key=lambda n: -abs(scores[n]) if scores[n] == scores[n] else 0.0)[:most]
-    told = [f"{scores[n]: .4g}" if scores[n] == scores[n] else "" for n in order]
+    numbers = [f"{scores[n]: .4g}" if scores[n] == scores[n] else "" for n in order]
     say()
     if one.kind == "edges":
-        rows = [(str(one.edges[n][0]), str(one.edges[n][1]), score) for n, score in zip(order, told, strict=True)]
+        rows = [(str(one.edges[n][0]), str(one.edges[n][1]), score) for n, score in zip(order, numbers, strict=True)]
         tabulate("edges", rows, ("sender", "receiver", " score"))
     else:
         tabulate(
-            "nodes", [(str(one.nodes[n]), score) for n, score in zip(order, told, strict=True)], ("node", " score")
+            "nodes", [(str(one.nodes[n]), score) for n, score in zip(order, numbers, strict=True)], ("node", " score")
         )

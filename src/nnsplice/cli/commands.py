@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from enum import StrEnum
 from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from nnsplice.cli.loading import Device, Dtype, NoCache, loaded
-from nnsplice.cli.table import Json, begin, finish, say, tabulate
+from nnsplice.cli.loading import loaded
+from nnsplice.cli.options import DeviceOption, DtypeOption, ModelArgument, NoCacheOption, TowerName, TowerOption
+from nnsplice.cli.table import JsonOption, begin, finish, say, tabulate
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.progress import bar
 from nnsplice.shown import printable
@@ -93,21 +93,6 @@ app: typer.Typer = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="toy, toy-llama, smollm2, a folder with a checkpoint, a GGUF file, or a name on the Hugging Face hub.",
-    ),
-]
-
-
-class TowerName(StrEnum):
-    """A stack of layers."""
-
-    decoder = "decoder"
-    encoder = "encoder"
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -140,17 +125,19 @@ def nnsplice(
 
 @app.command()
 def paths(
-    model: Model,
+    model: ModelArgument,
     under: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Only what lies under a path: 'layers[3].attn', l5h3, 'model.lm_head'."),
+        typer.Option(
+            metavar="PATH", help="Only what lies under a path: 'layers[3].attn', l5h3, 'model.lm_head'. Default: all."
+        ),
     ] = None,
-    tower: Annotated[TowerName | None, typer.Option(help="Only one tower of a model with two.")] = None,
+    tower: TowerOption = None,
     all_layers: Annotated[bool, typer.Option("--all-layers", help="Each layer by itself, equal ones too.")] = False,
     native: Annotated[
         bool, typer.Option("--native", help="The model's own modules, each with the portable site that it is.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What can be addressed in MODEL: sites, their values, and how wide each is. Nothing is run.
 
@@ -207,22 +194,25 @@ def _show_portable(model: str, path: Path | None, tower: TowerName | None, all_l
 
 @app.command()
 def check(
-    model: Model,
+    model: ModelArgument,
     layers: Annotated[
         str | None, typer.Option(metavar="INDEX", help="Which layers, as in a path: 0:2, -1, 0,5,11. Default: all.")
     ] = None,
     attn: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Attention to load the model with: eager (which patterns need), sdpa, ..."),
+        typer.Option(
+            metavar="NAME",
+            help="Attention to load the model with: eager (which patterns need), sdpa, ... Default: the model's.",
+        ),
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    seed: Annotated[int, typer.Option(help="Which random tokens the prompts are made of.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="The seed of the random prompts.")] = 0,
     each: Annotated[
         bool, typer.Option("--each", help="A row for each site, instead of one for all that agree.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Try on MODEL what nnsplice promises, and show what was measured.
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnsplice.cli.table import Row
+from nnsplice.cli.table import TableRow
 from nnsplice.errors import BadArgument, FileError
 
 if TYPE_CHECKING:
@@ -16,54 +16,55 @@ if TYPE_CHECKING:
 
 #: Methods that score edges, whose sites are senders.
 EDGES = ("eap", "eap-ig", "relp", "ifr")
-#: Options that say nothing to an estimate, and those that say nothing to anything else.
+#: Options without effect on estimates, and those without effect on anything else.
 NOT_FOR_ESTIMATES = ("operation", "reference", "window")
 FOR_ESTIMATES = ("verify", "steps", "receivers")
 
 
-def method_of(asked: dict[str, Any]) -> str | None:
-    """The method that is asked for; None for an exact sweep.
+def method_of(settings: dict[str, Any]) -> str | None:
+    """The method of attribution; None for an exact sweep.
 
     Raises:
         BadArgument: an option that would do nothing.
     """
-    method = asked.get("method", "exact")
-    useless = [name for name in (FOR_ESTIMATES if method == "exact" else NOT_FOR_ESTIMATES) if name in asked]
+    method = settings.get("method", "exact")
+    useless = [name for name in (FOR_ESTIMATES if method == "exact" else NOT_FOR_ESTIMATES) if name in settings]
     if useless:
         what = "an exact sweep" if method == "exact" else method
         raise BadArgument(f"--{useless[0]} says nothing to {what}", expected=f"--method other than {method}")
     return None if method == "exact" else method
 
 
-def estimate(model: Any, asked: dict[str, Any], metric: Metric, journal: Path) -> SweepResult:
-    """Ask for the estimates; what is verified goes to the journal."""
+def estimate(model: Any, settings: dict[str, Any], metric: Metric, journal: Path) -> SweepResult:
+    """Compute the estimates; verified cells go to the journal."""
     import nnsplice as ns
 
-    verify = asked.get("verify", 0)
+    verify = settings.get("verify", 0)
     return ns.attribute(
-        model, asked["clean"], asked["corrupted"], asked["sites"], metric, method=asked["method"],
-        receivers=asked.get("receivers"), steps=asked.get("steps"), verify=verify, align=asked.get("align", "position"),
-        seed=asked.get("seed", 0), executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
+        model, settings["clean"], settings["corrupted"], settings["sites"], metric, method=settings["method"],
+        receivers=settings.get("receivers"), steps=settings.get("steps"), verify=verify,
+        align=settings.get("align", "position"),
+        seed=settings.get("seed", 0), executor=settings.get("executor", "auto"), max_tokens=settings.get("max-tokens"),
         journal=journal if verify else None, progress=sys.stderr.isatty(),
     )  # fmt: skip
 
 
-def check_same(result: SweepResult, asked: dict[str, Any], model: Any, plan: Plan, path: Path) -> None:
-    """Raise where a folder holds the estimates of another question."""
+def check_same(result: SweepResult, settings: dict[str, Any], model: Any, plan: Plan, path: Path) -> None:
+    """Raise if a folder holds the estimates of another question."""
     from nnsplice.attribution import asked_of
     from nnsplice.results import plain
 
-    told = plain(asked_of(model, plan, asked["method"], asked.get("receivers"), asked.get("steps")))
+    identity = plain(asked_of(model, plan, settings["method"], settings.get("receivers"), settings.get("steps")))
     verify = result.asked.get("verify") or {}
-    different = [name for name, value in told.items() if result.asked.get(name) != value]
-    different += ["verify"] * (verify.get("k", 0) != asked.get("verify", 0))
+    different = [name for name, value in identity.items() if result.asked.get(name) != value]
+    different += ["verify"] * (verify.get("k", 0) != settings.get("verify", 0))
     if different:
         raise FileError(
             f"{path} holds the answer to another question: {', '.join(different)} differ", expected="another --out"
         )
 
 
-def rows(result: SweepResult) -> tuple[list[Row], Row]:
+def rows(result: SweepResult) -> tuple[list[TableRow], TableRow]:
     """The largest edges, as a table."""
     found = result.edges().head(10).to_dict("list")
     numbers = [name for name in ("score", "exact") if name in found]
@@ -76,6 +77,6 @@ def _number(value: float) -> str:
 
 
 def about(result: SweepResult) -> list[str]:
-    """That these are estimates, and how the verified ones did."""
+    """Lines about the method and the verified estimates."""
     lines = [f"estimated by {result.method}, not measured"]
     return [*lines, str(result.verification)] if result.table.exact is not None else lines

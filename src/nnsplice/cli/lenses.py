@@ -10,10 +10,19 @@ import typer
 
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, MaxTokens, ModelName, NoCache, loaded
-from nnsplice.cli.table import Json, say, tabulate
-from nnsplice.cli.tracing import plain_warnings
-from nnsplice.errors import FileError
+from nnsplice.cli.files import prompts_of, require_folder_of
+from nnsplice.cli.loading import loaded
+from nnsplice.cli.options import (
+    AnswerOption,
+    DeviceOption,
+    DtypeOption,
+    MaxTokensOption,
+    ModelOption,
+    NoCacheOption,
+    PageOption,
+    PromptsOption,
+)
+from nnsplice.cli.table import JsonOption, plain_warnings, say, tabulate
 
 if TYPE_CHECKING:
     from nnsplice.results import SweepResult
@@ -26,28 +35,30 @@ app.add_typer(lens, name="lens")
 #: Parts that are listed.
 LISTED = 15
 
-Prompt = Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="Once for each prompt.")]
-Page = Annotated[Path | None, typer.Option("--page", metavar="FILE", help="Write a page that stands by itself: .html.")]
-
 
 @lens.command()
 def logit(
-    model: ModelName,
-    prompt: Prompt,
-    sites: Annotated[str, typer.Option(metavar="PATH", help="Sites of the stream.")] = "layers[:].output[-1]",
+    model: ModelOption,
+    prompt: PromptsOption,
+    sites: Annotated[str, typer.Option(metavar="PATH", help="Sites of the residual stream.")] = "layers[:].output[-1]",
     answer: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN", help="Whose probability and rank: one for all, or for each.")
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="List probability and rank of this token: one for all prompts, or repeated for each. Default: none.",
+        ),
     ] = None,
-    k: Annotated[int, typer.Option(metavar="N", help="How many of the first tokens.")] = 5,
+    k: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the likeliest tokens to list.")] = 5,
     fitted: Annotated[
-        Path | None, typer.Option("--lens", metavar="FILE", help="What `lens fit` wrote, to read states with.")
+        Path | None,
+        typer.Option("--lens", metavar="FILE", help="A lens that `lens fit` wrote. Default: the logit lens."),
     ] = None,
-    page: Page = None,
-    max_tokens: MaxTokens = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    as_json: Json = False,
+    page: PageOption = None,
+    max_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the tokens that each state would say, if it left the last layer.
 
@@ -56,13 +67,20 @@ def logit(
     """
     import nnsplice as ns
 
-    _check_page(page)
-    read = None if fitted is None else ns.lens.FittedLens.from_file(fitted)
+    require_folder_of(page, "--page")
+    fitted_lens = None if fitted is None else ns.lens.FittedLens.from_file(fitted)
     answers = None if answer is None else given.single(answer)
-    asked = loaded(model, device, dtype, no_cache=no_cache)
+    running = loaded(model, device, dtype, no_cache=no_cache)
     with plain_warnings():
         found = ns.lens.logit(
-            asked, prompt, sites, answers, k, lens=read, max_tokens=max_tokens, progress=sys.stderr.isatty()
+            running,
+            prompts_of(prompt),
+            sites,
+            answers,
+            k,
+            lens=fitted_lens,
+            max_tokens=max_tokens,
+            progress=sys.stderr.isatty(),
         )
     numbers = None if answers is None else {name: found.only(name).table.values for name in ("probability", "rank")}
     rows: list[tuple[str, ...]] = []
@@ -70,31 +88,35 @@ def logit(
         for number, cell in enumerate(found.results.cells):
             if found.results.table.exists[row, number]:
                 tokens = " ".join(repr(found.texts[int(one)]) for one in found.ids[row, number])
-                said = [] if numbers is None else [f"{numbers['probability'][row, number]:.3f}",
+                shown = [] if numbers is None else [f"{numbers['probability'][row, number]:.3f}",
                                                    f"{numbers['rank'][row, number]:.0f}"]  # fmt: skip
-                rows.append((str(row), cell.path, *said, tokens))
+                rows.append((str(row), cell.path, *shown, tokens))
     tabulate("tokens", rows, ("prompt", "site", *(() if numbers is None else ("answer", "rank")), "tokens"))
     _write_page(page, found.result)
 
 
 @lens.command()
 def direct(
-    model: ModelName,
-    prompt: Prompt,
-    answer: Annotated[list[str], typer.Option(metavar="TOKEN", help="The right token: one for all, or for each.")],
+    model: ModelOption,
+    prompt: PromptsOption,
+    answer: AnswerOption,
     wrong: Annotated[
         list[str] | None,
-        typer.Option(metavar="TOKEN", help="The wrong one; left out, the logit of the right is split."),
+        typer.Option(
+            metavar="TOKEN",
+            help="The wrong token: one for all prompts, or repeated for each. Default: the right one alone is split.",
+        ),
     ] = None,
     sites: Annotated[
-        list[str] | None, typer.Option(metavar="PATH", help="Once for each kind; embeddings, heads, MLPs if left out.")
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Parts to list. May be repeated. Default: embeddings, heads and MLPs."),
     ] = None,
-    page: Page = None,
-    max_tokens: MaxTokens = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    as_json: Json = False,
+    page: PageOption = None,
+    max_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List what each head, MLP and embedding adds to the logits directly.
 
@@ -104,13 +126,13 @@ def direct(
     import nnsplice as ns
     from nnsplice.lens.direct import ALL
 
-    _check_page(page)
+    require_folder_of(page, "--page")
     right = given.single(answer)
     metric = right if wrong is None else ns.logit_diff(right, given.single(wrong))
-    asked = loaded(model, device, dtype, no_cache=no_cache)
+    running = loaded(model, device, dtype, no_cache=no_cache)
     with plain_warnings():
         parts = ns.lens.direct(
-            asked, prompt, metric, list(sites or ALL), max_tokens=max_tokens, progress=sys.stderr.isatty()
+            running, prompts_of(prompt), metric, list(sites or ALL), max_tokens=max_tokens, progress=sys.stderr.isatty()
         )
     mean = parts.table.values.mean(0)
     order = sorted(range(len(mean)), key=lambda n: -abs(mean[n]))[:LISTED]
@@ -124,16 +146,16 @@ def direct(
 
 @lens.command()
 def fit(
-    model: ModelName,
+    model: ModelOption,
     prompts: Annotated[Path, typer.Argument(metavar="PROMPTS.TXT", help="A prompt on each line.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the lens goes: .safetensors.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write: .safetensors.")],
     kind: Annotated[str, typer.Option(metavar="NAME", help="tuned or jacobian.")] = "tuned",
-    steps: Annotated[int, typer.Option(metavar="N", help="Of training.")] = 250,
-    max_tokens: MaxTokens = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    as_json: Json = False,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Steps of training, of a tuned lens.")] = 250,
+    max_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Fit a lens to a model, and show how near each layer comes on prompts that were held out.
 
@@ -145,27 +167,21 @@ def fit(
 
     if kind not in ("tuned", "jacobian"):
         raise WrongUsage(f"There is no kind {kind!r}; write tuned or jacobian")
-    if not out.absolute().parent.is_dir():
-        raise FileError(f"there is no folder {out.absolute().parent}", expected="--out in a folder that is there")
+    require_folder_of(out)
     lines = [line for line in text_of(prompts).splitlines() if line.strip()]
-    asked = loaded(model, device, dtype, no_cache=no_cache)
+    running = loaded(model, device, dtype, no_cache=no_cache)
     progress = sys.stderr.isatty()
     with plain_warnings():
         if kind == "tuned":
-            made = ns.lens.fit(asked, lines, "tuned", steps=steps, max_tokens=max_tokens, progress=progress)
+            made = ns.lens.fit(running, lines, "tuned", steps=steps, max_tokens=max_tokens, progress=progress)
         else:
-            made = ns.lens.fit(asked, lines, "jacobian", max_tokens=max_tokens, progress=progress)
+            made = ns.lens.fit(running, lines, "jacobian", max_tokens=max_tokens, progress=progress)
     made.to_file(out)
     if "kl" in made.about:
-        told = zip(made.layers, made.about["kl"], made.about["logit_lens"], strict=True)
-        rows = [(str(layer), f"{kl:.4g}", f"{plain:.4g}") for layer, kl, plain in told]
+        columns = zip(made.layers, made.about["kl"], made.about["logit_lens"], strict=True)
+        rows = [(str(layer), f"{kl:.4g}", f"{plain:.4g}") for layer, kl, plain in columns]
         tabulate("layers", rows, ("layer", "held-out KL", "of the logit lens"))
     say(f"{made!r}, written to {out}")
-
-
-def _check_page(page: Path | None) -> None:
-    if page is not None and not page.absolute().parent.is_dir():
-        raise FileError(f"there is no folder {page.absolute().parent}", expected="--page in a folder that is there")
 
 
 def _write_page(page: Path | None, result: SweepResult) -> None:

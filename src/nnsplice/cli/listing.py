@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from nnsplice.checks import Outline, Part, Value
-from nnsplice.cli.table import Row
+from nnsplice.cli.table import TableRow
 
-HEAD: Row = ("site", "values", "width", "")
+HEAD: TableRow = ("site", "values", "width", "")
 
 
-def rows(outlines: Sequence[Outline], *, attention: str | None, inner: str | None = None) -> list[Row]:
+def rows(outlines: Sequence[Outline], *, attention: str | None, inner: str | None = None) -> list[TableRow]:
     """What can be addressed.
 
     Args:
         attention: which attention the model runs with; only eager attention makes patterns.
-        inner: which heads, groups, neurons or experts were asked for; all where None.
+        inner: the index of heads, groups, neurons or experts; None for all.
     """
     several = len(outlines) > 1 or any(tower.name == "encoder" for tower in outlines)
-    found: list[Row] = []
+    found: list[TableRow] = []
     for tower in outlines:
         depth = int(several)
         if several:
@@ -32,7 +32,9 @@ def rows(outlines: Sequence[Outline], *, attention: str | None, inner: str | Non
     return found
 
 
-def _layers(name: str, parts: Iterable[Part], depth: int, attention: str | None, inner: str | None) -> Iterator[Row]:
+def _layers(
+    name: str, parts: Iterable[Part], depth: int, attention: str | None, inner: str | None
+) -> Iterator[TableRow]:
     # A part that stands without the one it belongs to is named with it.
     shown: list[tuple[str, ...]] = []
     for part in parts:
@@ -46,7 +48,7 @@ def _layers(name: str, parts: Iterable[Part], depth: int, attention: str | None,
         yield from _part(part, depth + (0 if above is None else 1 + above), label, attention)
 
 
-def _part(part: Part, depth: int, label: str, attention: str | None) -> Iterator[Row]:
+def _part(part: Part, depth: int, label: str, attention: str | None) -> Iterator[TableRow]:
     """A row for each width and each reason, the first with the site's name."""
     groups: dict[tuple[str, str], list[str]] = {}
     for value in part.values:

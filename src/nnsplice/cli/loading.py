@@ -1,38 +1,22 @@
-"""The options by which commands load a model: device, dtype, attention."""
+"""Load the model that a command names: its device, dtype and attention."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from nnsplice.cli.options import DTYPES
 from nnsplice.errors import BadArgument, NnspliceError
 
 if TYPE_CHECKING:
     import torch
 
-#: Names of types, short and long.
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-ModelName = Annotated[str, typer.Option("--model", metavar="MODEL", help="toy, a folder, or a name on the hub.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="How many tokens run at once.")]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; auto spreads the model. Default: cpu."),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}. Default: the checkpoint's."),
-]
-NoCache = Annotated[
-    bool,
-    typer.Option("--no-cache", help="Convert a GGUF file anew, and keep nothing of it on the disk."),
-]
-
 
 def loaded(
     name: str, device: str | None = None, dtype: str | None = None, attn: str | None = None, *, no_cache: bool = False
 ) -> Any:
-    """The model of this name."""
+    """Load a model with the options of a command."""
     from nnsplice import load
 
     options: dict[str, Any] = {"cache": False} if no_cache else {}
@@ -54,7 +38,7 @@ def loaded(
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The type of this name."""
+    """The torch type of a `--dtype`."""
     import torch
 
     found = getattr(torch, DTYPES.get(name, name), None)

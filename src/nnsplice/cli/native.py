@@ -7,13 +7,13 @@ from functools import cache
 
 from nnsplice.atlas import Atlas
 from nnsplice.cli.listing import ranges
-from nnsplice.cli.table import Row
+from nnsplice.cli.table import TableRow
 from nnsplice.paths import Path
 
-HEAD: Row = ("module", "class", "weight", "portable site")
+HEAD: TableRow = ("module", "class", "weight", "portable site")
 
 
-def rows(atlas: Atlas, under: Path | None = None, *, collapse: bool = True) -> list[Row]:
+def rows(atlas: Atlas, under: Path | None = None, *, collapse: bool = True) -> list[TableRow]:
     """The module tree.
 
     Args:
@@ -32,7 +32,7 @@ class _Walk:
         self.atlas, self.nodes, self.collapse = atlas, atlas.tree.nodes, collapse
         self.shape = cache(self._shape)
 
-    def module(self, name: str, label: str, depth: int, spelled: Mapping[str, str]) -> Iterator[Row]:
+    def module(self, name: str, label: str, depth: int, spelled: Mapping[str, str]) -> Iterator[TableRow]:
         """A module and what lies below it; `spelled` says which numbers a portable site stands for."""
         node = self.nodes[name]
         if node.indexed and node.container and node.children:
@@ -55,7 +55,7 @@ class _Walk:
             else:
                 yield ("  " * (depth + 1) + attribute, f"is {child}", "", "")
 
-    def _entries(self, name: str, label: str, depth: int, spelled: Mapping[str, str]) -> Iterator[Row]:
+    def _entries(self, name: str, label: str, depth: int, spelled: Mapping[str, str]) -> Iterator[TableRow]:
         """The entries of a list, neighbours of one shape together."""
         groups: list[tuple[str, list[int]]] = []
         for number, child in enumerate(self.nodes[name].children.values()):

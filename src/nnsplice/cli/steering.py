@@ -9,9 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, ModelName, NoCache, loaded
-from nnsplice.cli.table import Json, Row, aligned, say, show, tabulate
-from nnsplice.cli.tracing import plain_warnings
+from nnsplice.cli.files import prompts_of, require_folder_of
+from nnsplice.cli.loading import loaded
+from nnsplice.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    MaxTokensOption,
+    ModelOption,
+    NoCacheOption,
+    OperatorOption,
+    PromptsOption,
+    VectorOption,
+    WhereOption,
+)
+from nnsplice.cli.table import JsonOption, TableRow, aligned, plain_warnings, say, show, tabulate
 from nnsplice.errors import BadArgument, FileError
 from nnsplice.files import local_folder
 
@@ -22,41 +33,49 @@ app.add_typer(steer, name="steer")
 
 SWEEP, FIGURE = "sweep.safetensors", "figure.png"
 
-VectorFile = Annotated[
-    Path, typer.Option("--vector", metavar="FILE", help="What `steer fit` wrote, or a GGUF control vector.")
-]
-Prompts = Annotated[
-    list[str], typer.Option("--prompt", metavar="TEXT", help="May be given often; @FILE is a prompt for each line.")
-]
-Operator = Annotated[str, typer.Option(metavar="NAME", help="add, project_out, clamp, scale or rotate.")]
-Where = Annotated[str, typer.Option(metavar="NAME", help="all, prompt, generated, or a token N: it and all after it.")]
-
 
 @steer.command()
 def fit(
-    model: ModelName,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the vector goes; .gguf writes it for llama.cpp.")],
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write: .safetensors, or .gguf for llama.cpp.")],
     positive: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A prompt with what is wanted. @FILE: one for each line.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="A prompt with the wanted property; @FILE is one for each line. May be repeated."
+        ),
     ] = None,
     negative: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A prompt without it, in its turn.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="A prompt without it, in the order of --positive; @FILE is one for each line. May be repeated.",
+        ),
     ] = None,
     evals: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A/B questions as JSON lines, in place of the two.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A/B questions as JSON lines, instead of --positive and --negative."),
     ] = None,
-    path: Annotated[list[str] | None, typer.Option(metavar="PATH", help="Default: layers[:].output[-1].")] = None,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sites", "--path", metavar="PATH", help="Where to fit. May be repeated. Default: layers[:].output[-1]."
+        ),
+    ] = None,
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="mean_difference, pca, logistic, lda.")
+        str, typer.Option(metavar="NAME", help="mean_difference, pca, logistic or lda.")
     ] = "mean_difference",
     unit: Annotated[
-        str, typer.Option(metavar="NAME", help="norm: a coefficient of 1 is one norm of the states; means: their gap.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="norm or means: a coefficient of 1 is the norm of the states, or the distance of the two means.",
+        ),
     ] = "norm",
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts through the chat template.")] = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    as_json: Json = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Fit a direction for every layer, and show how well each tells prompts apart that it was not fitted on.
 
@@ -70,17 +89,17 @@ def fit(
         raise BadArgument(f"there is no unit {unit!r}", expected="norm or means")
     if (evals is None) == (not positive and not negative) or (evals is not None and (positive or negative)):
         raise WrongUsage("Give --positive and --negative, or --evals")
-    _check_folder(out)
+    require_folder_of(out)
     if evals is not None:
         pairs = steering.read_evals(evals)
         good, bad = list(pairs.positive), list(pairs.negative)
     else:
-        good, bad = _texts(positive or []), _texts(negative or [])
+        good, bad = prompts_of(positive or []), prompts_of(negative or [])
     vector = steering.fit_from_prompts(
         loaded(model, device, dtype, no_cache=no_cache),
         good,
         bad,
-        path or ["layers[:].output[-1]"],
+        sites or ["layers[:].output[-1]"],
         method=method,
         chat=chat,
         progress=sys.stderr.isatty(),
@@ -98,22 +117,28 @@ def fit(
 
 @steer.command()
 def sweep(
-    model: ModelName,
-    vector: VectorFile,
-    prompt: Prompts,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder for numbers and figure.")],
+    model: ModelOption,
+    vector: VectorOption,
+    prompt: PromptsOption,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write numbers and a figure to.")],
     answer: Annotated[str, typer.Option(metavar="TOKEN", help="The token whose logit should rise.")],
     wrong: Annotated[str, typer.Option(metavar="TOKEN", help="The token whose logit should fall.")],
-    coefficients: Annotated[str, typer.Option(metavar="NUMBERS", help="Commas between them.")] = "-1,-0.5,0,0.5,1",
+    coefficients: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="Numbers with commas between them.")
+    ] = "-1,-0.5,0,0.5,1",
     limit: Annotated[
-        float | None, typer.Option(metavar="KL", help="Choose the best cell whose KL is at most this.")
+        float | None,
+        typer.Option(
+            metavar="KL", help="Choose the best cell whose KL divergence is at most this. Default: none is chosen."
+        ),
     ] = None,
-    operator: Operator = "add",
-    where: Where = "all",
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    as_json: Json = False,
+    operator: OperatorOption = "add",
+    where: WhereOption = "all",
+    max_tokens: MaxTokensOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Steer every layer with every coefficient, side by side, and show what is gained and what it disturbs.
 
@@ -130,9 +155,9 @@ def sweep(
         raise FileError(f"{out} is a file", expected="--out with a folder")
     with plain_warnings():
         grid = ns.steering.sweep(
-            loaded(model, device, dtype, no_cache=no_cache), _texts(prompt), _read(vector), numbers,
+            loaded(model, device, dtype, no_cache=no_cache), prompts_of(prompt), _read(vector), numbers,
             ns.logit_diff(answer, wrong),
-            operator=operator, where=_where(where), progress=sys.stderr.isatty(),
+            operator=operator, where=_where(where), max_tokens=max_tokens, progress=sys.stderr.isatty(),
         )  # fmt: skip
     chosen = None if limit is None else grid.choose(guard="kl", limit=limit)
     out.mkdir(parents=True, exist_ok=True)
@@ -145,31 +170,36 @@ def sweep(
     head = ("layer", "coefficient", grid.metric, "KL")
     tabulate("cells", rows, head, [dict(zip(head, row, strict=True)) for row in zip(*columns, strict=True)])
     if chosen is not None:
-        told = f"{chosen.score:.4g} with a KL of {chosen.kl:.3g}"
-        say(f"\nbest within {limit:g}: layer {chosen.layer}, coefficient {chosen.coefficient:g}: {told}")
+        result = f"{chosen.score:.4g} with a KL of {chosen.kl:.3g}"
+        say(f"\nbest within {limit:g}: layer {chosen.layer}, coefficient {chosen.coefficient:g}: {result}")
     say(f"\n{out / SWEEP}, {out / FIGURE}")
 
 
 @steer.command()
 def generate(
-    model: ModelName,
-    vector: VectorFile,
-    prompt: Prompts,
+    model: ModelOption,
+    vector: VectorOption,
+    prompt: PromptsOption,
     layer: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Which layers; left out, all that the vector has.")
+        list[int] | None,
+        typer.Option(metavar="N", help="A layer to steer. May be repeated. Default: all of the vector."),
     ] = None,
     coefficient: Annotated[
-        list[float] | None, typer.Option(metavar="NUMBER", help="May be given often: a text for each.")
+        list[float] | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="A factor of the vector, with a text for each. May be repeated. Default: the vector's own, or 1.",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1)] = 40,
-    operator: Operator = "add",
-    where: Where = "all",
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample, instead of taking the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling.")] = 0,
-    as_json: Json = False,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The number of tokens to generate.")] = 40,
+    operator: OperatorOption = "add",
+    where: WhereOption = "all",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample tokens. Default: the likeliest.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="The seed of the sampling.")] = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Generate from prompts, unsteered and with each coefficient, side by side.
 
@@ -183,7 +213,7 @@ def generate(
 
     found, running = _read(vector), loaded(model, device, dtype, no_cache=no_cache)
     chosen: Any = found.at(layer) if layer else found
-    prompts = _texts(prompt)
+    prompts = prompts_of(prompt)
     strengths = coefficient or [found.coefficient or 1.0]
     torch.manual_seed(seed)
     unsteered = ns.steering.generate(running, prompts, max_new_tokens=max_new_tokens, do_sample=sample)
@@ -192,37 +222,20 @@ def generate(
         running, [text for text, _ in steered], chosen, [c for _, c in steered], operator=operator, where=_where(where),
         max_new_tokens=max_new_tokens, do_sample=sample,
     )  # fmt: skip
-    told = iter(texts)
-    rows: list[Row] = []
+    continuations = iter(texts)
+    rows: list[TableRow] = []
     for text, plain in zip(prompts, unsteered, strict=True):
-        lines = [("without", plain), *((f"{c:g}", next(told)) for c in strengths)]
-        rows += [(text, name, said) for name, said in lines]
+        lines = [("without", plain), *((f"{c:g}", next(continuations)) for c in strengths)]
+        rows += [(text, name, line) for name, line in lines]
         if not as_json:
             say(text)
-            show(f"  {line}" for line in aligned([(name, " ".join(said.split())) for name, said in lines]))
+            show(f"  {line}" for line in aligned([(name, " ".join(line.split())) for name, line in lines]))
     if as_json:
         head = ("prompt", "coefficient", "text")
         tabulate("texts", rows, head, [dict(zip(head, row, strict=True)) for row in rows])
 
 
-# --- what is given ----------------------------------------------------------------------------------------------------
-
-
-def _texts(given: list[str]) -> list[str]:
-    """Prompts, with `@FILE` as one for each line of a file."""
-    found: list[str] = []
-    for text in given:
-        if not text.startswith("@"):
-            found.append(text)
-            continue
-        try:
-            lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileError(
-                f"{text[1:]} cannot be read: {error}", expected="a file with a prompt in each line"
-            ) from None
-        found += [line for line in lines if line.strip()]
-    return found
+# --- arguments ----------------------------------------------------------------------------------------------------
 
 
 def _numbers(text: str) -> list[float]:
@@ -244,11 +257,6 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileError(f"there is no file {path}", expected="what `nnsplice steer fit` wrote")
     return steering.from_gguf(path) if path.suffix == ".gguf" else steering.SteeringVector.from_file(path)
-
-
-def _check_folder(out: Path) -> None:
-    if not local_folder(out).parent.is_dir():
-        raise FileError(f"there is no folder {out.parent} to write {out.name} in")
 
 
 def _write(vector: Any, out: Path) -> None:

@@ -1,11 +1,13 @@
-"""Tables: rows of text as aligned columns, or as JSON where that was asked for."""
+"""The output of commands: tables as aligned columns or as JSON, texts, warnings."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ import typer
 
 from nnsplice.shown import printable
 
-Row = tuple[str, ...]
+TableRow = tuple[str, ...]
 
 #: Words that are coloured where they fill a cell, on a terminal.
 STYLES: dict[str, dict[str, Any]] = {
@@ -24,7 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def aligned(rows: Sequence[Row], head: Row | None = None) -> list[str]:
+def aligned(rows: Sequence[TableRow], head: TableRow | None = None) -> list[str]:
     """The rows as lines, each column as wide as its widest cell.
 
     >>> from nnsplice.cli.table import aligned
@@ -40,7 +42,7 @@ def _cell(text: str) -> str:
     return printable(text).replace("\n", r"\n")
 
 
-def _line(row: Row, widths: Sequence[int], *, bold: bool) -> str:
+def _line(row: TableRow, widths: Sequence[int], *, bold: bool) -> str:
     # Padded before it is coloured, as the marks of a colour have a length too; nothing follows the last word.
     last = max((number for number, cell in enumerate(row) if cell), default=0)
     cells = [
@@ -56,67 +58,67 @@ def _styled(cell: str, padding: str, bold: bool) -> str:
 
 
 @dataclass
-class _Asked:
-    """What the running command was asked to print, and what it has for a table so far."""
+class _Output:
+    """The form of the running command's output, and its tables so far where that is JSON."""
 
     json: bool = False
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-_asked = _Asked()
+_output = _Output()
 
 
 def begin() -> None:
     """A new command: text, until its `--json` is read."""
-    _asked.json = False
-    _asked.tables.clear()
+    _output.json = False
+    _output.tables.clear()
 
 
 def finish() -> None:
-    """Print what was held back for JSON: one table as a list of rows, several by their names."""
-    if not _asked.json or not _asked.tables:
+    """Print the tables as JSON: one table as a list of rows, several by their names."""
+    if not _output.json or not _output.tables:
         return
-    tables = list(_asked.tables.values())
-    text = json.dumps(tables[0] if len(tables) == 1 else _asked.tables, indent=2, ensure_ascii=True, allow_nan=False)
+    tables = list(_output.tables.values())
+    text = json.dumps(tables[0] if len(tables) == 1 else _output.tables, indent=2, ensure_ascii=True, allow_nan=False)
     typer.echo(text)
 
 
 def _as_json(wanted: bool) -> bool:
-    _asked.json = wanted
+    _output.json = wanted
     return wanted
 
 
 #: The option of every command that prints a table.
-Json = Annotated[
+JsonOption = Annotated[
     bool,
     typer.Option("--json", callback=_as_json, is_eager=True, help="Print the table as JSON; all else goes to stderr."),
 ]
 
 
 def tabulate(
-    name: str, rows: Sequence[Row], head: Sequence[str], values: Sequence[Mapping[str, Any]] | None = None
+    name: str, rows: Sequence[TableRow], head: Sequence[str], values: Sequence[Mapping[str, Any]] | None = None
 ) -> None:
-    """Print a table: as aligned text, or as JSON where that was asked for.
+    """Print a table: as aligned text, or with `--json` as JSON.
 
     Args:
-        name: what it is of, for a command that has several.
-        rows: what is shown.
-        head: the names of the columns; those without a name are for the eye alone.
-        values: for JSON, the rows with numbers unrounded; left out, they are read from what is shown.
+        name: the name of the table, for a command that has several.
+        rows: the cells as text.
+        head: the names of the columns; columns without a name are not in the JSON.
+        values: for JSON, the rows with unrounded numbers; read from the cells if left out.
     """
-    if not _asked.json:
+    if not _output.json:
         show(aligned(rows, tuple(head)))
         return
     if values is None:
         rows = _whole_names(rows)
         values = [{key.strip(): value_of(cell) for key, cell in zip(head, row, strict=False) if key} for row in rows]
-    _asked.tables[name] = [{key: _plain(value) for key, value in row.items()} for row in values]
+    _output.tables[name] = [{key: _plain(value) for key, value in row.items()} for row in values]
 
 
-def _whole_names(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose first cell is indented under another's have that one's name before their own."""
+def _whole_names(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Rows whose indented first cells have the names of the cells above them as a prefix."""
     above: list[str] = []
-    found: list[Row] = []
+    found: list[TableRow] = []
     for first, *others in rows:
         depth = (len(first) - len(first.lstrip(" "))) // 2
         above = [*above[:depth], first.strip()]
@@ -125,7 +127,7 @@ def _whole_names(rows: Sequence[Row]) -> list[Row]:
 
 
 def value_of(cell: str) -> Any:
-    """What a cell holds: a number where it is one, nothing where it is empty.
+    """The value of a cell: a number where it is one, None where it is empty.
 
     >>> from nnsplice.cli.table import value_of
     >>> value_of("1.5e-3"), value_of(" 4"), value_of("layers[0]"), value_of("")
@@ -150,11 +152,19 @@ def _plain(value: Any) -> Any:
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print a text, which may quote a file: whatever a terminal would obey is spelled out; beside JSON, to stderr."""
-    typer.echo(printable(text), err=err or _asked.json)
+    """Print a text with its control characters spelled out; to stderr with `--json`."""
+    typer.echo(printable(text), err=err or _output.json)
 
 
 def show(lines: Iterable[str]) -> None:
-    """Print lines; colours are left out where nobody would see them."""
+    """Print lines; without colours where the output is no terminal."""
     for line in lines:
-        typer.echo(line, color=False if os.environ.get("NO_COLOR") else None, err=_asked.json)
+        typer.echo(line, color=False if os.environ.get("NO_COLOR") else None, err=_output.json)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show a warning as its message; the line of nnsplice that gave it means nothing to a reader in a shell."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(str(message), err=True)
+        yield

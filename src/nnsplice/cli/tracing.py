@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +12,9 @@ import typer
 from nnsplice.cli import estimating
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
-from nnsplice.cli.loading import Device, Dtype, NoCache, dtype_of, loaded
-from nnsplice.cli.table import Json, Row, aligned, say, show, tabulate
+from nnsplice.cli.loading import dtype_of, loaded
+from nnsplice.cli.options import DeviceOption, DtypeOption, NoCacheOption
+from nnsplice.cli.table import JsonOption, TableRow, aligned, plain_warnings, say, show, tabulate
 from nnsplice.errors import BadArgument, FileError, NnspliceError
 from nnsplice.files import local_folder
 
@@ -40,30 +38,49 @@ def trace(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="toy, smollm2, a folder with a checkpoint, a GGUF file, or a name on the hub."
+            metavar="MODEL",
+            help="toy, smollm2, a folder with a checkpoint, a GGUF file, or a name on the hub. Default: SWEEP.TOML's.",
         ),
     ] = None,
     clean: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="The run that values come from. Once for each prompt.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="The prompt that values come from. Repeated: several prompts. Default: SWEEP.TOML's."
+        ),
     ] = None,
     corrupted: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="The run that is edited; left out, the clean run is edited."),
+        typer.Option(
+            metavar="TEXT",
+            help="The prompt that is changed, one for each --clean in its order. Default: --clean itself.",
+        ),
     ] = None,
     sites: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="What is changed, each by itself, or 'A + B' together. May be given often."),
+        typer.Option(
+            metavar="PATH",
+            help="What is changed, each on its own, or 'A + B' together. May be repeated. Default: SWEEP.TOML's.",
+        ),
     ] = None,
     answer: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN", help="The right token: one for all prompts, or one for each.")
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN", help="The right token: one for all prompts, or repeated for each. Default: SWEEP.TOML's."
+        ),
     ] = None,
     wrong: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN", help="The wrong token, for logit_diff, in the same way.")
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="The wrong token, for logit_diff: one for all prompts, or repeated for each. Default: SWEEP.TOML's.",
+        ),
     ] = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="The folder for all that is found.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    no_cache: NoCache = False,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The folder to write results to. Default: SWEEP.TOML's.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    no_cache: NoCacheOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in DIR.")] = False,
     metric: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"{_choice('metric')}. Default: logit_diff.")
@@ -73,7 +90,10 @@ def trace(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A capture on disk, which mean, resample and add take values from."),
+        typer.Option(
+            metavar="FILE",
+            help="A capture on disk that mean, resample and add take values from. Default: the prompts' own.",
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option(metavar="N", help="How many neighbouring layers are changed together. Default: 1.")
@@ -89,7 +109,8 @@ def trace(
         int | None, typer.Option(metavar="N", help="How many tokens run at once. Default: what suits the machine.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Of noise and resample, and of what is verified. Default: 0.")
+        int | None,
+        typer.Option(metavar="N", help="The seed of noise, of resample and of what is verified. Default: 0."),
     ] = None,
     method: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"{_choice('method')}. Default: exact; the others estimate.")
@@ -102,16 +123,20 @@ def trace(
     ] = None,
     receivers: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="Where edges end, with eap, eap-ig, relp, ifr, auto. May come often."),
+        typer.Option(
+            metavar="PATH",
+            help="Where edges end, with eap, eap-ig, relp, ifr, auto. May be repeated. Default: the logits.",
+        ),
     ] = None,
     on: Annotated[
         str | None,
         typer.Option(
-            metavar="WHERE", help="local:8 (so many processes), folder, slurm or ray; the units are kept in DIR/run."
+            metavar="WHERE",
+            help="local:8 (so many processes), folder, slurm or ray; the units are kept in DIR/run. Default: here.",
         ),
     ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Show what would be computed, and leave.")] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Change every site by itself, and see what the model then says: causal tracing, exact or estimated.
 
@@ -142,43 +167,43 @@ def trace(
         "on": on,
     }  # fmt: skip
     typed = {name: value for name, value in typed.items() if value not in (None, [])}
-    asked = {**({} if file is None else given.read(file)), **typed}
-    given.check(asked)
-    _check_complete(asked, typed, plan_only)
+    settings = {**({} if file is None else given.read(file)), **typed}
+    given.check(settings)
+    _check_complete(settings, typed, plan_only)
     with plain_warnings():
-        _trace(asked, resume, plan_only, no_cache)
+        _trace(settings, resume, plan_only, no_cache)
 
 
-def _check_complete(asked: dict[str, Any], typed: dict[str, Any], plan_only: bool) -> None:
-    uses = given.METRICS[asked.get("metric", "logit_diff")]
+def _check_complete(settings: dict[str, Any], typed: dict[str, Any], plan_only: bool) -> None:
+    uses = given.METRICS[settings.get("metric", "logit_diff")]
     needed = ["model", "clean", "sites", *uses, *([] if plan_only else ["out"])]
-    if asked.get("operation", "patch") == "patch":
+    if settings.get("operation", "patch") == "patch":
         needed.insert(2, "corrupted")
-    missing = [f"--{name}" for name in needed if name not in asked]
+    missing = [f"--{name}" for name in needed if name not in settings]
     if missing:
         raise WrongUsage(f"Missing: {', '.join(missing)}; as an option, or as a key of a TOML file")
     for name in ("answer", "wrong"):
         if name in typed and name not in uses:
-            raise WrongUsage(f"--{name} says nothing to {asked['metric']}")
+            raise WrongUsage(f"--{name} says nothing to {settings['metric']}")
 
 
-def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool) -> None:
+def _trace(settings: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool) -> None:
     from nnsplice import run
 
-    method = estimating.method_of(asked)
-    if method is not None and "on" in asked:
+    method = estimating.method_of(settings)
+    if method is not None and "on" in settings:
         raise WrongUsage("--on is for exact sweeps; estimates run in this process")
-    folder = None if plan_only else local_folder(asked["out"])
+    folder = None if plan_only else local_folder(settings["out"])
     if folder is not None:
         _check_folder(folder, resume, method)
-    model = loaded(asked["model"], asked.get("device"), asked.get("dtype"), no_cache=no_cache)
-    plan = _plan(model, asked, method)
+    model = loaded(settings["model"], settings.get("device"), settings.get("dtype"), no_cache=no_cache)
+    plan = _plan(model, settings, method)
     if folder is None:
         say(plan.preview())
         return
     first = plan.preview(0).splitlines()[0]
     say(first.replace("to compute", f"to estimate by {method}") if method else first)
-    result = _finished(folder, model, plan, asked, method) if resume else None
+    result = _finished(folder, model, plan, settings, method) if resume else None
     if result is not None:
         say("finished already; this is what was found")
     else:
@@ -187,17 +212,17 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool)
         except OSError as error:
             raise FileError(f"{folder} cannot be made: {error.strerror}", expected="--out with a folder") from error
         try:
-            if "on" in asked:
-                result = _elsewhere(plan, asked, folder, no_cache)
+            if "on" in settings:
+                result = _elsewhere(plan, settings, folder, no_cache)
             elif method is None:
                 result = run(
-                    plan, model, executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
+                    plan, model, executor=settings.get("executor", "auto"), max_tokens=settings.get("max-tokens"),
                     journal=folder / JOURNAL, progress=sys.stderr.isatty(),
                 )  # fmt: skip
             else:
-                result = estimating.estimate(model, asked, _metric(asked), folder / JOURNAL)
+                result = estimating.estimate(model, settings, _metric(settings), folder / JOURNAL)
         except KeyboardInterrupt:
-            kept = RUN if "on" in asked else JOURNAL
+            kept = RUN if "on" in settings else JOURNAL
             say(f"stopped; what is finished stands in {folder / kept}; --resume goes on", err=True)
             raise
         result.to_file(folder / RESULT)
@@ -209,18 +234,18 @@ def _trace(asked: dict[str, Any], resume: bool, plan_only: bool, no_cache: bool)
     show(aligned([(str(folder / name), about) for name, about in written]))
 
 
-def _elsewhere(plan: Plan, asked: dict[str, Any], folder: Path, no_cache: bool) -> SweepResult:
+def _elsewhere(plan: Plan, settings: dict[str, Any], folder: Path, no_cache: bool) -> SweepResult:
     """The plan in other processes, which load the model as this one did."""
     from nnsplice import run
 
     options: dict[str, Any] = {"cache": False} if no_cache else {}
-    if "device" in asked:
-        options["device_map"] = asked["device"]
-    if "dtype" in asked:
-        options["dtype"] = str(dtype_of(asked["dtype"])).removeprefix("torch.")
+    if "device" in settings:
+        options["device_map"] = settings["device"]
+    if "dtype" in settings:
+        options["dtype"] = str(dtype_of(settings["dtype"])).removeprefix("torch.")
     return run(
-        plan, asked["model"], executor=asked.get("executor", "auto"), max_tokens=asked.get("max-tokens"),
-        on=asked["on"], out=folder / RUN, load_options=options, progress=sys.stderr.isatty(),
+        plan, settings["model"], executor=settings.get("executor", "auto"), max_tokens=settings.get("max-tokens"),
+        on=settings["on"], out=folder / RUN, load_options=options, progress=sys.stderr.isatty(),
     )  # fmt: skip
 
 
@@ -237,34 +262,35 @@ def _check_folder(folder: Path, resume: bool, method: str | None) -> None:
         raise FileError(f"{folder} holds {', '.join(there)}, and no {JOURNAL} to go on from", expected="another --out")
 
 
-def _metric(asked: dict[str, Any]) -> Metric:
+def _metric(settings: dict[str, Any]) -> Metric:
     import nnsplice as ns
 
-    name = asked.get("metric", "logit_diff")
-    return getattr(ns, name)(**{key: given.single(asked[key]) for key in given.METRICS[name]})
+    name = settings.get("metric", "logit_diff")
+    return getattr(ns, name)(**{key: given.single(settings[key]) for key in given.METRICS[name]})
 
 
-def _plan(model: Any, asked: dict[str, Any], method: str | None) -> Plan:
+def _plan(model: Any, settings: dict[str, Any], method: str | None) -> Plan:
     import nnsplice as ns
 
-    reference = asked.get("reference")
+    reference = settings.get("reference")
     return ns.plan_sweep(
-        model, asked["clean"], asked.get("corrupted"), given.sets(asked["sites"]), _metric(asked),
-        operation=asked.get("operation", "patch"), window=asked.get("window", 1), align=asked.get("align", "position"),
-        reference=None if reference is None else ns.SavedActivation.from_file(reference), seed=asked.get("seed", 0),
-        together=method in estimating.EDGES or (method == "auto" and "receivers" in asked),
+        model, settings["clean"], settings.get("corrupted"), given.sets(settings["sites"]), _metric(settings),
+        operation=settings.get("operation", "patch"), window=settings.get("window", 1),
+        align=settings.get("align", "position"),
+        reference=None if reference is None else ns.SavedActivation.from_file(reference), seed=settings.get("seed", 0),
+        together=method in estimating.EDGES or (method == "auto" and "receivers" in settings),
     )  # fmt: skip
 
 
-def _finished(folder: Path, model: Any, plan: Plan, asked: dict[str, Any], method: str | None) -> SweepResult | None:
-    """The result of this very sweep, if it is complete; of another one, the journal will say what differs."""
+def _finished(folder: Path, model: Any, plan: Plan, settings: dict[str, Any], method: str | None) -> SweepResult | None:
+    """The complete result of the same sweep; None otherwise, as the journal then says what differs."""
     from nnsplice import SweepResult
 
     if not (folder / RESULT).exists():
         return None
     result = SweepResult.from_file(folder / RESULT)
     if method is not None:
-        estimating.check_same(result, asked, model, plan, folder)
+        estimating.check_same(result, settings, model, plan, folder)
         return result
     same = json.loads(json.dumps(dict(plan.asked))) == json.loads(json.dumps(dict(result.asked)))
     return result if same and result.is_complete else None
@@ -273,11 +299,11 @@ def _finished(folder: Path, model: Any, plan: Plan, asked: dict[str, Any], metho
 # --- what is shown and written ----------------------------------------------------------------------------------------
 
 
-def _draw(result: SweepResult, folder: Path) -> list[Row]:
-    """Write the figures and the page: what there is, each with a word about it."""
+def _draw(result: SweepResult, folder: Path) -> list[TableRow]:
+    """Write figures and page; the files with a description of each."""
     from nnsplice import plots
 
-    written: list[Row] = [(RESULT, "the numbers, for ns.SweepResult.from_file")]
+    written: list[TableRow] = [(RESULT, "the numbers, for ns.SweepResult.from_file")]
     for kind in result.components:
         try:
             name = FIGURE if len(result.components) == 1 else f"figure.{kind.replace('[:]', '')}.png"
@@ -304,7 +330,7 @@ def _ends(result: SweepResult) -> list[str]:
     ]
 
 
-def _best(result: SweepResult) -> tuple[list[Row], Row]:
+def _best(result: SweepResult) -> tuple[list[TableRow], TableRow]:
     if result.table.edges is not None:
         return estimating.rows(result)
     try:
@@ -315,7 +341,7 @@ def _best(result: SweepResult) -> tuple[list[Row], Row]:
     by = "change" if bool(best["effect"].isna().to_numpy().all()) else "effect"
     frame = result.frame()
     tokens = {path: set(texts) for path, texts in frame.groupby("path")["token"]}
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for path, value, share in zip(best["path"], best["value"], best[by], strict=True):
         texts = tokens[path]
         rows.append((path, texts.pop().strip() if len(texts) == 1 else "", f"{value: .4g}", f"{share: .3f}"))
@@ -324,11 +350,3 @@ def _best(result: SweepResult) -> tuple[list[Row], Row]:
         return rows, head
     exact = [f"{value: .4g}" if value == value else "" for value in best["exact"]]
     return [(*row, one) for row, one in zip(rows, exact, strict=True)], (*head, " exact")
-
-
-@contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Show a warning as its message; which line of nnsplice gave it says nothing to a reader in a shell."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: say(str(message), err=True)
-        yield

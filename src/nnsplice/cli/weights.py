@@ -7,19 +7,20 @@ from typing import Annotated
 
 import typer
 
-from nnsplice.cli.commands import Model, app, blueprint
-from nnsplice.cli.table import Json, say, tabulate
+from nnsplice.cli.commands import app, blueprint
+from nnsplice.cli.options import ModelArgument
+from nnsplice.cli.table import JsonOption, plain_warnings, tabulate
 
 
 @app.command()
 def mask(
-    model: Model,
+    model: ModelArgument,
     restriction: Annotated[
         list[str],
         typer.Argument(metavar="PLACE...", help="l5h3, 'l5 mlp', 'layers[0:5].attn.q', full, a parameter's name."),
     ],
     plain: Annotated[bool, typer.Option("--plain", help="One parameter's name per line, and nothing else.")] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Which parameters of MODEL belong to a site, and how much of each. Nothing is run.
 
@@ -35,10 +36,8 @@ def mask(
     from nnsplice.weights.preview import rows_of
 
     found = blueprint(model)
-    with warnings.catch_warnings():
-        # Always, and as a line: which line of nnsplice gave it says nothing to a reader in a shell.
+    with plain_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_, **__: say(str(message), err=True)
         masks = create_param_masks(found, restriction[0] if len(restriction) == 1 else restriction)
     if as_json:
         rows = [(row.name, str(row.selected), str(row.total)) for row in rows_of(found, masks)]

@@ -10,19 +10,15 @@ from typing import Annotated
 import typer
 
 from nnsplice.cli.commands import app
-from nnsplice.cli.table import Json, Row, say, tabulate
+from nnsplice.cli.options import RunFolderArgument
+from nnsplice.cli.table import JsonOption, TableRow, say, tabulate
 from nnsplice.errors import FileError
 from nnsplice.shown import counted
 from nnsplice.stores import store_of
 
-# A text, as a path would drop a slash of s3://
-Run = Annotated[
-    str, typer.Argument(metavar="DIR", help="A run folder, as ns.run(..., out=DIR) writes, or its s3:// address.")
-]
-
 
 @app.command()
-def work(folder: Run) -> None:
+def work(folder: RunFolderArgument) -> None:
     """Take units of a run until none is left; on as many machines as see the folder.
 
     \b
@@ -45,7 +41,7 @@ def work(folder: Run) -> None:
 
 @app.command()
 def merge(
-    folder: Run,
+    folder: RunFolderArgument,
     partial: Annotated[
         bool, typer.Option("--partial", help="Merge although units are missing; their cells have no value.")
     ] = False,
@@ -66,7 +62,7 @@ def merge(
 
 
 @app.command()
-def status(folder: Run, as_json: Json = False) -> None:
+def status(folder: RunFolderArgument, as_json: JsonOption = False) -> None:
     """How far a run is, who is at work, how fast, and what failed and why."""
     from nnsplice.work import RunFolder, status_of
 
@@ -77,7 +73,7 @@ def status(folder: Run, as_json: Json = False) -> None:
     say(
         f"{found.done} of {found.units} units done, {len(found.failures)} failed, {counted(len(alive), 'worker')}{rate}"
     )
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         (one["worker"], one["state"] if one["alive"] or one["state"] not in ("loading", "running") else "dead",
          f"{one['units']}", one.get("reason", "").partition("\n")[0])
         for one in found.workers
