@@ -156,7 +156,7 @@ def _vocabulary(model: engine.Model, atlas: Atlas) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class SiteKind:
     """One value of one part, in all layers that have it."""
 
     tower: str
@@ -175,7 +175,7 @@ class Kind:
         return self.role not in SAMPLED
 
 
-def kinds(subject: Subject) -> Iterator[Kind]:
+def kinds(subject: Subject) -> Iterator[SiteKind]:
     """Every portable site that is not refused; of neurons and experts, which are many, the first and the last."""
     for tower in outline(subject.atlas):
         for group, parts in _groups(tower, subject.layers[tower.name]):
@@ -184,7 +184,7 @@ def kinds(subject: Subject) -> Iterator[Kind]:
                 for value in part.values:
                     if not value.refused:
                         path = place_of(tower.name, part.names, value.name, group, inner)
-                        yield Kind(tower.name, part.names, value, path)
+                        yield SiteKind(tower.name, part.names, value, path)
 
 
 def _groups(tower: Outline, wanted: tuple[int, ...]) -> Iterator[tuple[Index | None, tuple[Any, ...]]]:

@@ -8,7 +8,7 @@ from typing import Any
 from nnsplice import engine
 from nnsplice.activations import capture
 from nnsplice.atlas import Tower, text_config
-from nnsplice.checks.finding import Finding, Kind, Subject, attempt, kinds
+from nnsplice.checks.finding import Finding, SiteKind, Subject, attempt, kinds
 from nnsplice.checks.outline import place_of, stream_width
 from nnsplice.errors import RefusedPlace
 
@@ -90,7 +90,7 @@ def sites(subject: Subject) -> Iterator[Finding]:
         yield attempt("sites", str(kind.path), lambda kind=kind: _fires(subject, kind))
 
 
-def _fires(subject: Subject, kind: Kind) -> Finding:
+def _fires(subject: Subject, kind: SiteKind) -> Finding:
     require_eager(subject, kind)
     wanted = engine.expand(subject.model, kind.path)
     saved = capture(subject.model, subject.inputs, kind.path.at(-1))
@@ -103,7 +103,7 @@ def _fires(subject: Subject, kind: Kind) -> Finding:
     return Finding("sites", str(kind.path), "ok")
 
 
-def require_eager(subject: Subject, kind: Kind) -> None:
+def require_eager(subject: Subject, kind: SiteKind) -> None:
     """Raise for a pattern where the model never makes one."""
     used = engine.attention_of(subject.model)
     if kind.value.name == "pattern" and used not in (None, "eager"):

@@ -27,7 +27,7 @@ from nnsplice.steering.sites import layer_of
 from nnsplice.steering.where import NAMED, Where
 
 #: Indices of (prompt, layer, coefficient).
-Job = tuple[int, int, int]
+CellIndex = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,17 @@ class SteeringPlan:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the cells of some prompts gave."""
+class CellValues:
+    """The measurements of the cells of some prompts.
 
-    #: The metric and the KL, `[2, prompt, layer, coefficient]`, with the unsteered run as a last coefficient.
+    Attributes:
+        values: the metric and the KL, `[2, prompt, layer, coefficient]`, with the unsteered run as a last coefficient.
+        texts: the generated texts, `[prompt][layer][coefficient]`.
+        fired: whether any token was steered; True also if there was no cell to steer.
+    """
+
     values: np.ndarray
     texts: list[list[list[str]]]
-    #: Whether any token was steered; also where no cell was to be.
     fired: bool
 
 
@@ -98,14 +102,14 @@ def run_cells(
     plan: SteeringPlan,
     room: int,
     *,
-    asked: Mapping[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
     journal: str | PathLike[str] | None = None,
     progress: bool = False,
-) -> Found:
+) -> CellValues:
     """Run all cells of a plan, at most `room` tokens at once.
 
     Args:
-        asked: the identity of the sweep, for the journal.
+        identity: the identity of the sweep, for the journal.
     """
     measure = partial(_generated, model) if plan.new_tokens else _LogitsMeasure(model, plan.prompts, plan.metric)
     prompts, layers, count = len(plan.prompts), len(plan.rules), len(plan.coefficients)
@@ -122,15 +126,15 @@ def run_cells(
     jobs += [(prompt, 0, count) for prompt in range(prompts)]
     fired = False
     with ExitStack() as stack:
-        log = None if journal is None else stack.enter_context(Journal.open(journal, asked or {}, 2 * len(jobs)))
+        log = None if journal is None else stack.enter_context(Journal.open(journal, identity or {}, 2 * len(jobs)))
         for (prompt, cell), value in ({} if log is None else log.done()).items():
             values[cell % 2, prompt, cell // 2 // (count + 1), cell // 2 % (count + 1)] = value
         for (prompt, cell), text in ({} if log is None else log.texts()).items():
             if cell % 2 == 0:
                 texts[prompt][cell // 2 // (count + 1)][cell // 2 % (count + 1)] = text
-        left = [job for job in jobs if np.isnan(values[(0, *job)])]
-        shown = stack.enter_context(bar("steering", len(jobs), "cell", progress, done=len(jobs) - len(left)))
-        for chunk in _chunks(plan, left, room):
+        pending = [job for job in jobs if np.isnan(values[(0, *job)])]
+        shown = stack.enter_context(bar("steering", len(jobs), "cell", progress, done=len(jobs) - len(pending)))
+        for chunk in _chunks(plan, pending, room):
             session = Session(model, _rules(plan, chunk))
             found = measure(plan, chunk, session)
             fired = fired or any(bool(active.fired) for active in session.active_rules)
@@ -142,7 +146,7 @@ def run_cells(
                 wrote = [x for _, _, text in found for x in (text, "")] if plan.new_tokens else ()
                 log.append([job[0] for job in chunk for _ in (0, 1)], cells, [x for v in found for x in v[:2]], wrote)
             shown.update(len(chunk))
-    fired = fired or len(left) <= prompts
+    fired = fired or len(pending) <= prompts
     values[:, :, :, count] = values[:, :, :1, count]
     idle = [n for n, c in enumerate(plan.coefficients) if not c] if plan.rules[0].adds else []
     values[..., idle] = values[..., [count]]
@@ -151,10 +155,10 @@ def run_cells(
             row[count] = rows[0][count]
             for number in idle:
                 row[number] = row[count]
-    return Found(values, texts, fired)
+    return CellValues(values, texts, fired)
 
 
-def _rules(plan: SteeringPlan, chunk: Sequence[Job]) -> list[Rule]:
+def _rules(plan: SteeringPlan, chunk: Sequence[CellIndex]) -> list[Rule]:
     """A rule for each layer of a chunk, with the rows of its cells."""
     found = []
     for number, rule in enumerate(plan.rules):
@@ -166,10 +170,10 @@ def _rules(plan: SteeringPlan, chunk: Sequence[Job]) -> list[Rule]:
     return found
 
 
-def _chunks(plan: SteeringPlan, jobs: Sequence[Job], room: int) -> Iterator[Sequence[Job]]:
+def _chunks(plan: SteeringPlan, jobs: Sequence[CellIndex], room: int) -> Iterator[Sequence[CellIndex]]:
     """Jobs whose prompts have one length, at most `room` tokens at once."""
     lengths = plan.prompts.lengths("decoder")
-    groups: dict[int, list[Job]] = {}
+    groups: dict[int, list[CellIndex]] = {}
     for job in jobs:
         groups.setdefault(lengths[job[0]], []).append(job)
     for length, members in groups.items():
@@ -192,7 +196,9 @@ class _LogitsMeasure:
                 rows[row] = logits
         self.unsteered = torch.stack([row for row in rows if row is not None])
 
-    def __call__(self, plan: SteeringPlan, jobs: Sequence[Job], session: Session) -> list[tuple[float, float, str]]:
+    def __call__(
+        self, plan: SteeringPlan, jobs: Sequence[CellIndex], session: Session
+    ) -> list[tuple[float, float, str]]:
         prompts = [prompt for prompt, _, _ in jobs]
         with session:
             logits = self._of(prompts)
@@ -210,18 +216,18 @@ class _LogitsMeasure:
 
 
 def _generated(
-    model: engine.Model, plan: SteeringPlan, jobs: Sequence[Job], session: Session
+    model: engine.Model, plan: SteeringPlan, jobs: Sequence[CellIndex], session: Session
 ) -> list[tuple[float, float, str]]:
     """The metric of each generated text, and the KL along it: its tokens are given to the unsteered model."""
     root = cast(Any, unwrap(model))
     ids = torch.tensor([plan.prompts.ids[prompt] for prompt, _, _ in jobs], device=model.device)
-    asked: Any = {"pad_token_id": padding_of(model), "max_new_tokens": plan.new_tokens, **(plan.generate or {})}
+    options: Any = {"pad_token_id": padding_of(model), "max_new_tokens": plan.new_tokens, **(plan.generate or {})}
     with engine.turn(model), torch.no_grad():
         with session:
             out = root.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
                 output_logits=plan.guard,
-                **asked,
+                **options,
             )  # fmt: skip
         new = out.sequences[:, ids.shape[1] :]
         kl = torch.full((len(jobs),), torch.nan)

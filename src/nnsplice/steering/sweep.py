@@ -86,10 +86,12 @@ def sweep(
         model, prompts, vector, coefficients, metric, operator=operator, where=where, max_new_tokens=max_new_tokens,
         guard=guard, **generate_kwargs,
     )  # fmt: skip
-    asked = asked_of(model, plan, anew=journal is not None)
-    found = run_cells(model, plan, engine.room(model, max_tokens), asked=asked, journal=journal, progress=progress)
+    identity = identity_of(model, plan, anew=journal is not None)
+    found = run_cells(
+        model, plan, engine.room(model, max_tokens), identity=identity, journal=journal, progress=progress
+    )
     check_fired(plan.where, found.fired)
-    return result_of(found.values, found.texts, shown_of(plan, asked["model"]))
+    return result_of(found.values, found.texts, shown_of(plan, identity["model"]))
 
 
 def planned(
@@ -105,32 +107,32 @@ def planned(
     guard: bool = True,
     **generate_kwargs: Any,
 ) -> SteeringPlan:
-    """What is asked, with every mistake in it found; the arguments are those of `sweep`."""
+    """The plan of a sweep, with all arguments checked; they are those of `sweep`."""
     with circumstances("ns.steering.sweep"):
         if engine.in_training(model):
             raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
         engine.refuse_edits(model)
         engine.refuse_changed_logits(model, bare=True)
         given = encode(model, prompts)
-        chosen, asked_numbers = read(where), _numbers(coefficients)
+        chosen, factors = read(where), _numbers(coefficients)
         _check(given, chosen, max_new_tokens, generate_kwargs, metric)
         if not guard and max_new_tokens is None:
             raise BadArgument("the guard of logits costs nothing", expected="guard=False with max_new_tokens")
         rules = rules_of(model, vector, 1.0, operator, chosen, None, None)
         layers_of(rules)
-    told: dict[str, Any] = {"operator": rules[0].name, "where": chosen}
+    names: dict[str, Any] = {"operator": rules[0].name, "where": chosen}
     if max_new_tokens is not None:
         options = {"do_sample": False, **generate_kwargs}
-        told["name"] = getattr(metric, "__name__", type(metric).__name__)
-        return SteeringPlan(given, rules, asked_numbers, metric, max_new_tokens, options, guard, **told)
+        names["name"] = getattr(metric, "__name__", type(metric).__name__)
+        return SteeringPlan(given, rules, factors, metric, max_new_tokens, options, guard, **names)
     texts = given.texts if given.decoder_ids is None else None
     bound = Metric.of(cast("MetricLike", metric)).bind(engine.tokenizer_of(model), len(given), texts)
     bound.metric.check_lengths(given.lengths("decoder"))
-    return SteeringPlan(given, rules, asked_numbers, bound, **told, name=bound.metric.name)
+    return SteeringPlan(given, rules, factors, bound, **names, name=bound.metric.name)
 
 
 def shown_of(plan: SteeringPlan, model: str | None) -> dict[str, Any]:
-    """What a result shows of a plan, as plain data."""
+    """The description of a plan in its result, as plain data."""
     return {
         "paths": [rule.address for rule in plan.rules], "layers": list(plan.layers),
         "coefficients": list(plan.coefficients), "prompts": list(plan.prompts.texts or ()), "metric": plan.name,
@@ -143,8 +145,8 @@ def result_of(values: np.ndarray, texts: list[list[list[str]]], shown: Mapping[s
     """The result of all prompts.
 
     Args:
-        values: as of `Found`.
-        shown: what `shown_of` says.
+        values: those of `CellValues`.
+        shown: the description of `shown_of`.
     """
     kept = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if shown["has_texts"] else ()
     return SteeringSweep(
@@ -163,7 +165,7 @@ def check_fired(where: Where, fired: bool) -> None:
         raise NeverFired(f"no token of any prompt was steered, where {where}", expected="prompts that are so long")
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------------------------------------
 
 
 def _check(given: Prompts, where: Where, new: int | None, kwargs: Any, metric: Any) -> None:
@@ -201,13 +203,13 @@ def _numbers(coefficients: Any) -> tuple[float, ...]:
     return found
 
 
-def asked_of(model: engine.Model, plan: SteeringPlan, anew: bool) -> dict[str, Any]:
+def identity_of(model: engine.Model, plan: SteeringPlan, anew: bool) -> dict[str, Any]:
     """The identity of a sweep, as plain data."""
     operator = plan.rules[0].requested
     known = next((name for name, one in OPERATORS.items() if one is operator), None)
     saes = features.identities(model, (rule.feature for rule in plan.rules if rule.feature is not None))
     metric = {"name": plan.name, "source": function_digest(plan.metric)} if plan.new_tokens else plan.metric.identity
-    asked = {
+    identity = {
         "kind": "steering", "model": engine.name_of(model)[0], "weights": engine.weights_digest(model, anew=anew),
         "prompts": [list(row) for row in plan.prompts.ids], "paths": [rule.address for rule in plan.rules],
         "vectors": digest_of({rule.address: rule.vector for rule in plan.rules}),
@@ -217,5 +219,5 @@ def asked_of(model: engine.Model, plan: SteeringPlan, anew: bool) -> dict[str, A
     if plan.new_tokens:
         options = plan.generate or {}
         plain = {key: v if isinstance(v, str | int | float) else function_digest(v) for key, v in options.items()}
-        asked["generate"] = {"max_new_tokens": plan.new_tokens, "guard": plan.guard, **plain}
-    return asked
+        identity["generate"] = {"max_new_tokens": plan.new_tokens, "guard": plan.guard, **plain}
+    return identity

@@ -15,7 +15,7 @@ from nnsplice.errors import BadArgument
 from nnsplice.steering.cells import SteeringPlan, run_cells
 from nnsplice.steering.result import SteeringSweep
 from nnsplice.steering.rules import rules_of
-from nnsplice.steering.sweep import asked_of, check_fired, planned, result_of, shown_of
+from nnsplice.steering.sweep import check_fired, identity_of, planned, result_of, shown_of
 from nnsplice.steering.where import Where
 from nnsplice.units import (
     Agree,
@@ -47,28 +47,28 @@ def plan(model: Any, prompts: Any, vector: Any, *args: Any, operator: Any = "add
             "do_sample=True draws what a text goes on with, which would be another one in each process",
             expected="greedy generation",
         )
-    asked = planned(model, prompts, vector, *args, operator=operator, **options)
-    generate = dict(asked.generate or {})
+    whole = planned(model, prompts, vector, *args, operator=operator, **options)
+    generate = dict(whole.generate or {})
     wrong = [name for name, value in generate.items() if not isinstance(value, str | int | float | bool)]
     if wrong:
         raise BadArgument(f"{wrong[0]}= is no text and no number, and other processes cannot have it")
-    identity = asked_of(model, asked, anew=False)
+    identity = identity_of(model, whole, anew=False)
     told = {
         "weights": identity["weights"],
         "saes": identity.get("saes", {}),
-        "prompts": plain_prompts(asked.prompts),
-        "coefficients": list(asked.coefficients),
-        "metric": plain_function(asked.metric, "metric") if asked.new_tokens else plain_metric(asked.metric),
+        "prompts": plain_prompts(whole.prompts),
+        "coefficients": list(whole.coefficients),
+        "metric": plain_function(whole.metric, "metric") if whole.new_tokens else plain_metric(whole.metric),
         "operator": operator if isinstance(operator, str) else plain_function(operator, "operator"),
-        "where": dataclasses.asdict(asked.where),
-        "new_tokens": asked.new_tokens,
+        "where": dataclasses.asdict(whole.where),
+        "new_tokens": whole.new_tokens,
         "generate": generate,
-        "guard": asked.guard,
-        "shown": shown_of(asked, identity["model"]),
+        "guard": whole.guard,
+        "shown": shown_of(whole, identity["model"]),
     }
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in vector.items()}
-    depth, cells = len(engine.expand(model, "layers[:].output")), len(asked.rules) * len(asked.coefficients) + 1
-    costs = [(length + asked.new_tokens) * depth * cells for length in asked.prompts.lengths("decoder")]
+    depth, cells = len(engine.expand(model, "layers[:].output")), len(whole.rules) * len(whole.coefficients) + 1
+    costs = [(length + whole.new_tokens) * depth * cells for length in whole.prompts.lengths("decoder")]
     return UnitPlan.of("nnsplice.steering.units:SWEEP", told, costs, {VECTOR: save(tensors)})
 
 
