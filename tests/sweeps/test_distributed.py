@@ -102,7 +102,7 @@ def test_a_reference_goes_along(tiny: Any, tmp_path: Path, operation: str) -> No
 
 
 def test_a_corruption_goes_along(tiny: Any, tmp_path: Path) -> None:
-    from nnsplice.sweeps.targets import Corruption
+    from nnsplice.sweeps.corruption import Corruption
 
     (place,) = ns.expand(tiny, "embed.output")
     noise = tuple(torch.randn(1, 16, generator=torch.Generator().manual_seed(n)) for n in range(4))

@@ -17,7 +17,7 @@ from nnsplice.atlas import families
 from nnsplice.packed import CostModel, attention, heads, recording
 from nnsplice.packed import passes as packed_passes
 from nnsplice.packed import running as packed_running
-from nnsplice.sweeps import choosing, packing, plan_sweep, run, running, unedited
+from nnsplice.sweeps import choosing, chunking, packing, plan_sweep, run, unedited
 from nnsplice.sweeps.executors import Work
 from zoo import FAMILIES, having, wrap
 
@@ -311,7 +311,7 @@ def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_
     for allowed, way in ((5, "padded"), (11, "padded"), (30, "exchanged"), (30, "padded")):
         work.memo.pop("recording", None)
         work.memo["way"] = way
-        chunks = list(running._chunks(work, choosing.EXECUTORS["packed"], plan.jobs, allowed))
+        chunks = list(chunking.chunks(work, choosing.EXECUTORS["packed"], plan.jobs, allowed))
         assert all(spent.peak <= allowed for _, _, spent in chunks)
         assert all(spent.block_calls <= calls for _, _, spent in chunks)
         found = {job: value for jobs, values, _ in chunks for job, value in zip(jobs, values, strict=True)}
@@ -326,7 +326,7 @@ def test_chunks_about_the_same_prompts_share_one_recorded_pass() -> None:
     once = run(plan, model, executor="packed", progress=False)
     for room, passes in ((10_000, 1), (sum(lengths), 1), (14, 2), (9, 4)):
         found = run(plan, model, executor="packed", max_tokens=room, progress=False)
-        groups = running._recorded_together(_work(model, plan), range(4), room)
+        groups = chunking._recorded_together(_work(model, plan), range(4), room)
         assert len(groups) == passes and sorted(prompt for group in groups for prompt in group) == [0, 1, 2, 3]
         assert np.nanmax(np.abs(found.table.values - once.table.values)) < 1e-12
         assert np.abs(found.corrupted - once.corrupted).max() < 1e-12
@@ -343,14 +343,14 @@ def test_chunks_about_the_same_prompts_share_one_recorded_pass() -> None:
 def test_the_first_chunk_is_a_small_one_so_that_the_bar_moves_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _double("llama")
     each = CostModel.of(model).token
-    monkeypatch.setattr(running, "LEAST", 4)
-    monkeypatch.setattr(running, "FIRST", 12 * each)
-    monkeypatch.setattr(running, "CHUNK", 30 * each)
-    assert running._rooms(model, None) == (12, 30)
-    assert running._rooms(model, 7) == (7, 7)  # as it was asked for
+    monkeypatch.setattr(chunking, "LEAST", 4)
+    monkeypatch.setattr(chunking, "FIRST", 12 * each)
+    monkeypatch.setattr(chunking, "CHUNK", 30 * each)
+    assert chunking.rooms(model, None) == (12, 30)
+    assert chunking.rooms(model, 7) == (7, 7)  # as it was asked for
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     work = _work(model, plan)
-    chunks = list(running._chunks(work, choosing.EXECUTORS["packed"], plan.jobs, 30, 12))
+    chunks = list(chunking.chunks(work, choosing.EXECUTORS["packed"], plan.jobs, 30, 12))
     assert [spent.peak <= 12 for _, _, spent in chunks] == [True] + [False] * (len(chunks) - 1)
     assert [job for jobs, _, _ in chunks for job in jobs] == sorted(plan.jobs)
 

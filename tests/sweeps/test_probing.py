@@ -12,7 +12,7 @@ import torch
 import nnsplice as ns
 from hooked import build, by_hooks, wrapped
 from nnsplice.errors import RefusedExecutor
-from nnsplice.sweeps import choosing, plan_sweep, probing, run
+from nnsplice.sweeps import choosing, plan_sweep, probe_cells, probing, rounding, run
 from nnsplice.sweeps.executors import Work
 from nnsplice.sweeps.unedited import clean_run
 from zoo import _MODERN, wrap
@@ -38,14 +38,14 @@ def test_cells_of_every_kind_of_site_layer_and_prompt_are_tried() -> None:
     clean, corrupted = [CLEAN[:5], CLEAN, CLEAN[:3]], [CORRUPTED[:5], CORRUPTED, CORRUPTED[:3]]
     sites = ["layers[:].output", "layers[:].mlp.output", "layers[:].groups[:].v", "layers[:].attn.q"]
     plan = plan_sweep(model, clean, corrupted, sites, METRIC, operation="zero")
-    jobs = probing.cells(_work(model, plan))
+    jobs = probe_cells.probe_cells(_work(model, plan))
     assert len(jobs) <= 8
     cells = [plan.targets[number].cell for _, number in jobs]
     assert {cell.component for cell in cells} == {target.cell.component for target in plan.targets}
     assert {0, 3} < {cell.layer for cell in cells}
     assert {prompt for prompt, _ in jobs} == {1, 2}
     handle = model._module.model.layers[2].mlp.register_forward_hook(lambda *_: None)
-    assert 2 in {plan.targets[number].cell.layer for _, number in probing.cells(_work(model, plan))}
+    assert 2 in {plan.targets[number].cell.layer for _, number in probe_cells.probe_cells(_work(model, plan))}
     handle.remove()
 
 
@@ -168,7 +168,7 @@ def test_noise_is_that_of_the_arithmetic() -> None:
         model = _double(family)
         plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
         work = _work(model, plan)
-        found[family], cost = probing.noise_of(work, probing.cells(work))
+        found[family], cost = rounding.rounding_noise(work, probe_cells.probe_cells(work))
         assert cost.forwards == 2 and not model._module.get_input_embeddings()._forward_hooks
     assert 0 < found["gpt2"] < 3e-9 and 1e-9 < found["llama"] < 1e-6
 
@@ -214,7 +214,7 @@ def test_the_trial_of_a_small_plan_is_the_run_that_gives_its_values() -> None:
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     first = run(plan, model, progress=False)
     second = run(plan, model, progress=False)
-    tried = len(probing.cells(_work(model, plan)))
+    tried = len(probe_cells.probe_cells(_work(model, plan)))
     assert first == second and first.run.executor == second.run.executor == "packed"
     assert first.run.forwards == second.run.forwards + tried  # and no pack or recorded pass beside the plan's own
     assert first.run.tokens == second.run.tokens + tried * 3 * len(CLEAN)
@@ -235,7 +235,7 @@ def test_without_memory_for_all_of_a_plan_the_cells_are_tried_by_themselves(monk
 
     monkeypatch.setattr(probing, "run_rows", short)
     result = run(plan, model, progress=False)
-    assert asked == [len(plan.jobs), len(probing.cells(_work(model, plan)))]
+    assert asked == [len(plan.jobs), len(probe_cells.probe_cells(_work(model, plan)))]
     assert result.run.executor == "packed" and np.abs(result.table.values[0] - expected).max() < 1e-12
 
 

@@ -180,7 +180,7 @@ def test_all_prompts_in_order_are_the_plan_itself(model: Any) -> None:
 
 def test_a_corruption_goes_with_its_prompts(model: Any) -> None:
     from nnsplice.engine import expand
-    from nnsplice.sweeps.targets import Corruption
+    from nnsplice.sweeps.corruption import Corruption
 
     _, corrupted = _pairs(4)
     (place,) = expand(model, "embed.output")

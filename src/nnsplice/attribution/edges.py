@@ -24,8 +24,8 @@ from nnsplice.attribution.gradients import Flow, spot
 from nnsplice.attribution.nodes import Batch, PartsMoved, points, scaled_features
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.sweeps.expansion import tokens_of
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.targets import tokens_of
 
 #: Receivers whose gradients are held at once.
 TOGETHER = 64

@@ -21,10 +21,10 @@ from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
+from nnsplice.sweeps.collecting import check_baselines
 from nnsplice.sweeps.identity import labels_of
-from nnsplice.sweeps.ledger import check_baselines
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.probing import TOLERANCE
+from nnsplice.sweeps.rounding import TOLERANCE
 
 
 def _plain(_model: engine.Model) -> AbstractContextManager[None]:

@@ -22,13 +22,14 @@ from nnsplice.attribution.branches import Branch as ModelBranch
 from nnsplice.attribution.branches import Branches
 from nnsplice.packed import Branch, Cost, Edit, FrozenRow, Read, Row, run, run_frozen, ways
 from nnsplice.paths import Path
-from nnsplice.sweeps.choosing import longest_of, question
+from nnsplice.sweeps.choosing import longest_prompt, probe_key
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
+from nnsplice.sweeps.expansion import tokens_of
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.packing import base_of, measured_states, row_of
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.probing import ROUGH, allowed, cells, direction, dtype_of, rounding
-from nnsplice.sweeps.targets import tokens_of
+from nnsplice.sweeps.probe_cells import probe_cells
+from nnsplice.sweeps.rounding import HALF_PRECISION, direction, dtype_of, rounding_note, tolerance
 from nnsplice.sweeps.unedited import clean_run
 
 #: What a result calls this executor.
@@ -151,7 +152,7 @@ def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, st
         return slow, "", Cost()
     known = _trusted.setdefault(unwrap(work.model), {})
     sites = frozenset(path.site for each in paths.receivers for path in each)
-    asked, longest, cost = (question(work), sites), longest_of(work), Cost()
+    asked, longest, cost = (probe_key(work), sites), longest_prompt(work), Cost()
     if asked not in known or known[asked].longest < longest:
         known[asked], cost = _tried(work, fast, slow, longest)
     answer = known[asked]
@@ -162,7 +163,7 @@ def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, st
 
 
 def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_Answer, Cost]:
-    jobs = cells(work)
+    jobs = probe_cells(work)
     size = 0.0
 
     def pointing(logits: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_A
             continue
         cost += spent
         apart = max(abs(a - b) for a, b in zip(values, alone, strict=True))
-        if apart <= allowed(work):
+        if apart <= tolerance(work):
             rough, spent = _rough(work, fast, slow, jobs, way, size)
             return _Answer(way, "", longest, rough), cost + spent
         refused = f"the logits of a cell point {apart:.2g} away from where the three runs of its own point"
@@ -206,7 +207,7 @@ def _rough(
     Args:
         size: of the cells' logits.
     """
-    if dtype_of(work) not in ROUGH:
+    if dtype_of(work) not in HALF_PRECISION:
         return "", Cost()
     trial, alone, cost = replace(work, memo={} if way is None else {"way": way}), [], Cost()
     for job in jobs:
@@ -217,4 +218,4 @@ def _rough(
     if fast is not None:
         together, spent = fast(trial, jobs)
         apart, cost = float(np.abs(np.asarray(together, float) - np.asarray(alone, float)).max()), cost + spent
-    return rounding(work, apart, size), cost
+    return rounding_note(work, apart, size), cost

@@ -28,13 +28,13 @@ from nnsplice.packed.cost import Cost
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.executors import Executor, Work, check_length, measured, whole_prompts
+from nnsplice.sweeps.expansion import tokens_of
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.options import RUNNING, check_options, known_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run_fresh
-from nnsplice.sweeps.targets import tokens_of
 
 #: What is no option, as a path patch always patches from the clean run, at the tokens that its senders say.
 SET_HERE = ("operation", "reference", "corruption", "seed", "source")

@@ -23,7 +23,7 @@ from nnsplice.attribution.gradients import Flow, Spot, flow, spot
 from nnsplice.attribution.nodes import Batch
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path
-from nnsplice.sweeps.targets import tokens_of
+from nnsplice.sweeps.expansion import tokens_of
 
 
 def shares(graph: Graph, batch: Batch) -> Tensor:

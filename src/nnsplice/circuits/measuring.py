@@ -28,8 +28,8 @@ from nnsplice.metrics import Bound, Metrics, Several, bound_of
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path
 from nnsplice.progress import bar
-from nnsplice.sweeps.identity import told
-from nnsplice.sweeps.probing import TOLERANCE
+from nnsplice.sweeps.identity import prompts_record
+from nnsplice.sweeps.rounding import TOLERANCE
 from nnsplice.sweeps.running import check_mode
 
 #: Streams that are held at once for a token count as one token more: what one block computes is as large.
@@ -90,8 +90,8 @@ class Question:
             "model": name,
             "revision": revision,
             "weights": engine.weights_digest(self.model),
-            "clean": told(self.clean),
-            "corrupted": None if self.corrupted is None else told(self.corrupted),
+            "clean": prompts_record(self.clean),
+            "corrupted": None if self.corrupted is None else prompts_record(self.corrupted),
             "metric": self.metric.identity,
             "ablation": self.source.identity,
         }
@@ -200,13 +200,13 @@ def constants_for(
 ) -> tuple[OptimalAblation, Cost]:
     """Constants trained for the circuit of a mask, on the question's clean prompts."""
     assert question.source.trained_from is not None
-    told = {name: question.asked[name] for name in ("model", "revision", "weights")}
+    model = {name: question.asked[name] for name in ("model", "revision", "weights")}
     with engine.turn(question.model):
         cost = _trust(question)
         found, spent = train(
             question.model, question.wiring, mask, question.clean, question.source.trained_from,
             question.metric.metric.position, recipe, room=engine.room(question.model, max_tokens), progress=progress,
-            provenance={**told, **(about or {})},
+            provenance={**model, **(about or {})},
         )  # fmt: skip
     return found, cost + spent
 

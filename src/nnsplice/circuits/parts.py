@@ -22,7 +22,7 @@ from nnsplice.circuits.running import Slot
 from nnsplice.circuits.wiring import Wiring
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.paths import Dictionary, Path, Position
-from nnsplice.sweeps.targets import tokens_of
+from nnsplice.sweeps.expansion import tokens_of
 
 
 def check_parts(model: engine.Model, wiring: Wiring, prompts: Prompts, source: Source, senders: Iterable[Path]) -> None:

@@ -17,7 +17,7 @@ from nnsplice.circuits.parts import saes_of
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.metrics import Metrics
 from nnsplice.results import Cell, Run, SweepResult, Table
-from nnsplice.sweeps.ledger import check_baselines
+from nnsplice.sweeps.collecting import check_baselines
 
 #: The kind of all cells of such a result.
 CIRCUITS = "circuits"

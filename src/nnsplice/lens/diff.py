@@ -18,10 +18,10 @@ from nnsplice.lens.passes import decoder_of, last_of, look
 from nnsplice.lens.tail import Tail
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.steering import SteeringVector
-from nnsplice.sweeps import foreign
-from nnsplice.sweeps.cells import Part, Target, cell_of, number_of
+from nnsplice.sweeps import other_model
 from nnsplice.sweeps.operations import operation_of
 from nnsplice.sweeps.running import check_mode
+from nnsplice.sweeps.targets import Target, TargetPart, cell_of, number_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,8 +137,8 @@ def diff_lens(
         given = encode(base, prompts)
         if given.values is not None:
             raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
-        foreign.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
-        if foreign.identical(base, tuned):
+        other_model.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
+        if other_model.identical(base, tuned):
             raise BadArgument("the two models are the same, so nothing differs", expected="a model and its tuning")
         if first < 1:
             raise BadArgument(f"first={first}", expected="at least 1")
@@ -151,9 +151,9 @@ def diff_lens(
                 raise RefusedPlace(
                     "a lens reads the stream, at the first tokens", path=place, expected="layers[i].output"
                 )
-        targets = tuple(Target(cell_of(place), (Part(cell_of(place), (place,), None),)) for place in places)
-        foreign.check_places(base, tuned, given, targets)
-        theirs = foreign.counterparts(tuned, targets)
+        targets = tuple(Target(cell_of(place), (TargetPart(cell_of(place), (place,), None),)) for place in places)
+        other_model.check_places(base, tuned, given, targets)
+        theirs = other_model.counterparts(tuned, targets)
         tail = Tail.of(tuned, look(tuned, given, given.batches(None)[0], [last_of(tower)]))
     pairs: list[tuple[str, Tensor]] = []
     before = capture(base, given, [place.at(n) for place in places for n in range(first)])

@@ -33,9 +33,9 @@ from nnsplice.metrics import Answer, Bound, Metric, bound_of
 from nnsplice.paths import Path, Paths
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
-from nnsplice.sweeps.cells import cell_of
-from nnsplice.sweeps.identity import told
+from nnsplice.sweeps.identity import prompts_record
 from nnsplice.sweeps.running import check_mode
+from nnsplice.sweeps.targets import cell_of
 
 #: What is asked about where nothing is said.
 ALL = ("embed", "layers[:].heads[:]", "layers[:].mlp")
@@ -109,7 +109,7 @@ def direct(
                 shown.update(len(rows))
     name, revision = engine.name_of(model)
     asked = {
-        "model": name, "revision": revision, "weights": engine.weights_digest(model), "prompts": told(given),
+        "model": name, "revision": revision, "weights": engine.weights_digest(model), "prompts": prompts_record(given),
         "sites": [str(place) for place in senders.places], "metric": bound.identity, "operation": "direct",
     }  # fmt: skip
     reads = bound.metric.position

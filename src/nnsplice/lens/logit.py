@@ -25,11 +25,11 @@ from nnsplice.metrics import Answer, Metric, Several, bound_of, log_probability,
 from nnsplice.paths import Path, Slice
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
-from nnsplice.sweeps.cells import Target, has_tokens, own_tokens
-from nnsplice.sweeps.identity import told
+from nnsplice.sweeps.expansion import targets_of
+from nnsplice.sweeps.identity import prompts_record
 from nnsplice.sweeps.running import check_mode
 from nnsplice.sweeps.sets import Sites
-from nnsplice.sweeps.targets import targets_of
+from nnsplice.sweeps.targets import Target, has_tokens, own_tokens
 
 
 def logit(
@@ -136,7 +136,7 @@ def logit(
     about = Run("lens", time.perf_counter() - start, forwards=2 * len(given))
     name, revision = engine.name_of(model)
     asked = {
-        "model": name, "revision": revision, "weights": engine.weights_digest(model), "prompts": told(given),
+        "model": name, "revision": revision, "weights": engine.weights_digest(model), "prompts": prompts_record(given),
         "sites": [target.cell.path for target in targets], "metric": metric.identity,
         "operation": "logit lens" if lens is None else f"{lens.identity['kind']} lens",
         "lens": None if lens is None else lens.identity,

@@ -26,10 +26,10 @@ from nnsplice.results import Cell, Table
 from nnsplice.results.kinds import kind_named
 from nnsplice.results.labelled import array
 from nnsplice.steering.generate import continued
-from nnsplice.sweeps.cells import own_tokens
+from nnsplice.sweeps.expansion import targets_of
 from nnsplice.sweeps.running import check_mode
 from nnsplice.sweeps.sets import Sites
-from nnsplice.sweeps.targets import targets_of
+from nnsplice.sweeps.targets import own_tokens
 
 if TYPE_CHECKING:
     import pandas as pd

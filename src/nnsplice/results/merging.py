@@ -13,7 +13,7 @@ from nnsplice.results import files
 from nnsplice.results.parts import PART, common, joined
 from nnsplice.results.table import Run, Table
 
-#: How far two runs of one prompt may lie apart, as a share of the largest number, in any precision.
+#: How far two runs of one prompt may lie apart, as a share of the largest number.
 ROUNDING = 5e-2
 SHARDS = "the results of one plan's shards"
 
@@ -120,6 +120,11 @@ def _same(name: str, a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two results agree; unedited runs are made anew for each, and round otherwise beside other prompts."""
     if name not in ("clean", "corrupted") or a.shape != b.shape:
         return np.array_equal(a, b, equal_nan=name != "exists")
+    return agree(a, b)
+
+
+def agree(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether the metrics of two unedited runs of the same prompts are equal, within rounding in any precision."""
     return bool(np.isclose(a, b, rtol=ROUNDING, atol=ROUNDING * float(np.abs([a, b]).max(initial=0))).all())
 
 

@@ -1,7 +1,7 @@
 """The choice of an executor: the fastest that reproduces the reference on this model and job.
 
-Asked once of a question, and a question is everything that an answer may depend on: the model with its hooks, its dtype
-and its attention, the kinds of site, the operation, the metric, and prompts no longer than those that were tried.
+It is tried once for everything that it may depend on: the model with its hooks, its dtype and its attention, the kinds
+of site, the operation, the metric, and prompts no longer than those that were tried.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from nnsplice.metrics import Bound, Several
 from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
 from nnsplice.sweeps.packing import packed
-from nnsplice.sweeps.probing import Answer, compare, kinds_of
+from nnsplice.sweeps.probe_cells import kinds_of_target
+from nnsplice.sweeps.probing import ProbeResult, compare
 
 EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenExecutor:
     """An executor that was chosen for a whole plan, which its parts take without trying anew."""
 
     name: str
@@ -37,23 +38,23 @@ class Chosen:
     way: str | None = None
 
     @classmethod
-    def of(cls, name: str, work: Work) -> tuple[Chosen, Cost]:
-        """What `choose` says, in a form that can be handed on."""
+    def of(cls, name: str, work: Work) -> tuple[ChosenExecutor, Cost]:
+        """The result of `choose` as plain data, for other processes."""
         found, note, cost = choose(name, work)
         return cls(found, note, work.memo.get("way") if found == "packed" else None), cost
 
-    def handed(self, work: Work) -> Executor:
+    def prepare(self, work: Work) -> Executor:
         """The executor, made ready for some work."""
         if self.way is not None:
             work.memo["way"] = self.way
         return EXECUTORS[self.name]
 
 
-_trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Answer]] = weakref.WeakKeyDictionary()
+_trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, ProbeResult]] = weakref.WeakKeyDictionary()
 
 
 def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
-    """The executor's name, what there is to know about it, and what it cost to know.
+    """The executor's name, the note of the result, and the cost of the trial.
 
     Args:
         room: see `compare`.
@@ -77,39 +78,39 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
         return name, "", Cost()
     if not work.plan.jobs:
         return "batched", "", Cost()
-    answer, cost = _asked(work, room)
-    if answer.way is not None:
-        work.memo["way"] = answer.way
-    if name == "packed" and answer.executor != "packed":
+    found, cost = _probed(work, room)
+    if found.way is not None:
+        work.memo["way"] = found.way
+    if name == "packed" and found.executor != "packed":
         raise RefusedExecutor(
-            f"packed rows do not give this job's numbers: {answer.refused}",
+            f"packed rows do not give this job's numbers: {found.refused}",
             expected='executor="auto", which takes the fastest that does, and says in result.run.note why',
         )
-    return answer.executor, answer.note, cost
+    return found.executor, found.note, cost
 
 
-def _asked(work: Work, room: int) -> tuple[Answer, Cost]:
+def _probed(work: Work, room: int) -> tuple[ProbeResult, Cost]:
     known = _trusted.setdefault(unwrap(work.model), {})
-    asked, longest = question(work), longest_of(work)
-    answer = known.get(asked)
-    remembered = answer is not None and longest <= answer.longest
+    key, longest = probe_key(work), longest_prompt(work)
+    found = known.get(key)
+    remembered = found is not None and longest <= found.longest
     if engine.Team.of(work.model).least(int(remembered)):
-        assert answer is not None
-        return answer, Cost()
-    if len(known) > 256:  # a metric made anew in a loop is a new question each time
+        assert found is not None
+        return found, Cost()
+    if len(known) > 256:  # a metric made anew in a loop has a new key each time
         known.clear()
-    known[asked], cost = compare(work, longest, room)
-    return known[asked], cost
+    known[key], cost = compare(work, longest, room)
+    return known[key], cost
 
 
-def longest_of(work: Work) -> int:
+def longest_prompt(work: Work) -> int:
     """How many tokens the longest prompt has that a job is about."""
     encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
     return max(max(encoder[prompt], decoder[prompt]) for prompt in work.plan.jobs.prompts)
 
 
-def question(work: Work) -> Hashable:
-    """All that an answer depends on, but for the length of the prompts."""
+def probe_key(work: Work) -> Hashable:
+    """All that the result of a trial depends on, but for the length of the prompts."""
     root, plan = unwrap(work.model), work.plan
     modules = list(root.modules())
     # Numbers of hooks never come again; what one does to packed tokens is found out with it in place.
@@ -127,7 +128,7 @@ def question(work: Work) -> Hashable:
         frozenset((p.dtype, p.device) for p in root.parameters()),
         attentions,
         casts,
-        frozenset(kind for target in plan.targets for kind in kinds_of(target)),
+        frozenset(kind for target in plan.targets for kind in kinds_of_target(target)),
         str(plan.operation.identity),
         None if corruption is None else corruption.overwrites,
         (metric.position, metric.local, metric.compares, _rules(plan.metric)),

@@ -28,12 +28,12 @@ from nnsplice.metrics import Bound, Metric, MetricLike
 from nnsplice.paths import Path, Paths, Slice
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
-from nnsplice.sweeps import foreign
-from nnsplice.sweeps.cells import Part, Target, cell_of
-from nnsplice.sweeps.identity import model_told, told
-from nnsplice.sweeps.ledger import check_baselines
+from nnsplice.sweeps import other_model
+from nnsplice.sweeps.collecting import check_baselines
+from nnsplice.sweeps.identity import model_record, prompts_record
 from nnsplice.sweeps.operations import operation_of
 from nnsplice.sweeps.running import check_mode
+from nnsplice.sweeps.targets import Target, TargetPart, cell_of
 from nnsplice.weights import select, swap
 
 #: The four runs, as whose input and whose weights a site has, and what is made of them.
@@ -94,7 +94,7 @@ def crossings(
         given = encode(base, prompts)
         if given.values is not None:
             raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
-        foreign.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
+        other_model.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
         bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), given.texts)
         if bound.metric.compares:
             raise BadArgument("a metric that compares runs has no value of one run", expected="another metric")
@@ -102,12 +102,12 @@ def crossings(
         places = [place for path in engine.listed(sites) for place in engine.expand(base, path)]
         for place in places:
             _check(base, place)
-        targets = tuple(Target(cell_of(place), (Part(cell_of(place), (place,), None),)) for place in places)
-        foreign.check_places(base, tuned, given, targets)
-        theirs = foreign.counterparts(tuned, targets)
+        targets = tuple(Target(cell_of(place), (TargetPart(cell_of(place), (place,), None),)) for place in places)
+        other_model.check_places(base, tuned, given, targets)
+        theirs = other_model.counterparts(tuned, targets)
     # Before any weight is exchanged, as a digest is of the models as they are.
     asked = {
-        **model_told(base), "source": model_told(tuned), "prompts": told(given), "metric": bound.identity,
+        **model_record(base), "source": model_record(tuned), "prompts": prompts_record(given), "metric": bound.identity,
         "sites": [target.cell.path for target in targets], "operation": "crossings",
     }  # fmt: skip
     values = np.zeros((len(given), len(places), len(CONDITIONS) + len(SHARES)))

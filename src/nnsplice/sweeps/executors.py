@@ -25,12 +25,12 @@ from nnsplice.packed import cut, padded_at_most
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.packed.indices import on_device
 from nnsplice.paths import Path
-from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.knockouts import of_rows
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.sources import Source
+from nnsplice.sweeps.targets import TargetPart
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ def _reference(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
     values: list[float] = []
     cost = Cost()
     for job in jobs:
-        values += measured(work, alone(work, job), [job])
+        values += measured(work, run_single(work, job), [job])
         cost += work.cost_model.whole(work.plan.corrupted, [job[0]], work.plan.corrupted.length("decoder", job[0]))
     return values, cost
 
 
-def alone(work: Work, job: Job, *, only: bool = False) -> Tensor:
+def run_single(work: Work, job: Job, *, only: bool = False) -> Tensor:
     """The logits that the metric reads in a run of one job's own: `[1, vocab]`.
 
     Args:
@@ -172,7 +172,7 @@ class Write:
 
     row: int
     prompt: int
-    part: Part
+    part: TargetPart
     place: Path
     order: int
     position: int
@@ -236,7 +236,7 @@ def _changed(work: Work, access: Access, tensor: Tensor, writes: dict[Path, list
 
 
 def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
-    """Inside a trace whose rows are these prompts: do to the embeddings what the plan says."""
+    """Apply the plan's corruption, inside a trace whose rows are these prompts."""
     corruption = plan.corruption
     if corruption is None:
         return
@@ -244,11 +244,7 @@ def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
     (access,) = accesses(model, [corruption.place])
     held = hold(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
     check_length(access, held.tensor, plan.corrupted.length(access.tower, prompts[0]))
-    new = held.tensor.clone()
-    for row, prompt in enumerate(prompts):
-        tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(new)
-        new[row, tokens] = value if corruption.overwrites else new[row, tokens] + value
-    held.write(new)
+    held.write(corruption.apply(prompts, held.tensor))
 
 
 reference: Executor = Executor(_reference, whole_prompts)

@@ -10,10 +10,10 @@ from nnsplice.activations import features
 from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.digests import digest_of
-from nnsplice.sweeps.cells import Target
+from nnsplice.sweeps.corruption import Corruption
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.targets import Corruption
+from nnsplice.sweeps.targets import Target
 
 
 def asked_of(
@@ -36,8 +36,8 @@ def asked_of(
         "model": name,
         "revision": revision,
         "weights": engine.weights_digest(model),
-        "clean": None if clean is None else told(clean),
-        "corrupted": told(corrupted),
+        "clean": None if clean is None else prompts_record(clean),
+        "corrupted": prompts_record(corrupted),
         "sites": [target.cell.path for target in targets],
         "metric": dict(metric),
         "operation": operation.identity,
@@ -46,28 +46,28 @@ def asked_of(
         "window": window,
         "align": align,
         "seed": seed,
-        **({} if source is None else {"source": model_told(source)}),
-        **saes_of(model, targets),
+        **({} if source is None else {"source": model_record(source)}),
+        **sae_records(model, targets),
     }
 
 
-def model_told(model: engine.Model) -> dict[str, Any]:
+def model_record(model: engine.Model) -> dict[str, Any]:
     """A model as plain data."""
     name, revision = engine.name_of(model)
     return {"model": name, "revision": revision, "weights": engine.weights_digest(model)}
 
 
-def saes_of(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
+def sae_records(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any]:
     """The SAEs whose features are sites, by their names."""
-    told = features.identities(model, (place for target in targets for place in target.places))
-    return {"saes": told} if told else {}
+    records = features.identities(model, (place for target in targets for place in target.places))
+    return {"saes": records} if records else {}
 
 
 def labels_of(model: engine.Model, plan: Plan) -> dict[str, Any]:
     """What figures say beside a result: texts of the answers' tokens, and the clean prompts where there are others."""
-    told_metric = plan.asked["metric"]
+    metric = plan.asked["metric"]
     found: set[int] = set()
-    for one in told_metric.get("metrics", [told_metric]):
+    for one in metric.get("metrics", [metric]):
         for row in (row for rows in one.get("ids", {}).values() for row in rows):
             found |= set(row) if isinstance(row, list | tuple) else {row}
     ids = sorted(found)
@@ -81,7 +81,7 @@ def labels_of(model: engine.Model, plan: Plan) -> dict[str, Any]:
     return labels
 
 
-def told(prompts: Prompts) -> dict[str, Any]:
+def prompts_record(prompts: Prompts) -> dict[str, Any]:
     """Prompts as plain data."""
     plain: dict[str, Any] = {"tokens": [list(row) for row in prompts.ids]}
     if prompts.texts is not None:

@@ -10,10 +10,10 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import edges_between_towers
 from nnsplice.errors import BadArgument
 from nnsplice.packed import Cut
-from nnsplice.sweeps.cells import Target, has_tokens, own_tokens
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.targets import Target, has_tokens, own_tokens
 
 _EDGE = "layers[3].heads[1].pattern[-1][2]"
 

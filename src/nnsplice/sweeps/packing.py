@@ -16,10 +16,10 @@ from nnsplice.atlas import unwrap
 from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, PackedResult, Row
 from nnsplice.packed.rows import Change, Values
 from nnsplice.paths import Path
-from nnsplice.sweeps.cells import Part
 from nnsplice.sweeps.executors import Executor, Work, measured
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.knockouts import cuts_of
+from nnsplice.sweeps.targets import TargetPart
 
 #: Where the memo of a work has the prompts whose recorded pass several runs of jobs share.
 SHARED = "shared"
@@ -69,7 +69,7 @@ def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
     return Row(prompt, tuple(edits), read, cuts=cuts_of(plan, job))
 
 
-def _values(work: Work, prompt: int, part: Part, place: Path, tokens: Mapping[int, int]) -> Values:
+def _values(work: Work, prompt: int, part: TargetPart, place: Path, tokens: Mapping[int, int]) -> Values:
     def values(width: int) -> list[Tensor] | None:
         each = [work.source.value(prompt, part, place, order, position, width) for position, order in tokens.items()]
         return None if each[0] is None else [value for value in each if value is not None]
@@ -150,7 +150,7 @@ def _head(work: Work, head: Head, rows: int) -> Cost:
 
 @contextmanager
 def _corrupted(work: Work, prompts: Sequence[int]) -> Iterator[None]:
-    """Do to the embeddings of these prompts what the plan says, while this lasts."""
+    """While this lasts, runs of these prompts have the plan's corruption."""
     corruption = work.plan.corruption
     if corruption is None:
         yield
@@ -159,11 +159,7 @@ def _corrupted(work: Work, prompts: Sequence[int]) -> Iterator[None]:
     module = unwrap(work.model).get_submodule(site.module)
 
     def corrupt(states: Tensor) -> Tensor:
-        states = states.clone()
-        for row, prompt in enumerate(prompts):
-            tokens, value = list(corruption.positions[prompt]), corruption.values[prompt].to(states)
-            states[row, tokens] = value if corruption.overwrites else states[row, tokens] + value
-        return states
+        return corruption.apply(prompts, states)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
         if args:

@@ -16,12 +16,12 @@ from nnsplice.errors import BadArgument
 from nnsplice.paths import Path, Slice, Span
 from nnsplice.results import Cell
 from nnsplice.subspaces import Subspace
-from nnsplice.sweeps.cells import At, Part, Target
+from nnsplice.sweeps.corruption import Corruption
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import NAMES, Operation, operation_of
 from nnsplice.sweeps.plan import Plan
-from nnsplice.sweeps.targets import Corruption
-from nnsplice.units import function_of, metric_of, plain_function, plain_metric, plain_prompts, prompts_of
+from nnsplice.sweeps.targets import At, Target, TargetPart
+from nnsplice.units import changed, function_of, metric_of, plain_function, plain_metric, plain_prompts, prompts_of
 from nnsplice.work import write_json
 
 PLAN, REFERENCE, CORRUPTION = "plan.json", "reference.safetensors", "corruption.safetensors"
@@ -93,12 +93,12 @@ def write_tensors(plan: Plan, folder: FilePath) -> None:
 
 def write_plan(plan: Plan, folder: FilePath, **more: Any) -> None:
     """Write a plan, with more plain data beside it."""
-    told = plain_plan(plan)
+    record = plain_plan(plan)
     write_tensors(plan, folder)
-    write_json(folder / PLAN, {"plan": told, **more})
+    write_json(folder / PLAN, {"plan": record, **more})
 
 
-def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: engine.Model) -> Plan:
+def read_plan(record: Mapping[str, Any], folder: str | os.PathLike[str], model: engine.Model) -> Plan:
     """The plan that plain data and the tensors beside it say, for this model.
 
     Raises:
@@ -106,41 +106,39 @@ def read_plan(told: Mapping[str, Any], folder: str | os.PathLike[str], model: en
     """
     from safetensors.torch import load_file
 
-    edited = prompts_of(told["corrupted"], model)
-    clean = told["clean"]
+    edited = prompts_of(record["corrupted"], model)
+    clean = record["clean"]
     source = edited if clean == "corrupted" else None if clean is None else prompts_of(clean, model)
-    corruption = told["corruption"]
+    corruption = record["corruption"]
     if corruption is not None:
         values = load_file(FilePath(folder) / CORRUPTION)
         (place,) = engine.expand(model, corruption["place"])
         positions = tuple(tuple(each) for each in corruption["positions"])
         each = tuple(values[str(row)] for row in range(len(positions)))
         corruption = Corruption(place, positions, each, corruption["overwrites"])
-    reference = SavedActivation.from_file(FilePath(folder) / REFERENCE)._located(model) if told["reference"] else None
-    subspace = Subspace.from_file(FilePath(folder) / SUBSPACE) if told["subspace"] else None
+    reference = SavedActivation.from_file(FilePath(folder) / REFERENCE)._located(model) if record["reference"] else None
+    subspace = Subspace.from_file(FilePath(folder) / SUBSPACE) if record["subspace"] else None
     plan = Plan(
-        corrupted=edited, clean=source, targets=_targets(told["targets"], model), metric=metric_of(told["metric"]),
-        operation=_operation_of(told["operation"], subspace), reference=reference, align=told["align"],
-        seed=told["seed"], jobs=Jobs.of_ranges(told["jobs"]), known=Jobs.of_ranges(told["known"]), asked=told["asked"],
-        corruption=corruption, tokens=tuple(tuple(each) for each in told["tokens"]), owners=tuple(told["owners"]),
-        appended=tuple(told["appended"]), numbers=tuple(told["numbers"]), of=told["of"], foreign=told["foreign"],
+        corrupted=edited, clean=source, targets=_targets(record["targets"], model), metric=metric_of(record["metric"]),
+        operation=_operation_of(record["operation"], subspace), reference=reference, align=record["align"],
+        seed=record["seed"], jobs=Jobs.of_ranges(record["jobs"]), known=Jobs.of_ranges(record["known"]),
+        asked=record["asked"], corruption=corruption, tokens=tuple(tuple(each) for each in record["tokens"]),
+        owners=tuple(record["owners"]), appended=tuple(record["appended"]), numbers=tuple(record["numbers"]),
+        of=record["of"], foreign=record["foreign"],
     )  # fmt: skip
     features.check_identities(model, plan.asked.get("saes", {}), "the plan")
     # The operation wholly, so that what these files do not hold of it is refused and not left out.
     here = {"operation": plan.operation.identity, "metric": _sources(plan.metric.identity)}
-    there = {"operation": told["asked"]["operation"], "metric": _sources(told["asked"]["metric"])}
+    there = {"operation": record["asked"]["operation"], "metric": _sources(record["asked"]["metric"])}
     for name in here:
         if json.dumps(here[name], sort_keys=True) != json.dumps(there[name], sort_keys=True):
-            raise BadArgument(
-                f"the {name} is another function here than where the sweep was planned",
-                expected="one file for all, which does not change while the sweep runs",
-            )
+            raise changed(name)
     return plan
 
 
-def cells_of(told: Mapping[str, Any]) -> tuple[Cell, ...]:
+def cells_of(record: Mapping[str, Any]) -> tuple[Cell, ...]:
     """The cells of a plan as plain data, without its model."""
-    return tuple(Cell(*target["cell"]) for target in told["targets"])
+    return tuple(Cell(*target["cell"]) for target in record["targets"])
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -159,8 +157,8 @@ def _target(target: Target) -> dict[str, Any]:
     return {"cell": dataclasses.astuple(target.cell), "parts": parts}
 
 
-def _targets(told: list[dict[str, Any]], model: engine.Model) -> tuple[Target, ...]:
-    texts = dict.fromkeys(text for target in told for part in target["parts"] for text in part["places"])
+def _targets(record: list[dict[str, Any]], model: engine.Model) -> tuple[Target, ...]:
+    texts = dict.fromkeys(text for target in record for part in target["parts"] for text in part["places"])
     places: dict[str, Path] = {}
     for text in texts:
         (places[text],) = engine.expand(model, text)
@@ -168,14 +166,14 @@ def _targets(told: list[dict[str, Any]], model: engine.Model) -> tuple[Target, .
         Target(
             Cell(*target["cell"]),
             tuple(
-                Part(
+                TargetPart(
                     Cell(*part["cell"]), tuple(places[text] for text in part["places"]), _at_of(part["position"]),
                     _at_of(part["key"]),
                 )
                 for part in target["parts"]
             ),
         )
-        for target in told
+        for target in record
     )  # fmt: skip
 
 
@@ -187,17 +185,17 @@ def _at(at: At) -> Any:
     return at
 
 
-def _at_of(told: Any) -> At:
-    if isinstance(told, dict):
-        return Span(told["span"], told["token"]) if "span" in told else Slice(*told["slice"])
-    return told
+def _at_of(record: Any) -> At:
+    if isinstance(record, dict):
+        return Span(record["span"], record["token"]) if "span" in record else Slice(*record["slice"])
+    return record
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
 
 
-def _operation_of(told: str | Mapping[str, str], subspace: Subspace | None) -> Operation:
-    return operation_of(told if isinstance(told, str) else function_of(told, "operation"), subspace)
+def _operation_of(record: str | Mapping[str, str], subspace: Subspace | None) -> Operation:
+    return operation_of(record if isinstance(record, str) else function_of(record, "operation"), subspace)
 
 
 def _sources(identity: Any) -> Any:

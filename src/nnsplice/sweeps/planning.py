@@ -16,16 +16,18 @@ from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanErro
 from nnsplice.metrics import Metric, Metrics, bound_of
 from nnsplice.paths import Span
 from nnsplice.subspaces import Subspace
-from nnsplice.sweeps import foreign, knockouts, parts
-from nnsplice.sweeps.cells import Target
+from nnsplice.sweeps import knockouts, other_model, subspace_fit
+from nnsplice.sweeps.corruption import Corruption
+from nnsplice.sweeps.expansion import targets_of
 from nnsplice.sweeps.identity import asked_of
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.operations import NEEDS_REFERENCE, Operation, operation_of
-from nnsplice.sweeps.plan import Plan, partner
+from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.pruning import same, split
+from nnsplice.sweeps.role_alignment import partner
 from nnsplice.sweeps.sequences import spread
 from nnsplice.sweeps.sets import Sites
-from nnsplice.sweeps.targets import Corruption, targets_of
+from nnsplice.sweeps.targets import Target
 
 
 def plan_sweep(
@@ -108,7 +110,7 @@ def plan_sweep(
         edited, there = _prompts(model, clean, corrupted, spans, chosen)
         _check_pairs(edited, there, align)
         if other is not None:
-            foreign.check(model, other, edited, chosen, pair=corrupted is not None, corrupts=corruption is not None)
+            other_model.check(model, other, edited, chosen, pair=corrupted is not None, corrupts=corruption is not None)
         elif corrupted is None and corruption is None and chosen.name == "patch":
             raise nothing_differs("corrupted is None")
         _check_reference(chosen, reference)
@@ -123,11 +125,11 @@ def plan_sweep(
         _check_read(bound.metric, edited, there, align)
         targets = targets_of(model, sites, edited, window, together)
         knockouts.check(model, chosen, targets, edited)
-        parts.check(model, chosen, targets, edited)
+        subspace_fit.check(model, chosen, targets, edited)
         if chosen.name == "patch" and there is not None:
             _check_spans(targets, edited, there)
         if other is not None:
-            foreign.check_places(model, other, edited, targets)
+            other_model.check_places(model, other, edited, targets)
         elif chosen.name == "patch" and corruption is None:
             _tell_of_sameness(edited, there)
     tokens = edited.token_texts(model, targets[0].tower if targets else "encoder")
@@ -139,7 +141,7 @@ def plan_sweep(
         plan = replace(plan, corrupted=runs.corrupted, clean=runs.clean, owners=runs.owners, appended=runs.appended)
     plan = replace(plan, foreign=other is not None)
     jobs, known = split(model, plan)
-    if other is not None and foreign.identical(model, other):
+    if other is not None and other_model.identical(model, other):
         jobs, known = none, jobs + known
     return replace(plan, jobs=jobs, known=known)
 

@@ -13,9 +13,9 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, unwrap
 from nnsplice.errors import ShortRow
 from nnsplice.shown import counted
-from nnsplice.sweeps.cells import Part, Target
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.targets import Target, TargetPart
 
 
 def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
@@ -100,7 +100,7 @@ def _reached(plan: Plan, target: Target, prompt: int, behind: Sequence[bool]) ->
     return can, all(min(plan.positions(part, prompt)) > read for part in target.parts)
 
 
-def _changed(plan: Plan, part: Part, prompt: int) -> list[int]:
+def _changed(plan: Plan, part: TargetPart, prompt: int) -> list[int]:
     """The tokens that are changed: of a knockout, the queries that see a key that they lose."""
     if part.key is None:
         return plan.positions(part, prompt)

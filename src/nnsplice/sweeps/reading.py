@@ -9,7 +9,8 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas
 from nnsplice.paths import Path
-from nnsplice.sweeps.plan import Plan, partner
+from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.role_alignment import partner
 
 
 def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:

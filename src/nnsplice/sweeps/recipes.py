@@ -24,12 +24,12 @@ from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
 from nnsplice.metrics import Answer, Metrics, probability
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
+from nnsplice.sweeps.corruption import Corruption
 from nnsplice.sweeps.options import RUNNING, check_options, known_of
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import run_fresh
-from nnsplice.sweeps.sets import Sites, every_path
-from nnsplice.sweeps.targets import Corruption
+from nnsplice.sweeps.sets import Sites, all_paths
 
 #: What a causal trace restores: its kind -> the sites.
 KINDS = {"residual": "layers[:].output", "mlp": "layers[:].mlp.output", "attn": "layers[:].attn.output"}
@@ -85,7 +85,7 @@ def ablate(
     check_options("ns.ablate", options, known_of(ablate, plan_sweep, _SET_BY_ABLATE))
     running = {name: options.pop(name) for name in RUNNING if name in options}
     if operation in ("mean", "resample") and reference is None:
-        everywhere = list(dict.fromkeys(path.place for path in every_path(sites)))
+        everywhere = list(dict.fromkeys(path.place for path in all_paths(sites)))
         reference = _all_tokens(engine.as_model(model, spread=True), prompts, everywhere)
     plan = plan_sweep(
         model, prompts, None, sites, metric, operation=operation, reference=reference, together=together, **options

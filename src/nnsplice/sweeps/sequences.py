@@ -20,7 +20,7 @@ from nnsplice.results import Table
 
 
 @dataclass(frozen=True)
-class Spread:
+class AnswerRuns:
     """Prompts as the runs that their answers need."""
 
     corrupted: Prompts
@@ -33,7 +33,7 @@ class Spread:
     identity: dict[str, Any]
 
 
-def spread(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts | None, align: str) -> Spread:
+def spread(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts | None, align: str) -> AnswerRuns:
     """The runs of a metric whose answer has several tokens.
 
     Raises:
@@ -52,7 +52,7 @@ def spread(model: engine.Model, metric: Metric, edited: Prompts, source: Prompts
     bound = Bound(
         replace(metric, sequence=False), {"answer": tuple(answers[prompt][number] for prompt, number in runs)}
     )
-    return Spread(
+    return AnswerRuns(
         longer,
         longer if source is edited else None if source is None else _with(source, answers, runs),
         bound,

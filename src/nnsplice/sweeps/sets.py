@@ -18,7 +18,7 @@ from nnsplice.atlas import host
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, OverlappingWrite, ShortRow, circumstances, named
 from nnsplice.paths import Path, Position, Slice, Span, parse_path, position_rank
 from nnsplice.results import SETS, Cell
-from nnsplice.sweeps.cells import At, Part, Target, cell_of, has_tokens, own_tokens
+from nnsplice.sweeps.targets import At, Target, TargetPart, cell_of, has_tokens, own_tokens
 from nnsplice.tokens import Rows, columns, concrete
 
 #: One path or several; in the place of a path, several that are changed together.
@@ -26,7 +26,7 @@ Sites = str | Path | Iterable[str | Path | Iterable[str | Path]]
 _WRITE = 'sites=["layers[3]", ["layers[3].heads[1]", "layers[5].heads[0]"]]'
 
 
-def told_apart(sites: Sites) -> tuple[list[Path], list[tuple[Path, ...]]]:
+def split_sites(sites: Sites) -> tuple[list[Path], list[tuple[Path, ...]]]:
     """The paths, and the sets of paths.
 
     Raises:
@@ -55,13 +55,13 @@ def told_apart(sites: Sites) -> tuple[list[Path], list[tuple[Path, ...]]]:
     return alone, sets
 
 
-def every_path(sites: Sites) -> list[Path]:
+def all_paths(sites: Sites) -> list[Path]:
     """All paths, those of sets too."""
-    alone, sets = told_apart(sites)
+    alone, sets = split_sites(sites)
     return [*alone, *(path for members in sets for path in members)]
 
 
-def joined(model: engine.Model, known: engine.Known, members: Sequence[Path], edited: Prompts) -> Target:
+def target_of_set(model: engine.Model, known: engine.Known, members: Sequence[Path], edited: Prompts) -> Target:
     """The cell of a set.
 
     Args:
@@ -72,7 +72,7 @@ def joined(model: engine.Model, known: engine.Known, members: Sequence[Path], ed
         OverlappingWrite: two of its sites share numbers of a run, so that one would undo the other.
         ShortRow: no prompt has these tokens.
     """
-    parts: dict[Path, Part] = {}
+    parts: dict[Path, TargetPart] = {}
     for member in members:
         for place, _ in known.arrange((member.place,)):
             tower = site_of(place).tower
@@ -82,7 +82,7 @@ def joined(model: engine.Model, known: engine.Known, members: Sequence[Path], ed
                     key = replace(place.at(Slice() if at is None else at), key=shown)
                     if key in parts:
                         raise DuplicatePath("the same site twice in one set", path=member, expected="each site once")
-                    parts[key] = Part(cell_of(key), (place,), at, shown)
+                    parts[key] = TargetPart(cell_of(key), (place,), at, shown)
     ordered = [parts[key] for key in sorted(parts, key=lambda path: (known.rank(path), position_rank(path.key)))]
     if not any(part.key is not None for part in ordered):  # an edge that is cut twice is cut
         _check_overlaps(model, ordered, edited)
@@ -118,7 +118,7 @@ def _check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
         columns(concrete(whole[0], rows, max(lengths), edited.spans), rows, max(lengths), edited.spans)
 
 
-def _check_overlaps(model: engine.Model, parts: Sequence[Part], edited: Prompts) -> None:
+def _check_overlaps(model: engine.Model, parts: Sequence[TargetPart], edited: Prompts) -> None:
     """Raise where two parts give one number two values, in any prompt."""
     written = [(part, _written(model, part.places[0])) for part in parts]
     # Parts of SAEs add their differences, as experts do, so they are compared with other sites alone.

@@ -12,8 +12,8 @@ from torch import Tensor
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import ShapeError, UnknownPath
 from nnsplice.paths import Path, Span
-from nnsplice.sweeps.cells import At, Part
 from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.targets import At, TargetPart
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Source:
     #: Means of the reference that were taken already, by its key, and by the prompt where each has its own.
     _means: dict[tuple[Path, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def value(self, prompt: int, part: Part, place: Path, order: int, position: int, width: int) -> Tensor | None:
+    def value(self, prompt: int, part: TargetPart, place: Path, order: int, position: int, width: int) -> Tensor | None:
         """`[width]`, or None where the operation computes its value from the current one.
 
         Args:
@@ -76,7 +76,7 @@ class Source:
             self._means[of] = rows.mean(0)
         return self._means[of]
 
-    def _generator(self, prompt: int, part: Part, place: Path, position: int) -> torch.Generator:
+    def _generator(self, prompt: int, part: TargetPart, place: Path, position: int) -> torch.Generator:
         # Seeded by what is changed, not by when: every executor, shard and resumed run draws the same numbers, and so
         # does a set for each of its sites.
         text = f"{self.plan.seed} {self.plan.number(prompt)} {part.cell.path} {place.place} {position}"

@@ -70,10 +70,10 @@ def result_of(plan: UnitPlan[Any], outcomes: Outcomes, **more: Any) -> SweepResu
     exists = np.zeros((len(plan), len(cells)), dtype=bool)
     exists[Jobs.of_ranges(told["exists"]).columns()] = True
     asked, tokens = told["plan"]["asked"], told["plan"]["tokens"]
-    return joined(plan, outcomes, cells, exists, asked, tokens, told["labels"], **more)
+    return joined_result(plan, outcomes, cells, exists, asked, tokens, told["labels"], **more)
 
 
-def joined(
+def joined_result(
     plan: UnitPlan[Any],
     outcomes: Outcomes,
     cells: tuple[Cell, ...],

@@ -1,116 +1,110 @@
-"""Sites -> targets: the cells of a sweep in execution order."""
+"""A site as a cell of a result, with its address, its kind and its numbers; and what is changed for a cell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
-from nnsplice.errors import BadArgument, ShortRow, circumstances
 from nnsplice.paths import Path, Position, Slice, Span
-from nnsplice.sweeps.cells import Part, Target, cell_of, number_of
-from nnsplice.sweeps.sets import Sites, check_tokens, joined, told_apart
-from nnsplice.tokens import columns, concrete
+from nnsplice.results import AXES, Cell
+
+#: Which tokens of each prompt are changed; None for all of them.
+At = int | Span | Slice | None
 
 
-@dataclass(frozen=True, eq=False)
-class Corruption:
-    """What is done to every edited run first: tokens of the embedding, or of the stream after it, are changed."""
+@dataclass(frozen=True)
+class TargetPart:
+    """Sites that are changed at the same tokens."""
 
-    place: Path
-    #: Per prompt: which own tokens, and `[token, width]`.
-    positions: tuple[tuple[int, ...], ...]
-    values: tuple[Tensor, ...]
-    #: Whether the values take the place of what is there, or are added to it.
-    overwrites: bool = False
+    #: What it would be as a cell of its own.
+    cell: Cell
+    #: Several for a window of layers, in execution order.
+    places: tuple[Path, ...]
+    #: None for every token at once.
+    position: At
+    #: Of a knockout: the keys that these tokens no longer attend to.
+    key: At = None
 
-    def take(self, rows: Sequence[int]) -> Corruption:
-        """The same, of these prompts alone."""
-        positions, values = (tuple(of[row] for row in rows) for of in (self.positions, self.values))
-        return replace(self, positions=positions, values=values)
+    @property
+    def tower(self) -> str:
+        """Which tower's tokens the position counts."""
+        return site_of(self.places[0]).tower
 
 
-def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, together: bool) -> tuple[Target, ...]:
-    """What sites ask for, in the order of the forward pass: a target for each site and position, and for each set."""
-    wanted, sets = told_apart(sites)
-    if window < 1:
-        raise BadArgument(f"window={window}", expected="at least 1")
-    if window > 1 and sets:
-        raise BadArgument(
-            f"window={window} beside sets of sites, which say themselves what is changed together",
-            expected="one of them",
-            write='sites=[["layers[3:8].mlp.output[-1]"], ...] for a window of layers 3 to 7',
+@dataclass(frozen=True)
+class Target:
+    """One cell of the result, and what is changed together for it."""
+
+    cell: Cell
+    #: Several for a set of sites, in execution order.
+    parts: tuple[TargetPart, ...]
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Every site that is changed."""
+        return tuple(place for part in self.parts for place in part.places)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the cell was asked for as a set of sites."""
+        return self.cell.set is not None
+
+    @property
+    def tower(self) -> str:
+        """The tower of its first site."""
+        return self.parts[0].tower
+
+
+def cell_of(path: Path) -> Cell:
+    """The cell of a site at a token or a span; at `[:]`, or without tokens as weights are, it has no position."""
+    place = path.place
+    open_ = tuple(replace(step, index=None if step.index is None else Slice()) for step in place.steps)
+    numbers = [number_of(place, axis) for axis in AXES if axis != "feature"]
+    feature = None if place.sae is None else place.sae.features
+    parts = None if place.sae is None else replace(place.sae, features=None if feature is None else Slice())
+    component = str(replace(place, steps=open_, sae=parts, site=None))
+    at, key = _shown(path.position), _shown(path.key)
+    return Cell(str(path), component, *numbers, position=at, key=key, feature=number_of(place, "feature"))
+
+
+def _shown(at: Position | None) -> int | str | None:
+    if isinstance(at, Span):
+        return f'"{at.name}"' + ("" if at.token is None else f"[{at.token}]")
+    return at if isinstance(at, int) else None
+
+
+def number_of(place: Path, axis: str) -> int | None:
+    """The number of a site along an axis: `"layer"`, `"head"`, ..."""
+    if axis == "feature":
+        return place.sae.features if place.sae is not None and isinstance(place.sae.features, int) else None
+    for step in place.steps:
+        if step.name == f"{axis}s" and isinstance(step.index, int):
+            return step.index
+    if axis == "layer" and place.native:  # a native path counts its layers by whatever list they stand in
+        return next((step.index for step in place.steps if isinstance(step.index, int)), None)
+    return None
+
+
+def own_tokens(at: At, prompts: Prompts, prompt: int, length: int) -> list[int]:
+    """The tokens of a prompt that are meant, of so many."""
+    if isinstance(at, Span):
+        assert prompts.spans is not None
+        start, stop = prompts.spans[at.name][prompt]
+        if at.token is None:
+            return list(range(start, stop))
+        return [(start if at.token >= 0 else stop) + at.token]
+    if at is None or isinstance(at, Slice):
+        return list((at or Slice()).range(length))
+    return [at % length if at < 0 else at]
+
+
+def has_tokens(at: At, length: int) -> bool:
+    """Whether a prompt of so many tokens has them; of a slice, all of them."""
+    if isinstance(at, int):
+        return -length <= at < length
+    if isinstance(at, Slice):
+        return all(bound is None or -length <= bound <= length for bound in (at.start, at.stop)) and bool(
+            at.range(length)
         )
-    targets: dict[Path, Target] = {}
-    for pattern in wanted:
-        open_ = pattern.position is None
-        places = engine.expand(model, pattern.place)
-        for place in places:
-            tower = site_of(place).tower
-            written = _window(model, place, window)
-            for position in [None] if open_ and together else _positions(pattern, edited, tower):
-                for seen in [None] if pattern.key is None else _positions(pattern, edited, tower, pattern.key):
-                    key = replace(place.at(Slice() if position is None else position), key=seen)
-                    cell = cell_of(key)
-                    targets.setdefault(key, Target(cell, (Part(cell, written, position, seen),)))
-    known = engine.known(model)
-    found = [targets[path] for path in sorted(targets, key=lambda path: known.rank(path))]
-    joint = [joined(model, known, members, edited) for members in sets]
-    found += {target.cell.path: target for target in joint}.values()
-    places = [place for target in found for place in target.places]
-    closures.require(model, places, written=True)
-    closures.tell_joint_norms(model, places)
-    return tuple(found)
-
-
-def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | None = None) -> list[int | Span]:
-    """The positions of a sweep, each a column of its own; those that every prompt lacks are an error."""
-    lengths = edited.lengths(tower)
-    position = pattern.position if position is None else position
-    if position is None or isinstance(position, Slice):
-        found = list((position or Slice()).range(max(lengths)))
-        if not found:
-            raise ShortRow(f"[{position}] selects none of at most {max(lengths)} tokens", path=pattern)
-        return list(found)
-    each: list[int | Span] = list(dict.fromkeys(position)) if isinstance(position, tuple) else [position]
-    check_tokens(each, edited, pattern, tower)
-    return each
-
-
-def _window(model: engine.Model, place: Path, window: int) -> tuple[Path, ...]:
-    """The neighbouring layers of a site, itself in the middle, named or not; at the ends there are fewer."""
-    if window == 1:
-        return (place,)
-    layer = number_of(place, "layer")
-    if layer is None:
-        raise BadArgument("a window is of neighbouring layers, and this site has no layer", path=place)
-    low, high = layer - window // 2, layer + (window + 1) // 2
-    at = next(number for number, step in enumerate(place.steps) if step.index is not None)  # where layers are counted
-    steps = list(place.steps)
-    steps[at] = replace(steps[at], index=Slice(max(low, 0), high))
-    with circumstances(f"window={window} around {place}"):
-        return tuple(engine.expand(model, replace(place, site=None, steps=tuple(steps))))
-
-
-def tokens_of(path: Path, prompts: Prompts) -> list[list[int]]:
-    """Which own tokens of each prompt a path means; without a position, all of them.
-
-    Raises:
-        ShortRow: a prompt has no such token.
-    """
-    tower = site_of(path).tower
-    found: list[list[int]] = []
-    for row, length in enumerate(prompts.lengths(tower)):
-        if path.position is None:
-            found.append(list(range(length)))
-            continue
-        one = prompts.take([row])
-        with circumstances(str(path)):
-            rows = one.rows(tower)
-            at = columns(concrete(path.position, rows, length, one.spans), rows, length, one.spans)
-        found.append([int(token) % length for token in (at if isinstance(at, list) else at[0])])
-    return found
+    return True

@@ -14,7 +14,7 @@ from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path
-from nnsplice.sweeps import foreign
+from nnsplice.sweeps import other_model
 from nnsplice.sweeps.executors import corrupt
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
@@ -33,7 +33,7 @@ def clean_run(
     prompts = plan.corrupted if plan.clean is None else plan.clean
     device, model = model.device, model if other is None else other
     # The same sites may have other names in the other model.
-    sites = {} if other is None else foreign.counterparts(other, plan.targets)
+    sites = {} if other is None else other_model.counterparts(other, plan.targets)
     # The noised samples of a trace have one clean run, and the answers of a prompt may begin alike.
     first = _first_alike(plan, prompts)
     needed: dict[int, dict[Path, set[int]]] = {}

@@ -14,8 +14,8 @@ from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, MetricLike
 from nnsplice.paths import Paths
 from nnsplice.results import Cell, SweepResult
-from nnsplice.sweeps.tables import arrays_of, joined
-from nnsplice.sweeps.weights import asked_of, measured_part
+from nnsplice.sweeps.tables import arrays_of, joined_result
+from nnsplice.sweeps.weights import measured_part, weight_request
 from nnsplice.units import (
     Agree,
     Kind,
@@ -41,21 +41,21 @@ def plan(
             write='tuned = ns.load("folder of the tuned model")',
         )
     base = engine.as_model(base)
-    asking = asked_of(base, tuned, prompts, sites, metric, batch_size=batch_size)
-    given = asking.runs.given
+    request = weight_request(base, tuned, prompts, sites, metric, batch_size=batch_size)
+    given = request.runs.given
     told = {
-        "weights": asking.asked["weights"],
+        "weights": request.asked["weights"],
         "source_weights": engine.weights_digest(tuned),
         "prompts": plain_prompts(given),
-        "cells": [dataclasses.astuple(cell) for cell in asking.cells],
-        "sites": [cell.path for cell in asking.cells],
-        "metric": plain_metric(asking.runs.metric),
+        "cells": [dataclasses.astuple(cell) for cell in request.cells],
+        "sites": [cell.path for cell in request.cells],
+        "metric": plain_metric(request.runs.metric),
         "batch_size": batch_size,
-        "asked": dict(asking.asked),
-        "tokens": [list(texts) for texts in asking.runs.tokens],
+        "asked": dict(request.asked),
+        "tokens": [list(texts) for texts in request.runs.tokens],
     }
     depth = len(engine.expand(base, "layers[:].output"))
-    costs = [length * depth * (len(asking.cells) + 2) for length in given.lengths("decoder")]
+    costs = [length * depth * (len(request.cells) + 2) for length in given.lengths("decoder")]
     return UnitPlan.of("nnsplice.sweeps.weight_units:WEIGHTS", told, costs, {})
 
 
@@ -63,11 +63,11 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
     told, tuned = plan.told, models.source
     given, metric = prompts_of(told["prompts"], models.model), metric_of(told["metric"])
     assert isinstance(metric, Bound)  # as this sweep has one
-    asking = asked_of(models.model, tuned, given, told["sites"], metric, batch_size=told["batch_size"])
+    request = weight_request(models.model, tuned, given, told["sites"], metric, batch_size=told["batch_size"])
 
     def unit(prompts: Sequence[int]) -> Arrays:
         longest = max(given.length("decoder", prompt) for prompt in prompts)
-        return arrays_of(measured_part(asking, tuned, prompts, max(max_tokens // longest, 1)))
+        return arrays_of(measured_part(request, tuned, prompts, max(max_tokens // longest, 1)))
 
     return unit
 
@@ -76,7 +76,7 @@ def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SweepResult:
     told = plan.told
     cells = tuple(Cell(*cell) for cell in told["cells"])
     exists = np.ones((len(plan), len(cells)), dtype=bool)
-    return joined(plan, outcomes, cells, exists, told["asked"], told["tokens"], {})
+    return joined_result(plan, outcomes, cells, exists, told["asked"], told["tokens"], {})
 
 
 WEIGHTS = Kind("ns.sweep_weights", _ready, _joined)

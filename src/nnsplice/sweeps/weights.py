@@ -7,11 +7,9 @@ the scale are the base model (`corrupted`) and the tuned model (`clean`), so an 
 from __future__ import annotations
 
 import functools
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar, cast
 
@@ -20,20 +18,21 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.prompts import PromptsLike
 from nnsplice.atlas import Atlas, Selection, unwrap
 from nnsplice.deprecated import renamed_to
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Bound, Metric, MetricLike
-from nnsplice.packed.cost import Cost, CostModel
+from nnsplice.packed.cost import Cost
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.results import Cell, Run, SweepResult, Table
-from nnsplice.sweeps.cells import cell_of
-from nnsplice.sweeps.identity import told
+from nnsplice.sweeps.collecting import check_baselines, collecting
+from nnsplice.sweeps.identity import prompts_record
 from nnsplice.sweeps.jobs import Job, Jobs
-from nnsplice.sweeps.ledger import check_baselines, ledger
 from nnsplice.sweeps.prefix import Prefix
+from nnsplice.sweeps.targets import cell_of
+from nnsplice.sweeps.weight_runs import WeightRuns
 from nnsplice.weights import select, swap
 from nnsplice.weights.regions import counterpart, regions
 
@@ -105,41 +104,51 @@ def sweep_weights(
     """
     base = engine.as_model(base)
     start = time.perf_counter()
-    asking = asked_of(base, tuned, prompts, sites, metric, batch_size=batch_size, anew=journal is not None)
-    runs, asked = asking.runs, asking.asked
+    request = weight_request(base, tuned, prompts, sites, metric, batch_size=batch_size, anew=journal is not None)
+    runs, asked = request.runs, request.asked
     with circumstances("ns.sweep_weights"), engine.turn(base), torch.no_grad():
         ends = _ends(runs, tuned)
-    shape = len(runs.given), len(asking.cells)
+    shape = len(runs.given), len(request.cells)
     cost, jobs = Cost(), Jobs.of(np.ndindex(shape))
     # The weights are other ones while this runs, so other threads' sweeps of the model wait.
     with (
         engine.turn(base),
-        ledger(shape, jobs, asked, journal, progress) as book,
+        collecting(shape, jobs, asked, journal, progress) as collected,
         torch.no_grad(),
     ):
-        for done, found, spent in _measured(runs, tuned, asking.selections, ends.logits, book.done):
-            book.note(done, found)
+        for done, found, spent in _measured(runs, tuned, request.selections, ends.logits, collected.done):
+            collected.note(done, found)
             cost += spent
-    book.warn_of_nan()
+    collected.warn_of_nan()
     about = Run("weights", time.perf_counter() - start, **cost.as_dict())
     exists = np.ones(shape, dtype=bool)
     return SweepResult(
-        Table(asking.cells, book.values, book.done, exists, ends.clean, ends.corrupted, runs.tokens, asked, about)
+        Table(
+            request.cells,
+            collected.values,
+            collected.done,
+            exists,
+            ends.clean,
+            ends.corrupted,
+            runs.tokens,
+            asked,
+            about,
+        )
     )
 
 
 @dataclass(frozen=True)
-class Asking:
-    """A sweep of weights, with every mistake in it found."""
+class WeightRequest:
+    """A sweep of weights whose arguments were all checked."""
 
-    runs: Runs
+    runs: WeightRuns
     cells: tuple[Cell, ...]
     #: The weights of each cell.
     selections: Sequence[Selection]
     asked: Mapping[str, Any]
 
 
-def asked_of(
+def weight_request(
     base: engine.Model,
     tuned: Any,
     prompts: PromptsLike,
@@ -148,8 +157,8 @@ def asked_of(
     *,
     batch_size: int | None,
     anew: bool = False,
-) -> Asking:
-    """What is asked; the arguments are those of `sweep_weights`.
+) -> WeightRequest:
+    """The checked request; the arguments are those of `sweep_weights`.
 
     Args:
         anew: read all weights again.
@@ -159,19 +168,19 @@ def asked_of(
             raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
         places = _places(base, sites)
         _check_pair(base, tuned, places.values())
-        runs = Runs.of(base, prompts, metric, batch_size)
+        runs = WeightRuns.of(base, prompts, metric, batch_size)
     cells = tuple(cell_of(place) for place in places)
-    return Asking(runs, cells, list(places.values()), _asked(tuned, runs, places, cells, anew=anew))
+    return WeightRequest(runs, cells, list(places.values()), _asked(tuned, runs, places, cells, anew=anew))
 
 
-def measured_part(asking: Asking, tuned: Any, prompts: Sequence[int], batch_size: int) -> Table:
+def measured_part(request: WeightRequest, tuned: Any, prompts: Sequence[int], batch_size: int) -> Table:
     """The cells of some of the prompts, as a table without their names."""
-    start, runs, cost = time.perf_counter(), asking.runs.take(prompts, batch_size), Cost()
-    shape = len(prompts), len(asking.cells)
+    start, runs, cost = time.perf_counter(), request.runs.take(prompts, batch_size), Cost()
+    shape = len(prompts), len(request.cells)
     values, done = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
     with engine.turn(runs.base), torch.no_grad():
         ends = _ends(runs, tuned)
-        for jobs, found, spent in _measured(runs, tuned, asking.selections, ends.logits, done.copy()):
+        for jobs, found, spent in _measured(runs, tuned, request.selections, ends.logits, done.copy()):
             at = tuple(np.array(jobs).T)
             values[at], done[at] = found, True
             cost += spent
@@ -188,7 +197,7 @@ class _Ends:
     corrupted: np.ndarray
 
 
-def _ends(runs: Runs, tuned: Any) -> _Ends:
+def _ends(runs: WeightRuns, tuned: Any) -> _Ends:
     logits, every = _tuned_logits(runs, tuned), range(len(runs.given))
     clean = runs.measured(every, logits, logits)
     corrupted = runs.measured(every, runs.all_logits(unwrap(runs.base)), logits)
@@ -197,7 +206,7 @@ def _ends(runs: Runs, tuned: Any) -> _Ends:
 
 
 def _measured(
-    runs: Runs, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
+    runs: WeightRuns, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
 ) -> Iterator[tuple[list[Job], list[float], Cost]]:
     """What is not done: jobs, their values, and what they cost."""
     module = unwrap(runs.base)
@@ -216,91 +225,7 @@ def _measured(
             yield [(row, number) for row in left], [found[row] for row in left], spent
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Forward passes of some prompts, and what the metric makes of them."""
-
-    base: engine.Model
-    given: Prompts
-    metric: Bound
-    batch_size: int | None
-    #: What every call is given beside the prompts.
-    arguments: Mapping[str, Any]
-    #: Of each module that runs, whether it can be asked for the logits of its last tokens only.
-    _keeps: dict[int, bool] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> Runs:
-        """Runs of prompts in any of their forms, with a metric that may be bound to them."""
-        engine.refuse_edits(base)
-        engine.refuse_changed_logits(base, bare=True)
-        given = encode(base, prompts)
-        if given.values is not None:
-            raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
-        texts = given.texts if given.decoder_ids is None else None
-        bound = metric
-        if not isinstance(bound, Bound):
-            bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
-        bound.metric.check_lengths(given.lengths("decoder"))
-        taken = inspect.signature(type(unwrap(base)).forward).parameters
-        return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
-
-    def take(self, prompts: Sequence[int], batch_size: int) -> Runs:
-        """Those of some of the prompts, at most so many at once."""
-        size = batch_size if self.batch_size is None else min(batch_size, self.batch_size)
-        return replace(self, given=self.given.take(prompts), metric=self.metric.take(prompts), batch_size=size)
-
-    @cached_property
-    def cost_model(self) -> CostModel:
-        """What tokens cost in the model."""
-        return CostModel.of(self.base)
-
-    @property
-    def tokens(self) -> tuple[tuple[str, ...], ...]:
-        """The prompts' tokens as texts."""
-        return engine.token_texts(self.base, self.given.decoder_ids or self.given.ids)
-
-    def batches(self) -> list[list[int]]:
-        """Prompts of one length that run together."""
-        return self.given.batches(self.batch_size)
-
-    def logits(self, module: Any, rows: Sequence[int]) -> Tensor:
-        """`[row, vocab]`, at the position that the metric reads."""
-        inputs = self.given.inputs(rows, next(module.parameters()).device)
-        assert isinstance(inputs, Mapping)
-        fewer = {"logits_to_keep": -self._at(rows)} if self._keeps_logits(module) else {}
-        logits = module(**inputs, **fewer, **self.arguments)
-        logits = logits.logits if hasattr(logits, "logits") else logits[0]
-        return logits[:, self._at(rows)].clone()
-
-    def computed(self, module: Any, rows: Sequence[int]) -> int:
-        """Of how many tokens of these prompts logits are computed."""
-        return -self._at(rows) if self._keeps_logits(module) else self.given.length("decoder", rows[0])
-
-    def _at(self, rows: Sequence[int]) -> int:
-        """Where the metric reads, counted from the end."""
-        length = self.given.length("decoder", rows[0])
-        return self.metric.metric.position % length - length
-
-    def _keeps_logits(self, module: Any) -> bool:
-        if id(module) not in self._keeps:
-            self._keeps[id(module)] = engine.keeps_logits(module)
-        return self._keeps[id(module)]
-
-    def all_logits(self, module: Any) -> Tensor:
-        """The same of every prompt, in their order."""
-        found: dict[int, Tensor] = {}
-        for rows in self.batches():
-            found |= dict(zip(rows, self.logits(module, rows), strict=True))
-        return torch.stack([found[row] for row in range(len(self.given))])
-
-    def measured(self, rows: Sequence[int], logits: Tensor, reference: Tensor) -> np.ndarray:
-        """The metric of these prompts, whose logits these are."""
-        compared = reference[list(rows)] if self.metric.metric.compares else None
-        return self.metric(logits, rows, compared).double().cpu().numpy()
-
-
-def _tuned_logits(runs: Runs, tuned: Any) -> Tensor:
+def _tuned_logits(runs: WeightRuns, tuned: Any) -> Tensor:
     module = unwrap(runs.base)
     if not isinstance(tuned, Mapping):
         return runs.all_logits(unwrap(tuned)).to(next(module.parameters()).device)
@@ -331,7 +256,7 @@ def _check_pair(base: engine.Model, tuned: Any, places: Iterable[Selection]) -> 
 
 
 def _asked(
-    tuned: Any, runs: Runs, places: Mapping[Path, Selection], cells: Sequence[Cell], anew: bool
+    tuned: Any, runs: WeightRuns, places: Mapping[Path, Selection], cells: Sequence[Cell], anew: bool
 ) -> dict[str, Any]:
     base, given = runs.base, runs.given
     atlas = Atlas.of(base)
@@ -347,7 +272,7 @@ def _asked(
         "weights": engine.weights_digest(base, anew=anew),
         "from": digest_of({name: held[name] for name in touched}),
         "to": digest_of({name: other[name] for name in touched}),
-        "prompts": told(given),
+        "prompts": prompts_record(given),
         "sites": [cell.path for cell in cells],
         "metric": runs.metric.identity,
         "operation": {"name": "swap weights", **({"heads": "own"} if own else {})},

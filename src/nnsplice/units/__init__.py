@@ -8,7 +8,15 @@ capturing  ns.capture in units
 """
 
 from nnsplice.units.loading import LOAD, LOAD_SOURCE, load_of, loaded, write_load
-from nnsplice.units.plain import function_of, metric_of, plain_function, plain_metric, plain_prompts, prompts_of
+from nnsplice.units.plain import (
+    changed,
+    function_of,
+    metric_of,
+    plain_function,
+    plain_metric,
+    plain_prompts,
+    prompts_of,
+)
 from nnsplice.units.plan import (
     MAX_TOKENS,
     SIZE,
@@ -16,6 +24,7 @@ from nnsplice.units.plan import (
     Kind,
     Models,
     Outcomes,
+    Planned,
     UnitPlan,
     bytes_of,
     lists_of,
@@ -36,8 +45,10 @@ __all__ = [
     "Kind",
     "Models",
     "Outcomes",
+    "Planned",
     "UnitPlan",
     "bytes_of",
+    "changed",
     "finish",
     "folder_for",
     "function_of",

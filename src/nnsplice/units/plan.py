@@ -58,8 +58,12 @@ class Kind:
     joined: Callable[[UnitPlan[Any], Outcomes], Any]
 
 
+class Planned(Generic[Result]):
+    """What `ns.run` runs: a `Plan`, or a `UnitPlan`; `Result` is what it returns for it."""
+
+
 @dataclass(frozen=True, repr=False)
-class UnitPlan(Generic[Result]):
+class UnitPlan(Planned[Result]):
     """A question cut into units, as plain data without a reference to the model: what `ns.plan` returns.
 
     >>> pairs = ["w3 w4 w5", "w3 w4"], ["w3 w6 w5", "w3 w6"]

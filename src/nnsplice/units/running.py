@@ -13,7 +13,7 @@ import torch
 
 from nnsplice import engine
 from nnsplice.activations import features
-from nnsplice.errors import BadArgument, FileError, TeamError
+from nnsplice.errors import BadArgument, TeamError
 from nnsplice.progress import bar
 from nnsplice.units.loading import LOAD, LOAD_SOURCE, load_of, loaded, write_load
 from nnsplice.units.plan import MAX_TOKENS, Models, UnitPlan
@@ -170,14 +170,6 @@ def merged(path: str | PathLike[str], *, partial: bool = False) -> Any:
     """
     folder = RunFolder.open(path)
     plan, told = UnitPlan.read(folder.path)
-    done = sorted(folder.done())
-    if len(done) < folder.units and not partial:
-        raise FileError(
-            f"{folder.units - len(done)} of {folder.units} units are missing in {folder.address}",
-            expected="a run that is finished",
-            write=f"nnsplice work {folder.address}, or merge with partial=True (--partial) for what there is",
-        )
-    if not done:
-        raise FileError(f"no unit of {folder.address} is done yet", write=f"nnsplice status {folder.address}")
+    done = folder.finished(partial=partial)
     units = plan.units(told["size"])
     return plan.row.joined(plan, [(units[number], folder.outcome(number)[0]) for number in done])

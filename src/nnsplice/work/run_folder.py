@@ -245,6 +245,26 @@ class RunFolder:
         """The units whose outcome is there."""
         return self.numbers("units")
 
+    def finished(self, *, partial: bool) -> list[int]:
+        """The units whose outcome is there, in order, for a result.
+
+        Args:
+            partial: whether units may be missing.
+
+        Raises:
+            FileError: units are missing, or there is none at all.
+        """
+        done = sorted(self.done())
+        if len(done) < self.units and not partial:
+            raise FileError(
+                f"{self.units - len(done)} of {self.units} units are missing in {self.address}",
+                expected="a run that is finished",
+                write=f"nnsplice work {self.address}, or merge with partial=True (--partial) for what there is",
+            )
+        if not done:
+            raise FileError(f"no unit of {self.address} is done yet", write=f"nnsplice status {self.address}")
+        return done
+
     def failures(self) -> dict[int, str]:
         """The units that are left out, and why."""
         return {number: self._json(f"failed/{number:06}.json")["reason"] for number in sorted(self.numbers("failed"))}

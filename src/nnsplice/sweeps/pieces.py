@@ -10,7 +10,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PlanPiece:
     """Some prompts with all their cells, or one prompt with the targets from `start` up to `stop`."""
 
     prompts: tuple[int, ...]
@@ -20,7 +20,7 @@ class Piece:
 
 def pieces(
     lengths: Sequence[int], unedited: np.ndarray, totals: np.ndarray, each: Callable[[int], np.ndarray], size: float
-) -> list[Piece]:
+) -> list[PlanPiece]:
     """Cut prompts into pieces of about one size; the longest prompts first, so that the last units are short ones.
 
     Args:
@@ -29,21 +29,21 @@ def pieces(
         totals: `[prompt]`, what all of its cells cost.
         each: of a prompt `[target]`, what each of its cells costs, in execution order.
     """
-    found: list[Piece] = []
+    found: list[PlanPiece] = []
     together: list[int] = []
     filled = 0.0
     for prompt in sorted(range(len(lengths)), key=lambda prompt: (-lengths[prompt], prompt)):
         total = float(totals[prompt])
         if total > size:
-            found += [Piece((prompt,), start, stop) for start, stop in _stretches(each(prompt), total, size)]
+            found += [PlanPiece((prompt,), start, stop) for start, stop in _stretches(each(prompt), total, size)]
             continue
         total += float(unedited[prompt])
         if together and filled + total > size:
-            found.append(Piece(tuple(together)))
+            found.append(PlanPiece(tuple(together)))
             together, filled = [], 0.0
         together.append(prompt)
         filled += total
-    return [*found, Piece(tuple(together))] if together else found
+    return [*found, PlanPiece(tuple(together))] if together else found
 
 
 def _stretches(costs: np.ndarray, total: float, size: float) -> list[tuple[int, int | None]]:

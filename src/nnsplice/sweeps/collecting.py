@@ -21,7 +21,7 @@ from nnsplice.sweeps.jobs import Job, Jobs
 
 
 @dataclass(frozen=True, eq=False)
-class Ledger:
+class CollectedValues:
     """`[prompt, cell]`: the values, with an axis for several metrics, and which are there."""
 
     values: np.ndarray
@@ -32,7 +32,7 @@ class Ledger:
     team: engine.Team
 
     def note(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
-        """Write down what was measured; it is in the journal before the bar moves."""
+        """Add measured values; they are in the journal before the bar moves."""
         for job, value in zip(jobs, values, strict=True):
             self.values[job], self.done[job] = value, True
         self.team.by_first("writing the journal", lambda: self._log(jobs, values))
@@ -56,7 +56,7 @@ class Ledger:
 
 
 @contextmanager
-def ledger(
+def collecting(
     shape: tuple[int, int],
     jobs: Jobs,
     asked: Mapping[str, Any],
@@ -64,8 +64,8 @@ def ledger(
     progress: bool,
     metrics: int = 0,
     team: engine.Team | None = None,
-) -> Iterator[Ledger]:
-    """A ledger for these jobs, with all that a journal of the same question has of them.
+) -> Iterator[CollectedValues]:
+    """The values of these jobs while a sweep runs, with those that a journal of the same sweep has.
 
     Args:
         metrics: how many numbers a cell has, where it has several.
@@ -83,7 +83,7 @@ def ledger(
             values[(prompt, cell, number % wide) if metrics else (prompt, cell)] = value
             done[prompt, cell] = True
         with bar("sweep", len(jobs), "cell", progress and team.is_first, done=int(done[jobs.columns()].sum())) as shown:
-            yield Ledger(values, done, log, shown, team)
+            yield CollectedValues(values, done, log, shown, team)
     finally:
         if log is not None:
             log.close()

@@ -17,9 +17,9 @@ from nnsplice.activations.prompts import Prompts, encode
 from nnsplice.atlas import Atlas, unwrap
 from nnsplice.errors import BadArgument, ShapeError, circumstances
 from nnsplice.paths import Path, parse_path
-from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.operations import Operation
 from nnsplice.sweeps.plan import Plan
+from nnsplice.sweeps.targets import Target
 
 
 def check(

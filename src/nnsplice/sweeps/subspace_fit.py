@@ -9,8 +9,8 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
 from nnsplice.activations.prompts import Prompts
 from nnsplice.errors import BadArgument
-from nnsplice.sweeps.cells import Target
 from nnsplice.sweeps.operations import Operation, check_width
+from nnsplice.sweeps.targets import Target
 
 
 def check(model: engine.Model, operation: Operation, targets: Sequence[Target], edited: Prompts) -> None:

@@ -1,0 +1,104 @@
+"""Forward passes of a sweep of weights, on plain modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnsplice import engine
+from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.atlas import unwrap
+from nnsplice.errors import BadArgument
+from nnsplice.metrics import Bound, Metric
+from nnsplice.packed.cost import CostModel
+
+
+@dataclass(frozen=True)
+class WeightRuns:
+    """Forward passes of some prompts and their metric."""
+
+    base: engine.Model
+    given: Prompts
+    metric: Bound
+    batch_size: int | None
+    #: What every call is given beside the prompts.
+    arguments: Mapping[str, Any]
+    #: Of each module that runs, whether it can be asked for the logits of its last tokens only.
+    _keeps: dict[int, bool] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> WeightRuns:
+        """Runs of prompts in any of their forms, with a metric that may be bound to them."""
+        engine.refuse_edits(base)
+        engine.refuse_changed_logits(base, bare=True)
+        given = encode(base, prompts)
+        if given.values is not None:
+            raise BadArgument("a sweep is over tokens, and these prompts are values", expected="texts or token ids")
+        texts = given.texts if given.decoder_ids is None else None
+        bound = metric
+        if not isinstance(bound, Bound):
+            bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
+        bound.metric.check_lengths(given.lengths("decoder"))
+        taken = inspect.signature(type(unwrap(base)).forward).parameters
+        return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
+
+    def take(self, prompts: Sequence[int], batch_size: int) -> WeightRuns:
+        """Those of some of the prompts, at most so many at once."""
+        size = batch_size if self.batch_size is None else min(batch_size, self.batch_size)
+        return replace(self, given=self.given.take(prompts), metric=self.metric.take(prompts), batch_size=size)
+
+    @cached_property
+    def cost_model(self) -> CostModel:
+        """What tokens cost in the model."""
+        return CostModel.of(self.base)
+
+    @property
+    def tokens(self) -> tuple[tuple[str, ...], ...]:
+        """The prompts' tokens as texts."""
+        return engine.token_texts(self.base, self.given.decoder_ids or self.given.ids)
+
+    def batches(self) -> list[list[int]]:
+        """Prompts of one length that run together."""
+        return self.given.batches(self.batch_size)
+
+    def logits(self, module: Any, rows: Sequence[int]) -> Tensor:
+        """`[row, vocab]`, at the position that the metric reads."""
+        inputs = self.given.inputs(rows, next(module.parameters()).device)
+        assert isinstance(inputs, Mapping)
+        fewer = {"logits_to_keep": -self._at(rows)} if self._keeps_logits(module) else {}
+        logits = module(**inputs, **fewer, **self.arguments)
+        logits = logits.logits if hasattr(logits, "logits") else logits[0]
+        return logits[:, self._at(rows)].clone()
+
+    def computed(self, module: Any, rows: Sequence[int]) -> int:
+        """Of how many tokens of these prompts logits are computed."""
+        return -self._at(rows) if self._keeps_logits(module) else self.given.length("decoder", rows[0])
+
+    def _at(self, rows: Sequence[int]) -> int:
+        """Where the metric reads, counted from the end."""
+        length = self.given.length("decoder", rows[0])
+        return self.metric.metric.position % length - length
+
+    def _keeps_logits(self, module: Any) -> bool:
+        if id(module) not in self._keeps:
+            self._keeps[id(module)] = engine.keeps_logits(module)
+        return self._keeps[id(module)]
+
+    def all_logits(self, module: Any) -> Tensor:
+        """The same of every prompt, in their order."""
+        found: dict[int, Tensor] = {}
+        for rows in self.batches():
+            found |= dict(zip(rows, self.logits(module, rows), strict=True))
+        return torch.stack([found[row] for row in range(len(self.given))])
+
+    def measured(self, rows: Sequence[int], logits: Tensor, reference: Tensor) -> np.ndarray:
+        """The metric of these prompts, whose logits these are."""
+        compared = reference[list(rows)] if self.metric.metric.compares else None
+        return self.metric(logits, rows, compared).double().cpu().numpy()
