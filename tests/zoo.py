@@ -223,6 +223,13 @@ def wrap(name: str, *, seed: int = 0, **overrides: Any) -> Any:
         return TransformersModel(build(name, seed=seed, **overrides), tokenizer=tokenizer(), task=task(name))
 
 
+def double(name: str, **overrides: Any) -> Any:
+    """The same tiny model inside nnsight, in float64."""
+    model = wrap(name, **overrides)
+    model._module.double()
+    return model
+
+
 def having(model: Any, sites: Iterable[str]) -> list[str]:
     """Those of the sites that the model has."""
     import nnsplice as ns

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import nnsplice as ns
 from nnsplice.errors import BadArgument, BadType, ShortRow
-from zoo import VOCAB, wrap
+from zoo import VOCAB, double, wrap
 
 PROMPTS = ["w6 w7 w8 w9", "w9 w10", "w11 w12 w13 w4"]
 
 
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "gemma2", "t5"])
 def test_logits_of_chosen_positions_are_those_of_the_whole_run(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     saved = ns.capture(model, "w3 w4 w5", "layers[1].output[-1]")
     whole = ns.patched_logits(model, PROMPTS, saved)
     torch.testing.assert_close(ns.patched_logits(model, PROMPTS, saved, positions=-1), whole[:, -1], rtol=0, atol=1e-12)
@@ -44,7 +36,7 @@ def test_only_the_logits_that_are_asked_for_are_computed(monkeypatch: pytest.Mon
         return inner(layer, states)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", counting)
-    model = _double("llama")
+    model = double("llama")
     saved = ns.capture(model, "w3 w4 w5", "layers[1].output[-1]")
     ns.patched_logits(model, PROMPTS, saved, positions=-1)
     ns.patched_logits(model, PROMPTS, saved)
@@ -58,7 +50,7 @@ def test_only_the_logits_that_are_asked_for_are_computed(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("path", ["layers[1].output[-1]", "layers[1].mid[-1]", "layers[1].heads[2].output[-1]"])
 def test_gradients_reach_the_capture_as_they_reach_a_value_written_by_a_hook(path: str) -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     value = ns.capture(model, "w3 w4 w5", path)[path].clone().requires_grad_()
     logits = ns.patched_logits(
         model, PROMPTS[0], ns.SavedActivation.from_pairs((path, value)), positions=-1, keep_graph=True
@@ -81,7 +73,7 @@ def test_gradients_reach_the_capture_as_they_reach_a_value_written_by_a_hook(pat
 
 
 def test_bad_positions_are_answered() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     saved = ns.capture(model, "w3 w4 w5", "layers[1].output[-1]")
     with pytest.raises(ShortRow, match=r"prompt 1 has 2 tokens, and no position \[3\]"):
         ns.patched_logits(model, PROMPTS, saved, positions=3)

@@ -23,7 +23,7 @@ from nnsplice.errors import BadArgument, FileError, RefusedPlace, ShapeError, Un
 from nnsplice.packed import Base
 from nnsplice.sweeps import plan_sweep
 from nnsplice.sweeps.packing import row_of
-from zoo import wrap
+from zoo import double, wrap
 
 BASE = ["w3 w4 w5 w6", "w7 w4 w5 w6", "w9 w4 w5 w6", "w11 w4 w5 w6", "w13 w4 w5 w6", "w15 w4 w5 w6"]
 SOURCE = [*BASE[1:], BASE[0]]
@@ -31,16 +31,10 @@ ANSWERS = ["w20", "w21", "w22", "w23", "w24", "w25"]
 SITES = ["layers[:].output[:]"]
 
 
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
-
-
 def _align(model: Any = None, sites: Any = SITES, **options: Any) -> ns.Alignment:
     given: dict[str, Any] = {"k": 2, "epochs": 3, "batch_size": 2, "held_out": [1, 4], "progress": False, **options}
     answers = given.pop("answers", ANSWERS)
-    return ns.align(_double("gpt2") if model is None else model, BASE, SOURCE, answers, sites, **given)
+    return ns.align(double("gpt2") if model is None else model, BASE, SOURCE, answers, sites, **given)
 
 
 def _stream(out: Any) -> torch.Tensor:
@@ -72,7 +66,7 @@ def _hooked_loss(root: Any, module: Any, position: int, part: Any, pair: int) ->
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mixtral", "gpt_neox", "qwen3"])
 def test_gradients_through_packed_rows_are_those_of_plain_hooks(family: str, method: str) -> None:
-    model = _double(family)
+    model = double(family)
     plan = plan_sweep(model, SOURCE, BASE, ["layers[:].output[0]", "layers[:].mlp.output[2]"], ns.accuracy(ANSWERS))
     side = side_of("model", model, plan, 4096)
     root: Any = unwrap(model)
@@ -128,7 +122,7 @@ def test_the_accuracies_are_those_of_a_sweep_of_the_subspace() -> None:
 
 
 def test_the_random_model_is_new_and_the_same_for_a_seed() -> None:
-    model = _double("llama")
+    model = double("llama")
     one, same, other = (unwrap(untrained(model, seed)) for seed in (0, 0, 1))
     weights = [dict(module.named_parameters()) for module in (unwrap(model), one, same, other)]
     name = "model.layers.0.mlp.up_proj.weight"
@@ -154,7 +148,7 @@ def test_one_seed_gives_the_same_bits_and_sites_do_not_depend_on_each_other() ->
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = _double("llama")
+    model = double("llama")
     root: Any = unwrap(model)
     before, flags = root(torch.tensor([[3, 4, 5]])).logits, [p.requires_grad for p in root.parameters()]
     _align(model)
@@ -274,7 +268,7 @@ def test_places_without_a_value_of_their_own() -> None:
 
 
 def test_a_model_in_train_mode_and_one_that_cannot_be_made_anew() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     unwrap(model).train()
     with pytest.raises(BadArgument, match="train mode"):
         _align(model)

@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo import build, wrap
-
-
-def double(family: str, **config: Any) -> Any:
-    """The wrapped model of a family, in float64."""
-    model = wrap(family, **config)
-    model._module.double()
-    return model
+from zoo import build
 
 
 def bare(family: str, **config: Any) -> Any:

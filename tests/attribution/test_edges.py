@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import nnsplice as ns
-from attribution.oracle import bare, double, ids
-from zoo import FAMILIES, MASKED, SEQ2SEQ, wrap
+from attribution.oracle import bare, ids
+from zoo import FAMILIES, MASKED, SEQ2SEQ, double, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import nnsplice as ns
-from attribution.oracle import bare, double, ends, ids
+from attribution.oracle import bare, ends, ids
 from attribution.test_nodes import linear
 from circuits.oracle import by_hooks, recorded
 from circuits.test_running import graph_of
+from zoo import double
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

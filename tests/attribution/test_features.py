@@ -13,16 +13,10 @@ from torch import Tensor
 import nnsplice as ns
 from nnsplice.atlas import unwrap
 from subspaces.test_packed_features import FEATURES, METRIC, sae_of
-from zoo import wrap
+from zoo import double
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6", "w3 w14 w5 w6"
 TOKENS = 4
-
-
-def _double(family: str = "llama") -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
 
 
 def _ids(text: str) -> Tensor:
@@ -78,7 +72,7 @@ NORMED = [("jumprelu", "none"), ("topk", "none"), ("jumprelu", "layer_norm"), ("
 @pytest.mark.parametrize("method", ["atp", "ig", "eap", "eap-ig"])
 def test_scores_are_steps_along_autograds_gradients(method: str, kind: str, norm: str) -> None:
     """By a feature itself, at each point: an SAE that scales its inputs gives it the scale of the value there."""
-    model, sae = _double(), sae_of(kind, norm)
+    model, sae = double("llama"), sae_of(kind, norm)
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     clean, here = _stream(model, CLEAN), _stream(model, CORRUPTED)
     root: Any = unwrap(model)
@@ -124,7 +118,7 @@ def test_scores_are_steps_along_autograds_gradients(method: str, kind: str, norm
 @pytest.mark.parametrize("place", ["layers[1].output", "layers[1].mlp.output", "layers[0].attn.output"])
 @pytest.mark.parametrize("method", ["atp", "ig", "eap", "eap-ig", "relp"])
 def test_parts_add_up_to_their_place(method: str, place: str) -> None:
-    model = _double()
+    model = double("llama")
     at = ns.attach_sae(model, place, sae_of("topk"), "s")
     together = method not in ("atp", "ig")
     sites = [f"{at}.features[:]", f"{at}.error", place]
@@ -148,7 +142,7 @@ def test_parts_add_up_to_their_place(method: str, place: str) -> None:
 
 
 def test_grad_drop_is_the_mean_size_over_layers_that_stand_still() -> None:
-    model, sae = _double(), sae_of()
+    model, sae = double("llama"), sae_of()
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     clean, here = _stream(model, CLEAN), _stream(model, CORRUPTED)
     of_features, of_error = _steps(sae, clean, here)
@@ -177,7 +171,7 @@ def test_grad_drop_is_the_mean_size_over_layers_that_stand_still() -> None:
 
 @pytest.mark.parametrize("place", ["layers[1].output", "layers[0].mlp.output"])
 def test_exact_edges_are_what_one_receiver_makes_of_a_part(place: str) -> None:
-    model, sae = _double(), sae_of("topk")
+    model, sae = double("llama"), sae_of("topk")
     at = ns.attach_sae(model, place, sae, "s")
     root: Any = unwrap(model)
     home = root.model.layers[1] if place == "layers[1].output" else root.model.layers[0].mlp

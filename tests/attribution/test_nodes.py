@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import nnsplice as ns
-from attribution.oracle import Point, bare, double, ends, ids, logit_diff, worth
+from attribution.oracle import Point, bare, ends, ids, logit_diff, worth
 from nnsplice.activations.access import site_of
-from zoo import FAMILIES, MASKED, SEQ2SEQ, having, wrap
+from zoo import FAMILIES, MASKED, SEQ2SEQ, double, having, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import nnsplice as ns
-from attribution.oracle import NAMES, Names, Point, bare, double, ends, ids, kept, three_passes
+from attribution.oracle import NAMES, Names, Point, bare, ends, ids, kept, three_passes
 from hooked import build as built
 from hooked import wrapped
 from nnsplice.attribution import packed_paths, path_patching
 from nnsplice.packed.frozen_forward import FrozenForward
 from nnsplice.sweeps.running import run_fresh
-from zoo import FAMILIES, MASKED, SEQ2SEQ, having, wrap
+from zoo import FAMILIES, MASKED, SEQ2SEQ, double, having, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

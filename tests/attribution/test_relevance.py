@@ -19,12 +19,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import nnsplice as ns
-from attribution.oracle import bare, double
+from attribution.oracle import bare
 from attribution.test_nodes import linear
 from families.build import build, prompt
 from nnsplice.attribution import relevance
 from nnsplice.attribution.norms import Norm, norms_of
-from zoo import FAMILIES, MASKED, SEQ2SEQ, tokenizer, wrap
+from zoo import FAMILIES, MASKED, SEQ2SEQ, double, tokenizer, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import nnsplice as ns
-from attribution.oracle import bare, double, ids
+from attribution.oracle import bare, ids
 from attribution.test_nodes import linear
-from zoo import FAMILIES, MASKED, SEQ2SEQ
+from zoo import FAMILIES, MASKED, SEQ2SEQ, double
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

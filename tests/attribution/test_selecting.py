@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 import nnsplice as ns
-from attribution.oracle import double
 from attribution.test_ground_truth import _task
 from nnsplice.attribution import selecting
 from nnsplice.attribution.methods import METHODS
-from zoo import wrap
+from zoo import double, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

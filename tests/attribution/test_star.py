@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import nnsplice as ns
-from attribution.oracle import NAMES, Point, bare, double, ends, ids, with_first, worth
+from attribution.oracle import NAMES, Point, bare, ends, ids, with_first, worth
 from attribution.test_nodes import CLEAN, CORRUPTED, METRIC, attribute, scores
 from families.build import build as of_family
 from families.build import prompt
 from nnsplice.attribution.attention import probabilities
-from zoo import FAMILIES, MASKED, SEQ2SEQ, build, wrap
+from zoo import FAMILIES, MASKED, SEQ2SEQ, build, double, wrap
 
 
 @contextmanager

@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 
 import nnsplice as ns
-from attribution.oracle import double
-from zoo import wrap
+from zoo import double, wrap
 
 CLEAN = ["w3 w4 w5 w6 w7", "w13 w14 w15 w16"]
 CORRUPTED = ["w3 w9 w5 w16 w7", "w13 w24 w15 w16"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import nnsplice as ns
-from attribution.oracle import double
+from zoo import double
 
 METRIC = ns.logit_diff("w7", "w8")
 PAIR = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nnsplice as ns
-from attribution.oracle import double
 from nnsplice.circuits.shape import LayerShape, Shape
-from zoo import wrap
+from zoo import double, wrap
 
 METRIC = ns.logit_diff("w7", "w8")
 SITES = ["embed", "layers[:].heads[:]", "layers[:].mlp"]

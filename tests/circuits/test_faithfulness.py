@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nnsplice as ns
-from attribution.oracle import double
+from zoo import double
 
 SITES = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
 METRIC = ns.logit_diff("w7", "w8")

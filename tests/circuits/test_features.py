@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import nnsplice as ns
-from attribution.oracle import double
 from circuits.test_running import near
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, RefusedPlace, UnknownPath
 from subspaces.test_packed_features import FEATURES, METRIC, sae_of
+from zoo import double
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 AT = 'layers[0].mlp.output.sae["s"]'

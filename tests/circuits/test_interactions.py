@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import nnsplice as ns
-from attribution.oracle import NAMES, Point, bare, double, ends, hooked, ids, kept, logit_diff
+from attribution.oracle import NAMES, Point, bare, ends, hooked, ids, kept, logit_diff
 from attribution.test_nodes import linear
+from zoo import double
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

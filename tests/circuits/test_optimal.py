@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import nnsplice as ns
-from attribution.oracle import bare, double, ids
+from attribution.oracle import bare, ids
 from attribution.test_nodes import linear
 from circuits.test_running import drawn, graph_of
-from zoo import wrap
+from zoo import double, wrap
 
 CLEAN = ["w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7", "w21 w4 w22", "w11 w4 w5 w6 w8", "w3 w9 w12"]
 METRIC = ns.logit_diff("w7", "w8")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import nnsplice as ns
-from attribution.oracle import bare, double, hooked, ids, logit_diff
+from attribution.oracle import bare, hooked, ids, logit_diff
 from circuits.oracle import by_hooks, recorded, writing
 from circuits.test_running import drawn, graph_of, near
+from zoo import double
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import nnsplice as ns
-from attribution.oracle import bare, double, ids
+from attribution.oracle import bare, ids
 from circuits.oracle import ByHand, Graph, by_hooks, nodes_by_hooks, recorded
 from nnsplice.circuits.wiring import wiring_of
-from zoo import FAMILIES, MASKED, SEQ2SEQ, wrap
+from zoo import FAMILIES, MASKED, SEQ2SEQ, double, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
 METRIC = ns.logit_diff("w7", "w8")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nnsplice as ns
-from attribution.oracle import double
+from zoo import double
 
 METRIC = ns.logit_diff("w7", "w8")
 PAIRS = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]

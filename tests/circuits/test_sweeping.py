@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from attribution.oracle import double
+from zoo import double
 
 METRIC = ns.logit_diff("w7", "w8")
 PAIRS = ["w3 w4 w27", "w9 w4 w27", "w11 w4 w13 w27"], ["w3 w4 w28", "w9 w4 w28", "w11 w4 w13 w28"]

@@ -14,16 +14,10 @@ from nnsplice.atlas import unwrap
 from nnsplice.packed import Base
 from nnsplice.packed.recording import Recording, record, ways
 from nnsplice.sweeps import choosing, plan_sweep, run
-from zoo import wrap
+from zoo import double
 
 PROMPTS = ["w3 w9", "w13 w24 w15 w5 w6 w7", "w3 w4 w5", "w8 w4 w5 w26 w17 w2", "w7 w6 w3 w3"]
 METRIC = ns.logit_diff("w7", "w8")
-
-
-def _double(family: str, **config: Any) -> Any:
-    model = wrap(family, **config)
-    model._module.double()
-    return model
 
 
 def _recorded(model: Any, way: str) -> Recording:
@@ -33,7 +27,7 @@ def _recorded(model: Any, way: str) -> Recording:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "gpt_neox", "opt", "gpt_oss"])
 def test_a_padded_pass_records_what_a_pass_for_each_length_does(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     padded, single = _recorded(model, "padded"), _recorded(model, "exchanged")
     assert (padded.cost.forwards, single.cost.forwards) == (1, 4)
     assert padded.total == single.total == sum(len(prompt.split()) for prompt in PROMPTS)
@@ -47,7 +41,7 @@ def test_a_padded_pass_records_what_a_pass_for_each_length_does(family: str) -> 
 
 
 def test_prompts_run_together_as_long_as_no_more_padding_than_tokens_runs() -> None:
-    model = _double("llama")
+    model = double("llama")
     texts = [" ".join(["w3"] * length) for length in (20, 2, 2, 3, 19)]
     recording = record(Base(model, encode(model, texts), memo={"way": "padded"}), range(len(texts)))
     assert list(recording.bases) == [0, 4, 3, 1, 2]  # by length, and 36 of 80 tokens are padding before the last
@@ -63,7 +57,7 @@ def test_padding_is_a_way_only_where_lengths_differ() -> None:
 def test_a_model_that_reads_the_length_of_its_batch_is_recorded_length_by_length() -> None:
     # Dynamic scaling of rotary angles looks at the longest prompt of a batch: padding would change the short ones.
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model = _double("llama", rope_parameters=rope, max_position_embeddings=4)
+    model = double("llama", rope_parameters=rope, max_position_embeddings=4)
     clean, corrupted = ["w3 w4 w5", "w13 w14 w15 w4 w8 w7"], ["w3 w9 w5", "w13 w24 w15 w4 w8 w7"]
     padded, single = (_short(model, way) for way in ("padded", "exchanged"))
     assert not torch.allclose(padded, single, rtol=0, atol=1e-6)  # it would be wrong here

@@ -18,7 +18,7 @@ from nnsplice.errors import OverlappingWrite
 from nnsplice.packed import Base, Edit, Read, Row, run
 from nnsplice.packed.sae_edits import PartChange
 from nnsplice.paths import Path
-from zoo import FAMILIES, having, wrap
+from zoo import FAMILIES, double, having
 
 PROMPTS = ["w3 w9 w5 w6 w7 w11", "w13 w24 w15", "w3 w4 w5 w26 w17"]
 SITES = (
@@ -27,12 +27,6 @@ SITES = (
     "layers[:].neurons[3]", "layers[:].mlp.up",
 )  # fmt: skip
 COVERED = [family for family in (*FAMILIES, "gpt_oss") if family not in ("t5", "bart", "bert")]
-
-
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
 
 
 def _place(tensor: Tensor, site: Any) -> Tensor:
@@ -132,7 +126,7 @@ def _width(model: Any, place: Path) -> int:
 
 @pytest.mark.parametrize("family", COVERED)
 def test_rows_with_several_edits_at_any_layers_equal_hooks(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     places = engine.expand(model, having(model, SITES))
     given = encode(model, PROMPTS)
     chosen, generator = random.Random(family), torch.Generator().manual_seed(0)
@@ -152,7 +146,7 @@ def test_rows_with_several_edits_at_any_layers_equal_hooks(family: str) -> None:
 
 @pytest.mark.parametrize("family", COVERED)
 def test_values_read_behind_edits_equal_those_of_hooks(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     known = engine.known(model)
     places = engine.expand(model, having(model, SITES))
     given = encode(model, PROMPTS)
@@ -184,7 +178,7 @@ def test_values_read_behind_edits_equal_those_of_hooks(family: str) -> None:
 
 
 def test_two_edits_of_one_number_are_refused() -> None:
-    model = _double("llama")
+    model = double("llama")
     whole, part = engine.expand(model, ["layers[1].attn.q.output", "layers[1].heads[2].q"])
     edits = tuple(Edit.of(place, (1,), torch.zeros(1, 24 if n == 0 else 6)) for n, place in enumerate((whole, part)))
     with pytest.raises(OverlappingWrite, match=r"overlap at the same token"):

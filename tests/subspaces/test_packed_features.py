@@ -14,7 +14,7 @@ import nnsplice as ns
 from nnsplice.activations.features import AT_ONCE
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, UnknownPath
-from zoo import wrap
+from zoo import double
 
 WIDTH, FEATURES = 16, 24
 TEXTS = ["w3 w4 w5 w6", "w7 w8 w9 w10 w11"]
@@ -30,12 +30,6 @@ def sae_of(kind: str = "jumprelu", norm: str = "none", seed: int = 0) -> ns.SAE:
     tensors["threshold"] = 0.1 * torch.rand(FEATURES, generator=draw, dtype=torch.float64)
     by_norm = kind == "topk" and norm == "none"
     return ns.SAE(kind, tensors, k=5 if kind == "topk" else None, norm=norm, centred=True, by_decoder_norm=by_norm)
-
-
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
 
 
 def _swept(model: Any, sites: Any, executor: str, operation: Any = "patch", **more: Any) -> np.ndarray:
@@ -58,7 +52,7 @@ def _half(values: Tensor) -> Tensor:
      ("gptj", "topk", "constant_norm_rescale"), ("gpt_neo", "jumprelu", "none")],
 )  # fmt: skip
 def test_packed_rows_are_runs_of_their_own(family: str, kind: str, norm: str, place: str) -> None:
-    model = _double(family)
+    model = double(family)
     at = ns.attach_sae(model, place, sae_of(kind, norm), "s")
     sites = [f"{at}.features[2::9]", f"{at}.error"]
     found = _swept(model, sites, "packed")
@@ -69,7 +63,7 @@ def test_packed_rows_are_runs_of_their_own(family: str, kind: str, norm: str, pl
 @pytest.mark.parametrize("operation", ["patch", "zero", "noise", _half])
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 def test_sets_of_parts_at_one_token(operation: Any, kind: str) -> None:
-    model = _double("llama")
+    model = double("llama")
     at = ns.attach_sae(model, "layers[1].output", sae_of(kind), "s")
     other = ns.attach_sae(model, "layers[1].output", sae_of(kind, seed=1), "t")
     sites = [
@@ -84,7 +78,7 @@ def test_sets_of_parts_at_one_token(operation: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("operation", ["mean", "resample", "add"])
 def test_values_of_a_reference(operation: str) -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     at = ns.attach_sae(model, "layers[1].output", sae_of(), "s")
     sites = [f"{at}.features[2::9][1]", f"{at}.error[1]"]
     reference = ns.capture(model, ["w20 w21 w22", "w23 w24 w25", "w26 w27 w28"], sites)
@@ -103,7 +97,7 @@ def _by_hooks(model: Any, text: str, change: Callable[[Tensor], Tensor]) -> floa
 
 
 def test_packed_cells_are_what_hooks_give() -> None:
-    model, sae = _double("llama"), sae_of("topk")
+    model, sae = double("llama"), sae_of("topk")
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     kept: list[Tensor] = []
     for text in (TEXTS[0], OTHERS[0]):
@@ -130,7 +124,7 @@ def test_packed_cells_are_what_hooks_give() -> None:
 
 
 def test_the_same_value_keeps_every_bit() -> None:
-    model = _double("llama")
+    model = double("llama")
     at = ns.attach_sae(model, "layers[1].output", sae_of("topk"), "s")
     parts = [f"{at}.features[:][1]", f"{at}.error[1]"]
     found = _swept(model, [*parts, parts], "packed", lambda values: values)
@@ -144,7 +138,7 @@ def test_the_same_value_keeps_every_bit() -> None:
 
 
 def test_rows_that_are_the_same_are_encoded_once_and_many_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     at = ns.attach_sae(model, "layers[1].output", sae_of(), "s")
     sites = [f"{at}.features[:]"]
     expected = _swept(model, sites, "packed")
@@ -160,7 +154,7 @@ def test_rows_that_are_the_same_are_encoded_once_and_many_in_parts(monkeypatch: 
 
 
 def test_updates_of_parts_at_one_token_add_up() -> None:
-    model, sae = _double("llama"), sae_of("topk")
+    model, sae = double("llama"), sae_of("topk")
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     with model.trace(OTHERS[0]):
         for _, current, update in ns.updates(model, [f"{at}.features[{n}][1]" for n in range(12)] + [f"{at}.error[1]"]):
@@ -176,14 +170,14 @@ def test_updates_of_parts_at_one_token_add_up() -> None:
 
 
 def test_whole_batches_have_no_features() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     at = ns.attach_sae(model, "layers[1].output", sae_of(), "s")
     with pytest.raises(BadArgument, match='"packed", "reference" or "auto"'):
         _swept(model, f"{at}.features[0][1]", "batched")
 
 
 def test_values_of_another_model_are_read_by_the_same_sae() -> None:
-    model, other = _double("llama"), _double("llama")
+    model, other = double("llama"), double("llama")
     with torch.no_grad():
         for number, parameter in enumerate(other._module.parameters()):
             draw = torch.Generator().manual_seed(number)
@@ -205,7 +199,7 @@ def test_values_of_another_model_are_read_by_the_same_sae() -> None:
 
 
 def test_a_plan_runs_with_the_sae_that_it_was_made_with() -> None:
-    model = _double("llama")
+    model = double("llama")
     at = ns.attach_sae(model, "layers[1].output", sae_of(), "s")
     plan = ns.plan_sweep(model, TEXTS, OTHERS, f"{at}.features[2][1]", METRIC)
     found = ns.run(plan, model, progress=False).table.values

@@ -11,17 +11,11 @@ import torch
 
 import nnsplice as ns
 from nnsplice.errors import BadArgument, BadType, ShapeError
-from zoo import build, wrap
+from zoo import build, double, wrap
 
 CLEAN = ["w3 w4 w5 w6 w7", "w13 w14 w15"]
 CORRUPTED = ["w3 w9 w5 w6 w7", "w13 w24 w15"]
 METRIC = ns.logit_diff("w7", "w8")
-
-
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
 
 
 def _subspace(width: int = 16, k: int = 3, seed: int = 0) -> ns.Subspace:
@@ -40,7 +34,7 @@ def _sweep(model: Any, executor: str = "auto", **options: Any) -> ns.SweepResult
 )
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "gemma2"])
 def test_every_executor_gives_the_same_numbers(family: str, sites: str) -> None:
-    model = _double(family)
+    model = double(family)
     packed, batched, reference = (
         _sweep(model, executor, sites=sites).table.values for executor in ("packed", "batched", "reference")
     )
@@ -52,7 +46,7 @@ def test_every_executor_gives_the_same_numbers(family: str, sites: str) -> None:
 
 @pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
 def test_heads_keys_and_sets(executor: str) -> None:
-    model = _double("llama")
+    model = double("llama")
     heads = ["layers[:].heads[:].output", "layers[:].groups[:].k[1]", ["layers[0].heads[1]", "layers[2].heads[0]"]]
     values = _sweep(model, executor, sites=heads, subspace=_subspace(6, 2)).table.values
     expected = _sweep(model, "reference", sites=heads, subspace=_subspace(6, 2)).table.values
@@ -62,7 +56,7 @@ def test_heads_keys_and_sets(executor: str) -> None:
 
 @pytest.mark.parametrize("operation", ["zero", "noise", "mean", "add", lambda value: value.flip(-1)])
 def test_every_operation_changes_the_part_alone(operation: Any) -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     reference = None
     if operation in ("mean", "add"):
         reference = ns.capture(model, ["w20 w21 w22", "w23 w24 w25"], "layers[:].output[:]")
@@ -84,7 +78,7 @@ def test_every_operation_changes_the_part_alone(operation: Any) -> None:
 @pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_against_plain_hooks(layer: int, executor: str) -> None:
-    model, module = _double("gpt2"), build("gpt2").double()
+    model, module = double("gpt2"), build("gpt2").double()
     subspace = _subspace(k=5, seed=layer)
     values = _sweep(model, executor, sites=f"layers[{layer}].output", subspace=subspace).grid()
     projector = subspace.basis @ subspace.basis.T
@@ -112,13 +106,13 @@ def test_against_plain_hooks(layer: int, executor: str) -> None:
 
 
 def test_the_whole_space_is_the_whole_patch() -> None:
-    model = _double("llama")
+    model = double("llama")
     whole = _sweep(model, subspace=ns.Subspace("layers[0].output", torch.eye(16))).table.values
     assert np.nanmax(np.abs(whole - _sweep(model, subspace=None).table.values)) < 1e-12
 
 
 def test_what_is_orthogonal_to_the_difference_changes_nothing() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     saved = [ns.capture(model, text[0], "layers[1].output[1]")["layers[1].output[1]"] for text in (CLEAN, CORRUPTED)]
     along = (saved[0] - saved[1])[0]
     others = torch.linalg.svd(along[None])[2][1:]
@@ -130,7 +124,7 @@ def test_what_is_orthogonal_to_the_difference_changes_nothing() -> None:
 
 
 def test_a_subspace_is_part_of_what_was_asked(tmp_path: Path) -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     one, same, other = (_subspace(seed=seed) for seed in (0, 0, 1))
     results = [_sweep(model, subspace=subspace) for subspace in (one, same, other, None)]
     digests = [result.digest for result in results]
@@ -151,7 +145,7 @@ def test_a_subspace_is_part_of_what_was_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("executor", ["auto", "packed", "batched", "reference"])
 def test_sites_of_another_width_are_refused_before_anything_runs(executor: str) -> None:
     with pytest.raises(ShapeError, match=r"(?s)4 wide, and the subspace is of layers\[1\].output.*16 wide"):
-        _sweep(_double("gpt2"), executor, sites=["layers[1].output", "layers[0].heads[1].output"])
+        _sweep(double("gpt2"), executor, sites=["layers[1].output", "layers[0].heads[1].output"])
 
 
 def test_what_has_no_part_is_refused() -> None:
@@ -168,7 +162,7 @@ def test_what_has_no_part_is_refused() -> None:
 
 
 def test_shards_and_ablations_take_a_subspace() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     plan = ns.plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC, subspace=_subspace())
     halves = [ns.run(plan.shard(number, 2), model, progress=False) for number in range(2)]
     merged = ns.SweepResult.merge(halves).table.values

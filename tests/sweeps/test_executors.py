@@ -12,7 +12,7 @@ import torch
 import nnsplice as ns
 from nnsplice.errors import UnknownPath
 from nnsplice.sweeps import Plan, plan_sweep, run
-from zoo import FAMILIES, SEQ2SEQ, build, wrap
+from zoo import FAMILIES, SEQ2SEQ, build, double, wrap
 
 CLEAN = ["w3 w4 w5 w6 w7", "w13 w14 w15"]
 CORRUPTED = ["w3 w9 w5 w6 w7", "w13 w24 w15"]
@@ -28,12 +28,6 @@ SITES = (
     "layers[:].neurons[3,5].output[-1]",
 )
 METRIC = ns.logit_diff("w7", "w8")
-
-
-def _double(family: str, **config: Any):
-    model = wrap(family, **config)
-    model._module.double()
-    return model
 
 
 def _sites(model: Any, family: str) -> list[str]:
@@ -55,7 +49,7 @@ def _values(plan: Plan, model: Any, executor: str, **options: Any) -> np.ndarray
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batched_equals_one_trace_per_cell(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     plan = plan_sweep(model, CLEAN, CORRUPTED, _sites(model, family), METRIC)
     assert len(plan) > 140
     batched, reference = _values(plan, model, "batched"), _values(plan, model, "reference")
@@ -66,7 +60,7 @@ def test_batched_equals_one_trace_per_cell(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cells_known_without_computing_are_what_computing_gives(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     plan = plan_sweep(model, CLEAN, CORRUPTED, _sites(model, family), METRIC)
     pruned = _values(plan, model, "reference")
     everything = replace(plan, jobs=tuple(sorted({*plan.jobs, *plan.known})), known=())
@@ -77,7 +71,7 @@ def test_cells_known_without_computing_are_what_computing_gives(family: str) -> 
 @pytest.mark.parametrize("operation", ["zero", "noise", "mean", "resample", "add", lambda value: value.flip(-1) * 2])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "mixtral"])
 def test_every_operation_is_the_same_in_every_executor(family: str, operation: Any) -> None:
-    model = _double(family)
+    model = double(family)
     sites = ["layers[:].output", "layers[:].heads[:].output[1]", "layers[1].mid[-1]"]
     needs = operation in ("mean", "resample", "add")
     reference = ns.capture(model, ["w20 w21 w22", "w23 w24 w25"], [s if "[" in s[-4:] else f"{s}[:]" for s in sites])
@@ -91,7 +85,7 @@ def test_every_operation_is_the_same_in_every_executor(family: str, operation: A
 
 @pytest.mark.parametrize("window", [2, 3, 10])
 def test_windows_of_layers_are_clipped_at_the_ends(window: int) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].mlp.output", METRIC, window=window)
     assert np.nanmax(np.abs(_values(plan, model, "batched") - _values(plan, model, "reference"))) < 1e-12
     layers = {t.cell.layer: [p.steps[0].index for p in t.places] for t in plan.targets}
@@ -128,7 +122,7 @@ def test_windows_of_layers_are_clipped_at_the_ends(window: int) -> None:
 
 @pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
 def test_a_window_reaches_layers_that_were_not_named(executor: str) -> None:
-    model = _double("llama")
+    model = double("llama")
     every = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].mlp.output", METRIC, window=3)
     one = plan_sweep(model, CLEAN, CORRUPTED, "layers[1].mlp.output", METRIC, window=3)
     assert [[p.steps[0].index for p in t.places] for t in one.targets] == [[0, 1, 2]] * len(one.targets)
@@ -157,7 +151,7 @@ def test_a_window_over_a_layer_without_such_a_place_is_told() -> None:
 
 
 def test_the_residual_sweep_against_torch_hooks_alone() -> None:
-    model, module = _double("gpt2"), build("gpt2").double()
+    model, module = double("gpt2"), build("gpt2").double()
     clean, corrupted = (torch.tensor([[int(w[1:]) for w in side[0].split()]]) for side in (CLEAN, CORRUPTED))
     plan = plan_sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output", METRIC)
     values = _values(plan, model, "batched")[0]
@@ -182,7 +176,7 @@ def test_the_residual_sweep_against_torch_hooks_alone() -> None:
 
 
 def test_patterns_and_experts_are_swept_cell_by_cell() -> None:
-    model = _double("mixtral", attn_implementation="eager")
+    model = double("mixtral", attn_implementation="eager")
     sites = ["layers[1].heads[:].pattern[-1]", "layers[1].experts[:].output"]
     result = run(plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC), model, progress=False)
     assert result.run.executor == "reference"
@@ -191,7 +185,7 @@ def test_patterns_and_experts_are_swept_cell_by_cell() -> None:
 
 
 def test_pairs_of_different_length_are_aligned_at_the_end_or_by_spans() -> None:
-    model = _double("llama")
+    model = double("llama")
     clean, corrupted = "w3 w4 w5 w6 w7", "w9 w5 w6 w7"
     by_end = plan_sweep(model, clean, corrupted, "layers[1].output", METRIC, align="end")
     values = _values(by_end, model, "batched")
@@ -213,7 +207,7 @@ def test_pairs_of_different_length_are_aligned_at_the_end_or_by_spans() -> None:
 
 
 def test_a_reference_is_met_at_the_position_that_was_asked_for() -> None:
-    model, spans = _double("llama"), {"s": [(1, 3), (2, 4)]}
+    model, spans = double("llama"), {"s": [(1, 3), (2, 4)]}
     others = ["w8 w9 w10 w11", "w12 w13 w14 w15 w16 w17"]
     sites = ["layers[1].output[0,-1]", 'layers[1].output["s"][-1]']
     reference = ns.capture(model, others, [*sites, 'layers[1].output["s"]'], spans=spans)
@@ -230,7 +224,7 @@ def test_a_reference_is_met_at_the_position_that_was_asked_for() -> None:
 
 
 def test_a_reference_of_a_file_is_found_however_its_places_are_spelled(tmp_path) -> None:
-    model = _double("llama")
+    model = double("llama")
     ns.capture(model, CLEAN[1], "model.model.layers[1].output[-1]").to_file(tmp_path / "r.safetensors")
     reference = ns.SavedActivation.from_file(tmp_path / "r.safetensors")
     ask = {"operation": "mean", "reference": reference}
@@ -242,7 +236,7 @@ def test_a_reference_of_a_file_is_found_however_its_places_are_spelled(tmp_path)
 @pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
 @pytest.mark.parametrize("width", [1, 32])
 def test_a_reference_of_another_width_is_refused(executor: str, width: int) -> None:
-    model = _double("llama")
+    model = double("llama")
     reference = ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, width)))
     for operation in ("add", "mean"):
         plan = plan_sweep(
@@ -253,7 +247,7 @@ def test_a_reference_of_another_width_is_refused(executor: str, width: int) -> N
 
 
 def test_each_prompt_is_added_its_own_row_of_a_reference() -> None:
-    model = _double("llama")
+    model = double("llama")
     one = ns.capture(model, "w3 w4 w5", "layers[1].output[0,1]")
     two = ns.capture(model, ["w3 w4 w5", "w8 w9 w10"], "layers[1].output[0,1]")
     for reference, own in ((one, [one, one]), (two, [two.slice[0], two.slice[1]])):
@@ -266,7 +260,7 @@ def test_each_prompt_is_added_its_own_row_of_a_reference() -> None:
 
 @pytest.mark.parametrize(("clean", "corrupted"), [("w3 w4 w5 w6 w7", "w9 w5 w6"), ("w9 w5 w6", "w3 w4 w5 w6 w7")])
 def test_aligned_at_the_end_a_token_is_met_by_its_partner_or_is_no_cell(clean: str, corrupted: str) -> None:
-    model = _double("llama")
+    model = double("llama")
     source, shared = ns.capture(model, clean, "layers[1].output[:]"), 3
 
     def partner(*tokens: int) -> float:
@@ -294,7 +288,7 @@ def test_aligned_at_the_end_a_token_is_met_by_its_partner_or_is_no_cell(clean: s
 
 
 def test_spans_of_different_length_in_a_pair_are_refused() -> None:
-    model = _double("llama")
+    model = double("llama")
 
     def plan(clean: Any, corrupted: Any, site: str) -> Plan:
         spans = {"clean": clean, "corrupted": corrupted}
@@ -310,7 +304,7 @@ def test_spans_of_different_length_in_a_pair_are_refused() -> None:
 
 
 def test_the_clean_run_is_read_where_each_pair_says() -> None:
-    model = _double("llama")
+    model = double("llama")
     clean, corrupted = ["w3 w4 w5 w6 w7", "w13 w14 w15 w16 w17"], ["w3 w9 w5 w6 w7", "w14 w25 w16 w17"]
     plan = plan_sweep(model, clean, corrupted, "layers[1].output[:3]", METRIC.at(2), align="end")
     logits = [ns.patched_logits(model, text, ns.capture(model, text, "embed.output[0]"))[0] for text in clean]
@@ -319,7 +313,7 @@ def test_the_clean_run_is_read_where_each_pair_says() -> None:
 
 
 def test_a_metric_may_read_another_position() -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output[0:3]", METRIC.at(2))
     assert np.nanmax(np.abs(_values(plan, model, "batched") - _values(plan, model, "reference"))) < 1e-12
     saved = ns.capture(model, CLEAN[0], "layers[0].output[1]")
@@ -329,7 +323,7 @@ def test_a_metric_may_read_another_position() -> None:
 
 
 def test_small_chunks_give_the_same_numbers() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     whole = _values(plan, model, "batched")
     assert np.nanmax(np.abs(_values(plan, model, "batched", max_tokens=7) - whole)) < 1e-12
@@ -338,7 +332,7 @@ def test_small_chunks_give_the_same_numbers() -> None:
 def test_a_chunk_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     from nnsplice.sweeps import choosing
 
-    model = _double("gpt2")
+    model = double("gpt2")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     whole = _values(plan, model, "batched")
     sizes: list[int] = []

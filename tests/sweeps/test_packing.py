@@ -19,7 +19,7 @@ from nnsplice.packed import passes as packed_passes
 from nnsplice.packed import running as packed_running
 from nnsplice.sweeps import choosing, chunking, packing, plan_sweep, run, unedited
 from nnsplice.sweeps.executors import Work
-from zoo import FAMILIES, having, wrap
+from zoo import FAMILIES, double, having, wrap
 
 CLEAN = ["w3 w4 w5 w6 w7", "w13 w14 w15", "w3 w4 w5 w6 w17"]
 CORRUPTED = ["w3 w9 w5 w6 w7", "w13 w24 w15", "w3 w4 w5 w26 w17"]
@@ -36,12 +36,6 @@ NOT_COVERED = ("t5", "bart", "bert")
 COVERED = [family for family in (*FAMILIES, "gpt_oss", "mpt") if family not in NOT_COVERED]
 
 
-def _double(family: str, **config: Any) -> Any:
-    model = wrap(family, **config)
-    model._module.double()
-    return model
-
-
 def _values(plan: Any, model: Any, how: str) -> np.ndarray:
     return run(plan, model, executor=how, progress=False).table.values
 
@@ -49,7 +43,7 @@ def _values(plan: Any, model: Any, how: str) -> np.ndarray:
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"operation": "zero"}, {"operation": "noise"}], ids=str)
 @pytest.mark.parametrize("family", COVERED)
 def test_packed_equals_batched_at_every_site(family: str, options: dict[str, Any]) -> None:
-    model = _double(family)
+    model = double(family)
     sites = [site for site in having(model, SITES) if "window" not in options or not site.startswith("embed")]
     assert len(sites) >= 10
     plan = plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC, **options)
@@ -60,7 +54,7 @@ def test_packed_equals_batched_at_every_site(family: str, options: dict[str, Any
 
 @pytest.mark.parametrize("family", sorted(NOT_COVERED))
 def test_what_is_not_covered_is_run_another_way_and_says_why(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     with pytest.raises(NotImplementedError):
         run(plan, model, executor="packed", progress=False)
@@ -94,7 +88,7 @@ def test_a_hook_that_packed_rows_do_not_bear_is_found_out_whatever_the_metric(me
 
 @pytest.mark.parametrize("before", [False, True])
 def test_a_sweep_of_a_model_with_edits_goes_through_them(before: bool) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     plain = run(plan, model, progress=False) if before else None
     direction = ns.capture(model, "w3 w4", "layers[1].output[-1]")
@@ -109,7 +103,7 @@ def test_a_sweep_of_a_model_with_edits_goes_through_them(before: bool) -> None:
 
 @pytest.mark.parametrize("before", [False, True])
 def test_a_sweep_inside_a_steering_block_is_steered(before: bool) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     plain = run(plan, model, progress=False) if before else None
     with ns.steering.steer(model, ns.capture(model, "w3 w4", "layers[1].output[-1]"), 2.0, where="prompt"):
@@ -122,7 +116,7 @@ def test_a_sweep_inside_a_steering_block_is_steered(before: bool) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neo", "bloom", "gpt_oss"])
 def test_metrics_at_another_position_spans_and_single_positions(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     spans = {"s": [(1, 3), (0, 2), (3, 5)]}
     for sites, metric in (
         ("layers[:].output[0:3]", METRIC.at(2)),
@@ -135,7 +129,7 @@ def test_metrics_at_another_position_spans_and_single_positions(family: str) -> 
 
 
 def test_one_cached_value_off_by_a_hundredth_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     right = _values(plan, model, "packed")
     record = recording.record
@@ -158,14 +152,14 @@ def test_a_model_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[int] = []
     compare = choosing.compare
     monkeypatch.setattr(choosing, "compare", lambda *asked: (probed.append(1), compare(*asked))[1])
-    model = _double("llama")
+    model = double("llama")
     for _ in range(2):
         assert ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC, progress=False).run.executor == "packed"
     assert len(probed) == 1
 
 
 def test_threads_take_turns_with_a_model() -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     alone, config = run(plan, model, progress=False), model._module.config
     before = config._attn_implementation
@@ -176,7 +170,7 @@ def test_threads_take_turns_with_a_model() -> None:
 
 
 def test_the_models_own_attention_is_back_afterwards_also_after_an_error() -> None:
-    model = _double("gemma2")
+    model = double("gemma2")
     config = model._module.config
     before = config._attn_implementation
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
@@ -188,12 +182,12 @@ def test_the_models_own_attention_is_back_afterwards_also_after_an_error() -> No
     assert config._attn_implementation == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model._module.modules())
     logits = ns.patched_logits(model, CLEAN[0], ns.capture(model, CLEAN[0], "layers[0].output[:]"))
-    fresh = _double("gemma2")
+    fresh = double("gemma2")
     assert torch.equal(logits, ns.patched_logits(fresh, CLEAN[0], ns.capture(fresh, CLEAN[0], "layers[0].output[:]")))
 
 
 def test_attention_can_be_exchanged_inside_an_exchange() -> None:
-    model = _double("llama")
+    model = double("llama")
     outer: list[Any] = []
     inner: list[Any] = []
 
@@ -210,7 +204,7 @@ def test_attention_can_be_exchanged_inside_an_exchange() -> None:
 
 
 def test_the_tokens_that_run_are_those_of_the_cost_law() -> None:
-    model = _double("llama")
+    model = double("llama")
     length, layers = 12, 3
     clean, corrupted = list(range(3, 3 + length)), list(range(30, 30 + length))
     plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
@@ -301,7 +295,7 @@ def test_logits_that_a_hook_has_computed_of_all_tokens_are_counted(lengths: tupl
 
 
 def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_on_it() -> None:
-    model = _double("gemma3")
+    model = double("gemma3")
     plan = plan_sweep(model, CLEAN, CORRUPTED, ["layers[:].output", "layers[:].mlp.output"], METRIC)
     once = _values(plan, model, "packed")
     work = _work(model, plan)
@@ -319,7 +313,7 @@ def test_a_pack_holds_no_more_tokens_than_allowed_and_the_numbers_do_not_depend_
 
 
 def test_chunks_about_the_same_prompts_share_one_recorded_pass() -> None:
-    model = _double("llama")
+    model = double("llama")
     lengths = (5, 9, 4, 7)
     clean, corrupted = [[*range(3, 3 + n)] for n in lengths], [[*range(30, 30 + n)] for n in lengths]
     plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
@@ -341,7 +335,7 @@ def test_chunks_about_the_same_prompts_share_one_recorded_pass() -> None:
 
 
 def test_the_first_chunk_is_a_small_one_so_that_the_bar_moves_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _double("llama")
+    model = double("llama")
     each = CostModel.of(model).token
     monkeypatch.setattr(chunking, "LEAST", 4)
     monkeypatch.setattr(chunking, "FIRST", 12 * each)
@@ -367,7 +361,7 @@ def _work(model: Any, plan: Any) -> Any:
 def test_rows_padded_to_share_a_call_of_attention_give_the_same_numbers(
     family: str, near: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = _double(family)
+    model = double(family)
     sites = ["layers[:].output", "layers[:].attn.output", "layers[:].groups[:].v", "layers[:].heads[:].output[-1]"]
     plan = plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC)
     exact = _values(plan, model, "packed")
@@ -377,7 +371,7 @@ def test_rows_padded_to_share_a_call_of_attention_give_the_same_numbers(
 
 
 def test_a_padded_pack_calls_attention_once_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     calls: list[int] = []
     attended = attention.AttentionCall.attended
@@ -394,7 +388,7 @@ def test_a_padded_pack_calls_attention_once_a_block(monkeypatch: pytest.MonkeyPa
 
 
 def test_only_the_logits_that_the_metric_reads_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _double("llama")
+    model = double("llama")
     asked: list[int] = []
     logits = heads.Head.logits
     monkeypatch.setattr(heads.Head, "logits", lambda self, states: (asked.append(len(states)), logits(self, states))[1])
@@ -414,14 +408,14 @@ def test_only_the_logits_that_the_metric_reads_are_computed(monkeypatch: pytest.
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_a_head_that_does_more_than_multiply_is_run_as_it_is(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     assert not recording.record(packing.base_of(_work(model, plan)), [0]).head.plain
     assert np.nanmax(np.abs(_values(plan, model, "packed") - _values(plan, model, "reference"))) < 1e-12
 
 
 def test_left_padded_prompts_are_swept_as_if_they_had_no_padding() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     ids = [[0, 0, 13, 14, 15], [3, 4, 5, 6, 7]]
     mask = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     padded = [{"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)} for rows in (ids, _other(ids))]
@@ -439,7 +433,7 @@ def _other(ids: list[list[int]]) -> list[list[int]]:
 
 def test_a_hybrid_model_runs_its_mixers_over_whole_prompts() -> None:
     """A convolution reads earlier tokens by code of its own, as attention does in GPT-J."""
-    model = _double("lfm2")
+    model = double("lfm2")
     sites = ["layers[:].output", "layers[:].mixer.output", "layers[:].input"]
     plan = plan_sweep(model, CLEAN, CORRUPTED, sites, METRIC)
     assert run(plan, model, progress=False).run.executor == "packed"
@@ -450,14 +444,14 @@ def test_a_hybrid_model_runs_its_mixers_over_whole_prompts() -> None:
 
 def test_a_layer_whose_mixer_is_not_known_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "MIXERS", ())
-    model = _double("lfm2")
+    model = double("lfm2")
     result = ns.sweep(model, CLEAN[0], CORRUPTED[0], "layers[:].output", METRIC, progress=False)
     assert result.run.executor == "batched"
     assert "not packed: a layer of it has no module that mixes tokens" in result.run.note
 
 
 def test_memory_that_runs_out_while_recording_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     right = _values(plan, model, "packed")
     asked: list[int] = []

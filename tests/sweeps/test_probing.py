@@ -15,16 +15,10 @@ from nnsplice.errors import RefusedExecutor
 from nnsplice.sweeps import choosing, plan_sweep, probe_cells, probing, rounding, run
 from nnsplice.sweeps.executors import Work
 from nnsplice.sweeps.unedited import clean_run
-from zoo import _MODERN, wrap
+from zoo import _MODERN, double, wrap
 
 METRIC = ns.logit_diff(7, 8)
 CLEAN, CORRUPTED = [*range(3, 12)], [3, 40, 20, 6, 45, 8, 33, 10, 31]
-
-
-def _double(family: str, **config: Any) -> Any:
-    model = wrap(family, **config)
-    model._module.double()
-    return model
 
 
 def _work(model: Any, plan: Any) -> Work:
@@ -34,7 +28,7 @@ def _work(model: Any, plan: Any) -> Work:
 
 def test_cells_of_every_kind_of_site_layer_and_prompt_are_tried() -> None:
     kinds = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
-    model = _double("gemma3", num_hidden_layers=4, layer_types=kinds)
+    model = double("gemma3", num_hidden_layers=4, layer_types=kinds)
     clean, corrupted = [CLEAN[:5], CLEAN, CLEAN[:3]], [CORRUPTED[:5], CORRUPTED, CORRUPTED[:3]]
     sites = ["layers[:].output", "layers[:].mlp.output", "layers[:].groups[:].v", "layers[:].attn.q"]
     plan = plan_sweep(model, clean, corrupted, sites, METRIC, operation="zero")
@@ -50,7 +44,7 @@ def test_cells_of_every_kind_of_site_layer_and_prompt_are_tried() -> None:
 
 
 def test_a_short_prompt_does_not_vouch_for_longer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, probed = _double("llama"), []
+    model, probed = double("llama"), []
     compare = choosing.compare
     monkeypatch.setattr(choosing, "compare", lambda *asked: (probed.append(asked[1]), compare(*asked))[1])
 
@@ -74,7 +68,7 @@ def test_a_short_prompt_does_not_vouch_for_longer_ones(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("length", [9, 3])
 def test_positions_that_a_model_counts_by_itself_past_the_first_tokens_are_found_out(length: int) -> None:
     """A model whose attention adds to tokens beyond the fourth, as it counts them."""
-    model = _double("llama")
+    model = double("llama")
     module = model._module
     forward = type(module.model.layers[1].mlp).forward
 
@@ -93,7 +87,7 @@ def test_positions_that_a_model_counts_by_itself_past_the_first_tokens_are_found
 
 @pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
 def test_a_metric_that_mixes_rows_is_given_one_at_a_time(executor: str) -> None:
-    model = _double("llama")
+    model = double("llama")
     mixing = ns.Metric.of(lambda logits: logits[:, 7] - logits[:, 8] + logits[:, 9].mean() - logits.mean())
     clean, corrupted = [CLEAN, CLEAN[2:]], [CORRUPTED, CORRUPTED[2:]]
     plan = plan_sweep(model, clean, corrupted, "layers[:].output", mixing)
@@ -109,7 +103,7 @@ def test_a_metric_that_mixes_rows_is_given_one_at_a_time(executor: str) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), TypeError("boom"), AssertionError("boom"), KeyError("boom")])
 def test_whatever_a_way_raises_means_the_next_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     expected = by_hooks(model._module, plan, CLEAN, CORRUPTED)
 
@@ -133,7 +127,7 @@ def test_whatever_a_way_raises_means_the_next_one(error: Exception, monkeypatch:
 
 
 def test_packed_rows_that_give_other_numbers_are_refused_by_name_too() -> None:
-    model = _double("llama")
+    model = double("llama")
 
     def mixing(_block: Any, _args: Any, out: Any) -> Any:
         return out + 0.7 * torch.cat([out[:, :1] * 0, out[:, :-1]], 1)
@@ -152,7 +146,7 @@ def _rounding(model: Any) -> None:
 
 
 def test_a_model_that_rounds_to_less_than_its_dtype_is_packed_within_its_own_noise() -> None:
-    model = _double("llama", hidden_size=96, intermediate_size=160)
+    model = double("llama", hidden_size=96, intermediate_size=160)
     _rounding(model)
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     result = run(plan, model, max_tokens=12, progress=False)
@@ -165,7 +159,7 @@ def test_a_model_that_rounds_to_less_than_its_dtype_is_packed_within_its_own_noi
 def test_noise_is_that_of_the_arithmetic() -> None:
     found = {}
     for family in ("gpt2", "llama"):  # whose norms compute in float64, and in float32
-        model = _double(family)
+        model = double(family)
         plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
         work = _work(model, plan)
         found[family], cost = rounding.rounding_noise(work, probe_cells.probe_cells(work))
@@ -174,7 +168,7 @@ def test_noise_is_that_of_the_arithmetic() -> None:
 
 
 def test_a_difference_is_told_with_what_is_allowed() -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     probe = probing._Probe(_work(model, plan), [plan.jobs[0]])
     text = probe._first(probe.jobs, [1.00000004], [1.0], "the logits", 1.0)
@@ -210,7 +204,7 @@ def test_layers_that_run_for_the_last_tokens_alone_are_asked_for_all_logits() ->
 
 
 def test_the_trial_of_a_small_plan_is_the_run_that_gives_its_values() -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     first = run(plan, model, progress=False)
     second = run(plan, model, progress=False)
@@ -222,7 +216,7 @@ def test_the_trial_of_a_small_plan_is_the_run_that_gives_its_values() -> None:
 
 
 def test_without_memory_for_all_of_a_plan_the_cells_are_tried_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, asked = _double("llama"), []
+    model, asked = double("llama"), []
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     expected = by_hooks(model._module, plan, CLEAN, CORRUPTED)
     run_rows = probing.run_rows
@@ -240,7 +234,7 @@ def test_without_memory_for_all_of_a_plan_the_cells_are_tried_by_themselves(monk
 
 
 def test_a_journal_is_given_no_values_of_a_trial(tmp_path: Any) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     file = tmp_path / "run.jsonl"
     first = run(plan, model, journal=file, progress=False)
@@ -250,7 +244,7 @@ def test_a_journal_is_given_no_values_of_a_trial(tmp_path: Any) -> None:
 
 
 def test_values_of_a_trial_that_differ_are_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _double("llama")
+    model = double("llama")
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", METRIC)
     expected = by_hooks(model._module, plan, CLEAN, CORRUPTED)
     measured_states = probing.measured_states

@@ -17,7 +17,7 @@ import nnsplice as ns
 from nnsplice.errors import BadArgument, FileError, ShapeError
 from nnsplice.sweeps import plan_sweep
 from nnsplice.sweeps.unedited import clean_run
-from zoo import HEADS, LAYERS, build, wrap
+from zoo import HEADS, LAYERS, build, double, wrap
 
 TEXT, SUBJECT, START, STOP = "w3 w4 w5 w6 w7", "w4 w5", 1, 3
 #: Family -> its blocks.
@@ -32,12 +32,6 @@ BLOCKS: dict[str, Callable[[Any], Sequence[nn.Module]]] = {
     "t5": lambda m: m.encoder.block,
     "bart": lambda m: m.model.encoder.layers,
 }
-
-
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
 
 
 def _ids(text: str) -> Tensor:
@@ -142,7 +136,7 @@ def _trace(model: Any, text: Any = TEXT, subject: Any = SUBJECT, **options: Any)
 @pytest.mark.parametrize("executor", ["auto", "batched", "reference"])
 @pytest.mark.parametrize("family", list(BLOCKS))
 def test_a_trace_is_what_hooks_make(family: str, executor: str) -> None:
-    model = _double(family)
+    model = double(family)
     result = _trace(model, noise=_noise(), answer="w7", executor=executor)
     expected, high, low = _traced(family, _noise(), answer=7)
     grid = result.grid()
@@ -159,7 +153,7 @@ def test_a_trace_is_what_hooks_make(family: str, executor: str) -> None:
 @pytest.mark.parametrize("kind", ["residual", "mlp", "attn"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_kinds_and_windows(family: str, kind: str, window: int) -> None:
-    result = _trace(_double(family), noise=_noise(2), answer=7, kind=kind, window=window)
+    result = _trace(double(family), noise=_noise(2), answer=7, kind=kind, window=window)
     expected, high, low = _traced(family, _noise(2), 7, kind, window)
     np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-10, rtol=0)
     assert (result.clean[0], result.corrupted[0]) == (pytest.approx(high, abs=1e-10), pytest.approx(low, abs=1e-10))
@@ -213,14 +207,14 @@ def _rome(family: str, noise: Tensor, answer: int, replace: bool) -> tuple[np.nd
 @pytest.mark.parametrize("replace", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_trace_is_that_of_romes_own_experiment(family: str, replace: bool, executor: str) -> None:
-    result = _trace(_double(family), noise=_noise(), answer=7, replace=replace, executor=executor)
+    result = _trace(double(family), noise=_noise(), answer=7, replace=replace, executor=executor)
     expected, low = _rome(family, _noise(), 7, replace)
     np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-10, rtol=0)
     assert abs(result.corrupted[0] - low) < 1e-10
 
 
 def test_the_samples_of_a_trace_share_their_clean_run() -> None:
-    model = _double("llama")
+    model = double("llama")
     one, ten = (
         plan_sweep(model, [TEXT] * samples, ["w3 w4 w5 w6 w9"] * samples, "layers[:].output[:]", ns.logit_diff(7, 8))
         for samples in (1, 10)
@@ -234,7 +228,7 @@ def test_the_samples_of_a_trace_share_their_clean_run() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
 def test_noise_can_take_the_place_of_the_embeddings_and_leaves_positions(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     result = _trace(model, noise=_noise(2), answer=7, replace=True)
     expected, low = _rome(family, _noise(2), 7, replace=True)
     np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-10, rtol=0)
@@ -251,7 +245,7 @@ def test_noise_can_take_the_place_of_the_embeddings_and_leaves_positions(family:
 
 
 def test_the_answer_is_what_the_clean_run_puts_first() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     texts = [TEXT, "w13 w14 w15 w16"]
     module = build("gpt2").double()
     top = [int(_probabilities(module, "gpt2", text).argmax()) for text in texts]
@@ -265,7 +259,7 @@ def test_the_answer_is_what_the_clean_run_puts_first() -> None:
 
 
 def test_a_subject_is_a_text_or_the_bounds_of_its_tokens() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     by_text = _trace(model, samples=2)
     assert _trace(model, TEXT, (START, STOP), samples=2) == by_text
     other = _trace(model, TEXT, (START, STOP + 1), samples=2)
@@ -274,7 +268,7 @@ def test_a_subject_is_a_text_or_the_bounds_of_its_tokens() -> None:
 
 def test_the_noise_of_a_prompt_is_its_own() -> None:
     """What a prompt's numbers are depends on no other prompt, and on the seed."""
-    model = _double("gpt2")
+    model = double("gpt2")
     texts, subjects = ["w13 w14 w15 w16", TEXT, "w23 w24 w25 w26 w27"], ["w14", "w4 w5", "w25 w26"]
     many = _trace(model, texts, subjects, samples=3)
     for row, (text, subject) in enumerate(zip(texts, subjects, strict=True)):
@@ -288,7 +282,7 @@ def test_the_noise_of_a_prompt_is_its_own() -> None:
 
 
 def test_noise_is_in_the_spread_of_the_subjects_embeddings() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     embeddings = build("gpt2").double().transformer.wte.weight.detach()[[4, 5]]
     drawn: list[Tensor] = []
     for noise in (1.0, 3.0):
@@ -318,7 +312,7 @@ def _corruption(model: Any, noise: float) -> Tensor:
 
 
 def test_the_prompts_of_a_result_are_those_that_were_given() -> None:
-    result = _trace(_double("gpt2"), [TEXT, "w13 w14 w15"], ["w4 w5", "w14"], samples=4)
+    result = _trace(double("gpt2"), [TEXT, "w13 w14 w15"], ["w4 w5", "w14"], samples=4)
     assert result.table.values.shape == (2, LAYERS * 5) and result.is_complete
     assert result.tokens == (tuple(TEXT.split()), ("w13", "w14", "w15"))
     assert result.metric == "probability"
@@ -389,12 +383,12 @@ def _ablated(family: str, layer: int, head: int, value: Tensor | None = None, to
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_head_is_taken_out_at_every_token_as_hooks_do_it(family: str) -> None:
     result = ns.ablate(
-        _double(family), TEXT, "layers[:].heads[:].output", ns.logit_diff("w7", "w8"), progress=False, operation="zero"
+        double(family), TEXT, "layers[:].heads[:].output", ns.logit_diff("w7", "w8"), progress=False, operation="zero"
     )
     expected = [[float(_d(_ablated(family, n, h))) for h in range(HEADS)] for n in range(LAYERS)]
     assert result.grid().dims == ("prompt", "layer", "head")
     np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-10, rtol=0)
-    same = ns.ablate(_double(family), TEXT, "layers[:].heads[:]", ns.logit_diff("w7", "w8"), progress=False)
+    same = ns.ablate(double(family), TEXT, "layers[:].heads[:]", ns.logit_diff("w7", "w8"), progress=False)
     np.testing.assert_allclose(same.grid().values[0], expected, atol=1e-10, rtol=0)
 
 
@@ -403,7 +397,7 @@ def _d(logits: Tensor) -> Tensor:
 
 
 def test_an_ablation_has_one_baseline_and_shows_changes() -> None:
-    result = ns.ablate(_double("gpt2"), TEXT, "layers[:].heads[:]", ns.logit_diff("w7", "w8"), progress=False)
+    result = ns.ablate(double("gpt2"), TEXT, "layers[:].heads[:]", ns.logit_diff("w7", "w8"), progress=False)
     with torch.no_grad():
         whole = float(_d(build("gpt2").double()(_ids(TEXT)).logits[0, -1]))
     assert result.clean[0] == result.corrupted[0] == pytest.approx(whole, abs=1e-12)
@@ -414,7 +408,7 @@ def test_an_ablation_has_one_baseline_and_shows_changes() -> None:
 
 
 def test_sites_without_positions_are_one_cell_and_those_with_are_one_each() -> None:
-    model, metric = _double("gpt2"), ns.logit_diff("w7", "w8")
+    model, metric = double("gpt2"), ns.logit_diff("w7", "w8")
     together = ns.ablate(model, TEXT, "layers[1].heads[2].output", metric, progress=False)
     apart = ns.ablate(model, TEXT, "layers[1].heads[2].output[:]", metric, progress=False)
     assert (len(together.cells), len(apart.cells)) == (1, 5)
@@ -424,7 +418,7 @@ def test_sites_without_positions_are_one_cell_and_those_with_are_one_each() -> N
 
 
 def test_the_mean_of_other_prompts_takes_a_value_out() -> None:
-    model, metric = _double("gpt2"), ns.logit_diff("w7", "w8")
+    model, metric = double("gpt2"), ns.logit_diff("w7", "w8")
     site = "layers[:].heads[:].output"
     others = ["w20 w21 w22", "w30 w31 w32"]
     reference = ns.capture(model, others, "layers[:].heads[:].output[:]")
@@ -438,7 +432,7 @@ def test_the_mean_of_other_prompts_takes_a_value_out() -> None:
 
 
 def test_without_a_reference_the_prompts_are_their_own() -> None:
-    model, metric = _double("gpt2"), ns.logit_diff("w7", "w8")
+    model, metric = double("gpt2"), ns.logit_diff("w7", "w8")
     texts = [TEXT, "w13 w14 w15"]
     result = ns.ablate(model, texts, "layers[:].heads[:].output", metric, operation="mean", progress=False)
     site = "layers[1].heads[0].output[:]"
@@ -449,7 +443,7 @@ def test_without_a_reference_the_prompts_are_their_own() -> None:
 
 
 def test_resampling_draws_one_of_the_reference_by_its_seed() -> None:
-    model, metric = _double("gpt2"), ns.logit_diff("w7", "w8")
+    model, metric = double("gpt2"), ns.logit_diff("w7", "w8")
     reference = ns.capture(model, [f"w{n} w{n + 1}" for n in range(20, 28)], "layers[:].heads[:].output[-1]")
     site = "layers[:].heads[:].output[-1]"
     options: dict[str, Any] = {"operation": "resample", "reference": reference, "progress": False}
@@ -462,7 +456,7 @@ def test_resampling_draws_one_of_the_reference_by_its_seed() -> None:
 
 
 def test_an_ablation_by_a_function() -> None:
-    model, metric = _double("gpt2"), ns.logit_diff("w7", "w8")
+    model, metric = double("gpt2"), ns.logit_diff("w7", "w8")
     by_name = ns.ablate(model, TEXT, "layers[:].heads[:].output", metric, progress=False)
     by_function = ns.ablate(model, TEXT, "layers[:].heads[:].output", metric, operation=lambda v: v * 0, progress=False)
     np.testing.assert_allclose(by_name.grid(), by_function.grid(), atol=1e-12)

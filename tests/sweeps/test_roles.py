@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nnsplice as ns
 from nnsplice.errors import BadArgument, ShapeError, ShortRow, SpanError
-from zoo import LAYERS, build, wrap
+from zoo import LAYERS, build, double
 
 METRIC = ns.logit_diff("w7", "w8")
 #: A subject of two tokens at 1, and one of four at 2, of which the first and the last correspond.
@@ -19,12 +19,6 @@ CLEAN, CORRUPTED = "w3 w4 w5 w6 w7 w9 w10", "w13 w11 w14 w15 w16 w17 w6 w9 w20"
 SPANS = {"clean": {"subject": (1, 3)}, "corrupted": {"subject": (2, 6)}}
 #: By hand: the corrupted token -> the clean one. What stands before the subject, in it and behind it differs in length.
 PARTNERS = {2: 1, 5: 2, 6: 3, 8: 6}
-
-
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
 
 
 def _states(module: Any, text: str, patch: tuple[int, int, Tensor] | None = None) -> tuple[list[Tensor], float]:
@@ -56,7 +50,7 @@ def _states(module: Any, text: str, patch: tuple[int, int, Tensor] | None = None
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_tokens_correspond_by_their_role(family: str, executor: str) -> None:
     options: Any = {"align": "role", "executor": executor, "progress": False}
-    result = ns.sweep(_double(family), CLEAN, CORRUPTED, "layers[:].output[:]", METRIC, spans=SPANS, **options)
+    result = ns.sweep(double(family), CLEAN, CORRUPTED, "layers[:].output[:]", METRIC, spans=SPANS, **options)
     module = build(family).double()
     states, _ = _states(module, CLEAN)
     expected = np.full((LAYERS, 9), np.nan)
@@ -68,7 +62,7 @@ def test_tokens_correspond_by_their_role(family: str, executor: str) -> None:
 
 
 def test_stretches_of_one_length_correspond_token_by_token() -> None:
-    model, spans = _double("gpt2"), {"clean": {"subject": (1, 4)}, "corrupted": {"subject": (1, 4)}}
+    model, spans = double("gpt2"), {"clean": {"subject": (1, 4)}, "corrupted": {"subject": (1, 4)}}
     clean, corrupted = "w3 w4 w5 w6 w7 w9", "w3 w14 w15 w16 w7 w9"
     by_role, by_position = (
         ns.sweep(
@@ -80,7 +74,7 @@ def test_stretches_of_one_length_correspond_token_by_token() -> None:
 
 
 def test_a_metric_is_read_at_a_token_with_a_partner() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     ask: Any = {"spans": SPANS, "align": "role", "progress": False}
     with pytest.raises(ShortRow, match="whose role the clean"):
         ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output[2]", METRIC.at(4), **ask)
@@ -99,7 +93,7 @@ def test_a_metric_is_read_at_a_token_with_a_partner() -> None:
 
 
 def test_a_trace_of_many_prompts_is_averaged_by_role_in_one_call() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     prompts, subjects = ["w3 w4 w5 w6 w7", "w13 w14 w15 w16 w17 w19 w20"], ["w4 w5", "w14 w15 w16"]
     traced = ns.causal_trace(model, prompts, subjects, samples=3, progress=False)
     found = traced.by_role()
@@ -117,7 +111,7 @@ def test_a_trace_of_many_prompts_is_averaged_by_role_in_one_call() -> None:
 
 
 def test_a_trace_of_one_role_pays_for_no_other() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     prompts, subjects = ["w3 w4 w5 w6 w7", "w13 w14 w15 w16 w17 w19 w20"], ["w4 w5", "w14 w15 w16"]
     ask: Any = {"samples": 3, "progress": False, "executor": "packed"}
     whole = ns.causal_trace(model, prompts, subjects, **ask)

@@ -13,16 +13,10 @@ from torch import Tensor
 import nnsplice as ns
 from nnsplice.errors import BadArgument
 from nnsplice.results import SweepResult
-from zoo import LAYERS, build, wrap
+from zoo import LAYERS, build, double, wrap
 
 CLEAN, CORRUPTED = ["w3 w4 w5 w6", "w13 w14 w15"], ["w3 w9 w5 w6", "w13 w24 w15"]
 ANSWERS = ["w7 w8 w9", "w20"]
-
-
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
 
 
 def _ids(text: str) -> list[int]:
@@ -61,7 +55,7 @@ def test_a_sweep_sums_over_the_answers_tokens(family: str, executor: str) -> Non
     module = build(family).double()
     metric = ns.sequence_log_probability(ANSWERS)
     sites = ["layers[:].output[:]", "layers[:].output[-1]"]
-    result = ns.sweep(_double(family), CLEAN, CORRUPTED, sites, metric, executor=executor, progress=False)
+    result = ns.sweep(double(family), CLEAN, CORRUPTED, sites, metric, executor=executor, progress=False)
     assert result.tokens == tuple(tuple(text.split()) for text in CORRUPTED)
     grid = result.grid()
     assert grid.position.values.tolist() == [0, 1, 2, 3, -1]
@@ -81,7 +75,7 @@ def test_a_sweep_sums_over_the_answers_tokens(family: str, executor: str) -> Non
 
 def test_an_ablation_takes_a_layer_out_at_the_answers_tokens_too() -> None:
     module = build("gpt2").double()
-    result = ns.ablate(_double("gpt2"), CLEAN, "layers[:].output", ns.sequence_log_probability(ANSWERS), progress=False)
+    result = ns.ablate(double("gpt2"), CLEAN, "layers[:].output", ns.sequence_log_probability(ANSWERS), progress=False)
     for row, (prompt, answer) in enumerate(zip(CLEAN, ANSWERS, strict=True)):
         for layer in range(LAYERS):
             value = _run(module, prompt, answer, (layer, slice(None), 0.0))[1]
@@ -92,7 +86,7 @@ def test_a_shorter_pair_is_aligned_at_its_prompts_end() -> None:
     module, answer = build("gpt2").double(), "w7 w8"
     clean, corrupted = "w4 w5 w6", "w3 w9 w5 w6"
     metric = ns.sequence_log_probability(answer)
-    result = ns.sweep(_double("gpt2"), clean, corrupted, "layers[:].output[:]", metric, align="end", progress=False)
+    result = ns.sweep(double("gpt2"), clean, corrupted, "layers[:].output[:]", metric, align="end", progress=False)
     states, _ = _run(module, clean, answer)
     for layer in range(LAYERS):
         for here in (1, 2, 3):
@@ -102,7 +96,7 @@ def test_a_shorter_pair_is_aligned_at_its_prompts_end() -> None:
 
 
 def test_one_token_is_its_log_probability_and_ids_are_texts() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     options: Any = {"progress": False}
     one = ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output", ns.sequence_log_probability("w7"), **options)
     plain = ns.sweep(model, CLEAN, CORRUPTED, "layers[:].output", ns.log_probability("w7"), **options)
@@ -115,7 +109,7 @@ def test_one_token_is_its_log_probability_and_ids_are_texts() -> None:
 
 
 def test_shards_and_journals(tmp_path: Path) -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     plan = ns.plan_sweep(model, CLEAN, CORRUPTED, "layers[:].output", ns.sequence_log_probability(ANSWERS))
     assert "2 prompts, patch, sequence_log_probability" in plan.preview()
     options: Any = {"executor": "batched", "progress": False, "max_tokens": 20}

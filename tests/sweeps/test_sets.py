@@ -18,7 +18,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, OverlappingWrite, ShortRow
 from nnsplice.paths import Slice
 from nnsplice.sweeps import Plan, plan_sweep, run
-from zoo import FAMILIES, having, wrap
+from zoo import FAMILIES, double, having
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w7 w11", "w3 w9 w5 w6 w8 w11"
 METRIC = ns.logit_diff("w7", "w8")
@@ -37,12 +37,6 @@ WITHIN = (
     ["layers[1].attn.output[1]", "layers[1].mlp.output[4]"],
 )
 DECODERS = [family for family in (*FAMILIES, "gpt_oss") if family not in ("t5", "bart", "bert")]
-
-
-def _double(family: str) -> Any:
-    model = wrap(family)
-    model._module.double()
-    return model
 
 
 def _ids(text: str) -> list[int]:
@@ -100,7 +94,7 @@ def double_less_one(value: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("operation", ["patch", double_less_one], ids=["patch", "function"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_sets_are_what_hooks_at_all_their_sites_give(family: str, operation: Any) -> None:
-    model = _double(family)
+    model = double(family)
     within = [sites for sites in WITHIN if len(having(model, sites)) == len(sites)]
     plan = plan_sweep(model, CLEAN, CORRUPTED, [*within, *_random_sets(model, 14, 0)], METRIC, operation=operation)
     expected = by_hooks(model, plan, "patch" if operation == "patch" else "function")
@@ -113,7 +107,7 @@ def test_sets_are_what_hooks_at_all_their_sites_give(family: str, operation: Any
 @pytest.mark.parametrize("operation", ["patch", "zero", "noise", "mean", "resample", "add", double_less_one])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bloom", "mixtral"])
 def test_every_operation_on_sets_is_the_same_in_every_executor(family: str, operation: Any) -> None:
-    model = _double(family)
+    model = double(family)
     sets = [*(s for s in WITHIN if len(having(model, s)) == len(s)), *_random_sets(model, 4, 1)]
     needs = operation in ("mean", "resample", "add")
     sites = sorted({ns.parse_path(path).place for one in sets for path in one}, key=str)
@@ -133,13 +127,13 @@ def test_every_operation_on_sets_is_the_same_in_every_executor(family: str, oper
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj"])
 def test_packed_rows_run_sets(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     sets = [s for s in WITHIN if len(having(model, s)) == len(s)]
     assert ns.sweep(model, CLEAN, CORRUPTED, sets, METRIC, progress=False).run.executor == "packed"
 
 
 def test_sets_of_an_encoder_and_a_decoder() -> None:
-    model = _double("t5")
+    model = double("t5")
     sets = [["encoder.layers[1].output[1]", "layers[1].output[0]"], ["encoder.layers[:].mlp.output[1]"]]
     plan = plan_sweep(model, CLEAN, CORRUPTED, sets, METRIC)
     a, b = (run(plan, model, executor=name, progress=False).table.values for name in ("reference", "batched"))
@@ -148,7 +142,7 @@ def test_sets_of_an_encoder_and_a_decoder() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_sets_known_without_computing_are_what_computing_gives(family: str) -> None:
-    model = _double(family)
+    model = double(family)
     late = ns.logit_diff("w7", "w8", position=3)
     sets = [
         ["layers[0].output[0]", "layers[2].output[2]"], ["layers[0].output[0]", "layers[1].mlp.output[0]"],
@@ -172,7 +166,7 @@ def _nothing() -> Any:
 
 def test_a_set_with_a_span_that_stands_elsewhere_in_the_clean_prompt_prunes_nothing_it_moves() -> None:
     # The span writes before the first token that differs, so a token after it is no longer what both runs have.
-    model = _double("llama")
+    model = double("llama")
     clean, corrupted = "w3 w4 w5 w6 w7 w8", "w3 w4 w5 w6 w7 w9"
     spans = {"clean": {"subject": [(2, 3)]}, "corrupted": {"subject": [(0, 1)]}}
     sets = [['layers[0].output["subject"]', "layers[1].output[1]"]]
@@ -196,7 +190,7 @@ def test_a_set_with_a_span_that_stands_elsewhere_in_the_clean_prompt_prunes_noth
 
 
 def test_spans_of_sets_stand_where_each_prompt_has_them() -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     clean, corrupted = ["w3 w4 w5 w6", "w13 w14 w15"], ["w3 w9 w10 w6", "w13 w24 w15"]
     spans = {"subject": [(1, 3), (1, 2)]}
     both = [['layers[0].output["subject"]', "layers[1].heads[2].output[-1]"]]
@@ -223,7 +217,7 @@ def test_spans_of_sets_stand_where_each_prompt_has_them() -> None:
 
 
 def test_a_set_of_one_site_is_that_site_and_a_slice_in_it_is_a_window() -> None:
-    model = _double("llama")
+    model = double("llama")
     single = ns.sweep(model, CLEAN, CORRUPTED, "layers[1].output[1]", METRIC, progress=False)
     joint = ns.sweep(model, CLEAN, CORRUPTED, [["layers[1].output[1]"]], METRIC, progress=False)
     assert abs(single.table.values - joint.table.values).max() < 1e-12
@@ -233,7 +227,7 @@ def test_a_set_of_one_site_is_that_site_and_a_slice_in_it_is_a_window() -> None:
 
 
 def test_all_tokens_of_a_set_are_changed_where_it_says_none() -> None:
-    model = _double("llama")
+    model = double("llama")
     heads = ["layers[1].heads[2]", "layers[2].heads[1]"]
     joint = ns.ablate(model, CORRUPTED, [heads], METRIC, progress=False)
     acts = [
@@ -247,7 +241,7 @@ def test_all_tokens_of_a_set_are_changed_where_it_says_none() -> None:
 
 @pytest.mark.parametrize("with_", ["mean", "resample"])
 def test_pairs_are_ablated_by_means_and_samples(with_: str) -> None:
-    model = _double("gpt2")
+    model = double("gpt2")
     pairs = [list(pair) for pair in combinations([f"layers[1].heads[{h}]" for h in range(4)], 2)]
     a, b = (
         ns.ablate(model, CORRUPTED, pairs, METRIC, operation=with_, executor=name, progress=False).table.values
@@ -265,7 +259,7 @@ def _mixed(model: Any, **options: Any) -> ns.SweepResult:
 
 
 def test_sets_have_an_axis_of_their_own(tmp_path: Path) -> None:
-    result = _mixed(_double("llama"))
+    result = _mixed(double("llama"))
     grid = result.grid("sets")
     assert grid.dims == ("prompt", "set")
     names = [f"layers[0].heads[1].output + layers[1].heads[{h}].output" for h in range(3)]
@@ -285,7 +279,7 @@ def test_sets_have_an_axis_of_their_own(tmp_path: Path) -> None:
 
 
 def test_the_order_in_a_set_is_no_part_of_the_question() -> None:
-    model = _double("llama")
+    model = double("llama")
     forth = ns.sweep(model, CLEAN, CORRUPTED, [["layers[0].output[1]", "L1H2"]], METRIC, progress=False)
     back = ns.sweep(
         model, CLEAN, CORRUPTED, [("layers[1].heads[2].output[:]", "layers[0].output[1]")], METRIC, progress=False
@@ -296,7 +290,7 @@ def test_the_order_in_a_set_is_no_part_of_the_question() -> None:
 
 
 def test_shards_and_journals_of_sets(tmp_path: Path) -> None:
-    model = _double("llama")
+    model = double("llama")
     whole = _mixed(model, journal=tmp_path / "run.jsonl")
     assert _mixed(model, journal=tmp_path / "run.jsonl") == whole
     pairs = [["layers[0].heads[1]", f"layers[1].heads[{h}]"] for h in range(3)]
@@ -308,7 +302,7 @@ def test_shards_and_journals_of_sets(tmp_path: Path) -> None:
 
 
 def test_noise_at_a_site_is_the_same_in_a_set() -> None:
-    model = _double("llama")
+    model = double("llama")
     last = "layers[2].output[-1]"
     one = ns.sweep(model, CLEAN, None, last, METRIC, operation="noise", progress=False)
     # What comes last in the run decides alone, whatever was done before it.
@@ -338,7 +332,7 @@ def test_noise_at_a_site_is_the_same_in_a_set() -> None:
 )  # fmt: skip
 def test_mistakes_in_sets_are_told(sites: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        plan_sweep(_double("llama"), CLEAN, CORRUPTED, sites, METRIC)
+        plan_sweep(double("llama"), CLEAN, CORRUPTED, sites, METRIC)
 
 
 def test_sites_of_one_place_that_share_no_number_are_a_set() -> None:
@@ -346,11 +340,11 @@ def test_sites_of_one_place_that_share_no_number_are_a_set() -> None:
         ["layers[2].output[3]", "layers[2].output[:3]"],
         ["layers[2].heads[0].output[3]", "layers[2].heads[1].output[3]"],
     ]
-    assert len(plan_sweep(_double("llama"), CLEAN, CORRUPTED, sets, METRIC).targets) == 2
+    assert len(plan_sweep(double("llama"), CLEAN, CORRUPTED, sets, METRIC).targets) == 2
 
 
 def test_windows_and_estimates_and_senders_refuse_sets() -> None:
-    model, pair = _double("llama"), [["layers[0].heads[1]", "layers[1].heads[0]"]]
+    model, pair = double("llama"), [["layers[0].heads[1]", "layers[1].heads[0]"]]
     with pytest.raises(BadArgument, match="window=3 beside sets"):
         plan_sweep(model, CLEAN, CORRUPTED, pair, METRIC, window=3)
     with pytest.raises(BadArgument, match="not the sum"):
@@ -360,7 +354,7 @@ def test_windows_and_estimates_and_senders_refuse_sets() -> None:
 
 
 def test_a_prompt_without_all_tokens_of_a_set_has_no_such_cell() -> None:
-    model = _double("llama")
+    model = double("llama")
     sets = [["layers[0].output[1]", "layers[1].output[3]"], ["layers[0].output[1]", "layers[1].output[-1]"]]
     result = ns.sweep(model, ["w3 w4 w5 w6", "w3 w4 w5"], ["w3 w9 w5 w6", "w3 w9 w5"], sets, METRIC, progress=False)
     assert result.table.exists.tolist() == [[True, True], [False, True]]

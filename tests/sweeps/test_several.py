@@ -12,7 +12,7 @@ import pytest
 import nnsplice as ns
 from nnsplice.errors import BadArgument, BadType
 from nnsplice.results import SweepResult
-from zoo import wrap
+from zoo import double, wrap
 
 mpl.use("agg")
 CLEAN = ["w3 w4 w5 w6", "w13 w14 w15"]
@@ -27,12 +27,6 @@ METRICS: dict[str, Any] = {
 LOCAL: dict[str, Any] = {"diff": ns.logit_diff("w7", {"w8", "w9"}), "other": ns.logit_diff(["w7", "w10"], "w11")}
 
 
-def _double() -> Any:
-    model = wrap("gpt2")
-    model._module.double()
-    return model
-
-
 def _sweep(model: Any, metric: Any, **options: Any) -> SweepResult:
     return ns.sweep(model, CLEAN, CORRUPTED, SITES, metric, **{"progress": False, **options})
 
@@ -40,7 +34,7 @@ def _sweep(model: Any, metric: Any, **options: Any) -> SweepResult:
 @pytest.mark.parametrize("metrics", [METRICS, LOCAL], ids=["any", "local"])
 @pytest.mark.parametrize("executor", ["auto", "packed", "batched", "reference"])
 def test_they_are_what_as_many_sweeps_measure_at_the_price_of_one(executor: str, metrics: dict[str, Any]) -> None:
-    model = _double()
+    model = double("gpt2")
     for asked in (metrics, *metrics.values()):
         _sweep(model, asked, executor=executor)  # the first call also pays for the choice of an executor
     together = _sweep(model, metrics, executor=executor)
@@ -56,7 +50,7 @@ def test_they_are_what_as_many_sweeps_measure_at_the_price_of_one(executor: str,
 
 
 def test_the_grid_has_an_axis_of_them_in_their_order() -> None:
-    result = _sweep(_double(), METRICS)
+    result = _sweep(double("gpt2"), METRICS)
     grid = result.grid("layers[:].output")
     assert grid.dims == ("prompt", "metric", "layer", "position")
     assert grid.metric.values.tolist() == list(METRICS) and grid.attrs == {"component": "layers[:].output"}
@@ -75,12 +69,12 @@ def test_the_grid_has_an_axis_of_them_in_their_order() -> None:
         assert rows.drop(columns="metric").reset_index(drop=True).equals(expected)
     assert frame["metric"].drop_duplicates().tolist() == list(METRICS)
     assert "diff: clean" in repr(result) and "kl: clean" in repr(result)
-    listed = _sweep(_double(), [ns.logit_diff("w7", "w8"), ns.rank("w7")])
+    listed = _sweep(double("gpt2"), [ns.logit_diff("w7", "w8"), ns.rank("w7")])
     assert listed.grid("layers[0].mlp").metric.values.tolist() == ["logit_diff", "rank"]
 
 
 def test_what_shows_one_asks_for_it(tmp_path: Path) -> None:
-    result = ns.sweep(_double(), CLEAN[:1], CORRUPTED[:1], SITES[0], METRICS, progress=False)
+    result = ns.sweep(double("gpt2"), CLEAN[:1], CORRUPTED[:1], SITES[0], METRICS, progress=False)
     for what in ("plot", "best"):
         with pytest.raises(BadArgument, match=rf"4 metrics were measured[\s\S]*result\.only\('diff'\)\.{what}\(\)"):
             getattr(result, what)()
@@ -94,7 +88,7 @@ def test_what_shows_one_asks_for_it(tmp_path: Path) -> None:
 
 
 def test_files_shards_and_journals_hold_all_of_them(tmp_path: Path) -> None:
-    model = _double()
+    model = double("gpt2")
     plan = ns.plan_sweep(model, CLEAN, CORRUPTED, SITES, METRICS)
     options: Any = {"executor": "batched", "progress": False, "max_tokens": 20}
     whole = ns.run(plan, model, **options)
@@ -115,7 +109,7 @@ def test_files_shards_and_journals_hold_all_of_them(tmp_path: Path) -> None:
 
 
 def test_ablations_traces_by_role_and_paths_take_several() -> None:
-    model = _double()
+    model = double("gpt2")
     ablated = ns.ablate(model, CLEAN, "layers[:].heads[:]", LOCAL, progress=False)
     assert ablated.grid().dims == ("prompt", "metric", "layer", "head")
     sent = ns.path_patch(model, CLEAN, CORRUPTED, "layers[0].heads[:]", "unembed", LOCAL, progress=False)
