@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import nnsplice as ns
 from attribution.oracle import bare, ids
 from attribution.test_nodes import linear
 from circuits.test_running import drawn, graph_of
+from nnsplice.circuits.training import Recipe
 from zoo import double, wrap
 
 CLEAN = ["w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7", "w21 w4 w22", "w11 w4 w5 w6 w8", "w3 w9 w12"]
@@ -102,7 +105,7 @@ def test_without_one_mlp_the_best_constant_for_it_is_found() -> None:
         rest = logits - torch.stack(added) @ weight.T
     constant = torch.zeros(weight.shape[1], dtype=torch.float64, requires_grad=True)
     best = minimised(logits, lambda: rest + constant @ weight.T, [constant])
-    constants = trained(model, without(model, "layers[2].mlp"), held_out=0.0, steps=400)
+    constants = trained(model, without(model, "layers[2].mlp"), held_out=0.0, steps=150)
     assert constants.senders == ("layers[2].mlp",)
     np.testing.assert_allclose(constants.training.divergence, best, rtol=0, atol=1e-4)
     assert constants.training.mean_divergence > best + 1e-3
@@ -140,11 +143,17 @@ def test_only_what_is_read_somewhere_is_trained() -> None:
     assert float(moved.abs().max()) > 1e-4
 
 
-def test_a_run_that_trains_is_the_run_with_what_is_trained_and_can_be_repeated(tmp_path: Path) -> None:
+def test_a_run_that_trains_is_the_run_with_what_is_trained_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = double("gpt2")
     circuit = ns.Circuit.of(edges=drawn(graph_of(model), 0.4, seed=9))
+    # Both train as long where nobody says how long; here a few steps are enough.
+    told = inspect.signature(ns.optimal_ablation).parameters
+    assert {name: told[name].default for name in asdict(Recipe())} == asdict(Recipe())
+    monkeypatch.setattr("nnsplice.circuits.measuring.Recipe", lambda: Recipe(steps=20))
     run = circuit.run(model, CLEAN, None, METRIC, ablation="optimal")
-    constants = ns.optimal_ablation(model, circuit, CLEAN, progress=False)
+    constants = trained(model, circuit, steps=20)
     np.testing.assert_array_equal(circuit.run(model, CLEAN, None, METRIC, ablation=constants), run)
     constants.to_file(tmp_path / "constants.safetensors")
     read = ns.OptimalAblation.from_file(tmp_path / "constants.safetensors")
@@ -175,8 +184,6 @@ def test_another_position_and_batches_of_a_few_tokens() -> None:
 
 def test_results_say_how_each_circuits_constants_did(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nnsplice.circuits.measuring.Recipe", lambda: Recipe(steps=3))
-    from nnsplice.circuits.training import Recipe
-
     model = double("llama")
     circuits = {"a": without(model, "layers[1].mlp"), "b": ns.Circuit.of(nodes=["embed"], model=model)}
     swept = ns.sweep_circuits(model, circuits, CLEAN, None, METRIC, ablation="optimal", progress=False)
