@@ -50,6 +50,23 @@ def test_a_function_has_one_digest_in_every_process() -> None:
     assert function_digest(lambda x: x + 1.5) != function_digest(lambda x: x + 2.5)
 
 
+def test_what_a_function_takes_where_nothing_is_given_is_part_of_it() -> None:
+    def by_place(factor: float) -> Any:
+        def scaled(x: float, by: float = factor) -> float:
+            return x * by
+
+        return scaled
+
+    def by_name(factor: float) -> Any:
+        def scaled(x: float, *, by: float = factor) -> float:
+            return x * by
+
+        return scaled
+
+    for made in (by_place, by_name):
+        assert function_digest(made(2.0)) == function_digest(made(2.0)) != function_digest(made(3.0))
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Something that a function holds, without a dictionary."""

@@ -54,6 +54,22 @@ def test_the_product_is_never_needed(rank, out, width, seed, scale):
     assert math.isclose(aligner.compute_subspace_alignment(small, update), cosine, abs_tol=1e-12)
 
 
+def test_an_update_is_read_some_rows_at_a_time(aligner, monkeypatch):
+    lora, update = pair(), torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    monkeypatch.setattr("nnsplice.adapters.alignment.BLOCK", 10)  # two rows, and one that is left
+    for mode, expected in (("cosine", brute(lora, update)), ("subspace", brute_share(lora, update))):
+        assert math.isclose(aligner.compute_subspace_alignment(lora, update, mode=mode), expected, abs_tol=1e-12)
+
+
+def test_factors_that_depend_on_each_other_reach_no_more_than_their_rank(aligner):
+    """Rows of A that are one row: an orthonormal basis of three would reach what A does not."""
+    a = torch.tensor([[1.0, 2.0, 0.0, 0.0, 0.0]], dtype=torch.float64).expand(3, -1).contiguous()
+    lora = LoRAMatrices(a, pair().lora_B)
+    update = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    found = aligner.compute_subspace_alignment(lora, update, mode="subspace")
+    assert math.isclose(found, brute_share(lora, update), abs_tol=1e-12) and found < 0.5
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e20])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_direction_is_wholly_its_own(aligner, scale, dtype):

@@ -252,3 +252,10 @@ def test_all_groups_touch_each_key_once_a_stage():
         for one in chain.state_dependency_groups():
             chain.apply(dict.fromkeys(one.inputs, ONE))
         assert [sum(stage.asked) for stage in stages] == [count, count // 2, count // 20]
+
+
+def test_a_share_of_the_files_has_about_its_part_of_the_bytes_where_one_tensor_is_large() -> None:
+    whole = ck.Parallel([ck.Identity("small"), ck.Identity("large")])
+    shares = [ck.Shard(whole, 2, number, {"small": 1, "large": 99}) for number in range(2)]
+    names = [[sorted(group.inputs) for group in share.state_dependency_groups()] for share in shares]
+    assert names == [[["small"]], [["large"]]]

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import nnsplice as ns
+from nnsplice.circuits.removals import Completeness
+from nnsplice.results import Run
 from zoo import double
 
 METRIC = ns.logit_diff("w7", "w8")
@@ -109,3 +111,9 @@ def test_mistakes_are_answered(model: Any, given: dict[str, Any], match: str) ->
     asked = {"circuit": ns.Circuit.of(nodes=NODES), "progress": False, **given}
     with pytest.raises(ns.errors.NnspliceError, match=match):
         ns.completeness(model, asked.pop("circuit"), *PAIRS, METRIC, **asked)
+
+
+def test_scores_are_differences_of_means_in_which_prompts_may_cancel() -> None:
+    circuit, whole = np.array([[1.0, 5.0], [3.0, 1.0]]), np.array([[3.0, 2.0], [1.0, 0.0]])
+    report = Completeness(((), ()), ("given", "given"), circuit, whole, Run("circuits", 0.0))
+    np.testing.assert_array_equal(report.scores, [0.0, 2.0])

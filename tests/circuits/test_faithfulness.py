@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import nnsplice as ns
+from nnsplice.circuits.curves import Faithfulness, Point
+from nnsplice.results import Run
 from zoo import double
 
 SITES = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
@@ -162,3 +164,14 @@ def test_mistakes_are_answered(model: Any, scores: ns.SweepResult, given: dict[s
     asked = {"circuits": scores, "clean": PAIRS[0], "corrupted": PAIRS[1], "metric": METRIC, "progress": False, **given}
     with pytest.raises(ns.errors.NnspliceError, match=match):
         ns.faithfulness(model, **asked)
+
+
+def test_an_area_is_of_the_circuits_of_one_order_as_they_are_or_pruned() -> None:
+    """By hand, with values that no two points share: f of the points is 0, 1 | 0.5, 0.25 | 2, 4."""
+    kinds = [("signed", False), ("signed", False), ("signed", True), ("signed", True), ("absolute", False)]
+    points = [Point(by, pruned, share, 1, 1) for (by, pruned), share in zip(kinds, (0, 0.5, 0, 0.5, 0), strict=True)]
+    points.append(Point("absolute", False, 0.5, 1, 1))
+    values = np.array([[1.0, 3.0, 2.0, 1.5, 5.0, 9.0]])
+    report = Faithfulness(tuple(points), values, np.array([3.0]), np.array([1.0]), "m", Run("circuits", 0.0))
+    np.testing.assert_allclose(report.f(), [0, 1, 0.5, 0.25, 2, 4])
+    np.testing.assert_allclose([report.cpr, report.area("signed", pruned=True), report.cmd], [0.25, 0.1875, 1.0])

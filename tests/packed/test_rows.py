@@ -183,3 +183,30 @@ def test_two_edits_of_one_number_are_refused() -> None:
     edits = tuple(Edit.of(place, (1,), torch.zeros(1, 24 if n == 0 else 6)) for n, place in enumerate((whole, part)))
     with pytest.raises(OverlappingWrite, match=r"overlap at the same token"):
         run(Base(model, encode(model, PROMPTS)), [Row(0, edits, 3)])
+
+
+def test_a_token_before_all_edits_is_read_as_the_run_has_it() -> None:
+    model = double("llama")
+    given = encode(model, PROMPTS)
+    edited, read_at = engine.expand(model, ["layers[0].mlp.output", "layers[1].attn.output"])
+    read = Read(read_at, (1, 4))
+    row = Row(0, (Edit.of(edited, (3,), torch.ones(1, 16, dtype=torch.float64)),), None, (read,))
+    _, (expected,) = by_hooks(model, given.ids[0], row)
+    found = run(Base(model, given), [row]).readings[0, read]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-12)
+
+
+def test_a_head_and_the_whole_query_overlap_and_other_columns_of_one_matrix_do_not() -> None:
+    """In GPT-2 queries, keys and values are columns of one output, and head 1 begins where no other site does."""
+    model = double("gpt2")
+    base = Base(model, encode(model, PROMPTS))
+    whole, head, keys = engine.expand(model, ["layers[0].attn.q", "layers[0].heads[1].q", "layers[0].groups[1].k"])
+
+    def row(one: Path, other: Path, width: int, other_width: int) -> Row:
+        edits = (Edit.of(one, (1,), torch.ones(1, width)), Edit.of(other, (1,), torch.ones(1, other_width)))
+        return Row(0, edits, end=2)
+
+    for rows in ([row(whole, head, 16, 4)], [row(head, whole, 4, 16)]):
+        with pytest.raises(OverlappingWrite, match="overlap at the same token"):
+            run(base, rows)
+    run(base, [row(whole, keys, 16, 4)])

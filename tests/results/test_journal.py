@@ -130,6 +130,19 @@ def test_lines_that_are_missing_or_come_twice_are_errors(tmp_path: Path) -> None
         assert path.read_bytes() == b"".join(changed)
 
 
+def test_a_cell_that_stands_in_two_lines_with_two_values_is_an_error(tmp_path: Path) -> None:
+    """Both lines are whole and in order, as two writers on a file system without locks may leave them."""
+    path = tmp_path / "run.jsonl"
+    first, *lines = _write(path, CHUNKS[:2]).splitlines(keepends=True)
+    other = _write(tmp_path / "other.jsonl", [CHUNKS[1], ([0], [1], [7.0])]).splitlines(keepends=True)[2]
+    path.write_bytes(b"".join((first, lines[0], other)))
+    with pytest.raises(FileError, match=r"line 3 of .* is damaged"):
+        _records(path)
+    same = _write(tmp_path / "same.jsonl", [CHUNKS[1], CHUNKS[0]]).splitlines(keepends=True)[2]
+    path.write_bytes(b"".join((first, lines[0], same)))
+    assert _bits(_records(path)) == _expected(CHUNKS[:1])
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

@@ -82,6 +82,8 @@ def test_pca_finds_what_was_planted() -> None:
     found = ns.Subspace.pca(saved, k=2)
     assert found.angles(ns.Subspace(PLACE, plane)).max() < 1e-4
     assert found.about["variance"] > 0.999
+    spread = torch.linalg.eigvalsh(values.T.cov())
+    assert math.isclose(ns.Subspace.pca(saved, k=1).about["variance"], float(spread[-1] / spread.sum()), rel_tol=1e-9)
     with pytest.raises(BadArgument, match="50 rows vary in 16"):
         ns.Subspace.pca(saved, k=17)
     with pytest.raises(BadArgument, match="vary in 1 direction"):
