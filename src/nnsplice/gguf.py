@@ -112,7 +112,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, n
 
 def _outline(path: Any, raw: bytes | mmap.mmap) -> Outline:
     try:
-        reader = _Reader(raw, 4)
+        reader = _Reader(raw)
         (version,) = reader.take("<I")
         if version not in (2, 3):
             raise FileError(f"{path} has GGUF version {version}", expected="2 or 3")
@@ -147,8 +147,8 @@ def _array(path: Any, raw: bytes, tensor: TensorInfo) -> np.ndarray:
 class _Reader:
     """Reads one thing after another."""
 
-    def __init__(self, raw: bytes | mmap.mmap, at: int) -> None:
-        self.raw, self.at = raw, at
+    def __init__(self, raw: bytes | mmap.mmap) -> None:
+        self.raw, self.at = raw, 4  # behind the magic number
 
     def take(self, form: str) -> tuple[Any, ...]:
         """Numbers, packed as `struct` says."""

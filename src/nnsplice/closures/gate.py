@@ -327,7 +327,7 @@ def _refusal(
         "" if closure.gap == float("inf") else f" (by {closure.gap:.1e}, where rounding makes {closure.allowed:.0e})"
     )
     shown = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
-    sound = [PROMISES[other][0] for other in PROMISES if other != kind and _sound(model, known, other)]
+    sound = [PROMISES[other][0] for other in PROMISES if other != kind and _sound(known, other)]
     return RefusedPlace(
         f"{name} would not be what its name says in layer{'s' * (len(layers) > 1)} {shown} of this model: "
         f"{closure.found}{number}",
@@ -338,7 +338,7 @@ def _refusal(
     )
 
 
-def _sound(model: Any, known: _Measured, kind: Kind) -> bool:
+def _sound(known: _Measured, kind: Kind) -> bool:
     """Whether a kind is there and holds in all layers, of what has been measured."""
     found = [closure for of in known.closures.values() for closure in of if closure.kind == kind]
     return bool(found) and all(closure.holds for closure in found)

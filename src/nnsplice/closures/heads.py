@@ -128,7 +128,7 @@ def codewords(count: int) -> list[frozenset[int]]:
 _NAMES: dict[Part, str] = {"q": "query", "k": "key", "v": "value", "gate": "gate"}
 
 
-def influence(tower: Tower, layers: list[Tied], what: str = "") -> Iterator[Closure]:
+def influence(tower: Tower, layers: list[Tied]) -> Iterator[Closure]:
     """Which columns of q, k, v and gates each slice depends on, for all layers together."""
     outside = {(t.block.index, role, part): 0.0 for t in layers for role in t.parts for part in ("heads", "tokens")}
     for by in ("head", "group"):

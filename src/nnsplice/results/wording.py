@@ -83,9 +83,9 @@ def sentence(tokens: Sequence[str]) -> str:
     return ("" if any(any(c.isspace() for c in token) for token in tokens) else " ").join(tokens).strip()
 
 
-def brief(prompt: str, most: int = 150) -> str:
+def brief(prompt: str) -> str:
     """A prompt without its middle, where it is too long for a title; it ends as the model sees it."""
-    return prompt if len(prompt) <= most else f"{prompt[: most // 2 - 3]} ... {prompt[-(most // 2 - 2) :]}"
+    return prompt if len(prompt) <= 150 else f"{prompt[:72]} ... {prompt[-73:]}"
 
 
 def visible(text: str) -> str:

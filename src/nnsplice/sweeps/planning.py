@@ -112,7 +112,7 @@ def plan_sweep(
         if other is not None:
             other_model.check(model, other, edited, chosen, pair=corrupted is not None, corrupts=corruption is not None)
         elif corrupted is None and corruption is None and chosen.name == "patch":
-            raise nothing_differs("corrupted is None")
+            raise nothing_differs()
         _check_reference(chosen, reference)
         reference = None if reference is None else reference._located(model)
         runs = None
@@ -251,10 +251,10 @@ def _tell_of_sameness(edited: Prompts, source: Prompts | None) -> None:
         )
 
 
-def nothing_differs(found: str) -> BadArgument:
+def nothing_differs() -> BadArgument:
     """The error for a patch between two runs that are one."""
     return BadArgument(
-        f"{found}, so patching would change nothing",
+        "corrupted is None, so patching would change nothing",
         expected="corrupted prompts in which something differs",
         write="ns.ablate(model, prompts, sites, metric), which needs no second prompt",
     )
