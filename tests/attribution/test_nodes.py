@@ -350,3 +350,14 @@ def test_a_rough_guess_says_so(sites: Any, method: str, told: bool) -> None:
     result = attribute(wrap("gpt2"), sites, method)
     assert ("rough guess for the residual stream" in result.run.note) == told
     assert ("rough guess" in repr(result)) == told
+
+
+def test_a_span_of_several_tokens_is_worth_what_its_tokens_are_worth_together() -> None:
+    """One gradient is linear in what changes, so a cell of two tokens is the sum of their cells."""
+    model, pair = double("llama"), ("w3 w4 w5 w6", "w3 w9 w12 w6")
+    site = "layers[1].mlp.output"
+    both = ns.attribute(model, *pair, f'{site}["s"]', METRIC, progress=False, spans={"s": (1, 3)})
+    each = ns.attribute(model, *pair, f"{site}[1:3]", METRIC, progress=False)
+    assert both.table.values.shape == (1, 1) and each.table.values.shape == (1, 2)
+    np.testing.assert_allclose(both.change().values.sum(), each.change().values.sum(), rtol=0, atol=1e-12)
+    assert abs(each.change().values).min() > 1e-9

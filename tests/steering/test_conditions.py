@@ -129,3 +129,9 @@ def test_a_condition_that_comes_too_late_is_refused(model) -> None:
     with pytest.raises(ValueError, match="not met before it was needed"):
         with ns.steering.steer(model, vector(1), when=beyond):
             model._module(torch.tensor([[3, 4]]))
+
+
+def test_a_condition_of_two_bounds_holds_between_them() -> None:
+    states = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])  # cosines 1, 0.71, 0, -1
+    between = ns.steering.similar(torch.tensor([1.0, 0.0]), "layers[0].output[-1]", above=-0.5, below=0.9)
+    assert between.holds(states).tolist() == [False, True, True, False]
