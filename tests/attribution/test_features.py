@@ -217,7 +217,7 @@ def test_exact_edges_are_what_one_receiver_makes_of_a_part(place: str) -> None:
 
 
 def test_an_error_is_patched_in_a_subspace_alone() -> None:
-    model, sae = _double(), sae_of("topk")
+    model, sae = double("llama"), sae_of("topk")
     at = ns.attach_sae(model, "layers[1].output", sae, "s")
     subspace = ns.Subspace.of(
         "layers[1].output", torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).double()
