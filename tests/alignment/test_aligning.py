@@ -15,8 +15,8 @@ from alignment.planted import planted
 from nnsplice import packed
 from nnsplice.alignment import aligning, training
 from nnsplice.alignment.measuring import memo_of
-from nnsplice.alignment.pairs import side_of, split
-from nnsplice.alignment.parts import METHODS
+from nnsplice.alignment.pairs import pair_runs, split
+from nnsplice.alignment.parametrisations import METHODS
 from nnsplice.alignment.untrained import untrained
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, FileError, RefusedPlace, ShapeError, UnknownPath
@@ -68,8 +68,8 @@ def _hooked_loss(root: Any, module: Any, position: int, part: Any, pair: int) ->
 def test_gradients_through_packed_rows_are_those_of_plain_hooks(family: str, method: str) -> None:
     model = double(family)
     plan = plan_sweep(model, SOURCE, BASE, ["layers[:].output[0]", "layers[:].mlp.output[2]"], ns.accuracy(ANSWERS))
-    side = side_of("model", model, plan, 4096)
-    root: Any = unwrap(model)
+    side = pair_runs("model", model, plan, 4096)
+    root: Any = peel(model)
     root.requires_grad_(False)
     largest = 0.0
     for target in sorted({target for _, target in plan.jobs}):

@@ -23,7 +23,7 @@ from attribution.oracle import bare
 from attribution.test_nodes import linear
 from families.build import build, prompt
 from nnsplice.attribution import relevance
-from nnsplice.attribution.norms import Norm, norms_of
+from nnsplice.attribution.norms import MeasuredNorm, norms_of
 from zoo import FAMILIES, MASKED, SEQ2SEQ, double, tokenizer, wrap
 
 CLEAN, CORRUPTED = "w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7"
@@ -155,7 +155,7 @@ def test_whether_a_norm_subtracts_the_mean_is_measured(family: str, dtype: torch
 def test_scores_of_a_norm_whose_mean_is_left_out_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
     right: Any = scored(double("cohere"), "relp").table.edges
 
-    def uncentred(model: Any, names: list[str]) -> dict[str, Norm]:
+    def uncentred(model: Any, names: list[str]) -> dict[str, MeasuredNorm]:
         return {name: replace(norm, centred=False) for name, norm in norms_of(model, names).items()}
 
     monkeypatch.setattr(relevance, "norms_of", uncentred)

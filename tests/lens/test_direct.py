@@ -14,7 +14,7 @@ from families.lenses_of import direct_law
 from families.subject import Subject, hooks
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
-from nnsplice.lens.linear import Frozen
+from nnsplice.lens.linear import FrozenNorm
 from zoo import wrap
 
 #: Norms with and without a mean and a bias, before, behind and around branches; caps; parallel branches; experts.
@@ -205,7 +205,7 @@ def test_a_norm_is_measured(norm: nn.Module) -> None:
             parameter.normal_()
     states, towards = torch.randn(3, width, dtype=torch.float64), torch.randn(3, width, dtype=torch.float64)
     with torch.no_grad():
-        frozen = Frozen.of(norm, "norm", states, norm(states))
+        frozen = FrozenNorm.of(norm, "norm", states, norm(states))
         value = (frozen.back(towards) * states).sum(-1) + frozen.constant(towards)
         torch.testing.assert_close(value, (norm(states) * towards).sum(-1))
     assert frozen.centres == isinstance(norm, nn.LayerNorm) and float(frozen.rounding.abs().max()) < 1e-12
@@ -214,7 +214,7 @@ def test_a_norm_is_measured(norm: nn.Module) -> None:
 def test_what_is_no_norm_is_refused() -> None:
     states = torch.randn(3, 8, dtype=torch.float64)
     with pytest.raises(RefusedPlace, match="no norm"):
-        Frozen.of(Bent(), "bent", states, Bent()(states))
+        FrozenNorm.of(Bent(), "bent", states, Bent()(states))
 
 
 def test_a_stream_with_something_more_in_it_is_refused() -> None:

@@ -2,12 +2,12 @@
 
 aligning     align: from pairs and sites to an Alignment
 alignment    Alignment: held-out accuracy by site beside its controls, and the subspaces that were found
-pairs        the question: pairs told apart into training and held-out ones, sites, and one model's side of it
-parts        what is trained: a rotation, a rotation with a boundary, a mask
+pairs        the training and held-out pairs, the sites, and one model's runs of them
+parametrisations  what is trained: a rotation, a rotation with a boundary, a mask
 training     the training of the sites of one layer
 measuring    the accuracy of subspaces on held-out pairs
 untrained    the same model with random weights
-units        what is finished, in a folder, so that a run goes on after a stop
+journal      finished layers, in a folder, so that a run goes on after a stop
 """
 
 from nnsplice.alignment.aligning import align

@@ -13,11 +13,11 @@ import numpy as np
 from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.alignment.alignment import IIA, MEASURED, RANDOM, UNTRAINED, WHOLE, Alignment
+from nnsplice.alignment.journal import AlignmentJournal, as_tensor
 from nnsplice.alignment.measuring import accuracies
-from nnsplice.alignment.pairs import Side, Split, check_sites, seeded, side_of, split
-from nnsplice.alignment.parts import METHODS
-from nnsplice.alignment.training import Recordings, Setting, train
-from nnsplice.alignment.units import Units, as_tensor
+from nnsplice.alignment.pairs import PairRuns, PairSplit, check_sites, pair_runs, seeded, split
+from nnsplice.alignment.parametrisations import METHODS
+from nnsplice.alignment.training import AlignmentOptions, Recordings, train
 from nnsplice.alignment.untrained import untrained
 from nnsplice.errors import BadArgument, ShapeError, circumstances
 from nnsplice.metrics import Answer, Bound, accuracy, log_probability
@@ -112,7 +112,7 @@ def align(
     with circumstances("ns.align"):
         setting = _setting(method, k, epochs, batch_size, learning_rate, patience, seed)
         check_mode(model)
-        ask = _Ask(base, source, answers, sites, spans, align, setting, engine.room(model, max_tokens))
+        ask = _Request(base, source, answers, sites, spans, align, setting, engine.room(model, max_tokens))
         plan = ask.plan(model)
         check_sites(plan)
         pairs = split(len(plan.corrupted), held_out, seed)
@@ -121,7 +121,7 @@ def align(
     asked = {**plan.asked, "alignment": {**asdict(setting), "held_out": list(pairs.held_out)}}
     if random_model is not None:
         asked["alignment"]["random_model"] = engine.weights_digest(twin)
-    units = Units.open(journal, asked)
+    units = AlignmentJournal.open(journal, asked)
     cells = sum(len(targets) for targets in ask.groups(plan).values())
     with bar("align", 2 * cells * epochs, "epoch", progress) as shown:
         own, cost = _searched(ask, "model", model, plan, pairs, units, shown.update)
@@ -132,7 +132,7 @@ def align(
 
 def _setting(
     method: str, k: int, epochs: int, batch_size: int, learning_rate: float | None, patience: int, seed: int
-) -> Setting:
+) -> AlignmentOptions:
     if method not in METHODS:
         raise BadArgument(f"method={method!r}", expected=", ".join(map(repr, METHODS)))
     for name, value in (("k", k), ("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
@@ -141,11 +141,11 @@ def _setting(
     rate = METHODS[method].learning_rate if learning_rate is None else learning_rate
     if not rate > 0:
         raise BadArgument(f"learning_rate={rate!r}", expected="a positive number")
-    return Setting(method, k, epochs, batch_size, float(rate), patience, seed)
+    return AlignmentOptions(method, k, epochs, batch_size, float(rate), patience, seed)
 
 
 @dataclass(frozen=True)
-class _Ask:
+class _Request:
     """What was asked, of whichever model."""
 
     base: PromptsLike
@@ -154,7 +154,7 @@ class _Ask:
     sites: Sites
     spans: PairSpanTexts | None
     align: str
-    setting: Setting
+    setting: AlignmentOptions
     room: int
 
     def plan(self, model: engine.Model) -> Plan:
@@ -178,10 +178,10 @@ class _Ask:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Findings:
     """What one model gave."""
 
-    side: Side
+    side: PairRuns
     subspaces: Mapping[int, Subspace]
     #: `[pair, site]` by what was measured; all pairs, NaN where nothing was.
     values: Mapping[str, np.ndarray]
@@ -190,12 +190,18 @@ class _Found:
 
 
 def _searched(
-    ask: _Ask, name: str, model: engine.Model, plan: Plan, pairs: Split, units: Units, told: Callable[[int], Any]
-) -> tuple[_Found, Cost]:
+    ask: _Request,
+    name: str,
+    model: engine.Model,
+    plan: Plan,
+    pairs: PairSplit,
+    units: AlignmentJournal,
+    told: Callable[[int], Any],
+) -> tuple[_Findings, Cost]:
     """Train and measure every site on one model, layer by layer."""
     setting = ask.setting
     with engine.turn(model):  # its attention is another one while packed rows run
-        side = side_of(name, model, plan, ask.room)
+        side = pair_runs(name, model, plan, ask.room)
         cost = side.cost
         widths = {target: side.width(target) for targets in ask.groups(plan).values() for target in targets}
         _check_k(setting, plan, widths)
@@ -224,14 +230,16 @@ def _searched(
             subspaces |= made
             for what, found in measured.items():
                 values[what][np.ix_(list(pairs.held_out), list(made))] = found
-    return _Found(side, subspaces, values, recordings.passes), cost
+    return _Findings(side, subspaces, values, recordings.passes), cost
 
 
 def _measured(name: str) -> tuple[str, ...]:
     return (IIA, RANDOM, WHOLE) if name == "model" else (UNTRAINED,)
 
 
-def _numbers(side: Side, made: Mapping[int, Subspace], pairs: Split, ask: _Ask) -> tuple[dict[str, np.ndarray], Cost]:
+def _numbers(
+    side: PairRuns, made: Mapping[int, Subspace], pairs: PairSplit, ask: _Request
+) -> tuple[dict[str, np.ndarray], Cost]:
     """`[held-out pair, site]` of everything that is measured on a model."""
     randoms = {
         target: one.random(seed=seeded(ask.setting.seed, "random", side.plan.targets[target].cell.path).initial_seed())
@@ -246,7 +254,9 @@ def _numbers(side: Side, made: Mapping[int, Subspace], pairs: Split, ask: _Ask) 
     return found, cost
 
 
-def _subspace(plan: Plan, target: int, basis: Any, setting: Setting, losses: Mapping[str, Sequence[float]]) -> Subspace:
+def _subspace(
+    plan: Plan, target: int, basis: Any, setting: AlignmentOptions, losses: Mapping[str, Sequence[float]]
+) -> Subspace:
     cell = plan.targets[target].cell
     place = str(plan.targets[target].places[0].place)
     own = losses[str(target)]
@@ -257,7 +267,7 @@ def _subspace(plan: Plan, target: int, basis: Any, setting: Setting, losses: Map
     return Subspace(place, Subspace.of(place, basis).basis, about)
 
 
-def _check_k(setting: Setting, plan: Plan, widths: Mapping[int, int]) -> None:
+def _check_k(setting: AlignmentOptions, plan: Plan, widths: Mapping[int, int]) -> None:
     for target, width in widths.items():
         if setting.k > width:
             raise ShapeError(
@@ -267,11 +277,13 @@ def _check_k(setting: Setting, plan: Plan, widths: Mapping[int, int]) -> None:
             )
 
 
-def _note(own: _Found, other: _Found) -> str:
+def _note(own: _Findings, other: _Findings) -> str:
     return f"{own.passes} and {other.passes} batches of base prompts recorded, each for all layers and epochs"
 
 
-def _alignment(plan: Plan, pairs: Split, asked: Mapping[str, Any], own: _Found, other: _Found, about: Run) -> Alignment:
+def _alignment(
+    plan: Plan, pairs: PairSplit, asked: Mapping[str, Any], own: _Findings, other: _Findings, about: Run
+) -> Alignment:
     held = list(pairs.held_out)
     values = np.stack([(own if name in own.values else other).values[name][held] for name in MEASURED], -1)
     sides = [own.side if name in own.values else other.side for name in MEASURED]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from nnsplice import packed
-from nnsplice.alignment.pairs import Side
+from nnsplice.alignment.pairs import PairRuns
 from nnsplice.packed import Base, Cost
 from nnsplice.subspaces import Subspace
 from nnsplice.sweeps.jobs import Job
@@ -17,7 +17,7 @@ from nnsplice.sweeps.packing import measured_states, row_of, tokens_of
 
 
 def accuracies(
-    side: Side, subspaces: Mapping[int, Subspace | None], pairs: Sequence[int], room: int
+    side: PairRuns, subspaces: Mapping[int, Subspace | None], pairs: Sequence[int], room: int
 ) -> tuple[np.ndarray, Cost]:
     """`[pair, site]`, 1 where the counterfactual answer is first, in the order of the mapping; NaN where there is none.
 
@@ -43,12 +43,12 @@ def accuracies(
     return values, cost
 
 
-def memo_of(side: Side) -> dict[str, object]:
+def memo_of(side: PairRuns) -> dict[str, object]:
     """What is known of the model before a pass is recorded: how packed rows come by their attention."""
     return {"way": side.work.memo["way"]} if "way" in side.work.memo else {}
 
 
-def blocks(side: Side, pairs: Sequence[int], room: int) -> Iterator[list[int]]:
+def blocks(side: PairRuns, pairs: Sequence[int], room: int) -> Iterator[list[int]]:
     """Pairs whose base prompts fit into one recorded pass."""
     lengths = side.plan.corrupted.lengths("decoder")
     block: list[int] = []
@@ -61,7 +61,7 @@ def blocks(side: Side, pairs: Sequence[int], room: int) -> Iterator[list[int]]:
         yield block
 
 
-def fitting(side: Side, jobs: Sequence[Job], room: int) -> Iterator[list[Job]]:
+def fitting(side: PairRuns, jobs: Sequence[Job], room: int) -> Iterator[list[Job]]:
     """Jobs whose own tokens fit into one pack."""
     chunk: list[Job] = []
     held = 0

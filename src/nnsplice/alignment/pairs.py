@@ -22,14 +22,14 @@ from nnsplice.sweeps.unedited import clean_run, corrupted_run
 
 
 @dataclass(frozen=True)
-class Split:
+class PairSplit:
     """The numbers of the pairs that are trained on, and of those that are not."""
 
     training: tuple[int, ...]
     held_out: tuple[int, ...]
 
 
-def split(pairs: int, held_out: float | Sequence[int], seed: int) -> Split:
+def split(pairs: int, held_out: float | Sequence[int], seed: int) -> PairSplit:
     """Training pairs, shuffled, and held-out ones.
 
     Args:
@@ -46,17 +46,17 @@ def split(pairs: int, held_out: float | Sequence[int], seed: int) -> Split:
                 expected="a share between 0 and 1 of two pairs or more, or the numbers of some pairs",
             )
         order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed)).tolist()
-        return Split(tuple(order[count:]), tuple(sorted(order[:count])))
+        return PairSplit(tuple(order[count:]), tuple(sorted(order[:count])))
     kept = sorted(set(held_out))
     if not kept or len(kept) == pairs or not all(isinstance(n, int) and 0 <= n < pairs for n in kept):
         raise BadArgument(f"held_out={list(held_out)[:8]}", expected=f"some of the numbers from 0 to {pairs - 1}")
     rest = [n for n in range(pairs) if n not in kept]
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Split(tuple(rest[n] for n in order), tuple(kept))
+    return PairSplit(tuple(rest[n] for n in order), tuple(kept))
 
 
 @dataclass(frozen=True)
-class Side:
+class PairRuns:
     """One model with the pairs run through it: the model that is asked about, or its random twin."""
 
     #: What seeds and files call it.
@@ -84,7 +84,7 @@ class Side:
         return tensor.shape[-1]
 
 
-def side_of(name: str, model: engine.Model, plan: Plan, room: int) -> Side:
+def pair_runs(name: str, model: engine.Model, plan: Plan, room: int) -> PairRuns:
     """Run the pairs through a model, and see that packed rows give its numbers.
 
     Raises:
@@ -96,7 +96,7 @@ def side_of(name: str, model: engine.Model, plan: Plan, room: int) -> Side:
     corrupted_logits, more = corrupted_run(model, plan, room)
     every = range(len(plan.corrupted))
     clean, corrupted = [plan.metric(one, every).double().cpu().numpy() for one in (clean_logits, corrupted_logits)]
-    return Side(name, work, clean, corrupted, spent + more)
+    return PairRuns(name, work, clean, corrupted, spent + more)
 
 
 def check_sites(plan: Plan) -> None:

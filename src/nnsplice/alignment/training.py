@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from nnsplice import packed
 from nnsplice.alignment.measuring import blocks, memo_of
-from nnsplice.alignment.pairs import Side, seeded
-from nnsplice.alignment.parts import METHODS, Part
+from nnsplice.alignment.pairs import PairRuns, seeded
+from nnsplice.alignment.parametrisations import METHODS, TrainableSubspace
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound
@@ -33,7 +33,7 @@ BETTER, LOW_ENOUGH = 0.01, 1e-4
 
 
 @dataclass(frozen=True)
-class Setting:
+class AlignmentOptions:
     """How a part is trained."""
 
     method: str
@@ -59,14 +59,14 @@ class Trained:
 class Recordings:
     """The base runs of a model's training pairs, batch by batch, each recorded once while they fit."""
 
-    side: Side
+    side: PairRuns
     batches: tuple[tuple[int, ...], ...]
     bases: dict[int, Base] = field(default_factory=dict)
     held: int = 0
     passes: int = 0
 
     @classmethod
-    def of(cls, side: Side, pairs: Sequence[int], setting: Setting, room: int) -> Recordings:
+    def of(cls, side: PairRuns, pairs: Sequence[int], setting: AlignmentOptions, room: int) -> Recordings:
         """Batches of the pairs in their order, smaller ones where a batch does not fit."""
         size = setting.batch_size
         batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
@@ -88,7 +88,7 @@ class Recordings:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _BatchRows:
     """The rows of a site and a batch, made once for all epochs."""
 
     rows: Sequence[Row]
@@ -97,14 +97,14 @@ class _Ready:
 
 
 @dataclass
-class _Site:
+class _SiteTraining:
     """A site in training."""
 
-    part: Part
+    part: TrainableSubspace
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     #: By the number of the batch; those without a pair that differs at the site have none.
-    ready: Mapping[int, _Ready]
+    ready: Mapping[int, _BatchRows]
     losses: list[float] = field(default_factory=list)
     best: float = math.inf
     waited: int = 0
@@ -124,7 +124,7 @@ def train(
     recordings: Recordings,
     targets: Sequence[int],
     loss_of: Bound,
-    setting: Setting,
+    setting: AlignmentOptions,
     room: int,
     told: Callable[[int], Any] = lambda epochs: None,
 ) -> tuple[dict[int, Trained], Cost]:
@@ -156,7 +156,7 @@ def train(
     return {t: Trained(site.part.basis().cpu().contiguous(), tuple(site.losses)) for t, site in sites.items()}, cost
 
 
-def _site(recordings: Recordings, target: int, setting: Setting, steps: int) -> _Site:
+def _site(recordings: Recordings, target: int, setting: AlignmentOptions, steps: int) -> _SiteTraining:
     side, method = recordings.side, METHODS[setting.method]
     path = side.plan.targets[target].cell.path
     like = next(p for p in unwrap(side.work.model).parameters() if p.is_floating_point())
@@ -166,19 +166,19 @@ def _site(recordings: Recordings, target: int, setting: Setting, steps: int) -> 
     part = part.to(like.device, torch.promote_types(like.dtype, torch.float32))
     optimizer = torch.optim.Adam(part.parameters(), lr=setting.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / steps, 0.0))
-    ready: dict[int, _Ready] = {}
+    ready: dict[int, _BatchRows] = {}
     for number, batch in enumerate(recordings.batches):
         jobs = side.jobs(target, batch)
         if jobs:
             rows = [_held(row_of(side.work, job, part.change), side.width(target)) for job in jobs]
-            ready[number] = _Ready(rows, [pair for pair, _ in jobs], sum(tokens_of(side.work, jobs)))
+            ready[number] = _BatchRows(rows, [pair for pair, _ in jobs], sum(tokens_of(side.work, jobs)))
     if not ready:
         raise BadArgument(
             "both runs of every training pair are one at this site, so nothing can be trained there",
             path=path,
             expected="more pairs that differ there, or other held-out ones",
         )
-    return _Site(part, optimizer, schedule, ready)
+    return _SiteTraining(part, optimizer, schedule, ready)
 
 
 def _held(row: Row, width: int) -> Row:
@@ -193,7 +193,7 @@ def _held(row: Row, width: int) -> Row:
 def _step(
     recordings: Recordings,
     number: int,
-    active: Mapping[int, _Site],
+    active: Mapping[int, _SiteTraining],
     loss_of: Bound,
     progress: float,
     room: int,
@@ -224,9 +224,9 @@ def _step(
     return cost
 
 
-def _together(sites: Mapping[int, _Site], number: int, room: int) -> Iterator[dict[int, _Site]]:
+def _together(sites: Mapping[int, _SiteTraining], number: int, room: int) -> Iterator[dict[int, _SiteTraining]]:
     """Sites whose rows of a batch fit into one pack."""
-    some: dict[int, _Site] = {}
+    some: dict[int, _SiteTraining] = {}
     held = 0
     for target, site in sites.items():
         if some and held + site.ready[number].tokens > room:

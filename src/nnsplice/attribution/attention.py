@@ -27,7 +27,7 @@ _HARMLESS = {
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionRecord:
     """What one attention module computed with."""
 
     #: `[prompt, head, token, width]` and `[prompt, group, token, width]`, as they met: rotated and normalised.
@@ -58,20 +58,20 @@ class Attended:
         return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
 
-Seen = dict[nn.Module, Attended]
+AttentionRecords = dict[nn.Module, AttentionRecord]
 
 
-class _Active(threading.local):
+class _ActiveRecording(threading.local):
     """What this thread keeps, and what ran before: the name of its attention by each config's id."""
 
-    now: tuple[Seen, dict[int, str]] | None = None
+    now: tuple[AttentionRecords, dict[int, str]] | None = None
 
 
-_active = _Active()
+_active = _ActiveRecording()
 
 
 @contextmanager
-def probabilities(root: nn.Module) -> Iterator[Seen]:
+def probabilities(root: nn.Module) -> Iterator[AttentionRecords]:
     """Let every attention of the model keep what it computed with; its own way is back afterwards."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
@@ -103,11 +103,11 @@ def _attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if before.get(id(getattr(module, "config", None))) == "sdpa":
         softcap = None  # sdpa has none: older transformers leave it out without a word, newer ones refuse to run
-    plain = Attended(query, key, query, scaling, attention_mask, softcap, sinks)
+    plain = AttentionRecord(query, key, query, scaling, attention_mask, softcap, sinks)
     scores = plain.scores(query, key)
     # In half precision the softmax is taken in single, as everywhere in transformers.
     weights = plain.softmax(scores if scores.dtype == torch.float64 else scores.float()).to(value)
-    seen[module] = Attended(query.detach(), key.detach(), weights, scaling, attention_mask, softcap, sinks)
+    seen[module] = AttentionRecord(query.detach(), key.detach(), weights, scaling, attention_mask, softcap, sinks)
     values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     return (weights @ values).transpose(1, 2).contiguous(), None  # some modules take a view of it
 
@@ -115,7 +115,7 @@ def _attend(
 # --- what a patched query or key does to them -------------------------------------------------------------------------
 
 
-def worth_of_queries(here: Attended, there: Attended, gradient: Tensor) -> Tensor:
+def worth_of_queries(here: AttentionRecord, there: AttentionRecord, gradient: Tensor) -> Tensor:
     """`[prompt, head, token]`: what the metric gains by each query of the other run, along the probabilities' gradient.
 
     The probabilities with the other query are computed, not estimated.
@@ -125,7 +125,7 @@ def worth_of_queries(here: Attended, there: Attended, gradient: Tensor) -> Tenso
     return (moved * gradient.double()).sum(-1)
 
 
-def worth_of_keys(here: Attended, there: Attended, gradient: Tensor) -> Tensor:
+def worth_of_keys(here: AttentionRecord, there: AttentionRecord, gradient: Tensor) -> Tensor:
     """`[prompt, head, token]`: the same for each key, as each head reads it; a group's is the sum over its heads."""
     query = here.query.double()
     scores, other = here.scores(query, here.key.double()), here.scores(query, there.key.double())

@@ -10,8 +10,8 @@ from typing import Any
 from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts, PromptsLike
 from nnsplice.attribution import edges, exact, selecting, verifying
-from nnsplice.attribution.methods import METHODS, Estimator, Method, steps_of
-from nnsplice.attribution.selecting import AUTO, Choice
+from nnsplice.attribution.methods import METHODS, AttributionMethod, Estimator, steps_of
+from nnsplice.attribution.selecting import AUTO, MethodChoice
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import MetricLike, Several
 from nnsplice.paths import Paths
@@ -113,9 +113,9 @@ def attribute(
     with circumstances("ns.attribute"):
         together = receivers is not None if chosen is None else chosen.nodes is None
         plan = planned(model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together)
-        graph = edges.Graph.of(model, plan, receivers) if together else None
+        graph = edges.EdgeGraph.of(model, plan, receivers) if together else None
         at_once = engine.room(model, max_tokens)
-        choice: Choice | None = None
+        choice: MethodChoice | None = None
         if chosen is None:
             each = {
                 name: Estimator(model, plan, name, one, graph, steps_of(one, steps), at_once, progress=False)
@@ -144,10 +144,10 @@ def asked_of(model: Any, plan: Plan, method: str, receivers: Paths | None, steps
     """What the estimates of a plan are asked for: their identity, but for what is verified, and what `auto` takes."""
     check_numbers(steps, 0)
     if method == AUTO:
-        graph = None if receivers is None else edges.Graph.of(engine.as_model(model), plan, receivers)
+        graph = None if receivers is None else edges.EdgeGraph.of(engine.as_model(model), plan, receivers)
         return {**plan.asked, **_AUTO_ASKED, **({} if graph is None else {"receivers": list(graph.receivers)})}
     chosen = method_named(method, receivers, steps, 0)
-    graph = edges.Graph.of(engine.as_model(model), plan, receivers) if chosen.nodes is None else None
+    graph = edges.EdgeGraph.of(engine.as_model(model), plan, receivers) if chosen.nodes is None else None
     return told_of(plan, method, steps_of(chosen, steps), graph)
 
 
@@ -178,13 +178,13 @@ def planned(
     return plan
 
 
-def told_of(plan: Plan, method: str, steps: int, graph: edges.Graph | None) -> dict[str, Any]:
+def told_of(plan: Plan, method: str, steps: int, graph: edges.EdgeGraph | None) -> dict[str, Any]:
     """What is asked, with the method."""
     told: dict[str, Any] = {"method": method, **({"steps": steps} if steps else {})}
     return {**plan.asked, **told, **({} if graph is None else {"receivers": list(graph.receivers)})}
 
 
-def method_named(name: str, receivers: Any, steps: int | None, verify: int) -> Method:
+def method_named(name: str, receivers: Any, steps: int | None, verify: int) -> AttributionMethod:
     """A method by its name, which has to take these options.
 
     Raises:

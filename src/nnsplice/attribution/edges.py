@@ -20,8 +20,8 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import DERIVED, host, unwrap
 from nnsplice.attribution.branches import Branch, Branches, branches_of
-from nnsplice.attribution.gradients import Flow, spot
-from nnsplice.attribution.nodes import Batch, PartsMoved, points, scaled_features
+from nnsplice.attribution.gradients import GradientRun, value_key
+from nnsplice.attribution.nodes import AttributionBatch, FeatureDifferences, points, scaled_features
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.sweeps.expansion import tokens_of
@@ -53,7 +53,7 @@ class Receiver:
 
 
 @dataclass(frozen=True)
-class Graph:
+class EdgeGraph:
     """Who may send to whom."""
 
     senders: Mapping[Path, Sender]
@@ -61,7 +61,7 @@ class Graph:
     all: tuple[Receiver, ...]
 
     @staticmethod
-    def of(model: engine.Model, plan: Plan, receivers: Paths | None) -> Graph:
+    def of(model: engine.Model, plan: Plan, receivers: Paths | None) -> EdgeGraph:
         """For a plan whose sites are senders, each a site by itself."""
         if plan.corrupted.images is not None:
             raise BadArgument(
@@ -90,7 +90,7 @@ class Graph:
                 "no sender comes before a receiver, so there is no edge between them",
                 expected="senders that run before the receivers",
             )
-        return Graph(senders, tuple(reached))
+        return EdgeGraph(senders, tuple(reached))
 
     @cached_property
     def receivers(self) -> tuple[str, ...]:
@@ -102,24 +102,24 @@ class Graph:
         at = torch.tensor([max(self.senders[p].adds_at for p in target.places) for target in plan.targets])
         return at[:, None] <= torch.tensor([one.reads_at for one in self.all])[None]
 
-    def scores(self, batch: Batch) -> tuple[Flow, Tensor]:
+    def scores(self, batch: AttributionBatch) -> tuple[GradientRun, Tensor]:
         """The corrupted run of a batch, and `[row, cell, receiver]`; zero where there is no edge."""
         reads = [path.place for one in self.all for path in ((one.reads, one.path) if one.branch else (one.reads,))]
         if not batch.steps:
             here = batch.run([*batch.paths, *self._ends(batch), *reads])
             return here, self._along(batch, here, [(1.0, here)])
         here = batch.run([*batch.paths, *self._ends(batch), batch.entry], tied=False)
-        entry = spot(site_of(batch.entry))
+        entry = value_key(site_of(batch.entry))
         way = points(batch, here.values[entry], batch.clean[entry])
         # What a feature sends has the scale of the point, where its SAE scales its inputs.
         reads += scaled_features(batch)
         runs = ((weight, batch.run(reads, mixed=mixed)) for weight, mixed in way)
         return here, self._along(batch, here, runs)
 
-    def _along(self, batch: Batch, here: Flow, runs: Iterable[tuple[float, Flow]]) -> Tensor:
+    def _along(self, batch: AttributionBatch, here: GradientRun, runs: Iterable[tuple[float, GradientRun]]) -> Tensor:
         """The senders' changes along each receiver's gradient, in the mean over the runs."""
         scores = torch.zeros(len(batch.rows), len(batch.plan.targets), len(self.all), dtype=torch.float64)
-        parts, scaled = PartsMoved(batch, here), scaled_features(batch)
+        parts, scaled = FeatureDifferences(batch, here), scaled_features(batch)
         # `[row and token, sender, width]`, so that many receivers are one product of matrices.
         stacked = torch.stack(self._sent(batch, here, parts), -2).flatten(0, 1)
         for weight, one in runs:
@@ -138,16 +138,16 @@ class Graph:
                     scores[..., at].index_put_((wanted.rows, wanted.cells), found, accumulate=True)
         return scores
 
-    def _read(self, batch: Batch, one: Flow) -> Iterator[Tensor]:
+    def _read(self, batch: AttributionBatch, one: GradientRun) -> Iterator[Tensor]:
         """The metric's gradient at the stream as each receiver reads it: `[row, token, width]`."""
         metric = batch.metric(one)
-        spots = dict.fromkeys(spot(site_of(r.path if r.branch else r.reads)) for r in self.all)
-        gradients = batch.pulled(metric, one, spots, again=True)
-        masks = _Masks(batch)
+        value_keys = dict.fromkeys(value_key(site_of(r.path if r.branch else r.reads)) for r in self.all)
+        gradients = batch.pulled(metric, one, value_keys, again=True)
+        masks = _TokenMasks(batch)
         for receiver in self.all:
-            stream, site = spot(site_of(receiver.reads)), site_of(receiver.path)
+            stream, site = value_key(site_of(receiver.reads)), site_of(receiver.path)
             shape = one.values[stream].shape
-            at = spot(site) if receiver.branch else stream
+            at = value_key(site) if receiver.branch else stream
             gradient = gradients[at]
             if gradient is None:  # nothing that the metric reads comes from there
                 yield torch.zeros_like(one.values[stream])
@@ -166,53 +166,55 @@ class Graph:
 
     # --- what is sent
 
-    def _ends(self, batch: Batch) -> list[Path]:
+    def _ends(self, batch: AttributionBatch) -> list[Path]:
         """Where the branches of senders inside one add to the stream: what their projections are compared with."""
         chosen = [self.senders[path] for path in batch.paths]
         return [one.branch.added for one in chosen if one.projection is not None and one.branch is not None]
 
-    def _sent(self, batch: Batch, here: Flow, parts: PartsMoved) -> list[Tensor]:
+    def _sent(self, batch: AttributionBatch, here: GradientRun, parts: FeatureDifferences) -> list[Tensor]:
         """What each sender's change adds to the stream: `[row, token, width]`."""
         sent: list[Tensor] = []
-        ends: dict[str, Ends] = {}
+        ends: dict[str, BranchEnd] = {}
         for number, wanted in enumerate(batch.wanted):
             sender, site = self.senders[wanted.place], site_of(wanted.place)
             if wanted.place.sae is not None:
                 sent.append(self._sent_by_part(batch, here, parts, number, here))
                 continue
-            values = here.values[spot(site)]
+            values = here.values[value_key(site)]
             rows, tokens, clean_tokens = batch.tokens_on(values.device)[number]
             moved = torch.zeros_like(values)
             columns = slice(*(site.columns or (0, None)))
-            there = batch.clean[spot(site)][rows, clean_tokens, columns]
+            there = batch.clean[value_key(site)][rows, clean_tokens, columns]
             moved[rows, tokens, columns] = there - values[rows, tokens, columns]
             if sender.projection is not None:
                 if sender.projection not in ends:
-                    ends[sender.projection] = Ends.of(batch, sender, values, here)
+                    ends[sender.projection] = BranchEnd.of(batch, sender, values, here)
                 moved = ends[sender.projection].through(moved)
             sent.append(self._added(batch, sender, moved))
         return sent
 
-    def _sent_by_part(self, batch: Batch, here: Flow, parts: PartsMoved, number: int, scaled_at: Flow) -> Tensor:
+    def _sent_by_part(
+        self, batch: AttributionBatch, here: GradientRun, parts: FeatureDifferences, number: int, scaled_at: GradientRun
+    ) -> Tensor:
         """The same of a feature or an error, which is a part of what is added: it has no projection before it."""
         wanted = batch.wanted[number]
-        values = here.values[spot(site_of(wanted.place))]
+        values = here.values[value_key(site_of(wanted.place))]
         rows, tokens, _ = batch.tokens_on(values.device)[number]
         moved = torch.zeros_like(values)
         moved[rows, tokens] = parts.of(wanted, scaled_at).to(moved)
         return self._added(batch, self.senders[wanted.place], moved)
 
     @staticmethod
-    def _added(batch: Batch, sender: Sender, moved: Tensor) -> Tensor:
+    def _added(batch: AttributionBatch, sender: Sender, moved: Tensor) -> Tensor:
         if sender.branch is not None:
             moved = moved * sender.branch.block.scale  # in code, behind the last module of the branch
         return moved.double().to(batch.model.device)
 
 
-class _Masks:
+class _TokenMasks:
     """Which tokens of each row a receiver reads, on its device: receivers that read the same have one mask."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: AttributionBatch) -> None:
         self.batch = batch
         self._made: dict[Any, Tensor] = {}
 
@@ -229,7 +231,7 @@ class _Masks:
 
 
 @dataclass(frozen=True)
-class Ends:
+class BranchEnd:
     """How a branch ends: its projection and, in some families, a norm."""
 
     project: nn.Module
@@ -239,7 +241,7 @@ class Ends:
     bias: Tensor
 
     @staticmethod
-    def of(batch: Batch, sender: Sender, values: Tensor, here: Flow) -> Ends:
+    def of(batch: AttributionBatch, sender: Sender, values: Tensor, here: GradientRun) -> BranchEnd:
         """The end of a sender's branch.
 
         Raises:
@@ -249,12 +251,12 @@ class Ends:
         root, norm = unwrap(batch.model), norm_behind(sender.branch)
         project = root.get_submodule(sender.projection)
         with torch.no_grad():
-            found = Ends(
+            found = BranchEnd(
                 project, None if norm is None else root.get_submodule(norm), project(values),
                 project(torch.zeros_like(values[:1, :1])),
             )  # fmt: skip
             ends = found.before if found.norm is None else found.norm(found.before)
-        own = here.values[spot(site_of(sender.branch.added))]
+        own = here.values[value_key(site_of(sender.branch.added))]
         allowed = 1e-9 if own.dtype == torch.float64 else 1e-3 if own.dtype == torch.float32 else 5e-2
         if not torch.allclose(ends, own, rtol=allowed, atol=allowed * float(own.abs().max())):
             raise RefusedPlace(

@@ -8,7 +8,7 @@ from os import PathLike
 import numpy as np
 
 from nnsplice import engine
-from nnsplice.attribution.edges import Graph
+from nnsplice.attribution.edges import EdgeGraph
 from nnsplice.attribution.path_patching import run_paths
 from nnsplice.attribution.verifying import of_edges
 from nnsplice.errors import BadArgument
@@ -19,7 +19,7 @@ from nnsplice.sweeps.plan import Plan
 def measured(
     model: engine.Model,
     plan: Plan,
-    graph: Graph,
+    graph: EdgeGraph,
     *,
     max_tokens: int | None,
     journal: str | PathLike[str] | None,

@@ -22,29 +22,29 @@ from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 
 #: The name of a value of a run: one tensor, whatever number of heads and neurons stands in it.
-Spot = Hashable
+ValueKey = Hashable
 
 
-def spot(site: Site) -> Spot:
+def value_key(site: Site) -> ValueKey:
     """The value that a site is a part of."""
     return (*site.location, site.item)
 
 
 @dataclass(frozen=True)
-class Flow:
+class GradientRun:
     """A run over prompts of one length: its values and what it said."""
 
     rows: tuple[int, ...]
     #: What flows on in the run, where gradients arrive; its shape is the model's own.
-    tensors: Mapping[Spot, Tensor]
+    tensors: Mapping[ValueKey, Tensor]
     #: Copies of the same, `[prompt, token, width]`.
-    values: Mapping[Spot, Tensor]
+    values: Mapping[ValueKey, Tensor]
     #: The logits that the metric reads, `[prompt, vocab]`.
     logits: Tensor
 
 
 @dataclass(frozen=True)
-class Mixed:
+class InterpolatedInput:
     """What enters the first layer instead of what the run computed: a point on the way between two runs."""
 
     place: Path
@@ -53,7 +53,7 @@ class Mixed:
 
 
 @dataclass
-class Spent:
+class GradientCost:
     """What has been run so far."""
 
     cost_model: CostModel
@@ -85,16 +85,16 @@ def differentiable(model: engine.Model) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-def flow(
+def gradient_run(
     model: engine.Model,
     plan: Plan,
     rows: Sequence[int],
     paths: Sequence[Path],
     *,
     clean: bool = False,
-    mixed: Mixed | None = None,
+    mixed: InterpolatedInput | None = None,
     tied: bool = True,
-) -> Flow:
+) -> GradientRun:
     """Run these prompts and keep the values of these sites.
 
     Args:
@@ -105,22 +105,22 @@ def flow(
     prompts = plan.clean if clean else plan.corrupted
     assert prompts is not None
     known = engine.known(model)
-    wanted = {spot(site_of(path)): host(path.place) for path in paths}
+    wanted = {value_key(site_of(path)): host(path.place) for path in paths}
     if mixed is not None:
-        wanted[spot(site_of(mixed.place))] = mixed.place
+        wanted[value_key(site_of(mixed.place))] = mixed.place
     stops = accesses(model, sorted(wanted.values(), key=known.rank))
     inputs = prompts.inputs(rows, model.device)
     assert isinstance(inputs, Mapping)
     at = read_at(plan, rows[0], clean=clean)
     kept = only_read(model, at, wanted.values())
-    tensors: dict[Spot, Tensor] = {}
-    values: dict[Spot, Tensor] = {}
+    tensors: dict[ValueKey, Tensor] = {}
+    values: dict[ValueKey, Tensor] = {}
     found: list[Tensor] = []
 
     def body() -> None:
         mediator = engine.worker(model, "ns.attribute")
         for access in stops:
-            key = spot(site_of(access.paths[0]))
+            key = value_key(site_of(access.paths[0]))
             raw = access.place.read(mediator)
             inner = engine.first_input(raw) if access.place.end == "input" else raw
             tensor = wire.unpack(inner, access.item)
@@ -146,10 +146,10 @@ def flow(
 
     with torch.set_grad_enabled(tied):
         engine.run(model, {**inputs, **kept}, body)
-        return Flow(tuple(rows), tensors, values, found[0][:, at])
+        return GradientRun(tuple(rows), tensors, values, found[0][:, at])
 
 
-def measured(plan: Plan, one: Flow, clean_logits: Tensor | None) -> Tensor:
+def measured(plan: Plan, one: GradientRun, clean_logits: Tensor | None) -> Tensor:
     """The metric of each row, tied to the run.
 
     Raises:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
-from nnsplice.attribution import edges, nodes, relevance, routes, star
-from nnsplice.attribution.gradients import Flow, Spent, batches, differentiable, halving
-from nnsplice.attribution.nodes import Batch, Mixed, spot
-from nnsplice.attribution.selecting import Choice
+from nnsplice.attribution import atp_star, edges, information_flow, nodes, relevance
+from nnsplice.attribution.gradients import GradientCost, GradientRun, batches, differentiable, halving
+from nnsplice.attribution.nodes import AttributionBatch, InterpolatedInput, value_key
+from nnsplice.attribution.selecting import MethodChoice
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.progress import bar
@@ -33,11 +33,11 @@ def _plain(_model: engine.Model) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class Method:
+class AttributionMethod:
     """How scores are made."""
 
     #: For cells: a batch -> its corrupted run and `[row, cell]`. None where edges are scored.
-    nodes: Callable[[Batch], tuple[Flow, Tensor]] | None
+    nodes: Callable[[AttributionBatch], tuple[GradientRun, Tensor]] | None
     #: Whether gradients are taken along a way, of so many `steps`.
     stepwise: bool = False
     #: Whether edges are measured, and not estimated.
@@ -45,19 +45,19 @@ class Method:
     #: What gradients are taken in.
     rules: Callable[[engine.Model], AbstractContextManager[None]] = _plain
     #: For edges without gradients: the graph and a batch -> `[row, cell, receiver]`.
-    edges: Callable[[edges.Graph, Batch], Tensor] | None = None
+    edges: Callable[[edges.EdgeGraph, AttributionBatch], Tensor] | None = None
 
 
 #: The methods by name; `auto` tries them in this order.
-METHODS: dict[str, Method] = {
-    "atp": Method(nodes.at_corrupted),
-    "atp*": Method(star.with_both_fixes),
-    "ig": Method(nodes.along_the_way, stepwise=True),
-    "eap": Method(None),
-    "eap-ig": Method(None, stepwise=True),
-    "relp": Method(None, rules=relevance.rules),
-    "ifr": Method(None, edges=routes.shares),
-    "exact": Method(None, measured=True),
+METHODS: dict[str, AttributionMethod] = {
+    "atp": AttributionMethod(nodes.at_corrupted),
+    "atp*": AttributionMethod(atp_star.with_both_fixes),
+    "ig": AttributionMethod(nodes.along_the_way, stepwise=True),
+    "eap": AttributionMethod(None),
+    "eap-ig": AttributionMethod(None, stepwise=True),
+    "relp": AttributionMethod(None, rules=relevance.rules),
+    "ifr": AttributionMethod(None, edges=information_flow.shares),
+    "exact": AttributionMethod(None, measured=True),
 }
 #: What one gradient tells little of: a patch of the stream replaces all that was computed before it, which takes the
 #: model far from where the gradient was taken. Measured on a pretrained model in docs/real.md.
@@ -74,7 +74,7 @@ _SHARES = (
 STEPS = 5
 
 
-def steps_of(method: Method, steps: int | None) -> int:
+def steps_of(method: AttributionMethod, steps: int | None) -> int:
     return (STEPS if steps is None else steps) if method.stepwise else 0
 
 
@@ -87,7 +87,7 @@ class Scored:
     edges: np.ndarray | None
     clean: np.ndarray
     corrupted: np.ndarray
-    spent: Spent
+    spent: GradientCost
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Estimator:
     model: engine.Model
     plan: Plan
     name: str
-    method: Method
-    graph: edges.Graph | None
+    method: AttributionMethod
+    graph: edges.EdgeGraph | None
     steps: int
     at_once: int
     progress: bool
@@ -132,20 +132,20 @@ class Estimator:
         """Estimate the cells of these prompts."""
         model, plan, graph, method = self.model, self.plan, self.graph, self.method
         self._check()
-        spent, prompts = Spent(CostModel.of(model)), len(plan.corrupted)
+        spent, prompts = GradientCost(CostModel.of(model)), len(plan.corrupted)
         scores = np.zeros((prompts, len(plan.targets)))
         made_of = None if graph is None else np.zeros((*scores.shape, len(graph.receivers)))
         clean, corrupted = np.zeros(prompts), np.zeros(prompts)
         (entry,) = engine.expand(model, "encoder.embed" if engine.is_encoder_decoder(model) else "embed")
 
         def work(rows: list[int]) -> None:
-            wanted = nodes.wanted_of(plan, rows)
+            wanted = nodes.entries_of(plan, rows)
             paths = [one.place for one in wanted]
             if method.stepwise:
                 _check_way(plan, rows, self.name)
                 paths.append(entry)
             values, logits = nodes.clean_run(model, plan, rows, paths, spent)
-            batch = Batch(model, plan, tuple(rows), wanted, values, logits, entry, self.steps, spent)
+            batch = AttributionBatch(model, plan, tuple(rows), wanted, values, logits, entry, self.steps, spent)
             if method.stepwise and plan.corrupted.images is not None:
                 _check_end(batch, logits, self.name)
             if method.edges is not None:
@@ -186,7 +186,7 @@ class Estimator:
         found.edges[~(plan.exists()[..., None] & graph.joined(plan).numpy()[None])] = np.nan
         return replace(found, scores=scores)
 
-    def result(self, choice: Choice | None, start: float) -> SweepResult:
+    def result(self, choice: MethodChoice | None, start: float) -> SweepResult:
         """All prompts, as a result; what choosing the method has cost, and when it began, are part of its run."""
         plan, graph = self.plan, self.graph
         found, exists = self.whole(), plan.exists()
@@ -259,9 +259,11 @@ def _check_kinds(plan: Plan, name: str) -> None:
             )
 
 
-def _check_end(batch: Batch, clean: Tensor, name: str) -> None:
+def _check_end(batch: AttributionBatch, clean: Tensor, name: str) -> None:
     """Raise where the clean prompt's embeddings do not make its run, as parts of images enter elsewhere too."""
-    end = batch.run([], mixed=Mixed(batch.entry, batch.clean[spot(site_of(batch.entry))]), tied=False).logits
+    end = batch.run(
+        [], mixed=InterpolatedInput(batch.entry, batch.clean[value_key(site_of(batch.entry))]), tied=False
+    ).logits
     if bool((end - clean).abs().max() > TOLERANCE.get(clean.dtype, 2e-1) * clean.abs().max()):
         raise BadArgument(
             f"{name} goes from the embeddings of one prompt to those of the other, and the images of these enter the "

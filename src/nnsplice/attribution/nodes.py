@@ -12,18 +12,27 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import site_of
-from nnsplice.attribution.gradients import Flow, Mixed, Spent, Spot, flow, measured, pulled, spot
+from nnsplice.attribution.gradients import (
+    GradientCost,
+    GradientRun,
+    InterpolatedInput,
+    ValueKey,
+    gradient_run,
+    measured,
+    pulled,
+    value_key,
+)
 from nnsplice.packed.indices import on_device
 from nnsplice.paths import Path
 from nnsplice.sweeps.plan import Plan
 
 #: Where clean values stand: for each value of the run `[row, token, width]`, padded on the right.
-Clean = Mapping[Spot, Tensor]
-Gradients = dict[Spot, Tensor | None]
+CleanValues = Mapping[ValueKey, Tensor]
+Gradients = dict[ValueKey, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SiteEntries:
     """All that is asked of one site: rows of the batch, their tokens in both runs, and the cells that these are of."""
 
     place: Path
@@ -33,7 +42,7 @@ class Wanted:
     clean_tokens: Tensor
 
 
-def wanted_of(plan: Plan, rows: Sequence[int]) -> list[Wanted]:
+def entries_of(plan: Plan, rows: Sequence[int]) -> list[SiteEntries]:
     """What the plan's jobs ask of each site, for these prompts."""
     number = {prompt: row for row, prompt in enumerate(rows)}
     found: dict[Path, list[tuple[int, int, int, int]]] = {}
@@ -46,25 +55,25 @@ def wanted_of(plan: Plan, rows: Sequence[int]) -> list[Wanted]:
                 found.setdefault(place.place, []).extend(
                     (cell, number[prompt], a, b) for a, b in zip(here, there, strict=True)
                 )
-    return [Wanted(place, *torch.tensor(entries).T.contiguous().unbind(0)) for place, entries in found.items()]
+    return [SiteEntries(place, *torch.tensor(entries).T.contiguous().unbind(0)) for place, entries in found.items()]
 
 
 @dataclass(frozen=True)
-class Batch:
+class AttributionBatch:
     """Prompts of one length, and what is known of them before the corrupted run."""
 
     model: engine.Model
     plan: Plan
     rows: tuple[int, ...]
-    wanted: Sequence[Wanted]
+    wanted: Sequence[SiteEntries]
     #: The clean run at every site that is asked about, and its logits where the metric reads, `[row, vocab]`.
-    clean: Clean
+    clean: CleanValues
     clean_logits: Tensor
     #: Where the stream enters the first layer.
     entry: Path
     #: How many gradients are taken on the way from one run to the other; 0 for one, in the corrupted run.
     steps: int
-    spent: Spent
+    spent: GradientCost
     #: Device -> the tokens of `wanted`, sent there.
     sent: dict[torch.device, list[Tensor]] = field(default_factory=dict)
 
@@ -84,26 +93,28 @@ class Batch:
         """The sites that are asked about."""
         return [one.place for one in self.wanted]
 
-    def run(self, paths: Sequence[Path], *, mixed: Mixed | None = None, tied: bool = True) -> Flow:
+    def run(self, paths: Sequence[Path], *, mixed: InterpolatedInput | None = None, tied: bool = True) -> GradientRun:
         """The corrupted prompts, or a point on their way to the clean ones."""
         self.spent.forward(self.plan.corrupted, self.rows)
-        return flow(self.model, self.plan, self.rows, paths, mixed=mixed, tied=tied)
+        return gradient_run(self.model, self.plan, self.rows, paths, mixed=mixed, tied=tied)
 
-    def metric(self, one: Flow) -> Tensor:
+    def metric(self, one: GradientRun) -> Tensor:
         """The metric of each row of a run, tied to it."""
         return measured(self.plan, one, self.clean_logits if self.plan.metric.metric.compares else None)
 
-    def pulled(self, metric: Tensor, one: Flow, spots: Iterable[Spot], *, again: bool = False) -> Gradients:
+    def pulled(
+        self, metric: Tensor, one: GradientRun, value_keys: Iterable[ValueKey], *, again: bool = False
+    ) -> Gradients:
         """The metric's gradients at values of a run."""
         self.spent.backward(self.plan.corrupted, self.rows)
-        names = list(spots)
+        names = list(value_keys)
         found = pulled(metric, [one.tensors[name] for name in names], again=again)
         return dict(zip(names, found, strict=True))
 
 
 def clean_run(
-    model: engine.Model, plan: Plan, rows: Sequence[int], paths: Sequence[Path], spent: Spent
-) -> tuple[Clean, Tensor]:
+    model: engine.Model, plan: Plan, rows: Sequence[int], paths: Sequence[Path], spent: GradientCost
+) -> tuple[CleanValues, Tensor]:
     """The clean prompts' values and the logits that the metric reads; their lengths may differ."""
     assert plan.clean is not None
     groups: dict[object, list[int]] = {}
@@ -111,11 +122,11 @@ def clean_run(
         groups.setdefault(plan.clean.shape(row), []).append(row)
     for members in groups.values():
         spent.forward(plan.clean, members)
-    flows = [flow(model, plan, members, paths, clean=True, tied=False) for members in groups.values()]
+    flows = [gradient_run(model, plan, members, paths, clean=True, tied=False) for members in groups.values()]
     if len(flows) == 1:
         return flows[0].values, flows[0].logits
     order = torch.tensor([list(rows).index(row) for one in flows for row in one.rows]).argsort()
-    values: dict[Spot, Tensor] = {}
+    values: dict[ValueKey, Tensor] = {}
     for key in flows[0].values:
         lines = [line for one in flows for line in one.values[key]]
         values[key] = torch.nn.utils.rnn.pad_sequence([lines[n] for n in order], batch_first=True)
@@ -125,30 +136,30 @@ def clean_run(
 # --- atp and ig -------------------------------------------------------------------------------------------------------
 
 
-def points(batch: Batch, before: Tensor, after: Tensor) -> Iterator[tuple[float, Mixed]]:
+def points(batch: AttributionBatch, before: Tensor, after: Tensor) -> Iterator[tuple[float, InterpolatedInput]]:
     """Where on the straight way from one embedding to the other gradients are taken, and what each counts.
 
     Those of Gauss and Legendre: for so many gradients no others integrate more polynomials exactly.
     """
     at, weights = np.polynomial.legendre.leggauss(batch.steps)
     for x, weight in zip((at + 1) / 2, weights / 2, strict=True):
-        yield float(weight), Mixed(batch.entry, before + (after - before) * float(x))
+        yield float(weight), InterpolatedInput(batch.entry, before + (after - before) * float(x))
 
 
-def at_corrupted(batch: Batch) -> tuple[Flow, Tensor]:
+def at_corrupted(batch: AttributionBatch) -> tuple[GradientRun, Tensor]:
     """`atp`: the gradient where the corrupted run stands."""
     here = batch.run(batch.paths)
     gradients = batch.pulled(batch.metric(here), here, here.tensors)
     return here, lined_up(batch, here, gradients)
 
 
-def along_the_way(batch: Batch) -> tuple[Flow, Tensor]:
+def along_the_way(batch: AttributionBatch) -> tuple[GradientRun, Tensor]:
     """`ig`: the mean gradient while the embeddings go from the corrupted to the clean prompt."""
     here = batch.run([*batch.paths, batch.entry], tied=False)
-    entry = spot(site_of(batch.entry))
+    entry = value_key(site_of(batch.entry))
     mean: Gradients = {}
     # The gradient by a feature of an SAE that scales its inputs has the scale of the point.
-    scaled, parts = scaled_features(batch), PartsMoved(batch, here)
+    scaled, parts = scaled_features(batch), FeatureDifferences(batch, here)
     scores = torch.zeros(len(here.rows), len(batch.plan.targets), dtype=torch.float64)
     for weight, mixed in points(batch, here.values[entry], batch.clean[entry]):
         one = batch.run(batch.paths, mixed=mixed)
@@ -163,7 +174,7 @@ def along_the_way(batch: Batch) -> tuple[Flow, Tensor]:
     return here, scores + lined_up(batch, here, mean, skip=scaled, parts=parts)
 
 
-def scaled_features(batch: Batch) -> set[Path]:
+def scaled_features(batch: AttributionBatch) -> set[Path]:
     """The sites that are features of SAEs which scale their inputs."""
     return {
         path for path in batch.paths
@@ -172,13 +183,13 @@ def scaled_features(batch: Batch) -> set[Path]:
 
 
 def lined_up(
-    batch: Batch,
-    here: Flow,
+    batch: AttributionBatch,
+    here: GradientRun,
     gradients: Gradients,
     skip: Container[Path] = (),
     *,
-    parts: PartsMoved | None = None,
-    scaled_at: Flow | None = None,
+    parts: FeatureDifferences | None = None,
+    scaled_at: GradientRun | None = None,
 ) -> Tensor:
     """`[row, cell]`: what each cell's difference between the two runs is worth along these gradients.
 
@@ -188,22 +199,22 @@ def lined_up(
         scaled_at: the run whose values say how large features are where an SAE scales its inputs; `here` by itself.
     """
     scores = torch.zeros(len(here.rows), len(batch.plan.targets), dtype=torch.float64)
-    parts = PartsMoved(batch, here) if parts is None else parts
-    found: list[tuple[Wanted, Tensor]] = []
+    parts = FeatureDifferences(batch, here) if parts is None else parts
+    found: list[tuple[SiteEntries, Tensor]] = []
     for number, one in enumerate(batch.wanted):
         site = site_of(one.place)
-        gradient = gradients.get(spot(site))
+        gradient = gradients.get(value_key(site))
         if gradient is None or one.place in skip:
             continue
         columns = slice(*(site.columns or (0, None)))
-        values = here.values[spot(site)]
+        values = here.values[value_key(site)]
         # To where the layer is, whose values may lie on a device of their own.
         rows, tokens, clean_tokens = batch.tokens_on(values.device)[number]
         along = gradient.reshape(values.shape)[rows, tokens, columns].double()
         if one.place.sae is not None:
             moved = parts.of(one, here if scaled_at is None else scaled_at)
         else:
-            clean, here_ = batch.clean[spot(site)][rows, clean_tokens, columns], values[rows, tokens, columns]
+            clean, here_ = batch.clean[value_key(site)][rows, clean_tokens, columns], values[rows, tokens, columns]
             moved = clean.double() - here_.double()
         found.append((one, (moved * along).sum(-1)))
     for (one, _), worth in zip(found, on_host([worth for _, worth in found]), strict=True):
@@ -225,22 +236,22 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-class PartsMoved:
+class FeatureDifferences:
     """What features, or the error, change of their site when they are patched; the other parts stay as they are."""
 
-    def __init__(self, batch: Batch, here: Flow) -> None:
+    def __init__(self, batch: AttributionBatch, here: GradientRun) -> None:
         self._batch, self._here = batch, here
         #: All features, or the error, of a value of the clean run and of this one: `[row, token, ...]`.
         self._known: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
-    def of(self, one: Wanted, scaled_at: Flow) -> Tensor:
+    def of(self, one: SiteEntries, scaled_at: GradientRun) -> Tensor:
         """`[wanted, width]`
 
         Args:
             scaled_at: the run whose values say how large a feature is where the SAE scales its inputs.
         """
         site = site_of(one.place)
-        sae, at = features.sae_of(self._batch.model, one.place), spot(site)
+        sae, at = features.sae_of(self._batch.model, one.place), value_key(site)
         here, clean = self._here.values[at].double(), self._batch.clean[at].double()
         if (at, site.sae, site.kind) not in self._known:
             read = sae.error if site.kind == "error" else sae.encode

@@ -26,7 +26,7 @@ _shapes: weakref.WeakKeyDictionary[nn.Module, dict[str, torch.Size]] = weakref.W
 
 
 @dataclass(frozen=True)
-class Norm:
+class MeasuredNorm:
     """A norm is `line(x)` times a scale for each token, times a number for each column, and a bias."""
 
     #: Whether it subtracts the mean.
@@ -39,7 +39,7 @@ class Norm:
         return states - states.mean(-1, keepdim=True) if self.centred else states
 
 
-def norms_of(model: engine.Model, names: list[str]) -> Mapping[str, Norm]:
+def norms_of(model: engine.Model, names: list[str]) -> Mapping[str, MeasuredNorm]:
     """The norms by name; those that do not run are left out.
 
     Raises:
@@ -75,7 +75,7 @@ def _shapes_of(model: engine.Model, names: list[str]) -> dict[str, torch.Size]:
     return _shapes.setdefault(root, found)
 
 
-def norm_of(call: Callable[[Tensor], Tensor], shape: torch.Size, model: engine.Model, name: str) -> Norm:
+def norm_of(call: Callable[[Tensor], Tensor], shape: torch.Size, model: engine.Model, name: str) -> MeasuredNorm:
     """Measure one norm.
 
     Raises:
@@ -93,7 +93,9 @@ def norm_of(call: Callable[[Tensor], Tensor], shape: torch.Size, model: engine.M
         return call(states.to(where, dtype)).detach().to("cpu", torch.float64)
 
     bias, of_one, shifted, of_other = (made(x) for x in (torch.zeros_like(one), one, one + 4, other))
-    norm = Norm(bool((shifted - of_one).abs().max() < 0.25 * (of_one - bias).abs().max()), _thin(bias).to(where, dtype))
+    norm = MeasuredNorm(
+        bool((shifted - of_one).abs().max() < 0.25 * (of_one - bias).abs().max()), _thin(bias).to(where, dtype)
+    )
     factors = (of_one - bias) / norm.line(one)
     predicted = norm.line(other) * factors
     size = (predicted * predicted).sum(-1, keepdim=True).clamp_min(1e-300)

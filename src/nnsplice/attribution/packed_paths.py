@@ -101,11 +101,11 @@ class PackedPaths:
 # --- whether it is right ----------------------------------------------------------------------------------------------
 
 #: What was found, by model and question: how packed rows come by their attention, or why they are not used.
-_trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Answer]] = weakref.WeakKeyDictionary()
+_trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _TrialResult]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class _TrialResult:
     way: str | None
     refused: str
     longest: int
@@ -114,7 +114,7 @@ class _Answer:
 
 
 @dataclass(frozen=True)
-class Way:
+class PathExecution:
     """How the paths of a whole plan are run, which its parts take without trying anew."""
 
     packed: bool
@@ -123,21 +123,21 @@ class Way:
     note: str = ""
 
 
-def way_for(plan: Plan, model: engine.Model, executor: Executor, at_once: int) -> Way:
+def path_execution(plan: Plan, model: engine.Model, executor: Executor, at_once: int) -> PathExecution:
     """The way of a plan that others will run in parts: tried on its longest prompt and its shortest, once."""
     prompts = plan.jobs.prompts
     if not prompts or executor.choose is None:
-        return Way(False)
+        return PathExecution(False)
     lengths = plan.corrupted.lengths("decoder")
     part = plan.take(sorted({max(prompts, key=lengths.__getitem__), min(prompts, key=lengths.__getitem__)}))
     with engine.turn(model):
         logits, source, _ = clean_run(model, part, at_once)
         work = Work(model, part, source, logits if part.metric.metric.compares else None)
         found, note, _ = executor.choose(work)
-    return Way(found.name == PACKED, work.memo.get("way"), note)
+    return PathExecution(found.name == PACKED, work.memo.get("way"), note)
 
 
-def handed(work: Work, way: Way, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
+def handed(work: Work, way: PathExecution, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
     """What `chosen` says, where it was said before."""
     if not way.packed:
         return slow, way.note, Cost()
@@ -162,7 +162,7 @@ def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, st
     return fast, answer.rough, cost
 
 
-def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_Answer, Cost]:
+def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_TrialResult, Cost]:
     jobs = probe_cells(work)
     size = 0.0
 
@@ -193,10 +193,10 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_A
         apart = max(abs(a - b) for a, b in zip(values, alone, strict=True))
         if apart <= tolerance(work):
             rough, spent = _rough(work, fast, slow, jobs, way, size)
-            return _Answer(way, "", longest, rough), cost + spent
+            return _TrialResult(way, "", longest, rough), cost + spent
         refused = f"the logits of a cell point {apart:.2g} away from where the three runs of its own point"
     rough, spent = _rough(work, None, slow, jobs, None, size)
-    return _Answer(None, refused, longest, rough), cost + spent
+    return _TrialResult(None, refused, longest, rough), cost + spent
 
 
 def _rough(

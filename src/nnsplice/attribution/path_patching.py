@@ -21,7 +21,7 @@ from nnsplice.activations.access import Access, accesses, hold, site_of
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.atlas import DERIVED
 from nnsplice.attribution.branches import Branch, Branches, branches_of
-from nnsplice.attribution.packed_paths import PackedPaths, Way, chosen, handed
+from nnsplice.attribution.packed_paths import PackedPaths, PathExecution, chosen, handed
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.metrics import Metrics
 from nnsplice.packed.cost import Cost
@@ -133,7 +133,7 @@ def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **run
     return run_fresh(plan, model, executor=paths.executor, **running)
 
 
-def routed(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> tuple[Plan, Routes]:
+def routed(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> tuple[Plan, ReceiversBySender]:
     """A plan with what its senders reach, and the ways there.
 
     Raises:
@@ -141,7 +141,7 @@ def routed(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> tuple
     """
     if plan.operation.name != "patch":
         raise BadArgument(f"operation={plan.operation.name!r}", expected="patching from the clean run")
-    paths = Routes.of(model, plan, receivers)
+    paths = ReceiversBySender.of(model, plan, receivers)
     named = [[str(path) for path in each] for each in paths.receivers]
     asked = {**plan.asked, "receivers": named[0] if all(names == named[0] for names in named) else named}
     reached = plan.jobs.of_targets(number for number in range(len(plan.targets)) if paths.reached(plan, number))
@@ -155,7 +155,7 @@ def routed(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> tuple
 
 
 @dataclass(frozen=True)
-class Routes:
+class ReceiversBySender:
     """From each sender of a plan to its own receivers."""
 
     branches: Branches
@@ -164,7 +164,7 @@ class Routes:
     rank: Mapping[Path, engine.Rank]
 
     @staticmethod
-    def of(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> Routes:
+    def of(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> ReceiversBySender:
         """For the receivers of each target; every mistake in them is found here."""
         branches, known = branches_of(model), engine.known(model)
         expanded: dict[tuple[str | Path, ...], tuple[Path, ...]] = {}
@@ -184,7 +184,7 @@ class Routes:
         for path in received:
             tokens_of(path, plan.corrupted)
         each = tuple(expanded[engine.listed(paths)] for paths in receivers)
-        return Routes(branches, each, {path: known.rank(path) for path in places})
+        return ReceiversBySender(branches, each, {path: known.rank(path) for path in places})
 
     def reached(self, plan: Plan, target: int) -> bool:
         """Whether any receiver runs after what this target changes."""
@@ -198,7 +198,7 @@ class Routes:
             self.run, self._tokens, name="paths", choose=lambda work: chosen(work, self._packed, self._alone)
         )
 
-    def agreed(self, way: Way) -> Executor:
+    def agreed(self, way: PathExecution) -> Executor:
         """As it was chosen for a whole plan, of which others run other parts."""
         return replace(self.executor, choose=lambda work: handed(work, way, self._packed, self._alone))
 
@@ -228,7 +228,7 @@ class Routes:
         inputs = plan.corrupted.inputs(rows, model.device)
         assert isinstance(inputs, Mapping)
         batch = plan.corrupted.batch(rows)
-        pass_, at = _Pass(self, work, jobs, prompts), read_at(plan, prompts[0])
+        pass_, at = _PathPass(self, work, jobs, prompts), read_at(plan, prompts[0])
         found: list[Tensor] = []
 
         def body() -> None:
@@ -245,10 +245,10 @@ class Routes:
         return measured(work, found[0], jobs), work.cost_model.whole(plan.corrupted, rows, logits)
 
 
-class _Pass:
+class _PathPass:
     """What is done at each stop of one pass."""
 
-    def __init__(self, paths: Routes, work: Work, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
+    def __init__(self, paths: ReceiversBySender, work: Work, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
         self.work, self.jobs = work, jobs
         self.own = [prompts.index(prompt) for prompt, _ in jobs]
         self.still = slice(len(prompts), len(prompts) + len(jobs))

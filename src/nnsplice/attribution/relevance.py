@@ -20,7 +20,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas, Block, unwrap
 from nnsplice.attribution.branches import branches_of
 from nnsplice.attribution.edges import norm_behind
-from nnsplice.attribution.norms import Norm, norms_of
+from nnsplice.attribution.norms import MeasuredNorm, norms_of
 from nnsplice.errors import RefusedPlace
 
 #: Modules without parameters that are no activation.
@@ -137,7 +137,7 @@ def _valued(value: Tensor, line: Tensor) -> Tensor:
     return value.detach() + (line - line.detach())
 
 
-def _frozen_scale(norm: Norm, _module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
+def _frozen_scale(norm: MeasuredNorm, _module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
     """A norm whose scale is a constant: what is left of it is a straight line."""
     line = norm.line(states)
     return _valued(out, line * _ratio(out - norm.bias, line))

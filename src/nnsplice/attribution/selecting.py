@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nnsplice import engine
-from nnsplice.attribution.edges import Graph
+from nnsplice.attribution.edges import EdgeGraph
 from nnsplice.attribution.path_patching import run_paths
 from nnsplice.attribution.verifying import of_edges
 from nnsplice.errors import BadArgument, NnspliceError
@@ -35,7 +35,7 @@ Estimate = Callable[[Sequence[int]], tuple[np.ndarray, Cost]]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MethodScore:
     """One method on the slice."""
 
     name: str
@@ -56,7 +56,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MethodChoice:
     """The method that is taken, and all that were measured."""
 
     taken: str
@@ -68,13 +68,13 @@ class Choice:
 def choose(
     model: engine.Model,
     plan: Plan,
-    graph: Graph | None,
+    graph: EdgeGraph | None,
     methods: Mapping[str, Estimate],
     *,
     executor: str,
     max_tokens: int | None,
     progress: bool,
-) -> Choice:
+) -> MethodChoice:
     """Measure methods on a slice of a plan.
 
     Raises:
@@ -90,22 +90,22 @@ def choose(
             write='method="ig", or another seed=',
         )
     one_pass = CostModel.of(model).whole(plan.corrupted, prompts, 1).flops
-    table: list[Measured] = []
+    table: list[MethodScore] = []
     for name, estimate in methods.items():
         start = time.process_time()
         try:
             moved, spent = estimate(prompts)
         except NnspliceError as error:
-            table.append(Measured(name, 0.0, 1.0, 0.0, str(error).partition("\n")[0]))
+            table.append(MethodScore(name, 0.0, 1.0, 0.0, str(error).partition("\n")[0]))
             continue
         cost += spent
         found = _sizes(moved[list(prompts)], chosen)
-        table.append(Measured(name, _recall(exact, found, k), spent.flops / one_pass, time.process_time() - start))
-    return Choice(*_taken(table, k, len(chosen), len(prompts), plan, graph), cost)
+        table.append(MethodScore(name, _recall(exact, found, k), spent.flops / one_pass, time.process_time() - start))
+    return MethodChoice(*_taken(table, k, len(chosen), len(prompts), plan, graph), cost)
 
 
 def _taken(
-    table: Sequence[Measured], k: int, drawn: int, prompts: int, plan: Plan, graph: Graph | None
+    table: Sequence[MethodScore], k: int, drawn: int, prompts: int, plan: Plan, graph: EdgeGraph | None
 ) -> tuple[str, str]:
     """The method that is taken, and the table in words."""
     chance = k / drawn if drawn > k else 0.0
@@ -129,7 +129,7 @@ def _taken(
     return best.name, "; ".join([note, *(["not fitting: " + ", ".join(refused)] if refused else [])])
 
 
-def _slice(plan: Plan, graph: Graph | None) -> tuple[list[int], np.ndarray]:
+def _slice(plan: Plan, graph: EdgeGraph | None) -> tuple[list[int], np.ndarray]:
     """The prompts, and the flat numbers of cells or edges that can differ in one of them."""
     rng = np.random.default_rng(plan.seed)
     able = np.unique([prompt for prompt, _ in plan.jobs])
@@ -148,7 +148,7 @@ def _slice(plan: Plan, graph: Graph | None) -> tuple[list[int], np.ndarray]:
 def _exact(
     model: engine.Model,
     plan: Plan,
-    graph: Graph | None,
+    graph: EdgeGraph | None,
     prompts: Sequence[int],
     chosen: np.ndarray,
     executor: str,

@@ -13,7 +13,7 @@ from nnsplice.activations.prompts import PairSpanTexts
 from nnsplice.attribution import edges, path_patching
 from nnsplice.attribution.attribute import check_numbers, method_named, planned, told_of
 from nnsplice.attribution.methods import METHODS, Estimator, doubts, notes, steps_of
-from nnsplice.attribution.packed_paths import Way, way_for
+from nnsplice.attribution.packed_paths import PathExecution, path_execution
 from nnsplice.attribution.selecting import AUTO
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.paths import Paths
@@ -52,8 +52,10 @@ def _paths_ready(
     check_mode(model)
     engine.refuse_changed_logits(model)
     whole = plan_in(plan, model)
-    paths = path_patching.Routes.of(model, whole, [plan.told["receivers"]] * len(whole.targets))
-    way = Way(**agree("way", lambda: dataclasses.asdict(way_for(whole, model, paths.executor, max_tokens))))
+    paths = path_patching.ReceiversBySender.of(model, whole, [plan.told["receivers"]] * len(whole.targets))
+    way = PathExecution(
+        **agree("way", lambda: dataclasses.asdict(path_execution(whole, model, paths.executor, max_tokens)))
+    )
     executor = paths.agreed(way)
 
     def unit(prompts: Sequence[int]) -> Arrays:
@@ -111,7 +113,7 @@ def plan_attribute(
         chosen = method_named(method, receivers, steps, verify)
         together = chosen.nodes is None
         plan = planned(model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together)
-        graph = edges.Graph.of(model, plan, receivers) if together else None
+        graph = edges.EdgeGraph.of(model, plan, receivers) if together else None
         each = steps_of(chosen, steps)
         # What this kind of site, and this pair of prompts, cannot have is found now and not in the workers.
         estimator = Estimator(model, plan, method, chosen, graph, each, 1, progress=False)
@@ -133,7 +135,7 @@ def _attribute_ready(
     engine.refuse_changed_logits(model)
     whole = plan_in(plan, model)
     method = METHODS[told["method"]]
-    graph = None if told["receivers"] is None else edges.Graph.of(model, whole, told["receivers"])
+    graph = None if told["receivers"] is None else edges.EdgeGraph.of(model, whole, told["receivers"])
 
     def unit(prompts: Sequence[int]) -> Arrays:
         start, part = time.perf_counter(), whole.take(prompts)

@@ -15,28 +15,31 @@ recording     unedited runs: what every sender gives
 ablations     what everything outside a circuit gives
 constants     trained constants, as a value with a file
 training      how they are trained
-optimal       for a circuit of one's own
-parts         senders that are some tokens of one, or an expert
+optimal_ablation  constants trained for one circuit
+sender_parts  senders that are some tokens of one, an expert or a feature
 masks         which edges of a circuit can matter
 columns       parts of a projection
-running       the run of circuits, in which each receiver reads a stream of its own
-together      what two sites do beyond what each does
+streams       the stream that each receiver reads, as a sum of what senders give
+running       the run of circuits: blocks whose receivers read these streams
+interactions  what two sites do beyond what each does
 sweeping      many circuits as one result
-curves        how much of the metric circuits keep, as a curve over their sizes
-removals      whether a circuit has all that matters and nothing that does not
-search        acdc: edges taken out for as long as the metric stays
+faithfulness  how much of the metric circuits keep, as a curve over their sizes
+curves        what that gives: Faithfulness, a value with a file
+completeness  whether a circuit has all that matters and nothing that does not (minimality)
+acdc          edges removed for as long as the metric stays
 measuring     many circuits over many prompts, in batches
 units         faithfulness in units of prompts
 """
 
+from nnsplice.circuits.acdc import acdc
 from nnsplice.circuits.circuit import Circuit
+from nnsplice.circuits.completeness import Completeness, Minimality, completeness, minimality
 from nnsplice.circuits.constants import OptimalAblation
-from nnsplice.circuits.curves import Faithfulness, faithfulness
-from nnsplice.circuits.optimal import optimal_ablation
-from nnsplice.circuits.removals import Completeness, Minimality, completeness, minimality
-from nnsplice.circuits.search import acdc
+from nnsplice.circuits.curves import Faithfulness
+from nnsplice.circuits.faithfulness import faithfulness
+from nnsplice.circuits.interactions import interactions
+from nnsplice.circuits.optimal_ablation import optimal_ablation
 from nnsplice.circuits.sweeping import sweep_circuits
-from nnsplice.circuits.together import interactions
 
 __all__ = [
     "Circuit",

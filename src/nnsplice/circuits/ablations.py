@@ -14,7 +14,7 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import unwrap
 from nnsplice.circuits.constants import OptimalAblation
-from nnsplice.circuits.recording import Recorded, record
+from nnsplice.circuits.recording import SenderValues, record
 from nnsplice.circuits.wiring import Wiring
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, ShapeError, UnknownPath, named
@@ -26,11 +26,11 @@ _EXPECTED = '"patch", "zero", "mean", "optimal", a SavedActivation or an Optimal
 
 
 @dataclass(frozen=True)
-class Source:
+class AblationSource:
     """Where ablated values come from."""
 
     #: `(numbers of prompts of one length, their clean values)` -> the ablated values, and what they cost.
-    values: Callable[[Sequence[int], Recorded], tuple[Recorded, Cost]]
+    values: Callable[[Sequence[int], SenderValues], tuple[SenderValues, Cost]]
     #: Whether they are those of one run, so that a sender which reads nothing but ablated values has its own.
     is_run: bool
     #: What makes two of them the same, as plain data.
@@ -49,7 +49,7 @@ def source_of(
     ablation: Ablation,
     reference: Prompts | None,
     max_tokens: int | None = None,
-) -> Source:
+) -> AblationSource:
     """Where the values of an ablation come from.
 
     Args:
@@ -71,11 +71,11 @@ def source_of(
                 expected="corrupted prompts",
                 write='ablation="mean" or ablation="zero", which need none',
             )
-        return Source(
+        return AblationSource(
             lambda rows, own: _run(model, wiring, corrupted, rows, own.experts), is_run=True, identity="patch"
         )
     if ablation == "zero":
-        return Source(lambda rows, own: (own.map(torch.zeros_like), Cost()), is_run=False, identity="zero")
+        return AblationSource(lambda rows, own: (own.map(torch.zeros_like), Cost()), is_run=False, identity="zero")
     if ablation in ("mean", "optimal"):
         begin = reference or corrupted or clean
         mean = _mean(model, wiring, begin, max_tokens)
@@ -109,7 +109,7 @@ def _check_weights(model: engine.Model, ablation: OptimalAblation) -> None:
 
 def _run(
     model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], experts: Collection[tuple[int, int]]
-) -> tuple[Recorded, Cost]:
+) -> tuple[SenderValues, Cost]:
     made = record(unwrap(model), model, wiring, prompts, rows, -1, experts)
     return made.values, CostModel.of(model).whole(prompts, rows, 1)
 
@@ -120,16 +120,16 @@ def mean_of(
     reference: Prompts,
     experts: Collection[tuple[int, int]] = (),
     max_tokens: int | None = None,
-) -> tuple[Recorded, Cost]:
+) -> tuple[SenderValues, Cost]:
     """The mean over the tokens of each prompt, and then over prompts: one vector for each site."""
-    sums: list[Recorded] = []
+    sums: list[SenderValues] = []
     cost = Cost()
     room = max(engine.room(model, max_tokens) // max(reference.lengths("decoder")), 1)
     for rows in reference.batches(room):
         values, spent = _run(model, wiring, reference, rows, experts)
         sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))
         cost += spent
-    whole = Recorded(
+    whole = SenderValues(
         sum((one.embed for one in sums[1:]), sums[0].embed),
         tuple(torch.stack(parts).sum(0) for parts in zip(*(one.z for one in sums), strict=True)),
         tuple(torch.stack(parts).sum(0) for parts in zip(*(one.mlp for one in sums), strict=True)),
@@ -138,26 +138,26 @@ def mean_of(
     return whole, cost
 
 
-def _mean(model: engine.Model, wiring: Wiring, reference: Prompts, max_tokens: int | None) -> Source:
+def _mean(model: engine.Model, wiring: Wiring, reference: Prompts, max_tokens: int | None) -> AblationSource:
     """The mean, the same at every token."""
-    known: dict[frozenset[tuple[int, int]], Recorded] = {}
+    known: dict[frozenset[tuple[int, int]], SenderValues] = {}
 
-    def values(rows: Sequence[int], own: Recorded) -> tuple[Recorded, Cost]:
+    def values(rows: Sequence[int], own: SenderValues) -> tuple[SenderValues, Cost]:
         cost, experts = Cost(), frozenset(own.experts)
         if experts not in known:
             known[experts], cost = mean_of(model, wiring, reference, experts, max_tokens)
         return wide(known[experts], own), cost
 
-    return Source(values, is_run=False, identity={"mean": [list(row) for row in reference.ids]})
+    return AblationSource(values, is_run=False, identity={"mean": [list(row) for row in reference.ids]})
 
 
-def wide(values: Recorded, own: Recorded) -> Recorded:
+def wide(values: SenderValues, own: SenderValues) -> SenderValues:
     """One vector of each site, at every token."""
 
     def expanded(value: Tensor, like: Tensor) -> Tensor:
         return value.to(like).expand_as(like)
 
-    return Recorded(
+    return SenderValues(
         expanded(values.embed, own.embed),
         tuple(map(expanded, values.z, own.z)),
         tuple(map(expanded, values.mlp, own.mlp)),
@@ -165,7 +165,7 @@ def wide(values: Recorded, own: Recorded) -> Recorded:
     )
 
 
-def _saved(model: engine.Model, wiring: Wiring, clean: Prompts, saved: SavedActivation) -> Source:
+def _saved(model: engine.Model, wiring: Wiring, clean: Prompts, saved: SavedActivation) -> AblationSource:
     saved = saved._located(model)
     lengths = clean.lengths("decoder")
 
@@ -195,7 +195,7 @@ def _saved(model: engine.Model, wiring: Wiring, clean: Prompts, saved: SavedActi
             )
         return value
 
-    def values(rows: Sequence[int], own: Recorded) -> tuple[Recorded, Cost]:
+    def values(rows: Sequence[int], own: SenderValues) -> tuple[SenderValues, Cost]:
         def of(place: Path, like: Tensor, width: int) -> Tensor:
             value = held(place, width).to(like)
             chosen = value if value.shape[0] == 1 else value[list(rows)]
@@ -212,9 +212,9 @@ def _saved(model: engine.Model, wiring: Wiring, clean: Prompts, saved: SavedActi
             z.append(made)
             place = _expanded(model, f"layers[{number}].mlp.output")
             mlp.append(of(place, own.mlp[number], own.mlp[number].shape[-1]))
-        return Recorded(of(wiring.embed, own.embed, own.embed.shape[-1]), tuple(z), tuple(mlp)), Cost()
+        return SenderValues(of(wiring.embed, own.embed, own.embed.shape[-1]), tuple(z), tuple(mlp)), Cost()
 
-    return Source(
+    return AblationSource(
         values, is_run=False, identity={"saved": digest_of({str(k): v for k, v in saved.items()})}, has_experts=False
     )
 

@@ -19,7 +19,7 @@ Role = Literal["sender", "receiver"]
 #: Which expert of an MLP, or which feature of an SAE of what it adds, or that SAE's error; None for all of a sender.
 Piece = int | Dictionary | None
 #: At which tokens, None for all of them; and which piece.
-Part = tuple[Position | None, Piece]
+SenderPart = tuple[Position | None, Piece]
 
 SENDERS = (
     "embed, layers[i].heads[j], layers[i].mlp, layers[i].experts[e], "
@@ -91,7 +91,7 @@ def whole_of(sender: Path) -> Path:
     return replace(place, steps=(place.steps[0], replace(place.steps[1], name="mlp", index=None)))
 
 
-def part_of(sender: Path) -> Part | None:
+def part_of(sender: Path) -> SenderPart | None:
     """Which part of it: at which tokens, and which expert or feature; None for all of it."""
     piece = sender.sae or (sender.steps[-1].index if sender.steps[-1].name == "experts" else None)
     return None if piece is None and sender.position is None else (sender.position, piece)  # type: ignore[return-value]

@@ -18,7 +18,7 @@ from nnsplice.circuits import files, masks, measuring, page
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.addresses import address, part_of, whole_of
 from nnsplice.circuits.drawing import Drawing, draw
-from nnsplice.circuits.masks import Mask
+from nnsplice.circuits.masks import EdgeMask
 from nnsplice.circuits.members import (
     Edge,
     check_parts,
@@ -486,7 +486,7 @@ class Circuit:
         checked = self if self.shape == shape else replace(self, shape=shape)
         return masks.mask_of(checked.nodes if self.kind == "nodes" else (), checked.edges, shape)
 
-    def parts(self, shape: Shape) -> Mask:
+    def parts(self, shape: Shape) -> EdgeMask:
         """Its edges in the graph of a model, with what each carries where that is a part of its sender.
 
         Args:
@@ -539,7 +539,7 @@ class Circuit:
         found = measuring.measure(question, [self.checked_mask(question)], max_tokens=max_tokens)
         return found.values[:, 0]
 
-    def checked_mask(self, question: measuring.Question) -> Mask:
+    def checked_mask(self, question: measuring.Question) -> EdgeMask:
         """The circuit's edges in the graph of a question's model.
 
         Args:

@@ -1,33 +1,21 @@
-"""`faithfulness`: the share of the metric that circuits of every size keep."""
+"""`Faithfulness`: the metric of circuits of every size, and the share of the whole model's that they keep."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
-import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from nnsplice import closures, plots
-from nnsplice.activations.prompts import PromptsLike
-from nnsplice.circuits.ablations import Ablation
-from nnsplice.circuits.addresses import part_of
-from nnsplice.circuits.circuit import Circuit
-from nnsplice.circuits.masks import Mask, needed
-from nnsplice.circuits.measuring import Question, measure
-from nnsplice.circuits.origin import check_model
-from nnsplice.circuits.scores import Scores, count_of, scores_of
-from nnsplice.circuits.shape import Shape
-from nnsplice.errors import BadArgument, BadType, FileError, circumstances, named
+from nnsplice import plots
+from nnsplice.circuits.scores import By
+from nnsplice.errors import BadArgument, FileError
 from nnsplice.files import from_json
 from nnsplice.headers import read_header
-from nnsplice.metrics import Metrics
-from nnsplice.paths import parse_path
-from nnsplice.results import Run, SweepResult
+from nnsplice.results import Run
+from nnsplice.shown import counted
 from nnsplice.stores import opened, whole
 
 if TYPE_CHECKING:
@@ -35,11 +23,6 @@ if TYPE_CHECKING:
 
 HEADER, KIND, FORMAT = "nnsplice", "Faithfulness", 1
 _ARRAYS = ("values", "full", "empty")
-#: The shares of all edges that MIB measures at.
-SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-By = Literal["signed", "absolute"]
-#: Whose area is CPR, and whose CMD.
-ORDERS: tuple[By, ...] = ("signed", "absolute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +37,8 @@ class Point:
         connected: the number of members on a path from `embed` to `unembed`.
     """
 
-    #: How its members were chosen; None for a circuit that was given.
     by: str | None
-    #: Whether what no path from `embed` to `unembed` goes through was taken out.
     pruned: bool
-    #: The share of all edges or nodes, and how many these are; how many are left when pruned.
     share: float
     n: int
     connected: int
@@ -72,26 +52,24 @@ class Faithfulness:
 
     Attributes:
         points: the circuits.
-        values: the metric, `[prompt, point]`.
+        values: the metric, `[prompt, point]`; of several metrics, these are the last axis of all three arrays.
         full: the metric of the whole model, `[prompt]`.
         empty: the metric of the empty circuit, `[prompt]`.
         metric: the name of the metric.
         run: the cost of the run.
+        metrics: the names of several metrics; none where there is one.
     """
 
     points: tuple[Point, ...]
-    #: `[prompt, point]`, and `[prompt]` of the whole model and of the empty circuit; of several metrics, these are the
-    #: last axis of each.
     values: np.ndarray
     full: np.ndarray
     empty: np.ndarray
     metric: str
     run: Run
-    #: The names of several metrics; none where there is one.
     metrics: tuple[str, ...] = ()
 
     def only(self, metric: str) -> Faithfulness:
-        """The report of one of several metrics, the same as if it had been asked for alone.
+        """The report of one of several metrics, the same as if it had been measured on its own.
 
         >>> metrics = [ns.logit_diff("w7", "w8"), ns.probability("w7")]
         >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
@@ -110,7 +88,7 @@ class Faithfulness:
             metrics=(),
         )  # fmt: skip
 
-    def _one(self, what: str) -> None:
+    def _check_one(self, what: str) -> None:
         if self.metrics:
             raise BadArgument(
                 f"{len(self.metrics)} metrics were measured, and {what} is of one",
@@ -127,7 +105,7 @@ class Faithfulness:
         >>> report.f().round(6).tolist()
         [1.0]
         """
-        self._one("f()")
+        self._check_one("f()")
         return self._shares(np.full((1, len(self.full)), 1.0 / len(self.full)))[0]
 
     @property
@@ -181,7 +159,7 @@ class Faithfulness:
         Raises:
             BadArgument: another `of` or `level`, or no curve.
         """
-        self._one("ci()")
+        self._check_one("ci()")
         if of not in ("f", "cpr", "cmd"):
             raise BadArgument(f"of={of!r}", expected='"f", "cpr" or "cmd"')
         if not 0 < level < 1:
@@ -239,7 +217,7 @@ class Faithfulness:
         Returns:
             The axes; the figure is `axes.figure`.
         """
-        self._one("plot()")
+        self._check_one("plot()")
         found = self.f()
         x: dict[str, list[float]] = {}
         y: dict[str, list[float]] = {}
@@ -259,13 +237,13 @@ class Faithfulness:
         """
         from safetensors.numpy import save_file
 
-        told = {
+        record = {
             "kind": KIND, "format": FORMAT, "points": [astuple(point) for point in self.points], "metric": self.metric,
             "metrics": self.metrics, "run": asdict(self.run),
         }  # fmt: skip
         with whole(path) as temporary:
             arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-            save_file(arrays, temporary, metadata={HEADER: json.dumps(told)})
+            save_file(arrays, temporary, metadata={HEADER: json.dumps(record)})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Faithfulness:
@@ -295,13 +273,15 @@ class Faithfulness:
         try:
             with opened(path) as found:
                 header = read_header(path, local=found.local).metadata
-                told = from_json(header.get(HEADER, "{}"), f"the header of {path}")
-                if told.get("kind") != KIND or told["format"] > FORMAT:
+                record = from_json(header.get(HEADER, "{}"), f"the header of {path}")
+                if record.get("kind") != KIND or record["format"] > FORMAT:
                     raise FileError(f"{path} holds no faithfulness", expected="a file of Faithfulness.to_file")
                 with safe_open(os.fspath(found.local), framework="np") as file:
                     arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            points = tuple(Point(*point) for point in told["points"])
-            return cls(points, **arrays, metric=told["metric"], run=Run(**told["run"]), metrics=tuple(told["metrics"]))
+            points = tuple(Point(*point) for point in record["points"])
+            return cls(
+                points, **arrays, metric=record["metric"], run=Run(**record["run"]), metrics=tuple(record["metrics"])
+            )
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, FileError):
                 raise
@@ -312,7 +292,7 @@ class Faithfulness:
             return "\n".join(repr(self.only(name)) for name in self.metrics)
         ends = f"model {self.full.mean():.4g}, empty {self.empty.mean():.4g}"
         lines = [
-            f"Faithfulness: {len(self.points)} circuits, {_count(len(self.full), 'prompt')}, {self.metric}; {ends}"
+            f"Faithfulness: {len(self.points)} circuits, {counted(len(self.full), 'prompt')}, {self.metric}; {ends}"
         ]
         if any(point.by == "signed" and not point.pruned for point in self.points):
             lines.append(f"CPR {self.cpr:.4g}")
@@ -339,182 +319,3 @@ class Faithfulness:
         x = np.array([self.points[n].share for n in chosen])
         y = np.abs(1.0 - shares[:, chosen]) if distance else shares[:, chosen]
         return ((y[:, 1:] + y[:, :-1]) / 2 * np.diff(x)).sum(1)
-
-
-def faithfulness(
-    model: Any,
-    circuits: Circuit | SweepResult | Sequence[Circuit],
-    clean: PromptsLike,
-    corrupted: PromptsLike | None,
-    metric: Metrics,
-    *,
-    ablation: Ablation = "patch",
-    reference: PromptsLike | None = None,
-    shares: Sequence[float] = SHARES,
-    max_tokens: int | None = None,
-    progress: bool = True,
-) -> Faithfulness:
-    """Faithfulness: the share of the metric that circuits keep, of one circuit, several, or a curve over sizes.
-
-    For scores, circuits of each share of the edges (or nodes) are measured: by the highest scores, whose area is CPR,
-    and by the largest absolute scores, whose area is CMD. Ties are in execution order. Each circuit is also measured
-    `pruned`, without what is on no path from `embed` to `unembed`; where removed edges have the values of another run,
-    pruning changes nothing and is not run.
-
-    >>> metric = ns.logit_diff("w7", "w8")
-    >>> pairs = ["w3 w4 w5", "w9 w4 w5"], ["w3 w4 w3", "w9 w4 w3"]
-    >>> sites = ["embed", "layers[:].heads[:]", "layers[:].mlp"]
-    >>> scores = ns.attribute(model, *pairs, sites, metric, method="eap-ig", progress=False)
-    >>> report = ns.faithfulness(model, scores, *pairs, metric, shares=[0.1, 0.5, 1.0], progress=False)
-    >>> report.frame()[["by", "share", "n"]].drop_duplicates().values.tolist()[:3]
-    [['signed', 0.1, 26], ['signed', 0.5, 131], ['signed', 1.0, 262]]
-    >>> float(report.f()[-1].round(6)), report.cpr < 10
-    (1.0, True)
-
-    Args:
-        model: a model from `ns.load`, in eval mode.
-        circuits: a circuit, several, or a result with scores of edges or nodes, such as that of `ns.attribute`.
-        clean: the prompts on which circuits run; the model's own metric on them is 1.
-        corrupted: the prompts that ablated values are taken from; None for an ablation that needs none.
-        metric: one metric of single tokens, such as `ns.logit_diff(answer, wrong)`.
-        ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
-        reference: the prompts of `"mean"`, if not the corrupted ones.
-        shares: the circuit sizes of the curve, as shares of all edges; those of the MIB benchmark if left out.
-        max_tokens: how many tokens run at once; chosen for the device if left out.
-        progress: show a progress bar.
-
-    Returns:
-        The metric of each circuit, with `.f()`, `.cpr`, `.cmd` and `.frame()`.
-
-    Raises:
-        BadType: neither circuits nor scores.
-        BadArgument: shares that do not grow from 0 to 1, several metrics, or a metric that is NaN.
-        ShapeError: prompts that are no pairs of one length, with `ablation="patch"`.
-        RefusedPlace: a model in which the circuit of all edges is not the clean run.
-        KeyMismatch: a circuit of another model.
-    """
-    start = time.perf_counter()
-    with circumstances("ns.faithfulness"):
-        question = Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
-        points, masks = circuits_of(circuits, question, shares)
-        found = measure(question, masks, max_tokens=max_tokens, progress=progress)
-        about = Run(
-            "circuits",
-            time.perf_counter() - start,
-            **found.cost.as_dict(),
-            gate=closures.spent(question.model),
-            note=found.note,
-        )
-        return report(points, found.values, found.clean, question.metric.metric.name, question.metrics, about)
-
-
-def circuits_of(
-    circuits: Circuit | SweepResult | Sequence[Circuit], question: Question, shares: Sequence[float]
-) -> tuple[list[Point], list[Mask]]:
-    """The circuits that are measured, and their edges, with those of the empty circuit before them."""
-    shape = question.wiring.shape
-    if isinstance(circuits, SweepResult):
-        scores = scores_of(circuits)
-        check_model(scores.provenance, question.model, scores.senders)
-        question.check_parts(scores.senders)
-        points, masks = _curve(scores, shape, shares)
-    else:
-        points, masks = _given(circuits, question)
-    return points, [Mask(np.zeros_like(shape.exists)), *masks]
-
-
-def report(
-    points: Sequence[Point], values: np.ndarray, clean: np.ndarray, metric: str, metrics: tuple[str, ...], run: Run
-) -> Faithfulness:
-    """What was measured, with a warning where the ends of the scale are close.
-
-    Args:
-        values: `[prompt, circuit]`, of the empty circuit first; of several metrics these are a last axis.
-        clean: of the whole model, without that of the circuits.
-
-    Raises:
-        BadArgument: a metric of an end that is NaN.
-    """
-    empty, full = values[:, 0], clean
-    each = (ends.reshape(len(ends), -1).T for ends in (full, empty))
-    said = [_check_ends(a, b, name) for name, a, b in zip(metrics or (metric,), *each, strict=True)]
-    about = replace(run, note="; ".join(filter(None, (*said, run.note))))
-    return Faithfulness(tuple(points), values[:, 1:], full, empty, metric, about, metrics)
-
-
-def _curve(scores: Scores, shape: Shape, shares: Sequence[float]) -> tuple[list[Point], list[Mask]]:
-    if not len(shares) or any(not 0 <= share <= 1 for share in shares) or list(shares) != sorted(set(shares)):
-        raise BadArgument(f"shares={list(shares)}", expected="growing numbers from 0 to 1")
-    points: list[Point] = []
-    masks: list[Mask] = []
-    for by in ORDERS:
-        order = scores.order(by)
-        for share in shares:
-            n = count_of(share, len(order))
-            mask = _mask(scores, order[:n], shape)
-            connected = mask.only(needed(shape, mask.edges, from_embed=True)[0])
-            counts = int(connected.edges.sum())
-            masks += [mask, connected]
-            points += [Point(by, pruned, float(share), n, counts) for pruned in (False, True)]
-    return points, masks
-
-
-def _mask(scores: Scores, chosen: np.ndarray, shape: Shape) -> Mask:
-    some: list[Any] = [scores.of[number] for number in chosen]
-    edges = scores.kind == "edges"
-    members: list[Any] = some if edges else [parse_path("embed"), *some]
-    if any(part_of(one[0] if edges else one) is not None for one in members):
-        kind, parts = ("edges", ((), tuple(members))) if edges else ("nodes", (tuple(members), ()))
-        return Circuit(kind, *parts, shape=shape).parts(shape)  # type: ignore[arg-type]
-    found = np.zeros(shape.exists.shape, dtype=bool)
-    if not edges:
-        found[:, [shape.sender_number[one] for one in members]] = True
-    elif members:
-        pairs = [(shape.receiver_number[r], shape.sender_number[s]) for s, r in members]
-        found[tuple(np.array(pairs).T)] = True
-    return Mask(found & shape.exists)
-
-
-def _given(circuits: Any, question: Question) -> tuple[list[Point], list[Mask]]:
-    each = [circuits] if isinstance(circuits, Circuit) else circuits
-    if not isinstance(each, Sequence) or not each or not all(isinstance(one, Circuit) for one in each):
-        raise BadType(
-            f"{named(circuits)} is neither circuits nor scores",
-            expected='a Circuit, a list of them, or a result of ns.attribute(..., method="eap-ig")',
-        )
-    shape = question.wiring.shape
-    points: list[Point] = []
-    masks: list[Mask] = []
-    for one in each:
-        mask = one.checked_mask(question)
-        of = shape.n_edges if one.kind == "edges" else len(shape.senders)
-        connected, _ = needed(shape, mask.edges, from_embed=True)
-        points.append(Point(None, False, len(one) / of, len(one), int(connected.sum())))
-        masks.append(mask)
-    return points, masks
-
-
-def _check_ends(full: np.ndarray, empty: np.ndarray, metric: str) -> str:
-    """Warn where the two ends of the scale are no further apart than chance puts them.
-
-    Raises:
-        BadArgument: they are no numbers.
-    """
-    if np.isnan(full).any() or np.isnan(empty).any():
-        raise BadArgument(
-            f"{metric} of the model or of the empty circuit is NaN", expected="a metric that is a number for both"
-        )
-    apart = full - empty
-    error = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else 0.0
-    if abs(apart.mean()) <= 2 * error or apart.mean() == 0:
-        said = (
-            f"the model and the empty circuit are {apart.mean():.3g} apart in the mean {metric}, with a standard error "
-            f"of {error:.3g}: shares of that say little"
-        )
-        warnings.warn(said, stacklevel=4)
-        return said
-    return ""
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"

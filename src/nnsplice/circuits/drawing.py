@@ -16,7 +16,7 @@ MOST = 4000
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class DrawnNode:
     """A node, or what an edge ends at that is no node: the keys or values of a group."""
 
     path: str
@@ -26,7 +26,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class DrawnEdge:
     """An edge between two marks, by their numbers."""
 
     sender: str
@@ -40,8 +40,8 @@ class Line:
 class Drawing:
     """All marks, and the edges with the strongest first."""
 
-    marks: tuple[Mark, ...]
-    lines: tuple[Line, ...]
+    marks: tuple[DrawnNode, ...]
+    lines: tuple[DrawnEdge, ...]
     #: How many edges there are that are not drawn.
     left_out: int
 
@@ -58,7 +58,7 @@ class Drawing:
         marks = tuple(_mark(path, width, top, shape) for path in paths)
         at = {path: number for number, path in enumerate(paths)}
         lines = tuple(
-            Line(
+            DrawnEdge(
                 str(edges[n][0]), str(edges[n][1]), at[_drawn_at(edges[n][0])], at[_drawn_at(edges[n][1])],
                 None if scores is None else float(scores[n]),
             )
@@ -81,7 +81,7 @@ def draw(drawing: Drawing, title: str, ax: plots.Axes | None) -> plots.Axes:
     )
 
 
-def _label(mark: Mark) -> str:
+def _label(mark: DrawnNode) -> str:
     numbers = re.findall(r"\d+", mark.path)
     shown = {"head": "a{}.{}", "mlp": "m{}", "expert": "m{}.{}", "group": ""}.get(mark.kind, mark.kind)
     position = parse_path(mark.path).position if mark.kind != "group" else None
@@ -117,25 +117,27 @@ def _width(paths: Sequence[Path] | dict[Path, None], shape: Shape | None) -> int
     return 1 + max((_index(path) for path in paths if path.steps[-1].name in ("heads", "groups")), default=0)
 
 
-def _mark(path: Path, width: int, top: int, shape: Shape | None) -> Mark:
+def _mark(path: Path, width: int, top: int, shape: Shape | None) -> DrawnNode:
     name = path.steps[-1].name
     middle = (width - 1) / 2
     if name in ("embed", "unembed"):
-        return Mark(str(path), name, middle + _shifted(path), 0.0 if name == "embed" else 2.0 * top + 1.0)
+        return DrawnNode(str(path), name, middle + _shifted(path), 0.0 if name == "embed" else 2.0 * top + 1.0)
     row = 2.0 * _layer(path) + 1.0
     if path.sae is not None:
         number = path.sae.features if isinstance(path.sae.features, int) else -1
-        return Mark(str(path), "feature", float(width) + 1.5 + 0.9 * (number % 16) / 16 + _shifted(path), row + 1.0)
+        return DrawnNode(
+            str(path), "feature", float(width) + 1.5 + 0.9 * (number % 16) / 16 + _shifted(path), row + 1.0
+        )
     if name == "mlp":
-        return Mark(str(path), "mlp", float(width) + 0.5 + _shifted(path), row + 1.0)
+        return DrawnNode(str(path), "mlp", float(width) + 0.5 + _shifted(path), row + 1.0)
     if name == "experts":
-        return Mark(str(path), "expert", float(width) + 1.5 + _index(path), row + 1.0)
+        return DrawnNode(str(path), "expert", float(width) + 1.5 + _index(path), row + 1.0)
     if name == "heads":
-        return Mark(str(path), "head", float(_index(path)) + _shifted(path), row)
+        return DrawnNode(str(path), "head", float(_index(path)) + _shifted(path), row)
     size = 1.0
     if shape is not None:
         layer = shape.layers[_layer(path)]
         size = layer.heads / layer.groups
-    return Mark(
+    return DrawnNode(
         str(path), "group", (_index(path) + 0.5) * size - 0.5 + (0.12 if path.value == "v" else -0.12), row - 0.35
     )

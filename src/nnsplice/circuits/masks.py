@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from nnsplice.circuits.addresses import Part, part_of, whole_of
+from nnsplice.circuits.addresses import SenderPart, part_of, whole_of
 from nnsplice.circuits.members import Edge
 from nnsplice.circuits.shape import Shape
 from nnsplice.paths import Path
 
 
 @dataclass(frozen=True, eq=False)
-class Mask:
+class EdgeMask:
     """The edges of a circuit in the graph of a model."""
 
     #: `[receiver, sender]`.
     edges: np.ndarray
     #: `(receiver, sender)` -> the parts of the sender that the edge carries, where these are not all of it.
-    parts: Mapping[tuple[int, int], frozenset[Part]] = field(default_factory=lambda: MappingProxyType({}))
+    parts: Mapping[tuple[int, int], frozenset[SenderPart]] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def key(self) -> tuple[bytes, str]:
@@ -34,9 +34,9 @@ class Mask:
         """`(sender, expert)` of the experts that are senders by themselves."""
         return {(s, piece) for (_, s), parts in self.parts.items() for _, piece in parts if isinstance(piece, int)}
 
-    def only(self, edges: np.ndarray) -> Mask:
+    def only(self, edges: np.ndarray) -> EdgeMask:
         """Fewer of its edges."""
-        return Mask(edges, {at: parts for at, parts in self.parts.items() if edges[at]})
+        return EdgeMask(edges, {at: parts for at, parts in self.parts.items() if edges[at]})
 
 
 def mask_of(nodes: Sequence[Path], edges: Sequence[Edge], shape: Shape) -> np.ndarray:
@@ -51,7 +51,7 @@ def mask_of(nodes: Sequence[Path], edges: Sequence[Edge], shape: Shape) -> np.nd
     return found
 
 
-def with_parts(edges: np.ndarray, members: Iterable[Path | Edge], shape: Shape) -> Mask:
+def with_parts(edges: np.ndarray, members: Iterable[Path | Edge], shape: Shape) -> EdgeMask:
     """A mask with the parts of senders that its members name."""
     found: dict[tuple[int, int], set[Any]] = {}
     for member in members:
@@ -60,7 +60,7 @@ def with_parts(edges: np.ndarray, members: Iterable[Path | Edge], shape: Shape) 
         ends = np.flatnonzero(edges[:, number]) if receiver is None else [shape.receiver_number[receiver]]
         for end in ends:
             found.setdefault((int(end), number), set()).add(part_of(sender))
-    return Mask(edges, {at: frozenset(parts) for at, parts in found.items() if None not in parts})
+    return EdgeMask(edges, {at: frozenset(parts) for at, parts in found.items() if None not in parts})
 
 
 def behind(shape: Shape, mask: np.ndarray) -> np.ndarray:

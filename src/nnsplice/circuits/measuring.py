@@ -15,13 +15,14 @@ from nnsplice import engine
 from nnsplice.activations.prompts import Prompts, PromptsLike, encode
 from nnsplice.atlas import fingerprint, unwrap
 from nnsplice.attribution.gradients import halving
-from nnsplice.circuits import parts
-from nnsplice.circuits.ablations import Ablation, Source, source_of
+from nnsplice.circuits import sender_parts
+from nnsplice.circuits.ablations import Ablation, AblationSource, source_of
 from nnsplice.circuits.constants import OptimalAblation, Training, note_of
-from nnsplice.circuits.masks import Mask, needed
+from nnsplice.circuits.masks import EdgeMask, needed
 from nnsplice.circuits.recording import record, run_plainly
-from nnsplice.circuits.running import Ablated, Pass
-from nnsplice.circuits.training import Recipe, train
+from nnsplice.circuits.running import CircuitPass
+from nnsplice.circuits.streams import AblatedStreams, whole_slots
+from nnsplice.circuits.training import TrainingOptions, train
 from nnsplice.circuits.wiring import Wiring, wiring_of
 from nnsplice.errors import BadArgument, RefusedPlace, ShapeError
 from nnsplice.metrics import Bound, Metrics, Several, bound_of
@@ -45,7 +46,7 @@ class Question:
     clean: Prompts
     corrupted: Prompts | None
     metric: Bound | Several
-    source: Source
+    source: AblationSource
     cost_model: CostModel
 
     @classmethod
@@ -83,7 +84,7 @@ class Question:
         return cls(model, wiring, prompts, others, bound, source, CostModel.of(model))
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """All that tells this question from others, as plain data."""
         name, revision = engine.name_of(self.model)
         return {
@@ -98,7 +99,7 @@ class Question:
 
     def check_parts(self, senders: Iterable[Path]) -> None:
         """Raise where one of these is a part of a sender that the model, the prompts or the ablation do not have."""
-        parts.check_parts(self.model, self.wiring, self.clean, self.source, senders)
+        sender_parts.check_parts(self.model, self.wiring, self.clean, self.source, senders)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CircuitMetrics:
     """What circuits gave."""
 
     #: `[prompt, circuit]`, and of several metrics `[prompt, circuit, metric]`.
@@ -127,26 +128,26 @@ class Measured:
 @torch.no_grad()
 def measure(
     question: Question,
-    masks: Sequence[np.ndarray | Mask],
+    masks: Sequence[np.ndarray | EdgeMask],
     *,
     max_tokens: int | None = None,
     progress: bool = False,
     prompts: Sequence[int] | None = None,
-) -> Measured:
+) -> CircuitMetrics:
     """The metric of each circuit, given by its edges `[receiver, sender]`, for each prompt.
 
     Args:
         prompts: only these, in this order.
     """
     chosen = list(range(len(question.clean)) if prompts is None else prompts)
-    masks = [mask if isinstance(mask, Mask) else Mask(mask) for mask in masks]
+    masks = [mask if isinstance(mask, EdgeMask) else EdgeMask(mask) for mask in masks]
     if question.source.trained_from is not None:
         return _trained(question, masks, max_tokens, progress)
     model, wiring = question.model, question.wiring
     room = engine.room(model, max_tokens)
     pruned: dict[Hashable, int] = {}
     which: list[int] = []
-    kinds: list[Mask] = []
+    kinds: list[EdgeMask] = []
     for mask in masks:
         small = mask.only(needed(wiring.shape, mask.edges, from_embed=question.source.is_run)[0])
         number = pruned.setdefault(small.key, len(kinds))
@@ -160,7 +161,7 @@ def measure(
     held = max((_streams(wiring, mask) for mask in kinds), default=1.0)
     with engine.turn(model), bar("circuits", len(kinds) * len(chosen), "run", progress) as shown:
         cost = _trust(question)
-        parts.check_experts(model, wiring, question.clean, parts.experts_of(wiring, kinds))
+        sender_parts.check_experts(model, wiring, question.clean, sender_parts.experts_of(wiring, kinds))
         for batch in question.clean.take(chosen).batches(None):
             rows = [chosen[row] for row in batch]
             length = question.clean.length("decoder", rows[0])
@@ -169,30 +170,32 @@ def measure(
             step = int(room / (length * held))
             for part in _parts(rows, max(step, 1)):
                 cost += _group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
-    return Measured(values[chosen][:, which], clean[chosen], cost)
+    return CircuitMetrics(values[chosen][:, which], clean[chosen], cost)
 
 
-def _trained(question: Question, masks: Sequence[Mask], max_tokens: int | None, progress: bool) -> Measured:
+def _trained(question: Question, masks: Sequence[EdgeMask], max_tokens: int | None, progress: bool) -> CircuitMetrics:
     """Each circuit with constants of its own."""
-    known: dict[Hashable, Measured] = {}
+    known: dict[Hashable, CircuitMetrics] = {}
     trainings: list[Training] = []
     cost = Cost()
     for mask in masks:
         if (key := mask.key) in known:
             continue
-        ablation, spent = constants_for(question, mask.edges, Recipe(), max_tokens=max_tokens, progress=progress)
+        ablation, spent = constants_for(
+            question, mask.edges, TrainingOptions(), max_tokens=max_tokens, progress=progress
+        )
         source = source_of(question.model, question.wiring, question.clean, None, ablation, None)
         known[key] = measure(replace(question, source=source), [mask], max_tokens=max_tokens)
         trainings.append(ablation.training)
         cost += spent + known[key].cost
     each = [known[mask.key] for mask in masks]
-    return Measured(np.concatenate([one.values for one in each], 1), each[0].clean, cost, note_of(trainings))
+    return CircuitMetrics(np.concatenate([one.values for one in each], 1), each[0].clean, cost, note_of(trainings))
 
 
 def constants_for(
     question: Question,
     mask: np.ndarray,
-    recipe: Recipe,
+    recipe: TrainingOptions,
     *,
     max_tokens: int | None,
     progress: bool,
@@ -200,7 +203,7 @@ def constants_for(
 ) -> tuple[OptimalAblation, Cost]:
     """Constants trained for the circuit of a mask, on the question's clean prompts."""
     assert question.source.trained_from is not None
-    model = {name: question.asked[name] for name in ("model", "revision", "weights")}
+    model = {name: question.identity[name] for name in ("model", "revision", "weights")}
     with engine.turn(question.model):
         cost = _trust(question)
         found, spent = train(
@@ -215,7 +218,7 @@ def _group(
     question: Question,
     rows: list[int],
     at: int,
-    circuits: Sequence[tuple[int, Mask]],
+    circuits: Sequence[tuple[int, EdgeMask]],
     room: int,
     values: np.ndarray,
     clean: np.ndarray,
@@ -223,21 +226,21 @@ def _group(
 ) -> Cost:
     """All circuits over some prompts of one length."""
     model, root, wiring = question.model, question.root, question.wiring
-    experts = sorted(parts.experts_of(wiring, [mask for _, mask in circuits]))
+    experts = sorted(sender_parts.experts_of(wiring, [mask for _, mask in circuits]))
     own = record(root, model, wiring, question.clean, rows, at, experts)
     length = own.values.embed.shape[1]
     cost = question.cost_model.whole(question.clean, rows, 1)
     found, spent = question.source.values(rows, own.values)
     cost += spent
-    ablated = Ablated.of(root, wiring, found)
+    ablated = AblatedStreams.of(root, wiring, found)
     reference = own.logits if question.metric.metric.compares else None
     clean[rows] = _numbers(question.metric(own.logits, rows, reference))
     done: list[Cost] = []
 
     def run(numbers: list[int]) -> None:
         chosen = [circuits[number] for number in numbers]
-        edges, *kept = parts.slots_of(model, wiring, question.clean, rows, [mask for _, mask in chosen])
-        made = Pass(root, wiring, own.frame, ablated, edges, question.cost_model, *kept)
+        slots, reads = sender_parts.slots_of(model, wiring, question.clean, rows, [mask for _, mask in chosen])
+        made = CircuitPass(root, wiring, own.frame, ablated, question.cost_model, slots, reads)
         logits = made.run(lambda: run_plainly(root, model, question.clean, [*rows] * len(chosen), at))
         asked = [*rows] * len(chosen)
         against = None if reference is None else reference.repeat(len(chosen), 1)
@@ -259,23 +262,23 @@ def _parts(rows: list[int], step: int) -> list[list[int]]:
     return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
-def _fitting(wiring: Wiring, masks: Sequence[Mask], tokens: int, room: int) -> list[list[int]]:
+def _fitting(wiring: Wiring, masks: Sequence[EdgeMask], tokens: int, room: int) -> list[list[int]]:
     """Circuits that run together: their tokens, and the streams that are held for each."""
     chunks: list[list[int]] = []
     held: set[Hashable] = set()
     for number, mask in enumerate(masks):
-        wider = held | parts.kept_by(mask)
+        wider = held | sender_parts.kept_by(mask)
         if not chunks or (len(chunks[-1]) + 1) * tokens * _counted(wiring, len(wider)) > room:
             chunks.append([])
-            wider = parts.kept_by(mask)
+            wider = sender_parts.kept_by(mask)
         chunks[-1].append(number)
         held = wider
     return chunks
 
 
-def _streams(wiring: Wiring, mask: Mask) -> float:
+def _streams(wiring: Wiring, mask: EdgeMask) -> float:
     """What a token of a circuit counts for."""
-    return _counted(wiring, len(parts.kept_by(mask)))
+    return _counted(wiring, len(sender_parts.kept_by(mask)))
 
 
 def _counted(wiring: Wiring, kept: int) -> float:
@@ -333,8 +336,8 @@ def _trust(question: Question) -> Cost:
     if asked in known:
         return Cost()
     own = record(root, model, wiring, question.clean, [0], -1)
-    ablated = Ablated.of(root, wiring, own.values.map(torch.zeros_like))
-    made = Pass(root, wiring, own.frame, ablated, wiring.shape.exists[None], question.cost_model)
+    ablated = AblatedStreams.of(root, wiring, own.values.map(torch.zeros_like))
+    made = CircuitPass(root, wiring, own.frame, ablated, question.cost_model, *whole_slots(wiring.shape.exists[None]))
     logits = made.run(lambda: run_plainly(root, model, question.clean, [0], -1))
     size = float((own.logits - own.logits.mean()).abs().max())
     off = float((logits - own.logits).abs().max())

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from nnsplice.circuits.drawing import Drawing, Mark
+from nnsplice.circuits.drawing import Drawing, DrawnNode
 from nnsplice.files import whole
 
 #: Digits of a score on the page; the file has all of them.
@@ -74,7 +74,7 @@ def page(drawing: Drawing, title: str, provenance: Mapping[str, Any], scores: Ma
     return before + html.escape(title) + between + escaped + after
 
 
-def _label(mark: Mark) -> str:
+def _label(mark: DrawnNode) -> str:
     """What stands inside a mark: the number of a head; nothing fits into a group's dot."""
     if mark.kind == "head":
         return mark.path.rpartition("[")[2].removesuffix("]")

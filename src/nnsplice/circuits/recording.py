@@ -18,7 +18,7 @@ from nnsplice.errors import RefusedPlace
 
 
 @dataclass(frozen=True)
-class Recorded:
+class SenderValues:
     """The senders' values of runs over prompts of one length: `[prompt, token, width]` each."""
 
     #: The stream that enters the first layer.
@@ -29,14 +29,14 @@ class Recorded:
     #: By layer and number: what an expert adds to its MLP, of those that are senders by themselves.
     experts: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Recorded:
+    def map(self, change: Callable[[Tensor], Tensor]) -> SenderValues:
         """Something done to every value."""
         experts = {key: change(value) for key, value in self.experts.items()}
-        return Recorded(change(self.embed), tuple(map(change, self.z)), tuple(map(change, self.mlp)), experts)
+        return SenderValues(change(self.embed), tuple(map(change, self.z)), tuple(map(change, self.mlp)), experts)
 
 
 @dataclass(frozen=True)
-class Frame:
+class OutputFormat:
     """What else is known of a model from a run of it."""
 
     #: How many elements a block returns; None where it returns a tensor.
@@ -46,11 +46,11 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Run:
+class SenderRun:
     """One run: the values, and the logits that were asked for, `[prompt, vocab]`."""
 
-    values: Recorded
-    frame: Frame
+    values: SenderValues
+    frame: OutputFormat
     logits: Tensor
 
 
@@ -63,7 +63,7 @@ def record(
     rows: Sequence[int],
     at: int,
     experts: Collection[tuple[int, int]] = (),
-) -> Run:
+) -> SenderRun:
     """Run prompts of one length as they are, and check that their stream is the sum of what the senders give.
 
     Args:
@@ -91,7 +91,7 @@ def record(
         for number in sorted({layer for layer, _ in experts}):
             stack.enter_context(given_to_experts(root, wiring.layers[number], number, given))
         logits = run_plainly(root, model, prompts, rows, at)
-    values = Recorded(
+    values = SenderValues(
         seen[wanted[0]],
         tuple(seen[Site(layer.z[0].module, "input")] for layer in wiring.layers),
         tuple(seen[layer.mlp_added] for layer in wiring.layers),
@@ -103,7 +103,7 @@ def record(
         _check(ended(root, layer, projected(root, layer, z)), added, layer, f"more than {layer.block.o} stands")
         stream = stream + (added + seen[layer.mlp_added]) * layer.block.scale
     _check(stream, seen[last], wiring.layers[-1], "more than attention and MLP stands")
-    return Run(values, Frame(tuple(returns), widths), logits)
+    return SenderRun(values, OutputFormat(tuple(returns), widths), logits)
 
 
 @contextmanager

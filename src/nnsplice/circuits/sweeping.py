@@ -13,7 +13,7 @@ from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.measuring import Question, measure
-from nnsplice.circuits.parts import saes_of
+from nnsplice.circuits.sender_parts import saes_of
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.metrics import Metrics
 from nnsplice.results import Cell, Run, SweepResult, Table
@@ -108,7 +108,7 @@ def _named(circuits: Any) -> dict[str, Circuit]:
 
 def _asked(question: Question, circuits: Mapping[str, Circuit]) -> dict[str, Any]:
     return {
-        **question.asked,
+        **question.identity,
         "operation": "circuits",
         "circuits": {name: {"kind": one.kind, "digest": one.digest} for name, one in circuits.items()},
         **saes_of(question.model, [node for one in circuits.values() for node in one.nodes]),

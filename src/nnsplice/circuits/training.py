@@ -21,8 +21,9 @@ from nnsplice.attribution.gradients import differentiable
 from nnsplice.circuits.ablations import mean_of, wide
 from nnsplice.circuits.constants import OptimalAblation, Training
 from nnsplice.circuits.masks import ablated, needed
-from nnsplice.circuits.recording import Recorded, Run, record, run_plainly
-from nnsplice.circuits.running import Ablated, Pass
+from nnsplice.circuits.recording import SenderRun, SenderValues, record, run_plainly
+from nnsplice.circuits.running import CircuitPass
+from nnsplice.circuits.streams import AblatedStreams, whole_slots
 from nnsplice.circuits.wiring import Wiring
 from nnsplice.errors import BadArgument
 from nnsplice.packed.cost import Cost, CostModel
@@ -32,7 +33,7 @@ STEPS, RATE, HELD_OUT = 200, 0.05, 0.25
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingOptions:
     """How constants are trained."""
 
     steps: int = STEPS
@@ -62,7 +63,7 @@ class _Group:
     """Prompts of one length, and what the whole model says of them."""
 
     rows: list[int]
-    run: Run
+    run: SenderRun
     #: The metric's position, counted from the end.
     at: int
 
@@ -74,7 +75,7 @@ def train(
     prompts: Prompts,
     reference: Prompts,
     position: int,
-    recipe: Recipe,
+    recipe: TrainingOptions,
     *,
     room: int,
     progress: bool,
@@ -90,6 +91,7 @@ def train(
     """
     root, cost_model = unwrap(model), CostModel.of(model)
     small, _ = needed(wiring.shape, mask, from_embed=False)
+    slots, reads = whole_slots(small[None])
     free = ablated(wiring.shape, mask)
     mean, cost = mean_of(model, wiring, reference)
     # A site without an address is refused before anything is trained.
@@ -101,7 +103,7 @@ def train(
     scale, taken = _sizes(wiring, groups), _columns(wiring, start, free)
     shift = [torch.zeros_like(value) for value in start]
 
-    def values(moves: Sequence[Tensor]) -> Recorded:
+    def values(moves: Sequence[Tensor]) -> SenderValues:
         return _recorded([a + b * s for a, b, s in zip(start, moves, scale, strict=True)])
 
     def divergence(moves: Sequence[Tensor], rows: Sequence[int], *, tied: bool) -> float:
@@ -115,8 +117,8 @@ def train(
             asked = [group.rows[number] for number in chosen]
             own = group.run.values.map(lambda t, chosen=chosen: t[chosen])
             with torch.set_grad_enabled(tied):
-                stands = Ablated.of(root, wiring, wide(values(moves), own))
-                made = Pass(root, wiring, group.run.frame, stands, small[None], cost_model, tied=tied)
+                stands = AblatedStreams.of(root, wiring, wide(values(moves), own))
+                made = CircuitPass(root, wiring, group.run.frame, stands, cost_model, slots, reads, keep_graph=tied)
                 logits = made.run(lambda asked=asked, group=group: run_plainly(root, model, prompts, asked, group.at))
                 apart = kl(group.run.logits[chosen], logits).sum() / len(rows)
             if tied:
@@ -180,14 +182,14 @@ def _groups(model: engine.Model, wiring: Wiring, prompts: Prompts, position: int
 # --- vectors ----------------------------------------------------------------------------------------------------------
 
 
-def _flat(values: Recorded) -> list[Tensor]:
+def _flat(values: SenderValues) -> list[Tensor]:
     """The embeddings' vector, those that heads bring, those that MLPs add."""
     return [values.embed, *values.z, *values.mlp]
 
 
-def _recorded(flat: Sequence[Tensor]) -> Recorded:
+def _recorded(flat: Sequence[Tensor]) -> SenderValues:
     layers = (len(flat) - 1) // 2
-    return Recorded(flat[0], tuple(flat[1 : 1 + layers]), tuple(flat[1 + layers :]))
+    return SenderValues(flat[0], tuple(flat[1 : 1 + layers]), tuple(flat[1 + layers :]))
 
 
 def _sizes(wiring: Wiring, groups: Sequence[_Group]) -> list[Tensor]:
@@ -207,7 +209,7 @@ def _sizes(wiring: Wiring, groups: Sequence[_Group]) -> list[Tensor]:
     return [size.sqrt().clamp_min(1e-6).to(value) for size, value in zip(sizes, _flat(mean_like(groups)), strict=True)]
 
 
-def mean_like(groups: Sequence[_Group]) -> Recorded:
+def mean_like(groups: Sequence[_Group]) -> SenderValues:
     """Vectors of the kind that runs have."""
     return groups[0].run.values.map(lambda value: value[0, 0])
 
@@ -224,7 +226,7 @@ def _columns(wiring: Wiring, flat: Sequence[Tensor], free: np.ndarray) -> list[T
     return found
 
 
-def _saved(model: engine.Model, wiring: Wiring, values: Recorded) -> SavedActivation:
+def _saved(model: engine.Model, wiring: Wiring, values: SenderValues) -> SavedActivation:
     """Vectors by the addresses of their senders."""
 
     def entry(place: str, value: Tensor) -> tuple[str, Tensor]:

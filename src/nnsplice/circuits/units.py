@@ -14,7 +14,8 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.circuits.ablations import Ablation, source_of
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.constants import OptimalAblation
-from nnsplice.circuits.curves import SHARES, Faithfulness, Point, circuits_of, report
+from nnsplice.circuits.curves import Faithfulness, Point
+from nnsplice.circuits.faithfulness import SHARES, circuits_of, report
 from nnsplice.circuits.measuring import Question, measure
 from nnsplice.circuits.scores import scores_of
 from nnsplice.circuits.wiring import wiring_of
@@ -80,7 +81,7 @@ def plan(
         files[VALUES] = bytes_of(values.to_file)
     asked = None if reference is None else plain_prompts(encode(question.model, reference))
     told |= {
-        "weights": question.asked["weights"],
+        "weights": question.identity["weights"],
         "saes": features.identities(question.model, senders),
         "clean": plain_prompts(question.clean),
         "corrupted": None if question.corrupted is None else plain_prompts(question.corrupted),

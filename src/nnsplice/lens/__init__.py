@@ -2,15 +2,16 @@
 
 logit       the model's own norm and head on any state of the stream
 direct      the metric as a sum of what heads, MLPs and embeddings add
-senders     which parts of the sum are asked about
-linear      norms and heads as the straight lines that they are at one run
+terms       which terms of the sum are requested
+decomposition  the sum of one batch
+linear      norms and heads as linear maps at one run
 lens        what that gives: Lens, a result with the tokens that come first
 fit         tuned and Jacobian lenses, fitted to a model
 fitted      what that gives: FittedLens, a value and a file
 patchscope  what a state says when it is written into another prompt
 diff        what differs between two models, read and steered with
 tail        the norm and the head, tried on the run
-passes      one run, with values kept at ends of modules
+runs        one run, with values kept at the ends of modules
 """
 
 from nnsplice.lens.diff import DiffLens, diff_lens

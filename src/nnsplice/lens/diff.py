@@ -11,10 +11,10 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import SavedActivation
 from nnsplice.activations.capture import capture
-from nnsplice.activations.prompts import PromptsLike, encode
+from nnsplice.activations.prompts import PromptsLike
 from nnsplice.errors import BadArgument, RefusedPlace, ShortRow, circumstances
 from nnsplice.lens.logit import is_stream
-from nnsplice.lens.passes import decoder_of, last_of, look
+from nnsplice.lens.runs import decoder_of, last_of, lens_run, prompts_of, texts_of
 from nnsplice.lens.tail import Tail
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.steering import SteeringVector
@@ -134,9 +134,7 @@ def diff_lens(
         for model in (base, tuned):
             engine.refuse_edits(model)
             check_mode(model)
-        given = encode(base, prompts)
-        if given.values is not None:
-            raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
+        given = prompts_of(base, prompts)
         other_model.check(base, tuned, given, operation_of("patch"), pair=False, corrupts=False)
         if other_model.identical(base, tuned):
             raise BadArgument("the two models are the same, so nothing differs", expected="a model and its tuning")
@@ -154,7 +152,7 @@ def diff_lens(
         targets = tuple(Target(cell_of(place), (TargetPart(cell_of(place), (place,), None),)) for place in places)
         other_model.check_places(base, tuned, given, targets)
         theirs = other_model.counterparts(tuned, targets)
-        tail = Tail.of(tuned, look(tuned, given, given.batches(None)[0], [last_of(tower)]))
+        tail = Tail.of(tuned, lens_run(tuned, given, given.batches(None)[0], [last_of(tower)]))
     pairs: list[tuple[str, Tensor]] = []
     before = capture(base, given, [place.at(n) for place in places for n in range(first)])
     after = capture(tuned, given, [theirs[place].at(n) for place in places for n in range(first)])
@@ -165,6 +163,4 @@ def diff_lens(
     states = torch.cat([value for _, value in pairs]).to(after.get(theirs[places[0]].at(0)))
     tops = [logits.double().softmax(-1).topk(min(k, logits.shape[-1])) for _, logits in tail.each(states)]
     ids, shares = (torch.cat([getattr(top, part) for top in tops]).cpu() for part in ("indices", "values"))
-    known = ids.unique().tolist()
-    texts = dict(zip(known, (row[0] for row in engine.token_texts(tuned, ([one] for one in known))), strict=True))
-    return DiffLens(SavedActivation.from_pairs(*pairs), ids, shares, texts)
+    return DiffLens(SavedActivation.from_pairs(*pairs), ids, shares, texts_of(tuned, ids.unique().tolist()))

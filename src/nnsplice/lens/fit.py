@@ -12,15 +12,16 @@ from torch import Tensor
 
 from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
-from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike
 from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.gradients import batches, differentiable
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.lens.fitted import FittedLens, Kind, freeze
-from nnsplice.lens.passes import decoder_of, last_of, look
+from nnsplice.lens.runs import decoder_of, last_of, lens_run, prompts_of
 from nnsplice.lens.tail import Tail
 from nnsplice.metrics import divergence
 from nnsplice.progress import bar
+from nnsplice.sweeps.identity import model_record
 from nnsplice.sweeps.running import check_mode
 
 
@@ -42,7 +43,7 @@ def fit(
     """Fit a lens: what takes each layer's states to where the last layer's stand.
 
     `"tuned"`: an affine map for each layer, trained so that what the model's end makes of it is the model's own
-    distribution (KL); how near it comes on prompts held out is told by layer, beside the logit lens.
+    distribution (KL); `held_out()` has how near it comes on prompts held out, by layer, beside the logit lens.
     `"jacobian"`: the mean derivative of the last layer's states by a layer's, over all tokens and the tokens from each
     on; no training.
 
@@ -83,9 +84,7 @@ def fit(
         for name, number in (("steps", steps), ("batch", batch), ("chunk", chunk)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise BadArgument(f"{name}={number!r}", expected="a whole number, at least 1")
-        given = encode(model, prompts)
-        if given.values is not None:
-            raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
+        given = prompts_of(model, prompts)
         tower = decoder_of(model)
         chosen = range(tower.n_layers) if layers is None else sorted(set(layers))
         places = engine.expand(model, "layers[:].output")
@@ -94,23 +93,21 @@ def fit(
         from nnsplice import closures
 
         closures.require(model, places)
-        job = _Job(model, given, tuple(chosen), tuple(site_of(places[n]) for n in chosen))
+        job = _FitJob(model, given, tuple(chosen), tuple(site_of(places[n]) for n in chosen))
         room = engine.room(model, max_tokens)
         if kind == "jacobian":
-            matrices, told = _jacobians(job, room, chunk, progress)
+            matrices, measured = _jacobians(job, room, chunk, progress)
             biases = torch.zeros(matrices.shape[:2], dtype=matrices.dtype)
         else:
-            matrices, biases, told = _tuned(job, room, steps, rate, batch, held_out, seed, progress)
-    name, revision = engine.name_of(model)
+            matrices, biases, measured = _tuned(job, room, steps, rate, batch, held_out, seed, progress)
     about = {
-        "model": name, "revision": revision, "weights": engine.weights_digest(model), "prompts": len(given),
-        "tokens": sum(map(len, given.ids)), **told,
+        **model_record(model), "prompts": len(given), "tokens": sum(map(len, given.ids)), **measured,
     }  # fmt: skip
     return FittedLens(kind, job.layers, freeze(matrices), freeze(biases), about)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _FitJob:
     """What is fitted."""
 
     model: engine.Model
@@ -123,7 +120,7 @@ class _Job:
 
 
 def _tuned(
-    job: _Job, room: int, steps: int, rate: float, batch: int, held_out: float, seed: int, progress: bool
+    job: _FitJob, room: int, steps: int, rate: float, batch: int, held_out: float, seed: int, progress: bool
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(job.prompts), generator=generator).tolist()
@@ -160,8 +157,8 @@ def _tuned(
         _kl(tail, test[-1], states @ matrix.T + bias)
         for states, matrix, bias in zip(test[:-1], matrices, biases, strict=True)
     ]
-    told = {"kl": found, "logit_lens": plain, "steps": steps, "rate": rate, "batch": batch, "seed": seed}
-    return matrices, biases, {**told, "held_out": kept}
+    measured = {"kl": found, "logit_lens": plain, "steps": steps, "rate": rate, "batch": batch, "seed": seed}
+    return matrices, biases, {**measured, "held_out": kept}
 
 
 def _logits(tail: Tail, states: Tensor) -> Tensor:
@@ -177,13 +174,13 @@ def _kl(tail: Tail, last: Tensor, states: Tensor) -> float:
     return total / len(states)
 
 
-def _states(job: _Job, prompts: Sequence[int], room: int) -> tuple[Tail, list[Tensor]]:
+def _states(job: _FitJob, prompts: Sequence[int], room: int) -> tuple[Tail, list[Tensor]]:
     """`[token, width]` of each layer, and of the last, over all tokens of some prompts."""
     end = last_of(decoder_of(job.model))
     found: list[list[Tensor]] = []
     tail: Tail | None = None
     for rows in batches(job.prompts, prompts, room):
-        run = look(job.model, job.prompts, rows, [*job.sites, end])
+        run = lens_run(job.model, job.prompts, rows, [*job.sites, end])
         tail = tail or Tail.of(job.model, run)
         found.append([run.values[site].flatten(0, 1) for site in (*job.sites, end)])
     assert tail is not None
@@ -193,13 +190,13 @@ def _states(job: _Job, prompts: Sequence[int], room: int) -> tuple[Tail, list[Te
 # --- jacobian ---------------------------------------------------------------------------------------------------------
 
 
-def _jacobians(job: _Job, room: int, chunk: int, progress: bool) -> tuple[Tensor, dict[str, Any]]:
+def _jacobians(job: _FitJob, room: int, chunk: int, progress: bool) -> tuple[Tensor, dict[str, Any]]:
     if not engine.is_causal(job.model):
         raise RefusedPlace("a Jacobian lens is a mean over later tokens, and this model does not read forwards alone")
     end = last_of(decoder_of(job.model))
     # The law of the logit lens, which this is one of.
     first = next(batches(job.prompts, range(len(job.prompts)), room))
-    Tail.of(job.model, look(job.model, job.prompts, first, [end]))
+    Tail.of(job.model, lens_run(job.model, job.prompts, first, [end]))
     total: Tensor | None = None
     pairs = 0
     with bar("jacobians", len(job.prompts), "prompt", progress) as shown, differentiable(job.model):
@@ -213,7 +210,7 @@ def _jacobians(job: _Job, room: int, chunk: int, progress: bool) -> tuple[Tensor
     return total / pairs, {"pairs": pairs}
 
 
-def _jacobian(job: _Job, row: int, end: Site, chunk: int) -> Tensor:
+def _jacobian(job: _FitJob, row: int, end: Site, chunk: int) -> Tensor:
     """`[layer, width, width]`: the sum over a prompt's tokens, and those from each on, of the derivatives."""
     root = unwrap(job.model)
     rows: list[Tensor] = []

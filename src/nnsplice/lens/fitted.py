@@ -19,7 +19,7 @@ from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, FileError
 from nnsplice.files import from_json, is_pickle, whole
 from nnsplice.headers import read_header
-from nnsplice.lens.passes import decoder_of
+from nnsplice.lens.runs import decoder_of
 from nnsplice.paths import Path
 from nnsplice.shown import counted, printable
 
@@ -139,13 +139,13 @@ class FittedLens:
         """
         from safetensors.torch import save_file
 
-        told = {
+        record = {
             "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": self.digest, "lens": self.kind,
             "layers": list(self.layers), "about": dict(self.about),
         }  # fmt: skip
         tensors = {"matrices": self.matrices.contiguous(), "biases": self.biases.contiguous()}
         with whole(path) as temporary:
-            save_file(tensors, temporary, metadata={HEADER: json.dumps(told)})
+            save_file(tensors, temporary, metadata={HEADER: json.dumps(record)})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> FittedLens:
@@ -165,15 +165,15 @@ class FittedLens:
 
         if is_pickle(path):
             raise FileError(f"{path} looks like a pickle, which can run any code; it is left closed", expected=WRITTEN)
-        told = from_json(read_header(path).metadata.get(HEADER, "null"), f"the header of {path}")
-        if not isinstance(told, dict) or told.get("kind") != KIND:
+        record = from_json(read_header(path).metadata.get(HEADER, "null"), f"the header of {path}")
+        if not isinstance(record, dict) or record.get("kind") != KIND:
             raise FileError(f"{path} holds no fitted lens", expected=WRITTEN)
-        if told["format"] > FORMAT:
-            raise FileError(f"{path} has format {told['format']}; this nnsplice reads up to {FORMAT}")
+        if record["format"] > FORMAT:
+            raise FileError(f"{path} has format {record['format']}; this nnsplice reads up to {FORMAT}")
         try:
             tensors = load_file(path)
-            made = cls(told["lens"], tuple(told["layers"]), tensors["matrices"], tensors["biases"], told["about"])
-            same = made.digest == told["digest"]
+            made = cls(record["lens"], tuple(record["layers"]), tensors["matrices"], tensors["biases"], record["about"])
+            same = made.digest == record["digest"]
         except (SafetensorError, KeyError, TypeError) as error:
             raise FileError(f"{path} is damaged: {error}", expected=WRITTEN) from None
         if not same:
@@ -183,16 +183,16 @@ class FittedLens:
     def __repr__(self) -> str:
         first, last = min(self.layers), max(self.layers)
         layers = f"layers {first}..{last}" if len(self.layers) > 1 else f"layer {first}"
-        told = f"FittedLens: {self.kind}, {layers}, width {self.matrices.shape[-1]}"
-        told += f", {self.about.get('prompts', '?')} prompts"
+        text = f"FittedLens: {self.kind}, {layers}, width {self.matrices.shape[-1]}"
+        text += f", {self.about.get('prompts', '?')} prompts"
         if "kl" in self.about:
             pairs = zip(self.about["kl"], self.about["logit_lens"], strict=True)
             worse = sum(kl > plain for kl, plain in pairs)
             mean = sum(self.about["kl"]) / len(self.layers)
-            told += f", held-out KL {mean:.3g}" + (
+            text += f", held-out KL {mean:.3g}" + (
                 f", worse than the logit lens in {counted(worse, 'layer')}" if worse else ""
             )
-        return printable(told)
+        return printable(text)
 
 
 def freeze(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-#: What the numbers are where no answers were asked about.
+#: The metric where no answers were given.
 TOP = "top probability"
 
 
@@ -178,8 +178,8 @@ class Lens:
         return visible(self.texts.get(int(self.ids[prompt, cell, 0]), ""))
 
     def __repr__(self) -> str:
-        told = f"Lens: the first {self.ids.shape[2]} tokens of {self.ids.shape[1]} sites\n"
-        return told + repr(self.result)
+        text = f"Lens: the first {self.ids.shape[2]} tokens of {self.ids.shape[1]} sites\n"
+        return text + repr(self.result)
 
     def _repr_html_(self) -> str:
         return self.result._repr_html_()

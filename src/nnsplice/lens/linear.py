@@ -1,7 +1,7 @@
 """Norms and unembeddings as linear maps at one run, measured on the modules.
 
 A norm is a gain times what it is given, less its mean in some, over a size, and a bias. With the size that it has in
-the run held still it is linear, so that what a metric reads behind it can be carried to what stands in front of it.
+the run kept constant it is linear, so a direction that a metric reads behind it is a direction in front of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nnsplice import engine
+from nnsplice.atlas import text_config, unwrap
 from nnsplice.errors import RefusedPlace
 from nnsplice.metrics import Bound
 
@@ -21,7 +23,7 @@ _HALF = 5e-2
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenNorm:
     """One norm at one run: `scale * gain * (given - mean) + bias + rounding`, a row for each prompt."""
 
     #: `[width]`
@@ -35,7 +37,7 @@ class Frozen:
     rounding: Tensor
 
     @staticmethod
-    def of(module: nn.Module, name: str, given: Tensor, made: Tensor) -> Frozen:
+    def of(module: nn.Module, name: str, given: Tensor, made: Tensor) -> FrozenNorm:
         """A norm, with what it was given and what it made in the run, `[prompt, width]`.
 
         Raises:
@@ -53,7 +55,7 @@ class Frozen:
                 )
                 again = module(given[:, None])[:, 0].double()
             except (TypeError, RuntimeError, ValueError, IndexError) as error:
-                raise _refused(name, f"it cannot be asked by itself ({error})") from None
+                raise _refused(name, f"it does not run by itself ({error})") from None
         bias, gain = (up + down) / 2, (up - down) / 2 / probe.double()
         centres = bool(torch.allclose(moved, up, rtol=1e-3, atol=1e-3 * float(up.abs().max())))
         states = given.double()
@@ -68,37 +70,37 @@ class Frozen:
         off = float(rounding.abs().max())
         if not off <= allowed:
             raise _refused(name, f"what it makes is {off:.2g} off a gain times what it is given, over a size")
-        return Frozen(gain, bias, scale, centres, rounding)
+        return FrozenNorm(gain, bias, scale, centres, rounding)
 
-    def back(self, towards: Tensor) -> Tensor:
+    def back(self, direction: Tensor) -> Tensor:
         """What a direction behind the norm is in front of it: `[prompt, width]`."""
-        before = self.scale * self.gain * towards
+        before = self.scale * self.gain * direction
         return before - before.mean(-1, keepdim=True) if self.centres else before
 
-    def constant(self, towards: Tensor) -> Tensor:
+    def constant(self, direction: Tensor) -> Tensor:
         """What the norm adds by itself along a direction behind it: `[prompt]`."""
-        return ((self.bias + self.rounding) * towards).sum(-1)
+        return ((self.bias + self.rounding) * direction).sum(-1)
 
 
 def _refused(name: str, why: str) -> RefusedPlace:
     return RefusedPlace(
-        f"{name} is no norm that is linear once its size stands still: {why}",
+        f"{name} is no norm that is linear once its size is constant: {why}",
         expected="a gain times what it is given, less its mean or not, over a size, and a bias",
     )
 
 
 @dataclass(frozen=True)
-class Line:
-    """A linear function of a module's input, a row for each prompt: `towards . input + constant`."""
+class LinearForm:
+    """A linear function of a module's input, a row for each prompt: `direction . input + constant`."""
 
     #: `[prompt, width]`
-    towards: Tensor
+    direction: Tensor
     #: `[prompt]`
     constant: Tensor
 
     @staticmethod
-    def through(module: Callable[[Tensor], Tensor], given: Tensor, behind: Tensor, name: str) -> Line:
-        """What a direction behind a linear module is in front of it.
+    def through(module: Callable[[Tensor], Tensor], given: Tensor, behind: Tensor, name: str) -> LinearForm:
+        """The direction in front of a linear module that a direction behind it stands for.
 
         Args:
             given: what it is given in the run, `[prompt, width]`; whether it is linear is tried there.
@@ -111,21 +113,17 @@ class Line:
             states = given.detach().clone().requires_grad_()
             # A token each, as in the model; rows do not mix.
             made = module(states[:, None])[:, 0]
-            (towards,) = torch.autograd.grad((made * behind.to(made)).sum(), states)
+            (direction,) = torch.autograd.grad((made * behind.to(made)).sum(), states)
         with torch.no_grad():
             nothing = module(torch.zeros_like(given[:1])[:, None])[:, 0]
         constant = (nothing.double() * behind).sum(-1)
         value = (made.detach().double() * behind).sum(-1)
-        towards, states = towards.double(), given.double()
-        size = (made.detach().double() * behind).abs().sum(-1) + (towards * states).abs().sum(-1)
-        off = ((towards * states).sum(-1) + constant - value).abs()
+        direction, states = direction.double(), given.double()
+        size = (made.detach().double() * behind).abs().sum(-1) + (direction * states).abs().sum(-1)
+        off = ((direction * states).sum(-1) + constant - value).abs()
         if not bool((off <= rounding(given.dtype) * size.clamp_min(1e-300)).all()):
             raise RefusedPlace(f"{name} is not linear, so what it is given has no shares of what it makes")
-        return Line(towards, constant)
-
-    def of(self, given: Tensor) -> Tensor:
-        """`[prompt]`, without the constant."""
-        return (self.towards * given.double()).sum(-1)
+        return LinearForm(direction, constant)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -144,19 +142,19 @@ def weights_of(metric: Bound, prompts: int, vocabulary: int, device: torch.devic
     def drawn() -> Tensor:
         return torch.randn(prompts, vocabulary, generator=generator, dtype=torch.float64).to(device)
 
-    def asked(logits: Tensor) -> Tensor:
+    def measured(logits: Tensor) -> Tensor:
         return metric(logits, range(prompts)).double()
 
     with torch.enable_grad():
         point = drawn().requires_grad_()
-        value = asked(point)
+        value = measured(point)
         found = torch.autograd.grad(value.sum(), point, allow_unused=True)[0] if value.requires_grad else None
     weights = torch.zeros_like(point) if found is None else found
     with torch.no_grad():
-        nothing = asked(torch.zeros_like(point))
+        nothing = measured(torch.zeros_like(point))
         tried = (point.detach(), 30 * drawn(), drawn() - 5)
         bent = any(
-            not torch.allclose((weights * logits).sum(-1) + nothing, asked(logits), rtol=1e-9, atol=1e-9)
+            not torch.allclose((weights * logits).sum(-1) + nothing, measured(logits), rtol=1e-9, atol=1e-9)
             for logits in tried
         )
     if found is None or bent or not bool(weights.any(-1).all()):
@@ -166,3 +164,65 @@ def weights_of(metric: Bound, prompts: int, vocabulary: int, device: torch.devic
             write="ns.logit_diff(answer, wrong), or a token",
         )
     return weights, nothing
+
+
+# --- between two states of a run --------------------------------------------------------------------------------------
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two states are one, but for rounding."""
+    allowed = 1e-5 if a.dtype == torch.float64 else 1e-4 if a.dtype == torch.float32 else 5e-2
+    a, b = a.double(), b.double()
+    return float((a - b).abs().max()) <= allowed * max(float(b.abs().max()), 1e-30)
+
+
+def check_same(made: Tensor, given: Tensor, between: str) -> None:
+    """Raise where a state is not handed on as it was made.
+
+    Raises:
+        RefusedPlace: so it is.
+    """
+    if made.shape != given.shape or not close(made, given):
+        raise RefusedPlace(f"something stands between {between} that no part of the sum goes through")
+
+
+def factor_between(made: Tensor, given: Tensor, between: str) -> float:
+    """The number that a state is multiplied by on its way.
+
+    Raises:
+        RefusedPlace: more happens to it.
+    """
+    if made.shape != given.shape:
+        raise RefusedPlace(f"more than a factor stands between {between}")
+    if torch.equal(made, given):
+        return 1.0
+    a, b = made.double(), given.double()
+    factor = float((a * b).sum() / (a * a).sum())
+    if not close(a * factor, given):
+        raise RefusedPlace(f"more than a factor stands between {between}")
+    return factor
+
+
+def logit_factor(model: engine.Model, made: Tensor, logits: Tensor) -> float:
+    """The number that what the unembedding makes is multiplied by to be logits, before a softcap.
+
+    Raises:
+        RefusedPlace: more happens to it.
+    """
+    if made.shape != logits.shape:
+        raise RefusedPlace("what the unembedding makes are not the logits one for one")
+    a, b = made.double(), logits.double()
+    tried: list[tuple[Tensor, float | None]] = [(b, None)]
+    config = text_config(unwrap(model))
+    caps = [value for name, value in vars(config).items() if "cap" in name and isinstance(value, float) and value > 0]
+    tried += [(cap * torch.atanh((b / cap).clamp(-1, 1)), cap) for cap in caps]
+    for before, cap in tried:
+        near = torch.isfinite(before) & (before.abs() < (cap or float("inf")))  # a number at its cap has lost its size
+        factor = 1.0 if torch.equal(a, before) else float((a * before)[near].sum() / (a * a)[near].sum())
+        again = a * factor if cap is None else cap * torch.tanh(a * factor / cap)
+        if close(again.to(logits.dtype), logits):
+            return factor
+    raise RefusedPlace(
+        "more than a factor and a softcap stands between the unembedding and the logits",
+        expected="a model whose logits are linear in its last normed state",
+    )

@@ -13,20 +13,20 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
-from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.atlas import Tower
 from nnsplice.attribution.gradients import batches
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
 from nnsplice.lens.fitted import FittedLens
 from nnsplice.lens.lens import TOP, Lens
-from nnsplice.lens.passes import decoder_of, last_of, look
+from nnsplice.lens.runs import decoder_of, last_of, lens_run, prompts_of, texts_of
 from nnsplice.lens.tail import Tail
 from nnsplice.metrics import Answer, Metric, Several, bound_of, log_probability, probability, rank
 from nnsplice.paths import Path, Slice
 from nnsplice.progress import bar
 from nnsplice.results import Run, SweepResult, Table
 from nnsplice.sweeps.expansion import targets_of
-from nnsplice.sweeps.identity import prompts_record
+from nnsplice.sweeps.identity import model_record, prompts_record
 from nnsplice.sweeps.running import check_mode
 from nnsplice.sweeps.sets import Sites
 from nnsplice.sweeps.targets import Target, has_tokens, own_tokens
@@ -83,9 +83,7 @@ def logit(
         engine.refuse_edits(model)
         engine.refuse_changed_logits(model)
         check_mode(model)
-        given = encode(model, prompts, spans, images=True)
-        if given.values is not None:
-            raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
+        given = prompts_of(model, prompts, spans, images=True)
         tower = decoder_of(model)
         targets = targets_of(model, sites, given, 1, False)
         for target in targets:
@@ -104,7 +102,7 @@ def logit(
     tail: Tail | None = None
     with circumstances("ns.lens.logit"), bar("lens", len(given), "prompt", progress) as shown:
         for rows in batches(given, range(len(given)), engine.room(model, max_tokens)):
-            run = look(model, given, rows, [last_of(tower)])
+            run = lens_run(model, given, rows, [last_of(tower)])
             if tail is None:
                 tail = Tail.of(model, run)
                 k = min(k, tail.head.vocabulary)
@@ -134,9 +132,8 @@ def logit(
                     shares[(*which, slice(k))] = top.values.cpu().numpy()
             shown.update(len(rows))
     about = Run("lens", time.perf_counter() - start, forwards=2 * len(given))
-    name, revision = engine.name_of(model)
     asked = {
-        "model": name, "revision": revision, "weights": engine.weights_digest(model), "prompts": prompts_record(given),
+        **model_record(model), "prompts": prompts_record(given),
         "sites": [target.cell.path for target in targets], "metric": metric.identity,
         "operation": "logit lens" if lens is None else f"{lens.identity['kind']} lens",
         "lens": None if lens is None else lens.identity,
@@ -145,8 +142,7 @@ def logit(
         tuple(target.cell for target in targets), found, there, there, ends, np.zeros_like(ends),
         engine.token_texts(model, given.ids), asked, about, metrics=metric.names,
     )  # fmt: skip
-    known = np.unique(ids[ids >= 0]).tolist()
-    texts = dict(zip(known, (row[0] for row in engine.token_texts(model, ([one] for one in known))), strict=True))
+    texts = texts_of(model, np.unique(ids[ids >= 0]).tolist())
     return Lens(SweepResult(table), ids[..., :k], shares[..., :k], texts)
 
 

@@ -19,7 +19,7 @@ from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.gradients import batches
 from nnsplice.errors import BadArgument, RefusedPlace, ShortRow, circumstances
 from nnsplice.lens.logit import check_state, exists
-from nnsplice.lens.passes import decoder_of
+from nnsplice.lens.runs import decoder_of
 from nnsplice.paths import Path, Slice
 from nnsplice.progress import bar
 from nnsplice.results import Cell, Table

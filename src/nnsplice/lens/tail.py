@@ -15,7 +15,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.atlas import Tower, unwrap
 from nnsplice.errors import RefusedPlace
-from nnsplice.lens.passes import Pass, decoder_of, last_of
+from nnsplice.lens.runs import LensRun, decoder_of, last_of
 from nnsplice.packed import LOGITS, Head
 
 #: Tokens of a run whose logits are made again.
@@ -31,7 +31,7 @@ class Tail:
     head: Head
 
     @staticmethod
-    def of(model: engine.Model, run: Pass) -> Tail:
+    def of(model: engine.Model, run: LensRun) -> Tail:
         """The tail of a model, from a run in which the stream that leaves the last layer was kept.
 
         Raises:
@@ -50,7 +50,7 @@ class Tail:
         tail.check(run)
         return tail
 
-    def check(self, run: Pass) -> None:
+    def check(self, run: LensRun) -> None:
         """Make the logits of a run again, of what left its last layer.
 
         Raises:
@@ -90,7 +90,7 @@ def allowed(model: engine.Model, logits: Tensor) -> float:
     return max(1e-12, 1e3 * eps if eps < 1e-3 else 8 * eps)
 
 
-def _own(run: Pass) -> Tensor:
+def _own(run: LensRun) -> Tensor:
     """What the model without its head returned, of the prompts' own tokens: `[token, width]`."""
     state: Tensor = run.returned.last_hidden_state
     length = run.logits.shape[1]

@@ -24,13 +24,13 @@ ASKED = "asked.json"
 
 
 @dataclass(frozen=True)
-class Units:
+class AlignmentJournal:
     """A folder of finished layers; without a folder, nothing is kept."""
 
     folder: Path | None
 
     @classmethod
-    def open(cls, folder: Any, asked: Mapping[str, Any]) -> Units:
+    def open(cls, folder: Any, asked: Mapping[str, Any]) -> AlignmentJournal:
         """Begin a folder, or go on with one of the same question.
 
         Raises:

@@ -1,4 +1,4 @@
-"""One run of prompts outside of traces, with module values, layer outputs and logits."""
+"""The prompts of a lens, and one run of them outside of traces, with module values, layer outputs and logits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine, wire
-from nnsplice.activations.prompts import Prompts
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
 from nnsplice.atlas import Atlas, Site, Tower, unwrap
-from nnsplice.errors import RefusedPlace
+from nnsplice.errors import BadArgument, RefusedPlace
 
 
 @dataclass(frozen=True)
-class Pass:
+class LensRun:
     """What one run over prompts of one length left."""
 
     rows: tuple[int, ...]
@@ -29,8 +29,28 @@ class Pass:
     logits: Tensor
 
 
+def prompts_of(
+    model: engine.Model, prompts: PromptsLike, spans: SpanTexts | None = None, *, images: bool = False
+) -> Prompts:
+    """The prompts of a lens.
+
+    Raises:
+        BadArgument: they are values, which have no tokens.
+    """
+    given = encode(model, prompts, spans, images=images)
+    if given.values is not None:
+        raise BadArgument("a lens reads tokens, and these prompts are values", expected="texts or token ids")
+    return given
+
+
+def texts_of(model: engine.Model, ids: Iterable[int]) -> dict[int, str]:
+    """The text of each token."""
+    known = list(ids)
+    return dict(zip(known, (row[0] for row in engine.token_texts(model, ([one] for one in known))), strict=True))
+
+
 def decoder_of(model: engine.Model) -> Tower:
-    """The decoder of a model whose head can be asked about states.
+    """The decoder of a model whose head can read states.
 
     Raises:
         RefusedPlace: it has two towers, no unembedding, or a head that is no part of its own.
@@ -57,7 +77,7 @@ def last_of(tower: Tower) -> Site:
     return Site(last.end or last.module, "output", occurrence=last.occurrence)
 
 
-def look(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: Iterable[Site]) -> Pass:
+def lens_run(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: Iterable[Site]) -> LensRun:
     """Run these prompts, all of one length."""
     root, tower = unwrap(model), decoder_of(model)
     inputs = prompts.inputs(rows, model.device)
@@ -74,7 +94,7 @@ def look(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: Iter
             logits = root(**inputs, use_cache=False).logits
     # Some families put tokens of their own before the prompt's.
     own = {site: value[:, value.shape[1] - length :] for site, value in seen.items()}
-    return Pass(tuple(rows), own, returned[-1] if returned else None, logits[:, logits.shape[1] - length :])
+    return LensRun(tuple(rows), own, returned[-1] if returned else None, logits[:, logits.shape[1] - length :])
 
 
 @contextmanager

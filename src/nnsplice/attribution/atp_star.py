@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Atlas, Site, unwrap
 from nnsplice.atlas.tree import is_norm
-from nnsplice.attribution.attention import Seen, probabilities, worth_of_keys, worth_of_queries
+from nnsplice.attribution.attention import AttentionRecords, probabilities, worth_of_keys, worth_of_queries
 from nnsplice.attribution.branches import Branches, branches_of
-from nnsplice.attribution.gradients import Flow, flow, pulled, spot
-from nnsplice.attribution.nodes import Batch, Gradients, lined_up, on_host
+from nnsplice.attribution.gradients import GradientRun, gradient_run, pulled, value_key
+from nnsplice.attribution.nodes import AttributionBatch, Gradients, lined_up, on_host
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.paths import Path
 
 
 @dataclass(frozen=True)
-class Asks:
+class QueryKeySite:
     """A site that holds queries or keys: whose, and of which heads."""
 
     module: nn.Module
@@ -36,27 +36,27 @@ class Asks:
     mixes: str
 
 
-def with_both_fixes(batch: Batch) -> tuple[Flow, Tensor]:
+def with_both_fixes(batch: AttributionBatch) -> tuple[GradientRun, Tensor]:
     """The corrupted run and scores `[row, cell]`: sizes with GradDrop, the sign without."""
     branches = branches_of(batch.model)
-    asks = asks_of(batch, branches)
+    qk_sites = query_key_sites(batch, branches)
     added = [branch.added for branch in branches.all]
-    here, seen, there = _runs(batch, [*batch.paths, *added], bool(asks))
-    drop = _Dropper(here.tensors, branches)
+    here, seen, there = _runs(batch, [*batch.paths, *added], bool(qk_sites))
+    drop = _GradientDrop(here.tensors, branches)
     metric = batch.metric(here)
-    spots = list(dict.fromkeys(spot(site_of(path)) for path in batch.paths))
-    modules = list(dict.fromkeys(one.module for one in asks.values()))
-    inputs = [here.tensors[name] for name in spots] + [seen[module].probabilities for module in modules]
+    value_keys = list(dict.fromkeys(value_key(site_of(path)) for path in batch.paths))
+    modules = list(dict.fromkeys(one.module for one in qk_sites.values()))
+    inputs = [here.tensors[name] for name in value_keys] + [seen[module].probabilities for module in modules]
     layers = range(branches.tower.n_layers)
 
     def scores(dropped: int | None) -> Tensor:
         drop.layer = dropped
         batch.spent.backward(batch.plan.corrupted, batch.rows)
         found = pulled(metric, inputs, again=dropped != layers[-1])
-        gradients: Gradients = dict(zip(spots, found[: len(spots)], strict=True))
-        straight = lined_up(batch, here, gradients, skip=asks)
-        of_modules = {m: g for m, g in zip(modules, found[len(spots) :], strict=True) if g is not None}
-        return straight + _queries_and_keys(batch, asks, seen, there, of_modules)
+        gradients: Gradients = dict(zip(value_keys, found[: len(value_keys)], strict=True))
+        straight = lined_up(batch, here, gradients, skip=qk_sites)
+        of_modules = {m: g for m, g in zip(modules, found[len(value_keys) :], strict=True) if g is not None}
+        return straight + _queries_and_keys(batch, qk_sites, seen, there, of_modules)
 
     plain = scores(None)
     owners = torch.tensor([_layer_inside(batch, branches, cell) for cell in range(len(batch.plan.targets))])
@@ -70,19 +70,19 @@ def with_both_fixes(batch: Batch) -> tuple[Flow, Tensor]:
     return here, torch.where(plain < 0, -sizes, sizes)
 
 
-class _Dropper:
+class _GradientDrop:
     """Lets one layer's branches pass no gradient back, as if what they add were constant."""
 
     def __init__(self, tensors: Mapping, branches: Branches) -> None:
         self.layer: int | None = None
         for branch in branches.all:
-            tensors[spot(site_of(branch.added))].register_hook(self._for(branch.block.index))
+            tensors[value_key(site_of(branch.added))].register_hook(self._for(branch.block.index))
 
     def _for(self, layer: int):
         return lambda gradient: torch.zeros_like(gradient) if self.layer == layer else gradient
 
 
-def _layer_inside(batch: Batch, branches: Branches, cell: int) -> int:
+def _layer_inside(batch: AttributionBatch, branches: Branches, cell: int) -> int:
     """The layer whose standing still would silence the cell itself; -1 for sites of the stream."""
     inside = [branches.of(place) for place in batch.plan.targets[cell].places]
     layers = {branch.block.index for branch in inside if branch is not None}
@@ -92,7 +92,7 @@ def _layer_inside(batch: Batch, branches: Branches, cell: int) -> int:
 # --- queries and keys -------------------------------------------------------------------------------------------------
 
 
-def asks_of(batch: Batch, branches: Branches) -> dict[Path, Asks]:
+def query_key_sites(batch: AttributionBatch, branches: Branches) -> dict[Path, QueryKeySite]:
     """Which of the sites hold queries or keys, however they are spelled."""
     roles = dict(_roles(batch, branches))
     found = {path: roles[site_of(path)] for path in batch.paths if site_of(path) in roles}
@@ -101,7 +101,7 @@ def asks_of(batch: Batch, branches: Branches) -> dict[Path, Asks]:
     return found
 
 
-def _roles(batch: Batch, branches: Branches) -> Iterator[tuple[Site, Asks]]:
+def _roles(batch: AttributionBatch, branches: Branches) -> Iterator[tuple[Site, QueryKeySite]]:
     root, atlas = unwrap(batch.model), Atlas.of(batch.model)
     for block in branches.tower.blocks:
         home = block.attn or (block.pattern or (None,))[0]
@@ -123,7 +123,7 @@ def _roles(batch: Batch, branches: Branches) -> Iterator[tuple[Site, Asks]]:
                 (path,) = atlas.expand(text)
             except NnspliceError:  # heads that alternate on one axis have no site for all of them
                 continue
-            yield site_of(path), Asks(module, role, heads, keys if role == "k" else mixes)
+            yield site_of(path), QueryKeySite(module, role, heads, keys if role == "k" else mixes)
 
 
 def _mixes(atlas: Atlas, name: str, head_dim: int) -> bool:
@@ -133,11 +133,15 @@ def _mixes(atlas: Atlas, name: str, head_dim: int) -> bool:
 
 
 def _queries_and_keys(
-    batch: Batch, asks: Mapping[Path, Asks], here: Seen, there: Seen, gradients: Mapping[nn.Module, Tensor]
+    batch: AttributionBatch,
+    qk_sites: Mapping[Path, QueryKeySite],
+    here: AttentionRecords,
+    there: AttentionRecords,
+    gradients: Mapping[nn.Module, Tensor],
 ) -> Tensor:
     """`[row, cell]`, of sites with queries or keys, along the gradients at the probabilities of their modules."""
     scores = torch.zeros(len(batch.rows), len(batch.plan.targets), dtype=torch.float64)
-    asked = [(one, ask) for one in batch.wanted if (ask := asks.get(one.place)) and ask.module in gradients]
+    asked = [(one, ask) for one in batch.wanted if (ask := qk_sites.get(one.place)) and ask.module in gradients]
     worth: dict[tuple[nn.Module, str], Tensor] = {}
     for module, role in dict.fromkeys((ask.module, ask.role) for _, ask in asked):
         of = worth_of_queries if role == "q" else worth_of_keys
@@ -149,7 +153,7 @@ def _queries_and_keys(
     return scores
 
 
-def _runs(batch: Batch, paths: list[Path], asked: bool):
+def _runs(batch: AttributionBatch, paths: list[Path], asked: bool):
     """The corrupted run, and the attention of both runs where queries or keys are asked about."""
     if not asked:
         return batch.run(paths), {}, {}
@@ -165,7 +169,7 @@ def _runs(batch: Batch, paths: list[Path], asked: bool):
             assert batch.plan.clean is not None
             batch.spent.forward(batch.plan.clean, batch.rows)
             with torch.no_grad():
-                flow(batch.model, batch.plan, batch.rows, batch.paths[:1], clean=True, tied=False)
+                gradient_run(batch.model, batch.plan, batch.rows, batch.paths[:1], clean=True, tied=False)
         with probabilities(root) as here:
             one = batch.run(paths)
     except NotImplementedError as reason:
@@ -174,8 +178,8 @@ def _runs(batch: Batch, paths: list[Path], asked: bool):
     return one, here, there
 
 
-def _check_same(batch: Batch, logits: Tensor, here: Seen, there: Seen) -> None:
-    layers = len(batch.wanted) and {one.module for one in asks_of(batch, branches_of(batch.model)).values()}
+def _check_same(batch: AttributionBatch, logits: Tensor, here: AttentionRecords, there: AttentionRecords) -> None:
+    layers = len(batch.wanted) and {one.module for one in query_key_sites(batch, branches_of(batch.model)).values()}
     if not layers <= set(here) or not layers <= set(there):  # type: ignore[operator]
         raise _refusal("its attention does not go through transformers' registry")
     own = batch.run([], tied=False).logits

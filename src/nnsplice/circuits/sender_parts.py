@@ -14,18 +14,20 @@ from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, attached, host, unwrap
-from nnsplice.circuits.ablations import Source
+from nnsplice.circuits.ablations import AblationSource
 from nnsplice.circuits.addresses import Piece, part_of, whole_of
-from nnsplice.circuits.masks import Mask
+from nnsplice.circuits.masks import EdgeMask
 from nnsplice.circuits.recording import record, run_plainly
-from nnsplice.circuits.running import Slot
+from nnsplice.circuits.streams import Slot, whole_slots
 from nnsplice.circuits.wiring import Wiring
 from nnsplice.errors import BadArgument, RefusedPlace
 from nnsplice.paths import Dictionary, Path, Position
 from nnsplice.sweeps.expansion import tokens_of
 
 
-def check_parts(model: engine.Model, wiring: Wiring, prompts: Prompts, source: Source, senders: Iterable[Path]) -> None:
+def check_parts(
+    model: engine.Model, wiring: Wiring, prompts: Prompts, source: AblationSource, senders: Iterable[Path]
+) -> None:
     """Raise where one of these is a part of a sender that this model, these prompts or this ablation do not have.
 
     Raises:
@@ -86,7 +88,7 @@ def saes_of(model: engine.Model, members: Iterable[Path]) -> dict[str, Any]:
     return {"saes": told} if told else {}
 
 
-def experts_of(wiring: Wiring, masks: Iterable[Mask]) -> set[tuple[int, int]]:
+def experts_of(wiring: Wiring, masks: Iterable[EdgeMask]) -> set[tuple[int, int]]:
     """By layer and number."""
     layers = {sender + len(layer.q): number for number, ((sender, _), layer)
               in enumerate(zip(wiring.shape.starts, wiring.layers, strict=True))}  # fmt: skip
@@ -94,10 +96,10 @@ def experts_of(wiring: Wiring, masks: Iterable[Mask]) -> set[tuple[int, int]]:
 
 
 #: A sender, one of its pieces, and at which tokens.
-Kept = tuple[int, Piece, frozenset[Position] | None]
+KeptPart = tuple[int, Piece, frozenset[Position] | None]
 
 
-def _kept_by(mask: Mask, receiver: int, sender: int) -> set[Kept]:
+def _kept_by(mask: EdgeMask, receiver: int, sender: int) -> set[KeptPart]:
     """What an edge carries."""
     parts = mask.parts.get((receiver, sender))
     if parts is None:
@@ -111,18 +113,18 @@ def _kept_by(mask: Mask, receiver: int, sender: int) -> set[Kept]:
     }
 
 
-def kept_by(mask: Mask) -> set[Hashable]:
+def kept_by(mask: EdgeMask) -> set[Hashable]:
     """All that is kept of senders for a circuit."""
     return {kept for receiver, sender in np.argwhere(mask.edges).tolist() for kept in _kept_by(mask, receiver, sender)}
 
 
 def slots_of(
-    model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], masks: Sequence[Mask]
-) -> tuple[Any, ...]:
-    """The edges of circuits, and where a sender has parts, what is kept of it and which receiver reads which."""
+    model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], masks: Sequence[EdgeMask]
+) -> tuple[list[Slot], np.ndarray]:
+    """What is kept of the senders of circuits, and which of it each receiver reads, `[circuit, receiver, slot]`."""
     edges = np.stack([mask.edges for mask in masks])
     if not any(mask.parts for mask in masks):
-        return (edges,)
+        return whole_slots(edges)
     found = {
         (circuit, receiver, kept)
         for circuit, mask in enumerate(masks)
@@ -135,7 +137,7 @@ def slots_of(
         reads[circuit, receiver, order[kept]] = True
     _check_once(reads, list(order))
     slots = [Slot(sender, piece, _tokens_at(model, wiring, prompts, rows, sender, at)) for sender, piece, at in order]
-    return edges, slots, reads
+    return slots, reads
 
 
 def _tokens_at(
@@ -157,7 +159,7 @@ def _tokens_at(
     return found.to(model.device)
 
 
-def _check_once(reads: np.ndarray, order: Sequence[Kept]) -> None:
+def _check_once(reads: np.ndarray, order: Sequence[KeptPart]) -> None:
     """Raise where one receiver would read an expert or a feature beside what it is a part of otherwise: it twice.
 
     Raises:

@@ -1,8 +1,7 @@
-"""The terms of direct attribution that a job asks for."""
+"""The terms of direct attribution that a job requests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nnsplice import closures, engine
@@ -13,13 +12,13 @@ from nnsplice.paths import Path, Paths, parse_path
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked of one branch: itself, or its heads, neurons or experts."""
+class BranchTerms:
+    """The requested terms of one branch: itself, or its heads, neurons or experts."""
 
     branch: Branch
     #: Site -> the number of its cell.
     cells: dict[Path, int]
-    #: Every expert of the layer, where experts are asked about.
+    #: Every expert of the layer, where experts are requested.
     experts: tuple[Path, ...] = ()
 
     @property
@@ -36,18 +35,18 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Senders:
+class Terms:
     """All cells of a job, in the order of the forward pass."""
 
     places: tuple[Path, ...]
     #: The cell of the embeddings.
     embed: int | None
     #: By the branch's number among all.
-    asked: dict[int, Asked]
+    by_branch: dict[int, BranchTerms]
 
 
-def senders_of(model: engine.Model, branches: Branches, sites: Paths) -> Senders:
-    """What sites ask for.
+def terms_of(model: engine.Model, branches: Branches, sites: Paths) -> Terms:
+    """The terms that sites stand for.
 
     Raises:
         RefusedPlace: a site that is no part of the sum.
@@ -65,7 +64,7 @@ def senders_of(model: engine.Model, branches: Branches, sites: Paths) -> Senders
     (entry,) = engine.expand(model, "embed")
     first = branches.all[0].reads
     embed: int | None = None
-    asked: dict[int, Asked] = {}
+    by_branch: dict[int, BranchTerms] = {}
     for number, place in enumerate(ordered):
         branch = branches.of(place)
         if branch is None:
@@ -77,19 +76,19 @@ def senders_of(model: engine.Model, branches: Branches, sites: Paths) -> Senders
                     write="ns.lens.logit(model, prompts, sites)   (what a state of the stream says)",
                 )
             if embed is not None:
-                raise BadArgument("the embeddings are asked about twice", path=place)
+                raise BadArgument("the embeddings are requested twice", path=place)
             embed = number
             continue
         at = branches.all.index(branch)
-        one = asked.setdefault(at, Asked(branch, {}))
+        one = by_branch.setdefault(at, BranchTerms(branch, {}))
         one.cells[place] = number
-        asked[at] = _checked(model, one, place)
-    return Senders(ordered, embed, asked)
+        by_branch[at] = _checked(model, one, place)
+    return Terms(ordered, embed, by_branch)
 
 
-def _checked(model: engine.Model, one: Asked, place: Path) -> Asked:
+def _checked(model: engine.Model, one: BranchTerms, place: Path) -> BranchTerms:
     site, branch = site_of(place), one.branch
-    if len({_way(path) for path in one.cells}) > 1:
+    if len({_kind_of(path) for path in one.cells}) > 1:
         raise BadArgument(
             "a branch and parts of it, or its neurons and its experts, would count twice",
             path=place,
@@ -101,7 +100,7 @@ def _checked(model: engine.Model, one: Asked, place: Path) -> Asked:
         if one.experts:
             return one
         whole = engine.expand(model, f"layers[{branch.block.index}].experts[:]")
-        return Asked(branch, one.cells, tuple(whole))
+        return BranchTerms(branch, one.cells, tuple(whole))
     last = branch.block.o if branch.name == "attn" else branch.block.down
     if (site.module, site.end, site.kind) == (last, "input", "plain") and site.columns is not None:
         return one
@@ -112,7 +111,7 @@ def _checked(model: engine.Model, one: Asked, place: Path) -> Asked:
     )
 
 
-def _way(path: Path) -> tuple[object, ...]:
+def _kind_of(path: Path) -> tuple[object, ...]:
     site = site_of(path)
     return (site.location, site.kind)
 
@@ -127,8 +126,3 @@ def check_positions(sites: Paths, reads: int) -> None:
                 expected="sites without positions",
                 write=str(pattern.place),
             )
-
-
-def experts_of(asked: Sequence[Asked]) -> list[Path]:
-    """Every expert that has to be captured."""
-    return [path for one in asked for path in one.experts]

@@ -143,20 +143,20 @@ def test_a_model_of_one_layer_has_nothing_to_leave_out() -> None:
 
 def test_sinks_take_their_share_of_the_probabilities() -> None:
     """Attention with sinks, against softmax written out over one column more."""
-    from nnsplice.attribution.attention import Attended, worth_of_keys, worth_of_queries
+    from nnsplice.attribution.attention import AttentionRecord, worth_of_keys, worth_of_queries
 
     torch.manual_seed(1)
     query, key, other = (torch.randn(1, 2, 4, 3, dtype=torch.float64) for _ in range(3))
     gradient, sinks = torch.randn(1, 2, 4, 4, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     mask = torch.full((4, 4), float("-inf"), dtype=torch.float64).triu(1)[None, None]
-    here = Attended(query, key, query, 0.5, mask, 3.0, sinks)
+    here = AttentionRecord(query, key, query, 0.5, mask, 3.0, sinks)
 
     def probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         scores = (q @ k.transpose(-1, -2) * 0.5 / 3.0).tanh() * 3.0 + mask
         up = scores.exp()
         return up / (up.sum(-1, keepdim=True) + sinks.exp()[None, :, None, None])
 
-    there = Attended(other, other, query, 0.5, mask, 3.0, sinks)
+    there = AttentionRecord(other, other, query, 0.5, mask, 3.0, sinks)
     moved = ((probabilities(other, key) - probabilities(query, key)) * gradient).sum(-1)
     assert (worth_of_queries(here, there, gradient) - moved).abs().max() < 1e-12
     worths = worth_of_keys(here, there, gradient)

@@ -8,7 +8,7 @@ from nnsplice.activations.prompts import PromptsLike
 from nnsplice.circuits.circuit import Circuit
 from nnsplice.circuits.constants import OptimalAblation
 from nnsplice.circuits.measuring import Question, constants_for
-from nnsplice.circuits.training import HELD_OUT, RATE, STEPS, Recipe
+from nnsplice.circuits.training import HELD_OUT, RATE, STEPS, TrainingOptions
 from nnsplice.errors import BadType, circumstances, named
 from nnsplice.metrics import Metric
 
@@ -67,7 +67,7 @@ def optimal_ablation(
     with circumstances("ns.optimal_ablation"):
         if not isinstance(circuit, Circuit):
             raise BadType(f"{named(circuit)} is no circuit", expected="an ns.Circuit")
-        recipe = Recipe(steps, lr, held_out, seed)
+        recipe = TrainingOptions(steps, lr, held_out, seed)
         metric = Metric.of(_unread).at(position)
         question = Question.of(model, clean, corrupted, metric, "optimal", reference)
         about = {"circuit": circuit.digest, "kind": circuit.kind}

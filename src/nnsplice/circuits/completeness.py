@@ -157,7 +157,7 @@ def completeness(
     """
     start = time.perf_counter()
     with circumstances("ns.completeness"):
-        one = _Part.of(model, circuit, clean, corrupted, metric, ablation, reference, max_tokens, progress)
+        one = _NodeRemoval.of(model, circuit, clean, corrupted, metric, ablation, reference, max_tokens, progress)
         chosen = [("given", one.checked(nodes)) for nodes in sets]
         chosen += [("random", nodes) for nodes in one.drawn(random, seed)]
         chosen += [("greedy", nodes) for nodes in _greedy(one, greedy)]
@@ -218,7 +218,7 @@ def minimality(
     """
     start = time.perf_counter()
     with circumstances("ns.minimality"):
-        one = _Part.of(model, circuit, clean, corrupted, metric, ablation, reference, max_tokens, progress)
+        one = _NodeRemoval.of(model, circuit, clean, corrupted, metric, ablation, reference, max_tokens, progress)
         tried = [frozenset[int](), *map(frozenset, [*map(one.checked, sets), *one.drawn(random, seed)])]
         wanted: dict[frozenset[int], int] = {}
         for nodes in tried:
@@ -240,7 +240,7 @@ def minimality(
 
 
 @dataclass
-class _Part:
+class _NodeRemoval:
     """A circuit of which parts are taken out."""
 
     question: Question
@@ -263,7 +263,7 @@ class _Part:
         reference: PromptsLike | None,
         max_tokens: int | None,
         progress: bool,
-    ) -> _Part:
+    ) -> _NodeRemoval:
         if not isinstance(circuit, Circuit):
             raise BadType(f"{named(circuit)} is no circuit", expected="an ns.Circuit")
         refuse_training(ablation, "taking parts out of a circuit")
@@ -316,7 +316,7 @@ class _Part:
         return self.measured(self.mask, sets), self.measured(self.shape.exists, sets)
 
 
-def _greedy(one: _Part, steps: int) -> list[tuple[int, ...]]:
+def _greedy(one: _NodeRemoval, steps: int) -> list[tuple[int, ...]]:
     """The sets on the way of taking out always the node that makes the difference largest."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise BadArgument(f"greedy={steps!r}", expected="how many nodes are taken out one after the other, or 0")

@@ -18,15 +18,15 @@ from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.branches import Branch, branches_of
-from nnsplice.attribution.edges import Graph, Receiver, norm_behind
-from nnsplice.attribution.gradients import Flow, Spot, flow, spot
-from nnsplice.attribution.nodes import Batch
+from nnsplice.attribution.edges import EdgeGraph, Receiver, norm_behind
+from nnsplice.attribution.gradients import GradientRun, ValueKey, gradient_run, value_key
+from nnsplice.attribution.nodes import AttributionBatch
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path
 from nnsplice.sweeps.expansion import tokens_of
 
 
-def shares(graph: Graph, batch: Batch) -> Tensor:
+def shares(graph: EdgeGraph, batch: AttributionBatch) -> Tensor:
     """The scores of a batch's clean run: `[row, cell, receiver]`, zero where there is no edge."""
     model, plan = batch.model, batch.plan
     assert plan.clean is not None
@@ -41,7 +41,7 @@ def shares(graph: Graph, batch: Batch) -> Tensor:
     for length, rows in groups.items():
         paths = [*(path for sender in senders for path in sender.paths), *(one.reads for one in graph.all)]
         batch.spent.forward(plan.clean, rows)
-        run = flow(model, plan, rows, paths, clean=True, tied=False)
+        run = gradient_run(model, plan, rows, paths, clean=True, tied=False)
         with torch.no_grad():
             near = _proximities(model, senders, graph.all, run)
         at = [batch.rows.index(row) for row in rows]
@@ -50,14 +50,14 @@ def shares(graph: Graph, batch: Batch) -> Tensor:
             at_end = receiver.branch is None and receiver.reads_at == branches.ends_at
             if (kind := (receiver.path.position, at_end)) not in counted:
                 counted[kind] = _counted(batch, rows, length, receiver, at_end)
-            proximity = near[spot(site_of(receiver.reads))]
+            proximity = near[value_key(site_of(receiver.reads))]
             found = torch.nan_to_num(proximity / proximity.sum(0))[[numbers[place] for place in cells]]
             found = torch.einsum("crt,crt->rc", found, counted[kind]) * joined[:, number]
             scores[at, :, number] = found
     return scores
 
 
-def _counted(batch: Batch, rows: Sequence[int], length: int, receiver: Receiver, at_end: bool) -> Tensor:
+def _counted(batch: AttributionBatch, rows: Sequence[int], length: int, receiver: Receiver, at_end: bool) -> Tensor:
     """`[cell, row, clean token]`: what a cell's share at a token counts for in the mean over a receiver's tokens.
 
     These are the tokens that the metric can depend on; of the logits it is the one that the metric reads.
@@ -77,7 +77,7 @@ def _counted(batch: Batch, rows: Sequence[int], length: int, receiver: Receiver,
 
 
 @dataclass(frozen=True)
-class _Adds:
+class _StreamTerm:
     """Who adds to the stream at once: `embed`, an MLP, or all heads of an attention."""
 
     #: What is read of a run, and the sites that the senders have.
@@ -92,17 +92,17 @@ class _Adds:
         return tuple(map(site_of, some))
 
 
-def _senders(model: engine.Model) -> list[_Adds]:
+def _senders(model: engine.Model) -> list[_StreamTerm]:
     """All senders of a model, in the order in which they run.
 
     Raises:
         RefusedPlace: heads' own parts of what an attention adds are not told apart.
     """
     (embed,) = engine.expand(model, "embed")
-    found = [_Adds((embed,), None, 0)]
+    found = [_StreamTerm((embed,), None, 0)]
     for branch in branches_of(model).all:
         if branch.name == "mlp":
-            found.append(_Adds((branch.added,), branch, branch.adds_at))
+            found.append(_StreamTerm((branch.added,), branch, branch.adds_at))
             continue
         if norm_behind(branch) is not None:
             raise RefusedPlace(
@@ -111,11 +111,11 @@ def _senders(model: engine.Model) -> list[_Adds]:
                 write='method="eap-ig"',
             )
         heads = engine.expand(model, f"layers[{branch.block.index}].heads[:]")
-        found.append(_Adds((*heads, branch.added), branch, branch.adds_at))
+        found.append(_StreamTerm((*heads, branch.added), branch, branch.adds_at))
     return found
 
 
-def _numbers(graph: Graph, senders: Sequence[_Adds]) -> dict[Path, int]:
+def _numbers(graph: EdgeGraph, senders: Sequence[_StreamTerm]) -> dict[Path, int]:
     """The number of each site that is asked about among all senders.
 
     Raises:
@@ -133,14 +133,14 @@ def _numbers(graph: Graph, senders: Sequence[_Adds]) -> dict[Path, int]:
 
 
 def _proximities(
-    model: engine.Model, senders: Sequence[_Adds], receivers: Sequence[Receiver], run: Flow
-) -> dict[Spot, Tensor]:
+    model: engine.Model, senders: Sequence[_StreamTerm], receivers: Sequence[Receiver], run: GradientRun
+) -> dict[ValueKey, Tensor]:
     """For each stream that is read, `[sender, row, token]`; zero for senders that run later."""
-    streams: dict[Spot, int] = {}
+    streams: dict[ValueKey, int] = {}
     for receiver in receivers:
-        streams.setdefault(spot(site_of(receiver.reads)), receiver.reads_at)
+        streams.setdefault(value_key(site_of(receiver.reads)), receiver.reads_at)
     widths = {key: run.values[key].double() for key in streams}
-    near: dict[Spot, list[Tensor]] = {key: [] for key in streams}
+    near: dict[ValueKey, list[Tensor]] = {key: [] for key in streams}
     for sender in senders:
         for added in _added(model, sender, run):
             for key, reads_at in streams.items():
@@ -153,15 +153,15 @@ def _proximities(
     return {key: torch.stack(found) for key, found in near.items()}
 
 
-def _added(model: engine.Model, sender: _Adds, run: Flow) -> Iterator[Tensor]:
+def _added(model: engine.Model, sender: _StreamTerm, run: GradientRun) -> Iterator[Tensor]:
     """What each of some senders adds to the stream: `[row, token, width]`."""
     if sender.branch is None or sender.branch.name == "mlp":
         scale = 1.0 if sender.branch is None else sender.branch.block.scale
-        yield run.values[spot(site_of(sender.paths[0]))] * scale
+        yield run.values[value_key(site_of(sender.paths[0]))] * scale
         return
     block = sender.branch.block
     project = unwrap(model).get_submodule(str(block.o))
-    z, whole = (run.values[spot(site_of(path))] for path in (sender.paths[0], sender.paths[-1]))
+    z, whole = (run.values[value_key(site_of(path))] for path in (sender.paths[0], sender.paths[-1]))
     bias = project(torch.zeros_like(z[:1, :1]))
     rest = whole - bias
     for site in sender.sites:

@@ -21,7 +21,7 @@ LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
 COST = 1.0
 
 
-class Part(nn.Module):
+class TrainableSubspace(nn.Module):
     """What is trained at one site."""
 
     def begin(self, progress: float) -> None:
@@ -45,7 +45,7 @@ class Part(nn.Module):
         raise NotImplementedError
 
 
-class Rotation(Part):
+class Rotation(TrainableSubspace):
     """DAS: k directions."""
 
     def __init__(self, width: int, k: int, generator: torch.Generator) -> None:
@@ -102,7 +102,7 @@ class Boundless(Rotation):
         return self.linear.weight.detach()[:kept]
 
 
-class Mask(Part):
+class NumberMask(TrainableSubspace):
     """A mask over the site's own numbers: hard concrete gates, and a budget of k that stay open."""
 
     def __init__(self, width: int, k: int, generator: torch.Generator) -> None:
@@ -139,16 +139,16 @@ class Mask(Part):
 
 
 @dataclass(frozen=True)
-class Method:
+class SubspaceMethod:
     """A way to find a subspace."""
 
     #: `(width, k, generator) -> Part`
-    make: Callable[[int, int, torch.Generator], Part]
+    make: Callable[[int, int, torch.Generator], TrainableSubspace]
     learning_rate: float
 
 
 METHODS = {
-    "das": Method(Rotation, 1e-2),
-    "boundless": Method(Boundless, 1e-2),
-    "mask": Method(Mask, 1e-1),
+    "das": SubspaceMethod(Rotation, 1e-2),
+    "boundless": SubspaceMethod(Boundless, 1e-2),
+    "mask": SubspaceMethod(NumberMask, 1e-1),
 }

@@ -156,7 +156,7 @@ def _measuring(question: Question, log: Journal | None, max_tokens: int | None) 
 
 def _asked(question: Question, mask: np.ndarray, threshold: float) -> Mapping[str, Any]:
     return {
-        **question.asked,
+        **question.identity,
         "search": "acdc",
         "start": np.packbits(mask).tobytes().hex(),
         "threshold": float(threshold),

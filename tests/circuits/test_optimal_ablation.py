@@ -16,7 +16,7 @@ import nnsplice as ns
 from attribution.oracle import bare, ids
 from attribution.test_nodes import linear
 from circuits.test_running import drawn, graph_of
-from nnsplice.circuits.training import Recipe
+from nnsplice.circuits.training import TrainingOptions
 from zoo import double, wrap
 
 CLEAN = ["w3 w4 w5 w6 w8", "w3 w9 w5 w16 w7", "w21 w4 w22", "w11 w4 w5 w6 w8", "w3 w9 w12"]
@@ -150,8 +150,8 @@ def test_a_run_that_trains_is_the_run_with_what_is_trained_and_can_be_repeated(
     circuit = ns.Circuit.of(edges=drawn(graph_of(model), 0.4, seed=9))
     # Both train as long where nobody says how long; here a few steps are enough.
     told = inspect.signature(ns.optimal_ablation).parameters
-    assert {name: told[name].default for name in asdict(Recipe())} == asdict(Recipe())
-    monkeypatch.setattr("nnsplice.circuits.measuring.Recipe", lambda: Recipe(steps=20))
+    assert {name: told[name].default for name in asdict(TrainingOptions())} == asdict(TrainingOptions())
+    monkeypatch.setattr("nnsplice.circuits.measuring.TrainingOptions", lambda: TrainingOptions(steps=20))
     run = circuit.run(model, CLEAN, None, METRIC, ablation="optimal")
     constants = trained(model, circuit, steps=20)
     np.testing.assert_array_equal(circuit.run(model, CLEAN, None, METRIC, ablation=constants), run)
@@ -183,7 +183,7 @@ def test_another_position_and_batches_of_a_few_tokens() -> None:
 
 
 def test_results_say_how_each_circuits_constants_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnsplice.circuits.measuring.Recipe", lambda: Recipe(steps=3))
+    monkeypatch.setattr("nnsplice.circuits.measuring.TrainingOptions", lambda: TrainingOptions(steps=3))
     model = double("llama")
     circuits = {"a": without(model, "layers[1].mlp"), "b": ns.Circuit.of(nodes=["embed"], model=model)}
     swept = ns.sweep_circuits(model, circuits, CLEAN, None, METRIC, ablation="optimal", progress=False)
