@@ -69,7 +69,7 @@ def test_gradients_through_packed_rows_are_those_of_plain_hooks(family: str, met
     model = double(family)
     plan = plan_sweep(model, SOURCE, BASE, ["layers[:].output[0]", "layers[:].mlp.output[2]"], ns.accuracy(ANSWERS))
     side = pair_runs("model", model, plan, 4096)
-    root: Any = peel(model)
+    root: Any = unwrap(model)
     root.requires_grad_(False)
     largest = 0.0
     for target in sorted({target for _, target in plan.jobs}):

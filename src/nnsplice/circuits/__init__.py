@@ -1,6 +1,7 @@
 """Circuits: nodes and edges that do a task, and the share of the metric that they keep.
 
 circuit       the value: made of scores, of addresses, of files; its algebra; its run
+algebra       unions, intersections and differences: what is kept of scores and origin
 members       nodes and edges, checked and in order
 origin        which model a circuit is of
 addresses     who adds to the stream and who reads it, by one spelling

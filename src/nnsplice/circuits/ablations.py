@@ -126,9 +126,9 @@ def mean_of(
     cost = Cost()
     room = max(engine.room(model, max_tokens) // max(reference.lengths("decoder")), 1)
     for rows in reference.batches(room):
-        values, spent = _run(model, wiring, reference, rows, experts)
+        values, more = _run(model, wiring, reference, rows, experts)
         sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))
-        cost += spent
+        cost += more
     whole = SenderValues(
         sum((one.embed for one in sums[1:]), sums[0].embed),
         tuple(torch.stack(parts).sum(0) for parts in zip(*(one.z for one in sums), strict=True)),
@@ -146,12 +146,12 @@ def _mean(model: engine.Model, wiring: Wiring, reference: Prompts, max_tokens: i
         cost, experts = Cost(), frozenset(own.experts)
         if experts not in known:
             known[experts], cost = mean_of(model, wiring, reference, experts, max_tokens)
-        return wide(known[experts], own), cost
+        return at_every_token(known[experts], own), cost
 
     return AblationSource(values, is_run=False, identity={"mean": [list(row) for row in reference.ids]})
 
 
-def wide(values: SenderValues, own: SenderValues) -> SenderValues:
+def at_every_token(values: SenderValues, own: SenderValues) -> SenderValues:
     """One vector of each site, at every token."""
 
     def expanded(value: Tensor, like: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def address(given: str | Path, role: Role) -> Path:
     return replace(path, tower=None, value=kept, site=None)
 
 
-#: By the names of a site: which values it may be asked for, as a sender and as a receiver.
+#: By the names of a site: the values that a path may have, as a sender and as a receiver.
 _TAKEN: dict[Role, dict[tuple[str, ...], tuple[str | None, ...]]] = {
     "sender": {
         ("embed",): (None, "output"),

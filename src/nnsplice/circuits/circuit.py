@@ -14,7 +14,7 @@ import numpy as np
 
 from nnsplice import engine, plots
 from nnsplice.activations.prompts import PromptsLike
-from nnsplice.circuits import files, masks, measuring, page
+from nnsplice.circuits import algebra, files, masks, measuring, page
 from nnsplice.circuits.ablations import Ablation
 from nnsplice.circuits.addresses import address, part_of, whole_of
 from nnsplice.circuits.drawing import Drawing, draw
@@ -24,16 +24,16 @@ from nnsplice.circuits.members import (
     check_parts,
     checked_edges,
     checked_nodes,
+    in_order,
     nodes_of,
     order_of,
-    rank_of,
     summary,
     text_of,
 )
-from nnsplice.circuits.origin import OF_MODEL, check_model, expanded, graph_of, provenance_of, saes_in
+from nnsplice.circuits.origin import check_model, expanded, graph_of, provenance_of
 from nnsplice.circuits.scores import By, Scores, count_of, greedy, scores_of
 from nnsplice.circuits.shape import Shape
-from nnsplice.errors import BadArgument, BadType, KeyMismatch, named
+from nnsplice.errors import BadArgument, BadType, named
 from nnsplice.files import from_json
 from nnsplice.files import text_of as read_text
 from nnsplice.metrics import Metrics
@@ -70,15 +70,10 @@ class Circuit:
     """
 
     kind: Kind
-    #: The members of a circuit of nodes; of one of edges, the nodes that its edges start from or end at.
     nodes: tuple[Path, ...]
-    #: Empty for a circuit of nodes.
     edges: tuple[Edge, ...] = ()
-    #: A score for each member, where it was chosen by scores.
     scores: tuple[float, ...] | None = None
-    #: All that its model has, where that is known.
     shape: Shape | None = None
-    #: Where it comes from: model, weights, method, metric; plain data.
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,22 +81,10 @@ class Circuit:
             raise BadArgument(f"kind={self.kind!r}", expected='"nodes" or "edges"')
         if self.kind == "nodes" and self.edges:
             raise BadArgument("a circuit of nodes has no edges", write="Circuit.of(edges=[...])")
-        members: list[Any] = []
-        if self.kind == "nodes":
-            members += checked_nodes(self.nodes, self.shape)
-        else:
-            members += checked_edges(self.edges, self.shape)
-        order = sorted(range(len(members)), key=lambda number: rank_of(members[number]))
-        if self.scores is not None and len(self.scores) != len(members):
-            raise BadArgument(f"{len(self.scores)} scores for {len(members)} {self.kind}", expected="one for each")
-        kept: dict[Any, float | None] = {}
-        for number in order:
-            score = None if self.scores is None else float(self.scores[number])
-            if score is not None and np.isnan(score):
-                raise BadArgument(f"the score of {text_of(members[number])} is NaN", expected="a number")
-            kept.setdefault(members[number], score)
-        object.__setattr__(self, "nodes" if self.kind == "nodes" else "edges", tuple(kept))
-        object.__setattr__(self, "scores", None if self.scores is None else tuple(kept.values()))
+        check = checked_nodes if self.kind == "nodes" else checked_edges
+        members, scores = in_order(self.kind, check(self.members, self.shape), self.scores)
+        object.__setattr__(self, self.kind, members)
+        object.__setattr__(self, "scores", scores)
         if self.kind == "edges":
             object.__setattr__(self, "nodes", nodes_of(self.edges))
 
@@ -248,14 +231,14 @@ class Circuit:
         if model is not None:
             check_model(scores.provenance, model, scores.senders)
         shape = scores.shape if model is None else graph_of(model)
-        told = {**scores.provenance, **how}
+        about = {**scores.provenance, **how}
         if scores.kind == "edges":
-            return cls("edges", (), tuple(members), tuple(values), shape, told)  # type: ignore[arg-type]
+            return cls("edges", (), tuple(members), tuple(values), shape, about)  # type: ignore[arg-type]
         embed = parse_path("embed")
         if embed not in scores.of:
-            # Without it nothing of the prompt enters, and nobody who scores heads means that.
+            # Without it nothing of the prompt enters the circuit, and results of heads have no score for it.
             members, values = [embed, *members], [0.0, *values]
-        return cls("nodes", tuple(members), (), tuple(values), shape, told)  # type: ignore[arg-type]
+        return cls("nodes", tuple(members), (), tuple(values), shape, about)  # type: ignore[arg-type]
 
     @classmethod
     def full(cls, model: Any) -> Circuit:
@@ -296,65 +279,38 @@ class Circuit:
         return self.nodes if self.kind == "nodes" else self.edges
 
     def __or__(self, other: Circuit) -> Circuit:
-        self._alike(other, "|")
+        self._check_alike(other, "|")
         mine = set(self.members)
         return self._with([*self.members, *(one for one in other.members if one not in mine)], other)
 
     def __and__(self, other: Circuit) -> Circuit:
-        self._alike(other, "&")
+        self._check_alike(other, "&")
         check_parts(self.members, other.members, "&")
         others = set(other.members)
         return self._with([one for one in self.members if one in others], other)
 
     def __sub__(self, other: Circuit) -> Circuit:
-        self._alike(other, "-")
+        self._check_alike(other, "-")
         check_parts(self.members, other.members, "-")
         others = set(other.members)
         return self._with([one for one in self.members if one not in others], other)
 
     def __invert__(self) -> Circuit:
         shape = self._graph("~circuit is all that is not in it")
-        self._whole("what is not in it depends on how many tokens and experts there are")
+        self._check_whole("what is not in it depends on how many tokens and experts there are")
         every = shape.senders if self.kind == "nodes" else shape.edges(shape.exists)
         mine = set(self.members)
         return self._with([one for one in every if one not in mine], self)
 
     def _with(self, members: list[Any], other: Circuit) -> Circuit:
-        known = {**dict(zip(other.members, other.scores or (), strict=False)),
-                 **dict(zip(self.members, self.scores or (), strict=False))}  # fmt: skip
-        scores = tuple(known[one] for one in members) if all(one in known for one in members) and members else None
-        told = {k: v for k, v in self.provenance.items() if other.provenance.get(k) == v and k in OF_MODEL}
         parts = (tuple(members), ()) if self.kind == "nodes" else ((), tuple(members))
-        made = Circuit(self.kind, *parts, scores, self.shape or other.shape, told)
-        saes = {**saes_in(other.provenance, made.nodes), **saes_in(self.provenance, made.nodes)}
-        return replace(made, provenance={**told, "saes": saes}) if saes else made
+        made = Circuit(self.kind, *parts, algebra.kept_scores(members, self, other), self.shape or other.shape)
+        return replace(made, provenance=algebra.kept_provenance(made.nodes, self, other))
 
-    def _alike(self, other: object, sign: str) -> None:
+    def _check_alike(self, other: object, sign: str) -> None:
         if not isinstance(other, Circuit):
             raise BadType(f"circuit {sign} {named(other)}", expected="two circuits")
-        if other.kind != self.kind:
-            raise KeyMismatch(f"a circuit of {self.kind} {sign} one of {other.kind}", expected="two of one kind")
-        ours, theirs = self.provenance.get("weights"), other.provenance.get("weights")
-        if self.shape is not None and other.shape is not None and self.shape != other.shape:
-            raise KeyMismatch(
-                f"circuit {sign} circuit, of models with other heads or layers",
-                expected="one model's",
-                write="circuit.on(model)   (takes a circuit over, where that model has its sites)",
-            )
-        if ours and theirs and ours != theirs:
-            raise KeyMismatch(
-                f"circuit {sign} circuit, and they are of {self.provenance.get('model')} and of "
-                f"{other.provenance.get('model')} with other weights",
-                expected="circuits of one model",
-                write="circuit.on(model)   (takes a circuit over to another model)",
-            )
-
-        mine, others = (saes_in(one.provenance, one.nodes) for one in (self, other))
-        if name := next((name for name in mine if others.get(name, mine[name]) != mine[name]), None):
-            raise KeyMismatch(
-                f"circuit {sign} circuit, and an SAE {name!r} of one is another than that of the other",
-                expected="circuits of one SAE",
-            )
+        algebra.check_alike(self, other, sign)
 
     def __contains__(self, one: object) -> bool:
         if isinstance(one, tuple | list):
@@ -408,7 +364,7 @@ class Circuit:
         Returns:
             A number from 0 to 1.
         """
-        self._alike(other, "beside")
+        self._check_alike(other, "beside")
         either = len(self._set | other._set)
         return len(self._set & other._set) / either if either else 1.0
 
@@ -574,10 +530,10 @@ class Circuit:
         Raises:
             BadArgument: one is a part.
         """
-        self._whole(who)
+        self._check_whole(who)
         return self.checked_mask(question).edges
 
-    def _whole(self, why: str) -> None:
+    def _check_whole(self, why: str) -> None:
         part = next((one for one in self.nodes if part_of(one) is not None), None)
         if part is not None:
             raise BadArgument(f"{part} is a part of a sender, and {why}", expected=f"all of it: {whole_of(part)}")
@@ -613,7 +569,7 @@ class Circuit:
         files.write(path, {
             "format": files.FORMAT, "version": files.VERSION, "kind": self.kind, self.kind: members,
             "scores": None if self.scores is None else list(self.scores),
-            "shape": None if self.shape is None else self.shape.told(), "provenance": dict(self.provenance),
+            "shape": None if self.shape is None else self.shape.as_list(), "provenance": dict(self.provenance),
         })  # fmt: skip
 
     @classmethod
@@ -629,13 +585,13 @@ class Circuit:
         Raises:
             FileError: the file is no circuit, or damaged.
         """
-        told = files.read(path)
-        shape = None if told.get("shape") is None else Shape.read(told["shape"])
-        about = told.get("provenance")
-        scores = None if told.get("scores") is None else tuple(map(float, told["scores"]))
-        edges = tuple(tuple(edge) for edge in told.get("edges", ()))
+        record = files.read(path)
+        shape = None if record.get("shape") is None else Shape.read(record["shape"])
+        about = record.get("provenance")
+        scores = None if record.get("scores") is None else tuple(map(float, record["scores"]))
+        edges = tuple(tuple(edge) for edge in record.get("edges", ()))
         about = about if isinstance(about, dict) else {}
-        return cls(told["kind"], tuple(told.get("nodes", ())), edges, scores, shape, about)  # type: ignore[arg-type]
+        return cls(record["kind"], tuple(record.get("nodes", ())), edges, scores, shape, about)  # type: ignore[arg-type]
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a graph of EAP-IG (`a0.h1->m0`, `m0->a1.h2<q>`), the format of the MIB benchmark.
@@ -646,7 +602,7 @@ class Circuit:
             path: the file to write.
         """
         shape = self._graph("that file lists all edges of the model")
-        self._whole("that file has no names for parts")
+        self._check_whole("that file has no names for parts")
         mask = self.mask(shape)
         scores = None
         if self.scores is not None and self.kind == "edges":
@@ -670,8 +626,8 @@ class Circuit:
         Raises:
             FileError: the file is no such graph, or of another model.
         """
-        told = from_json(read_text(path), path)
-        shape, found, partial = files.from_graph(told, path, None if model is None else graph_of(model))
+        graph = from_json(read_text(path), path)
+        shape, found, partial = files.from_graph(graph, path, None if model is None else graph_of(model))
         if partial:
             warnings.warn(
                 f"{partial} edges lead to the keys or values of some heads of a group, which share them: they are "
@@ -679,8 +635,8 @@ class Circuit:
                 stacklevel=2,
             )
         edges = tuple((shape.senders[s], shape.receivers[r]) for r, s, _ in found)
-        told_of = {} if model is None else provenance_of(model)
-        return cls("edges", (), edges, tuple(score for _, _, score in found), shape, told_of)
+        about = {} if model is None else provenance_of(model)
+        return cls("edges", (), edges, tuple(score for _, _, score in found), shape, about)
 
     # --- shown
 

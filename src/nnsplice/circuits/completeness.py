@@ -241,7 +241,7 @@ def minimality(
 
 @dataclass
 class _NodeRemoval:
-    """A circuit of which parts are taken out."""
+    """A circuit from which nodes are removed."""
 
     question: Question
     mask: np.ndarray

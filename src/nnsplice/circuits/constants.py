@@ -79,8 +79,8 @@ class OptimalAblation:
         Args:
             path: the file.
         """
-        told = {"senders": self.senders, "training": asdict(self.training), "provenance": dict(self.provenance)}
-        storage.write(path, self.values._packs, self.values._provenance, {HEADER: json.dumps(told)})
+        record = {"senders": self.senders, "training": asdict(self.training), "provenance": dict(self.provenance)}
+        storage.write(path, self.values._packs, self.values._provenance, {HEADER: json.dumps(record)})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> OptimalAblation:
@@ -98,11 +98,11 @@ class OptimalAblation:
             raise FileError(
                 f"{path} is a capture without a word about training", expected="what OptimalAblation.to_file wrote"
             )
-        told = from_json(text, f"the header of {path}")
+        record = from_json(text, f"the header of {path}")
         try:
-            found = {one.name: told["training"][one.name] for one in fields(Training)}
+            found = {one.name: record["training"][one.name] for one in fields(Training)}
             training: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
-            return cls(values, tuple(told["senders"]), Training(**training), dict(told["provenance"]))
+            return cls(values, tuple(record["senders"]), Training(**training), dict(record["provenance"]))
         except (KeyError, TypeError, ValueError):
             raise FileError(f"the header of {path} is damaged: it does not say how it was trained") from None
 
@@ -118,10 +118,10 @@ def note_of(trainings: Sequence[Training]) -> str:
         return sum(known) / len(known) if known else None
 
     one = trainings[0]
-    told = Training(
+    record = Training(
         one.steps, one.lr, one.seed, one.trained_on, one.held_out, mean([t.mean_divergence for t in trainings]) or 0.0,
         mean([t.divergence for t in trainings]) or 0.0, mean([t.mean_held_out for t in trainings]),
         mean([t.held_out_divergence for t in trainings]), (),
     )  # fmt: skip
     each = "" if len(trainings) == 1 else f", in the mean of {len(trainings)} circuits"
-    return f"optimal ablation: {told}{each}"
+    return f"optimal ablation: {record}{each}"

@@ -17,10 +17,10 @@ VERSION = 1
 MOST = 4096
 
 
-def write(path: str | os.PathLike[str], told: Mapping[str, Any]) -> None:
+def write(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write plain data as JSON, whole or not at all."""
     with whole(path) as temporary:
-        temporary.write_text(json.dumps(told, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        temporary.write_text(json.dumps(record, ensure_ascii=False, allow_nan=False), encoding="utf-8")
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -29,30 +29,30 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileError: the file is none, or damaged.
     """
-    told = from_json(text_of(path), path)
-    if not isinstance(told, dict) or told.get("format") != FORMAT:
-        graph = isinstance(told, dict) and {"cfg", "nodes", "edges"} <= told.keys()
+    record = from_json(text_of(path), path)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        graph = isinstance(record, dict) and {"cfg", "nodes", "edges"} <= record.keys()
         raise FileError(
             f"{path} is no circuit of nnsplice",
             expected="a file of circuit.to_file",
             write="Circuit.from_json(path)   (it is a graph of EAP-IG)" if graph else None,
         )
-    if told.get("version") != VERSION:
-        raise FileError(f"{path} is of version {told.get('version')!r}", expected=f"version {VERSION}")
-    kind = told.get("kind")
-    listed = told.get(kind) if isinstance(kind, str) else None
+    if record.get("version") != VERSION:
+        raise FileError(f"{path} is of version {record.get('version')!r}", expected=f"version {VERSION}")
+    kind = record.get("kind")
+    listed = record.get(kind) if isinstance(kind, str) else None
     if kind not in ("nodes", "edges") or not isinstance(listed, list) or not all(_listed(kind, one) for one in listed):
         raise FileError(
             f"{path} is damaged: its nodes or edges are no addresses", expected="what circuit.to_file wrote"
         )
-    scores = told.get("scores")
+    scores = record.get("scores")
     if scores is not None and (
         not isinstance(scores, list)
         or len(scores) != len(listed)
         or not all(isinstance(s, float | int) for s in scores)
     ):
         raise FileError(f"{path} is damaged: it has not one score for each of its {kind}")
-    return told
+    return record
 
 
 def _listed(kind: str, one: Any) -> bool:
@@ -95,7 +95,7 @@ def to_graph(shape: Shape, mask: Any, scores: Any, width: int) -> dict[str, Any]
     return {"cfg": about, "nodes": nodes, "edges": edges}
 
 
-def from_graph(told: Any, of: object, shape: Shape | None) -> tuple[Shape, list[tuple[int, int, float]], int]:
+def from_graph(record: Any, of: object, shape: Shape | None) -> tuple[Shape, list[tuple[int, int, float]], int]:
     """The edges of a graph of EAP-IG: `(receiver, sender, score)` for each; and how many groups were given in part.
 
     Args:
@@ -104,9 +104,9 @@ def from_graph(told: Any, of: object, shape: Shape | None) -> tuple[Shape, list[
     Raises:
         FileError: it is no such graph.
     """
-    if not isinstance(told, dict) or not {"cfg", "nodes", "edges"} <= told.keys():
+    if not isinstance(record, dict) or not {"cfg", "nodes", "edges"} <= record.keys():
         raise FileError(f"{of} is no graph of EAP-IG", expected="an object with cfg, nodes and edges")
-    about, edges = told["cfg"], told["edges"]
+    about, edges = record["cfg"], record["edges"]
     layers, heads = (about.get(name) if isinstance(about, dict) else None for name in ("n_layers", "n_heads"))
     if not _is_count(layers) or not _is_count(heads) or not isinstance(edges, dict):
         raise FileError(f"{of} does not say how many layers and heads there are", expected="cfg.n_layers, cfg.n_heads")
@@ -138,8 +138,8 @@ def from_graph(told: Any, of: object, shape: Shape | None) -> tuple[Shape, list[
     return shape, [(receiver, sender, sum(scores)) for (receiver, sender), scores in found.items()], partial
 
 
-def _is_count(told: Any) -> TypeGuard[int]:
-    return isinstance(told, int) and not isinstance(told, bool) and 0 < told <= MOST
+def _is_count(record: Any) -> TypeGuard[int]:
+    return isinstance(record, int) and not isinstance(record, bool) and 0 < record <= MOST
 
 
 def _sender_names(shape: Shape) -> list[str]:

@@ -29,7 +29,7 @@ from nnsplice.metrics import Bound, Metrics, Several, bound_of
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path
 from nnsplice.progress import bar
-from nnsplice.sweeps.identity import prompts_record
+from nnsplice.sweeps.identity import model_record, prompts_record
 from nnsplice.sweeps.rounding import TOLERANCE
 from nnsplice.sweeps.running import check_mode
 
@@ -39,7 +39,7 @@ STREAMS = 64
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of circuits: a model with its graph, prompts, a metric, and what stands for everything outside."""
+    """What circuits are run with: a model with its graph, prompts, a metric, and the values of everything outside."""
 
     model: engine.Model
     wiring: Wiring
@@ -61,7 +61,7 @@ class Question:
         *,
         several: bool = False,
     ) -> Question:
-        """A question, with every mistake in it found.
+        """A question, with all its arguments checked.
 
         Args:
             several: whether it may have several metrics.
@@ -71,26 +71,23 @@ class Question:
         engine.refuse_edits(model)
         engine.refuse_changed_logits(model, bare=True)
         wiring = wiring_of(model)
-        prompts = _tokens(encode(model, clean))
-        others = None if corrupted is None else _tokens(encode(model, corrupted))
+        prompts = _check_tokens(encode(model, clean))
+        others = None if corrupted is None else _check_tokens(encode(model, corrupted))
         if others is not None:
             _check_pairs(prompts, others, ablation)
         bound = bound_of(metric, engine.tokenizer_of(model), len(prompts), prompts.texts)
         if isinstance(bound, Several) and not several:
-            raise BadArgument("this is asked of one metric", expected="one metric, such as ns.logit_diff")
+            raise BadArgument("this takes one metric", expected="one metric, such as ns.logit_diff")
         bound.metric.check_lengths(prompts.lengths("decoder"))
-        asked = None if reference is None else _tokens(encode(model, reference))
-        source = source_of(model, wiring, prompts, others, ablation, asked)
+        means_of = None if reference is None else _check_tokens(encode(model, reference))
+        source = source_of(model, wiring, prompts, others, ablation, means_of)
         return cls(model, wiring, prompts, others, bound, source, CostModel.of(model))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that tells this question from others, as plain data."""
-        name, revision = engine.name_of(self.model)
+        """What makes two questions the same, as plain data."""
         return {
-            "model": name,
-            "revision": revision,
-            "weights": engine.weights_digest(self.model),
+            **model_record(self.model),
             "clean": prompts_record(self.clean),
             "corrupted": None if self.corrupted is None else prompts_record(self.corrupted),
             "metric": self.metric.identity,
@@ -158,18 +155,18 @@ def measure(
     values = np.full((len(question.clean), len(kinds), *metrics), np.nan)
     clean = np.full((len(question.clean), *metrics), np.nan)
     order = sorted(range(len(kinds)), key=lambda number: int(kinds[number].edges.sum()))
-    held = max((_streams(wiring, mask) for mask in kinds), default=1.0)
+    held = max((_tokens_for(wiring, len(sender_parts.kept_by(mask))) for mask in kinds), default=1.0)
     with engine.turn(model), bar("circuits", len(kinds) * len(chosen), "run", progress) as shown:
-        cost = _trust(question)
+        cost = _check_full_circuit(question)
         sender_parts.check_experts(model, wiring, question.clean, sender_parts.experts_of(wiring, kinds))
         for batch in question.clean.take(chosen).batches(None):
             rows = [chosen[row] for row in batch]
             length = question.clean.length("decoder", rows[0])
             at = question.metric.metric.position % length - length
             # A circuit runs whole, so prompts are parted by what the largest one holds.
-            step = int(room / (length * held))
-            for part in _parts(rows, max(step, 1)):
-                cost += _group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
+            step = max(int(room / (length * held)), 1)
+            for part in (rows[start : start + step] for start in range(0, len(rows), step)):
+                cost += _measure_group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
     return CircuitMetrics(values[chosen][:, which], clean[chosen], cost)
 
 
@@ -181,13 +178,13 @@ def _trained(question: Question, masks: Sequence[EdgeMask], max_tokens: int | No
     for mask in masks:
         if (key := mask.key) in known:
             continue
-        ablation, spent = constants_for(
+        ablation, more = constants_for(
             question, mask.edges, TrainingOptions(), max_tokens=max_tokens, progress=progress
         )
         source = source_of(question.model, question.wiring, question.clean, None, ablation, None)
         known[key] = measure(replace(question, source=source), [mask], max_tokens=max_tokens)
         trainings.append(ablation.training)
-        cost += spent + known[key].cost
+        cost += more + known[key].cost
     each = [known[mask.key] for mask in masks]
     return CircuitMetrics(np.concatenate([one.values for one in each], 1), each[0].clean, cost, note_of(trainings))
 
@@ -203,18 +200,17 @@ def constants_for(
 ) -> tuple[OptimalAblation, Cost]:
     """Constants trained for the circuit of a mask, on the question's clean prompts."""
     assert question.source.trained_from is not None
-    model = {name: question.identity[name] for name in ("model", "revision", "weights")}
     with engine.turn(question.model):
-        cost = _trust(question)
-        found, spent = train(
+        cost = _check_full_circuit(question)
+        found, more = train(
             question.model, question.wiring, mask, question.clean, question.source.trained_from,
             question.metric.metric.position, recipe, room=engine.room(question.model, max_tokens), progress=progress,
-            provenance={**model, **(about or {})},
+            provenance={**model_record(question.model), **(about or {})},
         )  # fmt: skip
-    return found, cost + spent
+    return found, cost + more
 
 
-def _group(
+def _measure_group(
     question: Question,
     rows: list[int],
     at: int,
@@ -230,8 +226,8 @@ def _group(
     own = record(root, model, wiring, question.clean, rows, at, experts)
     length = own.values.embed.shape[1]
     cost = question.cost_model.whole(question.clean, rows, 1)
-    found, spent = question.source.values(rows, own.values)
-    cost += spent
+    found, more = question.source.values(rows, own.values)
+    cost += more
     ablated = AblatedStreams.of(root, wiring, found)
     reference = own.logits if question.metric.metric.compares else None
     clean[rows] = _numbers(question.metric(own.logits, rows, reference))
@@ -241,15 +237,15 @@ def _group(
         chosen = [circuits[number] for number in numbers]
         slots, reads = sender_parts.slots_of(model, wiring, question.clean, rows, [mask for _, mask in chosen])
         made = CircuitPass(root, wiring, own.frame, ablated, question.cost_model, slots, reads)
-        logits = made.run(lambda: run_plainly(root, model, question.clean, [*rows] * len(chosen), at))
-        asked = [*rows] * len(chosen)
+        repeated = [*rows] * len(chosen)
+        logits = made.run(lambda: run_plainly(root, model, question.clean, repeated, at))
         against = None if reference is None else reference.repeat(len(chosen), 1)
-        got = _numbers(question.metric(logits, asked, against))
+        got = _numbers(question.metric(logits, repeated, against))
         got = got.reshape(len(chosen), len(rows), *got.shape[1:])
         for (number, _), line in zip(chosen, got, strict=True):
             values[rows, number] = line
         done.append(
-            made.cost + Cost(forwards=1, flops=len(asked) * question.cost_model.per_token(wiring.tower.unembed))
+            made.cost + Cost(forwards=1, flops=len(repeated) * question.cost_model.per_token(wiring.tower.unembed))
         )
         shown.update(len(chosen) * len(rows))
 
@@ -258,17 +254,13 @@ def _group(
     return cost + sum(done, Cost())
 
 
-def _parts(rows: list[int], step: int) -> list[list[int]]:
-    return [rows[start : start + step] for start in range(0, len(rows), step)]
-
-
 def _fitting(wiring: Wiring, masks: Sequence[EdgeMask], tokens: int, room: int) -> list[list[int]]:
     """Circuits that run together: their tokens, and the streams that are held for each."""
     chunks: list[list[int]] = []
     held: set[Hashable] = set()
     for number, mask in enumerate(masks):
         wider = held | sender_parts.kept_by(mask)
-        if not chunks or (len(chunks[-1]) + 1) * tokens * _counted(wiring, len(wider)) > room:
+        if not chunks or (len(chunks[-1]) + 1) * tokens * _tokens_for(wiring, len(wider)) > room:
             chunks.append([])
             wider = sender_parts.kept_by(mask)
         chunks[-1].append(number)
@@ -276,12 +268,7 @@ def _fitting(wiring: Wiring, masks: Sequence[EdgeMask], tokens: int, room: int) 
     return chunks
 
 
-def _streams(wiring: Wiring, mask: EdgeMask) -> float:
-    """What a token of a circuit counts for."""
-    return _counted(wiring, len(sender_parts.kept_by(mask)))
-
-
-def _counted(wiring: Wiring, kept: int) -> float:
+def _tokens_for(wiring: Wiring, kept: int) -> float:
     """What a token counts for: itself, the differences that are kept, and the streams of a layer's receivers."""
     return 1.0 + (kept + max(len(layer.receivers) for layer in wiring.layers)) / STREAMS
 
@@ -290,11 +277,11 @@ def _numbers(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
 
 
-def _tokens(prompts: Prompts) -> Prompts:
+def _check_tokens(prompts: Prompts) -> Prompts:
     if prompts.values is not None:
         raise BadArgument("a circuit runs on tokens, and these prompts are values", expected="texts or token ids")
     if prompts.decoder_ids is not None:
-        raise RefusedPlace("the decoder of a model with two towers reads another tower, which no edge stands for")
+        raise RefusedPlace("the decoder of a model with two towers reads another tower, and no edge stands for that")
     return prompts
 
 
@@ -316,12 +303,12 @@ def _check_pairs(clean: Prompts, corrupted: Prompts, ablation: Ablation) -> None
             )
 
 
-# --- whether it is right on this model --------------------------------------------------------------------------------
+# --- whether the full circuit is the clean run ------------------------------------------------------------------------
 
-_trusted: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
-def _trust(question: Question) -> Cost:
+def _check_full_circuit(question: Question) -> Cost:
     """Run the full circuit over the first prompt once: it is the clean run, or the graph has not all that there is.
 
     Everything is ablated with zeros there, so whatever reads the stream past the edges reads nothing.
@@ -331,9 +318,9 @@ def _trust(question: Question) -> Cost:
     """
     root, model, wiring = question.root, question.model, question.wiring
     around = (engine.hooks_of(root.modules()), engine.replaced_in(root.modules()))
-    asked = (fingerprint(root), around, engine.attention_of(model), next(root.parameters()).dtype)
-    known = _trusted.setdefault(root, set())
-    if asked in known:
+    state = (fingerprint(root), around, engine.attention_of(model), next(root.parameters()).dtype)
+    known = _checked.setdefault(root, set())
+    if state in known:
         return Cost()
     own = record(root, model, wiring, question.clean, [0], -1)
     ablated = AblatedStreams.of(root, wiring, own.values.map(torch.zeros_like))
@@ -347,5 +334,5 @@ def _trust(question: Question) -> Cost:
             "something in the layers of this model reads the stream past its queries, keys, values and MLPs",
             expected="a model whose layers read the stream through those alone",
         )
-    known.add(asked)
+    known.add(state)
     return made.cost + question.cost_model.whole(question.clean, [0], 1)

@@ -102,6 +102,25 @@ def _number(path: Path) -> tuple[str, int]:
     return (path.sae.name, path.sae.features if isinstance(path.sae.features, int) else -1)
 
 
+def in_order(
+    kind: str, members: Sequence[Any], scores: Sequence[float] | None
+) -> tuple[tuple[Any, ...], tuple[float, ...] | None]:
+    """Members once each in execution order, and their scores; of one that is there twice, the first score.
+
+    Raises:
+        BadArgument: another number of scores, or a score that is NaN.
+    """
+    if scores is not None and len(scores) != len(members):
+        raise BadArgument(f"{len(scores)} scores for {len(members)} {kind}", expected="one for each")
+    kept: dict[Any, float] = {}
+    for number in sorted(range(len(members)), key=lambda number: rank_of(members[number])):
+        score = 0.0 if scores is None else float(scores[number])
+        if score != score:
+            raise BadArgument(f"the score of {text_of(members[number])} is NaN", expected="a number")
+        kept.setdefault(members[number], score)
+    return tuple(kept), None if scores is None else tuple(kept.values())
+
+
 def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:
     """The nodes that edges start from, and those whose queries or MLPs they end at."""
     found: dict[Path, None] = {}

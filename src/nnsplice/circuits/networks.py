@@ -26,12 +26,12 @@ def network_of(
         end = str(receiver).removesuffix(f".{receiver.value}") if receiver.value else str(receiver)
         if receiver.steps[-1].name == "groups":
             groups.setdefault(end, receiver)
-        told = {} if scores is None else {"score": float(scores[number])}
+        attributes = {} if scores is None else {"score": float(scores[number])}
         known = graph.get_edge_data(str(sender), end, default={})
         into = ",".join(dict.fromkeys([*filter(None, known.get("into", "").split(",")), role]))
         if scores is not None and "score" in known:
-            told["score"] += known["score"]
-        graph.add_edge(str(sender), end, into=into, **told)
+            attributes["score"] += known["score"]
+        graph.add_edge(str(sender), end, into=into, **attributes)
     for end, group in groups.items():
         for head in _heads(group, shape):
             if head in graph:

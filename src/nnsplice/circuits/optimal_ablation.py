@@ -77,5 +77,5 @@ def optimal_ablation(
 
 
 def _unread(logits: Any) -> Any:
-    """In the place of a metric, of which only the position is asked."""
+    """A metric of which only the position is used."""
     return logits[..., 0]

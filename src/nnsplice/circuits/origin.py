@@ -12,6 +12,7 @@ from nnsplice.circuits.shape import Shape
 from nnsplice.circuits.wiring import wiring_of
 from nnsplice.errors import KeyMismatch
 from nnsplice.paths import Path, parse_path
+from nnsplice.sweeps.identity import model_record
 
 #: What of a circuit's provenance is about its model.
 OF_MODEL = ("model", "revision", "weights", "width")
@@ -25,18 +26,17 @@ def graph_of(model: Any) -> Shape:
 def provenance_of(model: Any, senders: Iterable[Path] = ()) -> dict[str, Any]:
     """The model's name, revision and weights, and the SAEs of those senders that are their features."""
     model = engine.as_model(model)
-    name, revision = engine.name_of(model)
-    told = {"model": name, "revision": revision, "weights": engine.weights_digest(model)}
+    found = model_record(model)
     held = attached(unwrap(model))
     saes = features.identities(model, (one for one in senders if one.sae is not None and one.sae.name in held))
-    return {key: value for key, value in (told | ({"saes": saes} if saes else {})).items() if value is not None}
+    return {key: value for key, value in (found | ({"saes": saes} if saes else {})).items() if value is not None}
 
 
 def saes_in(provenance: Mapping[str, Any], senders: Iterable[Path]) -> dict[str, Any]:
     """What a provenance says of the SAEs whose features are among these senders."""
     names = {one.sae.name for one in senders if one.sae is not None}
-    told = provenance.get("saes")
-    return {name: one for name, one in told.items() if name in names} if isinstance(told, Mapping) else {}
+    found = provenance.get("saes")
+    return {name: one for name, one in found.items() if name in names} if isinstance(found, Mapping) else {}
 
 
 def check_model(provenance: Mapping[str, Any], model: Any, senders: Iterable[Path] = ()) -> None:

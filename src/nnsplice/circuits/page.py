@@ -1,6 +1,6 @@
 """A circuit as a self-contained HTML page.
 
-The page is `page.html`, which draws what stands in it as JSON. All texts reach the page as text, and the page's own
+The page is `page.html`, which draws the JSON that is put into it. All texts reach the page as text, and the page's own
 policy forbids it to load anything.
 """
 
@@ -48,7 +48,7 @@ def page(drawing: Drawing, title: str, provenance: Mapping[str, Any], scores: Ma
         provenance.get("method"),
         metric.get("name") if isinstance(metric, Mapping) else metric,
     ]
-    told = {
+    record = {
         "title": title,
         "about": ", ".join(str(part) for part in about if part is not None),
         "total": len(drawing.lines) + drawing.left_out,
@@ -69,13 +69,13 @@ def page(drawing: Drawing, title: str, provenance: Mapping[str, Any], scores: Ma
         ],
     }  # fmt: skip
     # `<` could end the script that the data stands in; as an escape it is the same JSON.
-    data = json.dumps(told, separators=(",", ":"), allow_nan=False)
+    data = json.dumps(record, separators=(",", ":"), allow_nan=False)
     escaped = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return before + html.escape(title) + between + escaped + after
 
 
 def _label(mark: DrawnNode) -> str:
-    """What stands inside a mark: the number of a head; nothing fits into a group's dot."""
+    """The text inside a mark: the number of a head; nothing fits into a group's dot."""
     if mark.kind == "head":
         return mark.path.rpartition("[")[2].removesuffix("]")
     return "" if mark.kind == "group" else mark.kind

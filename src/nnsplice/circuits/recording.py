@@ -37,7 +37,7 @@ class SenderValues:
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """What else is known of a model from a run of it."""
+    """The form of what blocks and projections return."""
 
     #: How many elements a block returns; None where it returns a tensor.
     returns: tuple[int | None, ...]
@@ -47,7 +47,7 @@ class OutputFormat:
 
 @dataclass(frozen=True)
 class SenderRun:
-    """One run: the values, and the logits that were asked for, `[prompt, vocab]`."""
+    """One run: the values, and the logits of one position, `[prompt, vocab]`."""
 
     values: SenderValues
     frame: OutputFormat
@@ -136,8 +136,8 @@ def expert_of(root: nn.Module, layer: LayerWires, given: tuple[Any, ...], expert
             write=f"layers[{layer.block.index}].mlp",
         )
     tokens, numbers, weights = given
-    alone: Any = root.get_submodule(str(layer.block.experts))
-    made = alone.forward(tokens, numbers, torch.where(numbers == expert, weights, torch.zeros_like(weights)))
+    module: Any = root.get_submodule(str(layer.block.experts))
+    made = module.forward(tokens, numbers, torch.where(numbers == expert, weights, torch.zeros_like(weights)))
     return made.reshape(rows, -1, made.shape[-1])
 
 
@@ -180,7 +180,7 @@ def _returns(out: Any) -> int | None:
 
 @contextmanager
 def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -> Any:
-    """Keep what stands at an end of a module, in memory of its own, as some blocks add into tensors in place."""
+    """Keep the value at an end of a module, in memory of its own, as some blocks add into tensors in place."""
     module = root.get_submodule(site.module)
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -48,7 +48,7 @@ class Scores:
         return np.argsort(-(np.abs(self.values) if by == "absolute" else self.values), kind="stable")
 
     def check(self, k: int) -> int:
-        """How many are asked for.
+        """The number of members, checked.
 
         Raises:
             BadArgument: it is no such number.
@@ -83,13 +83,13 @@ def scores_of(result: Any) -> Scores:
     table = result.table
     if table.metrics:
         raise BadArgument("this result has several metrics", write=f'result.only("{table.metrics[0]}")')
-    told = {name: table.asked[name] for name in _ABOUT if table.asked.get(name) is not None}
+    about = {name: table.asked[name] for name in _ABOUT if table.asked.get(name) is not None}
     senders = [address(_whole(cell.path, cell.position), "sender") for cell in table.cells]
     if table.edges is None:
         moved = table.values - table.corrupted[:, None]
         moved = -moved if _takes_out(table.asked.get("operation")) else moved
         values = _pooled(moved, table.done)
-        return Scores("nodes", tuple(senders), values, None, told)
+        return Scores("nodes", tuple(senders), values, None, about)
     receivers = [address(path, "receiver") for path in table.receivers]
     joined = np.asarray((~np.isnan(table.edges)).any(0))
     if not joined.any():
@@ -98,7 +98,7 @@ def scores_of(result: Any) -> Scores:
     rows, columns = np.nonzero(joined)
     means = _pooled(table.edges[:, rows, columns], table.exists[:, rows])
     edges = tuple((senders[s], receivers[r]) for s, r in zip(rows, columns, strict=True))
-    return Scores("edges", edges, means, _shape(senders, receivers, joined), told)
+    return Scores("edges", edges, means, _shape(senders, receivers, joined), about)
 
 
 def _takes_out(operation: Any) -> bool:

@@ -84,8 +84,8 @@ def _check_sae(model: engine.Model, sender: Path, path: Path, added: Site) -> No
 
 def saes_of(model: engine.Model, members: Iterable[Path]) -> dict[str, Any]:
     """The SAEs whose features are senders, by their names, as plain data."""
-    told = features.identities(model, members)
-    return {"saes": told} if told else {}
+    saes = features.identities(model, members)
+    return {"saes": saes} if saes else {}
 
 
 def experts_of(wiring: Wiring, masks: Iterable[EdgeMask]) -> set[tuple[int, int]]:

@@ -112,24 +112,24 @@ class Shape:
 
     # --- as plain data
 
-    def told(self) -> list[list[int]]:
+    def as_list(self) -> list[list[int]]:
         """For files."""
         return [[one.heads, one.groups, int(one.parallel), *([1] if one.mixed else [])] for one in self.layers]
 
     @classmethod
-    def read(cls, told: Any) -> Shape:
-        """What `told` gave.
+    def read(cls, listed: Any) -> Shape:
+        """The graph of `as_list`.
 
         Raises:
             FileError: it is something else.
         """
-        if not isinstance(told, Sequence) or not told or not all(map(_is_layer, told)):
+        if not isinstance(listed, Sequence) or not listed or not all(map(_is_layer, listed)):
             raise FileError("the file does not say how many heads each layer has", expected="[[heads, groups, 0 or 1]]")
-        return cls(tuple(LayerShape(one[0], one[1], bool(one[2]), len(one) > 3) for one in told))
+        return cls(tuple(LayerShape(one[0], one[1], bool(one[2]), len(one) > 3) for one in listed))
 
 
-def _is_layer(told: Any) -> bool:
-    if not isinstance(told, Sequence) or len(told) not in (3, 4) or not all(isinstance(n, int) for n in told):
+def _is_layer(listed: Any) -> bool:
+    if not isinstance(listed, Sequence) or len(listed) not in (3, 4) or not all(isinstance(n, int) for n in listed):
         return False
-    heads, groups, parallel, *mixed = told
+    heads, groups, parallel, *mixed = listed
     return mixed in ([], [1]) and 0 < groups <= heads <= 1 << 16 and heads % groups == 0 and parallel in (0, 1)

@@ -18,7 +18,7 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import unwrap
 from nnsplice.attribution.gradients import differentiable
-from nnsplice.circuits.ablations import mean_of, wide
+from nnsplice.circuits.ablations import at_every_token, mean_of
 from nnsplice.circuits.constants import OptimalAblation, Training
 from nnsplice.circuits.masks import ablated, needed
 from nnsplice.circuits.recording import SenderRun, SenderValues, record, run_plainly
@@ -100,7 +100,7 @@ def train(
     groups = list(_groups(model, wiring, prompts, position, room))
     cost += Cost(forwards=len(groups))
     start = _flat(mean)
-    scale, taken = _sizes(wiring, groups), _columns(wiring, start, free)
+    scale, taken = _sizes(wiring, groups), _trained_columns(wiring, start, free)
     shift = [torch.zeros_like(value) for value in start]
 
     def values(moves: Sequence[Tensor]) -> SenderValues:
@@ -114,12 +114,12 @@ def train(
             chosen = [number for number, row in enumerate(group.rows) if row in rows]
             if not chosen:
                 continue
-            asked = [group.rows[number] for number in chosen]
+            clean = [group.rows[number] for number in chosen]
             own = group.run.values.map(lambda t, chosen=chosen: t[chosen])
             with torch.set_grad_enabled(tied):
-                stands = AblatedStreams.of(root, wiring, wide(values(moves), own))
-                made = CircuitPass(root, wiring, group.run.frame, stands, cost_model, slots, reads, keep_graph=tied)
-                logits = made.run(lambda asked=asked, group=group: run_plainly(root, model, prompts, asked, group.at))
+                streams = AblatedStreams.of(root, wiring, at_every_token(values(moves), own))
+                made = CircuitPass(root, wiring, group.run.frame, streams, cost_model, slots, reads, keep_graph=tied)
+                logits = made.run(lambda clean=clean, group=group: run_plainly(root, model, prompts, clean, group.at))
                 apart = kl(group.run.logits[chosen], logits).sum() / len(rows)
             if tied:
                 apart.backward()
@@ -153,13 +153,13 @@ def train(
         raise BadArgument(
             f"with means in the place of everything outside, the divergence is {history[0]}", expected="a number"
         )
-    told = Training(
+    training = Training(
         recipe.steps, recipe.lr, recipe.seed, tuple(trained), tuple(held), history[0], best[0], outside[0], outside[1],
         tuple(history),
     )  # fmt: skip
     senders = tuple(str(path) for path, is_free in zip(wiring.shape.senders, free, strict=True) if is_free)
     saved = _saved(model, wiring, values(best[1]))
-    return OptimalAblation(saved, senders, told, provenance), cost
+    return OptimalAblation(saved, senders, training, provenance), cost
 
 
 def kl(full: Tensor, ablated: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _recorded(flat: Sequence[Tensor]) -> SenderValues:
 
 
 def _sizes(wiring: Wiring, groups: Sequence[_Group]) -> list[Tensor]:
-    """For each vector the root mean square of what stands there, of each head by itself."""
+    """For each vector the root mean square of the sender's values, of each head on its own."""
     squares: list[Tensor] = []
     for group in groups:
         own = [value.double().pow(2).mean((0, 1)) * len(group.rows) for value in _flat(group.run.values)]
@@ -206,15 +206,13 @@ def _sizes(wiring: Wiring, groups: Sequence[_Group]) -> list[Tensor]:
             columns = slice(*(site.columns or (0, None)))
             found[1 + number][columns] = found[1 + number][columns].mean()
     sizes = [value if 1 <= number <= layers else value.mean().expand_as(value) for number, value in enumerate(found)]
-    return [size.sqrt().clamp_min(1e-6).to(value) for size, value in zip(sizes, _flat(mean_like(groups)), strict=True)]
+    return [
+        size.sqrt().clamp_min(1e-6).to(value)
+        for size, value in zip(sizes, _flat(groups[0].run.values.map(lambda value: value[0, 0])), strict=True)
+    ]
 
 
-def mean_like(groups: Sequence[_Group]) -> SenderValues:
-    """Vectors of the kind that runs have."""
-    return groups[0].run.values.map(lambda value: value[0, 0])
-
-
-def _columns(wiring: Wiring, flat: Sequence[Tensor], free: np.ndarray) -> list[Tensor]:
+def _trained_columns(wiring: Wiring, flat: Sequence[Tensor], free: np.ndarray) -> list[Tensor]:
     """1 for the numbers that are trained: of senders whose ablated value is read somewhere."""
     found = [torch.zeros_like(value) for value in flat]
     layers = len(wiring.layers)
@@ -240,5 +238,5 @@ def _saved(model: engine.Model, wiring: Wiring, values: SenderValues) -> SavedAc
     return SavedActivation.from_pairs(*pairs)._located(model)
 
 
-#: What stands in the place of a position: the same at every token.
+#: The name of the position of constants: the same at every token.
 CONSTANT = "constant"

@@ -69,23 +69,23 @@ def plan(
     files: dict[str, bytes] = {}
     if isinstance(circuits, SweepResult):
         files[SCORES] = bytes_of(circuits.to_file)
-        told: dict[str, Any] = {"circuits": SCORES}
+        record: dict[str, Any] = {"circuits": SCORES}
         senders = [*scores_of(circuits).senders]
     else:
         each = [circuits] if isinstance(circuits, Circuit) else list(circuits)
         files |= {f"circuit{number}.json": bytes_of(one.to_file) for number, one in enumerate(each)}
-        told = {"circuits": len(each)}
+        record = {"circuits": len(each)}
         senders = [node for one in each for node in one.nodes]
     if isinstance(ablation, SavedActivation | OptimalAblation):
         values = ablation.values if isinstance(ablation, OptimalAblation) else ablation
         files[VALUES] = bytes_of(values.to_file)
-    asked = None if reference is None else plain_prompts(encode(question.model, reference))
-    told |= {
+    encoded = None if reference is None else plain_prompts(encode(question.model, reference))
+    record |= {
         "weights": question.identity["weights"],
         "saes": features.identities(question.model, senders),
         "clean": plain_prompts(question.clean),
         "corrupted": None if question.corrupted is None else plain_prompts(question.corrupted),
-        "reference": asked,
+        "reference": encoded,
         "metric": plain_metric(question.metric),
         "name": question.metric.metric.name,
         "metrics": list(question.metrics),
@@ -95,32 +95,33 @@ def plan(
     }
     depth = len(question.wiring.layers)
     costs = [length * depth * (len(masks) + 2) for length in question.clean.lengths("decoder")]
-    return UnitPlan.of("nnsplice.circuits.units:FAITHFULNESS", told, costs, files)
+    return UnitPlan.of("nnsplice.circuits.units:FAITHFULNESS", record, costs, files)
 
 
 def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
-    told, model = plan.told, models.model
+    record, model = plan.told, models.model
     check_mode(model)
     engine.refuse_edits(model)
     engine.refuse_changed_logits(model, bare=True)
     wiring = wiring_of(model)
     clean, corrupted, reference = (
-        None if told[name] is None else prompts_of(told[name], model) for name in ("clean", "corrupted", "reference")
+        None if record[name] is None else prompts_of(record[name], model)
+        for name in ("clean", "corrupted", "reference")
     )
     assert clean is not None
-    ablation: Any = told["ablation"]
+    ablation: Any = record["ablation"]
     if ablation == VALUES:
         ablation = read_from(plan.file(VALUES), SavedActivation.from_file)
-    # Of all prompts, as a mean is one of all; a unit asks of some.
+    # Of all prompts, as a mean is one of all, and a unit has some of them.
     source = source_of(model, wiring, clean, corrupted, ablation, reference, max_tokens)
-    question = Question(model, wiring, clean, corrupted, metric_of(told["metric"]), source, CostModel.of(model))
-    if told["circuits"] == SCORES:
+    question = Question(model, wiring, clean, corrupted, metric_of(record["metric"]), source, CostModel.of(model))
+    if record["circuits"] == SCORES:
         circuits: Any = read_from(plan.file(SCORES), SweepResult.from_file)
     else:
-        files = [plan.file(f"circuit{number}.json") for number in range(told["circuits"])]
+        files = [plan.file(f"circuit{number}.json") for number in range(record["circuits"])]
         circuits = [read_from(content, Circuit.from_file) for content in files]
-    points, masks = circuits_of(circuits, question, told["shares"])
-    if [list(astuple(point)) for point in points] != told["points"]:
+    points, masks = circuits_of(circuits, question, record["shares"])
+    if [list(astuple(point)) for point in points] != record["points"]:
         raise BadArgument("these circuits are others here than where they were planned", expected="the same versions")
 
     def unit(prompts: Sequence[int]) -> Arrays:
@@ -133,11 +134,11 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
 
 
 def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> Faithfulness:
-    told = plan.told
+    record = plan.told
     run = together([Run(**text_in(arrays["run"])) for _, arrays in outcomes])
     return report(
-        [Point(*point) for point in told["points"]], rows_of(outcomes, "values"), rows_of(outcomes, "clean"),
-        told["name"], tuple(told["metrics"]), run,
+        [Point(*point) for point in record["points"]], rows_of(outcomes, "values"), rows_of(outcomes, "clean"),
+        record["name"], tuple(record["metrics"]), run,
     )  # fmt: skip
 
 

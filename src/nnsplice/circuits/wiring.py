@@ -1,4 +1,4 @@
-"""Where senders and receivers are in a model: modules, columns, and what stands before the stream."""
+"""Where senders and receivers are in a model: modules, columns, and the norms before the stream."""
 
 from __future__ import annotations
 
