@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from nnsplice.subspaces import Subspace
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.operations import operation_of
 from nnsplice.sweeps.packing import measured_states, row_of, tokens_of
+
+T = TypeVar("T")
 
 
 def accuracies(
@@ -51,25 +54,23 @@ def memo_of(side: PairRuns) -> dict[str, object]:
 def blocks(side: PairRuns, pairs: Sequence[int], room: int) -> Iterator[list[int]]:
     """Pairs whose base prompts fit into one recorded pass."""
     lengths = side.plan.corrupted.lengths("decoder")
-    block: list[int] = []
-    for pair in pairs:
-        if block and sum(lengths[one] for one in (*block, pair)) > room:
-            yield block
-            block = []
-        block.append(pair)
-    if block:
-        yield block
+    return within(pairs, [lengths[pair] for pair in pairs], room)
 
 
 def fitting(side: PairRuns, jobs: Sequence[Job], room: int) -> Iterator[list[Job]]:
     """Jobs whose own tokens fit into one pack."""
-    chunk: list[Job] = []
+    return within(jobs, tokens_of(side.work, jobs), room)
+
+
+def within(items: Iterable[T], sizes: Iterable[int], room: int) -> Iterator[list[T]]:
+    """Items in their order, as many at once as have room; one that has none goes on its own."""
+    some: list[T] = []
     held = 0
-    for job, size in zip(jobs, tokens_of(side.work, jobs), strict=True):
-        if chunk and held + size > room:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(job)
+    for item, size in zip(items, sizes, strict=True):
+        if some and held + size > room:
+            yield some
+            some, held = [], 0
+        some.append(item)
         held += size
-    if chunk:
-        yield chunk
+    if some:
+        yield some

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import packed
-from nnsplice.alignment.measuring import blocks, memo_of
+from nnsplice.alignment.measuring import blocks, memo_of, within
 from nnsplice.alignment.pairs import PairRuns, seeded
 from nnsplice.alignment.parametrisations import METHODS, TrainableSubspace
 from nnsplice.atlas import unwrap
@@ -202,7 +202,9 @@ def _step(
     """One step of every site that the batch says something of; as many sites at once as fit."""
     cost, batch = Cost(), recordings.batches[number]
     stepping = {target: site for target, site in active.items() if number in site.ready}
-    for some in _together(stepping, number, room):
+    sizes_of = [site.ready[number].tokens for site in stepping.values()]
+    for pack in within(stepping.items(), sizes_of, room):
+        some = dict(pack)
         for site in some.values():
             site.optimizer.zero_grad(set_to_none=True)
             site.part.begin(progress)
@@ -222,20 +224,6 @@ def _step(
             site.optimizer.step()
             site.schedule.step()
     return cost
-
-
-def _together(sites: Mapping[int, _SiteTraining], number: int, room: int) -> Iterator[dict[int, _SiteTraining]]:
-    """Sites whose rows of a batch fit into one pack."""
-    some: dict[int, _SiteTraining] = {}
-    held = 0
-    for target, site in sites.items():
-        if some and held + site.ready[number].tokens > room:
-            yield some
-            some, held = {}, 0
-        some[target] = site
-        held += site.ready[number].tokens
-    if some:
-        yield some
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from nnsplice import closures, engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Block, Site, Tower
@@ -79,6 +81,11 @@ class Branches:
                     return 2 * block.index + 1
         ends = (self.tower.final_norm, self.tower.unembed)
         return self.ends_at if site.module in ends else None
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """How far rounding may put two ways of computing what a branch adds apart, relative to its largest number."""
+    return 1e-9 if dtype == torch.float64 else 1e-3 if dtype == torch.float32 else 5e-2
 
 
 def branches_of(model: engine.Model) -> Branches:

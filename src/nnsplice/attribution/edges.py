@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import DERIVED, host, unwrap
-from nnsplice.attribution.branches import Branch, Branches, branches_of
+from nnsplice.attribution.branches import Branch, Branches, branches_of, rounding_of
 from nnsplice.attribution.gradients import GradientRun, value_key
 from nnsplice.attribution.nodes import AttributionBatch, FeatureDifferences, points, scaled_features
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
@@ -257,7 +257,7 @@ class BranchEnd:
             )  # fmt: skip
             ends = found.before if found.norm is None else found.norm(found.before)
         own = here.values[value_key(site_of(sender.branch.added))]
-        allowed = 1e-9 if own.dtype == torch.float64 else 1e-3 if own.dtype == torch.float32 else 5e-2
+        allowed = rounding_of(own.dtype)
         if not torch.allclose(ends, own, rtol=allowed, atol=allowed * float(own.abs().max())):
             raise RefusedPlace(
                 f"more than {sender.projection} stands between this site and the stream",

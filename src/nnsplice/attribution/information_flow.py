@@ -17,7 +17,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import Site, unwrap
-from nnsplice.attribution.branches import Branch, branches_of
+from nnsplice.attribution.branches import Branch, branches_of, rounding_of
 from nnsplice.attribution.edges import EdgeGraph, Receiver, norm_behind
 from nnsplice.attribution.gradients import GradientRun, ValueKey, gradient_run, value_key
 from nnsplice.attribution.nodes import AttributionBatch
@@ -171,6 +171,5 @@ def _added(model: engine.Model, sender: _StreamTerm, run: GradientRun) -> Iterat
         added = project(part) - bias
         rest = rest - added
         yield added * block.scale
-    allowed = 1e-9 if rest.dtype == torch.float64 else 1e-3 if rest.dtype == torch.float32 else 5e-2
-    if not float(rest.abs().max()) <= allowed * (1.0 + float(whole.abs().max())):
+    if not float(rest.abs().max()) <= rounding_of(rest.dtype) * (1.0 + float(whole.abs().max())):
         raise RefusedPlace(f"more than {block.o} stands between the heads and the stream", path=sender.branch.added)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nnsplice import engine, wire
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site
+from nnsplice.attribution.branches import rounding_of
 from nnsplice.circuits.wiring import LayerWires, Wiring
 from nnsplice.errors import RefusedPlace
 
@@ -162,10 +163,9 @@ def ended(root: nn.Module, layer: LayerWires, projection: Tensor) -> Tensor:
 
 
 def _check(made: Tensor, seen: Tensor, layer: LayerWires, why: str) -> None:
-    allowed = 1e-9 if seen.dtype == torch.float64 else 1e-3 if seen.dtype == torch.float32 else 5e-2
     off = float((made - seen.to(made)).abs().max())
     size = float(seen.abs().max())
-    if not off <= allowed * (1 + size):
+    if not off <= rounding_of(seen.dtype) * (1 + size):
         raise RefusedPlace(
             f"{why} between the heads and the stream of layer {layer.block.index}: they are {off:.2g} apart, of "
             f"{size:.2g}",

@@ -14,6 +14,7 @@ from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Site, attached, host, unwrap
+from nnsplice.attribution.branches import rounding_of
 from nnsplice.circuits.ablations import AblationSource
 from nnsplice.circuits.addresses import Piece, part_of, whole_of
 from nnsplice.circuits.masks import EdgeMask
@@ -201,9 +202,8 @@ def check_experts(model: engine.Model, wiring: Wiring, prompts: Prompts, experts
         (key, part) = max(own.experts.items(), key=lambda pair: float(pair[1].abs().max()))
         added = own.mlp[number]
         less = _added_without(root, model, wiring, prompts, number, part)
-        allowed = 1e-9 if added.dtype == torch.float64 else 1e-3 if added.dtype == torch.float32 else 5e-2
         off = float((added - less - part.to(added)).abs().max())
-        if not off <= allowed * (1.0 + float(added.abs().max())):
+        if not off <= rounding_of(added.dtype) * (1.0 + float(added.abs().max())):
             raise RefusedPlace(
                 f"something stands between the experts and what their MLP adds: without one it is {off:.2g} off",
                 path=f"layers[{layer.block.index}].experts[{key[1]}]",

@@ -21,18 +21,18 @@ KIND = "Subspace"
 FORMAT = 1
 
 
-def write(path: str | os.PathLike[str], basis: Tensor, told: Mapping[str, Any]) -> None:
-    """Write a basis with what is told of it."""
+def write(path: str | os.PathLike[str], basis: Tensor, record: Mapping[str, Any]) -> None:
+    """Write a basis with its record."""
     from safetensors.torch import save_file
 
     tensors = {"basis": basis.contiguous().clone()}
-    header = {"kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": digest_of(tensors), **told}
+    header = {"kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": digest_of(tensors), **record}
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata={HEADER: json.dumps(header)})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Any]]:
-    """The basis, and what is told of it.
+    """The basis, and its record.
 
     Raises:
         FileError: the file holds no subspace, or is damaged.
@@ -43,18 +43,22 @@ def read(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, Any]]:
     if is_pickle(path):
         raise FileError(f"{path} looks like a pickle, which can run any code when it is opened", expected=_EXPECTED)
     text = read_header(path).metadata.get(HEADER)
-    told = None if text is None else from_json(text, f"the header of {path}")
-    if not isinstance(told, dict) or told.get("kind") != KIND:
+    record = None if text is None else from_json(text, f"the header of {path}")
+    if not isinstance(record, dict) or record.get("kind") != KIND:
         raise FileError(f"{path} holds no subspace", expected=_EXPECTED)
-    if told.get("format") != FORMAT:
-        raise FileError(f"{path} has format {told.get('format')!r}; this nnsplice reads {FORMAT}")
+    if record.get("format") != FORMAT:
+        raise FileError(f"{path} has format {record.get('format')!r}; this nnsplice reads {FORMAT}")
     try:
         tensors = load_file(path)
     except (SafetensorError, RuntimeError) as error:
         raise FileError(f"{path} is damaged: {error}", expected=_EXPECTED) from None
-    if set(tensors) != {"basis"} or digest_of(tensors) != told.get("digest") or not isinstance(told.get("about"), dict):
+    if (
+        set(tensors) != {"basis"}
+        or digest_of(tensors) != record.get("digest")
+        or not isinstance(record.get("about"), dict)
+    ):
         raise FileError(f"{path} is damaged: its numbers are not those that were written", expected=_EXPECTED)
-    return tensors["basis"], told
+    return tensors["basis"], record
 
 
 _EXPECTED = "a file that Subspace.to_file wrote"
