@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nnsplice.circuits.removals import Completeness
 
 import nnsplice as ns
+from nnsplice.circuits.completeness import Completeness
 from nnsplice.results import Run
 from zoo import double
 
