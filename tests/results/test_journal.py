@@ -9,7 +9,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,35 @@ def test_an_error_while_running_gives_the_lock_back(tmp_path: Path) -> None:
         journal.append(*CHUNKS[0])
         raise ZeroDivisionError
     assert _bits(_records(path)) == _expected(CHUNKS[:1])
+
+
+@contextmanager
+def _full_after(size: int) -> Iterator[None]:
+    """No file of this process grows beyond this size, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("more", [0, 1, 20, 60])
+def test_a_line_that_finds_the_disk_full_leaves_nothing_and_the_lock_is_given_back(tmp_path: Path, more: int) -> None:
+    path = tmp_path / "run.jsonl"
+    before = _write(path, CHUNKS[:1])
+    with Journal.open(path, ASKED, 9) as journal:
+        with _full_after(len(before) + more), pytest.raises(OSError, match="File too large"):
+            journal.append(*CHUNKS[1])
+        assert path.read_bytes() == before and _bits(journal.done()) == _expected(CHUNKS[:1])
+        journal.append(*CHUNKS[1])
+    with (
+        pytest.raises(OSError, match="File too large"),
+        Journal.open(path, ASKED, 9) as journal,
+        _full_after(path.stat().st_size + more),
+    ):
+        journal.append(*CHUNKS[2])
+    assert not list(tmp_path.glob("*.lock"))
+    _write(path, CHUNKS[2:])
+    assert path.read_bytes() == _write(tmp_path / "at_once.jsonl")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,7 +50,8 @@ class Journal:
         """Use `Journal.open`."""
         self.path = path
         self._lock, self._records, self._texts, self._chunks = lock, records, texts, chunks
-        self._file = path.open("ab")
+        # Without a buffer: what could not be written is not tried again when the file is closed.
+        self._file = path.open("ab", buffering=0)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], asked: Mapping[str, Any], total: int) -> Journal:
@@ -127,17 +129,29 @@ class Journal:
         new = _values(record)
         if problem := _conflict(self._records, new):
             raise BadArgument(problem, expected="each cell once")
-        self._file.write(_line(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write(_line(record))
         self._chunks += 1
         self._records.update(new)
         self._texts.update(zip(new, texts, strict=True) if texts else ())
 
+    def _write(self, line: bytes) -> None:
+        """Have a line on the disk, or nothing of it, as on a disk that is full."""
+        end, rest = os.fstat(self._file.fileno()).st_size, memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise
+
     def close(self) -> None:
         """Close the file and let another process write it."""
-        self._file.close()
-        self._lock.release()
+        try:
+            self._file.close()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Journal:
         return self
