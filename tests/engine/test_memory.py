@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nnsplice.engine import memory
+from nnsplice.errors import BadArgument
 from zoo import wrap
 
 
@@ -23,3 +24,27 @@ def test_on_a_gpu_the_free_memory_says_how_many_tokens_run_at_once(monkeypatch: 
     assert memory.room(model) == 25
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (0, 0))
     assert memory.room(model) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_ran_out_is_known_whatever_says_so(error: BaseException) -> None:
+    assert memory.is_memory(error)
+
+
+def test_what_torch_says_here_of_memory_that_ran_out_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 46)
+    assert memory.is_memory(caught.value)
+    for other in (RuntimeError("shape mismatch"), ValueError("out of memory"), BadArgument("out of memory")):
+        assert not memory.is_memory(other)

@@ -6,7 +6,7 @@ import torch
 
 from nnsplice.atlas import Atlas, unwrap
 from nnsplice.engine.tracing import Model
-from nnsplice.errors import BadArgument
+from nnsplice.errors import BadArgument, NnspliceError
 
 #: Tokens at once on a CPU, where more is no faster.
 TOKENS_ON_CPU = 4096
@@ -49,6 +49,16 @@ def _computed(root: torch.nn.Module, name: str) -> int:
     return sum(max(p.shape) for p in root.get_submodule(name).parameters() if p.dim() in (1, 2))
 
 
+#: What torch says where memory ran out, in errors that have no type of their own: on Linux, on Windows, of GPUs (their
+#: drivers, Apple's), of cuBLAS.
+_SHORT = (
+    "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED",
+)  # fmt: skip
+
+
 def is_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    ours = isinstance(error, NnspliceError) or not isinstance(error, RuntimeError)
+    return not ours and any(text in str(error) for text in _SHORT)
