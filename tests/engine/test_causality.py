@@ -10,7 +10,7 @@ import torch
 import nnsplice as ns
 from families.build import build
 from nnsplice import engine
-from zoo import FAMILIES, MASKED, SEQ2SEQ, tokenizer, wrap
+from zoo import FAMILIES, MASKED, SEQ2SEQ, having, tokenizer, wrap
 
 
 def _looks_ahead(module: torch.nn.Module) -> bool:
@@ -37,16 +37,22 @@ def test_decoders_are_causal(family: str) -> None:
     assert engine.is_causal(wrap(family))
 
 
-@pytest.mark.parametrize("name", ["xlm", "cpmant", "inkling_text"])
+def _is_served(model: object, site: str, clean: list[int], corrupted: list[int]) -> bool:
+    try:
+        ns.plan_sweep(model, clean, corrupted, site, ns.logit_diff(7, 8))
+    except ns.errors.RefusedPlace:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["xlm", "cpmant", "inkling_text", "rwkv"])
 def test_no_cell_counts_as_known_that_a_later_token_changes(name: str) -> None:
     model = ns.load(build(name), tokenizer=tokenizer())
     clean, corrupted = [3, 9, 5, 6], [3, 9, 15, 6]
     metric = ns.logit_diff(7, 8)
-    sites = ["layers[:].mlp.output", "layers[:].output"]
-    try:
-        plan = ns.plan_sweep(model, clean, corrupted, sites, metric)
-    except ns.errors.RefusedPlace:
-        plan = ns.plan_sweep(model, clean, corrupted, sites[1:], metric)
+    sites = having(model, ["layers[:].mid", "layers[:].attn.output", "layers[:].mlp.output", "layers[:].output"])
+    sites = [site for site in sites if site == "layers[:].output" or _is_served(model, site, clean, corrupted)]
+    plan = ns.plan_sweep(model, clean, corrupted, sites, metric)
     result = ns.run(plan, model, executor="auto", progress=False)
     exact = ns.run(plan, model, executor="reference", progress=False)
     every = ns.run(replace(plan, jobs=plan.jobs + plan.known, known=()), model, executor="reference", progress=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Site, fingerprint, text_config, unwrap
+from nnsplice.atlas import Atlas, Block, Site, fingerprint, text_config, unwrap
 from nnsplice.engine.models import attention_of, is_encoder_decoder
 from nnsplice.engine.recording import example_of, undisturbed
 from nnsplice.engine.tracing import Model
@@ -18,6 +18,8 @@ from nnsplice.engine.tracing import Model
 TOKENS = 5
 #: What a later token may change of an earlier one's logits, relative to their size: rounding, and never a dependence.
 ROUNDING = 1e-3
+#: What one token may change of the others' logits where none reads it: two rows of one batch round alike.
+BEHIND = 1e-5
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[object, bool]] = weakref.WeakKeyDictionary()
 
@@ -114,16 +116,75 @@ def after_last_attention(model: Model, site: Site) -> bool:
         return False
     last = towers[site.tower].blocks[-1]
     behind = {(last.module, "output")}
-    if not _convolves(unwrap(model).get_submodule(last.module)):
-        behind |= {
-            (last.mlp_added, "output"), (last.attn_added, "output"), (last.o, "input"), (last.o, "output"),
-            (last.mlp, "output"), (last.down, "input"), (last.attn, "output"), last.mid,
-        }  # fmt: skip
-    return site.occurrence == last.occurrence and site.kind in ("plain", "stream") and (site.module, site.end) in behind
+    inside = {
+        (last.mlp_added, "output"), (last.attn_added, "output"), (last.o, "input"), (last.o, "output"),
+        (last.mlp, "output"), (last.down, "input"), (last.attn, "output"), last.mid,
+    }  # fmt: skip
+    if site.occurrence != last.occurrence or site.kind not in ("plain", "stream"):
+        return False
+    if (site.module, site.end) in inside - behind:
+        return not _mixes_behind(model, last)
+    return (site.module, site.end) in behind
 
 
-def _convolves(block: nn.Module) -> bool:
-    """Whether something in a block may mix tokens behind its attention (Inkling's branches end in a convolution)."""
-    kinds = {type(module).__name__ for module in block.modules()}
-    # GPT-2's linear layers are called so too.
-    return any("conv" in kind.lower() for kind in kinds - {"Conv1D"})
+def _mixes_behind(model: Model, last: Block) -> bool:
+    """Whether a block mixes tokens behind its attention: RWKV's shift in the MLP, Inkling's convolutions.
+
+    One short run tells: what attention adds, what the MLP is given and what it adds are changed at one token, and the
+    logits of the others have to stay.
+    """
+    module = unwrap(model)
+    block = module.get_submodule(last.module)
+    kinds = {type(part).__name__ for part in block.modules()}
+    if any("conv" in kind.lower() for kind in kinds - {"Conv1D"}):  # GPT-2's linear layers are called so too
+        return True
+    known, now = _known.setdefault(module, {}), (fingerprint(module), attention_of(model), "last")
+    if now not in known:
+        known[now] = _seen_behind(model, last)
+    return known[now]
+
+
+def _seen_behind(model: Model, last: Block) -> bool:
+    root, changed = unwrap(model), 1
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)((moved(value[0]), *value[1:]))
+        if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[:2] != (2, TOKENS):
+            return value
+        value = value.clone()
+        draws = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(0)).to(value)
+        value[1, changed] += draws * value[1, changed].std()
+        return value
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (moved(args[0]), *args[1:]), kwargs
+        return args, {name: moved(value) for name, value in kwargs.items()}
+
+    places = {(last.o, "output"), (last.attn_added, "output"), (last.mlp_added, "output"), last.mid}
+    hooks: list[Any] = []
+    try:
+        runner, args, kwargs = example_of(model, TOKENS)
+        ids = kwargs.get("input_ids")
+        if args or not isinstance(ids, Tensor) or ids.shape != (1, TOKENS):
+            return True
+        with undisturbed(runner) as call:
+            for place in places:
+                if place is None or place[0] is None:
+                    continue
+                part = root.get_submodule(place[0])
+                if place[1] == "input":
+                    hooks.append(part.register_forward_pre_hook(before, with_kwargs=True))
+                else:
+                    hooks.append(part.register_forward_hook(lambda _m, _a, out: moved(out)))
+            logits = call(**{**kwargs, "input_ids": torch.cat([ids, ids])}).logits.double()
+    except Exception:  # whoever runs it next is told what is wrong
+        return True
+    finally:
+        for hook in hooks:
+            hook.remove()
+    others = [token for token in range(TOKENS) if token != changed]
+    first, second = logits[:, others]
+    scale = torch.where(first.abs() < 1e4, first.abs(), 0).max()
+    return bool((first - second).abs().max() > BEHIND * scale)
