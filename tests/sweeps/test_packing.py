@@ -80,7 +80,7 @@ def test_a_hook_that_packed_rows_do_not_bear_is_found_out_whatever_the_metric(me
     assert run(plan, model, progress=False).run.executor == "packed"
     handle = model._module.model.layers[1].register_forward_hook(_mixing)
     result = run(plan, model, progress=False)
-    assert (result.run.executor, "in a run of its own" in result.run.note) == ("batched", True)
+    assert (result.run.executor, "code of yours in its blocks" in result.run.note) == ("batched", True)
     np.testing.assert_allclose(result.table.values, _values(plan, model, "reference"), rtol=1e-3)
     handle.remove()
     assert run(plan, model, progress=False).run.executor == "packed"

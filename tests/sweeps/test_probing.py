@@ -82,7 +82,7 @@ def test_positions_that_a_model_counts_by_itself_past_the_first_tokens_are_found
     expected = by_hooks(module, expected_plan, CLEAN[:length], CORRUPTED[:length])
     assert np.abs(result.table.values[0] - expected).max() < 1e-12
     if length == 9:
-        assert result.run.executor == "batched" and "in a run of its own" in result.run.note
+        assert result.run.executor == "batched" and "code of yours in its blocks" in result.run.note
 
 
 @pytest.mark.parametrize("executor", ["packed", "batched", "reference"])
@@ -134,7 +134,7 @@ def test_packed_rows_that_give_other_numbers_are_refused_by_name_too() -> None:
 
     model._module.model.layers[1].register_forward_hook(mixing)
     plan = plan_sweep(model, CLEAN, CORRUPTED, "layers[:].mlp.output", METRIC)
-    with pytest.raises(RefusedExecutor, match="in a run of its own"):
+    with pytest.raises(RefusedExecutor, match="code of yours in its blocks"):
         run(plan, model, executor="packed", progress=False)
 
 

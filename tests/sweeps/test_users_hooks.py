@@ -15,7 +15,7 @@ import torch
 import nnsplice as ns
 from nnsplice.errors import BadArgument
 from nnsplice.sweeps import plan_sweep, run
-from zoo import wrap
+from zoo import tokenizer, wrap
 
 CLEAN, CORRUPTED = [*range(3, 8)], [3, 40, 20, 6, 45]
 METRIC = ns.logit_diff(7, 8)
@@ -183,3 +183,131 @@ def test_hooks_that_let_tokens_see_later_ones_leave_no_cell_known() -> None:
         layer, position = target.cell.layer, target.cell.position
         assert layer is not None and isinstance(position, int)
         assert abs(value - _by_hooks(model._module, "", "output", layer, position, zero=False)) < 1e-12
+
+
+LONG, OTHER = [*range(3, 15)], [3, 4, 5, 6, 7, 30, 31, 32, 33, 34, 35, 36]
+STEER = torch.linspace(-2, 3, 16, dtype=torch.float64)
+
+
+def _steered_at(index: Any, least: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Add to some tokens of values that have enough of them: the order of sites is learned from a short prompt."""
+
+    def change(value: torch.Tensor) -> torch.Tensor:
+        if value.shape[1] <= least:
+            return value
+        value = value.clone()
+        value[index] += STEER
+        return value
+
+    return change
+
+
+#: What hooks do that are written for one prompt at a time.
+ONE_PROMPT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "the first token": _steered_at((slice(None), 0)),
+    "a token that both prompts share": _steered_at((slice(None), 4), 4),
+    "a token that is swept": _steered_at((slice(None), 7), 7),
+    "the last token": _steered_at((slice(None), -1)),
+    "all but the first tokens": _steered_at((slice(None), slice(9, None))),
+    "more tokens than the prompt has": _steered_at((slice(None), 20), 20),
+    "prompts, and no token that is generated": _steered_at(slice(None), 1),
+    "the first row": _steered_at(0),
+    "the last row": _steered_at(-1),
+}  # fmt: skip
+
+
+def _in_own_runs(module: Any, clean: list[int], corrupted: list[int], targets: Any) -> list[float]:
+    """Every cell of block outputs in a run of its own, with whatever hooks the module has."""
+    kept: dict[int, torch.Tensor] = {}
+    blocks = module.model.layers
+    keep = [b.register_forward_hook(lambda _m, _a, out, n=n: kept.__setitem__(n, out.clone()), prepend=True)
+            for n, b in enumerate(blocks)]  # fmt: skip
+    with torch.no_grad():
+        module(torch.tensor([clean]), use_cache=False)
+    for hook in keep:
+        hook.remove()
+    found = []
+    for target in targets:
+
+        def write(_m: Any, _a: Any, out: Any, cell: Any = target.cell) -> Any:
+            out = out.clone()
+            out[:, cell.position] = kept[cell.layer][:, cell.position]
+            return out
+
+        hook = blocks[target.cell.layer].register_forward_hook(write, prepend=True)
+        with torch.no_grad():
+            logits = module(torch.tensor([corrupted]), use_cache=False).logits[0, -1]
+        hook.remove()
+        found.append(float(logits[7] - logits[8]))
+    return found
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", ONE_PROMPT)
+def test_hooks_written_for_one_prompt_give_what_they_give_in_a_run_of_each_cell(name: str, layer: int) -> None:
+    model = wrap("llama")
+    module = model._module.double()
+    change = ONE_PROMPT[name]
+    module.model.layers[layer].register_forward_hook(lambda _m, _a, out: change(out))
+    clean, corrupted = [LONG, LONG[::-1]], [OTHER, [*LONG[:3:-1], 20, 21, 22, 23]]
+    plan = plan_sweep(model, clean, corrupted, "layers[:].output", METRIC)
+    expected = [_in_own_runs(module, *pair, plan.targets) for pair in zip(clean, corrupted, strict=True)]
+    for how in ("auto", "auto", "batched", "packed"):
+        try:
+            result = run(plan, model, executor=how, progress=False)
+        except NotImplementedError:
+            assert how != "auto"
+            continue
+        assert np.abs(result.table.values - np.array(expected)).max() < 1e-12, how
+        for prompt, one in enumerate((clean, corrupted)):
+            with torch.no_grad():
+                logits = [module(torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in one]
+            ends = (result.clean, result.corrupted)[prompt]
+            assert np.abs(ends - np.array([float(each[7] - each[8]) for each in logits])).max() < 1e-12
+
+
+def test_a_hook_whose_variables_change_between_calls_is_looked_at_anew() -> None:
+    model = wrap("llama")
+    at: list[int | None] = [None]
+    module = model._module.double()
+
+    def hook(_m: Any, _a: Any, out: torch.Tensor) -> torch.Tensor:
+        return out if at[0] is None else _steered_at((slice(None), at[0]), at[0])(out)
+
+    module.model.layers[1].register_forward_hook(hook)
+    plan = plan_sweep(model, LONG, OTHER, "layers[:].output", METRIC)
+    for at[0] in (None, 2, None, 9):
+        result = run(plan, model, progress=False)
+        expected = _in_own_runs(module, LONG, OTHER, plan.targets)
+        assert np.abs(result.table.values[0] - expected).max() < 1e-12
+        assert result.run.executor == ("packed" if at[0] is None else "batched")
+
+
+class _AtFirst(torch.nn.Module):
+    """An MLP of the user's, which steers the first token."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return _steered_at((slice(None), 0))(self.inner(states))
+
+
+def test_a_module_of_a_class_of_the_users_is_tried_as_a_hook_is() -> None:
+    module = wrap("llama")._module.double()
+    module.model.layers[1].mlp = _AtFirst(module.model.layers[1].mlp).eval()
+    model = ns.load(module, tokenizer())
+    plan = plan_sweep(model, LONG, OTHER, "layers[:].output", METRIC)
+    result = run(plan, model, progress=False)
+    assert np.abs(result.table.values[0] - _in_own_runs(module, LONG, OTHER, plan.targets)).max() < 1e-12
+
+
+def test_small_parts_of_a_plan_under_a_hook_are_right_too() -> None:
+    model = wrap("llama")
+    module = model._module.double()
+    module.model.layers[1].register_forward_hook(lambda _m, _a, out: out * 1.5)
+    plan = plan_sweep(model, LONG, OTHER, "layers[:].output", METRIC)
+    result = run(plan, model, max_tokens=12, progress=False)
+    assert result.run.executor == "packed"
+    assert np.abs(result.table.values[0] - _in_own_runs(module, LONG, OTHER, plan.targets)).max() < 1e-12

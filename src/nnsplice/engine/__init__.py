@@ -25,7 +25,7 @@ from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import Call, Sequence, Watch, unwatch, watch
 from nnsplice.engine.causality import after_last_attention, is_causal, is_causal_for
 from nnsplice.engine.digest import weights_digest
-from nnsplice.engine.hooks import has_code_around, hooks_of, replaced_in
+from nnsplice.engine.hooks import has_code_around, has_own_code, hooks_of, replaced_in
 from nnsplice.engine.intercept import Interception
 from nnsplice.engine.memory import is_memory, room
 from nnsplice.engine.models import (
@@ -104,6 +104,7 @@ __all__ = [
     "first_input",
     "gathered",
     "has_code_around",
+    "has_own_code",
     "home",
     "hooks_of",
     "in_training",

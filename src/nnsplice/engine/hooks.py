@@ -1,4 +1,4 @@
-"""Code around a model's modules: hooks, torch's global hooks, and replaced `forward` methods."""
+"""Code around a model's modules: hooks, torch's global hooks, replaced `forward` methods, classes of the user's."""
 
 from __future__ import annotations
 
@@ -26,3 +26,19 @@ def has_code_around(modules: Iterable[nn.Module]) -> bool:
     """Whether calls of these modules run more than their classes' code."""
     found = list(modules)
     return bool(hooks_of(found) or replaced_in(found))
+
+
+#: Libraries whose modules treat every row of a batch alike, and every token by itself where they mix none.
+_LIBRARIES = {
+    "torch", "transformers", "peft", "accelerate", "nnsight", "nnsplice", "bitsandbytes", "torchao", "optimum", "hqq",
+    "gptqmodel", "awq", "compressed_tensors",
+}  # fmt: skip
+
+
+def has_own_code(modules: Iterable[nn.Module]) -> bool:
+    """Whether calls of these modules run code of the user's: around a module, or in a class of no known library.
+
+    Such code may be written for one prompt at a time: for its fifth token, or for the first row of a batch.
+    """
+    found = list(modules)
+    return has_code_around(found) or any(type(m).__module__.partition(".")[0] not in _LIBRARIES for m in found)

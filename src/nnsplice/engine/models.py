@@ -12,7 +12,7 @@ from torch import nn
 
 from nnsplice.atlas import text_config, unwrap
 from nnsplice.atlas.families import NOT_TEXT, POSITIONS
-from nnsplice.engine.hooks import has_code_around
+from nnsplice.engine.hooks import has_own_code
 from nnsplice.engine.spread import check_whole, gathered
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType, named
@@ -114,19 +114,14 @@ def keeps_logits(model: Model) -> bool:
     root = unwrap(model)
     if not _takes_logits(type(root)):
         return False
-    # A hook of the user's behind the layers would see those tokens alone, and it may mix them.
+    # Code of the user's behind the layers would see those tokens alone, and it may mix them.
     inside = f"{getattr(root, 'base_model_prefix', '')}."
     outer = [module for name, module in root.named_modules() if not f"{name}.".startswith(inside)]
-    # So would code of the user's own in a head; that of libraries knows single tokens there.
-    if has_code_around(outer) or any(type(module).__module__.partition(".")[0] not in _PLAIN for module in outer):
+    if has_own_code(outer):
         return False
     # Gemma 4 hands the wish to its layers that share keys and values, which then run for the last tokens alone.
     inner = {type(module) for module in root.modules() if hasattr(module, "config")} - {type(root)}
     return not any(_takes_logits(kind) for kind in inner)
-
-
-#: Libraries whose heads make the logits of a token from that token alone.
-_PLAIN = ("torch", "transformers", "peft")
 
 
 @cache

@@ -16,6 +16,7 @@ masks            which token sees which, from the model's own masks
 knockouts        attention with edges cut
 whole_prompts    attention modules with code of their own, which run whole prompts
 forward          the forward pass of packed rows, block by block
+own_code         hooks and classes of the user's, tried on packed tokens
 edits            writing and reading packed tokens
 sae_edits        edits of features of an SAE, and of its error
 heads            final norm and logits

@@ -109,7 +109,9 @@ def record(base: Base, prompts: Sequence[int]) -> Recording:
 
 def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], way: str) -> Recording:
     lengths = base.prompts.lengths("decoder")
-    if way == "padded":
+    if engine.has_own_code(root.modules()):  # which may be written for one prompt at a time
+        batches = [[prompt] for prompt in prompts]
+    elif way == "padded":
         batches = _padded_batches(prompts, lengths)
     else:
         batches = [[prompts[row] for row in rows] for rows in base.prompts.take(prompts).batches(None)]

@@ -14,6 +14,7 @@ from nnsplice.packed.cost import Cost
 from nnsplice.packed.forward import PackedForward
 from nnsplice.packed.heads import Head
 from nnsplice.packed.knockouts import OWN_CODE
+from nnsplice.packed.own_code import check_own_code
 from nnsplice.packed.recording import Recording, record
 from nnsplice.packed.rows import Read, Row, SiteLocator, prepared
 
@@ -57,7 +58,9 @@ def run(
         raise NotImplementedError(OWN_CODE)
     locator = SiteLocator(recording)
     prepared_rows = [prepared(row, locator, allow_partial=not recording.whole.calls) for row in rows]
-    forward = PackedForward(base.root, recording, prepared_rows, base.cost_model, bucket_size(recording))
+    bucket = bucket_size(recording)
+    recording_cost += check_own_code(base, recording, sum(row.length for row in prepared_rows), bucket)
+    forward = PackedForward(base.root, recording, prepared_rows, base.cost_model, bucket)
     with torch.set_grad_enabled(keep_graph):
         ends = forward.run()
     return PackedResult(recording.head, ends, forward.readings, recording_cost + forward.cost)

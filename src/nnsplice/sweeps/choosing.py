@@ -23,7 +23,7 @@ from nnsplice.packed.cost import Cost
 from nnsplice.sweeps.executors import Executor, Work, batched, reference
 from nnsplice.sweeps.packing import packed
 from nnsplice.sweeps.probe_cells import kinds_of_target
-from nnsplice.sweeps.probing import ProbeResult, compare
+from nnsplice.sweeps.probing import ProbeResult, batches_differ, compare
 
 EXECUTORS: dict[str, Executor] = {"reference": reference, "batched": batched, "packed": packed}
 
@@ -74,11 +74,19 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
             others = '"reference" or "auto"' if refused - set(features.KINDS) else '"packed", "reference" or "auto"'
             raise BadArgument(note, expected=f"executor={others}")
         return "reference", note, Cost()
-    if name in ("reference", "batched"):
+    own = engine.has_own_code(unwrap(work.model).modules())
+    if name == "reference" or (name == "batched" and not own):
         return name, "", Cost()
     if not work.plan.jobs:
         return "batched", "", Cost()
-    found, cost = _probed(work, room)
+    if name == "batched":  # whose rows may not be what that code is written for
+        if differs := batches_differ(work):
+            raise RefusedExecutor(
+                f"rows of a batch do not give this job's numbers: {differs}",
+                expected='executor="auto", which takes the fastest that does, and says in result.run.note why',
+            )
+        return name, "", Cost()
+    found, cost = _probed(work, room, own)
     if found.way is not None:
         work.memo["way"] = found.way
     if name == "packed" and found.executor != "packed":
@@ -89,7 +97,14 @@ def choose(name: str, work: Work, room: int = 0) -> tuple[str, str, Cost]:
     return found.executor, found.note, cost
 
 
-def _probed(work: Work, room: int) -> tuple[ProbeResult, Cost]:
+def _probed(work: Work, room: int, own: bool) -> tuple[ProbeResult, Cost]:
+    """The answer for this work, and what it cost to know.
+
+    Args:
+        own: whether code of the user's runs in the model, which does what its variables say: never remembered.
+    """
+    if own:
+        return compare(work, longest_prompt(work), room)
     known = _trusted.setdefault(unwrap(work.model), {})
     key, longest = probe_key(work), longest_prompt(work)
     found = known.get(key)

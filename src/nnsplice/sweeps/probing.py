@@ -108,6 +108,11 @@ def compare(work: Work, longest: int, room: int = 0) -> tuple[ProbeResult, Cost]
     return ProbeResult("batched", note, longest, refused), cost
 
 
+def batches_differ(work: Work) -> str:
+    """The first of a few cells whose value is another as a row of a batch, in words; empty where none is."""
+    return _Probe(work, probe_cells(work)).batched().differs
+
+
 def _packed(probe: _Probe, whole: list[Job] | None) -> tuple[Comparison, list[Job] | None]:
     """The cells in a pack of the whole plan, and that; by themselves where there is none, or no memory for it."""
     if whole is not None:

@@ -12,6 +12,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import gather
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.prompts import Prompts
+from nnsplice.atlas import unwrap
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.paths import Path
 from nnsplice.sweeps import other_model
@@ -111,7 +112,9 @@ def _logits(
     logits: dict[int, Tensor] = {}
     cost_model, cost = CostModel.of(model), Cost()
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
-    batches = prompts.take(chosen).batches(max(room // longest, 1))
+    # Code of the user's may be written for one prompt at a time: every cell is compared with a run of its own.
+    alone = engine.has_own_code(unwrap(model).modules())
+    batches = prompts.take(chosen).batches(1 if alone else max(room // longest, 1))
     for rows, at in _read_alike(plan, ([chosen[n] for n in batch] for batch in batches), clean):
         first = before(rows)
         found: list[Tensor] = []
