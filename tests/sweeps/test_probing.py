@@ -257,3 +257,15 @@ def test_values_of_a_trial_that_differ_are_thrown_away(monkeypatch: pytest.Monke
     result = run(plan, model, progress=False)
     assert result.run.executor == "batched" and "in a run of its own" in result.run.note
     assert np.abs(result.table.values[0] - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize("scale", [1, 1e-2])
+def test_a_cap_on_logits_is_seen_where_those_of_the_first_sweep_are_small(scale: float) -> None:
+    model = double("gemma2")
+    with torch.no_grad():
+        model._module.lm_head.weight.mul_(scale)
+    for clean in ([45, 36, 58, 50, 46, 50], CLEAN, [5, 9, 40], [45, 36, 58, 50, 46, 50]):
+        plan = plan_sweep(model, clean, None, "layers[:].mlp.output[-1]", METRIC, operation="zero")
+        result, expected = (run(plan, model, executor=how, progress=False) for how in ("auto", "reference"))
+        assert result.run.executor == "packed"
+        assert np.abs(result.table.values - expected.table.values).max() < 1e-12

@@ -49,16 +49,21 @@ class Head:
             normed = head.normed(states)
         if normed.shape != last.shape or not torch.allclose(normed, last.to(normed.device), rtol=1e-3, atol=1e-3):
             raise NotImplementedError("more than a norm stands between its last layer and its head")
-        logits = head.logits(states[-1:])
-        some = torch.linspace(0, logits.shape[-1] - 1, 5, device=states.device).long()[None]
+        # A cap on logits leaves small ones nearly as they are, so that a state is looked at that has large ones, too.
+        with torch.no_grad():
+            largest = head.logits_of_normed(normed[-1:]).abs().max().clamp_min(1e-6)
+            wide = torch.cat([normed[-1:], normed[-1:] * (1000 / largest).to(normed)])
+            logits = head.logits_of_normed(wide)
+        some = torch.linspace(0, logits.shape[-1] - 1, 5, device=states.device).long()[None].expand(2, -1)
         unembed = root.get_submodule(tower.unembed or "")
         # Columns are read of plain numbers: not of quantised ones, nor of those that are elsewhere between uses.
         read = type(unembed) is nn.Linear and type(unembed.weight) is nn.Parameter and not unembed.weight.is_meta
-        columns = _columns(unembed, normed[-1:], some) if read else None
+        columns = _columns(unembed, wide, some) if read else None
+        size = logits.abs().amax(-1, keepdim=True).clamp_min(1e-6)
         plain = (
             columns is not None
             and columns.dtype == logits.dtype  # else the logits are rounded to other numbers afterwards
-            and torch.allclose(columns, logits.gather(1, some), rtol=1e-4, atol=1e-4)
+            and torch.allclose(columns / size, logits.gather(1, some) / size, rtol=1e-4, atol=1e-4)
         )
         return cls(root, tower, head.carrier, plain, logits.shape[-1])
 
