@@ -13,7 +13,7 @@ import seeing
 from activations.oracle import run, values
 from families import images
 from families.build import build, prompt
-from nnsplice.activations.prompts import encode
+from nnsplice.activations.encoding import encode
 from nnsplice.errors import BadArgument, BadType, NeverFired, ShapeError, SpanError
 
 TEXTS = ["w3 <image> w5 w6", "<image> w7 w8 w9 w10"]

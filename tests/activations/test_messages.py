@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import nnsplice as ns
+from nnsplice.activations.encoding import encode
 from nnsplice.activations.messages import templated
-from nnsplice.activations.prompts import encode
 from nnsplice.errors import BadArgument, BadType, SpanError
 from zoo import wrap
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nnsplice as ns
-from nnsplice.activations.prompts import encode
+from nnsplice.activations.encoding import encode
 from nnsplice.atlas import unwrap
 from nnsplice.packed import Base
 from nnsplice.packed.recording import Recording, record, ways

@@ -13,7 +13,7 @@ from torch import Tensor
 import nnsplice as ns
 from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
-from nnsplice.activations.prompts import encode
+from nnsplice.activations.encoding import encode
 from nnsplice.errors import OverlappingWrite
 from nnsplice.packed import Base, Edit, Read, Row, run
 from nnsplice.packed.sae_edits import PartChange

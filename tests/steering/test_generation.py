@@ -10,7 +10,7 @@ import torch
 
 import nnsplice as ns
 from caches import CACHE, filled
-from nnsplice.activations.prompts import encode
+from nnsplice.activations.encoding import encode
 from nnsplice.steering.generate import continued
 from nnsplice.steering.padding import padded
 from steering.oracle import BLOCKS, WHERE, added, block, greedy, policy

@@ -12,7 +12,7 @@ import nnsplice as ns
 from activations.oracle import Edit, run, values
 from families import images
 from families.build import build, prompt
-from nnsplice.activations.prompts import encode
+from nnsplice.activations.encoding import encode
 from nnsplice.errors import BadArgument, ShapeError, SpanError
 from nnsplice.sweeps.plan_files import write_plan
 

@@ -12,8 +12,9 @@ from nnsplice import closures, engine, wire
 from nnsplice.activations import derived, features
 from nnsplice.activations import remote as remote_runs
 from nnsplice.activations.access import Access, accesses, hold, keys_of, require_positions, site_of
+from nnsplice.activations.encoding import encode
 from nnsplice.activations.packs import Pack, Provenance
-from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, circumstances

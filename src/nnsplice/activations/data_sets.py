@@ -15,9 +15,10 @@ from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import require_positions
 from nnsplice.activations.capture import capture
+from nnsplice.activations.encoding import encode, one_by_one
 from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, told_of
 from nnsplice.activations.messages import is_chat
-from nnsplice.activations.prompts import Prompts, SpanTexts, encode, one_by_one
+from nnsplice.activations.prompts import Prompts, SpanTexts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, FileError, circumstances
 from nnsplice.files import from_json

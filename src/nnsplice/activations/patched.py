@@ -14,8 +14,9 @@ from nnsplice import engine, wire
 from nnsplice.activations import remote as runs
 from nnsplice.activations import writing
 from nnsplice.activations.access import site_of
+from nnsplice.activations.encoding import encode
 from nnsplice.activations.packs import Pack
-from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Site, unwrap
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, circumstances, named

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts, PromptsLike
 from nnsplice.atlas import fingerprint, unwrap
 from nnsplice.attribution.gradients import halving
 from nnsplice.circuits import sender_parts

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.activations import features
-from nnsplice.activations.prompts import encode
+from nnsplice.activations.encoding import encode
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.circuits.ablations import Ablation, source_of
 from nnsplice.circuits.circuit import Circuit

@@ -16,7 +16,8 @@ import numpy as np
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.attribution.branches import branches_of
 from nnsplice.attribution.gradients import batches
 from nnsplice.errors import BadArgument, circumstances

@@ -14,7 +14,8 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
-from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.gradients import batches
 from nnsplice.errors import BadArgument, RefusedPlace, ShortRow, circumstances

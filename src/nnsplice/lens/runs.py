@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice import engine, wire
-from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.atlas import Atlas, Site, Tower, unwrap
 from nnsplice.errors import BadArgument, RefusedPlace
 

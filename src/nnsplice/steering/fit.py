@@ -11,9 +11,10 @@ import torch
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation, capture
+from nnsplice.activations.encoding import one_by_one
 from nnsplice.activations.messages import is_chat, template_of
 from nnsplice.activations.packs import Pack
-from nnsplice.activations.prompts import PromptsLike, SpanTexts, one_by_one
+from nnsplice.activations.prompts import PromptsLike, SpanTexts
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.paths import Paths

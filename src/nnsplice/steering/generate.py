@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation
-from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts, PromptsLike
 from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, circumstances

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from nnsplice import engine
-from nnsplice.activations.prompts import PromptsLike, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import PromptsLike
 from nnsplice.atlas import unwrap
 from nnsplice.shown import printable
 from nnsplice.steering.padding import padded

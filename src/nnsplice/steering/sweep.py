@@ -10,7 +10,8 @@ import numpy as np
 
 from nnsplice import engine
 from nnsplice.activations import SavedActivation, features
-from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts, PromptsLike
 from nnsplice.digests import digest_of, function_digest
 from nnsplice.errors import BadArgument, NeverFired, ShapeError, circumstances
 from nnsplice.metrics import Metric, MetricLike

@@ -19,8 +19,9 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
+from nnsplice.activations.encoding import encode
 from nnsplice.activations.patched import patched_logits
-from nnsplice.activations.prompts import Prompts, PromptsLike, encode
+from nnsplice.activations.prompts import Prompts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Selection, unwrap
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances

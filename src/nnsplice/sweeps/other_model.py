@@ -13,7 +13,8 @@ from nnsplice import closures, engine
 from nnsplice.activations import features
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Atlas, unwrap
 from nnsplice.errors import BadArgument, ShapeError, circumstances
 from nnsplice.paths import Path, parse_path

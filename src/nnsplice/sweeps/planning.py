@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import PairSpanTexts, Prompts, PromptsLike
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, BadType, ShapeError, ShortRow, SpanError, circumstances
 from nnsplice.metrics import Metric, Metrics, bound_of

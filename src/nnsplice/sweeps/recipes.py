@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.capture import capture
-from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts, PromptsLike, SpanText
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
 from nnsplice.deprecated import renamed

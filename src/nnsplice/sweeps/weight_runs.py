@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations.prompts import Prompts, encode
+from nnsplice.activations.encoding import encode
+from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument
 from nnsplice.metrics import Bound, Metric

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations.encoding import encode
 from nnsplice.activations.patched import fewer_logits
-from nnsplice.activations.prompts import encode
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Metric, accuracy, logit_diff

@@ -11,8 +11,9 @@ import numpy as np
 from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.capture import capture, checked, joined, origin_of
+from nnsplice.activations.encoding import encode
 from nnsplice.activations.packs import Provenance
-from nnsplice.activations.prompts import PromptsLike, SpanTexts, encode
+from nnsplice.activations.prompts import PromptsLike, SpanTexts
 from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.paths import Paths
