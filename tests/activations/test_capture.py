@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import nnsplice as ns
+from families.build import build
 from nnsplice.errors import NeedsProbe, NeverFired, ShapeError
 from zoo import wrap
 
@@ -133,3 +134,12 @@ def test_repeated_traces_keep_nothing_alive(gpt2) -> None:
     for _ in range(20):
         once()
     assert tensors() <= before + 2
+
+
+def test_prompts_of_one_token_run_together_as_each_by_itself_where_the_model_keeps_a_state() -> None:
+    model = ns.load(build("rwkv"), tokenizer=False)
+    path, prompts = "layers[1].output[0]", [[3], [4], [5]]
+    together = ns.capture(model, prompts, path).get(path)
+    each = torch.cat([ns.capture(model, prompt, path).get(path) for prompt in prompts])
+    torch.testing.assert_close(together, each, atol=1e-12, rtol=0)
+    assert (each[1:] - each[:1]).abs().max() > 1e-3

@@ -147,7 +147,7 @@ class Prompts:
         step = size or len(self)
         return [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
 
-    def inputs(self, rows: Sequence[int], device: torch.device | None) -> Mapping[str, Tensor] | Tensor:
+    def inputs(self, rows: Sequence[int], device: torch.device | None) -> Mapping[str, Any] | Tensor:
         """What a forward pass over these rows takes."""
         if self.inputs_by_name:
             return self._named(rows)
@@ -155,14 +155,18 @@ class Prompts:
             return self.values[list(rows)]
         if self.sounds is None:
             ids = torch.tensor([self.ids[row] for row in rows], device=device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         else:
-            inputs = features.joined([self.sounds[row] for row in rows], self.dtype, device)
+            given = features.joined([self.sounds[row] for row in rows], self.dtype, device)
         if self.decoder_ids is not None:
-            inputs["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
+            given["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
         if self.images is not None:
-            inputs |= image_values.joined([self.images[row] for row in rows], device)
-        return engine.as_taken(self.taken, inputs)
+            given |= image_values.joined([self.images[row] for row in rows], device)
+        inputs: dict[str, Any] = engine.as_taken(self.taken, given)
+        # transformers mixes up the cache that RWKV makes for itself where several prompts of one token begin at once.
+        if {"state", "use_cache"} <= set(self.taken.names) and len(rows) > 1 and self.length("decoder", rows[0]) == 1:
+            inputs["use_cache"] = False
+        return inputs
 
     def batch(self, rows: Sequence[int]) -> engine.Batch:
         """Where the tokens of these rows, all of one length, stand in such a pass."""

@@ -219,7 +219,7 @@ def _jacobian(job: _FitJob, row: int, end: Site, chunk: int) -> Tensor:
         inputs = job.prompts.inputs([row] * chunk, job.model.device)
         assert isinstance(inputs, Mapping)
         with _tied(root, [*job.sites, end]) as seen, engine.turn(job.model):
-            root(**inputs, use_cache=False)
+            root(**{**inputs, "use_cache": False})
         last = seen[end]
         width = last.shape[-1]
         some = torch.arange(start, min(start + chunk, width), device=last.device)

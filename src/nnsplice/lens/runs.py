@@ -92,7 +92,7 @@ def lens_run(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: 
         hook = root.get_submodule(tower.prefix).register_forward_hook(lambda _m, _a, out: returned.append(out))
         stack.callback(hook.remove)
         with engine.turn(model), torch.no_grad():
-            logits = root(**inputs, use_cache=False).logits
+            logits = root(**{**inputs, "use_cache": False}).logits
     # Some families put tokens of their own before the prompt's.
     own = {site: value[:, value.shape[1] - length :] for site, value in seen.items()}
     return LensRun(tuple(rows), own, returned[-1] if returned else None, logits[:, logits.shape[1] - length :])

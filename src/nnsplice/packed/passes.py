@@ -64,7 +64,7 @@ def run_pass(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], 
     hooks += [_site_keeper(root, site_of(place), sites) for place in base.keep]
     try:
         with torch.no_grad(), base.around(prompts), _recording_attention(root, tower, kept, module_calls, whole):
-            root(**inputs, **fewer, use_cache=False)
+            root(**{**inputs, **fewer, "use_cache": False})
     except NotImplementedError:
         raise
     except Exception as error:

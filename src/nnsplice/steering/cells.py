@@ -212,7 +212,7 @@ class _LogitsMeasure:
         at = self.metric.metric.position % length - length
         kept = {"logits_to_keep": -at} if engine.keeps_logits(self.model) else {}
         with engine.turn(self.model), torch.no_grad():
-            return unwrap(self.model)(**inputs, **kept, use_cache=False).logits[:, at]
+            return unwrap(self.model)(**{**inputs, **kept, "use_cache": False}).logits[:, at]
 
 
 def _generated(
