@@ -35,7 +35,7 @@ class Spent:
 
 
 def line_of_code() -> str:
-    """The innermost line of the code under test that runs now: `packed/wave.py:120 _call`."""
+    """The innermost line of the code under test that runs now: `packed/forward.py:120 _call`."""
     frame = sys._getframe(1)
     while frame.f_back is not None and WITHIN not in frame.f_code.co_filename:
         frame = frame.f_back

@@ -184,6 +184,8 @@ def _seen_behind(model: Model, last: Block) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
+    if logits.shape[:2] != (2, TOKENS):  # of a decoder beside this tower, or of tokens that the model put in by itself
+        return True
     others = [token for token in range(TOKENS) if token != changed]
     first, second = logits[:, others]
     scale = torch.where(first.abs() < 1e4, first.abs(), 0).max()

@@ -19,8 +19,8 @@ from nnsplice.packed.forward import PackedForward
 from nnsplice.packed.recording import Recording
 from nnsplice.packed.rows import PreparedRow, Row
 
-#: How far states may lie apart by rounding, relative to their size.
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 3e-4, torch.float16: 3e-2}
+#: How far states may lie apart by rounding, relative to their size; parts of float64 models may compute in float32.
+TOLERANCE = {torch.float64: 5e-6, torch.float32: 3e-4, torch.float16: 3e-2}
 HALF = 1e-1
 #: Tokens that attention modules with code of their own run at most for this, as they run the whole prompt of each row.
 MOST = 1 << 16
