@@ -179,6 +179,8 @@ def _seen_behind(model: Model, last: Block) -> bool:
                 else:
                     hooks.append(part.register_forward_hook(lambda _m, _a, out: moved(out)))
             logits = call(**{**kwargs, "input_ids": torch.cat([ids, ids])}).logits.double()
+        if logits.shape[:2] != (2, TOKENS):  # of a decoder, whose own tokens are others
+            return True
     except Exception:  # whoever runs it next is told what is wrong
         return True
     finally:
