@@ -150,7 +150,7 @@ def origin_of(model: engine.Model, given: Prompts, wanted: Sequence[Path]) -> Pr
     """Where a capture of these prompts comes from."""
     name, revision = engine.name_of(model)
     saes = features.identities(model, wanted) or None
-    return Provenance(name, revision, given.texts, _ids(given, wanted), given.spans, saes)
+    return Provenance(name, revision, given.texts, _ids(given, wanted), given.spans, saes, given.digests)
 
 
 def _wanted(model: engine.Model, paths: Paths) -> list[Path]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
+from nnsplice.activations import beside
 from nnsplice.activations import sounds as features
 from nnsplice.activations.image_inputs import are_shown, encodings_of, has_images, images_of, is_pair, pairs_of
 from nnsplice.activations.images import Ids, PromptImages, check_without, spans_of_images
@@ -18,7 +19,7 @@ from nnsplice.activations.named_spans import bounds_of
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.activations.sounds import Sound
 from nnsplice.atlas import unwrap
-from nnsplice.errors import BadArgument, BadType, named
+from nnsplice.errors import BadArgument, BadType, ShapeError, named
 
 
 def encode(
@@ -74,6 +75,7 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         return _by_name(model, prompts)
     if (heard := features.sounds_of(model, prompts)) is not None:
         return _heard(model, prompts, heard, spans)
+    beside.check(model, prompts)
     images = None
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
     chats = [] if are_shown(chats) else chats
@@ -95,6 +97,8 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     found = None if spans is None and not messages else {**messages, **named_ones}
     # The texts alone do not make these tokens.
     texts = texts if images is None else None
+    if decoder_ids is not None:
+        beside.check_decoder(model, ids, decoder_ids)
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
     return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(unwrap(model))), images=images)
@@ -104,11 +108,17 @@ def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: A
     """Prompts that an encoder hears."""
     if spans:
         raise BadArgument("spans are stretches of tokens, and an encoder hears these prompts")
-    decoder = prompts.get("decoder_input_ids")
-    if decoder is None:
+    each = [prompts] if isinstance(prompts, Mapping) else prompts
+    begun = [one.get("decoder_input_ids") is not None for one in each]
+    if len(set(begun)) > 1:
+        raise BadArgument(
+            f"{sum(begun)} of {len(each)} prompts to hear hold decoder_input_ids", expected="all of them, or none"
+        )
+    if not begun[0]:
         decoder_ids: Ids = ((engine.decoder_start(model),),) * len(heard)
     else:
-        decoder_ids = _unpadded(decoder, prompts.get("decoder_attention_mask"))
+        rows = [_unpadded(one["decoder_input_ids"], one.get("decoder_attention_mask")) for one in each]
+        decoder_ids = tuple(chain.from_iterable(rows))
     if len(decoder_ids) != len(heard) or not all(decoder_ids):
         raise BadArgument(
             f"{len(heard)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
@@ -167,6 +177,8 @@ def one_by_one(prompts: Any) -> list[Any]:
                 expected="a list with an encoding for each prompt",
                 write='{"text": [...], "images": [...]}, for a model that was loaded with its processor',
             )
+        if "input_ids" in prompts and beside.needed(prompts):
+            return beside.rows(prompts)
         return [list(row) for row in _of_encoding(prompts)[0]]
     if not isinstance(prompts, Iterable):
         raise BadType(f"{named(prompts)} is no prompt", expected="a prompt, or several")
@@ -233,11 +245,24 @@ def _of_tokens(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | Non
                 write="ns.load(module, tokenizer=tokenizer)",
             )
         return texts, tuple(tuple(row) for row in tokenizer(list(texts))["input_ids"]) if texts else (), None
+    if prompts and all(isinstance(one, Mapping) and "input_ids" in one for one in prompts):
+        return None, *_of_encodings(prompts)
     if all(isinstance(token, int) for token in prompts):
         return None, (tuple(prompts),), None
     if all(isinstance(row, Sequence) and all(isinstance(t, int) for t in row) for row in prompts):
         return None, tuple(tuple(row) for row in prompts), None
-    raise BadType("prompts of mixed kinds", expected="all texts, or all lists of token ids")
+    raise BadType("prompts of mixed kinds", expected="all texts, all lists of token ids, or all encodings")
+
+
+def _of_encodings(prompts: Sequence[Mapping[str, Any]]) -> tuple[Ids, Ids | None]:
+    """The token ids, and the decoder's, of a list of encodings."""
+    each = [_of_encoding(one) for one in prompts]
+    decoders = [decoder for _, decoder in each if decoder is not None]
+    if len(decoders) not in (0, len(each)):
+        raise BadArgument(
+            f"{len(decoders)} of {len(each)} encodings hold decoder_input_ids", expected="all of them, or none"
+        )
+    return tuple(chain.from_iterable(ids for ids, _ in each)), tuple(chain.from_iterable(decoders)) or None
 
 
 def _of_encoding(prompts: Any) -> tuple[Ids, Ids | None]:
@@ -252,6 +277,11 @@ def _of_encoding(prompts: Any) -> tuple[Ids, Ids | None]:
     _refuse_cache(prompts, "" if decoder is None else "decoder_")
     ids = _unpadded(prompts["input_ids"], prompts.get("attention_mask"))
     return ids, None if decoder is None else _unpadded(decoder, prompts.get("decoder_attention_mask"))
+
+
+def _first(row: list[int], value: int) -> int:
+    """Where the value stands first; the length of the row where it does not."""
+    return row.index(value) if value in row else len(row)
 
 
 def _refuse_cache(prompts: Any, prefix: str) -> None:
@@ -273,4 +303,17 @@ def _unpadded(ids: Any, mask: Any) -> Ids:
     if mask is None:
         return tuple(tuple(row) for row in rows.tolist())
     own = torch.as_tensor(mask).bool()
+    own = own[None] if own.dim() == 1 else own
+    if own.shape != rows.shape:
+        raise ShapeError(
+            f"an attention mask of shape {list(own.shape)} for token ids of shape {list(rows.shape)}",
+            expected="a 1 for each token and a 0 for each place of padding: [prompt, token]",
+        )
+    for row, kept in enumerate(own.int().tolist()):
+        if 0 in kept[_first(kept, 1) : len(kept) - _first(kept[::-1], 1)]:
+            raise BadArgument(
+                f"the attention mask of prompt {row} has a 0 between tokens, and only padding is masked",
+                expected="zeros before the first token or behind the last",
+                write="the prompt without the masked tokens",
+            )
     return tuple(tuple(row[kept].tolist()) for row, kept in zip(rows, own, strict=True))

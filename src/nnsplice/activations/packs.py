@@ -62,6 +62,8 @@ class Provenance:
     spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
     #: What tells the SAEs whose features these are from others, by their names; None where there are none.
     saes: Mapping[str, Any] | None = None
+    #: A digest of the images or the sound of each prompt, None for one of text; None where all are of text.
+    images: tuple[str | None, ...] | None = None
 
     def rows(self, rows: Sequence[int]) -> Provenance:
         """The provenance of these rows only."""
@@ -72,6 +74,7 @@ class Provenance:
             spans=None
             if self.spans is None
             else {name: tuple(bounds[row] for row in rows) for name, bounds in self.spans.items()},
+            images=None if self.images is None else tuple(self.images[row] for row in rows),
         )
 
     def without_rows(self) -> Provenance:
@@ -87,6 +90,7 @@ class Provenance:
             self.tokens if self.tokens == other.tokens else None,
             self.spans if self.spans == other.spans else None,
             self.saes_with(other),
+            self.images if self.images == other.images else None,
         )
 
     def saes_with(self, other: Provenance) -> Mapping[str, Any] | None:

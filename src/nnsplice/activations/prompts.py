@@ -108,6 +108,14 @@ class Prompts:
         decoder = None if self.decoder_ids is None else self.decoder_ids[row]
         return self.ids[row], decoder, None if self.images is None else self.images[row].digest
 
+    @property
+    def digests(self) -> tuple[str | None, ...] | None:
+        """A digest of the images or the sound of each prompt, None for one of text; None where all are of text."""
+        if self.sounds is not None:
+            return tuple(sound.digest for sound in self.sounds)
+        found = tuple(one.digest if one.parts else None for one in self.images or ())
+        return found if any(found) else None
+
     def _named(self, rows: Sequence[int]) -> dict[str, Any]:
         """The inputs by name of some rows; what has no row for each prompt is given to all."""
         return {

@@ -632,6 +632,11 @@ class SavedActivation:
         return self._provenance.tokens
 
     @property
+    def images(self) -> tuple[str | None, ...] | None:
+        """A digest of the images or the sound of each prompt, None for one of text; None where all are of text."""
+        return self._provenance.images
+
+    @property
     def positions(self) -> dict[str, list[int] | None]:
         """The token of each prompt that a value is of, by path; None where it is not known.
 

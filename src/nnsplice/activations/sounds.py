@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,12 @@ class Sound:
     @property
     def ids(self) -> tuple[int, ...]:
         """A number for each token of the encoder, equal for equal sounds alone; no ids of a vocabulary."""
-        return (int(digest_of({self.name: self.values})[:15], 16), *range(1, self.tokens))
+        return (int(self.digest[:15], 16), *range(1, self.tokens))
+
+    @cached_property
+    def digest(self) -> str:
+        """The same for the same sound, and for no other."""
+        return digest_of({self.name: self.values})
 
 
 def argument_of(model: engine.Model) -> str | None:
@@ -54,7 +60,11 @@ def sounds_of(model: engine.Model, prompts: Any) -> tuple[Sound, ...] | None:
         ShapeError: the features have no row for each prompt.
     """
     name = argument_of(model)
-    if name is None or not isinstance(prompts, Mapping) or name not in prompts:
+    if name is None:
+        return None
+    if _are_several(name, prompts):
+        return tuple(sound for one in prompts for sound in sounds_of(model, one) or ())
+    if not isinstance(prompts, Mapping) or name not in prompts:
         return None
     if left := [other for other in prompts if other not in (name, *_BESIDE)]:
         raise BadArgument(
@@ -68,6 +78,12 @@ def sounds_of(model: engine.Model, prompts: Any) -> tuple[Sound, ...] | None:
         )
     tokens = _tokens_of(unwrap(model), values[:1])
     return tuple(Sound(name, row.detach().cpu(), tokens) for row in values)
+
+
+def _are_several(name: str, prompts: Any) -> bool:
+    """Whether this is a list of what `sounds_of` takes."""
+    listed = isinstance(prompts, Sequence) and not isinstance(prompts, str) and len(prompts) > 0
+    return listed and all(isinstance(one, Mapping) and name in one for one in prompts)
 
 
 def joined(sounds: Sequence[Sound], dtype: torch.dtype, device: torch.device | None) -> dict[str, Tensor]:

@@ -222,13 +222,14 @@ def _plain(provenance: Provenance) -> dict[str, Any]:
         "tokens": provenance.tokens,
         "spans": None if provenance.spans is None else dict(provenance.spans),
         **({"saes": dict(provenance.saes)} if provenance.saes else {}),
+        **({"images": provenance.images} if provenance.images is not None else {}),
     }
 
 
 def _provenance(path: str | os.PathLike[str], header: dict[str, Any], rows: int) -> Provenance:
     try:
         prompts, tokens, spans = header["prompts"], header["tokens"], header["spans"]
-        saes = header.get("saes")
+        saes, images = header.get("saes"), header.get("images")
         found = Provenance(
             header["model"],
             header["revision"],
@@ -236,10 +237,12 @@ def _provenance(path: str | os.PathLike[str], header: dict[str, Any], rows: int)
             None if tokens is None else tuple(tuple(row) for row in tokens),
             None if spans is None else {name: tuple((a, b) for a, b in of) for name, of in spans.items()},
             None if saes is None else {str(name): dict(one) for name, one in saes.items()},
+            None if images is None else tuple(None if one is None else str(one) for one in images),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise FileError(f"the header of {path} is damaged: its provenance cannot be read") from None
-    per_row = [of for of in (found.prompts, found.tokens, *(found.spans or {}).values()) if of is not None]
+    all_of = (found.prompts, found.tokens, found.images, *(found.spans or {}).values())
+    per_row = [of for of in all_of if of is not None]
     if rows and any(len(of) != rows for of in per_row):
         raise FileError(f"{path} holds {rows} rows, and its header tells of another number of prompts")
     return found

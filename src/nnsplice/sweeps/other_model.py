@@ -39,6 +39,8 @@ def check(
         )
     if prompts.images is not None:
         raise BadArgument("values of another model are for prompts of text, and these hold images")
+    if prompts.sounds is not None:
+        raise BadArgument(f"values of another model are for prompts of text, and these are {prompts.sounds[0].name}")
     engine.refuse_changed_logits(other)
     if engine.in_training(other):
         raise BadArgument("the source is in train mode, so dropout would make every run another one")

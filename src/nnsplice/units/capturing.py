@@ -35,7 +35,7 @@ def plan(model: Any, prompts: PromptsLike, sites: Paths, *, spans: SpanTexts | N
         "prompts": plain_prompts(given),
         "sites": [str(path) for path in wanted],
         "saes": features.identities(model, wanted),
-        "origin": dataclasses.asdict(origin_of(model, given, wanted)),
+        "origin": {k: v for k, v in dataclasses.asdict(origin_of(model, given, wanted)).items() if k != "images"},
     }
     depth = len(engine.expand(model, "layers[:].output"))
     lengths = zip(given.lengths("encoder"), given.lengths("decoder"), strict=True)
