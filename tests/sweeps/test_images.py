@@ -107,6 +107,32 @@ def test_an_ablation_of_the_image_is_exact(llava: Family) -> None:
     assert result.table.values[0].tolist() == pytest.approx([llava.metric(inputs, {site: edit})], abs=1e-10)
 
 
+@pytest.mark.parametrize("name", ["llava", "mistral3", "qwen2_vl", "gemma3"])
+def test_an_edge_to_an_images_token_is_cut_as_its_share_says(name: str) -> None:
+    """Attention of the vision tower runs beside it, which llava and mistral3 give arguments of its own."""
+    family = Family(name)
+    inputs, key, head = family.prompt(1), images.FIRST + 1, "layers[1].heads[1]"
+    text = family.bare.config.get_text_config()
+    group = text.num_key_value_heads // text.num_attention_heads
+    out, value = (
+        place.site for place in ns.expand(family.model, [f"{head}.output", f"layers[1].groups[{group}].v"])[::-1]
+    )
+    with torch.no_grad():
+        shares = family.bare(**inputs, output_attentions=True).attentions[1][0, 1, -1].double()
+    was, shares[key] = float(shares[key]), 0
+    (seen,) = values(family.bare, inputs, [value]).values()  # type: ignore[list-item]
+
+    def edit(slices: Tensor) -> Tensor:
+        slices[0, -1] = shares / shares.sum() @ seen[0]
+        return slices
+
+    path = f"{head}.pattern[-1][{key}]"
+    found = ns.ablate(family.model, inputs, path, METRIC, operation="knockout", progress=False)
+    assert found.table.values[0].tolist() == pytest.approx([family.metric(inputs, {out: edit})], abs=1e-6)
+    moved = bool(abs(found.table.values[0, 0] - found.table.clean[0]) > 1e-4)
+    assert moved == (was > 0)  # outside of a window nothing is cut
+
+
 def test_noise_on_an_image_is_drawn_in_the_size_of_what_enters_the_layers(llava: Family) -> None:
     inputs = llava.prompt(1)
     bounds = (images.FIRST, images.FIRST + images.PIECES)

@@ -29,8 +29,8 @@ KeyValue = tuple[Tensor, Tensor]
 
 #: Arguments of attention modules that belong to the run, not to what is computed of queries, keys and values.
 _RUN_ARGUMENTS = {
-    "position_ids", "cache_position", "use_cache", "output_attentions", *engine.BLOCK_CACHE_NAMES,
-    "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep",
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    *engine.BLOCK_CACHE_NAMES, "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep",
 }  # fmt: skip
 #: Arguments that attention functions of transformers read.
 _KNOWN = {"dropout", "scaling", "softcap", "s_aux", "sliding_window"}
