@@ -339,6 +339,16 @@ def test_an_answer_whose_other_spelling_is_far_likelier_in_the_unedited_run_is_t
         ns.probability([spaced, "Paris"]).bind(words, 2, texts).check_answers(logits.flip(0), [0, 1])
 
 
+def test_a_word_without_its_space_is_warned_of_once() -> None:
+    words = bpe.tokenizer()
+    (spaced,) = words(" Paris", add_special_tokens=False)["input_ids"]
+    logits = torch.zeros(1, len(words))
+    logits[0, spaced] = 9.0
+    with pytest.warns(UserWarning, match=r"write answer=' Paris'") as warned:
+        ns.probability("Paris").bind(words, 1, ["The Tower is in"]).check_answers(logits, [0])
+    assert len(warned) == 1
+
+
 def test_the_warning_is_of_the_line_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nnsplice.metrics.answers.LIKELY", 0.0)
     monkeypatch.setattr("nnsplice.metrics.answers.FAR", 0.0)  # a random model prefers neither spelling

@@ -88,7 +88,13 @@ def _id(metric: str, name: str, token: Any, tokenizer: Any) -> int:
             write=(way if not first.strip() else f"{way}, or {name}={first!r}") if ids else None,
         )
     if ids[0] == tokenizer.unk_token_id:
-        raise BadArgument(f"{token!r}, given to {metric} as {name}=, is not in this model's vocabulary")
+        spaced = _tokens(tokenizer, f" {token.strip()}")
+        known = len(spaced) == 1 and spaced[0] != tokenizer.unk_token_id
+        raise BadArgument(
+            f"{token!r}, given to {metric} as {name}=, is not in this model's vocabulary",
+            expected="a text that is one of its tokens, or a token's id",
+            write=f"{name}={' ' + token.strip()!r}" if known else None,
+        )
     return ids[0]
 
 
@@ -105,10 +111,10 @@ def _check_spaces(
         words = [given] if isinstance(given, str) else [] if isinstance(given, int) else list(given)
         known = (ids,) if isinstance(ids, int) else ids
         for word in words:
-            if not isinstance(word, str) or word in warned or word[:1].isspace():
+            if not isinstance(word, str) or word in warned:
                 continue
-            other = _with_space(tokenizer, text, word)
-            if other is not None and other not in known:
+            other = _follows_otherwise(tokenizer, text, word, known)
+            if other is not None:
                 warned.add(word)
                 warn_caller(
                     f"{word!r}, given to {metric} as {name}=, is not the token that follows {text[-24:]!r} and a "
@@ -138,8 +144,14 @@ class Spelling:
     other_token: int
 
 
-def spellings_of(name: str, answer: Any, ids: Ids, tokenizer: Any) -> tuple[Spelling, ...]:
-    """The other spellings of an answer's texts that are one token, and not among the given ones."""
+def spellings_of(
+    name: str, answer: Any, ids: Ids, tokenizer: Any, texts: Sequence[str] | None = None
+) -> tuple[Spelling, ...]:
+    """The other spellings of an answer's texts that are one token, and not among the given ones.
+
+    Args:
+        texts: the text of each prompt, where `ids_of` was given them and has warned of words that follow them.
+    """
     if tokenizer is None:
         return ()
     each = [answer] * len(ids) if isinstance(answer, str | int | AbstractSet) else list(answer)
@@ -151,6 +163,8 @@ def spellings_of(name: str, answer: Any, ids: Ids, tokenizer: Any) -> tuple[Spel
         asked = (known,) if isinstance(known, int) else known
         for word in words:
             if not isinstance(word, str) or not word.strip():
+                continue
+            if texts is not None and _follows_otherwise(tokenizer, texts[prompt], word, asked) is not None:
                 continue
             other = word[1:] if word[0] == " " else f" {word}"
             (token,), spelled = _tokens(tokenizer, word), _tokens(tokenizer, other)
@@ -181,6 +195,12 @@ def check_spellings(metric: str, spellings: Sequence[Spelling], logits: Tensor, 
                 f"prompt {one.prompt}, and {one.other!r} has {other:.2g}; write {one.name}={one.other!r}, or the "
                 f"token's id where {one.given!r} is meant as it stands"
             )
+
+
+def _follows_otherwise(tokenizer: Any, text: str, word: str, known: Sequence[int]) -> int | None:
+    """The token of a word behind a prompt and a space, where it was given without and is another one there."""
+    other = None if word[:1].isspace() else _with_space(tokenizer, text, word)
+    return None if other in known else other
 
 
 def _with_space(tokenizer: Any, text: str, word: str) -> int | None:

@@ -127,7 +127,9 @@ class Metric:
                 expected="two different tokens",
             )
         spellings = [
-            spelling for name, one in self.answers.items() for spelling in spellings_of(name, one, ids[name], tokenizer)
+            spelling
+            for name, one in self.answers.items()
+            for spelling in spellings_of(name, one, ids[name], tokenizer, texts)
         ]
         return Bound(self, ids, tuple(spellings))
 
