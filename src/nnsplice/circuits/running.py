@@ -45,8 +45,12 @@ class CircuitPass:
         *,
         keep_graph: bool = False,
     ) -> None:
-        self.root, self.wiring, self.frame, self.ablated, self.cost_model = root, wiring, frame, ablated, cost_model
-        self.differences = SenderDifferences(root, wiring, ablated, slots, reads, keep_graph)
+        self.root: nn.Module = root
+        self.wiring: Wiring = wiring
+        self.frame: OutputFormat = frame
+        self.ablated: AblatedStreams = ablated
+        self.cost_model: CostModel = cost_model
+        self.differences: SenderDifferences = SenderDifferences(root, wiring, ablated, slots, reads, keep_graph)
         self._cost = Cost()
         #: Called at each projection while only the inputs of projections are wanted; leaves the block after the last.
         self._on_input: Callable[[], None] | None = None
