@@ -286,7 +286,7 @@ def _check_overlaps(edits: Sequence[PlacedItem]) -> None:
     for number, one in enumerate(others):
         for other in (*others[:number], *parts):
             a, b = one.site, other.site
-            same = a.location == b.location and _meet(a.columns, b.columns)
+            same = a.location == b.location and columns_overlap(a.columns, b.columns)
             if same and set(one.what.positions) & set(other.what.positions):
                 raise OverlappingWrite(
                     f"{other.what.place.place} and {one.what.place.place} overlap at the same token",
@@ -294,5 +294,6 @@ def _check_overlaps(edits: Sequence[PlacedItem]) -> None:
                 )
 
 
-def _meet(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+def columns_overlap(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
+    """Whether two slices of one value have a column in common; None is all of it."""
     return a is None or b is None or (a[0] < b[1] and b[0] < a[1])

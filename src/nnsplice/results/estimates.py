@@ -91,11 +91,6 @@ def sizes_of(table: Table) -> np.ndarray:
     return measures.size(table, measures.change(table) if table.edges is None else table.edges)
 
 
-def _along(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A number for each prompt, beside whatever else the values have."""
-    return ends.reshape(-1, *[1] * (values.ndim - 1))
-
-
 def first(sizes: np.ndarray, k: int) -> np.ndarray:
     """The flat numbers of the k largest, the largest first; never one that is not there."""
     flat = sizes.reshape(-1)
@@ -114,7 +109,7 @@ def verification(table: Table) -> Verification:
             "none of these estimates was computed exactly", write="ns.attribute(..., verify=20)   (the first 20)"
         )
     told = table.asked["verify"]
-    moved = table.exact - _along(table.corrupted, table.exact)
+    moved = table.exact - measures.beside(table.corrupted, table.exact)
     estimated, exact = sizes_of(table).reshape(-1), measures.size(table, moved).reshape(-1)
     checked = ~np.isnan(exact)
     if not checked.any():
@@ -205,7 +200,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def _worst(table: Table, checked: np.ndarray) -> Miss:
     assert table.exact is not None
-    shape, ends = table.exact.shape[1:], _along(table.corrupted, table.exact)
+    shape, ends = table.exact.shape[1:], measures.beside(table.corrupted, table.exact)
     estimated = table.values if table.edges is None else table.edges + ends
     off = measures.size(table, table.exact - estimated).reshape(-1)
     number = int(checked[np.argmax(off[checked])])

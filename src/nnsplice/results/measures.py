@@ -58,8 +58,8 @@ def effect(table: Table) -> np.ndarray:
 
 def pooled(table: Table, moved: np.ndarray) -> np.ndarray:
     """`[prompt, ...]` differences in units of the mean total effect of those prompts that have one."""
-    spans = _along(span(table), moved)
-    sizes = _along(np.maximum(np.abs(table.clean), np.abs(table.corrupted)), moved)
+    spans = beside(span(table), moved)
+    sizes = beside(np.maximum(np.abs(table.clean), np.abs(table.corrupted)), moved)
     there = ~np.isnan(moved) & np.isfinite(spans)
     with quiet():
         way, size = (mean(np.where(there, values, np.nan)) for values in (spans, sizes))
@@ -141,6 +141,6 @@ def _enough(whole: np.ndarray, size: np.ndarray) -> np.ndarray:
         return (whole >= TINY * size) & (whole > 0) & np.isfinite(whole)
 
 
-def _along(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
+def beside(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
     """A number for each prompt, beside whatever else the values have."""
     return ends.reshape(-1, *[1] * (values.ndim - 1))

@@ -16,6 +16,7 @@ from nnsplice.activations.access import site_of
 from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import host
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, OverlappingWrite, ShortRow, circumstances, named
+from nnsplice.packed.rows import columns_overlap
 from nnsplice.paths import Path, Position, Slice, Span, parse_path, position_rank
 from nnsplice.results import SETS, Cell
 from nnsplice.sweeps.targets import At, Target, TargetPart, cell_of, has_tokens, own_tokens
@@ -128,7 +129,7 @@ def _check_overlaps(model: engine.Model, parts: Sequence[TargetPart], edited: Pr
     for (one, a), (other, b) in chain(combinations(others, 2), product(of_saes, others)):
         sa, sb = site_of(a), site_of(b)
         experts = {site_of(one.places[0]).kind, site_of(other.places[0]).kind} == {"expert"}
-        if experts or (sa.location, sa.item) != (sb.location, sb.item) or not _meet(sa.columns, sb.columns):
+        if experts or (sa.location, sa.item) != (sb.location, sb.item) or not columns_overlap(sa.columns, sb.columns):
             continue
         for prompt, length in enumerate(edited.lengths(one.tower)):
             if not (has_tokens(one.position, length) and has_tokens(other.position, length)):
@@ -152,7 +153,3 @@ def _written(model: engine.Model, place: Path) -> Path:
     if kind == features.TRANSCODED:
         return features.written_at(model, place)
     return derived.expert_output(place) if kind == "expert" else host(place)
-
-
-def _meet(a: tuple[int, int] | None, b: tuple[int, int] | None) -> bool:
-    return a is None or b is None or (a[0] < b[1] and b[0] < a[1])
