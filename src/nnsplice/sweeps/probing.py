@@ -110,7 +110,12 @@ def compare(work: Work, longest: int, room: int = 0) -> tuple[ProbeResult, Cost]
 
 def batches_differ(work: Work) -> str:
     """The first of a few cells whose value is another as a row of a batch, in words; empty where none is."""
-    return _Probe(work, probe_cells(work)).batched().differs
+    try:
+        return _Probe(work, probe_cells(work)).batched().differs
+    except Exception as error:
+        if engine.is_memory(error):
+            engine.Team.of(work.model).refuse_memory(error)
+        raise
 
 
 def _packed(probe: _Probe, whole: list[Job] | None) -> tuple[Comparison, list[Job] | None]:
