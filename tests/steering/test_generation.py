@@ -9,12 +9,16 @@ import pytest
 import torch
 
 import nnsplice as ns
+import zoo
+from activations.oracle import run
 from caches import CACHE, filled
+from nnsplice.activations.access import site_of
 from nnsplice.activations.encoding import encode
 from nnsplice.steering.generate import continued
 from nnsplice.steering.padding import padded
 from steering.oracle import BLOCKS, WHERE, added, block, greedy, policy
 from steering.vectors import PROMPTS, ids, precise, vector
+from sweeps import test_towers as towers
 
 NEW = 5
 #: Families that are run with every rule for tokens; the others, which differ in how they are built, with a few.
@@ -192,6 +196,42 @@ def test_towers_are_steered_apart(name: str) -> None:
         assert together == alone == uncached
         assert together != plain
     assert row
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "place", ["layers[1].output", "layers[0].cross.output", "layers[0].cross.heads[1].q", "encoder.layers[0].output"]
+)
+def test_the_decoder_goes_on_from_its_own_tokens(name: str, place: str) -> None:
+    model, bare, words = towers.load(name), towers.build(name), zoo.tokenizer()
+    (inputs, other), (site,) = towers.pair(name), (site_of(path) for path in ns.expand(model, place))
+    direction = ns.steering.fit_from_prompts(model, inputs, other, f"{place}[-1]")
+    moved = 2 * direction.get(place)
+    tokens = inputs["decoder_input_ids"]
+    for _ in range(NEW):
+        logits = run(bare, {**inputs, "decoder_input_ids": tokens}, {site: lambda state: state + moved})
+        tokens = torch.cat([tokens, logits[:, -1].argmax(-1)[:, None]], 1)
+    expected = words.batch_decode(tokens[:, inputs["decoder_input_ids"].shape[1] :], skip_special_tokens=True)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    model._module.generation_config.forced_eos_token_id = None
+    assert ns.steering.generate(model, inputs, direction, 2.0, **options) == expected
+    begun = {"decoder_input_ids": inputs["decoder_input_ids"]}
+    assert ns.steering.generate(model, inputs["input_ids"], direction, 2.0, **begun, **options) == expected
+
+
+def test_decoders_of_different_lengths_are_no_one_generation() -> None:
+    model, (one, other) = towers.load("t5"), towers.pair("t5")
+    shorter = {**other, "decoder_input_ids": other["decoder_input_ids"][:, :2]}
+    with pytest.raises(ValueError, match="3, 2 in number"):
+        ns.steering.generate(model, [one, shorter], max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("place", ["layers[0].cross.groups[1].v", "layers[1].cross.k.output"])
+def test_keys_of_the_other_tower_are_refused_by_name(place: str) -> None:
+    model, (one, other) = towers.load("t5"), towers.pair("t5")
+    direction = ns.steering.fit_from_prompts(model, one, other, f"{place}[-1]")
+    with pytest.raises(ns.errors.RefusedPlace, match=r"(?s)of the encoder's tokens.*cross\.output"):
+        ns.steering.generate(model, one, direction, max_new_tokens=NEW)
 
 
 def test_texts_are_what_follows_the_prompt() -> None:

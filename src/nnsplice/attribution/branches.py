@@ -98,7 +98,10 @@ def branches_of(model: engine.Model) -> Branches:
     atlas = engine.known(model).atlas
     tower = atlas.tower()
     if len(atlas.towers) > 1:
-        raise RefusedPlace("the decoder of a model with two towers has a third branch, which attends to the other")
+        raise RefusedPlace(
+            "the decoder of a model with two towers has a third branch, which attends to the other",
+            expected="a decoder by itself; ns.sweep, ns.ablate, and ns.attribute with atp or ig take two towers",
+        )
     found: list[Branch] = []
     for block in tower.blocks:
         if block.attn_added is None or block.mlp_added is None or block.o is None:

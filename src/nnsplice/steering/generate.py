@@ -14,7 +14,7 @@ from nnsplice.activations.encoding import encode
 from nnsplice.activations.prompts import Prompts, PromptsLike
 from nnsplice.activations.writing import Coefficient
 from nnsplice.atlas import unwrap
-from nnsplice.errors import BadArgument, circumstances
+from nnsplice.errors import BadArgument, ShapeError, circumstances
 from nnsplice.steering.block import steer
 from nnsplice.steering.operators import Operator
 from nnsplice.steering.padding import padded, padding_of
@@ -92,14 +92,38 @@ def continued(model: engine.Model, given: Prompts, kwargs: dict[str, Any]) -> Te
     root: Any = unwrap(model)
     two_towers = engine.is_encoder_decoder(model)
     ids, mask = padded(given.ids, padding_of(model), left=not two_towers)
-    if given.decoder_ids is not None and len({len(row) for row in given.decoder_ids}) == 1:
-        begun = len(given.decoder_ids[0])
-    else:
-        begun = 1
+    kwargs = {"pad_token_id": padding_of(model), **kwargs}
+    begin = kwargs.get("decoder_input_ids", _decoder_begin(model, given) if two_towers else None)
+    if begin is not None:
+        kwargs["decoder_input_ids"] = begin
     with torch.no_grad():
         out = root.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-            **{"pad_token_id": padding_of(model), **kwargs},
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **kwargs
         )  # fmt: skip
     out = out if isinstance(out, Tensor) else out.sequences
-    return out[:, begun if two_towers else ids.shape[1] :]
+    return out[:, _begun(begin, out) if two_towers else ids.shape[1] :]
+
+
+def _decoder_begin(model: engine.Model, given: Prompts) -> Tensor | None:
+    """The tokens that the decoder goes on from; None where it begins by itself.
+
+    Raises:
+        ShapeError: prompts whose decoders have different numbers of tokens.
+    """
+    rows = given.decoder_ids
+    if rows is None or all(row == (engine.decoder_start(model),) for row in rows):
+        return None
+    if len({len(row) for row in rows}) > 1:
+        raise ShapeError(
+            f"the decoder's tokens of these prompts are {', '.join(str(len(row)) for row in rows)} in number, and one "
+            "generation goes on from as many in every row",
+            expected="decoder_input_ids of one length, or a generation for each prompt",
+        )
+    return torch.tensor(rows, device=model.device)
+
+
+def _begun(begin: Tensor | None, out: Tensor) -> int:
+    """How many tokens the decoder had; `generate` puts its start before those that begin otherwise."""
+    if begin is None:
+        return 1
+    return begin.shape[1] + (not torch.equal(out[:, : begin.shape[1]].to(begin.device), begin))

@@ -236,6 +236,7 @@ def rules_of(
                 expected="the residual stream, what a branch adds to it, a head or a neuron",
                 write="layers[i].output",
             )
+        _refuse_read_of_encoder(path)
         if not bool(direction.norm() > 0):
             raise BadArgument(
                 "a zero vector, so steering with it would do nothing", path=key, expected=NOT_ZERO, write=LEAVE_OUT
@@ -305,7 +306,20 @@ def _located(model: engine.Model, when: Condition) -> Condition:
         raise BadArgument(f"a condition reads one site, and this is {len(found)}", path=when.path)
     if site_of(found[0]).kind in DERIVED:
         raise RefusedPlace("a condition reads a state, and this is derived from several values", path=when.path)
+    _refuse_read_of_encoder(found[0])
     return Condition(found[0], when.direction, when.above, when.below)
+
+
+def _refuse_read_of_encoder(path: Path) -> None:
+    """Raise for what the decoder reads of the encoder: tokens of one tower in the passes of the other."""
+    if site_of(path).tower == "encoder" and not path.native and path.tower != "encoder":
+        raise RefusedPlace(
+            "keys and values of cross-attention are of the encoder's tokens and run in the decoder, which computes "
+            "them once for all that it generates",
+            path=path,
+            expected="a site of one tower",
+            write=f"encoder.final_norm.output, or layers[{path.steps[0].index}].cross.output",
+        )
 
 
 def _check_order(known: engine.Known, condition: Condition, path: Path, where: Where) -> None:
