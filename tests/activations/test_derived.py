@@ -10,7 +10,11 @@ from torch import nn
 from transformers import AttentionInterface
 
 import nnsplice as ns
+from activations.oracle import run, values
+from families import build as families
+from nnsplice.activations.access import site_of
 from nnsplice.errors import RefusedPlace
+from sweeps import test_towers as towers
 from zoo import FAMILIES, SEQ2SEQ, build, inputs, wrap
 
 SPARSE = ("mixtral", "qwen3_moe")
@@ -205,3 +209,37 @@ def test_a_written_mid_moves_the_stream_and_what_the_mlp_reads(family: str) -> N
         with torch.no_grad():
             stream = model._module.bert.encoder.layer[1].output.LayerNorm(stream)
     assert torch.allclose(stream, after["layers[1].output[2]"], atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+def test_a_pattern_mixes_the_values_that_are_written_beside_it(family: str) -> None:
+    """In one capture, and as one set of a sweep; of two towers the attention between them."""
+    if family in towers.FAMILIES:
+        model, bare, (clean, corrupted), between = towers.load(family), towers.build(family), towers.pair(family), True
+    else:
+        model, bare, between = ns.load(families.build(family), tokenizer=False), families.build(family), False
+        clean, corrupted = ({"input_ids": families.prompt(6, shift)} for shift in (0, 23))
+    groups = len(ns.expand(model, f"layers[1].{'cross.' * between}groups[:].v"))
+    place = f"layers[1].{'cross.' * between}"
+    head, group = f"{place}heads[2]", 2 * groups // len(ns.expand(model, f"{place}heads[:].output"))
+    pattern, value = f"{head}.pattern[-1]", f"{place}groups[{group}].v[1]"
+    both = ns.capture(model, clean, [pattern, value])
+    read, mixed = (site_of(ns.expand(model, path)[0]) for path in (value, f"{head}.output"))
+    states = values(bare, corrupted, [read])[read][0].clone()
+    states[1] = both[value][0]
+
+    def written(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[0, 1] = both[value][0]
+        return tensor
+
+    def slices(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[0, -1] = both[pattern][0] @ states
+        return tensor
+
+    expected = run(bare, corrupted, {read: written, mixed: slices})
+    torch.testing.assert_close(ns.patched_logits(model, corrupted, both), expected, rtol=0, atol=1e-11)
+    metric = ns.logit_diff(7, 8)
+    result = ns.sweep(model, clean, corrupted, [[pattern, value]], metric, progress=False)
+    assert result.table.values[0].tolist() == pytest.approx([float(expected[0, -1, 7] - expected[0, -1, 8])], abs=1e-11)
+    alone = ns.patched_logits(model, corrupted, both.subset(pattern))
+    assert (alone - expected).abs().max() > 1e-6

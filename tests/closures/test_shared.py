@@ -156,6 +156,17 @@ def test_a_slice_is_written_before_its_gate() -> None:
     assert float((expected - plain).abs().max()) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "afmoe"])
+def test_a_slice_is_written_behind_the_gate_that_is_written_beside_it(name: str) -> None:
+    model, place = _family(name), "layers[2].heads[1]"
+    both = ns.capture(model, prompt(9, 23), [f"{place}.gate[4]", f"{place}.ungated[4]"])
+    behind = ns.capture(model, prompt(9, 23), f"{place}.output[4]")
+    expected = ns.patched_logits(model, _IDS, behind)
+    torch.testing.assert_close(ns.patched_logits(model, _IDS, both), expected, rtol=0, atol=1e-11)
+    alone = ns.patched_logits(model, _IDS, both.subset(f"{place}.ungated[4]"))
+    assert float((alone - expected).abs().max()) > 1e-6
+
+
 def test_a_sweep_of_slices_before_their_gates_leaves_the_gates() -> None:
     model, bare = _family("qwen3_next"), build("qwen3_next")
     other = prompt(9, 23)

@@ -44,7 +44,7 @@ def encode(
         raise BadArgument(
             "these prompts hold images, and this question runs on tokens alone",
             expected="prompts of text; ns.capture, ns.sweep, ns.ablate, ns.attribute, ns.path_patch, ns.causal_trace, "
-            "ns.patched_logits and the logit lens take images",
+            "ns.patched_logits, ns.align, ns.steering.fit_from_prompts and the logit lens take images",
         )
     if given.sounds is not None and not sounds:
         raise BadArgument(

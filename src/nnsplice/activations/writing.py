@@ -29,6 +29,8 @@ from nnsplice.tokens import Rows, Spans, columns
 #: The name of the span that `at=` with a position for each row makes.
 AT = "at"
 Coefficient = float | Sequence[float] | Tensor
+#: A value's place in the run, and the turn of a stop at it.
+_Turn = tuple[tuple[int, int], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +140,28 @@ def plan(model: engine.Model, packs: Sequence[Pack]) -> list[Step]:
     known = engine.known(model)
     entries = _entries(model, packs, known)
     # A value that is both written and read on the way is written first: derived entries see the run as it goes on.
-    stops = [(known.rank(entry.target), 0, entry.target, entry) for entry in entries]
-    sources = {entry.source.site: entry.source for entry in entries if entry.source is not None}
-    stops += [(known.rank(source), 1, source, None) for source in sources.values()]
+    stops: list[tuple[_Turn, engine.Rank, Path, Entry | None]] = [
+        (*_stop(known, entry.target, 0), entry.target, entry) for entry in entries
+    ]
+    for source in {entry.source.site: entry.source for entry in entries if entry.source is not None}.values():
+        # An expert is read at the output that it is written into, so before that.
+        own = [entry.target for entry in entries if entry.source is not None and entry.source.site == source.site]
+        first = any(known.rank(target)[:2] == known.rank(source)[:2] for target in own)
+        stops.append((*_stop(known, source, -1 if first else 1), source, None))
     stops.sort(key=lambda stop: stop[:2])
     closures.require(model, [path for _, _, path, _ in stops])  # once, as it looks at every parameter
     steps: list[Step] = []
-    for _, group in groupby(stops, key=lambda stop: (value_of(stop[2]), stop[1])):
+    for _, group in groupby(stops, key=lambda stop: (value_of(stop[2]), stop[0][1])):
         members = list(group)
         written = tuple(entry for *_, entry in members if entry is not None)
         steps.append(Step(access_to(model, tuple(path for _, _, path, _ in members)), written))
     return steps
+
+
+def _stop(known: engine.Known, path: Path, turn: int) -> tuple[_Turn, engine.Rank]:
+    """Where a path stands in a run: its value, its turn at that value, and then its part and position."""
+    rank = known.rank(path)
+    return (rank[:2], turn), rank
 
 
 def _entries(model: engine.Model, packs: Sequence[Pack], known: engine.Known) -> list[Entry]:
