@@ -108,17 +108,8 @@ def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: A
     """Prompts that an encoder hears."""
     if spans:
         raise BadArgument("spans are stretches of tokens, and an encoder hears these prompts")
-    each = [prompts] if isinstance(prompts, Mapping) else prompts
-    begun = [one.get("decoder_input_ids") is not None for one in each]
-    if len(set(begun)) > 1:
-        raise BadArgument(
-            f"{sum(begun)} of {len(each)} prompts to hear hold decoder_input_ids", expected="all of them, or none"
-        )
-    if not begun[0]:
-        decoder_ids: Ids = ((engine.decoder_start(model),),) * len(heard)
-    else:
-        rows = [_unpadded(one["decoder_input_ids"], one.get("decoder_attention_mask")) for one in each]
-        decoder_ids = tuple(chain.from_iterable(rows))
+    given = _decoder_ids([prompts] if isinstance(prompts, Mapping) else prompts, "prompts to hear")
+    decoder_ids: Ids = ((engine.decoder_start(model),),) * len(heard) if given is None else given
     if len(decoder_ids) != len(heard) or not all(decoder_ids):
         raise BadArgument(
             f"{len(heard)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
@@ -256,13 +247,21 @@ def _of_tokens(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | Non
 
 def _of_encodings(prompts: Sequence[Mapping[str, Any]]) -> tuple[Ids, Ids | None]:
     """The token ids, and the decoder's, of a list of encodings."""
-    each = [_of_encoding(one) for one in prompts]
-    decoders = [decoder for _, decoder in each if decoder is not None]
-    if len(decoders) not in (0, len(each)):
-        raise BadArgument(
-            f"{len(decoders)} of {len(each)} encodings hold decoder_input_ids", expected="all of them, or none"
-        )
-    return tuple(chain.from_iterable(ids for ids, _ in each)), tuple(chain.from_iterable(decoders)) or None
+    ids = tuple(chain.from_iterable(_of_encoding(one)[0] for one in prompts))
+    return ids, _decoder_ids(prompts, "encodings") or None
+
+
+def _decoder_ids(each: Sequence[Any], what: str) -> Ids | None:
+    """The decoder's token ids of encodings; None where they hold none.
+
+    Args:
+        what: what they are, for the error.
+    """
+    begun = [one for one in each if one.get("decoder_input_ids") is not None]
+    if len(begun) not in (0, len(each)):
+        raise BadArgument(f"{len(begun)} of {len(each)} {what} hold decoder_input_ids", expected="all of them, or none")
+    rows = [_unpadded(one["decoder_input_ids"], one.get("decoder_attention_mask")) for one in begun]
+    return tuple(chain.from_iterable(rows)) if begun else None
 
 
 def _of_encoding(prompts: Any) -> tuple[Ids, Ids | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,14 +60,18 @@ def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | N
             has_images(one) or is_pair(one) or beside.has_types(model, one) for one in prompts
         ):
             return None
-        pairs = [_processed(model, one) if is_pair(one) else None for one in prompts]
+        texts: list[str] = []
         each: list[Any] = []
-        for one, pair in zip(prompts, pairs, strict=True):
-            each += [_templated(model, one) if is_chat(one) else one] if pair is None else pair[1]
-        texts = None if None in pairs else tuple(chain.from_iterable(pair[0] for pair in pairs if pair is not None))
+        for one in prompts:
+            if is_pair(one):
+                own, encodings = _processed(model, one)
+                texts += own
+                each += encodings
+            else:
+                each.append(_templated(model, one) if is_chat(one) else one)
         if strange := [named(one) for one in each if not (isinstance(one, Mapping) and "input_ids" in one)]:
             raise BadType(f"prompts with images, and {strange[0]}", expected="an encoding for each prompt")
-        return texts, each
+        return tuple(texts) if all(map(is_pair, prompts)) else None, each
     return None
 
 

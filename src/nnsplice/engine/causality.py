@@ -90,8 +90,7 @@ def _seen_of(model: Model, inputs: Mapping[str, Tensor], columns: Sequence[int])
         name = next(iter(kwargs), "")
         states = (kwargs[name] if named else args[0]).clone()
         for column in changed:
-            draws = torch.randn(states[:, column].shape, generator=torch.Generator().manual_seed(0)).to(states)
-            states[:, column] += draws * states[:, column].std()
+            _move(states[:, column])
         return (args, {**kwargs, name: states}) if named else ((states, *args[1:]), kwargs)
 
     hook = first.register_forward_pre_hook(change, with_kwargs=True)
@@ -107,6 +106,12 @@ def _seen_of(model: Model, inputs: Mapping[str, Tensor], columns: Sequence[int])
     finally:
         hook.remove()
     return True
+
+
+def _move(states: Tensor) -> None:
+    """Change states in place, by as much as they vary and alike in every run."""
+    draws = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+    states += draws * states.std()
 
 
 def after_last_attention(model: Model, site: Site) -> bool:
@@ -153,8 +158,7 @@ def _seen_behind(model: Model, last: Block) -> bool:
         if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[:2] != (2, TOKENS):
             return value
         value = value.clone()
-        draws = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(0)).to(value)
-        value[1, changed] += draws * value[1, changed].std()
+        _move(value[1, changed])
         return value
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,8 +183,6 @@ def _seen_behind(model: Model, last: Block) -> bool:
                 else:
                     hooks.append(part.register_forward_hook(lambda _m, _a, out: moved(out)))
             logits = call(**{**kwargs, "input_ids": torch.cat([ids, ids])}).logits.double()
-        if logits.shape[:2] != (2, TOKENS):  # of a decoder, whose own tokens are others
-            return True
     except Exception:  # whoever runs it next is told what is wrong
         return True
     finally:

@@ -39,8 +39,7 @@ def check_own_code(base: Base, recording: Recording, tokens: int, bucket: int) -
     """
     if not engine.has_own_code(module for block in recording.blocks for module in block.modules()):
         return Cost()
-    ends = sorted((*recording.bases.values(), recording.total))
-    longest = max(end - start for start, end in pairwise(ends))
+    base_of_longest, longest = _longest(recording)
     rows = max(longest, tokens) + 1
     if recording.whole.calls:
         rows = min(rows, MOST // longest)
@@ -49,7 +48,7 @@ def check_own_code(base: Base, recording: Recording, tokens: int, bucket: int) -
     tried = base.memo.setdefault(TRIED, {})
     if tried.get(recording.way, 0) >= rows:
         return Cost()
-    cost, row = Cost(), _last_token(recording, longest)
+    cost, row = Cost(), _last_token(recording, base_of_longest, longest)
     for count in (1, rows):
         forward = PackedForward(base.root, recording, [row] * count, base.cost_model, bucket)
         with torch.no_grad():
@@ -64,10 +63,14 @@ def check_own_code(base: Base, recording: Recording, tokens: int, bucket: int) -
     return cost
 
 
-def _last_token(recording: Recording, length: int) -> PreparedRow:
-    """The last token of a prompt of this length, unchanged, through all blocks."""
+def _longest(recording: Recording) -> tuple[int, int]:
+    """Where the longest prompt begins among the recorded tokens, and its length."""
     ends = sorted((*recording.bases.values(), recording.total))
-    base = next(start for start, end in pairwise(ends) if end - start == length)
+    return max(((start, end - start) for start, end in pairwise(ends)), key=lambda found: found[1])
+
+
+def _last_token(recording: Recording, base: int, length: int) -> PreparedRow:
+    """The last token of the prompt that begins there, unchanged, through all blocks."""
     prompt = next(prompt for prompt, start in recording.bases.items() if start == base)
     return PreparedRow(
         Row(prompt, (), length - 1), (), (), layer=0, start=length - 1, last=length - 1,
