@@ -179,30 +179,14 @@ def _returns(out: Any) -> int | None:
 
 
 @contextmanager
-def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -> Any:
+def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -> Iterator[None]:
     """Keep the value at an end of a module, in memory of its own, as some blocks add into tensors in place."""
-    module = root.get_submodule(site.module)
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        into[site] = wire.as_rows(_first_of(args, kwargs), rows, site.columns is not None).clone()
+    def keep(value: Tensor) -> None:
+        into[site] = wire.as_rows(value, rows, site.columns is not None).clone()
 
-    def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        into[site] = wire.as_rows(wire.unpack(output, site.item), rows, site.columns is not None).clone()
-
-    hook = (
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        if site.end == "input"
-        else module.register_forward_hook(after)
-    )
-    try:
+    with engine.reading(root, site, keep):
         yield
-    finally:
-        hook.remove()
-
-
-def _first_of(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """A module's first input."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnsplice import wire
+from nnsplice import engine, wire
 from nnsplice.atlas import attached
 from nnsplice.circuits.addresses import Piece
 from nnsplice.circuits.columns import project, through
@@ -209,29 +209,13 @@ class CircuitPass:
     def _mlp_reads(self, number: int, layer: LayerWires, mlp: int) -> Iterator[None]:
         """Let the MLP read its own stream."""
         assert layer.mid is not None
-        module, item = self.root.get_submodule(layer.mid.module), layer.mid.item
 
         def stream(like: Tensor) -> Tensor:
             made = self.differences.streams(number, [mlp], at=2 * number + 1, own_heads=True)[0]
             return made.to(like).reshape(like.shape)
 
-        def before(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
-            if args:
-                return ((stream(args[0]), *args[1:]), kwargs)
-            name = next(iter(kwargs))
-            return (args, {**kwargs, name: stream(kwargs[name])})
-
-        def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return wire.repack(output, item, stream(wire.unpack(output, item)))
-
-        if layer.mid.end == "input":
-            hook = module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            hook = module.register_forward_hook(after)
-        try:
+        with engine.changing(self.root, layer.mid, stream):
             yield
-        finally:
-            hook.remove()
 
     # --- senders
 

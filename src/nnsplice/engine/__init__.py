@@ -5,7 +5,7 @@ models      what is asked of a model as a whole
 digest      what tells its weights from those of another of its name
 memory      how much of it runs at once
 recording   the order of its modules, recorded once
-sites      paths -> sites of the model, in that order
+places      paths -> sites of the model, in that order
 anyio_first what has to be imported before nnsight
 arguments   what a call was given, by name, and how many tokens came before
 batch       where the prompts' own tokens stand in a run
@@ -14,6 +14,7 @@ proof       whether the recorded order agrees with the atlas
 causality   whether tokens depend on those before them alone
 calls       the same outside a trace, from pass to pass of a generation
 intercept   change a value wherever the model is called from
+module_ends read or change what a module reads or returns, outside of traces
 hooks       which hooks and replaced forwards stand around modules
 roots       what they make of values after these were read
 turns       what threads share and take turns with
@@ -42,6 +43,7 @@ from nnsplice.engine.models import (
     token_texts,
     tokenizer_of,
 )
+from nnsplice.engine.module_ends import changing, reading
 from nnsplice.engine.places import Known, Rank, expand, known, listed
 from nnsplice.engine.recording import example_of, offer_probe, order_of, record, undisturbed
 from nnsplice.engine.roots import refuse_changed_logits, refuse_replaced, runs_alone
@@ -96,6 +98,7 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "callable_of",
+    "changing",
     "check_tokens",
     "decoder_start",
     "elsewhere",
@@ -128,6 +131,7 @@ __all__ = [
     "place",
     "read_logits",
     "read_remote",
+    "reading",
     "record",
     "refuse_changed_logits",
     "refuse_edits",

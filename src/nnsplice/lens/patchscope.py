@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnsplice import engine, wire
+from nnsplice import engine
 from nnsplice.activations.access import site_of
 from nnsplice.activations.capture import capture
 from nnsplice.activations.encoding import encode
@@ -215,7 +214,6 @@ def _written(
     model: engine.Model, into: Prompts, site: Site, position: int, states: Sequence[Tensor], arguments: dict[str, Any]
 ) -> Tensor:
     """The new tokens of the target prompt, a row for each state."""
-    module = unwrap(model).get_submodule(site.module)
     length, many = into.lengths("decoder")[0], into.take([0] * len(states))
     visits: list[None] = []
 
@@ -229,18 +227,5 @@ def _written(
         made[:, first + position] = torch.stack(list(states)).to(made)
         return made
 
-    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (put(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: put(kwargs[name])}
-
-    def after(_module: Any, _args: Any, out: Any) -> Any:
-        return wire.repack(out, site.item, put(wire.unpack(out, site.item)))
-
-    with ExitStack() as stack, engine.turn(model):
-        if site.end == "input":
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        else:
-            stack.callback(module.register_forward_hook(after).remove)
+    with engine.turn(model), engine.changing(unwrap(model), site, put):
         return continued(model, many, arguments)

@@ -101,26 +101,12 @@ def lens_run(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: 
 @contextmanager
 def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -> Iterator[None]:
     """Keep what stands at an end of a module, in memory of its own, as some blocks add into tensors in place."""
-    module = root.get_submodule(site.module)
     visits: list[None] = []
 
-    def is_it() -> bool:
+    def keep(value: Tensor) -> None:
         visits.append(None)
-        return len(visits) == site.occurrence + 1
+        if len(visits) == site.occurrence + 1:
+            into[site] = wire.as_rows(value, rows).clone()
 
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if is_it():
-            into[site] = wire.as_rows(args[0] if args else next(iter(kwargs.values())), rows).clone()
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        if is_it():
-            into[site] = wire.as_rows(wire.unpack(output, site.item), rows).clone()
-
-    if site.end == "input":
-        hook = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        hook = module.register_forward_hook(after)
-    try:
+    with engine.reading(root, site, keep):
         yield
-    finally:
-        hook.remove()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nnsplice import engine
 from nnsplice import packed as engine_of_rows
-from nnsplice import wire
 from nnsplice.activations.access import site_of
 from nnsplice.atlas import unwrap
 from nnsplice.packed import LOGITS, Base, Cost, Edit, Head, PackedResult, Row
@@ -155,27 +154,10 @@ def _corrupted(work: Work, prompts: Sequence[int]) -> Iterator[None]:
     if corruption is None:
         yield
         return
-    site = site_of(corruption.place)
-    module = unwrap(work.model).get_submodule(site.module)
 
     def corrupt(states: Tensor) -> Tensor:
         return corruption.apply(prompts, states)
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> Any:
-        if args:
-            return (corrupt(args[0]), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: corrupt(kwargs[name])}
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return wire.repack(output, site.item, corrupt(wire.unpack(output, site.item)))
-
     # Before whatever else listens there: the runs that rows start from begin with what is made here.
-    if site.end == "input":
-        hook = module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-    else:
-        hook = module.register_forward_hook(after, prepend=True)
-    try:
+    with engine.changing(unwrap(work.model), site_of(corruption.place), corrupt, first=True):
         yield
-    finally:
-        hook.remove()
