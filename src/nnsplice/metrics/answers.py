@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -27,20 +27,13 @@ LIKELY, FAR = 0.05, 20.0
 _BEFORE_A_WORD = frozenset(",.;:!?)]}%\u201d\u2019")
 
 
-def ids_of(
-    metric: str, name: str, answer: Any, tokenizer: Any, prompts: int, texts: Sequence[str] | None = None
-) -> Ids:
+def ids_of(metric: str, name: str, answer: Any, tokenizer: Any, prompts: int) -> Ids:
     """The token ids of an answer, for each prompt."""
     if not isinstance(answer, str | int | Sequence | AbstractSet):
         raise BadType(
             f"{metric} was given {answer!r} as {name}=", expected="a token's text or id, or one for each prompt"
         )
-    if isinstance(answer, str | int | AbstractSet):
-        each: list[Any] = [answer] * prompts
-    elif prompts == 1 and len(answer) > 1 and all(isinstance(one, str | int) for one in answer):
-        each = [list(answer)]
-    else:
-        each = list(answer)
+    each = _each(answer, prompts)
     if len(each) != prompts:
         raise BadArgument(
             f"{metric} was given {len(each)} tokens as {name}=, and there are {prompts} prompts",
@@ -49,10 +42,16 @@ def ids_of(
             if all(isinstance(e, str | int) for e in each)
             else None,
         )
-    found = tuple(_one(metric, name, one, tokenizer) for one in each)
-    if texts is not None and tokenizer is not None:
-        _check_spaces(metric, name, each, found, tokenizer, texts)
-    return found
+    return tuple(_one(metric, name, one, tokenizer) for one in each)
+
+
+def _each(answer: Any, prompts: int) -> list[Any]:
+    """The answer of each prompt, as far as there are as many."""
+    if isinstance(answer, str | int | AbstractSet):
+        return [answer] * prompts
+    if prompts == 1 and len(answer) > 1 and all(isinstance(one, str | int) for one in answer):
+        return [list(answer)]
+    return list(answer)
 
 
 def _one(metric: str, name: str, given: Any, tokenizer: Any) -> int | tuple[int, ...]:
@@ -102,25 +101,40 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _check_spaces(
-    metric: str, name: str, each: Sequence[Any], found: Ids, tokenizer: Any, texts: Sequence[str]
+def _words(answer: Any, ids: Ids) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """Each prompt's answers that are texts, with the number of the prompt and the tokens of all its answers."""
+    for prompt, (given, known) in enumerate(zip(_each(answer, len(ids)), ids, strict=True)):
+        for word in [given] if isinstance(given, str | int) else given:
+            if isinstance(word, str):
+                yield prompt, word, (known,) if isinstance(known, int) else known
+
+
+def spaced_tokens(answer: Any, ids: Ids, tokenizer: Any, texts: Sequence[str]) -> dict[tuple[int, str], int]:
+    """The tokens that words given without a leading space have behind a prompt and a space, by prompt and word.
+
+    Only those that are other tokens there than the given ones.
+    """
+    found: dict[tuple[int, str], int] = {}
+    for prompt, word, known in _words(answer, ids):
+        other = None if word[:1].isspace() else _with_space(tokenizer, texts[prompt], word)
+        if other is not None and other not in known:
+            found[prompt, word] = other
+    return found
+
+
+def warn_of_spaces(
+    metric: str, name: str, spaced: Mapping[tuple[int, str], int], tokenizer: Any, texts: Sequence[str]
 ) -> None:
-    """Warn of a word without a leading space, if the tokenizer has another token for it after the prompt."""
+    """Warn of each word that has another token with a leading space, of the first prompt where it has."""
     warned: set[str] = set()
-    for given, ids, text in zip(each, found, texts, strict=True):
-        words = [given] if isinstance(given, str) else [] if isinstance(given, int) else list(given)
-        known = (ids,) if isinstance(ids, int) else ids
-        for word in words:
-            if not isinstance(word, str) or word in warned:
-                continue
-            other = _follows_otherwise(tokenizer, text, word, known)
-            if other is not None:
-                warned.add(word)
-                warn_caller(
-                    f"{word!r}, given to {metric} as {name}=, is not the token that follows {text[-24:]!r} and a "
-                    f"space: that is {tokenizer.decode([other])!r}, another one; write {name}={' ' + word!r}, or the "
-                    f"token's id where {word!r} is meant as it stands"
-                )
+    for (prompt, word), other in spaced.items():
+        if word not in warned:
+            warned.add(word)
+            warn_caller(
+                f"{word!r}, given to {metric} as {name}=, is not the token that follows {texts[prompt][-24:]!r} and a "
+                f"space: that is {tokenizer.decode([other])!r}, another one; write {name}={' ' + word!r}, or the "
+                f"token's id where {word!r} is meant as it stands"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,31 +159,23 @@ class Spelling:
 
 
 def spellings_of(
-    name: str, answer: Any, ids: Ids, tokenizer: Any, texts: Sequence[str] | None = None
+    name: str, answer: Any, ids: Ids, tokenizer: Any, spaced: Mapping[tuple[int, str], int]
 ) -> tuple[Spelling, ...]:
     """The other spellings of an answer's texts that are one token, and not among the given ones.
 
     Args:
-        texts: the text of each prompt, where `ids_of` was given them and has warned of words that follow them.
+        spaced: what `spaced_tokens` found; of these `warn_of_spaces` has warned.
     """
     if tokenizer is None:
         return ()
-    each = [answer] * len(ids) if isinstance(answer, str | int | AbstractSet) else list(answer)
-    if len(ids) == 1 and len(each) > 1:
-        each = [each]
     found: list[Spelling] = []
-    for prompt, (given, known) in enumerate(zip(each, ids, strict=True)):
-        words = [given] if isinstance(given, str) else [] if isinstance(given, int) else list(given)
-        asked = (known,) if isinstance(known, int) else known
-        for word in words:
-            if not isinstance(word, str) or not word.strip():
-                continue
-            if texts is not None and _follows_otherwise(tokenizer, texts[prompt], word, asked) is not None:
-                continue
-            other = word[1:] if word[0] == " " else f" {word}"
-            (token,), spelled = _tokens(tokenizer, word), _tokens(tokenizer, other)
-            if len(spelled) == 1 and spelled[0] not in asked and spelled[0] != tokenizer.unk_token_id:
-                found.append(Spelling(prompt, name, word, token, other, spelled[0]))
+    for prompt, word, known in _words(answer, ids):
+        if not word.strip() or (prompt, word) in spaced:
+            continue
+        other = word[1:] if word[0] == " " else f" {word}"
+        (token,), spelled = _tokens(tokenizer, word), _tokens(tokenizer, other)
+        if len(spelled) == 1 and spelled[0] not in known and spelled[0] != tokenizer.unk_token_id:
+            found.append(Spelling(prompt, name, word, token, other, spelled[0]))
     return tuple(found)
 
 
@@ -195,12 +201,6 @@ def check_spellings(metric: str, spellings: Sequence[Spelling], logits: Tensor, 
                 f"prompt {one.prompt}, and {one.other!r} has {other:.2g}; write {one.name}={one.other!r}, or the "
                 f"token's id where {one.given!r} is meant as it stands"
             )
-
-
-def _follows_otherwise(tokenizer: Any, text: str, word: str, known: Sequence[int]) -> int | None:
-    """The token of a word behind a prompt and a space, where it was given without and is another one there."""
-    other = None if word[:1].isspace() else _with_space(tokenizer, text, word)
-    return None if other in known else other
 
 
 def _with_space(tokenizer: Any, text: str, word: str) -> int | None:

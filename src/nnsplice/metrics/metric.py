@@ -12,7 +12,17 @@ from torch import Tensor
 
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, ShortRow, named
-from nnsplice.metrics.answers import Answer, Ids, Spelling, TokenSequence, check_spellings, ids_of, spellings_of
+from nnsplice.metrics.answers import (
+    Answer,
+    Ids,
+    Spelling,
+    TokenSequence,
+    check_spellings,
+    ids_of,
+    spaced_tokens,
+    spellings_of,
+    warn_of_spaces,
+)
 
 #: `(logits, named token ids [row], reference)` -> `[row]`
 Rule = Callable[..., Tensor]
@@ -120,7 +130,12 @@ class Metric:
                 f"{self.name} reads the answer's tokens one after the other, so they have to stand in the prompts",
                 expected="a sweep or an ablation, which appends them",
             )
-        ids = {name: ids_of(self.name, name, one, tokenizer, prompts, texts) for name, one in self.answers.items()}
+        ids = {name: ids_of(self.name, name, one, tokenizer, prompts) for name, one in self.answers.items()}
+        spaced: dict[str, dict[tuple[int, str], int]] = {}
+        if texts is not None and tokenizer is not None:
+            for name, one in self.answers.items():
+                spaced[name] = spaced_tokens(one, ids[name], tokenizer, texts)
+                warn_of_spaces(self.name, name, spaced[name], tokenizer, texts)
         if len(ids) == 2 and len(set(ids.values())) == 1:
             raise BadArgument(
                 f"{' and '.join(ids)} are the same, so {self.name} is 0 whatever the model says",
@@ -129,7 +144,7 @@ class Metric:
         spellings = [
             spelling
             for name, one in self.answers.items()
-            for spelling in spellings_of(name, one, ids[name], tokenizer, texts)
+            for spelling in spellings_of(name, one, ids[name], tokenizer, spaced.get(name, {}))
         ]
         return Bound(self, ids, tuple(spellings))
 
