@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import beside
-from nnsplice.activations import sounds as features
+from nnsplice.activations import sounds as sound_values
 from nnsplice.activations.image_inputs import are_shown, encodings_of, has_images, images_of, is_pair, pairs_of
 from nnsplice.activations.images import Ids, PromptImages, check_without, spans_of_images
 from nnsplice.activations.messages import is_chat, templated
@@ -73,7 +73,7 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         return Prompts(values=prompts)
     if isinstance(prompts, Mapping) and "input_ids" not in prompts and not is_chat(prompts) and _is_plain(model):
         return _by_name(model, prompts)
-    if (heard := features.sounds_of(model, prompts)) is not None:
+    if (heard := sound_values.sounds_of(model, prompts)) is not None:
         return _heard(model, prompts, heard, spans)
     beside.check(model, prompts)
     images = None
@@ -115,7 +115,7 @@ def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: A
             f"{len(heard)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
             expected="a row of at least one token for each",
         )
-    taken, dtype = engine.taken_by(type(unwrap(model))), features.dtype_of(model)
+    taken, dtype = engine.taken_by(type(unwrap(model))), sound_values.dtype_of(model)
     return Prompts(tuple(one.ids for one in heard), None, decoder_ids, taken=taken, sounds=heard, dtype=dtype)
 
 

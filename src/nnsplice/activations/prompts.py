@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations import images as image_values
-from nnsplice.activations import sounds as features
+from nnsplice.activations import sounds as sound_values
 from nnsplice.activations.images import PromptImages
 from nnsplice.activations.messages import Chat, Message
 from nnsplice.activations.sounds import Sound
@@ -84,7 +84,7 @@ class Prompts:
         """The tokens of one tower as text; numbers where an encoder hears."""
         if tower == "decoder" and self.decoder_ids is not None:
             return engine.token_texts(model, self.decoder_ids)
-        return engine.token_texts(model, self.ids) if self.sounds is None else tuple(features.names(self.sounds))
+        return engine.token_texts(model, self.ids) if self.sounds is None else tuple(sound_values.names(self.sounds))
 
     def shared_start(self, other: Prompts, row: int) -> int:
         """How many tokens one prompt begins with as the other's does, where tokens read those before them alone."""
@@ -165,7 +165,7 @@ class Prompts:
             ids = torch.tensor([self.ids[row] for row in rows], device=device)
             given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         else:
-            given = features.joined([self.sounds[row] for row in rows], self.dtype, device)
+            given = sound_values.joined([self.sounds[row] for row in rows], self.dtype, device)
         if self.decoder_ids is not None:
             given["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
         if self.images is not None:
