@@ -18,7 +18,7 @@ import nnsplice as ns
 from models import quantised
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, FileError, MissingPackage, WriteFailed
-from nnsplice.models import dequantise, kept, published
+from nnsplice.models import conversion_cache, dequantise, published
 
 pytest.importorskip("gguf")
 TEXT = " the cat sat the"
@@ -164,7 +164,7 @@ def test_a_folder_that_does_not_say_what_it_is_is_made_anew(damage: str, file: P
     (folder,) = folders(cache)
     (folder / "source.json").write_text(damage)
     ns.load(file)
-    assert json.loads((folder / "source.json").read_text())["format"] == kept.FORMAT
+    assert json.loads((folder / "source.json").read_text())["format"] == conversion_cache.FORMAT
 
 
 def test_nothing_is_kept_when_nothing_is_to_be(file: Path, cache: Path) -> None:
@@ -211,11 +211,11 @@ def test_two_processes_that_convert_at_once_both_get_it(file: Path, cache: Path)
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert kept.root() == tmp_path / "cache"
+    assert conversion_cache.cache_root() == tmp_path / "cache"
     monkeypatch.delenv("NNSPLICE_CACHE")
-    assert kept.root() == tmp_path / "xdg" / "nnsplice"
+    assert conversion_cache.cache_root() == tmp_path / "xdg" / "nnsplice"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert kept.root() == Path.home() / ".cache" / "nnsplice"
+    assert conversion_cache.cache_root() == Path.home() / ".cache" / "nnsplice"
 
 
 def test_a_disk_without_room_is_told_before_anything_is_converted(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +313,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     whole = folder / "tiny.gguf"
     quantised.write(whole)
-    one = published.Published("Tiny", ("tiny==1",), {"tiny_weights": "tiny.gguf"}, 1, "MIT", sha256=kept.sha256(whole))
+    one = published.Published(
+        "Tiny", ("tiny==1",), {"tiny_weights": "tiny.gguf"}, 1, "MIT", sha256=conversion_cache.sha256(whole)
+    )
     monkeypatch.setattr(published, "PUBLISHED", {"smollm2": one})
     return folder
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import nnsplice as ns
 from models.words_of import differing
-from nnsplice.models import exams, language, load, toy_prompts
+from nnsplice.models import load, toy_accuracy, toy_prompts, toy_sentences
 from nnsplice.models.sources import EMBEDDED
+from nnsplice.models.toy_sentences import split_words
 from nnsplice.models.train_toy import RECIPES, build, tokenizer
 
 LAYERS = 6
@@ -38,7 +39,7 @@ def toy(name: str) -> Any:
 @names
 def test_it_reaches_the_bar(name: str) -> None:
     model = toy(name)
-    reached = exams.accuracies(model._module, model.tokenizer)
+    reached = toy_accuracy.accuracies(model._module, model.tokenizer)
     assert reached.keys() == LEAST.keys()
     assert {exam: share for exam, share in reached.items() if share < LEAST[exam]} == {}
     card = json.loads((EMBEDDED[name] / "card.json").read_text())
@@ -48,7 +49,7 @@ def test_it_reaches_the_bar(name: str) -> None:
 
 def test_an_untrained_model_does_not() -> None:
     words = tokenizer()
-    reached = exams.accuracies(build(RECIPES["toy"], words).eval(), words)
+    reached = toy_accuracy.accuracies(build(RECIPES["toy"], words).eval(), words)
     assert max(reached[exam] for exam in LEAST if exam != "mood") < 0.2
     assert reached["mood"] < 0.8
 
@@ -70,8 +71,8 @@ def restored(model: Any, records: list[Any], clean: list[str], paths: list[str],
     def difference(logits: Tensor) -> Tensor:
         return contrast(model, logits, answers, wrong)
 
-    start = difference(exams.next_logits(model._module, model.tokenizer, corrupted)[:, None])
-    way = difference(exams.next_logits(model._module, model.tokenizer, clean)[:, None]) - start
+    start = difference(toy_accuracy.next_logits(model._module, model.tokenizer, corrupted)[:, None])
+    way = difference(toy_accuracy.next_logits(model._module, model.tokenizer, clean)[:, None]) - start
     saved = ns.capture(model, clean, paths, spans=spans)
     found: dict[str, float] = {}
     for path in paths:
@@ -192,14 +193,14 @@ def test_records_agree_with_the_tokenizer() -> None:
 def test_every_prompt_is_of_the_language() -> None:
     prompts = toy_prompts()
     texts = [*(p.clean for p in prompts.ioi), *(r.text for r in prompts.reviews), *(r.text for r in prompts.repeats)]
-    known = set(language.WORDS)
+    known = set(toy_sentences.WORDS)
     for text in texts:
-        assert known.issuperset(language.tokens(text)), text
-        assert language.text(language.tokens(text)) == text
+        assert known.issuperset(split_words(text)), text
+        assert toy_sentences.join_words(split_words(text)) == text
 
 
 def test_neither_word_of_a_subject_tells_its_answer() -> None:
-    two = {name: known for name, known in language.SUBJECTS.items() if len(name.split()) == 2}
+    two = {name: known for name, known in toy_sentences.SUBJECTS.items() if len(name.split()) == 2}
     for place in (0, 1):
         for word in {name.split()[place] for name in two}:
             for relation in ("city", "architect", "material"):
@@ -211,10 +212,10 @@ def test_ioi_pairs_differ_in_the_giver_alone() -> None:
     pairs = toy_prompts().ioi
     for pair in pairs:
         assert len(differing(pair.clean, pair.corrupted)) == 1
-        assert language.tokens(pair.clean).count(pair.wrong) == 2 == language.tokens(pair.corrupted).count(pair.answer)
+        assert split_words(pair.clean).count(pair.wrong) == 2 == split_words(pair.corrupted).count(pair.answer)
     assert 0.15 < sum(not pair.trained for pair in pairs) / len(pairs) < 0.25
     # Neither the position of a name nor who comes first gives the answer away.
-    first = [language.tokens(p.clean).index(p.answer) < language.tokens(p.clean).index(p.wrong) for p in pairs]
+    first = [split_words(p.clean).index(p.answer) < split_words(p.clean).index(p.wrong) for p in pairs]
     assert 0.4 < sum(first) / len(first) < 0.6
 
 
@@ -222,7 +223,7 @@ def test_the_opposite_of_a_review_differs_in_words_of_mood_alone() -> None:
     prompts = toy_prompts()
     for review in prompts.reviews:
         (other,) = set(prompts.moods) - {review.mood}
-        here, there = language.tokens(review.text), language.tokens(review.opposite)
+        here, there = split_words(review.text), split_words(review.opposite)
         places = differing(review.text, review.opposite)
         assert places
         assert {here[i] for i in places} <= set(prompts.moods[review.mood])
@@ -231,7 +232,7 @@ def test_the_opposite_of_a_review_differs_in_words_of_mood_alone() -> None:
 
 def test_a_repeat_is_answered_by_its_first_round() -> None:
     for repeat in toy_prompts().repeats:
-        words = language.tokens(repeat.text)
+        words = split_words(repeat.text)
         before = words.index(words[-1])
         assert words[before + 1] == repeat.answer
 
@@ -264,8 +265,8 @@ def test_the_folder_is_an_ordinary_checkpoint(name: str) -> None:
     assert words.is_fast and 150 < len(words) <= model.config.vocab_size
     assert 200_000 < sum(p.numel() for p in model.parameters()) < 400_000
     text = toy_prompts().facts[0].clean
-    expected = exams.next_logits(toy(name)._module, toy(name).tokenizer, [text])
-    torch.testing.assert_close(exams.next_logits(model.eval(), words, [text]), expected)
+    expected = toy_accuracy.next_logits(toy(name)._module, toy(name).tokenizer, [text])
+    torch.testing.assert_close(toy_accuracy.next_logits(model.eval(), words, [text]), expected)
 
 
 @names

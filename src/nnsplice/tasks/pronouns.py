@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from nnsplice.models import words as w
+from nnsplice.models import toy_words
 from nnsplice.tasks.task import Record, Task
 from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task
 
 _WOMEN = ("Mary", "Alice", "Sarah", "Emma", "Anna", "Laura", "Kate", "Susan", "Lucy", "Helen")
-_MEN = tuple(name for name in w.NAMES if name not in _WOMEN)
+_MEN = tuple(name for name in toy_words.NAMES if name not in _WOMEN)
 _TEMPLATES = (
     "So {name} is a very good {role}, isn't",
     "{name} has been a {role} for years, and",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from nnsplice.models import words as w
+from nnsplice.models import toy_words
 from nnsplice.tasks.task import Record, Task
 from nnsplice.tasks.templates import PromptWriter, documented, fill, made_task, sampled
 
@@ -35,7 +35,7 @@ def sentiment(model: Any, n: int = 20, seed: int = 0) -> Task:
 
 def _record(writer: PromptWriter, rng: random.Random) -> Record | None:
     moods = ["good", "bad"] if rng.random() < 0.5 else ["bad", "good"]
-    topic, part, template = rng.choice(w.TOPICS), rng.choice(w.PARTS), rng.choice(_TEMPLATES)
+    topic, part, template = rng.choice(toy_words.TOPICS), rng.choice(toy_words.PARTS), rng.choice(_TEMPLATES)
     made = []
     for mood in moods:
         pair = sampled(writer.words(_WORDS[mood]), rng, 2)

@@ -10,8 +10,17 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from nnsplice.models import words as w
-from nnsplice.models.language import HELD_OUT, PLAIN_WORDS, SUBJECTS, giving, mood_places, review, statement, tokens
+from nnsplice.models import toy_words
+from nnsplice.models.toy_sentences import (
+    HELD_OUT,
+    PLAIN_WORDS,
+    SUBJECTS,
+    giving,
+    mood_positions,
+    review,
+    split_words,
+    statement,
+)
 
 
 class Role(IntEnum):
@@ -43,20 +52,20 @@ class ToyLine:
 
 def fact(rng: random.Random) -> ToyLine:
     """A sentence about a subject."""
-    subject, relation = rng.choice(list(SUBJECTS)), rng.choice(list(w.RELATIONS))
-    wording = rng.choice(w.RELATIONS[relation])
+    subject, relation = rng.choice(list(SUBJECTS)), rng.choice(list(toy_words.RELATIONS))
+    wording = rng.choice(toy_words.RELATIONS[relation])
     # Half of the sentences have no opening.
-    opening = rng.choice((*w.OPENINGS, "", ""))
+    opening = rng.choice((*toy_words.OPENINGS, "", ""))
     sentence = statement(subject, wording, opening)
-    ((start, stop),) = sentence.where["SUBJECT"]
+    ((start, stop),) = sentence.slots["SUBJECT"]
     words = (*sentence.words, SUBJECTS[subject][relation], ".")
     return ToyLine(words, frozenset({len(sentence.words)}), _subject(start, stop))
 
 
 def quiz(rng: random.Random) -> ToyLine:
     """An answer that follows its subject at once: it has to be known at the subject's last word already."""
-    subject, relation = rng.choice(list(SUBJECTS)), rng.choice(list(w.RELATIONS))
-    words = ("Quiz", w.QUIZ[relation], ":", *tokens(subject))
+    subject, relation = rng.choice(list(SUBJECTS)), rng.choice(list(toy_words.RELATIONS))
+    words = ("Quiz", toy_words.QUIZ[relation], ":", *split_words(subject))
     return ToyLine((*words, SUBJECTS[subject][relation], "."), frozenset({len(words)}), _subject(3, len(words)))
 
 
@@ -66,12 +75,13 @@ def _subject(start: int, stop: int) -> dict[int, Role]:
 
 def ioi(rng: random.Random) -> ToyLine:
     """Two people whose names are not held out."""
-    a, b = rng.sample(w.NAMES, 2)
+    a, b = rng.sample(toy_words.NAMES, 2)
     while frozenset((a, b)) in HELD_OUT:
-        a, b = rng.sample(w.NAMES, 2)
+        a, b = rng.sample(toy_words.NAMES, 2)
     giver, other = rng.choice(((a, b), (b, a)))
-    sentence = giving(rng.choice(w.GIVING), a, b, giver, rng.choice(w.PLACES), rng.choice(w.THINGS))
-    ((again, _),) = sentence.where["S"]
+    template, place, thing = (rng.choice(of) for of in (toy_words.GIVING, toy_words.PLACES, toy_words.THINGS))
+    sentence = giving(template, a, b, giver, place, thing)
+    ((again, _),) = sentence.slots["S"]
     return ToyLine((*sentence.words, other, "."), frozenset({len(sentence.words)}), {again: Role.AGAIN})
 
 
@@ -86,8 +96,8 @@ def repeat(rng: random.Random) -> ToyLine:
 def mood(rng: random.Random) -> ToyLine:
     """A review."""
     filled = review(rng)[rng.choice(("good", "bad"))]
-    places = mood_places(filled)
-    return ToyLine(filled.words, frozenset(places[1:]), dict.fromkeys(places, Role.MOOD))
+    positions = mood_positions(filled)
+    return ToyLine(filled.words, frozenset(positions[1:]), dict.fromkeys(positions, Role.MOOD))
 
 
 #: Kind of line -> its share.
@@ -118,11 +128,11 @@ def batch(rows: Iterable[ToyLine], vocabulary: Mapping[str, int]) -> ToyBatch:
     """Lines as ids. An answer has ten times the weight of another word."""
     rows = list(rows)
     width = 1 + max(len(row.words) for row in rows)
-    ids = torch.full((len(rows), width), vocabulary[w.PADDING])
+    ids = torch.full((len(rows), width), vocabulary[toy_words.PADDING])
     weights = torch.zeros(len(rows), width)
     roles = torch.zeros(len(rows), width, dtype=torch.long)
     for n, row in enumerate(rows):
-        encoded = [vocabulary[w.START], *(vocabulary[word] for word in row.words)]
+        encoded = [vocabulary[toy_words.START], *(vocabulary[word] for word in row.words)]
         ids[n, : len(encoded)] = torch.tensor(encoded)
         weights[n, 1 : len(encoded)] = torch.tensor([1.0 if i in row.answers else 0.1 for i in range(len(row.words))])
         for i, role in row.roles.items():

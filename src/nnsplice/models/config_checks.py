@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's small files before transformers reads them."""
+"""Checks of a checkpoint's config and tokenizer files before transformers reads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nnsplice.errors import FileError
 from nnsplice.files import from_json, text_of
 from nnsplice.shown import shown
 
-#: Files that hold an object, and what of it has to be a text where it is there.
+#: Files with a JSON object -> its keys that must be text.
 _OBJECTS = {
     "config.json": ("model_type",),
     "generation_config.json": (),
@@ -18,11 +18,11 @@ _OBJECTS = {
 }
 
 
-def check_small_files(folder: Path) -> None:
-    """Refuse a folder whose config or tokenizer is not what transformers takes it for.
+def check_config_files(folder: Path) -> None:
+    """Refuse a folder with a broken config or tokenizer file.
 
     Raises:
-        FileError: which file it is, and what was found.
+        FileError: names the file and what was found.
     """
     for name, texts in _OBJECTS.items():
         path = folder / name
@@ -31,27 +31,27 @@ def check_small_files(folder: Path) -> None:
         found: Any = from_json(text_of(path), path)
         if not isinstance(found, dict):
             raise FileError(f"{path} holds a {type(found).__name__}", expected="an object in JSON")
-        told = cast("dict[str, Any]", found)
+        content = cast("dict[str, Any]", found)
         for key in texts:
-            if not isinstance(told.get(key), str | None):
-                raise FileError(f"{path} says that {key} is {shown(told[key])}", expected="a text")
-        if name == "config.json" and "auto_map" not in told:
-            _check_config(folder, told)
+            if not isinstance(content.get(key), str | None):
+                raise FileError(f"{path} says that {key} is {shown(content[key])}", expected="a text")
+        if name == "config.json" and "auto_map" not in content:
+            _check_config(folder, content)
 
 
-def _check_config(folder: Path, told: dict[str, Any]) -> None:
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    names = told.get("architectures") or []
+    names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in cast("list[Any]", names)):
         raise FileError(
             f"{folder / 'config.json'} says that architectures is {shown(names)}", expected="a list of names"
         )
-    if told.get("model_type") not in CONFIG_MAPPING:
-        return  # transformers says this well
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return  # transformers has a good error for this
     try:
         cast("Any", AutoConfig).from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever transformers says to an odd type
+    except Exception as error:  # transformers raises many kinds of error for wrong types
         raise FileError(
             f"transformers does not take {folder / 'config.json'}: {str(error).strip()[:300]}",
             expected="a config that save_pretrained wrote",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnsplice.models.language import toy_prompts
+from nnsplice.models.toy_prompts import toy_prompts
 
 
 def accuracies(module: nn.Module, tokenizer: Any) -> dict[str, float]:

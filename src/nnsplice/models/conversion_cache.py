@@ -21,12 +21,12 @@ from typing import Any, cast
 
 from nnsplice.errors import WriteFailed
 
-#: The file that says what a folder was made of.
+#: The file in each folder that names the source files.
 SOURCE = "source.json"
-#: Changes when folders that were made before are not to be used any more.
+#: Raised when older folders must not be used any more.
 FORMAT = 1
-#: Seconds after which a folder that never became whole is taken for a killed process's.
-_FORGOTTEN = 24 * 3600
+#: Seconds after which an unfinished folder is taken for that of a killed process.
+_STALE_AFTER = 24 * 3600
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# This folder is a cache of nnsplice. See README.txt.\n"
 _README = """Models that nnsplice converted, so that it need not do so again.
 
@@ -35,23 +35,23 @@ of. Everything here can be deleted at any time; what is needed is made anew.
 """
 
 
-def root() -> Path:
+def cache_root() -> Path:
     """Where converted models are kept."""
-    if told := os.environ.get("NNSPLICE_CACHE"):
-        return Path(told).expanduser()
+    if folder := os.environ.get("NNSPLICE_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nnsplice"
 
 
-def kept(
+def converted_folder(
     files: Sequence[Path], name: str, tool: str, make: Callable[[Path], Mapping[str, Any]], digest: str | None = None
 ) -> Path:
-    """The folder that was made of these files, made now where there is none or where a file has changed since.
+    """The cached folder converted from these files; converted now if it is missing or a file has changed.
 
     Args:
-        name: what the folder's name begins with.
-        tool: what makes the folder, with its version: another version makes it anew.
-        make: writes the checkpoint into an empty folder, and returns what source.json says of it besides.
-        digest: of the contents, where it is known what they have to be: copies in several sites then share a folder.
+        name: the start of the folder's name.
+        tool: the converter with its version; another version converts again.
+        make: writes the checkpoint into an empty folder, and returns further entries of source.json.
+        digest: the expected digest of the contents, if known: copies in several places then share a folder.
 
     Raises:
         WriteFailed: the disk does not take it.
@@ -59,7 +59,7 @@ def kept(
     paths = json.dumps([str(file.resolve()) for file in files])
     digest = digest or hashlib.sha256(paths.encode()).hexdigest()
     name = re.sub(r"[^\w.-]", "_", name)
-    folder = root() / "models" / f"{name}-{digest[:12]}"
+    folder = cache_root() / "models" / f"{name}-{digest[:12]}"
     if not _is_fresh(folder, files, tool):
         try:
             _make(folder, files, tool, make)
@@ -77,11 +77,11 @@ def kept(
 def _is_fresh(folder: Path, files: Sequence[Path], tool: str) -> bool:
     """Whether a folder was made of these files as they are now."""
     try:
-        told: Any = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
-        if (told["format"], told["tool"], len(told["files"])) != (FORMAT, tool, len(files)):
+        record: Any = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        if (record["format"], record["tool"], len(record["files"])) != (FORMAT, tool, len(files)):
             return False
-        for file, known in zip(files, cast("list[dict[str, Any]]", told["files"]), strict=True):
-            # The numbers of the file system are enough where they are the same; a copy has other ones.
+        for file, known in zip(files, cast("list[dict[str, Any]]", record["files"]), strict=True):
+            # Equal size and times are enough; a copy has other times, so its digest is compared.
             same = known["stat"] == _stat(file)
             if not same and (known["stat"][0] != file.stat().st_size or known["sha256"] != sha256(file)):
                 return False
@@ -91,7 +91,7 @@ def _is_fresh(folder: Path, files: Sequence[Path], tool: str) -> bool:
 
 
 def check_room(folder: Path, nbytes: int) -> None:
-    """Raise where so many bytes do not fit beside what is in a folder.
+    """Raise if so many bytes do not fit on the folder's disk.
 
     Raises:
         WriteFailed: the disk has too little room.
@@ -112,10 +112,10 @@ def _make(folder: Path, files: Sequence[Path], tool: str, make: Callable[[Path],
     staged = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
     staged.mkdir()
     try:
-        # Before the files are read: what changes while they are read is noticed the next time.
+        # Before the conversion: a file that changes meanwhile is then noticed at the next load.
         known = [{"path": str(file.resolve()), "stat": _stat(file), "sha256": sha256(file)} for file in files]
-        told = make(staged)
-        text = json.dumps({"format": FORMAT, "tool": tool, "files": known, **told}, indent=2)
+        facts = make(staged)
+        text = json.dumps({"format": FORMAT, "tool": tool, "files": known, **facts}, indent=2)
         (staged / SOURCE).write_text(text + "\n", encoding="utf-8")
         _publish(staged, folder)
     finally:
@@ -123,7 +123,7 @@ def _make(folder: Path, files: Sequence[Path], tool: str, make: Callable[[Path],
 
 
 def _publish(staged: Path, folder: Path) -> None:
-    """Put a whole folder in its place; a folder that is there goes, or that of a process which was faster stays."""
+    """Rename a finished folder to its place, replacing an older one; keep an equal one of a faster process."""
     for _ in range(8):
         try:
             staged.rename(folder)
@@ -131,7 +131,7 @@ def _publish(staged: Path, folder: Path) -> None:
         except OSError:
             if not folder.exists():
                 raise
-        if _made_of(staged) == _made_of(folder):
+        if _source_text(staged) == _source_text(folder):
             return
         old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
         try:
@@ -142,7 +142,7 @@ def _publish(staged: Path, folder: Path) -> None:
     raise WriteFailed(f"{folder} is being made by several processes", expected="one at a time")
 
 
-def _made_of(folder: Path) -> str | None:
+def _source_text(folder: Path) -> str | None:
     try:
         return (folder / SOURCE).read_text(encoding="utf-8")
     except OSError:
@@ -159,7 +159,7 @@ def _clear(models: Path) -> None:
     """Remove what killed processes left behind."""
     for part in models.glob(".*.part"):
         try:
-            if time.time() - part.stat().st_mtime > _FORGOTTEN:
+            if time.time() - part.stat().st_mtime > _STALE_AFTER:
                 shutil.rmtree(part, ignore_errors=True)
         except FileNotFoundError:
             continue
