@@ -1,18 +1,21 @@
 """Activations: capture pieces of a run, do algebra on them, write them into another run.
 
-saved_activation    SavedActivation, the value
-capture             save_activations (inside a trace), capture (around one)
-writing             what apply and add_to do: the plan of a write, and the write
-updates             walk through sites of a run and change them
-derived             attention patterns and single experts
-patched             patched_logits
-access              which values of a run a list of sites needs
-packs               what a capture holds
-lookup, tree        which entries a path means; the attribute view
-prompts             prompts as token ids in batches of one length, spans
-messages, offsets   chat messages as prompts, and where each stands; characters as tokens
-folders, data_sets  captures of many prompts in a folder: read, written
-storage, display    files; what a notebook shows
+saved_activation        `SavedActivation`, the value
+capture                 `save_activations` (inside a trace), `capture` (around one)
+writing, write_plan     what `apply` and `add_to` do: the write, and its plan
+updates                 walk through sites of a run and change them
+patched                 `patched_logits`
+access                  the values of a run that contain a list of sites
+derived, features       attention patterns and single experts; features of SAEs
+packs                   the content of a capture
+lookup, tree            the entries of a path; the attribute view
+rows, algebra           rows of a capture; its arithmetic
+encoding, prompts       prompts in any form as token ids, in batches of one length
+messages, named_spans   chat messages as prompts; named spans of tokens
+images, image_inputs, sounds, extra_inputs    inputs of a prompt besides its token ids
+data_sets, folders      captures of many prompts in a folder: written, read
+storage, display        files; text and HTML for notebooks
+remote                  captures and writes on nnsight's remote service
 """
 
 from nnsplice.activations.capture import capture, save_activations

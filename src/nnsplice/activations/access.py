@@ -1,6 +1,6 @@
-"""The modules and tensors that hold a list of sites; used by capture and replay.
+"""The values of a run that contain a list of sites; used by captures and writes.
 
-A run is asked once for each value, whatever number of heads and positions of it is wanted.
+Each value is read once, however many of its heads and positions are wanted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nnsplice.tokens import Rows, Spans, concrete
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One value of the run and the sites in it."""
+    """One value of the run and the wanted sites in it."""
 
     place: engine.Place
     item: int | None
@@ -32,11 +32,11 @@ class Access:
 
     @property
     def name(self) -> str:
-        """How a message calls it."""
+        """The address in error messages."""
         return str(self.paths[0].place)
 
-    def check_ahead(self, mediator: Any) -> None:
-        """Raise, while it costs nothing, that the run has gone by."""
+    def check_not_past(self, mediator: Any) -> None:
+        """Raise if the run has already passed this value."""
         if self.place.is_past(mediator):
             raise LateUpdate(
                 f"{self.name} has already run",
@@ -52,23 +52,23 @@ def site_of(path: Path) -> Site:
 
 
 def accesses(model: engine.Model, paths: Sequence[Path]) -> list[Access]:
-    """Group sites, given in execution order, by the value that they stand in.
+    """Group sites, given in execution order, by the value that contains them.
 
     Raises:
-        RefusedPlace: on this model they are not what they are called.
+        RefusedPlace: on this model a site is not what its address says.
     """
     closures.require(model, paths)
-    return [access_to(model, tuple(group)) for _, group in groupby(paths, key=value_of)]
+    return [access_to(model, tuple(group)) for _, group in groupby(paths, key=value_key)]
 
 
-def value_of(path: Path) -> tuple[object, ...]:
-    """What two sites have in common that stand in one value of the run."""
+def value_key(path: Path) -> tuple[object, ...]:
+    """Equal for sites in the same value of the run."""
     site = site_of(path)
     return (*site.location, site.item, site.kind, site.sae)
 
 
 def access_to(model: engine.Model, paths: tuple[Path, ...]) -> Access:
-    """The access to the one value that these sites stand in; `closures.require` was called for them."""
+    """The access to the value that contains all these sites, for which `closures.require` was called."""
     site = site_of(paths[0])
     return Access(engine.place(model, site), site.item, site.kind, site.tower, paths, unwrap(model))
 
@@ -86,50 +86,50 @@ def require_positions(paths: Sequence[Path]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A value of the run while the run stands still at it: its tokens as `[prompt, token, width]`, and the way back."""
+class LiveValue:
+    """A value of the run at which the run waits: its tokens as `[prompt, token, width]`, and a way to replace it."""
 
     access: Access
     mediator: Any
     raw: Any
     tensor: Tensor
-    #: Set where the value holds the rows of other invokes too, its tokens flat.
+    #: Set if the value also contains the rows of other invokes, with all tokens in one flat list.
     scope: engine.Scope | None = None
-    #: Where it was gathered, the tensor that is spread over processes.
-    spread: Any = None
+    #: The sharded tensor of all processes, if the value was gathered from one.
+    sharded: Any = None
 
     def write(self, new: Tensor) -> None:
-        """Let the run go on with other values for these prompts."""
+        """Replace the values of these prompts in the run."""
         access, raw = self.access, self.raw
-        if self.spread is not None:
+        if self.sharded is not None:
             if access.kind == "stream":
                 raise RefusedPlace("this part of the stream is spread over processes, and cannot be written in place",
                                    path=access.name, expected="layers[i].input or layers[i].output")  # fmt: skip
-            self._put(engine.spread_like(new.flatten(0, 1) if self.spread.dim() == 2 else new, self.spread))
+            self._replace(engine.spread_like(new.flatten(0, 1) if self.sharded.dim() == 2 else new, self.sharded))
             return
         if access.kind == "stream":
-            # The one site where the live tensor is changed: the stream itself, which the skip path carries on beside
-            # the module whose input it is met at. A replaced input would change what the module reads, not the stream.
+            # The only write in place: the skip path carries this very tensor past the module whose input it is. A
+            # replaced input would change what the module reads, and not the stream.
             self.tensor.copy_(new)
             return
         inner = engine.first_input(raw) if access.place.end == "input" else raw
-        held = wire.unpack(inner, access.item)
+        old = wire.unpack(inner, access.item)
         if self.scope is not None:
-            everyone = held.unflatten(0, (self.scope.total, -1)).clone()
-            everyone[self.scope.start : self.scope.start + self.scope.size] = new
-            new = everyone.flatten(0, 1)
-        elif held.dim() != 3:
-            new = wire.as_held(new, held)
-        elif held.shape[0] != new.shape[0] and engine.scope_of(self.mediator) is not None:
+            all_rows = old.unflatten(0, (self.scope.total, -1)).clone()
+            all_rows[self.scope.start : self.scope.start + self.scope.size] = new
+            new = all_rows.flatten(0, 1)
+        elif old.dim() != 3:
+            new = wire.as_held(new, old)
+        elif old.shape[0] != new.shape[0] and engine.scope_of(self.mediator) is not None:
             raise RefusedPlace(
                 "all prompts of the batch share this value, so it cannot be written for some of them",
                 path=access.name,
                 expected="a site with rows of its own, or one prompt in the trace",
             )
-        self._put(new)
+        self._replace(new)
 
-    def _put(self, new: Tensor) -> None:
-        """Let the run go on with another tensor."""
+    def _replace(self, new: Tensor) -> None:
+        """Replace the whole tensor."""
         access, raw = self.access, self.raw
         inner = engine.first_input(raw) if access.place.end == "input" else raw
         packed = wire.repack(inner, access.item, new)
@@ -138,30 +138,30 @@ class Held:
         )
 
 
-def hold(access: Access, mediator: Any, rows: Rows) -> Held:
-    """Wait for the value and open it."""
+def live_value(access: Access, mediator: Any, rows: Rows) -> LiveValue:
+    """Wait until the run reaches a value."""
     raw = access.place.read(mediator)
     try:
         inner = engine.first_input(raw) if access.place.end == "input" else raw
-        inner, spread = engine.whole(access.root, inner, access.item, access.name)
+        inner, sharded = engine.whole(access.root, inner, access.item, access.name)
         tensor = wire.unpack(inner, access.item)
-        if spread is not None:
-            return Held(access, mediator, raw, wire.as_rows(tensor, rows.batch), spread=spread)
+        if sharded is not None:
+            return LiveValue(access, mediator, raw, wire.as_rows(tensor, rows.batch), sharded=sharded)
         scope = engine.scope_of(mediator)
         if scope is not None and tensor.dim() == 2 and tensor.shape[0] >= scope.total:
-            # Tokens of all invokes in one flat list, which nnsight does not cut into rows.
-            everyone = tensor.unflatten(0, (scope.total, -1))
-            return Held(access, mediator, raw, everyone[scope.start : scope.start + scope.size], scope)
-        held = wire.as_rows(tensor, rows.batch, site_of(access.paths[0]).columns is not None)
-        if tensor.dim() != 3 and rows.new not in (None, held.shape[1]):
+            # nnsight does not cut a flat list of all invokes' tokens into rows.
+            all_rows = tensor.unflatten(0, (scope.total, -1))
+            return LiveValue(access, mediator, raw, all_rows[scope.start : scope.start + scope.size], scope)
+        by_row = wire.as_rows(tensor, rows.batch, site_of(access.paths[0]).columns is not None)
+        if tensor.dim() != 3 and rows.new not in (None, by_row.shape[1]):
             raise ValueError(f"a value of shape {list(tensor.shape)} is not [prompt, token, width]")
-        return Held(access, mediator, raw, held)
+        return LiveValue(access, mediator, raw, by_row)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ShapeError(str(error), path=access.name, expected="a value with a row for each prompt's tokens") from None
 
 
 def keys_of(paths: Sequence[Path], rows: Rows, width: int, spans: Spans | None) -> list[tuple[Path, ...]]:
-    """The keys of each site at one value: every position by itself, each once."""
+    """The keys of each site in one value: a path for each single position, without repeats."""
     sites: dict[object, dict[int | Span, Path]] = {}
     for path in paths:
         assert path.position is not None

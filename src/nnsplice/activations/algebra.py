@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nnsplice.activations.lookup import Index
+from nnsplice.activations.lookup import KeyIndex
 from nnsplice.activations.packs import MEAN, Pack
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, KeyMismatch, ShapeError, named
 from nnsplice.paths import Span
@@ -93,7 +93,7 @@ def aligned(a: Sequence[Pack], b: Sequence[Pack]) -> list[Tensor]:
     Raises:
         KeyMismatch: they hold different sites.
     """
-    index_a, index_b = Index(a), Index(b)
+    index_a, index_b = KeyIndex(a), KeyIndex(b)
     found = [[index_b.same(key) for key in pack.keys] for pack in a]
     pairs = [
         (key, entry)
@@ -137,7 +137,7 @@ def united(a: Sequence[Pack], b: Sequence[Pack]) -> list[Pack]:
         DuplicatePath: a key stands in both.
         ShapeError: other numbers of prompts, or of other widths at one site.
     """
-    index = Index(a)
+    index = KeyIndex(a)
     shared = [str(key) for pack in b for key in pack.keys if index.same(key) is not None]
     if shared:
         raise DuplicatePath(

@@ -11,7 +11,7 @@ from torch import Tensor
 from nnsplice import closures, engine, wire
 from nnsplice.activations import derived, features
 from nnsplice.activations import remote as remote_runs
-from nnsplice.activations.access import Access, accesses, hold, keys_of, require_positions, site_of
+from nnsplice.activations.access import Access, accesses, keys_of, live_value, require_positions, site_of
 from nnsplice.activations.encoding import encode
 from nnsplice.activations.packs import Pack, Provenance
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
@@ -173,7 +173,7 @@ def gather(
     """Read the sites, given in execution order, out of the run that this block belongs to."""
     plan, gates = accesses(model, paths), _Gates(model, paths)
     for access in (*gates.plan, *plan):
-        access.check_ahead(mediator)
+        access.check_not_past(mediator)
         if access.kind == "pattern":
             derived.require_eager(model, access.paths[0])
     packs: list[Pack] = []
@@ -205,7 +205,7 @@ class _Gates:
         """Read the gates that stand before a value."""
         while self.waiting and self.known.rank(self.waiting[0].paths[0]) <= self.known.rank(access.paths[0]):
             gate = self.waiting.pop(0)
-            tensor = hold(gate, mediator, batch.rows(gate.tower)).tensor
+            tensor = live_value(gate, mediator, batch.rows(gate.tower)).tensor
             for path in gate.paths:
                 start, stop = site_of(path).columns or (0, tensor.shape[-1])
                 self.values[path.site] = tensor[..., start:stop]
@@ -221,12 +221,12 @@ def _values(
     """`[prompt, token, width]` of one value of the run, by the number of the head, expert or feature."""
     if access.kind in (*features.KINDS, features.TRANSCODED):
         sites = [site_of(path) for path in access.paths]
-        return features.parts(features.sae_of(model, access.paths[0]), sites, hold(access, mediator, rows).tensor)
+        return features.parts(features.sae_of(model, access.paths[0]), sites, live_value(access, mediator, rows).tensor)
     if access.kind == "pattern":
         return derived.patterns(access, mediator, rows)
     if access.kind == "expert":
         return derived.experts(access, mediator, rows)
-    tensor = hold(access, mediator, rows).tensor
+    tensor = live_value(access, mediator, rows).tensor
     if access.kind == "ungated":
         return {site_of(path).index: gates.opened(path, tensor) for path in access.paths}
     return {None: tensor}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations import beside
+from nnsplice.activations import extra_inputs
 from nnsplice.activations import sounds as sound_values
 from nnsplice.activations.image_inputs import are_shown, encodings_of, has_images, images_of, is_pair, pairs_of
 from nnsplice.activations.images import Ids, PromptImages, check_without, spans_of_images
@@ -75,7 +75,7 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         return _by_name(model, prompts)
     if (heard := sound_values.sounds_of(model, prompts)) is not None:
         return _heard(model, prompts, heard, spans)
-    beside.check(model, prompts)
+    extra_inputs.check_extra(model, prompts)
     images = None
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
     chats = [] if are_shown(chats) else chats
@@ -98,7 +98,7 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     # The texts alone do not make these tokens.
     texts = texts if images is None else None
     if decoder_ids is not None:
-        beside.check_decoder(model, ids, decoder_ids)
+        extra_inputs.check_decoder(model, ids, decoder_ids)
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
     return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(unwrap(model))), images=images)
@@ -168,8 +168,8 @@ def one_by_one(prompts: Any) -> list[Any]:
                 expected="a list with an encoding for each prompt",
                 write='{"text": [...], "images": [...]}, for a model that was loaded with its processor',
             )
-        if "input_ids" in prompts and beside.needed(prompts):
-            return beside.rows(prompts)
+        if "input_ids" in prompts and extra_inputs.has_extra(prompts):
+            return extra_inputs.split_rows(prompts)
         return [list(row) for row in _of_encoding(prompts)[0]]
     if not isinstance(prompts, Iterable):
         raise BadType(f"{named(prompts)} is no prompt", expected="a prompt, or several")

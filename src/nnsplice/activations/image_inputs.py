@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations import beside
+from nnsplice.activations.extra_inputs import has_token_types
 from nnsplice.activations.images import Ids, PromptImages, check_without, image_token_of
 from nnsplice.activations.messages import Chat, is_chat
 from nnsplice.atlas import unwrap
@@ -48,7 +48,7 @@ def are_shown(chats: Sequence[Any]) -> bool:
 def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, list[Mapping[str, Any]]] | None:
     """The texts and encodings of prompts with images; None for prompts without."""
     if isinstance(prompts, Mapping):
-        if has_images(prompts) or beside.has_types(model, prompts):
+        if has_images(prompts) or has_token_types(model, prompts):
             return None, [prompts]
         if is_pair(prompts):
             return _processed(model, prompts)
@@ -57,7 +57,7 @@ def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | N
         return None, [_templated(model, prompts)]
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
         if not are_shown(prompts) and not any(
-            has_images(one) or is_pair(one) or beside.has_types(model, one) for one in prompts
+            has_images(one) or is_pair(one) or has_token_types(model, one) for one in prompts
         ):
             return None
         texts: list[str] = []

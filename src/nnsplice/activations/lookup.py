@@ -24,7 +24,7 @@ from nnsplice.paths import Path, Position, Slice, Span, Step, parse_path
 EntryIndex = tuple[int, int]
 
 
-class Index:
+class KeyIndex:
     """The entry of a concrete key: by its text, and by its site where the keys are located in a model."""
 
     def __init__(self, packs: Sequence[Pack]) -> None:
@@ -43,7 +43,7 @@ class Index:
         return self.by_text.get(str(key)) or (None if key.site is None else self.by_site.get(key))
 
 
-def tensor(index: Index, path: str | Path, atlas: Atlas | None, length: int | None) -> Tensor:
+def tensor(index: KeyIndex, path: str | Path, atlas: Atlas | None, length: int | None) -> Tensor:
     """The tensor at a path of one site: `[prompt, width]`, or `[prompt, position, width]` for several positions.
 
     Raises:
@@ -67,7 +67,7 @@ def tensor(index: Index, path: str | Path, atlas: Atlas | None, length: int | No
     return pack.tensor[:, 0] if single else pack.tensor
 
 
-def find(index: Index, path: str | Path, atlas: Atlas | None, length: int | None = None) -> list[EntryIndex]:
+def find(index: KeyIndex, path: str | Path, atlas: Atlas | None, length: int | None = None) -> list[EntryIndex]:
     """The entries that a path with any slices and lists stands for.
 
     Args:
@@ -90,8 +90,10 @@ def find(index: Index, path: str | Path, atlas: Atlas | None, length: int | None
     )
 
 
-def match(index: Index, pattern: Path, atlas: Atlas | None, length: int | None) -> tuple[list[EntryIndex], Path | None]:
-    """The entries of a path, and the part of it that has none."""
+def match(
+    index: KeyIndex, pattern: Path, atlas: Atlas | None, length: int | None
+) -> tuple[list[EntryIndex], Path | None]:
+    """The entries of a path, and the first part of it that was not captured."""
     exact = index.same(pattern)
     if exact is not None:
         return [exact], None
@@ -149,7 +151,7 @@ def _singles(pattern: Path) -> Iterator[Path]:
         yield pattern if steps == pattern.steps else replace(pattern, steps=steps, site=None)
 
 
-def _places(index: Index, pattern: Path, atlas: Atlas | None) -> list[int]:
+def _places(index: KeyIndex, pattern: Path, atlas: Atlas | None) -> list[int]:
     wanted = pattern.place
     number = index.places.get(str(wanted))
     if number is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnsplice import engine, wire
 from nnsplice.activations.access import Access, accesses, keys_of, site_of
 from nnsplice.activations.packs import Pack
-from nnsplice.activations.writing import check_overlaps, moved, plan
+from nnsplice.activations.write_plan import at_position, plan_write, write_targets
 from nnsplice.atlas import DERIVED
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path
@@ -57,8 +57,8 @@ def logits(
     """The logits of one remote run with packs written into it."""
     recipe: list[wire.Stop] = []
     tensors: dict[str, Tensor] = {}
-    packs, spans = moved(packs, at, spans)
-    for step in plan(model, packs):
+    packs, spans = at_position(packs, at, spans)
+    for step in plan_write(model, packs):
         if step.access.kind == "stream":
             raise RefusedPlace(
                 "a write there changes the stream beside the module that it is met at, which a remote run does not do",
@@ -66,15 +66,13 @@ def logits(
                 write=step.access.name.replace(".mid", ".output"),
             )
         rows = batch.rows(step.access.tower)
-        check_overlaps(step.entries, rows, rows.width or 0, spans)
         parts: list[wire.Part] = []
-        for entry in step.entries:
-            if entry.kind in DERIVED:  # what is written is made of the value that stands there, or of others
-                raise _refusal(str(entry.path.place))
-            where = columns(entry.positions, rows, rows.width or 0, spans)
-            name = str(len(tensors))
-            parts.append((name, where.tolist() if isinstance(where, Tensor) else where, site_of(entry.target).columns))
-            tensors[name] = entry.tensor.detach().cpu()
+        for target in write_targets(step.writes, rows, rows.width or 0, spans):
+            if target.write.kind in DERIVED:  # the written values depend on those of the run
+                raise _refusal(str(target.write.path.place))
+            where, name = target.where, str(len(tensors))
+            parts.append((name, where.tolist() if isinstance(where, Tensor) else where, target.part))
+            tensors[name] = target.write.tensor.detach().cpu()
         recipe.append(_stop(step.access, rows, parts))
     return engine.write_remote(model, inputs, recipe, tensors, add, remote)
 

@@ -108,8 +108,8 @@ class SavedActivation:
     # -- a mapping -----------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _index(self) -> lookup.Index:
-        return lookup.Index(self._packs)
+    def _index(self) -> lookup.KeyIndex:
+        return lookup.KeyIndex(self._packs)
 
     @property
     def _entries(self) -> dict[str, lookup.EntryIndex]:

@@ -160,7 +160,7 @@ def _chosen(
     """Which tensors of the file, and which of their positions."""
     # Lookup needs keys, not values: empty tensors stand in for what is not read yet.
     empty = [Pack(of, torch.empty(0, len(of), 0)) for of in keys.values()]
-    index, length = lookup.Index(empty), common_length(empty, provenance)
+    index, length = lookup.KeyIndex(empty), common_length(empty, provenance)
     entries = sorted({entry for path in paths for entry in lookup.find(index, path, None, length)})
     chosen: dict[str, list[int]] = {}
     for number, position in entries:

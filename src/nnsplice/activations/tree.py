@@ -11,7 +11,7 @@ from nnsplice.errors import BadArgument, BadType, PathError, UnknownPath, closes
 from nnsplice.paths import Path, Span, parse_path
 
 
-class Tree:
+class ValueTree:
     """A part of a capture, by attribute and index; its leaves are tensors `[prompt, width]`.
 
     Names and numbers stand as in the paths, so a notebook completes them with the tab key.
@@ -62,7 +62,7 @@ class Tree:
         return f"<{self._name}: {', '.join(str(name) for name in self._children)}>"
 
 
-class Values(Tree):
+class Values(ValueTree):
     """All tensors of a capture: as a list when called, and as the tree of their paths.
 
     The tree is made when it is first gone down, as some captures have no tree: `h[0].output` and `h[0].output[0]` would
@@ -86,7 +86,7 @@ class Values(Tree):
         return super().__getattr__(name)
 
 
-def grow(entries: Iterable[tuple[Path, Tensor]]) -> Tree:
+def grow(entries: Iterable[tuple[Path, Tensor]]) -> ValueTree:
     """The tree of these entries."""
     root: dict[str | int, Any] = {}
     for path, tensor in entries:
@@ -102,12 +102,12 @@ def grow(entries: Iterable[tuple[Path, Tensor]]) -> Tree:
     return _wrap("values", root)
 
 
-def _wrap(name: str, node: dict[str | int, Any]) -> Tree:
+def _wrap(name: str, node: dict[str | int, Any]) -> ValueTree:
     def child(key: str | int, value: Any) -> Any:
         inner = f"{name}[{key}]" if isinstance(key, int) else f"{name}.{key}"
         return _wrap(inner, value) if isinstance(value, dict) else value
 
-    return Tree(name, {key: child(key, value) for key, value in node.items()})
+    return ValueTree(name, {key: child(key, value) for key, value in node.items()})
 
 
 def _names(path: Path) -> list[str | int]:

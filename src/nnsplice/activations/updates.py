@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nnsplice import closures, engine, wire
 from nnsplice.activations import derived, features
-from nnsplice.activations.access import Access, access_to, accesses, hold, require_positions, site_of
-from nnsplice.activations.writing import Entry, Read, written
+from nnsplice.activations.access import Access, access_to, accesses, live_value, require_positions, site_of
+from nnsplice.activations.write_plan import SiteWrite
+from nnsplice.activations.writing import SourceValues, with_writes
 from nnsplice.atlas import host
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, DuplicatePath, LateUpdate, PathError, RefusedPlace, ShapeError
@@ -52,21 +53,21 @@ def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
         raise BadArgument("no paths, so there is nothing to update", expected="at least one path")
     arranged = engine.known(model).arrange(wanted)
     require_positions([path for path, _ in arranged])
-    seen: dict[Path, int] = {}
+    numbers: dict[Path, int] = {}
     for path, number in arranged:
-        if path in seen or not isinstance(path.position, int) or [n for _, n in arranged].count(number) > 1:
-            kind = DuplicatePath if path in seen else PathError
+        if path in numbers or not isinstance(path.position, int) or [n for _, n in arranged].count(number) > 1:
+            kind = DuplicatePath if path in numbers else PathError
             raise kind(
-                "the same site twice" if path in seen else "updates go through single sites and positions",
+                "the same site twice" if path in numbers else "updates go through single sites and positions",
                 path=wanted[number],
                 expected="a number in every bracket, each site once",
                 write="for key, current, update in ns.updates(model, saved.keys())",
             )
-        seen[path] = number
+        numbers[path] = number
     batch = engine.batch_of(model, mediator)
     plan = accesses(model, [path for path, _ in arranged])
     for access in plan:
-        access.check_ahead(mediator)
+        access.check_not_past(mediator)
     derived.refuse_routers(model, [path for path, _ in arranged])
     for path, _ in arranged:
         if site_of(path).kind == "ungated":
@@ -92,14 +93,14 @@ def _walk(
     sae_inputs = _SaeInputs()
     for access in plan:
         rows = batch.rows(access.tower)
-        made = derived.experts(access, mediator, rows) if access.kind == "expert" else None
-        if access.kind == features.TRANSCODED:  # read once, as the first update lets the run go on to where it writes
-            inputs = hold(access, mediator, rows).tensor
-            made = {site_of(path).index: inputs for path in access.paths}
+        computed = derived.experts(access, mediator, rows) if access.kind == "expert" else None
+        if access.kind == features.TRANSCODED:  # read once, as the run goes on to another site with the first update
+            inputs = live_value(access, mediator, rows).tensor
+            computed = {site_of(path).index: inputs for path in access.paths}
         for path in access.paths:
-            # Read anew for each position: the block may have changed the value since.
-            values = hold(access, mediator, rows).tensor if made is None else made[site_of(path).index]
-            read = None if made is None else Read({path.site: values})
+            # Read again for each position, as the user's block may have updated the value.
+            values = live_value(access, mediator, rows).tensor if computed is None else computed[site_of(path).index]
+            sources = None if computed is None else {path.site: values}
             if access.kind == features.TRANSCODED:
                 values = features.part(features.sae_of(model, path), site_of(path), values)
             if access.kind in features.KINDS:
@@ -108,24 +109,24 @@ def _walk(
             assert isinstance(position, int)
             where = columns((position,), rows, values.shape[1])
             current = wire.pick(values, where, site_of(path).columns)[:, 0]
-            yield names[path], current, _updater(model, mediator, path, rows, read, sae_inputs)
+            yield names[path], current, _updater(model, mediator, path, rows, sources, sae_inputs)
 
 
 class _SaeInputs:
-    """What stood at a site before parts of its SAEs were updated: what they change by at one token adds up."""
+    """The values at each site before parts of SAEs were updated, so that updates of several parts add up."""
 
     def __init__(self) -> None:
-        #: Where it stands -> what SAEs read there, and what stands there since the last update.
-        self._held: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        #: Value -> what SAEs encode, and the value since the last update.
+        self._values: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def of(self, access: Access, values: Tensor) -> Tensor:
-        """What SAEs read where these values stand now; the values themselves, where something else changed them."""
-        before, now = self._held.get(self._key(access), (values, values))
+        """What SAEs encode here; the values themselves if something else has changed them."""
+        before, now = self._values.get(self._key(access), (values, values))
         return before if now is values or torch.equal(now, values) else values
 
     def note(self, access: Access, before: Tensor, now: Tensor) -> None:
-        """An update of a part was written."""
-        self._held[self._key(access)] = before, now
+        """Remember an update of a part."""
+        self._values[self._key(access)] = before, now
 
     @staticmethod
     def _key(access: Access) -> tuple[object, ...]:
@@ -133,14 +134,14 @@ class _SaeInputs:
 
 
 def _written_at(model: engine.Model, path: Path) -> Path:
-    """The site that an update of another one is written to."""
+    """The site that an update of this path is written to."""
     if site_of(path).kind == features.TRANSCODED:
         return features.written_at(model, path)
     return derived.expert_output(path) if site_of(path).kind == "expert" else host(path)
 
 
 def _updater(
-    model: engine.Model, mediator: Any, path: Path, rows: Rows, read: Read | None, sae_inputs: _SaeInputs
+    model: engine.Model, mediator: Any, path: Path, rows: Rows, sources: SourceValues | None, sae_inputs: _SaeInputs
 ) -> Update:
     position = path.position
     assert isinstance(position, int)
@@ -167,12 +168,12 @@ def _updater(
                 expected="a tensor [prompt, width], as the value that came with it",
                 write="update(torch.zeros_like(current))",
             )
-        entry = Entry(path, target, (position,), new[:, None], None if read is None else path, sae)
-        held = hold(access, mediator, rows)
-        before = held.tensor if sae is None else sae_inputs.of(access, held.tensor)
-        now = written(held.tensor, [entry], rows, read=read, before=before)
+        write = SiteWrite(path, target, (position,), new[:, None], None if sources is None else path, sae)
+        value = live_value(access, mediator, rows)
+        before = value.tensor if sae is None else sae_inputs.of(access, value.tensor)
+        now = with_writes(value.tensor, [write], rows, sources=sources, before=before)
         if sae is not None:
             sae_inputs.note(access, before, now)
-        held.write(now)
+        value.write(now)
 
     return update

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nnsplice import closures, engine, wire
 from nnsplice.activations import features
-from nnsplice.activations.access import Access, accesses, hold, site_of
+from nnsplice.activations.access import Access, accesses, live_value, site_of
 from nnsplice.activations.prompts import PromptsLike
 from nnsplice.atlas import DERIVED
 from nnsplice.attribution.branches import Branch, Branches, branches_of
@@ -234,7 +234,7 @@ class ReceiversBySender:
         def body() -> None:
             mediator = engine.worker(model, "ns.path_patch")
             for access in accesses(model, stops):
-                held = hold(access, mediator, batch.rows(access.tower))
+                held = live_value(access, mediator, batch.rows(access.tower))
                 check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
                 held.write(pass_.changed(access, held.tensor))
             found.append(wire.logits_of(model)[len(prompts) + len(jobs) :, at].clone())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nnsplice import engine
-from nnsplice.activations.access import Access, accesses, hold, site_of
+from nnsplice.activations.access import Access, accesses, live_value, site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.activations.updates import updates
 from nnsplice.activations.writing import write
@@ -201,7 +201,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         mediator = engine.worker(model, "a sweep")
         corrupt(model, plan, prompts)
         for access in stops:
-            held = hold(access, mediator, batch.rows(access.tower))
+            held = live_value(access, mediator, batch.rows(access.tower))
             check_length(access, held.tensor, plan.corrupted.length(access.tower, prompts[0]))
             held.write(_changed(work, access, held.tensor, writes))
         found.append(engine.read_logits(model, at))
@@ -242,7 +242,7 @@ def corrupt(model: engine.Model, plan: Plan, prompts: Sequence[int]) -> None:
         return
     mediator = engine.worker(model, "a sweep")
     (access,) = accesses(model, [corruption.place])
-    held = hold(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
+    held = live_value(access, mediator, plan.corrupted.batch(prompts).rows(access.tower))
     check_length(access, held.tensor, plan.corrupted.length(access.tower, prompts[0]))
     held.write(corruption.apply(prompts, held.tensor))
 

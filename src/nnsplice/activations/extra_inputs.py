@@ -1,9 +1,9 @@
-"""What an encoding holds beside its token ids: needed for no run, taken along, or refused, and never left out."""
+"""Entries of an encoding besides its token ids: passed on, ignored if a run does not depend on them, or refused."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,62 +12,63 @@ from nnsplice.activations.images import Ids, image_token_of
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, ShapeError
 
-#: Read wherever prompts are.
-_READ = frozenset({"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"})
-#: Answers and bookkeeping of tokenizers, and arguments that say how a run is made; a cache with tokens is refused.
+#: Entries that every prompt is read from.
+_TOKEN_INPUTS = frozenset({"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"})
+#: Labels, bookkeeping of tokenizers and run options. A cache that holds tokens is refused elsewhere.
 _NO_INPUT = frozenset({
     "labels", "length", "offset_mapping", "special_tokens_mask", "overflow_to_sample_mapping", "overflowing_tokens",
     "num_truncated_tokens", "past_key_values", "cache_params", "state", "cache", "cache_position", "use_cache",
     "return_dict", "output_attentions", "output_hidden_states", "logits_to_keep",
 })  # fmt: skip
-#: A number for each token that says of which kind it is.
+#: Entries with the type of each token.
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
-def needed(encoding: Mapping[str, Any]) -> bool:
-    """Whether it holds more that a run reads than token ids and their mask."""
+def has_extra(encoding: Mapping[str, Any]) -> bool:
+    """Whether a run may depend on more than the token ids and their mask."""
     return bool(set(encoding) - _NO_INPUT - {"input_ids", "attention_mask"})
 
 
-def rows(encoding: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """An encoding for each prompt of one.
+def split_rows(encoding: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Split an encoding of several prompts into one for each.
 
     Raises:
         ShapeError: an entry has no row for each prompt.
     """
-    held = {name: torch.as_tensor(value) for name, value in encoding.items() if name not in _NO_INPUT}
-    held = {name: value[None] if value.dim() == 1 else value for name, value in held.items()}
-    number = len(held["input_ids"])
-    if strange := [name for name, value in held.items() if value.shape[:1] != (number,)]:
+    tensors = {name: torch.as_tensor(value) for name, value in encoding.items() if name not in _NO_INPUT}
+    tensors = {name: value[None] if value.dim() == 1 else value for name, value in tensors.items()}
+    number = len(tensors["input_ids"])
+    if wrong := [name for name, value in tensors.items() if value.shape[:1] != (number,)]:
         raise ShapeError(
-            f"{strange[0]} of shape {list(held[strange[0]].shape)} beside {number} rows of input_ids",
+            f"{wrong[0]} of shape {list(tensors[wrong[0]].shape)} beside {number} rows of input_ids",
             expected="a row for each prompt",
         )
-    return [{name: value[row : row + 1] for name, value in held.items()} for row in range(number)]
+    return [{name: value[row : row + 1] for name, value in tensors.items()} for row in range(number)]
 
 
-def has_types(model: engine.Model, encoding: Any) -> bool:
-    """Whether a text beside images says of its tokens what makes its run another one; it is read as those are."""
+def has_token_types(model: engine.Model, encoding: Any) -> bool:
+    """Whether a text for a model with images has token types that change its run; it is then read like images."""
     if not isinstance(encoding, Mapping) or "input_ids" not in encoding or image_token_of(model) is None:
         return False
-    return any(name in encoding and not _are_default(model, name, encoding[name]) for name in _TYPES)
+    return any(name in encoding and not _are_default_types(model, name, encoding[name]) for name in _TYPES)
 
 
-def check(model: engine.Model, prompts: Any) -> None:
-    """Raise for an encoding of text, or one of a list of them, that holds what a run would be made without.
+def check_extra(model: engine.Model, prompts: Any) -> None:
+    """Raise for encodings of text with an entry that a run here would ignore.
 
     Raises:
-        BadArgument: it does, or one of them.
+        BadArgument: names the entry.
     """
     each = prompts if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
-    for one in each:
-        if isinstance(one, Mapping) and "input_ids" in one and "pixel_values" not in one and not has_types(model, one):
-            _check(model, one)
+    for prompt in each:
+        is_text = isinstance(prompt, Mapping) and "input_ids" in prompt and "pixel_values" not in prompt
+        if is_text and not has_token_types(model, prompt):
+            _check_encoding(model, cast("Mapping[str, Any]", prompt))
 
 
-def _check(model: engine.Model, encoding: Mapping[str, Any]) -> None:
+def _check_encoding(model: engine.Model, encoding: Mapping[str, Any]) -> None:
     for name in encoding:
-        if name in _READ | _NO_INPUT or encoding[name] is None or _is_default(model, name, encoding):
+        if name in _TOKEN_INPUTS | _NO_INPUT or encoding[name] is None or _is_default(model, name, encoding):
             continue
         raise BadArgument(
             f"this encoding holds {name} beside its input_ids, and prompts of text are run without that",
@@ -78,7 +79,7 @@ def _check(model: engine.Model, encoding: Mapping[str, Any]) -> None:
 
 
 def check_decoder(model: engine.Model, ids: Ids, decoder: Ids) -> None:
-    """Raise for a decoder's tokens that belong to no decoder, or not to these prompts.
+    """Raise for decoder tokens that do not fit the model or the prompts.
 
     Raises:
         BadArgument: the model has one tower.
@@ -100,9 +101,9 @@ def check_decoder(model: engine.Model, ids: Ids, decoder: Ids) -> None:
 
 
 def _is_default(model: engine.Model, name: str, encoding: Mapping[str, Any]) -> bool:
-    """Whether a run without this argument is the run with it."""
+    """Whether the run is the same without this argument."""
     if name in _TYPES:
-        return _are_default(model, name, encoding[name])
+        return _are_default_types(model, name, encoding[name])
     if name not in ("position_ids", "decoder_position_ids"):
         return False
     positions = torch.as_tensor(encoding[name])
@@ -114,15 +115,15 @@ def _is_default(model: engine.Model, name: str, encoding: Mapping[str, Any]) -> 
     return bool(((own.cumsum(-1) - 1 == positions) | ~own).all())
 
 
-def _are_default(model: engine.Model, name: str, types: Any) -> bool:
-    """Whether kinds of tokens are those of a run without them."""
+def _are_default_types(model: engine.Model, name: str, types: Any) -> bool:
+    """Whether the run is the same without these token types."""
     root = unwrap(model)
     if name not in engine.taken_by(type(root)).names:
         return True
     if bool(torch.as_tensor(types).any()):
         return False
     config = getattr(root, "config", None)
-    # Elsewhere zeros are a kind too: GPT-2 adds an embedding for it, PaliGemma reads such tokens both ways.
+    # In other models 0 is a type as well: GPT-2 adds its embedding, PaliGemma attends to such tokens both ways.
     return (
         name == "mm_token_type_ids"
         or hasattr(config, "type_vocab_size")
