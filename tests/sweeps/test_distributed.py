@@ -157,8 +157,8 @@ def test_a_model_with_other_weights_is_refused_with_both_digests(tiny: Any, tmp_
     from nnsplice import engine
 
     other = engine.weights_digest(sweep_functions.other())
-    assert other in worker.told["reason"]
-    assert plan.asked["weights"] in worker.told["reason"]
+    assert other in worker.record["reason"]
+    assert plan.asked["weights"] in worker.record["reason"]
 
 
 def test_what_is_missing_is_marked(tiny: Any, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_function_that_has_changed_is_refused(tiny: Any, tmp_path: Path, monke
     monkeypatch.setattr(sweep_functions, "largest", largest)
     worker = Worker(folder)
     assert worker.work() == 3
-    assert "the metric is another function here" in worker.told["reason"]
+    assert "the metric is another function here" in worker.record["reason"]
 
 
 def test_another_models_values_come_from_a_model_that_workers_load(tiny: Any, tmp_path: Path) -> None:

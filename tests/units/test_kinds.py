@@ -225,7 +225,7 @@ def test_other_models_are_refused(model: Any, other: Any, tmp_path: Path) -> Non
         ns.run(plan, LOAD, source=LOAD, on="folder", out=tmp_path / "run")
     worker = Worker(RunFolder.open(tmp_path / "run"))
     assert worker.work() == 3
-    assert "the source sweep_functions:precise has the weights" in worker.told["reason"]
+    assert "the source sweep_functions:precise has the weights" in worker.record["reason"]
 
 
 def test_a_function_that_has_changed_is_refused(model: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -238,7 +238,7 @@ def test_a_function_that_has_changed_is_refused(model: Any, tmp_path: Path, monk
     monkeypatch.setattr(sweep_functions, "words", words)
     worker = Worker(folder)
     assert worker.work() == 3
-    assert "the metric is another function here" in worker.told["reason"]
+    assert "the metric is another function here" in worker.record["reason"]
 
 
 def test_a_folder_of_another_question_is_refused(model: Any, tmp_path: Path) -> None:

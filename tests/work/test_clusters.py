@@ -115,13 +115,13 @@ def test_submitit_runs_all_units_whatever_dies(local_slurm: Slurm, tmp_path: Pat
 def test_a_preempted_task_asks_for_itself_again(local_slurm: Slurm, tmp_path: Path) -> None:
     import submitit.helpers  # pyright: ignore[reportMissingImports]
 
-    from nnsplice.work.slurm import Attempt
+    from nnsplice.work.slurm import SlurmTask
 
-    attempt = Attempt([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ))
-    assert attempt() == 3
-    again = attempt.checkpoint()
+    task = SlurmTask([sys.executable, "-c", "raise SystemExit(3)"], dict(os.environ))
+    assert task() == 3
+    again = task.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
-    assert again.function is attempt
+    assert again.function is task
 
 
 # --- runs in an object store
@@ -157,7 +157,7 @@ def test_workers_of_an_object_store_take_each_unit_once(bucket: str) -> None:  #
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert bits(folder) == alone(40)
-    assert sum(worker.told["units"] for worker in workers) == 40
+    assert sum(worker.record["units"] for worker in workers) == 40
 
 
 def test_a_worker_elsewhere_is_dead_when_its_lease_is_over_in_an_object_store(bucket: str) -> None:  # noqa: F811

@@ -169,10 +169,10 @@ def test_a_worker_with_other_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_worker_of_other_versions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = written(tmp_path / "run", 3)
-    monkeypatch.setattr("nnsplice.work.run_folder.versions", lambda: {**folder.told["versions"], "torch": "9.9"})
+    monkeypatch.setattr("nnsplice.work.run_folder.versions", lambda: {**folder.header["versions"], "torch": "9.9"})
     worker = Worker(folder)
     assert worker.work() == 3
-    assert re.search(r"torch [\d.+a-z]+ there, 9.9 here", worker.told["reason"])
+    assert re.search(r"torch [\d.+a-z]+ there, 9.9 here", worker.record["reason"])
 
 
 def test_two_drivers_are_refused(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def _searched(
     plan: Plan,
     pairs: PairSplit,
     units: AlignmentJournal,
-    told: Callable[[int], Any],
+    finished: Callable[[int], Any],
 ) -> tuple[_Findings, Cost]:
     """Train and measure every site on one model, layer by layer."""
     setting = ask.setting
@@ -213,7 +213,7 @@ def _searched(
             unit = f"{name} layer {layer}".replace(" ", "-")
             known = units.read(unit)
             if known is None:
-                trained, spent = train(recordings, targets, loss_of, setting, ask.room, told)
+                trained, spent = train(recordings, targets, loss_of, setting, ask.room, finished)
                 bases = {target: one.basis for target, one in trained.items()}
                 losses = {str(target): list(one.losses) for target, one in trained.items()}
                 made = {target: _subspace(plan, target, basis, setting, losses) for target, basis in bases.items()}
@@ -226,7 +226,7 @@ def _searched(
                 bases = {int(key.partition(".")[2]): t for key, t in tensors.items() if key.startswith("basis.")}
                 made = {t: _subspace(plan, t, basis, setting, about["losses"]) for t, basis in sorted(bases.items())}
                 measured = {what: tensors[what].numpy() for what in values if what in tensors}
-                told(len(made) * setting.epochs)
+                finished(len(made) * setting.epochs)
             subspaces |= made
             for what, found in measured.items():
                 values[what][np.ix_(list(pairs.held_out), list(made))] = found

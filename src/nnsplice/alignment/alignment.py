@@ -171,8 +171,8 @@ class Alignment:
         path = local_folder(folder)
         if not (path / CONTENTS).is_file():
             raise FileError(f"{path} holds no alignment", expected="a folder that Alignment.to_folder wrote")
-        told = from_json(text_of(path / CONTENTS), path / CONTENTS)
-        names = told.get("subspaces") if isinstance(told, dict) else None
+        contents = from_json(text_of(path / CONTENTS), path / CONTENTS)
+        names = contents.get("subspaces") if isinstance(contents, dict) else None
         if not isinstance(names, dict) or not all(
             isinstance(n, str) and FilePath(n).name == n and (path / n).is_file() for n in names.values()
         ):
@@ -181,9 +181,10 @@ class Alignment:
         return cls(SweepResult.from_file(path / "result.safetensors"), found)
 
     def __repr__(self) -> str:
-        told = self.result.asked["alignment"]
-        pairs = len(told["held_out"])
-        lines = [f"Alignment: {told['method']}, k={told['k']}, {len(self.subspaces)} sites, {pairs} held-out pairs"]
+        setting = self.result.asked["alignment"]
+        pairs = len(setting["held_out"])
+        sites = f"{len(self.subspaces)} sites, {pairs} held-out pairs"
+        lines = [f"Alignment: {setting['method']}, k={setting['k']}, {sites}"]
         for row in self.best(3).to_dict("records"):
             lines.append(
                 f"  {row['path']}  accuracy {row[IIA]:.2f}; random subspace {row[RANDOM]:.2f}, "

@@ -40,14 +40,14 @@ class AlignmentJournal:
             return cls(None)
         path = local_folder(folder)
         path.mkdir(exist_ok=True)
-        told = path / ASKED
+        question_file = path / ASKED
         question = canonical(asked)
-        if not told.exists():
+        if not question_file.exists():
             if any(path.glob("*.safetensors")):
                 raise FileError(f"{path} holds other files", expected="an empty folder, or that of the same alignment")
-            with whole(told) as temporary:
+            with whole(question_file) as temporary:
                 temporary.write_text(question, encoding="utf-8")
-        elif text_of(told) != question:
+        elif text_of(question_file) != question:
             raise FileError(
                 f"{path} is the journal of another alignment", expected="a new folder, or that of the same alignment"
             )
@@ -65,16 +65,16 @@ class AlignmentJournal:
         path = self._path(name)
         if path is None or not path.exists():
             return None
-        told = from_json(read_header(path).metadata.get("nnsplice", "null"), f"the header of {path}")
+        record = from_json(read_header(path).metadata.get("nnsplice", "null"), f"the header of {path}")
         try:
             tensors = load_file(path)
         except (SafetensorError, RuntimeError) as error:
             raise FileError(f"{path} is damaged: {error}", expected="a new folder") from None
-        if not isinstance(told, dict) or told.get("digest") != digest_of(dict(sorted(tensors.items()))):
+        if not isinstance(record, dict) or record.get("digest") != digest_of(dict(sorted(tensors.items()))):
             raise FileError(f"{path} is damaged: its numbers are not those that were written", expected="a new folder")
-        return tensors, told
+        return tensors, record
 
-    def write(self, name: str, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+    def write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Keep a finished layer; whole, or not at all."""
         from safetensors.torch import save_file
 
@@ -83,7 +83,7 @@ class AlignmentJournal:
             return
         kept = {key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)}
         with whole(path) as temporary:
-            save_file(kept, temporary, metadata={"nnsplice": json.dumps({**told, "digest": digest_of(kept)})})
+            save_file(kept, temporary, metadata={"nnsplice": json.dumps({**record, "digest": digest_of(kept)})})
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}.safetensors"

@@ -126,13 +126,13 @@ def train(
     loss_of: Bound,
     setting: AlignmentOptions,
     room: int,
-    told: Callable[[int], Any] = lambda epochs: None,
+    finished: Callable[[int], Any] = lambda epochs: None,
 ) -> tuple[dict[int, Trained], Cost]:
     """Train the sites of one layer.
 
     Args:
         loss_of: the log-probability of the counterfactual answer.
-        told: called with the number of epochs of a site that are done.
+        finished: called with the number of epochs of a site that are done.
     """
     side, cost = recordings.side, Cost()
     steps = setting.epochs * len(recordings.batches)
@@ -147,9 +147,9 @@ def train(
                 cost += _step(recordings, number, active, loss_of, done, room, sums)
             for target, site in list(active.items()):
                 site.losses.append(sums[target][0] / sums[target][1])
-                told(1)
+                finished(1)
                 if site.finished(setting.patience):
-                    told(setting.epochs - epoch - 1)
+                    finished(setting.epochs - epoch - 1)
                     del active[target]
             if not active:
                 break

@@ -126,7 +126,7 @@ def attribute(
                 model, plan, graph, each, executor=executor, max_tokens=max_tokens, progress=progress
             )
             method, chosen = choice.taken, METHODS[choice.taken]
-        asked = told_of(plan, method, steps_of(chosen, steps), graph)
+        asked = estimate_identity(plan, method, steps_of(chosen, steps), graph)
         plan = replace(plan, asked=asked if choice is None else {**asked, **_AUTO_ASKED})
         if chosen.measured:
             assert graph is not None
@@ -141,14 +141,14 @@ def attribute(
 
 
 def asked_of(model: Any, plan: Plan, method: str, receivers: Paths | None, steps: int | None) -> dict[str, Any]:
-    """What the estimates of a plan are asked for: their identity, but for what is verified, and what `auto` takes."""
+    """The identity of the estimates of a plan, without the verified cells and the choice of `auto`."""
     check_numbers(steps, 0)
     if method == AUTO:
         graph = None if receivers is None else edges.EdgeGraph.of(engine.as_model(model), plan, receivers)
         return {**plan.asked, **_AUTO_ASKED, **({} if graph is None else {"receivers": list(graph.receivers)})}
     chosen = method_named(method, receivers, steps, 0)
     graph = edges.EdgeGraph.of(engine.as_model(model), plan, receivers) if chosen.nodes is None else None
-    return told_of(plan, method, steps_of(chosen, steps), graph)
+    return estimate_identity(plan, method, steps_of(chosen, steps), graph)
 
 
 def planned(
@@ -178,10 +178,10 @@ def planned(
     return plan
 
 
-def told_of(plan: Plan, method: str, steps: int, graph: edges.EdgeGraph | None) -> dict[str, Any]:
-    """What is asked, with the method."""
-    told: dict[str, Any] = {"method": method, **({"steps": steps} if steps else {})}
-    return {**plan.asked, **told, **({} if graph is None else {"receivers": list(graph.receivers)})}
+def estimate_identity(plan: Plan, method: str, steps: int, graph: edges.EdgeGraph | None) -> dict[str, Any]:
+    """The identity of an estimate: that of the plan, the method and its options."""
+    receivers = {} if graph is None else {"receivers": list(graph.receivers)}
+    return {**plan.asked, "method": method, **({"steps": steps} if steps else {}), **receivers}
 
 
 def method_named(name: str, receivers: Any, steps: int | None, verify: int) -> AttributionMethod:

@@ -112,11 +112,11 @@ def _taken(
     ran = [one for one in table if not one.refused]
     refused = [f"{one.name} ({one.refused})" for one in table if one.refused]
     usable = [one for one in ran if one.recall > chance]
-    told = "; ".join(map(str, ran))
+    tried = "; ".join(map(str, ran))
     if not usable:
         raise BadArgument(
             f"no estimate fits: {'; '.join(refused)}" if not ran else
-            f"no estimate finds more of the largest {k} of {drawn} than chance does ({chance:.0%}): {told}",
+            f"no estimate finds more of the largest {k} of {drawn} than chance does ({chance:.0%}): {tried}",
             expected="sites, or prompts, of which an estimate says something",
             write='ns.sweep(...)   (exact)' if graph is None else 'method="exact"',
         )  # fmt: skip
@@ -124,7 +124,7 @@ def _taken(
     what = "cells" if graph is None else "edges"
     note = (
         f"auto took {best.name}, the most recall for a pass: of the largest {k} of {drawn} {what} on {prompts} of "
-        f"{len(plan.corrupted)} prompts (seed {plan.seed}), each computed exactly, were found by {told}"
+        f"{len(plan.corrupted)} prompts (seed {plan.seed}), each computed exactly, were found by {tried}"
     )
     return best.name, "; ".join([note, *(["not fitting: " + ", ".join(refused)] if refused else [])])
 

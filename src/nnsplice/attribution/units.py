@@ -11,7 +11,7 @@ from typing import Any
 from nnsplice import engine
 from nnsplice.activations.prompts import PairSpanTexts
 from nnsplice.attribution import edges, path_patching
-from nnsplice.attribution.attribute import check_numbers, method_named, planned, told_of
+from nnsplice.attribution.attribute import check_numbers, estimate_identity, method_named, planned
 from nnsplice.attribution.methods import METHODS, Estimator, doubts, notes, steps_of
 from nnsplice.attribution.packed_paths import PathExecution, path_execution
 from nnsplice.attribution.selecting import AUTO
@@ -52,7 +52,7 @@ def _paths_ready(
     check_mode(model)
     engine.refuse_changed_logits(model)
     whole = plan_in(plan, model)
-    paths = path_patching.ReceiversBySender.of(model, whole, [plan.told["receivers"]] * len(whole.targets))
+    paths = path_patching.ReceiversBySender.of(model, whole, [plan.question["receivers"]] * len(whole.targets))
     way = PathExecution(
         **agree("way", lambda: dataclasses.asdict(path_execution(whole, model, paths.executor, max_tokens)))
     )
@@ -66,7 +66,7 @@ def _paths_ready(
 
 
 def _paths_joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SweepResult:
-    metric = plan.told["plan"]["metric"]
+    metric = plan.question["plan"]["metric"]
     return result_of(plan, outcomes, metrics=tuple(name for name, _ in metric.get("several", ())))
 
 
@@ -118,7 +118,7 @@ def plan_attribute(
         # What this kind of site, and this pair of prompts, cannot have is found now and not in the workers.
         estimator = Estimator(model, plan, method, chosen, graph, each, 1, progress=False)
         estimator.check()
-        plan = replace(plan, asked=told_of(plan, method, each, graph))
+        plan = replace(plan, asked=estimate_identity(plan, method, each, graph))
     depth = len(engine.expand(model, "layers[:].output"))
     costs = [PASSES * (each + 1) * depth * length for length in plan.corrupted.lengths("decoder")]
     return unit_plan(
@@ -130,18 +130,18 @@ def plan_attribute(
 def _attribute_ready(
     plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree
 ) -> Callable[[Sequence[int]], Arrays]:
-    told, model = plan.told, models.model
+    question, model = plan.question, models.model
     check_mode(model)
     engine.refuse_changed_logits(model)
     whole = plan_in(plan, model)
-    method = METHODS[told["method"]]
-    graph = None if told["receivers"] is None else edges.EdgeGraph.of(model, whole, told["receivers"])
+    name, receivers, steps = question["method"], question["receivers"], question["steps"]
+    graph = None if receivers is None else edges.EdgeGraph.of(model, whole, receivers)
 
     def unit(prompts: Sequence[int]) -> Arrays:
         start, part = time.perf_counter(), whole.take(prompts)
-        found = Estimator(model, part, told["method"], method, graph, told["steps"], max_tokens, progress=False).whole()
+        found = Estimator(model, part, name, METHODS[name], graph, steps, max_tokens, progress=False).whole()
         exists, spent = part.exists(), found.spent
-        run = Run(told["method"], time.perf_counter() - start, **spent.cost.as_dict(), known=len(part.known))
+        run = Run(name, time.perf_counter() - start, **spent.cost.as_dict(), known=len(part.known))
         table = Table(
             (), found.corrupted[:, None] + found.scores, exists, exists, found.clean, found.corrupted, run=run,
             edges=found.edges,
@@ -152,11 +152,11 @@ def _attribute_ready(
 
 
 def _attribute_joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SweepResult:
-    told = plan.told
-    found = result_of(plan, outcomes, receivers=tuple(told["receivers"] or ()))
+    question = plan.question
+    found = result_of(plan, outcomes, receivers=tuple(question["receivers"] or ()))
     each = [text_in(arrays["backwards"]) for _, arrays in outcomes]
     run, noted = found.run, [note for _, some in each for note in some]
-    note = notes(run.forwards, sum(backwards for backwards, _ in each), noted, told["doubts"])
+    note = notes(run.forwards, sum(backwards for backwards, _ in each), noted, question["doubts"])
     return SweepResult(replace(found.table, run=replace(run, note=note)))
 
 

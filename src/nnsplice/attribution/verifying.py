@@ -44,8 +44,8 @@ def verified(
         if pairs:
             found = run_paths(model, of_edges(plan, cells), pairs, **running)
             exact[:, cells, receivers] = found.table.values
-    told = {"k": k, "of": int((~np.isnan(sizes)).sum()), "seed": plan.seed}
-    return SweepResult(replace(table, exact=exact, asked={**table.asked, "verify": told}))
+    verify = {"k": k, "of": int((~np.isnan(sizes)).sum()), "seed": plan.seed}
+    return SweepResult(replace(table, exact=exact, asked={**table.asked, "verify": verify}))
 
 
 def _others(sizes: np.ndarray, k: int, seed: int) -> np.ndarray:

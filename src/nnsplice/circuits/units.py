@@ -99,7 +99,7 @@ def plan(
 
 
 def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
-    record, model = plan.told, models.model
+    record, model = plan.question, models.model
     check_mode(model)
     engine.refuse_edits(model)
     engine.refuse_changed_logits(model, bare=True)
@@ -134,7 +134,7 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
 
 
 def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> Faithfulness:
-    record = plan.told
+    record = plan.question
     run = together([Run(**text_in(arrays["run"])) for _, arrays in outcomes])
     return report(
         [Point(*point) for point in record["points"]], rows_of(outcomes, "values"), rows_of(outcomes, "clean"),

@@ -33,8 +33,8 @@ def work(folder: RunFolderArgument) -> None:
     parent = os.environ.get("NNSPLICE_PARENT", "")
     worker = Worker(RunFolder.open(folder), parent=int(parent) if parent else None)
     code = worker.work()
-    why = f"; {worker.told['reason']}" if "reason" in worker.told else ""
-    say(f"{worker.told['state']}: {counted(worker.told['units'], 'unit')}{why}")
+    why = f"; {worker.record['reason']}" if "reason" in worker.record else ""
+    say(f"{worker.record['state']}: {counted(worker.record['units'], 'unit')}{why}")
     if code:
         raise typer.Exit(code)
 

@@ -1,24 +1,24 @@
 """Results: what a sweep returns.
 
 table           the measured values as plain arrays: Cell, Run, Table
-result          SweepResult: everything below as methods of one value
-kinds           which kind of site is meant
-measures        changes and shares of the way back, pooled over prompts
+result          SweepResult, the public class; the work is in the modules below
+kinds           the kinds of site in a result
+measures        change and effect, pooled over prompts
 uncertainty     intervals, tests and stability of averages over prompts
 labelled        grid with named axes, rows, the best cells
-roles           tokens by what they are in their prompts
-estimates       what estimates are made of, and how far off those were that were checked
-figure          which plane of a grid a figure shows
-page            a page that stands by itself; page.html is how it looks
-display         what a notebook shows
-files           a result on disk, and the digest that is its identity
-pairs           of two sites each: a square figure, and both names in a table
-zarr_files      the same as a Zarr store, a chunk for each prompt
-parquet         its rows as a Parquet file
-several         one of several metrics, and all of them side by side
-merging         shards, and parts with prompts of their own, put together
-parts           what was asked of some of the prompts
-journal         what is appended while a sweep runs, so that it can go on after a stop
+roles           token roles: means over the positions with the same role
+estimates       edges of estimates, and their verification
+figure          the plane of a grid that a figure shows
+page            a self-contained HTML page; page.html is its template
+display         text and HTML representations
+files           files on disk, and the digest of a result
+pairs           results about pairs of sites: a square figure, both names in a table
+zarr_files      Zarr stores, with a chunk for each prompt
+parquet         Parquet files of the rows
+several         results of several metrics
+merging         merging of shards and of parts with some prompts
+parts           the identity of a part with some of the prompts
+journal         the journal of a running sweep, for resuming
 """
 
 from nnsplice.results.estimates import Miss, Verification

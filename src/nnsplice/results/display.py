@@ -15,7 +15,7 @@ SHOWN = 8
 
 
 def text(table: Table, metric: str) -> str:
-    """A line for the whole, one for each kind of site, one for the ends, one for the run."""
+    """A line of totals, one for each kind of site, one for the unedited runs, one for the run."""
     first, *others = _lines(table, metric)
     return "\n".join([f"SweepResult: {first}", *(f"  {line}" for line in others)])
 
@@ -31,14 +31,14 @@ def _lines(table: Table, metric: str) -> list[str]:
     part = " (a part)" if (table.exists & ~table.done).any() else ""
     cells = counted(int(table.done.sum()), "cell")
     whole = _whole(table)
-    told = [f"{kind}, all tokens at once" if kind in whole else kind for kind in kinds[:SHOWN]]
-    lines = [f"{cells}, {counted(prompts, 'prompt')}, {metric}{part}", *told]
+    sites = [f"{kind}, all tokens at once" if kind in whole else kind for kind in kinds[:SHOWN]]
+    lines = [f"{cells}, {counted(prompts, 'prompt')}, {metric}{part}", *sites]
     if len(kinds) > SHOWN:
         lines.append(f"... and {counted(len(kinds) - SHOWN, 'more kind')} of site")
     for at, name in enumerate(table.metrics):
-        lines.append(f"{name}: clean {_ends(table.clean[:, at])}, corrupted {_ends(table.corrupted[:, at])}")
+        lines.append(f"{name}: clean {_average(table.clean[:, at])}, corrupted {_average(table.corrupted[:, at])}")
     if not table.metrics:
-        lines.append(f"clean {_ends(table.clean)}, corrupted {_ends(table.corrupted)}")
+        lines.append(f"clean {_average(table.clean)}, corrupted {_average(table.corrupted)}")
     if method := estimates.method_of(table):
         edges = "" if table.edges is None else f", of {int((~np.isnan(measures.mean(table.edges))).sum())} edges"
         lines.append(f"measured{edges}" if method == "exact" else f"estimated by {method}{edges}, not measured")
@@ -54,14 +54,14 @@ def _lines(table: Table, metric: str) -> list[str]:
 
 
 def _whole(table: Table) -> set[str]:
-    """The kinds of site whose cells change all tokens of a prompt at once; in a sweep of weights there are none."""
+    """The kinds of site whose cells change all tokens of a prompt at once; none in a sweep of weights."""
     if "align" not in table.asked:
         return set()
     split = {cell.component for cell in table.cells if (cell.position, cell.role, cell.set) != (None, None, None)}
     return {cell.component for cell in table.cells} - split
 
 
-def _ends(values: np.ndarray) -> str:
+def _average(values: np.ndarray) -> str:
     if not len(values):
         return "nothing"
     return f"{values[0]:.4g}" if len(values) == 1 else f"{measures.mean(values):.4g} in the mean"

@@ -28,7 +28,6 @@ class Miss:
     """
 
     path: str
-    #: Where an edge was estimated: the site that it ends at.
     receiver: str | None
     estimated: float
     exact: float
@@ -51,19 +50,11 @@ class Verification:
             above the smallest of the first k.
     """
 
-    #: How many of the largest estimates were computed, and how many of the others.
     k: int
     others: int
-    #: Spearman's, between estimated and exact sizes of all that was computed. NaN where there is nothing to rank.
     rank_correlation: float
-    #: Which share of the truly largest k is among the first k. Exact where everything was computed, else estimated:
-    #: each of the others stands for as many as it was drawn from.
     recall: float
-    #: The one whose estimate is furthest off.
     worst: Miss | None
-    #: Of the cells that are not among the first k: the largest share that can have a true size above the smallest of
-    #: those, at a confidence of 95% (Clopper and Pearson's bound, from the others that were drawn). Exact where all of
-    #: them were computed; 1 where none was.
     missed: float = 1.0
 
     def __str__(self) -> str:
@@ -87,54 +78,54 @@ def method_of(table: Table) -> str | None:
 
 
 def sizes_of(table: Table) -> np.ndarray:
-    """How large each estimate is, `[cell]` or `[cell, receiver]`: pooled over prompts, as `best` orders them."""
+    """`[cell]` or `[cell, receiver]`: the size of each estimate, pooled over prompts as in `best`."""
     return measures.size(table, measures.change(table) if table.edges is None else table.edges)
 
 
 def first(sizes: np.ndarray, k: int) -> np.ndarray:
-    """The flat numbers of the k largest, the largest first; never one that is not there."""
+    """The flat indices of the k largest sizes in descending order, without NaN."""
     flat = sizes.reshape(-1)
     order = np.argsort(-flat, kind="stable")[:k]
     return order[~np.isnan(flat[order])]
 
 
 def verification(table: Table) -> Verification:
-    """How the estimates stand beside what was computed.
+    """The estimates compared with the cells that were computed exactly.
 
     Raises:
-        BadArgument: nothing was.
+        BadArgument: no cell was.
     """
     if table.exact is None:
         raise BadArgument(
             "none of these estimates was computed exactly", write="ns.attribute(..., verify=20)   (the first 20)"
         )
-    told = table.asked["verify"]
+    verify = table.asked["verify"]
     moved = table.exact - measures.beside(table.corrupted, table.exact)
     estimated, exact = sizes_of(table).reshape(-1), measures.size(table, moved).reshape(-1)
     checked = ~np.isnan(exact)
     if not checked.any():
         return Verification(0, 0, float("nan"), float("nan"), None, 0.0)
-    k = min(told["k"], int(checked.sum()))
+    k = min(verify["k"], int(checked.sum()))
     chosen = np.zeros(len(exact), dtype=bool)
     chosen[np.flatnonzero(checked)[first(estimated[checked], k)]] = True
     others = checked & ~chosen
-    weight = np.where(chosen, 1.0, (told["of"] - k) / max(int(others.sum()), 1))[checked]
+    weight = np.where(chosen, 1.0, (verify["of"] - k) / max(int(others.sum()), 1))[checked]
     return Verification(
         k,
         int(others.sum()),
         spearman(estimated[checked], exact[checked]),
         recall(exact[checked], chosen[checked], weight, k),
         _worst(table, np.flatnonzero(checked)),
-        _missed(exact, chosen, others, told["of"] - k),
+        _missed(exact, chosen, others, verify["of"] - k),
     )
 
 
-#: How sure `Verification.missed` is.
+#: The confidence of the bound `Verification.missed`.
 CONFIDENCE = 0.95
 
 
 def _missed(exact: np.ndarray, chosen: np.ndarray, others: np.ndarray, rest: int) -> float:
-    """The largest share of the rest that can be larger than the smallest of the chosen."""
+    """An upper bound of the share of the rest that is larger than the smallest chosen cell."""
     if not rest:
         return 0.0
     larger = int((exact[others] > exact[chosen].min()).sum())
@@ -143,7 +134,7 @@ def _missed(exact: np.ndarray, chosen: np.ndarray, others: np.ndarray, rest: int
 
 
 def clopper_pearson(found: int, drawn: int, confidence: float) -> float:
-    """The largest share at which so few of those that were drawn are no less likely than 1 - confidence.
+    """Clopper and Pearson's upper bound of a share, of which `found` among `drawn` were seen.
 
     >>> from nnsplice.results.estimates import clopper_pearson
     >>> round(clopper_pearson(0, 59, 0.95), 4)     # the rule of three, nearly
@@ -162,7 +153,7 @@ def clopper_pearson(found: int, drawn: int, confidence: float) -> float:
 
 
 def _at_most(found: int, drawn: int, share: float) -> float:
-    """How likely it is to find at most so many, where each is one with this chance."""
+    """The binomial probability of at most `found` among `drawn`."""
     if not 0 < share < 1:
         return float(share <= 0 or found >= drawn)
     logs = [
@@ -174,14 +165,14 @@ def _at_most(found: int, drawn: int, share: float) -> float:
 
 
 def recall(exact: np.ndarray, chosen: np.ndarray, weight: np.ndarray, k: int) -> float:
-    """Which share of the truly largest k was chosen, where each stands for `weight` of them."""
+    """The share of the truly largest k that was chosen; each cell stands for `weight` cells."""
     order = np.argsort(-exact, kind="stable")
     room = np.clip(k - np.concatenate([[0.0], np.cumsum(weight[order])[:-1]]), 0.0, weight[order])
     return float((room * chosen[order]).sum() / room.sum())
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The correlation of two orders; equal numbers share the mean of their ranks."""
+    """Spearman's rank correlation; equal numbers share the mean of their ranks."""
     if len(a) < 2:
         return float("nan")
     ranks = [_ranks(values) for values in (a, b)]
@@ -212,7 +203,7 @@ def _worst(table: Table, checked: np.ndarray) -> Miss:
 
 
 def _sender(table: Table, number: int) -> str:
-    """A sender as `path_patch` takes it: all its tokens at once are no positions there, and `[:]` each by itself."""
+    """A sender as `path_patch` takes it: without a position for all tokens at once, as `[:]` means one by one there."""
     cell = table.cells[number]
     return cell.path.removesuffix("[:]") if cell.position is None else cell.path
 

@@ -22,7 +22,7 @@ ROOM = 44
 
 @dataclass(frozen=True)
 class Plane:
-    """What `plots.heatmap` takes."""
+    """The arguments of `plots.heatmap`."""
 
     values: np.ndarray
     rows: list[str]
@@ -40,18 +40,18 @@ def draw(
     method: str | None,
     ax: plots.Axes | None,
 ) -> plots.Axes:
-    """A heatmap of an array of effects, values or changes, with all that its labels have to say."""
+    """A heatmap of an array of effects, values or changes, with its labels."""
     shown = plane(table, array, prompt)
     words = wording.metric_words(table, metric, prompt)
     labels = {"effect": f"share of the effect on {metric} restored", "value": words, "change": f"change of {words}"}
     prompts = len(table.clean)
     many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
     which = "" if prompts == 1 else many if prompt is None else f", prompt {table.prompts[prompt]}"
-    what = array.attrs["component"] + which + (f", estimated by {method}" if method else "")
+    heading = array.attrs["component"] + which + (f", estimated by {method}" if method else "")
     pair = [f"{name}: {wording.brief(text)}" for name, text in wording.prompt_lines(table, prompt)]
-    title = "\n".join([what, *([words] if words != metric else []), *pair])
+    title = "\n".join([heading, *([words] if words != metric else []), *pair])
     if len(shown.columns) == 1 and len(shown.rows) > 1:
-        # One column is a list of numbers: their sizes are read off bars, and not off colours.
+        # One column: bars are easier to compare than colours.
         return plots.bars(
             list(map(float, shown.values[:, 0])),
             names=shown.rows,
@@ -74,10 +74,10 @@ def draw(
 
 
 def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
-    """Layers downwards; across are the tokens, or the heads where there is one position.
+    """Layers as rows; tokens as columns, or heads where there is one position.
 
     Args:
-        prompt: which prompt; left out, the mean over all of them.
+        prompt: the prompt; None is the mean over all prompts.
     """
     labelled.check_prompt(table, prompt)
     labelled.check_mean(table, prompt, "plot", grid.attrs["component"])
@@ -87,32 +87,32 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
     labels = {axis: _labels(table, grid, axis, prompt) for axis in axes}
     order = [axes.index(axis) for axis in down + across]
     rows = _joined(labels, down) or [grid.attrs["component"]]
-    # One column for all: the tokens of a set stand in its name.
-    only, alone = ("together", "") if "set" in axes else ("all tokens", "position")
-    columns = _joined(labels, across) or [only]
+    # A single column; the tokens of a set are in its name.
+    column, column_label = ("together", "") if "set" in axes else ("all tokens", "position")
+    columns = _joined(labels, across) or [column]
     return Plane(
         values.transpose(order).reshape(len(rows), len(columns)),
         rows,
         columns,
         ".".join(down) or "place",
-        across[0] if len(across) > 1 and grid.sizes[across[-1]] == 1 else ".".join(across) or alone,
+        across[0] if len(across) > 1 and grid.sizes[across[-1]] == 1 else ".".join(across) or column_label,
     )
 
 
 def sides(axes: list[str], sizes: list[int]) -> tuple[list[str], list[str]]:
-    """Which axes go down and which across: parts of a layer leave the width to the tokens where there are several."""
+    """The axes of rows and of columns: heads and the like are columns, unless there are several tokens."""
     parts = [axis for axis in axes if axis in AXES[1:]]
     named = [axis for axis in axes if axis in OF_TOKENS]
     tokens = bool(named) and (sizes[axes.index(named[0])] > 1 or not parts)
     across = named if tokens else [*parts, *named]
-    # An axis that is on neither side has one label.
+    # An axis on neither side has one label.
     return [axis for axis in axes if axis in ("layer", "set") or (tokens and axis in parts)], across
 
 
 def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:
     if not axes:
         return []
-    # Heads at one position are labelled by their heads.
+    # An axis with one label is left out of the labels.
     shown = [axis for axis in axes if len(labels[axis]) > 1] or axes[:1]
     found = [""]
     for axis in shown:
@@ -121,7 +121,7 @@ def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:
 
 
 def _labels(table: Table, grid: xr.DataArray, axis: str, prompt: int | None) -> list[str]:
-    """The texts along an axis: tokens for positions, where all prompts that are shown have the same."""
+    """The labels of an axis; positions are labelled by their tokens where all shown prompts have the same."""
     numbers = [str(label) for label in grid.coords[axis].values]
     if axis == "set":
         return [short(name) for name in numbers]
@@ -144,6 +144,6 @@ def _labels(table: Table, grid: xr.DataArray, axis: str, prompt: int | None) -> 
 
 
 def short(name: str) -> str:
-    """A set's name with its heads in their short form, as far as there is room."""
+    """A set's name with heads in short form, cut to `ROOM` characters."""
     text = re.sub(r"layers\[(\d+)\]\.heads\[(\d+)\]\.output", r"L\1H\2", name)
     return text if len(text) <= ROOM else f"{text[: ROOM - 3]}..."

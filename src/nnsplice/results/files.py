@@ -1,7 +1,6 @@
-"""Results on disk: a safetensors file of the arrays, and all that is text as JSON in its header.
+"""Results on disk: a safetensors file of the arrays, with all texts as JSON in its header.
 
-Nothing is ever unpickled. A file is written under another name and renamed when it is whole, and it holds its own
-digest, so that damage to a number is found as surely as damage to the form.
+Nothing is unpickled. Files are written atomically and hold their digest, so that any damage is found.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ KIND = "SweepResult"
 FORMAT = 1
 WRITTEN = "a file that SweepResult.to_file wrote"
 
-#: Fields of a cell that stand in every file: its path, its kind, its numbers and its position.
+#: The number of fields of a cell that every file has: path, kind, indices and position.
 _ALWAYS = 8
 _ARRAYS = {"values": "F64", "done": "BOOL", "exists": "BOOL", "clean": "F64", "corrupted": "F64"}
-#: What only estimates, means by role, and parts of a sum have.
+#: Arrays of estimates, means by role, and parts of a sum.
 _MORE = {"edges": "F64", "exact": "F64", "counts": "F64", "rest": "F64"}
 
 
 def digest(table: Table) -> str:
-    """What was asked and what was measured, as one number; what running cost is left out."""
+    """A hash of the question and the values; the cost of the run is left out."""
     summed = hashlib.sha256(canonical(texts(table)).encode())
     for name, found in _arrays(table).items():
         if name in _MORE:
@@ -52,10 +51,10 @@ def _arrays(table: Table) -> dict[str, np.ndarray]:
 
 
 def canonical(value: Any) -> str:
-    """One text for equal values: plain data as JSON, its keys in order.
+    """Plain data as JSON with sorted keys: equal values have equal texts.
 
     Raises:
-        BadType: what was asked is not plain data.
+        BadType: the value is not plain data.
     """
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_number)
@@ -66,14 +65,14 @@ def canonical(value: Any) -> str:
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The value as JSON gives it back: tuples are lists there, and every key a text."""
+    """The value after a round trip through JSON: tuples become lists, and keys texts."""
     return json.loads(canonical(dict(value)))
 
 
 def differences(
     there: Mapping[str, Any], here: Mapping[str, Any], names: tuple[str, str] = ("there", "here")
 ) -> list[str]:
-    """A line for each key in which two asks differ."""
+    """A line for each key in which two questions differ."""
     a, b = plain(there), plain(here)
     return [
         f"{key}: {_short(a.get(key))} {names[0]}, {_short(b.get(key))} {names[1]}"
@@ -83,12 +82,12 @@ def differences(
 
 
 def write(path: str | os.PathLike[str], table: Table) -> None:
-    """Write a table: the whole of it, or nothing, and then the file that was there stays."""
+    """Write a table, atomically."""
     from safetensors.numpy import save_file
 
     header = {
         "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "digest": digest(table),
-        "run": told_of_run(table), "labels": dict(table.labels), **texts(table),
+        "run": dataclasses.asdict(table.run), "labels": dict(table.labels), **texts(table),
     }  # fmt: skip
     arrays = _arrays(table)
     with whole(path) as temporary:
@@ -154,22 +153,16 @@ def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
 
 
 def texts(table: Table) -> dict[str, Any]:
-    """All that is text in a table, as plain data; its identity with the arrays."""
-    # Rows and not dictionaries: the names of a cell's fields would be most of the header.
-    rows = (dataclasses.astuple(cell) for cell in table.cells)
-    cells = [_short_row(row) for row in rows]
-    told: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
+    """All texts of a table as plain data; with the arrays they are its identity."""
+    # Tuples, as the field names of the cells would be most of the header.
+    cells = [_short_row(dataclasses.astuple(cell)) for cell in table.cells]
+    found: dict[str, Any] = {"asked": dict(table.asked), "cells": cells, "tokens": table.tokens}
     more = {"receivers": table.receivers, "metrics": table.metrics}
-    return told | {name: value for name, value in more.items() if value}
-
-
-def told_of_run(table: Table) -> dict[str, Any]:
-    """What running cost, as plain data."""
-    return dataclasses.asdict(table.run)
+    return found | {name: value for name, value in more.items() if value}
 
 
 def _short_row(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Without what it lacks at its end: most cells have no role, and are no set and no edge."""
+    """A cell's fields without trailing None: most cells have no role, set, key or feature."""
     stop = len(row)
     while stop > _ALWAYS and row[stop - 1] is None:
         stop -= 1

@@ -1,8 +1,8 @@
 """The journal of a sweep: a line for every finished chunk, from which the same call resumes.
 
-The first line says what was asked; a journal of another question is refused and left as it is. A last line that was
-cut off by a stop is dropped; a damaged line before it is an error. Numbers are written in hexadecimal, so that they
-come back to the bit. One process at a time writes a journal.
+The first line is the question; a journal of another question is refused. An incomplete last line is dropped; a damaged
+line before it is an error. Numbers are written in hexadecimal, so that they are read back exactly. One process at a
+time writes a journal.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Journal:
         """Use `Journal.open`."""
         self.path = path
         self._lock, self._records, self._texts, self._chunks = lock, records, texts, chunks
-        # Without a buffer: what could not be written is not tried again when the file is closed.
+        # Unbuffered, so that closing the file does not retry a failed write.
         self._file = path.open("ab", buffering=0)
 
     @classmethod
@@ -58,9 +58,8 @@ class Journal:
         """Begin a journal, or go on with one about the same question.
 
         Args:
-            asked: the identity of the sweep, plain data.
-            total: how many values there will be; a note for who reads the file, and no part of the identity: the
-                journal of a shard goes on as the journal of the whole.
+            asked: the question, plain data.
+            total: the number of values. Not part of the identity: the journal of a shard may be resumed by the whole.
 
         Raises:
             FileError: the file is about another question, is damaged, is no journal, or is being written.
@@ -73,10 +72,10 @@ class Journal:
         try:
             raw = target.read_bytes() if target.exists() else b""
             if b"\n" not in raw and header.startswith(raw[: header.rindex(b'"total"')]):
-                _begin(target, header)  # nothing is there, or the beginning of the same first line
+                _begin(target, header)  # the file is empty, or ends in the same first line
                 return cls(target, lock, {}, {}, 0)
             records, texts, chunks, whole = _read(target, raw, asked)
-            if whole < len(raw):  # the line that a stop cut off
+            if whole < len(raw):  # an incomplete last line
                 with target.open("r+b") as file:
                     file.truncate(whole)
                     os.fsync(file.fileno())
@@ -86,11 +85,11 @@ class Journal:
             raise
 
     def done(self) -> Records:
-        """(prompt, cell) -> value, of everything that stands in the journal."""
+        """(prompt, cell) -> value, for every cell in the journal."""
         return dict(self._records)
 
     def texts(self) -> Texts:
-        """(prompt, cell) -> what was written there beside its value."""
+        """(prompt, cell) -> the text beside its value."""
         return dict(self._texts)
 
     def __len__(self) -> int:
@@ -99,10 +98,10 @@ class Journal:
     def append(
         self, prompts: Sequence[int], cells: Sequence[int], values: Sequence[float], texts: Sequence[str] = ()
     ) -> None:
-        """Write a finished chunk, and have it on the disk before going on.
+        """Write a finished chunk to the disk.
 
         Args:
-            texts: one for each value, where there is one to keep.
+            texts: a text for each value, or none.
 
         Raises:
             BadArgument: the lists are of different length, or a cell was written before with another value.
@@ -117,13 +116,10 @@ class Journal:
         }
         if texts:
             record["text"] = [str(text) for text in texts]
-        if len({len(column) for column in (prompts, cells, values, texts or values)}) > 1:
-            told = f", {len(texts)} texts" if texts else ""
+        columns = {"prompt": prompts, "cell": cells, "value": values, **({"text": texts} if texts else {})}
+        if len(set(map(len, columns.values()))) > 1:
             raise BadArgument(
-                ", ".join(
-                    counted(len(some), what) for some, what in ((prompts, "prompt"), (cells, "cell"), (values, "value"))
-                )
-                + told,
+                ", ".join(counted(len(column), name) for name, column in columns.items()),
                 expected="one value for each pair, and one text or none at all",
             )
         new = _values(record)
@@ -135,7 +131,7 @@ class Journal:
         self._texts.update(zip(new, texts, strict=True) if texts else ())
 
     def _write(self, line: bytes) -> None:
-        """Have a line on the disk, or nothing of it, as on a disk that is full."""
+        """Write a line to the disk, or nothing of it if that fails, as on a full disk."""
         end, rest = os.fstat(self._file.fileno()).st_size, memoryview(line)
         try:
             while rest:
@@ -178,7 +174,7 @@ def _begin(path: Path, header: bytes) -> None:
 
 
 def _read(path: Path, raw: bytes, asked: Mapping[str, Any]) -> tuple[Records, Texts, int, int]:
-    """The records, their texts, how many chunks they are, and how many bytes of the file are whole lines."""
+    """The values, their texts, the number of chunks, and the number of bytes in complete lines."""
     first, *lines = raw.split(b"\n")
     header = _parsed(first)
     if header is None or header.get("kind") != KIND or not lines:
@@ -207,11 +203,11 @@ def _read(path: Path, raw: bytes, asked: Mapping[str, Any]) -> tuple[Records, Te
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line whose sum is right, else None."""
+    """A line with the right checksum, else None."""
     try:
         record = json.loads(line)
-        told = record.pop("sum")
-        return record if told == _sum(record) else None
+        checksum = record.pop("sum")
+        return record if checksum == _sum(record) else None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
 
@@ -222,7 +218,7 @@ def _values(record: Mapping[str, Any]) -> Records:
 
 
 def _conflict(records: Records, new: Records) -> str | None:
-    """What is in both with different values."""
+    """A message about a cell that has another value in both, else None."""
     for key, value in new.items():
         if key in records and not np.array_equal(records[key], value, equal_nan=True):
             prompt, cell = key

@@ -11,15 +11,15 @@ from nnsplice.results.table import Cell
 
 
 def kinds_of(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """The kinds, in the order in which they first come."""
+    """The kinds of site, in the order of their first cells."""
     return tuple(dict.fromkeys(cell.component for cell in cells))
 
 
 def kind_named(cells: Sequence[Cell], name: str | Path | None) -> str:
-    """The kind that is meant; it need not be said where there is only one.
+    """The kind with this name, or of this site; None is the only kind.
 
     Raises:
-        BadArgument: it has to be said, or the name fits several.
+        BadArgument: None where there are several kinds, or a name that fits several.
         UnknownPath: no kind has this name.
     """
     kinds = kinds_of(cells)
@@ -51,7 +51,7 @@ def kind_named(cells: Sequence[Cell], name: str | Path | None) -> str:
 
 
 def _place(name: str | Path) -> Path | None:
-    """The site that a path stands at, without its identity in a model; None for a text that is no path."""
+    """The site of a path, without its identity in a model; None for a text that is no path."""
     try:
         return replace(parse_path(name).place, site=None)
     except PathError:

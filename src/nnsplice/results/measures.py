@@ -11,64 +11,64 @@ import numpy as np
 
 from nnsplice.results.table import Table
 
-#: Where clean and corrupted run differ by less of their size, a share of their difference means nothing.
+#: A total effect below this share of the metric's size counts as none.
 TINY = 1e-6
-#: Below this share of the usual total effect, a prompt's own ratio is mostly noise; and so is a pooled one where total
+#: Below this share of the usual total effect, a prompt's own ratio is mostly noise. So is a pooled ratio where total
 #: effects of both signs cancel to less than this share of their size.
 SMALL = 0.1
 
 
 def quiet() -> np.errstate:
-    """Sums past the largest number are infinite, and infinity less infinity is no number; no warning about either."""
+    """No warnings about overflow, division by zero and NaN: they are results here."""
     return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
 def mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the first axis of what is there, and NaN where nothing is; no warning about that."""
+    """The mean over the first axis without NaN; NaN where there is no number, without a warning."""
     there = ~np.isnan(values)
     with quiet():
         return np.where(there, values, 0.0).sum(0) / np.where(there.any(0), there.sum(0), np.nan)
 
 
 def span(table: Table) -> np.ndarray:
-    """`[prompt]`: the total effect, clean less corrupted."""
+    """`[prompt]`: the total effect, clean minus corrupted."""
     with quiet():
         return table.clean - table.corrupted
 
 
 def spanless(table: Table) -> np.ndarray:
-    """`[prompt]`: whether the clean and the corrupted run have no difference to take a share of."""
+    """`[prompt]`: whether the total effect is zero, so that no share of it can be taken."""
     whole = np.abs(span(table))
     return ~_enough(whole, np.maximum(np.abs(table.clean), np.abs(table.corrupted)))
 
 
 def change(table: Table) -> np.ndarray:
-    """`[prompt, cell]`: how far the metric moved from the corrupted run's."""
+    """`[prompt, cell]`: the metric minus that of the corrupted run."""
     with quiet():
         return table.values - table.corrupted[:, None]
 
 
 def effect(table: Table) -> np.ndarray:
-    """`[prompt, cell]`: changes, counted in the mean total effect, so that their mean over prompts is the pooled share.
+    """`[prompt, cell]`: changes in units of the mean total effect; their mean over prompts is the pooled effect.
 
-    NaN where there is no way from corrupted to clean in the mean.
+    NaN where the mean total effect is zero.
     """
     return pooled(table, change(table))
 
 
 def pooled(table: Table, moved: np.ndarray) -> np.ndarray:
-    """`[prompt, ...]` differences in units of the mean total effect of those prompts that have one."""
+    """`[prompt, ...]`: differences in units of the mean total effect of the prompts that have one."""
     spans = beside(span(table), moved)
     sizes = beside(np.maximum(np.abs(table.clean), np.abs(table.corrupted)), moved)
     there = ~np.isnan(moved) & np.isfinite(spans)
     with quiet():
         way, size = (mean(np.where(there, values, np.nan)) for values in (spans, sizes))
         share = np.where(there & _enough(np.abs(way), size), moved / way, np.nan)
-    return share + 0.0  # and no minus zero, where nothing changed and the way goes down
+    return share + 0.0  # no minus zero
 
 
 def share(table: Table) -> np.ndarray:
-    """`[prompt, cell]`: each prompt's own share of its own way; NaN where it has none."""
+    """`[prompt, cell]`: changes divided by each prompt's own total effect; NaN where it is zero."""
     usable = ~spanless(table)
     found = np.full(table.values.shape, np.nan)
     with quiet():
@@ -77,23 +77,22 @@ def share(table: Table) -> np.ndarray:
 
 
 def size(table: Table, moved: np.ndarray) -> np.ndarray:
-    """How large differences are where cells are compared: the pooled share's size, or where no prompt has a way, the
-    size of the mean difference itself."""
+    """The size of differences, for comparing cells: the absolute pooled effect; without total effects, the mean."""
     shares = mean(pooled(table, moved))
     return np.abs(mean(moved) if np.isnan(shares).all() else shares)
 
 
 def shown(table: Table) -> str:
-    """What a figure shows by itself: `"effect"`, or `"change"` where no prompt has one."""
+    """The default measure of a figure: `"effect"`, or `"change"` where every total effect is zero."""
     return "change" if spanless(table).all() else "effect"
 
 
 def doubts(table: Table, metric: str, *, own: bool, prompt: int | None = None) -> list[str]:
-    """What a reader of shares has to know: which are none, and which are too small to trust.
+    """Warnings for a reader of effects: total effects that are zero, or too small to divide by.
 
     Args:
-        own: whether they are each prompt's own.
-        prompt: the one that is meant; all of them, if left out.
+        own: about each prompt's own ratio, not the pooled effect.
+        prompt: the prompt; None is all of them.
     """
     chosen = np.arange(len(table.clean)) if prompt is None else np.arange(len(table.clean))[[prompt]]
     whole = np.abs(span(table))
@@ -104,8 +103,8 @@ def doubts(table: Table, metric: str, *, own: bool, prompt: int | None = None) -
             mean(np.where(np.isfinite(whole), np.maximum(np.abs(table.clean), np.abs(table.corrupted)), np.nan))
         )
         if not _enough(np.array(way), np.array(sized)):
-            told = "the same" if spanless(table).all() else "the same in the mean"
-            return [_none(metric, told, table.prompts[spanless(table)])]
+            equal = "the same" if spanless(table).all() else "the same in the mean"
+            return [_none(metric, equal, table.prompts[spanless(table)])]
         if way < SMALL * usual:
             return [
                 f"the total effects of the prompts have both signs and cancel: {way:.3g} in the mean, of {usual:.3g} "
@@ -124,10 +123,10 @@ def doubts(table: Table, metric: str, *, own: bool, prompt: int | None = None) -
     return found
 
 
-def _none(metric: str, told: str, prompts: np.ndarray) -> str:
+def _none(metric: str, equal: str, prompts: np.ndarray) -> str:
     of = f" for prompt {_numbers(prompts)}" if len(prompts) else ""
     return (
-        f"{metric} of clean and corrupted runs is {told}{of}, so there is no share of their difference: NaN there; "
+        f"{metric} of clean and corrupted runs is {equal}{of}, so there is no share of their difference: NaN there; "
         "change() has the differences themselves"
     )
 
@@ -142,5 +141,5 @@ def _enough(whole: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 
 def beside(ends: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A number for each prompt, beside whatever else the values have."""
+    """`[prompt, 1, ...]`: a number per prompt that broadcasts over the other axes of the values."""
     return ends.reshape(-1, *[1] * (values.ndim - 1))

@@ -13,13 +13,13 @@ from nnsplice.results import files
 from nnsplice.results.parts import PART, common, joined
 from nnsplice.results.table import Run, Table
 
-#: How far two runs of one prompt may lie apart, as a share of the largest number.
+#: The tolerance between the metrics of two unedited runs of one prompt, relative to the largest.
 ROUNDING = 5e-2
 SHARDS = "the results of one plan's shards"
 
 
 def merge(tables: Sequence[Table]) -> Table:
-    """Every cell that one of the tables has; a cell that several have must be the same in all."""
+    """One table with the cells of all; a cell of several tables must have the same value in all."""
     if not tables:
         raise BadArgument("nothing to merge", expected=SHARDS)
     if any(PART in table.asked for table in tables):
@@ -46,7 +46,7 @@ def merge(tables: Sequence[Table]) -> Table:
 
 
 def _spread(tables: Sequence[Table]) -> list[Table]:
-    """Tables of parts, each with a row for every prompt that one of them has."""
+    """The tables of parts, each extended to the prompts of all parts."""
     for number, other in enumerate(tables):
         if PART not in other.asked or files.differences(common(tables[0].asked), common(other.asked)):
             names = ("in result 0", f"in result {number}")
@@ -64,20 +64,20 @@ def _spread(tables: Sequence[Table]) -> list[Table]:
         rows = np.array([place[number] for number in table.prompts.tolist()])
         for name, whole in unedited.items():
             there, new = whole[rows], getattr(table, name)
-            seen = ~np.isnan(there)
-            if there[seen].shape and not _same(name, there[seen], new[seen]):
+            known = ~np.isnan(there)
+            if there[known].shape and not _same(name, there[known], new[known]):
                 raise KeyMismatch(
                     f"result {at} has other values of {name} than those before it, so their runs were not the same",
                     expected=SHARDS,
                 )
-            whole[rows] = np.where(seen, there, new)  # of a prompt in several parts, the first one's
+            whole[rows] = np.where(known, there, new)  # of a prompt in several parts, the value of the first
         exists[rows] |= table.exists
         tokens.update(zip(table.prompts.tolist(), table.tokens, strict=False))
     texts = tuple(tokens[number] for number in numbers) if tokens else ()
-    return [_at(table, place, asked, exists, texts, unedited) for table in tables]
+    return [_extended(table, place, asked, exists, texts, unedited) for table in tables]
 
 
-def _at(
+def _extended(
     table: Table,
     place: Mapping[int, int],
     asked: Mapping[str, Any],
@@ -85,7 +85,7 @@ def _at(
     tokens: tuple[tuple[str, ...], ...],
     unedited: Mapping[str, np.ndarray],
 ) -> Table:
-    """The table with its prompts at these sites among others."""
+    """The table with its prompts at these rows of a larger one."""
     rows = np.array([place[number] for number in table.prompts.tolist()])
     if any(array is not None for array in (table.edges, table.exact, table.counts, table.rest)):
         raise BadArgument("parts with edges, checked estimates or roles", expected="parts as they were run")
@@ -117,19 +117,19 @@ def _check_same(first: Table, other: Table, number: int) -> None:
 
 
 def _same(name: str, a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two results agree; unedited runs are made anew for each, and round otherwise beside other prompts."""
+    """Whether two results agree; unedited runs are repeated in each, and may round differently in other batches."""
     if name not in ("clean", "corrupted") or a.shape != b.shape:
         return np.array_equal(a, b, equal_nan=name != "exists")
     return agree(a, b)
 
 
 def agree(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether the metrics of two unedited runs of the same prompts are equal, within rounding in any precision."""
+    """Whether the metrics of two unedited runs of the same prompts are equal up to rounding in any precision."""
     return bool(np.isclose(a, b, rtol=ROUNDING, atol=ROUNDING * float(np.abs([a, b]).max(initial=0))).all())
 
 
 def together(runs: Sequence[Run]) -> Run:
-    """What all of them cost."""
+    """The cost of several runs."""
     return Run(
         executor=", ".join(dict.fromkeys(run.executor for run in runs if run.executor)),
         seconds=sum(run.seconds for run in runs),

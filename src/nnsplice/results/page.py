@@ -1,7 +1,7 @@
 """A result as a self-contained HTML page.
 
-The page is `page.html`, which draws what stands in it as JSON. All texts reach the page as text, so a token can say
-whatever it likes, and the page's own policy forbids it to load anything.
+The template `page.html` draws the JSON data that it holds. All texts are escaped, so a token may be any text, and the
+page's policy forbids it to load anything.
 """
 
 from __future__ import annotations
@@ -25,36 +25,34 @@ from nnsplice.results.table import Table
 
 #: The path of a cell -> for each prompt its likeliest tokens.
 Tokens = Mapping[str, Sequence[Sequence[str]]]
-#: Digits of a number on the page; the file has all of them.
+#: Significant digits of a number on the page.
 DIGITS = 7
-
-
-#: Where a head's pattern stands in a capture, one query by itself.
+#: The path of a head's pattern at one query.
 _PATTERN = re.compile(r"layers\[(\d+)\]\.heads\[(\d+)\]\.pattern\[(\d+)\]")
 
 
 def write(
     path: str | os.PathLike[str], table: Table, metric: str, *, patterns: Any = None, tokens: Tokens | None = None
 ) -> None:
-    """Write the page: the whole of it, or nothing."""
+    """Write the page, atomically."""
     text = page(table, metric, patterns=patterns, tokens=tokens)
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def page(table: Table, metric: str, *, patterns: Any = None, tokens: Tokens | None = None) -> str:
-    """The page's text.
+    """The text of the page.
 
     Args:
-        metric: its name; of several, the page lets one be chosen.
-        patterns: a capture of attention patterns, which a click on a head shows.
-        tokens: the likeliest tokens of cells, by their paths and for each prompt.
+        metric: the metric's name; with several metrics the page has a choice.
+        patterns: a capture of attention patterns; a click on a head shows its pattern.
+        tokens: the likeliest tokens of cells, by path and for each prompt.
     """
     template = resources.files("nnsplice.results").joinpath("page.html").read_text(encoding="utf-8")
     before, between, after = template.split("@@")
     model = wording.model_name(table.asked)
     title = f"{metric}, {model}" if model else metric
-    # `<` could end the script that the data stands in; as an escape it is the same JSON.
+    # `<` could end the script that holds the data; escaped it is the same JSON.
     each = {name: several.one(table, name) for name in table.metrics} or {metric: table}
     more = {"patterns": _patterns(patterns, len(table.clean)), "tops": _tops(tokens, table)}
     data = json.dumps([_data(one, name) | more for name, one in each.items()], separators=(",", ":"), allow_nan=False)
@@ -64,7 +62,7 @@ def page(table: Table, metric: str, *, patterns: Any = None, tokens: Tokens | No
 
 def _data(table: Table, metric: str) -> dict[str, Any]:
     moved = measures.change(table)
-    # One prompt shows its own share; all of them the pooled one, which is no mean of those.
+    # One prompt shows its own share; the mean over prompts shows the pooled effect.
     each = {"effect": measures.share(table), "change": moved, "value": table.values}
     pooled = {name: measures.mean(values) for name, values in {**each, "effect": measures.effect(table)}.items()}
     prompts = [
@@ -80,7 +78,7 @@ def _data(table: Table, metric: str) -> dict[str, Any]:
         "metric": metric,
         "words": wording.metric_words(table, metric, None),
         "model": wording.model_name(table.asked),
-        "operation": _told(table.asked, "operation"),
+        "operation": _name_of(table.asked, "operation"),
         "method": estimates.method_of(table) or "",
         "shown": measures.shown(table),
         "prompts": prompts,
@@ -89,7 +87,7 @@ def _data(table: Table, metric: str) -> dict[str, Any]:
 
 
 def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """One kind of site as the page draws it: its cells in rows and columns, and what each is."""
+    """One kind of site for the page: its axes, labels, cells and values."""
     numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
     labels, at = labelled.points([table.cells[n] for n in numbers])
     axes = list(labels)
@@ -99,7 +97,7 @@ def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mappi
     return {
         "name": kind,
         "axes": axes,
-        # Positions that are numbers stay numbers: the page takes their tokens from the prompt.
+        # Numeric positions stay numbers: the page looks their tokens up in the prompt.
         "labels": [
             [label if isinstance(label, int) else labelled.label_text(label) for label in of] for of in labels.values()
         ],
@@ -107,7 +105,7 @@ def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mappi
         "across": [axes.index(axis) for axis in across],
         "at": at.tolist(),
         "paths": [table.cells[n].path for n in numbers],
-        # A mean is offered where it mixes nothing unlike.
+        # Whether a mean over prompts makes sense.
         "mean": mean,
         "means": {
             name: [_number(value) if done else None for value, done in zip(values[numbers].tolist(), some, strict=True)]
@@ -126,7 +124,7 @@ def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mappi
 
 
 def _patterns(saved: Any, prompts: int) -> dict[str, list[list[list[float]]]]:
-    """Of each head, by `layer.head`: for each prompt its queries, and of each the share of every key."""
+    """`layer.head` -> `[prompt, query, key]`."""
     if saved is None:
         return {}
     found: dict[str, dict[int, np.ndarray]] = {}
@@ -164,13 +162,13 @@ def _tops(tokens: Tokens | None, table: Table) -> dict[str, list[list[str]]]:
 
 
 def _number(value: float) -> float | str:
-    """A number that JSON has, else its name: infinite and undefined ones are no JSON."""
+    """A finite number for JSON, else its name: JSON has no infinity and NaN."""
     value = float(value)
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)
 
 
-def _told(asked: Mapping[str, Any], key: str) -> str:
-    told = asked.get(key)
-    if isinstance(told, Mapping):
-        told = told.get("name", "")
-    return told if isinstance(told, str) else ""
+def _name_of(asked: Mapping[str, Any], key: str) -> str:
+    value = asked.get(key)
+    if isinstance(value, Mapping):
+        value = value.get("name", "")
+    return value if isinstance(value, str) else ""

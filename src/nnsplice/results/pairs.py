@@ -1,4 +1,4 @@
-"""Results of sites and of pairs of them: a square figure, and both names of a pair in a table."""
+"""Results about sites and pairs of sites: a square figure, and both names of a pair in a table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _places(table: Table) -> list[str]:
 
 
 def named(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
-    """A table with the columns `first` and `second`: the sites of a pair; of a site by itself only the first."""
+    """A table with the columns `first` and `second`: the sites of a pair; a single site has only the first."""
     places = _places(table)
     names: dict[str, tuple[str, str | None]] = {place: (place, None) for place in places}
     for (a, b), cell in zip(table.asked["pairs"], table.cells[len(places) :], strict=True):
@@ -43,9 +43,9 @@ def named(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: Table, prompt: int | None, of: str | None, ax: plots.Axes | None) -> plots.Axes:
-    """A square of all sites by all sites; of two numbers, the first above the diagonal and the second below it.
+    """A square of sites by sites; with two metrics, the first is above the diagonal and the second below it.
 
-    On the diagonal is nothing, as what a site does by itself is of another size than what two do beyond that.
+    The diagonal is empty, as the effect of one site has another scale than an interaction.
     """
     if of not in (None, "change"):
         raise BadArgument(f"of={of!r}, and interactions are changes of the metric", expected='of="change", or nothing')
@@ -57,8 +57,8 @@ def draw(table: Table, prompt: int | None, of: str | None, ax: plots.Axes | None
     above, below = (found[:, 0], found[:, 1]) if table.metrics else (found, found)
     square[pairs[:, 0], pairs[:, 1]] = above
     square[pairs[:, 1], pairs[:, 0]] = below
-    told = table.asked.get("metric")
-    metric = told.get("name", "the metric") if isinstance(told, Mapping) else "the metric"
+    identity = table.asked.get("metric")
+    metric = identity.get("name", "the metric") if isinstance(identity, Mapping) else "the metric"
     names = [re.sub(r"layers\[(\d+)\]\.(\w+)\.output", r"L\1 \2", short(place)) for place in places]
     title = f"{table.metrics[0]} above the diagonal, {table.metrics[1]} below" if table.metrics else "interaction"
     many = len(table.clean)

@@ -1,4 +1,4 @@
-"""Rows as a Parquet file, one prompt after the other; the only file that imports pyarrow."""
+"""Rows as a Parquet file; the only file that imports pyarrow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def write(path: str | os.PathLike[str], frames: Iterable[pd.DataFrame]) -> None:
-    """Write frames that have the same columns, each as a group of rows; the file appears when it is whole."""
+    """Write frames with the same columns, each as a row group, atomically."""
     try:
         import pyarrow as pa  # pyright: ignore[reportMissingImports]  (an extra)
         import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]

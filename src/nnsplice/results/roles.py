@@ -1,8 +1,7 @@
-"""Roles of tokens: the subject's last, the first after it, the last of all.
+"""Roles of tokens: the last token of the subject, the first after it, the last of the prompt.
 
-Prompts differ in length, so the mean over prompts of position 4 mixes unlike things. A role is the same thing in each
-of them. Of a prompt whose role has several tokens the mean of those is taken first: a long subject counts no more than
-a short one.
+Prompts differ in length, so a mean over prompts of position 4 mixes unlike tokens; a role is comparable. A role with
+several tokens in a prompt is averaged within the prompt first, so that long subjects do not count more.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from nnsplice.errors import BadArgument, BadType, SpanError, named
 from nnsplice.paths import Span, parse_path
 from nnsplice.results.table import AXES, Cell, Table
 
-#: The roles that a subject gives to a prompt's tokens, in the order of the literature's figures.
+#: The roles around a subject, in the order of the literature's figures.
 OF_SUBJECT = ("subject first", "subject middle", "subject last", "first after", "further", "last")
-#: What one role may be given as: a token or tokens, for all prompts or for each, or a span's name.
+#: A role's tokens: a position or positions, for all prompts or for each, or a span's name.
 Group = str | int | Sequence[int] | Sequence[Sequence[int]]
 Roles = Mapping[str, Group]
 Bounds = tuple[int, int]
@@ -29,8 +28,7 @@ _SPAN = re.compile(r'"?(?P<name>[^"]*?)"?(\[(?P<token>-?\d+)\])?')
 
 
 def of_subject(start: int, stop: int, length: int) -> dict[str, tuple[int, ...]]:
-    """The tokens of each role. Every token from the subject on has one: a subject of one token is its `subject last`,
-    and a prompt that ends with its subject has no `last`.
+    """The tokens of each role. A subject of one token is `subject last`; a prompt that ends with it has no `last`.
 
     >>> from nnsplice.results.roles import of_subject
     >>> [of_subject(1, 4, 7)[role] for role in ("subject last", "first after", "last")]
@@ -48,10 +46,10 @@ def of_subject(start: int, stop: int, length: int) -> dict[str, tuple[int, ...]]
 
 
 def by_role(table: Table, roles: Roles | None) -> Table:
-    """The same measurements with a cell for each role instead of each position.
+    """The table with a cell for each role instead of each position.
 
     Raises:
-        BadArgument: no cell stands for a token that has a role.
+        BadArgument: no cell is of a token with a role.
     """
     if table.edges is not None:
         raise BadArgument("edges are no tokens, so they have no roles", expected="a result about sites")
@@ -73,7 +71,7 @@ def by_role(table: Table, roles: Roles | None) -> Table:
             known[positions] = _found(positions, groups, lengths, spans)
         for role, rows in known[positions].items():
             if not any(row and table.exists[n, [members[at] for at in row]].all() for n, row in enumerate(rows)):
-                continue  # tokens without a partner in the clean prompt are no cells
+                continue  # tokens without a partner in the clean prompt have no cells
             place = parse_path(table.cells[members[0]].path).place
             cells.append(replace(table.cells[members[0]], path=str(place.at(Span(role))), position=None, role=role))
             columns.append(tuple(tuple(members[at] for at in row) for row in rows))
@@ -89,10 +87,10 @@ def by_role(table: Table, roles: Roles | None) -> Table:
 
 
 def spans_of(table: Table) -> dict[str, list[Bounds]]:
-    """The spans of the edited prompts, by name; none where nobody gave any."""
-    told = table.asked.get("corrupted")
-    told = told if isinstance(told, Mapping) else table.asked.get("prompts")
-    spans = (told.get("spans") if isinstance(told, Mapping) else None) or {}
+    """The spans of the edited prompts, by name."""
+    prompts = table.asked.get("corrupted")
+    prompts = prompts if isinstance(prompts, Mapping) else table.asked.get("prompts")
+    spans = (prompts.get("spans") if isinstance(prompts, Mapping) else None) or {}
     samples = table.asked.get("samples", 1)  # a trace has a row for each sample
     return {name: [(start, stop) for start, stop in rows[::samples]] for name, rows in spans.items()}
 
@@ -155,7 +153,7 @@ def _group(
 
 
 def _span_tokens(text: str, prompt: int, spans: Mapping[str, Sequence[Bounds]]) -> tuple[int, ...] | None:
-    """The tokens of `"subject"` or `"subject"[-1]`; None where that is no span of the prompts."""
+    """The tokens of `"subject"` or `"subject"[-1]`; None if the prompts have no such span."""
     match = _SPAN.fullmatch(text)
     if match is None or match["name"] not in spans:
         return None
@@ -167,7 +165,7 @@ def _span_tokens(text: str, prompt: int, spans: Mapping[str, Sequence[Bounds]]) 
 
 
 def _alike(cells: Sequence[Cell]) -> Iterable[tuple[int, ...]]:
-    """The numbers of cells that differ in their position alone."""
+    """Groups of cells, by number, that differ in their position only."""
     found: dict[tuple, list[int]] = {}
     for number, cell in enumerate(cells):
         if cell.position is not None:
@@ -181,7 +179,7 @@ def _found(
     lengths: Sequence[int],
     spans: Mapping[str, Sequence[Bounds]],
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Role -> for each prompt, which of these positions are its tokens; none where one of them has no cell."""
+    """Role -> for each prompt, the indices of the positions with this role; empty if a token has no cell."""
     found: dict[str, list[tuple[int, ...]]] = {role: [] for role in groups}
     for prompt, length in enumerate(lengths):
         at: dict[int, int] = {}
@@ -190,7 +188,7 @@ def _found(
                 tokens = (position % length,) if -length <= position < length else ()
             else:
                 tokens = _span_tokens(position or "", prompt, spans) or ()
-            if len(tokens) == 1:  # several tokens that were changed at once are no mean of single ones
+            if len(tokens) == 1:  # several tokens changed at once are not a mean of single ones
                 at.setdefault(tokens[0], number)
         for role, rows in groups.items():
             there = all(token in at for token in rows[prompt])
@@ -202,7 +200,7 @@ def _found(
 
 
 def _averaged(
-    table: Table, cells: Sequence[Cell], columns: Sequence[Sequence[tuple[int, ...]]], told: Mapping[str, Any]
+    table: Table, cells: Sequence[Cell], columns: Sequence[Sequence[tuple[int, ...]]], more: Mapping[str, Any]
 ) -> Table:
     prompts = len(table.clean)
     shape = (prompts, len(cells))
@@ -221,5 +219,5 @@ def _averaged(
                 exact[prompt, number] = table.exact[prompt, some].mean(0)
     return replace(
         table, cells=tuple(cells), values=values, done=done, exists=exists, counts=counts, exact=exact,
-        asked={**table.asked, **told},
+        asked={**table.asked, **more},
     )  # fmt: skip

@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def one(table: Table, name: str) -> Table:
-    """The table of one of the metrics, as if no other had been asked for."""
+    """The table of one metric, equal to that of a sweep of this metric only."""
     at = table.metrics.index(name)
-    told = table.asked.get("metric")
-    if isinstance(told, Mapping) and "metrics" in told:
-        told = {key: value for key, value in told["metrics"][at].items() if key != "called"}
+    metric = table.asked.get("metric")
+    if isinstance(metric, Mapping) and "metrics" in metric:
+        metric = {key: value for key, value in metric["metrics"][at].items() if key != "called"}
     return replace(
         table, metrics=(), values=table.values[..., at], clean=table.clean[:, at], corrupted=table.corrupted[:, at],
-        asked={**table.asked, "metric": told},
+        asked={**table.asked, "metric": metric},
     )  # fmt: skip
 
 
 def check_one(table: Table, what: str) -> None:
-    """Raise where several metrics were measured, and only one can be shown."""
+    """Raise if several metrics were measured and only one can be shown."""
     if table.metrics:
         raise BadArgument(
             f"{len(table.metrics)} metrics were measured, and {what} shows one",
@@ -37,7 +37,7 @@ def check_one(table: Table, what: str) -> None:
 
 
 def arrays(table: Table, of: Callable[[Table], xr.DataArray]) -> xr.DataArray:
-    """What is made of each metric along an axis `metric`, behind the prompts, in the order in which they were asked."""
+    """The arrays of all metrics, stacked along an axis `metric` after the prompts."""
     import pandas as pd
     import xarray as xr
 
@@ -50,7 +50,7 @@ def arrays(table: Table, of: Callable[[Table], xr.DataArray]) -> xr.DataArray:
 
 
 def frames(table: Table, of: Callable[[Table], pd.DataFrame]) -> pd.DataFrame:
-    """The rows of each metric under those of the one before, with its name beside the prompt's number."""
+    """The rows of all metrics, with a column `metric`."""
     import pandas as pd
 
     found = [of(one(table, name)) for name in table.metrics]
@@ -60,7 +60,7 @@ def frames(table: Table, of: Callable[[Table], pd.DataFrame]) -> pd.DataFrame:
 
 
 def frames_of_prompts(table: Table, of: Callable[[Table], Iterator[pd.DataFrame]]) -> Iterator[pd.DataFrame]:
-    """Of each prompt the rows of each metric under those of the one before."""
+    """For each prompt, the rows of all metrics."""
     import pandas as pd
 
     for each in zip(*(of(one(table, name)) for name in table.metrics), strict=True):

@@ -13,13 +13,13 @@ from nnsplice.errors import BadArgument
 from nnsplice.results.parts import numbers_of
 from nnsplice.shown import counted
 
-#: The numbers that a cell may have, in the order of a grid's axes (`prompt` comes before them).
+#: The axes of a grid, after `prompt`: the indices of a cell.
 AXES = ("layer", "head", "group", "neuron", "expert", "feature")
-#: What comes after them: which tokens were changed, by their numbers or by what they are.
+#: The axes after these: the tokens that were changed, by position or role.
 OF_TOKENS = ("position", "key", "role")
-#: ... and the names of sets, which have none of all these.
+#: ... and the axis of sets, which have no other.
 NAMED = (*OF_TOKENS, "set")
-#: The kind of a set of sites.
+#: The kind of site of a set.
 SETS = "sets"
 
 
@@ -39,26 +39,20 @@ class Cell:
         role: the role of its tokens (`"subject last"`), in results by role.
         set: the addresses of a set, joined by ` + `.
         key: the key of an edge of attention; `position` is the query.
+        feature: the feature of an SAE.
     """
 
-    #: The address with its position: `layers[3].heads[1].output[7]`.
     path: str
-    #: The kind of site: `layers[:].heads[:].output`. A grid shows one kind.
     component: str
     layer: int | None = None
     head: int | None = None
     group: int | None = None
     neuron: int | None = None
     expert: int | None = None
-    #: A token of the prompt, a span's name (`"subject"`, `"subject"[-1]`), or None for all tokens at once.
     position: int | str | None = None
-    #: What the tokens are in their prompts (`"subject last"`), where cells are roles and no positions.
     role: str | None = None
-    #: The sites of a set that were changed together, by their addresses with ` + ` between them.
     set: str | None = None
-    #: The key of an edge of attention, by its number or its span; `position` is the query.
     key: int | str | None = None
-    #: A feature of an SAE.
     feature: int | None = None
 
 
@@ -74,76 +68,70 @@ class Run:
         tokens: tokens that went through a block, counted at each block.
         flops: operations of products with weight matrices; attention scores are not counted.
         known: cells whose value was known without a run.
+        gate: forward passes of a 4-token prompt that checked the model's sites, at its first use.
         note: the reason for another executor than the fastest.
     """
 
     executor: str = ""
     seconds: float = 0.0
-    #: Whole passes of the model, the unedited ones among them.
     forwards: int = 0
     block_calls: int = 0
-    #: Tokens that went through a block, counted at every block anew.
     tokens: int = 0
-    #: Operations of the products of tokens with the model's matrices; those of tokens with each other are left out.
     flops: float = 0.0
-    #: Cells whose value was known without computing.
     known: int = 0
-    #: Forward passes of a prompt of 4 tokens that went before, to measure what sites promise: the first use of a model
-    #: costs them, and they are told once. Parts of a pass are calls of experts alone.
     gate: float = 0.0
-    #: Why another executor than the fastest was used, where that is so.
     note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The measured values and the two ends of their scale."""
+    """The measured values, and the metric of the clean and corrupted runs."""
 
     cells: tuple[Cell, ...]
     #: `[prompt, cell]`, float64; NaN where a prompt has no such cell, or it was not measured.
     values: np.ndarray
-    #: `[prompt, cell]`: measured, or known without measuring. A shard of a sweep holds a part.
+    #: `[prompt, cell]`: measured, or known without a run. A shard of a sweep has some of the cells.
     done: np.ndarray
-    #: `[prompt, cell]`: whether the prompt has such a cell at all; a shorter prompt lacks the last positions.
+    #: `[prompt, cell]`: whether the prompt has such a cell; a shorter prompt lacks the last positions.
     exists: np.ndarray
     #: `[prompt]`: the metric of the clean and of the corrupted run.
     clean: np.ndarray
     corrupted: np.ndarray
     #: The texts of each prompt's tokens, as the positions count them.
     tokens: tuple[tuple[str, ...], ...] = ()
-    #: What was asked: model, prompts, sites, metric, operation, seed; plain data, the identity of the sweep.
+    #: The question: model, prompts, sites, metric, operation, seed; plain data, the identity of the sweep.
     asked: Mapping[str, Any] = field(default_factory=dict)
     run: Run = field(default_factory=Run)
-    #: What the values of a cell are made of, where a method says: `[prompt, cell, receiver]`, how far the metric would
-    #: move if the cell's change reached this receiver alone; NaN where it cannot. And the receivers' paths.
+    #: `[prompt, cell, receiver]`: the change of the metric if the cell's change reached this receiver only; NaN where
+    #: it cannot. And the receivers' paths.
     edges: np.ndarray | None = None
     receivers: tuple[str, ...] = ()
-    #: The true metric where an estimate was checked, shaped like the values, or like the edges where there are some;
-    #: NaN where it was not.
+    #: The exact metric of verified estimates, shaped like the edges if there are some, else like the values; NaN where
+    #: nothing was verified.
     exact: np.ndarray | None = None
-    #: The names of several metrics; then values, and the ends of the scale, have a last axis of them.
+    #: The names of several metrics; `values`, `clean` and `corrupted` then have a last axis of them.
     metrics: tuple[str, ...] = ()
-    #: `[prompt, cell]`: how many tokens a value is the mean of, where cells are roles.
+    #: `[prompt, cell]`: the number of tokens averaged in a value, where cells are roles.
     counts: np.ndarray | None = None
-    #: `[prompt]`: what is no cell's, where the cells are parts of a sum: together they are the clean run's metric.
+    #: `[prompt]`: the rest of a sum whose other parts are the cells; together they are the clean run's metric.
     rest: np.ndarray | None = None
 
     @property
     def prompts(self) -> np.ndarray:
-        """`[prompt]`: the numbers of the prompts; those that a part has in the whole."""
+        """`[prompt]`: the numbers of the prompts; of a part, its numbers in the whole."""
         numbers = numbers_of(self.asked)
         return np.arange(len(self.clean)) if numbers is None else np.array(numbers)
 
-    #: What figures and pages say beside it, and no part of its identity: `words`, the texts of the token ids that the
-    #: metric asks about, and `clean`, the tokens of each clean prompt.
+    #: Labels for figures and pages, not part of the identity: `words`, the texts of the metric's token ids, and
+    #: `clean`, the tokens of each clean prompt.
     labels: Mapping[str, Any] = field(default_factory=dict)
 
 
 def settled(table: Table) -> Table:
-    """A copy that nobody can change any more, with NaN for all that was not measured.
+    """A read-only copy, with NaN for everything that was not measured.
 
     Raises:
-        BadArgument: the arrays do not fit each other.
+        BadArgument: the shapes of the arrays do not match.
     """
     several = (len(table.metrics),) if table.metrics else ()
     clean, corrupted = (_ends(getattr(table, name), name, several) for name in ("clean", "corrupted"))
@@ -176,7 +164,7 @@ def settled(table: Table) -> Table:
         raise BadArgument(f"the part is of {len(numbers)} prompts, the values of {prompts}")
     exists = np.array(table.exists, dtype=bool)
     done = np.array(table.done, dtype=bool) & exists
-    # `where` and not a product: what was not measured may be any number, and NaN is one value, not many.
+    # NaN has many bit patterns; one of them is used, as digests are of bits.
     values = np.where(done[..., None] if several else done, np.asarray(table.values, dtype=np.float64), np.nan)
     values[np.isnan(values)] = np.nan
     edges, exact, counts, rest = (

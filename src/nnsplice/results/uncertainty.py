@@ -1,7 +1,7 @@
 """Confidence intervals, tests and stability of averages over prompts.
 
-All are about the pooled effect (differences averaged, then divided), or where there is none, the mean change. Prompts
-are the units: each is drawn whole, with its cells and both ends of its scale, so that what cells share stays shared.
+All are about the pooled effect (differences averaged, then divided), or the mean change where there is no effect.
+Prompts are resampled as a whole, with all their cells and unedited runs, so that correlations between cells are kept.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from nnsplice.errors import BadArgument
 from nnsplice.results import labelled, measures
 from nnsplice.results.table import Table
 
-#: How many numbers are worked on at once.
+#: Numbers in memory at once.
 AT_ONCE = 4_000_000
-#: Up to so many prompts every pattern of signs is tried, and none is drawn.
+#: Up to this number of prompts, all patterns of signs are tried.
 EXACT = 12
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """`[prompt, cell]`: what is summed over prompts before one is divided by the other; nothing where a cell lacks."""
+    """`[prompt, cell]`: numerator and denominator of the pooled effect, 0 where a prompt lacks the cell."""
 
     moved: np.ndarray
-    #: The total effects of those prompts that have the cell; ones, where changes are averaged and not shares.
+    #: The total effects of the prompts that have the cell; ones where changes are averaged.
     whole: np.ndarray
 
     @classmethod
@@ -37,38 +37,38 @@ class _Sums:
         return cls(np.where(there, moved, 0.0), np.where(there, ends[:, None], 0.0))
 
     def drawn(self, weights: np.ndarray) -> np.ndarray:
-        """`[draw, cell]`: the averages where each prompt counts so often, `[draw, prompt]`."""
+        """`[draw, cell]`: the averages with these weights, `[draw, prompt]`."""
         with measures.quiet():
             return (weights @ self.moved) / (weights @ self.whole)
 
 
 def interval(table: Table, level: float, draws: int, seed: int) -> np.ndarray:
-    """`[cell, 2]`: the ends of a percentile bootstrap interval, over draws of as many prompts with replacement."""
+    """`[cell, 2]`: a percentile bootstrap interval over prompts."""
     if not 0 < level < 1:
         raise BadArgument(f"level={level}", expected="a share between 0 and 1, such as 0.95")
     sums = _sums(table, draws)
     found = np.full((len(table.cells), 2), np.nan)
     tail = (1 - level) / 2
-    for cells in _some(len(table.cells), draws):
+    for cells in _chunks(len(table.cells), draws):
         part = _Sums(sums.moved[:, cells], sums.whole[:, cells])
         drawn = part.drawn(_resampled(len(table.clean), draws, seed))
         some = np.isfinite(drawn).any(0)
         found[np.arange(len(table.cells))[cells][some]] = np.nanquantile(drawn[:, some], [tail, 1 - tail], axis=0).T
-    found[_alone(table)] = np.nan
+    found[_in_few(table)] = np.nan
     return found
 
 
 def pvalues(table: Table, draws: int, seed: int) -> np.ndarray:
-    """`[cell]`: how often the mean change would be as far from 0 if each prompt's sign were a coin's.
+    """`[cell]`: the p-values of a sign-flip test of the mean change.
 
-    Signs are flipped for whole prompts. All patterns of few prompts are tried; of many, so many are drawn, and the one
-    that was found counts among them, so that no p is 0.
+    Signs are flipped for whole prompts. With few prompts all patterns are tried; with many, `draws` are drawn, and the
+    observed one counts among them, so that no p is 0.
     """
     moved = _sums(table, draws, flat=True).moved
     prompts = len(moved)
     exact = prompts <= EXACT
     observed = np.abs(moved.sum(0))
-    # Sums of the same numbers in another order may differ in their last bit, and are equal all the same.
+    # A tolerance for sums of the same numbers in another order.
     least = observed * (1 - 1e-12)
     if exact:
         patterns = np.arange(2**prompts)
@@ -76,15 +76,15 @@ def pvalues(table: Table, draws: int, seed: int) -> np.ndarray:
     else:
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, prompts))
     as_far = np.zeros(len(table.cells))
-    for cells in _some(len(table.cells), len(signs)):
+    for cells in _chunks(len(table.cells), len(signs)):
         as_far[cells] = (np.abs(signs @ moved[:, cells]) >= least[cells]).sum(0)
     found = as_far / len(signs) if exact else (as_far + 1) / (len(signs) + 1)
-    found[_alone(table)] = np.nan
+    found[_in_few(table)] = np.nan
     return found
 
 
 def stability(table: Table, k: int, draws: int, seed: int) -> float:
-    """The mean share that the first k cells have in common with the first k of other draws of the prompts (Jaccard)."""
+    """The mean Jaccard overlap of the first k cells with the first k of bootstrap draws of the prompts."""
     count = int((measures.size(table, measures.change(table)) >= 0).sum())
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= count:
         raise BadArgument(f"stability({k!r})", expected=f"how many of the first cells to compare: 1 to {count}")
@@ -110,25 +110,25 @@ def _sums(table: Table, draws: int, *, flat: bool | None = None) -> _Sums:
     return _Sums.of(table, measures.shown(table) == "change" if flat is None else flat)
 
 
-def _alone(table: Table) -> np.ndarray:
-    """`[cell]`: those that fewer than two prompts have, about which nothing can be said."""
+def _in_few(table: Table) -> np.ndarray:
+    """`[cell]`: cells of fewer than two prompts, which have no uncertainty."""
     return (~np.isnan(table.values)).sum(0) < 2
 
 
 def _resampled(prompts: int, draws: int, seed: int) -> np.ndarray:
-    """`[draw, prompt]`: how often each prompt comes in each draw; the same draws for every cell."""
+    """`[draw, prompt]`: the number of times that each prompt is drawn; the same for every cell."""
     chosen = np.random.default_rng(seed).integers(prompts, size=(draws, prompts))
     weights = np.zeros((draws, prompts))
     np.add.at(weights, (np.arange(draws)[:, None], chosen), 1.0)
     return weights
 
 
-def _some(cells: int, draws: int) -> Iterator[slice]:
+def _chunks(cells: int, draws: int) -> Iterator[slice]:
     step = max(AT_ONCE // draws, 1)
     return (slice(start, start + step) for start in range(0, cells, step))
 
 
 def _first(averages: np.ndarray, k: int) -> list[set[int]]:
-    """Of each draw the k cells whose average is largest in size."""
+    """For each draw, the k cells with the largest averages in size."""
     order = np.argsort(np.where(np.isnan(averages), np.inf, -np.abs(averages)), axis=1, kind="stable")[:, :k]
     return [set(row.tolist()) for row in order]

@@ -10,14 +10,14 @@ from nnsplice.results.table import Table
 
 
 def metric_words(table: Table, metric: str, prompt: int | None) -> str:
-    """The metric with its answers, `" Paris" - " Berlin" (logit_diff)`, where all prompts that are shown share them.
+    """The metric with its answers, `" Paris" - " Berlin" (logit_diff)`, if all shown prompts have the same.
 
     Args:
-        metric: its name.
-        prompt: the number of the one prompt that is shown; None for all of them.
+        metric: the metric's name.
+        prompt: the prompt that is shown; None for all of them.
     """
-    told = table.asked.get("metric")
-    ids = told.get("ids") if isinstance(told, Mapping) else None
+    identity = table.asked.get("metric")
+    ids = identity.get("ids") if isinstance(identity, Mapping) else None
     if not isinstance(ids, Mapping) or not ids:
         return metric
     words = [_answer(table, rows, prompt) for rows in ids.values()]
@@ -29,7 +29,7 @@ def metric_words(table: Table, metric: str, prompt: int | None) -> str:
 
 
 def _answer(table: Table, rows: Sequence[Any], prompt: int | None) -> str | None:
-    """What stands for an answer; None where prompts have different ones, or nobody said what the tokens are."""
+    """An answer's text; None if prompts have different answers, or the texts of the tokens are not known."""
     samples = table.asked.get("samples", 1)  # a trace has a row for each sample
     each = list(rows)[::samples] if isinstance(samples, int) else list(rows)
     if prompt is not None:
@@ -40,13 +40,13 @@ def _answer(table: Table, rows: Sequence[Any], prompt: int | None) -> str | None
     ids = each[0] if isinstance(each[0], list | tuple) else [each[0]]
     if any(str(one) not in words for one in ids):
         return None
-    if table.asked["metric"].get("name") == "sequence_log_probability":  # one after the other
+    if table.asked["metric"].get("name") == "sequence_log_probability":  # the tokens of one sequence
         return quoted("".join(words[str(one)] for one in ids))
     return " or ".join(quoted(words[str(one)]) for one in ids)
 
 
 def prompt_lines(table: Table, prompt: int | None) -> list[tuple[str, str]]:
-    """The prompts of the one pair that is shown, each with what it is; none where several are."""
+    """The prompts of the shown pair, as (name, text); empty if several pairs are shown."""
     only = 0 if len(table.clean) == 1 else prompt
     if only is None or not table.tokens:
         return []
@@ -58,13 +58,13 @@ def prompt_lines(table: Table, prompt: int | None) -> list[tuple[str, str]]:
 
 
 def clean_tokens(table: Table, prompt: int) -> tuple[str, ...] | None:
-    """The tokens of a prompt's clean partner, where it has another one than itself."""
+    """The tokens of a prompt's clean partner; None without a partner."""
     rows = table.labels.get("clean") or ()
     return tuple(rows[prompt]) if prompt < len(rows) else None
 
 
 def token_label(table: Table, prompt: int, position: int, text: str) -> str:
-    """A token as the label of its column: `Eiffel -> Brandenburg` where the two prompts of a pair differ."""
+    """The label of a token's column: `Eiffel -> Brandenburg` where the two prompts of a pair differ."""
     clean = clean_tokens(table, prompt)
     if clean is None or len(clean) != len(table.tokens[prompt]) or not -len(clean) <= position < len(clean):
         return visible(text)
@@ -73,8 +73,7 @@ def token_label(table: Table, prompt: int, position: int, text: str) -> str:
 
 
 def sentence(tokens: Sequence[str]) -> str:
-    """A prompt from its tokens. Most vocabularies have the blank in the token; where none has, words would run
-    together.
+    """A prompt from its tokens; joined with blanks if no token has one.
 
     >>> from nnsplice.results.wording import sentence
     >>> sentence(["The", " cat"]), sentence(["The", "cat"])
@@ -84,22 +83,22 @@ def sentence(tokens: Sequence[str]) -> str:
 
 
 def brief(prompt: str) -> str:
-    """A prompt without its middle, where it is too long for a title; it ends as the model sees it."""
+    """A prompt for a title; a long one loses its middle."""
     return prompt if len(prompt) <= 150 else f"{prompt[:72]} ... {prompt[-73:]}"
 
 
 def visible(text: str) -> str:
-    """A token of blanks as something that can be seen."""
+    """A token for a label, with blanks made visible."""
     return str(text) if text.strip(" ") else "␣" * len(text)
 
 
 def quoted(text: str) -> str:
-    """A token between quotes, so that its leading space is seen."""
+    """A token in quotes, so that a leading space is visible."""
     return f'"{text}"'
 
 
 def model_name(asked: Mapping[str, Any]) -> str:
-    """The model's name; of a folder on somebody's machine, its last part.
+    """The model's name; of a folder, its last part.
 
     >>> from nnsplice.results.wording import model_name
     >>> model_name({"model": "/home/me/models/toy"}), model_name({"model": "openai/gpt2"})

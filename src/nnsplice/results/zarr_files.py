@@ -1,11 +1,12 @@
 """Results as Zarr stores, for many millions of cells; the only file that imports zarr.
 
-A store (Zarr v3) has the arrays of a table, a chunk for each prompt, so that one prompt is read without the others. All
-that is text stands as JSON in its attributes. It is written under another name and renamed when it is whole.
+A store (Zarr v3) has the arrays of a table with a chunk for each prompt, so that one prompt can be read alone. All
+texts are JSON in its attributes. It is written under a temporary name and renamed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 KIND, FORMAT = "SweepResult", 1
-#: Of the group: all that is text.
+#: The attribute of the group that holds all texts.
 ATTRIBUTE = "nnsplice"
-#: ... and of one that is being written, whose run that is.
+#: The attribute of an incomplete store: the run that writes it.
 RUN = "nnsplice run"
 _DIMS = {
     "values": ("prompt", "cell"), "done": ("prompt", "cell"), "exists": ("prompt", "cell"), "clean": ("prompt",),
@@ -38,10 +39,10 @@ _DIMS = {
 
 
 def write(path: str | os.PathLike[str], table: Table) -> None:
-    """Write a table; the store takes its place when it is whole.
+    """Write a table, atomically.
 
     Raises:
-        FileError: there is something of that name, or the result has edges, which fit into one file.
+        FileError: the path exists, or the result has edges, which go to a file.
     """
     zarr = needed()
     store = store_of(path)
@@ -49,21 +50,17 @@ def write(path: str | os.PathLike[str], table: Table) -> None:
         raise FileError(f"{store.address} exists", expected="a new name")
     if table.edges is not None or table.exact is not None:
         raise FileError("estimates of edges, and what was checked of them, go to a file", write="result.to_file(path)")
-    told = {
-        "kind": KIND, "format": FORMAT, "digest": files.digest(table), "run": files.told_of_run(table),
-        **files.texts(table),
-    }  # fmt: skip
     with _new(store) as place:
         group = zarr.create_group(place, zarr_format=3)
         for name in _DIMS:
             array = getattr(table, name)
             if array is not None:
                 _array(group, name, array.shape, array.dtype)[...] = array
-        group.attrs[ATTRIBUTE] = files.canonical(told)  # the last, as a store without it is none
+        group.attrs[ATTRIBUTE] = _header(table, digest=files.digest(table))  # the last: it completes the store
 
 
 class Growing:
-    """A store whose prompts come one after the other, from any process, each written by one alone."""
+    """A store whose prompts are written one by one, in any process; each prompt by one process."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """A store that `begin` has made."""
@@ -71,16 +68,16 @@ class Growing:
 
     @classmethod
     def begin(cls, path: str | os.PathLike[str], exists: np.ndarray, metrics: int, run: str) -> None:
-        """Make the arrays, unless the same run has.
+        """Make the arrays, unless the same run already has.
 
         Args:
             path: a new folder, or an address of an object store.
-            exists: `[prompt, cell]`, as of a table.
-            metrics: how many there are; 0 for one without an axis of its own.
-            run: a text that is the same for the same run alone.
+            exists: `[prompt, cell]`, as in `Table`.
+            metrics: the number of metrics; 0 for one metric without an axis.
+            run: a text that identifies the run.
 
         Raises:
-            FileError: there is something of that name.
+            FileError: the path exists.
         """
         zarr, store = needed(), store_of(path)
         if store.has("zarr.json") and zarr.open_group(_place(store), mode="r").attrs.get(RUN) == run:
@@ -101,7 +98,7 @@ class Growing:
             group.attrs[RUN] = run
 
     def empty(self) -> tuple[np.ndarray, np.ndarray]:
-        """Values and `done` of a prompt without any."""
+        """Values and `done` of a prompt without measured cells."""
         shape = self._group["values"].shape[1:]
         return np.full(shape, np.nan), np.zeros(shape[0], dtype=bool)
 
@@ -112,16 +109,27 @@ class Growing:
         return row_sum(values, done)
 
     def finish(self, table: Table, sums: list[str]) -> None:
-        """Write all that is not cells, which makes it a store that is read.
+        """Write everything but the cells, which completes the store.
 
         Args:
-            table: of which the values are not looked at.
-            sums: of each prompt, as `write` returned them; empty for one that was not written.
+            table: the table; its values are not used.
+            sums: the checksum of each prompt from `write`; empty for a prompt that was not written.
         """
         for name in ("clean", "corrupted"):
             self._group[name][...] = getattr(table, name)
-        told = {"kind": KIND, "format": FORMAT, "sums": sums, "run": files.told_of_run(table), **files.texts(table)}
-        self._group.attrs[ATTRIBUTE] = files.canonical(told)
+        header = {
+            "kind": KIND,
+            "format": FORMAT,
+            "sums": sums,
+            "run": dataclasses.asdict(table.run),
+            **files.texts(table),
+        }
+        self._group.attrs[ATTRIBUTE] = files.canonical(header)
+
+
+def _header(table: Table, **sums: Any) -> str:
+    run = dataclasses.asdict(table.run)
+    return files.canonical({"kind": KIND, "format": FORMAT, "run": run, **sums, **files.texts(table)})
 
 
 def row_sum(values: np.ndarray, done: np.ndarray) -> str:
@@ -138,17 +146,17 @@ def _array(group: Any, name: str, shape: tuple[int, ...], kind: np.dtype[Any]) -
         shape=shape,
         dtype=kind,
         chunks=tuple(max(n, 1) for n in chunks),
-        fill_value=np.nan if kind.kind == "f" else False,  # what is lost is no number
+        fill_value=np.nan if kind.kind == "f" else False,  # a lost chunk reads as NaN
         dimension_names=(*dims, *several),
     )
 
 
 @contextmanager
 def _new(store: Store) -> Iterator[Any]:
-    """Where a new store is written, which is there when the block ends well."""
+    """The place to write a new store to; it is completed when the block ends without an error."""
     if store.folder is None:
         try:
-            yield _place(store)  # nothing is renamed in an object store; a store is one when its attribute is there
+            yield _place(store)  # an object store has no rename: the attribute marks a complete store
         except BaseException:
             store.clear()
             raise
@@ -167,22 +175,22 @@ def read(path: str | os.PathLike[str]) -> Table:
     """Read a whole table.
 
     Raises:
-        FileError: no store of a result, or a damaged one.
+        FileError: it is no store of a result, or damaged.
     """
-    group, told = _opened(path)
+    group, header = _opened(path)
     try:
         arrays: dict[str, Any] = {name: np.asarray(group[name][...]) for name in _DIMS if name in group}
         table = settled(
             Table(
-                tuple(Cell(*row) for row in told["cells"]), **arrays, tokens=tuple(map(tuple, told["tokens"])),
-                asked=told["asked"], run=Run(**told["run"]), metrics=tuple(told.get("metrics", ())),
+                tuple(Cell(*row) for row in header["cells"]), **arrays, tokens=tuple(map(tuple, header["tokens"])),
+                asked=header["asked"], run=Run(**header["run"]), metrics=tuple(header.get("metrics", ())),
             )
         )  # fmt: skip
-        if "sums" in told:  # of a store that was written a prompt at a time
-            rows = zip(table.values, table.done, told["sums"], strict=True)
+        if "sums" in header:  # the store was written prompt by prompt
+            rows = zip(table.values, table.done, header["sums"], strict=True)
             same = all((row_sum(values, done) == there) if there else not done.any() for values, done, there in rows)
         else:
-            same = files.digest(table) == told["digest"]
+            same = files.digest(table) == header["digest"]
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{path} is damaged: {error}", expected="a store that SweepResult.to_zarr wrote") from None
     if not same:
@@ -191,13 +199,13 @@ def read(path: str | os.PathLike[str]) -> Table:
 
 
 def lazy(path: str | os.PathLike[str]) -> xr.Dataset:
-    """The arrays of a store, read when they are asked for, with what each cell is along the axis `cell`."""
+    """The arrays of a store, read on access, with the fields of the cells as coordinates of the axis `cell`."""
     import xarray as xr
 
-    _, told = _opened(path)
+    _, header = _opened(path)
     store = store_of(path)
     found = xr.open_zarr(_place(store), consolidated=False, chunks=None)
-    cells = [Cell(*row) for row in told["cells"]]
+    cells = [Cell(*row) for row in header["cells"]]
     coordinates: dict[str, Any] = {"path": ("cell", [cell.path for cell in cells])}
     coordinates["component"] = ("cell", [cell.component for cell in cells])
     for axis in (*AXES, *NAMED):
@@ -208,11 +216,11 @@ def lazy(path: str | os.PathLike[str]) -> xr.Dataset:
                 [np.nan if v is None else v for v in each] if numbers else ["" if v is None else str(v) for v in each]
             )
             coordinates[axis] = ("cell", np.array(column))
-    if told.get("metrics"):
-        coordinates["metric"] = list(told["metrics"])
-    part = told["asked"].get("part")
+    if header.get("metrics"):
+        coordinates["metric"] = list(header["metrics"])
+    part = header["asked"].get("part")
     coordinates["prompt"] = part["prompts"] if part else np.arange(found.sizes["prompt"])
-    return found.assign_coords(coordinates).assign_attrs(asked=json.dumps(told["asked"]))
+    return found.assign_coords(coordinates).assign_attrs(asked=json.dumps(header["asked"]))
 
 
 def _opened(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
@@ -221,17 +229,17 @@ def _opened(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     if not store.has("zarr.json"):
         raise FileError(f"{store.address} is no store of a result", expected="a store that SweepResult.to_zarr wrote")
     group = zarr.open_group(_place(store), mode="r")
-    told = from_json(str(group.attrs.get(ATTRIBUTE, "null")), store.address)
-    if not isinstance(told, dict) or told.get("kind") != KIND or told["format"] > FORMAT:
+    header = from_json(str(group.attrs.get(ATTRIBUTE, "null")), store.address)
+    if not isinstance(header, dict) or header.get("kind") != KIND or header["format"] > FORMAT:
         raise FileError(
             f"{store.address} holds something else, is not finished, or was written by a newer nnsplice",
             expected="a store that SweepResult.to_zarr wrote",
         )
-    return group, told
+    return group, header
 
 
 def _place(store: Store) -> Any:
-    """A store as zarr takes it."""
+    """A store as zarr's argument."""
     if store.folder is not None:
         return store.folder
     from zarr.storage import ObjectStore  # pyright: ignore[reportMissingImports]  (an extra)
@@ -240,7 +248,7 @@ def _place(store: Store) -> Any:
 
 
 def needed() -> Any:
-    """The package.
+    """The module zarr.
 
     Raises:
         MissingPackage: it is not installed.

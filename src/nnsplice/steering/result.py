@@ -307,8 +307,8 @@ class SteeringSweep:
 
         try:
             with opened(path) as found:
-                told = read_header(path, local=found.local).metadata
-                header = from_json(told.get(HEADER, "{}"), f"the header of {path}")
+                metadata = read_header(path, local=found.local).metadata
+                header = from_json(metadata.get(HEADER, "{}"), f"the header of {path}")
                 if header.get("kind") != KIND or header["format"] > FORMAT:
                     raise FileError(f"{path} holds no sweep of steering", expected="a file of SteeringSweep.to_file")
                 with safe_open(os.fspath(found.local), framework="np") as file:

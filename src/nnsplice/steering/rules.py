@@ -227,11 +227,10 @@ def rules_of(
         (path,) = known.atlas.expand(key.place)
         site = site_of(path)
         if site.kind in ("pattern", "expert", "ungated", "error", "transcoded"):
-            told = {"transcoded": "feature of a transcoder", "ungated": "slice before its gate"}.get(
-                site.kind, site.kind
-            )
+            kinds = {"transcoded": "feature of a transcoder", "ungated": "slice before its gate"}
+            kind = kinds.get(site.kind, site.kind)
             raise RefusedPlace(
-                f"a {told} is derived from several values, so there is no one state to steer",
+                f"a {kind} is derived from several values, so there is no one state to steer",
                 path=path,
                 expected="the residual stream, what a branch adds to it, a head or a neuron",
                 write="layers[i].output",

@@ -53,7 +53,7 @@ def plan(model: Any, prompts: Any, vector: Any, *args: Any, operator: Any = "add
     if wrong:
         raise BadArgument(f"{wrong[0]}= is no text and no number, and other processes cannot have it")
     identity = identity_of(model, whole, anew=False)
-    told = {
+    question = {
         "weights": identity["weights"],
         "saes": identity.get("saes", {}),
         "prompts": plain_prompts(whole.prompts),
@@ -69,24 +69,24 @@ def plan(model: Any, prompts: Any, vector: Any, *args: Any, operator: Any = "add
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in vector.items()}
     depth, cells = len(engine.expand(model, "layers[:].output")), len(whole.rules) * len(whole.coefficients) + 1
     costs = [(length + whole.new_tokens) * depth * cells for length in whole.prompts.lengths("decoder")]
-    return UnitPlan.of("nnsplice.steering.units:SWEEP", told, costs, {VECTOR: save(tensors)})
+    return UnitPlan.of("nnsplice.steering.units:SWEEP", question, costs, {VECTOR: save(tensors)})
 
 
 def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
-    told, model = plan.told, models.model
+    question, model = plan.question, models.model
     if engine.in_training(model):
         raise BadArgument("the model is in train mode, so every run would be another one", write="model.eval()")
     engine.refuse_edits(model)
     engine.refuse_changed_logits(model, bare=True)
-    operator, new = told["operator"], told["new_tokens"]
+    operator, new = question["operator"], question["new_tokens"]
     operator = operator if isinstance(operator, str) else function_of(operator, "operator")
-    where = _where_of(told["where"])
+    where = _where_of(question["where"])
     vector = SavedActivation.from_pairs(*load(plan.file(VECTOR)).items())
     rules = rules_of(model, vector, 1.0, operator, where, None, None)
-    metric = function_of(told["metric"], "metric") if new else metric_of(told["metric"])
+    metric = function_of(question["metric"], "metric") if new else metric_of(question["metric"])
     whole = SteeringPlan(
-        prompts_of(told["prompts"], model), rules, tuple(told["coefficients"]), metric, new, told["generate"],
-        told["guard"], rules[0].name, where, told["shown"]["metric"],
+        prompts_of(question["prompts"], model), rules, tuple(question["coefficients"]), metric, new,
+        question["generate"], question["guard"], rules[0].name, where, question["shown"]["metric"],
     )  # fmt: skip
 
     def unit(prompts: Sequence[int]) -> Arrays:
@@ -101,17 +101,17 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
 
 
 def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SteeringSweep:
-    shown = dict(plan.told["shown"])
-    where = _where_of(plan.told["where"])
+    shown = dict(plan.question["shown"])
+    where = _where_of(plan.question["where"])
     check_fired(where, any(bool(arrays["fired"]) for _, arrays in outcomes))
     if shown["prompts"]:
         shown["prompts"] = [shown["prompts"][prompt] for prompt in prompts_in(outcomes)]
     return result_of(np.moveaxis(rows_of(outcomes, "values"), 1, 0), lists_of(outcomes, "texts"), shown)
 
 
-def _where_of(told: Mapping[str, Any]) -> Where:
-    start, stop = tuple(told["start"]), tuple(told["stop"])
-    return Where(told["kind"], start, stop, tuple(tuple(row) for row in told["mask"]))
+def _where_of(data: Mapping[str, Any]) -> Where:
+    start, stop = tuple(data["start"]), tuple(data["stop"])
+    return Where(data["kind"], start, stop, tuple(tuple(row) for row in data["mask"]))
 
 
 SWEEP = Kind("ns.steering.sweep", _ready, _joined)

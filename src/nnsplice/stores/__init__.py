@@ -8,6 +8,6 @@ files       single files: written whole, read whole or in ranges
 
 from nnsplice.stores.addresses import is_address
 from nnsplice.stores.files import Opened, opened, whole
-from nnsplice.stores.store import Held, Store, store_of
+from nnsplice.stores.store import HeldLock, Store, store_of
 
-__all__ = ["Held", "Opened", "Store", "is_address", "opened", "store_of", "whole"]
+__all__ = ["HeldLock", "Opened", "Store", "is_address", "opened", "store_of", "whole"]

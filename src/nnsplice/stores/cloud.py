@@ -64,7 +64,7 @@ class CloudStore:
         """Find out whether a second writer is refused."""
         name = f".first.{uuid.uuid4().hex}"
         try:
-            with self._told():
+            with self._wrapped_errors():
                 self.inner.put(name, b"1", mode="create")
             if self._created(name, b"2"):
                 raise BadArgument(
@@ -81,12 +81,12 @@ class CloudStore:
 
     def read(self, name: str) -> bytes:
         """The content of a file."""
-        with self._told():
+        with self._wrapped_errors():
             return bytes(self.inner.get(name).bytes())
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file; of an object others see the whole or nothing."""
-        with self._told():
+        with self._wrapped_errors():
             self.inner.put(name, data)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -104,12 +104,12 @@ class CloudStore:
         with tempfile.TemporaryDirectory(prefix="nnsplice-") as folder:
             path = Path(folder) / name.rpartition("/")[2]
             yield path
-            with self._told():
+            with self._wrapped_errors():
                 self.inner.put(name, path)
 
     def remove(self, name: str) -> None:
         """Remove a file."""
-        with suppress(FileNotFoundError), self._told():
+        with suppress(FileNotFoundError), self._wrapped_errors():
             self.inner.delete(name)
 
     def has(self, name: str) -> bool:
@@ -122,14 +122,14 @@ class CloudStore:
 
     def names(self, under: str = "") -> list[str]:
         """The names right under a prefix."""
-        with self._told():
+        with self._wrapped_errors():
             found = self.inner.list_with_delimiter(under or None)
         paths = [one["path"] for one in found["objects"]] + list(found["common_prefixes"])
         return [path.rpartition("/")[2] for path in paths]
 
     def touch(self, name: str) -> None:
         """Write the same again, unless another process has written meanwhile."""
-        with suppress(FileNotFoundError), self._told():
+        with suppress(FileNotFoundError), self._wrapped_errors():
             found = self.inner.get(name)
             self._replaced(name, bytes(found.bytes()), found.meta)
 
@@ -161,7 +161,7 @@ class CloudStore:
 
     def clear(self) -> None:
         """Remove all that is under the prefix."""
-        with self._told():
+        with self._wrapped_errors():
             for some in self.inner.list():
                 self.inner.delete([one["path"] for one in some])
 
@@ -169,7 +169,7 @@ class CloudStore:
 
     def _created(self, name: str, data: bytes) -> bool:
         try:
-            with self._told():
+            with self._wrapped_errors():
                 self.inner.put(name, data, mode="create")
         except FileExistsError:
             return False
@@ -186,11 +186,11 @@ class CloudStore:
         return True
 
     def _head(self, name: str) -> Any:
-        with self._told():
+        with self._wrapped_errors():
             return self.inner.head(name)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _wrapped_errors(self) -> Iterator[None]:
         """Errors of obstore as those of files."""
         from obstore.exceptions import (  # pyright: ignore[reportMissingImports]  (an extra)
             AlreadyExistsError,
@@ -227,7 +227,7 @@ class CloudLock:
         self._words = json.dumps({**this_process(), "lock": uuid.uuid4().hex}).encode()
         while not store.create(name, self._words):
             try:
-                with store._told():
+                with store._wrapped_errors():
                     found = store.inner.get(name)
                 words = bytes(found.bytes())
                 if holder := _holder(words, store, name):
@@ -238,7 +238,7 @@ class CloudLock:
             except FileNotFoundError:
                 continue  # given back just now
             # Of several that judge the same dead lock, one replaces it.
-            with store._told():
+            with store._wrapped_errors():
                 if store._replaced(name, self._words, found.meta):
                     break
         self._beat = Beat(lambda: store.touch(name), LEASE / 12)
@@ -287,7 +287,7 @@ class Ranged:
         """Have these bytes at the path."""
         if length <= 0:
             return
-        with self.store._told():
+        with self.store._wrapped_errors():
             data = bytes(self.store.inner.get_range(self.name, start=start, length=length))
         with self.local.open("r+b") as file:
             file.seek(start)
@@ -302,8 +302,8 @@ class Ranged:
 def _holder(words: bytes, store: CloudStore, name: str) -> str | None:
     """Who holds a lock, or None for a process that is gone."""
     try:
-        told = json.loads(words)
-        gone, who = is_gone(told), f"process {int(told['pid'])} on {str(told['host']).partition(' ')[0]}"
+        claim = json.loads(words)
+        gone, who = is_gone(claim), f"process {int(claim['pid'])} on {str(claim['host']).partition(' ')[0]}"
     except (ValueError, TypeError, KeyError):
         return None
     if gone is None:

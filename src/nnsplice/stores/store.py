@@ -11,7 +11,7 @@ from nnsplice.stores.addresses import is_address
 from nnsplice.stores.local import LocalStore
 
 
-class Held(Protocol):
+class HeldLock(Protocol):
     """A lock that is held."""
 
     def release(self) -> None:
@@ -110,7 +110,7 @@ class Store(Protocol):
         """Write what was appended."""
         ...
 
-    def lock(self, name: str) -> Held:
+    def lock(self, name: str) -> HeldLock:
         """Be the only one with this lock, among processes of all machines.
 
         Raises:

@@ -143,7 +143,7 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> tuple[SAE, bool]
         raise FileError(f"{folder / CONFIG} has normalize_activations={norm!r}, which is not known here")
     held = config.get("metadata")
     metadata = held if isinstance(held, dict) else {}
-    told = {name: metadata.get(name, config.get(name)) for name in ("model_name", "hook_name")}
+    source = {name: metadata.get(name, config.get(name)) for name in ("model_name", "hook_name")}
     sae = SAE(
         kind,
         {name: tensor for name, tensor in tensors.items() if name in _names(kind, transcoder)},
@@ -152,7 +152,7 @@ def _saelens(folder: FilePath, scaling_factor: float | None) -> tuple[SAE, bool]
         norm=norm,
         transcoder=transcoder,
         by_decoder_norm=by_decoder_norm,
-        about={"format": "SAELens", **{name: value for name, value in told.items() if value is not None}},
+        about={"format": "SAELens", **{name: value for name, value in source.items() if value is not None}},
     )
     return sae, scaled
 

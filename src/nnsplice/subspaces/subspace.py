@@ -250,16 +250,16 @@ class Subspace:
         Raises:
             FileError: the file holds no subspace, is of another format, or is damaged.
         """
-        basis, told = storage.read(path)
+        basis, contents = storage.read(path)
         with storage.damaged(path):
-            return cls(told["place"], basis, told["about"])
+            return cls(contents["place"], basis, contents["about"])
 
     def __repr__(self) -> str:
         how = str(self.about.get("method", ""))
-        told = f"Subspace: {self.k} of {self.width} dimensions at {self.place}" + (f", {how}" if how else "")
+        text = f"Subspace: {self.k} of {self.width} dimensions at {self.place}" + (f", {how}" if how else "")
         if "variance" in self.about:
-            told += f", {self.about['variance']:.0%} of the variance"
-        return printable(told)
+            text += f", {self.about['variance']:.0%} of the variance"
+        return printable(text)
 
 
 def _place(given: object) -> str:

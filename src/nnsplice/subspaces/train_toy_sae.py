@@ -77,8 +77,8 @@ def main(folder: str) -> None:
     made = train(every[held_out:])
     write_sae(made, folder)
     used = int((made.encode(every[:held_out]) > 0).any(0).sum())
-    told = f"{explained(made, every[:held_out]):.3f} of the variance of held-out states, {used} features used"
-    sys.stdout.write(f"{len(every)} states; {told}\n")
+    summary = f"{explained(made, every[:held_out]):.3f} of the variance of held-out states, {used} features used"
+    sys.stdout.write(f"{len(every)} states; {summary}\n")
 
 
 if __name__ == "__main__":

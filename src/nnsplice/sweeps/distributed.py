@@ -133,7 +133,7 @@ def merged(path: str | PathLike[str], *, partial: bool = False) -> SweepResult:
         FileError: units are missing, or there is none at all.
     """
     folder, record, done = _opened_run(path, partial)
-    if folder.told["opener"].endswith(":opened_store"):
+    if folder.header["opener"].endswith(":opened_store"):
         return finished(path, partial=partial)
     plan, metrics = record["plan"], tuple(record["metrics"])
     prompts, cells = _prompts(plan), cells_of(plan)

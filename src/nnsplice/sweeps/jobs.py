@@ -145,5 +145,5 @@ class Jobs(Sequence[Job]):
         shown: dict[int, list[str]] = {}
         for prompt, start, stop in self.ranges[:8]:
             shown.setdefault(prompt, []).append(f"{start}" if stop - start == 1 else f"{start}-{stop - 1}")
-        told = "; ".join(f"prompt {prompt}: {', '.join(of)}" for prompt, of in shown.items())
-        return f"Jobs({told}{'; ...' if len(self._starts) > 8 else ''})"
+        text = "; ".join(f"prompt {prompt}: {', '.join(of)}" for prompt, of in shown.items())
+        return f"Jobs({text}{'; ...' if len(self._starts) > 8 else ''})"

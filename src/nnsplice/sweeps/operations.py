@@ -51,12 +51,12 @@ class Operation:
     @property
     def identity(self) -> Any:
         """What makes two operations the same, as plain data."""
-        told: Any = self.name
+        operation: Any = self.name
         if self.name not in NAMES:
-            told = {"function": self.name, "source": function_digest(self.compute)}
+            operation = {"function": self.name, "source": function_digest(self.compute)}
         if self.subspace is None:
-            return told
-        return {"operation": told, "subspace": dict(self.subspace.identity)}
+            return operation
+        return {"operation": operation, "subspace": dict(self.subspace.identity)}
 
     def apply(self, current: Tensor, value: Tensor | None) -> Tensor:
         """The new values of these rows.

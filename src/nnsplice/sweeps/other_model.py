@@ -133,8 +133,8 @@ def _config(model: engine.Model) -> dict[str, Any] | None:
     config = getattr(unwrap(model), "config", None)
     if not hasattr(config, "to_dict"):
         return None
-    told: dict[str, Any] = config.to_dict()  # type: ignore[union-attr]
-    return {name: value for name, value in told.items() if name not in ("_name_or_path", "transformers_version")}
+    values: dict[str, Any] = config.to_dict()  # type: ignore[union-attr]
+    return {name: value for name, value in values.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def source_of(plan: Plan, source: Any) -> engine.Model | None:

@@ -134,8 +134,8 @@ def plan_sweep(
         elif chosen.name == "patch" and corruption is None:
             _tell_of_sameness(edited, there)
     tokens = edited.token_texts(model, targets[0].tower if targets else "encoder")
-    told = bound.identity if runs is None else runs.identity
-    asked = asked_of(model, edited, there, targets, told, chosen, reference, window, align, seed, corruption, other)
+    scored = bound.identity if runs is None else runs.identity
+    asked = asked_of(model, edited, there, targets, scored, chosen, reference, window, align, seed, corruption, other)
     none = Jobs.of(())
     plan = Plan(edited, there, targets, bound, chosen, reference, align, seed, none, none, asked, corruption, tokens)
     if runs is not None:

@@ -164,13 +164,13 @@ def _safe(name: str) -> str:
 
 def _journal(folder: Folder, job: Callable[[Any], SweepResult]) -> Folder:
     folder.mkdir(parents=True, exist_ok=True)
-    told, about = {"kind": "revisions", "job": function_digest(job)}, folder / ABOUT
+    contents, about = {"kind": "revisions", "job": function_digest(job)}, folder / ABOUT
     if about.is_file():
-        if from_json(text_of(about), about) != told:
+        if from_json(text_of(about), about) != contents:
             raise KeyMismatch(f"the journal {folder} is of another job", expected="the same job, or another folder")
     elif any(folder.iterdir()):
         raise BadArgument(f"{folder} is no journal and not empty", expected="a folder of its own")
     else:
         with whole(about) as temporary:
-            temporary.write_text(json.dumps(told), encoding="utf-8")
+            temporary.write_text(json.dumps(contents), encoding="utf-8")
     return folder

@@ -29,7 +29,7 @@ def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float]
         costs: `[prompt]`, about how much work each prompt is.
         more: plain data that the question needs beside the plan.
     """
-    told = {
+    question = {
         "weights": plan.asked["weights"],
         "plan": plain_plan(plan),
         "exists": Jobs.of_mask(plan.exists()).ranges,
@@ -39,7 +39,7 @@ def unit_plan(kind: str, model: engine.Model, plan: Plan, costs: Sequence[float]
     with tempfile.TemporaryDirectory() as folder:
         write_tensors(plan, Path(folder))
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    return UnitPlan.of(kind, told, costs, files)
+    return UnitPlan.of(kind, question, costs, files)
 
 
 def plan_in(plan: UnitPlan[Any], model: engine.Model) -> Plan:
@@ -47,7 +47,7 @@ def plan_in(plan: UnitPlan[Any], model: engine.Model) -> Plan:
     with tempfile.TemporaryDirectory() as folder:
         for name, content in plan.files:
             (Path(folder) / name).write_bytes(content)
-        return read_plan(plan.told["plan"], folder, model)
+        return read_plan(plan.question["plan"], folder, model)
 
 
 def arrays_of(table: Table) -> Arrays:
@@ -65,12 +65,12 @@ def result_of(plan: UnitPlan[Any], outcomes: Outcomes, **more: Any) -> SweepResu
     Args:
         more: other fields of the table.
     """
-    told = plan.told
-    cells = cells_of(told["plan"])
+    question = plan.question
+    cells = cells_of(question["plan"])
     exists = np.zeros((len(plan), len(cells)), dtype=bool)
-    exists[Jobs.of_ranges(told["exists"]).columns()] = True
-    asked, tokens = told["plan"]["asked"], told["plan"]["tokens"]
-    return joined_result(plan, outcomes, cells, exists, asked, tokens, told["labels"], **more)
+    exists[Jobs.of_ranges(question["exists"]).columns()] = True
+    asked, tokens = question["plan"]["asked"], question["plan"]["tokens"]
+    return joined_result(plan, outcomes, cells, exists, asked, tokens, question["labels"], **more)
 
 
 def joined_result(

@@ -43,7 +43,7 @@ def plan(
     base = engine.as_model(base)
     request = weight_request(base, tuned, prompts, sites, metric, batch_size=batch_size)
     given = request.runs.given
-    told = {
+    question = {
         "weights": request.asked["weights"],
         "source_weights": engine.weights_digest(tuned),
         "prompts": plain_prompts(given),
@@ -56,14 +56,14 @@ def plan(
     }
     depth = len(engine.expand(base, "layers[:].output"))
     costs = [length * depth * (len(request.cells) + 2) for length in given.lengths("decoder")]
-    return UnitPlan.of("nnsplice.sweeps.weight_units:WEIGHTS", told, costs, {})
+    return UnitPlan.of("nnsplice.sweeps.weight_units:WEIGHTS", question, costs, {})
 
 
 def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
-    told, tuned = plan.told, models.source
-    given, metric = prompts_of(told["prompts"], models.model), metric_of(told["metric"])
+    question, tuned = plan.question, models.source
+    given, metric = prompts_of(question["prompts"], models.model), metric_of(question["metric"])
     assert isinstance(metric, Bound)  # as this sweep has one
-    request = weight_request(models.model, tuned, given, told["sites"], metric, batch_size=told["batch_size"])
+    request = weight_request(models.model, tuned, given, question["sites"], metric, batch_size=question["batch_size"])
 
     def unit(prompts: Sequence[int]) -> Arrays:
         longest = max(given.length("decoder", prompt) for prompt in prompts)
@@ -73,10 +73,10 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
 
 
 def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SweepResult:
-    told = plan.told
-    cells = tuple(Cell(*cell) for cell in told["cells"])
+    question = plan.question
+    cells = tuple(Cell(*cell) for cell in question["cells"])
     exists = np.ones((len(plan), len(cells)), dtype=bool)
-    return joined_result(plan, outcomes, cells, exists, told["asked"], told["tokens"], {})
+    return joined_result(plan, outcomes, cells, exists, question["asked"], question["tokens"], {})
 
 
 WEIGHTS = Kind("ns.sweep_weights", _ready, _joined)

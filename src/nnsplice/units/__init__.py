@@ -1,9 +1,9 @@
-"""Questions in units: plain data whose parts any process can run, with identical bits.
+"""Plans in units: a question as plain data whose parts run in any process, with bit-identical results.
 
 plan       UnitPlan: a question and its units; Kind: how one kind of question is run and joined
 plain      prompts and metrics as plain data, and back
-loading    how other processes load a model, and whether it is the one that was meant
-running    all units here, or in a run folder by other processes
+loading    how other processes load a model; the check of its weights
+running    runs all units here, or in a run folder with other processes
 capturing  ns.capture in units
 """
 

@@ -23,14 +23,14 @@ from nnsplice.work import Arrays
 
 
 def plan(model: Any, prompts: PromptsLike, sites: Paths, *, spans: SpanTexts | None = None) -> UnitPlan[Any]:
-    """The plan of a capture, whose arguments these are."""
+    """The plan of `ns.capture` with these arguments."""
     model = engine.as_model(model)
     with circumstances("ns.capture"):
         given = encode(model, prompts, spans)
         if given.values is not None:
             raise BadArgument("prompts are tokens in units, and these are values", expected="texts or token ids")
         wanted = checked(model, given, sites)
-    told = {
+    question = {
         "weights": engine.weights_digest(model),
         "prompts": plain_prompts(given),
         "sites": [str(path) for path in wanted],
@@ -39,12 +39,12 @@ def plan(model: Any, prompts: PromptsLike, sites: Paths, *, spans: SpanTexts | N
     }
     depth = len(engine.expand(model, "layers[:].output"))
     lengths = zip(given.lengths("encoder"), given.lengths("decoder"), strict=True)
-    return UnitPlan.of("nnsplice.units.capturing:CAPTURE", told, [depth * max(pair) for pair in lengths], {})
+    return UnitPlan.of("nnsplice.units.capturing:CAPTURE", question, [depth * max(pair) for pair in lengths], {})
 
 
 def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) -> Callable[[Sequence[int]], Arrays]:
-    model, sites = models.model, plan.told["sites"]
-    whole = prompts_of(plan.told["prompts"], model)
+    model, sites = models.model, plan.question["sites"]
+    whole = prompts_of(plan.question["prompts"], model)
 
     def unit(prompts: Sequence[int]) -> Arrays:
         some = whole.take(prompts)
@@ -56,11 +56,11 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
 
 
 def _joined(plan: UnitPlan[Any], outcomes: Outcomes) -> SavedActivation:
-    told = plan.told["origin"]
+    origin = plan.question["origin"]
     origin = Provenance(
-        told["model"], told["revision"], _tuples(told["prompts"]), _tuples(told["tokens"]),
-        None if told["spans"] is None else {name: _tuples(rows) or () for name, rows in told["spans"].items()},
-        told["saes"],
+        origin["model"], origin["revision"], _tuples(origin["prompts"]), _tuples(origin["tokens"]),
+        None if origin["spans"] is None else {name: _tuples(rows) or () for name, rows in origin["spans"].items()},
+        origin["saes"],
     )  # fmt: skip
     parts = [read_from(arrays["capture"].tobytes(), SavedActivation.from_file)._packs for _, arrays in outcomes]
     packs = joined(parts, [prompts for prompts, _ in outcomes])

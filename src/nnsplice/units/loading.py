@@ -22,10 +22,10 @@ _FUNCTION = re.compile(r"[\w.]+:[\w.]+")
 
 
 def load_of(model: Any) -> str:
-    """How other processes load a model, as a text.
+    """How other processes load a model: a name, a folder, or `module:function`.
 
     Raises:
-        BadArgument: they cannot.
+        BadArgument: other processes cannot load it.
     """
     if isinstance(model, str | PathLike):
         if is_address(model):
@@ -45,9 +45,9 @@ def load_of(model: Any) -> str:
 
 def write_load(folder: RunFolder, load: str, source: str | None, options: Mapping[str, Any] | None) -> None:
     """Write how workers load the model, and the second one of a question about two."""
-    for name, told in ((LOAD, load), (LOAD_SOURCE, source)):
-        if told is not None:
-            write_json(folder.path / name, {"load": told, "options": _options(options)})
+    for name, spec in ((LOAD, load), (LOAD_SOURCE, source)):
+        if spec is not None:
+            write_json(folder.path / name, {"load": spec, "options": _options(options)})
 
 
 def _options(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def _options(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def loaded(folder: RunFolder, name: str, weights: str | None) -> Any:
-    """The model, in a worker.
+    """Load the model in a worker.
 
     Args:
-        name: of the file that says how: `LOAD` or `LOAD_SOURCE`.
-        weights: the digest of the weights that were meant.
+        name: the file that says how: `LOAD` or `LOAD_SOURCE`.
+        weights: the digest that its weights must have.
 
     Raises:
-        BadArgument: it has others, or nobody said how it is loaded.
+        BadArgument: its weights differ, or the file is missing.
     """
     from nnsplice.models import load
 
@@ -87,17 +87,17 @@ def loaded(folder: RunFolder, name: str, weights: str | None) -> Any:
             write='ns.run(plan, "base", source="tuned", on=..., out=...)',
         )
     how = from_json(text_of(folder.path / name), folder.path / name)
-    told, options = how["load"], how["options"]
-    if _FUNCTION.fullmatch(told) and not Path(told).exists():
-        make: Callable[..., Any] = imported(told)
+    spec, options = how["load"], how["options"]
+    if _FUNCTION.fullmatch(spec) and not Path(spec).exists():
+        make: Callable[..., Any] = imported(spec)
         made = make(**options)
         model = made if isinstance(made, engine.Model) else load(made)
     else:
-        model = load(told, **options)
+        model = load(spec, **options)
     digest = engine.weights_digest(model)
     if digest != weights:
         raise BadArgument(
-            f"the {'model' if name == LOAD else 'source'} {told} has the weights {digest} here, and the plan was made "
+            f"the {'model' if name == LOAD else 'source'} {spec} has the weights {digest} here, and the plan was made "
             f"with {weights}",
             expected="the model that the plan was made with",
         )

@@ -19,7 +19,7 @@ def plain_prompts(prompts: Prompts) -> dict[str, Any]:
     """Prompts as plain data.
 
     Raises:
-        BadArgument: they have images, or are what an encoder hears.
+        BadArgument: they have images or audio.
     """
     if prompts.sounds is not None:
         raise BadArgument(
@@ -37,43 +37,43 @@ def plain_prompts(prompts: Prompts) -> dict[str, Any]:
     return {"ids": [list(row) for row in prompts.ids], "texts": texts, "decoder": decoder, "spans": spans}
 
 
-def prompts_of(told: Mapping[str, Any], model: engine.Model) -> Prompts:
-    """Prompts again, for this model."""
+def prompts_of(data: Mapping[str, Any], model: engine.Model) -> Prompts:
+    """Prompts from plain data, for this model."""
 
     def rows(each: Any) -> Any:
         return None if each is None else tuple(tuple(row) for row in each)
 
-    spans = None if told["spans"] is None else {name: rows(each) for name, each in told["spans"].items()}
-    texts = None if told["texts"] is None else tuple(told["texts"])
-    return Prompts(rows(told["ids"]), texts, rows(told["decoder"]), None, spans, engine.taken_by(type(unwrap(model))))
+    spans = None if data["spans"] is None else {name: rows(each) for name, each in data["spans"].items()}
+    texts = None if data["texts"] is None else tuple(data["texts"])
+    return Prompts(rows(data["ids"]), texts, rows(data["decoder"]), None, spans, engine.taken_by(type(unwrap(model))))
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
 
 
 def plain_function(function: Any, what: str) -> dict[str, str]:
-    """A function of a file by its name, and what it does.
+    """A function as its `module:name` and the digest of its source.
 
     Raises:
-        BadArgument: other processes cannot find it.
+        BadArgument: other processes cannot import it.
     """
     return {"function": named(function, f"the {what}"), "source": function_digest(function)}
 
 
-def function_of(told: Mapping[str, str], what: str) -> Any:
-    """The function, which has to do the same here.
+def function_of(data: Mapping[str, str], what: str) -> Any:
+    """The function that `plain_function` described.
 
     Raises:
-        BadArgument: it does something else, so that other numbers would come out.
+        BadArgument: its source differs here, so results would differ.
     """
-    found = imported(told["function"])
-    if "source" in told and function_digest(found) != told["source"]:
+    found = imported(data["function"])
+    if "source" in data and function_digest(found) != data["source"]:
         raise changed(what)
     return found
 
 
 def changed(what: str) -> BadArgument:
-    """The error for a function that is another one here."""
+    """The error for a function whose source differs here."""
     return BadArgument(
         f"the {what} is another function here than where the sweep was planned",
         expected="one file for all, which does not change while the sweep runs",
@@ -84,7 +84,7 @@ def plain_metric(metric: Bound | Several) -> dict[str, Any]:
     """A metric with its answers as plain data.
 
     Raises:
-        BadArgument: it is a function that other processes cannot find.
+        BadArgument: its function cannot be imported by other processes.
     """
     if isinstance(metric, Several):
         return {"several": [[name, plain_metric(bound)] for name, bound in metric.parts]}
@@ -97,20 +97,20 @@ def plain_metric(metric: Bound | Several) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def metric_of(told: Mapping[str, Any]) -> Bound | Several:
-    """A metric again.
+def metric_of(data: Mapping[str, Any]) -> Bound | Several:
+    """A metric from plain data.
 
     Raises:
-        BadArgument: its function is another one here.
+        BadArgument: the source of its function differs here.
     """
-    if "several" in told:
-        each = [(name, metric_of(one)) for name, one in told["several"]]
+    if "several" in data:
+        each = [(name, metric_of(one)) for name, one in data["several"]]
         return Several(tuple((name, bound) for name, bound in each if isinstance(bound, Bound)))
-    rule = told["rule"]
+    rule = data["rule"]
     rule = getattr(rules, rule) if isinstance(rule, str) else function_of(rule, "metric")
     ids = {
-        name: tuple(tuple(one) if isinstance(one, list) else one for one in each) for name, each in told["ids"].items()
+        name: tuple(tuple(one) if isinstance(one, list) else one for one in each) for name, each in data["ids"].items()
     }
     answers = {name: list(each) for name, each in ids.items()}
-    metric = Metric(told["name"], rule, answers, told["position"], compares=told["compares"], local=told["local"])
+    metric = Metric(data["name"], rule, answers, data["position"], compares=data["compares"], local=data["local"])
     return Bound(metric, ids)

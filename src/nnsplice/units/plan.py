@@ -22,18 +22,18 @@ from nnsplice.files import from_json, text_of, whole
 from nnsplice.shown import counted
 from nnsplice.work import Arrays, imported, write_json
 
-#: How much work a unit is about, in tokens times layers that are run.
+#: The work of a unit, in tokens times layers.
 SIZE = 2.5e6
-#: How many tokens of a unit run at once, on every machine alike.
+#: Tokens that run at once; the same on every machine, as results must be identical.
 MAX_TOKENS = 4096
 PLAN = "plan.json"
 R = TypeVar("R")
-#: What the question returns that was planned.
+#: The return type of the planned question.
 Result = TypeVar("Result")
 
-#: What a worker finds out that all workers of a run have to take alike: a name, and how it is found out.
+#: `agree(name, compute)`: a value that all workers of a run share; the first worker to need it computes it.
 Agree = Callable[[str, Callable[[], Any]], Any]
-#: The units that are done: the prompts of each, and what it gave.
+#: Finished units: the prompts of each, and its arrays.
 Outcomes = Sequence[tuple[Sequence[int], Arrays]]
 
 
@@ -42,24 +42,24 @@ class Models:
     """The models of a plan in this process."""
 
     model: engine.Model
-    #: The second one, for a question about two.
+    #: The second model, for a question about two.
     source: Any = None
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a kind of question is run in units, and put together."""
+    """How one kind of question is run in units and joined."""
 
-    #: What its users call it: `ns.attribute`.
+    #: The public function: `ns.attribute`.
     name: str
-    #: Gets ready to run units, with so many tokens at once: a function from the prompts of a unit to its outcome.
+    #: `ready(plan, models, max_tokens, agree)`: a function from the prompts of a unit to its outcome.
     ready: Callable[[UnitPlan[Any], Models, int, Agree], Callable[[Sequence[int]], Arrays]]
-    #: The result of the units that are done; without a model.
+    #: The result of the finished units; needs no model.
     joined: Callable[[UnitPlan[Any], Outcomes], Any]
 
 
 class Planned(Generic[Result]):
-    """What `ns.run` runs: a `Plan`, or a `UnitPlan`; `Result` is what it returns for it."""
+    """A plan for `ns.run`: a `Plan` or a `UnitPlan`; `Result` is the type that `ns.run` returns for it."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,10 +74,10 @@ class UnitPlan(Planned[Result]):
     ((0,), (1,))
 
     Attributes:
-        kind: where the kind of question is found, `module:NAME`.
+        kind: the kind of question, as `module:NAME`.
         text: the question, as JSON.
-        costs: `[prompt]`, about how much work each prompt is, in tokens times layers.
-        files: tensors that belong to the question, as the bytes of safetensors files, by name.
+        costs: `[prompt]`, the estimated work of each prompt, in tokens times layers.
+        files: tensors of the question, by name, as the bytes of safetensors files.
     """
 
     kind: str
@@ -87,10 +87,10 @@ class UnitPlan(Planned[Result]):
 
     @classmethod
     def of(
-        cls, kind: str, told: Mapping[str, Any], costs: Sequence[float], files: Mapping[str, bytes]
+        cls, kind: str, question: Mapping[str, Any], costs: Sequence[float], files: Mapping[str, bytes]
     ) -> UnitPlan[Any]:
-        """A plan of plain data, which holds at least the digest of the model's weights, `"weights"`."""
-        text = json.dumps(told)
+        """A plan from plain data; `question["weights"]` is the digest of the model's weights."""
+        text = json.dumps(question)
         return cls(kind, text, tuple(float(cost) for cost in costs), tuple(sorted(files.items())))
 
     def __len__(self) -> int:
@@ -101,13 +101,13 @@ class UnitPlan(Planned[Result]):
         return f"UnitPlan: {self.row.name}, {counted(len(self), 'prompt')}, {counted(len(self.units()), 'unit')}"
 
     @cached_property
-    def told(self) -> Mapping[str, Any]:
-        """The question."""
+    def question(self) -> Mapping[str, Any]:
+        """The question as plain data."""
         return json.loads(self.text)
 
     @property
     def row(self) -> Kind:
-        """What there is to know of such questions."""
+        """The `Kind` of this question."""
         found = imported(self.kind)
         if not isinstance(found, Kind):
             raise BadArgument(f"{self.kind} is no kind of question", expected="a plan that ns.plan made")
@@ -115,7 +115,7 @@ class UnitPlan(Planned[Result]):
 
     @cached_property
     def digest(self) -> str:
-        """What tells this question from others."""
+        """A hash of the question and its files."""
         found = hashlib.sha256(f"{self.kind} {self.text}".encode())
         for name, content in self.files:
             found.update(f"{name} {len(content)} ".encode() + content)
@@ -126,11 +126,10 @@ class UnitPlan(Planned[Result]):
         return dict(self.files)[name]
 
     def units(self, size: float | None = None) -> tuple[tuple[int, ...], ...]:
-        """The prompts of each unit: together every prompt once, the same ones always.
+        """The prompts of each unit; every prompt is in exactly one, always the same.
 
         Args:
-            size: how much work a unit is about, in tokens times layers; 2.5 million if left out. A prompt is never
-                split.
+            size: the work of a unit, in tokens times layers; 2.5 million if left out. A prompt is never split.
 
         Returns:
             The units, those of the largest prompts first.
@@ -157,24 +156,24 @@ class UnitPlan(Planned[Result]):
         for name, content in self.files:
             with whole(folder / name) as temporary:
                 temporary.write_bytes(content)
-        told = {
+        contents = {
             "kind": self.kind,
             "question": self.text,
             "costs": self.costs,
             "files": [name for name, _ in self.files],
         }
-        write_json(folder / PLAN, {**told, **more})
+        write_json(folder / PLAN, {**contents, **more})
 
     @classmethod
     def read(cls, folder: Path) -> tuple[UnitPlan[Any], Mapping[str, Any]]:
-        """A plan that `write` wrote, and what stands beside it."""
-        told = from_json(text_of(folder / PLAN), folder / PLAN)
-        files = tuple((name, (folder / name).read_bytes()) for name in told["files"])
-        return cls(told["kind"], told["question"], tuple(told["costs"]), files), told
+        """A plan that `write` wrote, and all data in its file."""
+        contents = from_json(text_of(folder / PLAN), folder / PLAN)
+        files = tuple((name, (folder / name).read_bytes()) for name in contents["files"])
+        return cls(contents["kind"], contents["question"], tuple(contents["costs"]), files), contents
 
 
 def bytes_of(write: Callable[[Path], Any]) -> bytes:
-    """What a function writes to a file."""
+    """The bytes that a function writes to a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         write(path)
@@ -182,7 +181,7 @@ def bytes_of(write: Callable[[Path], Any]) -> bytes:
 
 
 def read_from(content: bytes, read: Callable[[Path], R]) -> R:
-    """What a function reads from a file of these bytes."""
+    """The value that a function reads from a file of these bytes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         path.write_bytes(content)
@@ -190,23 +189,23 @@ def read_from(content: bytes, read: Callable[[Path], R]) -> R:
 
 
 def rows_of(outcomes: Outcomes, name: str) -> np.ndarray:
-    """One of the arrays of all units, `[prompt, ...]`, in the order of the prompts that are there."""
+    """One array of all units, `[prompt, ...]`, in the order of the prompts."""
     rows = np.concatenate([np.asarray(prompts, dtype=np.int64) for prompts, _ in outcomes])
     return np.concatenate([arrays[name] for _, arrays in outcomes])[np.argsort(rows, kind="stable")]
 
 
-def packed_text(told: Any) -> np.ndarray:
+def packed_text(data: Any) -> np.ndarray:
     """Plain data as an array, for the outcome of a unit."""
-    return np.frombuffer(json.dumps(told).encode(), dtype=np.uint8)
+    return np.frombuffer(json.dumps(data).encode(), dtype=np.uint8)
 
 
 def text_in(array: np.ndarray) -> Any:
-    """What `packed_text` was given."""
+    """The data that `packed_text` packed."""
     return json.loads(array.tobytes())
 
 
 def lists_of(outcomes: Outcomes, name: str) -> list[Any]:
-    """One of the lists of all units, which `packed_text` packed, an entry for each prompt, in their order."""
+    """One list of all units, with an entry for each prompt in order; `packed_text` packed it."""
     found = {
         prompt: entry
         for prompts, arrays in outcomes
@@ -216,5 +215,5 @@ def lists_of(outcomes: Outcomes, name: str) -> list[Any]:
 
 
 def prompts_in(outcomes: Outcomes) -> list[int]:
-    """The prompts of the units that are done, in order."""
+    """The prompts of finished units, in order."""
     return sorted(prompt for prompts, _ in outcomes for prompt in prompts)

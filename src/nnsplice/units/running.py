@@ -34,8 +34,8 @@ def run(
     threads: int,
     partial: bool,
 ) -> Any:
-    """`ns.run` of such a plan, whose arguments these are; all units here where neither `on` nor `out` is given."""
-    if (source is None) != (plan.told.get("source_weights") is None):
+    """`ns.run` of a `UnitPlan`; without `on` and `out` all units run in this process."""
+    if (source is None) != (plan.question.get("source_weights") is None):
         raise BadArgument(
             f"{plan.row.name} is about {'one model, so source= would do nothing' if source is not None else 'two'}",
             expected="no source" if source is not None else "the other model",
@@ -44,10 +44,10 @@ def run(
     at_once = MAX_TOKENS if max_tokens is None else max_tokens
     if on is None and out is None:
         return _here(plan, _models_of(plan, model, source), at_once, size, progress)
-    told, told_source = load_of(model), None if source is None else load_of(source)
+    spec, source_spec = load_of(model), None if source is None else load_of(source)
     with folder_for(on, out) as (chosen, path):
         folder = _prepared(plan, path, max_tokens=at_once, size=size, threads=threads)
-        write_load(folder, told, told_source, load_options)
+        write_load(folder, spec, source_spec, load_options)
         finish(folder, chosen, progress, partial)
         return merged(folder.address, partial=partial or on == "folder")
 
@@ -56,7 +56,7 @@ def run(
 def folder_for(
     on: str | Engine | None, out: str | PathLike[str] | None
 ) -> Iterator[tuple[Engine, str | PathLike[str]]]:
-    """Where a run takes place and its folder, which is a temporary one if nobody names it."""
+    """The engine of a run and its folder; a temporary folder if `out` is None."""
     chosen = engine_of("local" if on is None else on)
     if out is None and on == "folder":
         raise BadArgument('on="folder" writes a folder, and none is named', write="out=DIR")
@@ -65,10 +65,10 @@ def folder_for(
 
 
 def finish(folder: RunFolder, chosen: Engine, progress: bool, partial: bool) -> None:
-    """Have all units run.
+    """Run all units.
 
     Raises:
-        TeamError: units failed, and not all there is was asked for; or no worker could go on.
+        TeamError: units failed and `partial` is False, or no worker could go on.
     """
     chosen.run(folder, progress)
     failures = folder.failures()
@@ -83,7 +83,7 @@ def finish(folder: RunFolder, chosen: Engine, progress: bool, partial: bool) -> 
 
 def _here(plan: UnitPlan[Any], models: Models, max_tokens: int, size: float | None, progress: bool) -> Any:
     """All units in this process, one after the other."""
-    run_unit = plan.row.ready(plan, models, max_tokens, _alone)
+    run_unit = plan.row.ready(plan, models, max_tokens, lambda _, compute: compute())
     units = plan.units(size)
     with bar("units", len(units), "unit", progress) as shown:
         outcomes: list[tuple[Sequence[int], Arrays]] = []
@@ -93,24 +93,20 @@ def _here(plan: UnitPlan[Any], models: Models, max_tokens: int, size: float | No
     return plan.row.joined(plan, outcomes)
 
 
-def _alone(_name: str, mine: Callable[[], Any]) -> Any:
-    return mine()
-
-
 def _models_of(plan: UnitPlan[Any], model: Any, source: Any) -> Models:
-    """Models of this process.
+    """The models of this process, checked against the plan.
 
     Raises:
-        BadArgument: one has other weights than the plan was made with.
+        BadArgument: a model has other weights than the plan was made with.
     """
     models = Models(engine.as_model(model), source)
     for one, what, key in ((models.model, "model", "weights"), (models.source, "source", "source_weights")):
-        if one is not None and engine.weights_digest(one) != plan.told[key]:
+        if one is not None and engine.weights_digest(one) != plan.question[key]:
             raise BadArgument(
                 f"the {what} has other weights than the one that the plan was made with",
                 expected="the model that the plan was made with",
             )
-    features.check_identities(models.model, plan.told.get("saes", {}), "the plan")
+    features.check_identities(models.model, plan.question.get("saes", {}), "the plan")
     return models
 
 
@@ -123,8 +119,8 @@ def _prepared(
     """A run folder with this plan, written or found there."""
     units = plan.units(size)
     identity = {
-        "question": plan.row.name, "asked": plan.digest, "weights": plan.told["weights"],
-        "source": plan.told.get("source_weights"), "units": [len(units), size], "max_tokens": max_tokens,
+        "question": plan.row.name, "asked": plan.digest, "weights": plan.question["weights"],
+        "source": plan.question.get("source_weights"), "units": [len(units), size], "max_tokens": max_tokens,
         "threads": threads,
     }  # fmt: skip
     return RunFolder.create(
@@ -132,19 +128,19 @@ def _prepared(
     )
 
 
-class _Task:
-    """A worker's side of a plan: its models, and the units as they are asked for."""
+class _PlanTask:
+    """A plan in a worker: loads the models, then runs units by number."""
 
     def __init__(self, folder: RunFolder) -> None:
         """Load the models, and get ready."""
         torch.set_num_threads(folder.identity("threads"))
-        plan, told = UnitPlan.read(folder.path)
+        plan, contents = UnitPlan.read(folder.path)
         model = loaded(folder, LOAD, folder.identity("weights"))
         there = folder.identity("source")
-        features.check_identities(model, plan.told.get("saes", {}), "the plan")
+        features.check_identities(model, plan.question.get("saes", {}), "the plan")
         models = Models(model, None if there is None else loaded(folder, LOAD_SOURCE, there))
         self.model: engine.Model = model
-        self.units: tuple[tuple[int, ...], ...] = plan.units(told["size"])
+        self.units: tuple[tuple[int, ...], ...] = plan.units(contents["size"])
         self.unit: Callable[[Sequence[int]], Arrays] = plan.row.ready(
             plan, models, folder.identity("max_tokens"), folder.agree
         )
@@ -154,22 +150,22 @@ class _Task:
         return self.unit(self.units[number])
 
 
-def opened(folder: RunFolder) -> _Task:
-    """What workers begin with."""
-    return _Task(folder)
+def opened(folder: RunFolder) -> _PlanTask:
+    """The task of a run folder, in a worker."""
+    return _PlanTask(folder)
 
 
 def merged(path: str | PathLike[str], *, partial: bool = False) -> Any:
     """The result of a run folder; no model is needed.
 
     Args:
-        partial: also when units are missing: prompts without any are left out.
+        partial: allow missing units; their prompts are left out.
 
     Raises:
-        FileError: units are missing, or there is none at all.
+        FileError: units are missing, or no unit is done.
     """
     folder = RunFolder.open(path)
-    plan, told = UnitPlan.read(folder.path)
+    plan, contents = UnitPlan.read(folder.path)
     done = folder.finished(partial=partial)
-    units = plan.units(told["size"])
+    units = plan.units(contents["size"])
     return plan.row.joined(plan, [(units[number], folder.outcome(number)[0]) for number in done])

@@ -28,14 +28,14 @@ class Claims:
         return f"claims/{number:06}"
 
     def take(self, number: int) -> bool:
-        """Claim a unit that nobody has; False where somebody has, or had, it."""
-        if not self.store.create(self.name(number), self._words()):
+        """Claim a unit that has no claim yet; False if it has one."""
+        if not self.store.create(self.name(number), self._content()):
             return False
         self.held = number
         return True
 
     def take_over(self, number: int) -> bool:
-        """Claim a unit whose worker is gone, which is a strike against the unit; the third leaves it out."""
+        """Claim a unit whose worker is dead. That is a strike against the unit; the third one fails the unit."""
         there = self._read(number)
         if there is None:
             return self.take(number)
@@ -43,26 +43,26 @@ class Claims:
             return False
         strike = f"strikes/{number:06}.{there.get('token', 'unreadable')}"
         ended = f"{there.get('worker', 'a worker')} ended\n{uuid.uuid4().hex}".encode()
-        # Of several that judge this claim, the first takes the unit at once, unless it dies on the way.
-        if not self.store.create(strike, ended) and self.store.age(strike) < self.folder.told["lease"]:
+        # Several workers may see that this claim is dead: the first one takes the unit, unless it dies here too.
+        if not self.store.create(strike, ended) and self.store.age(strike) < self.folder.header["lease"]:
             return False
         strikes = self.folder.strikes(number)
         if len(strikes) >= STRIKES:
             lines = "; ".join(strikes)
             self.folder.fail(number, f"{len(strikes)} workers ended while they ran it: {lines}")
             return False
-        self.store.write(self.name(number), self._words())
+        self.store.write(self.name(number), self._content())
         self.held = number
         return True
 
     def release(self) -> None:
-        """Give a claimed unit back, for others to take."""
+        """Give the claimed unit back."""
         if self.held is not None:
             self.store.remove(self.name(self.held))
         self.held = None
 
     def strike(self, reason: str) -> None:
-        """Count an error of this worker against the unit, and give it back."""
+        """Count an error of this worker against its unit, and give the unit back."""
         number = self.held
         assert number is not None
         self.store.write(f"strikes/{number:06}.{uuid.uuid4().hex}", f"{self.worker}: {reason}".encode())
@@ -76,25 +76,25 @@ class Claims:
         if self.held is not None:
             self.store.touch(self.name(self.held))
 
-    def _words(self) -> bytes:
+    def _content(self) -> bytes:
         return json.dumps({**this_process(), "worker": self.worker, "token": uuid.uuid4().hex}).encode()
 
-    def _is_dead(self, told: dict[str, Any], number: int) -> bool:
-        lease = self.folder.told["lease"]
+    def _is_dead(self, claim: dict[str, Any], number: int) -> bool:
+        lease = self.folder.header["lease"]
         try:
-            gone = is_gone(told)
+            gone = is_gone(claim)
         except (KeyError, ValueError, TypeError):
-            gone = None  # cut off: by a worker that died, or by one that is just writing it
+            gone = None  # incomplete: its worker died, or is writing it now
         with suppress(FileNotFoundError):
             return gone if gone is not None else self.store.age(self.name(number)) > lease
         return False
 
     def _read(self, number: int) -> dict[str, Any] | None:
-        """What a claim says, nothing where it was cut off; None where there is none."""
+        """The claim of a unit: empty where its file is incomplete, None where there is none."""
         try:
-            told = json.loads(self.store.read(self.name(number)))
+            claim = json.loads(self.store.read(self.name(number)))
         except FileNotFoundError:
             return None
         except ValueError:
             return {}
-        return told if isinstance(told, dict) else {}
+        return claim if isinstance(claim, dict) else {}

@@ -22,23 +22,23 @@ class Handle(Protocol):
     """A worker that an engine has started."""
 
     def poll(self) -> int | None:
-        """How it ended; None while it runs, or waits for a machine."""
+        """The exit code; None while it runs, or waits for a machine."""
         ...
 
     def stop(self) -> None:
-        """End it, in its own time."""
+        """End it; it may finish its unit."""
         ...
 
 
 def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progress: bool) -> None:
-    """Have all units run by so many workers; those that are left out are in `folder.failures()`.
+    """Run all units with this many workers; failed units are in `folder.failures()`.
 
     Args:
-        start: starts the worker of this number.
+        start: starts worker number i.
 
     Raises:
         FileError: another process drives this run.
-        TeamError: no worker is left, and units are.
+        TeamError: units are left and no worker could go on.
     """
     folder.share()
     lock = folder.store.lock("driver")
@@ -73,7 +73,7 @@ def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progr
         lock.release()
     left = folder.units - len(folder.done()) - len(folder.failures())
     if left:
-        reasons = dict.fromkeys(told["reason"] for _, told in folder.workers() if "reason" in told)
+        reasons = dict.fromkeys(record["reason"] for _, record in folder.workers() if "reason" in record)
         lines = [f"  {line}" for reason in list(reasons)[-3:] for line in reason.splitlines()]
         raise TeamError(
             "\n".join([f"{left} of {folder.units} units were not run, as no worker could go on", *lines]),
@@ -83,17 +83,17 @@ def drive(folder: RunFolder, start: Callable[[int], Handle], workers: int, progr
 
 
 def command(folder: RunFolder) -> list[str]:
-    """What a worker's process runs."""
+    """The command line of a worker."""
     where = folder.address if folder.store.folder is None else str(folder.store.folder.resolve())
     return [sys.executable, "-m", "nnsplice", "work", where]
 
 
 def environment() -> dict[str, str]:
-    """This process' environment, with all that it finds modules by."""
+    """This process' environment, with its module search path."""
     paths = [str(Path(path or ".").resolve()) for path in sys.path]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "NNSPLICE_PARENT": str(os.getpid())}
 
 
 def _state(folder: RunFolder) -> tuple[int, int, int]:
-    """Units that are done, those that are left out, and strikes: what changes while workers get on."""
+    """The numbers of finished units, failed units and strikes; they change while workers make progress."""
     return len(folder.done()), len(folder.failures()), len(folder.store.names("strikes"))

@@ -1,4 +1,4 @@
-"""The engines of `ns.on`, and those that a text such as `"local:8"` names."""
+"""The engines of `ns.on`, and of texts such as `"local:8"`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nnsplice.work.slurm import Slurm
 
 
 class Engine(Protocol):
-    """Something that has the units of a run folder run."""
+    """Runs the units of a run folder."""
 
     def run(self, folder: RunFolder, progress: bool) -> None:
-        """Have all units run; those that cannot be are in `folder.failures()`."""
+        """Run all units; failed units are in `folder.failures()`."""
         ...
 
 
@@ -29,11 +29,11 @@ def slurm(
     120
 
     Args:
-        workers: how many tasks; each takes units until none is left.
-        partition: of the cluster.
-        gpus: of each.
-        time: minutes that a task may take; when they are over, or the task is preempted, Slurm is asked for it again.
-        parameters: more of submitit's, as `slurm_account` or `mem_gb`.
+        workers: the number of tasks; each runs units until none is left.
+        partition: the partition of the cluster.
+        gpus: GPUs per task.
+        time: time limit of a task in minutes; after it, or after a preemption, the task is submitted again.
+        parameters: further parameters of submitit, such as `slurm_account` or `mem_gb`.
 
     Returns:
         An engine for `ns.run(on=)`.
@@ -44,16 +44,16 @@ def slurm(
 
 
 def ray(address: str | None = None, *, workers: int = 8, gpus_per_worker: float = 0, cpus_per_worker: float = 1) -> Ray:
-    """The tasks of a Ray cluster, whose machines all see the run folder.
+    """The tasks of a Ray cluster; all its machines must see the run folder.
 
     >>> ns.on.ray("auto", workers=64, gpus_per_worker=1).workers
     64
 
     Args:
-        address: of the cluster; Ray on this machine alone, if left out.
-        workers: the most there will be; they need not all have room at once.
-        gpus_per_worker: of each.
-        cpus_per_worker: of each.
+        address: the cluster; Ray on this machine if left out.
+        workers: the largest number of workers; they need not all run at once.
+        gpus_per_worker: GPUs per worker.
+        cpus_per_worker: CPUs per worker.
 
     Returns:
         An engine for `ns.run(on=)`.
@@ -62,10 +62,10 @@ def ray(address: str | None = None, *, workers: int = 8, gpus_per_worker: float 
 
 
 def engine_of(on: str | Engine) -> Engine:
-    """What `on` means.
+    """The engine of an `on=` argument.
 
     Raises:
-        BadArgument: nothing.
+        BadArgument: there is no such engine.
     """
     expected = '"local:8", "local", "folder", ns.on.slurm(...) or ns.on.ray(...)'
     if not isinstance(on, str):

@@ -12,5 +12,5 @@ class Folder:
     """`on="folder"`: for srun, torchrun, and several machines on one file system."""
 
     def run(self, folder: RunFolder, progress: bool) -> None:
-        """Nothing runs here."""
+        """Share the files; no unit runs here."""
         folder.share()

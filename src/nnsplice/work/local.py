@@ -16,13 +16,13 @@ from nnsplice.work.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Local:
-    """`on="local:8"`: so many processes here, by turns on its GPUs where it has some."""
+    """`on="local:8"`: worker processes on this machine, spread over its GPUs."""
 
-    #: None is one for each GPU, or for each core where there is none.
+    #: None is one for each GPU, or for each core without GPUs.
     workers: int | None = None
 
     def run(self, folder: RunFolder, progress: bool) -> None:
-        """Have all units run."""
+        """Run all units."""
         devices = gpus()
         workers = self.workers or len(devices) or os.cpu_count() or 1
         with _output(folder) as log:
@@ -36,7 +36,7 @@ class Local:
 
 @contextmanager
 def _output(folder: RunFolder) -> Iterator[IO[bytes]]:
-    """Where what workers print goes: a crash of theirs, for one."""
+    """The log of what workers print, such as a crash."""
     name = "workers/output.log"
     if folder.store.folder is not None:
         with (folder.store.folder / name).open("ab") as log:
@@ -59,9 +59,9 @@ class Process:
 
     @classmethod
     def start(cls, folder: RunFolder, device: str | None, log: IO[bytes]) -> Process:
-        """Start one, on this GPU alone."""
+        """Start one, on this GPU only."""
         own = environment() | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        # In a session of its own, so that Ctrl-C is for the driver, which then ends it.
+        # In a session of its own, so that Ctrl-C reaches the driver only, which then ends the worker.
         return cls(
             subprocess.Popen(
                 command(folder), env=own, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -69,11 +69,11 @@ class Process:
         )
 
     def poll(self) -> int | None:
-        """How it ended."""
+        """The exit code; None while it runs."""
         return self.process.poll()
 
     def stop(self) -> None:
-        """Ask it to leave after its unit, and end it where it does not."""
+        """Ask it to leave after its unit; kill it after 30 s."""
         self.process.terminate()
         try:
             self.process.wait(30)

@@ -1,7 +1,7 @@
 """Workers as the tasks of a Ray cluster; the only file that imports Ray.
 
-A task is a worker's process: Ray says where there is room, adds machines, and starts a task anew whose machine is gone.
-The units themselves go through the run folder, which all machines have to see.
+A task is a worker's process. Ray places it, adds machines, and restarts it when its machine is lost. The units go
+through the run folder, which all machines have to see.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from nnsplice.errors import MissingPackage
 from nnsplice.work.driving import command, drive, environment
 from nnsplice.work.run_folder import RunFolder
 
-#: Of a worker's environment, what it has from the driver; where its GPUs are says Ray.
+#: Variables that a worker gets from the driver; its GPUs are set by Ray.
 _HANDED_ON = (
     "PYTHONPATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "NNSPLICE_CACHE",
-    # Where an object store is; no credentials, which the machines of a cluster have of their own.
+    # The object store, without credentials: the machines of a cluster have their own.
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Ray:
-    """What `ns.on.ray` returns."""
+    """The engine of `ns.on.ray`."""
 
     address: str | None = None
     workers: int = 8
@@ -33,7 +33,7 @@ class Ray:
     cpus_per_worker: float = 1
 
     def run(self, folder: RunFolder, progress: bool) -> None:
-        """Have all units run."""
+        """Run all units."""
         try:
             import ray  # pyright: ignore[reportMissingImports]  (an extra)
         except ImportError as error:
@@ -41,24 +41,24 @@ class Ray:
         began = not ray.is_initialized()
         if began:
             ray.init(address=self.address, log_to_driver=False)
-        task = ray.remote(num_gpus=self.gpus_per_worker, num_cpus=self.cpus_per_worker, max_retries=0)(_attempt)
+        task = ray.remote(num_gpus=self.gpus_per_worker, num_cpus=self.cpus_per_worker, max_retries=0)(_run_worker)
         own = environment()
         handed = {name: own[name] for name in _HANDED_ON if name in own}
         try:
-            drive(folder, lambda _: Attempt(task.remote(command(folder)[1:], handed)), self.workers, progress)
+            drive(folder, lambda _: RayTask(task.remote(command(folder)[1:], handed)), self.workers, progress)
         finally:
             if began:
                 ray.shutdown()
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """A task that was asked for, and waits or runs."""
+class RayTask:
+    """A submitted task, waiting or running."""
 
     ref: Any
 
     def poll(self) -> int | None:
-        """How it ended; one whose machine is gone ended with an error."""
+        """The exit code; 1 if its machine is lost, None while it waits or runs."""
         import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
         ready, _ = ray.wait([self.ref], timeout=0)
@@ -76,7 +76,7 @@ class Attempt:
         ray.cancel(self.ref)
 
 
-def _attempt(arguments: list[str], handed: dict[str, str]) -> int:
+def _run_worker(arguments: list[str], handed: dict[str, str]) -> int:
     """Run a worker on a machine of the cluster, with that machine's own Python."""
     import os
 

@@ -1,20 +1,19 @@
 """The run folder: numbered units, and a complete file for the outcome of each.
 
-    run.json            what is run: who opens it, how many units, what all workers have in common
-    ...                 what whoever opens it has written beside (a plan, a reference)
-    units/000017...     the outcome of a unit, renamed into site
-    claims/000017       who is at it, renewed every few seconds
-    strikes/000017.*    a worker that died at it, one file for each
-    failed/000017.json  why it is left out
-    workers/NAME.json   what a worker does, and its log beside it
+    run.json            the header: the function that opens the run, the number of units, the identity of the run
+    ...                 files of that function (a plan, a reference)
+    units/000017...     the outcome of a unit, renamed into place
+    claims/000017       the worker of the unit, renewed every few seconds
+    strikes/000017.*    one file for each worker that died at the unit
+    failed/000017.json  the reason why the unit failed
+    workers/NAME.json   the status of a worker, and its log beside it
 
-Nothing is unpickled, and doing a unit twice is harmless: both write the same. The folder may be an address of an object
-store, where a put that fails if something is there makes a claim.
+Nothing is unpickled. A unit may be run twice, as both outcomes are the same. The folder may be an address of an object
+store, where a claim is a put that fails if the object exists.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -32,22 +31,23 @@ import numpy as np
 from nnsplice.errors import BadArgument, FileError
 from nnsplice.files import from_json, is_pickle, whole
 from nnsplice.stores import Store, opened, store_of
+from nnsplice.work.importing import imported
 
 KIND, FORMAT = "nnsplice run", 1
 FOLDERS = ("units", "claims", "strikes", "failed", "workers")
-#: How often a unit may end its worker before it is left out.
+#: A unit fails after it ended this many workers.
 STRIKES = 3
-#: Seconds without a sign after which a worker on another machine is taken for dead.
+#: Seconds without a sign of life after which a worker on another machine counts as dead.
 LEASE = 60.0
-#: What numbers may depend on; a worker with other versions is refused.
+#: Packages that results depend on; a worker with other versions is refused.
 VERSIONS = ("nnsplice", "torch", "transformers", "nnsight")
 
 #: The outcome of a unit.
 Arrays = Mapping[str, np.ndarray]
 
 
-class Task(Protocol):
-    """What a worker has once it is ready, with its model in memory."""
+class UnitTask(Protocol):
+    """Runs units, with the model in memory."""
 
     def run(self, number: int) -> Arrays:
         """The outcome of a unit."""
@@ -58,11 +58,11 @@ class Task(Protocol):
 class RunFolder:
     """A folder that holds a run; `create` writes one, `open` reads one."""
 
-    #: Where all processes of the run see it.
+    #: The folder, or its place in an object store.
     store: Store
-    #: What stands in run.json.
-    told: Mapping[str, Any]
-    #: When the files in `path` that are in the store too were last written, where the two differ.
+    #: The contents of run.json.
+    header: Mapping[str, Any]
+    #: With an object store: when each file of the local copy was last written.
     _shared: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -76,15 +76,15 @@ class RunFolder:
         *,
         lease: float = LEASE,
     ) -> RunFolder:
-        """Write a run, or go on with the same one.
+        """Write a run, or resume the same one.
 
         Args:
             path: a folder, or an address of an object store.
-            opener: `module:function` of what workers call with the folder to have a `Task`.
-            units: how many there are.
-            identity: plain data that tells this run from others: what is asked, how it is cut, what runs it.
-            write: writes into a folder what the opener will need, which finds it in `folder.path`.
-            lease: seconds without a sign after which a worker on another machine is taken for dead.
+            opener: `module:function`; workers call it with the folder to get a `UnitTask`.
+            units: the number of units.
+            identity: plain data that identifies the run: the question, its units, the models.
+            write: writes the files that the opener needs into a folder; the opener finds them in `folder.path`.
+            lease: seconds without a sign of life after which a worker on another machine counts as dead.
 
         Raises:
             FileError: the folder holds another run, or other files.
@@ -93,12 +93,12 @@ class RunFolder:
         identity = json.loads(json.dumps(identity))
         if store.has("run.json"):
             found = cls.open(path)
-            if other := [
-                key for key in {**identity, **found.told["identity"]} if found.identity(key) != identity.get(key)
-            ]:
-                lines = [
-                    f"  {key}: {_short(found.identity(key))} there, {_short(identity.get(key))} here" for key in other
-                ]
+            different = [
+                key for key in {**identity, **found.header["identity"]} if found.identity(key) != identity.get(key)
+            ]
+            if different:
+                each = ((key, _shortened(found.identity(key)), _shortened(identity.get(key))) for key in different)
+                lines = [f"  {key}: {there} there, {here} here" for key, there, here in each]
                 raise FileError(
                     "\n".join([f"{store.address} holds another run, or one that was cut differently", *lines]),
                     expected="an empty folder, or the one of this run",
@@ -111,51 +111,51 @@ class RunFolder:
                 expected="an empty folder, or this run's",
             )
         store.make()
-        store.write(".begun", b"")  # a process that is killed before run.json is there has written all that is
-        told = {
+        store.write(".begun", b"")  # after a kill before run.json is written, the same call may start again
+        header = {
             "kind": KIND, "format": FORMAT, "opener": opener, "units": units, "lease": lease, "identity": identity,
             "versions": versions(),
         }  # fmt: skip
-        new = cls(store, told)
+        new = cls(store, header)
         if store.folder is not None:
             for name in FOLDERS:
                 (store.folder / name).mkdir(exist_ok=True)
         write(new.path)
         new.share()
-        new.write_json("run.json", told)
+        new.write_json("run.json", header)
         store.remove(".begun")
         return new
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """A run that is there.
+        """Read an existing run.
 
         Raises:
-            FileError: it is none, or one that a newer nnsplice wrote.
+            FileError: there is no run, or a newer nnsplice wrote it.
         """
         store = store_of(path)
         try:
-            told = from_json(store.read("run.json"), store.at("run.json"))
+            header = from_json(store.read("run.json"), store.at("run.json"))
         except FileNotFoundError:
             raise FileError(
                 f"{store.address} holds no run", expected='a folder that ns.run(..., out=folder) or on="folder" made'
             ) from None
-        if not isinstance(told, dict) or told.get("kind") != KIND:
+        if not isinstance(header, dict) or header.get("kind") != KIND:
             raise FileError(f"{store.at('run.json')} says nothing of a run", expected="a run folder")
-        if told["format"] > FORMAT:
-            raise FileError(f"{store.address} has format {told['format']}; this nnsplice reads up to {FORMAT}")
-        return cls(store, told)
+        if header["format"] > FORMAT:
+            raise FileError(f"{store.address} has format {header['format']}; this nnsplice reads up to {FORMAT}")
+        return cls(store, header)
 
     @property
     def address(self) -> str:
-        """What `RunFolder.open` takes, in this process and in others."""
+        """The argument of `RunFolder.open`, valid in every process."""
         return self.store.address
 
     @cached_property
     def path(self) -> Path:
-        """What stands beside run.json (a plan, a reference), on this machine: the folder, or a copy of these files.
+        """A local folder with the files beside run.json (a plan, a reference): a copy if the run is in an object store.
 
-        What is written into the copy reaches the others with `share`.
+        `share` uploads what is written into the copy.
         """
         if self.store.folder is not None:
             return self.store.folder
@@ -169,7 +169,7 @@ class RunFolder:
         return copy
 
     def share(self) -> None:
-        """Have others see what was written into `path` since."""
+        """Upload new files of `path`, if it is a copy."""
         if self.store.folder is not None:
             return
         for file in self.path.iterdir():
@@ -180,20 +180,20 @@ class RunFolder:
 
     @property
     def units(self) -> int:
-        """How many units there are."""
-        return self.told["units"]
+        """The number of units."""
+        return self.header["units"]
 
     def identity(self, key: str) -> Any:
-        """What the run says of itself under this key."""
-        return self.told["identity"].get(key)
+        """A value of the run's identity."""
+        return self.header["identity"].get(key)
 
-    def task(self) -> Task:
-        """What a worker runs; its model is loaded here.
+    def task(self) -> UnitTask:
+        """The task of the run; this loads the model.
 
         Raises:
-            BadArgument: this process would compute other numbers.
+            BadArgument: this process has other versions of packages, so results would differ.
         """
-        there, here = self.told["versions"], versions()
+        there, here = self.header["versions"], versions()
         if there != here:
             each = [
                 f"{name} {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]
@@ -202,26 +202,26 @@ class RunFolder:
                 f"this process would compute other numbers than the others of the run: {', '.join(each)}",
                 expected="the same versions in all workers",
             )
-        return imported(self.told["opener"])(self)
+        return imported(self.header["opener"])(self)
 
     # --- units
 
     def unit_file(self, number: int) -> str:
-        """The name of a unit's outcome, once it is there."""
+        """The file of a unit's outcome."""
         return f"units/{number:06}.safetensors"
 
     def keep(self, number: int, arrays: Arrays, about: Mapping[str, Any]) -> None:
-        """Write the outcome of a unit: the whole of it, or nothing."""
+        """Write the outcome of a unit, atomically."""
         from safetensors.numpy import save
 
-        told = {"unit": str(number), "about": json.dumps(about)}
-        self.store.write(self.unit_file(number), save(dict(arrays), metadata=told))
+        metadata = {"unit": str(number), "about": json.dumps(about)}
+        self.store.write(self.unit_file(number), save(dict(arrays), metadata=metadata))
 
     def outcome(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """What was found of a unit, and what is told about its running.
+        """The outcome of a unit, and data about its run (worker, seconds).
 
         Raises:
-            FileError: the file is damaged, or another unit's.
+            FileError: the file is damaged, or of another unit.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -231,28 +231,28 @@ class RunFolder:
                 raise FileError(f"{path} looks like a pickle; it is left closed", expected="a file that a worker wrote")
             try:
                 with safe_open(found.local, framework="np") as file:
-                    told = file.metadata() or {}
+                    metadata = file.metadata() or {}
                     arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             except SafetensorError as error:
                 raise FileError(
                     f"{path} is damaged: {error}", expected="the file removed, and the unit run again"
                 ) from None
-        if told.get("unit") != str(number):
-            raise FileError(f"{path} holds unit {told.get('unit')}", expected=f"unit {number}")
-        return arrays, from_json(told.get("about", "{}"), path)
+        if metadata.get("unit") != str(number):
+            raise FileError(f"{path} holds unit {metadata.get('unit')}", expected=f"unit {number}")
+        return arrays, from_json(metadata.get("about", "{}"), path)
 
     def done(self) -> set[int]:
-        """The units whose outcome is there."""
+        """The finished units."""
         return self.numbers("units")
 
     def finished(self, *, partial: bool) -> list[int]:
-        """The units whose outcome is there, in order, for a result.
+        """The finished units in order, for a result.
 
         Args:
-            partial: whether units may be missing.
+            partial: allow missing units.
 
         Raises:
-            FileError: units are missing, or there is none at all.
+            FileError: units are missing, or no unit is done.
         """
         done = sorted(self.done())
         if len(done) < self.units and not partial:
@@ -266,111 +266,70 @@ class RunFolder:
         return done
 
     def failures(self) -> dict[int, str]:
-        """The units that are left out, and why."""
+        """The failed units, with the reason."""
         return {number: self._json(f"failed/{number:06}.json")["reason"] for number in sorted(self.numbers("failed"))}
 
     def fail(self, number: int, reason: str) -> None:
-        """Leave a unit out."""
+        """Mark a unit as failed."""
         self.write_json(f"failed/{number:06}.json", {"unit": number, "reason": reason})
 
     def forgive(self) -> None:
-        """Have units that were left out tried again: whatever ended their workers may be mended."""
+        """Forget failures and strikes, so that failed units are tried again."""
         for folder in ("failed", "strikes"):
             for name in self.store.names(folder):
                 self.store.remove(f"{folder}/{name}")
 
     def strikes(self, number: int) -> list[str]:
-        """How workers ended at a unit, a line for each."""
+        """One line for each worker that ended at a unit."""
         found = sorted(name for name in self.store.names("strikes") if name.startswith(f"{number:06}."))
         return [self.store.read(f"strikes/{name}").decode().partition("\n")[0] for name in found]
 
     def numbers(self, folder: str) -> set[int]:
-        """The units that have a file there."""
+        """The units that have a file in this folder."""
         return {int(name[:6]) for name in self.store.names(folder) if name[:6].isdigit()}
 
-    # --- what workers agree on, and tell
+    # --- values shared by all workers, and their status
 
-    def agree(self, name: str, mine: Callable[[], Any]) -> Any:
-        """What all workers take for one thing: whoever says it first says it for all.
+    def agree(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A value that all workers share; the first worker to need it computes it.
 
         Args:
-            name: of the thing, and of the file that says it.
-            mine: finds out what this worker would say.
+            name: the name of the value and of its file.
+            compute: computes the value in this worker.
         """
         if not self.store.has(f"{name}.json"):
-            self.store.create(f"{name}.json", json.dumps({"agreed": mine()}).encode())
+            self.store.create(f"{name}.json", json.dumps({"agreed": compute()}).encode())
         return self.agreed(name)
 
     def agreed(self, name: str) -> Any:
-        """What the workers have agreed on."""
+        """A value that was shared with `agree`."""
         return self._json(f"{name}.json")["agreed"]
 
     def workers(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every worker that was ever here, by the name of its file, and what it told last."""
+        """Every worker that ever worked here: the name of its file, and its last status."""
         for name in sorted(self.store.names("workers")):
             if name.endswith(".json") and not name.startswith("."):
                 yield f"workers/{name}", self._json(f"workers/{name}")
 
-    def write_json(self, name: str, told: Any) -> None:
-        """Write plain data to a file that appears whole."""
-        self.store.write(name, json.dumps(told).encode())
+    def write_json(self, name: str, data: Any) -> None:
+        """Write plain data to a file, atomically."""
+        self.store.write(name, json.dumps(data).encode())
 
     def _json(self, name: str) -> Any:
         return from_json(self.store.read(name), self.store.at(name))
 
 
 def versions() -> dict[str, str]:
-    """The versions that numbers may depend on."""
+    """The installed versions of `VERSIONS`."""
     return {name: version(name) for name in VERSIONS}
 
 
-def imported(name: str) -> Any:
-    """What `module:function` names.
-
-    Raises:
-        BadArgument: there is no such function.
-    """
-    module, _, function = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadArgument(
-            f"{name!r} cannot be imported here: {error}",
-            expected="module:function, of a module that every worker finds (PYTHONPATH, or an installed package)",
-        ) from error
-    return found
-
-
-def named(function: Any, what: str) -> str:
-    """The `module:function` that other processes find a function by.
-
-    Args:
-        what: it is, for the message.
-
-    Raises:
-        BadArgument: they do not find it: a lambda, or a function of a notebook or within another.
-    """
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    told = f"{what} is {getattr(function, '__name__', function)!r}"
-    if not module or not name or module == "__main__" or "<" in name:
-        raise BadArgument(
-            f"{told}, which other processes cannot find",
-            expected="a function in a file that can be imported",
-            write="in my_module.py: def my_function(...): ...   then my_module.my_function, or 'my_module:my_function'",
-        )
-    if imported(f"{module}:{name}") is not function:
-        raise BadArgument(f"{told}, and {module}:{name} is another one", expected="a function by its own name")
-    return f"{module}:{name}"
-
-
-def write_json(path: Path, told: Any) -> None:
-    """Write plain data to a file that appears whole."""
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data to a file, atomically."""
     with whole(path) as temporary:
-        temporary.write_text(json.dumps(told), encoding="utf-8")
+        temporary.write_text(json.dumps(data), encoding="utf-8")
 
 
-def _short(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

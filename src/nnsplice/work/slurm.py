@@ -14,16 +14,16 @@ from nnsplice.work.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Slurm:
-    """What `ns.on.slurm` returns."""
+    """The engine of `ns.on.slurm`."""
 
     workers: int = 8
-    #: Those of submitit's executor.
+    #: Parameters of submitit's executor.
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    #: `"local"` has submitit start processes here; for tests.
+    #: `"local"`: submitit starts processes here, for tests.
     cluster: str | None = None
 
     def run(self, folder: RunFolder, progress: bool) -> None:
-        """Have all units run."""
+        """Run all units."""
         try:
             import submitit  # pyright: ignore[reportMissingImports]  (an extra)
         except ImportError as error:
@@ -38,27 +38,27 @@ class Slurm:
             )
         executor = submitit.AutoExecutor(folder.store.folder / "slurm", cluster=self.cluster)
         executor.update_parameters(**self.parameters)
-        attempt = Attempt(command(folder), {**environment(), "NNSPLICE_PARENT": ""})
+        task = SlurmTask(command(folder), {**environment(), "NNSPLICE_PARENT": ""})
         count = min(self.workers, folder.units - len(folder.done()))
         with executor.batch():  # one sbatch --array
-            jobs = [executor.submit(attempt) for _ in range(count)]
+            jobs = [executor.submit(task) for _ in range(count)]
         waiting = dict(enumerate(jobs))
 
         def start(number: int) -> Job:
-            return Job(waiting.pop(number) if number in waiting else executor.submit(attempt))
+            return Job(waiting.pop(number) if number in waiting else executor.submit(task))
 
         drive(folder, start, count, progress)
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One array task: a worker in a process of its own, and the same again after a preemption."""
+class SlurmTask:
+    """One array task: a worker in a process of its own, submitted again after a preemption."""
 
     command: list[str]
     environment: dict[str, str]
 
     def __call__(self) -> int:
-        """Run a worker to its end, and say what that was."""
+        """Run a worker to its end; returns its exit code."""
         import os
 
         return subprocess.run(
@@ -66,7 +66,7 @@ class Attempt:
         ).returncode
 
     def checkpoint(self) -> Any:
-        """What submitit asks Slurm for when the task is preempted or out of time: the same call again."""
+        """Called by submitit at preemption or time-out: submits the same call again."""
         import submitit.helpers  # pyright: ignore[reportMissingImports]  (an extra)
 
         return submitit.helpers.DelayedSubmission(self)
@@ -74,12 +74,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Job:
-    """A task that was submitted."""
+    """A submitted task."""
 
     job: Any
 
     def poll(self) -> int | None:
-        """How it ended; a task that Slurm has lost ended with an error."""
+        """The exit code; 1 if Slurm lost the task, None while it waits or runs."""
         if not self.job.done():
             return None
         return 1 if self.job.exception() is not None else self.job.result()

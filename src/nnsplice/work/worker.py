@@ -1,4 +1,4 @@
-"""A worker: takes units of a run folder until none is left."""
+"""A worker: runs units of a run folder until none is left."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from typing import Any
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.locks import Beat, this_process
 from nnsplice.work.claims import Claims
-from nnsplice.work.run_folder import RunFolder, Task
+from nnsplice.work.run_folder import RunFolder, UnitTask
 
-#: What ends a worker after the unit that it is at: preemption by Slurm, submitit's own signal, Ctrl-C.
+#: Signals that end a worker after its current unit: preemption by Slurm, submitit's own signal, Ctrl-C.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
-#: Seconds between two looks at what others are at, when nothing is free.
+#: Seconds between two looks at the claims of others, when no unit is free.
 PAUSE = 0.2
-#: How a worker's process ends: all is done; it would compute other numbers; an error that another process may not have.
+#: Exit codes: all is done; this process would compute other numbers; an error that another process may not have.
 DONE, REFUSED, BROKEN = 0, 3, 4
 
 
 class Worker:
-    """One process at work on a run."""
+    """One process that runs units."""
 
     def __init__(self, folder: RunFolder, *, name: str | None = None, parent: int | None = None) -> None:
         """Nothing runs yet.
 
         Args:
-            name: of its files; the machine and the process, if left out.
-            parent: a process to end with, after the unit that runs then.
+            name: the name of its files; machine and process if left out.
+            parent: a process; when it is gone, the worker ends after its unit.
         """
         self.folder: RunFolder = folder
         self.parent: int | None = parent
         self.name: str = name or f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.claims: Claims = Claims(folder, self.name)
-        self.told: dict[str, Any] = {"worker": self.name, **this_process(), "units": 0, "seconds": 0.0}
+        self.record: dict[str, Any] = {"worker": self.name, **this_process(), "units": 0, "seconds": 0.0}
         self.file: str = f"workers/{self.name}"
         self.stopping: bool = False
-        self._told_at: float = 0.0
+        self._written_at: float = 0.0
 
     def work(self) -> int:
-        """Run units until none is left, and say how the process should end."""
-        beat = Beat(self._sign, self.folder.told["lease"] / 6)
+        """Run units until none is left; returns the exit code."""
+        beat = Beat(self._sign, self.folder.header["lease"] / 6)
         try:
             with self._signals():
                 return self._work()
         finally:
             beat.stop()
-            with suppress(OSError):  # what it says is lost, and nothing else
+            with suppress(OSError):  # only the last status is lost
                 self.folder.store.flush()
 
     def _sign(self) -> None:
@@ -63,29 +63,29 @@ class Worker:
         self.folder.store.flush()
 
     def _work(self) -> int:
-        self._tell("loading")
+        self._report("loading")
         try:
             task = self.folder.task()
         except BadArgument as error:
-            self._tell("refused", reason=str(error))
+            self._report("refused", reason=str(error))
             return REFUSED
         except Exception as error:
             self.log(traceback.format_exc())
-            self._tell("broken", reason=f"{type(error).__name__}: {error}")
+            self._report("broken", reason=f"{type(error).__name__}: {error}")
             return BROKEN
-        self._tell("running")
+        self._report("running")
         for number in self._numbers():
             code = self._unit(task, number)
             if code != DONE:
                 return code
             if self._should_leave():
                 self.log("left")
-                self._tell("left")
+                self._report("left")
                 return DONE
-        self._tell("done")
+        self._report("done")
         return DONE
 
-    def _unit(self, task: Task, number: int) -> int:
+    def _unit(self, task: UnitTask, number: int) -> int:
         if self.folder.store.has(self.folder.unit_file(number)):
             self.claims.held = None
             return DONE
@@ -94,30 +94,30 @@ class Worker:
             arrays = task.run(number)
             seconds = time.perf_counter() - start
             self.folder.keep(number, arrays, {"worker": self.name, "seconds": seconds})
-        except OSError as error:  # the disk is full or gone, which is nothing about the unit
+        except OSError as error:  # the disk is full or gone; the unit is not to blame
             self.claims.release()
             return self._broken(number, error)
-        except NnspliceError as error:  # this would come again
+        except NnspliceError as error:  # deterministic: another try would fail too
             self.log(traceback.format_exc())
             self.folder.fail(number, str(error))
         except Exception as error:  # a device may be broken now, so another process tries
             self.claims.strike(f"{type(error).__name__}: {error}")
             return self._broken(number, error)
         else:
-            self.told["units"] += 1
-            self.told["seconds"] += seconds
+            self.record["units"] += 1
+            self.record["seconds"] += seconds
             self.log(f"unit {number} in {seconds:.3f} s")
-            self._tell("running")
-        self.claims.held = None  # the claim stays, so that nobody looks at the unit again
+            self._report("running")
+        self.claims.held = None  # the claim's file stays, so that no worker tries the unit again
         return DONE
 
     def _broken(self, number: int, error: Exception) -> int:
         self.log(traceback.format_exc())
-        self._tell("broken", reason=f"unit {number}: {type(error).__name__}: {error}")
+        self._report("broken", reason=f"unit {number}: {type(error).__name__}: {error}")
         return BROKEN
 
     def _numbers(self) -> Iterator[int]:
-        """Units that this worker has claimed: first those that nobody had, then those of workers that are gone."""
+        """Claim and yield units: first those without a claim, then those of dead workers."""
         yield from self._free()
         while left := self._left():
             found = False
@@ -131,11 +131,11 @@ class Worker:
                 time.sleep(max(PAUSE, self.folder.store.pause))
 
     def _free(self) -> Iterator[int]:
-        """Units that nobody had, claimed."""
+        """Claim and yield units without a claim."""
         if not self.folder.store.pause:
             yield from filter(self.claims.take, range(self.folder.units))
             return
-        # A try costs as much as a look at all claims, so those that are taken are left out, and workers begin apart.
+        # In an object store a try costs as much as a list of all claims: skip claimed units, and start at random.
         chosen = random.Random(self.name)
         while free := sorted(set(range(self.folder.units)) - self.folder.numbers("claims")):
             chosen.shuffle(free)
@@ -152,7 +152,7 @@ class Worker:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Leave after the unit that runs when a signal comes; a second one ends the process as it always would."""
+        """The first signal ends the worker after its unit, the second has its usual effect."""
         before: dict[int, Any] = {}
 
         def stop(number: int, _frame: Any) -> None:
@@ -171,16 +171,16 @@ class Worker:
             for number, old in before.items():
                 signal.signal(number, old if old is not None else signal.SIG_DFL)
 
-    def _tell(self, state: str, **more: Any) -> None:
-        if state != self.told.get("state"):
+    def _report(self, state: str, **more: Any) -> None:
+        changed = state != self.record.get("state")
+        if changed:
             self.log(f"{state}{': ' + more['reason'] if 'reason' in more else ''}")
-        changed = state != self.told.get("state")
-        self.told.update(state=state, **more)
+        self.record.update(state=state, **more)
         now = time.monotonic()
-        if changed or now - self._told_at >= self.folder.store.pause:
-            self.folder.write_json(f"{self.file}.json", self.told)
+        if changed or now - self._written_at >= self.folder.store.pause:
+            self.folder.write_json(f"{self.file}.json", self.record)
             self.folder.store.flush()
-            self._told_at = now
+            self._written_at = now
 
     def log(self, line: str) -> None:
         """Append a line to this worker's log."""
