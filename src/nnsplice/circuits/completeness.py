@@ -44,10 +44,8 @@ class Completeness:
         run: the cost of the run.
     """
 
-    #: The sets of nodes that were taken out, and how each was found.
     sets: tuple[tuple[Path, ...], ...]
     found_by: tuple[str, ...]
-    #: `[prompt, set]`
     circuit: np.ndarray
     model: np.ndarray
     run: Run
@@ -80,13 +78,12 @@ class Minimality:
 
     Attributes:
         nodes: the nodes of the circuit.
-        scores: the largest |m(C - K - v) - m(C - K)| of the mean metric, `[node]`.
+        scores: the largest |m(C - K - v) - m(C - K)| of the mean metric, `[node]`, over the sets K.
         sets: the set K of each score.
         run: the cost of the run.
     """
 
     nodes: tuple[Path, ...]
-    #: `[node]`: |m(C without K and v) - m(C without K)| of means over prompts, and the K that it was found with.
     scores: np.ndarray
     sets: tuple[tuple[Path, ...], ...]
     run: Run

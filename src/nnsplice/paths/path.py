@@ -122,23 +122,14 @@ class Path:
         site: the identity in one model, set by `ns.expand`.
     """
 
-    #: Names from the root down: roles for a portable path, attributes of the model for a native one (without `model`).
     steps: tuple[Step, ...]
-    #: Whether it follows the model's own attributes.
     native: bool = False
-    #: `"encoder"` or `"decoder"` where the text says so (portable paths only).
     tower: str | None = None
-    #: What of the site: one of `ACTIVATION_VALUES` or `WEIGHT_VALUES`; None where the text leaves it open.
     value: str | None = None
-    #: Which element of a container value (native paths only: `attn.output[0][-1]` has item 0).
     item: int | None = None
-    #: Which tokens; None where the text leaves it open.
     position: Position | None = None
-    #: Of a pattern: which keys these tokens attend to, so that the path is an edge of attention.
     key: Position | None = None
-    #: Of a site with an SAE attached: which part of that.
     sae: Dictionary | None = None
-    #: The site in one model, set by `expand`; the identity of the path once it is there.
     site: Any = field(default=None, repr=False)
 
     @cached_property
