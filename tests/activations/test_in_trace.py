@@ -35,11 +35,11 @@ def test_paths_come_back_in_execution_order_however_they_are_listed(gpt2) -> Non
 
 
 def test_a_run_is_asked_once_for_each_value(gpt2, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnsplice.engine import Place
+    from nnsplice.engine import TracedEnd
 
     reads: list[str] = []
-    read = Place.read
-    monkeypatch.setattr(Place, "read", lambda self, mediator: (reads.append(self.key), read(self, mediator))[1])
+    read = TracedEnd.read
+    monkeypatch.setattr(TracedEnd, "read", lambda self, mediator: (reads.append(self.key), read(self, mediator))[1])
     saved = ns.capture(gpt2, PROMPT, ["layers[1].heads[:].output[:]", "layers[1].output[0,2]", "layers[1].output[-1]"])
     assert len(saved) == 4 * 4 + 3
     assert reads == ["model.transformer.h.1.attn.c_proj.input", "model.transformer.h.1.output"]

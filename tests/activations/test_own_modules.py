@@ -54,11 +54,11 @@ def test_it_is_given_what_it_takes(kind: type[_Own]) -> None:
 
 
 def test_an_argument_that_is_needed_and_not_taken_is_named() -> None:
-    taken = engine.taken_by(TokensOnly)
+    taken = engine.signature_of(TokensOnly)
     inputs = {"input_ids": IDS, "attention_mask": torch.tensor([[0, 1, 1]])}
     with pytest.raises(BadArgument, match=r"forward takes no attention_mask.*\n  expected: .*input_ids"):
-        engine.as_taken(taken, inputs)
-    assert set(engine.as_taken(taken, inputs | {"attention_mask": torch.ones(1, 3)})) == {"input_ids"}
+        engine.fitted_inputs(taken, inputs)
+    assert set(engine.fitted_inputs(taken, inputs | {"attention_mask": torch.ones(1, 3)})) == {"input_ids"}
 
 
 # --- modules without a config, of which nothing is known but their forward -------------------------------------------

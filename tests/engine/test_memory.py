@@ -19,11 +19,11 @@ def test_on_a_gpu_the_free_memory_says_how_many_tokens_run_at_once(monkeypatch: 
     needs = memory.bytes_per_token(model)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (needs * 100, needs * 1000))
-    assert memory.room(model) == 50
+    assert memory.tokens_at_once(model) == 50
     model._module.double()
-    assert memory.room(model) == 25
+    assert memory.tokens_at_once(model) == 25
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (0, 0))
-    assert memory.room(model) == 1
+    assert memory.tokens_at_once(model) == 1
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,12 @@ def test_on_a_gpu_the_free_memory_says_how_many_tokens_run_at_once(monkeypatch: 
     ],
 )
 def test_memory_that_ran_out_is_known_whatever_says_so(error: BaseException) -> None:
-    assert memory.is_memory(error)
+    assert memory.is_out_of_memory(error)
 
 
 def test_what_torch_says_here_of_memory_that_ran_out_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 46)
-    assert memory.is_memory(caught.value)
+    assert memory.is_out_of_memory(caught.value)
     for other in (RuntimeError("shape mismatch"), ValueError("out of memory"), BadArgument("out of memory")):
-        assert not memory.is_memory(other)
+        assert not memory.is_out_of_memory(other)

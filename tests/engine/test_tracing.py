@@ -58,7 +58,7 @@ def test_the_batcher_tells_the_rows_and_inputs_of_a_run() -> None:
 def test_modules_named_like_a_value_of_nnsight_are_reached() -> None:
     model = wrap("bert")
     (path,) = ns.expand(model, "model.bert.encoder.layer[0].attention.output.dense.output[1]")
-    place = engine.place(model, path.site)
+    place = engine.traced_end(model, path.site)
     assert place.names[-2:] == ("E_output", "dense")
     assert place.key == "model.bert.encoder.layer.0.attention.output.dense.output"
 
@@ -196,14 +196,16 @@ assert anyio.abc.SocketAttribute and anyio.streams.file.FileStreamAttribute
 
 
 def test_a_private_name_that_moved_is_told_with_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnsplice.engine import private
+    from nnsplice.engine import nnsight_private
 
-    assert {type(private.find(name)) for name in private.PLACES}  # all of them are where they are said to be
-    monkeypatch.setitem(private.PLACES, "Controller", ("nnsight.intervention.gone", "nnsight.intervention.source"))
-    assert private.find("Controller") is private.Controller  # the next entry is tried
-    monkeypatch.setitem(private.PLACES, "Mediator", ("nnsight.intervention.gone",))
+    for name in nnsight_private.PLACES:
+        nnsight_private.find(name)
+    modules = ("nnsight.intervention.gone", "nnsight.intervention.source")
+    monkeypatch.setitem(nnsight_private.PLACES, "Controller", modules)
+    assert nnsight_private.find("Controller") is nnsight_private.Controller  # the next entry is tried
+    monkeypatch.setitem(nnsight_private.PLACES, "Mediator", ("nnsight.intervention.gone",))
     with pytest.raises(ns.errors.MissingPackage, match=r"nnsight \d.* has no Mediator in nnsight.intervention.gone"):
-        private.find("Mediator")
-    monkeypatch.setitem(private.USED, "Controller", ("no_such_thing",))
+        nnsight_private.find("Mediator")
+    monkeypatch.setitem(nnsight_private.USED, "Controller", ("no_such_thing",))
     with pytest.raises(ImportError, match=r"Controller.no_such_thing"):
-        private.find("Controller")
+        nnsight_private.find("Controller")

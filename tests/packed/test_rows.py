@@ -107,7 +107,7 @@ def _doubled(current: Tensor, value: Tensor | None) -> Tensor:
 def _random_row(
     model: Any, places: Sequence[Path], ids: Sequence[Sequence[int]], chosen: random.Random, generator: Any
 ) -> Row:
-    known, prompt = engine.known(model), chosen.randrange(len(ids))
+    known, prompt = engine.map_of(model), chosen.randrange(len(ids))
     length = len(ids[prompt])
     edits: list[Edit] = []
     for place in sorted(chosen.sample(places, chosen.choice([1, 2, 3])), key=known.rank):
@@ -147,7 +147,7 @@ def test_rows_with_several_edits_at_any_layers_equal_hooks(family: str) -> None:
 @pytest.mark.parametrize("family", COVERED)
 def test_values_read_behind_edits_equal_those_of_hooks(family: str) -> None:
     model = double(family)
-    known = engine.known(model)
+    known = engine.map_of(model)
     places = engine.expand(model, having(model, SITES))
     given = encode(model, PROMPTS)
     chosen, generator = random.Random(family), torch.Generator().manual_seed(1)

@@ -124,7 +124,7 @@ def test_what_was_set_before_an_error_is_put_back() -> None:
         raise AssertionError("never reached")
     assert config._attn_implementation == before and last.config._attn_implementation == "own"
     with ThreadPoolExecutor(1) as pool:  # nobody holds a turn any more
-        assert pool.submit(lambda: engine.turn(model).__enter__()).result(30) is None
+        assert pool.submit(lambda: engine.locked(model).__enter__()).result(30) is None
 
 
 def test_configs_inside_a_config_come_back_too() -> None:

@@ -23,7 +23,7 @@ from nnsplice.tokens import Rows, Spans, concrete
 class Access:
     """One value of the run and the wanted sites in it."""
 
-    place: engine.Place
+    place: engine.TracedEnd
     item: int | None
     kind: Kind
     tower: str
@@ -70,7 +70,7 @@ def value_key(path: Path) -> tuple[object, ...]:
 def access_to(model: engine.Model, paths: tuple[Path, ...]) -> Access:
     """The access to the value that contains all these sites, for which `closures.require` was called."""
     site = site_of(paths[0])
-    return Access(engine.place(model, site), site.item, site.kind, site.tower, paths, unwrap(model))
+    return Access(engine.traced_end(model, site), site.item, site.kind, site.tower, paths, unwrap(model))
 
 
 def require_positions(paths: Sequence[Path]) -> None:
@@ -105,7 +105,7 @@ class LiveValue:
             if access.kind == "stream":
                 raise RefusedPlace("this part of the stream is spread over processes, and cannot be written in place",
                                    path=access.name, expected="layers[i].input or layers[i].output")  # fmt: skip
-            self._replace(engine.spread_like(new.flatten(0, 1) if self.sharded.dim() == 2 else new, self.sharded))
+            self._replace(engine.shard_like(new.flatten(0, 1) if self.sharded.dim() == 2 else new, self.sharded))
             return
         if access.kind == "stream":
             # The only write in place: the skip path carries this very tensor past the module whose input it is. A
@@ -143,7 +143,7 @@ def live_value(access: Access, mediator: Any, rows: Rows) -> LiveValue:
     raw = access.place.read(mediator)
     try:
         inner = engine.first_input(raw) if access.place.end == "input" else raw
-        inner, sharded = engine.whole(access.root, inner, access.item, access.name)
+        inner, sharded = engine.gather(access.root, inner, access.item, access.name)
         tensor = wire.unpack(inner, access.item)
         if sharded is not None:
             return LiveValue(access, mediator, raw, wire.as_rows(tensor, rows.batch), sharded=sharded)

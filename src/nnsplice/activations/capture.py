@@ -56,7 +56,7 @@ def save_activations(model: Any, sites: Paths, *, keep_graph: bool = False) -> S
     name, revision = engine.name_of(model)
     saes = features.identities(model, wanted) or None
     origin = Provenance(name, revision, tokens=_tokens(batch), saes=saes)
-    return SavedActivation._new(packs, origin, engine.known(model))
+    return SavedActivation._new(packs, origin, engine.map_of(model))
 
 
 @renamed(paths="sites")
@@ -101,7 +101,7 @@ def capture(
         ShortRow: a prompt has no token at a position.
         SpanError: a span that is not found in a prompt.
     """
-    with engine.gathered(model):
+    with engine.accepting_sharded(model):
         return _captured(engine.as_model(model), prompts, sites, spans, batch_size, keep_graph, progress, remote)
 
 
@@ -131,7 +131,7 @@ def _captured(
                 parts.append(_local(model, wanted, inputs, batch, found, keep_graph))
             shown.update(len(rows))
     origin = origin_of(model, given, wanted)
-    return SavedActivation._new(joined(parts, batches), origin, engine.known(model))
+    return SavedActivation._new(joined(parts, batches), origin, engine.map_of(model))
 
 
 def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
@@ -194,7 +194,7 @@ class _Gates:
     """The gates of slices that are wanted as they were before them, read on the way."""
 
     def __init__(self, model: engine.Model, paths: Sequence[Path]) -> None:
-        self.model, self.known = model, engine.known(model)
+        self.model, self.known = model, engine.map_of(model)
         #: Slice before its gate -> the gate.
         self.of = {path.site: derived.gate_place(model, path) for path in paths if site_of(path).kind == "ungated"}
         self.plan = accesses(model, sorted(dict.fromkeys(self.of.values()), key=self.known.rank))

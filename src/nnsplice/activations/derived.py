@@ -30,7 +30,7 @@ from nnsplice.tokens import Rows
 
 def block_of(model: engine.Model, site: Site) -> Block:
     """The layer that a derived value belongs to."""
-    for tower in engine.known(model).atlas.towers.values():
+    for tower in engine.map_of(model).atlas.towers.values():
         for block in (one for layer in tower.blocks for one in layer.attentions):
             homes = (block.pattern and block.pattern[0], block.experts, block.mlp, block.o)
             if tower.name == site.tower and site.module in homes and site.occurrence == block.occurrence:
@@ -211,7 +211,7 @@ def expert_output(path: Path) -> Path:
 
 def refuse_routers(model: engine.Model, paths: Iterable[Path]) -> None:
     """Raise for a write to what a router returns first: the model goes on with the choice that was made inside it."""
-    routers = {block.router for tower in engine.known(model).atlas.towers.values() for block in tower.blocks} - {None}
+    routers = {block.router for tower in engine.map_of(model).atlas.towers.values() for block in tower.blocks} - {None}
     for path in paths if routers else ():
         site = site_of(path)
         if site.module not in routers or site.end != "output" or site.item:

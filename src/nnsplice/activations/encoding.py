@@ -101,7 +101,7 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
         extra_inputs.check_decoder(model, ids, decoder_ids)
     if engine.is_encoder_decoder(model) and decoder_ids is None:
         decoder_ids = ((engine.decoder_start(model),),) * len(ids)
-    return Prompts(ids, texts, decoder_ids, None, found, engine.taken_by(type(unwrap(model))), images=images)
+    return Prompts(ids, texts, decoder_ids, None, found, engine.signature_of(type(unwrap(model))), images=images)
 
 
 def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: Any) -> Prompts:
@@ -115,7 +115,7 @@ def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: A
             f"{len(heard)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
             expected="a row of at least one token for each",
         )
-    taken, dtype = engine.taken_by(type(unwrap(model))), sound_values.dtype_of(model)
+    taken, dtype = engine.signature_of(type(unwrap(model))), sound_values.dtype_of(model)
     return Prompts(tuple(one.ids for one in heard), None, decoder_ids, taken=taken, sounds=heard, dtype=dtype)
 
 
@@ -126,7 +126,7 @@ def _is_plain(model: engine.Model) -> bool:
 
 def _by_name(model: engine.Model, inputs: Mapping[str, Any]) -> Prompts:
     """The inputs of a module of the user's own, by the names of its forward's arguments."""
-    taken = engine.taken_by(type(unwrap(model)))
+    taken = engine.signature_of(type(unwrap(model)))
     if unknown := [name for name in inputs if not taken.takes(name)]:
         raise BadArgument(
             f"this model's forward takes no {unknown[0]}",

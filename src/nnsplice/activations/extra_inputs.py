@@ -118,7 +118,7 @@ def _is_default(model: engine.Model, name: str, encoding: Mapping[str, Any]) -> 
 def _are_default_types(model: engine.Model, name: str, types: Any) -> bool:
     """Whether the run is the same without these token types."""
     root = unwrap(model)
-    if name not in engine.taken_by(type(root)).names:
+    if name not in engine.signature_of(type(root)).names:
         return True
     if bool(torch.as_tensor(types).any()):
         return False

@@ -150,7 +150,7 @@ def images_of(model: engine.Model, encoding: Mapping[str, Any], ids: Ids) -> tup
         BadArgument: the model takes no images, or not these; or which prompt an image belongs to is not known.
         ShapeError: values whose shape no image has.
     """
-    taken, token = engine.taken_by(type(unwrap(model))), image_token_of(model)
+    taken, token = engine.signature_of(type(unwrap(model))), image_token_of(model)
     values = {name: _tensor(name, value) for name, value in encoding.items() if name not in _TOKENS}
     for name in values:
         if not (name.startswith(_PARTS) or name in _BY_TOKEN) or "video" in name:

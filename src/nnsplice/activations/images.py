@@ -157,7 +157,7 @@ def _alike(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _reads(model: engine.Model) -> bool:
     """Whether the model's forward takes images."""
-    return "pixel_values" in engine.taken_by(type(unwrap(model))).names
+    return "pixel_values" in engine.signature_of(type(unwrap(model))).names
 
 
 def _runs(row: Sequence[int], token: int | None) -> Iterator[list[int]]:

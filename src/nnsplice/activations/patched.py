@@ -74,7 +74,7 @@ def patched_logits(
         RefusedPlace: a site that cannot be written exactly.
         OverlappingWrite: two keys write the same value.
     """
-    with engine.gathered(model):
+    with engine.accepting_sharded(model):
         return _patched(
             engine.as_model(model), prompts, saved, add, at, spans, positions, batch_size, keep_graph, progress, remote
         )
@@ -137,7 +137,7 @@ def _patched(
                 kept = fewer_logits(model, min(at_end), (key for pack in packs for key in pack.keys))
                 with nullcontext() if keep_graph else torch.no_grad():
                     logits = _local(model, packs, inputs, kept, add=add, at=at, spans=spanned)
-                    engine.whole(unwrap(model), logits, None, "a row of logits")
+                    engine.gather(unwrap(model), logits, None, "a row of logits")
             found |= dict(zip(rows, logits[:, list(at_end)], strict=True))
             shown.update(len(rows))
     each = [found[row] for row in range(len(given))]
@@ -180,7 +180,7 @@ def fewer_logits(model: engine.Model, first: int, keys: Iterable[Path]) -> dict[
         first: the first token, counted from the end.
         keys: what is written; where these are the logits themselves, all have to be there.
     """
-    tower = engine.known(model).atlas.towers.get("decoder")
+    tower = engine.map_of(model).atlas.towers.get("decoder")
     if tower is None or not engine.keeps_logits(model):
         return {}
     sites = [place.site for key in keys for place in engine.expand(model, key.place)]
@@ -206,7 +206,7 @@ def _local(
     found: list[Tensor] = []
 
     def body() -> None:
-        with engine.gathered(model):  # again, as this runs in a thread of nnsight's
+        with engine.accepting_sharded(model):  # again, as this runs in a thread of nnsight's
             writing.write(model, packs, 1.0 if add else None, at=at, spans=spans)
         found.append(wire.logits_of(model).clone())
 

@@ -33,7 +33,7 @@ class Prompts:
     values: Tensor | None = None
     spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
     #: What the model's forward takes.
-    taken: engine.Taken = field(default=engine.ANY, repr=False, compare=False)
+    taken: engine.Signature = field(default=engine.ANY_SIGNATURE, repr=False, compare=False)
     #: For a plain module, its inputs by name, of which `values` are the first; empty where there is one.
     inputs_by_name: Mapping[str, Any] = field(default_factory=dict, repr=False)
     #: Of prompts with images, what the forward takes of each beside its tokens.
@@ -170,7 +170,7 @@ class Prompts:
             given["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
         if self.images is not None:
             given |= image_values.joined([self.images[row] for row in rows], device)
-        inputs: dict[str, Any] = engine.as_taken(self.taken, given)
+        inputs: dict[str, Any] = engine.fitted_inputs(self.taken, given)
         # transformers mixes up the cache that RWKV makes for itself where several prompts of one token begin at once.
         if {"state", "use_cache"} <= set(self.taken.names) and len(rows) > 1 and self.length("decoder", rows[0]) == 1:
             inputs["use_cache"] = False

@@ -79,13 +79,13 @@ class SavedActivation:
         return cls._new(packs.from_entries((parse_path(path), tensor) for path, tensor in pairs), Provenance(), None)
 
     @classmethod
-    def _new(cls, of: Sequence[Pack], provenance: Provenance, known: engine.Known | None) -> Self:
+    def _new(cls, of: Sequence[Pack], provenance: Provenance, known: engine.ModelMap | None) -> Self:
         saved = cls.__new__(cls)
         saved._fill(of, provenance, known)
         # Inside a trace the capture is kept past its end, as if by save(); outside this does nothing.
         return engine.keep(saved)
 
-    def _fill(self, of: Sequence[Pack], provenance: Provenance, known: engine.Known | None) -> None:
+    def _fill(self, of: Sequence[Pack], provenance: Provenance, known: engine.ModelMap | None) -> None:
         engine.only_local(self)
         self._packs = tuple(of)
         self._provenance = provenance
@@ -511,7 +511,7 @@ class SavedActivation:
 
     def _located(self, model: Any) -> Self:
         """The same with its keys located in a model; those of a file, or made by hand, are not."""
-        known = engine.known(model)
+        known = engine.map_of(model)
         self._check_saes(model)
         return self if self._known else self._new(lookup.located(self._packs, known.atlas), self._provenance, known)
 

@@ -51,7 +51,7 @@ def updates(model: Any, sites: Paths) -> Iterator[tuple[str, Tensor, Update]]:
     wanted = engine.listed(sites)
     if not wanted:
         raise BadArgument("no paths, so there is nothing to update", expected="at least one path")
-    arranged = engine.known(model).arrange(wanted)
+    arranged = engine.map_of(model).arrange(wanted)
     require_positions([path for path, _ in arranged])
     numbers: dict[Path, int] = {}
     for path, number in arranged:

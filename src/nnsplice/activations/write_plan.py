@@ -113,7 +113,7 @@ def at_position(
 
 def plan_write(model: engine.Model, packs: Sequence[Pack]) -> list[PlanStep]:
     """The values of a run that are written or read to write these packs, in execution order."""
-    known = engine.known(model)
+    known = engine.map_of(model)
     writes = _site_writes(model, packs, known)
     #: Rank of the value, turn at that value, rank of the path, the path, and its write (None: it is read).
     stops: list[tuple[tuple[int, int], int, engine.Rank, Path, SiteWrite | None]] = []
@@ -137,7 +137,7 @@ def plan_write(model: engine.Model, packs: Sequence[Pack]) -> list[PlanStep]:
     return steps
 
 
-def _site_writes(model: engine.Model, packs: Sequence[Pack], known: engine.Known) -> list[SiteWrite]:
+def _site_writes(model: engine.Model, packs: Sequence[Pack], known: engine.ModelMap) -> list[SiteWrite]:
     entries = [(pack, n) for pack in packs for n in range(len(pack.keys))]
     sites: dict[object, list[tuple[Path, int]]] = {}
     for path, number in known.arrange(tuple(pack.keys[n] for pack, n in entries)):

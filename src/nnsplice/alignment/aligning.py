@@ -112,7 +112,7 @@ def align(
     with circumstances("ns.align"):
         setting = _setting(method, k, epochs, batch_size, learning_rate, patience, seed)
         check_mode(model)
-        ask = _Request(base, source, answers, sites, spans, align, setting, engine.room(model, max_tokens))
+        ask = _Request(base, source, answers, sites, spans, align, setting, engine.tokens_at_once(model, max_tokens))
         plan = ask.plan(model)
         check_sites(plan)
         pairs = split(len(plan.corrupted), held_out, seed)
@@ -200,7 +200,7 @@ def _searched(
 ) -> tuple[_Findings, Cost]:
     """Train and measure every site on one model, layer by layer."""
     setting = ask.setting
-    with engine.turn(model):  # its attention is another one while packed rows run
+    with engine.locked(model):  # its attention is another one while packed rows run
         side = pair_runs(name, model, plan, ask.room)
         cost = side.cost
         widths = {target: side.width(target) for targets in ask.groups(plan).values() for target in targets}

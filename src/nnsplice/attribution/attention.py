@@ -90,7 +90,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **more: Any
 ) -> tuple[Tensor, None]:
     if _active.now is None:
-        raise engine.elsewhere()
+        raise engine.other_thread_error()
     seen, before = _active.now
     scaling, softcap, sinks = more.pop("scaling", None), more.pop("softcap", None), more.pop("s_aux", None)
     unknown = [

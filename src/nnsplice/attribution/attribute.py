@@ -114,7 +114,7 @@ def attribute(
         together = receivers is not None if chosen is None else chosen.nodes is None
         plan = planned(model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together)
         graph = edges.EdgeGraph.of(model, plan, receivers) if together else None
-        at_once = engine.room(model, max_tokens)
+        at_once = engine.tokens_at_once(model, max_tokens)
         choice: MethodChoice | None = None
         if chosen is None:
             each = {

@@ -95,7 +95,7 @@ def branches_of(model: engine.Model) -> Branches:
         RefusedPlace: it is no decoder whose layers are an attention and an MLP that add to a stream, or what they add
             was measured and is something else.
     """
-    atlas = engine.known(model).atlas
+    atlas = engine.map_of(model).atlas
     tower = atlas.tower()
     if len(atlas.towers) > 1:
         raise RefusedPlace(

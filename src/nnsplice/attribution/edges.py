@@ -70,7 +70,7 @@ class EdgeGraph:
                 expected='method="atp" for sites',
                 write="ns.path_patch(model, clean, corrupted, senders, receivers, metric)   (exact)",
             )
-        branches, known = branches_of(model), engine.known(model)
+        branches, known = branches_of(model), engine.map_of(model)
         places = dict.fromkeys(place for target in plan.targets for place in target.places)
         senders = {place: _sender(place, branches) for place in places}
         wanted = list(_everything(model, branches)) if receivers is None else engine.listed(receivers)

@@ -104,7 +104,7 @@ def gradient_run(
     """
     prompts = plan.clean if clean else plan.corrupted
     assert prompts is not None
-    known = engine.known(model)
+    known = engine.map_of(model)
     wanted = {value_key(site_of(path)): host(path.place) for path in paths}
     if mixed is not None:
         wanted[value_key(site_of(mixed.place))] = mixed.place
@@ -188,7 +188,7 @@ def halving(batch: list[int], work: Callable[[list[int]], Any]) -> None:
     try:
         work(batch)
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if len(batch) == 1 or not engine.is_memory(error):
+        if len(batch) == 1 or not engine.is_out_of_memory(error):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

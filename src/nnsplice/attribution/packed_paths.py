@@ -130,7 +130,7 @@ def path_execution(plan: Plan, model: engine.Model, executor: Executor, at_once:
         return PathExecution(False)
     lengths = plan.corrupted.lengths("decoder")
     part = plan.take(sorted({max(prompts, key=lengths.__getitem__), min(prompts, key=lengths.__getitem__)}))
-    with engine.turn(model):
+    with engine.locked(model):
         logits, source, _ = clean_run(model, part, at_once)
         work = Work(model, part, source, logits if part.metric.metric.compares else None)
         found, note, _ = executor.choose(work)
@@ -185,7 +185,7 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_T
         try:
             values, spent = fast(probe, jobs)
         except Exception as error:
-            if engine.is_memory(error):
+            if engine.is_out_of_memory(error):
                 raise
             refused = refused or str(error).partition("\n")[0] or type(error).__name__
             continue

@@ -166,7 +166,7 @@ class ReceiversBySender:
     @staticmethod
     def of(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> ReceiversBySender:
         """For the receivers of each target; every mistake in them is found here."""
-        branches, known = branches_of(model), engine.known(model)
+        branches, known = branches_of(model), engine.map_of(model)
         expanded: dict[tuple[str | Path, ...], tuple[Path, ...]] = {}
         for listed in map(engine.listed, receivers):
             if listed not in expanded:
@@ -218,7 +218,7 @@ class ReceiversBySender:
     def run(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         """Jobs -> the metric of each, and what it cost."""
         plan, model = work.plan, work.model
-        known = engine.known(model)
+        known = engine.map_of(model)
         prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
         rows = [*prompts, *(prompt for prompt, _ in jobs), *(prompt for prompt, _ in jobs)]
         still = [branch.added for branch in self.branches.all]

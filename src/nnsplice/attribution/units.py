@@ -59,7 +59,7 @@ def _paths_ready(
     executor = paths.agreed(way)
 
     def unit(prompts: Sequence[int]) -> Arrays:
-        with engine.turn(model):
+        with engine.locked(model):
             return arrays_of(measured_table(whole.take(prompts), model, executor, max_tokens))
 
     return unit

@@ -77,7 +77,7 @@ def order(subject: Subject) -> Iterator[Finding]:
 
 def _order(subject: Subject, tower: Tower, layers: tuple[int, ...], what: str) -> Finding:
     stream = [place_of(tower.name, (), value, layer) for layer in layers for value in ("input", "output")]
-    known = engine.known(subject.model)
+    known = engine.map_of(subject.model)
     ranks = [known.rank(path) for text in stream for path in subject.atlas.expand(text)]
     if ranks != sorted(ranks):
         return Finding("order", what, "FAILED", detail="they do not run one after the other")

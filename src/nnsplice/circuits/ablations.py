@@ -124,7 +124,7 @@ def mean_of(
     """The mean over the tokens of each prompt, and then over prompts: one vector for each site."""
     sums: list[SenderValues] = []
     cost = Cost()
-    room = max(engine.room(model, max_tokens) // max(reference.lengths("decoder")), 1)
+    room = max(engine.tokens_at_once(model, max_tokens) // max(reference.lengths("decoder")), 1)
     for rows in reference.batches(room):
         values, more = _run(model, wiring, reference, rows, experts)
         sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))

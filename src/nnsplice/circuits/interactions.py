@@ -119,7 +119,7 @@ def _beyond(moved: np.ndarray, places: int, pairs: Sequence[tuple[int, int]]) ->
 def _places(model: engine.Model, sites: Paths) -> list[Path]:
     wanted = [parse_path(path) for path in engine.listed(sites)]
     found = [place.at(path.position) for path in wanted for place in engine.expand(model, path.place)]
-    places = sorted(dict.fromkeys(found), key=engine.known(model).rank)
+    places = sorted(dict.fromkeys(found), key=engine.map_of(model).rank)
     if len(places) < 2:
         raise BadArgument(f"{len(places)} site, and two are needed to act together", expected="several sites")
     return places

@@ -142,7 +142,7 @@ def measure(
     if question.source.trained_from is not None:
         return _trained(question, masks, max_tokens, progress)
     model, wiring = question.model, question.wiring
-    room = engine.room(model, max_tokens)
+    room = engine.tokens_at_once(model, max_tokens)
     pruned: dict[Hashable, int] = {}
     which: list[int] = []
     kinds: list[EdgeMask] = []
@@ -157,7 +157,7 @@ def measure(
     clean = np.full((len(question.clean), *metrics), np.nan)
     order = sorted(range(len(kinds)), key=lambda number: int(kinds[number].edges.sum()))
     held = max((_tokens_for(wiring, len(sender_parts.kept_by(mask))) for mask in kinds), default=1.0)
-    with engine.turn(model), bar("circuits", len(kinds) * len(chosen), "run", progress) as shown:
+    with engine.locked(model), bar("circuits", len(kinds) * len(chosen), "run", progress) as shown:
         cost = _check_full_circuit(question)
         sender_parts.check_experts(model, wiring, question.clean, sender_parts.experts_of(wiring, kinds))
         for batch in question.clean.take(chosen).batches(None):
@@ -201,12 +201,12 @@ def constants_for(
 ) -> tuple[OptimalAblation, Cost]:
     """Constants trained for the circuit of a mask, on the question's clean prompts."""
     assert question.source.trained_from is not None
-    with engine.turn(question.model):
+    with engine.locked(question.model):
         cost = _check_full_circuit(question)
         found, more = train(
             question.model, question.wiring, mask, question.clean, question.source.trained_from,
-            question.metric.metric.position, recipe, room=engine.room(question.model, max_tokens), progress=progress,
-            provenance={**model_record(question.model), **(about or {})},
+            question.metric.metric.position, recipe, room=engine.tokens_at_once(question.model, max_tokens),
+            progress=progress, provenance={**model_record(question.model), **(about or {})},
         )  # fmt: skip
     return found, cost + more
 

@@ -75,10 +75,15 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
     if not wanted or (known is not None and wanted.keys() <= known.sound and known.mark == marks(model)):
         return
     # In the middle of a run `fully_shard` has other tensors for the same weights, and nothing may run its blocks.
-    if known is not None and wanted.keys() <= known.sound and engine.meshes(unwrap(model)) and engine.is_inside(model):
+    if (
+        known is not None
+        and wanted.keys() <= known.sound
+        and engine.meshes_of(unwrap(model))
+        and engine.is_inside(model)
+    ):
         return
     # First a turn with the model, as what is measured runs it, and whoever has one may come here too.
-    with engine.turn(model), _lock:
+    with engine.locked(model), _lock:
         known = _of(model)
         for kind, places in wanted.items():
             if kind not in known.sound:
@@ -96,7 +101,7 @@ def measure(model: Any, kinds: Iterable[Kind] | None = None) -> list[Closure]:
         RefusedPlace: the model could not be run.
     """
     wanted = tuple(PROMISES if kinds is None else kinds)
-    with engine.turn(model), _lock:
+    with engine.locked(model), _lock:
         known = _of(model)
         return [closure for kind in wanted for closure in _closures(model, known, kind)]
 
@@ -115,7 +120,7 @@ def marks(model: Any) -> tuple[object, ...]:
     """What changes when modules or weights do; no number is read."""
     root = unwrap(model)
     # The atlas is read anew when modules change.
-    mark = id if engine.meshes(root) else _mark  # of whole weights that come and go with each run
+    mark = id if engine.meshes_of(root) else _mark  # of whole weights that come and go with each run
     return (Atlas.of(root), hash(tuple(map(mark, _parameters(root)))))
 
 

@@ -1,8 +1,8 @@
 """Imports of anyio that must come before nnsight.
 
-nnsight gives every object a `.save`. anyio's tables of attributes, made after that, take it for one of theirs without a
-type, and nothing of anyio runs any more (httpx with asyncio, servers, notebooks). nnsight imports anyio first for this
-reason, but newer versions of anyio make the tables when they are asked for.
+nnsight gives every object a `.save` attribute. anyio's attribute tables, if they are made later, treat it as an untyped
+attribute of theirs and fail, and with them httpx with asyncio, servers and notebooks. So nnsight imports anyio first,
+but newer versions of anyio make the tables on first use.
 """
 
 from __future__ import annotations
@@ -17,6 +17,6 @@ _TABLES = {
 }
 
 for _module, _table in _TABLES.items():
-    # It need not be installed; and where somebody imported nnsight by itself first, it is too late.
+    # anyio may not be installed; and if nnsight was imported before, it is too late.
     with suppress(ImportError, TypeError):
         getattr(import_module(_module), _table, None)

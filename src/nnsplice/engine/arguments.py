@@ -1,9 +1,9 @@
 """The arguments of a model's call by name, and the number of cached tokens.
 
-That is read from the cache that the call is given. Transformers has renamed it before (`layer_past`, `past_key_values`,
-`cache`), and where a cache is not seen, a token is taken for another. So its names stand in one table, and a call that
-shows in another way that tokens came before (an argument of an unknown name, a mask or positions that begin earlier)
-is refused.
+The number is read from the cache in the call. Transformers has renamed that argument before (`layer_past`,
+`past_key_values`, `cache`), and an overlooked cache shifts every position. So its names stand in one table, and a call
+that hints at earlier tokens in another way (an argument of an unknown name, a mask or positions that begin earlier) is
+refused.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from nnsplice.errors import BadArgument, named
 
-#: What a model's call and its output name the cache, the newest name first (transformers 5.24 on; before; of Mamba).
+#: Names of the cache in a model's call and output, the newest first (transformers 5.24 on; before; of Mamba).
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-#: What a call of a block or of its attention names it.
+#: Its names in calls of a block or its attention.
 BLOCK_CACHE_NAMES = frozenset({*CACHE_NAMES, "past_key_value", "layer_past"})
-#: Arguments that hold what came before, and not how many tokens that was (XLNet, RWKV, Reformer).
+#: Caches that do not tell their number of tokens (XLNet, RWKV, Reformer).
 _UNCOUNTED = frozenset({"mems", "state", "past_buckets_states"})
-#: Arguments whose names speak of a cache or a past, and that hold no tokens before these.
+#: Arguments with "cache" or "past" in their name that hold no earlier tokens.
 _NO_CACHE = frozenset({"cache_position", "cache_implementation", "past_values", "past_observed_mask"})
 
 _WRITE = (
@@ -34,41 +34,41 @@ _WRITE = (
 
 @lru_cache(maxsize=256)
 def parameters_of(kind: type) -> tuple[str, ...]:
-    """The names of what a module's call takes."""
+    """The names of the arguments of a module's `forward`."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a call of a module was given, by name."""
+    """The arguments of a module's call by name."""
     return dict(zip(parameters_of(type(module)), args, strict=False)) | dict(kwargs)
 
 
 def cache_of(named_values: Any) -> Any:
-    """The cache in the arguments of a call, or in what a model returned; None where there is none."""
+    """The cache in the arguments or in the output of a call; None if there is none."""
     if isinstance(named_values, Mapping):
         values: Any = named_values
     elif isinstance(named_values, tuple):  # an output without names
         return next((value for value in named_values if hasattr(value, "get_seq_length")), None)
-    else:  # an output answers to the old names too, with a warning; what it holds has the new one
+    else:  # an output also answers to old names, with a warning; its dictionary has the new one
         values = getattr(named_values, "__dict__", {})
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
 def cache_argument(module: nn.Module) -> str:
-    """What this model's call names its cache."""
+    """The name of the cache argument of this model's `forward`."""
     taken = parameters_of(type(module))
     return next((name for name in CACHE_NAMES if name in taken), CACHE_NAMES[0])
 
 
 def tokens_before(given: Mapping[str, Any], new: int, prefix: str = "") -> int:
-    """How many tokens of its rows came before the `new` ones of a pass.
+    """The number of tokens of each row before the `new` ones of a pass.
 
     Args:
         given: the call's arguments.
-        prefix: what stands before the names of a decoder's own mask and positions.
+        prefix: the prefix of the names of a decoder's own mask and positions.
 
     Raises:
-        BadArgument: the call does not tell.
+        BadArgument: the call does not tell this number.
     """
     mask = mask_of(given, prefix)
     width = None if mask is None else mask.shape[-1]
@@ -76,11 +76,11 @@ def tokens_before(given: Mapping[str, Any], new: int, prefix: str = "") -> int:
     if cache is None:
         _refuse_unknown(given)
         if width is not None and width > new:
-            raise _untold(f"the mask has {width} columns and the pass {new}, and no cache is given")
+            raise _unknown_tokens(f"the mask has {width} columns and the pass {new}, and no cache is given")
         if width is None:
             _refuse_positions(given.get(f"{prefix}position_ids"))
         return 0
-    before = _held(cache)
+    before = _length_of(cache)
     if mask is not None and mask.dim() == 2 and mask.shape[1] < before + new:
         raise BadArgument(
             f"the mask has {width} columns for the {before} tokens in the cache and the {new} of this pass",
@@ -92,29 +92,31 @@ def tokens_before(given: Mapping[str, Any], new: int, prefix: str = "") -> int:
 def mask_of(given: Mapping[str, Any], prefix: str = "") -> Tensor | None:
     """The mask of all tokens of a call, `[row, column]` or as blocks take it."""
     mask = given.get(f"{prefix}attention_mask")
-    if isinstance(mask, Mapping):  # one for each kind of attention, made by `generate` for caches of a fixed size
+    if isinstance(mask, Mapping):  # a mask for each kind of attention, made by `generate` for caches of a fixed size
         mask = mask.get("full_attention")
     return mask if isinstance(mask, Tensor) and mask.dim() in (2, 4) else None
 
 
-def _held(cache: Any) -> int:
-    """How many tokens a cache holds."""
+def _length_of(cache: Any) -> int:
+    """The number of tokens in a cache."""
     if hasattr(cache, "get_seq_length"):
         try:
             return int(cache.get_seq_length())
-        except ValueError as error:  # layers that keep one state, whatever came before
+        except ValueError as error:  # layers with a recurrent state
             if not cache.has_previous_state():
                 return 0
-            raise _untold(f"the {type(cache).__name__} of this run does not count tokens ({error})") from None
+            raise _unknown_tokens(f"the {type(cache).__name__} of this run does not count tokens ({error})") from None
     if isinstance(cache, (Mapping, tuple, list)) and not cache:
         return 0
-    raise _untold(f"{named(cache)} is given as a cache, and does not say how many tokens it holds")
+    raise _unknown_tokens(f"{named(cache)} is given as a cache, and does not say how many tokens it holds")
 
 
 def _refuse_unknown(given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if _holds_tokens(name, value):
-            raise _untold(f"{name}={named(value)} looks like a cache of earlier tokens, by a name that is not known")
+            raise _unknown_tokens(
+                f"{name}={named(value)} looks like a cache of earlier tokens, by a name that is not known"
+            )
 
 
 def _holds_tokens(name: str, value: Any) -> bool:
@@ -128,7 +130,7 @@ def _holds_tokens(name: str, value: Any) -> bool:
 
 
 def _refuse_positions(positions: Any) -> None:
-    """Positions that begin later than a row, without a mask that says so."""
+    """Raise for positions that begin after 0, without a mask that explains them."""
     if isinstance(positions, Tensor) and positions.numel() and (first := int(positions[..., 0].min())) > 0:
         raise BadArgument(
             f"the positions of this pass begin at {first}, and no cache is given, so whether tokens came before is "
@@ -138,5 +140,5 @@ def _refuse_positions(positions: Any) -> None:
         )
 
 
-def _untold(found: str) -> BadArgument:
+def _unknown_tokens(found: str) -> BadArgument:
     return BadArgument(f"{found}, so which tokens this pass computes is unknown", expected=_WRITE)

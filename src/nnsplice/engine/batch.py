@@ -18,26 +18,26 @@ from nnsplice.tokens import Rows
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The tokens that a run was given: where each row's own stand, by tower, and their ids where they were given."""
+    """The tokens of a run: the columns of each row's own tokens by tower, and the ids if they were given."""
 
     decoder: Rows
     encoder: Rows
     ids: Tensor | None = None
 
     def rows(self, tower: str) -> Rows:
-        """The rows of one tower; a model with one has the same for both."""
+        """The rows of one tower; the same for both names in a model with one tower."""
         return self.encoder if tower == "encoder" else self.decoder
 
 
-#: By the worker that runs a block once: an edit's block runs in every pass, each with prompts of its own.
+#: By the worker of a block: the block of an nnsight edit runs in every pass, each time with other prompts.
 _batches: weakref.WeakKeyDictionary[Any, dict[int, Batch]] = weakref.WeakKeyDictionary()
 
 
 def batch_of(model: Model, mediator: Mediator) -> Batch:
-    """The tokens of the forward pass that this block is in.
+    """The tokens of the forward pass of this trace's block.
 
-    The model's own call tells them, as long as it has not begun; once asked for they are remembered for the block.
-    Later, only the end that carries no padding can be counted from, unless there is a single row, which nobody pads.
+    They are read from the model's call before it runs, and kept for the block. Later, positions can only be counted
+    from the end without padding, except for a single row, which has no padding.
     """
     key = f"{model.path}.input"
     seen = mediator.occurrence(key)
@@ -79,7 +79,7 @@ def _rows(given: Mapping[str, Any], prefix: str, tower: str) -> Rows:
     ids = given.get(f"{prefix}input_ids")
     ids = ids if isinstance(ids, Tensor) else given.get(f"{prefix}inputs_embeds")
     batch, new = ids.shape[:2] if isinstance(ids, Tensor) and ids.dim() > 1 else (None, None)
-    # A decode step computes the newest token; the ones before it stand in the cache.
+    # A decode step computes the newest token; the cache has the earlier ones.
     cached = 0 if new is None or tower == "encoder" else tokens_before(given, new, prefix)
     if isinstance(mask, Tensor) and mask.dim() == 2:
         rows = Rows.from_mask(mask)

@@ -1,8 +1,8 @@
 """Outside a trace: the tokens of a forward pass, from the calls of the model's modules.
 
-A pass of a decoder with a cache computes the newest tokens only, a padded batch holds columns that are no tokens, and
-`generate` runs the model many times for one prompt. `Watch` listens to the calls and says for each pass which columns
-of the run it computes, which of them are padding, and where the prompt ends.
+A pass of a decoder with a cache computes the newest tokens only, a padded batch has columns of padding, and `generate`
+runs the model many times for one prompt. `CallWatcher` tells for each pass which columns of the run it computes, which
+of them are padding, and where the prompt ends.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ from nnsplice.errors import BadArgument
 
 
 @dataclass(eq=False)
-class Sequence:
-    """The rows of one prompt batch, from the prompt to the last token that is generated."""
+class Generation:
+    """One batch of prompts with the tokens generated after them."""
 
-    #: How many columns the prompt takes; None where that was before anybody listened.
+    #: The number of columns of the prompts; None if they ran before the watcher was there.
     prompt: int | None = None
-    #: How many rows were given; a beam search runs several for each.
+    #: The number of rows given; a beam search runs several for each.
     rows: int | None = None
-    #: Whether the cache that goes on with them is known.
+    #: Whether the cache of these rows is known.
     cached: bool = False
 
 
 @dataclass(eq=False)
-class Call:
+class ForwardCall:
     """One pass of one tower: the columns `cached` to `cached + new` of its rows."""
 
-    sequence: Sequence
+    generation: Generation
     rows: int
     new: int
-    #: How many tokens came before, in the cache; where the call does not tell, what is to be said of that.
+    #: The number of cached tokens; an error message if the call does not tell it.
     before: int | str
     device: torch.device
-    #: `[row, column]`, whether a token stands there; None where no row is padded.
+    #: `[row, column]`, False for padding; None if no row is padded.
     mask: Tensor | None
-    #: How often each listener was met in this pass.
+    #: The number of calls of each listener's module in this pass so far.
     visits: dict[Any, int] = field(default_factory=dict)
 
     def visit(self, listener: Any) -> int:
-        """How often the listener's module ran before in this pass; one module may serve several layers."""
+        """The number of earlier calls of the listener's module in this pass; one module may serve several layers."""
         number = self.visits.get(listener, 0)
         self.visits[listener] = number + 1
         return number
 
     @property
     def cached(self) -> int:
-        """How many tokens came before, in the cache.
+        """The number of cached tokens.
 
         Raises:
-            BadArgument: the call does not tell.
+            BadArgument: the call does not tell it.
         """
         if isinstance(self.before, str):
             raise BadArgument(self.before)
@@ -68,7 +68,7 @@ class Call:
 
     @cached_property
     def positions(self) -> Tensor:
-        """`[row or 1, new]`: which own token of its row each column is; -1 for padding."""
+        """`[row or 1, new]`: the position of each column among its row's own tokens; -1 for padding."""
         cached = self.cached
         if self.mask is None:
             return torch.arange(cached, cached + self.new, device=self.device)[None]
@@ -77,21 +77,21 @@ class Call:
 
     @cached_property
     def prompt_lengths(self) -> Tensor:
-        """`[row or 1]`: how many tokens of its own each row's prompt has."""
+        """`[row or 1]`: the number of own tokens of each row's prompt."""
         columns = self.prompt_columns
         if self.mask is None:
             return torch.tensor([columns], device=self.device)
-        # Not the tokens are counted but the padding: of a long prompt only a part may have come so far.
+        # The padding is counted and not the tokens, as only a part of a long prompt may have run so far.
         return columns - (~self.mask[:, :columns]).long().sum(-1)
 
     @property
     def prompt_columns(self) -> int:
-        """How many columns the prompt takes.
+        """The number of columns of the prompt.
 
         Raises:
-            BadArgument: nobody listened when the prompt ran.
+            BadArgument: the prompt ran before the watcher was there.
         """
-        if self.sequence.prompt is None:
+        if self.generation.prompt is None:
             if isinstance(self.before, str):
                 raise BadArgument(self.before)
             raise BadArgument(
@@ -99,36 +99,36 @@ class Call:
                 expected="the prompt and what follows it in one steering block",
                 write='where="all", or from_token(p) with p counted from the first token',
             )
-        return self.sequence.prompt
+        return self.generation.prompt
 
 
 class _Running(threading.local):
-    """What runs in one thread: the pass of each tower, with the module that began it, and the generation around it."""
+    """The state of one thread: the current pass of each tower with the module that began it, and the generation."""
 
     def __init__(self) -> None:
-        self.passes: dict[str, tuple[nn.Module, Call]] = {}
-        self.generation: Sequence | None = None
+        self.passes: dict[str, tuple[nn.Module, ForwardCall]] = {}
+        self.generation: Generation | None = None
 
 
-class Watch:
-    """Listens to a model: `current(tower)` is the pass that this thread runs now."""
+class CallWatcher:
+    """Watches the calls of a model: `current(tower)` is the pass that this thread runs now."""
 
     def __init__(self, model: Any) -> None:
         self.root: nn.Module = unwrap(model)
         self._running: _Running = _Running()
-        self._caches: weakref.WeakKeyDictionary[Any, Sequence] = weakref.WeakKeyDictionary()
+        self._caches: weakref.WeakKeyDictionary[Any, Generation] = weakref.WeakKeyDictionary()
         self.before_pass: list[Callable[[], None]] = []
         self.users = 0
 
-    def current(self, tower: str) -> Call | None:
-        """The pass of this tower that runs now in this thread; None where a module is called by itself."""
+    def current(self, tower: str) -> ForwardCall | None:
+        """The current pass of this tower in this thread; None if a module is called by itself."""
         found = self._running.passes.get(tower)
         return None if found is None else found[1]
 
-    # --- coming and going
+    # --- start and stop
 
     def start(self) -> None:
-        """Listen."""
+        """Register the hooks."""
         towers = Atlas.of(self.root).towers
         self._two = len(towers) > 1
         names: dict[str, set[str]] = {"": set(towers) or {"decoder"}}
@@ -144,7 +144,7 @@ class Watch:
             self._hooks.append(module.register_forward_hook(self._after, always_call=True))
         self._patched = "generate" not in self.root.__dict__ and hasattr(self.root, "generate")
         if self._patched:
-            self.root.generate = self._listening(self.root.generate)
+            self.root.generate = self._watched(self.root.generate)
 
     def stop(self) -> None:
         """Leave the model as it was."""
@@ -153,16 +153,16 @@ class Watch:
         if self._patched:
             del self.root.generate
 
-    def _listening(self, generate: Any) -> Any:
+    def _watched(self, generate: Any) -> Any:
         @wraps(generate)
-        def listening(*args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             before, self._running.generation = self._running.generation, _begun(args, kwargs, self._two)
             try:
                 return generate(*args, **kwargs)
             finally:
                 self._running.generation = before
 
-        return listening
+        return watched
 
     # --- passes
 
@@ -178,8 +178,8 @@ class Watch:
                     call = self._read(module, tower, args, kwargs, "" if own else None)
                     if call is not None:
                         self._running.passes[tower] = (module, call)
-                        for told in tuple(self.before_pass):
-                            told()
+                        for listener in tuple(self.before_pass):
+                            listener()
 
         return begin
 
@@ -187,14 +187,14 @@ class Watch:
         for tower, (owner, call) in list(self._running.passes.items()):
             if owner is module:
                 del self._running.passes[tower]
-                if not call.sequence.cached:
-                    self._remember(cache_of(output), call.sequence)
+                if not call.generation.cached:
+                    self._remember(cache_of(output), call.generation)
 
-    def _remember(self, cache: Any, sequence: Sequence) -> None:
+    def _remember(self, cache: Any, generation: Generation) -> None:
         if hasattr(cache, "get_seq_length"):
-            self._caches[cache], sequence.cached = sequence, True
+            self._caches[cache], generation.cached = generation, True
 
-    def _read(self, module: nn.Module, tower: str, args: tuple, kwargs: dict, prefix: str | None) -> Call | None:
+    def _read(self, module: nn.Module, tower: str, args: tuple, kwargs: dict, prefix: str | None) -> ForwardCall | None:
         given = arguments_of(module, args, kwargs)
         two = prefix is None and "decoder_input_ids" in parameters_of(type(module))
         own = "decoder_" if two and tower == "decoder" else ""
@@ -207,67 +207,68 @@ class Watch:
         if tower != "encoder":
             try:
                 before = tokens_before(given, new, own)
-            except BadArgument as untold:  # raised where somebody asks: what steers every token need not know
-                before = str(untold)
+            except BadArgument as error:  # raised by `cached`: steering of all tokens does not need the number
+                before = str(error)
         mask = None if isinstance(before, str) else _columns(mask_of(given, own), before + new)
-        return Call(self._sequence(tower, cache_of(given), before, rows, new), rows, new, before, ids.device, mask)
+        generation = self._generation_of(tower, cache_of(given), before, rows, new)
+        return ForwardCall(generation, rows, new, before, ids.device, mask)
 
-    def _sequence(self, tower: str, cache: Any, before: int | str, rows: int, new: int) -> Sequence:
+    def _generation_of(self, tower: str, cache: Any, before: int | str, rows: int, new: int) -> Generation:
         if tower == "encoder":
-            return Sequence(new, rows)
+            return Generation(new, rows)
         if self._running.generation is not None:
             if self._running.generation.prompt is None and isinstance(before, int):
                 self._running.generation.prompt = before + new
             return self._running.generation
-        if before:  # some, or an unknown number
-            return self._remembered(cache) or Sequence(None, rows)
-        sequence = Sequence(new, rows)
-        self._remember(cache, sequence)
-        return sequence
+        if before:  # cached tokens, or an unknown number of them
+            return self._remembered(cache) or Generation(None, rows)
+        generation = Generation(new, rows)
+        self._remember(cache, generation)
+        return generation
 
-    def _remembered(self, cache: Any) -> Sequence | None:
+    def _remembered(self, cache: Any) -> Generation | None:
         return self._caches.get(cache) if hasattr(cache, "get_seq_length") else None
 
 
-def _begun(args: tuple, kwargs: Mapping[str, Any], two_towers: bool) -> Sequence:
-    """What a call of `generate` tells about its prompts; the rest its first pass does."""
+def _begun(args: tuple, kwargs: Mapping[str, Any], two_towers: bool) -> Generation:
+    """A generation as far as the call of `generate` tells it; its first pass tells the rest."""
     given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
     ids = next((value for value in given if isinstance(value, Tensor)), None)
-    # A long prompt may come in several passes, so its width is known from here where it can be; a decoder that reads
-    # an encoder begins with a prompt of its own, which its first pass tells.
-    return Sequence(None if ids is None or two_towers else ids.shape[1], None if ids is None else ids.shape[0])
+    # A long prompt may run in several passes, so its width is taken from here if possible. A decoder beside an encoder
+    # begins with a prompt of its own, known from its first pass.
+    return Generation(None if ids is None or two_towers else ids.shape[1], None if ids is None else ids.shape[0])
 
 
 def _columns(mask: Tensor | None, width: int) -> Tensor | None:
-    """`[row, column]`, whether a token stands there."""
+    """`[row, column]`, False for padding."""
     if mask is None:
         return None
-    if mask.dim() == 4:  # the newest token sees every token of its row
+    if mask.dim() == 4:  # the newest token attends to every token of its row
         last = mask[:, 0, -1, :width]
         return last if last.dtype == torch.bool else last == 0
     return mask[:, :width] != 0
 
 
 _guard = threading.Lock()
-_watches: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+_watchers: weakref.WeakKeyDictionary[nn.Module, CallWatcher] = weakref.WeakKeyDictionary()
 
 
-def watch(model: Any) -> Watch:
-    """The listener of a model; it is the same for all who ask, and goes with the last of them (`unwatch`)."""
+def watch_calls(model: Any) -> CallWatcher:
+    """The watcher of a model, shared by all users, until the last of them calls `unwatch_calls`."""
     root = unwrap(model)
     with _guard:
-        found = _watches.get(root)
+        found = _watchers.get(root)
         if found is None:
-            found = _watches[root] = Watch(model)
+            found = _watchers[root] = CallWatcher(model)
             found.start()
         found.users += 1
     return found
 
 
-def unwatch(found: Watch) -> None:
-    """Stop listening, if nobody else does."""
+def unwatch_calls(found: CallWatcher) -> None:
+    """Give the watcher back; it stops after its last user."""
     with _guard:
         found.users -= 1
         if not found.users:
             found.stop()
-            del _watches[found.root]
+            del _watchers[found.root]

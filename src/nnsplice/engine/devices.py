@@ -1,7 +1,7 @@
-"""The device of a model, which wrapping does not change.
+"""Keep a model on its device when nnsight wraps it.
 
-A pipeline of transformers, which nnsight makes of every model, moves it to the first GPU unless it is told a device. It
-may be told none for a model that is split over devices; those it leaves alone.
+nnsight makes a pipeline of transformers of every model, which moves the model to the first GPU unless a device is
+given. For models split over devices, no device may be given, and the pipeline does not move them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-#: What a pipeline takes for the model's own device.
+#: The model's own device, as an argument of a pipeline.
 _OWN = -1
-#: Values of `device_map` that leave it to accelerate where parts go.
+#: Values of `device_map` with which accelerate chooses devices.
 _LEFT_OPEN = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @contextmanager
 def staying(name_or_module: str | nn.Module, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The arguments to add so that a model is not moved; meanwhile transformers does not warn of them.
+    """The arguments to add so that a model is not moved; transformers' warning about them is off in the block.
 
     Args:
         given: the arguments that the model is loaded with.

@@ -1,4 +1,4 @@
-"""Code around a model's modules: hooks, torch's global hooks, replaced `forward` methods, classes of the user's."""
+"""User code around a model's modules: hooks, torch's global hooks, replaced `forward` methods, own classes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _registry = nn.modules.module
 
 
 def hooks_of(modules: Iterable[nn.Module]) -> tuple[int, ...]:
-    """The numbers of all forward hooks that calls of these modules go through; a number never comes again."""
+    """The ids of all forward hooks of these modules, global ones included; torch never gives an id twice."""
     everywhere = (*_registry._global_forward_hooks, *_registry._global_forward_pre_hooks)
     return (*everywhere, *(key for m in modules for key in (*m._forward_hooks, *m._forward_pre_hooks)))
 
 
 def replaced_in(modules: Iterable[nn.Module]) -> tuple[int, ...]:
-    """What these modules run in the place of their class's `forward`, by its id."""
+    """The ids of the functions that these modules run instead of their class's `forward`."""
     return tuple(id(body) for module in modules if (body := own_body(module)) is not None)
 
 
@@ -28,7 +28,7 @@ def has_code_around(modules: Iterable[nn.Module]) -> bool:
     return bool(hooks_of(found) or replaced_in(found))
 
 
-#: Libraries whose modules treat every row of a batch alike, and every token by itself where they mix none.
+#: Libraries whose modules treat all rows of a batch alike, and all tokens unless they mix them.
 _LIBRARIES = {
     "torch", "transformers", "peft", "accelerate", "nnsight", "nnsplice", "bitsandbytes", "torchao", "optimum", "hqq",
     "gptqmodel", "awq", "compressed_tensors",
@@ -36,9 +36,9 @@ _LIBRARIES = {
 
 
 def has_own_code(modules: Iterable[nn.Module]) -> bool:
-    """Whether calls of these modules run code of the user's: around a module, or in a class of no known library.
+    """Whether calls of these modules run user code: around a module, or in a class of no known library.
 
-    Such code may be written for one prompt at a time: for its fifth token, or for the first row of a batch.
+    Such code may be written for a single prompt: for its fifth token, or for the first row of a batch.
     """
     found = list(modules)
     return has_code_around(found) or any(type(m).__module__.partition(".")[0] not in _LIBRARIES for m in found)

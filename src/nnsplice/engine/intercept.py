@@ -1,8 +1,8 @@
-"""Change a value wherever the model is called from: by hand, in `generate`, in a trace.
+"""Change a value however the model is called: directly, in `generate`, in a trace.
 
-An nnsight edit is passed by when somebody calls the Hugging Face module itself, and what a torch hook makes of an
-output is not seen inside a trace. So an output is changed in the body that nnsight's controller calls, which every way
-of calling the model goes through; and an input in a torch hook, which comes before the controller.
+nnsight edits have no effect when the Hugging Face module itself is called, and a trace does not see what a torch hook
+makes of an output. So outputs are changed in the body that nnsight's controller calls, which runs in every case, and
+inputs in a torch hook, which runs before the controller.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from nnsplice.engine.tracing import Arguments, Body
 
-#: What a module holds at one of its ends -> what the run goes on with. An input is the call's `(args, kwargs)`.
+#: The value at an end of a module -> the new value. An input is the call's `(args, kwargs)`.
 Change = Callable[[Any], Any]
 
 
 class _Tap:
-    """The changes at one end of one module, in the order in which they were asked for."""
+    """The changes at one end of one module, in the order in which they were added."""
 
     def __init__(self, module: nn.Module, end: str) -> None:
         self.end: str = end
@@ -36,7 +36,7 @@ class _Tap:
             self.hook: RemovableHandle = module.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def attach(self) -> None:
-        """Stand in the way again where another took the place (`.source` builds a module's body anew)."""
+        """Wrap the body again if another one replaced it (`.source` rebuilds a module's body)."""
         if self.end == "output" and self.body.function is not self._call:
             self.inner = self.body.function
             self._call = _around(self.inner, self.changes)
@@ -44,7 +44,7 @@ class _Tap:
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         value: Any = (args, kwargs)
-        for change in tuple(self.changes):  # another thread may take one out
+        for change in tuple(self.changes):  # another thread may remove one
             value = change(value)
         return value
 
@@ -66,13 +66,13 @@ def _around(inner: Callable[..., Any], changes: list[Change]) -> Callable[..., A
     return body
 
 
-#: One thread at a time puts changes in and takes them out.
+#: For adding and removing changes.
 _guard = threading.Lock()
 _taps: weakref.WeakKeyDictionary[nn.Module, dict[str, _Tap]] = weakref.WeakKeyDictionary()
 
 
 class Interception:
-    """One change that stands in a model until it is removed; several may stand at one site, whatever their order."""
+    """One change in a model until it is removed; several at one site may be removed in any order."""
 
     def __init__(self, module: nn.Module, end: str, change: Change) -> None:
         self.module: nn.Module = module
@@ -84,12 +84,12 @@ class Interception:
             self.tap.changes.append(change)
 
     def attach(self) -> None:
-        """See to it that the change is met, whatever happened to the module meanwhile."""
+        """Make sure that the change runs, whatever happened to the module meanwhile."""
         with _guard:
             self.tap.attach()
 
     def remove(self) -> None:
-        """Take the change out; the module is as it was when no other is left."""
+        """Remove the change; without any changes the module is as it was."""
         with _guard:
             self.tap.changes.remove(self.change)
             if not self.tap.changes:

@@ -1,4 +1,4 @@
-"""How many tokens run at once, by free memory; fewer after running out."""
+"""The number of tokens that run at once, by free memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from nnsplice.errors import BadArgument, NnspliceError
 TOKENS_ON_CPU = 4096
 #: The most on a GPU: beyond it, products of matrices are as fast as they get.
 TOKENS_ON_GPU = 131072
-#: Of the free memory, what may be planned with.
+#: The usable share of free memory.
 SHARE = 0.5
-#: How many copies of what a block computes are alive at once: before and after an edit, gathered keys and values.
+#: Copies of a block's values that are alive at once: before and after an edit, gathered keys and values.
 COPIES = 4
 
 
-def room(model: Model, asked: int | None = None) -> int:
-    """How many tokens may run at once: as many as were asked for, or as suit the machine."""
+def tokens_at_once(model: Model, asked: int | None = None) -> int:
+    """The number of tokens that run at once: as requested, or by the memory of the machine."""
     if asked is not None:
         if not isinstance(asked, int) or asked < 1:
             raise BadArgument(f"max_tokens={asked!r}", expected="at least 1, or nothing for what suits the machine")
@@ -32,7 +32,7 @@ def room(model: Model, asked: int | None = None) -> int:
 
 
 def bytes_per_token(model: Model) -> int:
-    """What one token takes on its way: everything that one block computes of it, some copies of that, and logits."""
+    """The memory of one token: the values of one block in some copies, and its logits."""
     root = unwrap(model)
     towers = Atlas.of(model).towers
     size = max((p.element_size() for p in root.parameters() if p.is_floating_point()), default=4)
@@ -45,20 +45,19 @@ def bytes_per_token(model: Model) -> int:
 
 
 def _computed(root: torch.nn.Module, name: str) -> int:
-    """Numbers that the matrices of a part give for one token, and its norms as many as they have weights."""
+    """The number of values of one token that the matrices and norms of a part compute."""
     return sum(max(p.shape) for p in root.get_submodule(name).parameters() if p.dim() in (1, 2))
 
 
-#: What torch says where memory ran out, in errors that have no type of their own: on Linux, on Windows, of GPUs (their
-#: drivers, Apple's), of cuBLAS.
-_SHORT = (
+#: Texts of torch's untyped errors when memory runs out: on Linux, on Windows, of GPUs (drivers, Apple's), of cuBLAS.
+_OUT_OF_MEMORY = (
     "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED",
 )  # fmt: skip
 
 
-def is_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     ours = isinstance(error, NnspliceError) or not isinstance(error, RuntimeError)
-    return not ours and any(text in str(error) for text in _SHORT)
+    return not ours and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -13,16 +13,16 @@ from torch import nn
 from nnsplice.atlas import text_config, unwrap
 from nnsplice.atlas.families import NOT_TEXT, POSITIONS
 from nnsplice.engine.hooks import has_own_code
-from nnsplice.engine.spread import check_whole, gathered
+from nnsplice.engine.sharding import accepting_sharded, check_unsharded
 from nnsplice.engine.tracing import Model
 from nnsplice.errors import BadArgument, BadType, named
 
 
-def as_model(model: object, *, spread: bool = False) -> Model:
+def as_model(model: object, *, sharded: bool = False) -> Model:
     """The nnsight model, or an error that says how to make one.
 
     Args:
-        spread: take a model that is spread over processes: whoever asks reads its values through `whole`.
+        sharded: accept a model over several processes; the caller reads its values through `gather`.
     """
     if not isinstance(model, Model):
         raise BadType(
@@ -32,8 +32,8 @@ def as_model(model: object, *, spread: bool = False) -> Model:
         )
     if model.parent is not None:
         raise BadArgument(f"{model.path} is a part of a model", expected="the whole model, which the paths start from")
-    with gathered(model) if spread else nullcontext():
-        check_whole(unwrap(model))
+    with accepting_sharded(model) if sharded else nullcontext():
+        check_unsharded(unwrap(model))
     return model
 
 
@@ -50,7 +50,7 @@ def token_texts(model: Model, rows: Iterable[Iterable[int]]) -> tuple[tuple[str,
 
 
 def check_tokens(model: Model, rows: Iterable[Sequence[int]]) -> None:
-    """Raise for what the model's embeddings have no row for; torch would name neither prompt nor token."""
+    """Raise for tokens and positions without a row in the embeddings; torch would name neither prompt nor token."""
     module = unwrap(model)
     words: int = getattr(_embedding(module), "num_embeddings", 0)
     learned = [
@@ -77,7 +77,7 @@ def check_tokens(model: Model, rows: Iterable[Sequence[int]]) -> None:
 def _embedding(module: Any) -> Any:
     try:
         return module.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # no Hugging Face model, or one that does not say
+    except (AttributeError, NotImplementedError):  # no Hugging Face model, or one without an answer
         return None
 
 
@@ -87,7 +87,7 @@ def is_encoder_decoder(model: Model) -> bool:
 
 
 def is_edited(model: Model) -> bool:
-    """Whether the model has edits of nnsight, which its traces go through and plain calls of its module pass by."""
+    """Whether the model has edits of nnsight, which apply in traces and not in plain calls of its module."""
     return bool(model._edits)
 
 
@@ -114,12 +114,12 @@ def keeps_logits(model: Model) -> bool:
     root = unwrap(model)
     if not _takes_logits(type(root)):
         return False
-    # Code of the user's behind the layers would see those tokens alone, and it may mix them.
+    # User code behind the layers would get these tokens only, and it may mix them.
     inside = f"{getattr(root, 'base_model_prefix', '')}."
     outer = [module for name, module in root.named_modules() if not f"{name}.".startswith(inside)]
     if has_own_code(outer):
         return False
-    # Gemma 4 hands the wish to its layers that share keys and values, which then run for the last tokens alone.
+    # Gemma 4 hands the argument to its layers that share keys and values, which then run for the last tokens only.
     inner = {type(module) for module in root.modules() if hasattr(module, "config")} - {type(root)}
     return not any(_takes_logits(kind) for kind in inner)
 
@@ -130,12 +130,12 @@ def _takes_logits(kind: type) -> bool:
 
 
 def attention_of(model: Model) -> str | None:
-    """Which implementation of attention the model runs with, where transformers says so."""
+    """The name of the attention implementation; None if the config has none."""
     return getattr(text_config(unwrap(model)), "_attn_implementation", None)
 
 
 def decoder_start(model: Model) -> int:
-    """The token that the decoder of a model with two towers begins with."""
+    """The first token of the decoder of a model with two towers."""
     config = unwrap(model).config
     for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         token = getattr(config, name, None)
@@ -145,10 +145,10 @@ def decoder_start(model: Model) -> int:
 
 
 def name_of(model: Model) -> tuple[str, str | None]:
-    """What a result says it was made with: the checkpoint's name or the class, and the revision."""
+    """The name of a model in results: the checkpoint's name or the class, and the revision."""
     module = unwrap(model)
     kind = type(module)
-    if kind.__bases__[0].__name__ == "FSDPModule":  # fully_shard makes a class of its own of the model's
+    if kind.__bases__[0].__name__ == "FSDPModule":  # fully_shard makes a subclass of the model's class
         kind = kind.__bases__[1]
     name = getattr(getattr(module, "config", None), "_name_or_path", "") or kind.__name__
     return name, model.__dict__.get("revision")

@@ -15,7 +15,7 @@ from nnsplice.engine.tracing import first_input, with_first_input
 
 @contextmanager
 def reading(root: nn.Module, site: Site, look: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call a function with what stands at a site, in every call of its module while this lasts."""
+    """Call a function with the tensor at a site, in every call of its module in this block."""
     module = root.get_submodule(site.module)
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ def reading(root: nn.Module, site: Site, look: Callable[[Tensor], None]) -> Iter
 
 @contextmanager
 def changing(root: nn.Module, site: Site, change: Callable[[Tensor], Tensor], *, first: bool = False) -> Iterator[None]:
-    """Let the run go on with another tensor at a site, in every call of its module while this lasts.
+    """Replace the tensor at a site, in every call of its module in this block.
 
     Args:
         first: before all other hooks, so that these see the change.

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from nnsplice.atlas import Order, fingerprint, text_config, unwrap
-from nnsplice.engine.signatures import as_taken, taken_by
+from nnsplice.engine.model_lock import locked
+from nnsplice.engine.signatures import fitted_inputs, signature_of
+from nnsplice.engine.threads import probing
 from nnsplice.engine.tracing import Model
-from nnsplice.engine.turns import aside, turn
 from nnsplice.errors import NeedsProbe, NnspliceError
 
 _orders: weakref.WeakKeyDictionary[nn.Module, tuple[int, Order]] = weakref.WeakKeyDictionary()
-#: The inputs that were given for models whose own are not known.
+#: Inputs given for models whose inputs are unknown.
 _probes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -44,11 +45,11 @@ def order_of(model: object, probe: Any = None) -> Order:
 
 
 def offer_probe(model: object, inputs: Callable[[], Any], *, always: bool = False) -> None:
-    """Inputs that a model is about to run with: where its own are not known, they are what its order is learned from.
+    """Offer a run's inputs as the probe of a model whose inputs are unknown.
 
     Args:
-        inputs: makes them; not called where they are not needed.
-        always: these are no tokens, so the model cannot run with tokens that are made up.
+        inputs: makes them; only called if they are needed.
+        always: these are no tokens, so the model cannot run with made-up tokens.
     """
     root = unwrap(model)
     if root not in _probes and (always or not _knows_vocabulary(root)):
@@ -77,14 +78,13 @@ def _recorded(model: object, root: nn.Module, probe: Any) -> list[tuple[str, str
 
 
 def example_of(model: object, length: int) -> tuple[object, tuple[Any, ...], dict[str, Any]]:
-    """What to run for a look at a model, and the arguments of its call: itself, or a small twin where its weights are
-    not here.
+    """The model to probe, and the arguments of its call: itself, or a small twin if its weights are not loaded.
 
     Args:
-        length: of the prompt; an input that was given as a probe stays as it is.
+        length: the length of the prompt; a given probe is used as it is.
     """
     root = unwrap(model)
-    # Weights that accelerate keeps elsewhere come when they are needed, so such a model runs as it is.
+    # A model whose weights accelerate offloads runs as it is.
     elsewhere = any(parameter.is_meta for parameter in root.parameters())
     if elsewhere and not any(hasattr(module, "_hf_hook") for module in root.modules()):
         twin = _twin(root)
@@ -93,24 +93,24 @@ def example_of(model: object, length: int) -> tuple[object, tuple[Any, ...], dic
 
 
 def _eagerly() -> AbstractContextManager[Any]:
-    """Let compiled modules run their own code: hooks that come and go would have them compiled anew each time."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it takes seconds to import
+    """Run compiled modules uncompiled, as each change of hooks would compile them again."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
 def undisturbed(model: object) -> Iterator[Any]:
-    """What to call for a forward pass that leaves nothing behind: in evaluation mode, without gradients; flags and
-    random numbers are as before when the block ends."""
+    """The callable for a forward pass without side effects: in evaluation mode, without gradients; flags and random
+    states are restored at the end of the block."""
     root = unwrap(model)
     training = [module for module in root.modules() if module.training]
     devices = [parameter.device for parameter in root.parameters() if parameter.is_cuda][:1]
     try:
         for module in training:
             module.training = False
-        with turn(root), aside(), torch.no_grad(), torch.random.fork_rng(devices=devices), _eagerly():
-            # Called through the envoy, so that a trace that is running now stands aside and counts none of this.
+        with locked(root), probing(), torch.no_grad(), torch.random.fork_rng(devices=devices), _eagerly():
+            # Called through the envoy, so that a running trace does not count this pass.
             yield model if isinstance(model, Model) else root
     finally:
         for module in training:
@@ -118,11 +118,11 @@ def undisturbed(model: object) -> Iterator[Any]:
 
 
 def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The module ends that one forward pass goes through, in order; nothing of the model is changed."""
+    """The module ends that one forward pass reaches, in order; the model is not changed."""
     root = unwrap(model)
     names = {id(module): name for name, module in root.named_modules()}
     sequence: list[tuple[str, str]] = []
-    here = threading.get_ident()  # the hooks are everywhere, and other threads may run this model meanwhile
+    here = threading.get_ident()  # the hooks are global, and other threads may run this model meanwhile
 
     def before(module: nn.Module, args: Any) -> None:
         if id(module) in names and threading.get_ident() == here:
@@ -136,7 +136,7 @@ def record(model: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     hooks = [registry.register_module_forward_pre_hook(before), registry.register_module_forward_hook(after)]
     try:
         with undisturbed(model) as call, warnings.catch_warnings():
-            # A compiled wrapper is no module of the sequence, so that the hooks see it too does no harm.
+            # A compiled wrapper is not in `names`, so it does no harm that the hooks run for it.
             warnings.filterwarnings("ignore", message="Using `torch.compile")
             call(*args, **kwargs)
     finally:
@@ -158,17 +158,17 @@ def _probe(root: nn.Module, probe: Any, length: int) -> tuple[tuple[Any, ...], d
         )
     vocabulary = text_config(root).vocab_size
     device = next((p.device for p in root.parameters() if not p.is_meta), torch.device("cpu"))
-    # Different tokens: among equal ones a misplaced value goes unnoticed, and a softmax has no gradient.
+    # Different tokens: equal ones would hide a misplaced value, and a softmax over them has no gradient.
     ids = torch.tensor([[(3 + n) % vocabulary for n in range(length)]], device=device)
     inputs = {"input_ids": ids}
     if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    takes = taken_by(type(root))
+    takes = signature_of(type(root))
     needed = [name for name in takes.required if name not in inputs]
     if takes.names and "input_ids" not in takes.names:
         if takes.first is None or takes.first in inputs or len(needed) > 1 or hasattr(root, "main_input_name"):
             raise _needs(root, [getattr(root, "main_input_name", None) or str(takes.first), *list(inputs)[1:]])
-        return (), as_taken(takes, inputs)  # a module of the user's own, which calls its tokens something else
+        return (), fitted_inputs(takes, inputs)  # a user's module with another name for its tokens
     if needed:
         raise _needs(root, ["input_ids", *needed])
     return (), {name: value for name, value in inputs.items() if takes.takes(name)}
@@ -183,7 +183,7 @@ def _needs(root: nn.Module, names: list[str]) -> NeedsProbe:
     )
 
 
-#: What of a config sets the width of a model; made small in a twin, which keeps every module and its order.
+#: The widths in a config, made small in a twin, which keeps all modules and their order.
 _WIDTHS = {
     "vocab_size": 16, "intermediate_size": 16, "ffn_dim": 16, "n_inner": 16, "d_ff": 16, "moe_intermediate_size": 16,
     "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "shared_expert_intermediate_size": 16, "head_dim": 8, "d_kv": 8,
@@ -191,13 +191,13 @@ _WIDTHS = {
 }  # fmt: skip
 
 
-#: Who tells the number of heads, and the widths of the stream that follow from it.
+#: The numbers of heads in a config, and the stream widths that follow from it.
 _HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads")
 _STREAMS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embed_dim")
 
 
 def _twin(root: nn.Module) -> nn.Module:
-    """A small model of the same class and depth with real weights, for a model whose own are not here."""
+    """A small model of the same class and depth with weights, for a model whose weights are not loaded."""
     try:
         config: Any = copy.deepcopy(root.config)
         _shrink(config)
@@ -220,7 +220,7 @@ def _shrink(config: Any, *, root: bool = True) -> None:
     if heads is None and root and not inner:
         raise ValueError("its config does not say how many heads it has")
     widths = dict(_WIDTHS) if heads is None else _WIDTHS | dict.fromkeys(_STREAMS, 8 * heads)
-    # A config answers to several names for one setting; only those it holds itself are set.
+    # A config has aliases of its settings; only its own names are set.
     for name, width in widths.items():
         if isinstance(held.get(name), int):
             setattr(config, name, width)

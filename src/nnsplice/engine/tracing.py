@@ -1,10 +1,8 @@
 """The only file that uses nnsight: wrap, run, wait for a value, write a value.
 
-What of nnsight is private is found by `private` and used here alone; `tests/engine/test_tracing.py` fails when nnsight
-changes it: a
-worker's `Mediator` (which visit of a site it waits for, which rows are its own), the names of submodules that nnsight
-moves, the body that a module's controller calls and whose `forward` stands before it, and how it tells
-`with loss.backward():` from a plain call.
+Its private names come from `nnsight_private` and are used here only; `tests/engine/test_tracing.py` fails when nnsight
+changes them: a worker's `Mediator` (the call of a module that it waits for, its rows), the names of submodules that
+nnsight moves, the body that a module's controller calls, and how `with loss.backward():` differs from a plain call.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.atlas import Site, unwrap
-from nnsplice.engine import private
+from nnsplice.engine import nnsight_private
 from nnsplice.engine.devices import staying
-from nnsplice.engine.private import STATE, Controller
-from nnsplice.engine.private import Mediator as Mediator
-from nnsplice.engine.turns import turn
+from nnsplice.engine.model_lock import locked
+from nnsplice.engine.nnsight_private import STATE, Controller
+from nnsplice.engine.nnsight_private import Mediator as Mediator
 from nnsplice.errors import BadArgument, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
 
@@ -36,7 +34,7 @@ T = TypeVar("T")
 
 
 def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Model:
-    """nnsight's own wrapper of a Hugging Face model; one that is named is loaded at once."""
+    """nnsight's wrapper of a Hugging Face model; a model given by name is loaded at once."""
     from nnsight.modeling.transformers import TransformersModel
 
     if isinstance(name_or_module, str):
@@ -53,7 +51,7 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
                 write="torch.distributed.tensor.parallel.parallelize_module(block, mesh, plan), or fully_shard(block)",
             ) from error
     if kwargs.get("peft") is not None:
-        # The layers of an adapter come in train mode, into a model that is not.
+        # The layers of a new adapter are in train mode.
         model._module.eval()
     return model
 
@@ -64,7 +62,7 @@ def wrap_bare(module: nn.Module, **kwargs: Any) -> Model:
 
 
 def keep(value: T) -> T:
-    """Let a value outlive the trace that it is made in; outside a trace it lives anyway."""
+    """Let a value outlive its trace; no effect outside a trace."""
     try:
         return nnsight.save(value)
     except ValueError:
@@ -72,10 +70,10 @@ def keep(value: T) -> T:
 
 
 def worker(model: Model, what: str) -> Mediator:
-    """The worker that runs the trace's block now.
+    """The worker that runs the current block of a trace.
 
     Raises:
-        OutsideTrace: there is none.
+        OutsideTrace: no trace of this model runs.
     """
     try:
         mediator = Mediator.current(what)
@@ -90,7 +88,7 @@ def worker(model: Model, what: str) -> Mediator:
 
 
 def is_inside(model: Model) -> bool:
-    """Whether this is the block of a trace of the model."""
+    """Whether a block of a trace of this model runs."""
     try:
         worker(model, "this")
     except OutsideTrace:
@@ -99,34 +97,34 @@ def is_inside(model: Model) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One end of one module of a model under trace: what a single access serves."""
+class TracedEnd:
+    """The input or output of one module in a trace."""
 
     envoy: Any
-    #: The attributes that lead to it from the model.
+    #: The attributes from the model to the module.
     names: tuple[str, ...]
     end: str
-    #: nnsight's name of it.
+    #: Its name in nnsight.
     key: str
     occurrence: int
 
     def is_past(self, mediator: Mediator) -> bool:
-        """Whether the run has gone by; nnsight itself would say so after the whole pass."""
+        """Whether the run has passed it; nnsight raises only after the whole pass."""
         return mediator.occurrence(self.key) > (self.occurrence or mediator.wanted(self.key))
 
     def read(self, mediator: Mediator) -> Any:
-        """The value, as the model holds it: not a copy."""
+        """The model's own value, not a copy."""
         with _visit(mediator, self.occurrence):
             return self.envoy.inputs if self.end == "input" else self.envoy.output
 
     def write(self, mediator: Mediator, value: Any) -> None:
-        """Let the model go on with another value."""
+        """Replace the value."""
         with _visit(mediator, self.occurrence):
             setattr(self.envoy, "inputs" if self.end == "input" else "output", value)
 
 
 class _visit:
-    """Wait for a later call of a module that runs several times in one pass; for most modules it does nothing."""
+    """Wait for a later call of a module that runs several times in one pass."""
 
     __slots__ = ("before", "mediator", "occurrence")
 
@@ -143,35 +141,35 @@ class _visit:
             self.mediator.iteration = self.before
 
 
-def place(model: Model, site: Site) -> Place:
-    """Where the site's value is served in this model."""
+def traced_end(model: Model, site: Site) -> TracedEnd:
+    """The end of a module that holds a site's value."""
     envoy = model
-    # Sites go by the bare model, which may lie inside a wrapper such as PEFT's.
+    # Sites have names of the bare model, which may be inside a wrapper such as PEFT's.
     root, module = unwrap(model), model._module
     home = next(name for name, inner in module.named_modules() if inner is root)
     names = tuple(_attribute(name) for name in f"{home}.{site.module}".split(".") if name)
     for name in names:
         envoy = getattr(envoy, name)
-    return Place(envoy, names, site.end, f"{envoy.path}.{site.end}", site.occurrence)
+    return TracedEnd(envoy, names, site.end, f"{envoy.path}.{site.end}", site.occurrence)
 
 
 def callable_of(model: object, module: str) -> Any:
-    """What to call for a module by itself, so that a trace that is running now stands aside and counts none of it."""
-    return place(model, Site(module)).envoy if isinstance(model, Model) else unwrap(model).get_submodule(module)
+    """The callable of a single module; a running trace does not count its calls."""
+    return traced_end(model, Site(module)).envoy if isinstance(model, Model) else unwrap(model).get_submodule(module)
 
 
 @lru_cache(maxsize=4096)
 def _attribute(name: str) -> str:
-    # A submodule named like a value that nnsight serves (BERT's `output`) stands under another attribute.
+    # nnsight renames submodules with the name of one of its own attributes (BERT's `output`).
     return f"{Model.OVERLOAD_PREFIX}{name}" if inspect.isdatadescriptor(getattr(Model, name, None)) else name
 
 
-#: What a call was given: its `(args, kwargs)`.
+#: The `(args, kwargs)` of a call.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def call_of(model: Any) -> Arguments:
-    """The arguments of the model's own call; nnsight serves them as a run's first value, before anything else."""
+    """The arguments of the model's own call, the first value of a run in nnsight."""
     return model.inputs
 
 
@@ -188,7 +186,7 @@ def with_first_input(value: Arguments, new: Any) -> Arguments:
 
 
 class Body:
-    """What a module computes, as nnsight's controller calls it: a function of the module and the call's arguments."""
+    """The function that nnsight's controller calls for a module, with the module and the call's arguments."""
 
     def __init__(self, module: nn.Module) -> None:
         state = module.__dict__.get(STATE)
@@ -209,22 +207,26 @@ class Body:
 
 
 def is_passed_by(module: nn.Module) -> bool:
-    """Whether a module's `forward` was replaced after nnsight had wrapped it, so that nnsight stands behind that."""
+    """Whether a module's `forward` was replaced after nnsight had wrapped it, so that it calls nnsight's, or not."""
     forward = module.__dict__.get("forward")
-    return STATE in module.__dict__ and not isinstance(forward, Controller) and not private.framework_forward(module)
+    return (
+        STATE in module.__dict__
+        and not isinstance(forward, Controller)
+        and not nnsight_private.framework_forward(module)
+    )
 
 
 def own_body(module: nn.Module) -> Any:
-    """What a module runs in the place of its class's `forward`; None where that is what runs."""
+    """The function that a module runs instead of its class's `forward`; None if it runs that."""
     forward, state = module.__dict__.get("forward"), module.__dict__.get(STATE)
-    if forward is not None and not isinstance(forward, Controller) and not private.framework_forward(module):
+    if forward is not None and not isinstance(forward, Controller) and not nnsight_private.framework_forward(module):
         return forward
     return None if state is None or state.body is type(module).forward else state.body
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which rows of the whole batch an invoke's block sees."""
+    """The rows of the whole batch that belong to an invoke's block."""
 
     start: int
     size: int
@@ -232,7 +234,7 @@ class Scope:
 
 
 def scope_of(mediator: Mediator) -> Scope | None:
-    """The rows of this block where several invokes share one forward pass, else None: then it sees all of them."""
+    """The rows of this block if several invokes share the forward pass; else None."""
     batcher = None if mediator.interleaver is None else mediator.interleaver.batcher
     if batcher is None or not batcher.batching or mediator.batch_group is None:
         return None
@@ -244,11 +246,11 @@ def run(model: Model, inputs: Mapping[str, Any] | Tensor, body: Callable[[], Non
     """One forward pass with `body` as the trace's block.
 
     Args:
-        last: the body is done with its last request when it returns, so the rest of the pass need not run.
+        last: stop the pass when the body returns.
     """
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
     tracer: Any
-    with turn(model):  # noqa: SIM117  # nnsight reads a trace's block from its own `with`
+    with locked(model):  # noqa: SIM117  # nnsight reads a trace's block from its own `with`
         with model.trace(*args, **kwargs) as tracer:
             body()
             if last:
@@ -260,18 +262,18 @@ def run(model: Model, inputs: Mapping[str, Any] | Tensor, body: Callable[[], Non
 
 @wraps(torch.Tensor.backward)
 def _backward(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """`Tensor.backward` as nnsight has it, except that `with block: loss.backward()` on one line computes gradients.
+    """nnsight's `Tensor.backward`, except that `with block: loss.backward()` on one line computes gradients.
 
-    nnsight asks whether a `with` stands in the line of the call, takes the call for the opening of a block, and returns
-    without a gradient. What is asked here is what the caller does with the result.
+    nnsight takes every call on a line with `with` for the opening of a block, and computes no gradient. Here the
+    caller's next instruction decides.
     """
-    plain = private.original_backward
+    plain = nnsight_private.original_backward
     if not _enters(sys._getframe(1)):
         return plain(tensor, *args, **kwargs)
-    tracer = private.BackwardTracer(tensor, plain, *args, **kwargs)
+    tracer = nnsight_private.BackwardTracer(tensor, plain, *args, **kwargs)
     try:
         tracer.capture()
-    except private.WithBlockNotFoundError:
+    except nnsight_private.WithBlockNotFoundError:
         return plain(tensor, *args, **kwargs)
     return tracer
 
@@ -280,7 +282,7 @@ cast("Any", torch.Tensor).backward = _backward
 
 
 def _enters(frame: FrameType) -> bool:
-    """Whether the call that this frame waits for is what a `with` enters: the next thing that its code does."""
+    """Whether the frame enters the result of its current call as a context: its next instruction."""
     code, at = frame.f_code.co_code, frame.f_lasti + 2
     while code[at] == opmap["CACHE"]:
         at += 2
@@ -292,8 +294,8 @@ def _enters(frame: FrameType) -> bool:
 
 # --- remote runs ---
 
-#: What nnsight's pickler finds on an object of ours in the block of a remote trace. It takes the text for the name of
-#: an object that the server holds, and the server, which holds none of that name, answers with the text.
+#: The persistent id of our objects for nnsight's pickler. The server knows no object of this id, and returns the text
+#: as its error.
 ONLY_LOCAL = (
     "nnsplice does not run inside a remote trace: the server does not have it. "
     "Write ns.capture(model, prompts, paths, remote=True) to read, "
@@ -302,7 +304,7 @@ ONLY_LOCAL = (
 
 
 def only_local(thing: T) -> T:
-    """Mark a function or object that must not be sent to a server."""
+    """Mark a function or object that cannot be sent to a server."""
     cast("Any", thing)._persistent_id = ONLY_LOCAL
     return thing
 
@@ -311,7 +313,7 @@ only_local(sys.modules["nnsplice"])  # the package, which a trace names as `ns.c
 
 
 def read_remote(model: Model, inputs: Any, recipe: Sequence[Stop], remote: bool | str) -> dict[str, Tensor]:
-    """A remote run that reads the recipe's parts; only plain data is named by the traced block."""
+    """A remote run that reads the parts of a recipe; the traced block names plain data only."""
     nnsight.register("nnsplice.wire")
     found: dict[str, Tensor] = {}
     tracer: Any
@@ -324,7 +326,7 @@ def read_remote(model: Model, inputs: Any, recipe: Sequence[Stop], remote: bool 
 def write_remote(
     model: Model, inputs: Any, recipe: Sequence[Stop], tensors: Mapping[str, Tensor], add: bool, remote: bool | str
 ) -> Tensor:
-    """A remote run with tensors put into the recipe's parts: its logits."""
+    """The logits of a remote run with tensors written into the parts of a recipe."""
     nnsight.register("nnsplice.wire")
     logits = torch.empty(0)
     with model.trace(**inputs, remote=remote):

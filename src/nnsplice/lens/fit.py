@@ -94,7 +94,7 @@ def fit(
 
         closures.require(model, places)
         job = _FitJob(model, given, tuple(chosen), tuple(site_of(places[n]) for n in chosen))
-        room = engine.room(model, max_tokens)
+        room = engine.tokens_at_once(model, max_tokens)
         if kind == "jacobian":
             matrices, measured = _jacobians(job, room, chunk, progress)
             biases = torch.zeros(matrices.shape[:2], dtype=matrices.dtype)
@@ -218,7 +218,7 @@ def _jacobian(job: _FitJob, row: int, end: Site, chunk: int) -> Tensor:
     while start == 0 or start < width:
         inputs = job.prompts.inputs([row] * chunk, job.model.device)
         assert isinstance(inputs, Mapping)
-        with _tied(root, [*job.sites, end]) as seen, engine.turn(job.model):
+        with _tied(root, [*job.sites, end]) as seen, engine.locked(job.model):
             root(**{**inputs, "use_cache": False})
         last = seen[end]
         width = last.shape[-1]

@@ -160,7 +160,7 @@ def patchscope(
         arguments = {"max_new_tokens": max_new_tokens, "do_sample": False}
         alone = tokenizer.batch_decode(continued(model, into, arguments), skip_special_tokens=True)[0]
     texts = np.full((len(given), len(targets)), None, dtype=object)
-    room = engine.room(model, max_tokens)
+    room = engine.tokens_at_once(model, max_tokens)
     with bar("patchscope", len(given), "prompt", progress) as shown:
         for rows in batches(given, range(len(given)), room):
             saved = capture(model, given.take(rows), [place.at(Slice()) for place in places])
@@ -227,5 +227,5 @@ def _written(
         made[:, first + position] = torch.stack(list(states)).to(made)
         return made
 
-    with engine.turn(model), engine.changing(unwrap(model), site, put):
+    with engine.locked(model), engine.changing(unwrap(model), site, put):
         return continued(model, many, arguments)

@@ -91,7 +91,7 @@ def lens_run(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: 
             stack.enter_context(_keeping(root, site, len(rows), seen))
         hook = root.get_submodule(tower.prefix).register_forward_hook(lambda _m, _a, out: returned.append(out))
         stack.callback(hook.remove)
-        with engine.turn(model), torch.no_grad():
+        with engine.locked(model), torch.no_grad():
             logits = root(**{**inputs, "use_cache": False}).logits
     # Some families put tokens of their own before the prompt's.
     own = {site: value[:, value.shape[1] - length :] for site, value in seen.items()}

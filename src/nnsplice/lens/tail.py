@@ -42,7 +42,7 @@ class Tail:
         try:
             if not hasattr(run.returned, "last_hidden_state"):
                 raise NotImplementedError("it does not say which state it gives to its head")
-            with engine.turn(model):
+            with engine.locked(model):
                 head = Head.of(unwrap(model), tower, states, _own(run), type(run.returned))
         except NotImplementedError as error:
             raise RefusedPlace(f"states of this model are not read as the last layer's are: {error}") from None
@@ -70,7 +70,7 @@ class Tail:
 
     def logits(self, states: Tensor) -> Tensor:
         """`[row, vocab]` of states `[row, width]`, as if they left the last layer."""
-        with engine.turn(self.model):
+        with engine.locked(self.model):
             return self.head.logits(states)
 
     def each(

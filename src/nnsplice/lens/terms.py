@@ -55,7 +55,7 @@ def terms_of(model: engine.Model, branches: Branches, sites: Paths) -> Terms:
     wanted = engine.listed(sites)
     if not wanted:
         raise BadArgument("no sites", expected="at least one site, such as layers[:].heads[:]")
-    known = engine.known(model)
+    known = engine.map_of(model)
     places: dict[Path, None] = {}
     for pattern in map(parse_path, wanted):
         places |= dict.fromkeys(engine.expand(model, pattern.place))

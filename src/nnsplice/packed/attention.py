@@ -81,7 +81,7 @@ class _Active(threading.local):
 
     def __call__(self) -> tuple[Attend, Mapping[int, str]]:
         if self.now is None:
-            raise engine.elsewhere()
+            raise engine.other_thread_error()
         return self.now
 
 

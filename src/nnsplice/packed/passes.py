@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ def run_pass(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int], 
     except NotImplementedError:
         raise
     except Exception as error:
-        if engine.is_memory(error):  # that is no reason to run another way, but to run less at once
+        if engine.is_out_of_memory(error):  # that is no reason to run another way, but to run less at once
             raise
         # A model with attention code of its own may fail in any way when that has another name.
         how = "when the calls of its attention are noted" if whole else "with its attention exchanged"
@@ -109,9 +108,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _keeper(entering: list[Tensor], calls: list[dict[str, Any]], kept: KeyValueRecorder, whole: bool) -> Any:
     def keep(block: nn.Module, args: tuple, kwargs: dict) -> None:
         kept.block_inputs = list(_tensors((args, kwargs)))
-        names = list(inspect.signature(type(block).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        states = given.pop(names[0])
+        given = engine.arguments_of(block, args, kwargs)
+        states = given.pop(engine.parameters_of(type(block))[0])
         entering.append(states)
         calls.append({name: _per_token_argument(name, value, states, whole) for name, value in given.items()})
 

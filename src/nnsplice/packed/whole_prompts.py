@@ -8,7 +8,6 @@ the pack. Everything around it, two thirds of a block, stays packed.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnsplice import engine
 from nnsplice.packed.indices import on_device
 from nnsplice.packed.layout import Find, PackLayout
 from nnsplice.packed.masks import refuse_later
@@ -58,9 +58,8 @@ def recording_calls(modules: Sequence[nn.Module], module_calls: dict[nn.Module, 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module in module_calls:
             raise NotImplementedError("one attention module runs several times in a pass")
-        names = _arguments(module)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        live = {name: given.pop(name) for name in (names[0], *_LIVE) if name in given}
+        given = engine.arguments_of(module, args, kwargs)
+        live = {name: given.pop(name) for name in (engine.parameters_of(type(module))[0], *_LIVE) if name in given}
         if isinstance(mask := given.get("attention_mask"), Tensor):
             _refuse_later(mask)
         module_calls[module] = ModuleCall(live, given)
@@ -123,15 +122,15 @@ class WholePrompts:
     def _packed(
         self, module: nn.Module, forward: Callable[..., Any], layout: PackLayout, finds: Callable[[Find | None], None]
     ) -> Callable[..., Any]:
-        names = _arguments(module)
+        first = engine.parameters_of(type(module))[0]
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(names, args, strict=False)) | kwargs
+            given = engine.arguments_of(module, args, kwargs)
             out: Any = None
             parts: list[tuple[Tensor, Tensor]] = []
             for number, call in enumerate(self.calls[module]):
                 for members in self._batches(layout, number, call):
-                    device = given[names[0]].device
+                    device = given[first].device
                     prompts = on_device([self.places[layout.rows[n].base][1] for n in members], device)
                     own, there = _token_indices(layout, members, device)
                     live = {name: tensor[prompts] for name, tensor in call.live.items()}
@@ -156,10 +155,6 @@ class WholePrompts:
         step = max(TIMES * layout.size // call.length, 1)
         for start in range(0, len(members), step):
             yield members[start : start + step]
-
-
-def _arguments(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _token_indices(

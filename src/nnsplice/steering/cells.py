@@ -211,7 +211,7 @@ class _LogitsMeasure:
         length = self.prompts.length("decoder", prompts[0])
         at = self.metric.metric.position % length - length
         kept = {"logits_to_keep": -at} if engine.keeps_logits(self.model) else {}
-        with engine.turn(self.model), torch.no_grad():
+        with engine.locked(self.model), torch.no_grad():
             return unwrap(self.model)(**{**inputs, **kept, "use_cache": False}).logits[:, at]
 
 
@@ -222,7 +222,7 @@ def _generated(
     root = cast(Any, unwrap(model))
     ids = torch.tensor([plan.prompts.ids[prompt] for prompt, _, _ in jobs], device=model.device)
     options: Any = {"pad_token_id": padding_of(model), "max_new_tokens": plan.new_tokens, **(plan.generate or {})}
-    with engine.turn(model), torch.no_grad():
+    with engine.locked(model), torch.no_grad():
         with session:
             out = root.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,

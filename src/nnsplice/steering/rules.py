@@ -221,7 +221,7 @@ def rules_of(
     if plane is not None and name != "rotate":
         raise BadArgument(f"{name} turns nothing, so plane= would have no effect", write='operator="rotate"')
     condition = None if when is None else _located(model, when)
-    known = engine.known(model)
+    known = engine.map_of(model)
     rules: list[Rule] = []
     for key, direction in vectors_of(vector):
         (path,) = known.atlas.expand(key.place)
@@ -321,7 +321,7 @@ def _refuse_read_of_encoder(path: Path) -> None:
         )
 
 
-def _check_order(known: engine.Known, condition: Condition, path: Path, where: Where) -> None:
+def _check_order(known: engine.ModelMap, condition: Condition, path: Path, where: Where) -> None:
     """Raise if the rule would need the condition before it is evaluated."""
     after = known.rank(condition.path)[0] > known.rank(path)[0]
     if after and where.kind != "generated":

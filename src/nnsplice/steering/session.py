@@ -25,11 +25,11 @@ class ConditionAnswers:
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
-        self.answers: weakref.WeakKeyDictionary[engine.Sequence, Tensor] = weakref.WeakKeyDictionary()
+        self.answers: weakref.WeakKeyDictionary[engine.Generation, Tensor] = weakref.WeakKeyDictionary()
 
-    def read(self, states: Tensor, call: engine.Call) -> None:
+    def read(self, states: Tensor, call: engine.ForwardCall) -> None:
         """Evaluate the condition for the rows of a pass, once, in the pass that has the condition's token."""
-        if call.sequence in self.answers or call.cached >= call.prompt_columns:
+        if call.generation in self.answers or call.cached >= call.prompt_columns:
             return
         position = self.condition.path.position
         assert isinstance(position, int)
@@ -38,11 +38,11 @@ class ConditionAnswers:
         if not bool(here.any(-1).all()):  # a long prompt that comes in parts
             return
         found = states[torch.arange(call.rows, device=states.device), here.long().argmax(-1).to(states.device)]
-        self.answers[call.sequence] = self.condition.holds(found)
+        self.answers[call.generation] = self.condition.holds(found)
 
-    def of(self, call: engine.Call) -> Tensor:
+    def of(self, call: engine.ForwardCall) -> Tensor:
         """`[row]`: the answers for the rows of a pass."""
-        answer = self.answers.get(call.sequence)
+        answer = self.answers.get(call.generation)
         if answer is None:
             raise BadArgument(
                 f"{self.condition.path} was not met before it was needed: the prompt is shorter, comes in several "
@@ -60,12 +60,12 @@ class ActiveRule:
         self.answers: ConditionAnswers | None = answers
         self.fired: bool | Tensor = False
         #: The states before and after the rule, with their pass; None unless they are recorded.
-        self.recorded: list[tuple[Tensor, Tensor, engine.Call]] | None = None
+        self.recorded: list[tuple[Tensor, Tensor, engine.ForwardCall]] | None = None
         self._lock = threading.Lock()
         self._tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Any]] = {}
         self._steps: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def __call__(self, states: Tensor, call: engine.Call) -> Tensor:
+    def __call__(self, states: Tensor, call: engine.ForwardCall) -> Tensor:
         """The states `[row, token, width]` after the rule."""
         rule = self.rule
         if rule.vector.shape[-1] != (1 if rule.feature is not None else states.shape[-1]):
@@ -82,7 +82,7 @@ class ActiveRule:
         new = self._changed(states, call)
         return new if chosen is True else torch.where(chosen.to(states.device)[..., None], new, states)
 
-    def _chosen(self, call: engine.Call) -> Chosen:
+    def _chosen(self, call: engine.ForwardCall) -> Chosen:
         chosen = self.rule.where.chosen(call)
         if chosen is False or self.answers is None:
             return chosen
@@ -91,7 +91,7 @@ class ActiveRule:
         whole = torch.ones(1, call.new, dtype=torch.bool, device=answer.device) if chosen is True else chosen
         return whole.to(answer.device) & answer[:, None]
 
-    def _changed(self, states: Tensor, call: engine.Call) -> Tensor:
+    def _changed(self, states: Tensor, call: engine.ForwardCall) -> Tensor:
         rule = self.rule
         if rule.adds:
             return states + spread(self._step(states), call, "the coefficient")
@@ -168,8 +168,8 @@ class Session:
     def start(self) -> None:
         """Register the hooks."""
         root = unwrap(self.model)
-        self.home: engine.Home = engine.home()
-        self.watch: engine.Watch = engine.watch(self.model)
+        self.home: engine.ThreadAndTask = engine.current_task()
+        self.watch: engine.CallWatcher = engine.watch_calls(self.model)
         self.watch.before_pass.append(self._on_pass)
         self._interceptions: list[engine.Interception] = []
         try:
@@ -189,11 +189,11 @@ class Session:
         for one in self._interceptions:
             one.remove()
         self.watch.before_pass.remove(self._on_pass)
-        engine.unwatch(self.watch)
+        engine.unwatch_calls(self.watch)
 
     def is_here(self) -> bool:
         """Whether what runs now runs inside this block."""
-        return self in _inside.get() or self.home == engine.home()
+        return self in _inside.get() or self.home == engine.current_task()
 
     def steers(self) -> bool:
         """Whether the pass that runs now is this block's.
@@ -201,7 +201,7 @@ class Session:
         Raises:
             BadArgument: it is another thread's, which has no block of its own.
         """
-        if engine.is_aside():
+        if engine.is_probing():
             return False
         if self.is_here():
             return True
@@ -215,7 +215,7 @@ class Session:
         )
 
     def _on_pass(self) -> None:
-        self.passes += self.is_here() and not engine.is_aside()
+        self.passes += self.is_here() and not engine.is_probing()
         for one in self._interceptions:
             one.attach()
 
@@ -277,7 +277,7 @@ class _Hook:
         return value
 
 
-def _apply_at(site: Site, value: Any, what: Any, call: engine.Call) -> Any:
+def _apply_at(site: Site, value: Any, what: Any, call: engine.ForwardCall) -> Any:
     """The value after one rule or condition."""
     inner = engine.first_input(value) if site.end == "input" else value
     held = wire.unpack(inner, site.item)

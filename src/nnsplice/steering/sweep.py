@@ -89,7 +89,7 @@ def sweep(
     )  # fmt: skip
     identity = identity_of(model, plan, anew=journal is not None)
     found = run_cells(
-        model, plan, engine.room(model, max_tokens), identity=identity, journal=journal, progress=progress
+        model, plan, engine.tokens_at_once(model, max_tokens), identity=identity, journal=journal, progress=progress
     )
     check_fired(plan.where, found.fired)
     return result_of(found.values, found.texts, shown_of(plan, identity["model"]))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnsplice.engine import Call
+from nnsplice.engine import ForwardCall
 from nnsplice.errors import BadArgument, BadType, ShapeError
 
 #: The tokens of a pass: all, none, or booleans `[row or 1, token]`.
@@ -54,7 +54,7 @@ class Where:
             return self
         return Where(self.kind, _taken(self.start, prompts), _taken(self.stop, prompts), _taken(self.mask, prompts))
 
-    def chosen(self, call: Call) -> Chosen:
+    def chosen(self, call: ForwardCall) -> Chosen:
         """The tokens of a pass that are steered."""
         return _CHOOSE[self.kind](self, call)
 
@@ -181,26 +181,26 @@ def read(where: str | Where) -> Where:
 # --- one function for each kind ---------------------------------------------------------------------------------------
 
 
-def _prompt(_where: Where, call: Call) -> Chosen:
+def _prompt(_where: Where, call: ForwardCall) -> Chosen:
     begun = call.prompt_columns - call.cached
     return begun >= call.new or (begun > 0 and _columns(call) < begun)
 
 
-def _generated(_where: Where, call: Call) -> Chosen:
+def _generated(_where: Where, call: ForwardCall) -> Chosen:
     begun = call.prompt_columns - call.cached
     return begun <= 0 or (begun < call.new and _columns(call) >= begun)
 
 
-def _columns(call: Call) -> Tensor:
+def _columns(call: ForwardCall) -> Tensor:
     return torch.arange(call.new, device=call.device)[None]
 
 
-def _from(where: Where, call: Call) -> Chosen:
+def _from(where: Where, call: ForwardCall) -> Chosen:
     (start,) = where.start
     return (call.positions >= _counted(start, call)) & (call.positions >= 0)
 
 
-def _span(where: Where, call: Call) -> Chosen:
+def _span(where: Where, call: ForwardCall) -> Chosen:
     start, stop = (torch.tensor(numbers, device=call.device)[:, None] for numbers in (where.start, where.stop))
     lengths = call.prompt_lengths[:, None] if min(where.start + where.stop) < 0 else torch.zeros_like(start[:1])
     start, stop = (_of_row(numbers, call) for numbers in (start, stop))
@@ -208,7 +208,7 @@ def _span(where: Where, call: Call) -> Chosen:
     return (call.positions >= start) & (call.positions < stop) & (call.positions >= 0)
 
 
-def _mask(where: Where, call: Call) -> Chosen:
+def _mask(where: Where, call: ForwardCall) -> Chosen:
     width = max(map(len, where.mask))
     rows = torch.tensor([[*row, *[False] * (width - len(row) + 1)] for row in where.mask], device=call.device)
     positions = call.positions.expand(call.rows, -1)
@@ -220,16 +220,16 @@ def _mask(where: Where, call: Call) -> Chosen:
     )
 
 
-def _counted(position: int, call: Call) -> int | Tensor:
+def _counted(position: int, call: ForwardCall) -> int | Tensor:
     return position if position >= 0 else call.prompt_lengths[:, None] + position
 
 
-def _of_row(values: Tensor, call: Call) -> Tensor:
+def _of_row(values: Tensor, call: ForwardCall) -> Tensor:
     """Values for the rows of a run; the rows of a beam search have the values of their prompt."""
     return spread(values, call, "where")
 
 
-def spread(values: Tensor, call: Call, what: str) -> Tensor:
+def spread(values: Tensor, call: ForwardCall, what: str) -> Tensor:
     """Values `[given row or 1, ...]` as `[row or 1, ...]` of a pass.
 
     Raises:
@@ -238,7 +238,7 @@ def spread(values: Tensor, call: Call, what: str) -> Tensor:
     given = values.shape[0]
     if given in (1, call.rows):
         return values
-    if call.sequence.rows == given and call.rows % given == 0:
+    if call.generation.rows == given and call.rows % given == 0:
         return values.repeat_interleave(call.rows // given, 0)
     raise ShapeError(
         f"{what} is given for {given} rows, and the run has {call.rows}",

@@ -113,7 +113,7 @@ def _read_by(model: engine.Model, sae: SAE, place: Path, reads: str | Path | Non
     site = site_of(found[0])
     if site.kind not in ("plain", "stream") or site.columns is not None or found[0].sae is not None:
         raise RefusedPlace("a transcoder reads a value that stands whole in one tensor", path=reads)
-    known = engine.known(model)
+    known = engine.map_of(model)
     if site.tower != site_of(place).tower or not known.rank(found[0])[0] < known.rank(place)[0]:
         raise BadArgument(f"{reads} does not run before {place}", expected="what enters the MLP that it stands for")
     width = _width(model, found[0])

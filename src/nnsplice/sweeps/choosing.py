@@ -109,7 +109,7 @@ def _probed(work: Work, room: int, own: bool) -> tuple[ProbeResult, Cost]:
     key, longest = probe_key(work), longest_prompt(work)
     found = known.get(key)
     remembered = found is not None and longest <= found.longest
-    if engine.Team.of(work.model).least(int(remembered)):
+    if engine.ProcessGroup.of(work.model).minimum(int(remembered)):
         assert found is not None
         return found, Cost()
     if len(known) > 256:  # a metric made anew in a loop has a new key each time

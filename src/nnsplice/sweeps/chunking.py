@@ -32,9 +32,9 @@ def corrupted_batches(work: Work, executor: Executor, at_once: int) -> Iterator[
         try:
             logits, spent = executor.corrupted(work, rows)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not engine.is_memory(error):
+            if not engine.is_out_of_memory(error):
                 raise
-            engine.Team.of(work.model).refuse_memory(error)
+            engine.ProcessGroup.of(work.model).refuse_out_of_memory(error)
             if executor.forget is not None:
                 executor.forget(work)
             logits, spent = corrupted_run(work.model, work.plan, at_once, rows)
@@ -57,7 +57,9 @@ def _recorded_together(work: Work, prompts: Sequence[int], at_once: int) -> list
 
 def rooms(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
     """How many tokens run at once, in the first chunk and later: `max_tokens`, or what suits the machine."""
-    room = engine.Team.of(model).least(engine.room(model, max_tokens))  # memory is not free alike everywhere
+    room = engine.ProcessGroup.of(model).minimum(
+        engine.tokens_at_once(model, max_tokens)
+    )  # memory is not free alike everywhere
     if max_tokens is not None or (model.device is not None and model.device.type != "cpu"):
         return room, room
     each = CostModel.of(model).token
@@ -83,9 +85,9 @@ def chunks(
             try:
                 values, cost = executor(work, chunk)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if len(chunk) == 1 or isinstance(error, NnspliceError) or not engine.is_memory(error):
+                if len(chunk) == 1 or isinstance(error, NnspliceError) or not engine.is_out_of_memory(error):
                     raise
-                engine.Team.of(work.model).refuse_memory(error)
+                engine.ProcessGroup.of(work.model).refuse_out_of_memory(error)
                 if executor.forget is not None:
                     executor.forget(work)
                 room = at_once = min(room, sum(sizes[at : at + len(chunk)])) // 2

@@ -29,13 +29,13 @@ class CollectedValues:
     log: Journal | None
     shown: Any
     #: The processes that the model is spread over; the first of them has the journal.
-    team: engine.Team
+    team: engine.ProcessGroup
 
     def note(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
         """Add measured values; they are in the journal before the bar moves."""
         for job, value in zip(jobs, values, strict=True):
             self.values[job], self.done[job] = value, True
-        self.team.by_first("writing the journal", lambda: self._log(jobs, values))
+        self.team.on_first("writing the journal", lambda: self._log(jobs, values))
         self.shown.update(len(jobs))
 
     def _log(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
@@ -63,7 +63,7 @@ def collecting(
     journal: str | PathLike[str] | None,
     progress: bool,
     metrics: int = 0,
-    team: engine.Team | None = None,
+    team: engine.ProcessGroup | None = None,
 ) -> Iterator[CollectedValues]:
     """The values of these jobs while a sweep runs, with those that a journal of the same sweep has.
 
@@ -73,12 +73,12 @@ def collecting(
     """
     several, wide = ((metrics,) if metrics else ()), metrics or 1
     values, done = np.full((*shape, *several), np.nan), np.zeros(shape, dtype=bool)
-    team = team or engine.Team()
+    team = team or engine.ProcessGroup()
     log: Journal | None = None
     if journal is not None:
-        log = team.by_first("opening the journal", lambda: Journal.open(journal, asked, len(jobs) * wide))
+        log = team.on_first("opening the journal", lambda: Journal.open(journal, asked, len(jobs) * wide))
     try:
-        for (prompt, number), value in team.told(log.done() if log is not None else {}).items():
+        for (prompt, number), value in team.broadcast(log.done() if log is not None else {}).items():
             cell = number // wide
             values[(prompt, cell, number % wide) if metrics else (prompt, cell)] = value
             done[prompt, cell] = True

@@ -113,7 +113,8 @@ def crossings(
     }  # fmt: skip
     values = np.zeros((len(given), len(places), len(CONDITIONS) + len(SHARES)))
     ends = np.zeros((2, len(given)))
-    with bar("crossings", len(places) * len(given), "cell", progress) as shown, engine.turn(base), engine.turn(tuned):
+    cells = len(places) * len(given)
+    with bar("crossings", cells, "cell", progress) as shown, engine.locked(base), engine.locked(tuned):
         for rows in given.batches(None):
             some = given.take(rows)
             ends[0][rows], ends[1][rows] = (_metric(bound, one, some, rows) for one in (base, tuned))

@@ -92,7 +92,7 @@ class SweepUnits:
 
     def run(self, number: int) -> Arrays:
         """The values of a unit's cells, in the order of their ranges, and its two runs without an edit."""
-        with engine.turn(self.model):
+        with engine.locked(self.model):
             table = running.measured_table(
                 self.units[number].plan, self.model, self.executor, self.max_tokens, other=self.source
             )

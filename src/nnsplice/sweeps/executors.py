@@ -130,7 +130,7 @@ def run_single(work: Work, job: Job, *, only: bool = False) -> Tensor:
         found.append(engine.read_logits(model, read_at(plan, job[0])))
 
     def over_processes() -> None:
-        with engine.gathered(model):  # here, as this runs in a thread of nnsight's
+        with engine.accepting_sharded(model):  # here, as this runs in a thread of nnsight's
             body()
 
     fewer = only_read(model, read_at(plan, job[0]), plan.targets[job[1]].places) if only else {}
@@ -189,7 +189,7 @@ def _batched(work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
                     if site_of(place).kind in DERIVED:
                         raise NotImplementedError(f"{place} is derived from a value, and stands in none")
                     writes.setdefault(place.place, []).append(Write(row, job[0], part, place, order, position))
-    known = engine.known(model)
+    known = engine.map_of(model)
     stops = accesses(model, sorted(writes, key=known.rank))
     prompts = [prompt for prompt, _ in jobs]
     inputs = plan.corrupted.inputs(prompts, model.device)

@@ -37,7 +37,7 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
                     key = replace(place.at(Slice() if position is None else position), key=seen)
                     cell = cell_of(key)
                     targets.setdefault(key, Target(cell, (TargetPart(cell, written, position, seen),)))
-    known = engine.known(model)
+    known = engine.map_of(model)
     found = [targets[path] for path in sorted(targets, key=lambda path: known.rank(path))]
     joint = [target_of_set(model, known, members, edited) for members in sets]
     found += {target.cell.path: target for target in joint}.values()

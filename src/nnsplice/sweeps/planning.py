@@ -103,7 +103,7 @@ def plan_sweep(
         ShortRow: a prompt has no token at a position of a site or of the metric.
         SpanError: a span that is not found, or has another length in the other prompt.
     """
-    model = engine.as_model(model, spread=source is None)
+    model = engine.as_model(model, sharded=source is None)
     other = None if source is None else engine.as_model(source)
     with circumstances("ns.plan_sweep"):
         engine.refuse_changed_logits(model)

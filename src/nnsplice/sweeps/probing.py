@@ -75,7 +75,7 @@ def compare(work: Work, longest: int, room: int = 0) -> tuple[ProbeResult, Cost]
     """
     probe = _Probe(work, probe_cells(work))
     cost, mismatch, raised = probe.cost, "", ""
-    over = engine.Team.of(work.model).size
+    over = engine.ProcessGroup.of(work.model).size
     if over > 1:
         raised = f"this model is spread over {over} processes, and packed rows run their attention in one"
     whole = list(work.plan.jobs) if over == 1 and _fits(work, room) else None
@@ -113,8 +113,8 @@ def batches_differ(work: Work) -> str:
     try:
         return _Probe(work, probe_cells(work)).batched().differs
     except Exception as error:
-        if engine.is_memory(error):
-            engine.Team.of(work.model).refuse_memory(error)
+        if engine.is_out_of_memory(error):
+            engine.ProcessGroup.of(work.model).refuse_out_of_memory(error)
         raise
 
 
@@ -124,7 +124,7 @@ def _packed(probe: _Probe, whole: list[Job] | None) -> tuple[Comparison, list[Jo
         try:
             return probe.packed(whole), whole
         except Exception as error:
-            if not engine.is_memory(error):
+            if not engine.is_out_of_memory(error):
                 raise
             forget(probe.work)
     return probe.packed(probe.jobs), None
@@ -140,7 +140,7 @@ def _fits(work: Work, room: int) -> bool:
 
 def _reason(error: Exception) -> str:
     """Why a way did not run; memory that ran out is no reason to run another way."""
-    if engine.is_memory(error):
+    if engine.is_out_of_memory(error):
         raise error
     text = str(error).partition("\n")[0] or "no more is said"
     return text if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"

@@ -87,11 +87,11 @@ def ablate(
     running = {name: options.pop(name) for name in RUNNING if name in options}
     if operation in ("mean", "resample") and reference is None:
         everywhere = list(dict.fromkeys(path.place for path in all_paths(sites)))
-        reference = _all_tokens(engine.as_model(model, spread=True), prompts, everywhere)
+        reference = _all_tokens(engine.as_model(model, sharded=True), prompts, everywhere)
     plan = plan_sweep(
         model, prompts, None, sites, metric, operation=operation, reference=reference, together=together, **options
     )
-    return run_fresh(plan, engine.as_model(model, spread=True), **running)
+    return run_fresh(plan, engine.as_model(model, sharded=True), **running)
 
 
 _SET_BY_ABLATE = ("corruption", "source")
@@ -170,7 +170,7 @@ def causal_trace(
         SpanError: a subject that is not found in its prompt.
     """
     check_options("ns.causal_trace", options, known_of(causal_trace, causal_trace))
-    model = engine.as_model(model, spread=True)
+    model = engine.as_model(model, sharded=True)
     if kind not in KINDS:
         raise BadArgument(f"kind={kind!r}", expected=", ".join(map(repr, KINDS)))
     if sites is not None and kind != "residual":

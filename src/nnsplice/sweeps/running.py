@@ -40,7 +40,7 @@ def run(
     source: Any = None,
 ) -> SweepResult:
     """A plan in this process; its arguments are those of `ns.run`."""
-    model = engine.as_model(model, spread=source is None)
+    model = engine.as_model(model, sharded=source is None)
     engine.refuse_changed_logits(model)
     check_mode(model)
     digest = engine.weights_digest(model)
@@ -68,8 +68,8 @@ def run_fresh(
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
     other = other_model.source_of(plan, source)
-    team = engine.Team.of(model)
-    journal = team.told(None if journal is None else os.fspath(journal))
+    team = engine.ProcessGroup.of(model)
+    journal = team.broadcast(None if journal is None else os.fspath(journal))
     team.check_same((dict(plan.asked), plan.jobs.ranges, str(executor), max_tokens), "the sweep")
     # A file tells its question from others by every number of the model, also by those written past torch's notice.
     if journal is not None and plan.asked.get("weights") != engine.weights_digest(model, anew=True):
@@ -79,7 +79,7 @@ def run_fresh(
             expected="a plan of the model as it is",
             write="the same call again, which sees them; with torch.no_grad(): weight[...] = ... is always seen",
         )
-    with engine.turn(model):  # its attention is another one while packed rows run
+    with engine.locked(model):  # its attention is another one while packed rows run
         return SweepResult(measured_table(plan, model, executor, max_tokens, journal, progress, other))
 
 
@@ -94,7 +94,7 @@ def measured_table(
 ) -> Table:
     """The table of a run, of a model that was checked and whose turn is held."""
     start = time.perf_counter()
-    team = engine.Team.of(model)
+    team = engine.ProcessGroup.of(model)
     if team.size > 1:
         # What is measured of a site runs its block by itself; inside a trace that would take the weights of the block
         # away from the run around it, as fully_shard keeps them for one call at a time.
@@ -177,7 +177,7 @@ def chosen_for(
     ends = {max(prompts, key=lambda run: lengths[run]), min(prompts, key=lambda run: lengths[run])}
     part = plan.take(sorted({plan.owners[run] if plan.owners else run for run in ends}))
     check_mode(model)
-    with engine.turn(model):
+    with engine.locked(model):
         logits, source, _ = clean_run(model, part, at_once, other)
         found, _ = ChosenExecutor.of(
             executor, Work(model, part, source, logits if part.metric.metric.compares else None)

@@ -62,7 +62,7 @@ def all_paths(sites: Sites) -> list[Path]:
     return [*alone, *(path for members in sets for path in members)]
 
 
-def target_of_set(model: engine.Model, known: engine.Known, members: Sequence[Path], edited: Prompts) -> Target:
+def target_of_set(model: engine.Model, known: engine.ModelMap, members: Sequence[Path], edited: Prompts) -> Target:
     """The cell of a set.
 
     Args:

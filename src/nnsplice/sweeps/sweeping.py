@@ -119,6 +119,6 @@ def sweep(
             stacklevel=2,
         )
     return run_fresh(
-        plan, engine.as_model(model, spread=source is None), executor=executor, max_tokens=max_tokens,
+        plan, engine.as_model(model, sharded=source is None), executor=executor, max_tokens=max_tokens,
         journal=journal, progress=progress, source=source,
     )  # fmt: skip

@@ -106,13 +106,13 @@ def sweep_weights(
     start = time.perf_counter()
     request = weight_request(base, tuned, prompts, sites, metric, batch_size=batch_size, anew=journal is not None)
     runs, asked = request.runs, request.asked
-    with circumstances("ns.sweep_weights"), engine.turn(base), torch.no_grad():
+    with circumstances("ns.sweep_weights"), engine.locked(base), torch.no_grad():
         ends = _ends(runs, tuned)
     shape = len(runs.given), len(request.cells)
     cost, jobs = Cost(), Jobs.of(np.ndindex(shape))
     # The weights are other ones while this runs, so other threads' sweeps of the model wait.
     with (
-        engine.turn(base),
+        engine.locked(base),
         collecting(shape, jobs, asked, journal, progress) as collected,
         torch.no_grad(),
     ):
@@ -163,7 +163,7 @@ def weight_request(
     Args:
         anew: read all weights again.
     """
-    with circumstances("ns.sweep_weights"), engine.turn(base), torch.no_grad():
+    with circumstances("ns.sweep_weights"), engine.locked(base), torch.no_grad():
         if batch_size is not None and batch_size < 1:
             raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
         places = _places(base, sites)
@@ -178,7 +178,7 @@ def measured_part(request: WeightRequest, tuned: Any, prompts: Sequence[int], ba
     start, runs, cost = time.perf_counter(), request.runs.take(prompts, batch_size), Cost()
     shape = len(prompts), len(request.cells)
     values, done = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
-    with engine.turn(runs.base), torch.no_grad():
+    with engine.locked(runs.base), torch.no_grad():
         ends = _ends(runs, tuned)
         for jobs, found, spent in _measured(runs, tuned, request.selections, ends.logits, done.copy()):
             at = tuple(np.array(jobs).T)

@@ -205,7 +205,7 @@ def _last_logits(model: engine.Model, prompts: Sequence[str], progress: bool) ->
     encoded = encode(model, prompts)
     module: Any = unwrap(model)
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), engine.turn(model), bar("the task's prompts", len(encoded), "prompt", progress) as shown:
+    with torch.no_grad(), engine.locked(model), bar("the task's prompts", len(encoded), "prompt", progress) as shown:
         for rows in encoded.batches(_BATCH_SIZE):
             inputs = encoded.inputs(rows, model.device)
             assert isinstance(inputs, Mapping)

@@ -45,7 +45,9 @@ def prompts_of(data: Mapping[str, Any], model: engine.Model) -> Prompts:
 
     spans = None if data["spans"] is None else {name: rows(each) for name, each in data["spans"].items()}
     texts = None if data["texts"] is None else tuple(data["texts"])
-    return Prompts(rows(data["ids"]), texts, rows(data["decoder"]), None, spans, engine.taken_by(type(unwrap(model))))
+    return Prompts(
+        rows(data["ids"]), texts, rows(data["decoder"]), None, spans, engine.signature_of(type(unwrap(model)))
+    )
 
 
 # --- functions --------------------------------------------------------------------------------------------------------

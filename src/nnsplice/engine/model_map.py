@@ -11,7 +11,7 @@ from torch import nn
 
 from nnsplice.atlas import Atlas, Order, fingerprint, unwrap
 from nnsplice.deprecated import renamed
-from nnsplice.engine.proof import check_calls, with_proof
+from nnsplice.engine.order_checks import check_calls, checked_atlas
 from nnsplice.engine.recording import order_of
 from nnsplice.errors import BadType, PathError, named
 from nnsplice.paths import Path, Paths, parse_path, position_rank
@@ -41,7 +41,7 @@ def expand(model: object, sites: Paths, *, probe: Any = None) -> list[Path]:
         NeedsProbe: the model has to be run once, and no input is known.
         NeverFired: the forward pass does not reach a site.
     """
-    found = known(model, probe).arrange(listed(sites))
+    found = map_of(model, probe).arrange(listed(sites))
     return list(dict.fromkeys(path for path, _ in found))
 
 
@@ -56,30 +56,30 @@ def listed(paths: Paths) -> tuple[str | Path, ...]:
     return several
 
 
-#: A path that was asked for becomes sites, each with the number of the path that named it.
+#: Expanded paths, each with the number of the requested path.
 Arranged = list[tuple[Path, int]]
-#: Where an expanded path stands; paths compare by it.
+#: The sort key of an expanded path.
 Rank = tuple[int, int, tuple[int, int], int, tuple[int | str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What is known of a model, as plain data that a capture may keep: where its parts are, in which order they run."""
+class ModelMap:
+    """The parts of a model and the order in which they run, as plain data that a capture may keep."""
 
     atlas: Atlas
     order: Order
     _plans: dict[tuple[str, ...], Arranged] = field(default_factory=dict, repr=False)
 
     def rank(self, path: Path) -> Rank:
-        """Where an expanded path stands: by the forward pass, then within one value, then by position."""
+        """The sort key of an expanded path: by the forward pass, then within one value, then by position."""
         site = path.site
         check_calls(self.atlas, self.order, path)
         within = (site.item or 0, site.columns or (-1, -1), -1 if site.index is None else site.index)
         return (self.order.rank(site), *within, position_rank(path.position))
 
     def arrange(self, paths: tuple[str | Path, ...]) -> Arranged:
-        """The sites of these paths in execution order; a site that is named twice comes twice."""
-        # By their texts: paths that another model has told apart may be equal and mean different sites here.
+        """The sites of these paths in execution order; a site that is named twice is returned twice."""
+        # By their texts: paths expanded by another model may be equal and mean different sites here.
         texts = tuple(map(str, paths))
         if texts not in self._plans:
             for path in map(parse_path, paths):
@@ -92,21 +92,21 @@ class Known:
                     )
             expanded = [self.atlas.expand(parse_path(path)) for path in paths]
             found = [(place, number) for number, places in enumerate(expanded) for place in places]
-            if len(self._plans) > 512:  # a sweep asks for thousands of lists; the last few are asked for again
+            if len(self._plans) > 512:  # a sweep expands thousands of lists, and only the last few again
                 self._plans.clear()
             self._plans[texts] = sorted(found, key=lambda pair: self.rank(pair[0]))
         return self._plans[texts]
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[int, Known]] = weakref.WeakKeyDictionary()
+_maps: weakref.WeakKeyDictionary[nn.Module, tuple[int, ModelMap]] = weakref.WeakKeyDictionary()
 
 
-def known(model: object, probe: Any = None) -> Known:
-    """The model's map and order, read again when its structure has changed."""
+def map_of(model: object, probe: Any = None) -> ModelMap:
+    """The map of a model, read again when its structure has changed."""
     root = unwrap(model)
     now = fingerprint(root)
-    found = _known.get(root)
+    found = _maps.get(root)
     if found is None or found[0] != now:
         atlas, order = Atlas.of(root), order_of(model, probe)
-        found = _known[root] = (now, Known(with_proof(atlas, order), order))
+        found = _maps[root] = (now, ModelMap(checked_atlas(atlas, order), order))
     return found[1]

@@ -1,8 +1,8 @@
-"""Models over several processes: values gathered where they are read, split where they are written.
+"""Models over several processes: values are gathered when read and sharded when written.
 
-Under `fully_shard` a layer's weights are whole while it runs, and so is what it computes of this process's prompts.
-Under tensor parallelism some values are spread: those that are DTensors are gathered where they are read. What is a
-plain tensor has to be the same in every process, which is asked of each value, as a part of one would not be.
+Under `fully_shard` weights and values of a layer are whole while it runs. Under tensor parallelism some values are
+DTensors, which are gathered when read. Plain tensors must be the same in every process, which is checked for each
+value, as a shard would differ.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from nnsplice import wire
 from nnsplice.atlas import unwrap, whole_here
 from nnsplice.errors import BadArgument
 
-_reads: ContextVar[bool] = ContextVar("reads", default=False)
+_accepts_sharded: ContextVar[bool] = ContextVar("accepts_sharded", default=False)
 
 
 @contextmanager
-def gathered(model: Any) -> Iterator[None]:
-    """While this lasts, a model over several processes is taken, by those who read its values through `whole`."""
+def accepting_sharded(model: Any) -> Iterator[None]:
+    """Accept models over several processes in this block, for code that reads values through `gather`."""
     _refuse_two_ways(unwrap(model))
-    token = _reads.set(True)
+    token = _accepts_sharded.set(True)
     try:
         yield
     finally:
-        _reads.reset(token)
+        _accepts_sharded.reset(token)
 
 
-def check_whole(root: nn.Module) -> None:
-    """Raise for a model of which this process may hold a part only, unless that is taken care of.
+def check_unsharded(root: nn.Module) -> None:
+    """Raise for a model of which this process may have a part only, unless sharded models are accepted.
 
     Raises:
-        BadArgument: it is spread, or in a way that is not known.
+        BadArgument: it is sharded, or in an unknown way.
     """
-    if not (_reads.get() and meshes(root)):
+    if not (_accepts_sharded.get() and meshes_of(root)):
         whole_here(root, "what is read or written")
 
 
-def meshes(root: nn.Module) -> list[Any]:
-    """The processes that parameters are spread over by name; none where anything is spread another way."""
+def meshes_of(root: nn.Module) -> list[Any]:
+    """The device meshes of a model's DTensors; none if any parameter is sharded in another way."""
     if not distributed.is_available() or not distributed.is_initialized():
         return []
     parameters = list(root.parameters())
@@ -55,7 +55,7 @@ def meshes(root: nn.Module) -> list[Any]:
 
 
 def _refuse_two_ways(root: nn.Module) -> None:
-    found = meshes(root)
+    found = meshes_of(root)
     if len(found) > 1 or any(mesh.ndim > 1 for mesh in found):
         raise BadArgument(
             "this model is spread over processes in two ways at once, and which part is here is not known",
@@ -64,17 +64,17 @@ def _refuse_two_ways(root: nn.Module) -> None:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is spread by name: its shape is the whole one, and its numbers are gathered on demand."""
+    """Whether a tensor is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any, Any]:
-    """A module's value with its tensor gathered, and the spread tensor, or None where it was whole.
+def gather(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any, Any]:
+    """A module's value with its tensor gathered, and the DTensor, or None if it was whole.
 
     Raises:
-        BadArgument: it is another in each process, so that it may be a part.
+        BadArgument: a plain tensor that differs between processes, so that it may be a part.
     """
-    over = meshes(root)
+    over = meshes_of(root)
     if not over:
         return value, None
     parts = [value] if isinstance(value, Tensor) else list(value.values() if isinstance(value, dict) else value)
@@ -97,30 +97,29 @@ def whole(root: nn.Module, value: Any, item: int | None, name: str) -> tuple[Any
 def read_logits(model: Any, at: int | None = None) -> Tensor:
     """Inside a trace: the logits `[prompt, token, vocab]`, or those of one token `[prompt, vocab]`, in a copy.
 
-    Of a model over several processes every process gets those of the first, to the bit: what is decided by them is
-    decided alike.
+    With several processes, all get the logits of the first, bit for bit, so that they take the same decisions.
     """
     logits = wire.logits_of(model)
     logits = logits if at is None else logits[:, at]
     root = unwrap(model)
-    over = meshes(root)
+    over = meshes_of(root)
     if not over:
         return logits.clone()
-    found, _ = whole(root, logits, None, "the logits")
+    found, _ = gather(root, logits, None, "the logits")
     found, group = found.detach().clone(memory_format=torch.contiguous_format), over[0].get_group()
     distributed.broadcast(found, distributed.get_global_rank(group, 0), group)
     return found
 
 
-def spread_like(tensor: Tensor, other: Any) -> Any:
-    """A tensor that every process has whole, spread as another is: each keeps its own part, and nothing is sent."""
+def shard_like(tensor: Tensor, other: Any) -> Any:
+    """Shard a tensor like another one: each process has it whole and keeps its part, without communication."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(other.dtype), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def _agreed(tensor: Tensor, group: Any) -> bool:
-    """Whether all processes hold the same numbers."""
+    """Whether all processes have the same numbers."""
     low, high = tensor.clone(), tensor.clone()
     distributed.all_reduce(low, distributed.ReduceOp.MIN, group)
     distributed.all_reduce(high, distributed.ReduceOp.MAX, group)

@@ -1,8 +1,8 @@
 """User code around the model that changes values after nnsight has read them.
 
-A value is what a module returned, before hooks of the user's; the logits are what the whole model returned. So what a
-hook on the whole model makes of them, or a `forward` that was replaced after nnsight had wrapped the model, would be
-left out of every number. Code that only looks is let through: whether it does is measured, by one short pass.
+nnsight reads what a module returns before the user's hooks run. So changes of the logits by a hook on the whole model,
+or by a `forward` that was replaced after nnsight had wrapped the model, would be missing in every result. Code that
+changes nothing is accepted; this is measured in one short pass.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 
 from nnsplice.atlas import unwrap
 from nnsplice.engine.hooks import hooks_of
+from nnsplice.engine.model_lock import locked
 from nnsplice.engine.recording import example_of, undisturbed
 from nnsplice.engine.tracing import Body, Model, callable_of, is_passed_by
-from nnsplice.engine.turns import turn
 from nnsplice.errors import BadArgument
 
-#: Tokens of the prompt that is run to see what code does.
+#: Tokens of the short pass.
 _TOKENS = 4
-#: Model -> the hooks that were found to leave its logits alone.
+#: Model -> the hooks that were measured not to change its logits.
 _harmless: weakref.WeakKeyDictionary[nn.Module, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
 def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
-    """Raise where code around the model makes other logits of those that are read.
+    """Raise if code around the model changes the logits after they are read.
 
     Args:
-        bare: what runs calls the bare module, so wrappers around it have to leave the logits alone too.
+        bare: the bare module will be called, so wrappers around it must not change the logits either.
 
     Raises:
-        BadArgument: by how much they change.
+        BadArgument: with the size of the change.
     """
     outer, root = model._module, unwrap(model)
     around = list(_around(outer, root))
@@ -44,7 +44,7 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
         return
     try:
         read, whole, alone = _three(model, wrapped)
-    except Exception:  # whoever runs it next is told what is wrong
+    except Exception:  # the next run raises it
         return
     if (by := _apart(read, whole)) is not None:
         raise BadArgument(
@@ -61,7 +61,7 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
             expected="a wrapper that only calls the model, such as LoRA's; no hooks on it, and no soft tokens",
             write="ns.load(ns.models.unwrap(model), tokenizer=tokenizer), where the model inside is meant",
         )
-    if not replaced:  # another may come to stand at its address
+    if not replaced:  # the id of a replaced function may be given again
         _harmless.setdefault(root, set()).add(hooks)
 
 
@@ -77,28 +77,28 @@ def runs_alone(model: Model) -> bool:
 
 
 def refuse_replaced(model: Any, names: Iterable[str]) -> None:
-    """Raise where a `forward` that was put in a module's site makes other values than those that are read of it.
+    """Raise if a replaced `forward` of a module changes its values after they are read.
 
     Args:
-        names: the modules that are read or written, from the bare model.
+        names: the modules that are read or written, by their names in the bare model.
 
     Raises:
-        BadArgument: the module.
+        BadArgument: with the name of the module.
     """
     root = unwrap(model)
     modules = [(name, module) for name in dict.fromkeys(names) if is_passed_by(module := root.get_submodule(name))]
     if not modules:
         return
     with ExitStack() as stack:
-        stack.enter_context(turn(root))
+        stack.enter_context(locked(root))
         seen = {name: stack.enter_context(_both(module)) for name, module in modules}
         try:
             runner, args, kwargs = example_of(model, _TOKENS)
-            if runner is not model:  # a twin has no code of the user's
+            if runner is not model:  # a twin has no user code
                 return
             call = stack.enter_context(undisturbed(model))
             call(*args, **kwargs)
-        except Exception:  # whoever runs it next is told what is wrong
+        except Exception:  # the next run raises it
             return
     for name, (inside, outside) in seen.items():
         if len(inside) == len(outside) and all(map(_alike, inside, outside)):
@@ -115,7 +115,7 @@ def refuse_replaced(model: Any, names: Iterable[str]) -> None:
 
 
 def _around(outer: Any, root: nn.Module) -> Iterator[nn.Module]:
-    """The wrappers of a model, from outside, and the model."""
+    """The wrappers of a model from the outermost, then the model."""
     names = next(name for name, module in outer.named_modules() if module is root)
     yield outer
     for part in filter(None, names.split(".")):
@@ -124,23 +124,23 @@ def _around(outer: Any, root: nn.Module) -> Iterator[nn.Module]:
 
 
 def _three(model: Model, bare: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The logits of one prompt: as they are read in a trace, as a call returns them, and of the bare module."""
+    """The logits of one prompt: as a trace reads them, as a call returns them, and of the bare module."""
     runner, args, kwargs = example_of(model, _TOKENS)
-    if runner is not model:  # its weights are elsewhere, and a twin has none of its hooks
+    if runner is not model:  # a twin, without the model's hooks
         return None, None, None
-    with turn(model), _noted(model._module) as read, undisturbed(model) as call:
+    with locked(model), _noted(model._module) as read, undisturbed(model) as call:
         whole = _logits(call(*args, **kwargs))
         alone = _logits(callable_of(model, "")(*args, **kwargs)) if bare else None
     return _logits(read[-1][1]) if read else torch.empty(0), whole, alone
 
 
-#: A call of a module: what it was given, and what it returned.
+#: The input and the output of a call of a module.
 _Call = tuple[Any, Any]
 
 
 @contextmanager
 def _noted(module: nn.Module) -> Iterator[list[_Call]]:
-    """What nnsight reads of a module, while this lasts."""
+    """The calls of a module as nnsight reads them."""
     body, calls = Body(module), []
     inner = body.function
 
@@ -158,7 +158,7 @@ def _noted(module: nn.Module) -> Iterator[list[_Call]]:
 
 @contextmanager
 def _both(module: nn.Module) -> Iterator[tuple[list[_Call], list[_Call]]]:
-    """What nnsight reads of a module, and what its `forward` is given and returns."""
+    """The calls of a module as nnsight reads them, and as its `forward` runs."""
     outside: list[_Call] = []
 
     def meet(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -173,7 +173,7 @@ def _both(module: nn.Module) -> Iterator[tuple[list[_Call], list[_Call]]]:
 
 
 def _alike(one: _Call, other: _Call) -> bool:
-    """Whether two notes are of one call: the same first tensor in, the same tensors out."""
+    """Whether two records are of one call: the same first input tensor, the same output tensors."""
     return _equal(_tensors(one[0])[:1], _tensors(other[0])[:1]) and _equal(_tensors(one[1]), _tensors(other[1]))
 
 
@@ -191,7 +191,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _copied(output: Any) -> Any:
-    """The output with tensors of its own, as hooks may change them in place."""
+    """A copy of an output, as hooks may change its tensors in place."""
     if isinstance(output, Tensor):
         return output.detach().clone()
     if isinstance(output, Mapping):
@@ -205,7 +205,7 @@ def _logits(out: Any) -> Tensor | None:
 
 
 def _apart(one: Tensor | None, other: Tensor | None) -> str | None:
-    """By how much logits differ, in words; None where they do not, or there are none."""
+    """The size of a difference of logits, for a message; None if they are equal or missing."""
     if one is None or other is None:
         return None
     if one.shape != other.shape:

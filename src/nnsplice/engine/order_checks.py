@@ -1,7 +1,7 @@
-"""Whether the order read from a model's structure is the order in which it runs.
+"""Checks of an atlas against the recorded order of modules.
 
-with_proof     an atlas without its towers, where the decoder does not stand between embedding and logits
-check_calls    an error for a site of a layer that runs more often than the atlas knows
+checked_atlas    the atlas without its towers if the order contradicts it
+check_calls      an error for a site of a layer that runs more often than the atlas knows
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path
 
 
-def with_proof(atlas: Atlas, order: Order) -> Atlas:
-    """The atlas, or the same without towers where the order shows that its decoder is not the one list that it means.
+def checked_atlas(atlas: Atlas, order: Order) -> Atlas:
+    """The atlas, without towers if the order shows that its decoder may be the wrong list of blocks.
 
-    The embedding runs before its first layer and the unembedding after its last; no other list of blocks runs between
-    its first layer and the unembedding.
+    In the right order, the embedding runs before the first layer and the unembedding after the last, and no other list
+    of blocks runs between the first layer and the unembedding.
     """
     doubt = _doubt(atlas, order)
     return atlas if doubt is None else replace(atlas, towers=MappingProxyType({}), doubt=doubt)
@@ -32,7 +32,7 @@ def _doubt(atlas: Atlas, order: Order) -> Doubt | None:
     start = order.first(tower.blocks[0].module, "input")
     stop = order.ranks.get((last.end or last.module, "output", last.occurrence))
     if start is None or stop is None:
-        return None  # whoever asks for these layers is told that they do not run
+        return None  # requests for these layers raise `NeverFired`
     embed, unembed = order.first(tower.embed, "output"), order.first(tower.unembed, "input")
     if (embed is not None and embed > start) or (unembed is not None and unembed < stop):
         where = "before its embedding" if embed is not None and embed > start else "after its unembedding"
@@ -53,14 +53,14 @@ def _doubt(atlas: Atlas, order: Order) -> Doubt | None:
 
 
 def check_calls(atlas: Atlas, order: Order, path: Path) -> None:
-    """Raise for a site of a layer that runs more often than the atlas knows, as a path cannot say which call it means.
+    """Raise for a site of a layer that runs more often than the atlas knows, as a path cannot name a call.
 
     Raises:
         RefusedPlace: it runs several times.
     """
     module = path.site.module
     layer = atlas.layer_around(module)
-    # A module that a user names may run several times inside one run of its layer; a role means all there is of it.
+    # A native path may name a module that runs several times in one call of its layer; a role has one call.
     counted = layer if path.native else module
     calls = 0 if counted is None else order.calls(counted)
     if calls in (0, 1 if layer is None else atlas.layer_modules[layer]):

@@ -1,7 +1,7 @@
 """Agreement between the processes of one call, so that all make the same collective calls.
 
-A step that one process takes by itself (a file, free memory, an answer that was remembered) may go otherwise there, and
-the next exchange would then wait for who never comes. So the first process decides, and tells the others.
+Steps of single processes (a file, free memory, a cached result) may differ, and the next collective call would then
+wait forever. So the first process decides and broadcasts.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import torch
 from torch import distributed
 
 from nnsplice.atlas import unwrap
-from nnsplice.engine.spread import meshes
+from nnsplice.engine.sharding import meshes_of
 from nnsplice.errors import BadArgument, TeamError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Team:
-    """The processes that a model is spread over. A model that is whole in this process makes a team of one."""
+class ProcessGroup:
+    """The processes of a sharded model; a single process for any other model."""
 
-    #: None for a team of one.
+    #: The group of torch; None for a single process.
     group: Any = None
 
     @classmethod
-    def of(cls, model: Any) -> Team:
+    def of(cls, model: Any) -> ProcessGroup:
         """The processes of a model."""
-        found = meshes(unwrap(model))
+        found = meshes_of(unwrap(model))
         return cls(found[0].get_group()) if found else cls()
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
         return 1 if self.group is None else distributed.get_world_size(self.group)
 
     @property
@@ -43,19 +43,19 @@ class Team:
         """Whether this process writes files and shows progress."""
         return self.group is None or distributed.get_rank(self.group) == 0
 
-    def told(self, value: T) -> T:
-        """The value that the first process has."""
+    def broadcast(self, value: T) -> T:
+        """The value of the first process."""
         if self.group is None:
             return value
-        held: list[Any] = [value if self.is_first else None]
-        distributed.broadcast_object_list(held, distributed.get_global_rank(self.group, 0), self.group)
-        return held[0]
+        sent: list[Any] = [value if self.is_first else None]
+        distributed.broadcast_object_list(sent, distributed.get_global_rank(self.group, 0), self.group)
+        return sent[0]
 
-    def by_first(self, what: str, work: Callable[[], T]) -> T | None:
-        """Have the first process do something: its result there, None in the others.
+    def on_first(self, what: str, work: Callable[[], T]) -> T | None:
+        """Run a function in the first process: its result there, None in the others.
 
         Args:
-            what: what is done, as the subject of a sentence.
+            what: a name of the work, as the subject of a sentence.
 
         Raises:
             TeamError: it failed there, in the other processes; the first raises its own error.
@@ -67,40 +67,40 @@ class Team:
                 found = work()
             except Exception as raised:
                 error = raised
-        said = self.told(None if error is None else f"{type(error).__name__}: {error}")
+        said = self.broadcast(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         if said is not None:
             raise TeamError(f"{what} failed in process 0: {said}")
         return found
 
-    def least(self, number: int) -> int:
-        """The smallest of the processes' numbers."""
-        return min(self._all(number))
+    def minimum(self, number: int) -> int:
+        """The smallest number of all processes."""
+        return min(self._gather(number))
 
     def check_same(self, asked: Any, what: str) -> None:
-        """Raise, in every process, where they do not all ask the same.
+        """Raise in every process if not all have the same value.
 
         Raises:
             BadArgument: they differ.
         """
-        every = self._all(asked)
-        strange = [rank for rank, other in enumerate(every) if other != every[0]]
-        if strange:
+        every = self._gather(asked)
+        different = [rank for rank, other in enumerate(every) if other != every[0]]
+        if different:
             raise BadArgument(
-                f"{what} of process {strange[0]} is another than that of process 0",
+                f"{what} of process {different[0]} is another than that of process 0",
                 expected="the same call in every process that the model is spread over",
             )
 
-    def _all(self, value: T) -> list[T]:
+    def _gather(self, value: T) -> list[T]:
         if self.group is None:
             return [value]
         every: list[Any] = [None] * self.size
         distributed.all_gather_object(every, value, self.group)
         return every
 
-    def refuse_memory(self, error: BaseException) -> None:
-        """Raise where less at once is no way out: the other processes wait in the middle of the run that failed.
+    def refuse_out_of_memory(self, error: BaseException) -> None:
+        """Raise if other processes wait in the failed run, so that running less at once does not help.
 
         Raises:
             torch.OutOfMemoryError: there are other processes.

@@ -1,8 +1,7 @@
-"""The private names of nnsight that `tracing` uses: a table with the modules that have them.
+"""The private names of nnsight that `tracing` uses: a table with the modules that define them.
 
-nnsight moves private names between versions. A name is sought at the places of its row, in their order, so what moves
-next is a new entry in a row; a name that is nowhere is told with the version that is installed, at the first import and
-not in the middle of somebody's run.
+nnsight moves private names between versions. A name is looked up in the modules of its row, in order; if it moves, the
+row gets a new entry. A missing name is an error at import, with the installed version.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "WithBlockNotFoundError": ("nnsight.intervention.backward",),
     "_original_backward": ("nnsight.intervention.backward",),
 }
-#: What is used of a class among them -> its attributes; what an instance alone has is not seen here.
+#: Class -> the attributes used of it, without those that only instances have.
 USED: dict[str, tuple[str, ...]] = {
     "Mediator": ("current", "occurrence", "wanted"),
     "BackwardTracer": ("capture",),
@@ -34,12 +33,12 @@ USED: dict[str, tuple[str, ...]] = {
 def find(name: str) -> Any:
     """A private name of nnsight, from the first module that has it.
 
-    >>> from nnsplice.engine import private
-    >>> private.find("Mediator").__name__
+    >>> from nnsplice.engine import nnsight_private
+    >>> nnsight_private.find("Mediator").__name__
     'Mediator'
 
     Raises:
-        MissingPackage: it is at none of them, or lacks what is used of it.
+        MissingPackage: none of them has it, or it lacks an attribute.
     """
     for place in PLACES[name]:
         try:
