@@ -59,3 +59,41 @@ def test_no_cell_counts_as_known_that_a_later_token_changes(name: str) -> None:
     scale = float(abs(every.table.values).max())
     assert abs(result.table.values - every.table.values).max() < 1e-6 * scale
     assert abs(exact.table.values - every.table.values).max() < 1e-6 * scale
+
+
+class ShiftedMlp(torch.nn.Module):
+    """An MLP that also reads the token before."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.inner(states) + states.roll(1, dims=1)
+
+
+class TokenwiseConv(torch.nn.Conv1d):
+    """A convolution of width 1, which mixes no tokens."""
+
+    def __init__(self, inner: torch.nn.Module, width: int) -> None:
+        super().__init__(width, width, 1)
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.inner(states) + super().forward(states.transpose(1, 2)).transpose(1, 2)
+
+
+def test_mixing_behind_the_last_attention_is_measured_whatever_the_class_is_called() -> None:
+    for replace_mlp, mixes in ((ShiftedMlp, True), (lambda mlp: TokenwiseConv(mlp, 16), False)):
+        module = wrap("gpt2")._module
+        module.transformer.h[-1].mlp = replace_mlp(module.transformer.h[-1].mlp)
+        model = ns.load(module, tokenizer=tokenizer())
+        (place,) = engine.expand(model, "layers[-1].attn.output")
+        assert engine.after_last_attention(model, place.site) is not mixes
+
+
+def test_a_family_whose_values_have_other_tokens_counts_as_mixing() -> None:
+    """CPM-Ant puts tokens before the prompt's, so nothing behind its last attention can be changed for the test."""
+    model = ns.load(build("cpmant"), tokenizer=tokenizer())
+    (place,) = engine.expand(model, "layers[-1].attn.output")
+    assert not engine.after_last_attention(model, place.site)

@@ -1,4 +1,4 @@
-"""Whether a model is causal, measured on the model."""
+"""Whether later tokens of a prompt change values of earlier ones, measured on the model."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from nnsplice.engine.models import attention_of, is_encoder_decoder
 from nnsplice.engine.recording import example_of, undisturbed
 from nnsplice.engine.tracing import Model
 
-#: Tokens of the two prompts that are compared; they differ in the last one.
+#: Tokens of the two compared prompts, which differ in the last one.
 TOKENS = 5
-#: What a later token may change of an earlier one's logits, relative to their size: rounding, and never a dependence.
+#: The largest change of an earlier token's logits that counts as rounding, relative to their size.
 ROUNDING = 1e-3
-#: What one token may change of the others' logits where none reads it: two rows of one batch round alike.
-BEHIND = 1e-5
+#: The same where both runs are rows of one batch, which round alike.
+SAME_BATCH_ROUNDING = 1e-5
 
+#: Model -> the results of measurements, by structure and attention.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[object, bool]] = weakref.WeakKeyDictionary()
 
 
 def is_causal(model: Model) -> bool:
-    """Whether a token's values depend on the tokens before it alone.
+    """Whether the logits of each token depend on this and earlier tokens only.
 
-    One short run tells: of two prompts that differ in their last token, all others have to have the same logits. It is
-    kept until the structure or the attention changes. A model that does not run from tokens is believed.
+    Measured by one short run of two prompts that differ in their last token, and kept until the structure or the
+    attention changes. A model that does not run from tokens counts as causal.
     """
     module = unwrap(model)
     generates = getattr(module, "can_generate", None)
     if generates is None or is_encoder_decoder(model) or not generates():
         return False
     for config in (module.config, text_config(module)):  # pyright: ignore[reportArgumentType]
-        said = (getattr(config, "is_causal", True), getattr(config, "causal", True))
-        if getattr(config, "use_bidirectional_attention", False) or False in said:
+        flags = (getattr(config, "is_causal", True), getattr(config, "causal", True))
+        if getattr(config, "use_bidirectional_attention", False) or False in flags:
             return False
-    known, now = _known.setdefault(module, {}), (fingerprint(module), attention_of(model))
-    if now not in known:
-        known[now] = _seen(model)
-    return known[now]
+    known, key = _known.setdefault(module, {}), (fingerprint(module), attention_of(model))
+    if key not in known:
+        known[key] = _measure_causal(model)
+    return known[key]
 
 
-def _seen(model: Model) -> bool:
+def _measure_causal(model: Model) -> bool:
     try:
         runner, args, kwargs = example_of(model, TOKENS)
         ids = kwargs.get("input_ids")
@@ -54,33 +55,37 @@ def _seen(model: Model) -> bool:
         other[0, -1] = ids[0, 0]
         with undisturbed(runner) as call:
             logits: Any = getattr(call(**{**kwargs, "input_ids": torch.cat([ids, other])}), "logits", None)
-    except Exception:  # whoever runs it next is told what is wrong
+    except Exception:  # the next run raises it
         return True
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (2, TOKENS):
         return True
     first, second = logits[:, :-1].double()
-    scale = torch.where(first.abs() < 1e4, first.abs(), 0).max()  # tokens that are ruled out have logits of any size
-    return bool((first - second).abs().max() <= ROUNDING * scale)
+    return bool((first - second).abs().max() <= ROUNDING * _size(first))
+
+
+def _size(logits: Tensor) -> Tensor:
+    """The largest logit, without tokens that are masked by a huge one."""
+    return torch.where(logits.abs() < 1e4, logits.abs(), 0).max()
 
 
 def is_causal_for(model: Model, form: Hashable, inputs: Callable[[], Any], columns: Sequence[int]) -> bool:
-    """Whether the same holds in one prompt with images, which some models read forwards and backwards.
+    """Whether the same holds for a prompt with images, whose tokens some models read in both directions.
 
-    What enters the first layer is changed at some tokens, and the logits of all tokens before have to stay.
+    The input of the first layer is changed at some tokens, and the logits of all earlier tokens must stay.
 
     Args:
-        form: equal for prompts of which one tells of all.
-        inputs: what the model's forward takes for one such prompt; called where it is not known.
-        columns: the tokens to change, beside the last.
+        form: equal for prompts with the same result.
+        inputs: makes the inputs of one such prompt; only called if the result is not known.
+        columns: the tokens to change, besides the last.
     """
     module = unwrap(model)
-    known, now = _known.setdefault(module, {}), (fingerprint(module), attention_of(model), form)
-    if now not in known:
-        known[now] = _seen_of(model, inputs(), columns)
-    return known[now]
+    known, key = _known.setdefault(module, {}), (fingerprint(module), attention_of(model), form)
+    if key not in known:
+        known[key] = _measure_causal_for(model, inputs(), columns)
+    return known[key]
 
 
-def _seen_of(model: Model, inputs: Mapping[str, Tensor], columns: Sequence[int]) -> bool:
+def _measure_causal_for(model: Model, inputs: Mapping[str, Tensor], columns: Sequence[int]) -> bool:
     root = unwrap(model)
     first = root.get_submodule(Atlas.of(model).tower().blocks[0].module)
     changed: list[int] = []
@@ -97,11 +102,10 @@ def _seen_of(model: Model, inputs: Mapping[str, Tensor], columns: Sequence[int])
     try:
         with undisturbed(model) as call:
             base = call(**inputs).logits[0].double()
-            scale = torch.where(base.abs() < 1e4, base.abs(), 0).max()
             for column in {*columns, len(base) - 1} - {0}:
                 changed[:] = [column]
                 moved = call(**inputs).logits[0].double()
-                if bool((moved - base)[:column].abs().max() > ROUNDING * scale):
+                if bool((moved - base)[:column].abs().max() > ROUNDING * _size(base)):
                     return False
     finally:
         hook.remove()
@@ -109,88 +113,109 @@ def _seen_of(model: Model, inputs: Mapping[str, Tensor], columns: Sequence[int])
 
 
 def _move(states: Tensor) -> None:
-    """Change states in place, by as much as they vary and alike in every run."""
+    """Change states in place, by their standard deviation, with the same random numbers in every run."""
     draws = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
     states += draws * states.std()
 
 
+# --- behind the last attention ----------------------------------------------------------------------------------------
+
+
 def after_last_attention(model: Model, site: Site) -> bool:
-    """Whether no token reads another token's value of this site: it stands behind the last attention's mixing."""
+    """Whether a change of one token at this site changes no other token, as no attention follows."""
     towers = Atlas.of(model).towers
     if site.tower not in towers:
         return False
     last = towers[site.tower].blocks[-1]
-    behind = {(last.module, "output")}
-    inside = {
-        (last.mlp_added, "output"), (last.attn_added, "output"), (last.o, "input"), (last.o, "output"),
-        (last.mlp, "output"), (last.down, "input"), (last.attn, "output"), last.mid,
-    }  # fmt: skip
     if site.occurrence != last.occurrence or site.kind not in ("plain", "stream"):
         return False
-    if (site.module, site.end) in inside - behind:
-        return not _mixes_behind(model, last)
-    return (site.module, site.end) in behind
+    end = (site.module, site.end)
+    if end == (last.module, "output"):
+        return True
+    return end in _ends_behind_attention(last) and not _mixes_behind(model, last)
+
+
+def _ends_behind_attention(block: Block) -> set[tuple[str, str]]:
+    """The ends of modules inside a block that follow its attention, by their names."""
+    outputs = (block.mlp_added, block.attn_added, block.o, block.mlp, block.attn)
+    ends: set[Any] = {(name, "output") for name in outputs if name is not None}
+    ends |= {(name, "input") for name in (block.o, block.down) if name is not None}
+    return ends | ({block.mid} if block.mid is not None else set())
 
 
 def _mixes_behind(model: Model, last: Block) -> bool:
     """Whether a block mixes tokens behind its attention: RWKV's shift in the MLP, Inkling's convolutions.
 
-    One short run tells: what attention adds, what the MLP is given and what it adds are changed at one token, and the
-    logits of the others have to stay.
+    Measured by one short run: all values behind the attention are changed at one token, and the logits of the other
+    tokens must stay.
     """
     module = unwrap(model)
-    block = module.get_submodule(last.module)
-    kinds = {type(part).__name__ for part in block.modules()}
-    if any("conv" in kind.lower() for kind in kinds - {"Conv1D"}):  # GPT-2's linear layers are called so too
-        return True
-    known, now = _known.setdefault(module, {}), (fingerprint(module), attention_of(model), "last")
-    if now not in known:
-        known[now] = _seen_behind(model, last)
-    return known[now]
+    known, key = _known.setdefault(module, {}), (fingerprint(module), attention_of(model), "behind")
+    if key not in known:
+        known[key] = _measure_mixing_behind(model, last)
+    return known[key]
 
 
-def _seen_behind(model: Model, last: Block) -> bool:
+def _measure_mixing_behind(model: Model, last: Block) -> bool:
     root, changed = unwrap(model), 1
+    # Ends with a value of another shape, which is not changed.
+    skipped: list[tuple[str, str]] = []
 
     def moved(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)((moved(value[0]), *value[1:]))
-        if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[:2] != (2, TOKENS):
-            return value
-        value = value.clone()
-        _move(value[1, changed])
-        return value
+        """A copy of a value with one token of the second row changed; None if it is not `[row, token, width]`."""
+        if isinstance(value, tuple | list) and value:
+            new = moved(value[0])
+            return None if new is None else type(value)((new, *value[1:]))
+        if not isinstance(value, Tensor) or value.dim() not in (2, 3) or value.numel() % (2 * TOKENS):
+            return None
+        rows = value.clone().reshape(2, TOKENS, -1) if value.shape[:-1] in ((2, TOKENS), (2 * TOKENS,)) else None
+        if rows is None:
+            return None
+        _move(rows[1, changed])
+        return rows.reshape(value.shape)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (moved(args[0]), *args[1:]), kwargs
-        return args, {name: moved(value) for name, value in kwargs.items()}
+    def before(end: tuple[str, str]) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            name = None if args else next(iter(kwargs), None)
+            new = moved(args[0] if args else kwargs.get(str(name)))
+            if new is None:
+                skipped.append(end)
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, str(name): new})
 
-    places = {(last.o, "output"), (last.attn_added, "output"), (last.mlp_added, "output"), last.mid}
+        return hook
+
+    def after(end: tuple[str, str]) -> Callable[..., Any]:
+        def hook(_: nn.Module, _args: Any, output: Any) -> Any:
+            new = moved(output)
+            if new is None:
+                skipped.append(end)
+            return new
+
+        return hook
+
     hooks: list[Any] = []
     try:
         runner, args, kwargs = example_of(model, TOKENS)
         ids = kwargs.get("input_ids")
-        if args or not isinstance(ids, Tensor) or ids.shape != (1, TOKENS):
+        if args or runner is not model or not isinstance(ids, Tensor) or ids.shape != (1, TOKENS):
             return True
-        with undisturbed(runner) as call:
-            for place in places:
-                if place is None or place[0] is None:
-                    continue
-                part = root.get_submodule(place[0])
-                if place[1] == "input":
-                    hooks.append(part.register_forward_pre_hook(before, with_kwargs=True))
-                else:
-                    hooks.append(part.register_forward_hook(lambda _m, _a, out: moved(out)))
+        for end in _ends_behind_attention(last):
+            part = root.get_submodule(end[0])
+            if end[1] == "input":
+                hooks.append(part.register_forward_pre_hook(before(end), with_kwargs=True))
+            else:
+                hooks.append(part.register_forward_hook(after(end)))
+        with undisturbed(model) as call:
             logits = call(**{**kwargs, "input_ids": torch.cat([ids, ids])}).logits.double()
-    except Exception:  # whoever runs it next is told what is wrong
+    except Exception:  # the next run raises it
         return True
     finally:
         for hook in hooks:
             hook.remove()
-    if logits.shape[:2] != (2, TOKENS):  # of a decoder beside this tower, or of tokens that the model put in by itself
+    # Logits of another shape are of a decoder beside this tower, or have tokens that the model added.
+    if skipped or logits.shape[:2] != (2, TOKENS):
         return True
     others = [token for token in range(TOKENS) if token != changed]
     first, second = logits[:, others]
-    scale = torch.where(first.abs() < 1e4, first.abs(), 0).max()
-    return bool((first - second).abs().max() > BEHIND * scale)
+    return bool((first - second).abs().max() > SAME_BATCH_ROUNDING * _size(first))
