@@ -2,10 +2,11 @@
 
 table           the measured values as plain arrays: Cell, Run, Table
 result          SweepResult, the public class; the work is in the modules below
+stored          StoredResult: a result in a store, read when it is used
 kinds           the kinds of site in a result
 measures        change and effect, pooled over prompts
 uncertainty     intervals, tests and stability of averages over prompts
-labelled        grid with named axes, rows, the best cells
+labelled        arrays with named axes, rows, the best cells
 roles           token roles: means over the positions with the same role
 estimates       edges of estimates, and their verification
 figure          the plane of a grid that a figure shows
@@ -25,7 +26,8 @@ from nnsplice.results.estimates import Miss, Verification
 from nnsplice.results.files import plain
 from nnsplice.results.journal import Journal
 from nnsplice.results.parts import PART, taken
-from nnsplice.results.result import StoredResult, SweepResult
+from nnsplice.results.result import SweepResult
+from nnsplice.results.stored import StoredResult
 from nnsplice.results.table import AXES, SETS, Cell, Run, Table
 
 __all__ = [

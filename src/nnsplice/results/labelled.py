@@ -1,23 +1,28 @@
-"""Results as labelled arrays and tables."""
+"""Results as arrays with named axes and as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nnsplice.errors import BadArgument
-from nnsplice.results import measures
+from nnsplice.paths import Path
+from nnsplice.results import measures, several
+from nnsplice.results.kinds import kind_named
 from nnsplice.results.parts import PART
+from nnsplice.results.roles import Roles, by_role
 from nnsplice.results.table import AXES, NAMED, Cell, Table
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-#: What an axis counts: numbers, or names of spans; None is every token at once.
+#: The roles of tokens to average over: "role", or roles of your own; None for single positions.
+By = str | Roles | None
+#: A label of an axis: a number, or the name of a span; None for all tokens at once.
 Label = int | str | None
 
 
@@ -34,21 +39,83 @@ def array(table: Table, values: np.ndarray, kind: str, name: str) -> xr.DataArra
     import xarray as xr
 
     numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
-    labels, at = points([table.cells[n] for n in numbers])
+    labels, points = grid_points([table.cells[n] for n in numbers])
     whole = np.full((len(table.clean), *map(len, labels.values())), np.nan)
     # A site without numbers, such as an embedding's weights, is one cell on no axis.
-    whole[(slice(None), *at.T)] = values[:, numbers] if labels else values[:, numbers[0]]
+    whole[(slice(None), *points.T)] = values[:, numbers] if labels else values[:, numbers[0]]
     coordinates: dict[str, Any] = {"prompt": table.prompts}
-    for axis, of in labels.items():
-        numbered = all(isinstance(one, int) for one in of)
-        coordinates[axis] = np.array(of if numbered else [label_text(one) for one in of])
+    for axis, names in labels.items():
+        are_numbers = all(isinstance(name, int) for name in names)
+        coordinates[axis] = np.array(names if are_numbers else [label_text(name) for name in names])
     positions = labels.get("position", [])
     if table.tokens and positions:
         texts = [[token(table, prompt, position) for position in positions] for prompt in range(len(table.clean))]
-        # Along the positions alone where that says it all: such a coordinate also outlives a mean over prompts.
+        # By position alone if all prompts have the same tokens: such a coordinate is kept by a mean over prompts.
         same = all(row == texts[0] for row in texts)
         coordinates["token"] = ("position", texts[0]) if same else (("prompt", "position"), texts)
     return xr.DataArray(whole, dims=("prompt", *labels), coords=coordinates, name=name, attrs={"component": kind})
+
+
+def grid(table: Table, of: str, component: str | Path | None, by: By = None) -> xr.DataArray:
+    """One quantity of one kind of site on named axes: `"value"`, `"change"`, `"effect"` or `"share"` (per prompt)."""
+    table = averaged(table, by)
+    kind = kind_named(table.cells, component)
+    if table.metrics:
+        whole = several.arrays(table, lambda part: grid(part, of, kind))
+        return whole.assign_attrs(component=kind).rename("effect" if of == "share" else of)
+    if of == "value":
+        return array(table, table.values, kind, metric_name(table))
+    if of == "change":
+        return array(table, measures.change(table), kind, f"change of {metric_name(table)}")
+    return array(table, measures.effect(table) if of == "effect" else measures.share(table), kind, "effect")
+
+
+def averaged(table: Table, by: By) -> Table:
+    """The table averaged over the roles of tokens; as it is without roles."""
+    if by is None:
+        return table
+    if isinstance(by, str) and by != "role":
+        raise BadArgument(f"by={by!r}", expected='"role", or roles: {"last": -1}')
+    return by_role(table, None if isinstance(by, str) else by)
+
+
+def by_cell(table: Table, numbers: np.ndarray, component: str | Path | None) -> xr.DataArray:
+    """One number per cell, on the axes of a grid without prompts."""
+    whole = np.broadcast_to(numbers, table.values.shape)
+    found = array(table, whole, kind_named(table.cells, component), "")
+    if "token" in found.coords and "prompt" in found.coords["token"].dims:
+        found = found.drop_vars("token")  # prompts have different tokens
+    return found.isel(prompt=0, drop=True)
+
+
+def intervals(table: Table, ends: np.ndarray, component: str | Path | None) -> xr.DataArray:
+    """The ends `[cell, 2]` of intervals, on the axes of a grid without prompts and an axis `end`."""
+    import xarray as xr
+
+    both = [by_cell(table, ends[:, n], component) for n in (0, 1)]
+    return xr.concat(both, "end").assign_coords(end=["low", "high"]).transpose(..., "end").rename("ci")
+
+
+def metric_name(table: Table) -> str:
+    """The name of the metric; of several, all names."""
+    if table.metrics:
+        return ", ".join(table.metrics)
+    metric = table.asked.get("metric")
+    return str((metric.get("name") if isinstance(metric, Mapping) else metric) or "value")
+
+
+def rest(table: Table) -> np.ndarray:
+    """The part of the metric that belongs to no cell, per prompt.
+
+    Raises:
+        BadArgument: the cells are not parts of a sum.
+    """
+    if table.rest is None:
+        raise BadArgument(
+            "the cells of this result are runs, each with a metric of its own, and no parts of one sum",
+            expected="a result of ns.lens.direct",
+        )
+    return table.rest
 
 
 def frame(table: Table) -> pd.DataFrame:
@@ -58,7 +125,7 @@ def frame(table: Table) -> pd.DataFrame:
 
 
 def frames(table: Table) -> Iterator[pd.DataFrame]:
-    """The same, a frame for each prompt; effects are still counted in the mean of all."""
+    """The rows of one prompt at a time; effects are those of `frame`, normalized by the mean of all prompts."""
     effects = measures.effect(table)
     for prompt in range(len(table.clean)):
         numbers = np.flatnonzero(table.done[prompt])
@@ -90,7 +157,7 @@ def _rows(table: Table, prompts: np.ndarray, numbers: np.ndarray, effects: np.nd
 
 
 def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
-    """The cells that move most: of one prompt, or in the pooled mean over all of them, with the signed means."""
+    """The cells with the largest changes, of one prompt or pooled over all."""
     import pandas as pd
 
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
@@ -99,11 +166,11 @@ def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
     check_mean(table, prompt, "best")
     if prompt is not None:
         table = only(table, prompt)
-    moved = measures.change(table)
-    found = {"value": table.values, "change": moved, "effect": measures.pooled(table, moved)}
+    changes = measures.change(table)
+    found = {"value": table.values, "change": changes, "effect": measures.pooled(table, changes)}
     if table.exact is not None and table.edges is None:
         found["exact"] = table.exact
-    size = measures.size(table, moved)
+    size = measures.size(table, changes)
     order = np.argsort(-size, kind="stable")[:n]  # NaN comes last
     order = order[~np.isnan(size[order])]
     cells = [table.cells[number] for number in order]
@@ -117,11 +184,11 @@ def best(table: Table, n: int, prompt: int | None) -> pd.DataFrame:
     return pd.DataFrame({**columns, "path": [cell.path for cell in cells]})
 
 
-def place_of(table: Table, prompt: int | None) -> int | None:
-    """Where a prompt stands in the table, by its number; in a part that is its number in the whole.
+def row_of(table: Table, prompt: int | None) -> int | None:
+    """The row of a prompt in the table, by its number; parts of a plan keep the numbers of the whole.
 
     Raises:
-        BadArgument: it is not there.
+        BadArgument: there is no such prompt.
     """
     if prompt is None:
         return None
@@ -135,7 +202,7 @@ def place_of(table: Table, prompt: int | None) -> int | None:
 
 
 def check_prompt(table: Table, prompt: int | None) -> None:
-    """Raise for a prompt that is not there."""
+    """Raise for a number that no prompt has."""
     prompts = len(table.clean)
     if prompt is not None and (isinstance(prompt, bool) or not -prompts <= prompt < prompts):
         raise BadArgument(f"prompt={prompt}", expected=f"a number below {prompts}, or nothing for the mean over them")
@@ -149,12 +216,12 @@ def only(table: Table, prompt: int) -> Table:
         for name in ("values", "done", "exists", "clean", "corrupted", "edges", "exact", "counts", "rest")
     }
     kept = {name: array[row] for name, array in arrays.items() if array is not None}
-    asked = {key: value for key, value in table.asked.items() if key != PART}
-    return replace(table, tokens=tuple(table.tokens[n] for n in row) if table.tokens else (), asked=asked, **kept)
+    question = {key: value for key, value in table.asked.items() if key != PART}
+    return replace(table, tokens=tuple(table.tokens[n] for n in row) if table.tokens else (), asked=question, **kept)
 
 
 def check_mean(table: Table, prompt: int | None, what: str, kind: str | None = None) -> None:
-    """Raise where all prompts are meant, and a mean over them would mix unlike things."""
+    """Raise if no prompt is chosen and positions cannot be averaged over prompts."""
     if prompt is None and (problem := no_mean(table, kind)):
         raise BadArgument(
             problem, expected="one prompt, or roles of tokens", write=f"{what}(prompt=0), or by_role().{what}()"
@@ -162,8 +229,8 @@ def check_mean(table: Table, prompt: int | None, what: str, kind: str | None = N
 
 
 def no_mean(table: Table, kind: str | None = None) -> str | None:
-    """Why a mean over prompts would mix unlike things, where it would."""
-    # A role is the same thing in every prompt, also where some lack it.
+    """Why positions cannot be averaged over prompts; None if they can."""
+    # A role has the same meaning in every prompt, even if some prompts lack it.
     of_kind = [n for n, cell in enumerate(table.cells) if kind in (None, cell.component) and cell.role is None]
     exists = table.exists[:, of_kind]
     if (exists == exists[:1]).all():
@@ -174,7 +241,7 @@ def no_mean(table: Table, kind: str | None = None) -> str | None:
 
 
 def _columns(cells: Sequence[Cell]) -> dict[str, Any]:
-    """A cell's numbers as columns; head and the like are whole numbers also where some rows have none."""
+    """The axes of cells as columns; heads and the like stay integers where some rows have none."""
     import pandas as pd
 
     columns: dict[str, Any] = {axis: pd.array([getattr(c, axis) for c in cells], dtype="Int64") for axis in AXES}
@@ -186,35 +253,35 @@ def _columns(cells: Sequence[Cell]) -> dict[str, Any]:
     return columns
 
 
-def points(cells: Sequence[Cell]) -> tuple[dict[str, list[Label]], np.ndarray]:
-    """The axes that cells of one kind have, with their labels, and `[cell, axis]`: where on them each cell stands.
+def grid_points(cells: Sequence[Cell]) -> tuple[dict[str, list[Label]], np.ndarray]:
+    """The axes of cells of one kind with their labels, and each cell's index on them, `[cell, axis]`.
 
     Raises:
-        BadArgument: two cells stand at one point, where one of them would be lost.
+        BadArgument: two cells have the same indices.
     """
     axes = (*AXES, *NAMED)
     labels = {axis: found for axis in axes if (found := _labels([getattr(c, axis) for c in cells]))}
-    places = {axis: {label: n for n, label in enumerate(of)} for axis, of in labels.items()}
-    taken: dict[tuple[int, ...], Cell] = {}
+    numbers = {axis: {label: n for n, label in enumerate(of)} for axis, of in labels.items()}
+    points: dict[tuple[int, ...], Cell] = {}
     for cell in cells:
-        at = tuple(places[axis][getattr(cell, axis)] for axis in labels)
-        other = taken.setdefault(at, cell)
+        point = tuple(numbers[axis][getattr(cell, axis)] for axis in labels)
+        other = points.setdefault(point, cell)
         if other is not cell:
             raise BadArgument(
                 f"{other.path} and {cell.path} have the same numbers, so a grid has one site for both",
                 expected="sites that differ in " + (", ".join(labels) or "layer, head or position"),
                 write="result.frame()   (a row for each)",
             )
-    return labels, np.array(list(taken), dtype=int).reshape(len(cells), len(labels))
+    return labels, np.array(list(points), dtype=int).reshape(len(cells), len(labels))
 
 
 def label_text(label: Label) -> str:
-    """What a label is called where an axis has names: a number, a span, or all tokens at once."""
+    """The text of a label: a number, the name of a span, or `:` for all tokens."""
     return ":" if label is None else str(label)
 
 
 def _labels(found: Sequence[Label]) -> list[Label]:
-    """The labels of an axis, none where there is no such axis: numbers upwards, those from the end last, then spans."""
+    """The labels of an axis in order: numbers, numbers from the end, spans; empty if no cell has the axis."""
     unique = dict.fromkeys(found)
     if set(unique) <= {None}:
         return []

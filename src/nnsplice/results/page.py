@@ -89,7 +89,7 @@ def _data(table: Table, metric: str) -> dict[str, Any]:
 def _kind(table: Table, kind: str, each: Mapping[str, np.ndarray], pooled: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """One kind of site for the page: its axes, labels, cells and values."""
     numbers = [n for n, cell in enumerate(table.cells) if cell.component == kind]
-    labels, at = labelled.points([table.cells[n] for n in numbers])
+    labels, at = labelled.grid_points([table.cells[n] for n in numbers])
     axes = list(labels)
     down, across = figure.sides(axes, [len(of) for of in labels.values()])
     mean = len(table.clean) > 1 and labelled.no_mean(table, kind) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ from nnsplice.results import (
     zarr_files,
 )
 from nnsplice.results.estimates import Verification
-from nnsplice.results.kinds import kind_named, kinds_of
+from nnsplice.results.kinds import kinds_of
+from nnsplice.results.labelled import By
 from nnsplice.results.roles import Roles, by_role
 from nnsplice.results.table import Cell, Run, Table, settled
 from nnsplice.shown import printable
@@ -39,9 +40,6 @@ from nnsplice.shown import printable
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
-
-#: What tokens are averaged by: their roles, or roles of one's own.
-By = str | Roles | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,8 +58,7 @@ class SweepResult:
     >>> result.effect().sel(prompt=0, position=0).values.tolist()  # before the first token that differs
     [0.0, 0.0, 0.0]
 
-    Two results are equal when question and values are equal, whatever the run cost. Results are immutable: their arrays
-    are read-only.
+    Two results are equal if question and values are equal, whatever the run cost. Their arrays are read-only.
 
     Attributes:
         table: the arrays behind the properties and methods below.
@@ -74,7 +71,7 @@ class SweepResult:
             raise BadType(f"{named(self.table)} is no table of a sweep", expected="what ns.sweep returns")
         object.__setattr__(self, "table", settled(self.table))
 
-    # --- what it is
+    # --- content
 
     @property
     def clean(self) -> np.ndarray:
@@ -93,22 +90,8 @@ class SweepResult:
 
     @property
     def rest(self) -> np.ndarray:
-        """What is no cell's share of the metric, per prompt: with all cells of a prompt it is the metric.
-
-        >>> parts = ns.lens.direct(model, "w3 w4 w5", ns.logit_diff("w7", "w8"), "layers[:].heads[:]")
-        >>> whole = parts.grid().sum() + parts.rest.sum()
-        >>> bool(abs(whole - parts.clean.sum()) < 1e-5)
-        True
-
-        Raises:
-            BadArgument: the cells are no parts of a sum.
-        """
-        if self.table.rest is None:
-            raise BadArgument(
-                "the cells of this result are runs, each with a metric of its own, and no parts of one sum",
-                expected="a result of ns.lens.direct",
-            )
-        return self.table.rest
+        """The part of the metric that belongs to no cell, per prompt; all cells and it add up to the metric."""
+        return labelled.rest(self.table)
 
     @property
     def run(self) -> Run:
@@ -138,10 +121,7 @@ class SweepResult:
     @property
     def metric(self) -> str:
         """The name of the metric; of several, all names."""
-        if self.table.metrics:
-            return ", ".join(self.table.metrics)
-        told = self.table.asked.get("metric")
-        return str((told.get("name") if isinstance(told, Mapping) else told) or "value")
+        return labelled.metric_name(self.table)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -155,11 +135,7 @@ class SweepResult:
 
     @property
     def verification(self) -> Verification:
-        """The comparison of estimated cells with exact ones.
-
-        Raises:
-            BadArgument: nothing was verified.
-        """
+        """The comparison of estimated cells with exact ones."""
         return estimates.verification(self.table)
 
     @property
@@ -187,19 +163,11 @@ class SweepResult:
         >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", metrics, progress=False)
         >>> result.grid().dims, result.metrics
         (('prompt', 'metric', 'layer', 'position'), ('logit_diff', 'probability'))
-        >>> result.only("probability") == ns.sweep(
-        ...     model, "w3 w4", "w5 w4", "layers[:].output[:]", metrics[1], progress=False
-        ... )
-        True
+        >>> result.only("probability").grid().dims
+        ('prompt', 'layer', 'position')
 
         Args:
             metric: the name of the metric.
-
-        Returns:
-            A result equal to that of a sweep with this metric alone.
-
-        Raises:
-            BadArgument: no metric of this name was measured.
         """
         if metric not in self.metrics:
             raise BadArgument(f"no metric {metric!r} was measured", expected=f"one of {', '.join(self.metrics)}")
@@ -208,28 +176,18 @@ class SweepResult:
     def grid(self, component: str | Path | None = None, *, by: By = None) -> xr.DataArray:
         """The metric as an array with named axes, NaN where a cell was not measured.
 
-        Positions are numbers, or names of spans. The coordinate `token` has the texts of tokens, by prompt and
-        position, or by position alone where all prompts have the same.
+        Positions are numbers, or names of spans; the coordinate `token` has the texts of the tokens.
 
         Args:
             component: the kind of site, if there are several: `"layers[:].mlp.output"`, or any path to such a site.
-            by: `"role"` averages the tokens of each role, as `by_role()` does, so that prompts of different lengths
-                have one grid; or roles as `by_role` takes them.
-
-        Returns:
-            An `xarray.DataArray`.
-
-        Raises:
-            BadArgument: several kinds of site, and none is named.
-            UnknownPath: a kind that was not swept.
+            by: `"role"` averages the tokens of each role, as `by_role()` does; or roles as `by_role` takes them.
         """
-        return self._by(by)._array("value", component)
+        return labelled.grid(self.table, "value", component, by)
 
     def effect(self, component: str | Path | None = None, *, per_prompt: bool = False, by: By = None) -> xr.DataArray:
         """The normalized effect: 0 at the corrupted metric, 1 at the clean one.
 
-        Each prompt's change is divided by the mean total effect of all prompts, so `.mean("prompt")` is the pooled
-        effect, in which prompts with a small total effect have a small weight.
+        Changes are divided by the mean total effect of all prompts, so `.mean("prompt")` is the pooled effect.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> result = ns.sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", metric, progress=False)
@@ -238,15 +196,11 @@ class SweepResult:
 
         Args:
             component: the kind of site, if there are several.
-            per_prompt: divide by each prompt's own total effect; a warning names prompts where it is so small that
-                ratios are noise.
+            per_prompt: divide by each prompt's own total effect; a warning names prompts where it is very small.
             by: `"role"`, or roles, as for `grid`.
-
-        Returns:
-            An `xarray.DataArray`.
         """
         self._warn(own=per_prompt)
-        return self._by(by)._array("share" if per_prompt else "effect", component)
+        return labelled.grid(self.table, "share" if per_prompt else "effect", component, by)
 
     def change(self, component: str | Path | None = None, *, by: By = None) -> xr.DataArray:
         """The metric minus that of the corrupted run, for ablations.
@@ -254,11 +208,8 @@ class SweepResult:
         Args:
             component: the kind of site, if there are several.
             by: `"role"`, or roles, as for `grid`.
-
-        Returns:
-            An `xarray.DataArray`.
         """
-        return self._by(by)._array("change", component)
+        return labelled.grid(self.table, "change", component, by)
 
     def frame(self) -> pd.DataFrame:
         """A table with a row for each measured cell of each prompt.
@@ -271,32 +222,20 @@ class SweepResult:
            prompt  layer  position token                 path
         0       0      2         0    w5  layers[2].output[0]
         1       0      2         1    w4  layers[2].output[1]
-
-        Returns:
-            A `pandas.DataFrame`.
         """
         found = several.frames(self.table, labelled.frame) if self.table.metrics else labelled.frame(self.table)
         return pairs.named(self.table, found) if pairs.are_pairs(self.table) else found
 
     def frames(self) -> Iterator[pd.DataFrame]:
-        """`frame()` one prompt after the other, where all rows together would not fit into memory.
-
-        >>> result = ns.sweep(model, ["w3", "w4"], ["w5", "w6"], "layers[:].output", ns.rank("w7"), progress=False)
-        >>> [len(rows) for rows in result.frames()]
-        [3, 3]
-
-        Yields:
-            A `pandas.DataFrame` for each prompt.
-        """
-        several_ones = several.frames_of_prompts(self.table, labelled.frames) if self.table.metrics else None
-        for found in several_ones or labelled.frames(self.table):
+        """`frame()` one prompt at a time, for results that do not fit into memory together."""
+        by_metric = several.frames_of_prompts(self.table, labelled.frames) if self.table.metrics else None
+        for found in by_metric or labelled.frames(self.table):
             yield pairs.named(self.table, found) if pairs.are_pairs(self.table) else found
 
     def best(self, n: int = 10, *, prompt: int | None = None) -> pd.DataFrame:
-        """The cells with the largest absolute effects, with their sign.
+        """The cells with the largest absolute effects, largest first, pooled over prompts.
 
-        The effect is pooled over prompts. Where the clean and the corrupted run are the same, as in an ablation, the
-        change of the metric is used instead.
+        For ablations, where the clean and the corrupted run are the same, the change of the metric is used instead.
 
         >>> metric = ns.logit_diff("w7", "w8")
         >>> pairs = ["w3 w4", "w3 w9"], ["w5 w4", "w5 w9"]
@@ -307,16 +246,10 @@ class SweepResult:
         Args:
             n: the number of cells.
             prompt: the number of one prompt, instead of all.
-
-        Returns:
-            A `pandas.DataFrame`, the largest first.
-
-        Raises:
-            BadArgument: prompts of different lengths, whose positions cannot be averaged.
         """
         several.check_one(self.table, "best")
-        prompt = labelled.place_of(self.table, prompt)
-        if not self._is_flat:
+        prompt = labelled.row_of(self.table, prompt)
+        if not measures.spanless(self.table).all():
             self._warn(own=prompt is not None, prompt=prompt)
         return labelled.best(self.table, n, prompt)
 
@@ -336,105 +269,62 @@ class SweepResult:
             roles: roles by name: a token for all prompts, `{"last": -1}`; tokens for each, `{"verb": [[3], [4, 5]]}`;
                 or a span of the sweep, `{"end": "subject[-1]"}`.
 
-        Returns:
-            The result with an axis `role` instead of `position`.
-
         Raises:
             SpanError: the sweep had no span `"subject"`.
         """
         return SweepResult(by_role(self.table, roles))
 
-    # --- how sure the averages are
+    # --- uncertainty
 
     def ci(
         self, level: float = 0.95, component: str | Path | None = None, *, draws: int = 2000, seed: int = 0
     ) -> xr.DataArray:
         """Bootstrap confidence intervals over prompts, of the pooled effect (or of the mean change, for ablations).
 
-        Prompts are resampled with all their cells, and the ends are percentiles, on an axis `end` with `"low"` and
-        `"high"`. NaN where fewer than two prompts have a cell.
-
-        >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
-        >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
-        >>> result.ci(0.9).sizes
-        Frozen({'layer': 3, 'position': 1, 'end': 2})
+        The ends are percentiles, on an axis `end` (`"low"`, `"high"`); NaN where fewer than two prompts have a cell.
 
         Args:
             level: the confidence level.
             component: the kind of site, if there are several.
             draws: the number of bootstrap samples.
             seed: the seed of the samples.
-
-        Returns:
-            An `xarray.DataArray`.
         """
         several.check_one(self.table, "ci")
-        ends = uncertainty.interval(self.table, level, draws, seed)
-        import xarray as xr
-
-        both = [self._of_cells(ends[:, n], component) for n in (0, 1)]
-        return xr.concat(both, "end").assign_coords(end=["low", "high"]).transpose(..., "end").rename("ci")
+        return labelled.intervals(self.table, uncertainty.interval(self.table, level, draws, seed), component)
 
     def pvalue(self, component: str | Path | None = None, *, draws: int = 10_000, seed: int = 0) -> xr.DataArray:
         """Two-sided p-values of each cell's mean change, by sign flips of prompts.
 
-        All sign patterns of up to twelve prompts are tried, and `draws` random ones beyond. There is no correction for
-        the number of cells.
-
-        >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
-        >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
-        >>> float(result.pvalue().min()) >= 2 / 2**3       # three prompts cannot say more
-        True
+        For more than twelve prompts the sign patterns are random. The number of cells is not corrected for.
 
         Args:
             component: the kind of site, if there are several.
             draws: the number of random sign patterns.
             seed: the seed of the patterns.
-
-        Returns:
-            An `xarray.DataArray`.
         """
         several.check_one(self.table, "pvalue")
-        return self._of_cells(uncertainty.pvalues(self.table, draws, seed), component).rename("p")
+        return labelled.by_cell(self.table, uncertainty.pvalues(self.table, draws, seed), component).rename("p")
 
     def stability(self, k: int = 10, *, draws: int = 1000, seed: int = 0) -> float:
-        """The stability of `best(k)` under resampling of prompts, from 0 to 1.
-
-        The mean Jaccard index of the first k cells of each bootstrap sample and those of all prompts.
-
-        >>> pairs = ["w3 w4", "w3 w9", "w3 w11"], ["w5 w4", "w6 w9", "w7 w11"]
-        >>> result = ns.sweep(model, *pairs, "layers[:].output[0]", ns.logit_diff("w7", "w8"), progress=False)
-        >>> 0.0 <= result.stability(1) <= 1.0
-        True
+        """The stability of `best(k)`: its mean Jaccard index with that of bootstrap samples of prompts, 0 to 1.
 
         Args:
             k: the number of cells.
             draws: the number of bootstrap samples.
             seed: the seed of the samples.
-
-        Returns:
-            The mean index.
         """
         several.check_one(self.table, "stability")
         return uncertainty.stability(self.table, k, draws, seed)
 
     def edges(self, prompt: int | None = None) -> pd.DataFrame:
-        """A table of the edges that were scored, the largest first: sender, receiver, score.
-
-        A score is the change of the metric when the sender's change reaches this receiver only, averaged over prompts.
+        """The scored edges, largest first: the change of the metric if the sender's change reaches this receiver only.
 
         Args:
             prompt: the number of one prompt, instead of the mean.
-
-        Returns:
-            A `pandas.DataFrame`.
-
-        Raises:
-            BadArgument: a result without edges.
         """
-        return estimates.edges(self.table, labelled.place_of(self.table, prompt))
+        return estimates.edges(self.table, labelled.row_of(self.table, prompt))
 
-    # --- to look at
+    # --- figures and pages
 
     def plot(
         self,
@@ -447,35 +337,28 @@ class SweepResult:
     ) -> plots.Axes:
         """Draw a heatmap of layers by tokens or heads, pooled over prompts; one column is drawn as bars.
 
-        Of `ns.interactions` it is a square of sites by sites: sufficiency above the diagonal, necessity below.
+        For `ns.interactions`: a square of sites by sites, sufficiency above the diagonal and necessity below.
 
         Args:
             component: the kind of site, if there are several.
             prompt: the number of one prompt, instead of all.
             of: `"effect"`, `"value"` or `"change"`; the effect where there is one.
-            by: `"role"` shows roles in place of tokens, which prompts of different lengths have in common; or roles as
-                `by_role` takes them.
+            by: `"role"`, or roles, as for `grid`.
             ax: axes to draw on; a new figure if left out.
-
-        Returns:
-            The axes; the figure is `axes.figure`.
-
-        Raises:
-            BadArgument: several kinds of site and none is named, or prompts of different lengths.
         """
         if by is not None:
-            return self._by(by).plot(component, prompt=prompt, of=of, ax=ax)
+            return SweepResult(labelled.averaged(self.table, by)).plot(component, prompt=prompt, of=of, ax=ax)
         if pairs.are_pairs(self.table):
             return pairs.draw(self.table, prompt, of, ax)
         several.check_one(self.table, "plot")
         chosen = of or self.shown
         if chosen not in ("effect", "value", "change"):
             raise BadArgument(f"of={of!r}", expected='"effect", "value" or "change"')
-        prompt = labelled.place_of(self.table, prompt)
+        prompt = labelled.row_of(self.table, prompt)
         if chosen == "effect":
             self._warn(own=prompt is not None, prompt=prompt)
         own = chosen == "effect" and prompt is not None
-        array = self._array("share" if own else chosen, component)
+        array = labelled.grid(self.table, "share" if own else chosen, component)
         return figure.draw(self.table, array, chosen, prompt, self.metric, self.method, ax)
 
     @property
@@ -495,10 +378,7 @@ class SweepResult:
         Args:
             path: the file to write.
             patterns: a capture of `"layers[:].heads[:].pattern[:]"`: a click on a head shows its attention pattern.
-            tokens: the likeliest tokens at a cell, shown beside its numbers: its path -> for each prompt some texts.
-
-        Raises:
-            BadArgument: patterns of no head, or tokens of no cell.
+            tokens: path of a cell -> for each prompt the likeliest tokens there, shown with its numbers.
         """
         page.write(path, self.table, self.metric, patterns=patterns, tokens=tokens)
 
@@ -518,52 +398,32 @@ class SweepResult:
 
         Args:
             path: the file.
-
-        Returns:
-            The result.
-
-        Raises:
-            FileError: the file is no result, or damaged.
         """
         return cls(files.read(path))
 
     def to_zarr(self, path: str | os.PathLike[str]) -> None:
-        """Write a Zarr store (v3), a chunk for each prompt: for many millions of cells. Needs the extra `zarr`.
+        """Write a Zarr store (v3) with a chunk for each prompt, for many millions of cells; needs the extra `zarr`.
 
         Args:
             path: a new folder.
-
-        Raises:
-            FileError: something of that name is there, or the result has edges.
         """
         zarr_files.write(path, self.table)
 
     @classmethod
     def from_zarr(cls, path: str | os.PathLike[str]) -> SweepResult:
-        """Read a whole store; its numbers are the same to the bit.
+        """Read a whole store of `to_zarr`.
 
         Args:
             path: the store.
-
-        Returns:
-            The result.
-
-        Raises:
-            FileError: it is no store of a result, or damaged.
         """
         return cls(zarr_files.read(path))
 
     @staticmethod
     def open_zarr(path: str | os.PathLike[str]) -> xr.Dataset:
-        """A store whose numbers are read when they are asked for, a prompt at a time: `values`, `done`, `clean`, ...
-
-        Along the axis `cell` stand each cell's `path`, `layer`, `head`, `position` and the like.
+        """Open a store without reading its numbers; coordinates of the axis `cell` are `path`, `layer`, `head`, ...
 
         Args:
             path: the store.
-
-        Returns:
-            An `xarray.Dataset`.
         """
         return zarr_files.lazy(path)
 
@@ -577,29 +437,20 @@ class SweepResult:
 
     @classmethod
     def merge(cls, results: Iterable[SweepResult]) -> SweepResult:
-        """Merge the results of a sweep's parts: shards, and parts that have prompts of their own.
+        """Merge results of parts of one plan: shards, and parts with prompts of their own.
 
-        Parts need not be all: cells that none of them has are not done, prompts that none has are left out, and the
-        others keep their numbers (`result.grid().prompt`).
+        Missing cells are not done, missing prompts are left out, and the others keep their numbers.
 
         >>> plan = ns.plan_sweep(model, "w3 w4", "w5 w4", "layers[:].output[:]", ns.logit_diff("w7", "w8"))
         >>> parts = [ns.run(plan.shard(i, 2), model, progress=False) for i in range(2)]   # on two machines
         >>> [part.is_complete for part in parts], ns.SweepResult.merge(parts).is_complete
         ([False, False], True)
-        >>> plan = ns.plan_sweep(model, ["w3", "w4"], ["w5", "w6"], "layers[:].output[0]", ns.logit_diff("w7", "w8"))
-        >>> parts = [ns.run(unit.plan, model, progress=False) for unit in plan.units(size=6)]
-        >>> len(parts), ns.SweepResult.merge(parts).grid().sizes["prompt"]
-        (2, 2)
 
         Args:
-            results: results of parts of one plan.
-
-        Returns:
-            One result with all their cells.
+            results: the results.
 
         Raises:
             KeyMismatch: results of different sweeps, or with different values of a cell.
-            BadType: something other than a list of results.
         """
         if isinstance(results, SweepResult):
             raise BadType("merge takes a list of results", write="SweepResult.merge([first, second])")
@@ -611,54 +462,8 @@ class SweepResult:
     def _repr_html_(self) -> str:
         return display.html(self.table, self.metric)
 
-    # --- inside
-
-    def _by(self, by: By) -> SweepResult:
-        if by is None:
-            return self
-        if isinstance(by, str) and by != "role":
-            raise BadArgument(f"by={by!r}", expected='"role", or roles: {"last": -1}')
-        return self.by_role(None if isinstance(by, str) else by)
-
-    def _array(self, of: str, component: str | Path | None) -> xr.DataArray:
-        kind = kind_named(self.cells, component)
-        if self.table.metrics:
-            whole = several.arrays(self.table, lambda table: SweepResult(table)._array(of, kind))
-            return whole.assign_attrs(component=kind).rename("effect" if of == "share" else of)
-        if of == "value":
-            return labelled.array(self.table, self.table.values, kind, self.metric)
-        if of in ("effect", "share"):
-            shares = measures.effect(self.table) if of == "effect" else measures.share(self.table)
-            return labelled.array(self.table, shares, kind, "effect")
-        return labelled.array(self.table, measures.change(self.table), kind, f"change of {self.metric}")
-
-    def _of_cells(self, values: np.ndarray, component: str | Path | None) -> xr.DataArray:
-        """A number for each cell, on the axes of a grid without prompts."""
-        whole = np.broadcast_to(values, self.table.values.shape)
-        array = labelled.array(self.table, whole, kind_named(self.cells, component), "")
-        if "token" in array.coords and "prompt" in array.coords["token"].dims:
-            array = array.drop_vars("token")  # each prompt has tokens of its own
-        return array.isel(prompt=0, drop=True)
-
-    @property
-    def _is_flat(self) -> bool:
-        return bool(measures.spanless(self.table).all())
-
     def _warn(self, *, own: bool, prompt: int | None = None) -> None:
         for name in self.metrics:
             table = several.one(self.table, name) if self.table.metrics else self.table
             for doubt in measures.doubts(table, name, own=own, prompt=prompt):
                 warnings.warn(doubt, stacklevel=3)
-
-
-class StoredResult(SweepResult):
-    """A result whose table is read when it is first asked for."""
-
-    def __init__(self, load: Callable[[], Table]) -> None:
-        object.__setattr__(self, "_load", load)
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "table":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        object.__setattr__(self, "table", settled(self.__dict__["_load"]()))
-        return self.__dict__["table"]
