@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from nnsplice.activations.lookup import KeyIndex
-from nnsplice.activations.packs import MEAN, Pack
+from nnsplice.activations.packs import MEAN, Pack, ranked
+from nnsplice.engine import Rank
 from nnsplice.errors import BadArgument, BadType, DuplicatePath, KeyMismatch, ShapeError, named
-from nnsplice.paths import Span
+from nnsplice.paths import Path, Span
 
 
 class Directions(Protocol):
@@ -130,8 +131,11 @@ def close(a: Sequence[Pack], b: Sequence[Pack], rtol: float, atol: float, equal_
     return True
 
 
-def united(a: Sequence[Pack], b: Sequence[Pack]) -> list[Pack]:
-    """Two captures of the same prompts in one.
+def united(a: Sequence[Pack], b: Sequence[Pack], rank: Callable[[Path], Rank] | None) -> list[Pack]:
+    """Two captures of the same prompts in one, in execution order if that is known.
+
+    Args:
+        rank: the place of a key in the execution order.
 
     Raises:
         DuplicatePath: a key stands in both.
@@ -149,7 +153,8 @@ def united(a: Sequence[Pack], b: Sequence[Pack]) -> list[Pack]:
     rows = [pack.tensor.shape[0] for pack in (*a[:1], *b[:1])]
     if len(set(rows)) > 1:
         raise ShapeError(f"one capture has {rows[0]} rows, the other {rows[1]}", expected="the same prompts")
-    return merged([*a, *b])
+    both = merged([*a, *b])
+    return both if rank is None or any(pack.keys[0].site is None for pack in both) else ranked(both, rank)
 
 
 def merged(packs: Sequence[Pack]) -> list[Pack]:
@@ -176,7 +181,7 @@ def _joined(group: Sequence[Pack]) -> Pack:
 
 
 def stacked(packs: Sequence[Pack], axis: str) -> Tensor:
-    """The packs of one kind of site as one tensor, along the number that `axis` names in its keys, in its order."""
+    """The packs of one kind of site as one tensor, stacked by their numbers on an axis (layer, head, ...)."""
     if not packs:
         raise BadArgument("this capture is empty, so there is nothing to stack")
     kinds: dict[str, list[tuple[int, Pack]]] = {}
@@ -187,8 +192,8 @@ def stacked(packs: Sequence[Pack], axis: str) -> Tensor:
             axes = ", ".join(s.name.removesuffix("s") for s in place.steps if s.index is not None) or "none"
             raise BadArgument(f"there is no {axis} in this key", path=place, expected=f"an axis of the keys: {axes}")
         assert isinstance(along.index, int)
-        open_ = tuple(replace(s, index=None) if s is along else s for s in place.steps)
-        kinds.setdefault(str(replace(place, site=None, steps=open_)), []).append((along.index, pack))
+        without_number = tuple(replace(s, index=None) if s is along else s for s in place.steps)
+        kinds.setdefault(str(replace(place, site=None, steps=without_number)), []).append((along.index, pack))
     if len(kinds) != 1:
         raise BadArgument(
             f"{len(kinds)} kinds of site stand here, and a stack is of one: {', '.join(list(kinds)[:4])}",
@@ -227,20 +232,20 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def without(values: Tensor, direction: Tensor) -> Tensor:
-    """What is left of values when the part along a direction is taken out; NaN where the direction is zero."""
+    """Values without their component along a direction; NaN where the direction is zero."""
     along = unit(direction.to(values))
     return values - dot(values, along) * along
 
 
 def within(values: Tensor, basis: Tensor) -> Tensor:
-    """The part of `[..., width]` values that lies in an orthonormal basis; computed in float32 at least."""
+    """The projection of `[..., width]` values onto an orthonormal basis; computed in float32 at least."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     basis = basis.to(values.device, dtype)
     return (values.to(dtype) @ basis @ basis.T).to(values)
 
 
 def interchanged(current: Tensor, source: Tensor, basis: Tensor) -> Tensor:
-    """`current` with the part that lies in the basis taken from `source`; its own numbers where the two are one."""
+    """`current` with its projection onto the basis replaced by that of `source`; unchanged bits where the two agree."""
     return current + within(source.to(current) - current, basis)
 
 
@@ -248,7 +253,7 @@ def basis_of(packs: Sequence[Pack], directions: Directions, at: Callable[[str], 
     """The basis of a subspace that fits every pack.
 
     Args:
-        at: an address -> the numbers of the packs that it means.
+        at: an address -> the numbers of its packs.
 
     Raises:
         BadArgument: a pack of another site than the subspace's.

@@ -1,7 +1,7 @@
-"""Features of attached SAEs and their error: read from the value of a site, and written into it.
+"""Features of attached SAEs, and their error: read from the value of a site, and written into it.
 
-A feature is written as a difference, `h + dec(f') - dec(f)`, so what the SAE leaves out stays; where nothing differs
-the value keeps every bit.
+A feature is written as a difference, `h + dec(f') - dec(f)`, so the error of the SAE stays, and an equal feature
+changes no bit.
 """
 
 from __future__ import annotations
@@ -14,91 +14,97 @@ import torch
 from torch import Tensor
 
 from nnsplice.activations.access import site_of
+from nnsplice.activations.packs import Pack
 from nnsplice.atlas import Site, attached, unwrap
 from nnsplice.atlas.attached import Attached, Features
 from nnsplice.errors import BadArgument, UnknownPath
 from nnsplice.paths import Path
 
-#: The kinds that are read and written here.
+#: The kinds of site that are a part of an SAE.
 KINDS = ("feature", "error")
 #: A feature of a transcoder, which reads one site and is written at another.
 TRANSCODED = "transcoded"
-#: So many values of features are encoded at once.
+#: The number of feature values that are encoded at once.
 AT_ONCE = 1 << 24
 
 
 def sae_of(model: Any, path: Path) -> Features:
-    """The SAE that a path is a part of.
+    """The SAE of a path.
 
     Raises:
-        UnknownPath: it was taken away since the path was made.
+        UnknownPath: it is no longer attached.
     """
-    name = site_of(path).sae
-    held = attached(unwrap(model))
-    if name is None or name not in held:
+    return _attached_to(model, path, site_of(path).sae).sae
+
+
+def _attached_to(model: Any, path: Path, name: str | None) -> Attached:
+    """The attachment of the SAE of this name; the path is for the error.
+
+    Raises:
+        UnknownPath: it is no longer attached.
+    """
+    saes = attached(unwrap(model))
+    if name is None or name not in saes:
         raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
-    return held[name].sae
+    return saes[name]
 
 
 def identities(model: Any, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """What tells the SAEs of these paths from others, by their names in the model, as plain data.
+    """The identity of each SAE of these paths as plain data, by its name in the model.
 
     Raises:
-        UnknownPath: one was taken away since the path was made.
+        UnknownPath: one is no longer attached.
     """
-    held = attached(unwrap(model))
-    places = {path.sae.name: path for path in paths if path.sae is not None}
-    found: dict[str, dict[str, Any]] = {}
-    for name, path in sorted(places.items()):
-        if name not in held:
-            raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
-        found[name] = _identity(held[name])
-    return found
+    by_name = {path.sae.name: path for path in paths if path.sae is not None}
+    return {name: _identity(_attached_to(model, path, name)) for name, path in sorted(by_name.items())}
 
 
-def _identity(one: Attached) -> dict[str, Any]:
-    return {**one.sae.identity, **({} if one.reads is None else {"reads": str(one.reads.place)})}
+def _identity(attachment: Attached) -> dict[str, Any]:
+    reads = attachment.reads
+    return {**attachment.sae.identity, **({} if reads is None else {"reads": str(reads.place)})}
 
 
-def check_identities(model: Any, asked: Mapping[str, Any], what: str) -> None:
-    """Raise where one of these SAEs is not the one that is attached to a model by its name.
+def check_identities(model: Any, expected: Mapping[str, Any], what: str) -> None:
+    """Raise if the model has another SAE, or none, under one of these names.
 
     Args:
-        asked: what `identities` said when `what` was made.
-        what: what was made with them, for the error.
+        expected: what `identities` returned when `what` was made.
+        what: what was made with the SAEs, for the error.
 
     Raises:
         BadArgument: another SAE.
         UnknownPath: none.
     """
-    held = attached(unwrap(model))
-    for name, told in asked.items():
-        if name not in held:
+    saes = attached(unwrap(model))
+    for name, identity in expected.items():
+        if name not in saes:
             raise UnknownPath(
                 f"{what} was made with the SAE {name!r}, and none of this name is attached to this model",
                 expected="the SAE that it was made with",
                 write=f"ns.attach_sae(model, place, sae, {name!r})",
             )
-        if _identity(held[name]) != told:
+        if _identity(saes[name]) != identity:
             raise BadArgument(
                 f"{what} was made with another SAE of this name, {name!r}, than the one that is attached",
                 expected="the SAE that it was made with",
             )
 
 
+def check_packs(model: Any, packs: Iterable[Pack], saes: Mapping[str, Any]) -> None:
+    """`check_identities` of the SAEs whose features these packs hold."""
+    names = {key.sae.name for pack in packs for key in pack.keys if key.sae is not None}
+    check_identities(model, {name: sae for name, sae in saes.items() if name in names}, "the capture")
+
+
 def written_at(model: Any, path: Path) -> Path:
     """Where a feature of a transcoder is written."""
-    name = site_of(path).sae
-    held = attached(unwrap(model))
-    if name is None or name not in held:
-        raise UnknownPath(f"no SAE {name!r} is attached to this model any more", path=path)
-    return replace(path, sae=None, site=held[name].place.site)
+    return replace(path, sae=None, site=_attached_to(model, path, site_of(path).sae).place.site)
 
 
 def part(sae: Features, site: Site, values: Tensor) -> Tensor:
-    """`[..., 1]` of a feature, `[..., width]` of the error, of `[..., width]` values.
+    """The feature `[..., 1]` or the error `[..., width]` of `[..., width]` values.
 
-    All of the values are encoded, whichever are wanted: the last digit of a product depends on how many are.
+    All values are encoded at once, as the last digit of a product depends on how many are.
     """
     if site.kind == "error":
         return sae.error(values).to(values)
@@ -107,7 +113,7 @@ def part(sae: Features, site: Site, values: Tensor) -> Tensor:
 
 
 def parts(sae: Features, sites: list[Site], values: Tensor) -> dict[int | None, Tensor]:
-    """The same for several parts of one SAE, by the number of the feature; None is the error."""
+    """Several parts of one SAE, by the index of the feature; None for the error."""
     features = sae.encode(values) if any(site.kind != "error" for site in sites) else values[..., :0]
     return {
         site.index: part(sae, site, values) if site.index is None else features[..., [site.index]].to(values)
@@ -116,11 +122,11 @@ def parts(sae: Features, sites: list[Site], values: Tensor) -> dict[int | None, 
 
 
 def moved(sae: Features, site: Site, difference: Tensor, values: Tensor) -> Tensor:
-    """What the site changes by when a part of it does.
+    """The change of a site's value if a part of its SAE changes.
 
     Args:
         difference: `[..., 1]` or `[..., width]`.
-        values: what stands there, `[..., width]`, which SAEs that scale their inputs need.
+        values: the values of the site, `[..., width]`, for SAEs that scale their inputs.
     """
     if site.kind == "error":
         return difference.to(values)
@@ -134,30 +140,30 @@ def changed(sae: Features, site: Site, values: Tensor, new: Tensor) -> Tensor:
 
 
 def each(sae: Features, sites: Sequence[Site], values: Tensor) -> Tensor:
-    """A part of each row's own, all of one kind: `[row, 1]` of a feature, `[row, width]` of the error.
+    """One part for each row, all of one kind: `[row, 1]` of features, `[row, width]` of errors.
 
     Args:
-        sites: the part that each row is about.
-        values: `[row, width]`; many rows may be the same, and such are encoded once.
+        sites: the part for each row.
+        values: `[row, width]`; equal rows are encoded once.
     """
     if sites[0].kind == "error":
         return sae.error(values).to(values)
     if values.requires_grad:
-        alike, which = values, torch.arange(len(values), device=values.device)
+        unique, which = values, torch.arange(len(values), device=values.device)
     else:
-        alike, which = torch.unique(values, dim=0, return_inverse=True)
+        unique, which = torch.unique(values, dim=0, return_inverse=True)
     numbers = torch.tensor(_numbers(sites), device=values.device)
     found = values.new_zeros(len(values), 1)
     step = max(AT_ONCE // sae.features, 1)
-    for start in range(0, len(alike), step):
+    for start in range(0, len(unique), step):
         rows = ((which >= start) & (which < start + step)).nonzero()[:, 0]
-        encoded = sae.encode(alike[start : start + step])
+        encoded = sae.encode(unique[start : start + step])
         found = found.index_put((rows,), encoded[which[rows] - start, numbers[rows]][:, None].to(values))
     return found
 
 
 def moved_each(sae: Features, sites: Sequence[Site], difference: Tensor, values: Tensor) -> Tensor:
-    """What each row changes by when a part of its own does: `moved`, of `[row, ...]`."""
+    """`moved` for each row with its own part, `[row, ...]`."""
     if sites[0].kind == "error":
         return difference.to(values)
     return sae.added_each(difference, values, _numbers(sites)).to(values)

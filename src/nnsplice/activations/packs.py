@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nnsplice.engine import Rank
-from nnsplice.errors import DuplicatePath, KeyMismatch, MissingPosition, PathError, ShapeError, named
-from nnsplice.paths import Path, Span
+from nnsplice.errors import BadType, DuplicatePath, KeyMismatch, MissingPosition, PathError, ShapeError, named
+from nnsplice.paths import Path, Span, parse_path
 from nnsplice.tokens import absolute
 
 #: The name that the mean over positions has in the place of a position.
@@ -129,6 +129,28 @@ def positions(packs: Sequence[Pack], origin: Provenance) -> dict[str, list[int] 
         else:
             found[str(key)] = None
     return found
+
+
+def combined_origin(a: tuple[Provenance, int], b: tuple[Provenance, int]) -> Provenance:
+    """The provenance of a result computed from two captures, given with their numbers of rows."""
+    (first, rows), (second, other_rows) = a, b
+    if rows == other_rows:
+        return first.joined(second)
+    # One row was combined with every prompt of the other capture.
+    return replace(first if rows > other_rows else second, saes=first.saes_with(second))
+
+
+def from_pairs(pairs: Iterable[tuple[str | Path, Tensor]]) -> list[Pack]:
+    """Packs of paths with tensors `[prompt, width]`.
+
+    Raises:
+        BadType: something other than pairs.
+    """
+    pairs = list(pairs)
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise BadType(f"{named(pair)} is no pair", expected="(path, tensor)", write="from_pairs(*pairs)")
+    return from_entries((parse_path(path), tensor) for path, tensor in pairs)
 
 
 def from_entries(entries: Iterable[tuple[Path, Tensor]]) -> list[Pack]:

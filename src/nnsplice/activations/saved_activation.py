@@ -1,15 +1,15 @@
 """`SavedActivation`: an immutable mapping from paths to tensors, with algebra.
 
-The methods call functions of the modules beside: `lookup` (the entries of a path), `tree` (the attribute view),
-`algebra`, `rows`, `writing` (into runs), `storage` (files), `display` (text and HTML).
+The work is in the other modules: `lookup` (the entries of a path), `tree` (the attribute view), `algebra`, `rows`,
+`writing` (into runs), `storage` (files), `display` (text and HTML).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -65,31 +65,21 @@ class SavedActivation:
 
         Args:
             *pairs: paths with tensors `[prompt, width]`.
-
-        Returns:
-            The capture.
-
-        Raises:
-            DuplicatePath: a path is given twice.
-            BadType: something other than pairs.
         """
-        for pair in pairs:
-            if not isinstance(pair, tuple) or len(pair) != 2:
-                raise BadType(f"{named(pair)} is no pair", expected="(path, tensor)", write="from_pairs(*pairs)")
-        return cls._new(packs.from_entries((parse_path(path), tensor) for path, tensor in pairs), Provenance(), None)
+        return cls._new(packs.from_pairs(pairs), Provenance(), None)
 
     @classmethod
     def _new(cls, of: Sequence[Pack], provenance: Provenance, known: engine.ModelMap | None) -> Self:
         saved = cls.__new__(cls)
         saved._fill(of, provenance, known)
-        # Inside a trace the capture is kept past its end, as if by save(); outside this does nothing.
+        # Inside a trace the capture is kept past the trace's end, as by save().
         return engine.keep(saved)
 
     def _fill(self, of: Sequence[Pack], provenance: Provenance, known: engine.ModelMap | None) -> None:
         engine.only_local(self)
         self._packs = tuple(of)
         self._provenance = provenance
-        #: The atlas and the order of the model, where it was at hand: keys are then found by any spelling.
+        #: The atlas and the execution order of the model, if it is known: keys are then found by any spelling.
         self._known = known
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,29 +95,25 @@ class SavedActivation:
     def _like(self, of: Sequence[Pack], provenance: Provenance | None = None) -> Self:
         return self._new(of, self._provenance if provenance is None else provenance, self._known)
 
-    # -- a mapping -----------------------------------------------------------------------------------------------------
+    # --- mapping ------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _index(self) -> lookup.KeyIndex:
         return lookup.KeyIndex(self._packs)
 
-    @property
-    def _entries(self) -> dict[str, lookup.EntryIndex]:
-        return self._index.by_text
-
     def keys(self) -> list[str]:
         """The canonical paths, in the order of the forward pass."""
-        return list(self._entries)
+        return list(self._index.by_text)
 
     def items(self) -> list[tuple[str, Tensor]]:
         """Each path with its tensor `[prompt, width]`."""
-        return [(key, self._packs[p].tensor[:, n]) for key, (p, n) in self._entries.items()]
+        return [(key, self._packs[p].tensor[:, n]) for key, (p, n) in self._index.by_text.items()]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._index.by_text)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._index.by_text)
 
     def __contains__(self, path: object) -> bool:
         if not isinstance(path, str | Path):
@@ -145,79 +131,45 @@ class SavedActivation:
 
         Args:
             path: a path of one site.
-
-        Returns:
-            The tensor.
-
-        Raises:
-            UnknownPath: the path was not captured; the message names the closest keys.
-            BadArgument: a path of several sites.
         """
         return lookup.tensor(self._index, path, *self._context)
 
-    def _find(self, path: str | Path) -> list[lookup.EntryIndex]:
-        return lookup.find(self._index, path, *self._context)
-
     @cached_property
     def _context(self) -> tuple[Atlas | None, int | None]:
-        """The atlas of the model, and the number of tokens of each prompt, where they are known."""
+        """The atlas of the model, and the number of tokens of every prompt; None if unknown."""
         return self._known.atlas if self._known else None, packs.common_length(self._packs, self._provenance)
 
     @property
     def values(self) -> tree.Values:
-        """The tensors: `saved.values()` lists them, `saved.values.transformer.h[2].output[10]` follows the paths.
-
-        >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[-1]")
-        >>> [list(tensor.shape) for tensor in saved.values()]
-        [[1, 16], [1, 16], [1, 16]]
-        >>> saved.values.layers[2].output[-1] is not None
-        True
-        """
+        """The tensors: `saved.values()` lists them, `saved.values.transformer.h[2].output[10]` follows the paths."""
         return tree.Values((key, pack.tensor[:, n]) for pack in self._packs for n, key in enumerate(pack.keys))
 
     @renamed(paths="sites")
     def subset(self, sites: Paths) -> Self:
         """Only these sites and positions, in the order of the forward pass.
 
-        >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[:]")
-        >>> saved.subset("layers[0:2].output[-1:]").keys()
-        ['layers[0].output[2]', 'layers[1].output[2]']
-
         Args:
             sites: a path or several, with slices and lists.
-
-        Returns:
-            The smaller capture.
-
-        Raises:
-            UnknownPath: a path that was not captured.
         """
-        wanted = engine.listed(sites)
-        return self._like(lookup.chosen(self._packs, {entry for path in wanted for entry in self._find(path)}))
+        found = (lookup.find(self._index, path, *self._context) for path in engine.listed(sites))
+        return self._like(lookup.chosen(self._packs, set(chain.from_iterable(found))))
 
     def union(self, other: SavedActivation) -> Self:
         """Both captures in one.
 
         Args:
             other: a capture of other paths, of as many prompts.
-
-        Returns:
-            The larger capture.
-
-        Raises:
-            DuplicatePath: a path is in both.
         """
-        merged = algebra.united(*self._beside(other))
+        both = self._with_packs_of(other)
         known = self._known or other._known
-        if known is not None and all(pack.keys[0].site is not None for pack in merged):
-            merged = packs.ranked(merged, known.rank)
+        merged = algebra.united(*both, known.rank if known else None)
         origins = [capture._provenance for capture in (self, other) if capture._packs]
         return self._new(merged, origins[0].joined(origins[-1]) if origins else Provenance(), known)
 
     def __or__(self, other: SavedActivation) -> Self:
         return self.union(other) if isinstance(other, SavedActivation) else NotImplemented
 
-    # -- rows ----------------------------------------------------------------------------------------------------------
+    # --- rows ---------------------------------------------------------------------------------------------------------
 
     @property
     def rows(self) -> int:
@@ -226,32 +178,24 @@ class SavedActivation:
 
     @property
     def slice(self) -> RowSlicer[SavedActivation]:
-        """Select prompts: `slice[0:4]`, `slice[3]`, `slice[0:2, 5, 7:9]`, `slice[range(3)]`.
-
-        >>> saved = ns.capture(model, ["w3 w4", "w5 w6", "w7 w8"], "layers[:].output[-1]")
-        >>> saved.slice[0, 2].prompts
-        ('w3 w4', 'w7 w8')
-        """
+        """Select prompts: `slice[0:4]`, `slice[3]`, `slice[0:2, 5, 7:9]`, `slice[range(3)]`."""
         return RowSlicer(self.rows, self._take_rows)
 
     def _take_rows(self, rows: Sequence[int]) -> Self:
         return self._like([pack.take_rows(rows) for pack in self._packs], self._provenance.rows(rows))
 
-    # -- algebra -------------------------------------------------------------------------------------------------------
+    # --- algebra ------------------------------------------------------------------------------------------------------
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """Apply a function to the tensor of each site, `[prompt, position, width]`.
 
         Args:
             fn: the function; it returns a tensor of as many prompts and positions.
-
-        Returns:
-            The new capture.
         """
-        return self._made(algebra.mapped(self._packs, fn))
+        return self._computed(algebra.mapped(self._packs, fn))
 
-    def _made(self, made: Sequence[Pack]) -> Self:
-        """Computed packs, without the provenance of rows where their number changed."""
+    def _computed(self, made: Sequence[Pack]) -> Self:
+        """A capture of computed packs; without the prompts if the number of rows has changed."""
         same = not made or made[0].tensor.shape[0] == self.rows
         return self._like(made, None if same else self._provenance.without_rows())
 
@@ -260,50 +204,31 @@ class SavedActivation:
 
         After `mean("position")` the position of a key is `["mean"]`, and writing it needs `at=`.
 
-        >>> saved = ns.capture(model, ["w3 w4 w5", "w6 w7 w8"], "layers[1].output[:]")
-        >>> saved.mean().rows, saved.mean().keys()
-        (1, ['layers[1].output[0]', 'layers[1].output[1]', 'layers[1].output[2]'])
-        >>> saved.mean("position").rows, saved.mean("position").keys()
-        (2, ['layers[1].output["mean"]'])
-
         Args:
             axis: `"prompt"` or `"position"`.
-
-        Returns:
-            The smaller capture.
-
-        Raises:
-            BadArgument: another axis.
         """
-        return self._made(algebra.mean(self._packs, axis))
+        return self._computed(algebra.mean(self._packs, axis))
 
-    def _beside(self, other: SavedActivation) -> tuple[Sequence[Pack], Sequence[Pack]]:
-        """The packs of both; where one has an atlas, the keys of the other are located in it."""
+    def _with_packs_of(self, other: SavedActivation) -> tuple[Sequence[Pack], Sequence[Pack]]:
+        """The packs of both, with keys located in the atlas of either."""
         if not isinstance(other, SavedActivation):
             raise BadType(f"{type(other).__name__} is no capture", expected="a SavedActivation")
-        mine, theirs = self._packs, other._packs
-        if self._known and not other._known:
-            return mine, lookup.located(theirs, self._known.atlas)
-        if other._known and not self._known:
-            return lookup.located(mine, other._known.atlas), theirs
-        return mine, theirs
+        known = self._known or other._known
+        if known is None or (self._known and other._known):
+            return self._packs, other._packs
+        return lookup.located(self._packs, known.atlas), lookup.located(other._packs, known.atlas)
 
-    def _with(self, other: SavedActivation, fn: Callable[[Tensor, Tensor], Tensor]) -> Self:
+    def _combined(self, other: SavedActivation, fn: Callable[[Tensor, Tensor], Tensor]) -> Self:
         """A function applied to the values of two captures of the same sites."""
-        made = algebra.combined(*self._beside(other), fn)
-        if self.rows == other.rows:
-            origin = self._provenance.joined(other._provenance)
-        else:
-            # One row was combined with every prompt of the other capture.
-            more = (self if self.rows > other.rows else other)._provenance
-            origin = replace(more, saes=self._provenance.saes_with(other._provenance))
-        return self._new(made, origin, self._known or other._known)
+        combined = algebra.combined(*self._with_packs_of(other), fn)
+        origin = packs.combined_origin((self._provenance, self.rows), (other._provenance, other.rows))
+        return self._new(combined, origin, self._known or other._known)
 
     def __add__(self, other: SavedActivation) -> Self:
-        return self._with(other, torch.add) if isinstance(other, SavedActivation) else NotImplemented
+        return self._combined(other, torch.add) if isinstance(other, SavedActivation) else NotImplemented
 
     def __sub__(self, other: SavedActivation) -> Self:
-        return self._with(other, torch.sub) if isinstance(other, SavedActivation) else NotImplemented
+        return self._combined(other, torch.sub) if isinstance(other, SavedActivation) else NotImplemented
 
     def __neg__(self) -> Self:
         return self.map(torch.neg)
@@ -329,28 +254,16 @@ class SavedActivation:
 
         Args:
             other: a capture of the same paths.
-
-        Returns:
-            The products by path.
-
-        Raises:
-            KeyMismatch: the captures hold different paths.
         """
-        return self._with(other, algebra.dot)._flat()
+        return self._combined(other, algebra.dot)._flat()
 
     def cosine(self, other: SavedActivation) -> dict[str, Tensor]:
         """The cosine similarity with another capture: `{path: [prompt]}`; NaN for a vector of zeros.
 
         Args:
             other: a capture of the same paths.
-
-        Returns:
-            The cosines by path.
-
-        Raises:
-            KeyMismatch: the captures hold different paths.
         """
-        return self._with(other, algebra.cosine)._flat()
+        return self._combined(other, algebra.cosine)._flat()
 
     def project_out(self, direction: SavedActivation) -> Self:
         """Remove the component along a direction.
@@ -362,63 +275,30 @@ class SavedActivation:
 
         Args:
             direction: a capture of the same paths, with one row or one for each prompt.
-
-        Returns:
-            The new capture.
-
-        Raises:
-            KeyMismatch: the captures hold different paths.
         """
-        return self._with(direction, algebra.without)
+        return self._combined(direction, algebra.without)
 
     def project(self, subspace: algebra.Directions) -> Self:
         """The part of every value that lies in a subspace.
 
-        >>> saved = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.tensor([[3.0, 4.0]])))
-        >>> saved.project(ns.Subspace.of("layers[0].output", torch.tensor([0.0, 2.0])))["layers[0].output[-1]"]
-        tensor([[0., 4.]])
-
         Args:
-            subspace: an `ns.Subspace` of the site that was captured. For directions that are meant to hold at another
-                site too, `ns.Subspace(site, subspace.basis)`.
-
-        Returns:
-            A capture of the same sites and widths.
-
-        Raises:
-            BadArgument: the capture holds another site than the subspace's.
-            BadType: something other than a subspace.
-            ShapeError: a site of another width.
+            subspace: an `ns.Subspace` of the captured site; for another site, `ns.Subspace(site, subspace.basis)`.
         """
         basis = algebra.basis_of(self._packs, subspace, self._packs_at)
         return self.map(lambda tensor: algebra.within(tensor, basis))
 
     def interchange(self, other: SavedActivation, subspace: algebra.Directions) -> Self:
-        """These values, with the part that lies in a subspace taken from another capture of the same sites.
-
-        >>> key = "layers[0].output[-1]"
-        >>> a, b = (ns.SavedActivation.from_pairs((key, torch.tensor([v]))) for v in ([1, 2.], [3, 4.]))
-        >>> a.interchange(b, ns.Subspace.of("layers[0].output", torch.tensor([0.0, 2.0])))[key]
-        tensor([[1., 4.]])
+        """These values, with the part in a subspace taken from another capture of the same sites.
 
         Args:
-            other: the capture that the part is taken from, with as many rows, or one row that serves every prompt.
-            subspace: an `ns.Subspace` of the site that was captured. For directions that are meant to hold at another
-                site too, `ns.Subspace(site, subspace.basis)`.
-
-        Returns:
-            A capture of the same sites.
-
-        Raises:
-            BadArgument: the captures hold another site than the subspace's.
-            BadType: something other than a capture or a subspace.
-            KeyMismatch: the captures hold different paths.
-            ShapeError: a site of another width, or captures with different numbers of rows.
+            other: the other capture, with as many rows or one row for all prompts.
+            subspace: an `ns.Subspace` of the captured site; for another site, `ns.Subspace(site, subspace.basis)`.
         """
         basis = algebra.basis_of(self._packs, subspace, self._packs_at)
-        return self._with(other, lambda mine, theirs: algebra.interchanged(mine, theirs, basis))
+        return self._combined(other, lambda mine, theirs: algebra.interchanged(mine, theirs, basis))
 
     def _packs_at(self, place: str) -> set[int]:
+        """The numbers of the packs of an address."""
         return {number for number, _ in lookup.match(self._index, parse_path(place), *self._context)[0]}
 
     def _flat(self) -> dict[str, Tensor]:
@@ -429,27 +309,18 @@ class SavedActivation:
 
         The shape is `[layer, prompt, width]`, or `[layer, prompt, position, width]` for several positions.
 
-        >>> ns.capture(model, "w3 w4 w5", "layers[:].mlp.output[-1]").stack("layer").shape
-        torch.Size([3, 1, 16])
-
         Args:
             axis: `"layer"`, `"head"`, `"group"`, `"neuron"` or `"expert"`.
-
-        Returns:
-            The tensor.
         """
         return algebra.stacked(self._packs, axis)
 
-    # -- as torch does -------------------------------------------------------------------------------------------------
+    # --- like tensors -------------------------------------------------------------------------------------------------
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> Self:
         """Copy to another device or dtype.
 
         Args:
             device_or_dtype: the device or dtype, as for `torch.Tensor.to`.
-
-        Returns:
-            The new capture.
         """
         return self.map(lambda tensor: tensor.to(device_or_dtype))
 
@@ -469,22 +340,11 @@ class SavedActivation:
             rtol: the relative tolerance.
             atol: the absolute tolerance.
             equal_nan: whether NaN equals NaN.
-
-        Returns:
-            True or False.
-
-        Raises:
-            KeyMismatch: the captures hold different paths.
         """
-        return algebra.close(*self._beside(other), rtol, atol, equal_nan)
+        return algebra.close(*self._with_packs_of(other), rtol, atol, equal_nan)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hold the same sites with exactly the same values, as two dictionaries would be compared.
-
-        >>> saved = ns.capture(model, "w3 w4 w5", "layers[:].output[-1]")
-        >>> saved == ns.capture(model, "w3 w4 w5", "layers[:].output[-1]"), saved == saved * 2
-        (True, False)
-        """
+        """Whether both hold the same sites with exactly the same values."""
         if not isinstance(other, SavedActivation):
             return NotImplemented
         try:
@@ -493,13 +353,10 @@ class SavedActivation:
             return False
 
     def save(self, path: object = None) -> Self:
-        """Keep this object past the end of the trace, as nnsight's `save`; it does nothing outside a trace.
+        """Keep this object past the end of the trace, as nnsight's `save`; it writes no file.
 
         Args:
-            path: nothing; a path is refused.
-
-        Raises:
-            BadType: given a path; a file is written by `to_file`.
+            path: refused, as files are written by `to_file`.
         """
         if path is not None:
             raise BadType(
@@ -510,20 +367,17 @@ class SavedActivation:
         return engine.keep(self)
 
     def _located(self, model: Any) -> Self:
-        """The same with its keys located in a model; those of a file, or made by hand, are not."""
+        """The capture with its keys located in a model, as keys from files or pairs are not."""
         known = engine.map_of(model)
         self._check_saes(model)
         return self if self._known else self._new(lookup.located(self._packs, known.atlas), self._provenance, known)
 
     def _check_saes(self, model: Any) -> None:
-        """Raise where features of this are those of another SAE than the one that has its name in a model."""
-        told = self._provenance.saes
-        if told:
-            names = {key.sae.name for pack in self._packs for key in pack.keys if key.sae is not None}
-            used = {name: one for name, one in told.items() if name in names}
-            features.check_identities(engine.as_model(model), used, "the capture")
+        """Raise if features of this capture are of another SAE than the model's SAE of that name."""
+        if self._provenance.saes:
+            features.check_packs(engine.as_model(model), self._packs, self._provenance.saes)
 
-    # -- runs ----------------------------------------------------------------------------------------------------------
+    # --- runs ---------------------------------------------------------------------------------------------------------
 
     def apply(self, model: Any, *, at: int | Sequence[int] | None = None) -> None:
         """Replace values of the running trace by these.
@@ -531,11 +385,6 @@ class SavedActivation:
         Args:
             model: the model that is traced.
             at: one position (or one for each row) to write at, instead of the keys' own.
-
-        Raises:
-            OutsideTrace: no trace is running.
-            LateUpdate: the run is already past a site.
-            OverlappingWrite: two keys write the same value.
         """
         self._check_saes(model)
         writing.write(model, self._packs, None, at=at)
@@ -545,28 +394,15 @@ class SavedActivation:
     ) -> None:
         """Add these values to those of the running trace.
 
-        >>> step = ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, 16)))
-        >>> before = ns.capture(model, ["w3 w4", "w5 w6"], "layers[1].output[-1]")
-        >>> with model.trace(["w3 w4", "w5 w6"]):
-        ...     step.add_to(model, [1.0, -2.0])
-        ...     after = ns.save_activations(model, "layers[1].output[-1]")
-        >>> (after - before)["layers[1].output[-1]"].mean(-1).round(decimals=3)
-        tensor([ 1., -2.])
-
         Args:
             model: the model that is traced.
             coefficient: a factor, or one for each row.
             at: one position (or one for each row) to write at, instead of the keys' own.
-
-        Raises:
-            OutsideTrace: no trace is running.
-            LateUpdate: the run is already past a site.
-            OverlappingWrite: two keys write the same value.
         """
         self._check_saes(model)
         writing.write(model, self._packs, coefficient, at=at)
 
-    # -- files ---------------------------------------------------------------------------------------------------------
+    # --- files --------------------------------------------------------------------------------------------------------
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with the provenance in its header, completely or not at all.
@@ -591,13 +427,6 @@ class SavedActivation:
         Args:
             path: the file.
             sites: a path or several to read; all if left out.
-
-        Returns:
-            The capture.
-
-        Raises:
-            FileError: the file is no capture, or damaged.
-            UnknownPath: the file does not hold a path.
         """
         of, provenance = storage.read(path, sites)
         return cls._new(of, provenance, None)
@@ -608,13 +437,10 @@ class SavedActivation:
 
         Args:
             folder: the folder.
-
-        Returns:
-            The captures that were written.
         """
         return ActivationFolder.open(folder, cls.from_file)
 
-    # -- provenance ----------------------------------------------------------------------------------------------------
+    # --- provenance ---------------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> str | None:
@@ -638,11 +464,7 @@ class SavedActivation:
 
     @property
     def positions(self) -> dict[str, list[int] | None]:
-        """The token of each prompt that a value is of, by path; None where it is not known.
-
-        >>> ns.capture(model, ["w3 w4 w5", "w6 w7"], "layers[1].output[-1]").positions
-        {'layers[1].output[-1]': [2, 1]}
-        """
+        """The token position of each value in each prompt, by path; None where it is not known."""
         return packs.positions(self._packs, self._provenance)
 
     def __repr__(self) -> str:

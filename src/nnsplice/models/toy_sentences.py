@@ -23,7 +23,7 @@ from nnsplice.models.toy_words import (
     REVIEWS,
     SLOTS,
     TOPICS,
-)  # fmt: skip
+)
 
 #: A range, `(start, stop)`.
 Bounds = tuple[int, int]
