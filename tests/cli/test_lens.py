@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,39 @@ def test_mistakes_are_answered(tmp_path: Path) -> None:
     file.write_text("a\nb\n", encoding="utf-8")
     assert "tuned or jacobian" in _run("fit", file, "--model", "toy", "--kind", "best", "--out", "x.st", code=2)
     assert "no folder" in _run("fit", file, "--model", "toy", "--out", tmp_path / "no" / "x", code=1)
+
+
+@pytest.mark.parametrize("out", ["lens.txt", "lens"])
+def test_a_file_with_another_ending_is_refused_before_anything_runs(tmp_path: Path, out: str) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\n", encoding="utf-8")
+    said = _run("fit", file, "--model", "nowhere", "--out", tmp_path / out, code=1)
+    assert f"write: --out {tmp_path / 'lens.safetensors'}" in said
+    asked = ("--model", "nowhere", "--prompt", FACT.clean, "--page", tmp_path / "page.png")
+    for command in ("logit", "direct"):
+        more = ("--answer", "x") if command == "direct" else ()
+        assert "page.html" in _run(command, *asked, *more, code=1)
+    assert "is a folder" in _run("fit", file, "--model", "nowhere", "--out", tmp_path, code=1)
+
+
+def test_a_file_of_prompts_that_cannot_be_read_says_what_is_expected(tmp_path: Path) -> None:
+    out = tmp_path / "lens.safetensors"
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "empty.txt").touch()
+    for name, why in (("none.txt", "No such file"), ("picture.png", "not text"), ("empty.txt", "no prompt")):
+        for asked in (("fit", tmp_path / name, "--out", out), ("logit", "--prompt", f"@{tmp_path / name}")):
+            said = _run(*asked, "--model", "toy", code=1)
+            assert why in said and "a prompt on each line" in said and "Errno" not in said
+
+
+def test_tokens_are_a_list_in_json() -> None:
+    asked = ("logit", "--model", "toy", "--prompt", FACT.clean, "--answer", FACT.answer, "--k", 2, "--json")
+    rows = json.loads(_run(*asked))
+    assert all(len(row["tokens"]) == 2 for row in rows) and rows[-1]["tokens"][0] == FACT.answer.strip()
+    assert rows[-1]["rank"] == 0 and 0.99 < rows[-1]["answer"] < 1
+
+
+def test_errors_speak_of_options() -> None:
+    asked = ("--model", "toy", "--prompt", FACT.clean)
+    said = _run("logit", *asked, "--sites", "layers[0].attn.output[-1]", code=1)
+    assert "write: nnsplice lens direct" in said and "in: ns." not in said

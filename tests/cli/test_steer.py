@@ -75,10 +75,10 @@ def test_generation_is_shown_beside_the_unsteered_text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("fit", "--model", "toy", "--out", "x"), 2, "--positive and --negative, or --evals"),
+        (("fit", "--model", "toy", "--out", "x.gguf"), 2, "--positive and --negative, or --evals"),
         (("fit", "--model", "toy", "--positive", "a", "--negative", "b", "--out", "no/x"), 1, "no folder"),
         (("fit", "--model", "toy", "--positive", "a", "--negative", "b", "--out", "s3://b/x"), 1, "object store"),
-        (("fit", "--model", "toy", "--positive", "@none", "--negative", "b", "--out", "x"), 1, "cannot be read"),
+        (("fit", "--model", "toy", "--positive", "@none", "--negative", "b", "--out", "x.gguf"), 1, "cannot be read"),
         (("fit", "--model", "toy", "--evals", "e", "--out", "x", "--unit", "cm"), 1, "no unit 'cm'"),
         (("generate", "--model", "toy", "--vector", "none", "--prompt", "a"), 1, "no file none"),
         (("generate", "--model", "toy", "--prompt", "a"), 2, "--vector"),

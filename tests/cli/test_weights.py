@@ -51,3 +51,7 @@ def test_a_mistake_is_answered_without_a_traceback(place: str, said: str) -> Non
 
 def test_a_place_is_needed() -> None:
     assert "PLACE" in run("toy", code=2)[1]
+
+
+def test_two_forms_of_output_are_one_too_many() -> None:
+    assert "--plain or --json" in run("toy", "l1h0", "--plain", "--json", code=2)[1]

@@ -13,6 +13,7 @@ from nnsight.intervention.interleaver import Mediator
 
 import nnsplice as ns
 from nnsplice import engine
+from nnsplice.engine import tracing
 from nnsplice.errors import OutsideTrace
 from zoo import build, tokenizer, wrap
 
@@ -209,3 +210,9 @@ def test_a_private_name_that_moved_is_told_with_the_version(monkeypatch: pytest.
     monkeypatch.setitem(nnsight_private.USED, "Controller", ("no_such_thing",))
     with pytest.raises(ImportError, match=r"Controller.no_such_thing"):
         nnsight_private.find("Controller")
+
+
+def test_an_adapter_without_peft_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "find_spec", lambda name: None)
+    with pytest.raises(ns.errors.MissingPackage, match=r'pip install "nnsplice\[peft\]"'):
+        ns.load("toy", peft="anywhere")

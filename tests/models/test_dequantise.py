@@ -289,7 +289,7 @@ def test_one_of_several_files_says_how_to_join_them(file: Path, tmp_path: Path) 
 def test_without_the_package_the_extra_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = dequantise.find_spec
     monkeypatch.setattr(dequantise, "find_spec", lambda name: None if name == "gguf" else real(name))
-    refused(MissingPackage, "pip install nnsplice[gguf]", name_or_module=file)
+    refused(MissingPackage, 'pip install "nnsplice[gguf]"', name_or_module=file)
 
 
 def test_arguments_that_would_do_nothing(file: Path, tmp_path: Path, model: Any) -> None:

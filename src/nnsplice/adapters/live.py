@@ -75,7 +75,7 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
     except ImportError:
-        raise MissingPackage("adapters on a model need peft", write="pip install nnsplice[peft]") from None
+        raise MissingPackage("adapters on a model need peft", write='pip install "nnsplice[peft]"') from None
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     return [(name, module) for name, module in unwrap(model).named_modules() if isinstance(module, kinds)]
 

@@ -18,6 +18,7 @@ steering    the commands that fit, sweep and use a steering vector
 table       the output: tables, texts, warnings
 tracing     the command that sweeps
 weights     the command that shows which weights belong to a site
+wording     messages of Python functions, in the words of a shell
 working     the commands that run, merge and look at the units of a run folder
 """
 

@@ -10,7 +10,7 @@ import typer
 
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.files import require_folder_of
+from nnsplice.cli.files import require_writable
 from nnsplice.cli.loading import loaded
 from nnsplice.cli.options import (
     AnswerOption,
@@ -88,7 +88,7 @@ def find(
         raise WrongUsage("Give --edges or --share")
     if method == "acdc" and (edges is not None or share is not None or greedy):
         raise WrongUsage("acdc finds out how many edges stay: leave out --edges, --share and --greedy")
-    require_folder_of(out)
+    require_writable(out, ".json")
     metric = ns.logit_diff(given.single(answer), given.single(wrong))
     question = (loaded(model, device, dtype, no_cache=no_cache), clean, corrupted)
     progress = sys.stderr.isatty()
@@ -177,6 +177,7 @@ def show_(
     \b
     nnsplice circuit show ioi.json --html ioi.html
     """
+    require_writable(html, ".html", option="--page")
     with plain_warnings():
         one = _read(file, None if model is None else loaded(model))
     _list(one, edges)

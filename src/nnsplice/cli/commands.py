@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from nnsplice.cli.loading import loaded
 from nnsplice.cli.options import DeviceOption, DtypeOption, ModelArgument, NoCacheOption, TowerName, TowerOption
 from nnsplice.cli.table import JsonOption, begin, finish, say, tabulate
+from nnsplice.cli.wording import in_a_shell
 from nnsplice.errors import BadArgument, NnspliceError
 from nnsplice.progress import bar
 from nnsplice.shown import printable
@@ -60,7 +61,7 @@ class Commands(TyperGroup):
             _explain(error)
             code = 2
         except NnspliceError as error:
-            say(str(error), err=True)
+            say(in_a_shell(str(error)), err=True)
             code = 1
         except OSError as error:  # a name that is too long, a folder that may not be read, a disk that is full
             name = "" if error.filename is None else f": {printable(str(error.filename))[:200]}"

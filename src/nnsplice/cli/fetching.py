@@ -48,7 +48,13 @@ def fetch(
     if model.note:
         say(f"  {model.note}")
     if not yes:
-        typer.confirm("Install it?", abort=True, err=True)
+        try:
+            wanted = typer.confirm("Install it?", err=True)
+        except typer.Abort:  # there is nobody to ask, or Ctrl-C
+            say(f"\nnothing was installed; without a question: nnsplice fetch {name} --yes", err=True)
+            raise
+        if not wanted:
+            raise typer.Abort
     published.fetch(name, again=again)
     say(f"installed: ns.load({name!r})")
     _reader()
@@ -57,4 +63,4 @@ def fetch(
 def _reader() -> None:
     """The weights are a GGUF file, whose reader is an extra."""
     if find_spec("gguf") is None:
-        say("  reading it needs gguf: pip install nnsplice[gguf]", err=True)
+        say('  reading it needs gguf: pip install "nnsplice[gguf]"', err=True)

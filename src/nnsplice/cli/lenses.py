@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.files import prompts_of, require_folder_of
+from nnsplice.cli.files import prompts_in, prompts_of, require_writable
 from nnsplice.cli.loading import loaded
 from nnsplice.cli.options import (
     AnswerOption,
@@ -63,11 +63,11 @@ def logit(
     """List the tokens that each state would say, if it left the last layer.
 
     \b
-    nnsplice lens logit --model toy --prompt 'The Eiffel Tower is in' --answer Paris
+    nnsplice lens logit --model toy --prompt 'The Velmar Tower is located in the city of' --answer Athens
     """
     import nnsplice as ns
 
-    require_folder_of(page, "--page")
+    require_writable(page, ".html", option="--page")
     fitted_lens = None if fitted is None else ns.lens.FittedLens.from_file(fitted)
     answers = None if answer is None else given.single(answer)
     running = loaded(model, device, dtype, no_cache=no_cache)
@@ -84,14 +84,17 @@ def logit(
         )
     numbers = None if answers is None else {name: found.only(name).table.values for name in ("probability", "rank")}
     rows: list[tuple[str, ...]] = []
+    values: list[dict[str, Any]] = []
     for row in range(len(found.ids)):
         for number, cell in enumerate(found.results.cells):
             if found.results.table.exists[row, number]:
-                tokens = " ".join(repr(found.texts[int(one)]) for one in found.ids[row, number])
-                shown = [] if numbers is None else [f"{numbers['probability'][row, number]:.3f}",
-                                                   f"{numbers['rank'][row, number]:.0f}"]  # fmt: skip
-                rows.append((str(row), cell.path, *shown, tokens))
-    tabulate("tokens", rows, ("prompt", "site", *(() if numbers is None else ("answer", "rank")), "tokens"))
+                tokens = [found.texts[int(one)] for one in found.ids[row, number]]
+                answered = {} if numbers is None else {"answer": float(numbers["probability"][row, number]),
+                                                       "rank": int(numbers["rank"][row, number])}  # fmt: skip
+                shown = (f"{answered['answer']:.3f}", str(answered["rank"])) if answered else ()
+                rows.append((str(row), cell.path, *shown, " ".join(map(repr, tokens))))
+                values.append({"prompt": row, "site": cell.path, **answered, "tokens": tokens})
+    tabulate("tokens", rows, ("prompt", "site", *(() if numbers is None else ("answer", "rank")), "tokens"), values)
     _write_page(page, found.result)
 
 
@@ -126,7 +129,7 @@ def direct(
     import nnsplice as ns
     from nnsplice.lens.direct import ALL
 
-    require_folder_of(page, "--page")
+    require_writable(page, ".html", option="--page")
     right = given.single(answer)
     metric = right if wrong is None else ns.logit_diff(right, given.single(wrong))
     running = loaded(model, device, dtype, no_cache=no_cache)
@@ -163,12 +166,11 @@ def fit(
     nnsplice lens fit prompts.txt --model toy --out lens.safetensors
     """
     import nnsplice as ns
-    from nnsplice.files import text_of
 
     if kind not in ("tuned", "jacobian"):
         raise WrongUsage(f"There is no kind {kind!r}; write tuned or jacobian")
-    require_folder_of(out)
-    lines = [line for line in text_of(prompts).splitlines() if line.strip()]
+    require_writable(out, ".safetensors")
+    lines = prompts_in(prompts)
     running = loaded(model, device, dtype, no_cache=no_cache)
     progress = sys.stderr.isatty()
     with plain_warnings():

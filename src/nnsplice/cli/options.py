@@ -58,11 +58,19 @@ CorruptedOption = Annotated[
 ]
 AnswerOption = Annotated[
     list[str],
-    typer.Option("--answer", metavar="TOKEN", help="The right token: one for all prompts, or repeated for each."),
+    typer.Option(
+        "--answer",
+        metavar="TOKEN",
+        help="The right token: one for all prompts, or repeated for each. Several for a single prompt are a set.",
+    ),
 ]
 WrongOption = Annotated[
     list[str],
-    typer.Option("--wrong", metavar="TOKEN", help="The wrong token: one for all prompts, or repeated for each."),
+    typer.Option(
+        "--wrong",
+        metavar="TOKEN",
+        help="The wrong token: one for all prompts, or repeated for each. Several for a single prompt are a set.",
+    ),
 ]
 TowerOption = Annotated[
     TowerName | None, typer.Option("--tower", help="In a model with two towers, which one. Default: both.")

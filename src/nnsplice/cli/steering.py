@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.files import prompts_of, require_folder_of
+from nnsplice.cli.files import prompts_of, require_writable
 from nnsplice.cli.loading import loaded
 from nnsplice.cli.options import (
     DeviceOption,
@@ -89,7 +89,7 @@ def fit(
         raise BadArgument(f"there is no unit {unit!r}", expected="norm or means")
     if (evals is None) == (not positive and not negative) or (evals is not None and (positive or negative)):
         raise WrongUsage("Give --positive and --negative, or --evals")
-    require_folder_of(out)
+    require_writable(out, ".safetensors", ".gguf")
     if evals is not None:
         pairs = steering.read_evals(evals)
         good, bad = list(pairs.positive), list(pairs.negative)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nnsplice.cli.commands import app, blueprint
+from nnsplice.cli.commands import WrongUsage, app, blueprint
 from nnsplice.cli.options import ModelArgument
 from nnsplice.cli.table import JsonOption, plain_warnings, tabulate
 
@@ -32,6 +32,8 @@ def mask(
     Several sites are shown together. A key/value head that several heads share is shown with each of
     them, with a note: what acts on weights takes it with the whole group (l1g0).
     """
+    if plain and as_json:
+        raise WrongUsage("Give --plain or --json")
     from nnsplice.weights import create_param_masks, preview_weight_restriction
     from nnsplice.weights.preview import rows_of
 

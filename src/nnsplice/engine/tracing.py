@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dis import opmap, opname
 from functools import lru_cache, wraps
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any, TypeVar, cast
 
@@ -26,7 +27,7 @@ from nnsplice.engine.devices import staying
 from nnsplice.engine.model_lock import locked
 from nnsplice.engine.nnsight_private import STATE, Controller
 from nnsplice.engine.nnsight_private import Mediator as Mediator
-from nnsplice.errors import BadArgument, OutsideTrace
+from nnsplice.errors import BadArgument, MissingPackage, OutsideTrace
 from nnsplice.wire import Stop, logits_of, read_all, write_all
 
 Model = nnsight.Envoy
@@ -39,6 +40,10 @@ def wrap(name_or_module: str | nn.Module, tokenizer: Any, **kwargs: Any) -> Mode
 
     if isinstance(name_or_module, str):
         kwargs.setdefault("dispatch", True)
+    if kwargs.get("peft") is not None and find_spec("peft") is None:
+        raise MissingPackage(
+            "an adapter is loaded by peft, which is not installed", write='pip install "nnsplice[peft]"'
+        )
     with staying(name_or_module, kwargs) as device:
         try:
             model = TransformersModel(name_or_module, tokenizer=tokenizer, **kwargs, **device)

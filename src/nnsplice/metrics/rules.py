@@ -23,7 +23,8 @@ def logit_diff(answer: Answer, wrong: Answer, *, position: int = -1) -> Metric:
     tensor([0.6931])
 
     Args:
-        answer: the right token, as text or id; a set of them; or one for each prompt, in a list.
+        answer: the right token, as text or id; a set of them; or one for each prompt, in a list,
+            which for a single prompt is a set.
         wrong: the wrong token, in the same forms.
         position: the position of the prompt whose logits are read.
 
@@ -41,7 +42,7 @@ def probability(answer: Answer, *, position: int = -1) -> Metric:
 
     Args:
         answer: a token, as text or id; a set of tokens, whose probabilities are added; or one for each prompt, in a
-            list.
+            list, which for a single prompt is a set.
         position: the position of the prompt whose logits are read.
 
     Returns:
@@ -58,7 +59,7 @@ def log_probability(answer: Answer, *, position: int = -1) -> Metric:
 
     Args:
         answer: a token, as text or id; a set of tokens, whose probabilities are added; or one for each prompt, in a
-            list.
+            list, which for a single prompt is a set.
         position: the position of the prompt whose logits are read.
 
     Returns:
@@ -74,7 +75,8 @@ def rank(answer: Answer, *, position: int = -1) -> Metric:
     tensor([1.])
 
     Args:
-        answer: a token, as text or id; a set of tokens, of which the best counts; or one for each prompt, in a list.
+        answer: a token, as text or id; a set of tokens, of which the best counts; or one for each prompt, in a
+            list, which for a single prompt is a set.
         position: the position of the prompt whose logits are read.
 
     Returns:
@@ -108,7 +110,8 @@ def accuracy(answer: Answer, *, position: int = -1) -> Metric:
     tensor([1., 0.])
 
     Args:
-        answer: a token, as text or id; a set of tokens, of which any counts; or one for each prompt, in a list.
+        answer: a token, as text or id; a set of tokens, of which any counts; or one for each prompt, in a
+            list, which for a single prompt is a set.
         position: the position of the prompt whose logits are read.
 
     Returns:
@@ -149,7 +152,7 @@ def sequence_log_probability(answer: TokenSequence) -> Metric:
 
     Args:
         answer: the text that follows the prompt, with its leading space, or its token ids; or one for each prompt, in a
-            list.
+            list, which for a single prompt is a set.
 
     Returns:
         The metric, for sweeps and ablations.

