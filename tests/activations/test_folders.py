@@ -215,3 +215,11 @@ def test_texts_with_images_are_refused_by_name_and_not_run_without_them(tmp_path
     for number, given in enumerate((prompts, rows)):
         with pytest.raises(BadArgument, match="these prompts hold images"):
             ns.capture_to(tmp_path / str(number), shown, given, "layers[1].output[-1]")
+
+
+def test_a_folder_prints_in_a_few_lines_however_many_prompts_it_has(model: Any, tmp_path: Path) -> None:
+    held = ns.capture_to(tmp_path, model, ["w3 w4"] * 50, "layers[:].output[-1]", chunk=20, progress=False)
+    assert repr(held) == (
+        f"ActivationFolder: 3 sites, 50 prompts of {held.told['model']}\n"
+        f"  layers[0].output[-1], layers[1].output[-1], layers[2].output[-1]\n  {tmp_path}"
+    )

@@ -23,6 +23,7 @@ from torch import Tensor
 from nnsplice.errors import BadArgument, FileError, UnknownPath
 from nnsplice.files import from_json
 from nnsplice.paths import Path, Paths, parse_path
+from nnsplice.shown import counted
 from nnsplice.stores import Store, store_of
 
 KIND, FORMAT = "nnsplice captures", 1
@@ -81,6 +82,15 @@ class ActivationFolder(Generic[Held]):
             found = [one for name in chunks for one in from_json(store.read(name), store.at(name))["files"]]
         files = tuple((one["name"], tuple(one["rows"])) for one in found)
         return cls(store, told, files, complete, read)
+
+    def __repr__(self) -> str:
+        """Line by line: how much there is of which model, and where; the sites."""
+        state = "" if self.is_complete else ", not finished"
+        sites = ", ".join(self.paths[:6]) + (f" and {len(self.paths) - 6} more" if len(self.paths) > 6 else "")
+        return (
+            f"ActivationFolder: {counted(len(self.paths), 'site')}, {counted(self.rows, 'prompt')} of "
+            f"{self.told['model']}{state}\n  {sites}\n  {self.folder}"
+        )
 
     @property
     def folder(self) -> FilePath | str:

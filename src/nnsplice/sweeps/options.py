@@ -23,9 +23,9 @@ def check_options(name: str, given: Mapping[str, Any], known: Iterable[str]) -> 
     """Raise for an option that there is not.
 
     Raises:
-        BadType: with the options that are spelled most like it.
+        BadType: with the options that are spelled most like it, or all where none is.
     """
     known = tuple(known)
     for option in given:
         if option not in known:
-            raise BadType(f"{name} has no option {option}=", expected=closest(option, known))
+            raise BadType(f"{name} has no option {option}=", expected=closest(option, known, len(known)))
