@@ -1,7 +1,7 @@
 """The GGUF format: headers, tensors in F32, and writing.
 
 write_file, read_file     facts and F32 tensors
-read_outline              facts, and the name, shape and type of every tensor, without their numbers
+read_gguf_header              facts, and the name, shape and type of every tensor, without their numbers
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
+class GgufHeader:
     """What a file says of itself."""
 
     facts: Mapping[str, Any]
@@ -79,7 +79,7 @@ def _value(value: Any) -> bytes:
     return struct.pack("<II", _U32, value)
 
 
-def read_outline(path: str | os.PathLike[str]) -> Outline:
+def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     """The facts of a GGUF file, and where its tensors are.
 
     Raises:
@@ -110,7 +110,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, n
         raise FileError(f"{path} is damaged: {error}") from None
 
 
-def _outline(path: Any, raw: bytes | mmap.mmap) -> Outline:
+def _outline(path: Any, raw: bytes | mmap.mmap) -> GgufHeader:
     try:
         reader = _Reader(raw)
         (version,) = reader.take("<I")
@@ -126,7 +126,7 @@ def _outline(path: Any, raw: bytes | mmap.mmap) -> Outline:
             infos.append((name, reader.take(f"<{dims}Q"), *reader.take("<IQ")))
         alignment = facts.get("general.alignment", ALIGNMENT)
         start = reader.at + -reader.at % alignment
-        return Outline(
+        return GgufHeader(
             facts, tuple(TensorInfo(name, tuple(reversed(shape)), kind, start + at) for name, shape, kind, at in infos)
         )
     except _DAMAGE as error:

@@ -39,7 +39,7 @@ class Lock:
         for _ in range(8):
             _held.add(self._words)  # before it is there, so that no other thread takes it for a dead one's
             if _made(self.path, self._words):
-                self._beat = Beat(lambda: os.utime(self.path), LEASE / 12)
+                self._beat = Heartbeat(lambda: os.utime(self.path), LEASE / 12)
                 return
             _held.discard(self._words)
             self._take_over(of)
@@ -85,7 +85,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-class Beat:
+class Heartbeat:
     """A thread that gives a sign every few seconds that its process lives; `stop` ends it."""
 
     def __init__(self, sign: Callable[[], object], every: float) -> None:

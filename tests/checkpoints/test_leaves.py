@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnsplice import checkpoints as ck
-from nnsplice.atlas.layouts import Kind, Layout
+from nnsplice.atlas.layouts import Layout, LayoutKind
 from nnsplice.errors import BadArgument, BadType, MapperError
 
 X = torch.arange(24.0).reshape(4, 6)
@@ -164,7 +164,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("kind", "heads", "groups"), LAYOUTS)
-def test_what_was_dealt_is_collected_again(kind: Kind, heads: int, groups: int):
+def test_what_was_dealt_is_collected_again(kind: LayoutKind, heads: int, groups: int):
     layout = Layout(kind, heads, groups, head_dim=3)
     ranges = tuple(tuple(layout.range(role, i) for i in range(layout.count(role))) for role in ("q", "k", "v"))
     fused = torch.randn(5, layout.width("q"))

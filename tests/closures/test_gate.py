@@ -346,20 +346,20 @@ def test_estimates_and_paths_tell_it_too(method: str) -> None:
 def test_what_is_told_of_experts_is_what_they_cost() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    from nnsplice.closures import spent
+    from nnsplice.closures import passes_spent
 
     model = wrap("mixtral")
     ns.expand(model, "layers[0].output")
     with FlopCounterMode(display=False) as one, torch.no_grad():
         model._module(torch.tensor([[3, 10, 17, 24]]))
     measure(model, ["heads"])
-    assert spent(model) == 1.0
+    assert passes_spent(model) == 1.0
     with FlopCounterMode(display=False) as counted:
         measure(model, ["experts"])
-    told, counted_passes = spent(model), counted.get_total_flops() / one.get_total_flops()
+    told, counted_passes = passes_spent(model), counted.get_total_flops() / one.get_total_flops()
     assert abs(told - counted_passes) < 0.15 * counted_passes and 0 < told < 3
     measure(model)
-    assert 1.9 < spent(model) < 2.1 and spent(model) == 0.0
+    assert 1.9 < passes_spent(model) < 2.1 and passes_spent(model) == 0.0
 
 
 def test_it_is_kept_in_files_and_summed_where_results_are_merged(tmp_path: Any) -> None:

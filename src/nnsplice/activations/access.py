@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnsplice import closures, engine, wire
-from nnsplice.atlas import Kind, Site, unwrap
+from nnsplice.atlas import Site, SiteKind, unwrap
 from nnsplice.errors import LateUpdate, MissingPosition, RefusedPlace, ShapeError
 from nnsplice.paths import Path, Span, position_rank
 from nnsplice.tokens import Rows, Spans, concrete
@@ -25,7 +25,7 @@ class Access:
 
     place: engine.TracedEnd
     item: int | None
-    kind: Kind
+    kind: SiteKind
     tower: str
     paths: tuple[Path, ...]
     root: nn.Module

@@ -16,7 +16,7 @@ from torch import Tensor
 from nnsplice.activations.access import site_of
 from nnsplice.activations.packs import Pack
 from nnsplice.atlas import Site, attached, unwrap
-from nnsplice.atlas.attached import Attached, Features
+from nnsplice.atlas.attached import AttachedSae, Features
 from nnsplice.errors import BadArgument, UnknownPath
 from nnsplice.paths import Path
 
@@ -37,7 +37,7 @@ def sae_of(model: Any, path: Path) -> Features:
     return _attached_to(model, path, site_of(path).sae).sae
 
 
-def _attached_to(model: Any, path: Path, name: str | None) -> Attached:
+def _attached_to(model: Any, path: Path, name: str | None) -> AttachedSae:
     """The attachment of the SAE of this name; the path is for the error.
 
     Raises:
@@ -59,7 +59,7 @@ def identities(model: Any, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return {name: _identity(_attached_to(model, path, name)) for name, path in sorted(by_name.items())}
 
 
-def _identity(attachment: Attached) -> dict[str, Any]:
+def _identity(attachment: AttachedSae) -> dict[str, Any]:
     reads = attachment.reads
     return {**attachment.sae.identity, **({} if reads is None else {"reads": str(reads.place)})}
 

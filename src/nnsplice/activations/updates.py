@@ -153,7 +153,7 @@ def _updater(
 
     def update(new: Tensor) -> None:
         engine.worker(model, "update")
-        closures.tell_joint_norms(model, [path])
+        closures.warn_of_joint_norms(model, [path])
         if mediator.occurrence(access.place.key) != visits:
             raise LateUpdate(
                 "the run has already gone past this site, so the update would change nothing",

@@ -17,7 +17,7 @@ from nnsplice import closures, engine
 from nnsplice.activations import derived, features
 from nnsplice.activations.access import Access, access_to, site_of, value_key
 from nnsplice.activations.packs import Pack
-from nnsplice.atlas import Kind, host
+from nnsplice.atlas import SiteKind, host
 from nnsplice.atlas.attached import Features
 from nnsplice.errors import BadArgument, DuplicatePath, MissingPosition, OverlappingWrite, ShapeError
 from nnsplice.paths import Path, Span
@@ -42,7 +42,7 @@ class SiteWrite:
     sae: Features | None = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> SiteKind:
         """The kind of the captured site."""
         return site_of(self.path).kind
 

@@ -41,7 +41,7 @@ def write(
         raise BadArgument("this capture is empty, so writing it would do nothing", expected="at least one entry")
     packs, spans = at_position(packs, at, spans)
     steps = plan_write(model, packs)
-    closures.tell_joint_norms(model, (one.path for step in steps for one in step.writes))
+    closures.warn_of_joint_norms(model, (one.path for step in steps for one in step.writes))
     batch = engine.batch_of(model, mediator)
     for step in steps:
         step.access.check_not_past(mediator)

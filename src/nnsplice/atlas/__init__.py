@@ -2,7 +2,7 @@
 
 from nnsplice.atlas.atlas import Atlas as Atlas
 from nnsplice.atlas.atlas import fingerprint as fingerprint
-from nnsplice.atlas.attached import Attached as Attached
+from nnsplice.atlas.attached import AttachedSae as AttachedSae
 from nnsplice.atlas.attached import attach as attach
 from nnsplice.atlas.attached import attached as attached
 from nnsplice.atlas.attached import detach as detach
@@ -16,16 +16,16 @@ from nnsplice.atlas.drawing import by_number as by_number
 from nnsplice.atlas.drawing import draw as draw
 from nnsplice.atlas.layouts import Layout as Layout
 from nnsplice.atlas.order import Order as Order
-from nnsplice.atlas.selection import Part as Part
+from nnsplice.atlas.refusals import edges_between_towers as edges_between_towers
+from nnsplice.atlas.selection import ParameterSlice as ParameterSlice
 from nnsplice.atlas.selection import Selection as Selection
 from nnsplice.atlas.selection import rest_of as rest_of
 from nnsplice.atlas.shards import refuse_sharded as refuse_sharded
 from nnsplice.atlas.shards import whole_here as whole_here
 from nnsplice.atlas.site import DERIVED as DERIVED
-from nnsplice.atlas.site import Kind as Kind
 from nnsplice.atlas.site import Site as Site
-from nnsplice.atlas.sites import edges_between_towers as edges_between_towers
-from nnsplice.atlas.sites import native_text as native_text
+from nnsplice.atlas.site import SiteKind as SiteKind
+from nnsplice.atlas.site import native_text as native_text
 from nnsplice.atlas.tree import text_config as text_config
 from nnsplice.atlas.unwrap import unwrap as unwrap
 from nnsplice.atlas.verify import Check as Check

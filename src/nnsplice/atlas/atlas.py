@@ -11,9 +11,9 @@ from torch import nn
 
 from nnsplice.atlas.attached import attached, expand_part
 from nnsplice.atlas.locate import locate
+from nnsplice.atlas.model_parts import ModelParts
 from nnsplice.atlas.native import expand_native
 from nnsplice.atlas.ownership import unclaimed
-from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.recognise import find_towers
 from nnsplice.atlas.resolve import resolve, split
 from nnsplice.atlas.selection import Selection
@@ -45,7 +45,7 @@ def fingerprint(root: nn.Module) -> int:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Atlas(Parts):
+class Atlas(ModelParts):
     """The structure of a model: where its layers, heads and parameters are.
 
     `Atlas.of` reads a model; `expand` resolves paths to sites, `locate` finds the address of a name, `resolve` the

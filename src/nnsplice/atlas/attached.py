@@ -45,7 +45,7 @@ class Features(Protocol):
 
 
 @dataclass(frozen=True)
-class Attached:
+class AttachedSae:
     """An SAE and its site."""
 
     #: Where it is written, as `expand` returns it.
@@ -55,10 +55,10 @@ class Attached:
     reads: Path | None = None
 
 
-_ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, Attached]] = weakref.WeakKeyDictionary()
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, AttachedSae]] = weakref.WeakKeyDictionary()
 
 
-def attach(root: nn.Module, name: str, one: Attached) -> None:
+def attach(root: nn.Module, name: str, one: AttachedSae) -> None:
     """Give a site of a model an SAE, by a name that is free."""
     _ATTACHED.setdefault(root, {})[name] = one
 
@@ -68,7 +68,7 @@ def detach(root: nn.Module, name: str) -> None:
     del _ATTACHED[root][name]
 
 
-def attached(root: nn.Module | None) -> Mapping[str, Attached]:
+def attached(root: nn.Module | None) -> Mapping[str, AttachedSae]:
     """The SAEs of a model, by their names."""
     return {} if root is None else _ATTACHED.get(root, {})
 

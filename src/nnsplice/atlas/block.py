@@ -73,7 +73,7 @@ class Block:
     #: Modules of the layer beside `module`, where a layer is no module, and the one whose output is the layer's.
     beside: tuple[str, ...] = ()
     end: str | None = None
-    #: Parts of the MLP beside `mlp`.
+    #: ModelParts of the MLP beside `mlp`.
     mlp_beside: tuple[str, ...] = ()
     #: Layers behind the projections of keys and values, whose rows are the groups' -> the role.
     group_rows: tuple[tuple[str, str], ...] = ()

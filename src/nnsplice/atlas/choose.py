@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Tower, TowerName
-from nnsplice.atlas.tree import Node, Tree
+from nnsplice.atlas.tree import ModuleTree, Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,14 @@ class Towers:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenStacks:
     """The list of each tower."""
 
     towers: Mapping[TowerName, str]
     doubt: Doubt | None = None
 
 
-def choose(tree: Tree, stacks: Mapping[str, int], width: Callable[[str], int | None]) -> Choice:
+def choose(tree: ModuleTree, stacks: Mapping[str, int], width: Callable[[str], int | None]) -> ChosenStacks:
     """The towers among recognised lists of blocks.
 
     Args:
@@ -54,7 +54,9 @@ def choose(tree: Tree, stacks: Mapping[str, int], width: Callable[[str], int | N
         groups[_tower_name(tree, stack, stacks)].append(stack)
     if stacks and not groups["decoder"]:
         encoders = tuple(groups["encoder"])
-        return Choice({}, Doubt(f"of its two towers the encoder alone is recognised: {_listed(encoders)}", encoders))
+        return ChosenStacks(
+            {}, Doubt(f"of its two towers the encoder alone is recognised: {_listed(encoders)}", encoders)
+        )
     towers: dict[TowerName, str] = {}
     for name, group in groups.items():
         if not group:
@@ -63,14 +65,16 @@ def choose(tree: Tree, stacks: Mapping[str, int], width: Callable[[str], int | N
         if name == "decoder":
             hidden = _hidden(tree, nearest[0], stacks)
             if hidden:
-                return Choice({}, Doubt(f"the layers of its decoder, {_listed(hidden)}, are not recognised", hidden))
+                return ChosenStacks(
+                    {}, Doubt(f"the layers of its decoder, {_listed(hidden)}, are not recognised", hidden)
+                )
             nearest = _fitting(tree, nearest, stacks, width)
         if len(nearest) > 1:
             which = "the layers" if name == "decoder" else "the layers of its encoder"
-            return Choice({}, Doubt(f"several lists could be {which}: {_listed(nearest)}", tuple(nearest)))
+            return ChosenStacks({}, Doubt(f"several lists could be {which}: {_listed(nearest)}", tuple(nearest)))
         towers[name] = nearest[0]
     # In the order of the model, as it was read.
-    return Choice({name: stack for stack in stacks for name, taken in towers.items() if taken == stack})
+    return ChosenStacks({name: stack for stack in stacks for name, taken in towers.items() if taken == stack})
 
 
 def is_numbered(node: Node) -> bool:
@@ -78,7 +82,7 @@ def is_numbered(node: Node) -> bool:
     return node.indexed and bool(node.children) and all(key.isdigit() for key in node.children)
 
 
-def _tower_name(tree: Tree, stack: str, stacks: Mapping[str, int]) -> TowerName:
+def _tower_name(tree: ModuleTree, stack: str, stacks: Mapping[str, int]) -> TowerName:
     """BERT's only list is called `encoder` too, but a model with one tower has no need for the word."""
     two = tree.facts.get("is_encoder_decoder")
     if two is False:
@@ -89,14 +93,14 @@ def _tower_name(tree: Tree, stack: str, stacks: Mapping[str, int]) -> TowerName:
     return "encoder" if two and _under(stack, tree.ends.get("encoder")) else "decoder"
 
 
-def _nearest(tree: Tree, tower: TowerName, stacks: list[str]) -> list[str]:
+def _nearest(tree: ModuleTree, tower: TowerName, stacks: list[str]) -> list[str]:
     """The lists that stand nearest to where a tower is looked for."""
     keys = {stack: _distance(tree, tower, stack) for stack in stacks}
     best = min(keys.values())
     return [stack for stack, key in keys.items() if key == best]
 
 
-def _distance(tree: Tree, tower: TowerName, stack: str) -> tuple[bool, bool, int]:
+def _distance(tree: ModuleTree, tower: TowerName, stack: str) -> tuple[bool, bool, int]:
     """How far a list stands from where the tower is looked for: by what names it, and by steps."""
     home = tree.ends.get(tower)
     beneath = _under(stack, home)
@@ -116,7 +120,7 @@ def _under(name: str, home: str | None) -> bool:
     return home is not None and name.startswith(f"{home}.")
 
 
-def _hidden(tree: Tree, chosen: str, stacks: Mapping[str, int]) -> tuple[str, ...]:
+def _hidden(tree: ModuleTree, chosen: str, stacks: Mapping[str, int]) -> tuple[str, ...]:
     """Lists of modules that stand nearer than the chosen one and were not recognised: they may be the decoder."""
     found = []
     for node in tree.nodes.values():
@@ -132,7 +136,7 @@ def _hidden(tree: Tree, chosen: str, stacks: Mapping[str, int]) -> tuple[str, ..
 
 
 def _fitting(
-    tree: Tree, nearest: list[str], stacks: Mapping[str, int], width: Callable[[str], int | None]
+    tree: ModuleTree, nearest: list[str], stacks: Mapping[str, int], width: Callable[[str], int | None]
 ) -> list[str]:
     """Of lists that stand equally near, those that are as wide as the embedding and as long as the config says."""
     embed = tree.ends.get("embed")

@@ -7,7 +7,7 @@ config's `model_type` decides only where two families with the same names and sh
 
 from __future__ import annotations
 
-from nnsplice.atlas.layouts import Kind, Role
+from nnsplice.atlas.layouts import LayoutKind, Role
 
 #: Attributes of modules and configs that recognition may ask for.
 FACTS = (
@@ -72,7 +72,7 @@ O = ("o_proj", "o_proj.linear", "out_proj", "c_proj", "dense", "o", "out_lin", "
 O_BESIDE = ("output.dense", *O)
 
 #: One layer for q, k and v -> how its axis is laid out.
-FUSED: dict[str, Kind] = {
+FUSED: dict[str, LayoutKind] = {
     "c_attn": "concat",
     "qkv_proj": "concat",
     "Wqkv": "concat",
@@ -81,7 +81,7 @@ FUSED: dict[str, Kind] = {
     "query_key_value": "grouped",
 }
 #: Where the name alone would be wrong: (class of the attention module starts with, layout).
-FUSED_BY_CLASS: dict[str, Kind] = {"CodeGen": "quartered", "MiniMaxLightning": "interleaved"}
+FUSED_BY_CLASS: dict[str, LayoutKind] = {"CodeGen": "quartered", "MiniMaxLightning": "interleaved"}
 
 #: Parameters of the attention module with one number per head.
 PER_HEAD = ("sinks", "gate_bias")
@@ -301,12 +301,12 @@ UNEMBED = (
     "unembed",
     "head",
 )
-#: Parts of a prefix that mark a tower for something else than text.
+#: ModelParts of a prefix that mark a tower for something else than text.
 NOT_TEXT = frozenset(
     {
         "vision_tower", "vision_model", "visual", "vision_encoder", "video_tower", "image_tower", "image_encoder",
         "audio_tower", "audio_encoder", "speech_encoder", "codec_model",
     }
 )  # fmt: skip
-#: Parts of a prefix that mark a tower for text, among towers without a mark.
+#: ModelParts of a prefix that mark a tower for text, among towers without a mark.
 TEXT = frozenset({"language_model", "text_model", "text_decoder"})

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["q", "k", "v"]
-Kind = Literal["separate", "latent", "concat", "interleaved", "grouped", "quartered"]
+LayoutKind = Literal["separate", "latent", "concat", "interleaved", "grouped", "quartered"]
 ROLES: tuple[Role, ...] = ("q", "k", "v")
 
 #: Kinds in which the query has an axis of its own.
@@ -41,7 +41,7 @@ class Layout:
     (32, 40)
     """
 
-    kind: Kind
+    kind: LayoutKind
     n_heads: int
     n_kv: int
     #: Width of a head's slice in front of the output projection, and of its value.
@@ -157,7 +157,7 @@ def merge(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(joined)
 
 
-def fits(kind: Kind, n_heads: int, n_kv: int, head_dim: int) -> bool:
+def fits(kind: LayoutKind, n_heads: int, n_kv: int, head_dim: int) -> bool:
     """Whether a layout can exist with these numbers."""
     if min(n_heads, n_kv, head_dim) < 1 or n_heads % n_kv:
         return False

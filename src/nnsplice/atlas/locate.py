@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nnsplice.atlas import families as rows
+from nnsplice.atlas.model_parts import ModelParts
 from nnsplice.atlas.modules import layer_place
-from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.resolve import resolve
 from nnsplice.errors import OutOfRange, UnknownPath, closest
 from nnsplice.paths.path import Path, Step
@@ -27,7 +27,7 @@ _ADAPTED = re.compile(
 )
 
 
-def locate(atlas: Parts, name: str) -> Path:
+def locate(atlas: ModelParts, name: str) -> Path:
     """The smallest site that holds a name. See `Atlas.locate`."""
     for spelling in _spellings(atlas, name):
         found = _known(atlas, spelling) or _foreign_expert(atlas, spelling)
@@ -43,7 +43,7 @@ def locate(atlas: Parts, name: str) -> Path:
     )
 
 
-def _spellings(atlas: Parts, name: str) -> Iterator[str]:
+def _spellings(atlas: ModelParts, name: str) -> Iterator[str]:
     """The name as it may be called in this tree, most literal first."""
     seen: set[str] = set()
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
@@ -67,12 +67,12 @@ def _ancestors(prefix: str) -> list[str]:
     return [".".join(words[:i]) for i in range(1, len(words) + 1) if prefix]
 
 
-def _exists(atlas: Parts, name: str) -> bool:
+def _exists(atlas: ModelParts, name: str) -> bool:
     tree = atlas.tree
     return name in tree.params or name in tree.aliases or name in tree.nodes or name in tree.buffers
 
 
-def _known(atlas: Parts, name: str) -> Path | None:
+def _known(atlas: ModelParts, name: str) -> Path | None:
     """A name of the tree itself."""
     tree = atlas.tree
     if not name or (not _exists(atlas, name) and not _layer_weight(atlas, name)):
@@ -96,13 +96,13 @@ def _known(atlas: Parts, name: str) -> Path | None:
     return _native(atlas, name)
 
 
-def _layer_weight(atlas: Parts, name: str) -> bool:
+def _layer_weight(atlas: ModelParts, name: str) -> bool:
     """Whether it is the weight of a layer whose own parameters an adapter moved one module down."""
     module, _, attribute = name.rpartition(".")
     return module in atlas.tree.nodes and attribute in atlas.tree.owner(module).params
 
 
-def _native(atlas: Parts, name: str) -> Path:
+def _native(atlas: ModelParts, name: str) -> Path:
     module, _, attribute = name.rpartition(".")
     steps: list[Step] = []
     for word in (name if name in atlas.tree.nodes else module).split("."):
@@ -117,7 +117,7 @@ def _native(atlas: Parts, name: str) -> Path:
     return Path(tuple(steps), native=True, value=value)
 
 
-def _foreign_expert(atlas: Parts, name: str) -> Path | None:
+def _foreign_expert(atlas: ModelParts, name: str) -> Path | None:
     """Mixture-of-experts names of the other spelling: one module per expert, or fused tensors."""
     for tower in atlas.towers.values():
         match = re.match(rf"{re.escape(tower.stack)}\.(\d+)\.(.+)$", name)
@@ -141,7 +141,7 @@ def _foreign_expert(atlas: Parts, name: str) -> Path | None:
     return None
 
 
-def _foreign_unembed(atlas: Parts, name: str) -> Path | None:
+def _foreign_unembed(atlas: ModelParts, name: str) -> Path | None:
     """The unembedding by the name that other versions of the family give it (`embed_out.weight`)."""
     tower = atlas.towers.get("decoder")
     module = name.rpartition(".")[0]

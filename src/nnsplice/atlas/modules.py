@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from nnsplice.atlas.block import Block, Tower
-from nnsplice.atlas.tree import Tree
+from nnsplice.atlas.tree import ModuleTree
 from nnsplice.paths.path import Path, Step
 
 
-def module_places(tree: Tree, towers: Mapping[str, Tower]) -> dict[str, Path]:
+def module_places(tree: ModuleTree, towers: Mapping[str, Tower]) -> dict[str, Path]:
     """Module name -> the site that is this module; the first layer where several share one."""
     places: dict[str, Path] = {}
     for tower in towers.values():
@@ -23,7 +23,7 @@ def module_places(tree: Tree, towers: Mapping[str, Tower]) -> dict[str, Path]:
     return places
 
 
-def _block_places(tree: Tree, block: Block) -> Iterator[tuple[str, tuple[Step, ...]]]:
+def _block_places(tree: ModuleTree, block: Block) -> Iterator[tuple[str, tuple[Step, ...]]]:
     for part in ("q", "k", "v", "o"):
         module = getattr(block, part)
         if module:

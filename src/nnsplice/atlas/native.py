@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import TowerName
 from nnsplice.atlas.indices import column, resolve_index
-from nnsplice.atlas.parts import Parts
+from nnsplice.atlas.model_parts import ModelParts
 from nnsplice.atlas.site import Site
 from nnsplice.errors import PathError, RefusedPlace, UnknownPath, closest
 from nnsplice.paths.path import WEIGHT_VALUES, Path, Step
@@ -23,12 +23,12 @@ class Found:
     parameter: str | None = None
 
 
-def follow(atlas: Parts, path: Path) -> Iterator[Found]:
+def follow(atlas: ModelParts, path: Path) -> Iterator[Found]:
     """Every module or parameter that a native path names, in numeric order."""
     yield from _follow(atlas, path, 0, "", ())
 
 
-def _follow(atlas: Parts, path: Path, number: int, module: str, done: tuple[Step, ...]) -> Iterator[Found]:
+def _follow(atlas: ModelParts, path: Path, number: int, module: str, done: tuple[Step, ...]) -> Iterator[Found]:
     nodes = atlas.tree.nodes
     if number == len(path.steps):
         yield Found(done, module)
@@ -64,7 +64,7 @@ def _follow(atlas: Parts, path: Path, number: int, module: str, done: tuple[Step
         yield from _follow(atlas, path, number + 1, entries[index], (*done, Step(step.name, index)))
 
 
-def expand_native(atlas: Parts, path: Path) -> Iterator[Path]:
+def expand_native(atlas: ModelParts, path: Path) -> Iterator[Path]:
     """Every concrete path that a native path means."""
     if path.value in WEIGHT_VALUES:
         raise PathError(
@@ -96,7 +96,7 @@ def expand_native(atlas: Parts, path: Path) -> Iterator[Path]:
         yield replace(path, steps=found.steps, value=value, site=site)
 
 
-def tower_of(atlas: Parts, module: str) -> TowerName:
+def tower_of(atlas: ModelParts, module: str) -> TowerName:
     """Whose tokens a module's values run over."""
     encoder = atlas.towers.get("encoder")
     if encoder is None:

@@ -10,7 +10,7 @@ from nnsplice.atlas.families import NOT_TEXT
 from nnsplice.atlas.site import Site
 from nnsplice.errors import NeverFired
 
-#: Parts of a module's name that mark a tower for something else than text, or what leads from there to the text's.
+#: ModelParts of a module's name that mark a tower for something else than text, or what leads from there to the text's.
 _OF_IMAGES = NOT_TEXT | {"multi_modal_projector", "connector"}
 
 

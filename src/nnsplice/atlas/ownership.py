@@ -7,23 +7,23 @@ from math import prod
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block
-from nnsplice.atlas.parts import Parts
-from nnsplice.atlas.tree import Tree, is_norm
+from nnsplice.atlas.model_parts import ModelParts
+from nnsplice.atlas.tree import ModuleTree, is_norm
 
 
-def whole_names(tree: Tree, module: str) -> Iterator[str]:
+def whole_names(tree: ModuleTree, module: str) -> Iterator[str]:
     """Every parameter at and below a module, by its first name."""
     for name in (module, *tree.under(module)):
         yield from (full for full, _ in tree.nodes[name].params.values())
 
 
-def per_head(atlas: Parts, block: Block) -> tuple[str, ...]:
+def per_head(atlas: ModelParts, block: Block) -> tuple[str, ...]:
     """Parameters of the attention with one number per head, such as GPT-OSS's sinks."""
     node = atlas.tree.nodes.get(block.pattern[0] if block.pattern else "")
     return tuple(node.params[name][0] for name in rows.PER_HEAD if name in node.params) if node else ()
 
 
-def unclaimed(atlas: Parts, block: Block) -> tuple[str, ...]:
+def unclaimed(atlas: ModelParts, block: Block) -> tuple[str, ...]:
     """Parameters of a layer's attention that no role claims and that are not known to be all heads' alike.
 
     Norms, tables of relative positions and single numbers serve all heads; whatever else is left may be a part of one.

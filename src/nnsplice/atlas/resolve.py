@@ -10,20 +10,22 @@ from nnsplice.atlas.attached import refuse_part
 from nnsplice.atlas.block import Block
 from nnsplice.atlas.indices import at, column, resolve_index
 from nnsplice.atlas.layouts import ROLES, Role
+from nnsplice.atlas.model_parts import ModelParts
 from nnsplice.atlas.native import follow
 from nnsplice.atlas.ownership import per_head, unclaimed, whole_names
-from nnsplice.atlas.parts import Parts
-from nnsplice.atlas.selection import Part, Ranges, Selection, join
-from nnsplice.atlas.sites import COUNTED, attended, count, missing_part, no_attention, reads_other, take_apart
+from nnsplice.atlas.refusals import missing_part, no_attention, reads_other
+from nnsplice.atlas.roles import COUNTED, role_of
+from nnsplice.atlas.selection import ParameterSlice, Ranges, Selection, join
+from nnsplice.atlas.sites import attended, count
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import PathError, RefusedPlace, UnknownPath
 from nnsplice.paths.path import Path
 
 #: One parameter by its first name, and what of it.
-Piece = tuple[str, Part]
+Piece = tuple[str, ParameterSlice]
 
 
-def resolve(atlas: Parts, path: Path) -> Selection:
+def resolve(atlas: ModelParts, path: Path) -> Selection:
     """The parameters of a site, sought once. See `Atlas.resolve`."""
     found = atlas.selections.get(path)
     if found is None:
@@ -31,7 +33,7 @@ def resolve(atlas: Parts, path: Path) -> Selection:
     return found
 
 
-def _resolve(atlas: Parts, path: Path) -> Selection:
+def _resolve(atlas: ModelParts, path: Path) -> Selection:
     """The same, sought anew."""
     refuse_part(path)
     if path.position is not None:
@@ -45,7 +47,7 @@ def _resolve(atlas: Parts, path: Path) -> Selection:
         _native(atlas, path) if path.native else (piece for place in split(atlas, path) for piece in _one(atlas, place))
     )
     shapes = atlas.tree.params
-    found: dict[str, Part] = {}
+    found: dict[str, ParameterSlice] = {}
     for name, part in pieces:
         if path.value in ("weight", "bias") and (name.rpartition(".")[2].endswith("bias")) != (path.value == "bias"):
             continue
@@ -56,7 +58,7 @@ def _resolve(atlas: Parts, path: Path) -> Selection:
     return Selection.of({name: found[name] for name in sorted(found, key=atlas.rank)}, shapes)
 
 
-def _native(atlas: Parts, path: Path) -> Iterator[Piece]:
+def _native(atlas: ModelParts, path: Path) -> Iterator[Piece]:
     for found in follow(atlas, path):
         if found.parameter is not None:
             yield atlas.tree.nodes[found.module].params[found.parameter][0], None
@@ -70,14 +72,14 @@ def _native(atlas: Parts, path: Path) -> Iterator[Piece]:
             yield from whole(atlas, found.module)
 
 
-def split(atlas: Parts, path: Path) -> Iterator[Path]:
+def split(atlas: ModelParts, path: Path) -> Iterator[Path]:
     """The single sites of a model that a path means. See `Atlas.split`."""
     refuse_part(path)
     if path.native:
         yield from (replace(path, steps=found.steps) for found in follow(atlas, path))
         return
-    place = take_apart(path)
-    if place.role == "full":
+    form = role_of(path)
+    if form.role == "full":
         yield path
         return
     if path.value in ("input", "mid", "ungated", "pattern"):
@@ -88,14 +90,14 @@ def split(atlas: Parts, path: Path) -> Iterator[Path]:
             write=str(replace(path, value=None)),
         )
     tower = atlas.tower(path)
-    if place.role in ("embed", "final_norm", "unembed"):
-        if getattr(tower, place.role) is None:
-            raise UnknownPath(f"this model has no {place.role}", path=path, column=column(path, 0))
+    if form.role in ("embed", "final_norm", "unembed"):
+        if getattr(tower, form.role) is None:
+            raise UnknownPath(f"this model has no {form.role}", path=path, column=column(path, 0))
         yield path
         return
     for layer in resolve_index(path, 0, tower.n_layers, "layer", atlas.tower_phrase(tower)):
         steps = [at(path.steps[0], layer), *path.steps[1:]]
-        if place.counted is None:
+        if form.counted is None:
             yield replace(path, steps=tuple(steps))
             continue
         name = path.steps[1].name
@@ -105,33 +107,33 @@ def split(atlas: Parts, path: Path) -> Iterator[Path]:
             yield replace(path, steps=(steps[0], at(path.steps[1], index)))
 
 
-def _one(atlas: Parts, path: Path) -> Iterator[Piece]:
+def _one(atlas: ModelParts, path: Path) -> Iterator[Piece]:
     """What belongs to one site."""
-    place = take_apart(path)
-    if place.role == "full":
+    form = role_of(path)
+    if form.role == "full":
         yield from ((name, None) for name in atlas.tree.params)
         return
     tower = atlas.tower(path)
-    if place.role in ("embed", "final_norm", "unembed"):
-        yield from whole(atlas, getattr(tower, place.role))
+    if form.role in ("embed", "final_norm", "unembed"):
+        yield from whole(atlas, getattr(tower, form.role))
         return
     layer, *inner = (step.index for step in path.steps)
     assert isinstance(layer, int)
     block = attended(path, tower.blocks[layer])
-    if place.counted is None:
-        yield from _part(atlas, path, block, "attn" if place.role == "cross" else place.role)
+    if form.counted is None:
+        yield from _part(atlas, path, block, "attn" if form.role == "cross" else form.role)
     else:
-        if place.value in ("k", "v") and block.kv_layer is not None:
-            raise reads_other(path, block, place.value)
-        yield from _COUNTED[path.steps[1].name.removeprefix("cross.")](atlas, block, inner[0], place.value)
+        if form.value in ("k", "v") and block.kv_layer is not None:
+            raise reads_other(path, block, form.value)
+        yield from _COUNTED[path.steps[1].name.removeprefix("cross.")](atlas, block, inner[0], form.value)
 
 
-def whole(atlas: Parts, module: str) -> Iterator[Piece]:
+def whole(atlas: ModelParts, module: str) -> Iterator[Piece]:
     """Every parameter at and below a module."""
     yield from ((name, None) for name in whole_names(atlas.tree, module))
 
 
-def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
+def _part(atlas: ModelParts, path: Path, block: Block, role: str) -> Iterator[Piece]:
     if role == "layers":
         for module in block.modules:
             yield from whole(atlas, module)
@@ -173,7 +175,7 @@ def _part(atlas: Parts, path: Path, block: Block, role: str) -> Iterator[Piece]:
         yield from whole(atlas, module)
 
 
-def _mlp(atlas: Parts, block: Block) -> Iterator[Piece]:
+def _mlp(atlas: ModelParts, block: Block) -> Iterator[Piece]:
     if block.mlp is not None and not block.mlp_is_bare:
         for home in (block.mlp, *block.mlp_beside):
             for name in (home, *atlas.tree.under(home)):
@@ -186,7 +188,7 @@ def _mlp(atlas: Parts, block: Block) -> Iterator[Piece]:
             yield from whole(atlas, module)
 
 
-def _own(atlas: Parts, module: str | None, names: Iterable[str]) -> Iterator[Piece]:
+def _own(atlas: ModelParts, module: str | None, names: Iterable[str]) -> Iterator[Piece]:
     """Parameters of a module itself, by name."""
     params = atlas.tree.nodes[module].params if module is not None else {}
     yield from ((params[name][0], None) for name in names if name in params)
@@ -202,7 +204,7 @@ def _stacked(block: Block, roles: Iterable[str], ranges: Ranges | None) -> Itera
 # -- slices of layers --------------------------------------------------------------------------------------------------
 
 
-def _out(atlas: Parts, module: str, ranges: Ranges) -> Iterator[Piece]:
+def _out(atlas: ModelParts, module: str, ranges: Ranges) -> Iterator[Piece]:
     """The slices of a layer's parameters that make some of its output columns."""
     tree = atlas.tree
     owner = tree.owner(module)
@@ -214,7 +216,7 @@ def _out(atlas: Parts, module: str, ranges: Ranges) -> Iterator[Piece]:
     yield from _adapter(atlas, module, ("lora_B", "lora_magnitude_vector"), 0, ranges)
 
 
-def _in(atlas: Parts, module: str, ranges: Ranges) -> Iterator[Piece]:
+def _in(atlas: ModelParts, module: str, ranges: Ranges) -> Iterator[Piece]:
     """The slices of a layer's weight that read some of its input columns; its bias belongs to none of them."""
     entry = atlas.tree.owner(module).params.get("weight")
     if entry is not None:
@@ -222,7 +224,7 @@ def _in(atlas: Parts, module: str, ranges: Ranges) -> Iterator[Piece]:
     yield from _adapter(atlas, module, ("lora_A",), 1, ranges)
 
 
-def _adapter(atlas: Parts, module: str, kinds: Iterable[str], axis: int, ranges: Ranges) -> Iterator[Piece]:
+def _adapter(atlas: ModelParts, module: str, kinds: Iterable[str], axis: int, ranges: Ranges) -> Iterator[Piece]:
     """Slices of the adapter factors that share the layer's axis; the other factor serves all heads alike."""
     for kind in kinds:
         home = atlas.tree.child(module, kind)
@@ -231,7 +233,7 @@ def _adapter(atlas: Parts, module: str, kinds: Iterable[str], axis: int, ranges:
                 yield name, (axis, ranges)
 
 
-def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
+def _heads(atlas: ModelParts, block: Block, heads: range, group: int, value: str | None) -> Iterator[Piece]:
     layout = block.layout
     assert layout is not None
     if value == "gate":
@@ -266,7 +268,7 @@ def _heads(atlas: Parts, block: Block, heads: range, group: int, value: str | No
             yield from _out(atlas, module, (_share(atlas, module, range(group, group + 1), layout.n_kv),))
 
 
-def _refuse_unclaimed(atlas: Parts, block: Block) -> None:
+def _refuse_unclaimed(atlas: ModelParts, block: Block) -> None:
     left = unclaimed(atlas, block)
     if left:
         raise RefusedPlace(
@@ -278,23 +280,23 @@ def _refuse_unclaimed(atlas: Parts, block: Block) -> None:
         )
 
 
-def _share(atlas: Parts, module: str, wanted: range, count: int) -> tuple[int, int]:
+def _share(atlas: ModelParts, module: str, wanted: range, count: int) -> tuple[int, int]:
     """The rows of some heads, where a layer's rows go to all of them in equal shares."""
     each = atlas.tree.owner(module).params["weight"][1][0] // count
     return wanted.start * each, wanted.stop * each
 
 
-def _head(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+def _head(atlas: ModelParts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
     assert block.layout is not None
     return _heads(atlas, block, range(index, index + 1), block.layout.group_of(index), value)
 
 
-def _group(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+def _group(atlas: ModelParts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
     assert block.layout is not None
     return _heads(atlas, block, block.layout.heads_of(index), index, value)
 
 
-def _expert(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+def _expert(atlas: ModelParts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
     node = atlas.tree.nodes[str(block.experts)]
     if block.experts_are_modules:
         yield from whole(atlas, list(node.children.values())[index])
@@ -312,7 +314,7 @@ def _expert(atlas: Parts, block: Block, index: int, value: str | None) -> Iterat
             yield name, (0, ((index, index + 1),))
 
 
-def _neuron(atlas: Parts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
+def _neuron(atlas: ModelParts, block: Block, index: int, value: str | None) -> Iterator[Piece]:
     yield from _stacked(block, ("gate", "up", "down"), ((index, index + 1),))
     for role in ("gate", "up"):
         module = getattr(block, role)

@@ -15,7 +15,7 @@ from nnsplice.errors import BadArgument
 
 Ranges = tuple[tuple[int, int], ...]
 #: None for the whole parameter, else the axis and the ranges along it.
-Part = tuple[int, Ranges] | None
+ParameterSlice = tuple[int, Ranges] | None
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -40,14 +40,14 @@ class Selection:
         universe: the shapes of all parameters of the model.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ParameterSlice]
     #: The shapes of these parameters.
     shapes: Shapes
     #: The shapes of all parameters of the model, which `~` is taken in.
     universe: Shapes = field(repr=False)
 
     @classmethod
-    def of(cls, parts: Mapping[str, Part], shapes: Shapes) -> Selection:
+    def of(cls, parts: Mapping[str, ParameterSlice], shapes: Shapes) -> Selection:
         """A selection in its canonical form, so that equal choices are equal values.
 
         Args:
@@ -199,14 +199,14 @@ class Selection:
         return f"Selection({len(self)} parameters, {self.numel():,} of {total:,})"
 
 
-def _shorten(part: Part, shape: tuple[int, ...]) -> Part:
+def _shorten(part: ParameterSlice, shape: tuple[int, ...]) -> ParameterSlice:
     if part is None:
         return None
     axis, ranges = part[0], merge(part[1])
     return None if ranges == ((0, shape[axis]),) else (axis, ranges)
 
 
-def join(name: str, one: Part, other: Part) -> Part:
+def join(name: str, one: ParameterSlice, other: ParameterSlice) -> ParameterSlice:
     """Both of two parts of one parameter."""
     if one is None or other is None:
         return None
@@ -215,10 +215,10 @@ def join(name: str, one: Part, other: Part) -> Part:
 
 
 #: Nothing of a parameter, along whatever axis.
-_NOTHING: Part = (0, ())
+_NOTHING: ParameterSlice = (0, ())
 
 
-def _meet(name: str, one: Part, other: Part) -> Part:
+def _meet(name: str, one: ParameterSlice, other: ParameterSlice) -> ParameterSlice:
     """What two parts of one parameter have in common."""
     if one is None or other is None:
         return other if one is None else one
@@ -229,7 +229,7 @@ def _meet(name: str, one: Part, other: Part) -> Part:
     return one[0], tuple((start, stop) for start, stop in pairs if start < stop)
 
 
-def rest_of(part: Part, shape: tuple[int, ...]) -> Part:
+def rest_of(part: ParameterSlice, shape: tuple[int, ...]) -> ParameterSlice:
     """What a part leaves of its parameter."""
     if part is None:
         return _NOTHING

@@ -11,9 +11,9 @@ End = Literal["input", "output"]
 #: before its gate, are derived from several values (`activations/derived.py`). `feature` and `error` are what an
 #: attached SAE makes of a plain value; `transcoded` is a feature of one that reads this value and is written at another
 #: site.
-Kind = Literal["plain", "stream", "pattern", "expert", "ungated", "feature", "error", "transcoded"]
+SiteKind = Literal["plain", "stream", "pattern", "expert", "ungated", "feature", "error", "transcoded"]
 #: The kinds that are computed from values, and stand in none.
-DERIVED: tuple[Kind, ...] = ("pattern", "expert", "ungated", "feature", "error", "transcoded")
+DERIVED: tuple[SiteKind, ...] = ("pattern", "expert", "ungated", "feature", "error", "transcoded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Site:
     columns: tuple[int, int] | None = None
     #: Which call of a module that runs several times in one pass.
     occurrence: int = 0
-    kind: Kind = "plain"
+    kind: SiteKind = "plain"
     #: The head of a pattern or of a slice before its gate, or the number of an expert or a feature.
     index: int | None = None
     #: Which tower's tokens the positions count.
@@ -45,3 +45,11 @@ class Site:
     def location(self) -> tuple[str, str, int]:
         """What one access serves: every site with this location is read and written together."""
         return (self.module, self.end, self.occurrence)
+
+
+def native_text(name: str | None) -> str:
+    """A dotted module name as a native path writes it: `transformer.h.3.attn` -> `transformer.h[3].attn`."""
+    text = ""
+    for part in (name or "").split("."):
+        text += f"[{part}]" if part.isdigit() else f".{part}" if text else part
+    return text

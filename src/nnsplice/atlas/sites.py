@@ -3,136 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nnsplice.atlas.block import Block, Tower, TowerName
 from nnsplice.atlas.indices import column, resolve_index
-from nnsplice.atlas.parts import Parts
-from nnsplice.atlas.site import Site
-from nnsplice.errors import PathError, RefusedPlace, UnknownPath, closest
+from nnsplice.atlas.model_parts import ModelParts
+from nnsplice.atlas.refusals import edges_between_towers, missing_part, no_attention, reads_other, stacked_place
+from nnsplice.atlas.roles import COUNTED, VALUES, PathRole, role_of
+from nnsplice.atlas.site import Site, native_text
+from nnsplice.errors import PathError, RefusedPlace, UnknownPath
 from nnsplice.paths.path import WEIGHT_VALUES, Path, Step
 
-#: What may follow `layers[i]`, and what may follow that.
-INSIDE_LAYER = ("attn", "mixer", "mlp", "heads", "groups", "experts", "neurons", "cross", "cross.heads", "cross.groups")
-INSIDE_ATTN = ("q", "k", "v", "o")
-INSIDE_MLP = ("gate", "up", "down", "router")
-#: Counted parts -> what one of them is called in a sentence.
-COUNTED = {"heads": "head", "groups": "group", "experts": "expert", "neurons": "neuron"}
-COUNTED |= {"cross.heads": "head", "cross.groups": "group"}
-ROOTS = ("embed", "layers", "final_norm", "unembed")
-#: Values of each site; a site that is not listed has only `output`.
-VALUES: dict[str, tuple[str, ...]] = {
-    "layers": ("input", "mid", "output"),
-    "heads": ("output", "q", "k", "v", "gate", "ungated", "pattern"),
-    "groups": ("k", "v"),
-    "cross.heads": ("output", "q", "k", "v", "pattern"),
-    "cross.groups": ("k", "v"),
-}
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A portable path taken apart: what kind of site it is and where its indices stand."""
-
-    #: The role that the site ends in: `layers`, `attn`, `q`, `heads`, ...
-    role: str
-    #: Number of the step that counts heads, groups, experts or neurons; None where there is none.
-    counted: int | None
-    value: str | None
-
-
-def take_apart(path: Path) -> Place:
-    """Check the words of a portable path against the language (not yet against a model)."""
-    names = [step.name for step in path.steps]
-    if names[0] == "full":
-        return Place("full", None, path.value)
-    if names[0] not in ROOTS:
-        raise UnknownPath(
-            f"{names[0]} is no site", path=path, column=column(path, 0), expected=closest(names[0], ROOTS)
-        )
-    value = path.value
-    if names[0] != "layers":
-        if len(names) > 1:
-            raise UnknownPath(f"{names[0]} has no part {names[1]}", path=path, column=column(path, 1))
-        return Place(names[0], None, value)
-    if len(names) == 1:
-        return Place("layers", None, value)
-    _refuse_projected_heads(path, names)
-    allowed = {"attn": INSIDE_ATTN, "cross": INSIDE_ATTN, "mlp": INSIDE_MLP}
-    for number, name in enumerate(names[1:], start=1):
-        options = INSIDE_LAYER if number == 1 else allowed.get(names[1], ()) if number == 2 else ()
-        if name not in options:
-            raise UnknownPath(
-                f"{names[number - 1]} has no part {name}",
-                path=path,
-                column=column(path, number),
-                expected=closest(name, options) if options else "nothing more here",
-            )
-    return Place(names[-1], 1 if names[1] in COUNTED else None, value)
-
-
-def _refuse_projected_heads(path: Path, names: list[str]) -> None:
-    if names[1] != "attn" or not set(names[2:]) & {"heads", "groups"}:
-        return
-    number = next(i for i, name in enumerate(names) if i > 1 and name in ("heads", "groups"))
-    write = ".".join(str(step) for step in (path.steps[0], *path.steps[number:]))
-    raise RefusedPlace(
-        "after the output projection heads are mixed; a head's own slice lies before it",
-        path=path,
-        column=column(path, number),
-        write=f"{write}.{path.value}" if path.value else write,
-    )
-
-
-def expand_portable(atlas: Parts, path: Path) -> Iterator[Path]:
+def expand_portable(atlas: ModelParts, path: Path) -> Iterator[Path]:
     """Every concrete path that a portable path means, in numeric order."""
     tower = atlas.tower(path)
-    place = take_apart(path)
-    if place.value in WEIGHT_VALUES or place.role == "full":
+    form = role_of(path)
+    if form.value in WEIGHT_VALUES or form.role == "full":
         raise PathError(
             f"{path} names parameters, not an activation", path=path, expected="an activation such as .output"
         )
-    value = place.value or "output"
-    if place.role in ("groups", "cross.groups") and value == "output":
+    value = form.value or "output"
+    if form.role in ("groups", "cross.groups") and value == "output":
         raise RefusedPlace(
             "a group has no output of its own: its keys and values are shared by heads",
             path=path,
             write=f"{path.place if path.value is None else replace(path.place, value=None)}.v",
         )
-    _check_value(path, place, value)
-    if place.role == "cross.heads" and path.key is not None:
+    _check_value(path, form, value)
+    if form.role == "cross.heads" and path.key is not None:
         raise edges_between_towers(path)
-    if place.role in ("embed", "final_norm", "unembed"):
-        yield replace(path, value="output", site=_model_site(tower, path, place.role))
+    if form.role in ("embed", "final_norm", "unembed"):
+        yield replace(path, value="output", site=_model_site(tower, path, form.role))
         return
     for layer in resolve_index(path, 0, tower.n_layers, "layer", atlas.tower_phrase(tower)):
         block = attended(path, tower.blocks[layer])
         steps = [Step("layers", layer), *path.steps[1:]]
-        if place.counted is None:
-            site = block_site(path, tower, block, "attn" if place.role == "cross" else place.role, value)
+        if form.counted is None:
+            site = _block_site(path, tower, block, "attn" if form.role == "cross" else form.role, value)
             yield replace(path, steps=tuple(steps), value=value, site=site)
             continue
         name = steps[1].name
-        length = count(path, block, place.role)
+        length = count(path, block, form.role)
         shown = f"layers[{layer}].{name}"
         for index in resolve_index(path, 1, length, COUNTED[name], f"layer {layer}", shown):
             steps[1] = Step(name, index)
-            site = counted_site(path, tower, block, name.removeprefix("cross."), index, value)
+            site = _counted_site(path, tower, block, name.removeprefix("cross."), index, value)
             yield replace(path, steps=tuple(steps), value=value, site=site)
 
 
-def edges_between_towers(path: Path | str) -> RefusedPlace:
-    """The error for a query and a key of two towers."""
-    return RefusedPlace(
-        "edges of cross-attention are not cut or read one by one",
-        path=path,
-        expected="the pattern of a query, whose width are the encoder's tokens",
-        write=str(replace(path, key=None) if isinstance(path, Path) else path),
-    )
-
-
 def attended(path: Path, block: Block) -> Block:
-    """The block that a path of a layer speaks of: the layer, or its attention to the encoder."""
+    """The block that a path of a layer names: the layer, or its cross-attention."""
     if block.key_tower is not None or len(path.steps) < 2 or path.steps[1].name.partition(".")[0] != "cross":
         return block
     if block.cross is not None:
@@ -148,21 +69,21 @@ def attended(path: Path, block: Block) -> Block:
 
 
 def _home(path: Path) -> str:
-    """What stands between a layer and its heads in a path."""
+    """The prefix of heads and groups in a path."""
     return "cross." if len(path.steps) > 1 and path.steps[1].name.startswith("cross") else ""
 
 
 def _last(path: Path, word: str) -> int | None:
-    """The column of a value's name, where the text has it."""
+    """The column of a value's name; None if the text does not have it."""
     at = str(path).rfind(word)
     return at if at >= 0 else None
 
 
-def _check_value(path: Path, place: Place, value: str) -> None:
-    allowed = VALUES.get(place.role, ("output",))
+def _check_value(path: Path, form: PathRole, value: str) -> None:
+    allowed = VALUES.get(form.role, ("output",))
     if value not in allowed:
         raise UnknownPath(
-            f"{place.role} has no value {value}",
+            f"{form.role} has no value {value}",
             path=path,
             column=_last(path, value),
             expected=", ".join(f".{name}" for name in allowed),
@@ -171,7 +92,7 @@ def _check_value(path: Path, place: Place, value: str) -> None:
 
 def _model_site(tower: Tower, path: Path, role: str) -> Site:
     if role == "embed":
-        # Whatever is done to the embedding before the first layer (positions, norms, scales) is part of it.
+        # Positions, norms and scales before the first layer are part of the embedding.
         return Site(tower.blocks[0].module, "input", tower=tower.name)
     module = tower.final_norm if role == "final_norm" else tower.unembed
     if module is None:
@@ -180,7 +101,7 @@ def _model_site(tower: Tower, path: Path, role: str) -> Site:
 
 
 def count(path: Path, block: Block, name: str) -> int:
-    """How many heads, groups, experts or neurons a layer has; an error where it cannot have them."""
+    """The number of heads, groups, experts or neurons of a layer; an error if it cannot have them."""
     at, block, name = column(path, 1), attended(path, block), name.removeprefix("cross.")
     if name in ("heads", "groups"):
         if not block.has_attention:
@@ -209,118 +130,86 @@ def count(path: Path, block: Block, name: str) -> int:
     return block.n_neurons
 
 
-def block_site(path: Path, tower: Tower, block: Block, role: str, value: str) -> Site:
-    """The index of a site in the one layer that is not counted."""
-    common = {"occurrence": block.occurrence, "tower": tower.name}
+def _block_site(path: Path, tower: Tower, block: Block, role: str, value: str) -> Site:
+    """The site of a role that a layer has once."""
     if role == "layers":
-        if value != "mid":
-            module = block.end if value == "output" and block.end else block.module
-            return Site(module, value, **common)  # pyright: ignore[reportArgumentType]
-        if block.mid is None:
-            reason = (
-                f"layer {block.index} has one branch, so nothing lies between two"
-                if block.mlp is None or block.only_mlp
-                else f"layer {block.index} runs attention and MLP in parallel: there is no stream between them"
-                if block.parallel
-                else f"where the stream of layer {block.index} passes from attention to the MLP is not known"
-            )
-            raise RefusedPlace(reason, path=path, column=_last(path, "mid"), write=f"layers[{block.index}].input")
-        return Site(*block.mid, kind=block.mid_kind, **common)
+        return _stream_site(path, tower, block, value)
     if role in ("attn", "mlp", "mixer"):
-        module = {"attn": block.attn_added, "mlp": block.mlp_added, "mixer": block.mixer_added}[role]
-        if role == "mixer" and block.mixes is None and module is None:
-            having = [str(one.index) for one in tower.blocks if one.mixes is not None]
-            raise UnknownPath(
-                f"layer {block.index} is an MLP alone, in which no token sees another"
-                if block.only_mlp
-                else f"what mixes tokens in layer {block.index} is not known",
-                path=path,
-                column=column(path, 1),
-                write=f"layers[{','.join(having)}{',' * (len(having) == 1)}].mixer.output" if having else None,
-            )
-        if role == "attn" and not block.has_attention:
-            raise no_attention(path, block)
-        if role == "mlp" and block.mlp is None:
-            raise UnknownPath(f"layer {block.index} has no MLP", path=path, column=column(path, 1))
-        if module is None:
-            raise RefusedPlace(
-                f"no module's output is what {role} of layer {block.index} adds to the stream",
-                path=path,
-                column=column(path, 1),
-            )
-        if block.scale != 1.0:
-            raise RefusedPlace(
-                f"layer {block.index} multiplies what {role} adds by {block.scale:g} in code, so no module's output is "
-                "what is added to the stream",
-                path=path,
-                column=column(path, 1),
-                expected=f"the unscaled value, natively: model.{native_text(module)}.output",
-            )
-        return Site(module, "output", **common)
+        return _branch_site(path, tower, block, role)
+    return _projection_site(path, tower, block, role)
+
+
+def _stream_site(path: Path, tower: Tower, block: Block, value: str) -> Site:
+    """The residual stream before, within or after a layer."""
+    common = {"occurrence": block.occurrence, "tower": tower.name}
+    if value != "mid":
+        module = block.end if value == "output" and block.end else block.module
+        return Site(module, value, **common)  # pyright: ignore[reportArgumentType]
+    if block.mid is None:
+        reason = (
+            f"layer {block.index} has one branch, so nothing lies between two"
+            if block.mlp is None or block.only_mlp
+            else f"layer {block.index} runs attention and MLP in parallel: there is no stream between them"
+            if block.parallel
+            else f"where the stream of layer {block.index} passes from attention to the MLP is not known"
+        )
+        raise RefusedPlace(reason, path=path, column=_last(path, "mid"), write=f"layers[{block.index}].input")
+    return Site(*block.mid, kind=block.mid_kind, **common)
+
+
+def _branch_site(path: Path, tower: Tower, block: Block, role: str) -> Site:
+    """The value that attention, a mixer or an MLP adds to the stream."""
+    module = {"attn": block.attn_added, "mlp": block.mlp_added, "mixer": block.mixer_added}[role]
+    at = column(path, 1)
+    if role == "mixer" and block.mixes is None and module is None:
+        having = [str(one.index) for one in tower.blocks if one.mixes is not None]
+        raise UnknownPath(
+            f"layer {block.index} is an MLP alone, in which no token sees another"
+            if block.only_mlp
+            else f"what mixes tokens in layer {block.index} is not known",
+            path=path,
+            column=at,
+            write=f"layers[{','.join(having)}{',' * (len(having) == 1)}].mixer.output" if having else None,
+        )
+    if role == "attn" and not block.has_attention:
+        raise no_attention(path, block)
+    if role == "mlp" and block.mlp is None:
+        raise UnknownPath(f"layer {block.index} has no MLP", path=path, column=at)
+    if module is None:
+        raise RefusedPlace(
+            f"no module's output is what {role} of layer {block.index} adds to the stream", path=path, column=at
+        )
+    if block.scale != 1.0:
+        raise RefusedPlace(
+            f"layer {block.index} multiplies what {role} adds by {block.scale:g} in code, so no module's output is "
+            "what is added to the stream",
+            path=path,
+            column=at,
+            expected=f"the unscaled value, natively: model.{native_text(module)}.output",
+        )
+    return Site(module, "output", occurrence=block.occurrence, tower=tower.name)
+
+
+def _projection_site(path: Path, tower: Tower, block: Block, role: str) -> Site:
+    """The output of a projection of attention or of a part of the MLP."""
     if role in block.stacked:
         raise stacked_place(path, block, role)
-    columns = None
+    columns, tokens_of = None, tower.name
     if role in ("q", "k", "v", "o") and not block.has_attention:
         raise no_attention(path, block)
     if role in ("k", "v") and block.kv_layer is not None:
         raise reads_other(path, block, role)
     if role in ("q", "k", "v"):
         module, columns = _projected(path, block, role)
-        common["tower"] = _tower_of(tower, block, role)
-    elif role == "o":
-        module = block.o
+        tokens_of = _tower_of(tower, block, role)
     elif role in ("gate", "up") and block.gate_up:
         module, half = block.gate_up, block.n_neurons
         columns = (0, half) if role == "gate" else (half, 2 * half)
     else:
-        module = {"gate": block.gate, "up": block.up, "down": block.down, "router": block.router}[role]
+        module = {"o": block.o, "gate": block.gate, "up": block.up, "down": block.down, "router": block.router}[role]
     if module is None:
         raise missing_part(path, block, role)
-    return Site(module, "output", columns=columns, **common)
-
-
-def stacked_place(path: Path, block: Block, role: str) -> RefusedPlace:
-    """The error for an activation that no layer's output or input holds."""
-    home = block.mlp if role in ("gate", "up", "down", "neurons") else block.attn
-    return RefusedPlace(
-        f"{role} of layer {block.index} are parameters of {home} itself, so no module's output is their value",
-        path=path,
-        column=column(path, 1),
-        expected=f"one of its own modules, natively: model.{native_text(home)}....output",
-    )
-
-
-def reads_other(path: Path, block: Block, role: str) -> RefusedPlace:
-    """The error for keys and values of a layer that reads those of an earlier one."""
-    steps = (replace(path.steps[0], index=block.kv_layer), *path.steps[1:])
-    return RefusedPlace(
-        f"layer {block.index} has no {role} of its own: it reads the keys and values of layer {block.kv_layer}",
-        path=path,
-        column=column(path, 0),
-        write=str(replace(path, steps=steps)),
-    )
-
-
-def no_attention(path: Path, block: Block) -> UnknownPath:
-    """The error for a layer of another kind, in a model that mixes kinds."""
-    return UnknownPath(
-        f"layer {block.index} has no attention with queries, keys and values", path=path, column=column(path, 1)
-    )
-
-
-def missing_part(path: Path, block: Block, role: str) -> UnknownPath:
-    """The error for a part of the MLP that a layer has not."""
-    return UnknownPath(
-        f"the MLP of layer {block.index} has no {role}" + (": it is a mixture of experts" if block.is_sparse else ""),
-        path=path,
-        column=column(path, 2),
-        expected=", ".join(name for name in INSIDE_MLP if has_part(block, name)) or None,
-    )
-
-
-def has_part(block: Block, name: str) -> bool:
-    """Whether a layer's MLP has gate, up, down or router."""
-    return bool(getattr(block, name) or name in block.stacked or (name in ("gate", "up") and block.gate_up))
+    return Site(module, "output", columns=columns, occurrence=block.occurrence, tower=tokens_of)
 
 
 def _projected(path: Path, block: Block, role) -> tuple[str | None, tuple[int, int] | None]:
@@ -341,7 +230,7 @@ def _projected(path: Path, block: Block, role) -> tuple[str | None, tuple[int, i
     return module, ranges[0]
 
 
-def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, value: str) -> Site:
+def _counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, value: str) -> Site:
     """The site of one head, group, expert or neuron."""
     common = {"occurrence": block.occurrence, "tower": tower.name}
     if block.stacked:
@@ -351,7 +240,7 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
         return Site(block.down, "input", columns=(index, index + 1), **common)
     if name == "experts":
         assert block.experts is not None and block.mlp is not None
-        return Site(expert_home(block), "input", kind="expert", index=index, **common)
+        return Site(_expert_home(block), "input", kind="expert", index=index, **common)
     layout = block.layout
     assert layout is not None and block.o is not None
     if value == "pattern":
@@ -392,19 +281,11 @@ def counted_site(path: Path, tower: Tower, block: Block, name: str, index: int, 
 
 
 def _tower_of(tower: Tower, block: Block, role: str) -> TowerName:
-    """Whose tokens a projection runs over."""
+    """The tower whose tokens a projection reads."""
     return tower.name if role == "q" or block.key_tower is None else block.key_tower
 
 
-def expert_home(block: Block) -> str:
-    """Where one expert is met: the module that runs them all, or the MLP where each is a module of its own."""
+def _expert_home(block: Block) -> str:
+    """The module at which an expert is read: the module of all experts, or the MLP if each is a module."""
     assert block.experts is not None and block.mlp is not None
     return block.mlp if block.experts_are_modules else block.experts
-
-
-def native_text(name: str | None) -> str:
-    """A dotted module name as a native path writes it: `transformer.h.3.attn` -> `transformer.h[3].attn`."""
-    text = ""
-    for part in (name or "").split("."):
-        text += f"[{part}]" if part.isdigit() else f".{part}" if text else part
-    return text

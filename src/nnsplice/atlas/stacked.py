@@ -9,28 +9,27 @@ from typing import Any
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.layouts import Layout, fits
-from nnsplice.atlas.tree import Tree
+from nnsplice.atlas.read_attention import NO_ATTENTION
+from nnsplice.atlas.read_mlp import mlp_parts
+from nnsplice.atlas.tree import ModuleTree
 
 Roles = dict[str, tuple[tuple[str, int], ...]]
 
 
-def read_stacked(tree: Tree, block: str) -> tuple[dict[str, Any], dict[str, Any], Roles]:
+def read_stacked(tree: ModuleTree, block: str) -> tuple[dict[str, Any], dict[str, Any], Roles]:
     """The attention, the MLP and the roles of a block; its MLP is empty where the block is of another kind."""
     attn, roles = _home(tree, block, rows.STACKED_ATTENTION, ("q", "k", "v", "o"))
     layout = _layout(tree, roles) if attn else None
-    names = ("attn", "pattern", "q", "k", "v", "fused", "o", "layout")
-    attention = {**dict.fromkeys(names), "head_gates": (), "attn": attn, "layout": layout}
+    attention = {**NO_ATTENTION, "attn": attn, "layout": layout}
     if attn is None:
         return attention, {}, {}
     mlp, inner = _home(tree, block, rows.STACKED_MLP, ("up", "down"))
     width = tree.params[inner["down"][0][0]][0] if mlp else 0
-    parts = dict.fromkeys(("mlp", "gate", "up", "down", "gate_up", "router", "experts"))
-    numbers = {"n_experts": 0, "n_neurons": width, "experts_are_modules": False}
-    return attention, {**parts, **numbers, "mlp": mlp}, {**roles, **inner}
+    return attention, mlp_parts(mlp=mlp, n_neurons=width), {**roles, **inner}
 
 
 def _home(
-    tree: Tree, block: str, table: dict[str, tuple[tuple[str, int], ...]], needed: tuple[str, ...]
+    tree: ModuleTree, block: str, table: dict[str, tuple[tuple[str, int], ...]], needed: tuple[str, ...]
 ) -> tuple[str | None, Roles]:
     for home in tree.under(block, 2):
         own = tree.nodes[home].params
@@ -40,7 +39,7 @@ def _home(
     return None, {}
 
 
-def _layout(tree: Tree, roles: Roles) -> Layout | None:
+def _layout(tree: ModuleTree, roles: Roles) -> Layout | None:
     """Heads are an axis of their own here, so every number is one of the shape."""
     shapes = {role: tree.params[roles[role][0][0]] for role in ("q", "k", "v", "o")}
     n_heads, head_dim, n_kv = shapes["q"][0], shapes["q"][-1], shapes["k"][0]

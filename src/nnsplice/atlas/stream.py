@@ -7,10 +7,10 @@ from typing import Any
 
 from nnsplice.atlas import families as rows
 from nnsplice.atlas.block import Block, End
-from nnsplice.atlas.tree import Tree, is_norm
+from nnsplice.atlas.tree import ModuleTree, is_norm
 
 
-def read_stream(tree: Tree, block: Block) -> dict[str, Any]:
+def read_stream(tree: ModuleTree, block: Block) -> dict[str, Any]:
     """What is added to the stream, and where the stream is met between attention and MLP."""
     home, attn, mlp = block.module, block.attn, block.mlp
     children = dict(tree.nodes[home].children)
@@ -69,12 +69,12 @@ def read_stream(tree: Tree, block: Block) -> dict[str, Any]:
     }
 
 
-def _post_norm(tree: Tree, block: Block) -> bool:
+def _post_norm(tree: ModuleTree, block: Block) -> bool:
     before = tree.nodes[block.module].facts.get("do_layer_norm_before", tree.facts.get("do_layer_norm_before"))
     return before is False or tree.facts.get("model_type") in rows.POST_NORM_TYPES
 
 
-def _is_parallel(tree: Tree, block: Block, norms: Mapping[str, str], bare: bool) -> bool:
+def _is_parallel(tree: ModuleTree, block: Block, norms: Mapping[str, str], bare: bool) -> bool:
     flag = tree.nodes[block.module].facts.get("use_parallel_residual", tree.facts.get("use_parallel_residual"))
     if flag is not None:
         return bool(flag)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import MappingProxyType
@@ -39,7 +39,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Tree:
+class ModuleTree:
     """All modules of a root, in the order of `named_modules`."""
 
     nodes: Mapping[str, Node]
@@ -108,6 +108,11 @@ class Tree:
             return None
         return entry[1][::-1] if self.transposed(name) else entry[1]
 
+    def first_layer(self, home: str, names: Iterable[str]) -> str | None:
+        """The first of the relative names under `home` that is a layer with a matrix."""
+        found = (module for name in names if (module := self.child(home, name)) is not None)
+        return next((module for module in found if self.weight(module) is not None), None)
+
     def table(self, name: str) -> str | None:
         """The first name of a module's matrix, whatever the module calls it; None where it has none."""
         params = self.owner(name).params
@@ -122,7 +127,7 @@ class Tree:
 _HAS_NORMS = ("layer", "output", "intermediate", "embeddings", "encoder", "decoder", "model", "pooler", "head", "lm")
 
 
-def is_norm(tree: Tree, name: str) -> bool:
+def is_norm(tree: ModuleTree, name: str) -> bool:
     """Whether a module normalises, by the name of its class or its own."""
     kind = tree.nodes[name].kind.lower()
     if "attention" in kind or kind.endswith(_HAS_NORMS):
@@ -142,7 +147,7 @@ def _arguments(forward: Any) -> frozenset[str]:
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
-def read_tree(root: nn.Module) -> Tree:
+def read_tree(root: nn.Module) -> ModuleTree:
     """Read a module tree once; everything later works on the result."""
     names = {id(module): name for name, module in root.named_modules()}
     params: dict[str, tuple[int, ...]] = {}
@@ -179,7 +184,7 @@ def read_tree(root: nn.Module) -> Tree:
             arguments=_arguments(type(module).forward),
         )
     ends = {end: name for end, ask in _ENDS.items() if (name := names.get(id(_said(root, ask))))}
-    return Tree(nodes, params, aliases, frozenset(buffers), tuple(saved), _config_facts(root), ends)
+    return ModuleTree(nodes, params, aliases, frozenset(buffers), tuple(saved), _config_facts(root), ends)
 
 
 #: What transformers' models answer about themselves. A root that is its own decoder says nothing with it.

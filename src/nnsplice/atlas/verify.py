@@ -25,8 +25,8 @@ from torch import nn
 
 from nnsplice.atlas.block import Block, Tower
 from nnsplice.atlas.layouts import ROLES, Layout, Role, merge
+from nnsplice.atlas.model_parts import ModelParts
 from nnsplice.atlas.ownership import per_head, unclaimed
-from nnsplice.atlas.parts import Parts
 from nnsplice.atlas.resolve import resolve
 from nnsplice.atlas.tree import is_norm
 from nnsplice.errors import NnspliceError
@@ -50,7 +50,7 @@ class Check:
     detail: str = ""
 
 
-def verify(atlas: Parts, *, layers: Iterable[int] | None = None) -> list[Check]:
+def verify(atlas: ModelParts, *, layers: Iterable[int] | None = None) -> list[Check]:
     """Compare the atlas with the model. See `Atlas.verify`."""
     root = atlas.root()
     if root is None:
@@ -96,7 +96,9 @@ def _undisturbed(root: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-def _watch(atlas: Parts, root: nn.Module, blocks: list[Block], stack: ExitStack) -> dict[tuple[str, str], torch.Tensor]:
+def _watch(
+    atlas: ModelParts, root: nn.Module, blocks: list[Block], stack: ExitStack
+) -> dict[tuple[str, str], torch.Tensor]:
     """Keep what passes the ends that the checks need (first call only), and take norms of q, k and v out of the way."""
     seen: dict[tuple[str, str], torch.Tensor] = {}
 
@@ -126,7 +128,7 @@ def _watch(atlas: Parts, root: nn.Module, blocks: list[Block], stack: ExitStack)
     return seen
 
 
-def _run(root: nn.Module, atlas: Parts) -> None:
+def _run(root: nn.Module, atlas: ModelParts) -> None:
     tower = next(iter(atlas.towers.values()))
     table = root.get_submodule(tower.embed).weight if tower.embed else None
     size, device = (table.shape[0], table.device) if isinstance(table, torch.Tensor) else (50, "cpu")
@@ -143,7 +145,7 @@ def _run(root: nn.Module, atlas: Parts) -> None:
 # -- claims ------------------------------------------------------------------------------------------------------------
 
 
-def _check_claims(atlas: Parts, tower: Tower, block: Block) -> Iterator[Check]:
+def _check_claims(atlas: ModelParts, tower: Tower, block: Block) -> Iterator[Check]:
     """The parameters of the attention that no role claims, where there are any."""
     left = unclaimed(atlas, block)
     if left:
@@ -154,7 +156,7 @@ def _check_claims(atlas: Parts, tower: Tower, block: Block) -> Iterator[Check]:
 
 
 def _check_heads(
-    atlas: Parts,
+    atlas: ModelParts,
     root: nn.Module,
     tower: Tower,
     block: Block,
@@ -252,7 +254,7 @@ class _Gradients:
         key = set.intersection(*(self._support(grads, fused, earlier=True) for grads in self.columns))
         return {"q": query, "k": key, "v": both - key}
 
-    def strangers(self, atlas: Parts, place: Path, key: str | None) -> Iterator[str]:
+    def strangers(self, atlas: ModelParts, place: Path, key: str | None) -> Iterator[str]:
         """Parameters whose rows with a gradient are not those that belong to the head."""
         masks = resolve(atlas, place).masks()
         for (name, parameter), grad in zip(self.parameters.items(), self.params, strict=True):
@@ -266,7 +268,7 @@ class _Gradients:
                 yield f"{name} has a gradient at {_spans(found)} instead of {_spans(expected)}"
 
 
-def _axis(atlas: Parts, name: str) -> int:
+def _axis(atlas: ModelParts, name: str) -> int:
     """The axis of a projection's parameter that runs along its output."""
     module, _, attribute = name.rpartition(".")
     return 1 if attribute == "weight" and atlas.tree.transposed(module) else 0

@@ -199,7 +199,7 @@ class Estimator:
             time.perf_counter() - start,
             **cost.as_dict(),
             known=len(plan.known),
-            gate=closures.spent(self.model),
+            gate=closures.passes_spent(self.model),
             note=note,
         )
         cells = tuple(target.cell for target in plan.targets)

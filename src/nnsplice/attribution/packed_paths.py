@@ -20,7 +20,7 @@ from nnsplice import engine
 from nnsplice.atlas import unwrap
 from nnsplice.attribution.branches import Branch as ModelBranch
 from nnsplice.attribution.branches import Branches
-from nnsplice.packed import Branch, Cost, Edit, FrozenRow, Read, Row, run, run_frozen, ways
+from nnsplice.packed import Cost, Edit, FrozenBranch, FrozenRow, Read, Row, run, run_frozen, ways
 from nnsplice.paths import Path
 from nnsplice.sweeps.choosing import longest_prompt, probe_key
 from nnsplice.sweeps.executors import Executor, Work, whole_prompts
@@ -52,7 +52,7 @@ class PackedPaths:
         Raises:
             NotImplementedError: this model, or one of these sites, is not covered.
         """
-        branches = {branch: Branch(branch.block.index, branch.added) for branch in self.branches.all}
+        branches = {branch: FrozenBranch(branch.block.index, branch.added) for branch in self.branches.all}
         base = base_of(work, keep=tuple(branch.added for branch in branches.values()))
         rows = [self._frozen_row(work, job, branches) for job in jobs]
         frozen = run_frozen(base, rows, tuple(branches.values()))
@@ -74,7 +74,7 @@ class PackedPaths:
             values, head = measured_states(work, frozen.head, states, jobs)
         return values, cost + head
 
-    def _frozen_row(self, work: Work, job: Job, branches: Mapping[ModelBranch, Branch]) -> FrozenRow:
+    def _frozen_row(self, work: Work, job: Job, branches: Mapping[ModelBranch, FrozenBranch]) -> FrozenRow:
         """The sender's row, with what its receivers read."""
         plan, prompt = work.plan, job[0]
         row = row_of(work, job)

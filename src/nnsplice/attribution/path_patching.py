@@ -180,7 +180,7 @@ class ReceiversBySender:
         received = dict.fromkeys(path for paths in expanded.values() for path in paths)
         for path in places:
             _check(path, branches, receives=path in received)
-        closures.tell_joint_norms(model, places)
+        closures.warn_of_joint_norms(model, places)
         for path in received:
             tokens_of(path, plan.corrupted)
         each = tuple(expanded[engine.listed(paths)] for paths in receivers)

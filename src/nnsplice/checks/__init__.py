@@ -12,10 +12,10 @@ from nnsplice.checks.finding import Finding as Finding
 from nnsplice.checks.finding import Subject as Subject
 from nnsplice.checks.finding import subject_of as subject_of
 from nnsplice.checks.finding import summary as summary
-from nnsplice.checks.outline import Layers as Layers
+from nnsplice.checks.outline import LayerGroup as LayerGroup
 from nnsplice.checks.outline import Outline as Outline
-from nnsplice.checks.outline import Part as Part
-from nnsplice.checks.outline import Value as Value
+from nnsplice.checks.outline import OutlinePart as OutlinePart
+from nnsplice.checks.outline import OutlineValue as OutlineValue
 from nnsplice.checks.outline import narrow as narrow
 from nnsplice.checks.outline import outline as outline
 from nnsplice.checks.run import CHECKS as CHECKS

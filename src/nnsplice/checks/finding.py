@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.atlas import Atlas, Tower, text_config, unwrap
-from nnsplice.checks.outline import Outline, Value, outline, place_of
+from nnsplice.checks.outline import Outline, OutlineValue, outline, place_of
 from nnsplice.errors import BadArgument, NnspliceError, RefusedPlace
 from nnsplice.paths import Index, Path, Slice
 
@@ -156,12 +156,12 @@ def _vocabulary(model: engine.Model, atlas: Atlas) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class SiteKind:
+class CheckedValue:
     """One value of one part, in all layers that have it."""
 
     tower: str
     names: tuple[str, ...]
-    value: Value
+    value: OutlineValue
     path: Path
 
     @property
@@ -175,7 +175,7 @@ class SiteKind:
         return self.role not in SAMPLED
 
 
-def kinds(subject: Subject) -> Iterator[SiteKind]:
+def kinds(subject: Subject) -> Iterator[CheckedValue]:
     """Every portable site that is not refused; of neurons and experts, which are many, the first and the last."""
     for tower in outline(subject.atlas):
         for group, parts in _groups(tower, subject.layers[tower.name]):
@@ -184,7 +184,7 @@ def kinds(subject: Subject) -> Iterator[SiteKind]:
                 for value in part.values:
                     if not value.refused:
                         path = place_of(tower.name, part.names, value.name, group, inner)
-                        yield SiteKind(tower.name, part.names, value, path)
+                        yield CheckedValue(tower.name, part.names, value, path)
 
 
 def _groups(tower: Outline, wanted: tuple[int, ...]) -> Iterator[tuple[Index | None, tuple[Any, ...]]]:

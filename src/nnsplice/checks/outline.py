@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nnsplice.atlas import Atlas, Block, Site, Tower
-from nnsplice.atlas.sites import COUNTED, INSIDE_ATTN, INSIDE_LAYER, INSIDE_MLP, VALUES, count
+from nnsplice.atlas.roles import COUNTED, INSIDE_ATTN, INSIDE_LAYER, INSIDE_MLP, VALUES
+from nnsplice.atlas.sites import count
 from nnsplice.errors import RefusedPlace, UnknownPath
 from nnsplice.paths import Index, Path, Step
 
@@ -29,7 +30,7 @@ _PROJECTIONS = frozenset((*INSIDE_ATTN, *INSIDE_MLP, "unembed"))
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class OutlineValue:
     """One value of a site."""
 
     name: str
@@ -40,21 +41,21 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class OutlinePart:
     """One site, by the names that follow `layers[i]`, or its own name outside of the layers."""
 
     names: tuple[str, ...]
-    values: tuple[Value, ...]
+    values: tuple[OutlineValue, ...]
     #: How many there are of what is counted: heads, groups, neurons, experts.
     count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
+class LayerGroup:
     """Layers with equal parts."""
 
     numbers: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[OutlinePart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,9 @@ class Outline:
     """One tower."""
 
     name: str
-    before: tuple[Part, ...]
-    layers: tuple[Layers, ...]
-    after: tuple[Part, ...]
+    before: tuple[OutlinePart, ...]
+    layers: tuple[LayerGroup, ...]
+    after: tuple[OutlinePart, ...]
 
 
 def outline(atlas: Atlas, *, collapse: bool = True) -> tuple[Outline, ...]:
@@ -90,14 +91,14 @@ def outline(atlas: Atlas, *, collapse: bool = True) -> tuple[Outline, ...]:
 
 
 def _outline(atlas: Atlas, tower: Tower, collapse: bool) -> Outline:
-    groups: dict[object, Layers] = {}
+    groups: dict[object, LayerGroup] = {}
     for block in tower.blocks:
         # Where the mixer is attention, it is listed by that name alone.
         listed = [names for names in IN_LAYER if names != ("mixer",) or not block.has_attention]
         parts = tuple(_parts(atlas, tower, block, listed))
         key = parts if collapse else block.index
         before = groups[key].numbers if key in groups else ()
-        groups[key] = Layers((*before, block.index), parts)
+        groups[key] = LayerGroup((*before, block.index), parts)
     ends = (tuple(_parts(atlas, tower, None, names)) for names in (BEFORE, AFTER))
     return Outline(tower.name, next(ends), tuple(groups.values()), next(ends))
 
@@ -114,13 +115,13 @@ def place_of(tower: str, names: tuple[str, ...], value: str, layers: Index | Non
     return Path((*front, *steps), tower="encoder" if tower == "encoder" else None, value=value)
 
 
-def _parts(atlas: Atlas, tower: Tower, block: Block | None, every: Iterable[tuple[str, ...]]) -> Iterator[Part]:
+def _parts(atlas: Atlas, tower: Tower, block: Block | None, every: Iterable[tuple[str, ...]]) -> Iterator[OutlinePart]:
     for names in every:
         role = names[-1] if names else "layers"
         found = [_value(atlas, tower, block, names, value) for value in VALUES.get(role, ("output",))]
         values = tuple(value for value in found if value is not None)
         if values:
-            yield Part(names, values, _count(tower, block, names))
+            yield OutlinePart(names, values, _count(tower, block, names))
 
 
 def _count(tower: Tower, block: Block | None, names: tuple[str, ...]) -> int | None:
@@ -132,16 +133,16 @@ def _count(tower: Tower, block: Block | None, names: tuple[str, ...]) -> int | N
         return None
 
 
-def _value(atlas: Atlas, tower: Tower, block: Block | None, names: tuple[str, ...], name: str) -> Value | None:
+def _value(atlas: Atlas, tower: Tower, block: Block | None, names: tuple[str, ...], name: str) -> OutlineValue | None:
     """A value of a site with its width; None where the model has no such site."""
     try:
         (path,) = atlas.expand(place_of(tower.name, names, name, None if block is None else block.index))
     except UnknownPath:
         return None
     except RefusedPlace as error:
-        return Value(name, refused=_brief(str(error).splitlines()[0], block))
+        return OutlineValue(name, refused=_brief(str(error).splitlines()[0], block))
     assert isinstance(path.site, Site)
-    return Value(name, _width(atlas, tower, path.site, names[-1] if names else "layers"))
+    return OutlineValue(name, _width(atlas, tower, path.site, names[-1] if names else "layers"))
 
 
 def _brief(reason: str, block: Block | None) -> str:
@@ -192,26 +193,26 @@ def _narrowed(atlas: Atlas, tower: Outline, path: Path, names: tuple[str, ...]) 
         ends = (tuple(_values_of(parts, path, names)) for parts in (tower.before, tower.after))
         return Outline(tower.name, next(ends), (), next(ends))
     chosen = {place.steps[0].index for place in atlas.expand(place_of(tower.name, (), "output", path.steps[0].index))}
-    layers: list[Layers] = []
+    layers: list[LayerGroup] = []
     for group in tower.layers:
         numbers = tuple(number for number in group.numbers if number in chosen)
         parts = tuple(_values_of(group.parts, path, names[1:]))
         if numbers and parts:
             _check_inner(atlas, tower, numbers[0], parts[0], path)
-            layers.append(Layers(numbers, parts))
+            layers.append(LayerGroup(numbers, parts))
     return Outline(tower.name, (), tuple(layers), ())
 
 
-def _values_of(parts: Iterable[Part], path: Path, names: tuple[str, ...]) -> Iterator[Part]:
+def _values_of(parts: Iterable[OutlinePart], path: Path, names: tuple[str, ...]) -> Iterator[OutlinePart]:
     for part in parts:
         if part.names[: len(names)] != names:
             continue
         values = tuple(value for value in part.values if path.value in (None, value.name))
         if path.value is None or (values and part.names == names):
-            yield Part(part.names, values, part.count)
+            yield OutlinePart(part.names, values, part.count)
 
 
-def _check_inner(atlas: Atlas, tower: Outline, layer: int, part: Part, path: Path) -> None:
+def _check_inner(atlas: Atlas, tower: Outline, layer: int, part: OutlinePart, path: Path) -> None:
     """Raise for a head, group, neuron or expert that does not exist."""
     if part.count is not None and path.steps[-1].index is not None:
         value = next((value.name for value in part.values if not value.refused), part.values[0].name)

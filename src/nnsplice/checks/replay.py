@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from nnsplice.activations import capture, patched_logits
-from nnsplice.checks.finding import Finding, SiteKind, Subject, attempt, gap, kinds
+from nnsplice.checks.finding import CheckedValue, Finding, Subject, attempt, gap, kinds
 from nnsplice.checks.structure import require_eager
 from nnsplice.paths import Slice
 
@@ -21,7 +21,7 @@ def replay(subject: Subject) -> Iterator[Finding]:
         yield attempt("replay", str(kind.path), lambda kind=kind: _replayed(subject, kind))
 
 
-def _replayed(subject: Subject, kind: SiteKind) -> Finding:
+def _replayed(subject: Subject, kind: CheckedValue) -> Finding:
     require_eager(subject, kind)
     what = str(kind.path)
     saved = capture(subject.model, subject.inputs, kind.path.at(Slice()))

@@ -11,7 +11,7 @@ from nnsplice import engine
 from nnsplice.activations import SavedActivation, capture, patched_logits, save_activations
 from nnsplice.checks.finding import DECODER_TOKENS, TOKENS, Finding, Subject, attempt, gap
 from nnsplice.checks.outline import place_of
-from nnsplice.closures import CROSS, PROMISES, Closure, Kind, measure
+from nnsplice.closures import CROSS, PROMISES, Closure, PromiseKind, measure
 from nnsplice.errors import RefusedPlace
 from nnsplice.paths import Path, Slice
 
@@ -33,7 +33,7 @@ def promises(subject: Subject) -> Iterator[Finding]:
     yield from _promises(subject, "promises", tuple(kind for kind in PROMISES if kind != "heads"))
 
 
-def _promises(subject: Subject, check: str, kinds: tuple[Kind, ...]) -> Iterator[Finding]:
+def _promises(subject: Subject, check: str, kinds: tuple[PromiseKind, ...]) -> Iterator[Finding]:
     worst: dict[tuple[str, str, int], Closure] = {}
     for closure in measure(subject.model, kinds):
         place = (closure.kind, closure.tower, closure.layer)

@@ -8,7 +8,7 @@ from typing import Any
 from nnsplice import engine
 from nnsplice.activations import capture
 from nnsplice.atlas import Tower, text_config
-from nnsplice.checks.finding import Finding, SiteKind, Subject, attempt, kinds
+from nnsplice.checks.finding import CheckedValue, Finding, Subject, attempt, kinds
 from nnsplice.checks.outline import place_of, stream_width
 from nnsplice.errors import RefusedPlace
 
@@ -53,7 +53,7 @@ def _recognised(subject: Subject, tower: Tower) -> Iterator[Finding]:
         "wide": {stream_width(subject.atlas, tower)},
     }
     texts = [f"{'/'.join(map(str, sorted(filter(None, numbers)))) or 'no'} {what}" for what, numbers in found.items()]
-    # Layers may differ, and a config then says what holds for some of them.
+    # LayerGroup may differ, and a config then says what holds for some of them.
     said = {what: _said(subject, tower, CONFIG[what]) for what in found}
     wrong = [f"{number} {what}" for what, number in said.items() if number is not None and number not in found[what]]
     detail = f"the config says {', '.join(wrong)}" if wrong else ""
@@ -90,7 +90,7 @@ def sites(subject: Subject) -> Iterator[Finding]:
         yield attempt("sites", str(kind.path), lambda kind=kind: _fires(subject, kind))
 
 
-def _fires(subject: Subject, kind: SiteKind) -> Finding:
+def _fires(subject: Subject, kind: CheckedValue) -> Finding:
     require_eager(subject, kind)
     wanted = engine.expand(subject.model, kind.path)
     saved = capture(subject.model, subject.inputs, kind.path.at(-1))
@@ -103,7 +103,7 @@ def _fires(subject: Subject, kind: SiteKind) -> Finding:
     return Finding("sites", str(kind.path), "ok")
 
 
-def require_eager(subject: Subject, kind: SiteKind) -> None:
+def require_eager(subject: Subject, kind: CheckedValue) -> None:
     """Raise for a pattern where the model never makes one."""
     used = engine.attention_of(subject.model)
     if kind.value.name == "pattern" and used not in (None, "eager"):

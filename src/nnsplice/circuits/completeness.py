@@ -161,7 +161,7 @@ def completeness(
         if not chosen:
             raise BadArgument("no sets of nodes to take out", expected="sets=, random= or greedy=")
         here, there = one.without([nodes for _, nodes in chosen])
-        about = Run("circuits", time.perf_counter() - start, **one.cost.as_dict(), gate=closures.spent(model))
+        about = Run("circuits", time.perf_counter() - start, **one.cost.as_dict(), gate=closures.passes_spent(model))
         found = tuple(tuple(one.shape.senders[n] for n in nodes) for _, nodes in chosen)
         return Completeness(found, tuple(by for by, _ in chosen), here, there, about)
 
@@ -230,7 +230,7 @@ def minimality(
                 moved = abs(means[wanted[nodes | {node}]] - means[wanted[nodes - {node}]])
                 if moved > best[number]:
                     best[number], best_with[number] = moved, nodes - {node}
-        about = Run("circuits", time.perf_counter() - start, **one.cost.as_dict(), gate=closures.spent(model))
+        about = Run("circuits", time.perf_counter() - start, **one.cost.as_dict(), gate=closures.passes_spent(model))
         paths = one.shape.senders
         found = tuple(tuple(paths[n] for n in sorted(nodes)) for nodes in best_with)
         return Minimality(tuple(paths[n] for n in one.nodes), best, found, about)

@@ -93,7 +93,7 @@ def faithfulness(
             "circuits",
             time.perf_counter() - start,
             **found.cost.as_dict(),
-            gate=closures.spent(question.model),
+            gate=closures.passes_spent(question.model),
             note=found.note,
         )
         return report(points, found.values, found.clean, question.metric.metric.name, question.metrics, about)

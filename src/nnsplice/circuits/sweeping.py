@@ -81,7 +81,7 @@ def sweep_circuits(
             "circuits",
             time.perf_counter() - start,
             **found.cost.as_dict(),
-            gate=closures.spent(question.model),
+            gate=closures.passes_spent(question.model),
             note=found.note,
         )
         tokens = engine.token_texts(question.model, question.clean.ids)

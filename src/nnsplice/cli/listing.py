@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from nnsplice.checks import Outline, Part, Value
+from nnsplice.checks import Outline, OutlinePart, OutlineValue
 from nnsplice.cli.table import TableRow
 
 HEAD: TableRow = ("site", "values", "width", "")
@@ -33,7 +33,7 @@ def rows(outlines: Sequence[Outline], *, attention: str | None, inner: str | Non
 
 
 def _layers(
-    name: str, parts: Iterable[Part], depth: int, attention: str | None, inner: str | None
+    name: str, parts: Iterable[OutlinePart], depth: int, attention: str | None, inner: str | None
 ) -> Iterator[TableRow]:
     # A part that stands without the one it belongs to is named with it.
     shown: list[tuple[str, ...]] = []
@@ -48,7 +48,7 @@ def _layers(
         yield from _part(part, depth + (0 if above is None else 1 + above), label, attention)
 
 
-def _part(part: Part, depth: int, label: str, attention: str | None) -> Iterator[TableRow]:
+def _part(part: OutlinePart, depth: int, label: str, attention: str | None) -> Iterator[TableRow]:
     """A row for each width and each reason, the first with the site's name."""
     groups: dict[tuple[str, str], list[str]] = {}
     for value in part.values:
@@ -57,7 +57,7 @@ def _part(part: Part, depth: int, label: str, attention: str | None) -> Iterator
         yield ("  " * depth + label if number == 0 else "", " ".join(names), width, note)
 
 
-def _width(value: Value, attention: str | None) -> tuple[str, str]:
+def _width(value: OutlineValue, attention: str | None) -> tuple[str, str]:
     if value.refused:
         return "refused", value.refused
     if value.name == "pattern":

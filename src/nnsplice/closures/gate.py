@@ -18,9 +18,9 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.atlas import Atlas, Block, Site, Tower, unwrap
-from nnsplice.closures import ends, heads, parts, streams
-from nnsplice.closures.promises import CROSS, PROMISES, Closure, Kind, kind_of
-from nnsplice.closures.seen import Call, look
+from nnsplice.closures import heads, logit_head, mlp_parts, streams
+from nnsplice.closures.pass_values import Arguments, record_pass
+from nnsplice.closures.promises import CROSS, PROMISES, Closure, PromiseKind, kind_of
 from nnsplice.errors import NnspliceError, RefusedPlace
 from nnsplice.paths import Path
 
@@ -38,15 +38,15 @@ class _Measured:
     #: Whether attention made its probabilities then: all that its implementation changes in what is promised.
     eager: bool = False
     #: How the first pass ended, by the tower's name, until the stream was measured.
-    ends: dict[str, ends.Ended] = field(default_factory=dict)
+    ends: dict[str, logit_head.PassEnd] = field(default_factory=dict)
     #: What modules of experts were called with in the first pass.
-    calls: dict[tuple[str, int], Call] = field(default_factory=dict)
+    calls: dict[tuple[str, int], Arguments] = field(default_factory=dict)
     #: What is run in the place of a model whose weights are elsewhere: the same in every pass.
     twin: tuple[object, tuple[Any, ...], dict[str, Any]] | None = None
     #: Forward passes that measuring took, and that no result has told yet.
-    untold: float = 0.0
+    unreported: float = 0.0
     #: Kinds that hold in every layer, so that most uses ask nothing more.
-    sound: set[Kind] = field(default_factory=set)
+    sound: set[PromiseKind] = field(default_factory=set)
 
 
 _measured: weakref.WeakKeyDictionary[nn.Module, _Measured] = weakref.WeakKeyDictionary()
@@ -62,7 +62,7 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
     Raises:
         RefusedPlace: with what was measured, and what holds in this model.
     """
-    wanted: dict[Kind, list[Path]] = {}
+    wanted: dict[PromiseKind, list[Path]] = {}
     paths = list(paths)
     engine.refuse_replaced(model, (path.site.module for path in paths if isinstance(path.site, Site)))
     for path in paths:
@@ -90,7 +90,7 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
                 _check(model, known, kind, places)
 
 
-def measure(model: Any, kinds: Iterable[Kind] | None = None) -> list[Closure]:
+def measure(model: Any, kinds: Iterable[PromiseKind] | None = None) -> list[Closure]:
     """What these kinds promise in each layer and by how much it is missed; all kinds if left out.
 
     >>> from nnsplice.closures import measure
@@ -106,13 +106,13 @@ def measure(model: Any, kinds: Iterable[Kind] | None = None) -> list[Closure]:
         return [closure for kind in wanted for closure in _closures(model, known, kind)]
 
 
-def spent(model: Any) -> float:
+def passes_spent(model: Any) -> float:
     """How many forward passes of a prompt of `TOKENS` tokens measuring took since this was asked last."""
     with _lock:
         known = _measured.get(unwrap(model))
         if known is None:
             return 0.0
-        passes, known.untold = known.untold, 0.0
+        passes, known.unreported = known.unreported, 0.0
         return passes
 
 
@@ -145,14 +145,14 @@ def _of(model: Any) -> _Measured:
     root, mark = unwrap(model), marks(model)
     known = _measured.get(root)
     if known is None or known.mark != mark:
-        known = _measured[root] = _Measured(mark, untold=0.0 if known is None else known.untold)
+        known = _measured[root] = _Measured(mark, unreported=0.0 if known is None else known.unreported)
     return known
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _closures(model: Any, known: _Measured, kind: Kind) -> list[Closure]:
+def _closures(model: Any, known: _Measured, kind: PromiseKind) -> list[Closure]:
     if kind in ("pattern", "written pattern") and _is_eager(model) and not known.eager:
         known.closures.pop("pass", None)  # it was run with an attention that makes no probabilities
         known.sound.clear()
@@ -173,7 +173,7 @@ def _run(model: Any, known: _Measured, what: str) -> tuple[Closure, ...]:
                 runner, args, kwargs = known.twin or engine.example_of(model, TOKENS)
                 known.twin = None if runner is model else (runner, args, kwargs)
                 known.closures[what] = tuple(measuring(runner, (args, kwargs), known))
-            known.untold += parts.share_of_experts(model) if what == "experts" else 1.0
+            known.unreported += mlp_parts.share_of_experts(model) if what == "experts" else 1.0
             known.eager = _is_eager(model) if what == "pass" else known.eager
         except NnspliceError:
             raise
@@ -193,34 +193,34 @@ def _is_eager(model: Any) -> bool:
 
 
 def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
-    atlas, seen = Atlas.of(model), look(model, example)
-    known.calls = seen.calls
+    atlas, recorded = Atlas.of(model), record_pass(model, example)
+    known.calls = recorded.calls
     for tower in atlas.towers.values():
-        end = ends.ended(tower, seen)
+        end = logit_head.pass_end(tower, recorded)
         if end is not None:
             known.ends[tower.name] = end
         for block in tower.blocks:
-            sums = streams.Sums(atlas, block, seen)
-            yield from streams.stream(tower, block, seen)
+            sums = streams.Sums(atlas, block, recorded)
+            yield from streams.stream(tower, block, recorded)
             yield from streams.branches(tower, block, sums)
             yield from streams.crossing(tower, block, sums)
             yield from streams.middle(tower, block, sums)
-            yield from parts.neurons(tower, block, seen)
+            yield from mlp_parts.neurons(tower, block, recorded)
         own = list(tower.blocks)
         crossing = [block.cross for block in tower.blocks if block.cross is not None]
         for label, blocks in ((tower.name, own), (CROSS, crossing)):
             named = replace(tower, name=label)  # pyright: ignore[reportArgumentType] - for the closures' names alone
             for block in blocks:
-                yield from heads.rebuilt(atlas, named, block, seen)
-            layers = [tied for block in blocks if (tied := heads.tied(block, seen)) is not None]
+                yield from heads.rebuilt(atlas, named, block, recorded)
+            layers = [slices for block in blocks if (slices := heads.head_slices(block, recorded)) is not None]
             if layers:
                 yield from heads.influence(named, layers)
-            for tied in layers:
-                yield from heads.before_gates(named, tied)
+            for slices in layers:
+                yield from heads.before_gates(named, slices)
                 if label != CROSS:
-                    yield from heads.keys(named, tied.block, len(tied.slots), _given(tower, example))
-                if _is_eager(model) and tied.block.pattern is not None:
-                    yield from heads.patterns(named, tied, seen)
+                    yield from heads.keys(named, slices.block, len(slices.slots), _given(tower, example))
+                if _is_eager(model) and slices.block.pattern is not None:
+                    yield from heads.patterns(named, slices, recorded)
 
 
 def _given(tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
@@ -235,7 +235,7 @@ def _head_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]:
     for tower in Atlas.of(model).towers.values():
         end = known.ends.pop(tower.name, None)
         if end is not None:
-            yield from ends.head(model, tower, example, end)
+            yield from logit_head.head(model, tower, example, end)
 
 
 def _written_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
@@ -245,10 +245,10 @@ def _written_pass(model: Any, example: Any, _: _Measured) -> Iterator[Closure]:
         other = torch.randn(tensor.shape, generator=generator).to(tensor)
         return other * tensor.abs().mean()
 
-    atlas, seen = Atlas.of(model), look(model, example, written)
+    atlas, recorded = Atlas.of(model), record_pass(model, example, written)
     for tower in atlas.towers.values():
         for block in tower.blocks:
-            yield from streams.middle_written(tower, block, streams.Sums(atlas, block, seen))
+            yield from streams.middle_written(tower, block, streams.Sums(atlas, block, recorded))
 
 
 def _experts_pass(model: Any, _: Any, known: _Measured) -> Iterator[Closure]:
@@ -256,7 +256,7 @@ def _experts_pass(model: Any, _: Any, known: _Measured) -> Iterator[Closure]:
     with engine.undisturbed(model):
         for tower in Atlas.of(model).towers.values():
             for block in tower.blocks:
-                yield from parts.experts(tower, block, calls, model)
+                yield from mlp_parts.experts(tower, block, calls, model)
 
 
 _PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {
@@ -271,10 +271,10 @@ _PASSES: dict[str, Callable[[Any, Any, _Measured], Iterator[Closure]]] = {
 
 
 #: Kinds that every layer with heads has; a layer that nothing was measured of cannot be trusted.
-_MEASURED: tuple[Kind, ...] = ("heads", "q", "k", "v", "gate", "ungated", "written pattern")
+_MEASURED: tuple[PromiseKind, ...] = ("heads", "q", "k", "v", "gate", "ungated", "written pattern")
 
 
-def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None:
+def _check(model: Any, known: _Measured, kind: PromiseKind, places: list[Path]) -> None:
     found = _closures(model, known, kind)
     broken = [closure for closure in found if not closure.holds]
     there = {(closure.tower, closure.layer) for closure in found}
@@ -298,7 +298,7 @@ def _check(model: Any, known: _Measured, kind: Kind, places: list[Path]) -> None
             raise _refusal(model, known, kind, path, closure, broken)
 
 
-def _needed(towers: Mapping[str, Tower], kind: Kind) -> set[tuple[str, int]]:
+def _needed(towers: Mapping[str, Tower], kind: PromiseKind) -> set[tuple[str, int]]:
     """The layers of which something has to be known."""
     every = [(name, block) for name, tower in towers.items() for block in tower.blocks]
     # Without an encoder beside it, cross-attention does not run.
@@ -324,7 +324,7 @@ def _block(towers: Mapping[str, Tower], tower: str, layer: int) -> Block:
 
 
 def _refusal(
-    model: Any, known: _Measured, kind: Kind, path: Path, closure: Closure, broken: list[Closure]
+    model: Any, known: _Measured, kind: PromiseKind, path: Path, closure: Closure, broken: list[Closure]
 ) -> RefusedPlace:
     name, promise = PROMISES[kind]
     layers = sorted({one.layer for one in broken if one.tower == closure.tower})
@@ -343,7 +343,7 @@ def _refusal(
     )
 
 
-def _sound(known: _Measured, kind: Kind) -> bool:
+def _sound(known: _Measured, kind: PromiseKind) -> bool:
     """Whether a kind is there and holds in all layers, of what has been measured."""
     found = [closure for of in known.closures.values() for closure in of if closure.kind == kind]
     return bool(found) and all(closure.holds for closure in found)

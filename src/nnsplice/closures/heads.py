@@ -16,34 +16,34 @@ from nnsplice import wire
 from nnsplice.atlas import Atlas, Block, Layout, Tower
 from nnsplice.atlas.layouts import ROLES, Role
 from nnsplice.atlas.tree import is_norm
+from nnsplice.closures.pass_values import PassValues
 from nnsplice.closures.promises import Closure, gap, largest, tolerance
-from nnsplice.closures.seen import Seen
 
 _NOTHING = float("inf")
 
 
-def rebuilt(atlas: Atlas, tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
+def rebuilt(atlas: Atlas, tower: Tower, block: Block, recorded: PassValues) -> Iterator[Closure]:
     """What the output projection makes is what attention adds, or what the norm at its end is given."""
-    made = seen.at(block.o, "passed", block.occurrence)
+    made = recorded.at(block.o, "passed", block.occurrence)
     if made is None or block.layout is None:
         return
     added = block.attn_added or block.attn
     end = "given" if added is not None and added != block.o and is_norm(atlas.tree, added) else "output"
-    total = seen.at(added, end, block.occurrence) if added != block.o else made
+    total = recorded.at(added, end, block.occurrence) if added != block.o else made
     missed = _NOTHING if total is None else gap([made], total)
     found = "the output projection does not make attn.output of them"
     yield Closure("heads", tower.name, block.index, missed, tolerance(made), found)
 
 
 #: A role, and the gate of a head.
-Part = Literal["q", "k", "v", "gate"]
+HeadInput = Literal["q", "k", "v", "gate"]
 
 
 # --- one head, one slice ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Tied:
+class HeadSlices:
     """The slices of one layer's heads and the projections that they are made of."""
 
     block: Block
@@ -55,7 +55,7 @@ class Tied:
     gates: Tensor | None = None
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[HeadInput, ...]:
         """What the slices are made of."""
         return (*ROLES, "gate") if self.gates is not None else ROLES
 
@@ -64,7 +64,7 @@ class Tied:
         """Everything that gradients arrive at."""
         return [*self.leaves.values(), *([] if self.gates is None else [self.gates])]
 
-    def leaf(self, part: Part) -> Tensor:
+    def leaf(self, part: HeadInput) -> Tensor:
         """What holds a role, or the gates."""
         if part == "gate":
             assert self.gates is not None
@@ -72,9 +72,9 @@ class Tied:
         return self.leaves[part]
 
     @cached_property
-    def columns(self) -> dict[Part, tuple[Tensor, Tensor]]:
+    def columns(self) -> dict[HeadInput, tuple[Tensor, Tensor]]:
         """By part, of each column of what holds it: which head or group it is of, or -1; whether it is the first."""
-        found: dict[Part, tuple[Tensor, Tensor]] = {}
+        found: dict[HeadInput, tuple[Tensor, Tensor]] = {}
         for part in self.parts:
             width = self.leaf(part).shape[-1]
             owner, leads = torch.full((width,), -1), torch.zeros(width, dtype=torch.bool)
@@ -83,7 +83,7 @@ class Tied:
             found[part] = owner, leads
         return found
 
-    def _ranges(self, part: Part) -> Iterator[tuple[int, tuple[int, int]]]:
+    def _ranges(self, part: HeadInput) -> Iterator[tuple[int, tuple[int, int]]]:
         if part == "gate":
             gates = ((head, self.block.gate_of(head)) for head in range(self.layout.n_heads))
             yield from ((head, gate[1]) for head, gate in gates if gate is not None)
@@ -99,15 +99,15 @@ class Tied:
         return (self.slots[-1, at] * weights).sum()
 
 
-def tied(block: Block, seen: Seen) -> Tied | None:
+def head_slices(block: Block, recorded: PassValues) -> HeadSlices | None:
     """The slices of a layer, or None where they are not tied to projections."""
-    slots = seen.slots.get((str(block.o), block.occurrence))
-    leaves = {role: seen.leaves.get((str(block.source(role)), block.occurrence)) for role in ROLES}
+    slots = recorded.slots.get((str(block.o), block.occurrence))
+    leaves = {role: recorded.leaves.get((str(block.source(role)), block.occurrence)) for role in ROLES}
     if slots is None or block.layout is None or not slots.requires_grad or any(v is None for v in leaves.values()):
         return None
     gate = block.gate_of(0)
-    gates = seen.leaves.get((gate[0], block.occurrence)) if gate else None
-    return Tied(block, block.layout, slots.reshape(-1, slots.shape[-1]), leaves, gates)  # pyright: ignore
+    gates = recorded.leaves.get((gate[0], block.occurrence)) if gate else None
+    return HeadSlices(block, block.layout, slots.reshape(-1, slots.shape[-1]), leaves, gates)  # pyright: ignore
 
 
 def codewords(count: int) -> list[frozenset[int]]:
@@ -125,10 +125,10 @@ def codewords(count: int) -> list[frozenset[int]]:
     )
 
 
-_NAMES: dict[Part, str] = {"q": "query", "k": "key", "v": "value", "gate": "gate"}
+_NAMES: dict[HeadInput, str] = {"q": "query", "k": "key", "v": "value", "gate": "gate"}
 
 
-def influence(tower: Tower, layers: list[Tied]) -> Iterator[Closure]:
+def influence(tower: Tower, layers: list[HeadSlices]) -> Iterator[Closure]:
     """Which columns of q, k, v and gates each slice depends on, for all layers together."""
     outside = {(t.block.index, role, part): 0.0 for t in layers for role in t.parts for part in ("heads", "tokens")}
     for by in ("head", "group"):
@@ -137,14 +137,14 @@ def influence(tower: Tower, layers: list[Tied]) -> Iterator[Closure]:
         words = {t.block.index: codewords(t.layout.n_heads if by == "head" else t.layout.n_kv) for t in there}
         for number in sorted(frozenset().union(*(word for of in words.values() for word in of))):
             chosen = {t.block.index: _chosen(t.layout, by, words[t.block.index], number) for t in there}
-            asked = [t for t in there if chosen[t.block.index]]
+            summed = [t for t in there if chosen[t.block.index]]
             total = torch.stack(
-                [t.last(of, [0] * len(of)).cpu() for t in asked for of in [chosen[t.block.index]]]
+                [t.last(of, [0] * len(of)).cpu() for t in summed for of in [chosen[t.block.index]]]
             ).sum()
-            leaves = list(dict.fromkeys(leaf for t in asked for leaf in t.all))
+            leaves = list(dict.fromkeys(leaf for t in summed for leaf in t.all))
             grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
             found = dict(zip(leaves, grads, strict=True))
-            for t in asked:
+            for t in summed:
                 for role in t.parts:
                     if t.layout.n_heads != t.layout.n_kv and (role in ("q", "gate")) != (by == "head"):
                         continue
@@ -156,7 +156,7 @@ def influence(tower: Tower, layers: list[Tied]) -> Iterator[Closure]:
         for role in t.parts:
             of_heads, of_tokens = (outside[t.block.index, role, part] for part in ("heads", "tokens"))
             # What lies side by side is taken wrongly together: a query for its gate, a key for its value.
-            beside: Part | None = "gate" if t.layout.gate_dim else None
+            beside: HeadInput | None = "gate" if t.layout.gate_dim else None
             beside = beside if role == "q" else "v" if role == "k" and t.layout.shares("k") else None
             if beside is not None:
                 of_heads = max(of_heads, outside[t.block.index, beside, "heads"])
@@ -175,7 +175,7 @@ def _chosen(layout: Layout, by: str, words: list[frozenset[int]], number: int) -
     return [head for group, word in enumerate(words) if number in word for head in layout.heads_of(group)]
 
 
-def _outside(t: Tied, role: Part, grad: Tensor | None, heads: list[int]) -> tuple[float, float]:
+def _outside(t: HeadSlices, role: HeadInput, grad: Tensor | None, heads: list[int]) -> tuple[float, float]:
     """The largest gradient at columns, and at tokens, where none should be, as shares of the largest of this role."""
     if grad is None:
         return 0.0, 0.0  # nothing at all depends on it, as in a head that was zeroed
@@ -197,7 +197,7 @@ def _outside(t: Tied, role: Part, grad: Tensor | None, heads: list[int]) -> tupl
 # --- gates ------------------------------------------------------------------------------------------------------------
 
 
-def before_gates(tower: Tower, t: Tied) -> Iterator[Closure]:
+def before_gates(tower: Tower, t: HeadSlices) -> Iterator[Closure]:
     """A slice is what the head mixed, times the sigmoid of its gate; nothing where heads have no gates.
 
     The first token reads itself alone, so what its heads mixed is the value of their group.
@@ -235,11 +235,11 @@ def keys(tower: Tower, block: Block, width: int, given: int | None) -> Iterator[
         yield Closure("written pattern", tower.name, block.index, _NOTHING, 0.0, found)
 
 
-def patterns(tower: Tower, t: Tied, seen: Seen) -> Iterator[Closure]:
+def patterns(tower: Tower, t: HeadSlices, recorded: PassValues) -> Iterator[Closure]:
     """Probabilities that mix values into slices; nothing where the attention returns none."""
     block, layout = t.block, t.layout
     assert block.pattern is not None
-    shares = _shares(seen.patterns.get((block.pattern[0], block.occurrence)), block.pattern[1])
+    shares = _shares(recorded.patterns.get((block.pattern[0], block.occurrence)), block.pattern[1])
     if shares is None:
         return
     values, tokens = t.leaves["v"].detach(), t.slots.shape[0]
@@ -275,7 +275,7 @@ def _shares(output: object, item: int) -> Tensor | None:
         return None
 
 
-def _mixing(t: Tied, shares: Tensor) -> float:
+def _mixing(t: HeadSlices, shares: Tensor) -> float:
     """By how much the shares of the last token miss the gradients of slices by values, up to a factor for each head.
 
     Norms of values and gates behind the mixing are such factors: they change what a head writes, not what it looks at.

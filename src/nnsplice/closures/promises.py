@@ -11,7 +11,7 @@ from torch import Tensor
 from nnsplice.atlas import Site
 from nnsplice.paths import Path
 
-Kind = Literal[
+PromiseKind = Literal[
     "stream",
     "mid",
     "attn",
@@ -33,8 +33,8 @@ Kind = Literal[
 #: What closures call the tower of cross-attention: its layers are the decoder's.
 CROSS = "cross"
 
-#: Kind -> how a message calls its sites, and what they promise.
-PROMISES: dict[Kind, tuple[str, str]] = {
+#: PromiseKind -> how a message calls its sites, and what they promise.
+PROMISES: dict[PromiseKind, tuple[str, str]] = {
     "stream": (
         ".input and .output",
         "what one layer puts out is what the next is given, or the head, a vector for each token",
@@ -64,7 +64,7 @@ PROMISES: dict[Kind, tuple[str, str]] = {
 class Closure:
     """One promise of one layer, measured."""
 
-    kind: Kind
+    kind: PromiseKind
     tower: str
     layer: int
     #: By how much it is missed, relative to the size of what was added; infinite where there is nothing to compare.
@@ -80,7 +80,7 @@ class Closure:
         return self.gap <= self.allowed
 
 
-def kind_of(path: Path) -> Kind | None:
+def kind_of(path: Path) -> PromiseKind | None:
     """The kind of an expanded path; None for a native one and for sites that are what their module's name says."""
     names = [step.name for step in path.steps]
     if path.native or names[0] not in ("layers", "embed"):

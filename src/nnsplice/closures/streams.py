@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor
 
 from nnsplice.atlas import Atlas, Block, Tower
-from nnsplice.closures.promises import CROSS, Closure, Kind, gap, tolerance
-from nnsplice.closures.seen import Seen, norms_of
+from nnsplice.closures.pass_values import PassValues, norms_of
+from nnsplice.closures.promises import CROSS, Closure, PromiseKind, gap, tolerance
 
 _NOTHING = float("inf")
 
 
-def stream(tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
+def stream(tower: Tower, block: Block, recorded: PassValues) -> Iterator[Closure]:
     """What a layer is given is what the layer before it put out, a vector for each token.
 
     Whatever hooks of the user's do between the two is the user's question, and not what the model is.
     """
-    own = seen.at(block.module, "given", block.occurrence)
+    own = recorded.at(block.module, "given", block.occurrence)
     if own is None:
         return  # whoever asks for it is told that it never runs
     found, missed, allowed = "", 0.0, tolerance(own)
@@ -26,7 +26,7 @@ def stream(tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
         found, missed = f"it has the shape {list(own.shape)}", _NOTHING
     elif block.index:
         before = tower.blocks[block.index - 1]
-        left = seen.at(before.end or before.module, "passed", before.occurrence)
+        left = recorded.at(before.end or before.module, "passed", before.occurrence)
         if left is not None:
             missed = gap([left], own)
             found = f"the input of layer {block.index} and the output of layer {before.index} differ"
@@ -36,10 +36,10 @@ def stream(tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
 class Sums:
     """The values of one layer, and the sums that they may make."""
 
-    def __init__(self, atlas: Atlas, block: Block, seen: Seen) -> None:
+    def __init__(self, atlas: Atlas, block: Block, recorded: PassValues) -> None:
         self.block: Block = block
         self.visit: int = block.occurrence
-        self.seen: Seen = seen
+        self.recorded: PassValues = recorded
         self.before: Tensor | None = self._at(block.module, "input")
         self.after: Tensor | None = self._at(block.end, "passed") if block.end else self._at(block.module, "output")
         self.attn: Tensor | None = self._scaled(block.mixer_added)
@@ -52,7 +52,7 @@ class Sums:
         ]
 
     def _at(self, module: str | None, end: str) -> Tensor | None:
-        return self.seen.at(module, end, self.visit)
+        return self.recorded.at(module, end, self.visit)
 
     def _scaled(self, module: str | None) -> Tensor | None:
         value = self._at(module, "passed")
@@ -135,7 +135,7 @@ def _best(terms: list[Tensor | None], totals: Iterable[Tensor | None]) -> float:
 def branches(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:
     """What attention and the MLP add."""
     whole = sums.whole()
-    added: tuple[tuple[Kind, str | None, Tensor | None, Callable[[], float]], ...] = (
+    added: tuple[tuple[PromiseKind, str | None, Tensor | None, Callable[[], float]], ...] = (
         ("attn", block.attn_added, sums.attn, sums.of_attention),
         ("mixer", block.mixer_added, sums.attn, sums.of_attention),
         ("mlp", block.mlp_added, sums.mlp, sums.of_mlp),
@@ -154,7 +154,7 @@ def branches(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:
 def crossing(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:
     """What the attention to the other tower adds; nothing where it did not run."""
     cross = block.cross
-    if cross is not None and sums.seen.at(cross.attn_added, "passed", block.occurrence) is not None:
+    if cross is not None and sums.recorded.at(cross.attn_added, "passed", block.occurrence) is not None:
         found = "the layer's stream with cross.output is not the stream behind it"
         yield Closure("cross", CROSS, block.index, sums.of_cross(), sums.allowed, found)
 
@@ -172,6 +172,6 @@ def middle_written(tower: Tower, block: Block, sums: Sums) -> Iterator[Closure]:
     """The stream between the branches, in a pass in which it was written."""
     if block.mid is None or sums.mid is None:
         return
-    missed = sums.from_mid(sums.seen.at(block.mid[0], "written", block.occurrence))
+    missed = sums.from_mid(sums.recorded.at(block.mid[0], "written", block.occurrence))
     found = "what is written there does not go on beside the MLP"
     yield Closure("mid", tower.name, block.index, missed, sums.allowed, found)

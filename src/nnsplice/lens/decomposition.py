@@ -16,7 +16,7 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.atlas import Atlas, Block, Site, unwrap
 from nnsplice.attribution.branches import Branch, Branches
 from nnsplice.attribution.edges import norm_behind
-from nnsplice.closures.seen import norms_of
+from nnsplice.closures.pass_values import norms_of
 from nnsplice.errors import RefusedPlace
 from nnsplice.lens.linear import (
     FrozenNorm,

@@ -16,7 +16,7 @@ from nnsplice.activations.prompts import Prompts, PromptsLike
 from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.gradients import batches, differentiable
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
-from nnsplice.lens.fitted import FittedLens, Kind, freeze
+from nnsplice.lens.fitted import FittedLens, LensKind, freeze
 from nnsplice.lens.runs import decoder_of, last_of, lens_run, prompts_of
 from nnsplice.lens.tail import Tail
 from nnsplice.metrics import divergence
@@ -28,7 +28,7 @@ from nnsplice.sweeps.running import check_mode
 def fit(
     model: Any,
     prompts: PromptsLike,
-    kind: Kind = "tuned",
+    kind: LensKind = "tuned",
     layers: Sequence[int] | None = None,
     *,
     steps: int = 250,

@@ -26,7 +26,7 @@ from nnsplice.shown import counted, printable
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["tuned", "jacobian"]
+LensKind = Literal["tuned", "jacobian"]
 HEADER = "nnsplice"
 KIND = "FittedLens"
 FORMAT = 1
@@ -51,7 +51,7 @@ class FittedLens:
         about: the model it was fitted to (name, revision, digest of the weights), prompts, seed, and what came out.
     """
 
-    kind: Kind
+    kind: LensKind
     layers: tuple[int, ...]
     matrices: Tensor
     biases: Tensor

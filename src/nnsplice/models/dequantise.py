@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nnsplice.errors import FileError, MissingPackage
-from nnsplice.gguf import Outline, read_outline
+from nnsplice.gguf import GgufHeader, read_gguf_header
 from nnsplice.models.conversion_cache import check_room, converted_folder, sha256
 from nnsplice.progress import bar
 
@@ -71,7 +71,7 @@ def _title(quantised: Quantised) -> str:
     return first if len(quantised.pieces) == 1 else first.rpartition(".")[0]
 
 
-def types_of(outline: Outline) -> dict[str, int]:
+def types_of(outline: GgufHeader) -> dict[str, int]:
     """Type -> how many tensors have it, the most frequent first: `{"Q4_1": 210, "F32": 61}`."""
     from gguf import GGMLQuantizationType
 
@@ -122,7 +122,7 @@ def _convert(quantised: Quantised, folder: Path) -> dict[str, Any]:
                 expected=quantised.sha256,
                 write=f"nnsplice fetch {quantised.name} --again",
             )
-        outline = read_outline(file)
+        outline = read_gguf_header(file)
         _check_length(file, outline)
         check_room(folder, sum(4 * prod(tensor.shape) for tensor in outline.tensors))
         types = types_of(outline)
@@ -147,7 +147,7 @@ def _joined(pieces: Sequence[Path], into: Path) -> Path:
     return into
 
 
-def _check_length(file: Path, outline: Outline) -> None:
+def _check_length(file: Path, outline: GgufHeader) -> None:
     """Raise for a truncated file; numpy would only say that a shape does not fit."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 

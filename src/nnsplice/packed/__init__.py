@@ -29,7 +29,7 @@ cost             passes, calls of blocks, tokens, operations
 
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost, CostModel
-from nnsplice.packed.frozen import Branch, FrozenRow, run_frozen
+from nnsplice.packed.frozen import FrozenBranch, FrozenRow, run_frozen
 from nnsplice.packed.heads import LOGITS, Head
 from nnsplice.packed.knockouts import cut, knockout
 from nnsplice.packed.recording import padded_at_most, ways
@@ -39,11 +39,11 @@ from nnsplice.packed.running import PackedResult, recorded, run
 __all__ = [
     "LOGITS",
     "Base",
-    "Branch",
     "Cost",
     "CostModel",
     "Cut",
     "Edit",
+    "FrozenBranch",
     "FrozenRow",
     "Head",
     "PackedResult",

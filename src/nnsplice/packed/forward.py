@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nnsplice.packed.attention import KeyValue, LeftBlock, PackedAttention, attention
 from nnsplice.packed.cost import Cost, CostModel
 from nnsplice.packed.edits import Find, Numbered, Readings, edited, hooked, read
-from nnsplice.packed.indices import Index, Indices, on_device
+from nnsplice.packed.indices import DeviceIndex, Indices, on_device
 from nnsplice.packed.layout import AttentionGroup, PackLayout, RowColumns
 from nnsplice.packed.passes import block_stream
 from nnsplice.packed.recording import Recording
@@ -34,13 +34,13 @@ class _Step:
     layout: PackLayout
     #: The rows that begin here with all of their tokens, and the recorded tokens of these.
     entering: Sequence[int]
-    entering_tokens: Index
+    entering_tokens: DeviceIndex
     #: Of partial rows: the recorded tokens that run, all recorded tokens, and the places of the first among these.
-    partial_tokens: Index
-    widened: Index
-    changed: Index
+    partial_tokens: DeviceIndex
+    widened: DeviceIndex
+    changed: DeviceIndex
     #: The recorded tokens that run, and which of them attend together.
-    tokens: Index
+    tokens: DeviceIndex
     groups: Sequence[AttentionGroup]
 
 

@@ -17,7 +17,7 @@ from nnsplice import engine
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.frozen_forward import FrozenForward
-from nnsplice.packed.frozen_rows import Branch, FrozenRow, Moved, moved_row
+from nnsplice.packed.frozen_rows import FrozenBranch, FrozenRow, Moved, moved_row
 from nnsplice.packed.heads import Head
 from nnsplice.packed.rows import Read, SiteLocator
 from nnsplice.packed.running import recorded
@@ -35,7 +35,7 @@ class FrozenResult:
     cost: Cost
 
 
-def run_frozen(base: Base, rows: Sequence[FrozenRow], branches: Sequence[Branch]) -> FrozenResult:
+def run_frozen(base: Base, rows: Sequence[FrozenRow], branches: Sequence[FrozenBranch]) -> FrozenResult:
     """Run rows of which every branch is frozen but their own.
 
     Args:

@@ -17,7 +17,7 @@ from nnsplice.packed.attention import PackedAttention, attention
 from nnsplice.packed.base import Base
 from nnsplice.packed.cost import Cost
 from nnsplice.packed.edits import Numbered, Readings, edited, hooked
-from nnsplice.packed.frozen_rows import Branch, Moved, MovedRow
+from nnsplice.packed.frozen_rows import FrozenBranch, Moved, MovedRow
 from nnsplice.packed.indices import Indices, on_device
 from nnsplice.packed.layout import Find, PackLayout
 from nnsplice.packed.recording import Recording
@@ -37,7 +37,7 @@ class FrozenForward:
     base: Base
     recording: Recording
     rows: Sequence[MovedRow]
-    branches: Sequence[Branch]
+    branches: Sequence[FrozenBranch]
     #: By the row's number: `[token, width]`.
     delta: dict[int, Tensor] = field(default_factory=dict)
     ends: dict[int, Tensor] = field(default_factory=dict)

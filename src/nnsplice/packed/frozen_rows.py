@@ -17,7 +17,7 @@ Moved = tuple[tuple[int, ...], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
+class FrozenBranch:
     """One attention or MLP: its layer, and the site of what it adds to the stream."""
 
     layer: int
@@ -34,7 +34,7 @@ class FrozenRow:
     """A row, and the branches that its edits are in: these run freely, all others are frozen."""
 
     row: Row
-    free: frozenset[Branch]
+    free: frozenset[FrozenBranch]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MovedRow:
     """A row whose stream an edit moves at some tokens, which are `prepared.changed`."""
 
     prepared: PreparedRow
-    free: frozenset[Branch]
+    free: frozenset[FrozenBranch]
     #: Whether no token reads what is moved at another one.
     independent: bool
 

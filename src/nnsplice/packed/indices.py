@@ -14,11 +14,11 @@ class Indices:
 
     def __init__(self, device: torch.device) -> None:
         self.device: torch.device = device
-        self._waiting: list[Index] = []
+        self._waiting: list[DeviceIndex] = []
 
-    def add(self, numbers: Sequence[int] | np.ndarray) -> Index:
+    def add(self, numbers: Sequence[int] | np.ndarray) -> DeviceIndex:
         """An array that will be used on the device."""
-        index = Index(self, np.asarray(numbers, np.int64))
+        index = DeviceIndex(self, np.asarray(numbers, np.int64))
         self._waiting.append(index)
         return index
 
@@ -30,7 +30,7 @@ class Indices:
             index.sent = part.view(index.array.shape)
 
 
-class Index:
+class DeviceIndex:
     """An array of numbers, on the host and on the device."""
 
     def __init__(self, home: Indices, array: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnsplice.packed.indices import Index, Indices
+from nnsplice.packed.indices import DeviceIndex, Indices
 from nnsplice.packed.rows import PreparedRow
 
 #: The number of a row and a position -> the index of that token; None where it does not run.
@@ -161,13 +161,13 @@ class AttentionGroup:
     """Rows of one shape, which one call attends for. What pads a row repeats its last token."""
 
     #: `[row, query]`, the tokens of the pack whose queries these are.
-    queries: Index
+    queries: DeviceIndex
     #: `[row, key]`, which tokens may be seen, in the order of their positions: recorded ones, then those of the pack.
-    keys: Index
+    keys: DeviceIndex
     #: `[row, query]`, the position of each query in its prompt; one row where that is the same for all.
-    positions: Index
+    positions: DeviceIndex
     #: `[row]`, the prompts by their order among the recorded ones.
-    prompts: Index
+    prompts: DeviceIndex
     _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
 
     @classmethod

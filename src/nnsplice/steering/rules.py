@@ -252,7 +252,7 @@ def rules_of(
         factors = coefficients(coefficient)
         rules.append(Rule(place, direction.detach(), factors, label, own, where, condition, feature))
     closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
-    closures.tell_joint_norms(model, (rule.path for rule in rules))
+    closures.warn_of_joint_norms(model, (rule.path for rule in rules))
     return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nnsplice.errors import BadArgument, FileError, MissingPackage, StoreError
-from nnsplice.locks import LEASE, Beat, is_gone, this_process
+from nnsplice.locks import LEASE, Heartbeat, is_gone, this_process
 from nnsplice.stores.addresses import split
 
 #: Seconds between two looks at what others do, and two writings of a log.
@@ -241,7 +241,7 @@ class CloudLock:
             with store._wrapped_errors():
                 if store._replaced(name, self._words, found.meta):
                     break
-        self._beat = Beat(lambda: store.touch(name), LEASE / 12)
+        self._beat = Heartbeat(lambda: store.touch(name), LEASE / 12)
 
     def release(self) -> None:
         """Let the next one take it."""

@@ -7,7 +7,7 @@ from typing import Any
 from nnsplice import engine
 from nnsplice.activations import capture
 from nnsplice.activations.access import site_of
-from nnsplice.atlas import Attached, attach, attached, detach, unwrap
+from nnsplice.atlas import AttachedSae, attach, attached, detach, unwrap
 from nnsplice.errors import BadArgument, BadType, PathError, RefusedPlace, ShapeError, UnknownPath, circumstances, named
 from nnsplice.paths import Path, Span, parse_path
 from nnsplice.subspaces.sae import SAE
@@ -82,7 +82,7 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str
         if width != sae.width:
             raise ShapeError(f"the SAE is of a site {sae.width} wide, and this one is {width} wide", path=place)
         source = _read_by(model, sae, found[0], reads)
-    attach(unwrap(model), name, Attached(found[0], sae, source))
+    attach(unwrap(model), name, AttachedSae(found[0], sae, source))
     return f"{found[0].place}.sae[{Span(name)}]"
 
 

@@ -43,7 +43,7 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
     found += {target.cell.path: target for target in joint}.values()
     places = [place for target in found for place in target.places]
     closures.require(model, places, written=True)
-    closures.tell_joint_norms(model, places)
+    closures.warn_of_joint_norms(model, places)
     return tuple(found)
 
 

@@ -145,7 +145,7 @@ def measured_table(
         time.perf_counter() - start,
         **cost.as_dict(),
         known=len(plan.known),
-        gate=closures.spent(model),
+        gate=closures.passes_spent(model),
         note=note,
     )
     cells = tuple(target.cell for target in plan.targets)

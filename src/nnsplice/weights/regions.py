@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nnsplice.atlas import Atlas, Part, Selection, refuse_sharded, rest_of, unwrap
+from nnsplice.atlas import Atlas, ParameterSlice, Selection, refuse_sharded, rest_of, unwrap
 from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest, named
 from nnsplice.paths import Path
 from nnsplice.weights.selecting import Restriction, exact, select
@@ -26,7 +26,7 @@ class Region:
 
     name: str
     tensor: nn.Parameter
-    part: Part | Tensor
+    part: ParameterSlice | Tensor
 
     def views(self, tensor: Tensor) -> list[Tensor]:
         """These numbers of a tensor of the parameter's shape; views of it where there is no mask."""

@@ -15,7 +15,7 @@ from operator import and_
 
 from torch import Tensor
 
-from nnsplice.atlas import Atlas, Part, Selection
+from nnsplice.atlas import Atlas, ParameterSlice, Selection
 from nnsplice.errors import BadArgument
 from nnsplice.paths import Path, parse_path
 
@@ -69,7 +69,7 @@ def shared_groups(atlas: Atlas, place: Path) -> list[tuple[Path, Selection]]:
     return [(_group(layer, number, value), shared(atlas, (layer, number, value))) for layer, number, value in several]
 
 
-def notes(atlas: Atlas, parts: Mapping[str, Part | Tensor]) -> Iterator[str]:
+def notes(atlas: Atlas, parts: Mapping[str, ParameterSlice | Tensor]) -> Iterator[str]:
     """A sentence for each group whose keys or values are among these numbers, with some of its heads and not all.
 
     Args:
@@ -132,7 +132,7 @@ def _group(layer: Path, number: int, value: str | None) -> Path:
     return replace(layer, steps=(*layer.steps, replace(layer.steps[0], name="groups", index=number)), value=value)
 
 
-def _meets(parts: Mapping[str, Part | Tensor], selection: Selection) -> bool:
+def _meets(parts: Mapping[str, ParameterSlice | Tensor], selection: Selection) -> bool:
     """Whether a selection has any of these numbers."""
     for name in selection:
         if name not in parts:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from nnsplice.errors import BadArgument, NnspliceError
-from nnsplice.locks import Beat, this_process
+from nnsplice.locks import Heartbeat, this_process
 from nnsplice.work.claims import Claims
 from nnsplice.work.run_folder import RunFolder, UnitTask
 
@@ -48,7 +48,7 @@ class Worker:
 
     def work(self) -> int:
         """Run units until none is left; returns the exit code."""
-        beat = Beat(self._sign, self.folder.header["lease"] / 6)
+        beat = Heartbeat(self._sign, self.folder.header["lease"] / 6)
         try:
             with self._signals():
                 return self._work()

@@ -14,30 +14,30 @@ from torch import Tensor, nn
 
 from nnsplice import engine
 from nnsplice.atlas import Tower, unwrap
+from nnsplice.closures.pass_values import PassValues, replaced
 from nnsplice.closures.promises import Closure, gap, tolerance
-from nnsplice.closures.seen import Seen, replaced
 
 _FOUND = "what is read behind the last layer is more than that layer's output"
 
 
 @dataclass(frozen=True)
-class Ended:
+class PassEnd:
     """How a pass ended: what the last layer put out, and the logits."""
 
     left: Tensor
     logits: Tensor
 
 
-def ended(tower: Tower, seen: Seen) -> Ended | None:
+def pass_end(tower: Tower, recorded: PassValues) -> PassEnd | None:
     """The end of a pass; None for a tower without a head."""
     last = tower.blocks[-1]
-    left = seen.at(last.end or last.module, "passed", last.occurrence)
-    if left is None or seen.logits is None or tower.unembed is None:
+    left = recorded.at(last.end or last.module, "passed", last.occurrence)
+    if left is None or recorded.logits is None or tower.unembed is None:
         return None
-    return Ended(left, seen.logits)
+    return PassEnd(left, recorded.logits)
 
 
-def head(model: Any, tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]], end: Ended) -> Iterator[Closure]:
+def head(model: Any, tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]], end: PassEnd) -> Iterator[Closure]:
     """Another prompt has the same logits where its last layer puts out the same; asked of all layers as one."""
     args, kwargs = example
     ids = kwargs.get("input_ids")

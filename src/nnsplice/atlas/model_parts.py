@@ -16,16 +16,16 @@ from nnsplice.atlas.block import Tower
 from nnsplice.atlas.choose import Doubt
 from nnsplice.atlas.modules import module_places
 from nnsplice.atlas.selection import Selection
-from nnsplice.atlas.tree import Tree
+from nnsplice.atlas.tree import ModuleTree
 from nnsplice.errors import UnknownPath, UnrecognisedModel
 from nnsplice.paths.path import Path, Step
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Parts:
+class ModelParts:
     """What is known of one model."""
 
-    tree: Tree
+    tree: ModuleTree
     #: `"decoder"`, and `"encoder"` for models with two towers; empty where nothing was recognised.
     towers: Mapping[str, Tower]
     #: The model it was read from, for `verify`; dead when the model is gone.

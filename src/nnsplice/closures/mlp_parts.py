@@ -9,17 +9,17 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.atlas import Atlas, Block, Tower, text_config, unwrap
+from nnsplice.closures.pass_values import Arguments, PassValues
 from nnsplice.closures.promises import Closure, gap, tolerance
-from nnsplice.closures.seen import Call, Seen
 
 
-def neurons(tower: Tower, block: Block, seen: Seen) -> Iterator[Closure]:
+def neurons(tower: Tower, block: Block, recorded: PassValues) -> Iterator[Closure]:
     """What the last matrix makes is what the MLP makes, up to a factor."""
-    made = seen.at(block.down, "passed", block.occurrence)
+    made = recorded.at(block.down, "passed", block.occurrence)
     if made is None or block.is_sparse:
         return
-    ends = [seen.at(block.mlp_added, end, block.occurrence) for end in ("output", "given")]
-    ends.append(None if block.mlp_is_bare else seen.at(block.mlp, "output", block.occurrence))
+    ends = [recorded.at(block.mlp_added, end, block.occurrence) for end in ("output", "given")]
+    ends.append(None if block.mlp_is_bare else recorded.at(block.mlp, "output", block.occurrence))
     found = [gap([made * _factor(made, end)], end) for end in ends if end is not None and end.shape == made.shape]
     if found:  # else the last matrix stands alone, and there is nothing to compare it with
         text = f"{block.down} does not make what the MLP makes"
@@ -32,7 +32,7 @@ def _factor(made: Tensor, end: Tensor) -> float:
     return 1.0 if abs(factor - 1) < 1e-2 else factor
 
 
-def experts(tower: Tower, block: Block, calls: Mapping[tuple[str, int], Call], model: object) -> Iterator[Closure]:
+def experts(tower: Tower, block: Block, calls: Mapping[tuple[str, int], Arguments], model: object) -> Iterator[Closure]:
     """Experts with even numbers and those with odd ones make what all of them make.
 
     Nothing where they are not given their choice and their weights: one of them cannot be told apart then, and whoever

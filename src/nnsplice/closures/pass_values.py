@@ -28,11 +28,11 @@ End = str
 Key = tuple[str, End, int]
 
 #: What a module was called with.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
-class Seen:
+class PassValues:
     """What one pass went through."""
 
     values: dict[Key, Tensor] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Seen:
     #: What attention modules return in the place of probabilities.
     patterns: dict[tuple[str, int], Any] = field(default_factory=dict)
     #: What modules of experts were called with.
-    calls: dict[tuple[str, int], Call] = field(default_factory=dict)
+    calls: dict[tuple[str, int], Arguments] = field(default_factory=dict)
     visits: dict[Key, int] = field(default_factory=dict)
     #: What the model returned, where it says so.
     logits: Tensor | None = None
@@ -56,7 +56,9 @@ class Seen:
 Written = Callable[[Tensor], Tensor]
 
 
-def look(model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: Written | None = None) -> Seen:
+def record_pass(
+    model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: Written | None = None
+) -> PassValues:
     """Run a model once and keep what its closures need.
 
     Args:
@@ -76,8 +78,8 @@ def look(model: object, example: tuple[tuple[Any, ...], dict[str, Any]], write: 
         call = stack.enter_context(engine.undisturbed(model))
         stack.enter_context(torch.set_grad_enabled(write is None))
         logits = getattr(call(*args, **kwargs), "logits", None)
-    hooks.seen.logits = logits.detach() if isinstance(logits, Tensor) else None
-    return hooks.seen
+    hooks.recorded.logits = logits.detach() if isinstance(logits, Tensor) else None
+    return hooks.recorded
 
 
 def norms_of(atlas: Atlas, block: Block) -> Iterator[str]:
@@ -121,7 +123,7 @@ class _Hooks:
     """Hooks of torch on a plain module, for the calls of this thread."""
 
     def __init__(self, root: nn.Module, stack: ExitStack) -> None:
-        self.root, self.stack, self.seen = root, stack, Seen()
+        self.root, self.stack, self.recorded = root, stack, PassValues()
         self.thread = threading.get_ident()
         self.known: set[tuple[str, str]] = set()
 
@@ -134,8 +136,8 @@ class _Hooks:
 
     def _visit(self, name: str, end: str) -> int:
         key = (name, end, 0)
-        self.seen.visits[key] = self.seen.visits.get(key, -1) + 1
-        return self.seen.visits[key]
+        self.recorded.visits[key] = self.recorded.visits.get(key, -1) + 1
+        return self.recorded.visits[key]
 
     def _before(self, module: nn.Module, meet: Callable[[tuple, dict], Any], *, first: bool = False) -> None:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -160,7 +162,7 @@ class _Hooks:
                 tensor = _tensor(value)
                 visit = self._visit(str(name), end)
                 if tensor is not None:
-                    self.seen.values[str(name), end, visit] = tensor.detach().clone()
+                    self.recorded.values[str(name), end, visit] = tensor.detach().clone()
 
             if end in ("given", "input"):
                 self._before(module, lambda args, kwargs, meet=meet: meet(_first(args, kwargs)), first=end == "given")
@@ -175,7 +177,7 @@ class _Hooks:
 
     def _called(self, name: str, args: tuple, kwargs: dict) -> None:
         copied = tuple(_copy(value) for value in args), {key: _copy(value) for key, value in kwargs.items()}
-        self.seen.calls[name, self._visit(name, "call")] = copied
+        self.recorded.calls[name, self._visit(name, "call")] = copied
 
     def leaf(self, name: str) -> None:
         """Let the run go on with an output that gradients arrive at."""
@@ -188,7 +190,7 @@ class _Hooks:
         if tensor is None or not tensor.is_floating_point():
             return None
         leaf = tensor.detach().clone().requires_grad_()
-        self.seen.leaves[name, self._visit(name, "leaf")] = leaf
+        self.recorded.leaves[name, self._visit(name, "leaf")] = leaf
         return wire.repack(output, None, leaf.clone())  # code may change it in place, which no leaf allows
 
     def slots(self, name: str) -> None:
@@ -201,7 +203,7 @@ class _Hooks:
     def _slots(self, name: str, value: Any) -> None:
         tensor = _tensor(value)
         if tensor is not None:
-            self.seen.slots[name, self._visit(name, "slots")] = tensor
+            self.recorded.slots[name, self._visit(name, "slots")] = tensor
 
     def straight(self, name: str) -> None:
         """Let gradients pass a norm as if it were not there: it may tie all heads, which is no part of the question."""
@@ -223,7 +225,7 @@ class _Hooks:
             self._after(module, lambda _, output: self._pattern(name, output))
 
     def _pattern(self, name: str, output: Any) -> None:
-        self.seen.patterns[name, self._visit(name, "pattern")] = output
+        self.recorded.patterns[name, self._visit(name, "pattern")] = output
 
     def write(self, block: Block, written: Written) -> None:
         """Change the stream between attention and MLP as a replay would, and keep what stands there then."""
@@ -236,7 +238,7 @@ class _Hooks:
 
         def change(tensor: Tensor) -> Tensor:
             new = written(tensor)
-            self.seen.values[name, "written", self._visit(name, "written")] = new.clone()
+            self.recorded.values[name, "written", self._visit(name, "written")] = new.clone()
             return new
 
         if block.mid_kind == "stream":

@@ -13,7 +13,7 @@ from nnsplice.warn import warn_caller
 _NAMES = {"q": ("query", "queries", "head"), "k": ("key", "keys", "group")}
 
 
-def tell_joint_norms(model: Any, paths: Iterable[Path]) -> None:
+def warn_of_joint_norms(model: Any, paths: Iterable[Path]) -> None:
     """Warn of expanded paths that will be written, and move other heads through a norm over all of them.
 
     Nothing is wrong with such a write: the model's own norm carries it on.
