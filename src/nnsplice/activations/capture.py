@@ -16,6 +16,7 @@ from nnsplice.activations.encoding import encode
 from nnsplice.activations.packs import Pack, Provenance
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.activations.saved_activation import SavedActivation
+from nnsplice.atlas import unwrap
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.paths import Path, Paths
@@ -73,7 +74,7 @@ def capture(
 ) -> SavedActivation:
     """Run prompts through the model and save activations.
 
-    Prompts of one length run together without padding; the pass stops after the last site that is needed.
+    Prompts of one length run together without padding. The pass stops after the last site that is needed.
 
     >>> ns.capture(model, ["w3 w4 w5", "w6 w7"], "layers[:].output[-1]")
     SavedActivation: 3 sites, 1 position each, 2 rows, float32, 384 B
@@ -86,7 +87,8 @@ def capture(
             `[prompt, token, width]` or `[prompt, width]`, or a dictionary by the names of its forward's arguments.
         sites: a path or several, with token positions: `"layers[:].output[-1]"`, `'layers[2].output["subject"][-1]'`.
         spans: token spans by name: `{"subject": ["Eiffel Tower", ...]}`, a text or (start, stop) for each prompt.
-        batch_size: how many prompts run in one pass; all prompts of one length if left out.
+        batch_size: how many prompts run in one pass; if left out all prompts of one length, or one by one where hooks
+            or classes of your own run in the model, which may tell rows apart.
         keep_graph: keep the values in the autograd graph.
         progress: show a progress bar once a second has passed.
         remote: run on nnsight's remote service.
@@ -120,7 +122,7 @@ def _captured(
     with circumstances("ns.capture"):
         given = encode(model, prompts, spans, images=True, sounds=True)
         wanted = checked(model, given, sites)
-    batches = given.batches(batch_size)
+    batches = given.batches(model, batch_size)
     parts: list[list[Pack]] = []
     with bar("capture", len(given), "prompt", progress) as shown:
         for rows in batches:
@@ -144,6 +146,13 @@ def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
     _check_positions(wanted, given)
     closures.require(model, wanted)
     return wanted
+
+
+def rows_at_once(model: engine.Model, given: Prompts, max_tokens: int) -> int:
+    """How many of these prompts run at once where there is memory for so many tokens."""
+    if engine.has_code_by_row(unwrap(model).modules()):
+        return 1
+    return max(max_tokens // max(*given.lengths("encoder"), *given.lengths("decoder")), 1)
 
 
 def origin_of(model: engine.Model, given: Prompts, wanted: Sequence[Path]) -> Provenance:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import features
 from nnsplice.activations.access import require_positions
-from nnsplice.activations.capture import capture
+from nnsplice.activations.capture import capture, rows_at_once
 from nnsplice.activations.encoding import encode, one_by_one
 from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, told_of
 from nnsplice.activations.messages import is_chat
@@ -166,13 +166,13 @@ def _chunk(
         return told["files"]
     # All tokens of a prompt are a tensor of its length, so prompts of one length share a file then.
     ragged = any(isinstance(parse_path(path).position, Slice) for path in paths)
-    groups = given.batches(None) if ragged else [list(range(len(given)))]
+    groups = given.batches(model) if ragged else [list(range(len(given)))]
     files: list[dict[str, Any]] = []
     for at, rows in enumerate(groups):
         some = given.take(rows)
-        longest = max(*some.lengths("encoder"), *some.lengths("decoder"))
         name = f"chunk-{number:06}-{at}.safetensors"
-        held = capture(model, some, paths, batch_size=max(max_tokens // longest, 1), progress=False)  # one bar over all
+        size = rows_at_once(model, some, max_tokens)
+        held = capture(model, some, paths, batch_size=size, progress=False)  # one bar over all
         held.to_file(store.at(name))
         files.append({"name": name, "rows": [start + row for row in rows]})
     _write(store, beside, {"rows": [start, start + len(given)], "prompts": digest, "files": files})

@@ -16,6 +16,7 @@ from nnsplice.activations import sounds as sound_values
 from nnsplice.activations.images import PromptImages
 from nnsplice.activations.messages import Chat, Message
 from nnsplice.activations.sounds import Sound
+from nnsplice.atlas import unwrap
 from nnsplice.errors import SpanError
 from nnsplice.paths import Span
 from nnsplice.tokens import Rows, Spans
@@ -147,13 +148,23 @@ class Prompts:
         held = (None if each is None else each[row].shape for each in (self.images, self.sounds))
         return (self.length("encoder", row), self.length("decoder", row), *held)
 
-    def batches(self, size: int | None) -> list[list[int]]:
-        """Row numbers in batches of prompts of one length, with images of one shape, so that none needs padding."""
+    def batches(self, model: Any, size: int | None = None, *, at_most: int | None = None) -> list[list[int]]:
+        """Row numbers in batches of prompts of one length, with images of one shape, so that none needs padding.
+
+        Tokens run one prompt at a time where code of the user's may tell rows apart, unless a size is asked for.
+
+        Args:
+            model: what runs them, in nnsight or bare.
+            size: how many the user wants to run at once.
+            at_most: how many there is memory for.
+        """
+        if size is None and self.values is None and not self.inputs_by_name:
+            size = 1 if engine.has_code_by_row(unwrap(model).modules()) else None
+        size = min(size or len(self), at_most or len(self))
         groups: dict[object, list[int]] = {}
         for row in range(len(self)):
             groups.setdefault(self.shape(row), []).append(row)
-        step = size or len(self)
-        return [group[start : start + step] for group in groups.values() for start in range(0, len(group), step)]
+        return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
     def inputs(self, rows: Sequence[int], device: torch.device | None) -> Mapping[str, Any] | Tensor:
         """What a forward pass over these rows takes."""

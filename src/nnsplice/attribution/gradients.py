@@ -174,10 +174,10 @@ def pulled(metric: Tensor, tensors: Sequence[Tensor], *, again: bool) -> list[Te
     return [next(found) if tensor.requires_grad else None for tensor in tensors]
 
 
-def batches(prompts: Prompts, wanted: Sequence[int], room: int) -> Iterator[list[int]]:
+def batches(model: engine.Model, prompts: Prompts, wanted: Sequence[int], room: int) -> Iterator[list[int]]:
     """These prompts in batches of one length, at most so many tokens at once."""
     among = set(wanted)
-    for group in prompts.batches(None):
+    for group in prompts.batches(model):
         rows = [row for row in group if row in among]
         step = max(room // max(prompts.length("encoder", group[0]), 1), 1)
         yield from (rows[start : start + step] for start in range(0, len(rows), step))

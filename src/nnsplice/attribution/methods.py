@@ -171,7 +171,7 @@ class Estimator:
             method.rules(model),
             bar("attribution", len(chosen), "prompt", self.progress) as shown,
         ):
-            for rows in batches(plan.corrupted, chosen, self.at_once):
+            for rows in batches(model, plan.corrupted, chosen, self.at_once):
                 halving(rows, work)
         return Scored(scores, made_of, clean, corrupted, spent)
 

@@ -153,7 +153,9 @@ def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, st
     known = _trusted.setdefault(unwrap(work.model), {})
     sites = frozenset(path.site for each in paths.receivers for path in each)
     asked, longest, cost = (probe_key(work), sites), longest_prompt(work), Cost()
-    if asked not in known or known[asked].longest < longest:
+    # What code of the user's does may depend on its variables, so that it is tried anew.
+    own = engine.has_own_code(unwrap(work.model).modules())
+    if own or asked not in known or known[asked].longest < longest:
         known[asked], cost = _tried(work, fast, slow, longest)
     answer = known[asked]
     if answer.way is None:

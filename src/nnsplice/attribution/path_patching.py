@@ -8,7 +8,7 @@ stand still at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from nnsplice import closures, engine, wire
 from nnsplice.activations import features
 from nnsplice.activations.access import Access, accesses, live_value, site_of
 from nnsplice.activations.prompts import PromptsLike
-from nnsplice.atlas import DERIVED
+from nnsplice.atlas import DERIVED, unwrap
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.packed_paths import PackedPaths, PathExecution, chosen, handed
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
@@ -217,32 +217,68 @@ class ReceiversBySender:
 
     def run(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         """Jobs -> the metric of each, and what it cost."""
-        plan, model = work.plan, work.model
-        known = engine.map_of(model)
+        if not engine.has_code_by_row(unwrap(work.model).modules()):
+            return self._together(work, jobs)
+        values: list[float] = []
+        cost = Cost()
+        for job in jobs:
+            found, spent = self._one_by_one(work, job)
+            values += found
+            cost += spent
+        return values, cost
+
+    def _together(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
+        """The three runs of each job as rows of one pass."""
         prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
         rows = [*prompts, *(prompt for prompt, _ in jobs), *(prompt for prompt, _ in jobs)]
+        pass_ = _PathPass(self, work, jobs, prompts)
+        logits, cost = self._logits(work, rows, jobs, pass_.changed)
+        return measured(work, logits[len(prompts) + len(jobs) :], jobs), cost
+
+    def _one_by_one(self, work: Work, job: Job) -> tuple[list[float], Cost]:
+        """The three runs of a job one after the other, as code of the user's may tell rows of a batch apart."""
+        pass_, cost = _PathPass(self, work, [job], [job[0]]), Cost()
+        #: By the value's name, as the runs before this one computed it: `[1, token, width]` each.
+        before: dict[str, list[Tensor]] = {}
+        for number in range(3):
+
+            def changed(access: Access, tensor: Tensor, number: int = number) -> Tensor:
+                known = before.setdefault(str(access.paths), [])
+                new = pass_.changed(access, torch.cat([*known, *[tensor] * (3 - number)]))
+                known.append(tensor.clone())
+                return new[number : number + 1]
+
+            logits, spent = self._logits(work, [job[0]], [job], changed)
+            cost += spent
+        return measured(work, logits, [job]), cost
+
+    def _logits(
+        self, work: Work, rows: Sequence[int], jobs: Sequence[Job], changed: Callable[[Access, Tensor], Tensor]
+    ) -> tuple[Tensor, Cost]:
+        """A pass over prompts in which every value that matters is changed: `[row, vocab]`, where the metric reads."""
+        plan, model = work.plan, work.model
+        known = engine.map_of(model)
         still = [branch.added for branch in self.branches.all]
         senders = list(dict.fromkeys(place for _, cell in jobs for place in plan.targets[cell].places))
         receivers = [path for _, cell in jobs for path in self.receivers[cell]]
         stops = sorted(dict.fromkeys(path.place for path in (*senders, *receivers, *still)), key=known.rank)
         inputs = plan.corrupted.inputs(rows, model.device)
         assert isinstance(inputs, Mapping)
-        batch = plan.corrupted.batch(rows)
-        pass_, at = _PathPass(self, work, jobs, prompts), read_at(plan, prompts[0])
+        batch, at = plan.corrupted.batch(rows), read_at(plan, rows[0])
         found: list[Tensor] = []
 
         def body() -> None:
             mediator = engine.worker(model, "ns.path_patch")
             for access in accesses(model, stops):
                 held = live_value(access, mediator, batch.rows(access.tower))
-                check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[prompts[0]])
-                held.write(pass_.changed(access, held.tensor))
-            found.append(wire.logits_of(model)[len(prompts) + len(jobs) :, at].clone())
+                check_length(access, held.tensor, plan.corrupted.lengths(access.tower)[rows[0]])
+                held.write(changed(access, held.tensor))
+            found.append(wire.logits_of(model)[:, at].clone())
 
         with torch.no_grad():
             engine.run(model, {**inputs, **(fewer := only_read(model, at, stops))}, body)
-        logits = fewer.get("logits_to_keep", plan.corrupted.length("decoder", prompts[0]))
-        return measured(work, found[0], jobs), work.cost_model.whole(plan.corrupted, rows, logits)
+        logits = fewer.get("logits_to_keep", plan.corrupted.length("decoder", rows[0]))
+        return found[0], work.cost_model.whole(plan.corrupted, rows, logits)
 
 
 class _PathPass:

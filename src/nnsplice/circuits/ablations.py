@@ -125,7 +125,7 @@ def mean_of(
     sums: list[SenderValues] = []
     cost = Cost()
     room = max(engine.tokens_at_once(model, max_tokens) // max(reference.lengths("decoder")), 1)
-    for rows in reference.batches(room):
+    for rows in reference.batches(model, at_most=room):
         values, more = _run(model, wiring, reference, rows, experts)
         sums.append(values.map(lambda t: t.double().mean(1).sum(0) / len(reference)))
         cost += more

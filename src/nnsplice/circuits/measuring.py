@@ -160,7 +160,7 @@ def measure(
     with engine.locked(model), bar("circuits", len(kinds) * len(chosen), "run", progress) as shown:
         cost = _check_full_circuit(question)
         sender_parts.check_experts(model, wiring, question.clean, sender_parts.experts_of(wiring, kinds))
-        for batch in question.clean.take(chosen).batches(None):
+        for batch in question.clean.take(chosen).batches(model):
             rows = [chosen[row] for row in batch]
             length = question.clean.length("decoder", rows[0])
             at = question.metric.metric.position % length - length

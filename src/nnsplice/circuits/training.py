@@ -170,7 +170,7 @@ def kl(full: Tensor, ablated: Tensor) -> Tensor:
 
 
 def _groups(model: engine.Model, wiring: Wiring, prompts: Prompts, position: int, room: int) -> Iterator[_Group]:
-    for batch in prompts.batches(None):
+    for batch in prompts.batches(model):
         length = prompts.lengths("decoder")[batch[0]]
         at = position % length - length
         # Training keeps what every block computes, and a pass for each stream that differs.

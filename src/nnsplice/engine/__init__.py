@@ -38,7 +38,7 @@ from nnsplice.engine.batch import Batch, batch_of
 from nnsplice.engine.calls import CallWatcher, ForwardCall, Generation, unwatch_calls, watch_calls
 from nnsplice.engine.causality import after_last_attention, is_causal, is_causal_for
 from nnsplice.engine.digest import weights_digest
-from nnsplice.engine.hooks import has_code_around, has_own_code, hooks_of, replaced_in
+from nnsplice.engine.hooks import has_code_around, has_code_by_row, has_own_code, hooks_of, replaced_in
 from nnsplice.engine.intercept import Interception
 from nnsplice.engine.memory import is_out_of_memory, tokens_at_once
 from nnsplice.engine.model_lock import locked, other_attention, other_thread_error
@@ -122,6 +122,7 @@ __all__ = [
     "fitted_inputs",
     "gather",
     "has_code_around",
+    "has_code_by_row",
     "has_own_code",
     "hooks_of",
     "in_training",

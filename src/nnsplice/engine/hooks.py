@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -41,4 +43,32 @@ def has_own_code(modules: Iterable[nn.Module]) -> bool:
     Such code may be written for a single prompt: for its fifth token, or for the first row of a batch.
     """
     found = list(modules)
-    return has_code_around(found) or any(type(m).__module__.partition(".")[0] not in _LIBRARIES for m in found)
+    return has_code_around(found) or any(_is_foreign(type(m).__module__) for m in found)
+
+
+def has_code_by_row(modules: Iterable[nn.Module]) -> bool:
+    """Whether calls of these modules run code of the user's that may tell rows of a batch apart.
+
+    That is code that `has_own_code` finds, but hooks of known libraries, whose steering blocks know their rows.
+    """
+    found = list(modules)
+    around: list[Any] = [*_registry._global_forward_hooks.values(), *_registry._global_forward_pre_hooks.values()]
+    for module in found:
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            around += hooks.values()
+        around += module._backward_pre_hooks.values()
+        around.append(own_body(module))
+    return any(_is_foreign(type(m).__module__) for m in found) or any(
+        _is_foreign(_written_in(code)) for code in around if code is not None
+    )
+
+
+def _is_foreign(module: str) -> bool:
+    return module.partition(".")[0] not in _LIBRARIES
+
+
+def _written_in(code: Any) -> str:
+    """The Python module of a function, a method or an object that is called."""
+    while isinstance(code, partial):
+        code = code.func
+    return getattr(code, "__module__", None) or type(code).__module__

@@ -152,7 +152,7 @@ def diff_lens(
         targets = tuple(Target(cell_of(place), (TargetPart(cell_of(place), (place,), None),)) for place in places)
         other_model.check_places(base, tuned, given, targets)
         theirs = other_model.counterparts(tuned, targets)
-        tail = Tail.of(tuned, lens_run(tuned, given, given.batches(None)[0], [last_of(tower)]))
+        tail = Tail.of(tuned, lens_run(tuned, given, given.batches(tuned)[0], [last_of(tower)]))
     pairs: list[tuple[str, Tensor]] = []
     before = capture(base, given, [place.at(n) for place in places for n in range(first)])
     after = capture(tuned, given, [theirs[place].at(n) for place in places for n in range(first)])

@@ -98,7 +98,7 @@ def direct(
         values, rest = np.zeros((len(given), len(terms.places))), np.zeros(len(given))
         whole = np.zeros(len(given))
         with bar("direct", len(given), "prompt", progress) as shown:
-            for rows in batches(given, range(len(given)), engine.tokens_at_once(model, max_tokens)):
+            for rows in batches(model, given, range(len(given)), engine.tokens_at_once(model, max_tokens)):
                 sums = Decomposition.of(model, given, rows, bound, branches, terms)
                 values[rows], rest[rows], whole[rows] = sums.parts()
                 shown.update(len(rows))

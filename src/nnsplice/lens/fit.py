@@ -179,7 +179,7 @@ def _states(job: _FitJob, prompts: Sequence[int], room: int) -> tuple[Tail, list
     end = last_of(decoder_of(job.model))
     found: list[list[Tensor]] = []
     tail: Tail | None = None
-    for rows in batches(job.prompts, prompts, room):
+    for rows in batches(job.model, job.prompts, prompts, room):
         run = lens_run(job.model, job.prompts, rows, [*job.sites, end])
         tail = tail or Tail.of(job.model, run)
         found.append([run.values[site].flatten(0, 1) for site in (*job.sites, end)])
@@ -195,7 +195,7 @@ def _jacobians(job: _FitJob, room: int, chunk: int, progress: bool) -> tuple[Ten
         raise RefusedPlace("a Jacobian lens is a mean over later tokens, and this model does not read forwards alone")
     end = last_of(decoder_of(job.model))
     # The law of the logit lens, which this is one of.
-    first = next(batches(job.prompts, range(len(job.prompts)), room))
+    first = next(batches(job.model, job.prompts, range(len(job.prompts)), room))
     Tail.of(job.model, lens_run(job.model, job.prompts, first, [end]))
     total: Tensor | None = None
     pairs = 0

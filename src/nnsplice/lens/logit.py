@@ -101,7 +101,7 @@ def logit(
     ids, shares = np.full((*shape, k), -1), np.full((*shape, k), np.nan)
     tail: Tail | None = None
     with circumstances("ns.lens.logit"), bar("lens", len(given), "prompt", progress) as shown:
-        for rows in batches(given, range(len(given)), engine.tokens_at_once(model, max_tokens)):
+        for rows in batches(model, given, range(len(given)), engine.tokens_at_once(model, max_tokens)):
             run = lens_run(model, given, rows, [last_of(tower)])
             if tail is None:
                 tail = Tail.of(model, run)

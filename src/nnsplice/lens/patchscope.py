@@ -162,7 +162,7 @@ def patchscope(
     texts = np.full((len(given), len(targets)), None, dtype=object)
     room = engine.tokens_at_once(model, max_tokens)
     with bar("patchscope", len(given), "prompt", progress) as shown:
-        for rows in batches(given, range(len(given)), room):
+        for rows in batches(model, given, range(len(given)), room):
             saved = capture(model, given.take(rows), [place.at(Slice()) for place in places])
             for place in places:
                 jobs: list[tuple[int, int]] = []

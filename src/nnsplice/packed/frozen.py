@@ -19,8 +19,9 @@ from nnsplice.packed.cost import Cost
 from nnsplice.packed.frozen_forward import FrozenForward
 from nnsplice.packed.frozen_rows import FrozenBranch, FrozenRow, Moved, moved_row
 from nnsplice.packed.heads import Head
+from nnsplice.packed.own_code import check_own_code
 from nnsplice.packed.rows import Read, SiteLocator
-from nnsplice.packed.running import recorded
+from nnsplice.packed.running import bucket_size, recorded
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def run_frozen(base: Base, rows: Sequence[FrozenRow], branches: Sequence[FrozenB
     if any(row.row.cuts for row in rows):
         raise NotImplementedError("edges of attention are cut in rows whose branches run")
     locator = SiteLocator(recording)
-    forward = FrozenForward(base, recording, [moved_row(recording, locator, row) for row in rows], branches)
+    moved = [moved_row(recording, locator, row) for row in rows]
+    recording_cost += check_own_code(base, recording, sum(len(row.tokens) for row in moved), bucket_size(recording))
+    forward = FrozenForward(base, recording, moved, branches)
     with torch.no_grad():
         forward.run()
     return FrozenResult(recording.head, forward.ends, forward.moved, recording_cost + forward.cost)

@@ -114,7 +114,7 @@ def _recorded(base: Base, root: nn.Module, tower: Tower, prompts: Sequence[int],
     elif way == "padded":
         batches = _padded_batches(prompts, lengths)
     else:
-        batches = [[prompts[row] for row in rows] for rows in base.prompts.take(prompts).batches(None)]
+        batches = [[prompts[row] for row in rows] for rows in base.prompts.take(prompts).batches(root)]
     shapes = [(len(rows), max(lengths[prompt] for prompt in rows)) for rows in batches]
     passes = [run_pass(base, root, tower, rows, whole=way == "whole") for rows in batches]
     bases, at = {}, 0

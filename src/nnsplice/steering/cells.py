@@ -134,7 +134,9 @@ def run_cells(
                 texts[prompt][cell // 2 // (count + 1)][cell // 2 % (count + 1)] = text
         pending = [job for job in jobs if np.isnan(values[(0, *job)])]
         shown = stack.enter_context(bar("steering", len(jobs), "cell", progress, done=len(jobs) - len(pending)))
-        for chunk in _chunks(plan, pending, room):
+        # A row of the batch is a cell, and code of the user's may tell rows apart.
+        alone = engine.has_code_by_row(unwrap(model).modules())
+        for chunk in _chunks(plan, pending, 0 if alone else room):
             session = Session(model, _rules(plan, chunk))
             found = measure(plan, chunk, session)
             fired = fired or any(bool(active.fired) for active in session.active_rules)
@@ -191,7 +193,7 @@ class _LogitsMeasure:
     def __init__(self, model: engine.Model, prompts: Prompts, metric: Any) -> None:
         self.model, self.prompts, self.metric = model, prompts, metric
         rows: list[Tensor | None] = [None] * len(prompts)
-        for batch in prompts.batches(None):
+        for batch in prompts.batches(model):
             for row, logits in zip(batch, self._of(batch), strict=True):
                 rows[row] = logits
         self.unsteered = torch.stack([row for row in rows if row is not None])
@@ -244,20 +246,31 @@ def _generated(
 
 def _unsteered(root: Any, ids: Tensor, new: Tensor, prompts: Sequence[int]) -> Tensor:
     """The unsteered logits of every generated token, `[row, new, vocab]`; each prompt runs once for all its rows."""
+    own = engine.has_own_code(root.modules())  # which may be written for a token of its number in a pass
     first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
     numbers = {prompt: n for n, prompt in enumerate(first)}
     rows = torch.tensor([numbers[prompt] for prompt in prompts], device=ids.device)
     begun = root(input_ids=ids[list(first.values())], use_cache=True)
     cache = engine.cache_of(begun)
     if not hasattr(cache, "batch_select_indices"):
+        if own:
+            raise BadArgument(
+                "code of yours runs in this model, whose cache cannot be cut into the rows of a sweep, so the guard "
+                "would measure other passes than those that generate",
+                write="guard=False",
+            )
         whole = root(input_ids=torch.cat([ids, new], dim=1), use_cache=False).logits
         return whole[:, ids.shape[1] - 1 : -1]
     last = begun.logits[rows, -1:]
     if new.shape[1] == 1:
         return last
     cache.batch_select_indices(rows)
-    then = root(input_ids=new[:, :-1], use_cache=True, **{engine.cache_argument(root): cache})
-    return torch.cat([last, then.logits], dim=1)
+    found = [last]
+    for part in new[:, :-1].split(1 if own else new.shape[1], dim=1):
+        then = root(input_ids=part, use_cache=True, **{engine.cache_argument(root): cache})
+        cache = engine.cache_of(then)
+        found.append(then.logits)
+    return torch.cat(found, dim=1)
 
 
 def _before_end(tokens: Tensor, root: Any) -> Tensor:

@@ -101,7 +101,7 @@ def _all_tokens(model: engine.Model, prompts: Any, places: Sequence[Path]) -> An
     """The mean over its tokens of each prompt's values at these sites, a row for each prompt."""
     given = encode(model, prompts, images=True)
     rows: list[Any] = []
-    for batch in given.batches(None):
+    for batch in given.batches(model):
         saved = capture(model, given.take(batch), [place.at(parse_path("embed[:]").position) for place in places])
         rows.append((batch, saved.mean("position")))
     merged = None

@@ -114,7 +114,7 @@ def _logits(
     longest = max(max(prompts.lengths("encoder")), max(prompts.lengths("decoder")))
     # Code of the user's may be written for one prompt at a time: every cell is compared with a run of its own.
     alone = engine.has_own_code(unwrap(model).modules())
-    batches = prompts.take(chosen).batches(1 if alone else max(room // longest, 1))
+    batches = prompts.take(chosen).batches(model, at_most=1 if alone else max(room // longest, 1))
     for rows, at in _read_alike(plan, ([chosen[n] for n in batch] for batch in batches), clean):
         first = before(rows)
         found: list[Tensor] = []

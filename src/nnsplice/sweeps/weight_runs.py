@@ -29,13 +29,17 @@ class WeightRuns:
     given: Prompts
     metric: Bound
     batch_size: int | None
+    #: How many prompts there is memory for.
+    at_most: int | None = field(default=None, kw_only=True)
+    #: Whether the tuned model may tell rows of a batch apart.
+    by_row: bool = field(default=False, kw_only=True)
     #: What every call is given beside the prompts.
     arguments: Mapping[str, Any]
     #: Of each module that runs, whether it can be asked for the logits of its last tokens only.
     _keeps: dict[int, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, base: engine.Model, prompts: Any, metric: Any, batch_size: int | None) -> WeightRuns:
+    def of(cls, base: engine.Model, tuned: Any, prompts: Any, metric: Any, batch_size: int | None) -> WeightRuns:
         """Runs of prompts in any of their forms, with a metric that may be bound to them."""
         engine.refuse_edits(base)
         engine.refuse_changed_logits(base, bare=True)
@@ -48,12 +52,13 @@ class WeightRuns:
             bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
         bound.metric.check_lengths(given.lengths("decoder"))
         taken = inspect.signature(type(unwrap(base)).forward).parameters
-        return cls(base, given, bound, batch_size, {"use_cache": False} if "use_cache" in taken else {})
+        by_row = not isinstance(tuned, Mapping) and engine.has_code_by_row(unwrap(tuned).modules())
+        arguments = {"use_cache": False} if "use_cache" in taken else {}
+        return cls(base, given, bound, batch_size, arguments, by_row=by_row)
 
-    def take(self, prompts: Sequence[int], batch_size: int) -> WeightRuns:
+    def take(self, prompts: Sequence[int], at_most: int) -> WeightRuns:
         """Those of some of the prompts, at most so many at once."""
-        size = batch_size if self.batch_size is None else min(batch_size, self.batch_size)
-        return replace(self, given=self.given.take(prompts), metric=self.metric.take(prompts), batch_size=size)
+        return replace(self, given=self.given.take(prompts), metric=self.metric.take(prompts), at_most=at_most)
 
     @cached_property
     def cost_model(self) -> CostModel:
@@ -67,7 +72,8 @@ class WeightRuns:
 
     def batches(self) -> list[list[int]]:
         """Prompts of one length that run together."""
-        return self.given.batches(self.batch_size)
+        at_most = 1 if self.by_row and self.batch_size is None else self.at_most
+        return self.given.batches(self.base, self.batch_size, at_most=at_most)
 
     def logits(self, module: Any, rows: Sequence[int]) -> Tensor:
         """`[row, vocab]`, at the position that the metric reads."""

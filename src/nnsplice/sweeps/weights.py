@@ -168,7 +168,7 @@ def weight_request(
             raise BadArgument(f"batch_size={batch_size}", expected="at least 1")
         places = _places(base, sites)
         _check_pair(base, tuned, places.values())
-        runs = WeightRuns.of(base, prompts, metric, batch_size)
+        runs = WeightRuns.of(base, tuned, prompts, metric, batch_size)
     cells = tuple(cell_of(place) for place in places)
     return WeightRequest(runs, cells, list(places.values()), _asked(tuned, runs, places, cells, anew=anew))
 

@@ -206,7 +206,7 @@ def _last_logits(model: engine.Model, prompts: Sequence[str], progress: bool) ->
     module: Any = unwrap(model)
     found: dict[int, Tensor] = {}
     with torch.no_grad(), engine.locked(model), bar("the task's prompts", len(encoded), "prompt", progress) as shown:
-        for rows in encoded.batches(_BATCH_SIZE):
+        for rows in encoded.batches(model, at_most=_BATCH_SIZE):
             inputs = encoded.inputs(rows, model.device)
             assert isinstance(inputs, Mapping)
             out = module(**inputs, **fewer_logits(model, -1, ()))

@@ -10,7 +10,7 @@ import numpy as np
 
 from nnsplice import engine
 from nnsplice.activations import features
-from nnsplice.activations.capture import capture, checked, joined, origin_of
+from nnsplice.activations.capture import capture, checked, joined, origin_of, rows_at_once
 from nnsplice.activations.encoding import encode
 from nnsplice.activations.packs import Provenance
 from nnsplice.activations.prompts import PromptsLike, SpanTexts
@@ -48,8 +48,7 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
 
     def unit(prompts: Sequence[int]) -> Arrays:
         some = whole.take(prompts)
-        longest = max(*some.lengths("encoder"), *some.lengths("decoder"))
-        found = capture(model, some, sites, batch_size=max(max_tokens // longest, 1), progress=False)
+        found = capture(model, some, sites, batch_size=rows_at_once(model, some, max_tokens), progress=False)
         return {"capture": np.frombuffer(bytes_of(found.to_file), dtype=np.uint8)}
 
     return unit
