@@ -22,9 +22,9 @@ def renamed(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     >>> @renamed(paths="sites")
     ... def count(sites):
     ...     return len(sites)
-    >>> with warnings.catch_warnings(record=True) as told:
+    >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
-    ...     print(count(paths=["embed"]), told[0].message)
+    ...     print(count(paths=["embed"]), caught[0].message)
     1 count(paths=...) is now count(sites=...); the old name goes with the next version
 
     Raises:

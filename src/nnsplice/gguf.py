@@ -1,7 +1,7 @@
 """The GGUF format: headers, tensors in F32, and writing.
 
 write_file, read_file     facts and F32 tensors
-read_gguf_header              facts, and the name, shape and type of every tensor, without their numbers
+read_gguf_header          facts, and the name, shape and type of every tensor, without their numbers
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a file says of itself."""
+    """The header of a file."""
 
     facts: Mapping[str, Any]
     tensors: tuple[TensorInfo, ...]

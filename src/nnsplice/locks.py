@@ -55,7 +55,7 @@ class Lock:
 
     def _take_over(self, of: Path) -> None:
         # Two that judge the same dead lock at once would remove each other's new one.
-        with _alone(self.path.parent):
+        with _exclusive(self.path.parent):
             there = _read(self.path)
             if there is None:
                 return  # given back just now
@@ -69,8 +69,8 @@ class Lock:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One at a time on this machine, and nothing that a killed process leaves behind; where the system can do it."""
+def _exclusive(folder: Path) -> Iterator[None]:
+    """One process at a time on this machine, if the system can lock folders; a killed process leaves no lock."""
     try:
         import fcntl
     except ImportError:
@@ -86,7 +86,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 class Heartbeat:
-    """A thread that gives a sign every few seconds that its process lives; `stop` ends it."""
+    """A thread that signals every few seconds that its process is alive, until `stop`."""
 
     def __init__(self, sign: Callable[[], object], every: float) -> None:
         """Begin.
@@ -110,18 +110,18 @@ class Heartbeat:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from all others, as plain data."""
+    """The identity of this process, as plain data."""
     own = os.getpid()
     return {"pid": own, "host": _machine(), "began": _began(own)}
 
 
-def is_gone(told: Mapping[str, Any]) -> bool | None:
-    """Whether a process that `this_process` told of is gone; None where it cannot be asked from here.
+def is_gone(identity: Mapping[str, Any]) -> bool | None:
+    """Whether a process is gone, by its identity from `this_process`; None for a process of another machine.
 
     Raises:
-        KeyError, ValueError, TypeError: this is not what it told.
+        KeyError, ValueError, TypeError: this is no such identity.
     """
-    process, host, began = int(told["pid"]), str(told["host"]), told["began"]
+    process, host, began = int(identity["pid"]), str(identity["host"]), identity["began"]
     return None if host != _machine() else not (_lives(process) and began == _began(process))
 
 
@@ -180,11 +180,11 @@ def _read(path: Path) -> str | None:
 def _holder(words: str, path: Path) -> str | None:
     """Who holds a lock, or None for a process that is gone."""
     try:
-        told = json.loads(words)
-        gone, process, host = is_gone(told), int(told["pid"]), str(told["host"]).partition(" ")[0]
+        holder = json.loads(words)
+        gone, process, host = is_gone(holder), int(holder["pid"]), str(holder["host"]).partition(" ")[0]
     except (ValueError, TypeError, KeyError):
         return None  # a lock is never seen half written
-    if gone is None:  # which cannot be asked from here
+    if gone is None:  # on another machine
         return f"process {process} on {host}" if age_of(path) < LEASE else None
     if process == os.getpid():
         return f"process {process}, this one" if words in _held else None

@@ -14,10 +14,10 @@ def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
 
     >>> import warnings
     >>> from nnsplice.warn import warn_caller
-    >>> with warnings.catch_warnings(record=True) as told:
+    >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
     ...     warn_caller("the bar is short")
-    >>> print(told[0].message)
+    >>> print(caught[0].message)
     the bar is short
     """
     # The caller of the outermost of our frames: those of other libraries, such as decorators, stand between them.

@@ -1,8 +1,8 @@
-"""Which list of blocks is the decoder that addresses name, and which the encoder.
+"""Choose the lists of blocks that are the decoder and the encoder.
 
-A model may hold several lists of blocks: towers for images and sound, resamplers between them, parts that run in turns.
-The decoder stands under the module that the model itself calls so, or one that is named for text, and no list is nearer
-to it. Where several fit, none is taken: the first one would be right by chance.
+A model may have several lists of blocks: towers for images and sound, resamplers between them, parts that alternate.
+The decoder is the nearest list under the model's `get_decoder()`, or under a module that is named for text. If several
+lists fit, none is chosen, as the first one would be right by chance only.
 """
 
 from __future__ import annotations

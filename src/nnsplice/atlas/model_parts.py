@@ -23,7 +23,7 @@ from nnsplice.paths.path import Path, Step
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ModelParts:
-    """What is known of one model."""
+    """The recognised parts of one model."""
 
     tree: ModuleTree
     #: `"decoder"`, and `"encoder"` for models with two towers; empty where nothing was recognised.

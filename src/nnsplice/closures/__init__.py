@@ -1,12 +1,13 @@
 """The promises of portable sites, measured on the model before their first use.
 
-promises    the kinds of sites, what each promises, and how a promise is measured against rounding
-recorded        one forward pass with the values kept that promises are made of
-streams     the branches add up; the stream between them
-heads       one head, one slice; patterns
-parts       neurons and experts
-shared      norms over all heads, which carry a write to others
-gate        measure once, keep it, refuse what does not hold
+promises     the kinds of sites, their promises, and the tolerance for rounding
+pass_values  one forward pass with all values that promises are measured on
+streams      the branches add up to the stream
+heads        one slice for each head; patterns
+mlp_parts    neurons and experts
+logit_head   the head reads the last layer only
+joint_norms  norms over all heads, which spread a write to other heads
+gate         measure once, keep the results, refuse sites that break their promise
 """
 
 from nnsplice.closures.gate import measure, passes_spent, require

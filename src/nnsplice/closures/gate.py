@@ -30,22 +30,22 @@ TOKENS = 4
 
 @dataclass
 class _Measured:
-    """What is known of a model as it stands."""
+    """The measurements of a model with its current weights."""
 
     mark: tuple[object, ...]
-    #: By what was run for them.
+    #: By the pass that measured them.
     closures: dict[str, tuple[Closure, ...]] = field(default_factory=dict)
-    #: Whether attention made its probabilities then: all that its implementation changes in what is promised.
+    #: Whether attention was eager in the first pass, so that it returned probabilities.
     eager: bool = False
     #: How the first pass ended, by the tower's name, until the stream was measured.
     ends: dict[str, logit_head.PassEnd] = field(default_factory=dict)
-    #: What modules of experts were called with in the first pass.
+    #: The arguments of modules of experts in the first pass.
     calls: dict[tuple[str, int], Arguments] = field(default_factory=dict)
-    #: What is run in the place of a model whose weights are elsewhere: the same in every pass.
+    #: The twin of a model whose weights are not loaded, and its arguments, the same in every pass.
     twin: tuple[object, tuple[Any, ...], dict[str, Any]] | None = None
-    #: Forward passes that measuring took, and that no result has told yet.
+    #: Forward passes of measurements that no result has reported yet.
     unreported: float = 0.0
-    #: Kinds that hold in every layer, so that most uses ask nothing more.
+    #: Kinds that hold in every layer.
     sound: set[PromiseKind] = field(default_factory=set)
 
 
@@ -82,7 +82,7 @@ def require(model: Any, paths: Iterable[Path], *, written: bool = False) -> None
         and engine.is_inside(model)
     ):
         return
-    # First a turn with the model, as what is measured runs it, and whoever has one may come here too.
+    # The model is locked first, as its holders may take the second lock too.
     with engine.locked(model), _lock:
         known = _of(model)
         for kind, places in wanted.items():
@@ -107,7 +107,7 @@ def measure(model: Any, kinds: Iterable[PromiseKind] | None = None) -> list[Clos
 
 
 def passes_spent(model: Any) -> float:
-    """How many forward passes of a prompt of `TOKENS` tokens measuring took since this was asked last."""
+    """The number of forward passes of `TOKENS` tokens spent on measurements since the last call."""
     with _lock:
         known = _measured.get(unwrap(model))
         if known is None:
@@ -117,7 +117,7 @@ def passes_spent(model: Any) -> float:
 
 
 def marks(model: Any) -> tuple[object, ...]:
-    """What changes when modules or weights do; no number is read."""
+    """A value that changes with modules or weights, without reading the weights."""
     root = unwrap(model)
     # The atlas is read anew when modules change.
     mark = id if engine.meshes_of(root) else _mark  # of whole weights that come and go with each run
@@ -224,7 +224,7 @@ def _first_pass(model: Any, example: Any, known: _Measured) -> Iterator[Closure]
 
 
 def _given(tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
-    """How many tokens of a tower the model is given; None where its call does not tell."""
+    """The number of tokens that a tower is given; None if the call does not tell it."""
     _, kwargs = example
     own = kwargs.get("decoder_input_ids") if tower.name == "decoder" else None
     ids = kwargs.get("input_ids") if own is None else own
@@ -299,7 +299,7 @@ def _check(model: Any, known: _Measured, kind: PromiseKind, places: list[Path]) 
 
 
 def _needed(towers: Mapping[str, Tower], kind: PromiseKind) -> set[tuple[str, int]]:
-    """The layers of which something has to be known."""
+    """The layers that must have been measured."""
     every = [(name, block) for name, tower in towers.items() for block in tower.blocks]
     # Without an encoder beside it, cross-attention does not run.
     every += [(CROSS, block.cross) for name, block in every if block.cross is not None and "encoder" in towers]

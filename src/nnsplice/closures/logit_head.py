@@ -1,7 +1,7 @@
-"""Measure that the head reads the last layer's output and no other layer's.
+"""Measure that the head reads the output of the last layer only.
 
-Models may give later parts a second look at what earlier layers made, before the final norm or beside it: their states
-are sites of runs like any other, but no stream, since what is written behind the last layer does not decide the logits.
+Some models also feed outputs of earlier layers to the final norm or the head. The outputs of their layers are refused
+as the stream, since the last one alone does not decide the logits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FOUND = "what is read behind the last layer is more than that layer's output"
 
 @dataclass(frozen=True)
 class PassEnd:
-    """How a pass ended: what the last layer put out, and the logits."""
+    """The output of the last layer in a pass, and the logits."""
 
     left: Tensor
     logits: Tensor
@@ -52,7 +52,7 @@ def head(model: Any, tower: Tower, example: tuple[tuple[Any, ...], dict[str, Any
 
 
 def _logits(model: Any, tower: Tower, kwargs: dict[str, Any], left: Tensor) -> Tensor | None:
-    """The logits of a run in which the last layer puts out these values whatever it is given."""
+    """The logits of a run with the output of the last layer replaced."""
     last, root = tower.blocks[-1], unwrap(model)
     visits: list[None] = []
 

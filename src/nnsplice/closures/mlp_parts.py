@@ -58,9 +58,9 @@ def experts(tower: Tower, block: Block, calls: Mapping[tuple[str, int], Argument
 
 
 def share_of_experts(model: object) -> float:
-    """What `experts` costs of all layers: a pass is three calls of those, beside all that stands in a pass once.
+    """The cost of `experts` in all layers as a share of a forward pass: three calls of each module of experts.
 
-    By the numbers of their matrices, of which those of one token's experts count.
+    Measured by the sizes of matrices; of experts, those of one token count.
     """
     root = unwrap(model)
     one, whole = 0.0, float(sum(p.numel() for p in root.parameters() if p.dim() > 1))
