@@ -226,7 +226,7 @@ def test_values_and_names_that_do_not_fit(values, rows, columns, message):
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(MissingPackage, match=r"pip install nnsplice\[plots\]"):
+    with pytest.raises(MissingPackage, match=r'pip install "nnsplice\[plots\]"'):
         draw([[1.0]])
 
 
@@ -327,3 +327,8 @@ def test_bars_of_both_signs_stand_on_a_line_at_zero() -> None:
     up, down = (bar.get_facecolor() for bar in ax.patches)
     assert up != down and float(np.asarray(ax.lines[0].get_xdata())[0]) == 0.0
     assert not plots.bars([0.5, 0.25], names=["0", "1"], label="layer", value_label="effect").lines
+
+
+def test_a_dashed_line_leaves_an_equal_one_below_it_in_sight() -> None:
+    ax: Any = plots.lines([0, 1], {"all": [1, 2], "pruned": [1, 2]}, x_label="", y_label="", dashed=["pruned"])
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--"]

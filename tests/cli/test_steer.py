@@ -96,3 +96,8 @@ def test_numbers_that_are_none(folder: Path) -> None:
         "--wrong", "awful", "--coefficients", "1;2", "--out", folder / "x", code=1,
     )  # fmt: skip
     assert "commas between" in said
+
+
+def test_more_new_tokens_than_the_model_has_positions_say_how_many_fit(folder: Path) -> None:
+    said = _run("generate", "--model", "toy", "--vector", folder / "mood.safetensors", "--prompt", PROMPT, code=1)
+    assert "write: --max-new-tokens " in said

@@ -171,3 +171,10 @@ def test_a_model_in_train_mode_and_sets_of_sites_are_refused() -> None:
     model._module.train()
     with pytest.raises(BadArgument, match="train"):
         ns.lens.logit(model, PROMPTS)
+
+
+def test_the_figure_says_whose_probability_the_colour_is() -> None:
+    toy, fact = ns.load("toy"), ns.models.toy_prompts().facts[0]
+    for answers, label in ((fact.answer, "probability of the answer"), (None, "top probability")):
+        axes: Any = ns.lens.logit(toy, fact.clean, "layers[:].output[-2:]", answers).plot()
+        assert axes.figure.axes[-1].get_ylabel() == label

@@ -257,3 +257,15 @@ def test_what_would_pass_by_the_edits_of_a_model_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"has edits of nnsight[\s\S]*clear_edits"):
             call()
+
+
+def test_a_text_past_the_positions_of_the_model_is_refused_with_the_number_that_fits() -> None:
+    toy = ns.load("toy")
+    limit, prompt = ns.models.unwrap(toy).config.max_position_embeddings, "I thought the film was"
+    with pytest.raises(
+        ValueError, match=rf"are more than the {limit} positions(?s:.)*write: max_new_tokens=(\d+)"
+    ) as caught:
+        ns.steering.generate(toy, prompt, max_new_tokens=limit)
+    fits = int(str(caught.value).partition("max_new_tokens=")[2].split()[0])
+    assert fits + len(toy.tokenizer(prompt)["input_ids"]) == limit
+    assert len(ns.steering.generate(toy, prompt, max_new_tokens=fits)) == 1

@@ -218,6 +218,13 @@ def test_tables_and_figures(grid) -> None:
         expected = {"value": grid.values, "change": grid.values, "kl": grid.kl}[of].mean(0)
         np.testing.assert_array_equal(axes.images[0].get_array(), expected)
         plt.close(axes.figure)
+    for prompt in (None, 0, 1):  # white is the unsteered metric of what is drawn, and the label says so
+        unsteered = float(grid.baseline.mean() if prompt is None else grid.baseline[prompt])
+        axes = grid.plot(prompt=prompt)
+        low, high = axes.images[0].get_clim()
+        assert (low + high) / 2 == pytest.approx(unsteered)
+        assert f"unsteered: {unsteered:.3g}" in axes.figure.axes[-1].get_ylabel()
+        plt.close(axes.figure)
     axes = grid.plot("lines", prompt=1)
     assert axes.lines[1].get_ydata().tolist() == [-1, 0, 2]
     plt.close(axes.figure)

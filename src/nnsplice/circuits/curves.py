@@ -225,7 +225,9 @@ class Faithfulness:
             name = (point.by or "given") + (", pruned" if point.pruned else "")
             x.setdefault(name, []).append(max(point.share, 1e-9))
             y.setdefault(name, []).append(float(found[number]))
-        axes = plots.lines(x, y, x_label="share of edges", y_label=f"faithfulness ({self.metric})", level=1.0, ax=ax)
+        dashed = [name for name in x if name.endswith("pruned")]
+        label = f"faithfulness ({self.metric})"
+        axes = plots.lines(x, y, x_label="share of edges", y_label=label, level=1.0, dashed=dashed, ax=ax)
         axes.set_xscale("log")
         return axes
 

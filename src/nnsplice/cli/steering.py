@@ -205,7 +205,7 @@ def generate(
 
     \b
     nnsplice steer generate --model toy --vector mood.safetensors --layer 3 --coefficient -0.5 --coefficient 0.5 \\
-        --prompt 'I thought the film was'
+        --prompt 'I thought the film was' --max-new-tokens 14
     """
     import torch
 

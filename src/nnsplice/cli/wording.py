@@ -14,6 +14,7 @@ IN_A_SHELL: tuple[tuple[str, str], ...] = (
     (r"write: ns\.lens\.logit\(model, prompts, sites\)", "write: nnsplice lens logit"),
     (r"write: ns\.lens\.fit\(model, prompts\)", "write: nnsplice lens fit"),
     (r"\b(ablation|by|method|operation|operator|executor)=['\"]([\w*-]+)['\"]", r"--\1 \2"),
+    (r"write: max_new_tokens=", "write: --max-new-tokens "),
     (r"\b(answer|wrong)=(?=['\"])", r"--\1 "),
 )
 

@@ -130,6 +130,8 @@ class Lens:
     ) -> plots.Axes:
         """A heatmap of the probabilities, layer by token, with the first token of every cell written in it.
 
+        With answers the colour is the answer's probability, whichever token is first.
+
         Args:
             component: the kind of site, if there are several.
             prompt: the number of one prompt, instead of all. The mean over several has no tokens written in it.
@@ -161,7 +163,7 @@ class Lens:
             row_label=shown.row_label,
             column_label=shown.column_label,
             title=f"{self.results.asked.get('operation', 'lens')} at {kind}{which}",
-            value_label=self.result.metric,
+            value_label="probability of the answer" if self.result.metric == "probability" else self.result.metric,
             texts=texts,
             ax=ax,
         )

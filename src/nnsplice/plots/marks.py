@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,6 +75,7 @@ def lines(
     title: str | None = None,
     level: float | None = None,
     ordered: bool = False,
+    dashed: Collection[str] = (),
     ax: Axes | None = None,
 ) -> Axes:
     """Draw one or several lines over one axis, with a legend for several.
@@ -92,6 +93,7 @@ def lines(
         title: a title above the figure.
         level: a number marked by a dashed line, such as chance.
         ordered: colour the lines by their order, for example by layer.
+        dashed: the names of lines that are drawn dashed, so that an equal line below them is seen.
         ax: axes to draw on; a new figure if left out.
 
     Returns:
@@ -111,8 +113,11 @@ def lines(
     assert ax is not None
     colours = pyplot().get_cmap(SEQUENTIAL)(np.linspace(0, 0.92, len(ys))) if ordered else [None] * len(ys)
     for (name, values), colour in zip(ys.items(), colours, strict=True):
-        numbers = np.asarray(values, dtype=float)
-        ax.plot(np.asarray(xs[name], dtype=float), numbers, marker="o", ms=4, label=literal(name), color=colour)
+        style = "--" if name in dashed else "-"
+        ax.plot(
+            np.asarray(xs[name], dtype=float), np.asarray(values, dtype=float), style, marker="o", ms=4,
+            label=literal(name), color=colour,
+        )  # fmt: skip
     if level is not None:
         ax.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=0)
     ax.set_xlabel(literal(x_label))

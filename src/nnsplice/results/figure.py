@@ -94,7 +94,7 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
         values.transpose(order).reshape(len(rows), len(columns)),
         rows,
         columns,
-        ".".join(down) or "place",
+        ".".join(down) or "site",
         across[0] if len(across) > 1 and grid.sizes[across[-1]] == 1 else ".".join(across) or column_label,
     )
 

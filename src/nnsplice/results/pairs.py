@@ -64,6 +64,6 @@ def draw(table: Table, prompt: int | None, of: str | None, ax: plots.Axes | None
     many = len(table.clean)
     title += "" if many == 1 else f", mean of {many} prompts" if prompt is None else f", prompt {prompt}"
     return plots.heatmap(
-        square, rows=names, columns=names, row_label="place", column_label="place", title=title,
-        value_label=f"change of {metric}", centre=0.0, ax=ax,
+        square, rows=names, columns=names, row_label="site", column_label="site", title=title,
+        value_label=f"effect on {metric} beyond the sum", centre=0.0, ax=ax,
     )  # fmt: skip

@@ -61,7 +61,8 @@ def generate(
         The generated texts, one for each prompt.
 
     Raises:
-        BadArgument: a model without a tokenizer, or an argument of steering without a vector.
+        BadArgument: a model without a tokenizer, an argument of steering without a vector, or more tokens than
+            the model has positions.
     """
     model = engine.as_model(model)
     with circumstances("ns.steering.generate"):
@@ -96,12 +97,25 @@ def continued(model: engine.Model, given: Prompts, kwargs: dict[str, Any]) -> Te
     begin = kwargs.get("decoder_input_ids", _decoder_begin(model, given) if two_towers else None)
     if begin is not None:
         kwargs["decoder_input_ids"] = begin
-    with torch.no_grad():
-        out = root.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **kwargs
-        )  # fmt: skip
+    try:
+        with torch.no_grad():
+            out = root.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **kwargs)
+    except IndexError as error:
+        raise (_past_the_context(root, ids.shape[1], kwargs) or error) from None
     out = out if isinstance(out, Tensor) else out.sequences
     return out[:, _begun(begin, out) if two_towers else ids.shape[1] :]
+
+
+def _past_the_context(root: Any, length: int, kwargs: dict[str, Any]) -> BadArgument | None:
+    """The error of a text that grew past the model's table of positions; None where it did not."""
+    limit, new = getattr(root.config, "max_position_embeddings", None), kwargs.get("max_new_tokens", 0)
+    if not isinstance(limit, int) or length + new <= limit:
+        return None
+    return BadArgument(
+        f"{length} tokens of the longest prompt and {new} new ones are more than the {limit} positions of this model",
+        expected="a shorter prompt, or fewer new tokens",
+        write=f"max_new_tokens={limit - length}" if length < limit else None,
+    )
 
 
 def _decoder_begin(model: engine.Model, given: Prompts) -> Tensor | None:

@@ -231,11 +231,16 @@ class SteeringSweep:
         if of == "frontier":
             return self._frontier(prompt, ax)
         values = self._chosen(of, prompt)
-        labels = {"value": self.metric, "change": f"change of {self.metric}", "kl": self._kl_label()}
+        unsteered = float(self.baseline.mean() if prompt is None else self.baseline[prompt])
+        labels = {
+            "value": f"{self.metric} (unsteered: {unsteered:.3g}, white)",
+            "change": f"change of {self.metric}",
+            "kl": self._kl_label(),
+        }
         return plots.heatmap(
             values, rows=self.layers, columns=[f"{c:g}" for c in self.coefficients], row_label="layer",
-            column_label="coefficient", title=labels[of], value_label=labels[of],
-            centre=float(self.baseline.mean()) if of == "value" else 0.0 if of == "change" else None, ax=ax,
+            column_label="coefficient", title=self.metric if of == "value" else labels[of], value_label=labels[of],
+            centre=unsteered if of == "value" else 0.0 if of == "change" else None, ax=ax,
         )  # fmt: skip
 
     def _lines(self, values: np.ndarray, ax: Any) -> Any:
