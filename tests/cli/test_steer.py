@@ -101,3 +101,22 @@ def test_numbers_that_are_none(folder: Path) -> None:
 def test_more_new_tokens_than_the_model_has_positions_say_how_many_fit(folder: Path) -> None:
     said = _run("generate", "--model", "toy", "--vector", folder / "mood.safetensors", "--prompt", PROMPT, code=1)
     assert "write: --max-new-tokens " in said
+
+
+def test_a_vector_of_another_model_is_pointed_out(folder: Path) -> None:
+    asked = ("--vector", folder / "mood.safetensors", "--prompt", PROMPT, "--layer", 3, "--max-new-tokens", 2)
+    for model, noted in (("toy", False), ("toy-llama", True)):
+        ran = CliRunner().invoke(app, ["steer", "generate", "--model", model, *map(str, asked)])
+        assert ran.exit_code == 0 and ("was fitted to toy;" in ran.stderr) == noted
+
+
+def test_a_sweep_without_matplotlib_still_shows_its_table(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    def missing(*args: object, **options: object) -> None:
+        raise ns.errors.MissingPackage("no matplotlib", write='pip install "nnsplice[plots]"')
+
+    monkeypatch.setattr(ns.plots, "save", missing)
+    said = _run(
+        "sweep", "--model", "toy", "--vector", folder / "mood.safetensors", "--prompt", PROMPT, "--answer", "great",
+        "--wrong", "awful", "--coefficients", "0.5", "--out", tmp_path / "mood",
+    )  # fmt: skip
+    assert "coefficient" in said and "sweep.safetensors" in said and "figure.png" not in said

@@ -23,7 +23,7 @@ from nnsplice.cli.options import (
     WhereOption,
 )
 from nnsplice.cli.table import JsonOption, TableRow, aligned, plain_warnings, say, show, tabulate
-from nnsplice.errors import BadArgument, FileError
+from nnsplice.errors import BadArgument, FileError, NnspliceError
 from nnsplice.files import local_folder
 
 steer: typer.Typer = typer.Typer(
@@ -153,16 +153,21 @@ def sweep(
     numbers = _numbers(coefficients)
     if local_folder(out).exists() and not out.is_dir():
         raise FileError(f"{out} is a file", expected="--out with a folder")
+    found, running = _read_for(vector, model, device, dtype, no_cache=no_cache)
     with plain_warnings():
         grid = ns.steering.sweep(
-            loaded(model, device, dtype, no_cache=no_cache), prompts_of(prompt), _read(vector), numbers,
-            ns.logit_diff(answer, wrong),
+            running, prompts_of(prompt), found, numbers, ns.logit_diff(answer, wrong),
             operator=operator, where=_where(where), max_tokens=max_tokens, progress=sys.stderr.isatty(),
         )  # fmt: skip
     chosen = None if limit is None else grid.choose(guard="kl", limit=limit)
     out.mkdir(parents=True, exist_ok=True)
     grid.to_file(out / SWEEP)
-    ns.plots.save(grid.plot("lines"), out / FIGURE, close=True, bbox_inches="tight")
+    written = [str(out / SWEEP)]
+    try:
+        ns.plots.save(grid.plot("lines"), out / FIGURE, close=True, bbox_inches="tight")
+        written.append(str(out / FIGURE))
+    except NnspliceError as error:
+        say(f"no figure: {error}", err=True)
     say(f"{grid.metric} without steering: {grid.baseline.mean():.4g}\n")
     best = grid.best(8)
     columns = (best["layer"], best["coefficient"], best["value"], best["kl"])
@@ -172,7 +177,7 @@ def sweep(
     if chosen is not None:
         result = f"{chosen.score:.4g} with a KL of {chosen.kl:.3g}"
         say(f"\nbest within {limit:g}: layer {chosen.layer}, coefficient {chosen.coefficient:g}: {result}")
-    say(f"\n{out / SWEEP}, {out / FIGURE}")
+    say(f"\n{', '.join(written)}")
 
 
 @steer.command()
@@ -211,7 +216,7 @@ def generate(
 
     import nnsplice as ns
 
-    found, running = _read(vector), loaded(model, device, dtype, no_cache=no_cache)
+    found, running = _read_for(vector, model, device, dtype, no_cache=no_cache)
     chosen: Any = found.at(layer) if layer else found
     prompts = prompts_of(prompt)
     strengths = coefficient or [found.coefficient or 1.0]
@@ -257,6 +262,18 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileError(f"there is no file {path}", expected="what `nnsplice steer fit` wrote")
     return steering.from_gguf(path) if path.suffix == ".gguf" else steering.SteeringVector.from_file(path)
+
+
+def _read_for(vector: Path, model: str, device: str | None, dtype: str | None, *, no_cache: bool) -> tuple[Any, Any]:
+    """The vector of a file and the model, with a note where the vector was fitted to another one."""
+    from nnsplice import engine
+
+    found = _read(vector)
+    running = loaded(model, device, dtype, no_cache=no_cache)
+    name, _ = engine.name_of(running)
+    if found.model is not None and found.model != name:
+        say(f"{vector} was fitted to {found.model}; its directions may mean nothing to {name}", err=True)
+    return found, running
 
 
 def _write(vector: Any, out: Path) -> None:
