@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,12 @@ def test_mistakes_are_answered(given: list[str], match: str, tmp_path: Path, mon
     result = CliRunner().invoke(app, ["circuit", *given])
     assert result.exit_code != 0 and match in result.stderr, result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_are_not_rounded_in_json(file: Path) -> None:
+    one = ns.Circuit.from_file(file)
+    scores = {(str(a), str(b)): score for (a, b), score in zip(one.edges, one.scores or (), strict=True)}
+    rows = json.loads(_run("show", file, "--edges", 40, "--json"))
+    assert {(row["sender"], row["receiver"]): row["score"] for row in rows} == scores
+    for row in json.loads(_run("run", file, *ASKED, "--json")):
+        assert row["circuit"] != float(f"{row['circuit']:.4g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -365,3 +366,14 @@ def test_options_that_would_do_nothing_are_refused() -> None:
     assert "--verify says nothing to an exact sweep" in said
     assert "--window says nothing to ig" in _run(*FACT, *SITES, "--method", "ig", "--window", 2, "--plan-only", code=1)
     assert "there is no method" in _run(*FACT, *SITES, "--method", "atp-star", "--plan-only", code=1)
+
+
+@pytest.mark.parametrize("method", [(), ("--method", "atp", "--verify", "2"), ("--method", "eap")])
+def test_numbers_are_not_rounded_in_json(tmp_path: Path, method: tuple[str, ...]) -> None:
+    sites = ("--sites", "layers[4:].heads[:]") if method else SITES
+    rows = json.loads(_run(*FACT, *sites, *method, "--out", tmp_path, "--json"))
+    result = ns.SweepResult.from_file(tmp_path / "result.safetensors")
+    if "eap" in method:
+        assert [row["score"] for row in rows] == result.edges().head(10)["score"].tolist()
+    else:
+        assert [row["logit_diff"] for row in rows] == result.best(10)["value"].tolist()

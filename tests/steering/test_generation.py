@@ -260,8 +260,9 @@ def test_what_would_pass_by_the_edits_of_a_model_is_refused() -> None:
 
 
 def test_a_text_past_the_positions_of_the_model_is_refused_with_the_number_that_fits() -> None:
-    toy = ns.load("toy")
-    limit, prompt = ns.models.unwrap(toy).config.max_position_embeddings, "I thought the film was"
+    toy, prompt = ns.load("toy"), "I thought the film was"
+    config: Any = ns.models.unwrap(toy).config
+    limit = config.max_position_embeddings
     with pytest.raises(
         ValueError, match=rf"are more than the {limit} positions(?s:.)*write: max_new_tokens=(\d+)"
     ) as caught:

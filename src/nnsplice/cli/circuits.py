@@ -148,8 +148,13 @@ def run(
         (str(n), f"{value: .4g}", f"{full: .4g}", f"{empty: .4g}")
         for n, (value, full, empty) in enumerate(zip(report.values[:, 0], report.full, report.empty, strict=True))
     ]
+    columns = (report.values[:, 0], report.full, report.empty)
+    values = [
+        {"prompt": n, "circuit": value, "model": full, "empty": empty}
+        for n, (value, full, empty) in enumerate(zip(*columns, strict=True))
+    ]
     say(repr(one))
-    tabulate("prompts", rows, ("prompt", " circuit", " model", " empty"))
+    tabulate("prompts", rows, ("prompt", " circuit", " model", " empty"), values)
     low, high = report.ci()[0]
     interval = "" if low != low else f", {low:.3f} to {high:.3f} at 95%"
     say(f"\nkeeps {report.f()[0]:.3f} of {metric.name}{interval}")
@@ -211,8 +216,9 @@ def _list(one: Any, most: int) -> None:
     say()
     if one.kind == "edges":
         rows = [(str(one.edges[n][0]), str(one.edges[n][1]), score) for n, score in zip(order, numbers, strict=True)]
-        tabulate("edges", rows, ("sender", "receiver", " score"))
+        values = [{"sender": str(one.edges[n][0]), "receiver": str(one.edges[n][1]), "score": scores[n]} for n in order]
+        tabulate("edges", rows, ("sender", "receiver", " score"), values)
     else:
-        tabulate(
-            "nodes", [(str(one.nodes[n]), score) for n, score in zip(order, numbers, strict=True)], ("node", " score")
-        )
+        rows = [(str(one.nodes[n]), score) for n, score in zip(order, numbers, strict=True)]
+        values = [{"node": str(one.nodes[n]), "score": scores[n]} for n in order]
+        tabulate("nodes", rows, ("node", " score"), values)

@@ -64,12 +64,14 @@ def check_same(result: SweepResult, settings: dict[str, Any], model: Any, plan: 
         )
 
 
-def rows(result: SweepResult) -> tuple[list[TableRow], TableRow]:
-    """The largest edges, as a table."""
+def rows(result: SweepResult) -> tuple[list[TableRow], TableRow, list[dict[str, Any]]]:
+    """The largest edges, as a table, and the same with unrounded numbers."""
     found = result.edges().head(10).to_dict("list")
     numbers = [name for name in ("score", "exact") if name in found]
+    names = ("sender", "receiver", *numbers)
     columns = [found["sender"], found["receiver"], *([_number(one) for one in found[name]] for name in numbers)]
-    return list(zip(*columns, strict=True)), ("sender", "receiver", *(f" {name}" for name in numbers))
+    values = [dict(zip(names, row, strict=True)) for row in zip(*(found[name] for name in names), strict=True)]
+    return list(zip(*columns, strict=True)), ("sender", "receiver", *(f" {name}" for name in numbers)), values
 
 
 def _number(value: float) -> str:

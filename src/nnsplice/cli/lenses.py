@@ -180,9 +180,10 @@ def fit(
             made = ns.lens.fit(running, lines, "jacobian", max_tokens=max_tokens, progress=progress)
     made.to_file(out)
     if "kl" in made.about:
-        columns = zip(made.layers, made.about["kl"], made.about["logit_lens"], strict=True)
+        columns = list(zip(made.layers, made.about["kl"], made.about["logit_lens"], strict=True))
         rows = [(str(layer), f"{kl:.4g}", f"{plain:.4g}") for layer, kl, plain in columns]
-        tabulate("layers", rows, ("layer", "held-out KL", "of the logit lens"))
+        head = ("layer", "held-out KL", "of the logit lens")
+        tabulate("layers", rows, head, [dict(zip(head, row, strict=True)) for row in columns])
     say(f"{made!r}, written to {out}")
 
 

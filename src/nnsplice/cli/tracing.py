@@ -330,7 +330,7 @@ def _ends(result: SweepResult) -> list[str]:
     ]
 
 
-def _best(result: SweepResult) -> tuple[list[TableRow], TableRow]:
+def _best(result: SweepResult) -> tuple[list[TableRow], TableRow, list[dict[str, Any]]]:
     if result.table.edges is not None:
         return estimating.rows(result)
     try:
@@ -342,11 +342,14 @@ def _best(result: SweepResult) -> tuple[list[TableRow], TableRow]:
     frame = result.frame()
     tokens = {path: set(texts) for path, texts in frame.groupby("path")["token"]}
     rows: list[TableRow] = []
+    values: list[dict[str, Any]] = []
     for path, value, share in zip(best["path"], best["value"], best[by], strict=True):
-        texts = tokens[path]
-        rows.append((path, texts.pop().strip() if len(texts) == 1 else "", f"{value: .4g}", f"{share: .3f}"))
+        token = tokens[path].pop().strip() if len(tokens[path]) == 1 else ""
+        rows.append((path, token, f"{value: .4g}", f"{share: .3f}"))
+        values.append({"site": path, "token": token or None, result.metric: value, by: share})
     head = ("site", "token", f" {result.metric}", f" {by}")
     if "exact" not in best:
-        return rows, head
+        return rows, head, values
     exact = [f"{value: .4g}" if value == value else "" for value in best["exact"]]
-    return [(*row, one) for row, one in zip(rows, exact, strict=True)], (*head, " exact")
+    values = [{**row, "exact": value} for row, value in zip(values, best["exact"], strict=True)]
+    return [(*row, one) for row, one in zip(rows, exact, strict=True)], (*head, " exact"), values
