@@ -56,7 +56,7 @@ def test_all_tokens_of_prompts_of_any_length(model: Any, tmp_path: Path) -> None
     mixed = torch.cat(list(held.tokens("layers[1].output", batch_size=7, seed=1)))
     assert not torch.equal(mixed, found)
     torch.testing.assert_close(mixed[mixed.argsort(dim=0)[:, 0]], found[order[0]])
-    with pytest.raises(BadArgument, match=r"for batch in held\.tokens"):
+    with pytest.raises(BadArgument, match=r"for batch in captures\.tokens"):
         held.get("layers[1].output[:]")
     rows = [row for some, _ in held.parts("layers[2].output") for row in some]
     assert sorted(rows) == list(range(11))
@@ -220,6 +220,6 @@ def test_texts_with_images_are_refused_by_name_and_not_run_without_them(tmp_path
 def test_a_folder_prints_in_a_few_lines_however_many_prompts_it_has(model: Any, tmp_path: Path) -> None:
     held = ns.capture_to(tmp_path, model, ["w3 w4"] * 50, "layers[:].output[-1]", chunk=20, progress=False)
     assert repr(held) == (
-        f"ActivationFolder: 3 sites, 50 prompts of {held.told['model']}\n"
+        f"ActivationFolder: 3 sites, 50 prompts of {held.manifest['model']}\n"
         f"  layers[0].output[-1], layers[1].output[-1], layers[2].output[-1]\n  {tmp_path}"
     )

@@ -137,7 +137,7 @@ def _captured(
 
 
 def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
-    """The sites that are captured, which all prompts have to have.
+    """The expanded sites of a capture, checked against all prompts.
 
     Raises:
         ShortRow: a prompt has no token at a position.
@@ -156,7 +156,7 @@ def rows_at_once(model: engine.Model, given: Prompts, max_tokens: int) -> int:
 
 
 def origin_of(model: engine.Model, given: Prompts, wanted: Sequence[Path]) -> Provenance:
-    """Where a capture of these prompts comes from."""
+    """The provenance of a capture of these prompts."""
     name, revision = engine.name_of(model)
     saes = features.identities(model, wanted) or None
     return Provenance(name, revision, given.texts, _ids(given, wanted), given.spans, saes, given.digests)
@@ -200,7 +200,7 @@ def gather(
 
 
 class _Gates:
-    """The gates of slices that are wanted as they were before them, read on the way."""
+    """The gates of slices that are captured before their gate; read in the course of the run."""
 
     def __init__(self, model: engine.Model, paths: Sequence[Path]) -> None:
         self.model, self.known = model, engine.map_of(model)
@@ -211,7 +211,7 @@ class _Gates:
         self.values: dict[object, Tensor] = {}
 
     def read_before(self, access: Access, mediator: Any, batch: engine.Batch) -> None:
-        """Read the gates that stand before a value."""
+        """Read the gates that come before a value in the run."""
         while self.waiting and self.known.rank(self.waiting[0].paths[0]) <= self.known.rank(access.paths[0]):
             gate = self.waiting.pop(0)
             tensor = live_value(gate, mediator, batch.rows(gate.tower)).tensor
@@ -219,8 +219,8 @@ class _Gates:
                 start, stop = site_of(path).columns or (0, tensor.shape[-1])
                 self.values[path.site] = tensor[..., start:stop]
 
-    def opened(self, path: Path, slices: Tensor) -> Tensor:
-        """A slice as it was before its gate."""
+    def before_gate(self, path: Path, slices: Tensor) -> Tensor:
+        """A slice before its gate."""
         return derived.before_gate(path, slices, self.values[self.of[path.site].site])
 
 
@@ -237,7 +237,7 @@ def _values(
         return derived.experts(access, mediator, rows)
     tensor = live_value(access, mediator, rows).tensor
     if access.kind == "ungated":
-        return {site_of(path).index: gates.opened(path, tensor) for path in access.paths}
+        return {site_of(path).index: gates.before_gate(path, tensor) for path in access.paths}
     return {None: tensor}
 
 
@@ -246,12 +246,12 @@ def _picked(values: Tensor, keys: Sequence[Path], rows: Rows, spans: Spans | Non
     where = columns(positions, rows, values.shape[1], spans)  # type: ignore[arg-type]  # concrete() made them single
     everything = isinstance(where, list) and where == list(range(values.shape[1]))
     site = site_of(keys[0])
-    part = None if site.kind == "ungated" else site.columns  # it was cut out when its gate was taken off
+    part = None if site.kind == "ungated" else site.columns  # `before_gate` has cut it out
     return wire.pick(values, None if everything else where, part)
 
 
 def _check_positions(paths: Sequence[Path], given: Prompts) -> None:
-    """Find a position that a prompt does not have before any forward pass."""
+    """Raise, before any forward pass, for a position that a prompt does not have."""
     for path in paths:
         rows = given.rows(site_of(path).tower)
         assert path.position is not None and rows.width is not None
@@ -280,7 +280,7 @@ def _local(
 
 
 def joined(parts: Sequence[Sequence[Pack]], batches: Sequence[Sequence[int]]) -> list[Pack]:
-    """The batches' packs as one, rows in the order of the prompts."""
+    """The packs of all batches, with rows in the order of the prompts."""
     if len(parts) == 1 and list(batches[0]) == sorted(batches[0]):
         return list(parts[0])
     order = torch.tensor([row for rows in batches for row in rows]).argsort()
@@ -308,7 +308,7 @@ def _ids(given: Prompts, wanted: Sequence[Path]) -> tuple[tuple[int, ...], ...] 
         return None
     if given.decoder_ids is None:
         return given.ids
-    # The tokens that the positions count, which are not one row where sites of both towers were captured.
+    # Positions count the tokens of a site's tower, so with sites of both towers there is no single row of ids.
     towers = {site_of(path).tower for path in wanted}
     return (
         None

@@ -16,7 +16,7 @@ from nnsplice.activations import features
 from nnsplice.activations.access import require_positions
 from nnsplice.activations.capture import capture, rows_at_once
 from nnsplice.activations.encoding import encode, one_by_one
-from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, told_of
+from nnsplice.activations.folders import FORMAT, KIND, ActivationFolder, read_manifest
 from nnsplice.activations.messages import is_chat
 from nnsplice.activations.prompts import Prompts, SpanTexts
 from nnsplice.activations.saved_activation import SavedActivation
@@ -48,8 +48,8 @@ def capture_to(
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
-    ...     held = ns.capture_to(folder, model, ["w3 w4 w5", "w6 w7"], "layers[1:].output[:]")
-    ...     sum(len(batch) for batch in held.tokens("layers[2].output", batch_size=4))
+    ...     captures = ns.capture_to(folder, model, ["w3 w4 w5", "w6 w7"], "layers[1:].output[:]")
+    ...     sum(len(batch) for batch in captures.tokens("layers[2].output", batch_size=4))
     5
 
     Args:
@@ -84,18 +84,19 @@ def capture_to(
     lock = store.lock("capture")
     try:
         _begin(store, model, wanted, saes, chunk, max_tokens)
-        # What is no plain iterable of prompts: an encoding, a tensor of token ids, texts with their images, a chat.
+        # Encodings, tensors of token ids, texts with images and chats are not plain iterables of prompts.
         prompts = one_by_one(prompts) if isinstance(prompts, Mapping | Tensor) or is_chat(prompts) else prompts
         total = len(prompts) if isinstance(prompts, Sequence) else None
-        rows = (_of_row(one, column) for one in prompts)
+        rows = (_prompt_of_row(one, column) for one in prompts)
         files: list[dict[str, Any]] = []
         number = start = 0
         with bar("capture", total, "prompt", progress) as shown:
             while members := list(itertools.islice(rows, chunk)):
-                part = None if spans is None else {name: _some(of, start, len(members)) for name, of in spans.items()}
+                count = len(members)
+                part = spans and {name: _chunk_spans(of, start, count) for name, of in spans.items()}
                 files += _chunk(store, model, encode(model, members, part), wanted, number, start, max_tokens)
-                number, start = number + 1, start + len(members)
-                shown.update(len(members))
+                number, start = number + 1, start + count
+                shown.update(count)
         if not number:
             raise BadArgument("no prompts", expected="at least one prompt")
         if store.has(f"chunk-{number:06}.json"):
@@ -117,7 +118,7 @@ def _wanted(model: engine.Model, paths: Paths) -> list[Path]:
     return found
 
 
-def _of_row(row: Any, column: str) -> Any:
+def _prompt_of_row(row: Any, column: str) -> Any:
     """The prompt in a row of a data set; a text with its image is a prompt by itself."""
     if isinstance(row, int):
         raise BadArgument("one prompt of token ids, and a folder is for many", write="ns.capture(model, ids, paths)")
@@ -125,8 +126,8 @@ def _of_row(row: Any, column: str) -> Any:
     return row[column] if is_row else row
 
 
-def _some(of: Any, start: int, count: int) -> Any:
-    """The spans of a chunk, where there is one for each prompt."""
+def _chunk_spans(of: Any, start: int, count: int) -> Any:
+    """The spans of a chunk, if there is one for each prompt."""
     one = isinstance(of, str) or (isinstance(of, tuple) and all(isinstance(n, int) for n in of))
     return of if one else of[start : start + count]
 
@@ -135,17 +136,17 @@ def _begin(
     store: Store, model: engine.Model, paths: list[str], saes: dict[str, Any], chunk: int, max_tokens: int
 ) -> None:
     name, revision = engine.name_of(model)
-    told = {
+    manifest = {
         "kind": KIND, "format": FORMAT, "model": name, "revision": revision,
         "weights": engine.weights_digest(model, anew=True), "paths": paths, "chunk": chunk, "max_tokens": max_tokens,
         **({"saes": saes} if saes else {}),
     }  # fmt: skip
     if not store.has("capture.json"):
-        _write(store, "capture.json", told)
+        _write(store, "capture.json", manifest)
         return
-    there = told_of(store)
-    if other := [key for key in told if there.get(key) != told[key]]:
-        lines = [f"  {key}: {there.get(key)} there, {told[key]} here" for key in other]
+    existing = read_manifest(store)
+    if other := [key for key in manifest if existing.get(key) != manifest[key]]:
+        lines = [f"  {key}: {existing.get(key)} there, {manifest[key]} here" for key in other]
         raise FileError(
             "\n".join([f"{store.address} holds another capture", *lines]), expected="a new folder, or the same call"
         )
@@ -154,30 +155,29 @@ def _begin(
 def _chunk(
     store: Store, model: engine.Model, given: Prompts, paths: list[str], number: int, start: int, max_tokens: int
 ) -> list[dict[str, Any]]:
-    """Capture a chunk, if it is not there, and return its files."""
-    beside = f"chunk-{number:06}.json"
+    """Capture a chunk, unless it is complete, and return its files."""
+    record_name = f"chunk-{number:06}.json"
     digest = hashlib.sha256(repr((given.ids, given.decoder_ids, given.spans)).encode()).hexdigest()[:16]
-    if store.has(beside):
-        told = from_json(store.read(beside), store.at(beside))
-        if told["prompts"] != digest:
+    if store.has(record_name):
+        record = from_json(store.read(record_name), store.at(record_name))
+        if record["prompts"] != digest:
             raise FileError(
                 f"{store.address} was begun with other prompts: chunk {number} differs", expected="a new folder"
             )
-        return told["files"]
-    # All tokens of a prompt are a tensor of its length, so prompts of one length share a file then.
+        return record["files"]
+    # With slices the tensors have the length of the prompts, so only prompts of one length share a file.
     ragged = any(isinstance(parse_path(path).position, Slice) for path in paths)
     groups = given.batches(model) if ragged else [list(range(len(given)))]
     files: list[dict[str, Any]] = []
     for at, rows in enumerate(groups):
-        some = given.take(rows)
+        prompts = given.take(rows)
         name = f"chunk-{number:06}-{at}.safetensors"
-        size = rows_at_once(model, some, max_tokens)
-        held = capture(model, some, paths, batch_size=size, progress=False)  # one bar over all
-        held.to_file(store.at(name))
+        size = rows_at_once(model, prompts, max_tokens)
+        capture(model, prompts, paths, batch_size=size, progress=False).to_file(store.at(name))
         files.append({"name": name, "rows": [start + row for row in rows]})
-    _write(store, beside, {"rows": [start, start + len(given)], "prompts": digest, "files": files})
+    _write(store, record_name, {"rows": [start, start + len(given)], "prompts": digest, "files": files})
     return files
 
 
-def _write(store: Store, name: str, told: Any) -> None:
-    store.write(name, json.dumps(told).encode())
+def _write(store: Store, name: str, record: Any) -> None:
+    store.write(name, json.dumps(record).encode())

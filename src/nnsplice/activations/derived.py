@@ -1,14 +1,13 @@
-"""Values without a tensor of their own: written patterns, slices before a gate, single experts.
+"""Values without a tensor of their own: attention patterns, slices before a gate, single experts.
 
-A **pattern** is read where the attention module returns its probabilities. By then it has been used, so writing one
-means computing what it would have mixed: the head's slice before the output projection is `pattern @ v`, and that is
-written.
+A **pattern** is read from the output of the attention module. It has then already been used, so to write one, the slice
+of the head before the output projection is replaced by `pattern @ v`.
 
-A **slice before its gate** is what stands before the output projection, divided by the sigmoid of the gate, which is
-read where its layer makes it. Writing one writes its product with the sigmoid.
+A **slice before its gate** is the slice before the output projection, divided by the sigmoid of the gate. To write one,
+its product with the sigmoid is written.
 
-One **expert** has no module: its contribution is what the experts' own code makes of the same tokens when every other
-expert's weight is zero. Writing it adds the difference to what all experts make together.
+An **expert** has no module: its contribution is the output of the experts' own code with every other expert's weight at
+zero. To write one, the difference is added to the output of all experts.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from nnsplice.tokens import Rows
 
 
 def block_of(model: engine.Model, site: Site) -> Block:
-    """The layer that a derived value belongs to."""
+    """The block of a derived value."""
     for tower in engine.map_of(model).atlas.towers.values():
         for block in (one for layer in tower.blocks for one in layer.attentions):
             homes = (block.pattern and block.pattern[0], block.experts, block.mlp, block.o)
@@ -42,7 +41,7 @@ def block_of(model: engine.Model, site: Site) -> Block:
 
 
 def require_eager(model: engine.Model, path: Path) -> None:
-    """Raise where the model's attention never makes the probabilities."""
+    """Raise if the model's attention implementation does not compute the probabilities."""
     used = engine.attention_of(model)
     if used not in (None, "eager"):
         raise RefusedPlace(
@@ -54,7 +53,7 @@ def require_eager(model: engine.Model, path: Path) -> None:
 
 
 def key_tower(model: engine.Model, access: Access) -> str:
-    """Whose tokens the keys of a pattern are."""
+    """The tower whose tokens are the keys of a pattern."""
     site = site_of(access.paths[0])
     return block_of(model, site).key_tower or site.tower
 
@@ -63,7 +62,7 @@ def patterns(access: Access, mediator: Any, rows: Rows) -> dict[int | None, Tens
     """Each wanted head's probabilities `[prompt, query, key]`, the keys counted from each prompt's first own token.
 
     Args:
-        rows: where the tokens stand that are keys.
+        rows: the rows of the keys' tower.
     """
     site = site_of(access.paths[0])
     raw = access.place.read(mediator)
@@ -84,7 +83,7 @@ def patterns(access: Access, mediator: Any, rows: Rows) -> dict[int | None, Tens
 
 
 def _from_own_start(pattern: Tensor, rows: Rows) -> Tensor:
-    """Key 0 becomes the prompt's first own token; what lies past its last is zero."""
+    """Shift the keys so that key 0 is the prompt's first own token; keys past its last are zero."""
     if rows.starts is None or not any(rows.starts):
         return pattern
     shifted = torch.zeros_like(pattern)
@@ -94,7 +93,7 @@ def _from_own_start(pattern: Tensor, rows: Rows) -> Tensor:
 
 
 def mixed(pattern: Tensor, values: Tensor, rows: Rows) -> Tensor:
-    """What queries with these probabilities read from a head's values.
+    """`pattern @ values`, for patterns whose keys count each prompt's own tokens.
 
     Args:
         pattern: `[prompt or 1, position, key]`, keys counted from each prompt's first own token.
@@ -118,7 +117,7 @@ def mixed(pattern: Tensor, values: Tensor, rows: Rows) -> Tensor:
 
 
 def pattern_places(model: engine.Model, path: Path) -> tuple[Path, Path]:
-    """For a pattern to be written: the values that it mixes, and the head's slice that it decides."""
+    """For a pattern to write: the site of the head's values `v`, and of its slice `pattern @ v`."""
     site = site_of(path)
     block = block_of(model, site)
     layout = block.layout
@@ -138,7 +137,7 @@ def pattern_places(model: engine.Model, path: Path) -> tuple[Path, Path]:
 
 
 def gate_place(model: engine.Model, path: Path) -> Path:
-    """The gate of the head whose slice before the gate is meant."""
+    """The site of the gate of a head's slice."""
     site = site_of(path)
     assert site.index is not None
     gate = block_of(model, site).gate_of(site.index)
@@ -149,15 +148,15 @@ def gate_place(model: engine.Model, path: Path) -> Path:
 
 
 def slice_place(path: Path) -> Path:
-    """What is written for a slice before its gate: the slice behind it."""
+    """The site that is written for a slice before its gate: the slice after the gate."""
     return replace(path, site=replace(site_of(path), kind="plain", index=None))
 
 
 def before_gate(path: Path, slices: Tensor, gate: Tensor) -> Tensor:
-    """What a head mixed, `[prompt, token, head width]`.
+    """A head's slice before its gate, `[prompt, token, head width]`.
 
     Args:
-        slices: `[prompt, token, width]` of all heads, behind the gates.
+        slices: `[prompt, token, width]` of all heads, after the gates.
         gate: `[prompt, token, head width or 1]` of this head.
     """
     start, stop = site_of(path).columns or (0, slices.shape[-1])
@@ -165,7 +164,7 @@ def before_gate(path: Path, slices: Tensor, gate: Tensor) -> Tensor:
 
 
 def check_open(path: Path, found: Tensor) -> None:
-    """Raise where a gate lets nothing through, so that what stood before it cannot be known."""
+    """Raise if a gate is closed, so that the slice before it cannot be computed."""
     if not bool(found.isfinite().all()):
         raise RefusedPlace(
             "a gate is closed (its sigmoid rounds to 0), and what stands before it cannot be told from what is behind",
@@ -179,7 +178,7 @@ def check_open(path: Path, found: Tensor) -> None:
 
 
 def experts(access: Access, mediator: Any, rows: Rows) -> dict[int | None, Tensor]:
-    """Each wanted expert's contribution `[prompt, token, width]`, computed from what the experts are given."""
+    """Each wanted expert's contribution `[prompt, token, width]`, computed from the inputs of the experts' module."""
     args, kwargs = access.place.read(mediator)
     wanted = sorted({site_of(path).index or 0 for path in access.paths})
     return {index: _contribution(access, mediator, args, kwargs, index, rows.batch) for index in wanted}
@@ -195,22 +194,23 @@ def _contribution(access: Access, mediator: Any, args: tuple, kwargs: dict, expe
             write=f"{access.name.split('.experts')[0]}.mlp.output",
         )
     tokens, numbers, weights = given
-    # The experts' own code, with the weights of all others at zero: right for every activation, limit and layout.
-    alone = access.place.envoy(tokens, numbers, torch.where(numbers == expert, weights, torch.zeros_like(weights)))
+    # The experts' own code with all other weights at zero, which is right for every activation, limit and layout.
+    own = torch.where(numbers == expert, weights, torch.zeros_like(weights))
+    contribution = access.place.envoy(tokens, numbers, own)
     scope = engine.scope_of(mediator)
-    if scope is not None and alone.shape[0] >= scope.total:
-        return alone.unflatten(0, (scope.total, -1))[scope.start : scope.start + scope.size]
-    return wire.as_rows(alone, batch)
+    if scope is not None and contribution.shape[0] >= scope.total:
+        return contribution.unflatten(0, (scope.total, -1))[scope.start : scope.start + scope.size]
+    return wire.as_rows(contribution, batch)
 
 
 def expert_output(path: Path) -> Path:
-    """Where the difference of a written expert is added: what all experts make together."""
+    """The site where the difference of a written expert is added: the output of all experts."""
     site = site_of(path)
     return replace(path, site=replace(site, end="output", kind="plain", index=None))
 
 
 def refuse_routers(model: engine.Model, paths: Iterable[Path]) -> None:
-    """Raise for a write to what a router returns first: the model goes on with the choice that was made inside it."""
+    """Raise for a write to a router's logits, after which the model would still use the experts chosen before."""
     routers = {block.router for tower in engine.map_of(model).atlas.towers.values() for block in tower.blocks} - {None}
     for path in paths if routers else ():
         site = site_of(path)

@@ -14,7 +14,7 @@ Line = tuple[str, str, str]
 
 
 def text(packs: Sequence[Pack], rows: int) -> str:
-    """A line for the whole, then one for each kind of site."""
+    """A summary line, then one for each kind of site."""
     lines = _lines(packs)
     shown = [f"  {'  '.join(line)}" for line in lines[:SHOWN]]
     more = [f"  ... and {len(lines) - SHOWN} more kinds of site"] if len(lines) > SHOWN else []
@@ -52,10 +52,10 @@ def _summary(packs: Sequence[Pack], rows: int) -> str:
     counts = sorted({len(pack.keys) for pack in packs})
     positions = f"{counts[0]} position{'s' * (counts[0] > 1)} each" if len(counts) == 1 else "positions by site"
     dtypes = ", ".join(sorted({str(pack.tensor.dtype).removeprefix("torch.") for pack in packs}))
-    held = sum(pack.tensor.numel() * pack.tensor.element_size() for pack in packs)
+    nbytes = sum(pack.tensor.numel() * pack.tensor.element_size() for pack in packs)
     devices = {str(pack.tensor.device) for pack in packs} - {"cpu"}
     parts = [f"{len(packs)} site{'s' * (len(packs) > 1)}", positions, f"{rows} row{'s' * (rows != 1)}", dtypes]
-    return ", ".join([*parts, size(held), *sorted(devices)])
+    return ", ".join([*parts, size(nbytes), *sorted(devices)])
 
 
 def _lines(packs: Sequence[Pack]) -> list[Line]:

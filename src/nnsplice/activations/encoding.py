@@ -12,7 +12,7 @@ from torch import Tensor
 from nnsplice import engine
 from nnsplice.activations import extra_inputs
 from nnsplice.activations import sounds as sound_values
-from nnsplice.activations.image_inputs import are_shown, encodings_of, has_images, images_of, is_pair, pairs_of
+from nnsplice.activations.image_inputs import encodings_of, has_images, have_images, images_of, is_pair, pairs_of
 from nnsplice.activations.images import Ids, PromptImages, check_without, spans_of_images
 from nnsplice.activations.messages import is_chat, templated
 from nnsplice.activations.named_spans import bounds_of
@@ -30,16 +30,16 @@ def encode(
     images: bool = False,
     sounds: bool = False,
 ) -> Prompts:
-    """Prompts in any of their forms, checked; the first of them shows how a module of the user's own is called.
+    """Prompts in any form as `Prompts`, checked; the first is the probe of a module of the user's own.
 
     Args:
-        images: whether the caller gives the model all that `Prompts.inputs` holds, images too.
-        sounds: the same of what an encoder hears.
+        images: whether the caller supports prompts with images.
+        sounds: whether the caller supports audio.
 
     Raises:
         BadArgument: prompts with images or sounds, for a caller that takes none.
     """
-    given = prompts if isinstance(prompts, Prompts) else _encoded(model, prompts, spans)
+    given = prompts if isinstance(prompts, Prompts) else _prompts(model, prompts, spans)
     if given.images is not None and not images:
         raise BadArgument(
             "these prompts hold images, and this question runs on tokens alone",
@@ -58,7 +58,7 @@ def encode(
     return given
 
 
-def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prompts:
+def _prompts(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prompts:
     if spans is not None and not isinstance(spans, Mapping):
         raise BadType(f"spans is {named(spans)}", expected='a name for each span: spans={"subject": [...]}')
     if isinstance(prompts, Tensor) and prompts.is_floating_point():
@@ -72,13 +72,13 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
             raise BadArgument("spans are stretches of tokens, and these prompts are values, not tokens")
         return Prompts(values=prompts)
     if isinstance(prompts, Mapping) and "input_ids" not in prompts and not is_chat(prompts) and _is_plain(model):
-        return _by_name(model, prompts)
-    if (heard := sound_values.sounds_of(model, prompts)) is not None:
-        return _heard(model, prompts, heard, spans)
+        return _named_inputs(model, prompts)
+    if (sounds := sound_values.sounds_of(model, prompts)) is not None:
+        return _audio_prompts(model, prompts, sounds, spans)
     extra_inputs.check_extra(model, prompts)
     images = None
     chats = [prompts] if is_chat(prompts) else _several_chats(prompts)
-    chats = [] if are_shown(chats) else chats
+    chats = [] if have_images(chats) else chats
     if chats:
         texts, ids, messages = _chats(model, chats)
         decoder_ids = None
@@ -93,9 +93,9 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     engine.check_tokens(model, ids)
     if images is None:
         check_without(model, ids)
-    named_ones = {name: tuple(bounds_of(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
-    found = None if spans is None and not messages else {**messages, **named_ones}
-    # The texts alone do not make these tokens.
+    named_spans = {name: tuple(bounds_of(model, name, of, texts, ids)) for name, of in (spans or {}).items()}
+    found = None if spans is None and not messages else {**messages, **named_spans}
+    # With images, the texts alone do not determine the tokens.
     texts = texts if images is None else None
     if decoder_ids is not None:
         extra_inputs.check_decoder(model, ids, decoder_ids)
@@ -104,44 +104,45 @@ def _encoded(model: engine.Model, prompts: Any, spans: SpanTexts | None) -> Prom
     return Prompts(ids, texts, decoder_ids, None, found, engine.signature_of(type(unwrap(model))), images=images)
 
 
-def _heard(model: engine.Model, prompts: Any, heard: tuple[Sound, ...], spans: Any) -> Prompts:
-    """Prompts that an encoder hears."""
+def _audio_prompts(model: engine.Model, prompts: Any, sounds: tuple[Sound, ...], spans: Any) -> Prompts:
+    """Prompts of audio for an encoder."""
     if spans:
         raise BadArgument("spans are stretches of tokens, and an encoder hears these prompts")
     given = _decoder_ids([prompts] if isinstance(prompts, Mapping) else prompts, "prompts to hear")
-    decoder_ids: Ids = ((engine.decoder_start(model),),) * len(heard) if given is None else given
-    if len(decoder_ids) != len(heard) or not all(decoder_ids):
+    decoder_ids: Ids = ((engine.decoder_start(model),),) * len(sounds) if given is None else given
+    if len(decoder_ids) != len(sounds) or not all(decoder_ids):
         raise BadArgument(
-            f"{len(heard)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
+            f"{len(sounds)} prompts to hear and {len(decoder_ids)} rows of decoder_input_ids",
             expected="a row of at least one token for each",
         )
-    taken, dtype = engine.signature_of(type(unwrap(model))), sound_values.dtype_of(model)
-    return Prompts(tuple(one.ids for one in heard), None, decoder_ids, taken=taken, sounds=heard, dtype=dtype)
+    signature, dtype = engine.signature_of(type(unwrap(model))), sound_values.dtype_of(model)
+    return Prompts(tuple(one.ids for one in sounds), None, decoder_ids, signature=signature, sounds=sounds, dtype=dtype)
 
 
 def _is_plain(model: engine.Model) -> bool:
-    """Whether it is a module of the user's own, of which no config says what its inputs are."""
+    """Whether it is a module of the user's own, without a config."""
     return not hasattr(unwrap(model), "config")
 
 
-def _by_name(model: engine.Model, inputs: Mapping[str, Any]) -> Prompts:
+def _named_inputs(model: engine.Model, inputs: Mapping[str, Any]) -> Prompts:
     """The inputs of a module of the user's own, by the names of its forward's arguments."""
-    taken = engine.signature_of(type(unwrap(model)))
-    if unknown := [name for name in inputs if not taken.takes(name)]:
+    signature = engine.signature_of(type(unwrap(model)))
+    if unknown := [name for name in inputs if not signature.takes(name)]:
         raise BadArgument(
             f"this model's forward takes no {unknown[0]}",
-            expected=f"its arguments by name: {', '.join(taken.names) or 'none'}",
+            expected=f"its arguments by name: {', '.join(signature.names) or 'none'}",
         )
-    if missing := [name for name in taken.required if name not in inputs]:
-        raise BadArgument(f"this model's forward needs {missing[0]}", expected=f"all of {', '.join(taken.required)}")
+    if missing := [name for name in signature.required if name not in inputs]:
+        expected = f"all of {', '.join(signature.required)}"
+        raise BadArgument(f"this model's forward needs {missing[0]}", expected=expected)
     first = next((value for value in inputs.values() if isinstance(value, Tensor) and value.dim() > 0), None)
     if first is None or not len(first):
         raise BadArgument("these inputs hold no row", expected="a tensor with a row for each prompt")
-    return Prompts(values=first, taken=taken, inputs_by_name=dict(inputs))
+    return Prompts(values=first, signature=signature, inputs_by_name=dict(inputs))
 
 
 def one_by_one(prompts: Any) -> list[Any]:
-    """Prompts in any form but values, as a list with one entry for each; no model is needed for it.
+    """Prompts in any form but values, as a list with one entry for each prompt.
 
     >>> from nnsplice.activations.encoding import one_by_one
     >>> one_by_one("w3 w4"), one_by_one([3, 4])
@@ -151,7 +152,7 @@ def one_by_one(prompts: Any) -> list[Any]:
 
     Raises:
         BadType: not prompts.
-        BadArgument: an encoding of several prompts with images, which is not cut into prompts here.
+        BadArgument: an encoding of several prompts with images, which cannot be split.
     """
     if isinstance(prompts, str) or is_chat(prompts):
         return [prompts]
@@ -178,7 +179,7 @@ def one_by_one(prompts: Any) -> list[Any]:
 
 
 def _several_chats(prompts: Any) -> list[Any]:
-    """The prompts where at least one is a chat, else none."""
+    """The prompts if at least one is a chat, else an empty list."""
     several = isinstance(prompts, Sequence) and not isinstance(prompts, str) and any(map(is_chat, prompts))
     return list(prompts) if several else []
 
@@ -186,7 +187,7 @@ def _several_chats(prompts: Any) -> list[Any]:
 def _chats(
     model: engine.Model, prompts: Sequence[Any]
 ) -> tuple[tuple[str, ...] | None, Ids, dict[str, tuple[tuple[int, int], ...]]]:
-    """Texts, token ids and the spans of messages that every prompt has."""
+    """Texts, token ids and the message spans that all prompts have."""
     for row, prompt in enumerate(prompts):
         if not is_chat(prompt):
             raise BadType(
@@ -194,20 +195,20 @@ def _chats(
                 expected="all prompts of one kind",
                 write='[{"role": "user", "content": text}] for a text',
             )
-    told = [templated(model, prompt) for prompt in prompts]
-    texts = tuple(one.text for one in told if one.text is not None)
-    names = [name for name in told[0].spans if all(name in one.spans for one in told)]
-    spans = {name: tuple(one.spans[name] for one in told) for name in names}
-    return texts if len(texts) == len(told) else None, tuple(one.ids for one in told), spans
+    chats = [templated(model, prompt) for prompt in prompts]
+    texts = tuple(chat.text for chat in chats if chat.text is not None)
+    names = [name for name in chats[0].spans if all(name in chat.spans for chat in chats)]
+    spans = {name: tuple(chat.spans[name] for chat in chats) for name in names}
+    return texts if len(texts) == len(chats) else None, tuple(chat.ids for chat in chats), spans
 
 
 def _ids(
     model: engine.Model, prompts: Any
 ) -> tuple[tuple[str, ...] | None, Ids, Ids | None, tuple[PromptImages, ...] | None]:
-    """Texts, token ids, the decoder's token ids and the images of prompts that are no chats."""
-    if (seen := encodings_of(model, prompts)) is None:
+    """Texts, token ids, the decoder's token ids and the images of prompts other than chats."""
+    if (with_images := encodings_of(model, prompts)) is None:
         return *_of_tokens(model, prompts), None
-    texts, encodings = seen
+    texts, encodings = with_images
     each = [_of_tokens(model, encoding)[1] for encoding in encodings]
     images = [images_of(model, one, ids) for one, ids in zip(encodings, each, strict=True)]
     return texts, tuple(chain.from_iterable(each)), None, tuple(chain.from_iterable(images))
@@ -255,17 +256,17 @@ def _decoder_ids(each: Sequence[Any], what: str) -> Ids | None:
     """The decoder's token ids of encodings; None where they hold none.
 
     Args:
-        what: what they are, for the error.
+        what: the kind of prompts, for the error.
     """
-    begun = [one for one in each if one.get("decoder_input_ids") is not None]
-    if len(begun) not in (0, len(each)):
-        raise BadArgument(f"{len(begun)} of {len(each)} {what} hold decoder_input_ids", expected="all of them, or none")
-    rows = [_unpadded(one["decoder_input_ids"], one.get("decoder_attention_mask")) for one in begun]
-    return tuple(chain.from_iterable(rows)) if begun else None
+    given = [one for one in each if one.get("decoder_input_ids") is not None]
+    if len(given) not in (0, len(each)):
+        raise BadArgument(f"{len(given)} of {len(each)} {what} hold decoder_input_ids", expected="all of them, or none")
+    rows = [_unpadded(one["decoder_input_ids"], one.get("decoder_attention_mask")) for one in given]
+    return tuple(chain.from_iterable(rows)) if given else None
 
 
 def _of_encoding(prompts: Any) -> tuple[Ids, Ids | None]:
-    """The token ids, and the decoder's, of what a tokenizer returns."""
+    """The token ids, and the decoder's, of a tokenizer's encoding."""
     if "input_ids" not in prompts:
         raise BadType(
             f"a mapping with {', '.join(map(repr, prompts)) or 'nothing'} is no encoding",
@@ -279,12 +280,12 @@ def _of_encoding(prompts: Any) -> tuple[Ids, Ids | None]:
 
 
 def _first(row: list[int], value: int) -> int:
-    """Where the value stands first; the length of the row where it does not."""
+    """The index of the first such value; the length of the row if there is none."""
     return row.index(value) if value in row else len(row)
 
 
 def _refuse_cache(prompts: Any, prefix: str) -> None:
-    """Prompts are run whole here, from their tokens; what a cache holds besides would be left out."""
+    """Raise for prompts that continue a cache, whose tokens would be left out."""
     width = torch.as_tensor(prompts[f"{prefix}input_ids"]).shape[-1]
     before = engine.tokens_before(dict(prompts), width, prefix)
     if before:

@@ -1,11 +1,11 @@
 """Captures of whole data sets: a folder of safetensors files, read a file at a time.
 
-    capture.json           what is captured: model, weights, sites, how many prompts a chunk has
-    chunk-000007.json      which prompts the chunk has, and which of its files holds which of them
+    capture.json           the manifest: model, weights, sites, prompts per chunk
+    chunk-000007.json      the prompts of a chunk, and the files that hold them
     chunk-000007-0.safetensors    a capture as `SavedActivation.to_file` writes it
-    index.json             all chunks' files; written when all are there
+    index.json             the files of all chunks; written at the end
 
-A chunk is there when its json is, so a capture that was killed goes on behind the last whole one.
+A chunk is complete once its json exists, so a capture that was stopped continues after the last complete chunk.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ class _Capture(Protocol):
     def get(self, path: str | Path) -> Tensor: ...
 
 
-Held = TypeVar("Held", bound=_Capture)
+CaptureT = TypeVar("CaptureT", bound=_Capture)
 
 
 @dataclass(frozen=True)
-class ActivationFolder(Generic[Held]):
-    """Captures in a folder; nothing is read before it is asked for.
+class ActivationFolder(Generic[CaptureT]):
+    """Captures in a folder, which are read when they are used.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
-    ...     held = ns.capture_to(folder, model, ["w3 w4", "w5", "w6 w7 w8"], "layers[:].output[-1]", chunk=2)
-    ...     held.rows, held.get("layers[1].output[-1]").shape
+    ...     captures = ns.capture_to(folder, model, ["w3 w4", "w5", "w6 w7 w8"], "layers[:].output[-1]", chunk=2)
+    ...     captures.rows, captures.get("layers[1].output[-1]").shape
     (3, torch.Size([3, 16]))
     """
 
-    #: Where they are: a folder, or an address of an object store.
+    #: The folder, or the object store.
     store: Store
-    #: What is captured.
-    told: Mapping[str, Any]
-    #: The files, each with the numbers of its prompts.
+    #: The contents of capture.json: model, weights, sites.
+    manifest: Mapping[str, Any]
+    #: File name and prompt numbers of each file.
     files: tuple[tuple[str, tuple[int, ...]], ...]
-    #: Whether all prompts are there; a capture that was stopped has the first of them.
+    #: Whether all prompts are there; False if the capture was stopped.
     is_complete: bool
-    #: Reads a file, or with paths only these of its sites.
-    read: Callable[[FilePath | str, Paths | None], Held] = field(repr=False)
+    #: Reads a file, or only some of its sites.
+    read: Callable[[FilePath | str, Paths | None], CaptureT] = field(repr=False)
 
     @classmethod
     def open(
-        cls, folder: str | os.PathLike[str], read: Callable[[FilePath | str, Paths | None], Held]
-    ) -> ActivationFolder[Held]:
-        """The captures of a folder, as many as there are.
+        cls, folder: str | os.PathLike[str], read: Callable[[FilePath | str, Paths | None], CaptureT]
+    ) -> ActivationFolder[CaptureT]:
+        """The captures of a folder, which may be incomplete.
 
         Args:
             folder: the folder, or its address in an object store.
@@ -74,14 +74,14 @@ class ActivationFolder(Generic[Held]):
         store = store_of(folder)
         if not store.has("capture.json"):
             raise FileError(f"{store.address} holds no captures", expected="a folder that ns.capture_to wrote")
-        told, complete = told_of(store), store.has("index.json")
+        manifest, complete = read_manifest(store), store.has("index.json")
         found = from_json(store.read("index.json"), store.at("index.json")).get("files") if complete else None
         if found is None:  # a capture that was stopped
-            there = set(store.names())
-            chunks = itertools.takewhile(there.__contains__, (f"chunk-{n:06}.json" for n in itertools.count()))
+            names = set(store.names())
+            chunks = itertools.takewhile(names.__contains__, (f"chunk-{n:06}.json" for n in itertools.count()))
             found = [one for name in chunks for one in from_json(store.read(name), store.at(name))["files"]]
         files = tuple((one["name"], tuple(one["rows"])) for one in found)
-        return cls(store, told, files, complete, read)
+        return cls(store, manifest, files, complete, read)
 
     def __repr__(self) -> str:
         """Line by line: how much there is of which model, and where; the sites."""
@@ -89,7 +89,7 @@ class ActivationFolder(Generic[Held]):
         sites = ", ".join(self.paths[:6]) + (f" and {len(self.paths) - 6} more" if len(self.paths) > 6 else "")
         return (
             f"ActivationFolder: {counted(len(self.paths), 'site')}, {counted(self.rows, 'prompt')} of "
-            f"{self.told['model']}{state}\n  {sites}\n  {self.folder}"
+            f"{self.manifest['model']}{state}\n  {sites}\n  {self.folder}"
         )
 
     @property
@@ -99,15 +99,15 @@ class ActivationFolder(Generic[Held]):
 
     @property
     def paths(self) -> list[str]:
-        """The sites with their positions, as they were asked for."""
-        return list(self.told["paths"])
+        """The captured sites with their positions, as given."""
+        return list(self.manifest["paths"])
 
     @property
     def rows(self) -> int:
         """How many prompts there are."""
         return sum(len(rows) for _, rows in self.files)
 
-    def parts(self, paths: Paths | None = None) -> Iterator[tuple[tuple[int, ...], Held]]:
+    def parts(self, paths: Paths | None = None) -> Iterator[tuple[tuple[int, ...], CaptureT]]:
         """Each file's prompts by their numbers, and its capture; with `paths` only these sites of it are read."""
         for name, rows in self.files:
             yield rows, self.read(self.store.at(name), paths)
@@ -128,7 +128,7 @@ class ActivationFolder(Generic[Held]):
                     "prompts of different length have different numbers of tokens there",
                     path=path,
                     expected="one token of each prompt",
-                    write=f"for batch in held.tokens({str(parse_path(path).place)!r}): ...",
+                    write=f"for batch in captures.tokens({str(parse_path(path).place)!r}): ...",
                 )
             found[list(rows)] = values
         if found is None:
@@ -157,16 +157,16 @@ class ActivationFolder(Generic[Held]):
             flat = values.reshape(-1, values.shape[-1])
             flat = flat if generator is None else flat[torch.randperm(len(flat), generator=generator)]
             flat = flat if rest is None else torch.cat([rest, flat])
-            whole_ones = len(flat) // batch_size * batch_size
-            yield from flat[:whole_ones].split(batch_size) if whole_ones else ()
-            rest = flat[whole_ones:]
+            complete = len(flat) // batch_size * batch_size
+            yield from flat[:complete].split(batch_size) if complete else ()
+            rest = flat[complete:]
         if rest is not None and len(rest):
             yield rest
 
 
-def told_of(store: Store) -> dict[str, Any]:
-    """What is captured in a folder."""
-    told = from_json(store.read("capture.json"), store.at("capture.json"))
-    if not isinstance(told, dict) or told.get("kind") != KIND or told["format"] > FORMAT:
+def read_manifest(store: Store) -> dict[str, Any]:
+    """The contents of capture.json."""
+    manifest = from_json(store.read("capture.json"), store.at("capture.json"))
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND or manifest["format"] > FORMAT:
         raise FileError(f"{store.address} holds something else, or was written by a newer nnsplice")
-    return told
+    return manifest

@@ -1,4 +1,4 @@
-"""The forms in which prompts with images are given, and the images of each prompt in a batch."""
+"""Prompts with images in any form as encodings, and the images of each prompt of an encoding."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nnsplice.activations.messages import Chat, is_chat
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, BadType, ShapeError, named
 
-#: What the names of a forward's arguments begin with that hold images, or say how they are cut.
-_PARTS = ("pixel_", "image_")
-#: Arguments with a number for each token.
+#: Prefixes of the arguments with images, or with the layout of their patches.
+_IMAGE_PREFIXES = ("pixel_", "image_")
+#: Arguments with the type of each token.
 _BY_TOKEN = ("token_type_ids", "mm_token_type_ids")
-#: What an encoding holds besides.
+#: The other entries of an encoding.
 _TOKENS = ("input_ids", "attention_mask")
 
 
@@ -30,19 +30,19 @@ def has_images(encoding: Any) -> bool:
 
 
 def is_pair(prompts: Any) -> bool:
-    """Whether this is texts with their images, before a processor has read them."""
+    """Whether this is `{"text": ..., "images": ...}`, before a processor is applied."""
     return isinstance(prompts, Mapping) and "images" in prompts and "input_ids" not in prompts
 
 
 def pairs_of(prompts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Texts with their images, a text and its images at a time."""
+    """Split `{"text": [...], "images": [...]}` into one mapping for each text."""
     texts, images = _texts_and_images(prompts)
     return [{"text": text, "images": one} for text, one in zip(texts, images, strict=True)]
 
 
-def are_shown(chats: Sequence[Any]) -> bool:
-    """Whether a message of some chat holds an image."""
-    return any(_shows(message) for chat in chats if is_chat(chat) for message in _messages(chat))
+def have_images(chats: Sequence[Any]) -> bool:
+    """Whether a message of any of these chats contains an image."""
+    return any(_has_image(message) for chat in chats if is_chat(chat) for message in _messages(chat))
 
 
 def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | None, list[Mapping[str, Any]]] | None:
@@ -53,10 +53,10 @@ def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | N
         if is_pair(prompts):
             return _processed(model, prompts)
         return None
-    if is_chat(prompts) and are_shown([prompts]):
+    if is_chat(prompts) and have_images([prompts]):
         return None, [_templated(model, prompts)]
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
-        if not are_shown(prompts) and not any(
+        if not have_images(prompts) and not any(
             has_images(one) or is_pair(one) or has_token_types(model, one) for one in prompts
         ):
             return None
@@ -69,14 +69,14 @@ def encodings_of(model: engine.Model, prompts: Any) -> tuple[tuple[str, ...] | N
                 each += encodings
             else:
                 each.append(_templated(model, one) if is_chat(one) else one)
-        if strange := [named(one) for one in each if not (isinstance(one, Mapping) and "input_ids" in one)]:
-            raise BadType(f"prompts with images, and {strange[0]}", expected="an encoding for each prompt")
+        if others := [named(one) for one in each if not (isinstance(one, Mapping) and "input_ids" in one)]:
+            raise BadType(f"prompts with images, and {others[0]}", expected="an encoding for each prompt")
         return tuple(texts) if all(map(is_pair, prompts)) else None, each
     return None
 
 
 def _processed(model: engine.Model, prompts: Mapping[str, Any]) -> tuple[tuple[str, ...], list[Mapping[str, Any]]]:
-    """What the model's processor makes of texts and images, a pair at a time, so that nothing is padded."""
+    """Encodings by the model's processor, one text at a time, so that nothing is padded."""
     processor = _processor(model)
     texts, images = _texts_and_images(prompts)
     return tuple(texts), [
@@ -85,7 +85,7 @@ def _processed(model: engine.Model, prompts: Mapping[str, Any]) -> tuple[tuple[s
 
 
 def _texts_and_images(prompts: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[Any]]:
-    """The texts, and what belongs to each.
+    """The texts, and the images of each.
 
     Raises:
         BadArgument: another entry.
@@ -110,12 +110,13 @@ def _texts_and_images(prompts: Mapping[str, Any]) -> tuple[Sequence[str], Sequen
 
 
 def _templated(model: engine.Model, prompt: Any) -> Mapping[str, Any]:
-    """What the processor makes of messages with images in them."""
+    """The processor's encoding of messages with images."""
     messages = [dict(message) for message in _messages(prompt)]
     goes_on = messages[-1]["role"] == "assistant"
-    asked = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on, **getattr(prompt, "options", {})}
+    options = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+    options |= getattr(prompt, "options", {})
     return _processor(model).apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_tensors="pt", **asked
+        messages, tokenize=True, return_dict=True, return_tensors="pt", **options
     )
 
 
@@ -123,7 +124,7 @@ def _messages(chat: Any) -> Sequence[Mapping[str, Any]]:
     return chat.messages if isinstance(chat, Chat) else chat
 
 
-def _shows(message: Mapping[str, Any]) -> bool:
+def _has_image(message: Mapping[str, Any]) -> bool:
     content = message.get("content")
     return isinstance(content, list) and any(isinstance(p, Mapping) and p.get("type") == "image" for p in content)
 
@@ -147,18 +148,18 @@ def images_of(model: engine.Model, encoding: Mapping[str, Any], ids: Ids) -> tup
         ids: the prompts' own tokens, without padding.
 
     Raises:
-        BadArgument: the model takes no images, or not these; or which prompt an image belongs to is not known.
-        ShapeError: values whose shape no image has.
+        BadArgument: the model takes no such images, or the prompt of an image is not known.
+        ShapeError: values that have not the shape of images.
     """
-    taken, token = engine.signature_of(type(unwrap(model))), image_token_of(model)
+    signature, token = engine.signature_of(type(unwrap(model))), image_token_of(model)
     values = {name: _tensor(name, value) for name, value in encoding.items() if name not in _TOKENS}
     for name in values:
-        if not (name.startswith(_PARTS) or name in _BY_TOKEN) or "video" in name:
+        if not (name.startswith(_IMAGE_PREFIXES) or name in _BY_TOKEN) or "video" in name:
             raise BadArgument(
                 f"this encoding with images holds {name}, and how that belongs to single prompts is not known",
                 expected=f"{', '.join(_TOKENS)}, images, and a number for each token ({', '.join(_BY_TOKEN)})",
             )
-        if not taken.takes(name) or (token is None and name.startswith(_PARTS)):
+        if not signature.takes(name) or (token is None and name.startswith(_IMAGE_PREFIXES)):
             raise BadArgument(
                 f"these prompts hold {name}, and {type(unwrap(model)).__name__} reads no images in its prompts",
                 expected="a model whose config names the token of an image",
@@ -182,12 +183,12 @@ def images_of(model: engine.Model, encoding: Mapping[str, Any], ids: Ids) -> tup
     root: Any = unwrap(model)
     dtype: torch.dtype = root.dtype
     parts = {name: value for name, value in values.items() if name not in _BY_TOKEN}
-    cut = _cut(parts, counts)
+    by_prompt = _by_prompt(parts, counts)
     masks = torch.as_tensor(encoding.get("attention_mask", torch.ones_like(torch.as_tensor(encoding["input_ids"]))))
     by_token = {name: _by_token(name, values[name], masks) for name in values if name in _BY_TOKEN}
     return tuple(
         PromptImages(
-            {n: v.to(dtype) if v.is_floating_point() else v for n, v in cut[row].items()},
+            {n: v.to(dtype) if v.is_floating_point() else v for n, v in by_prompt[row].items()},
             {name: rows[row] for name, rows in by_token.items()},
             tuple(n for n, one in enumerate(tokens) if one == token),
         )
@@ -238,8 +239,8 @@ def _by_token(name: str, value: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[own.bool()] for row, own in zip(value, mask, strict=True)]
 
 
-def _cut(parts: Mapping[str, Tensor], counts: Sequence[int]) -> list[dict[str, Tensor]]:
-    """The images of each prompt, by how many tokens of images it has."""
+def _by_prompt(parts: Mapping[str, Tensor], counts: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The images of each prompt, assigned by its number of image tokens."""
     if len(counts) == 1:
         return [dict(parts)]
     if "image_grid_thw" in parts:
@@ -248,25 +249,25 @@ def _cut(parts: Mapping[str, Tensor], counts: Sequence[int]) -> list[dict[str, T
     if len(total) == 1:
         number = total.pop()
         each = sum(counts) // number if number and sum(counts) % number == 0 else 0
-        if each and not any(count % each for count in counts):  # as many tokens for every image
+        if each and not any(count % each for count in counts):  # every image has as many tokens
             numbers = [count // each for count in counts]
             return _split(parts, numbers)
         if number == len(counts) and all(counts):
             return _split(parts, [1] * number)
-    raise _unknown(f"{', '.join(f'{name} {list(value.shape)}' for name, value in parts.items())}", counts)
+    raise _cannot_assign(f"{', '.join(f'{name} {list(value.shape)}' for name, value in parts.items())}", counts)
 
 
 def _by_grid(parts: Mapping[str, Tensor], counts: Sequence[int]) -> list[dict[str, Tensor]]:
-    """Images of any size, each with its grid: so many patches stand for one token in all of them."""
+    """Images with a patch grid each; the number of patches per token is the same in all of them."""
     sizes = parts["image_grid_thw"].prod(-1).tolist()
-    strange = [name for name in parts if name not in ("pixel_values", "image_grid_thw")]
+    others = [name for name in parts if name not in ("pixel_values", "image_grid_thw")]
     merged, rest = divmod(sum(sizes), max(sum(counts), 1))
     ends, numbers = list(accumulate(sizes, initial=0)), []
     for end in accumulate(count * merged for count in counts):
         rest = rest or end not in ends
         numbers.append(0 if rest else ends.index(end) - sum(numbers))
-    if rest or strange:
-        raise _unknown(f"image_grid_thw {parts['image_grid_thw'].tolist()}", counts)
+    if rest or others:
+        raise _cannot_assign(f"image_grid_thw {parts['image_grid_thw'].tolist()}", counts)
     grids = _split({"image_grid_thw": parts["image_grid_thw"]}, numbers)
     patches = [int(one["image_grid_thw"].prod(-1).sum()) if one else 0 for one in grids]
     return [a | b for a, b in zip(_split({"pixel_values": parts["pixel_values"]}, patches), grids, strict=True)]
@@ -279,9 +280,9 @@ def _split(parts: Mapping[str, Tensor], numbers: Sequence[int]) -> list[dict[str
     ]
 
 
-def _unknown(held: str, counts: Sequence[int]) -> BadArgument:
+def _cannot_assign(found: str, counts: Sequence[int]) -> BadArgument:
     return BadArgument(
-        f"which image belongs to which prompt is not known: {held}, for prompts with {', '.join(map(str, counts))} "
+        f"which image belongs to which prompt is not known: {found}, for prompts with {', '.join(map(str, counts))} "
         "tokens of images",
         expected="a list with an encoding for each prompt",
         write="[processor(text=text, images=image, return_tensors='pt') for text, image in ...]",

@@ -1,4 +1,4 @@
-"""Images in prompts: the inputs of `forward` beside the tokens, and the positions of image tokens."""
+"""Images in prompts: the inputs of `forward` besides the tokens, and the positions of image tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnsplice.atlas import unwrap
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, ShapeError
 
-#: Arguments with a number for each token in which an appended token of text is 0 in every family.
+#: Token types in which a text token is 0 in every family.
 _TEXT_IS_ZERO = ("mm_token_type_ids",)
 #: Token ids per prompt.
 Ids = tuple[tuple[int, ...], ...]
@@ -25,18 +25,18 @@ Ids = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class PromptImages:
-    """What a forward takes of one prompt beside its tokens."""
+    """The inputs of `forward` for one prompt besides its tokens."""
 
-    #: By argument, `[image or piece of one, ...]`: what belongs to several prompts stands one behind another.
+    #: Argument -> `[image or patch, ...]`; those of several prompts are concatenated.
     parts: Mapping[str, Tensor]
-    #: By argument, `[token]`.
+    #: Argument -> `[token]`.
     by_token: Mapping[str, Tensor]
-    #: Where the tokens stand that are an image's.
+    #: The positions of the image tokens.
     columns: tuple[int, ...]
 
     @cached_property
     def digest(self) -> str:
-        """The same for the same images, and for no others."""
+        """A digest of the images."""
         return digest_of({**self.parts, **self.by_token})
 
     @property
@@ -47,25 +47,25 @@ class PromptImages:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """Prompts of one form have their images at the same tokens, and are told the same of each token."""
-        told = tuple((name, tuple(value.tolist())) for name, value in sorted(self.by_token.items()))
-        return (self.columns, told, self.shape)
+        """Prompts of one form have images at the same positions and the same token types."""
+        types = tuple((name, tuple(value.tolist())) for name, value in sorted(self.by_token.items()))
+        return (self.columns, types, self.shape)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The last token of each stretch of an image."""
+        """The last position of each run of image tokens."""
         return tuple(n for n in self.columns if n + 1 not in self.columns)
 
     def longer(self, more: int) -> PromptImages:
-        """With so many tokens of text appended.
+        """The images of the prompt with so many text tokens appended.
 
         Raises:
-            BadArgument: the model is told of each token what it is, and what it is told of such tokens is not known.
+            BadArgument: the types of appended tokens are not known.
         """
-        strange = [name for name in self.by_token if name not in _TEXT_IS_ZERO]
-        if more and strange:
+        unknown = [name for name in self.by_token if name not in _TEXT_IS_ZERO]
+        if more and unknown:
             raise BadArgument(
-                f"tokens are appended to these prompts with images, and their {strange[0]} is not known",
+                f"tokens are appended to these prompts with images, and their {unknown[0]} is not known",
                 expected="a metric of answers of one token",
             )
         longer = {name: torch.cat([value, value.new_zeros(more)]) for name, value in self.by_token.items()}
@@ -73,7 +73,7 @@ class PromptImages:
 
 
 def image_token_of(model: engine.Model) -> int | None:
-    """The token that stands for a piece of an image; None for a model that its config tells of none."""
+    """The id of the image token in the model's config; None if there is none."""
     config = getattr(unwrap(model), "config", None)
     for name in ("image_token_id", "image_token_index"):
         if isinstance(token := getattr(config, name, None), int):
@@ -82,10 +82,10 @@ def image_token_of(model: engine.Model) -> int | None:
 
 
 def check_without(model: engine.Model, ids: Ids) -> None:
-    """Raise for prompts of text with tokens that stand for an image, where none is given."""
+    """Raise for prompts with image tokens and no images."""
     token = image_token_of(model)
     row = None if token is None else next((n for n, one in enumerate(ids) if token in one), None)
-    if row is not None and _reads(model):
+    if row is not None and _takes_images(model):
         raise BadArgument(
             f"prompt {row} has {ids[row].count(token or 0)} tokens that stand for an image (id {token}), and no image "
             "is given",
@@ -95,16 +95,15 @@ def check_without(model: engine.Model, ids: Ids) -> None:
 
 
 def spans_of_images(model: engine.Model, ids: Ids, images: Sequence[PromptImages]) -> dict[str, Any]:
-    """The spans `"image"`, `"image 2"`, ... of the tokens that stand for the images, where all prompts have them.
+    """The spans `"image"`, `"image 2"`, ... of image tokens, as far as all prompts have them.
 
-    An image is cut into several stretches by some processors (rows, tiles); the one image of a prompt then reaches from
-    the first of them to the last.
+    Some processors split an image into several runs of tokens (rows, tiles); a single image spans all of them.
     """
     token = image_token_of(model)
     each: list[list[tuple[int, int]]] = []
-    for row, held in zip(ids, images, strict=True):
+    for row, own in zip(ids, images, strict=True):
         runs = [(run[0], run[-1] + 1) for run in _runs(row, token)]
-        number = _number(held.parts)
+        number = _image_count(own.parts)
         if number == 1 and runs:
             runs = [(runs[0][0], runs[-1][1])]
         each.append(runs if len(runs) == (number or 1) else [])
@@ -113,24 +112,24 @@ def spans_of_images(model: engine.Model, ids: Ids, images: Sequence[PromptImages
 
 
 def moved(found: tuple[int, int], plain: Sequence[int], ids: Sequence[int]) -> tuple[int, int] | None:
-    """Where a stretch of a text's own tokens stands in the tokens that its processor made of it, images in between.
+    """Move a span of a text's own tokens to the processor's tokens, which have image tokens inserted.
 
-    None for a stretch that is not certain: it has to stand before all that the processor put in, or behind it.
+    None if it is not certain: the span must lie before all inserted tokens, or after them.
     """
     start, stop = found
-    alike = _alike(plain, ids)
-    behind = len(plain) - _alike(plain[::-1], ids[::-1])
-    if stop <= min(alike, behind):
+    prefix = _common_prefix(plain, ids)
+    suffix_start = len(plain) - _common_prefix(plain[::-1], ids[::-1])
+    if stop <= min(prefix, suffix_start):
         return found
     more = len(ids) - len(plain)
-    return (start + more, stop + more) if start >= max(alike, behind) else None
+    return (start + more, stop + more) if start >= max(prefix, suffix_start) else None
 
 
 def joined(images: Sequence[PromptImages], device: torch.device | None) -> dict[str, Tensor]:
-    """What the forward takes for these prompts.
+    """The inputs of `forward` for these prompts.
 
     Raises:
-        ShapeError: prompts of different shapes, whose images do not stand in one tensor.
+        ShapeError: prompts with images of different shapes.
     """
     if len({one.shape for one in images}) > 1:
         raise ShapeError(
@@ -141,21 +140,21 @@ def joined(images: Sequence[PromptImages], device: torch.device | None) -> dict[
 
 
 def shared_start(one: PromptImages | None, other: PromptImages | None) -> int:
-    """How many tokens come before anything in which the images of two prompts differ."""
-    held = [images for images in (one, other) if images is not None]
-    if len(held) == 2 and held[0].digest == held[1].digest:
+    """The number of tokens before the first difference of two prompts' images."""
+    both = [images for images in (one, other) if images is not None]
+    if len(both) == 2 and both[0].digest == both[1].digest:
         return sys.maxsize
-    if len(held) == 2 and held[0].form[1] != held[1].form[1]:
+    if len(both) == 2 and both[0].form[1] != both[1].form[1]:
         return 0
-    return min((images.columns[0] for images in held if images.columns), default=0)
+    return min((images.columns[0] for images in both if images.columns), default=0)
 
 
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many numbers both begin with."""
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the common prefix."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def _reads(model: engine.Model) -> bool:
+def _takes_images(model: engine.Model) -> bool:
     """Whether the model's forward takes images."""
     return "pixel_values" in engine.signature_of(type(unwrap(model))).names
 
@@ -166,8 +165,8 @@ def _runs(row: Sequence[int], token: int | None) -> Iterator[list[int]]:
             yield list(run)
 
 
-def _number(parts: Mapping[str, Tensor]) -> int | None:
-    """How many images a prompt has; None where its images are cut into tiles of which nobody says whose they are."""
+def _image_count(parts: Mapping[str, Tensor]) -> int | None:
+    """The number of images of a prompt; None if tiles cannot be assigned to images."""
     for name in ("image_grid_thw", "image_sizes"):
         if name in parts:
             return len(parts[name])

@@ -3,7 +3,7 @@
 A key is found by its text, and by its site where the capture has an atlas: `layers[-1]`, `layers[2]` and
 `model.transformer.h[2]` are then one site. Positions are compared as written: `[-1]` and `[4]` are two keys.
 
-A slice selects the entries in its range; of a list, every number has to be captured.
+A slice selects the captured entries in its range; of a list every number must be captured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EntryIndex = tuple[int, int]
 
 
 class KeyIndex:
-    """The entry of a concrete key: by its text, and by its site where the keys are located in a model."""
+    """Finds the entry of a key by its text, or by its site if the keys are located in a model."""
 
     def __init__(self, packs: Sequence[Pack]) -> None:
         entries = [(key, (p, n)) for p, pack in enumerate(packs) for n, key in enumerate(pack.keys)]
@@ -68,13 +68,13 @@ def tensor(index: KeyIndex, path: str | Path, atlas: Atlas | None, length: int |
 
 
 def find(index: KeyIndex, path: str | Path, atlas: Atlas | None, length: int | None = None) -> list[EntryIndex]:
-    """The entries that a path with any slices and lists stands for.
+    """The entries of a path with any slices and lists.
 
     Args:
-        length: the number of tokens of each prompt, where they have equally many and it is known.
+        length: the number of tokens of every prompt, if it is known and the same.
 
     Raises:
-        UnknownPath: there is none, or one that a list names is not there.
+        UnknownPath: there is none, or a number of a list was not captured.
     """
     pattern = parse_path(path)
     entries, missing = match(index, pattern, atlas, length)
@@ -98,18 +98,18 @@ def match(
     if exact is not None:
         return [exact], None
     entries: list[EntryIndex] = []
-    seen: set[int] = set()
+    found_places: set[int] = set()
     for single in _singles(pattern):
         places = _places(index, single, atlas)
-        if places and seen.issuperset(places):  # a number twice in a list
+        if places and found_places.issuperset(places):  # a number twice in a list
             continue
-        seen.update(places)
-        held = {place: {key.position: n for n, key in enumerate(index.packs[place].keys)} for place in places}
+        found_places.update(places)
+        positions_at = {place: {key.position: n for n, key in enumerate(index.packs[place].keys)} for place in places}
         wanted = single.position
         for position in wanted if isinstance(wanted, tuple) else ():
-            if not any(position in positions for positions in held.values()):
+            if not any(position in positions for positions in positions_at.values()):
                 return [], single.at(position)
-        found = [(place, n) for place in places for n in _positions(held[place], wanted, single, length)]
+        found = [(place, n) for place in places for n in _positions(positions_at[place], wanted, single, length)]
         if not found:
             return [], single
         entries += found
@@ -127,7 +127,7 @@ def chosen(packs: Sequence[Pack], entries: Container[EntryIndex]) -> list[Pack]:
 
 
 def located(packs: Sequence[Pack], atlas: Atlas) -> list[Pack]:
-    """The packs, with the site of every key that an atlas finds and that had none."""
+    """The packs with sites for the keys that have none, as far as the atlas finds them."""
     found: list[Pack] = []
     for pack in packs:
         sites: set[Site] = set() if pack.keys[0].site is not None else _sites(atlas, pack.keys[0].place)
@@ -173,12 +173,12 @@ def _fits(pattern: Path, key: Path) -> bool:
         return False
     if pattern.sae != key.sae:
         return False
-    for wanted, held in zip(pattern.steps, key.steps, strict=True):
-        if wanted == held:
+    for wanted, step in zip(pattern.steps, key.steps, strict=True):
+        if wanted == step:
             continue
-        if wanted.name != held.name or not isinstance(wanted.index, Slice) or not isinstance(held.index, int):
+        if wanted.name != step.name or not isinstance(wanted.index, Slice) or not isinstance(step.index, int):
             return False
-        if held.index < 0 or _counts_from_end(wanted) or held.index not in wanted.index.range(held.index + 1):
+        if step.index < 0 or _counts_from_end(wanted) or step.index not in wanted.index.range(step.index + 1):
             return False
     return True
 
@@ -192,22 +192,26 @@ def _counts_from_end(step: Step) -> bool:
 
 
 def _positions(
-    held: Mapping[Position | None, int], position: Position | None, path: Path, length: int | None
+    captured: Mapping[Position | None, int], position: Position | None, path: Path, length: int | None
 ) -> list[int]:
-    """The positions of one site that are meant."""
+    """The numbers of the wanted positions of one site.
+
+    Args:
+        captured: position -> its number in the pack.
+    """
     if position is None or position == Slice():
-        return list(held.values())
+        return list(captured.values())
     if isinstance(position, tuple):
-        return [held[p] for p in position if p in held]
+        return [captured[p] for p in position if p in captured]
     if isinstance(position, Slice):
-        return _sliced(held, position, path, length)
-    if isinstance(position, Span) and position.token is None and position not in held:
-        return [n for p, n in held.items() if isinstance(p, Span) and p.name == position.name]
-    return [held[position]] if position in held else []
+        return _sliced(captured, position, path, length)
+    if isinstance(position, Span) and position.token is None and position not in captured:
+        return [n for p, n in captured.items() if isinstance(p, Span) and p.name == position.name]
+    return [captured[position]] if position in captured else []
 
 
-def _sliced(held: Mapping[Position | None, int], wanted: Slice, path: Path, length: int | None) -> list[int]:
-    numbers = [p for p in held if isinstance(p, int)]
+def _sliced(captured: Mapping[Position | None, int], wanted: Slice, path: Path, length: int | None) -> list[int]:
+    numbers = [p for p in captured if isinstance(p, int)]
     if not numbers:
         return []
     if length is None or not all(-length <= p < length for p in numbers):
@@ -224,5 +228,5 @@ def _sliced(held: Mapping[Position | None, int], wanted: Slice, path: Path, leng
                 expected=f"some of its positions: {', '.join(map(str, numbers[:8]))}{', ...' * (len(numbers) > 8)}",
             )
     order = {token: rank for rank, token in enumerate(wanted.range(length))}
-    ranked = [(order[token], held[p]) for p in numbers if (token := p % length) in order]
+    ranked = [(order[token], captured[p]) for p in numbers if (token := p % length) in order]
     return [n for _, n in sorted(ranked)]

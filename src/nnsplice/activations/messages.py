@@ -17,21 +17,21 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Chat:
-    """The messages of one prompt, with what their template is told besides; `ns.chat` makes it."""
+    """The messages of one prompt and the options of their template; `ns.chat` makes it."""
 
     messages: tuple[Message, ...]
-    #: For the template: `enable_thinking=False`, `tools=[...]`, ...
+    #: Options of the template: `enable_thinking=False`, `tools=[...]`, ...
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Templated:
-    """One prompt behind the template."""
+    """One prompt after the template is applied."""
 
     ids: tuple[int, ...]
-    #: The text with these tokens; None where the tokenizer gives no text these very tokens.
+    #: The text with these tokens; None if the tokenizer makes other tokens of every text.
     text: str | None
-    #: Role -> (start, stop) in tokens, of each message whose position in the text is certain.
+    #: Role -> (start, stop) in tokens, for messages that are found in the text.
     spans: Mapping[str, tuple[int, int]]
 
 
@@ -64,16 +64,17 @@ def chat(
     Raises:
         BadType: something other than a text or a list of messages.
     """
-    told: list[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    conversation: list[Message] = list(given)
     if system is not None:
-        told.insert(0, {"role": "system", "content": system})
+        conversation.insert(0, {"role": "system", "content": system})
     if assistant_prefill is not None:
-        told.append({"role": "assistant", "content": assistant_prefill})
-    if not is_chat(told):
+        conversation.append({"role": "assistant", "content": assistant_prefill})
+    if not is_chat(conversation):
         raise BadType(
             f"{named(messages)} is no list of messages", expected='{"role": "user", "content": "..."} for each message'
         )
-    return Chat(tuple(told), dict(template))
+    return Chat(tuple(conversation), dict(template))
 
 
 def is_chat(prompt: Any) -> bool:
@@ -125,9 +126,9 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], options: Mapping[str,
     from jinja2 import TemplateError
 
     goes_on = messages[-1]["role"] == "assistant"
-    asked = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on, **options}
+    arguments = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on, **options}
     try:
-        return str(tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=False, **asked))
+        return str(tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=False, **arguments))
     except (TemplateError, KeyError, TypeError, ValueError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise BadArgument(
@@ -137,9 +138,9 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], options: Mapping[str,
 
 
 def _places(tokenizer: Any, given: Chat, rendered: str) -> dict[str, tuple[int, int]]:
-    """Where each message's text stands in the rendered one, in characters; empty where the template hides it.
+    """The character range of each message in the rendered text; empty if they cannot be found.
 
-    Each text is exchanged for a mark that occurs nowhere else: a message may say "user", as the template does.
+    The messages are rendered again with a unique mark in place of each text, as messages may repeat its words.
     """
     texts = [message.get("content") for message in given.messages]
     if not all(isinstance(text, str) and text.strip() for text in texts):
@@ -157,19 +158,19 @@ def _places(tokenizer: Any, given: Chat, rendered: str) -> dict[str, tuple[int, 
         return {}
     roles = [str(message["role"]) for message in given.messages]
     names = [role if roles.count(role) == 1 else f"{role} {roles[: n + 1].count(role)}" for n, role in enumerate(roles)]
-    for said in ([str(text) for text in texts], [str(text).strip() for text in texts]):  # many templates strip
-        if rendered == "".join(a + b for a, b in zip(between, [*said, ""], strict=True)):
-            ends = list(accumulate(len(a) + len(b) for a, b in zip(between, said, strict=False)))
-            return {name: (end - len(text), end) for name, end, text in zip(names, ends, said, strict=True)}
-    return {}  # what the template writes depends on what is said
+    for contents in ([str(text) for text in texts], [str(text).strip() for text in texts]):  # many templates strip
+        if rendered == "".join(a + b for a, b in zip(between, [*contents, ""], strict=True)):
+            ends = list(accumulate(len(a) + len(b) for a, b in zip(between, contents, strict=False)))
+            return {name: (end - len(text), end) for name, end, text in zip(names, ends, contents, strict=True)}
+    return {}  # the template depends on the contents
 
 
 def _split(text: str, marks: Sequence[str]) -> list[str] | None:
-    """What stands before, between and behind the marks."""
+    """The texts before, between and after the marks."""
     found: list[str] = []
     for mark in marks:
-        before, seen, text = text.partition(mark)
-        if not seen:
+        before, found_mark, text = text.partition(mark)
+        if not found_mark:
             return None
         found.append(before)
     return [*found, text]

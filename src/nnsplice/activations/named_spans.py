@@ -14,6 +14,7 @@ from nnsplice.errors import BadType, SpanError
 def bounds_of(
     model: engine.Model, name: str, given: Any, texts: tuple[str, ...] | None, ids: Ids
 ) -> Iterator[tuple[int, int]]:
+    """The token span (start, stop) of each prompt, from texts or from numbers."""
     one_for_all = isinstance(given, str) or (isinstance(given, tuple) and all(isinstance(n, int) for n in given))
     if not one_for_all and not isinstance(given, Sequence):
         raise BadType(f'span "{name}" is {given!r}', expected="a text or (start, stop) in tokens, or a list of them")

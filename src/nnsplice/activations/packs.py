@@ -14,7 +14,7 @@ from nnsplice.errors import BadType, DuplicatePath, KeyMismatch, MissingPosition
 from nnsplice.paths import Path, Span, parse_path
 from nnsplice.tokens import absolute
 
-#: The name that the mean over positions has in the place of a position.
+#: The span name of a mean over positions.
 MEAN = "mean"
 
 
@@ -26,14 +26,14 @@ class Pack:
     tensor: Tensor
 
     def take(self, indices: Sequence[int]) -> Pack:
-        """Only these of its positions; in one piece where they stand side by side."""
+        """Only these positions; contiguous ones as a slice."""
         keys = tuple(self.keys[i] for i in indices)
         if list(indices) == list(range(indices[0], indices[0] + len(indices))):
             return Pack(keys, _owned(self.tensor[:, indices[0] : indices[0] + len(indices)]))
         return Pack(keys, self.tensor[:, list(indices)])
 
     def take_rows(self, rows: Sequence[int]) -> Pack:
-        """Only these of its prompts; in one piece where they stand side by side."""
+        """Only these prompts; contiguous ones as a slice."""
         whole = bool(rows) and list(rows) == list(range(rows[0], rows[0] + len(rows)))
         return self.with_tensor(
             _owned(self.tensor[rows[0] : rows[0] + len(rows)]) if whole else self.tensor[list(rows)]
@@ -45,7 +45,7 @@ class Pack:
 
 
 def _owned(view: Tensor) -> Tensor:
-    """A part in memory of its own, so that who keeps a row does not keep the batch."""
+    """A copy of a part of a tensor, so that a kept row does not keep the memory of the batch."""
     if view.untyped_storage().nbytes() == view.numel() * view.element_size():
         return view
     return view.clone(memory_format=torch.contiguous_format)
@@ -53,14 +53,14 @@ def _owned(view: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a capture comes from; None where nobody knows."""
+    """Where a capture comes from; None where it is not known."""
 
     model: str | None = None
     revision: str | None = None
     prompts: tuple[str, ...] | None = None
     tokens: tuple[tuple[int, ...], ...] | None = None
     spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
-    #: What tells the SAEs whose features these are from others, by their names; None where there are none.
+    #: The identities of SAEs whose features were captured, by name; None if there are none.
     saes: Mapping[str, Any] | None = None
     #: A digest of the images or the sound of each prompt, None for one of text; None where all are of text.
     images: tuple[str | None, ...] | None = None
@@ -78,11 +78,11 @@ class Provenance:
         )
 
     def without_rows(self) -> Provenance:
-        """What is left when the rows were merged into one."""
+        """The provenance after rows were merged into one."""
         return Provenance(self.model, self.revision, saes=self.saes)
 
     def joined(self, other: Provenance) -> Provenance:
-        """What two captures have in common, for a result made of both."""
+        """The provenance of a result of two captures: what they have in common."""
         return Provenance(
             self.model if self.model == other.model else None,
             self.revision if self.revision == other.revision else None,
@@ -108,19 +108,19 @@ class Provenance:
 
 
 def lengths(packs: Sequence[Pack], origin: Provenance) -> list[int] | None:
-    """How many tokens each prompt has; None where nobody knows, or where sites of two towers count different ones."""
+    """The number of tokens of each prompt; None if not known, or if the sites are of two towers."""
     towers = {getattr(pack.keys[0].site, "tower", pack.keys[0].tower or "decoder") for pack in packs}
     return None if origin.tokens is None or len(towers) > 1 else [len(row) for row in origin.tokens]
 
 
 def common_length(packs: Sequence[Pack], origin: Provenance) -> int | None:
-    """How many tokens every prompt has, where that is one known number."""
+    """The number of tokens of every prompt, if it is known and the same."""
     found = set(lengths(packs, origin) or ())
     return found.pop() if len(found) == 1 else None
 
 
 def positions(packs: Sequence[Pack], origin: Provenance) -> dict[str, list[int] | None]:
-    """Which own token of each prompt an entry stands at; None where nobody knows."""
+    """The token position of each entry in each prompt; None if not known."""
     known = lengths(packs, origin)
     found: dict[str, list[int] | None] = {}
     for key in (key for pack in packs for key in pack.keys):
@@ -154,9 +154,9 @@ def from_pairs(pairs: Iterable[tuple[str | Path, Tensor]]) -> list[Pack]:
 
 
 def from_entries(entries: Iterable[tuple[Path, Tensor]]) -> list[Pack]:
-    """Packs of single entries `[prompt, width]`, in the order in which their sites come first."""
+    """Packs of single entries `[prompt, width]`, in the order of their sites' first entries."""
     groups: dict[object, list[tuple[Path, Tensor]]] = {}
-    seen: set[Path] = set()
+    keys: set[Path] = set()
     rows: int | None = None
     for key, tensor in entries:
         check_key(key)
@@ -168,10 +168,10 @@ def from_entries(entries: Iterable[tuple[Path, Tensor]]) -> list[Pack]:
         if rows is not None and tensor.shape[0] != rows:
             raise ShapeError(f"{tensor.shape[0]} rows where the entries before have {rows}", path=key)
         rows = tensor.shape[0]
-        if key in seen:
+        if key in keys:
             raise DuplicatePath("the same site and position twice", path=key)
-        seen.add(key)
-        # Entries of one site share its index where a model has ranked the key, else its text.
+        keys.add(key)
+        # Entries are grouped by site if the keys are located in a model, else by text.
         groups.setdefault(key.site or str(key.place), []).append((key, tensor))
     return [_stack(group) for group in groups.values()]
 

@@ -134,9 +134,9 @@ def _patched(
                 batch = given.batch(rows)
                 logits = runs.logits(model, packs, inputs, batch, add=add, at=at, spans=spanned, remote=remote)
             else:
-                kept = fewer_logits(model, min(at_end), (key for pack in packs for key in pack.keys))
+                arguments = logits_to_keep(model, min(at_end), (key for pack in packs for key in pack.keys))
                 with nullcontext() if keep_graph else torch.no_grad():
-                    logits = _local(model, packs, inputs, kept, add=add, at=at, spans=spanned)
+                    logits = _local(model, packs, inputs, arguments, add=add, at=at, spans=spanned)
                     engine.gather(unwrap(model), logits, None, "a row of logits")
             found |= dict(zip(rows, logits[:, list(at_end)], strict=True))
             shown.update(len(rows))
@@ -160,7 +160,7 @@ def _check_spans(model: engine.Model, saved: SavedActivation, given: Prompts) ->
 
 
 def _wanted(positions: int | Sequence[int] | None, given: Prompts) -> list[int] | None:
-    """Which tokens' logits are asked for; all where None."""
+    """The positions whose logits are wanted; None for all."""
     if positions is None:
         return None
     wanted = [positions] if isinstance(positions, int) else list(positions)
@@ -173,12 +173,12 @@ def _wanted(positions: int | Sequence[int] | None, given: Prompts) -> list[int] 
     return wanted
 
 
-def fewer_logits(model: engine.Model, first: int, keys: Iterable[Path]) -> dict[str, Any]:
-    """What to give a model so that it computes the logits from a token on, where it can be asked for that.
+def logits_to_keep(model: engine.Model, first: int, keys: Iterable[Path]) -> dict[str, Any]:
+    """The argument `logits_to_keep` of a model's forward, if it has one, so that it computes fewer logits.
 
     Args:
-        first: the first token, counted from the end.
-        keys: what is written; where these are the logits themselves, all have to be there.
+        first: the first wanted token, counted from the end.
+        keys: the written keys; if these are logits, all are computed.
     """
     tower = engine.map_of(model).atlas.towers.get("decoder")
     if tower is None or not engine.keeps_logits(model):
@@ -206,7 +206,7 @@ def _local(
     found: list[Tensor] = []
 
     def body() -> None:
-        with engine.accepting_sharded(model):  # again, as this runs in a thread of nnsight's
+        with engine.accepting_sharded(model):  # again, as nnsight runs this in another thread
             writing.write(model, packs, 1.0 if add else None, at=at, spans=spans)
         found.append(wire.logits_of(model).clone())
 

@@ -24,7 +24,7 @@ from nnsplice.tokens import Rows, Spans
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a run is given: token ids per prompt, or the values themselves for a module without tokens."""
+    """The inputs of a run: token ids per prompt, or values for a module without tokens."""
 
     ids: tuple[tuple[int, ...], ...] = ()
     texts: tuple[str, ...] | None = None
@@ -33,26 +33,26 @@ class Prompts:
     #: For a plain module, its first input: `[prompt, token, width]`, or `[prompt, width]` as one token each.
     values: Tensor | None = None
     spans: Mapping[str, tuple[tuple[int, int], ...]] | None = None
-    #: What the model's forward takes.
-    taken: engine.Signature = field(default=engine.ANY_SIGNATURE, repr=False, compare=False)
-    #: For a plain module, its inputs by name, of which `values` are the first; empty where there is one.
+    #: The signature of the model's forward.
+    signature: engine.Signature = field(default=engine.ANY_SIGNATURE, repr=False, compare=False)
+    #: For a plain module with several inputs, these by name; `values` is the first.
     inputs_by_name: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    #: Of prompts with images, what the forward takes of each beside its tokens.
+    #: The images of each prompt.
     images: tuple[PromptImages, ...] | None = field(default=None, repr=False)
-    #: Of prompts that an encoder hears, what it is given; their `ids` are numbers that tell sounds apart.
+    #: The audio of each prompt; `ids` are then numbers that differ for different audio.
     sounds: tuple[Sound, ...] | None = field(default=None, repr=False)
-    #: The type of number that sounds are given in.
+    #: The dtype of audio inputs.
     dtype: torch.dtype = field(default=torch.float32, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids) if self.values is None else self.values.shape[0]
 
     def lengths(self, tower: str) -> list[int]:
-        """How many tokens each prompt has in this tower: a list that is asked for often, and not to be changed."""
+        """The number of tokens of each prompt in this tower; the list is cached and must not be changed."""
         return self._encoder_lengths if tower == "encoder" else self._decoder_lengths
 
     def length(self, tower: str, row: int) -> int:
-        """How many tokens one prompt has in this tower."""
+        """The number of tokens of one prompt in this tower."""
         return self.lengths(tower)[row]
 
     @cached_property
@@ -74,7 +74,7 @@ class Prompts:
             None if self.decoder_ids is None else tuple(self.decoder_ids[row] for row in rows),
             None if self.values is None else self.values[list(rows)],
             None if self.spans is None else {n: tuple(bounds[row] for row in rows) for n, bounds in self.spans.items()},
-            self.taken,
+            self.signature,
             self._named(rows),
             None if self.images is None else tuple(self.images[row] for row in rows),
             None if self.sounds is None else tuple(self.sounds[row] for row in rows),
@@ -82,30 +82,30 @@ class Prompts:
         )
 
     def token_texts(self, model: engine.Model, tower: str) -> tuple[tuple[str, ...], ...]:
-        """The tokens of one tower as text; numbers where an encoder hears."""
+        """The tokens of one tower as text; numbers for audio."""
         if tower == "decoder" and self.decoder_ids is not None:
             return engine.token_texts(model, self.decoder_ids)
         return engine.token_texts(model, self.ids) if self.sounds is None else tuple(sound_values.names(self.sounds))
 
     def shared_start(self, other: Prompts, row: int) -> int:
-        """How many tokens one prompt begins with as the other's does, where tokens read those before them alone."""
+        """The number of leading tokens in which a prompt agrees with the other's, for causal models."""
         ids, there = self.ids[row], other.ids[row]
         start = next((n for n, (a, b) in enumerate(zip(ids, there, strict=True)) if a != b), len(there))
-        held = [None if one.images is None else one.images[row] for one in (self, other)]
-        return start if held == [None, None] else min(start, image_values.shared_start(*held))
+        images = [None if one.images is None else one.images[row] for one in (self, other)]
+        return start if images == [None, None] else min(start, image_values.shared_start(*images))
 
     def is_causal(self, model: engine.Model) -> bool:
-        """Whether a token of these prompts depends on those before it alone: some models read images both ways."""
+        """Whether tokens depend only on those before them; some models attend to images in both directions."""
         if self.images is None or not engine.is_causal(model):
             return engine.is_causal(model)
-        alike = {(len(ids), one.form): row for row, (ids, one) in enumerate(zip(self.ids, self.images, strict=True))}
+        forms = {(len(ids), one.form): row for row, (ids, one) in enumerate(zip(self.ids, self.images, strict=True))}
         return all(
             engine.is_causal_for(model, form, lambda row=row: self.inputs([row], model.device), self.images[row].ends)
-            for form, row in alike.items()
+            for form, row in forms.items()
         )
 
     def identity(self, row: int) -> tuple[object, ...]:
-        """What a run of one prompt depends on: equal for prompts that run alike."""
+        """Equal for prompts with the same run."""
         decoder = None if self.decoder_ids is None else self.decoder_ids[row]
         return self.ids[row], decoder, None if self.images is None else self.images[row].digest
 
@@ -118,35 +118,35 @@ class Prompts:
         return found if any(found) else None
 
     def _named(self, rows: Sequence[int]) -> dict[str, Any]:
-        """The inputs by name of some rows; what has no row for each prompt is given to all."""
+        """The inputs by name of some rows; inputs without a row for each prompt are given whole."""
         return {
             name: value[list(rows)] if isinstance(value, Tensor) and value.shape[:1] == (len(self),) else value
             for name, value in self.inputs_by_name.items()
         }
 
     def padded(self, rows: Sequence[int]) -> Prompts:
-        """These prompts, all as long as the longest of them: its last token stands again behind each shorter one."""
-        taken = self.take(rows)
-        longest = max(map(len, taken.ids), default=0)
-        if all(len(ids) == longest for ids in taken.ids):
-            return taken
+        """These prompts, padded to the longest by repeating the last token."""
+        chosen = self.take(rows)
+        longest = max(map(len, chosen.ids), default=0)
+        if all(len(ids) == longest for ids in chosen.ids):
+            return chosen
         if self.sounds is not None:
             raise NotImplementedError("prompts that an encoder hears are not padded to one length")
         if self.images is not None:
             raise NotImplementedError("prompts with images are not padded to one length")
-        return replace(taken, ids=tuple(ids + ids[-1:] * (longest - len(ids)) for ids in taken.ids), texts=None)
+        return replace(chosen, ids=tuple(ids + ids[-1:] * (longest - len(ids)) for ids in chosen.ids), texts=None)
 
     def rows(self, tower: str) -> Rows:
-        """All prompts as if they stood in one batch, padded on the right: what positions are checked against."""
+        """All prompts as one batch padded on the right, to check positions against."""
         lengths = self.lengths(tower)
         if len(set(lengths)) == 1:
             return Rows(len(self), lengths[0])
         return Rows(len(self), max(lengths), (0,) * len(lengths), tuple(lengths))
 
     def shape(self, row: int) -> tuple[object, ...]:
-        """Prompts of one shape run in one pass: as many tokens, and images that stand in one tensor."""
-        held = (None if each is None else each[row].shape for each in (self.images, self.sounds))
-        return (self.length("encoder", row), self.length("decoder", row), *held)
+        """Equal for prompts that can run in one pass: as many tokens, and images or audio of one shape."""
+        shapes = (None if each is None else each[row].shape for each in (self.images, self.sounds))
+        return (self.length("encoder", row), self.length("decoder", row), *shapes)
 
     def batches(self, model: Any, size: int | None = None, *, at_most: int | None = None) -> list[list[int]]:
         """Row numbers in batches of prompts of one length, with images of one shape, so that none needs padding.
@@ -167,7 +167,7 @@ class Prompts:
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
     def inputs(self, rows: Sequence[int], device: torch.device | None) -> Mapping[str, Any] | Tensor:
-        """What a forward pass over these rows takes."""
+        """The inputs of a forward pass over these rows."""
         if self.inputs_by_name:
             return self._named(rows)
         if self.values is not None:
@@ -181,19 +181,20 @@ class Prompts:
             given["decoder_input_ids"] = torch.tensor([self.decoder_ids[row] for row in rows], device=device)
         if self.images is not None:
             given |= image_values.joined([self.images[row] for row in rows], device)
-        inputs: dict[str, Any] = engine.fitted_inputs(self.taken, given)
-        # transformers mixes up the cache that RWKV makes for itself where several prompts of one token begin at once.
-        if {"state", "use_cache"} <= set(self.taken.names) and len(rows) > 1 and self.length("decoder", rows[0]) == 1:
+        inputs: dict[str, Any] = engine.fitted_inputs(self.signature, given)
+        # transformers' RWKV mixes up the caches of several prompts of one token.
+        has_state = {"state", "use_cache"} <= set(self.signature.names)
+        if has_state and len(rows) > 1 and self.length("decoder", rows[0]) == 1:
             inputs["use_cache"] = False
         return inputs
 
     def batch(self, rows: Sequence[int]) -> engine.Batch:
-        """Where the tokens of these rows, all of one length, stand in such a pass."""
+        """The positions of the tokens of these rows, which have one length, in the pass."""
         decoder, encoder = (self.length(tower, rows[0]) for tower in ("decoder", "encoder"))
         return engine.Batch(Rows(len(rows), decoder, new=decoder), Rows(len(rows), encoder, new=encoder))
 
     def check_span(self, position: object, tower: str) -> None:
-        """Raise for a named span at a site of the decoder, where spans are stretches of the encoder's prompts."""
+        """Raise for a named span at a site of the decoder, as spans are of the encoder's tokens."""
         if isinstance(position, Span) and self.decoder_ids is not None and tower == "decoder":
             raise SpanError(
                 f'the span "{position.name}" is a stretch of the encoder\'s prompts, and this site counts the '
@@ -204,10 +205,10 @@ class Prompts:
 
     def spans_of(self, rows: Sequence[int]) -> Spans | None:
         """The spans of these rows."""
-        return None if self.spans is None else {name: [all_[r] for r in rows] for name, all_ in self.spans.items()}
+        return None if self.spans is None else {name: [bounds[r] for r in rows] for name, bounds in self.spans.items()}
 
 
-#: What prompts may be given as: texts, chat messages, token ids, an encoding, texts with images, or values
+#: Prompts in any form: texts, chat messages, token ids, an encoding, texts with images, or values
 #: `[prompt, token, width]` for a plain module.
 PromptsLike = (
     Prompts
@@ -222,7 +223,7 @@ PromptsLike = (
     | Sequence[Message]
     | Sequence[Sequence[Message]]
 )
-#: Where one span stands: a text or (start, stop), for all prompts or for each.
+#: One span: a text or (start, stop), for all prompts or for each.
 SpanText = str | tuple[int, int] | Sequence[str | tuple[int, int]]
 #: The spans by name.
 SpanTexts = Mapping[str, SpanText]

@@ -1,7 +1,6 @@
-"""Remote runs: the same reads and writes as plain data, executed by the few functions of `wire`.
+"""Remote runs: reads and writes as plain data, executed by the functions of `wire`.
 
-Neither a path nor a capture crosses the wire: only numbers, strings and tensors do, and only a dictionary of tensors
-comes back, so the server needs no nnsplice.
+Only numbers, strings and tensors are sent, and a dictionary of tensors comes back, so the server needs no nnsplice.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Selector = SupportsIndex | slice | range
 
 
 class RowSlicer(Generic[T]):
-    """What `saved.slice` is: rows of the batch by number, slice, range, or several of them one after another."""
+    """The value of `saved.slice`: rows by number, slice, range, or several of these in order."""
 
     __slots__ = ("_count", "_take")
 
@@ -25,7 +25,7 @@ class RowSlicer(Generic[T]):
         chosen: list[int] = []
         for part in selector if isinstance(selector, tuple) else (selector,):
             chosen += _rows(part, count)
-        # An empty capture has no rows to lose; of any other, no rows would be a mistake that shows late.
+        # Without rows a mistake would only be noticed later. An empty capture has none to select.
         if not chosen and count:
             raise BadArgument(f"slice[{_text(selector)}] selects none of the {count} rows")
         return self._take(chosen)
@@ -59,7 +59,7 @@ def _number(part: object) -> int:
 
 
 def _text(selector: Selector | tuple[Selector, ...]) -> str:
-    """As it was written between the brackets."""
+    """The text between the brackets."""
     if isinstance(selector, tuple):
         return ", ".join(map(_text, selector)) or "()"
     if isinstance(selector, slice):

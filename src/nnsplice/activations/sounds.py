@@ -1,4 +1,4 @@
-"""Prompts of audio: input features for the encoder beside the decoder's tokens."""
+"""Prompts of audio: input features for the encoder, and the decoder's tokens."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nnsplice.atlas import unwrap
 from nnsplice.digests import digest_of
 from nnsplice.errors import BadArgument, ShapeError
 
-#: What a processor may give beside the features.
-_BESIDE = ("decoder_input_ids", "decoder_attention_mask")
+#: The entries that may come with the features.
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """What an encoder is given of one prompt."""
+    """The audio of one prompt."""
 
     #: The argument of the forward, and `[channel, frame]` or `[sample]`.
     name: str
     values: Tensor
-    #: How many tokens the encoder makes of it.
+    #: The number of tokens that the encoder makes of it.
     tokens: int
 
     @property
@@ -37,36 +37,36 @@ class Sound:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """A number for each token of the encoder, equal for equal sounds alone; no ids of a vocabulary."""
+        """A number for each token of the encoder, equal only for equal audio; no ids of a vocabulary."""
         return (int(self.digest[:15], 16), *range(1, self.tokens))
 
     @cached_property
     def digest(self) -> str:
-        """The same for the same sound, and for no other."""
+        """A digest of the audio."""
         return digest_of({self.name: self.values})
 
 
-def argument_of(model: engine.Model) -> str | None:
-    """The argument that takes an encoder's features; None for models that read tokens."""
+def audio_argument(model: engine.Model) -> str | None:
+    """The forward argument of audio features; None for models that read tokens."""
     name = getattr(unwrap(model), "main_input_name", "input_ids")
     return name if engine.is_encoder_decoder(model) and name != "input_ids" else None
 
 
 def sounds_of(model: engine.Model, prompts: Any) -> tuple[Sound, ...] | None:
-    """The sound of each prompt; None for prompts of another kind.
+    """The audio of each prompt; None for prompts of another kind.
 
     Raises:
-        BadArgument: something stands beside the features that would be left out.
+        BadArgument: an entry besides the features that would be left out.
         ShapeError: the features have no row for each prompt.
     """
-    name = argument_of(model)
+    name = audio_argument(model)
     if name is None:
         return None
     if _are_several(name, prompts):
         return tuple(sound for one in prompts for sound in sounds_of(model, one) or ())
     if not isinstance(prompts, Mapping) or name not in prompts:
         return None
-    if left := [other for other in prompts if other not in (name, *_BESIDE)]:
+    if left := [other for other in prompts if other not in (name, *_DECODER_INPUTS)]:
         raise BadArgument(
             f"{left[0]} stands beside {name}, and would be left out",
             expected=f"{name} and decoder_input_ids alone",
@@ -87,12 +87,12 @@ def _are_several(name: str, prompts: Any) -> bool:
 
 
 def joined(sounds: Sequence[Sound], dtype: torch.dtype, device: torch.device | None) -> dict[str, Tensor]:
-    """What the forward takes of several sounds of one shape."""
+    """The inputs of `forward` for several sounds of one shape."""
     return {sounds[0].name: torch.stack([one.values for one in sounds]).to(device, dtype)}
 
 
 def dtype_of(model: engine.Model) -> torch.dtype:
-    """The type of number that features are given in: that of the encoder's weights."""
+    """The dtype of the encoder's weights, in which features are given."""
     return next(p.dtype for p in _encoder(unwrap(model)).parameters() if p.is_floating_point())
 
 
@@ -105,7 +105,7 @@ def _encoder(root: Any) -> nn.Module:
 
 
 def _tokens_of(root: nn.Module, values: Tensor) -> int:
-    """How many tokens the encoder makes of features of this shape, seen in a run of it."""
+    """The number of tokens that the encoder makes of features of this shape, counted in a run."""
     known = _lengths.setdefault(root, {})
     shape = tuple(values.shape)
     if shape not in known:
@@ -114,7 +114,7 @@ def _tokens_of(root: nn.Module, values: Tensor) -> int:
         with engine.undisturbed(root):
             try:
                 known[shape] = int(encoder(values.to(parameter)).last_hidden_state.shape[1])
-            except (ValueError, RuntimeError) as error:  # Whisper takes features of one length alone
+            except (ValueError, RuntimeError) as error:  # Whisper takes features of one length only
                 raise ShapeError(
                     f"the encoder takes no features of shape {list(shape[1:])}: {str(error).partition(chr(10))[0]}",
                     expected="what the model's own processor gives",
@@ -123,5 +123,5 @@ def _tokens_of(root: nn.Module, values: Tensor) -> int:
 
 
 def names(sounds: Sequence[Sound]) -> Iterator[tuple[str, ...]]:
-    """What the tokens of an encoder are called: their numbers."""
+    """The names of an encoder's tokens: their numbers."""
     return (tuple(map(str, range(one.tokens))) for one in sounds)

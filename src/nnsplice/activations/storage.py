@@ -1,8 +1,8 @@
 """Captures on disk: a safetensors file, its keys and provenance as JSON in the header.
 
-Each site is one tensor named by its site, so single sites are read without the rest. Nothing is ever unpickled. A
-file is written under another name and renamed when it is whole. The header repeats the shape and kind of every tensor
-with a checksum of its numbers, as what safetensors itself says may be damaged and still fit.
+Each tensor has the name of its site, so single sites are read without the rest. Nothing is unpickled. A file is written
+under another name and renamed when it is complete. The header repeats the shape, the dtype and a checksum of every
+tensor, as a damaged file may still be valid safetensors.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ FORMAT = 1
 def write(
     path: str | os.PathLike[str], packs: Sequence[Pack], provenance: Provenance, notes: Mapping[str, str] | None = None
 ) -> None:
-    """Write packs to a file: the whole of it, or nothing, and then the file that was there stays.
+    """Write packs to a file, completely or not at all.
 
     Args:
-        notes: more texts for the header, for whoever knows their names.
+        notes: further texts for the header, by name.
     """
     from safetensors.torch import save_file
 
@@ -56,7 +56,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str], paths: Paths | None = None) -> tuple[list[Pack], Provenance]:
-    """The packs of a file, or with `paths` only these of its sites and positions, and where they come from."""
+    """The packs of a file, or only these sites and positions, and their provenance."""
     with opened(path, header=True) as file:
         return _read(path, paths, file)
 
@@ -74,13 +74,13 @@ def _read(path: str | os.PathLike[str], paths: Paths | None, at: Opened) -> tupl
     problem = None
     packs, provenance = [], Provenance()
     try:
-        told = read_header(path, local=local)
-        header = _header(path, told.metadata)
-        keys, rows = _keys(path, header, told)
+        tensors = read_header(path, local=local)
+        header = _header(path, tensors.metadata)
+        keys, rows = _keys(path, header, tensors)
         provenance = _provenance(path, header, rows)
         chosen = _everything(keys) if paths is None else _chosen(keys, engine.listed(paths), provenance)
         for name in chosen:
-            at.fetch(told.entries[name].start, told.entries[name].nbytes)
+            at.fetch(tensors.entries[name].start, tensors.entries[name].nbytes)
         with safe_open(os.fspath(local), framework="pt") as file:
             packs = [_pack(path, header, file, name, keys[name], numbers) for name, numbers in chosen.items()]
     except FileError as error:
@@ -89,7 +89,7 @@ def _read(path: str | os.PathLike[str], paths: Paths | None, at: Opened) -> tupl
         problem = FileError(
             f"{path} is damaged or no safetensors file: {error}", expected="a file that SavedActivation.to_file wrote"
         )
-    # The file is opened twice here, and may have been two.
+    # The file is opened twice, and may have been replaced in between.
     if not at.is_same():
         raise FileError(f"{path} was replaced while it was read", expected="a file that nobody writes meanwhile")
     if problem is not None:
@@ -122,11 +122,11 @@ def _header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
 def _keys(
     path: str | os.PathLike[str], header: dict[str, Any], file: Header
 ) -> tuple[dict[str, tuple[Path, ...]], int]:
-    """The keys of every tensor, checked against its shape, and how many rows there are; no tensor is read for it."""
-    held = set(file.entries)
-    if held != set(header["keys"]):
-        names = ", ".join(map(shown, sorted(held.symmetric_difference(header["keys"]))[:5]))
-        raise FileError(f"the header of {path} and the tensors in it do not agree on {names}")
+    """The keys of every tensor, checked against its shape, and the number of rows; reads no tensor."""
+    names = set(file.entries)
+    if names != set(header["keys"]):
+        different = ", ".join(map(shown, sorted(names.symmetric_difference(header["keys"]))[:5]))
+        raise FileError(f"the header of {path} and the tensors in it do not agree on {different}")
     keys: dict[str, tuple[Path, ...]] = {}
     counts: set[int] = set()
     for name, texts in header["keys"].items():
@@ -157,8 +157,8 @@ def _everything(keys: Mapping[str, Sequence[Path]]) -> dict[str, list[int]]:
 def _chosen(
     keys: Mapping[str, tuple[Path, ...]], paths: Iterable[str | Path], provenance: Provenance
 ) -> dict[str, list[int]]:
-    """Which tensors of the file, and which of their positions."""
-    # Lookup needs keys, not values: empty tensors stand in for what is not read yet.
+    """Name of a tensor -> the numbers of the wanted positions."""
+    # Lookup needs keys and no values, so empty tensors will do.
     empty = [Pack(of, torch.empty(0, len(of), 0)) for of in keys.values()]
     index, length = lookup.KeyIndex(empty), common_length(empty, provenance)
     entries = sorted({entry for path in paths for entry in lookup.find(index, path, None, length)})
@@ -173,7 +173,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _written(header: Mapping[str, Any], name: str, which: int) -> Any:
-    """What the header repeats of a tensor; None in files that were written before it did."""
+    """The dtype, shape or checksum of a tensor in the header; None in files of older versions."""
     found = header.get("tensors")
     one = found.get(name) if isinstance(found, Mapping) else None
     return one[which] if isinstance(one, list) and len(one) == 3 else None
@@ -198,7 +198,7 @@ def _pack(
     first = numbers[0]
     tensor = file.get_slice(name)[:, first : numbers[-1] + 1]
     _check(path, name, "numbers of the kind", _kind(tensor), _written(header, name, 0))
-    if len(keys) == tensor.shape[1]:  # of a part the sum is not known
+    if len(keys) == tensor.shape[1]:  # there is no checksum of a part
         _check(path, name, "the checksum", f"{checksum(tensor):x}", _written(header, name, 2))
     if len(numbers) < tensor.shape[1]:
         tensor = tensor[:, [number - first for number in numbers]]
@@ -207,7 +207,7 @@ def _pack(
 
 def _parsed(path: str | os.PathLike[str], text: object) -> Path:
     try:
-        key = parse_path(text)  # type: ignore[arg-type]  # whatever the file says
+        key = parse_path(text)  # type: ignore[arg-type]  # of any type in a damaged file
         check_key(key)
     except (PathError, BadType) as error:
         raise FileError(f"a key in {path} is no path of one token: {error}") from None

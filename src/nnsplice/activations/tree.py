@@ -12,10 +12,7 @@ from nnsplice.paths import Path, Span, parse_path
 
 
 class ValueTree:
-    """A part of a capture, by attribute and index; its leaves are tensors `[prompt, width]`.
-
-    Names and numbers stand as in the paths, so a notebook completes them with the tab key.
-    """
+    """A part of a capture by attribute and index, as in the paths; its leaves are tensors `[prompt, width]`."""
 
     __slots__ = ("_children", "_name")
 
@@ -24,7 +21,7 @@ class ValueTree:
         self._children = dict(children)
 
     def __getattr__(self, name: str) -> Any:
-        # Names with an underscore are asked for by copying, pickling and notebooks, also before there are children.
+        # copy, pickle and notebooks look for such names, also before `_children` exists.
         if name.startswith("_"):
             raise AttributeError(f"{name} is no site of a model")
         if name not in self._children:
@@ -65,8 +62,8 @@ class ValueTree:
 class Values(ValueTree):
     """All tensors of a capture: as a list when called, and as the tree of their paths.
 
-    The tree is made when it is first gone down, as some captures have no tree: `h[0].output` and `h[0].output[0]` would
-    stand at one branch.
+    The tree is built when it is first used, as some captures have none: with the keys `h[0].output[0]` and
+    `h[0].output[0][-1]`, the index 0 would be a position and an item.
     """
 
     __slots__ = ("_entries",)
@@ -155,7 +152,7 @@ def _leaves(tree: Mapping[Any, Any], names: tuple[str | int, ...]) -> Iterator[t
 
 def _path(names: tuple[str | int, ...]) -> Path:
     text = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names)
-    # A tree may spell roles or the model's own attributes, one of which may be called `model`. Roles win.
+    # The names are roles, or attributes of the model, which may be called `model` too. Roles come first.
     try:
         path = parse_path(text[1:])
     except PathError:

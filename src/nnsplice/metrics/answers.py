@@ -23,7 +23,7 @@ Ids = tuple[int | tuple[int, ...], ...]
 
 #: The least probability of another spelling, and its least ratio to the given one, for a warning.
 LIKELY, FAR = 0.05, 20.0
-#: Ends of a prompt, besides letters and digits, after which a word has a space before it.
+#: Characters besides letters and digits after which a word has a leading space.
 _BEFORE_A_WORD = frozenset(",.;:!?)]}%\u201d\u2019")
 
 
@@ -42,11 +42,11 @@ def ids_of(metric: str, name: str, answer: Any, tokenizer: Any, prompts: int) ->
             if all(isinstance(e, str | int) for e in each)
             else None,
         )
-    return tuple(_one(metric, name, one, tokenizer) for one in each)
+    return tuple(_ids_of_one(metric, name, one, tokenizer) for one in each)
 
 
 def _each(answer: Any, prompts: int) -> list[Any]:
-    """The answer of each prompt, as far as there are as many."""
+    """The answer of each prompt; the caller checks that there are as many."""
     if isinstance(answer, str | int | AbstractSet):
         return [answer] * prompts
     if prompts == 1 and len(answer) > 1 and all(isinstance(one, str | int) for one in answer):
@@ -54,8 +54,8 @@ def _each(answer: Any, prompts: int) -> list[Any]:
     return list(answer)
 
 
-def _one(metric: str, name: str, given: Any, tokenizer: Any) -> int | tuple[int, ...]:
-    """A token's id, or those of a set."""
+def _ids_of_one(metric: str, name: str, given: Any, tokenizer: Any) -> int | tuple[int, ...]:
+    """The id of a token, or the ids of a set."""
     if isinstance(given, str) or not isinstance(given, Sequence | AbstractSet):
         return _id(metric, name, given, tokenizer)
     if not given:
@@ -102,7 +102,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def _words(answer: Any, ids: Ids) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Each prompt's answers that are texts, with the number of the prompt and the tokens of all its answers."""
+    """(number of the prompt, answer as text, tokens of all answers of the prompt)."""
     for prompt, (given, known) in enumerate(zip(_each(answer, len(ids)), ids, strict=True)):
         for word in [given] if isinstance(given, str | int) else given:
             if isinstance(word, str):
@@ -110,9 +110,9 @@ def _words(answer: Any, ids: Ids) -> Iterator[tuple[int, str, tuple[int, ...]]]:
 
 
 def spaced_tokens(answer: Any, ids: Ids, tokenizer: Any, texts: Sequence[str]) -> dict[tuple[int, str], int]:
-    """The tokens that words given without a leading space have behind a prompt and a space, by prompt and word.
+    """The tokens of words without a leading space after a prompt and a space, by prompt and word.
 
-    Only those that are other tokens there than the given ones.
+    Only those that differ from the given tokens.
     """
     found: dict[tuple[int, str], int] = {}
     for prompt, word, known in _words(answer, ids):
@@ -125,7 +125,7 @@ def spaced_tokens(answer: Any, ids: Ids, tokenizer: Any, texts: Sequence[str]) -
 def warn_of_spaces(
     metric: str, name: str, spaced: Mapping[tuple[int, str], int], tokenizer: Any, texts: Sequence[str]
 ) -> None:
-    """Warn of each word that has another token with a leading space, of the first prompt where it has."""
+    """Warn once of each word that is another token with a leading space."""
     warned: set[str] = set()
     for (prompt, word), other in spaced.items():
         if word not in warned:
@@ -139,7 +139,7 @@ def warn_of_spaces(
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """An answer, and the token of its text with a space more or less before it.
+    """An answer, and the token of its other spelling, with or without a leading space.
 
     Attributes:
         prompt: the number of the prompt.
@@ -161,10 +161,10 @@ class Spelling:
 def spellings_of(
     name: str, answer: Any, ids: Ids, tokenizer: Any, spaced: Mapping[tuple[int, str], int]
 ) -> tuple[Spelling, ...]:
-    """The other spellings of an answer's texts that are one token, and not among the given ones.
+    """The other spellings of an answer's texts that are one token, and not a given one.
 
     Args:
-        spaced: what `spaced_tokens` found; of these `warn_of_spaces` has warned.
+        spaced: the result of `spaced_tokens`, of which `warn_of_spaces` has already warned.
     """
     if tokenizer is None:
         return ()
@@ -187,12 +187,12 @@ def check_spellings(metric: str, spellings: Sequence[Spelling], logits: Tensor, 
         prompts: the number of each row's prompt.
     """
     rows = {prompt: row for row, prompt in enumerate(prompts)}
-    asked = [one for one in spellings if one.prompt in rows]
-    if not asked:
+    in_rows = [one for one in spellings if one.prompt in rows]
+    if not in_rows:
         return
     likely = logits.float().log_softmax(-1)
     warned: set[str] = set()
-    for one in asked:
+    for one in in_rows:
         mine, other = (float(likely[rows[one.prompt], token].exp()) for token in (one.token, one.other_token))
         if one.given not in warned and other >= LIKELY and other >= FAR * mine:
             warned.add(one.given)
@@ -206,10 +206,10 @@ def check_spellings(metric: str, spellings: Sequence[Spelling], logits: Tensor, 
 def _with_space(tokenizer: Any, text: str, word: str) -> int | None:
     """The token of a word after a prompt and a space, if it is one token."""
     if not text or not (text[-1].isalnum() or text[-1] in _BEFORE_A_WORD):
-        return None  # after a blank, an opening quote or a bracket a word has no space before it
-    alone = _tokens(tokenizer, text)
+        return None  # after a blank, an opening quote or a bracket a word has no leading space
+    prompt_ids = _tokens(tokenizer, text)
     both = _tokens(tokenizer, f"{text} {word}")
-    return both[-1] if len(both) == len(alone) + 1 and both[:-1] == alone else None
+    return both[-1] if len(both) == len(prompt_ids) + 1 and both[:-1] == prompt_ids else None
 
 
 def continuation(metric: str, answer: Any, tokenizer: Any, ids: Sequence[Sequence[int]], texts: Any) -> list[list[int]]:

@@ -149,7 +149,7 @@ class Metric:
         return Bound(self, ids, tuple(spellings))
 
 
-#: What a metric may be given as: a function is `logits[row, vocab] -> [row]`.
+#: A metric, or a function `logits[row, vocab] -> [row]`.
 MetricLike = Metric | Callable[[Tensor], Tensor]
 
 
@@ -160,7 +160,7 @@ class Bound:
     Attributes:
         metric: the metric.
         ids: the token ids of each answer, a set or one for each prompt.
-        spellings: the tokens of the answers with a space more or less before them.
+        spellings: the answers' other spellings, with or without a leading space.
     """
 
     metric: Metric
@@ -172,15 +172,15 @@ class Bound:
     ) -> Tensor:
         """The number for each row, whose prompts are given by their numbers.
 
-        A function of the user's own is given one row at a time, so that a row's number never depends on the others.
-        Logits in half precision are taken in single precision from here on, where a metric rounds nothing more.
+        A function of the user's own is given one row at a time, so that the number of a row does not depend on others.
+        Logits in half precision are converted to single precision.
 
         Args:
             reference: for a metric that compares, the other run's logits of the same rows.
         """
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        if not self._is_ours and len(logits) > 1:
+        if not self._is_builtin and len(logits) > 1:
             rows = ([number] for number in range(len(logits)))
             return torch.cat(
                 [self(logits[r], [prompts[r[0]]], None if reference is None else reference[r]) for r in rows]
@@ -202,14 +202,14 @@ class Bound:
         try:
             value = self.metric.rule(logits, **chosen)
         except Exception as error:
-            if isinstance(error, IndexError) and "too many indices" in str(error) and not self._is_ours:
+            if isinstance(error, IndexError) and "too many indices" in str(error) and not self._is_builtin:
                 raise BadArgument(
                     f"{self.metric.name} indexes the logits as [row, token, vocab], and a metric is given [row, vocab] "
                     f"= {list(logits.shape)}, those of position {self.metric.position}",
                     expected="a function logits[row, vocab] -> [row]",
                     write="lambda logits: logits[:, token]   (another position: ns.Metric.of(function).at(-2))",
                 ) from error
-            if not self.metric.answers:  # a function of the user's own, whose error stays what it is
+            if not self.metric.answers:  # a function of the user's own keeps its error
                 error.add_note(
                     f"in: the metric {self.metric.name}, which was given logits [row, vocab] = {list(logits.shape)}"
                     f" of position {self.metric.position}, and has to return one number for each row"
@@ -227,7 +227,7 @@ class Bound:
         return Bound(self.metric, {name: tuple(ids[row] for row in rows) for name, ids in self.ids.items()})
 
     def check_answers(self, logits: Float[Tensor, "row vocab"], prompts: Sequence[int]) -> None:
-        """Warn of an answer that is far likelier with a space more or less, by the logits of an unedited run."""
+        """Warn of an answer whose other spelling is far likelier in an unedited run."""
         check_spellings(self.metric.name, self.spellings, logits, prompts)
 
     def tokens(self, prompts: Sequence[int]) -> Tensor:
@@ -255,16 +255,16 @@ class Bound:
             "position": self.metric.position,
             "ids": {k: [list(one) if isinstance(one, tuple) else one for one in v] for k, v in self.ids.items()},
         }
-        return data if self._is_ours else {**data, "source": function_digest(self.metric.rule)}
+        return data if self._is_builtin else {**data, "source": function_digest(self.metric.rule)}
 
     @property
-    def _is_ours(self) -> bool:
-        """Whether the rule is one of `rules`, which its name identifies."""
-        return getattr(self.metric.rule, "__module__", "") == _OWN
+    def _is_builtin(self) -> bool:
+        """Whether the rule is built in, so that its name identifies it."""
+        return getattr(self.metric.rule, "__module__", "") == _BUILTIN_RULES
 
 
-#: The module of the rules that their names identify.
-_OWN = "nnsplice.metrics.rules"
+#: The module of the built-in rules.
+_BUILTIN_RULES = "nnsplice.metrics.rules"
 
 
 def _listed(one: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Several metrics of one run, whose logits are computed once."""
+"""Several metrics of one run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Metrics = MetricLike | Sequence[MetricLike] | Mapping[str, MetricLike]
 
 @dataclass(frozen=True)
 class Several:
-    """Bound metrics with their names; it is used as a `Bound`, with a number for each metric."""
+    """Bound metrics by name, used like a `Bound` that returns a number for each metric."""
 
     parts: tuple[tuple[str, Bound], ...]
 
@@ -46,7 +46,7 @@ class Several:
         return Several(tuple((name, bound.take(rows)) for name, bound in self.parts))
 
     def check_answers(self, logits: Tensor, prompts: Sequence[int]) -> None:
-        """Warn of answers that are far likelier with a space more or less, by the logits of an unedited run."""
+        """Warn of answers whose other spelling is far likelier in an unedited run."""
         for _, bound in self.parts:
             bound.check_answers(logits, prompts)
 
@@ -82,9 +82,9 @@ def bound_of(given: Metrics, tokenizer: Any, prompts: int, texts: Sequence[str] 
     """
     if isinstance(given, Metric) or callable(given):
         return Metric.of(given).bind(tokenizer, prompts, texts)
-    named_ones = _named(given)
-    parts = tuple((name, metric.bind(tokenizer, prompts, texts)) for name, metric in named_ones)
-    positions = {name: metric.position for name, metric in named_ones}
+    metrics = _named(given)
+    parts = tuple((name, metric.bind(tokenizer, prompts, texts)) for name, metric in metrics)
+    positions = {name: metric.position for name, metric in metrics}
     if len(set(positions.values())) > 1:
         raise BadArgument(
             "these metrics read at different positions: " + ", ".join(f"{n} [{at}]" for n, at in positions.items()),

@@ -25,12 +25,12 @@ def accuracies(module: nn.Module, tokenizer: Any) -> dict[str, float]:
         good, bad = (chances[:, ids(list(prompts.moods[mood]))].sum(-1) for mood in ("good", "bad"))
         return ((good > bad) == torch.tensor([r.mood == "good" for r in prompts.reviews])).double().mean().item()
 
-    seen = [pair for pair in prompts.ioi if pair.trained]
-    unseen = [pair for pair in prompts.ioi if not pair.trained]
+    trained = [pair for pair in prompts.ioi if pair.trained]
+    held_out = [pair for pair in prompts.ioi if not pair.trained]
     exams: dict[str, Callable[[], float]] = {
         "facts": lambda: share_of_answers([f.clean for f in prompts.facts], [f.answer for f in prompts.facts]),
-        "ioi": lambda: share_of_answers([p.clean for p in seen], [p.answer for p in seen]),
-        "ioi_held_out": lambda: share_of_answers([p.clean for p in unseen], [p.answer for p in unseen]),
+        "ioi": lambda: share_of_answers([p.clean for p in trained], [p.answer for p in trained]),
+        "ioi_held_out": lambda: share_of_answers([p.clean for p in held_out], [p.answer for p in held_out]),
         "induction": lambda: share_of_answers([r.text for r in prompts.repeats], [r.answer for r in prompts.repeats]),
         "mood": share_of_moods,
     }

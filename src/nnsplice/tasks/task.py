@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnsplice import engine
 from nnsplice.activations.encoding import encode
-from nnsplice.activations.patched import fewer_logits
+from nnsplice.activations.patched import logits_to_keep
 from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Metric, accuracy, logit_diff
@@ -209,7 +209,7 @@ def _last_logits(model: engine.Model, prompts: Sequence[str], progress: bool) ->
         for rows in encoded.batches(model, at_most=_BATCH_SIZE):
             inputs = encoded.inputs(rows, model.device)
             assert isinstance(inputs, Mapping)
-            out = module(**inputs, **fewer_logits(model, -1, ()))
+            out = module(**inputs, **logits_to_keep(model, -1, ()))
             logits = out.logits if hasattr(out, "logits") else out[0]
             found |= dict(zip(rows, logits[:, -1].float().cpu(), strict=True))
             shown.update(len(rows))
