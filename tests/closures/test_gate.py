@@ -370,3 +370,15 @@ def test_it_is_kept_in_files_and_summed_where_results_are_merged(tmp_path: Any) 
     assert [half.run.gate for half in halves] == [2.0, 0.0] and whole.run.gate == 2.0
     whole.to_file(tmp_path / "swept.json")
     assert ns.SweepResult.from_file(tmp_path / "swept.json").run.gate == 2.0
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(number: float) -> None:
+    model = wrap("llama")
+    with torch.no_grad():
+        model._module.model.layers[1].self_attn.o_proj.weight[:, :6] = number
+    with pytest.raises(RefusedPlace, match=r"model\.layers\.1\.self_attn\.o_proj\.weight holds NaN or infinity"):
+        ns.capture(model, "w3 w4 w5", "layers[1].heads[0].output[-1]")
+    with torch.no_grad():
+        model._module.model.layers[1].self_attn.o_proj.weight[:, :6] = 0.5
+    ns.capture(model, "w3 w4 w5", "layers[1].heads[0].output[-1]")

@@ -201,6 +201,19 @@ def test_an_address_is_no_model(name: Any, write: str) -> None:
     assert write in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("s3://bucket/adapter", "a copy"), (Path("gs://bucket/adapter"), "a copy"),
+        ("https://huggingface.co/someone/lora/tree/main", 'peft="someone/lora"'),
+    ],
+)  # fmt: skip
+def test_an_address_is_no_adapter(name: Any, write: str) -> None:
+    with pytest.raises(BadArgument, match="is an address, and adapters are loaded from folders") as error:
+        ns.load("toy", peft=name)
+    assert write in str(error.value)
+
+
 def test_an_empty_name() -> None:
     with pytest.raises(BadArgument, match="an empty name"):
         load("")

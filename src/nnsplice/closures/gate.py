@@ -327,6 +327,13 @@ def _refusal(
     model: Any, known: _Measured, kind: PromiseKind, path: Path, closure: Closure, broken: list[Closure]
 ) -> RefusedPlace:
     name, promise = PROMISES[kind]
+    if closure.gap == float("inf") and (lost := _not_finite(unwrap(model))):
+        more = f" (and {len(lost) - 1} more parameters)" * (len(lost) > 1)
+        return RefusedPlace(
+            f"{lost[0]}{more} holds NaN or infinity, so what stands at a site of this model cannot be measured",
+            path=path,
+            expected="a model whose weights are all numbers",
+        )
     layers = sorted({one.layer for one in broken if one.tower == closure.tower})
     number = (
         "" if closure.gap == float("inf") else f" (by {closure.gap:.1e}, where rounding makes {closure.allowed:.0e})"
@@ -341,6 +348,11 @@ def _refusal(
         f"{', '.join(sound) or 'nothing else'}",
         write="a native path, which promises nothing: model....output",
     )
+
+
+def _not_finite(root: nn.Module) -> list[str]:
+    """The names of the parameters that hold a NaN or an infinity."""
+    return [name for name, one in root.named_parameters() if not one.is_meta and not bool(one.isfinite().all())]
 
 
 def _sound(known: _Measured, kind: PromiseKind) -> bool:

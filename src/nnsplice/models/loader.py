@@ -72,6 +72,7 @@ def load(
         WriteFailed: the converted model could not be written.
     """
     _refuse_address(name_or_module)
+    _refuse_address(kwargs.get("peft"), adapter=True)
     quantised = quantised_of(name_or_module, gguf_file, kwargs)
     if not cache and quantised is None:
         raise BadArgument(
@@ -135,15 +136,22 @@ def _converted(quantised: Quantised, tokenizer: Any, cache: bool, kwargs: dict[s
     return model
 
 
-def _refuse_address(name: object) -> None:
+def _refuse_address(name: object, *, adapter: bool = False) -> None:
     """Raise for an address of an object store or a web page, which would pass for a name on the hub."""
-    if isinstance(name, str | os.PathLike) and _ADDRESS.match(os.fspath(name)):
-        hub = re.match(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)", os.fspath(name))
-        raise BadArgument(
-            f"{os.fspath(name)} is an address, and models are loaded from folders, packages and the Hugging Face hub",
-            expected="a folder with a checkpoint, a GGUF file, or a name on the Hugging Face hub",
-            write=f'ns.load("{hub[1]}")' if hub else 'ns.load("folder")   (with a copy of what is there)',
-        )
+    if not isinstance(name, str | os.PathLike) or not _ADDRESS.match(os.fspath(name)):
+        return
+    hub = re.match(r"https?://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)", os.fspath(name))
+    instead = hub[1] if hub else "folder"
+    call = f'ns.load(base, peft="{instead}")' if adapter else f'ns.load("{instead}")'
+    what = (
+        ("adapters", "a folder with an adapter") if adapter else ("models", "a folder with a checkpoint, a GGUF file")
+    )
+    raise BadArgument(
+        f"{os.fspath(name)} is an address, and {what[0]} are loaded from folders{'' if adapter else ', packages'} and "
+        "the Hugging Face hub",
+        expected=f"{what[1]}, or a name on the Hugging Face hub",
+        write=call if hub else f"{call}   (with a copy of what is there)",
+    )
 
 
 def _refuse_sharding_in_one_process(kwargs: Mapping[str, Any]) -> None:
