@@ -20,7 +20,7 @@ _ADDRESS = re.compile(r".*://|(s3|gs):/")
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name beside `path` to write under; the file takes its place when the block ends well."""
-    target = local_folder(path)
+    target = local_path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
@@ -40,7 +40,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
     """Whether a file that should be safetensors is a pickle, which safetensors would only call damaged."""
-    with local_folder(path).open("rb") as file:
+    with local_path(path).open("rb") as file:
         start = file.read(9)
     # The length of a safetensors header can begin with the very bytes of a pickle; the header itself begins with {.
     return start[8:] != b"{" and start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -71,12 +71,12 @@ def text_of(path: str | os.PathLike[str]) -> str:
         BadArgument: the address of an object store.
     """
     try:
-        return local_folder(path).read_text(encoding="utf-8")
+        return local_path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is damaged, or no text: {error}", expected="text in UTF-8") from None
 
 
-def local_folder(path: str | os.PathLike[str]) -> Path:
+def local_path(path: str | os.PathLike[str]) -> Path:
     """A folder or a file on this machine's file system.
 
     Raises:

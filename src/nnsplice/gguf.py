@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.errors import FileError
-from nnsplice.files import local_folder, whole
+from nnsplice.files import local_path, whole
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 F32 = 0
@@ -98,7 +98,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, n
     Raises:
         FileError: no GGUF, a damaged one, or tensors of another type.
     """
-    raw = local_folder(path).read_bytes()
+    raw = local_path(path).read_bytes()
     if raw[:4] != MAGIC:
         raise FileError(f"{path} is no GGUF file", expected="a file that begins with GGUF")
     outline = _outline(path, raw)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from nnsplice.errors import FileError
-from nnsplice.files import from_json, local_folder
+from nnsplice.files import from_json, local_path
 from nnsplice.shown import shown
 
 #: The name of a type in a header -> its name in torch. Older versions of torch lack some of them.
@@ -90,7 +90,7 @@ def read_header(path: str | os.PathLike[str], *, local: Path | None = None) -> H
         BadArgument: an address of an object store, where `local` is left out.
     """
     path = os.fspath(path)
-    local = local_folder(path) if local is None else local
+    local = local_path(path) if local is None else local
     with local.open("rb") as file:
         first = file.read(8)
         length = int.from_bytes(first, "little")

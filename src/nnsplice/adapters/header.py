@@ -15,7 +15,7 @@ from nnsplice.adapters.keys import AdapterKey, read_key
 from nnsplice.atlas import families
 from nnsplice.atlas.names import NamedLayer, layer_of
 from nnsplice.errors import FileError, ParamMappingError
-from nnsplice.files import from_json, local_folder
+from nnsplice.files import from_json, local_path
 from nnsplice.shown import shown
 
 WEIGHTS = "adapter_model.safetensors"
@@ -86,7 +86,7 @@ def read_header(adapter_dir: str | os.PathLike[str]) -> tuple[AdapterTensor, ...
     Raises:
         ParamMappingError: no file, or a damaged one.
     """
-    path = local_folder(adapter_dir) / WEIGHTS
+    path = local_path(adapter_dir) / WEIGHTS
     if not path.is_file():
         raise ParamMappingError(
             f"there is no {WEIGHTS}: {_folder_contents(Path(adapter_dir))}",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nnsplice.errors import BadType, FileError, named
-from nnsplice.files import local_folder
+from nnsplice.files import local_path
 
 #: Keys of a checkpoint under which it may keep the optimizer's state.
 _KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states")
@@ -110,7 +110,7 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileError: no such file, a file with more than tensors and plain data, or no optimizer in it.
     """
-    path = local_folder(path)
+    path = local_path(path)
     if path.is_dir():
         held = [name for name in ("optimizer.pt", "optimizer.bin") if (path / name).is_file()]
         raise FileError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nnsplice import plots
 from nnsplice.errors import BadArgument, FileError, UnknownPath, closest
-from nnsplice.files import from_json, local_folder, text_of, whole
+from nnsplice.files import from_json, local_path, text_of, whole
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.shown import printable
@@ -79,12 +79,12 @@ class Alignment:
         Raises:
             UnknownPath: no subspace was trained there; the message names the closest sites.
         """
-        asked = parse_path(path)
-        wanted = str(asked.at(asked.position))
+        address = parse_path(path)
+        wanted = str(address.at(address.position))
         if wanted in self.subspaces:
             return self.subspaces[wanted]
-        if asked.position is None:
-            found = [s for key, s in self.subspaces.items() if str(parse_path(key).place) == str(asked.at(-1).place)]
+        if address.position is None:
+            found = [s for key, s in self.subspaces.items() if str(parse_path(key).place) == str(address.at(-1).place)]
             if len(found) == 1:
                 return found[0]
         raise UnknownPath(
@@ -146,7 +146,7 @@ class Alignment:
         Args:
             folder: the folder, which is made if it does not exist.
         """
-        path = local_folder(folder)
+        path = local_path(folder)
         path.mkdir(exist_ok=True)
         self.result.to_file(path / "result.safetensors")
         names = {key: f"subspace-{number}.safetensors" for number, key in enumerate(self.subspaces)}
@@ -168,7 +168,7 @@ class Alignment:
         Raises:
             FileError: the folder holds no alignment, or is damaged.
         """
-        path = local_folder(folder)
+        path = local_path(folder)
         if not (path / CONTENTS).is_file():
             raise FileError(f"{path} holds no alignment", expected="a folder that Alignment.to_folder wrote")
         contents = from_json(text_of(path / CONTENTS), path / CONTENTS)

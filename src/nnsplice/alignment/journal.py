@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nnsplice.digests import digest_of
 from nnsplice.errors import FileError
-from nnsplice.files import from_json, local_folder, text_of, whole
+from nnsplice.files import from_json, local_path, text_of, whole
 from nnsplice.headers import read_header
 from nnsplice.results.files import canonical
 
@@ -38,7 +38,7 @@ class AlignmentJournal:
         """
         if folder is None:
             return cls(None)
-        path = local_folder(folder)
+        path = local_path(folder)
         path.mkdir(exist_ok=True)
         question_file = path / ASKED
         question = canonical(asked)

@@ -41,12 +41,12 @@ def with_both_fixes(batch: AttributionBatch) -> tuple[GradientRun, Tensor]:
     branches = branches_of(batch.model)
     qk_sites = query_key_sites(batch, branches)
     added = [branch.added for branch in branches.all]
-    here, seen, there = _runs(batch, [*batch.paths, *added], bool(qk_sites))
+    here, attention, there = _runs(batch, [*batch.paths, *added], bool(qk_sites))
     drop = _GradientDrop(here.tensors, branches)
     metric = batch.metric(here)
     value_keys = list(dict.fromkeys(value_key(site_of(path)) for path in batch.paths))
     modules = list(dict.fromkeys(one.module for one in qk_sites.values()))
-    inputs = [here.tensors[name] for name in value_keys] + [seen[module].probabilities for module in modules]
+    inputs = [here.tensors[name] for name in value_keys] + [attention[module].probabilities for module in modules]
     layers = range(branches.tower.n_layers)
 
     def scores(dropped: int | None) -> Tensor:
@@ -56,7 +56,7 @@ def with_both_fixes(batch: AttributionBatch) -> tuple[GradientRun, Tensor]:
         gradients: Gradients = dict(zip(value_keys, found[: len(value_keys)], strict=True))
         straight = lined_up(batch, here, gradients, skip=qk_sites)
         of_modules = {m: g for m, g in zip(modules, found[len(value_keys) :], strict=True) if g is not None}
-        return straight + _queries_and_keys(batch, qk_sites, seen, there, of_modules)
+        return straight + _queries_and_keys(batch, qk_sites, attention, there, of_modules)
 
     plain = scores(None)
     owners = torch.tensor([_layer_inside(batch, branches, cell) for cell in range(len(batch.plan.targets))])
@@ -141,21 +141,21 @@ def _queries_and_keys(
 ) -> Tensor:
     """`[row, cell]`, of sites with queries or keys, along the gradients at the probabilities of their modules."""
     scores = torch.zeros(len(batch.rows), len(batch.plan.targets), dtype=torch.float64)
-    asked = [(one, ask) for one in batch.wanted if (ask := qk_sites.get(one.place)) and ask.module in gradients]
+    wanted = [(one, ask) for one in batch.wanted if (ask := qk_sites.get(one.place)) and ask.module in gradients]
     worth: dict[tuple[nn.Module, str], Tensor] = {}
-    for module, role in dict.fromkeys((ask.module, ask.role) for _, ask in asked):
+    for module, role in dict.fromkeys((ask.module, ask.role) for _, ask in wanted):
         of = worth_of_queries if role == "q" else worth_of_keys
         worth[module, role] = of(here[module], there[module], gradients[module])
     worth = dict(zip(worth, on_host(list(worth.values())), strict=True))
-    for one, ask in asked:
+    for one, ask in wanted:
         per_token = worth[ask.module, ask.role][:, list(ask.heads)].sum(1)
         scores.index_put_((one.rows, one.cells), per_token[one.rows, one.tokens], accumulate=True)
     return scores
 
 
-def _runs(batch: AttributionBatch, paths: list[Path], asked: bool):
-    """The corrupted run, and the attention of both runs where queries or keys are asked about."""
-    if not asked:
+def _runs(batch: AttributionBatch, paths: list[Path], with_attention: bool):
+    """The corrupted run, and the attention of both runs where queries or keys are needed."""
+    if not with_attention:
         return batch.run(paths), {}, {}
     root = unwrap(batch.model)
     if batch.plan.align != "position":

@@ -91,12 +91,12 @@ def _attend(
 ) -> tuple[Tensor, None]:
     if _active.now is None:
         raise engine.other_thread_error()
-    seen, before = _active.now
+    records, before = _active.now
     scaling, softcap, sinks = more.pop("scaling", None), more.pop("softcap", None), more.pop("s_aux", None)
     unknown = [
         name for name, given in more.items() if name not in _HARMLESS and given is not None and given is not False
     ]
-    if unknown or module in seen:
+    if unknown or module in records:
         raise NotImplementedError(
             f"its attention is given {', '.join(unknown)}" if unknown else "an attention module runs several times"
         )
@@ -107,7 +107,7 @@ def _attend(
     scores = plain.scores(query, key)
     # In half precision the softmax is taken in single, as everywhere in transformers.
     weights = plain.softmax(scores if scores.dtype == torch.float64 else scores.float()).to(value)
-    seen[module] = AttentionRecord(query.detach(), key.detach(), weights, scaling, attention_mask, softcap, sinks)
+    records[module] = AttentionRecord(query.detach(), key.detach(), weights, scaling, attention_mask, softcap, sinks)
     values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     return (weights @ values).transpose(1, 2).contiguous(), None  # some modules take a view of it
 

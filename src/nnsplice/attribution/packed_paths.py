@@ -175,11 +175,11 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_T
 
     metric = replace(work.plan.metric.metric, name="logits", rule=pointing, answers={}, compares=False, local=False)
     probe = replace(work, plan=replace(work.plan, metric=metric.bind(None, len(work.plan.corrupted))), memo={})
-    alone: list[float] = []
+    one_by_one: list[float] = []
     cost, refused = Cost(), ""
     for job in jobs:
         values, spent = slow(probe, [job])
-        alone += values
+        one_by_one += values
         cost += spent
     for way in ways(whole_prompts(work, jobs)):
         probe.memo.clear()
@@ -192,7 +192,7 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_T
             refused = refused or str(error).partition("\n")[0] or type(error).__name__
             continue
         cost += spent
-        apart = max(abs(a - b) for a, b in zip(values, alone, strict=True))
+        apart = max(abs(a - b) for a, b in zip(values, one_by_one, strict=True))
         if apart <= tolerance(work):
             rough, spent = _rough(work, fast, slow, jobs, way, size)
             return _TrialResult(way, "", longest, rough), cost + spent
@@ -211,13 +211,13 @@ def _rough(
     """
     if dtype_of(work) not in HALF_PRECISION:
         return "", Cost()
-    trial, alone, cost = replace(work, memo={} if way is None else {"way": way}), [], Cost()
+    trial, one_by_one, cost = replace(work, memo={} if way is None else {"way": way}), [], Cost()
     for job in jobs:
         values, spent = slow(trial, [job])
-        alone += values
+        one_by_one += values
         cost += spent
     apart = 0.0
     if fast is not None:
         together, spent = fast(trial, jobs)
-        apart, cost = float(np.abs(np.asarray(together, float) - np.asarray(alone, float)).max()), cost + spent
+        apart, cost = float(np.abs(np.asarray(together, float) - np.asarray(one_by_one, float)).max()), cost + spent
     return rounding_note(work, apart, size), cost

@@ -24,7 +24,7 @@ from nnsplice.checkpoints.mapper.fingerprint import fingerprint
 from nnsplice.checkpoints.mapper.names import Copy, Rename
 from nnsplice.checkpoints.mapper.numbers import Cast
 from nnsplice.errors import BadArgument, MapperError, OutOfRange, circumstances
-from nnsplice.files import local_folder
+from nnsplice.files import local_path
 
 #: Types that are cast. Packed and 8-bit weights are not, as they belong to scales.
 _CASTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -78,7 +78,7 @@ def convert(
         check_unused(src_dir, between)
         mapper = between
     mapper = as_mapper(mapper)
-    source = local_folder(src_dir)
+    source = local_path(src_dir)
     Checkpoint.open(source)  # raises if the folder is no checkpoint
     along = {**other_files(source), **(carry or {})}
     like = [source, *_read_files(source, mapper)]

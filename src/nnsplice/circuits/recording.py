@@ -74,7 +74,7 @@ def record(
     Raises:
         RefusedPlace: the stream is something else.
     """
-    seen: dict[Site, Tensor] = {}
+    recorded: dict[Site, Tensor] = {}
     returns: list[int | None] = []
     widths: dict[str, int] = {}
     wanted: list[Site] = [Site(wiring.layers[0].block.module, "input")]
@@ -83,7 +83,7 @@ def record(
     last = Site(wiring.layers[-1].block.module, "output")
     with ExitStack() as stack:
         for site in (*dict.fromkeys(wanted), last):
-            stack.enter_context(_keeping(root, site, len(rows), seen))
+            stack.enter_context(_keeping(root, site, len(rows), recorded))
         for layer in wiring.layers:
             stack.enter_context(_after(root, layer.block.module, lambda out: returns.append(_returns(out))))
             for name in layer.projections:
@@ -93,17 +93,17 @@ def record(
             stack.enter_context(given_to_experts(root, wiring.layers[number], number, given))
         logits = run_plainly(root, model, prompts, rows, at)
     values = SenderValues(
-        seen[wanted[0]],
-        tuple(seen[Site(layer.z[0].module, "input")] for layer in wiring.layers),
-        tuple(seen[layer.mlp_added] for layer in wiring.layers),
+        recorded[wanted[0]],
+        tuple(recorded[Site(layer.z[0].module, "input")] for layer in wiring.layers),
+        tuple(recorded[layer.mlp_added] for layer in wiring.layers),
         {key: expert_of(root, wiring.layers[key[0]], given[key[0]], key[1], len(rows)) for key in experts},
     )
     stream = values.embed
     for layer, z in zip(wiring.layers, values.z, strict=True):
-        added = seen[layer.attn_added]
+        added = recorded[layer.attn_added]
         _check(ended(root, layer, projected(root, layer, z)), added, layer, f"more than {layer.block.o} stands")
-        stream = stream + (added + seen[layer.mlp_added]) * layer.block.scale
-    _check(stream, seen[last], wiring.layers[-1], "more than attention and MLP stands")
+        stream = stream + (added + recorded[layer.mlp_added]) * layer.block.scale
+    _check(stream, recorded[last], wiring.layers[-1], "more than attention and MLP stands")
     return SenderRun(values, OutputFormat(tuple(returns), widths), logits)
 
 
@@ -162,10 +162,10 @@ def ended(root: nn.Module, layer: LayerWires, projection: Tensor) -> Tensor:
     return root.get_submodule(layer.norm)(projection)
 
 
-def _check(made: Tensor, seen: Tensor, layer: LayerWires, why: str) -> None:
-    off = float((made - seen.to(made)).abs().max())
-    size = float(seen.abs().max())
-    if not off <= rounding_of(seen.dtype) * (1 + size):
+def _check(computed: Tensor, recorded: Tensor, layer: LayerWires, why: str) -> None:
+    off = float((computed - recorded.to(computed)).abs().max())
+    size = float(recorded.abs().max())
+    if not off <= rounding_of(recorded.dtype) * (1 + size):
         raise RefusedPlace(
             f"{why} between the heads and the stream of layer {layer.block.index}: they are {off:.2g} apart, of "
             f"{size:.2g}",

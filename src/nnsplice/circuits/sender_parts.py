@@ -216,14 +216,14 @@ def _added_without(
 ) -> Tensor:
     """What an MLP adds when its experts together make so much less."""
     layer = wiring.layers[number]
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
 
     def fewer(_module: nn.Module, _args: Any, output: Any) -> Any:
         made = wire.unpack(output, None)
         return wire.repack(output, None, made - part.to(made).reshape(made.shape))
 
     def added(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(wire.as_rows(wire.unpack(output, layer.mlp_added.item), 1).clone())
+        captured.append(wire.as_rows(wire.unpack(output, layer.mlp_added.item), 1).clone())
 
     hooks = [
         root.get_submodule(str(layer.block.experts)).register_forward_hook(fewer),
@@ -235,4 +235,4 @@ def _added_without(
     finally:
         for hook in hooks:
             hook.remove()
-    return seen[0]
+    return captured[0]

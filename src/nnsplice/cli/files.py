@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nnsplice.errors import BadArgument, FileError
-from nnsplice.files import local_folder, text_of
+from nnsplice.files import local_path, text_of
 
 
 def prompts_of(given: Iterable[str]) -> list[str]:
@@ -47,7 +47,7 @@ def require_writable(file: Path | None, *endings: str, option: str = "--out") ->
     """
     if file is None:
         return
-    if local_folder(file).is_dir():
+    if local_path(file).is_dir():
         raise FileError(f"{file} is a folder", expected=f"{option} with the name of a file")
     if not file.absolute().parent.is_dir():
         raise FileError(f"there is no folder {file.absolute().parent}", expected=f"{option} in a folder that exists")

@@ -151,7 +151,7 @@ def sweep(
     import nnsplice as ns
 
     numbers = _numbers(coefficients)
-    if local_folder(out).exists() and not out.is_dir():
+    if local_path(out).exists() and not out.is_dir():
         raise FileError(f"{out} is a file", expected="--out with a folder")
     found, running = _read_for(vector, model, device, dtype, no_cache=no_cache)
     with plain_warnings():

@@ -16,7 +16,7 @@ from nnsplice.cli.loading import dtype_of, loaded
 from nnsplice.cli.options import DeviceOption, DtypeOption, NoCacheOption
 from nnsplice.cli.table import JsonOption, TableRow, aligned, plain_warnings, say, show, tabulate
 from nnsplice.errors import BadArgument, FileError, NnspliceError
-from nnsplice.files import local_folder
+from nnsplice.files import local_path
 
 if TYPE_CHECKING:
     from nnsplice.metrics import Metric
@@ -193,7 +193,7 @@ def _trace(settings: dict[str, Any], resume: bool, plan_only: bool, no_cache: bo
     method = estimating.method_of(settings)
     if method is not None and "on" in settings:
         raise WrongUsage("--on is for exact sweeps; estimates run in this process")
-    folder = None if plan_only else local_folder(settings["out"])
+    folder = None if plan_only else local_path(settings["out"])
     if folder is not None:
         _check_folder(folder, resume, method)
     model = loaded(settings["model"], settings.get("device"), settings.get("dtype"), no_cache=no_cache)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nnsplice.errors import BadArgument, FileError
-from nnsplice.files import local_folder
+from nnsplice.files import local_path
 from nnsplice.locks import Lock
 from nnsplice.results.files import canonical, differences, plain
 from nnsplice.shown import counted
@@ -64,7 +64,7 @@ class Journal:
         Raises:
             FileError: the file is about another question, is damaged, is no journal, or is being written.
         """
-        target = local_folder(path)
+        target = local_path(path)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} in")
         header = _line({"kind": KIND, "format": FORMAT, "asked": plain(asked), "total": int(total)})

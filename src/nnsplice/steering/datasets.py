@@ -199,11 +199,11 @@ def read_pairs(
         raise BadArgument(f"examples={examples}, and {path} has {len(found)} pairs", expected="2 or more, and fewer")
     drawn, pairs = random.Random(seed), []
     for _ in range(n):
-        *shown, asked = drawn.sample(found, examples + 1)
+        *shown, query = drawn.sample(found, examples + 1)
         outputs = [row["output"] for row in shown]
         shift = drawn.randrange(1, len(outputs))
         wrong = outputs[shift:] + outputs[:shift]
-        end = template.format(input=asked["input"], output="\0").partition("\0")[0]
+        end = template.format(input=query["input"], output="\0").partition("\0")[0]
         pairs.append([])
         for dealt in (outputs, wrong):
             lines = [template.format(input=row["input"], output=o) for row, o in zip(shown, dealt, strict=True)]

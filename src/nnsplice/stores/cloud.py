@@ -175,12 +175,13 @@ class CloudStore:
             return False
         return True
 
-    def _replaced(self, name: str, data: bytes, seen: Any) -> bool:
-        """Write, if the file is still the one that was seen."""
+    def _replaced(self, name: str, data: bytes, version: Any) -> bool:
+        """Write, if the file still has this version (e_tag and version of its metadata)."""
         from obstore.exceptions import PreconditionError  # pyright: ignore[reportMissingImports]  (an extra)
 
         try:
-            self.inner.put(name, data, mode={key: seen[key] for key in ("e_tag", "version") if seen[key] is not None})
+            known = {key: version[key] for key in ("e_tag", "version") if version[key] is not None}
+            self.inner.put(name, data, mode=known)
         except (PreconditionError, FileNotFoundError):
             return False
         return True

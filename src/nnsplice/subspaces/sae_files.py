@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nnsplice.errors import BadArgument, BadType, FileError, NnspliceError
-from nnsplice.files import from_json, is_pickle, local_folder, text_of, whole
+from nnsplice.files import from_json, is_pickle, local_path, text_of, whole
 from nnsplice.subspaces.sae import DECODER, KINDS, NORMS, SAE
 
 CONFIG, WEIGHTS, PARAMS = "cfg.json", "sae_weights.safetensors", "params.npz"
@@ -227,7 +227,7 @@ def write_sae(sae: SAE, folder: str | os.PathLike[str]) -> None:
     """Write an SAE in the format of SAELens."""
     from safetensors.torch import save_file
 
-    path = local_folder(folder)
+    path = local_path(folder)
     path.mkdir(exist_ok=True)
     config = {
         "architecture": sae.kind, "d_in": sae.width, "d_sae": sae.features, "dtype": "float32", "device": "cpu",

@@ -24,9 +24,9 @@ def corrupted_batches(work: Work, executor: Executor, at_once: int) -> Iterator[
     """Corrupted prompts, whose jobs are run together, and their logits: from a run that is made for these anyway."""
     every, about = list(range(len(work.plan.corrupted))), work.plan.jobs.prompts
     shared = [] if executor.corrupted is None else _recorded_together(work, about, at_once)
-    alone = sorted(set(every).difference(*shared))
-    if alone:
-        yield alone, *corrupted_run(work.model, work.plan, at_once, alone)
+    unshared = sorted(set(every).difference(*shared))
+    if unshared:
+        yield unshared, *corrupted_run(work.model, work.plan, at_once, unshared)
     for rows in shared:
         assert executor.corrupted is not None
         try:

@@ -84,14 +84,14 @@ def whole_prompts(work: Work, jobs: Sequence[Job]) -> list[int]:
 def fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int, at: int = 0) -> int:
     """How many of the jobs from `at` on fit: their own tokens, and their prompts, padded as they run."""
     own = total = longest = 0
-    seen: set[int] = set()
+    prompts_in_batch: set[int] = set()
     for number in range(at, len(jobs)):
         own += sizes[number]
         prompt = jobs[number][0]
-        if prompt not in seen:
-            seen.add(prompt)
+        if prompt not in prompts_in_batch:
+            prompts_in_batch.add(prompt)
             total, longest = total + prompts[number], max(longest, prompts[number])
-        if max(own, padded_at_most(len(seen), total, longest)) > room:
+        if max(own, padded_at_most(len(prompts_in_batch), total, longest)) > room:
             return max(number - at, 1)
     return len(jobs) - at
 

@@ -33,10 +33,10 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
             tower = site_of(place).tower
             written = _window(model, place, window)
             for position in [None] if open_ and together else _positions(pattern, edited, tower):
-                for seen in [None] if pattern.key is None else _positions(pattern, edited, tower, pattern.key):
-                    key = replace(place.at(Slice() if position is None else position), key=seen)
+                for key_position in [None] if pattern.key is None else _positions(pattern, edited, tower, pattern.key):
+                    key = replace(place.at(Slice() if position is None else position), key=key_position)
                     cell = cell_of(key)
-                    targets.setdefault(key, Target(cell, (TargetPart(cell, written, position, seen),)))
+                    targets.setdefault(key, Target(cell, (TargetPart(cell, written, position, key_position),)))
     known = engine.map_of(model)
     found = [targets[path] for path in sorted(targets, key=lambda path: known.rank(path))]
     joint = [target_of_set(model, known, members, edited) for members in sets]

@@ -12,9 +12,9 @@ from nnsplice.errors import BadType, closest
 RUNNING = ("executor", "max_tokens", "journal", "progress")
 
 
-def known_of(asked: Callable[..., Any], inner: Callable[..., Any], but: Collection[str] = ()) -> tuple[str, ...]:
+def known_of(outer: Callable[..., Any], inner: Callable[..., Any], but: Collection[str] = ()) -> tuple[str, ...]:
     """What a question can be given by name: what it has of its own, of what it hands on to, and of `ns.run`."""
-    own, handed = (inspect.signature(function).parameters.values() for function in (asked, inner))
+    own, handed = (inspect.signature(function).parameters.values() for function in (outer, inner))
     named = [p.name for p in (*own, *handed) if p.kind is p.KEYWORD_ONLY and p.name not in but]
     return tuple(dict.fromkeys([*named, *RUNNING]))
 

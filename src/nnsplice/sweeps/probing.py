@@ -159,10 +159,10 @@ class _Probe:
     def __init__(self, work: Work, jobs: Sequence[Job]) -> None:
         self.work, self.jobs = work, list(jobs)
         self.kept: list[Tensor] = []
-        asked = replace(
+        metric = replace(
             work.plan.metric.metric, name="logits", rule=self._keep, answers={}, compares=False, local=False
         )
-        self.of_logits = replace(work, plan=replace(work.plan, metric=asked.bind(None, len(work.plan.corrupted))))
+        self.of_logits = replace(work, plan=replace(work.plan, metric=metric.bind(None, len(work.plan.corrupted))))
         # The first has all logits computed, which shows that the others may do without those that nobody reads.
         self.logits = {job: run_single(self.of_logits, job, only=number > 0) for number, job in enumerate(self.jobs)}
         self.points = {job: float(direction(logits)) for job, logits in self.logits.items()}

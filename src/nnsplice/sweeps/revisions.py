@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnsplice.digests import function_digest
 from nnsplice.errors import BadArgument, BadType, KeyMismatch, circumstances, named
-from nnsplice.files import from_json, local_folder, text_of, whole
+from nnsplice.files import from_json, local_path, text_of, whole
 from nnsplice.progress import bar
 from nnsplice.results import SweepResult
 
@@ -122,7 +122,7 @@ def over_revisions(
     with circumstances("ns.over_revisions"):
         if not names or len(set(names)) < len(names):
             raise BadArgument(f"revisions={names}", expected="different names, at least one")
-        folder = None if journal is None else _journal(local_folder(journal), job)
+        folder = None if journal is None else _journal(local_path(journal), job)
     results: dict[str, SweepResult] = {}
     with bar("revisions", len(names), "revision", progress) as shown:
         for name in names:

@@ -37,11 +37,11 @@ def split_sites(sites: Sites) -> tuple[list[Path], list[tuple[Path, ...]]]:
     given = [sites] if isinstance(sites, str | Path) or not isinstance(sites, Iterable) else list(sites)
     if not given:
         raise BadArgument("no sites, so there is nothing to sweep", expected="at least one path")
-    alone: list[Path] = []
+    single: list[Path] = []
     sets: list[tuple[Path, ...]] = []
     for one in given:
         if isinstance(one, str | Path) or not isinstance(one, Iterable):
-            alone += map(parse_path, engine.listed(one))
+            single += map(parse_path, engine.listed(one))
             continue
         members = tuple(one)
         if not members:
@@ -53,13 +53,13 @@ def split_sites(sites: Sites) -> tuple[list[Path], list[tuple[Path, ...]]]:
                 found = "a set of sites within a set" if isinstance(member, Iterable) else f"{named(member)} in a set"
                 raise BadType(found, expected="paths, and lists of paths that are changed together", write=_WRITE)
         sets.append(tuple(map(parse_path, members)))
-    return alone, sets
+    return single, sets
 
 
 def all_paths(sites: Sites) -> list[Path]:
     """All paths, those of sets too."""
-    alone, sets = split_sites(sites)
-    return [*alone, *(path for members in sets for path in members)]
+    single, sets = split_sites(sites)
+    return [*single, *(path for members in sets for path in members)]
 
 
 def target_of_set(model: engine.Model, known: engine.ModelMap, members: Sequence[Path], edited: Prompts) -> Target:
@@ -78,8 +78,8 @@ def target_of_set(model: engine.Model, known: engine.ModelMap, members: Sequence
         for place, _ in known.arrange((member.place,)):
             tower = site_of(place).tower
             for at in _each(member, member.position, edited, tower):
-                for seen in [None] if member.key is None else _each(member, member.key, edited, tower):
-                    shown = Slice() if member.key is not None and seen is None else seen
+                for key_position in [None] if member.key is None else _each(member, member.key, edited, tower):
+                    shown = Slice() if member.key is not None and key_position is None else key_position
                     key = replace(place.at(Slice() if at is None else at), key=shown)
                     if key in parts:
                         raise DuplicatePath("the same site twice in one set", path=member, expected="each site once")

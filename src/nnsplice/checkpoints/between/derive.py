@@ -19,7 +19,7 @@ from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, listin
 from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
 from nnsplice.checkpoints.mapper.names import Copy, Drop
 from nnsplice.errors import BadArgument, BadType, FileError, MapperError, MissingCheckpoint, circumstances, named
-from nnsplice.files import local_folder, text_of
+from nnsplice.files import local_path, text_of
 from nnsplice.shown import shown
 
 #: A source or target: a folder, a model, a config, and for the target `"tl"` or `"hf"`.
@@ -227,7 +227,7 @@ def _scaled_otherwise(source: _Side, target: _Side) -> dict[str, str]:
 def _side(side: Side) -> _Side:
     """Read one side."""
     if isinstance(side, str | Path):
-        folder = local_folder(side)
+        folder = local_path(side)
         with circumstances(f"reading {folder}"):
             checkpoint = Checkpoint.open(folder)
             model: Any = meta_model(folder)

@@ -29,7 +29,7 @@ from nnsplice.checkpoints.io.writer import (
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, applied, ordered
 from nnsplice.checkpoints.mapper.distributed import is_distributed
 from nnsplice.errors import BadArgument, MapperError, TeamError, circumstances
-from nnsplice.files import local_folder
+from nnsplice.files import local_path
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,7 +89,7 @@ def write_model_state_distributed(
             groups = groups_of(mapper, state_generator)
             return write_shards(folder, prefix, mapper, groups, limit, show_progress, position)
 
-        _write(team, local_folder(dest_dir), job_digest(mapper, limit, ""), work, resume)
+        _write(team, local_path(dest_dir), job_digest(mapper, limit, ""), work, resume)
 
 
 def write_model_state_pipeline_parallel(
@@ -168,7 +168,7 @@ def write_model_state_pipeline_parallel(
             stage.agree()
             return made
 
-        _write(team, local_folder(dest_dir), job_digest(mapper, limit, ""), work, resume)
+        _write(team, local_path(dest_dir), job_digest(mapper, limit, ""), work, resume)
 
 
 def save_model_state_pipeline_parallel(

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnsplice.checkpoints.io.mapping import block_of, bytes_of
 from nnsplice.checkpoints.mapper.abc import ModelStateMapper, StateGroup, inputs_of, listing, ordered
 from nnsplice.errors import FileError, MapperError, MissingCheckpoint, closest
-from nnsplice.files import from_json, local_folder
+from nnsplice.files import from_json, local_path
 from nnsplice.headers import Header, TensorEntry, read_header
 from nnsplice.shown import shown
 
@@ -61,7 +61,7 @@ class Checkpoint:
             FileError: pickles, or a damaged index.
             BadArgument: the address of an object store.
         """
-        where = local_folder(folder)
+        where = local_path(folder)
         index, single = where / INDEX, where / SINGLE
         if index.is_file():
             files, tied = _read_index(index)

@@ -20,7 +20,7 @@ from nnsplice.checkpoints.mapper.abc import ModelStateMapper
 from nnsplice.checkpoints.mapper.adapters import identity_mapper_from_mapper_outputs
 from nnsplice.checkpoints.mapper.compose import Shard
 from nnsplice.errors import TeamError, circumstances
-from nnsplice.files import local_folder
+from nnsplice.files import local_path
 
 
 def write_with_workers(
@@ -45,7 +45,7 @@ def write_with_workers(
     asked = job_digest(mapper, limit, f"{source}\n{workers} workers")
     with (
         circumstances(f"writing {os.fspath(dest_dir)} with {workers} workers"),
-        staged(local_folder(dest_dir), asked, resume=resume) as staging,
+        staged(local_path(dest_dir), asked, resume=resume) as staging,
     ):
         if not staging.published:
             staging.publish(_shards(src_dir, staging.folder, mapper, workers, limit, show_progress), carry, like)

@@ -25,7 +25,7 @@ from nnsplice.checkpoints.mapper.compose import Parallel, Sequential
 from nnsplice.checkpoints.mapper.distributed import GatherFullTensor, is_distributed
 from nnsplice.checkpoints.mapper.fingerprint import fingerprint
 from nnsplice.errors import BadArgument, MapperError, circumstances
-from nnsplice.files import local_folder
+from nnsplice.files import local_path
 from nnsplice.progress import bar
 
 #: Tensors by their names, one after the other.
@@ -75,7 +75,7 @@ def write_model_state_local(
     """
     with circumstances(f"writing {os.fspath(dest_dir)}"):
         limit = shard_bytes(shard_size_gb)
-        with staged(local_folder(dest_dir), job_digest(mapper, limit, source), resume=resume) as staging:
+        with staged(local_path(dest_dir), job_digest(mapper, limit, source), resume=resume) as staging:
             if not staging.published:
                 shards = write_shards(
                     staging.folder, "0000", mapper, groups_of(mapper, state_generator), limit, show_progress
