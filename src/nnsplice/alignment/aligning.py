@@ -146,7 +146,7 @@ def _setting(
 
 @dataclass(frozen=True)
 class _Request:
-    """What was asked, of whichever model."""
+    """The question, for any model."""
 
     base: PromptsLike
     source: PromptsLike
@@ -164,7 +164,7 @@ class _Request:
         )
 
     def loss(self, model: engine.Model, plan: Plan) -> Bound:
-        """What training maximises."""
+        """The training objective."""
         return log_probability(self.answers).bind(engine.tokenizer_of(model), len(plan.corrupted), plan.corrupted.texts)
 
     @staticmethod
@@ -179,11 +179,11 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Findings:
-    """What one model gave."""
+    """The measurements on one model."""
 
     side: PairRuns
     subspaces: Mapping[int, Subspace]
-    #: `[pair, site]` by what was measured; all pairs, NaN where nothing was.
+    #: Measure -> `[pair, site]`, of all pairs; NaN where nothing was measured.
     values: Mapping[str, np.ndarray]
     #: How often base prompts were recorded, batches of them.
     passes: int

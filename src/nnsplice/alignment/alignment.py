@@ -29,7 +29,7 @@ CONTENTS = "alignment.json"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Alignment:
-    """What `ns.align` found.
+    """The result of `ns.align`.
 
     >>> base, source = ["w3 w4", "w5 w4", "w6 w4", "w7 w4"], ["w5 w4", "w6 w4", "w7 w4", "w3 w4"]
     >>> found = ns.align(model, base, source, ["w5", "w6", "w7", "w3"], "layers[:].output[0]", k=2, epochs=1,

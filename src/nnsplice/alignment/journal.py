@@ -54,7 +54,7 @@ class AlignmentJournal:
         return cls(path)
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors of a finished layer and what is told of them; None where it is not finished.
+        """The tensors and the record of a finished layer; None if it is not finished.
 
         Raises:
             FileError: the file is damaged.

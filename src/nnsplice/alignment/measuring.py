@@ -47,7 +47,7 @@ def accuracies(
 
 
 def memo_of(side: PairRuns) -> dict[str, object]:
-    """What is known of the model before a pass is recorded: how packed rows come by their attention."""
+    """The attention of packed rows on this model, found before a pass is recorded."""
     return {"way": side.work.memo["way"]} if "way" in side.work.memo else {}
 
 
@@ -63,7 +63,7 @@ def fitting(side: PairRuns, jobs: Sequence[Job], room: int) -> Iterator[list[Job
 
 
 def within(items: Iterable[T], sizes: Iterable[int], room: int) -> Iterator[list[T]]:
-    """Items in their order, as many at once as have room; one that has none goes on its own."""
+    """Items in order, in batches that have room; an item that is too large is a batch."""
     some: list[T] = []
     held = 0
     for item, size in zip(items, sizes, strict=True):

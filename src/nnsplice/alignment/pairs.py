@@ -57,9 +57,9 @@ def split(pairs: int, held_out: float | Sequence[int], seed: int) -> PairSplit:
 
 @dataclass(frozen=True)
 class PairRuns:
-    """One model with the pairs run through it: the model that is asked about, or its random twin."""
+    """The recorded runs of the pairs on one model: the user's, or its random twin."""
 
-    #: What seeds and files call it.
+    #: Its name in seeds and files.
     name: str
     work: Work
     #: `[pair]`: whether the source and the base run, unedited, put the counterfactual answer first.
@@ -73,7 +73,7 @@ class PairRuns:
         return self.work.plan
 
     def jobs(self, target: int, pairs: Sequence[int]) -> list[Job]:
-        """What has to run of a site for some pairs; the other cells are known to be the base run's."""
+        """The cells of a site that have to run for some pairs; the others are known to equal the base run."""
         wanted = set(pairs)
         return [job for job in self.plan.jobs if job[1] == target and job[0] in wanted]
 
@@ -121,6 +121,6 @@ def check_sites(plan: Plan) -> None:
 
 
 def seeded(*parts: object) -> torch.Generator:
-    """A generator that depends on what is drawn, not on when: a resumed run draws the same numbers."""
+    """A generator seeded by name, not by order, so that a resumed run draws the same numbers."""
     number = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7]
     return torch.Generator().manual_seed(int.from_bytes(number, "big"))

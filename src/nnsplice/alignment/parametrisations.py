@@ -17,12 +17,12 @@ from torch.nn.utils.parametrizations import orthogonal
 
 #: Where the hard concrete distribution is stretched to, and its temperature (Louizos et al., 2018).
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
-#: What all directions open cost, in nats of loss.
+#: The penalty for all directions open, in nats of loss.
 COST = 1.0
 
 
 class TrainableSubspace(nn.Module):
-    """What is trained at one site."""
+    """The trained parameters of one site."""
 
     def begin(self, progress: float) -> None:
         """Prepare a step.
@@ -37,7 +37,7 @@ class TrainableSubspace(nn.Module):
         raise NotImplementedError
 
     def penalty(self) -> Tensor:
-        """What is added to the loss."""
+        """A penalty that is added to the loss."""
         return next(self.parameters()).new_zeros(())
 
     def basis(self) -> Tensor:
@@ -111,7 +111,7 @@ class NumberMask(TrainableSubspace):
         self.k: int = k
         self.generator: torch.Generator = generator
         self.gates: Tensor | None = None
-        #: How much of the price of open gates is asked by now.
+        #: The current weight of the penalty for open gates.
         self.pressure: float = 0.0
 
     def begin(self, progress: float) -> None:

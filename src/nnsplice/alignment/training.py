@@ -47,7 +47,7 @@ class AlignmentOptions:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came out at one site."""
+    """The outcome of training at one site."""
 
     #: `[k, width]`, not yet orthonormal to the last digit.
     basis: Tensor
@@ -199,7 +199,7 @@ def _step(
     room: int,
     sums: dict[int, list[float]],
 ) -> Cost:
-    """One step of every site that the batch says something of; as many sites at once as fit."""
+    """One step of every site with pairs in the batch; as many sites at once as fit."""
     cost, batch = Cost(), recordings.batches[number]
     stepping = {target: site for target, site in active.items() if number in site.ready}
     sizes_of = [site.ready[number].tokens for site in stepping.values()]

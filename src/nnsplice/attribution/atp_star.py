@@ -71,7 +71,7 @@ def with_both_fixes(batch: AttributionBatch) -> tuple[GradientRun, Tensor]:
 
 
 class _GradientDrop:
-    """Lets one layer's branches pass no gradient back, as if what they add were constant."""
+    """Stops the gradient at the outputs of one layer's branches, as if they were constant."""
 
     def __init__(self, tensors: Mapping, branches: Branches) -> None:
         self.layer: int | None = None
@@ -108,7 +108,7 @@ def _roles(batch: AttributionBatch, branches: Branches) -> Iterator[tuple[Site, 
         layout = block.layout
         if home is None or layout is None:
             continue
-        # Norms of what latent queries and keys are made from stand before the heads are.
+        # Norms of latent queries and keys come before the heads are split.
         before = tuple(name.removesuffix("_proj").removesuffix("_proj_with_mqa") for name in block.latents)
         inner = [name for name in atlas.tree.under(home) if name != block.attn_added and not name.startswith(before)]
         norms = any(_mixes(atlas, name, layout.size("q")) for name in inner)

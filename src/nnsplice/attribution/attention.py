@@ -19,7 +19,7 @@ from nnsplice import engine
 
 NAME = "nnsplice_probabilities"
 
-#: What attention modules pass along that changes nothing in the plain form.
+#: Arguments of attention modules that do not change the plain form.
 _HARMLESS = {
     "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", *engine.BLOCK_CACHE_NAMES,
     "position_embeddings", "output_router_logits", "return_dict", "logits_to_keep", "sliding_window", "dropout",
@@ -28,7 +28,7 @@ _HARMLESS = {
 
 @dataclass(frozen=True)
 class AttentionRecord:
-    """What one attention module computed with."""
+    """The inputs and the probabilities of one attention module."""
 
     #: `[prompt, head, token, width]` and `[prompt, group, token, width]`, as they met: rotated and normalised.
     query: Tensor
@@ -62,7 +62,7 @@ AttentionRecords = dict[nn.Module, AttentionRecord]
 
 
 class _ActiveRecording(threading.local):
-    """What this thread keeps, and what ran before: the name of its attention by each config's id."""
+    """This thread's records, and the attention implementation of each config (by id) before."""
 
     now: tuple[AttentionRecords, dict[int, str]] | None = None
 
@@ -72,7 +72,7 @@ _active = _ActiveRecording()
 
 @contextmanager
 def probabilities(root: nn.Module) -> Iterator[AttentionRecords]:
-    """Let every attention of the model keep what it computed with; its own way is back afterwards."""
+    """Record the inputs of every attention of the model inside the block."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 

@@ -20,7 +20,7 @@ from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import check_mode
 
-#: How `auto` chooses: part of what a result is.
+#: How `auto` chooses; part of a result's identity.
 _AUTO_ASKED: dict[str, Any] = {"auto": {"prompts": selecting.PROMPTS, "cells": selecting.CELLS}}
 
 

@@ -1,4 +1,4 @@
-"""The branches of a model's layers: what each reads from the stream and adds to it.
+"""The branches of a model's layers: the stream that each reads, and its output to the stream.
 
 A branch is an attention or an MLP. Between two branches there is nothing but the stream, so whatever one of them adds
 reaches another directly or through further branches; edges and paths are made of that.
@@ -24,11 +24,11 @@ class Branch:
 
     name: Literal["attn", "mlp"]
     block: Block
-    #: What it adds to the stream.
+    #: Its output, which is added to the stream.
     added: Path
     #: The stream that it reads.
     reads: Path
-    #: When it reads, and when what it adds is there to be read; of all branches in order, 0, 1, 2, ...
+    #: When it reads, and when its output can be read; counted over all branches in order: 0, 1, 2, ...
     reads_at: int
     adds_at: int
 
@@ -84,7 +84,7 @@ class Branches:
 
 
 def rounding_of(dtype: torch.dtype) -> float:
-    """How far rounding may put two ways of computing what a branch adds apart, relative to its largest number."""
+    """The rounding tolerance between two computations of a branch's output, relative to its largest number."""
     return 1e-9 if dtype == torch.float64 else 1e-3 if dtype == torch.float32 else 5e-2
 
 
@@ -130,7 +130,7 @@ def branches_of(model: engine.Model) -> Branches:
 
 
 def _path(text: str, site: Site) -> Path:
-    """A site by its role, also where its name means nothing by itself (a branch that is scaled in code)."""
+    """A site by its role, also if its module has no such output (a branch that is scaled in code)."""
     return replace(parse_path(text), site=site)
 
 

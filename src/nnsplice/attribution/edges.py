@@ -54,7 +54,7 @@ class Receiver:
 
 @dataclass(frozen=True)
 class EdgeGraph:
-    """Who may send to whom."""
+    """The senders, the receivers, and the edges between them."""
 
     senders: Mapping[Path, Sender]
     #: Those that at least one sender reaches.
@@ -111,7 +111,7 @@ class EdgeGraph:
         here = batch.run([*batch.paths, *self._ends(batch), batch.entry], tied=False)
         entry = value_key(site_of(batch.entry))
         way = points(batch, here.values[entry], batch.clean[entry])
-        # What a feature sends has the scale of the point, where its SAE scales its inputs.
+        # If an SAE scales its inputs, a feature's output has the scale at this point.
         reads += scaled_features(batch)
         runs = ((weight, batch.run(reads, mixed=mixed)) for weight, mixed in way)
         return here, self._along(batch, here, runs)
@@ -164,7 +164,7 @@ class EdgeGraph:
                 )
             yield torch.zeros_like(one.values[stream]) if masked is None else masked.reshape(shape)
 
-    # --- what is sent
+    # --- the senders' outputs
 
     def _ends(self, batch: AttributionBatch) -> list[Path]:
         """Where the branches of senders inside one add to the stream: what their projections are compared with."""
@@ -172,7 +172,7 @@ class EdgeGraph:
         return [one.branch.added for one in chosen if one.projection is not None and one.branch is not None]
 
     def _sent(self, batch: AttributionBatch, here: GradientRun, parts: FeatureDifferences) -> list[Tensor]:
-        """What each sender's change adds to the stream: `[row, token, width]`."""
+        """The change of the stream by each sender's change: `[row, token, width]`."""
         sent: list[Tensor] = []
         ends: dict[str, BranchEnd] = {}
         for number, wanted in enumerate(batch.wanted):
@@ -196,7 +196,7 @@ class EdgeGraph:
     def _sent_by_part(
         self, batch: AttributionBatch, here: GradientRun, parts: FeatureDifferences, number: int, scaled_at: GradientRun
     ) -> Tensor:
-        """The same of a feature or an error, which is a part of what is added: it has no projection before it."""
+        """The same for a feature or an error: a part of the branch's output, with no projection behind it."""
         wanted = batch.wanted[number]
         values = here.values[value_key(site_of(wanted.place))]
         rows, tokens, _ = batch.tokens_on(values.device)[number]
@@ -236,7 +236,7 @@ class BranchEnd:
 
     project: nn.Module
     norm: nn.Module | None
-    #: What the projection made in the corrupted run, and what it makes of nothing: its bias.
+    #: The projection's output in the corrupted run, and for an input of zeros: its bias.
     before: Tensor
     bias: Tensor
 
@@ -267,7 +267,7 @@ class BranchEnd:
         return found
 
     def through(self, moved: Tensor) -> Tensor:
-        """The change of what the branch adds, of the change of what its projection is given."""
+        """The change of the branch's output, from the change of its projection's input."""
         with torch.no_grad():
             change = self.project(moved) - self.bias
             return change if self.norm is None else self.norm(self.before + change) - self.norm(self.before)
@@ -280,7 +280,7 @@ def norm_behind(branch: Branch) -> str | None:
     return None if module in inner else module
 
 
-# --- who there is -----------------------------------------------------------------------------------------------------
+# --- senders and receivers --------------------------------------------------------------------------------------------
 
 
 def _sender(place: Path, branches: Branches) -> Sender:
@@ -290,7 +290,7 @@ def _sender(place: Path, branches: Branches) -> Sender:
             path=place,
             write="ns.sweep(...)   (exact)",
         )
-    # A feature, or an error, sends what it changes of the site that it is a part of.
+    # A feature, or an error, sends its change of the site that it is a part of.
     branch, site = branches.of(place), site_of(host(place))
     if branch is None:
         at = branches.stream_at(place)

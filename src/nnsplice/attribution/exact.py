@@ -25,7 +25,7 @@ def measured(
     journal: str | PathLike[str] | None,
     progress: bool,
 ) -> SweepResult:
-    """Every edge of a plan's senders: what reaches the metric when one sender's change reaches one receiver alone."""
+    """Every edge of a plan's senders: the effect of one sender's change that reaches one receiver only."""
     joined = graph.joined(plan).numpy()
     cells, receivers = np.nonzero(joined)
     if not len(cells):

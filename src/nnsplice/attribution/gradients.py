@@ -21,7 +21,7 @@ from nnsplice.sweeps.executors import check_length
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.reading import only_read, read_at
 
-#: The name of a value of a run: one tensor, whatever number of heads and neurons stands in it.
+#: The name of a value of a run: one tensor, with all its heads and neurons.
 ValueKey = Hashable
 
 
@@ -32,10 +32,10 @@ def value_key(site: Site) -> ValueKey:
 
 @dataclass(frozen=True)
 class GradientRun:
-    """A run over prompts of one length: its values and what it said."""
+    """A run over prompts of one length: its values and its logits."""
 
     rows: tuple[int, ...]
-    #: What flows on in the run, where gradients arrive; its shape is the model's own.
+    #: The tensors of the run that receive gradients, in the model's own shapes.
     tensors: Mapping[ValueKey, Tensor]
     #: Copies of the same, `[prompt, token, width]`.
     values: Mapping[ValueKey, Tensor]
@@ -45,7 +45,7 @@ class GradientRun:
 
 @dataclass(frozen=True)
 class InterpolatedInput:
-    """What enters the first layer instead of what the run computed: a point on the way between two runs."""
+    """The input of the first layer that replaces the run's own: a point on the path between two runs."""
 
     place: Path
     #: `[prompt, token, width]`
@@ -54,7 +54,7 @@ class InterpolatedInput:
 
 @dataclass
 class GradientCost:
-    """What has been run so far."""
+    """The cost of the runs so far."""
 
     cost_model: CostModel
     cost: Cost = field(default_factory=Cost)
@@ -73,7 +73,7 @@ class GradientCost:
 
 @contextmanager
 def differentiable(model: engine.Model) -> Iterator[None]:
-    """Gradients of values, and none of parameters: those would cost memory and are not asked for. Flags come back."""
+    """Gradients of values only: those of parameters are switched off meanwhile, as they cost memory."""
     flags = [(parameter, parameter.requires_grad) for parameter in unwrap(model).parameters()]
     with torch.inference_mode(False), torch.enable_grad():
         try:

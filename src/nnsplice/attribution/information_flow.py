@@ -58,7 +58,7 @@ def shares(graph: EdgeGraph, batch: AttributionBatch) -> Tensor:
 
 
 def _counted(batch: AttributionBatch, rows: Sequence[int], length: int, receiver: Receiver, at_end: bool) -> Tensor:
-    """`[cell, row, clean token]`: what a cell's share at a token counts for in the mean over a receiver's tokens.
+    """`[cell, row, clean token]`: the weight of a cell's share at a token in the mean over a receiver's tokens.
 
     These are the tokens that the metric can depend on; of the logits it is the one that the metric reads.
     """
@@ -78,9 +78,9 @@ def _counted(batch: AttributionBatch, rows: Sequence[int], length: int, receiver
 
 @dataclass(frozen=True)
 class _StreamTerm:
-    """Who adds to the stream at once: `embed`, an MLP, or all heads of an attention."""
+    """A group of senders with one output: `embed`, an MLP, or all heads of an attention."""
 
-    #: What is read of a run, and the sites that the senders have.
+    #: The sites that are read in a run: that of the output, and the senders'.
     paths: tuple[Path, ...]
     branch: Branch | None
     adds_at: int
@@ -116,7 +116,7 @@ def _senders(model: engine.Model) -> list[_StreamTerm]:
 
 
 def _numbers(graph: EdgeGraph, senders: Sequence[_StreamTerm]) -> dict[Path, int]:
-    """The number of each site that is asked about among all senders.
+    """The number of each requested site among all senders.
 
     Raises:
         RefusedPlace: it is none of them.
@@ -154,7 +154,7 @@ def _proximities(
 
 
 def _added(model: engine.Model, sender: _StreamTerm, run: GradientRun) -> Iterator[Tensor]:
-    """What each of some senders adds to the stream: `[row, token, width]`."""
+    """The senders' outputs to the stream: `[row, token, width]` each."""
     if sender.branch is None or sender.branch.name == "mlp":
         scale = 1.0 if sender.branch is None else sender.branch.block.scale
         yield run.values[value_key(site_of(sender.paths[0]))] * scale

@@ -38,7 +38,7 @@ class AttributionMethod:
 
     #: For cells: a batch -> its corrupted run and `[row, cell]`. None where edges are scored.
     nodes: Callable[[AttributionBatch], tuple[GradientRun, Tensor]] | None
-    #: Whether gradients are taken along a way, of so many `steps`.
+    #: Whether gradients are taken along a path of `steps` points.
     stepwise: bool = False
     #: Whether edges are measured, and not estimated.
     measured: bool = False
@@ -59,18 +59,18 @@ METHODS: dict[str, AttributionMethod] = {
     "ifr": AttributionMethod(None, edges=information_flow.shares),
     "exact": AttributionMethod(None, measured=True),
 }
-#: What one gradient tells little of: a patch of the stream replaces all that was computed before it, which takes the
+#: The note about one gradient at the stream: a patch there replaces all that was computed before it, which takes the
 #: model far from where the gradient was taken. Measured on a pretrained model in docs/real.md.
 _STREAM = (
     'one gradient is a rough guess for the residual stream, in size and in order; method="ig", or verify= for numbers '
     "that are exact"
 )
-#: What a share is no estimate of.
+#: The note about scores that are shares.
 _SHARES = (
     "scores are shares of what receivers read in the clean run, which order edges; verify= compares their order with "
     "that of the metric's changes"
 )
-#: Gradients on the way between two runs, where nobody says how many.
+#: The default number of gradients on the path between two runs.
 STEPS = 5
 
 
@@ -80,7 +80,7 @@ def steps_of(method: AttributionMethod, steps: int | None) -> int:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a method says of some prompts; zeros for the others."""
+    """The estimates of some prompts; zeros for the others."""
 
     #: `[prompt, cell]`, and of edges `[prompt, cell, receiver]`.
     scores: np.ndarray
@@ -104,7 +104,7 @@ class Estimator:
     progress: bool
 
     def __call__(self, prompts: Sequence[int]) -> tuple[np.ndarray, Cost]:
-        """The scores of these prompts, of edges where there are some, and what they cost."""
+        """The scores of these prompts, of edges if there are some, and their cost."""
         found = self.scored(prompts)
         return found.scores if found.edges is None else found.edges, found.spent.cost
 
@@ -213,13 +213,13 @@ class Estimator:
 
 
 def notes(forwards: int, backwards: int, noted: Sequence[str], doubts: Sequence[str]) -> str:
-    """What a result's note says of its estimates."""
+    """The note of a result about its estimates."""
     passes = f"{_count(forwards, 'forward')} and {_count(backwards, 'backward')}"
     return "; ".join([f"estimated with {passes}", *dict.fromkeys(noted), *doubts])
 
 
 def doubts(plan: Plan, name: str) -> list[str]:
-    """What is known of estimates of such sites, for the note."""
+    """Known weaknesses of estimates at such sites, for the note."""
     stream = any(
         not path.native and path.steps[-1].name in ("layers", "embed") and path.value in ("input", "mid", "output")
         for path in nodes.places_of(plan)

@@ -26,14 +26,14 @@ from nnsplice.packed.indices import on_device
 from nnsplice.paths import Path
 from nnsplice.sweeps.plan import Plan
 
-#: Where clean values stand: for each value of the run `[row, token, width]`, padded on the right.
+#: The clean values: for each value of the run `[row, token, width]`, padded on the right.
 CleanValues = Mapping[ValueKey, Tensor]
 Gradients = dict[ValueKey, Tensor | None]
 
 
 @dataclass(frozen=True)
 class SiteEntries:
-    """All that is asked of one site: rows of the batch, their tokens in both runs, and the cells that these are of."""
+    """The request for one site: rows of the batch, their tokens in both runs, and their cells."""
 
     place: Path
     cells: Tensor
@@ -43,7 +43,7 @@ class SiteEntries:
 
 
 def entries_of(plan: Plan, rows: Sequence[int]) -> list[SiteEntries]:
-    """What the plan's jobs ask of each site, for these prompts."""
+    """The requests of the plan's jobs for each site, for these prompts."""
     number = {prompt: row for row, prompt in enumerate(rows)}
     found: dict[Path, list[tuple[int, int, int, int]]] = {}
     for prompt, cell in plan.jobs:
@@ -60,13 +60,13 @@ def entries_of(plan: Plan, rows: Sequence[int]) -> list[SiteEntries]:
 
 @dataclass(frozen=True)
 class AttributionBatch:
-    """Prompts of one length, and what is known of them before the corrupted run."""
+    """Prompts of one length, with their clean values and the requested sites."""
 
     model: engine.Model
     plan: Plan
     rows: tuple[int, ...]
     wanted: Sequence[SiteEntries]
-    #: The clean run at every site that is asked about, and its logits where the metric reads, `[row, vocab]`.
+    #: The clean run at every requested site, and its logits where the metric reads, `[row, vocab]`.
     clean: CleanValues
     clean_logits: Tensor
     #: Where the stream enters the first layer.
@@ -90,7 +90,7 @@ class AttributionBatch:
 
     @property
     def paths(self) -> list[Path]:
-        """The sites that are asked about."""
+        """The requested sites."""
         return [one.place for one in self.wanted]
 
     def run(self, paths: Sequence[Path], *, mixed: InterpolatedInput | None = None, tied: bool = True) -> GradientRun:
@@ -137,7 +137,7 @@ def clean_run(
 
 
 def points(batch: AttributionBatch, before: Tensor, after: Tensor) -> Iterator[tuple[float, InterpolatedInput]]:
-    """Where on the straight way from one embedding to the other gradients are taken, and what each counts.
+    """The points on the straight path between two embeddings at which gradients are taken, and their weights.
 
     Those of Gauss and Legendre: for so many gradients no others integrate more polynomials exactly.
     """
@@ -147,7 +147,7 @@ def points(batch: AttributionBatch, before: Tensor, after: Tensor) -> Iterator[t
 
 
 def at_corrupted(batch: AttributionBatch) -> tuple[GradientRun, Tensor]:
-    """`atp`: the gradient where the corrupted run stands."""
+    """`atp`: the gradient at the corrupted run."""
     here = batch.run(batch.paths)
     gradients = batch.pulled(batch.metric(here), here, here.tensors)
     return here, lined_up(batch, here, gradients)
@@ -191,7 +191,7 @@ def lined_up(
     parts: FeatureDifferences | None = None,
     scaled_at: GradientRun | None = None,
 ) -> Tensor:
-    """`[row, cell]`: what each cell's difference between the two runs is worth along these gradients.
+    """`[row, cell]`: each cell's difference between the two runs times these gradients.
 
     Args:
         skip: sites whose cells are left at 0.
@@ -237,7 +237,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class FeatureDifferences:
-    """What features, or the error, change of their site when they are patched; the other parts stay as they are."""
+    """The change of a site when features, or the error, are patched and its other parts are kept."""
 
     def __init__(self, batch: AttributionBatch, here: GradientRun) -> None:
         self._batch, self._here = batch, here

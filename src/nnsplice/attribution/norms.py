@@ -17,7 +17,7 @@ from nnsplice import engine
 from nnsplice.atlas import unwrap
 from nnsplice.errors import RefusedPlace
 
-#: Tokens of the prompt whose run tells what shape each norm is given.
+#: The prompt whose run shows the input shape of each norm.
 _TOKENS = 2
 #: How far two inputs may be from one scale for each column, in dtypes with many digits and in others.
 _ROUNDING, _ROUGH = 1e-2, 0.1
@@ -31,11 +31,11 @@ class MeasuredNorm:
 
     #: Whether it subtracts the mean.
     centred: bool
-    #: What it makes of zeros; an axis along which that is the same has length 1.
+    #: Its output for zeros; an axis along which that is constant has length 1.
     bias: Tensor
 
     def line(self, states: Tensor) -> Tensor:
-        """What is scaled."""
+        """The input that is scaled."""
         return states - states.mean(-1, keepdim=True) if self.centred else states
 
 

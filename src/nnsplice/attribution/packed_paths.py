@@ -1,4 +1,4 @@
-"""Path patches as rows of the packed engine: what receivers read from a sender, and the runs with it.
+"""Path patches as rows of the packed engine: the receivers' inputs with a sender's change, and the runs with them.
 
 Nothing runs between a sender and its receivers, as every branch there is frozen; and the second run begins at the
 receivers. A receiver that is the end of the stream needs no second run.
@@ -32,13 +32,13 @@ from nnsplice.sweeps.probe_cells import probe_cells
 from nnsplice.sweeps.rounding import HALF_PRECISION, direction, dtype_of, rounding_note, tolerance
 from nnsplice.sweeps.unedited import clean_run
 
-#: What a result calls this executor.
+#: The name of this executor in results.
 PACKED = "packed paths"
 
 
 @dataclass(frozen=True)
 class PackedPaths:
-    """Jobs -> the metric of each, and what it cost."""
+    """Jobs -> the metric of each, and the cost."""
 
     branches: Branches
     #: For each target of the plan.
@@ -75,7 +75,7 @@ class PackedPaths:
         return values, cost + head
 
     def _frozen_row(self, work: Work, job: Job, branches: Mapping[ModelBranch, FrozenBranch]) -> FrozenRow:
-        """The sender's row, with what its receivers read."""
+        """The sender's row, with its receivers' inputs."""
         plan, prompt = work.plan, job[0]
         row = row_of(work, job)
         inside = [self.branches.of(place) for place in plan.targets[job[1]].places]
@@ -100,7 +100,7 @@ class PackedPaths:
 
 # --- whether it is right ----------------------------------------------------------------------------------------------
 
-#: What was found, by model and question: how packed rows come by their attention, or why they are not used.
+#: Results of trials, by model and question: the attention of packed rows, or the reason not to use them.
 _trusted: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _TrialResult]] = weakref.WeakKeyDictionary()
 
 
@@ -109,7 +109,7 @@ class _TrialResult:
     way: str | None
     refused: str
     longest: int
-    #: What there is to know of numbers in half precision.
+    #: A note about numbers in half precision.
     rough: str = ""
 
 
@@ -138,7 +138,7 @@ def path_execution(plan: Plan, model: engine.Model, executor: Executor, at_once:
 
 
 def handed(work: Work, way: PathExecution, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
-    """What `chosen` says, where it was said before."""
+    """The remembered answer of `chosen`, if there is one."""
     if not way.packed:
         return slow, way.note, Cost()
     work.memo["way"] = way.attention
@@ -146,7 +146,7 @@ def handed(work: Work, way: PathExecution, paths: PackedPaths, slow: Executor) -
 
 
 def chosen(work: Work, paths: PackedPaths, slow: Executor) -> tuple[Executor, str, Cost]:
-    """Packed rows where they give a few cells the values of the slow way, else that; why, and what it cost to know."""
+    """Packed rows if they agree with the slow executor on a few cells, else that; the reason, and the trial's cost."""
     fast = Executor(paths, whole_prompts, mixed=True, name=PACKED)
     if not work.plan.jobs:
         return slow, "", Cost()
@@ -204,7 +204,7 @@ def _tried(work: Work, fast: Executor, slow: Executor, longest: int) -> tuple[_T
 def _rough(
     work: Work, fast: Executor | None, slow: Executor, jobs: Sequence[Job], way: str | None, size: float
 ) -> tuple[str, Cost]:
-    """What half precision makes of the metric: cells together, where they run so, beside cells by themselves.
+    """The rounding of half precision in the metric: cells run together compared with one run per cell.
 
     Args:
         size: of the cells' logits.

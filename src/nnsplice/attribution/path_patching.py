@@ -36,7 +36,7 @@ from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.reading import only_read, read_at
 from nnsplice.sweeps.running import run_fresh
 
-#: What is no option, as a path patch always patches from the clean run, at the tokens that its senders say.
+#: Options of `ns.sweep` that are refused: a path patch takes clean values, at the tokens of its senders.
 SET_HERE = ("operation", "reference", "corruption", "seed", "source")
 
 
@@ -118,7 +118,7 @@ def planned(
         )
     joint = next((target for target in plan.targets if target.is_set), None)
     if joint is not None:
-        # What an earlier sender does to a branch that a later one speaks by would reach the receivers too.
+        # An earlier sender's effect on a later sender's branch would reach the receivers too.
         raise BadArgument(
             "senders that are patched together would reach each other's branches, and these the receivers",
             path=joint.cell.path,
@@ -134,7 +134,7 @@ def run_paths(model: engine.Model, plan: Plan, receivers: Sequence[Paths], **run
 
 
 def routed(model: engine.Model, plan: Plan, receivers: Sequence[Paths]) -> tuple[Plan, ReceiversBySender]:
-    """A plan with what its senders reach, and the ways there.
+    """A plan with the receivers that its senders reach, and the paths there.
 
     Raises:
         BadArgument: no sender reaches a receiver.
@@ -187,7 +187,7 @@ class ReceiversBySender:
         return ReceiversBySender(branches, each, {path: known.rank(path) for path in places})
 
     def reached(self, plan: Plan, target: int) -> bool:
-        """Whether any receiver runs after what this target changes."""
+        """Whether any receiver runs after this target's change."""
         first = min(self.rank[place][0] for place in plan.targets[target].places)
         return any(self.rank[path][0] >= first for path in self.receivers[target])
 
@@ -282,7 +282,7 @@ class ReceiversBySender:
 
 
 class _PathPass:
-    """What is done at each stop of one pass."""
+    """The edits at each site of one pass."""
 
     def __init__(self, paths: ReceiversBySender, work: Work, jobs: Sequence[Job], prompts: Sequence[int]) -> None:
         self.work, self.jobs = work, jobs
@@ -344,7 +344,7 @@ class _PathPass:
             part[self.free.start + row, tokens] = part[self.still.start + row, tokens]
 
     def _hold_still(self, branch: Branch, new: Tensor) -> None:
-        # Not the branch that the sender is in: what it adds is how the sender speaks.
+        # Not the branch that the sender is in: its output carries the sender's change.
         rows = [row for row, inside in enumerate(self.inside) if branch not in inside]
         if rows:
             new[[self.still.start + row for row in rows]] = new[[self.own[row] for row in rows]]

@@ -39,7 +39,7 @@ def rules(model: engine.Model) -> Iterator[None]:
     with ExitStack() as stack:
         for branch in branches_of(model).all:
             if norm_behind(branch) is not None:
-                # What a branch adds is read in front of the rule, so gradients would not come through it.
+                # A branch's output is read before the rule, so gradients would not pass through it.
                 raise RefusedPlace(
                     "relp needs branches without a norm behind them, whose scale would have to stand still too",
                     path=branch.added,
@@ -114,7 +114,7 @@ def _mlp(stack: ExitStack, root: nn.Module, block: Block) -> None:
 
 
 def _after(stack: ExitStack, module: Any, rule: Callable[..., Tensor]) -> None:
-    """Let what a module returns have the gradient of a rule: `(module, its input, its output)` -> that."""
+    """Give a module's output the gradient of a rule: `(module, input, output)` -> the new output."""
     own, forward = module.__dict__.get("forward"), module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +138,7 @@ def _valued(value: Tensor, line: Tensor) -> Tensor:
 
 
 def _frozen_scale(norm: MeasuredNorm, _module: nn.Module, states: Tensor, out: Tensor) -> Tensor:
-    """A norm whose scale is a constant: what is left of it is a straight line."""
+    """A norm with a constant scale, which is linear."""
     line = norm.line(states)
     return _valued(out, line * _ratio(out - norm.bias, line))
 

@@ -27,10 +27,10 @@ from nnsplice.sweeps.running import run_fresh
 AUTO = "auto"
 #: How many prompts, and how many cells or edges of these, are computed exactly at most.
 PROMPTS, CELLS = 4, 48
-#: What is less than this share of the largest effect is none of the largest, and an estimate so small finds nothing.
+#: Effects below this share of the largest do not count among the largest, nor do estimates that small.
 SMALL, TINY = 0.01, 1e-6
 
-#: Prompts -> the estimates `[prompt, cell]` or `[prompt, cell, receiver]` of these, and what they cost.
+#: Prompts -> their estimates `[prompt, cell]` or `[prompt, cell, receiver]`, and the cost.
 Estimate = Callable[[Sequence[int]], tuple[np.ndarray, Cost]]
 
 
@@ -40,7 +40,7 @@ class MethodScore:
 
     name: str
     recall: float
-    #: What it costs, in forward passes of the slice's prompts; a way back counts as one.
+    #: The cost in forward passes of the slice's prompts; a backward pass counts as one.
     passes: float
     seconds: float
     #: Why it does not fit, if so.
@@ -61,7 +61,7 @@ class MethodChoice:
 
     taken: str
     note: str
-    #: What measuring cost, the exact values among it.
+    #: The cost of the measurement, with the exact values.
     cost: Cost
 
 

@@ -75,7 +75,7 @@ PATHS = Kind("ns.path_patch", _paths_ready, _paths_joined)
 
 # --- attribute --------------------------------------------------------------------------------------------------------
 
-#: What looks at all prompts before it says anything of one, and so cannot be cut: by name, why, and what there is.
+#: Methods that look at all prompts first and cannot be cut into units: name -> the reason, and an alternative.
 _OVER_ALL = {
     AUTO: ("takes the method that is best on a slice of all prompts", 'a method by name, such as method="ig"'),
     "exact": ("measures each edge by path patching, which has units of its own", "ns.plan(ns.path_patch, ...)"),
@@ -115,7 +115,7 @@ def plan_attribute(
         plan = planned(model, clean, corrupted, sites, metric, spans=spans, align=align, seed=seed, together=together)
         graph = edges.EdgeGraph.of(model, plan, receivers) if together else None
         each = steps_of(chosen, steps)
-        # What this kind of site, and this pair of prompts, cannot have is found now and not in the workers.
+        # Unsupported sites and pairs are refused here, not in the workers.
         estimator = Estimator(model, plan, method, chosen, graph, each, 1, progress=False)
         estimator.check()
         plan = replace(plan, asked=estimate_identity(plan, method, each, graph))

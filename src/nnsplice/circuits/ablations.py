@@ -29,11 +29,11 @@ _EXPECTED = '"patch", "zero", "mean", "optimal", a SavedActivation or an Optimal
 class AblationSource:
     """Where ablated values come from."""
 
-    #: `(numbers of prompts of one length, their clean values)` -> the ablated values, and what they cost.
+    #: `(numbers of prompts of one length, their clean values)` -> the ablated values, and their cost.
     values: Callable[[Sequence[int], SenderValues], tuple[SenderValues, Cost]]
     #: Whether they are those of one run, so that a sender which reads nothing but ablated values has its own.
     is_run: bool
-    #: What makes two of them the same, as plain data.
+    #: The identity, as plain data.
     identity: object
     #: Where values are to be trained for each circuit: the prompts of the means that this begins at.
     trained_from: Prompts | None = None

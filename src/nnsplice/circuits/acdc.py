@@ -19,7 +19,7 @@ from nnsplice.metrics import MetricLike
 from nnsplice.progress import bar
 from nnsplice.results import Journal
 
-#: How many edges are tried in one batch; part of what a journal is about, as its numbers count them.
+#: Edges tried in one batch. Journals depend on it, as their numbers count the edges of batches.
 AT_ONCE = 16
 
 
@@ -127,13 +127,13 @@ def _pruned(
                     mask[receiver, sender] = False
                     now = float(values[number])
             shown.update(before)
-    # What was kept at first may have lost its way to the logits, or from the embeddings, by what went later.
+    # Later removals may have cut kept edges off from the logits or the embeddings.
     mask, _ = needed(shape, mask, from_embed=question.source.is_run)
     return mask, moved
 
 
 def _measuring(question: Question, log: Journal | None, max_tokens: int | None) -> Means:
-    """The mean metric of circuits; what stands in the journal is not run again."""
+    """The mean metric of circuits; those in the journal are not run again."""
     known = {} if log is None else log.done()
     prompts, at = len(question.clean), [0]
 

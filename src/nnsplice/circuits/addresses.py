@@ -16,7 +16,7 @@ from nnsplice.errors import BadArgument
 from nnsplice.paths import Dictionary, Path, Position, parse_path
 
 Role = Literal["sender", "receiver"]
-#: Which expert of an MLP, or which feature of an SAE of what it adds, or that SAE's error; None for all of a sender.
+#: An expert of an MLP, a feature of an SAE of its output, or that SAE's error; None for the whole sender.
 Piece = int | Dictionary | None
 #: At which tokens, None for all of them; and which piece.
 SenderPart = tuple[Position | None, Piece]

@@ -26,7 +26,7 @@ def project(module: Any, forward: Callable[..., Tensor], states: Tensor, columns
 
 
 def through(module: Any, part: Tensor, columns: tuple[int, int], width: int) -> Tensor:
-    """What the module makes of a change of some columns of its input, without its bias."""
+    """The module's output for a change of some columns of its input, without its bias."""
     weight = None if "forward" in module.__dict__ else _weight(module)
     if weight is not None:
         return nn.functional.linear(part, weight[:, columns[0] : columns[1]])

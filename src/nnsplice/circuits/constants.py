@@ -27,7 +27,7 @@ class Training:
     #: The numbers of the prompts that were trained on, and of those that were held out.
     trained_on: tuple[int, ...]
     held_out: tuple[int, ...]
-    #: On the prompts that were trained on: with the means that training began at, and with what it found.
+    #: On the training prompts: with the initial means, and with the trained constants.
     mean_divergence: float
     divergence: float
     #: The same on those held out; None where none was.
@@ -46,7 +46,7 @@ class Training:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OptimalAblation:
-    """What everything outside one circuit has, at every token: one vector for each sender.
+    """Trained values of everything outside one circuit: one vector for each sender, at every token.
 
     It is for the circuit that it was trained with, and `ablation=` takes it for any: the same run can be repeated.
 
@@ -84,7 +84,7 @@ class OptimalAblation:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> OptimalAblation:
-        """Read what `to_file` wrote.
+        """Read a file of `to_file`.
 
         Args:
             path: the file.

@@ -249,7 +249,7 @@ class Faithfulness:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Faithfulness:
-        """Read what `to_file` wrote.
+        """Read a file of `to_file`.
 
         >>> from tempfile import TemporaryDirectory
         >>> circuit = ns.Circuit.full(model)

@@ -17,7 +17,7 @@ MOST = 4000
 
 @dataclass(frozen=True, slots=True)
 class DrawnNode:
-    """A node, or what an edge ends at that is no node: the keys or values of a group."""
+    """A node, or the keys or values of a group, at which edges may end too."""
 
     path: str
     kind: str

@@ -117,7 +117,7 @@ def circuits_of(
 def report(
     points: Sequence[Point], values: np.ndarray, clean: np.ndarray, metric: str, metrics: tuple[str, ...], run: Run
 ) -> Faithfulness:
-    """What was measured, with a warning where the ends of the scale are close.
+    """The measurements, with a warning where the full and the empty circuit are close.
 
     Args:
         values: `[prompt, circuit]`, of the empty circuit first; of several metrics these are a last axis.

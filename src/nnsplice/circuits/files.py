@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+import numpy as np
+
+from nnsplice.circuits.checking import CircuitLike, check_whole, known_shape
+from nnsplice.circuits.making import CircuitFields
 from nnsplice.circuits.shape import LayerShape, Shape
 from nnsplice.errors import BadArgument, FileError
 from nnsplice.files import from_json, text_of, whole
@@ -24,7 +29,7 @@ def write(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write` wrote of a circuit.
+    """Read the record of a circuit.
 
     Raises:
         FileError: the file is none, or damaged.
@@ -55,6 +60,27 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return record
 
 
+def record_of(circuit: CircuitLike) -> dict[str, Any]:
+    """A circuit as plain data, for `write`."""
+    shape, kind = circuit.shape, circuit.kind
+    members = list(map(str, circuit.nodes)) if kind == "nodes" else [[str(s), str(r)] for s, r in circuit.edges]
+    return {
+        "format": FORMAT, "version": VERSION, "kind": kind, kind: members,
+        "scores": None if circuit.scores is None else list(circuit.scores),
+        "shape": None if shape is None else shape.as_list(), "provenance": dict(circuit.provenance),
+    }  # fmt: skip
+
+
+def fields_of(record: Mapping[str, Any]) -> CircuitFields:
+    """The fields of a circuit, of a record from `read`."""
+    shape = None if record.get("shape") is None else Shape.read(record["shape"])
+    about = record.get("provenance")
+    scores = None if record.get("scores") is None else tuple(map(float, record["scores"]))
+    edges = tuple(tuple(edge) for edge in record.get("edges", ()))
+    about = about if isinstance(about, dict) else {}
+    return record["kind"], tuple(record.get("nodes", ())), edges, scores, shape, about
+
+
 def _listed(kind: str, one: Any) -> bool:
     if kind == "nodes":
         return isinstance(one, str)
@@ -62,6 +88,30 @@ def _listed(kind: str, one: Any) -> bool:
 
 
 # --- the graphs of EAP-IG ---------------------------------------------------------------------------------------------
+
+
+def graph_of_circuit(circuit: CircuitLike) -> dict[str, Any]:
+    """A circuit as a graph of EAP-IG."""
+    shape = known_shape(circuit, "that file lists all edges of the model")
+    check_whole(circuit.nodes, "that file has no names for parts")
+    mask, scores = circuit.parts(shape).edges, None
+    if circuit.scores is not None and circuit.kind == "edges":
+        scores = np.zeros(mask.shape)
+        for (sender, receiver), score in zip(circuit.edges, circuit.scores, strict=True):
+            scores[shape.receiver_number[receiver], shape.sender_number[sender]] = score
+    return to_graph(shape, mask, scores, int(circuit.provenance.get("width") or 1))
+
+
+def read_graph(path: str | os.PathLike[str], shape: Shape | None) -> tuple[Shape, list[tuple[int, int, float]]]:
+    """The edges of a graph of EAP-IG, `(receiver, sender, score)`; warns of groups that only some heads are in."""
+    shape, found, partial = from_graph(from_json(text_of(path), path), path, shape)
+    if partial:
+        warnings.warn(
+            f"{partial} edges lead to the keys or values of some heads of a group, which share them: they are "
+            "taken for edges to the whole group",
+            stacklevel=3,
+        )
+    return shape, found
 
 
 def to_graph(shape: Shape, mask: Any, scores: Any, width: int) -> dict[str, Any]:

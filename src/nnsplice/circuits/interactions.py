@@ -19,9 +19,9 @@ from nnsplice.sweeps.options import RUNNING, check_options, known_of
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import run_fresh
 
-#: What each number of a result is about.
+#: The metrics of a result.
 SUFFICIENCY, NECESSITY = "sufficiency", "necessity"
-#: What is no option, as both directions patch between the two runs.
+#: Options of `ns.sweep` that are refused, as both directions patch between the two runs.
 _SET_HERE = ("operation", "reference", "together", "corruption", "window", "source")
 
 
@@ -109,7 +109,7 @@ def interactions(
 
 
 def _beyond(moved: np.ndarray, places: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """`[prompt, cell]`: how far each moves the metric, and of pairs what is more than their sites' own."""
+    """`[prompt, cell]`: the change of the metric; of pairs, the change beyond the sum of both sites."""
     found = moved.copy()
     for number, (a, b) in enumerate(pairs, places):
         found[:, number] -= moved[:, a] + moved[:, b]

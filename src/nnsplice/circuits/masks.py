@@ -26,7 +26,7 @@ class EdgeMask:
 
     @property
     def key(self) -> tuple[bytes, str]:
-        """What is alike for masks of the same edges."""
+        """A key that is equal for masks of the same edges."""
         return np.packbits(self.edges).tobytes(), repr(sorted((k, sorted(map(repr, v))) for k, v in self.parts.items()))
 
     @property
@@ -116,7 +116,7 @@ def ablated(shape: Shape, mask: np.ndarray) -> np.ndarray:
 
 
 def _alive(shape: Shape, useful: np.ndarray) -> np.ndarray:
-    """`[receiver]`: whether what it reads can get to `unembed`, through senders of which this is known."""
+    """`[receiver]`: whether its input can reach `unembed`, through the useful senders."""
     alive = np.zeros(len(shape.receivers), dtype=bool)
     alive[-1] = True
     for layer, (sender, receiver) in zip(shape.layers, shape.starts, strict=True):

@@ -40,7 +40,7 @@ STREAMS = 64
 
 @dataclass(frozen=True)
 class Question:
-    """What circuits are run with: a model with its graph, prompts, a metric, and the values of everything outside."""
+    """The setting of runs of circuits: a model with its graph, prompts, a metric, and the ablated values."""
 
     model: engine.Model
     wiring: Wiring
@@ -86,7 +86,7 @@ class Question:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two questions the same, as plain data."""
+        """The identity of a question, as plain data."""
         return {
             **model_record(self.model),
             "clean": prompts_record(self.clean),
@@ -112,14 +112,14 @@ class Question:
 
 @dataclass(frozen=True)
 class CircuitMetrics:
-    """What circuits gave."""
+    """The measurements of circuits."""
 
     #: `[prompt, circuit]`, and of several metrics `[prompt, circuit, metric]`.
     values: np.ndarray
     #: `[prompt]`, or `[prompt, metric]`: the metric of the clean run.
     clean: np.ndarray
     cost: Cost
-    #: What there is to say of trained constants.
+    #: A note about trained constants.
     note: str = ""
 
 
@@ -164,7 +164,7 @@ def measure(
             rows = [chosen[row] for row in batch]
             length = question.clean.length("decoder", rows[0])
             at = question.metric.metric.position % length - length
-            # A circuit runs whole, so prompts are parted by what the largest one holds.
+            # A circuit is not split, so batches of prompts are sized for the largest one.
             step = max(int(room / (length * held)), 1)
             for part in (rows[start : start + step] for start in range(0, len(rows), step)):
                 cost += _measure_group(question, part, at, [(n, kinds[n]) for n in order], room, values, clean, shown)
@@ -270,7 +270,7 @@ def _fitting(wiring: Wiring, masks: Sequence[EdgeMask], tokens: int, room: int) 
 
 
 def _tokens_for(wiring: Wiring, kept: int) -> float:
-    """What a token counts for: itself, the differences that are kept, and the streams of a layer's receivers."""
+    """The memory of a token, in tokens: itself, the kept differences, and the streams of a layer's receivers."""
     return 1.0 + (kept + max(len(layer.receivers) for layer in wiring.layers)) / STREAMS
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -129,6 +130,22 @@ def nodes_of(edges: Iterable[Edge]) -> tuple[Path, ...]:
         if receiver.steps[-1].name in ("heads", "mlp"):
             found.setdefault(address(re.sub(r"\.q$", "", str(receiver)), "sender"))
     return tuple(sorted(found, key=rank_of))
+
+
+def in_degree(edges: Iterable[Edge]) -> dict[Path, int]:
+    """The number of edges into each receiver, in execution order."""
+    found = Counter(receiver for _, receiver in edges)
+    return {receiver: found[receiver] for receiver in sorted(found, key=order_of)}
+
+
+def by_layer(nodes: Iterable[Path]) -> dict[int, tuple[Path, ...]]:
+    """The nodes of each layer."""
+    found: dict[int, tuple[Path, ...]] = {}
+    for node in nodes:
+        if node.steps[0].name == "layers":
+            layer = int(node.steps[0].index)  # type: ignore[arg-type]
+            found[layer] = (*found.get(layer, ()), node)
+    return found
 
 
 def text_of(member: Path | Edge) -> str:

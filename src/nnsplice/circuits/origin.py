@@ -14,7 +14,7 @@ from nnsplice.errors import KeyMismatch
 from nnsplice.paths import Path, parse_path
 from nnsplice.sweeps.identity import model_record
 
-#: What of a circuit's provenance is about its model.
+#: The keys of a provenance that describe the model.
 OF_MODEL = ("model", "revision", "weights", "width")
 
 
@@ -33,7 +33,7 @@ def provenance_of(model: Any, senders: Iterable[Path] = ()) -> dict[str, Any]:
 
 
 def saes_in(provenance: Mapping[str, Any], senders: Iterable[Path]) -> dict[str, Any]:
-    """What a provenance says of the SAEs whose features are among these senders."""
+    """The SAEs in a provenance whose features are among these senders."""
     names = {one.sae.name for one in senders if one.sae is not None}
     found = provenance.get("saes")
     return {name: one for name, one in found.items() if name in names} if isinstance(found, Mapping) else {}

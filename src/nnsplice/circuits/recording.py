@@ -24,10 +24,10 @@ class SenderValues:
 
     #: The stream that enters the first layer.
     embed: Tensor
-    #: By layer: what the heads bring to the output projection, and what the MLP adds, before `Block.scale`.
+    #: By layer: the heads' input of the output projection, and the output of the MLP, before `Block.scale`.
     z: tuple[Tensor, ...]
     mlp: tuple[Tensor, ...]
-    #: By layer and number: what an expert adds to its MLP, of those that are senders by themselves.
+    #: By layer and number: the output of each expert that is a sender.
     experts: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SenderValues:
@@ -38,7 +38,7 @@ class SenderValues:
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """The form of what blocks and projections return."""
+    """The form of the outputs of blocks and projections."""
 
     #: How many elements a block returns; None where it returns a tensor.
     returns: tuple[int | None, ...]
@@ -65,7 +65,7 @@ def record(
     at: int,
     experts: Collection[tuple[int, int]] = (),
 ) -> SenderRun:
-    """Run prompts of one length as they are, and check that their stream is the sum of what the senders give.
+    """Run prompts of one length unedited, and check that the stream is the sum of the senders' outputs.
 
     Args:
         at: the position whose logits are kept, counted from the end.
@@ -111,7 +111,7 @@ def record(
 def given_to_experts(
     root: nn.Module, layer: LayerWires, number: int, into: dict[int, tuple[Any, ...]]
 ) -> Iterator[None]:
-    """Keep what the experts of a layer are called with: tokens, chosen experts, their weights."""
+    """Record the arguments of a layer's experts: tokens, chosen experts, their weights."""
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         into[number] = (*args, *kwargs.values())
@@ -124,7 +124,7 @@ def given_to_experts(
 
 
 def expert_of(root: nn.Module, layer: LayerWires, given: tuple[Any, ...], expert: int, rows: int) -> Tensor:
-    """What one expert adds, `[row, token, width]`: the experts' own code, with the weights of all others at zero.
+    """The output of one expert, `[row, token, width]`: the experts' own code, with the weights of all others at zero.
 
     Raises:
         RefusedPlace: they are not called with tokens, the chosen experts and their weights.
@@ -151,12 +151,12 @@ def run_plainly(root: nn.Module, model: engine.Model, prompts: Prompts, rows: Se
 
 
 def projected(root: nn.Module, layer: LayerWires, z: Tensor) -> Tensor:
-    """What the output projection makes of all heads, with its bias."""
+    """The output projection of all heads, with its bias."""
     return root.get_submodule(layer.z[0].module)(z)
 
 
 def ended(root: nn.Module, layer: LayerWires, projection: Tensor) -> Tensor:
-    """What the attention adds to the stream, before `Block.scale`, of what its output projection made."""
+    """The attention's addition to the stream, before `Block.scale`, from the output of its projection."""
     if layer.norm is None:
         return projection
     return root.get_submodule(layer.norm)(projection)

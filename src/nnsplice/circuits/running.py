@@ -63,7 +63,7 @@ class CircuitPass:
 
     @property
     def cost(self) -> Cost:
-        """What has run."""
+        """The cost of the runs so far."""
         return self._cost + self.differences.cost
 
     def run(self, logits: Callable[[], Tensor]) -> Tensor:
@@ -159,7 +159,7 @@ class CircuitPass:
             at += stop - start
 
     def _projection(self, name: str, states: Tensor) -> Tensor:
-        """A projection's forward: its input is kept, or what was put together comes out."""
+        """A projection's forward: records its input, or returns the output that was computed from streams."""
         if self._on_input is not None:
             self._inputs[name] = states
             self._on_input()
@@ -170,7 +170,7 @@ class CircuitPass:
 
     @contextmanager
     def _keeping_senders(self, number: int, layer: LayerWires, heads: Sequence[int], mlp: int | None) -> Iterator[None]:
-        """Keep what the heads and the MLP give, and let the MLP read its own stream."""
+        """Record the outputs of heads and MLP, and let the MLP read its own stream."""
         sender = self.wiring.shape.starts[number][0] + len(layer.q)
         ablated, kept = self.ablated.values, self.differences
 
@@ -220,7 +220,7 @@ class CircuitPass:
     # --- senders
 
     def _keep_heads(self, number: int, layer: LayerWires, heads: Sequence[int], z: Tensor) -> None:
-        """Keep what some heads give: through the output projection, and to the stream where no norm is behind it."""
+        """Record the outputs of some heads, through the output projection, and to the stream if no norm follows."""
         kept, sender = self.differences, self.wiring.shape.starts[number][0]
         moved = kept.between(z, self.ablated.values.z[number])
         scale = 1.0 if layer.norm else layer.block.scale
@@ -246,7 +246,7 @@ class CircuitPass:
         for name in dict.fromkeys(one.name for one in wanted):
             sae, before = attached(self.root)[name].sae, ablated.to(moved)
             apart = sae.encode(before + moved) - sae.encode(before)
-            # What all features and the error change by is what the MLP does.
+            # The changes of all features and the error sum to that of the MLP.
             found[Dictionary(name)] = moved - sae.added(apart, None)
             for one in (one for one in wanted if one.name == name and isinstance(one.features, int)):
                 found[one] = sae.added(apart[..., [one.features]], None, [one.features])  # type: ignore[list-item]

@@ -20,7 +20,7 @@ from nnsplice.results import SweepResult
 By = Literal["absolute", "signed"]
 Edge = tuple[Path, Path]
 
-#: What a circuit keeps of what its scores are about.
+#: The keys of a result's question that a circuit keeps.
 _ABOUT = ("model", "revision", "weights", "method", "metric", "operation", "saes")
 
 
@@ -65,12 +65,12 @@ class Scores:
 
 
 def count_of(share: float, of: int) -> int:
-    """How many of so many a share is: rounded, and at least one where the share is not 0."""
+    """The number of members in a share: rounded, and at least one unless the share is 0."""
     return max(round(share * of), 1 if share and of else 0)
 
 
 def scores_of(result: Any) -> Scores:
-    """What a result says of edges, where it does, or of heads and MLPs.
+    """The scores of a result: of its edges, if it has some, or of heads and MLPs.
 
     Raises:
         BadArgument: its scores are NaN, or of single tokens, or of sites that no circuit is made of.
@@ -102,7 +102,7 @@ def scores_of(result: Any) -> Scores:
 
 
 def _takes_out(operation: Any) -> bool:
-    """Whether cells say what a run is without a site, so that what the site is worth is what is lost."""
+    """Whether cells are runs without a site, so that its score is the loss."""
     if isinstance(operation, Mapping):  # in a subspace, or a function of the user's
         return "function" in operation or _takes_out(operation.get("operation"))
     return operation in ("zero", "mean", "resample", "noise")
@@ -180,9 +180,9 @@ def _shape(senders: Sequence[Path], receivers: Sequence[Path], joined: np.ndarra
 
 
 def greedy(scores: Scores, k: int, shape: Shape, by: By) -> list[int]:
-    """The numbers of k edges, grown backwards from `unembed`: always the best edge into what is there already.
+    """The numbers of k edges, grown backwards from `unembed`: always the best edge into the circuit so far.
 
-    Fewer where no edge is left that leads into what is there.
+    Fewer if no edge is left that leads into it.
     """
     sizes = np.abs(scores.values) if by == "absolute" else scores.values
     into: dict[Path, list[int]] = {}

@@ -62,7 +62,7 @@ def check_parts(
 
 
 def _check_sae(model: engine.Model, sender: Path, path: Path, added: Site) -> None:
-    """Raise where a feature is no share of what the MLP adds to the stream."""
+    """Raise for a feature that is no part of the MLP's addition to the stream."""
     assert sender.sae is not None
     sae = attached(unwrap(model))[sender.sae.name].sae
     if site_of(path).kind == "transcoded":
@@ -101,7 +101,7 @@ KeptPart = tuple[int, Piece, frozenset[Position] | None]
 
 
 def _kept_by(mask: EdgeMask, receiver: int, sender: int) -> set[KeptPart]:
-    """What an edge carries."""
+    """The part of its sender that an edge carries."""
     parts = mask.parts.get((receiver, sender))
     if parts is None:
         return {(sender, None, None)}
@@ -122,7 +122,7 @@ def kept_by(mask: EdgeMask) -> set[Hashable]:
 def slots_of(
     model: engine.Model, wiring: Wiring, prompts: Prompts, rows: Sequence[int], masks: Sequence[EdgeMask]
 ) -> tuple[list[Slot], np.ndarray]:
-    """What is kept of the senders of circuits, and which of it each receiver reads, `[circuit, receiver, slot]`."""
+    """The recorded parts of senders, and which of them each receiver reads, `[circuit, receiver, slot]`."""
     edges = np.stack([mask.edges for mask in masks])
     if not any(mask.parts for mask in masks):
         return whole_slots(edges)
@@ -161,7 +161,7 @@ def _tokens_at(
 
 
 def _check_once(reads: np.ndarray, order: Sequence[KeptPart]) -> None:
-    """Raise where one receiver would read an expert or a feature beside what it is a part of otherwise: it twice.
+    """Raise if one receiver would read a part (an expert, a feature) twice: by itself, and in its whole.
 
     Raises:
         BadArgument: so it is.
@@ -189,7 +189,7 @@ def _named(piece: Piece) -> str:
 
 
 def check_experts(model: engine.Model, wiring: Wiring, prompts: Prompts, experts: Collection[tuple[int, int]]) -> None:
-    """Take one expert of each layer out of what all make together: its MLP then adds just so much less.
+    """Subtract one expert of each layer from the sum of all experts, and check that the MLP's output changes by it.
 
     Raises:
         RefusedPlace: it adds something else.
@@ -214,7 +214,7 @@ def check_experts(model: engine.Model, wiring: Wiring, prompts: Prompts, experts
 def _added_without(
     root: nn.Module, model: engine.Model, wiring: Wiring, prompts: Prompts, number: int, part: Tensor
 ) -> Tensor:
-    """What an MLP adds when its experts together make so much less."""
+    """The output of an MLP when the sum of its experts is reduced by this."""
     layer = wiring.layers[number]
     captured: list[Tensor] = []
 

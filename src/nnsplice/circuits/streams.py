@@ -1,4 +1,4 @@
-"""The streams that the receivers of circuits read, as sums of what senders give beyond their ablated values.
+"""The streams that the receivers of circuits read, as sums of the senders' differences from their ablated values.
 
 What a sender gives is kept as its difference from the ablated value. So the stream that a receiver reads is the ablated
 stream and the differences of its senders: one product of matrices for all receivers of a layer.
@@ -29,7 +29,7 @@ class AblatedStreams:
 
     #: `[prompt, token, width]`
     values: SenderValues
-    #: What the output projection of each layer makes of them.
+    #: The heads' values after the output projection of each layer.
     projected: tuple[Tensor, ...]
     #: The stream as each layer's attention reads it and as its MLP does; at last, complete.
     streams: tuple[Tensor, ...]
@@ -48,10 +48,10 @@ class AblatedStreams:
 
 @dataclass(frozen=True)
 class Slot:
-    """What is kept of a sender: all that it gives, or a part of that."""
+    """A recorded sender: its whole output, or a part of it."""
 
     sender: int
-    #: An expert of an MLP, or a feature or the error of an SAE of what it adds.
+    #: An expert of an MLP, or a feature or the error of an SAE of its output.
     piece: Piece = None
     #: `[prompt, token, 1]`: 1 at the tokens that are meant; None for all of them.
     tokens: Tensor | None = None
@@ -130,7 +130,7 @@ class SenderDifferences:
     # --- streams
 
     def streams(self, number: int, receivers: Sequence[int], at: int, *, own_heads: bool = False) -> Tensor:
-        """`[receiver, row, token, width]`: what each receiver reads; with none of them, the ablated stream.
+        """`[receiver, row, token, width]`: the stream that each receiver reads; without senders, the ablated one.
 
         Args:
             number: the layers before this one have run.
@@ -163,7 +163,7 @@ class SenderDifferences:
         return torch.bmm(edges, values.flatten(2))
 
     def _sum_by_slot(self, edges: Tensor, slots: Sequence[int]) -> Tensor:
-        """What `bmm` would make of the edges `[1, receiver, slot]` and the differences, one slot after the other."""
+        """`bmm` of the edges `[1, receiver, slot]` and the differences, slot by slot."""
         made: list[Tensor] = []
         for chosen in edges[0].bool().tolist():
             parts = [
@@ -176,7 +176,7 @@ class SenderDifferences:
 
     @cached_property
     def _in_stream(self) -> Tensor:
-        """`[slot]`: 1 where what is kept is a difference of the stream, 0 where a norm comes first."""
+        """`[slot]`: 1 if the recorded difference is one of the stream, 0 if a norm comes first."""
         found = torch.ones(len(self.slots))
         for layer, (sender, _) in zip(self.wiring.layers, self.wiring.shape.starts, strict=True):
             for head in range(len(layer.q)) if layer.norm is not None else ():

@@ -60,7 +60,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class _Group:
-    """Prompts of one length, and what the whole model says of them."""
+    """Prompts of one length, and the whole model's logits."""
 
     rows: list[int]
     run: SenderRun
@@ -173,7 +173,7 @@ def _groups(model: engine.Model, wiring: Wiring, prompts: Prompts, position: int
     for batch in prompts.batches(model):
         length = prompts.lengths("decoder")[batch[0]]
         at = position % length - length
-        # Training keeps what every block computes, and a pass for each stream that differs.
+        # Training keeps the activations of every block, and of a pass for each different stream.
         step = max(room // (length * 4), 1)
         for rows in (batch[start : start + step] for start in range(0, len(batch), step)):
             yield _Group(rows, record(unwrap(model), model, wiring, prompts, rows, at), at)

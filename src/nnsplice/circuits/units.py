@@ -112,7 +112,7 @@ def _ready(plan: UnitPlan[Any], models: Models, max_tokens: int, _agree: Agree) 
     ablation: Any = record["ablation"]
     if ablation == VALUES:
         ablation = read_from(plan.file(VALUES), SavedActivation.from_file)
-    # Of all prompts, as a mean is one of all, and a unit has some of them.
+    # Of all prompts: a mean is over all of them, and a unit has only some.
     source = source_of(model, wiring, clean, corrupted, ablation, reference, max_tokens)
     question = Question(model, wiring, clean, corrupted, metric_of(record["metric"]), source, CostModel.of(model))
     if record["circuits"] == SCORES:

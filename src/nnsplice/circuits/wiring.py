@@ -26,9 +26,9 @@ class LayerWires:
     q: tuple[Site, ...]
     k: tuple[Site, ...]
     v: tuple[Site, ...]
-    #: What each head brings to the output projection.
+    #: Each head's input of the output projection.
     z: tuple[Site, ...]
-    #: What the branches add to the stream, before `Block.scale`.
+    #: The outputs of the branches, before `Block.scale`.
     attn_added: Site
     mlp_added: Site
     #: The stream that the MLP reads; None in parallel blocks.

@@ -15,7 +15,7 @@ from nnsplice.errors import BadArgument
 if TYPE_CHECKING:
     from nnsplice.adapters import AdapterProfile, ExpertAdapter, Health
 
-#: How long the longest bar is, and what eighths of a cell look like.
+#: The length of the longest bar, and the characters for eighths of a cell.
 CELLS = 24
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 

@@ -1,4 +1,4 @@
-"""The commands. Whatever needs torch is imported by the function that needs it."""
+"""The commands. Modules that need torch are imported inside the functions."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def blueprint(name: str) -> Any:
 
 
 def _with_bar(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Show on a terminal what is being looked at."""
+    """Show progress on a terminal."""
     from nnsplice.checks import CHECKS
 
     names = list(CHECKS)

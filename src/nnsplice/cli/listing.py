@@ -11,7 +11,7 @@ HEAD: TableRow = ("site", "values", "width", "")
 
 
 def rows(outlines: Sequence[Outline], *, attention: str | None, inner: str | None = None) -> list[TableRow]:
-    """What can be addressed.
+    """The list of addresses.
 
     Args:
         attention: which attention the model runs with; only eager attention makes patterns.
@@ -35,7 +35,7 @@ def rows(outlines: Sequence[Outline], *, attention: str | None, inner: str | Non
 def _layers(
     name: str, parts: Iterable[OutlinePart], depth: int, attention: str | None, inner: str | None
 ) -> Iterator[TableRow]:
-    # A part that stands without the one it belongs to is named with it.
+    # A part without its whole in the list is named with it.
     shown: list[tuple[str, ...]] = []
     for part in parts:
         above = next((len(names) for names in reversed(shown) if part.names[: len(names)] == names), None)

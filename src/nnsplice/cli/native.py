@@ -33,7 +33,7 @@ class _Walk:
         self.shape = cache(self._shape)
 
     def module(self, name: str, label: str, depth: int, spelled: Mapping[str, str]) -> Iterator[TableRow]:
-        """A module and what lies below it; `spelled` says which numbers a portable site stands for."""
+        """A module and its submodules; `spelled` has the numbers of a portable site."""
         node = self.nodes[name]
         if node.indexed and node.container and node.children:
             yield from self._entries(name, label, depth, spelled)

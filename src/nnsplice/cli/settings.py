@@ -20,7 +20,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "kl_divergence": (),
     "js_divergence": (),
 }
-#: Option -> what it may be, where that is one of a few names.
+#: Option -> its allowed names.
 CHOICES: dict[str, tuple[str, ...]] = {
     "operation": ("patch", "zero", "noise", "mean", "resample", "add"),
     "metric": tuple(METRICS),

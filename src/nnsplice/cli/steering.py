@@ -24,7 +24,7 @@ from nnsplice.cli.options import (
 )
 from nnsplice.cli.table import JsonOption, TableRow, aligned, plain_warnings, say, show, tabulate
 from nnsplice.errors import BadArgument, FileError, NnspliceError
-from nnsplice.files import local_folder
+from nnsplice.files import local_path
 
 steer: typer.Typer = typer.Typer(
     cls=Commands, rich_markup_mode=None, no_args_is_help=True, help="Fit a steering vector, sweep it, generate with it."

@@ -283,7 +283,7 @@ def _plan(model: Any, settings: dict[str, Any], method: str | None) -> Plan:
 
 
 def _finished(folder: Path, model: Any, plan: Plan, settings: dict[str, Any], method: str | None) -> SweepResult | None:
-    """The complete result of the same sweep; None otherwise, as the journal then says what differs."""
+    """The complete result of the same sweep, else None; the journal then reports the difference."""
     from nnsplice import SweepResult
 
     if not (folder / RESULT).exists():
@@ -296,7 +296,7 @@ def _finished(folder: Path, model: Any, plan: Plan, settings: dict[str, Any], me
     return result if same and result.is_complete else None
 
 
-# --- what is shown and written ----------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 def _draw(result: SweepResult, folder: Path) -> list[TableRow]:

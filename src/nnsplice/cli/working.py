@@ -63,7 +63,7 @@ def merge(
 
 @app.command()
 def status(folder: RunFolderArgument, as_json: JsonOption = False) -> None:
-    """How far a run is, who is at work, how fast, and what failed and why."""
+    """The status of a run: units done, workers, rate, and failures."""
     from nnsplice.work import RunFolder, status_of
 
     found = status_of(RunFolder.open(folder))

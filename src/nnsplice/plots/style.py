@@ -1,4 +1,4 @@
-"""What all figures share: sizes, colours, titles and the labels along the sides."""
+"""Sizes, colours, titles and labels that all figures share."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def new_axes(shape: tuple[int, ...], title: str | None = None) -> Axes:
 
 
 def pyplot() -> Any:
-    """`matplotlib.pyplot`, or an error that says how to install it."""
+    """`matplotlib.pyplot`, or an error with the command that installs it."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:

@@ -9,15 +9,16 @@ sweep                      layers times coefficients, with the KL as a guard: St
 to_gguf, from_gguf         control vectors of llama.cpp; SteeringVector.to_file and from_file for safetensors
 read_evals, read_suffixes, read_pairs    public contrastive sets as a Contrast of prompts
 
-vector          SteeringVector                          about       method, quality and unit of a vector
-sites           layers and directions of a vector       display     a vector as text, HTML and figure
-directions      the methods of fit                      quality     the held-out AUC
-operators       add, project_out, clamp, ...            where       the tokens to steer
-rules           operator, site, tokens, condition       session     the hooks of an open block
-block           steer                                   show        the tokens that a steering changes
-sweep, result   layers times coefficients               padding     prompts of different lengths as one batch
-cells           many cells in one pass                  units       the sweep in units of prompts
-datasets        public contrastive sets                 gguf        control vectors of llama.cpp
+vector          SteeringVector                          about            method, quality and unit of a vector
+sites           layers and directions of a vector       vector_display   a vector as text, HTML and figure
+directions      the methods of fit                      quality          the held-out AUC
+operators       add, project_out, clamp, ...            where            the tokens to steer
+rules           operator, site, tokens, condition       session          the hooks of an open block
+block           steer                                   steered_tokens   the tokens that a rule changes: Steering.show
+sweep, result   layers times coefficients               sweep_figures, sweep_files   figures and files of SteeringSweep
+cells           many cells in one pass                  padding          prompts of different lengths as one batch
+datasets        public contrastive sets                 units            the sweep in units of prompts
+gguf            control vectors of llama.cpp
 """
 
 from nnsplice.steering.block import Steering, steer

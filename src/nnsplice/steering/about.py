@@ -1,4 +1,4 @@
-"""The origin of a steering vector, and what was measured when it was fitted."""
+"""The origin of a steering vector, and the measurements of its fit."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class About:
         )
 
     def scaled(self, factor: float) -> About:
-        """What holds of the vector times a number."""
+        """The data of the vector times a number."""
         # A direction that separates the groups separates them in the opposite order when it is reversed.
         quality = {key: 1 - value for key, value in self.quality.items()} if factor < 0 else self.quality
         unit = self.unit if factor == 1 else f"{self.unit}, times a number"

@@ -15,7 +15,7 @@ from nnsplice.errors import BadArgument, circumstances
 from nnsplice.steering.operators import Operator
 from nnsplice.steering.rules import Condition, Rule, rules_of
 from nnsplice.steering.session import Session
-from nnsplice.steering.show import Shown, shown
+from nnsplice.steering.steered_tokens import Shown, shown
 from nnsplice.steering.where import Where, read
 
 

@@ -32,7 +32,10 @@ CellIndex = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class SteeringPlan:
-    """What all cells share, without the model.
+    """The settings that all cells share, without the model.
+
+    No `Plan` of `ns.sweep`: that one has pairs of prompts, and a cell there replaces a value of one run by that of
+    another. Here a cell is a rule and a coefficient on one prompt, and may generate text.
 
     Attributes:
         prompts: the prompts.

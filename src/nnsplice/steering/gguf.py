@@ -145,7 +145,7 @@ def from_gguf(path: str | os.PathLike[str]) -> SteeringVector:
 
 
 def _expressible(rule: Rule) -> Tensor:
-    """What a rule adds.
+    """The vector that a rule adds.
 
     Raises:
         BadArgument: it does something else.

@@ -5,26 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nnsplice import plots
-from nnsplice.errors import BadArgument, FileError
-from nnsplice.files import from_json
-from nnsplice.headers import read_header
-from nnsplice.results.files import canonical
+from nnsplice.errors import BadArgument
 from nnsplice.shown import counted, printable
-from nnsplice.stores import opened, whole
+from nnsplice.steering import sweep_figures, sweep_files
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-HEADER = "nnsplice"
-KIND = "SteeringSweep"
-FORMAT = 1
 _ARRAYS = ("values", "kl", "baseline")
 
 
@@ -49,6 +42,8 @@ class Choice:
     kl: float
 
 
+# No SweepResult: that has a clean and a corrupted run as the ends of its scale, and effects as shares of their
+# difference. A steering sweep has one unsteered run, a coefficient axis, and a KL divergence beside each value.
 @dataclass(frozen=True, eq=False, repr=False)
 class SteeringSweep:
     """The metric and the KL divergence of each prompt, layer and coefficient of `ns.steering.sweep`.
@@ -108,9 +103,6 @@ class SteeringSweep:
 
         Args:
             of: `"value"`, `"change"` (from the unsteered run) or `"kl"`.
-
-        Returns:
-            An `xarray.DataArray`.
         """
         import xarray as xr
 
@@ -140,9 +132,6 @@ class SteeringSweep:
         Args:
             n: the number of cells.
             want: `"high"` or `"low"`.
-
-        Returns:
-            A `pandas.DataFrame`.
 
         Raises:
             BadArgument: `n` below 1.
@@ -175,9 +164,6 @@ class SteeringSweep:
             guard: `"kl"`, or None for no limit.
             limit: the largest mean KL divergence.
             want: `"high"` or `"low"`.
-
-        Returns:
-            The cell, with its layer, coefficient, score and KL divergence.
 
         Raises:
             BadArgument: no cell within the limit, or a sweep without KL divergence.
@@ -222,46 +208,20 @@ class SteeringSweep:
                 layer; `"frontier"` for the metric by KL divergence.
             prompt: the number of one prompt, instead of the mean.
             ax: axes to draw on; a new figure if left out.
-
-        Returns:
-            The axes; the figure is `axes.figure`.
         """
+        layers, coefficients, level = self.layers, self.coefficients, float(self.baseline.mean())
         if of == "lines":
-            return self._lines(self._chosen("value", prompt), ax)
+            return sweep_figures.lines(self._chosen("value", prompt), layers, coefficients, self.metric, level, ax)
+        kl_label = f"KL of the next token{', mean along the text' if self.texts else ''}"
         if of == "frontier":
-            return self._frontier(prompt, ax)
+            change, kl = self._chosen("change", prompt), self._chosen("kl", prompt)
+            return sweep_figures.frontier(change, kl, layers, coefficients, self.metric, kl_label, ax)
         values = self._chosen(of, prompt)
         unsteered = float(self.baseline.mean() if prompt is None else self.baseline[prompt])
-        labels = {
-            "value": f"{self.metric} (unsteered: {unsteered:.3g}, white)",
-            "change": f"change of {self.metric}",
-            "kl": self._kl_label(),
-        }
-        return plots.heatmap(
-            values, rows=self.layers, columns=[f"{c:g}" for c in self.coefficients], row_label="layer",
-            column_label="coefficient", title=self.metric if of == "value" else labels[of], value_label=labels[of],
-            centre=unsteered if of == "value" else 0.0 if of == "change" else None, ax=ax,
-        )  # fmt: skip
-
-    def _lines(self, values: np.ndarray, ax: Any) -> Any:
-        lines = {f"layer {layer}": row for layer, row in zip(self.layers, values, strict=True)}
-        return plots.lines(
-            self.coefficients, lines, x_label="coefficient", y_label=self.metric, level=float(self.baseline.mean()),
-            ordered=True, ax=ax,
-        )  # fmt: skip
-
-    def _frontier(self, prompt: int | None, ax: Any) -> Any:
-        gain, cost = self._chosen("change", prompt), self._chosen("kl", prompt)
-        order = np.argsort(self.coefficients)
-        names = [f"layer {layer}" for layer in self.layers]
-        return plots.lines(
-            {name: row[order] for name, row in zip(names, cost, strict=True)},
-            {name: row[order] for name, row in zip(names, gain, strict=True)},
-            x_label=self._kl_label(), y_label=f"change of {self.metric}", level=0.0, ordered=True, ax=ax,
-        )  # fmt: skip
-
-    def _kl_label(self) -> str:
-        return f"KL of the next token{', mean along the text' if self.texts else ''}"
+        title = {"value": self.metric, "change": f"change of {self.metric}", "kl": kl_label}[of]
+        label = f"{self.metric} (unsteered: {unsteered:.3g}, white)" if of == "value" else title
+        centre = {"value": unsteered, "change": 0.0}.get(of)
+        return sweep_figures.heatmap(values, layers, coefficients, title, label, centre, ax)
 
     def _chosen(self, of: str, prompt: int | None) -> np.ndarray:
         array = self._array(of)
@@ -284,16 +244,11 @@ class SteeringSweep:
         Args:
             path: the file to write, or its address in an object store.
         """
-        from safetensors.numpy import save_file
-
         header = {
-            "kind": KIND, "format": FORMAT, "version": version("nnsplice"), "paths": self.paths, "layers": self.layers,
-            "coefficients": self.coefficients, "prompts": self.prompts, "metric": self.metric,
-            "asked": dict(self.asked), "texts": self.texts,
+            "paths": self.paths, "layers": self.layers, "coefficients": self.coefficients, "prompts": self.prompts,
+            "metric": self.metric, "asked": dict(self.asked), "texts": self.texts,
         }  # fmt: skip
-        with whole(path) as temporary:
-            arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-            save_file(arrays, temporary, metadata={HEADER: canonical(header)})
+        sweep_files.write(path, header, {name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SteeringSweep:
@@ -302,31 +257,14 @@ class SteeringSweep:
         Args:
             path: the file.
 
-        Returns:
-            The sweep.
-
         Raises:
             FileError: the file is no sweep of steering, or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with opened(path) as found:
-                metadata = read_header(path, local=found.local).metadata
-                header = from_json(metadata.get(HEADER, "{}"), f"the header of {path}")
-                if header.get("kind") != KIND or header["format"] > FORMAT:
-                    raise FileError(f"{path} holds no sweep of steering", expected="a file of SteeringSweep.to_file")
-                with safe_open(os.fspath(found.local), framework="np") as file:
-                    arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            texts = tuple(tuple(tuple(row) for row in rows) for rows in header["texts"])
-            return cls(
-                tuple(header["paths"]), tuple(header["layers"]), tuple(header["coefficients"]), **arrays,
-                prompts=tuple(header["prompts"]), metric=header["metric"], asked=header["asked"], texts=texts,
-            )  # fmt: skip
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, FileError):
-                raise
-            raise FileError(f"{path} is damaged or no safetensors file: {error}") from None
+        return sweep_files.read(path, _ARRAYS, lambda header, arrays: cls(
+            tuple(header["paths"]), tuple(header["layers"]), tuple(header["coefficients"]), **arrays,
+            prompts=tuple(header["prompts"]), metric=header["metric"], asked=header["asked"],
+            texts=tuple(tuple(tuple(row) for row in rows) for rows in header["texts"]),
+        ))  # fmt: skip
 
     def __repr__(self) -> str:
         prompts, layers, coefficients = self.values.shape

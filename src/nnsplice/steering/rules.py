@@ -170,7 +170,7 @@ class Rule:
 
     @property
     def address(self) -> str:
-        """What is steered: the site, or a feature of it."""
+        """The steered site, or feature."""
         return str((self.feature or self.path).place)
 
     @property
@@ -310,7 +310,7 @@ def _located(model: engine.Model, when: Condition) -> Condition:
 
 
 def _refuse_read_of_encoder(path: Path) -> None:
-    """Raise for what the decoder reads of the encoder: tokens of one tower in the passes of the other."""
+    """Raise for cross-attention: tokens of one tower in the passes of the other."""
     if site_of(path).tower == "encoder" and not path.native and path.tower != "encoder":
         raise RefusedPlace(
             "keys and values of cross-attention are of the encoder's tokens and run in the decoder, which computes "

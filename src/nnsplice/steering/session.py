@@ -192,7 +192,7 @@ class Session:
         engine.unwatch_calls(self.watch)
 
     def is_here(self) -> bool:
-        """Whether what runs now runs inside this block."""
+        """Whether the current run is inside this block."""
         return self in _inside.get() or self.home == engine.current_task()
 
     def steers(self) -> bool:

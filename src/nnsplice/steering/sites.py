@@ -8,7 +8,7 @@ from nnsplice.activations import SavedActivation
 from nnsplice.errors import BadArgument
 from nnsplice.paths import Path
 
-#: What to write instead of a vector of zeros.
+#: The advice for a vector of zeros.
 NOT_ZERO = "a direction that is not zero, such as ns.steering.fit makes of states that differ"
 LEAVE_OUT = "vector.subset([key for key in vector if vector[key].any()])"
 

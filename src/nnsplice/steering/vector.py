@@ -16,7 +16,7 @@ from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, ShapeError, UnknownPath, named
 from nnsplice.paths import Path, Paths, parse_path
 from nnsplice.shown import printable
-from nnsplice.steering import display
+from nnsplice.steering import vector_display
 from nnsplice.steering.about import HEADER, About
 from nnsplice.steering.quality import auc
 from nnsplice.steering.sites import LEAVE_OUT, NOT_ZERO, layer_of
@@ -55,9 +55,6 @@ class SteeringVector(SavedActivation):
             saved: a capture of one row.
             **about: fields of `vector.about`: `method`, `unit`, ...
 
-        Returns:
-            The vector.
-
         Raises:
             BadType: something other than a capture.
             ShapeError: a capture of several rows.
@@ -76,10 +73,6 @@ class SteeringVector(SavedActivation):
     @classmethod
     def from_tensor(cls, vector: Tensor, layer: int | str | Path, **about: Any) -> SteeringVector:
         """A steering vector of a tensor `[width]`, for the residual stream after a layer.
-
-        >>> ns.steering.SteeringVector.from_tensor(torch.ones(16), layer=1)
-        SteeringVector: 1 site, width 16, method given, unit as given
-          layers[1].output
 
         Args:
             vector: the direction, `[width]` or `[1, width]`.
@@ -143,17 +136,8 @@ class SteeringVector(SavedActivation):
     def at(self, layer: int | Iterable[int]) -> SteeringVector:
         """Only the directions of some layers.
 
-        >>> vector = ns.steering.SteeringVector.of(ns.capture(model, "w3 w4", "layers[:].output[-1]"))
-        >>> vector.at([0, 2])
-        SteeringVector: 2 sites, width 16, method given, unit as given
-          layers[0].output
-          layers[2].output
-
         Args:
             layer: the number of a layer, or several.
-
-        Returns:
-            The smaller vector.
 
         Raises:
             UnknownPath: no direction of this layer.
@@ -184,9 +168,6 @@ class SteeringVector(SavedActivation):
         Args:
             positive: a capture of prompts with the property.
             negative: a capture of prompts without it.
-
-        Returns:
-            The AUC by path.
         """
         found: dict[str, float] = {}
         for key, vector in self.items():
@@ -254,9 +235,6 @@ class SteeringVector(SavedActivation):
 
         Args:
             sites: a path or several.
-
-        Returns:
-            The smaller vector.
         """
         return self._kept(super().subset(sites))
 
@@ -281,9 +259,6 @@ class SteeringVector(SavedActivation):
 
         Args:
             device_or_dtype: the device or dtype, as for `torch.Tensor.to`.
-
-        Returns:
-            The new vector.
         """
         return self._kept(super().to(device_or_dtype))
 
@@ -319,9 +294,6 @@ class SteeringVector(SavedActivation):
             path: the file.
             sites: a path or several to read; all if left out.
 
-        Returns:
-            The vector.
-
         Raises:
             FileError: the file is no steering vector, or damaged.
         """
@@ -333,10 +305,10 @@ class SteeringVector(SavedActivation):
     # -- display -----------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return printable(display.text(dict(self.items()), self.about))
+        return printable(vector_display.text(dict(self.items()), self.about))
 
     def _repr_html_(self) -> str:
-        return display.html(dict(self.items()), self.about)
+        return vector_display.html(dict(self.items()), self.about)
 
     def plot(self, ax: plots.Axes | None = None) -> plots.Axes:
         """Draw the held-out AUC by layer, a line for each kind of site.
@@ -344,10 +316,7 @@ class SteeringVector(SavedActivation):
         Args:
             ax: axes to draw on; a new figure if left out.
 
-        Returns:
-            The axes; the figure is `axes.figure`.
-
         Raises:
             BadArgument: a vector whose quality was not measured.
         """
-        return display.plot(self.about, ax)
+        return vector_display.plot(self.about, ax)

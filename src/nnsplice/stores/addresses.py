@@ -37,7 +37,7 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 
 
 def split(address: str) -> tuple[str, str]:
-    """The bucket (`s3://bucket`), and what comes behind it.
+    """The bucket (`s3://bucket`) and the prefix.
 
     Raises:
         BadArgument: there is no bucket, or a part of the path that is empty or goes up.

@@ -21,7 +21,7 @@ from nnsplice.errors import BadArgument, FileError, MissingPackage, StoreError
 from nnsplice.locks import LEASE, Heartbeat, is_gone, this_process
 from nnsplice.stores.addresses import split
 
-#: Seconds between two looks at what others do, and two writings of a log.
+#: Seconds between two looks at other processes, and between two writes of a log.
 PAUSE = 2.0
 #: Seconds after which the clock of the store is read again.
 _CLOCK = 300.0
@@ -29,7 +29,7 @@ _CLOCK = 300.0
 
 @dataclass(frozen=True)
 class CloudStore:
-    """What has one prefix of an object store; `Store` says what each method does."""
+    """The objects under one prefix of an object store; `Store` documents the methods."""
 
     address: str
     #: obstore's own.
@@ -93,7 +93,7 @@ class CloudStore:
         """Write a file that is not there; the data have to be those of this caller alone."""
         if self._created(name, data):
             return True
-        # A put whose answer was lost is sent again, and then finds what it has written itself.
+        # A put whose answer was lost is sent again, and then finds its own object.
         with suppress(FileNotFoundError):
             return self.read(name) == data
         return False
@@ -254,7 +254,7 @@ class CloudLock:
 
 @dataclass
 class Ranged:
-    """A file in an object store of which single ranges are fetched; `Opened` says what each method does."""
+    """A file in an object store, fetched by ranges; `Opened` documents the methods."""
 
     store: CloudStore
     name: str
@@ -278,7 +278,7 @@ class Ranged:
         return cls(store, name, path, head["size"], (head["e_tag"], head["size"]))
 
     def fetch_header(self) -> None:
-        """Fetch the header of a safetensors file: its length, and then so many bytes."""
+        """Fetch the header of a safetensors file: its length, then its bytes."""
         self.fetch(0, min(8, self.size))
         with self.local.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -301,7 +301,7 @@ class Ranged:
 
 
 def _holder(words: bytes, store: CloudStore, name: str) -> str | None:
-    """Who holds a lock, or None for a process that is gone."""
+    """The process that holds a lock; None if it is gone."""
     try:
         claim = json.loads(words)
         gone, who = is_gone(claim), f"process {int(claim['pid'])} on {str(claim['host']).partition(' ')[0]}"

@@ -18,7 +18,7 @@ class Opened(Protocol):
 
     @property
     def local(self) -> Path:
-        """The path. Of a file in an object store it has only what was fetched; the rest is zeros."""
+        """The local path. Of a file in an object store, parts that were not fetched are zeros."""
         ...
 
     def fetch(self, start: int, length: int) -> None:

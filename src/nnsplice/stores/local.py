@@ -15,7 +15,7 @@ from nnsplice.locks import Lock, age_of
 
 @dataclass(frozen=True)
 class LocalStore:
-    """A folder of a file system; `Store` says what each method does."""
+    """A folder of a file system; `Store` documents the methods."""
 
     folder: Path
     inner: None = None
@@ -44,7 +44,7 @@ class LocalStore:
             temporary.write_bytes(data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file that is not there: a link to a whole one, so that nobody reads half of it."""
+        """Write a new file, as a link to a complete one, so that no process reads a part of it."""
         path = self.folder / name
         if path.exists():  # most are, for a worker that looks for what is free
             return False

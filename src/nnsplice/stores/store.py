@@ -39,7 +39,7 @@ class Store(Protocol):
 
     @property
     def pause(self) -> float:
-        """Seconds between two looks at what others do, at least: an object store takes time and money for each."""
+        """The least seconds between two looks at other processes: an object store takes time and money for each."""
         ...
 
     def make(self) -> None:
@@ -107,7 +107,7 @@ class Store(Protocol):
         ...
 
     def flush(self) -> None:
-        """Write what was appended."""
+        """Write the appended text."""
         ...
 
     def lock(self, name: str) -> HeldLock:

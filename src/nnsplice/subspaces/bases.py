@@ -12,7 +12,7 @@ SAME = 1e-8
 
 
 def orthonormal(vectors: Tensor) -> Tensor:
-    """A basis `[width, k]` of what `[k, width]` vectors span; vectors that are orthonormal stay as they are.
+    """A basis `[width, k]` of the span of `[k, width]` vectors; orthonormal vectors are kept as they are.
 
     Raises:
         ShapeError: not `[k, width]`, or more vectors than numbers in each.
@@ -60,14 +60,14 @@ def angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def common(a: Tensor, b: Tensor) -> Tensor:
-    """A basis of what lies in both: `[width, k]`, k may be 0."""
+    """A basis of the intersection: `[width, k]`; k may be 0."""
     left, _, _ = torch.linalg.svd(a.T @ b)
     shared = int((torch.sin(angles(a, b)) < SAME).sum())
     return a @ left[:, :shared]
 
 
 def joined(a: Tensor, b: Tensor) -> Tensor:
-    """A basis of what both span: that of the first, and of the second what is not in it."""
+    """A basis of the sum of both: the first basis, and the part of the second that is not in it."""
     rest = b - a @ (a.T @ b)
     left, sines, _ = torch.linalg.svd(rest, full_matrices=False)
     new = left[:, sines > SAME]

@@ -30,7 +30,7 @@ NORMS = ("none", "layer_norm", "constant_norm_rescale")
 
 @dataclass(frozen=True, eq=False)
 class SAE:
-    """A sparse autoencoder: features of a site, and what each adds to it.
+    """A sparse autoencoder: features of a site, and the direction of each.
 
     >>> sae = ns.load_sae(ns.models.embedded("toy") / "sae")
     >>> sae
@@ -82,7 +82,7 @@ class SAE:
         object.__setattr__(self, "tensors", MappingProxyType({name: held[name] for name in wanted}))
         object.__setattr__(self, "about", MappingProxyType(dict(self.about)))
 
-    # --------------------------------------------------------------------------------------------------- what it is
+    # --------------------------------------------------------------------------------------------------- properties
 
     @property
     def features(self) -> int:
@@ -101,14 +101,14 @@ class SAE:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What makes two of them the same, as plain data."""
+        """The identity of an SAE, as plain data."""
         how = {"kind": self.kind, "k": self.k, "centred": self.centred, "norm": self.norm}
         more = {"transcoder": True} if self.transcoder else {}
         return {**how, "by_decoder_norm": self.by_decoder_norm, "tensors": self._digest, **more}
 
     @property
     def _digest(self) -> str:
-        # The tensors are those that were given, so whoever trains them on changes this SAE too.
+        # The tensors are not copied: further training of them changes this SAE.
         versions = tuple(0 if one.is_inference() else one._version for one in self.tensors.values())
         if self._known is None or self._known[0] != versions:
             object.__setattr__(self, "_known", (versions, digest_of(dict(self.tensors))))
@@ -170,7 +170,7 @@ class SAE:
         return out * scale[1] + mean
 
     def added(self, features: Tensor, like: Tensor | None, chosen: Sequence[int] | None = None) -> Tensor:
-        """What features add to a site: their directions' sum, without `b_dec`; 0 where all features are 0.
+        """The sum of the features' directions, without `b_dec`; 0 where all features are 0.
 
         Args:
             features: `[..., feature]`, of all features or of those chosen.
@@ -184,7 +184,7 @@ class SAE:
         return self._scaled_back(features.to(directions) @ directions, like)
 
     def added_each(self, values: Tensor, like: Tensor | None, numbers: Sequence[int]) -> Tensor:
-        """What one feature of each row adds: `added`, where every row is about a feature of its own.
+        """The output of one feature of each row: `added`, where every row is about a feature of its own.
 
         Args:
             values: `[row, 1]`.
@@ -207,7 +207,7 @@ class SAE:
         return out if like is None or self.norm == "none" else out * self._scaling(like.to(out))[1][1]
 
     def error(self, values: Tensor) -> Tensor:
-        """The reconstruction error: values minus what is decoded from their features.
+        """The reconstruction error: values minus their reconstruction.
 
         Args:
             values: `[..., width]`.
@@ -257,7 +257,7 @@ class SAE:
         return {name: tensor.to(like.device, dtype) for name, tensor in self.tensors.items()}
 
     def _scaling(self, values: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What is taken off inputs; what they are divided by, and what outputs are multiplied by."""
+        """The shift of the inputs; the factor that inputs are divided by and outputs multiplied by."""
         one = values.new_ones(())
         if self.norm == "layer_norm":
             mean = values.mean(-1, keepdim=True)

@@ -31,7 +31,7 @@ TRANSCODERS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-#: Of a config, what changes the arithmetic, with the values under which it is what is computed here.
+#: Keys of a config that change the arithmetic, with the supported values.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "reshape_activations": ("none", "hook_z", None),  # heads side by side, as a site has them
     "finetuning_scaling_factor": (False, None),
@@ -164,7 +164,7 @@ def _names(kind: str, transcoder: bool) -> set[str]:
 def _check_transcoder(
     folder: FilePath, config: Mapping[str, Any], tensors: Mapping[str, Tensor], norm: str, scaled: bool
 ) -> None:
-    """Raise where a transcoder is not what its name says."""
+    """Raise for a transcoder whose tensors do not fit its name."""
     kind = config["architecture"]
     if norm != "none" or scaled:
         raise FileError(
@@ -176,7 +176,7 @@ def _check_transcoder(
 
 
 def _kind(folder: FilePath, config: Mapping[str, Any]) -> str:
-    """The kind that a config names; an older one says it by the activation function of a standard SAE."""
+    """The kind in a config; an older config has the activation function of a standard SAE instead."""
     named = config.get("architecture", "standard")
     kind: Any = TRANSCODERS.get(named, named)
     if kind not in KINDS:

@@ -66,7 +66,7 @@ _EXPECTED = "a file that Subspace.to_file wrote"
 
 @contextmanager
 def damaged(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of a subspace that cannot be what a file says it is that the file is damaged."""
+    """Turn errors of a subspace from a file into the error of a damaged file."""
     try:
         yield
     except (NnspliceError, KeyError) as error:

@@ -138,7 +138,7 @@ class Subspace:
             return cls(str(place), directions[:k].T, about)
 
     def random(self, k: int | None = None, seed: int = 0) -> Subspace:
-        """A random subspace of the same site, uniform among those of k dimensions: the control of what this one does.
+        """A random subspace of the same site and dimension, uniformly drawn, as a control.
 
         Args:
             k: how many dimensions; as many as this one has, if left out.
@@ -156,7 +156,7 @@ class Subspace:
         drawn = torch.randn(self.width, k, generator=generator, dtype=torch.float64)
         return Subspace(self.place, bases.orthonormal(drawn.T), {"method": "random", "seed": seed})
 
-    # --------------------------------------------------------------------------------------------------- what it is
+    # --------------------------------------------------------------------------------------------------- properties
 
     @property
     def k(self) -> int:
@@ -170,7 +170,7 @@ class Subspace:
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
-        """What makes two subspaces the same, as plain data."""
+        """The identity of a subspace, as plain data."""
         return {"place": self.place, "k": self.k, "basis": digest_of({"basis": self.basis})}
 
     # ------------------------------------------------------------------------------------------------------- compared
@@ -197,12 +197,12 @@ class Subspace:
         return bases.angles(self.basis, other.basis)
 
     def __and__(self, other: Subspace) -> Subspace:
-        """What lies in both; it may have no dimensions."""
+        """The intersection; it may have no dimensions."""
         self._check_beside(other, place=True)
         return Subspace(self.place, bases.common(self.basis, other.basis), self._made("&", other))
 
     def __or__(self, other: Subspace) -> Subspace:
-        """What both span together."""
+        """The sum of both subspaces."""
         self._check_beside(other, place=True)
         return Subspace(self.place, bases.joined(self.basis, other.basis), self._made("|", other))
 

@@ -153,6 +153,6 @@ def probe_key(work: Work) -> Hashable:
 
 
 def _rules(metric: Bound | Several) -> Hashable:
-    """The rule of each metric: its name, and what tells functions of one name apart."""
+    """The rule of each metric: its name, and a digest of a user's function."""
     each = [bound for _, bound in metric.parts] if isinstance(metric, Several) else [metric]
     return tuple((bound.metric.name, bound.identity.get("source")) for bound in each)

@@ -42,7 +42,7 @@ def corrupted_batches(work: Work, executor: Executor, at_once: int) -> Iterator[
 
 
 def _recorded_together(work: Work, prompts: Sequence[int], at_once: int) -> list[list[int]]:
-    """Neighbouring prompts that fit into one recorded pass; none that does not fit by itself."""
+    """Neighbouring prompts that fit into one recorded pass; a prompt that is too long is in none."""
     lengths = work.plan.corrupted.lengths("decoder")
     groups: list[list[int]] = []
     tokens = 0
@@ -56,10 +56,9 @@ def _recorded_together(work: Work, prompts: Sequence[int], at_once: int) -> list
 
 
 def rooms(model: engine.Model, max_tokens: int | None) -> tuple[int, int]:
-    """How many tokens run at once, in the first chunk and later: `max_tokens`, or what suits the machine."""
-    room = engine.ProcessGroup.of(model).minimum(
-        engine.tokens_at_once(model, max_tokens)
-    )  # memory is not free alike everywhere
+    """The tokens that run at once in the first chunk and in later ones: `max_tokens`, or a number for this machine."""
+    # Processes may have different amounts of free memory.
+    room = engine.ProcessGroup.of(model).minimum(engine.tokens_at_once(model, max_tokens))
     if max_tokens is not None or (model.device is not None and model.device.type != "cpu"):
         return room, room
     each = CostModel.of(model).token

@@ -28,7 +28,7 @@ class CollectedValues:
     done: np.ndarray
     log: Journal | None
     shown: Any
-    #: The processes that the model is spread over; the first of them has the journal.
+    #: The processes that share the model; the first one writes the journal.
     team: engine.ProcessGroup
 
     def note(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
@@ -40,7 +40,7 @@ class CollectedValues:
 
     def _log(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
         if self.log is not None:
-            # A journal has one number in a site: several metrics of a cell stand side by side.
+            # A journal has one number for each cell: several metrics are cells side by side.
             each = np.array(values, dtype=np.float64).reshape(len(jobs), -1)
             prompts, cells = np.array(jobs).reshape(-1, 2).T
             wide = each.shape[1]

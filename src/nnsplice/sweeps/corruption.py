@@ -15,14 +15,14 @@ class Corruption:
     """A change of every edited run before its edits: of tokens of the embedding, or of the stream after it."""
 
     place: Path
-    #: Per prompt: own tokens, and `[token, width]`.
+    #: For each prompt: positions, and values `[token, width]`.
     positions: tuple[tuple[int, ...], ...]
     values: tuple[Tensor, ...]
-    #: Whether the values take the place of what is there, or are added to it.
+    #: Whether the values replace the embeddings, or are added to them.
     overwrites: bool = False
 
     def take(self, rows: Sequence[int]) -> Corruption:
-        """The same, of these prompts alone."""
+        """The corruption of these prompts only."""
         positions, values = (tuple(of[row] for row in rows) for of in (self.positions, self.values))
         return replace(self, positions=positions, values=values)
 

@@ -37,7 +37,7 @@ from nnsplice.sweeps.running import check_mode
 from nnsplice.sweeps.targets import Target, TargetPart, cell_of
 from nnsplice.weights import select, swap
 
-#: The four runs, as whose input and whose weights a site has, and what is made of them.
+#: The four runs (whose input, whose weights), and the differences between them.
 CONDITIONS = ("neither", "fed", "computed", "both")
 SHARES = ("share fed", "share computed")
 
@@ -51,7 +51,7 @@ def crossings(
     *,
     progress: bool = True,
 ) -> SweepResult:
-    """Split what each site carries of a tuning into what it was fed and what it computes.
+    """Split the effect of fine-tuning on each site into its inputs and its own weights.
 
     The axis `metric` has the runs `neither` (the base model), `fed` (the site's weights are the base's, what comes in
     is the tuned model's), `computed` (the other way round) and `both` (what `ns.sweep(..., source=tuned)` patches); and
@@ -146,7 +146,7 @@ def crossings(
 
 
 def _check(model: engine.Model, place: Path) -> None:
-    """Raise for a site whose output is not what its own weights make of what it is given."""
+    """Raise for a site whose output is not computed by its own weights from its input."""
     names = [step.name for step in place.steps]
     if place.native or place.position is not None or names not in (["layers"], ["layers", "attn"], ["layers", "mlp"]):
         raise RefusedPlace(
@@ -171,7 +171,7 @@ def _weights(model: engine.Model, place: Path) -> Selection:
 
 
 def _outputs(model: engine.Model, other: engine.Model | None, place: Path, prompts: Prompts) -> Tensor:
-    """What a site puts out in a model's run, with its weights or another's there."""
+    """A site's output in a model's run, with its own or another model's weights."""
     block = nullcontext() if other is None else swap(model, unwrap(other), _weights(model, place))
     with block:
         return capture(model, prompts, place.at(Slice())).get(place.at(Slice()))

@@ -61,7 +61,7 @@ def prepared(
 
 
 class SweepUnits:
-    """A worker's side of a plan: its model, and the units as they are asked for."""
+    """A plan in a worker: loads the model, then runs units by number."""
 
     def __init__(self, folder: RunFolder) -> None:
         """Load the model and the plan.

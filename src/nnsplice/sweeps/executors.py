@@ -1,4 +1,4 @@
-"""The reference and batched executors, and what an executor is.
+"""The type of executors, and two of them: reference and batched.
 
 reference    one trace for each job, written with `SavedActivation`'s own means: slow, and the oracle of the tests
 batched      one nnsight trace for many jobs, a row for each: any architecture
@@ -35,19 +35,19 @@ from nnsplice.sweeps.targets import TargetPart
 
 @dataclass(frozen=True)
 class Work:
-    """What an executor needs beside the jobs."""
+    """The input of an executor, without the jobs."""
 
     model: engine.Model
     plan: Plan
     source: Source
     #: The clean run's logits where the metric reads, `[prompt, vocab]`, for metrics that compare.
     clean_logits: Tensor | None
-    #: What an executor keeps from chunk to chunk.
+    #: Values that an executor keeps between chunks.
     memo: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def cost_model(self) -> CostModel:
-        """What tokens cost in the model."""
+        """The cost of tokens in the model."""
         return CostModel.of(self.model)
 
 
@@ -55,11 +55,11 @@ class Work:
 class Executor:
     """A way to run jobs."""
 
-    #: Jobs -> the metric of each, and what it cost.
+    #: Jobs -> the metric of each, and the cost.
     run: Callable[[Work, Sequence[Job]], tuple[list[float], Cost]]
     #: How many tokens each of these jobs runs.
     tokens: Callable[[Work, Sequence[Job]], list[int]]
-    #: Whether the jobs of one run may be about prompts of different length.
+    #: Whether one run may have prompts of different lengths.
     mixed: bool = False
     #: These corrupted prompts' logits where the metric reads, `[prompt, vocab]`, where it makes that run anyway: jobs
     #: about these prompts share it, until it is to be forgotten.
@@ -82,7 +82,7 @@ def whole_prompts(work: Work, jobs: Sequence[Job]) -> list[int]:
 
 
 def fitting(jobs: Sequence[Job], sizes: Sequence[int], prompts: Sequence[int], room: int, at: int = 0) -> int:
-    """How many of the jobs from `at` on fit: their own tokens, and their prompts, padded as they run."""
+    """The number of jobs from `at` on that fit into one run, with their prompts padded."""
     own = total = longest = 0
     prompts_in_batch: set[int] = set()
     for number in range(at, len(jobs)):
@@ -120,7 +120,7 @@ def run_single(work: Work, job: Job, *, only: bool = False) -> Tensor:
     found: list[Tensor] = []
 
     def body() -> None:
-        # What follows asks how the prompt was padded, which the run tells before its first value and never after.
+        # The padding of the prompt can be read before the first value of a run, and not later.
         engine.batch_of(model, engine.worker(model, "a sweep"))
         corrupt(model, plan, [job[0]])
         if plan.operation.reads:
@@ -168,7 +168,7 @@ def _updated(work: Work, job: Job) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One number of the batch to change: a row, a token, and what is written there."""
+    """One change in a batch: a row, a token, and the new value."""
 
     row: int
     prompt: int

@@ -15,7 +15,7 @@ from nnsplice.tokens import columns, concrete
 
 
 def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, together: bool) -> tuple[Target, ...]:
-    """What sites ask for, in the order of the forward pass: a target for each site and position, and for each set."""
+    """A target for each site and position, and for each set, in the order of the forward pass."""
     wanted, sets = split_sites(sites)
     if window < 1:
         raise BadArgument(f"window={window}", expected="at least 1")
@@ -48,7 +48,7 @@ def targets_of(model: engine.Model, sites: Sites, edited: Prompts, window: int, 
 
 
 def _positions(pattern: Path, edited: Prompts, tower: str, position: Position | None = None) -> list[int | Span]:
-    """The positions of a sweep, each a column of its own; those that every prompt lacks are an error."""
+    """The positions of a sweep, a column each; a position that no prompt has is an error."""
     lengths = edited.lengths(tower)
     position = pattern.position if position is None else position
     if position is None or isinstance(position, Slice):
@@ -77,7 +77,7 @@ def _window(model: engine.Model, place: Path, window: int) -> tuple[Path, ...]:
 
 
 def tokens_of(path: Path, prompts: Prompts) -> list[list[int]]:
-    """Which own tokens of each prompt a path means; without a position, all of them.
+    """The tokens of each prompt that a path means; without a position, all of them.
 
     Raises:
         ShortRow: a prompt has no such token.

@@ -1,4 +1,4 @@
-"""The identity of a sweep: all that was asked, as plain data for results and journals."""
+"""The identity of a sweep (`asked`): the whole question, as plain data for results and journals."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def sae_records(model: engine.Model, targets: Sequence[Target]) -> dict[str, Any
 
 
 def labels_of(model: engine.Model, plan: Plan) -> dict[str, Any]:
-    """What figures say beside a result: texts of the answers' tokens, and the clean prompts where there are others."""
+    """Labels for figures: texts of the answers' tokens, and the clean prompts if they differ."""
     metric = plan.asked["metric"]
     found: set[int] = set()
     for one in metric.get("metrics", [metric]):

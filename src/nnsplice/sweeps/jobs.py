@@ -57,7 +57,7 @@ class Jobs(Sequence[Job]):
 
     @classmethod
     def of_ranges(cls, ranges: Iterable[Sequence[int]]) -> Jobs:
-        """What `ranges` gave."""
+        """The jobs of these `ranges`."""
         rows = np.array(list(ranges), dtype=np.int32).reshape(-1, 3)
         return cls(rows[:, 0].copy(), rows[:, 1].copy(), rows[:, 2].copy())
 
@@ -78,7 +78,7 @@ class Jobs(Sequence[Job]):
         return np.repeat(self._prompts, sizes), np.repeat(self._starts, sizes) + within
 
     def take(self, rows: Sequence[int]) -> Jobs:
-        """The cells of these prompts, which are numbered by their order among them."""
+        """The cells of these prompts, which are renumbered in this order."""
         lows, highs = (np.searchsorted(self._prompts, rows, side=side) for side in ("left", "right"))
         kept = [np.arange(low, high) for low, high in zip(lows, highs, strict=True)]
         at = np.concatenate(kept) if kept else np.zeros(0, dtype=int)
@@ -92,12 +92,12 @@ class Jobs(Sequence[Job]):
         return Jobs(self._prompts[kept], starts[kept].astype(np.int32), stops[kept].astype(np.int32))
 
     def of_prompts(self, prompts: Sequence[int]) -> Jobs:
-        """The cells of these prompts alone."""
+        """The cells of these prompts only."""
         kept = np.isin(self._prompts, prompts)
         return Jobs(self._prompts[kept], self._starts[kept], self._stops[kept])
 
     def of_targets(self, targets: Iterable[int]) -> Jobs:
-        """The cells of these targets alone."""
+        """The cells of these targets only."""
         prompts, numbers = self.columns()
         kept = np.isin(numbers, np.fromiter(targets, dtype=np.int64))
         return Jobs.of_columns(prompts[kept], numbers[kept])

@@ -78,7 +78,7 @@ def _check_rest(model: engine.Model, target: Target, edited: Prompts) -> None:
 
 
 def cuts_of(plan: Plan, job: Job) -> tuple[Cut, ...]:
-    """What a job cuts; nothing where its operation is another."""
+    """The edges of attention that a job cuts; empty for other operations."""
     if plan.operation.way != "cut":
         return ()
     return tuple(

@@ -29,18 +29,18 @@ NAMES: dict[str, Way] = {
     "zero": "compute",
     "knockout": "cut",
 }
-#: What needs a capture to take values from.
+#: Operations that need a capture as the source of values.
 NEEDS_REFERENCE = ("mean", "resample", "add")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One of the names, or a function `[row, width] -> [row, width]`."""
+    """A named operation, or a function `[row, width] -> [row, width]`."""
 
     name: str
     way: Way
     compute: Callable[[Tensor], Tensor] | None = None
-    #: What of a value is changed; None for all of it.
+    #: The subspace that is changed; None for the whole value.
     subspace: Subspace | None = None
 
     @property
@@ -50,7 +50,7 @@ class Operation:
 
     @property
     def identity(self) -> Any:
-        """What makes two operations the same, as plain data."""
+        """The identity of an operation, as plain data."""
         operation: Any = self.name
         if self.name not in NAMES:
             operation = {"function": self.name, "source": function_digest(self.compute)}
@@ -72,7 +72,7 @@ class Operation:
         return interchanged(current, new, self.subspace.basis)
 
     def _whole(self, current: Tensor, value: Tensor | None) -> Tensor:
-        """The new values, whatever part of them is wanted."""
+        """The new values, before the restriction to a subspace."""
         if self.way == "compute":
             assert self.compute is not None
             new = self.compute(current)
@@ -85,7 +85,7 @@ class Operation:
         assert value is not None
         value = value.to(current)
         if self.name == "noise":
-            # Standard normal numbers come in; they are made as large as the value's own are in the mean.
+            # Standard normal numbers are scaled to the mean size of the value's numbers.
             value = value * current.pow(2).mean(-1, keepdim=True).sqrt()
         return value.expand_as(current) if self.way == "replace" else current + value
 
@@ -124,5 +124,5 @@ def _named(given: str | Callable[[Tensor], Tensor]) -> Operation:
     if not callable(given):
         raise BadType(f"an operation of type {type(given).__name__}", expected=f"{', '.join(NAMES)}, or a function")
     name = getattr(given, "__name__", type(given).__name__)
-    # A function of the user's may be called as one of the names is, and be none of them.
+    # A user's function may have the name of an operation.
     return Operation(f"{name}()" if name in NAMES else name, "compute", given)

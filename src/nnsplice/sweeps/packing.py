@@ -52,7 +52,7 @@ def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
     same = plan.shared_start(target, prompt)
     edits: list[Edit] = []
     for part in () if plan.operation.way == "cut" else target.parts:
-        # Before its first difference a pair is one run, and what is patched there is what stands there.
+        # Before their first difference both runs are equal, so a patch there changes nothing.
         tokens = {position: order for order, position in enumerate(plan.positions(part, prompt)) if position >= same}
         edits += [
             Edit.made(
@@ -125,7 +125,7 @@ packed: Executor = Executor(run_packed, tokens_of, mixed=True, corrupted=corrupt
 
 
 def measured_states(work: Work, head: Head, states: Tensor, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
-    """The metric of each job, and what that cost; as many rows of logits at once as fit."""
+    """The metric of each job, and the cost; as many rows of logits at once as fit."""
     metric = work.plan.metric
     if head.plain and metric.metric.local:
         prompts = [prompt for prompt, _ in jobs]

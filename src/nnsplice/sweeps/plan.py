@@ -214,7 +214,7 @@ class Plan(PlannedCells, Planned[SweepResult]):
         return (unedited[: self.prompts] + totals).tolist()
 
     def _costs(self) -> tuple[np.ndarray, np.ndarray, Callable[[int], np.ndarray]]:
-        """In tokens times layers, what each prompt costs without an edit, and with all, and each cell of one prompt."""
+        """Costs in tokens times layers: of each prompt without edits, of each with all edits, and of each cell."""
         layer = np.array([min((part.cell.layer or 0) for part in target.parts) for target in self.targets])
         layers = int(layer.max()) + 1
         tokens = np.zeros((len(self.alike), len(self.targets)), dtype=np.float32)

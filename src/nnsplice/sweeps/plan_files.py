@@ -26,7 +26,7 @@ from nnsplice.work import write_json
 
 PLAN, REFERENCE, CORRUPTION = "plan.json", "reference.safetensors", "corruption.safetensors"
 SUBSPACE = "subspace.safetensors"
-#: The fields of a plan that these files hold. Another one, where it says something, is refused.
+#: The fields of a plan that these files hold. A plan with other fields set is refused.
 _HELD = {
     "corrupted", "clean", "targets", "metric", "operation", "reference", "align", "seed", "jobs", "known", "asked",
     "corruption", "tokens", "owners", "appended", "numbers", "of", "foreign",
@@ -79,7 +79,7 @@ def plain_plan(plan: Plan) -> dict[str, Any]:
 
 
 def write_tensors(plan: Plan, folder: FilePath) -> None:
-    """Write what of a plan is tensors."""
+    """Write the tensors of a plan."""
     from safetensors.torch import save_file
 
     if plan.reference is not None:
@@ -127,7 +127,7 @@ def read_plan(record: Mapping[str, Any], folder: str | os.PathLike[str], model: 
         of=record["of"], foreign=record["foreign"],
     )  # fmt: skip
     features.check_identities(model, plan.asked.get("saes", {}), "the plan")
-    # The operation wholly, so that what these files do not hold of it is refused and not left out.
+    # The whole operation: an option that these files do not hold is refused, not dropped.
     here = {"operation": plan.operation.identity, "metric": _sources(plan.metric.identity)}
     there = {"operation": record["asked"]["operation"], "metric": _sources(record["asked"]["metric"])}
     for name in here:
@@ -199,7 +199,7 @@ def _operation_of(record: str | Mapping[str, str], subspace: Subspace | None) ->
 
 
 def _sources(identity: Any) -> Any:
-    """What tells functions of one name apart, in what is asked of a metric or an operation."""
+    """The digests of users' functions, in the identity of a metric or an operation."""
     if not isinstance(identity, Mapping):
         return identity
     if "metrics" in identity:

@@ -22,7 +22,7 @@ from nnsplice.sweeps.targets import Target, TargetPart, has_tokens, own_tokens
 
 @dataclass(frozen=True, repr=False)
 class PlannedCells:
-    """The fields of a `Plan`, which describes them, and what they say of its cells."""
+    """The fields of a `Plan`, documented there, and properties of its cells."""
 
     corrupted: Prompts
     clean: Prompts | None
@@ -98,7 +98,7 @@ class PlannedCells:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """`[prompt]`: how many tokens the two runs of each pair share."""
+        """`[prompt]`: the number of leading tokens that both runs of a pair share."""
         if self.operation.name != "patch" or self.clean is None or self.align != "position" or self.foreign:
             return [0] * len(self.corrupted)
         changed = self.corruption.positions if self.corruption is not None else ((),) * len(self.corrupted)
@@ -167,7 +167,7 @@ class PlannedCells:
         return all(self._partner(part, prompt, token) is not None for token in tokens)
 
     def _own(self, part: TargetPart, prompt: int) -> int:
-        """How many tokens a prompt has that positions count; what is appended of its answer is none of them."""
+        """The number of tokens of a prompt that positions count, without appended answer tokens."""
         length = self.corrupted.length(part.tower, prompt)
         return length - self.appended[prompt] if self.appended else length
 

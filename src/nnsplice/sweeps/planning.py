@@ -202,7 +202,7 @@ def _check_pairs(edited: Prompts, source: Prompts | None, align: str) -> None:
 
 
 def _check_spans(targets: Sequence[Target], edited: Prompts, source: Prompts) -> None:
-    """That a span's tokens correspond in both prompts of each pair."""
+    """Check that a span's tokens correspond in both prompts of each pair."""
     positions = [part.position for target in targets for part in target.parts]
     for span in dict.fromkeys(position for position in positions if isinstance(position, Span)):
         if span.name not in (source.spans or {}):

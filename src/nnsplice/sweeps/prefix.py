@@ -20,7 +20,7 @@ from nnsplice.atlas import Atlas, Block, Selection, unwrap
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the blocks of a model answered in one run; empty where that cannot be used."""
+    """The outputs of a model's blocks in one run; empty where they cannot be reused."""
 
     blocks: Sequence[nn.Module] = ()
     outputs: Sequence[Any] = ()
@@ -29,7 +29,7 @@ class Prefix:
 
     @classmethod
     def of(cls, model: Any, run: Callable[[], Tensor]) -> Prefix:
-        """Record a run, and see whether its last block alone gives its logits."""
+        """Record a run, and check whether its logits follow from its last block."""
         atlas, root = Atlas.of(model), unwrap(model)
         order = sorted(atlas.towers.values(), key=lambda tower: tower.name != "encoder")
         blocks = [block for tower in order for block in tower.blocks]
@@ -95,7 +95,7 @@ def _copy(value: Any) -> Any:
 
 
 def _reach(atlas: Atlas, blocks: Sequence[Block]) -> dict[str, int]:
-    """The parameters that stand in one block only."""
+    """The parameters that belong to one block only."""
     tree = atlas.tree
     shared = set(tree.aliases.values())
     reach: dict[str, int] = {}

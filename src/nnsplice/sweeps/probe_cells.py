@@ -13,7 +13,7 @@ from nnsplice.sweeps.executors import Work, whole_prompts
 from nnsplice.sweeps.jobs import Job
 from nnsplice.sweeps.targets import Target
 
-#: At least so many cells are computed, and at most so many kinds of layer are told apart.
+#: The least number of cells in the trial, and the largest number of kinds of layer that it distinguishes.
 CELLS, LAYERS = 4, 6
 
 
@@ -50,7 +50,7 @@ def _properties(
 
 
 def kinds_of_target(target: Target) -> Iterator[Hashable]:
-    """What of a cell may need another way of running: kinds of site, and how those of a set stand to each other."""
+    """The properties of a cell that may need another executor: kinds of site, and their order in a set."""
     for part in target.parts:
         yield "kind", part.cell.component, type(part.position), len(part.places)
     layers = [part.cell.layer for part in target.parts]

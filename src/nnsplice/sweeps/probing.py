@@ -67,7 +67,7 @@ class Comparison:
 
 
 def compare(work: Work, longest: int, room: int = 0) -> tuple[ProbeResult, Cost]:
-    """All ways on a few cells, the fastest first, until one agrees with runs of their own.
+    """Try all ways on a few cells, the fastest first, until one agrees with one run per cell.
 
     Args:
         room: a plan whose jobs fit into so many tokens is packed as a whole, and the cells are compared in the very run
@@ -131,7 +131,7 @@ def _packed(probe: _Probe, whole: list[Job] | None) -> tuple[Comparison, list[Jo
 
 
 def _fits(work: Work, room: int) -> bool:
-    """Whether all jobs of a plan run as one pack of at most so many tokens."""
+    """Whether all jobs of a plan fit into one pack of at most this many tokens."""
     jobs = work.plan.jobs
     if len(jobs) > room:
         return False
@@ -154,7 +154,7 @@ def _by_shape(work: Work, jobs: Sequence[Job]) -> list[list[Job]]:
 
 
 class _Probe:
-    """The cells with the logits of runs of their own."""
+    """The cells of the trial, with the logits of one run per cell."""
 
     def __init__(self, work: Work, jobs: Sequence[Job]) -> None:
         self.work, self.jobs = work, list(jobs)
@@ -163,7 +163,7 @@ class _Probe:
             work.plan.metric.metric, name="logits", rule=self._keep, answers={}, compares=False, local=False
         )
         self.of_logits = replace(work, plan=replace(work.plan, metric=metric.bind(None, len(work.plan.corrupted))))
-        # The first has all logits computed, which shows that the others may do without those that nobody reads.
+        # The first run computes all logits, which checks that the others may skip unread ones.
         self.logits = {job: run_single(self.of_logits, job, only=number > 0) for number, job in enumerate(self.jobs)}
         self.points = {job: float(direction(logits)) for job, logits in self.logits.items()}
         self.cost, self.noise_cost = Cost(), Cost()
@@ -213,11 +213,11 @@ class _Probe:
         return Comparison(differs, off, cost, found)
 
     def _single(self, jobs: Sequence[Job]) -> list[Any]:
-        """The metric of these cells in runs of their own."""
+        """The metric of these cells, with one run per cell."""
         return [measured(self.work, self.logits[job], [job])[0] for job in jobs]
 
     def note(self, tried: Comparison) -> str:
-        """What a result says of numbers that agree with runs of their own as well as this model's can."""
+        """The note of a result whose numbers agree with one run per cell up to this model's rounding."""
         if self.dtype in HALF_PRECISION:
             return rounding_note(self.work, tried.off, max(float(one.abs().max()) for one in self.logits.values()))
         if self.noise is None:
@@ -239,7 +239,7 @@ class _Probe:
         return found
 
     def _first(self, jobs: Sequence[Job], values: Sequence[Any], mine: Sequence[Any], what: str, scale: float) -> str:
-        """The first cell whose value is not that of a run of its own, in words; empty where all are."""
+        """A message about the first cell that differs from its own run; empty if none does."""
         for job, a, b in _each(jobs, values, mine):
             if math.isclose(a, b, rel_tol=self.allowed, abs_tol=self.allowed * scale):
                 continue

@@ -65,7 +65,7 @@ def _kinds(model: engine.Model, plan: Plan) -> list[tuple[list[int], tuple[bool,
 
     With them, for each part, whether all of its sites stand behind that.
     """
-    # Asked once of a value, whatever number of heads and tokens of it are cells.
+    # Once for each value, whose heads and tokens may be many cells.
     behind: dict[object, bool] = {}
     found: list[tuple[list[int], tuple[bool, ...]]] = []
     for numbers in plan.positions_alike:
@@ -82,14 +82,14 @@ def _kinds(model: engine.Model, plan: Plan) -> list[tuple[list[int], tuple[bool,
 
 
 def _reached(plan: Plan, target: Target, prompt: int, behind: Sequence[bool]) -> tuple[bool, bool]:
-    """Whether a target's change can reach what the metric reads, and whether all of it stands after that.
+    """Whether a target's change can reach the tokens that the metric reads, and whether all of it comes after them.
 
     Args:
-        behind: of each part, whether all of its sites stand behind the last attention, where no token reads another.
+        behind: for each part, whether all of its sites come after the last attention, where no token reads another.
     """
     length = plan.corrupted.length(target.tower, prompt)
     shared, read = plan.shared_start(target, prompt), plan.metric.metric.position % length
-    # Of a set each token of a site is looked at by itself: where a pair is one run still, its other patches
+    # Each token of a set's site counts separately: before the first difference of the pair, its other patches
     # change nothing either.
     can = any(
         token == read or not late

@@ -32,7 +32,7 @@ from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.sets import Sites, all_paths
 
-#: What a causal trace restores: its kind -> the sites.
+#: The sites that a causal trace restores, by its kind.
 KINDS = {"residual": "layers[:].output", "mlp": "layers[:].mlp.output", "attn": "layers[:].attn.output"}
 
 
@@ -48,7 +48,7 @@ def ablate(
     together: bool = True,
     **options: Any,
 ) -> SweepResult:
-    """Ablate each site by itself and measure the metric.
+    """Ablate each site and measure the metric.
 
     A site without a position is ablated at all tokens at once; a list of paths in the list is a set, whose sites are
     ablated together.
@@ -200,7 +200,7 @@ def causal_trace(
 
 
 def _read_by(model: engine.Model) -> str:
-    """What the paths of the tower that reads the prompt start with: of two towers it is the encoder."""
+    """The start of paths in the tower that reads the prompt: the encoder, of two towers."""
     return "encoder." if "encoder" in Atlas.of(model).towers and engine.is_encoder_decoder(model) else ""
 
 
@@ -243,14 +243,14 @@ def _drawn(noise: float | Tensor, samples: int, tokens: int, width: int, seed: s
                 expected=f"[sample, {tokens}, {width}]",
             )
         return noise
-    # Seeded by the prompt's tokens: the noise of one is the same whatever other prompts are traced beside it.
+    # Seeded by the prompt's tokens, so that the noise does not depend on the other prompts.
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(number)
     return torch.randn(samples, tokens, width, generator=generator, dtype=torch.float64)
 
 
 def _spread(model: engine.Model, given: Prompts) -> float:
-    """The standard deviation of the numbers in the subject's token embeddings, of one prompt."""
+    """The standard deviation of the subject's token embeddings in one prompt."""
     place = _embedding(model, given)
     assert given.spans is not None
     ((start, stop),) = given.spans["subject"]
@@ -259,7 +259,7 @@ def _spread(model: engine.Model, given: Prompts) -> float:
 
 
 def _embedding(model: engine.Model, given: Prompts) -> str:
-    """What the token embedding gives by itself; where there is no such module, the stream that enters the layers.
+    """The output of the token embedding; without such a module, the stream that enters the layers.
 
     The stream too in prompts with images, which take the place of what the embedding gives of their tokens.
     """
@@ -275,7 +275,7 @@ def _native(module: str) -> str:
 
 
 def _averaged(result: SweepResult, plan: Plan, samples: int) -> SweepResult:
-    """The mean over the samples of each prompt, which the plan held as prompts of their own."""
+    """The mean over the samples of each prompt, which are prompts in the plan."""
     table = result.table
     prompts = len(plan.corrupted) // samples
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-#: The file of a journal that says which job it is of.
+#: The file of a journal that identifies its job.
 ABOUT = "revisions.json"
 
 
@@ -140,7 +140,7 @@ def over_revisions(
 
 
 def _one(load: Callable[[str], Any], name: str, job: Callable[[Any], SweepResult]) -> SweepResult:
-    """The result of one revision; its model is gone when this returns."""
+    """The result of one revision; the model is freed."""
     model = load(name)
     result = job(model)
     del model

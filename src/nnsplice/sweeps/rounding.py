@@ -52,7 +52,7 @@ def tolerance(work: Work) -> float:
 
 
 def direction(logits: Tensor) -> Tensor:
-    """The direction of logits as a number near 1 in size, whatever the scale of the metric."""
+    """The direction of logits as a number near 1, independent of the scale of the metric."""
     wide = torch.where(logits.abs() < 1e4, logits, 0).double()  # tokens that are ruled out have logits of any size
     wide = wide - wide.mean(-1, keepdim=True)
     along = torch.randn(wide.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)

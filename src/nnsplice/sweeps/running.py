@@ -112,7 +112,7 @@ def measured_table(
     elif isinstance(executor, ChosenExecutor):
         name, note, execute = executor.name, executor.note, executor.prepare(work)
     else:
-        # What a journal holds already need not run again for a trial.
+        # Cells in the journal need no trial.
         name, note, spent = choose(executor, work, whole if journal is None else 0)
         execute, cost = EXECUTORS[name], cost + spent
     if not plan.owners:

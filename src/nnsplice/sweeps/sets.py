@@ -99,7 +99,7 @@ def _each(member: Path, position: Position | None, edited: Prompts, tower: str) 
 
 
 def check_tokens(each: Iterable[At], edited: Prompts, path: Path, tower: str) -> None:
-    """Raise for tokens that no prompt has, and for a span that nobody gave."""
+    """Raise for tokens that no prompt has, and for an unknown span."""
     lengths = edited.lengths(tower)
     for at in each:
         if isinstance(at, Span):
@@ -109,7 +109,7 @@ def check_tokens(each: Iterable[At], edited: Prompts, path: Path, tower: str) ->
 
 
 def _check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
-    """Raise for a span that nobody gave, or a token past its end."""
+    """Raise for an unknown span, or a token past its end."""
     lengths = edited.lengths("encoder")
     rows = Rows(len(edited), max(lengths), (0,) * len(lengths), tuple(lengths))
     with circumstances(str(path)):
@@ -122,7 +122,7 @@ def _check_span(span: Span, edited: Prompts, path: Path, tower: str) -> None:
 def _check_overlaps(model: engine.Model, parts: Sequence[TargetPart], edited: Prompts) -> None:
     """Raise where two parts give one number two values, in any prompt."""
     written = [(part, _written(model, part.places[0])) for part in parts]
-    # Parts of SAEs add their differences, as experts do, so they are compared with other sites alone.
+    # Parts of SAEs add their differences, as experts do, so they overlap with other sites only.
     adding = {*features.KINDS, features.TRANSCODED}
     others = [pair for pair in written if site_of(pair[0].places[0]).kind not in adding]
     of_saes = [pair for pair in written if site_of(pair[0].places[0]).kind in adding]
@@ -144,7 +144,7 @@ def _check_overlaps(model: engine.Model, parts: Sequence[TargetPart], edited: Pr
 
 
 def _written(model: engine.Model, place: Path) -> Path:
-    """What is written for a site: other values, where it is derived from some."""
+    """The values that are written for a site, which may be derived from others."""
     kind = site_of(place).kind
     if kind == "pattern":
         return derived.pattern_places(model, place)[1]

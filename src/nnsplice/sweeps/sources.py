@@ -32,11 +32,11 @@ class Captured:
 
 @dataclass(frozen=True)
 class Source:
-    """What is written at a site and a token."""
+    """The value to write at a site and a token."""
 
     plan: Plan
     clean: Captured | None = None
-    #: Means of the reference that were taken already, by its key, and by the prompt where each has its own.
+    #: Computed means of the reference, by key, and by prompt if each has its own.
     _means: dict[tuple[Path, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def value(self, prompt: int, part: TargetPart, place: Path, order: int, position: int, width: int) -> Tensor | None:
@@ -85,7 +85,7 @@ class Source:
 
 
 def _asked(position: At, order: int, token: int) -> list[int | Span]:
-    """What a reference may call a token of a cell: as it was asked for, and by its number."""
+    """The keys of a reference for a token of a cell: its position as written, and by number."""
     if isinstance(position, Span) and position.token is None:
         position = Span(position.name, order)
     return [position, token] if isinstance(position, int | Span) else [token]

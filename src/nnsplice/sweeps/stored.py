@@ -38,7 +38,7 @@ def store_beside(folder: RunFolder) -> str:
 
 
 def check_units(units: tuple[Unit, ...], plan: Plan) -> None:
-    """Refuse units of which several have cells of one prompt.
+    """Refuse units if several have cells of one prompt.
 
     Raises:
         BadArgument: there are some.
@@ -65,7 +65,7 @@ class StoredUnits:
         self._units, self._store = units, zarr_files.Growing(store_beside(folder))
 
     def run(self, number: int) -> Arrays:
-        """What is no value of a cell, and a checksum of each prompt's values."""
+        """Totals without the values of cells, and a checksum of each prompt's values."""
         found: Mapping[str, Any] = self._units.run(number)
         prompts = found["prompts"]
         runs, targets = Jobs.of_ranges(found["ranges"].tolist()).columns()

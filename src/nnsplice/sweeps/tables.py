@@ -51,7 +51,7 @@ def plan_in(plan: UnitPlan[Any], model: engine.Model) -> Plan:
 
 
 def arrays_of(table: Table) -> Arrays:
-    """What a unit found, as arrays."""
+    """The outcome of a unit, as arrays."""
     found = {name: getattr(table, name) for name in ("values", "done", "clean", "corrupted")}
     return {
         **found, "run": packed_text(dataclasses.asdict(table.run)),

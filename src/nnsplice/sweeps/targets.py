@@ -1,4 +1,4 @@
-"""A site as a cell of a result, with its address, its kind and its numbers; and what is changed for a cell."""
+"""Targets: a cell of a result, and the sites that are changed for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nnsplice.activations.prompts import Prompts
 from nnsplice.paths import Path, Position, Slice, Span
 from nnsplice.results import AXES, Cell
 
-#: Which tokens of each prompt are changed; None for all of them.
+#: The changed tokens of each prompt; None for all of them.
 At = int | Span | Slice | None
 
 
@@ -17,7 +17,7 @@ At = int | Span | Slice | None
 class TargetPart:
     """Sites that are changed at the same tokens."""
 
-    #: What it would be as a cell of its own.
+    #: The cell of this site alone.
     cell: Cell
     #: Several for a window of layers, in execution order.
     places: tuple[Path, ...]
@@ -34,7 +34,7 @@ class TargetPart:
 
 @dataclass(frozen=True)
 class Target:
-    """One cell of the result, and what is changed together for it."""
+    """One cell of the result, and the sites that are changed together for it."""
 
     cell: Cell
     #: Several for a set of sites, in execution order.
@@ -47,7 +47,7 @@ class Target:
 
     @property
     def is_set(self) -> bool:
-        """Whether the cell was asked for as a set of sites."""
+        """Whether the cell is a set of sites."""
         return self.cell.set is not None
 
     @property
@@ -87,7 +87,7 @@ def number_of(place: Path, axis: str) -> int | None:
 
 
 def own_tokens(at: At, prompts: Prompts, prompt: int, length: int) -> list[int]:
-    """The tokens of a prompt that are meant, of so many."""
+    """The tokens of a prompt of this length."""
     if isinstance(at, Span):
         assert prompts.spans is not None
         start, stop = prompts.spans[at.name][prompt]
@@ -100,7 +100,7 @@ def own_tokens(at: At, prompts: Prompts, prompt: int, length: int) -> list[int]:
 
 
 def has_tokens(at: At, length: int) -> bool:
-    """Whether a prompt of so many tokens has them; of a slice, all of them."""
+    """Whether a prompt of this length has all of the tokens."""
     if isinstance(at, int):
         return -length <= at < length
     if isinstance(at, Slice):

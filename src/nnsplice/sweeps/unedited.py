@@ -64,7 +64,7 @@ def clean_run(
     read = targets if other is None else list(sites.values())
     logits, cost = _logits(model, plan, prompts, sorted(set(first)), room, keep, read, clean=True)
     if other is not None:
-        # Under the names that the edited model has for them, and where it is.
+        # By the edited model's paths, and on its device.
         names = {site_of(there): site_of(place) for place, there in sites.items()}
         values = {
             names[site]: {row: (index, held.to(device or held.device)) for row, (index, held) in of.items()}  # type: ignore[index]
@@ -90,7 +90,7 @@ def corrupted_run(model: engine.Model, plan: Plan, room: int, rows: Sequence[int
 
 
 def _first_alike(plan: Plan, prompts: Prompts) -> list[int]:
-    """For each prompt the first that is the same, and read at the same token: one run serves them all."""
+    """For each prompt, the first equal prompt read at the same token, so that one run serves all of them."""
     known: dict[object, int] = {}
     return [
         known.setdefault((prompts.identity(row), read_at(plan, row, clean=True)), row) for row in range(len(prompts))
@@ -155,7 +155,7 @@ def _needed(plan: Plan) -> dict[int, dict[Path, set[int]]]:
 
 
 def _keep(pack: Pack, rows: Sequence[int], values: dict[object, dict[int, tuple[dict[int, int], Tensor]]]) -> None:
-    """Note what was captured, by site, prompt and position."""
+    """Store captured values by site, prompt and position."""
     index = {key.position: number for number, key in enumerate(pack.keys)}
     for number, row in enumerate(rows):
         values.setdefault(pack.keys[0].site, {})[row] = (index, pack.tensor[number])  # type: ignore[assignment]

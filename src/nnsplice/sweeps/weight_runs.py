@@ -35,7 +35,7 @@ class WeightRuns:
     by_row: bool = field(default=False, kw_only=True)
     #: What every call is given beside the prompts.
     arguments: Mapping[str, Any]
-    #: Of each module that runs, whether it can be asked for the logits of its last tokens only.
+    #: For each module: whether it can compute the logits of the last tokens only.
     _keeps: dict[int, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -62,7 +62,7 @@ class WeightRuns:
 
     @cached_property
     def cost_model(self) -> CostModel:
-        """What tokens cost in the model."""
+        """The cost of tokens in the model."""
         return CostModel.of(self.base)
 
     @property

@@ -208,7 +208,7 @@ def _ends(runs: WeightRuns, tuned: Any) -> _Ends:
 def _measured(
     runs: WeightRuns, tuned: Any, places: Sequence[Selection], clean_logits: Tensor, done: np.ndarray
 ) -> Iterator[tuple[list[Job], list[float], Cost]]:
-    """What is not done: jobs, their values, and what they cost."""
+    """The remaining jobs, with their values and costs."""
     module = unwrap(runs.base)
     for rows in runs.batches():
         if done[rows].all():
@@ -263,7 +263,7 @@ def _asked(
     name, revision = engine.name_of(base)
     held = dict(unwrap(base).named_parameters(remove_duplicate=False))
     other = dict(tuned) if isinstance(tuned, Mapping) else dict(unwrap(tuned).named_parameters(remove_duplicate=False))
-    # Heads without the keys and values that they share: swept with them, they are another question.
+    # Heads without the keys and values that they share; with them it would be another question.
     own = any(atlas.resolve(place) != selection for place, selection in places.items())
     touched = list(dict.fromkeys(name for selection in places.values() for name in selection))
     return {

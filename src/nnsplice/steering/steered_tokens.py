@@ -47,7 +47,7 @@ class SteeredTokens:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Shown:
-    """What `Steering.show` returns: text, or a table in a notebook."""
+    """The result of `Steering.show`: text, or a table in a notebook."""
 
     rules: tuple[SteeredTokens, ...]
 
