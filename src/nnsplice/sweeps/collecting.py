@@ -29,13 +29,13 @@ class CollectedValues:
     log: Journal | None
     shown: Any
     #: The processes that share the model; the first one writes the journal.
-    team: engine.ProcessGroup
+    group: engine.ProcessGroup
 
     def note(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
         """Add measured values; they are in the journal before the bar moves."""
         for job, value in zip(jobs, values, strict=True):
             self.values[job], self.done[job] = value, True
-        self.team.on_first("writing the journal", lambda: self._log(jobs, values))
+        self.group.on_first("writing the journal", lambda: self._log(jobs, values))
         self.shown.update(len(jobs))
 
     def _log(self, jobs: Sequence[Job], values: Sequence[Any]) -> None:
@@ -63,27 +63,29 @@ def collecting(
     journal: str | PathLike[str] | None,
     progress: bool,
     metrics: int = 0,
-    team: engine.ProcessGroup | None = None,
+    group: engine.ProcessGroup | None = None,
 ) -> Iterator[CollectedValues]:
     """The values of these jobs while a sweep runs, with those that a journal of the same sweep has.
 
     Args:
         metrics: how many numbers a cell has, where it has several.
-        team: the processes that the model is spread over: the first has the journal and the bar.
+        group: the processes that share the model; the first one has the journal and the bar.
     """
     several, wide = ((metrics,) if metrics else ()), metrics or 1
     values, done = np.full((*shape, *several), np.nan), np.zeros(shape, dtype=bool)
-    team = team or engine.ProcessGroup()
+    group = group or engine.ProcessGroup()
     log: Journal | None = None
     if journal is not None:
-        log = team.on_first("opening the journal", lambda: Journal.open(journal, asked, len(jobs) * wide))
+        log = group.on_first("opening the journal", lambda: Journal.open(journal, asked, len(jobs) * wide))
     try:
-        for (prompt, number), value in team.broadcast(log.done() if log is not None else {}).items():
+        for (prompt, number), value in group.broadcast(log.done() if log is not None else {}).items():
             cell = number // wide
             values[(prompt, cell, number % wide) if metrics else (prompt, cell)] = value
             done[prompt, cell] = True
-        with bar("sweep", len(jobs), "cell", progress and team.is_first, done=int(done[jobs.columns()].sum())) as shown:
-            yield CollectedValues(values, done, log, shown, team)
+        with bar(
+            "sweep", len(jobs), "cell", progress and group.is_first, done=int(done[jobs.columns()].sum())
+        ) as shown:
+            yield CollectedValues(values, done, log, shown, group)
     finally:
         if log is not None:
             log.close()

@@ -68,9 +68,9 @@ def run_fresh(
     """`run`, of a plan that was made of this model a moment ago: its weights need not be looked at again."""
     check_mode(model)
     other = other_model.source_of(plan, source)
-    team = engine.ProcessGroup.of(model)
-    journal = team.broadcast(None if journal is None else os.fspath(journal))
-    team.check_same((dict(plan.asked), plan.jobs.ranges, str(executor), max_tokens), "the sweep")
+    group = engine.ProcessGroup.of(model)
+    journal = group.broadcast(None if journal is None else os.fspath(journal))
+    group.check_same((dict(plan.asked), plan.jobs.ranges, str(executor), max_tokens), "the sweep")
     # A file tells its question from others by every number of the model, also by those written past torch's notice.
     if journal is not None and plan.asked.get("weights") != engine.weights_digest(model, anew=True):
         raise BadArgument(
@@ -94,8 +94,8 @@ def measured_table(
 ) -> Table:
     """The table of a run, of a model that was checked and whose turn is held."""
     start = time.perf_counter()
-    team = engine.ProcessGroup.of(model)
-    if team.size > 1:
+    group = engine.ProcessGroup.of(model)
+    if group.size > 1:
         # What is measured of a site runs its block by itself; inside a trace that would take the weights of the block
         # away from the run around it, as fully_shard keeps them for one call at a time.
         places = [place for target in plan.targets for place in target.places]
@@ -123,7 +123,7 @@ def measured_table(
 
     names = plan.metric.names if isinstance(plan.metric, Several) else ()
     shape = (len(prompts), len(plan.targets))
-    with collecting(shape, plan.jobs, plan.asked, journal, progress, len(names), team) as collected:
+    with collecting(shape, plan.jobs, plan.asked, journal, progress, len(names), group) as collected:
         if PROBE_VALUES in work.memo:
             collected.note(*work.memo.pop(PROBE_VALUES))
         prompts_of, targets_of = plan.jobs.columns()
