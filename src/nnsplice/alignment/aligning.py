@@ -78,13 +78,13 @@ def align(
             source's value of the variable.
         sites: paths, `"layers[:].output[-1]"`, or `'layers[:].output["subject"][-1]'` for a role; each site at each
             token or span has a subspace of its own.
-        k: how many dimensions: of `"das"`, all of them are used; of `"boundless"`, the most; of `"mask"`, the budget.
+        k: the number of dimensions; for `"boundless"` the largest number, for `"mask"` the budget.
         method: `"das"`, a rotation; `"boundless"`, a rotation and how many of its directions; `"mask"`, some of the
             site's own numbers, by hard concrete gates.
         held_out: a share of the pairs that is measured on, or their numbers.
         epochs: passes over the training pairs, at most.
-        batch_size: how many pairs each training step is of.
-        learning_rate: of Adam, falling to 0; 0.01 for rotations and 0.1 for masks, if left out.
+        batch_size: the number of pairs in a training step.
+        learning_rate: the first learning rate of Adam, which falls to 0; by default 0.01 for rotations, 0.1 for masks.
         patience: after how many epochs without a better loss training stops.
         seed: the seed of the split into pairs, of the starting values, the order of batches and both controls.
         spans: where named spans stand, as for `ns.sweep`: `{"clean": source's, "corrupted": base's}` where they differ.

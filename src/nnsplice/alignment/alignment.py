@@ -42,7 +42,7 @@ class Alignment:
     Attributes:
         result: 1 or 0 for every held-out pair and site: whether the counterfactual answer came first; its metrics are
             `"iia"`, `"random_subspace"`, `"random_model"` and `"whole_place"`.
-        subspaces: what was found, by the site's address; a site where both runs of every pair are one has none.
+        subspaces: the trained subspaces by the site's address; none for a site where both runs of every pair are equal.
     """
 
     result: SweepResult
@@ -72,9 +72,6 @@ class Alignment:
 
         Args:
             path: the site; its position may be left out where it was trained at one position only.
-
-        Returns:
-            The subspace.
 
         Raises:
             UnknownPath: no subspace was trained there; the message names the closest sites.
@@ -131,9 +128,6 @@ class Alignment:
             component: the kind of site, if there are several.
             ax: axes to draw on; a new figure if left out.
 
-        Returns:
-            The axes; the figure is `axes.figure`.
-
         Raises:
             BadArgument: no such metric, several kinds of site and none is named, or prompts of different lengths.
             UnknownPath: a kind that was not trained.
@@ -161,9 +155,6 @@ class Alignment:
 
         Args:
             folder: a folder that `to_folder` wrote.
-
-        Returns:
-            The alignment.
 
         Raises:
             FileError: the folder holds no alignment, or is damaged.

@@ -78,7 +78,7 @@ class PairRuns:
         return [job for job in self.plan.jobs if job[1] == target and job[0] in wanted]
 
     def width(self, target: int) -> int:
-        """How many numbers a site has."""
+        """The width of a site."""
         assert self.work.source.clean is not None
         ((_, tensor), *_) = self.work.source.clean.values[self.plan.targets[target].places[0].site].values()
         return tensor.shape[-1]

@@ -28,7 +28,7 @@ class TrainableSubspace(nn.Module):
         """Prepare a step.
 
         Args:
-            progress: which share of the training is done.
+            progress: the finished share of the training.
         """
         raise NotImplementedError
 
@@ -123,7 +123,7 @@ class NumberMask(TrainableSubspace):
         self.pressure = min(2 * progress, 1.0)
 
     def penalty(self) -> Tensor:
-        """How many more than the budget are expected to be open, in budgets."""
+        """The expected number of open directions beyond the budget, in budgets."""
         open_ = torch.sigmoid(self.scores - BETA * math.log(-LOW / HIGH)).sum()
         return self.pressure * torch.relu(open_ - self.k) / self.k
 

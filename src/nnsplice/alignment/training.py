@@ -34,7 +34,7 @@ BETTER, LOW_ENOUGH = 0.01, 1e-4
 
 @dataclass(frozen=True)
 class AlignmentOptions:
-    """How a part is trained."""
+    """The options of training a part."""
 
     method: str
     k: int

@@ -32,7 +32,7 @@ class QueryKeySite:
     module: nn.Module
     role: str
     heads: tuple[int, ...]
-    #: Why patching them does more than these heads' own probabilities say; empty where it does not.
+    #: The reason why patching them changes more than these heads' probabilities; empty if it does not.
     mixes: str
 
 
@@ -93,7 +93,7 @@ def _layer_inside(batch: AttributionBatch, branches: Branches, cell: int) -> int
 
 
 def query_key_sites(batch: AttributionBatch, branches: Branches) -> dict[Path, QueryKeySite]:
-    """Which of the sites hold queries or keys, however they are spelled."""
+    """The sites that hold queries or keys, in any spelling."""
     roles = dict(_roles(batch, branches))
     found = {path: roles[site_of(path)] for path in batch.paths if site_of(path) in roles}
     for reason in {ask.mixes for ask in found.values() if ask.mixes}:

@@ -43,7 +43,7 @@ class AttentionRecord:
     sinks: Tensor | None
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
-        """How much each query wants each key: `[prompt, head, query, key]`."""
+        """The attention scores before the softmax: `[prompt, head, query, key]`."""
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         scores = query @ key.transpose(-1, -2) * self.scaling
         if self.softcap is not None:

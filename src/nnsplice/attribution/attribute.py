@@ -93,7 +93,7 @@ def attribute(
         align: `"position"` or `"end"`, as for `ns.sweep`; `"role"` with `"atp"`.
         seed: the seed of the random cells that `verify` draws.
         executor: the executor of the sweep that verifies.
-        max_tokens: how many tokens run at once; chosen for the device if left out.
+        max_tokens: the number of tokens that run at once; chosen for the device if left out.
         journal: a file that verified cells are appended to, as for `ns.run`.
         progress: show a progress bar.
 
@@ -188,7 +188,7 @@ def method_named(name: str, receivers: Any, steps: int | None, verify: int) -> A
     """A method by its name, which has to take these options.
 
     Raises:
-        BadArgument: it does not, or there is none of that name.
+        BadArgument: there is no such method, or it does not take these options.
     """
     if name not in METHODS:
         raise BadArgument(f"there is no method {name!r}", expected=", ".join((*METHODS, AUTO)))

@@ -167,7 +167,7 @@ class EdgeGraph:
     # --- the senders' outputs
 
     def _ends(self, batch: AttributionBatch) -> list[Path]:
-        """Where the branches of senders inside one add to the stream: what their projections are compared with."""
+        """The outputs of the branches that senders are inside of, with which their projections are compared."""
         chosen = [self.senders[path] for path in batch.paths]
         return [one.branch.added for one in chosen if one.projection is not None and one.branch is not None]
 
@@ -212,7 +212,7 @@ class EdgeGraph:
 
 
 class _TokenMasks:
-    """Which tokens of each row a receiver reads, on its device: receivers that read the same have one mask."""
+    """The tokens of each row that a receiver reads, on its device; equal ones share a mask."""
 
     def __init__(self, batch: AttributionBatch) -> None:
         self.batch = batch
@@ -232,7 +232,7 @@ class _TokenMasks:
 
 @dataclass(frozen=True)
 class BranchEnd:
-    """How a branch ends: its projection and, in some families, a norm."""
+    """The end of a branch: its projection and, in some families, a norm."""
 
     project: nn.Module
     norm: nn.Module | None

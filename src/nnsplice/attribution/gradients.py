@@ -99,7 +99,7 @@ def gradient_run(
 
     Args:
         clean: the plan's clean prompts, not the corrupted ones; the logits are of no use then.
-        mixed: what enters the first layer instead.
+        mixed: the input of the first layer that replaces the run's own.
         tied: keep what gradients need; without it, only values.
     """
     prompts = plan.clean if clean else plan.corrupted

@@ -87,7 +87,7 @@ class _StreamTerm:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Of the senders, one for each."""
+        """The site of each sender."""
         some = self.paths[:-1] if self.branch is not None and self.branch.name == "attn" else self.paths
         return tuple(map(site_of, some))
 
@@ -119,7 +119,7 @@ def _numbers(graph: EdgeGraph, senders: Sequence[_StreamTerm]) -> dict[Path, int
     """The number of each requested site among all senders.
 
     Raises:
-        RefusedPlace: it is none of them.
+        RefusedPlace: a site is no sender.
     """
     every = {site: number for number, site in enumerate(site for one in senders for site in one.sites)}
     for place in graph.senders:

@@ -34,7 +34,7 @@ def _plain(_model: engine.Model) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class AttributionMethod:
-    """How scores are made."""
+    """A method of attribution."""
 
     #: For cells: a batch -> its corrupted run and `[row, cell]`. None where edges are scored.
     nodes: Callable[[AttributionBatch], tuple[GradientRun, Tensor]] | None

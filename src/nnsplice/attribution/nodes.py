@@ -195,7 +195,7 @@ def lined_up(
 
     Args:
         skip: sites whose cells are left at 0.
-        parts: what is known of features and errors of these runs.
+        parts: the features and errors of these runs.
         scaled_at: the run whose values say how large features are where an SAE scales its inputs; `here` by itself.
     """
     scores = torch.zeros(len(here.rows), len(batch.plan.targets), dtype=torch.float64)

@@ -115,7 +115,7 @@ class _TrialResult:
 
 @dataclass(frozen=True)
 class PathExecution:
-    """How the paths of a whole plan are run, which its parts take without trying anew."""
+    """The execution of a plan's paths, which parts of the plan use without a trial."""
 
     packed: bool
     #: How packed rows come by their attention.
@@ -207,7 +207,7 @@ def _rough(
     """The rounding of half precision in the metric: cells run together compared with one run per cell.
 
     Args:
-        size: of the cells' logits.
+        size: the size of the cells' logits.
     """
     if dtype_of(work) not in HALF_PRECISION:
         return "", Cost()

@@ -193,13 +193,13 @@ class ReceiversBySender:
 
     @property
     def executor(self) -> Executor:
-        """As sweeps run it: on packed rows where these agree with the three runs here, else these."""
+        """The executor for sweeps: packed rows if they agree with the three runs here, else these runs."""
         return Executor(
             self.run, self._tokens, name="paths", choose=lambda work: chosen(work, self._packed, self._alone)
         )
 
     def agreed(self, way: PathExecution) -> Executor:
-        """As it was chosen for a whole plan, of which others run other parts."""
+        """The executor that was chosen for the whole plan, for one of its parts."""
         return replace(self.executor, choose=lambda work: handed(work, way, self._packed, self._alone))
 
     @property

@@ -155,7 +155,7 @@ def _exact(
     max_tokens: int | None,
     progress: bool,
 ) -> tuple[np.ndarray, Cost]:
-    """How far the metric truly moves by each: `[number]`, of the mean over prompts."""
+    """The exact change of the metric by each, `[number]`, as a mean over prompts."""
     inside = set(prompts)
     cells = chosen if graph is None else chosen // len(graph.receivers)
     wanted = set(cells.tolist())
@@ -191,6 +191,6 @@ def _mean(moved: np.ndarray) -> np.ndarray:
 
 
 def _recall(exact: np.ndarray, found: np.ndarray, k: int) -> float:
-    """Which share of the truly largest k is among the first k that an estimate finds."""
+    """The share of the truly largest k among the first k of an estimate."""
     largest, first = (np.argsort(-sizes, kind="stable")[:k] for sizes in (exact, found))
     return len(set(largest.tolist()) & set(first[found[first] > TINY * exact.max()].tolist())) / k

@@ -49,7 +49,7 @@ def verified(
 
 
 def _others(sizes: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """As many of the rest, drawn at random; all of it where there is no more."""
+    """An equal number of the others, drawn at random; all of them if there are fewer."""
     flat = sizes.reshape(-1)
     rest = np.setdiff1d(np.flatnonzero(~np.isnan(flat)), estimates.first(sizes, k))
     return np.sort(np.random.default_rng(seed).permutation(rest)[:k])

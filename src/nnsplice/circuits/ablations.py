@@ -27,7 +27,7 @@ _EXPECTED = '"patch", "zero", "mean", "optimal", a SavedActivation or an Optimal
 
 @dataclass(frozen=True)
 class AblationSource:
-    """Where ablated values come from."""
+    """The source of ablated values."""
 
     #: `(numbers of prompts of one length, their clean values)` -> the ablated values, and their cost.
     values: Callable[[Sequence[int], SenderValues], tuple[SenderValues, Cost]]
@@ -50,7 +50,7 @@ def source_of(
     reference: Prompts | None,
     max_tokens: int | None = None,
 ) -> AblationSource:
-    """Where the values of an ablation come from.
+    """The source of the values of an ablation.
 
     Args:
         max_tokens: how many tokens of a mean's prompts run at once; what suits the device, if left out.

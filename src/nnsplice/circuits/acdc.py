@@ -61,7 +61,7 @@ def acdc(
         start: the edges to begin with; all edges of the model if left out.
         ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
         reference: the prompts of `"mean"`, if not the corrupted ones.
-        max_tokens: how many tokens run at once; chosen for the device if left out.
+        max_tokens: the number of tokens that run at once; chosen for the device if left out.
         journal: a file that finished batches are appended to; the same call resumes from it after an interruption.
         progress: show a progress bar.
 

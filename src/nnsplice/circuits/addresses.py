@@ -92,7 +92,7 @@ def whole_of(sender: Path) -> Path:
 
 
 def part_of(sender: Path) -> SenderPart | None:
-    """Which part of it: at which tokens, and which expert or feature; None for all of it."""
+    """The part of a sender: its tokens, and an expert or feature; None for all of it."""
     piece = sender.sae or (sender.steps[-1].index if sender.steps[-1].name == "experts" else None)
     return None if piece is None and sender.position is None else (sender.position, piece)  # type: ignore[return-value]
 

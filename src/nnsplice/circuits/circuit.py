@@ -331,7 +331,7 @@ class Circuit:
             ablation: `"patch"`, the corrupted run's values at the same tokens; `"zero"`; `"mean"` over tokens and
                 prompts of `reference`; or a `SavedActivation` with a value for `embed.output` and every head and MLP.
             reference: the prompts of `"mean"`, if not the corrupted ones.
-            max_tokens: how many tokens run at once; chosen for the device if left out.
+            max_tokens: the number of tokens that run at once; chosen for the device if left out.
 
         Raises:
             BadArgument: an ablation without the prompts that it needs, or a circuit of nodes without `embed`.

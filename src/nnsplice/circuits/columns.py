@@ -13,7 +13,7 @@ def project(module: Any, forward: Callable[..., Tensor], states: Tensor, columns
     """These columns of the module's output, side by side.
 
     Args:
-        forward: what computes all of them, as the module's own `forward` is another one meanwhile.
+        forward: the module's original `forward`, which is replaced meanwhile.
     """
     at = [n for start, stop in columns for n in range(start, stop)]
     own = getattr(forward, "__func__", None) is type(module).forward

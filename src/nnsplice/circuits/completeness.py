@@ -138,7 +138,7 @@ def completeness(
             step measures all nodes of the circuit.
         ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
         reference: the prompts of `"mean"`, if not the corrupted ones.
-        max_tokens: how many tokens run at once; chosen for the device if left out.
+        max_tokens: the number of tokens that run at once; chosen for the device if left out.
         progress: show a progress bar.
         seed: the seed of the random sets.
 
@@ -199,7 +199,7 @@ def minimality(
         random: the number of random sets.
         ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
         reference: the prompts of `"mean"`, if not the corrupted ones.
-        max_tokens: how many tokens run at once; chosen for the device if left out.
+        max_tokens: the number of tokens that run at once; chosen for the device if left out.
         progress: show a progress bar.
         seed: the seed of the random sets.
 
@@ -274,7 +274,7 @@ class _NodeRemoval:
 
     @property
     def shape(self) -> Shape:
-        """Of the model."""
+        """The graph of the model."""
         return self.question.wiring.shape
 
     def checked(self, nodes: Nodes) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ HEADER = "nnsplice.optimal_ablation"
 
 @dataclass(frozen=True)
 class Training:
-    """How constants were trained; divergences are means over prompts, from the full model's answer to the circuit's."""
+    """The record of training; divergences are means over prompts, from the full model's logits to the circuit's."""
 
     steps: int
     lr: float
@@ -64,7 +64,7 @@ class OptimalAblation:
     Attributes:
         values: one row, with a value for `embed.output` and for every head and MLP.
         senders: whose vectors were trained; the others have their mean, which nothing reads.
-        training: how it went.
+        training: the record of the training.
         provenance: the model, its weights, and the circuit.
     """
 

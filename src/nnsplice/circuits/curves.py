@@ -130,10 +130,7 @@ class Faithfulness:
         Args:
             by: `"signed"` or `"absolute"`.
             distance: the area under |1 - f|.
-            pruned: of the pruned circuits.
-
-        Returns:
-            The area.
+            pruned: use the numbers of edges of the pruned circuits.
 
         Raises:
             BadArgument: no such curve was measured.
@@ -152,9 +149,6 @@ class Faithfulness:
             level: the confidence level.
             draws: the number of bootstrap samples.
             seed: the seed of the samples.
-
-        Returns:
-            The lower and upper ends.
 
         Raises:
             BadArgument: another `of` or `level`, or no curve.
@@ -182,9 +176,6 @@ class Faithfulness:
 
         Args:
             level: the confidence level.
-
-        Returns:
-            A `pandas.DataFrame`.
         """
         import pandas as pd
 
@@ -213,9 +204,6 @@ class Faithfulness:
 
         Args:
             ax: axes to draw on; a new figure if left out.
-
-        Returns:
-            The axes; the figure is `axes.figure`.
         """
         self._check_one("plot()")
         found = self.f()
@@ -264,11 +252,8 @@ class Faithfulness:
         Args:
             path: the file.
 
-        Returns:
-            The report.
-
         Raises:
-            FileError: the file is none, or damaged.
+            FileError: the file is no such report, or damaged.
         """
         from safetensors import SafetensorError, safe_open
 

@@ -49,7 +49,7 @@ class Drawing:
     def of(
         cls, nodes: Sequence[Path], edges: Sequence[Edge], scores: Sequence[float] | None, shape: Shape | None
     ) -> Drawing:
-        """Of a circuit's members."""
+        """The drawing of a circuit's members."""
         order = range(len(edges)) if scores is None else sorted(range(len(edges)), key=lambda n: -abs(scores[n]))
         shown = list(order)[:MOST]
         paths = dict.fromkeys([*nodes, *(end for n in shown for end in map(_drawn_at, edges[n]))])

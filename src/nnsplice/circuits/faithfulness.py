@@ -71,7 +71,7 @@ def faithfulness(
         ablation: `"patch"`, `"zero"`, `"mean"` or a `SavedActivation`, as for `Circuit.run`.
         reference: the prompts of `"mean"`, if not the corrupted ones.
         shares: the circuit sizes of the curve, as shares of all edges; those of the MIB benchmark if left out.
-        max_tokens: how many tokens run at once; chosen for the device if left out.
+        max_tokens: the number of tokens that run at once; chosen for the device if left out.
         progress: show a progress bar.
 
     Returns:
@@ -121,7 +121,7 @@ def report(
 
     Args:
         values: `[prompt, circuit]`, of the empty circuit first; of several metrics these are a last axis.
-        clean: of the whole model, without that of the circuits.
+        clean: the metric of the whole model.
 
     Raises:
         BadArgument: a metric of an end that is NaN.

@@ -32,7 +32,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the record of a circuit.
 
     Raises:
-        FileError: the file is none, or damaged.
+        FileError: the file is no circuit, or damaged.
     """
     record = from_json(text_of(path), path)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -149,7 +149,7 @@ def from_graph(record: Any, of: object, shape: Shape | None) -> tuple[Shape, lis
     """The edges of a graph of EAP-IG: `(receiver, sender, score)` for each; and how many groups were given in part.
 
     Args:
-        shape: of the model, where its heads share keys and values: the graph does not say.
+        shape: the graph of the model, needed where heads share keys and values, which the file does not have.
 
     Raises:
         FileError: it is no such graph.

@@ -168,10 +168,10 @@ def summary(kind: str, members: Sequence[Path | Edge], nodes: Iterable[Path]) ->
 
 
 def check_parts(members: Iterable[Path | Edge], others: Iterable[Path | Edge], sign: str) -> None:
-    """Raise where one of two circuits has all of a sender and the other a part of it: taking one off leaves the other.
+    """Raise if one circuit has a whole sender and the other a part of it, which cannot be subtracted.
 
     Raises:
-        BadArgument: that is so.
+        BadArgument: they have different parts of a sender.
     """
     mine, theirs = (_senders(some) for some in (members, others))
     for whole, parts in mine.items():

@@ -50,10 +50,10 @@ def optimal_ablation(
         corrupted: with `reference`, whose means training begins at, as for `ablation="mean"`.
         reference: as for `Circuit.run`.
         position: the token whose answer is compared; that of the metric.
-        steps: of Adam, over all prompts each.
-        lr: of the first step, in units of a sender's own size; it falls to nothing on a straight line.
+        steps: the steps of Adam, each over all prompts.
+        lr: the learning rate of the first step, in units of a sender's size; it falls linearly to 0.
         held_out: the share of prompts that is not trained on; `training` has the divergence there.
-        seed: of the draw of those.
+        seed: the seed of that draw.
         max_tokens: how many tokens run at once.
         progress: show a bar.
 
@@ -61,7 +61,7 @@ def optimal_ablation(
         The constants, to be given as `ablation=`, with how well they did on prompts that were not trained on.
 
     Raises:
-        BadType: `circuit` is none.
+        BadType: `circuit` is no circuit.
         BadArgument: a member of the circuit is a part of a sender: one token, or one expert.
     """
     with circumstances("ns.optimal_ablation"):

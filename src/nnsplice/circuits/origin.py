@@ -43,7 +43,7 @@ def check_model(provenance: Mapping[str, Any], model: Any, senders: Iterable[Pat
     """Raise for a model that something was not made of.
 
     Args:
-        senders: those in it, whose SAEs have to be the ones that it was made with.
+        senders: its senders; their SAEs have to be the ones that it was made with.
 
     Raises:
         KeyMismatch: its weights are others.

@@ -31,7 +31,7 @@ def write(
     """Write the page: the whole of it, or nothing.
 
     Args:
-        scores: those of nodes, by their addresses, where it is a circuit of nodes.
+        scores: the scores of nodes, by address, for a circuit of nodes.
     """
     text = page(drawing, title, provenance, scores)
     with whole(path) as temporary:

@@ -69,7 +69,7 @@ def record(
 
     Args:
         at: the position whose logits are kept, counted from the end.
-        experts: those whose own part of their MLP is kept too, by layer and number.
+        experts: the experts whose outputs are recorded too, by layer and number.
 
     Raises:
         RefusedPlace: the stream is something else.

@@ -235,10 +235,10 @@ class CircuitPass:
         return sorted({one for one in self.differences.pieces_of(sender) if isinstance(one, int)})
 
     def _features(self, sender: int, moved: Tensor, ablated: Tensor) -> dict[Piece, Tensor]:
-        """How far the share of each feature, and of the error, is from the ablated one: `[circuit, prompt, ...]`.
+        """The difference of each feature, and of the error, from the ablated one: `[circuit, prompt, ...]`.
 
         Args:
-            moved: how far what the MLP adds is.
+            moved: the difference of the MLP's output from the ablated one.
             ablated: `[prompt, token, width]`
         """
         wanted = list(dict.fromkeys(one for one in self.differences.pieces_of(sender) if isinstance(one, Dictionary)))

@@ -109,10 +109,10 @@ def _takes_out(operation: Any) -> bool:
 
 
 def _check_nan(senders: Sequence[Path], receivers: Sequence[Path], joined: np.ndarray) -> None:
-    """Raise for an edge that there is and that has no score: in one prompt, that looks like an edge that there is not.
+    """Raise for an edge of the model without a score, which would look like a missing edge.
 
     Raises:
-        BadArgument: so it is.
+        BadArgument: an edge has no score in some prompt.
     """
     # Whether heads send to the MLP of their own layer depends on the model, so on the others of the layer.
     beside = {

@@ -164,7 +164,7 @@ def _check_once(reads: np.ndarray, order: Sequence[KeptPart]) -> None:
     """Raise if one receiver would read a part (an expert, a feature) twice: by itself, and in its whole.
 
     Raises:
-        BadArgument: so it is.
+        BadArgument: it would read one twice.
     """
     for number, (sender, piece, _) in enumerate(order):
         if piece is None:

@@ -78,7 +78,7 @@ class Shape:
 
     @cached_property
     def n_edges(self) -> int:
-        """How many edges there are."""
+        """The number of edges."""
         return int(self.exists.sum())
 
     @cached_property

@@ -65,7 +65,7 @@ def whole_slots(edges: np.ndarray) -> tuple[list[Slot], np.ndarray]:
 
 @dataclass
 class SenderDifferences:
-    """How far the senders of some circuits are from their ablated values, in one pass over prompts of one length."""
+    """The senders' differences from their ablated values, of some circuits in one pass over prompts of one length."""
 
     root: nn.Module
     wiring: Wiring
@@ -100,7 +100,7 @@ class SenderDifferences:
 
     @property
     def rows(self) -> int:
-        """How many rows run: circuit after circuit, each with all prompts."""
+        """The number of rows: circuit after circuit, each with all prompts."""
         return self.circuits * self.prompts
 
     def between(self, values: Tensor, ablated: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class SenderDifferences:
         """Keep a sender's difference in its slots.
 
         Args:
-            pieces: those of its pieces, where it has some.
+            pieces: the values of its pieces, if it has some.
         """
         for number in self.slots_of[sender]:
             slot = self.slots[number]

@@ -34,7 +34,7 @@ STEPS, RATE, HELD_OUT = 200, 0.05, 0.25
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How constants are trained."""
+    """The options of training constants."""
 
     steps: int = STEPS
     #: Of the first step, in units of a sender's own size; it falls to nothing on a straight line.
@@ -86,7 +86,7 @@ def train(
     Args:
         mask: its edges, `[receiver, sender]`.
         reference: the prompts of the means that training begins at.
-        position: where the metric reads.
+        position: the position that the metric reads.
         room: how many tokens run at once.
     """
     root, cost_model = unwrap(model), CostModel.of(model)

@@ -47,7 +47,7 @@ class LayerWires:
 
     @property
     def receivers(self) -> tuple[Site, ...]:
-        """Of the attention, in their order."""
+        """The receivers of the attention, in order."""
         return (*self.q, *self.k, *self.v)
 
 

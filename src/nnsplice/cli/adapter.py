@@ -77,7 +77,7 @@ def adapter(
 
 
 def _progress(health: Health) -> str:
-    """How far training went, in a line."""
+    """A line about the steps of training."""
     steps = sorted({one.step for one in health.values()})
     shown = f"{steps[0]:g}" if len(steps) == 1 else f"{steps[0]:g} to {steps[-1]:g}"
     return f"{len(health)} layers, step {shown}"

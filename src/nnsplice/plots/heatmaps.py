@@ -50,7 +50,7 @@ def heatmap(
         value_label: the label of the colour bar.
         centre: the number with the neutral colour, in the middle of the scale. If left out, it is zero where the
             numbers have both signs, and a scale without a neutral colour is used otherwise.
-        texts: what is written in each cell, `[row][column]`.
+        texts: the text in each cell, `[row][column]`.
         ax: axes to draw on; a new figure if left out.
 
     Returns:

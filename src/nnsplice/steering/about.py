@@ -57,7 +57,7 @@ class About:
         return replace(self, quality=quality, unit=unit, coefficient=None)
 
     def to_json(self) -> str:
-        """As a text for the header of a file."""
+        """The text for the header of a file."""
         return json.dumps(asdict(self))
 
     @classmethod

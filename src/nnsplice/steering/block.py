@@ -86,9 +86,6 @@ class Steering:
         Args:
             model: the model, or the prompts if there is no second argument.
             prompt: a text, or a list of texts.
-
-        Returns:
-            A value that prints the tokens.
         """
         return shown(self.model, self.rules, prompt if prompt is not None else model)
 

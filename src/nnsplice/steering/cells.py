@@ -277,7 +277,7 @@ def _unsteered(root: Any, ids: Tensor, new: Tensor, prompts: Sequence[int]) -> T
 
 
 def _before_end(tokens: Tensor, root: Any) -> Tensor:
-    """Which generated tokens are the text's own: those up to the one that ends it."""
+    """The generated tokens up to the one that ends the text."""
     ends = root.generation_config.eos_token_id
     if ends is None:
         return torch.ones_like(tokens)

@@ -57,9 +57,6 @@ class Contrast:
 
         Args:
             seed: the seed of the order.
-
-        Returns:
-            The same pairs.
         """
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)

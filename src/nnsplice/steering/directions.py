@@ -65,7 +65,7 @@ def lda(positive: Tensor, negative: Tensor, *, shrinkage: float) -> Tensor:
     """Fisher's discriminant: the mean difference, in the metric of what varies within the groups.
 
     Args:
-        shrinkage: how far the covariance is drawn to a multiple of the identity, above 0 and at most 1.
+        shrinkage: the weight of a multiple of the identity in the covariance, above 0 and at most 1.
     """
     difference = positive.mean(0) - negative.mean(0)
     within = torch.cat([positive - positive.mean(0), negative - negative.mean(0)])

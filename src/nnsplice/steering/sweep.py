@@ -70,7 +70,7 @@ def sweep(
         where: as for `ns.steering.steer`.
         max_new_tokens: generate this many tokens in every cell, greedily, and keep the texts.
         guard: measure the KL divergence; with `max_new_tokens` it costs a pass of the unsteered model over all texts.
-        max_tokens: how many tokens run at once; chosen for the device if left out.
+        max_tokens: the number of tokens that run at once; chosen for the device if left out.
         journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
         progress: show a progress bar.
         **generate_kwargs: arguments of transformers' `generate`, with `max_new_tokens`.
@@ -146,7 +146,7 @@ def result_of(values: np.ndarray, texts: list[list[list[str]]], shown: Mapping[s
     """The result of all prompts.
 
     Args:
-        values: those of `CellValues`.
+        values: the values of `CellValues`.
         shown: the description of `shown_of`.
     """
     kept = tuple(tuple(tuple(row[:-1]) for row in rows) for rows in texts) if shown["has_texts"] else ()

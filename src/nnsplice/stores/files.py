@@ -51,7 +51,7 @@ def opened(path: str | os.PathLike[str], *, header: bool = False) -> Iterator[Op
     """Read a file through a path on this machine.
 
     Args:
-        header: of a file in an object store, fetch the header of safetensors alone; the rest is for `fetch`.
+        header: fetch only the header of a safetensors file in an object store; `fetch` fetches the rest.
 
     Raises:
         FileNotFoundError: it is not there.

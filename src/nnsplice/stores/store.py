@@ -46,7 +46,7 @@ class Store(Protocol):
         """Make the folder; of an object store, find out whether it refuses a second writer.
 
         Raises:
-            BadArgument: it does not.
+            BadArgument: the store does not refuse a second writer.
         """
         ...
 

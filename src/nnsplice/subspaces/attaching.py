@@ -37,7 +37,7 @@ def attach_sae(model: Any, place: str | Path, sae: SAE, name: str, *, reads: str
         place: one site of the model, a whole value: the stream, or what a branch adds.
         sae: an SAE of this site, from `ns.load_sae`.
         name: its name in addresses; each name once in a model.
-        reads: of a transcoder, the site that it reads: portable, or native such as
+        reads: the site that a transcoder reads: portable, or native such as
             `"model.model.layers[5].mlp.input"`.
 
     Returns:

@@ -43,11 +43,11 @@ class SAE:
     Attributes:
         kind: `"standard"`, `"topk"`, `"batchtopk"`, `"jumprelu"` or `"gated"`.
         tensors: by their names in files: `W_enc` `[width, feature]`, `W_dec` `[feature, width]`, biases, thresholds.
-        k: how many features are on, of `"topk"`.
+        k: the number of active features of `"topk"`.
         centred: whether `b_dec` is taken from what is encoded.
-        norm: how inputs are scaled before.
+        norm: the scaling of the inputs.
         by_decoder_norm: whether features are chosen by what they add, their value times the norm of their direction.
-        about: where it comes from, as plain data.
+        about: its origin, as plain data.
         transcoder: whether it reads another site than it writes; then `W_enc` is `[width read, feature]`, and there
             may be `W_skip` `[width, width read]`, by which inputs are added to the reconstruction.
     """
@@ -86,17 +86,17 @@ class SAE:
 
     @property
     def features(self) -> int:
-        """How many features it has."""
+        """The number of features."""
         return self.tensors["W_dec"].shape[0]
 
     @property
     def width(self) -> int:
-        """How many numbers its site has."""
+        """The width of its site."""
         return self.tensors["W_dec"].shape[1]
 
     @property
     def reads(self) -> int:
-        """How many numbers the site has that it reads: its own, but of a transcoder."""
+        """The width of the site that it reads: its own site, except for a transcoder."""
         return self.tensors["W_enc"].shape[0]
 
     @property

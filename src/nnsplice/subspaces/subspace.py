@@ -39,7 +39,7 @@ class Subspace:
     Attributes:
         place: the address, canonical and without token positions.
         basis: `[width, k]`, orthonormal columns in float64 on the CPU; not to be changed.
-        about: how it was found, as plain data.
+        about: its origin, as plain data.
     """
 
     place: str
@@ -77,9 +77,6 @@ class Subspace:
             place: the address; of a capture, the site in it, whose prompts and positions are the vectors.
             vectors: `[width]`, `[k, width]`, or a capture: a `SteeringVector` holds one vector for each site.
 
-        Returns:
-            The subspace.
-
         Raises:
             BadArgument: NaN, a zero vector, or vectors that depend on each other.
             BadType: something other than a tensor or a capture.
@@ -104,7 +101,7 @@ class Subspace:
 
         Args:
             saved: a capture of one site, or with `place` of several.
-            k: how many directions; at most one less than there are rows.
+            k: the number of directions; at most one less than there are rows.
             place: the address, where the capture has several.
 
         Returns:
@@ -141,11 +138,8 @@ class Subspace:
         """A random subspace of the same site and dimension, uniformly drawn, as a control.
 
         Args:
-            k: how many dimensions; as many as this one has, if left out.
+            k: the number of dimensions; that of this subspace if left out.
             seed: the seed of the directions.
-
-        Returns:
-            The subspace.
 
         Raises:
             BadArgument: a `k` below 1, or above the width of the site.
@@ -160,12 +154,12 @@ class Subspace:
 
     @property
     def k(self) -> int:
-        """How many dimensions it has."""
+        """The number of dimensions."""
         return self.basis.shape[1]
 
     @property
     def width(self) -> int:
-        """How many numbers the site has."""
+        """The width of the site."""
         return self.basis.shape[0]
 
     @cached_property
@@ -243,9 +237,6 @@ class Subspace:
 
         Args:
             path: the file.
-
-        Returns:
-            The subspace.
 
         Raises:
             FileError: the file holds no subspace, is of another format, or is damaged.

@@ -119,7 +119,7 @@ def _probed(work: Work, room: int, own: bool) -> tuple[ProbeResult, Cost]:
 
 
 def longest_prompt(work: Work) -> int:
-    """How many tokens the longest prompt has that a job is about."""
+    """The number of tokens of the longest prompt that has jobs."""
     encoder, decoder = work.plan.corrupted.lengths("encoder"), work.plan.corrupted.lengths("decoder")
     return max(max(encoder[prompt], decoder[prompt]) for prompt in work.plan.jobs.prompts)
 

@@ -51,8 +51,8 @@ def run(
         executor: `"packed"` batches the tokens that can differ, `"batched"` gives each cell a row of a batched trace,
             `"reference"` gives each cell a trace. `"auto"` takes the first of these that reproduces the values of a few
             cells run alone; `result.run` has its name and the reason. An `Executor` runs jobs of one's own.
-        max_tokens: how many tokens run at once; chosen for the device if left out, and halved when memory runs out. In
-            units it is 4096 if left out, on every machine alike.
+        max_tokens: the number of tokens that run at once; chosen for the device if left out, and halved when memory
+            runs out. In units it is 4096 if left out, on every machine alike.
         journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
         progress: show a progress bar.
         source: the other model, of a plan that was made with one; for other processes how they load it, as `model`.
@@ -130,7 +130,7 @@ def _check_idle(options: Mapping[str, Any], to: str) -> None:
 
     Args:
         options: their values, false where they are not given.
-        to: what they would do nothing to.
+        to: the call on which they would have no effect.
     """
     idle = [name for name, value in options.items() if value]
     if idle:

@@ -65,7 +65,7 @@ class Executor:
     #: about these prompts share it, until it is to be forgotten.
     corrupted: Callable[[Work, Sequence[int]], tuple[Tensor, Cost]] | None = None
     forget: Callable[[Work], None] | None = None
-    #: What a result calls it, where it is none of those that have a name of their own.
+    #: The name in results of an executor that is not in `EXECUTORS`.
     name: str = "own"
     #: Where it has several ways: the one that is right for this work, why none that is faster, what it cost to know.
     choose: Callable[[Work], tuple[Executor, str, Cost]] | None = None

@@ -19,7 +19,7 @@ _EDGE = "layers[3].heads[1].pattern[-1][2]"
 
 
 def check(model: engine.Model, operation: Operation, targets: Sequence[Target], edited: Prompts) -> None:
-    """That a knockout is of edges, that edges are knocked out, and that every query keeps a key.
+    """Check that a knockout is of edges, that edges are knocked out, and that every query keeps a key.
 
     Raises:
         BadArgument: one of these is not so.

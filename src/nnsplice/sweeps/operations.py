@@ -63,7 +63,7 @@ class Operation:
 
         Args:
             current: `[row, width]`, what the run computed.
-            value: what to replace by or to add; None where the value is computed.
+            value: the replacement, or the addend; None if the value is computed.
         """
         new = self._whole(current, value)
         if self.subspace is None:

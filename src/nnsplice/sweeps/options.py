@@ -8,22 +8,22 @@ from typing import Any
 
 from nnsplice.errors import BadType, closest
 
-#: Those of `ns.run`, which a question hands on to it.
+#: The options of `ns.run`, which a question passes on.
 RUNNING = ("executor", "max_tokens", "journal", "progress")
 
 
 def known_of(outer: Callable[..., Any], inner: Callable[..., Any], but: Collection[str] = ()) -> tuple[str, ...]:
-    """What a question can be given by name: what it has of its own, of what it hands on to, and of `ns.run`."""
+    """The names of a question's options: its own, those of the function it calls, and those of `ns.run`."""
     own, handed = (inspect.signature(function).parameters.values() for function in (outer, inner))
     named = [p.name for p in (*own, *handed) if p.kind is p.KEYWORD_ONLY and p.name not in but]
     return tuple(dict.fromkeys([*named, *RUNNING]))
 
 
 def check_options(name: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise for an option that there is not.
+    """Raise for an unknown option.
 
     Raises:
-        BadType: with the options that are spelled most like it, or all where none is.
+        BadType: there is no such option; the message has the closest names, or all of them.
     """
     known = tuple(known)
     for option in given:

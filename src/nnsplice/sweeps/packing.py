@@ -45,7 +45,7 @@ def row_of(work: Work, job: Job, change: Change | None = None) -> Row:
     """What a job asks of the engine.
 
     Args:
-        change: what becomes of its values, where that is not what the plan's operation makes of them.
+        change: the change of its values, if it is not the plan's operation.
     """
     plan, prompt = work.plan, job[0]
     target = plan.targets[job[1]]
@@ -105,7 +105,7 @@ def forget(work: Work) -> None:
 
 
 def tokens_of(work: Work, jobs: Sequence[Job]) -> list[int]:
-    """How many tokens each job adds to a pack."""
+    """The number of tokens that each job adds to a pack."""
     lengths = work.plan.corrupted.lengths("decoder")
     position = work.plan.metric.metric.position
     targets = work.plan.targets

@@ -46,7 +46,7 @@ class Plan(PlannedCells, Planned[SweepResult]):
         foreign: whether the clean run is another model's.
         numbers: of a part, the numbers that its runs have in the whole plan; what is drawn for a prompt (noise, samples
             of a reference) goes by its number, and is the same in every part.
-        of: of a part, how many runs the whole plan has.
+        of: of a part, the number of runs of the whole plan.
     """
 
     def __len__(self) -> int:
@@ -61,9 +61,6 @@ class Plan(PlannedCells, Planned[SweepResult]):
 
         Args:
             n: how many cells are listed.
-
-        Returns:
-            A text of one line for each cell.
         """
         lines = [
             f"{counted(len(self.jobs), 'cell')} to compute, {len(self.known)} known without; "
@@ -118,11 +115,8 @@ class Plan(PlannedCells, Planned[SweepResult]):
         Args:
             prompts: the numbers of the prompts.
 
-        Returns:
-            The part.
-
         Raises:
-            BadArgument: a prompt that there is not, or the same twice.
+            BadArgument: a prompt that does not exist, or the same twice.
         """
         rows = list(prompts)
         wrong = [row for row in rows if isinstance(row, bool) or not 0 <= row < self.prompts]
@@ -188,14 +182,14 @@ class Plan(PlannedCells, Planned[SweepResult]):
         return self._costs()[1]
 
     def estimate(self, size: float | None = None) -> Estimate:
-        """How much work the plan is, before anything runs.
+        """The work of the plan, before anything runs.
 
         >>> plan = ns.plan_sweep(model, ["w3 w4", "w5"], ["w6 w4", "w9"], "layers[:].output[:]", ns.logit_diff(7, 8))
         >>> plan.estimate(size=10)
         Estimate(cells=8, known=1, units=3, work=52.0, naive=57.0)
 
         Args:
-            size: of a unit, as for `units`.
+            size: the work of a unit, as for `units`.
 
         Returns:
             The number of cells and units, and the work.
@@ -243,13 +237,13 @@ class Plan(PlannedCells, Planned[SweepResult]):
 
     @property
     def _whole(self) -> int:
-        """How many prompts the whole has."""
+        """The number of prompts of the whole."""
         return self.asked[PART]["of"] if PART in self.asked else self.prompts
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How much work a plan is, in tokens times layers that are run."""
+    """The work of a plan, in tokens times layers."""
 
     #: To compute, and known without.
     cells: int

@@ -55,7 +55,7 @@ class PlannedCells:
 
     @property
     def runs(self) -> int:
-        """How many runs the whole has that this is a part of."""
+        """The number of runs of the whole plan."""
         return self.of or len(self.corrupted)
 
     def number(self, run: int) -> int:
@@ -63,9 +63,6 @@ class PlannedCells:
 
         Args:
             run: its index here.
-
-        Returns:
-            Its number.
         """
         return self.numbers[run] if self.numbers else run
 
@@ -87,9 +84,6 @@ class PlannedCells:
         Args:
             target: the cell.
             prompt: the number of the pair.
-
-        Returns:
-            The number of tokens.
         """
         start = self._starts[prompt]
         if start and self._spans_differ and any(isinstance(part.position, Span) for part in target.parts):
@@ -151,9 +145,6 @@ class PlannedCells:
         Args:
             target: the cell.
             prompt: the number of the prompt.
-
-        Returns:
-            True or False.
         """
         return all(self._has(part, prompt) for part in target.parts)
 
@@ -187,9 +178,6 @@ class PlannedCells:
             part: the site and position.
             prompt: the number of the prompt.
             of_clean: their counterparts in the clean prompt instead.
-
-        Returns:
-            The positions.
         """
         prompts = self.clean if of_clean and self.clean is not None else self.corrupted
         # All tokens are also those that are appended of an answer.
@@ -207,9 +195,6 @@ class PlannedCells:
         Args:
             part: the site and positions.
             prompt: the number of the prompt.
-
-        Returns:
-            The pairs.
         """
         assert part.key is not None
         keys = own_tokens(part.key, self.corrupted, prompt, self._own(part, prompt))

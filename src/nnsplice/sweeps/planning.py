@@ -225,7 +225,7 @@ def _check_spans(targets: Sequence[Target], edited: Prompts, source: Prompts) ->
 
 
 def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: str) -> None:
-    """That every prompt has the position that the metric reads."""
+    """Check that every prompt has the position that the metric reads."""
     lengths = edited.lengths("decoder")
     metric.check_lengths(lengths)
     for row, (a, b) in enumerate(zip((source or edited).lengths("decoder"), lengths, strict=True)):

@@ -109,7 +109,7 @@ def compare(work: Work, longest: int, room: int = 0) -> tuple[ProbeResult, Cost]
 
 
 def batches_differ(work: Work) -> str:
-    """The first of a few cells whose value is another as a row of a batch, in words; empty where none is."""
+    """A message about the first of a few cells whose value changes in a batch; empty if none does."""
     try:
         return _Probe(work, probe_cells(work)).batched().differs
     except Exception as error:
@@ -119,7 +119,7 @@ def batches_differ(work: Work) -> str:
 
 
 def _packed(probe: _Probe, whole: list[Job] | None) -> tuple[Comparison, list[Job] | None]:
-    """The cells in a pack of the whole plan, and that; by themselves where there is none, or no memory for it."""
+    """The cells in a pack of the whole plan, and that pack; the cells only if there is no memory for it."""
     if whole is not None:
         try:
             return probe.packed(whole), whole
@@ -255,7 +255,7 @@ class _Probe:
 
 
 def _apart(values: Sequence[Any], single: Sequence[Any]) -> float:
-    """How far two lists of numbers lie apart at most, where both are finite."""
+    """The largest difference between two lists of numbers, where both are finite."""
     apart = np.abs(np.asarray(values, float) - np.asarray(single, float))
     return max(apart[np.isfinite(apart)].tolist(), default=0.0)
 

@@ -1,4 +1,4 @@
-"""The token whose logits a metric reads, and how to compute no others."""
+"""The token whose logits a metric reads; computing its logits only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnsplice.sweeps.role_alignment import partner
 
 
 def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:
-    """Where the metric reads, counted from the prompt's end: in the run that is edited, or in the clean one."""
+    """The position that the metric reads, counted from the prompt's end, in the edited run or in the clean one."""
     edited = plan.corrupted.length("decoder", prompt)
     position = plan.metric.metric.position
     length = plan.clean.length("decoder", prompt) if clean and plan.clean is not None else edited
@@ -27,11 +27,11 @@ def read_at(plan: Plan, prompt: int, *, clean: bool = False) -> int:
 
 
 def only_read(model: engine.Model, at: int, places: Iterable[Path]) -> dict[str, Any]:
-    """Have only the logits computed that the metric reads, where the model can be asked for that.
+    """Arguments of a call that computes only the logits that the metric reads, if the model supports that.
 
     Args:
-        at: where it reads, counted from the end.
-        places: what of the run is read or written; where these are the logits themselves, all have to be there.
+        at: the position that it reads, counted from the end.
+        places: the sites that are read or written; if one is the logits, all logits are computed.
     """
     head = Atlas.of(model).towers.get("decoder")
     if not engine.keeps_logits(model) or any(head is None or site_of(p).module == head.unembed for p in places):

@@ -44,9 +44,6 @@ class Revisions:
         Args:
             component: the kind of site, if there are several.
 
-        Returns:
-            An `xarray.DataArray`.
-
         Raises:
             BadArgument: several kinds of site, and none is named.
             UnknownPath: a kind that was not swept.
@@ -58,9 +55,6 @@ class Revisions:
 
         Args:
             component: the kind of site, if there are several.
-
-        Returns:
-            An `xarray.DataArray`.
 
         Raises:
             BadArgument: several kinds of site, and none is named.

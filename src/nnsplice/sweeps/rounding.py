@@ -28,8 +28,8 @@ def rounding_note(work: Work, off: float, size: float) -> str:
     """The note of a result in half precision about small effects; empty in others.
 
     Args:
-        off: how far cells lay from runs of their own.
-        size: of the logits; a few cells may agree to the last digit, and others are still rounded to steps of it.
+        off: the difference of cells from one run per cell.
+        size: the size of the logits; a few cells may agree exactly while others are rounded to steps of it.
     """
     dtype = dtype_of(work)
     if dtype not in HALF_PRECISION:
@@ -47,7 +47,7 @@ def dtype_of(work: Work) -> torch.dtype:
 
 
 def tolerance(work: Work) -> float:
-    """How far two ways of computing one number may lie apart in this model, where both are right."""
+    """The largest difference between two correct computations of one number in this model."""
     return TOLERANCE.get(dtype_of(work), 2e-1)
 
 
@@ -60,7 +60,7 @@ def direction(logits: Tensor) -> Tensor:
 
 
 def rounding_noise(work: Work, jobs: Sequence[Job]) -> tuple[float, Cost]:
-    """How far the logits of a prompt move, at every token of it, in a batch and with embeddings a little moved.
+    """The change of a prompt's logits, at every token, in a batch and with slightly changed embeddings.
 
     By so little that arithmetic in float64 hardly shows it, and enough to turn some roundings to float32.
     """

@@ -66,7 +66,7 @@ def target_of_set(model: engine.Model, known: engine.ModelMap, members: Sequence
     """The cell of a set.
 
     Args:
-        known: of the model; to ask for that takes a while, and there may be thousands of sets.
+        known: the map of the model, computed once, as there may be thousands of sets.
 
     Raises:
         DuplicatePath: the same site twice.

@@ -43,11 +43,11 @@ class Source:
         """`[width]`, or None where the operation computes its value from the current one.
 
         Args:
-            part: of a cell, with the site.
+            part: the part of a cell, with its site.
             order: the number of this token among those of the part; the token of the same number is taken from the
                 clean run.
             position: the token, in the edited prompt.
-            width: how many numbers the site has; 0 where whoever writes the value looks at that.
+            width: the width of the site; 0 if the caller checks it.
         """
         plan = self.plan
         if plan.operation.way in ("compute", "cut"):

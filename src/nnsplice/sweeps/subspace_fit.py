@@ -1,4 +1,4 @@
-"""Sweeps with a subspace: that it fits every site."""
+"""Sweeps in a subspace: the check that it fits every site."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nnsplice.sweeps.targets import Target
 
 
 def check(model: engine.Model, operation: Operation, targets: Sequence[Target], edited: Prompts) -> None:
-    """That every site is as wide as the subspace, seen in one run of the shortest prompt.
+    """Check that every site is as wide as the subspace, in one run of the shortest prompt.
 
     Raises:
-        ShapeError: one is not.
+        ShapeError: a site has another width.
         BadArgument: a pattern, whose width is a number of tokens.
     """
     if operation.subspace is None:

@@ -86,7 +86,7 @@ def sweep(
         align: how tokens of a pair correspond: `"position"`, `"end"` (counted from the last token), or `"role"`
             (counted from the span `"subject"`).
         executor: `"auto"`, `"packed"`, `"batched"` or `"reference"`, as for `ns.run`.
-        max_tokens: how many tokens run at once; chosen for the device if left out.
+        max_tokens: the number of tokens that run at once; chosen for the device if left out.
         journal: a file that finished cells are appended to; the same call resumes from it after an interruption.
         progress: show a progress bar.
         seed: the seed of `"resample"` and `"noise"`.

@@ -28,7 +28,7 @@ class TargetPart:
 
     @property
     def tower(self) -> str:
-        """Which tower's tokens the position counts."""
+        """The tower whose tokens the position counts."""
         return site_of(self.places[0]).tower
 
 

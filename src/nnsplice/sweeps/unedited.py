@@ -79,7 +79,7 @@ def corrupted_run(model: engine.Model, plan: Plan, room: int, rows: Sequence[int
     """The logits that the metric reads in the corrupted run, `[prompt, vocab]`, and the cost.
 
     Args:
-        rows: of these prompts; of all if left out.
+        rows: the prompts; all if left out.
     """
     rows = range(len(plan.corrupted)) if rows is None else rows
     places = [place for target in plan.targets for place in target.places]

@@ -85,11 +85,11 @@ class WeightRuns:
         return logits[:, self._at(rows)].clone()
 
     def computed(self, module: Any, rows: Sequence[int]) -> int:
-        """Of how many tokens of these prompts logits are computed."""
+        """The number of tokens of these prompts whose logits are computed."""
         return -self._at(rows) if self._keeps_logits(module) else self.given.length("decoder", rows[0])
 
     def _at(self, rows: Sequence[int]) -> int:
-        """Where the metric reads, counted from the end."""
+        """The position that the metric reads, counted from the end."""
         length = self.given.length("decoder", rows[0])
         return self.metric.metric.position % length - length
 
