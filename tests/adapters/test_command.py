@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -59,6 +60,21 @@ def test_with_the_optimizer(made):
 def test_each_weight(made):
     code, text = run(made[0].folder, "--each")
     assert code == 0 and len(table(text, "weight")) == 21 and "model.layers.2.mlp.down_proj.weight" in text
+
+
+def test_json_has_numbers_that_are_not_rounded(made):
+    trained, optimizer = made
+    code, text = run(trained.folder, "--optimizer", trained.folder / "optimizer.pt", "--json")
+    found = json.loads(text[text.index("{") :])
+    energies = [0.0, 0.0, 0.0]
+    for name, pair in ExpertAdapter.from_peft(trained.folder).layers.items():
+        energies[int(name.split(".")[2])] += float(pair.energy)
+    assert code == 0 and [row["layer"] for row in found["layers"]] == ["0", "1", "2"]
+    assert [row["energy"] for row in found["layers"]] == pytest.approx(energies, rel=1e-9)
+    assert sum(row["share"] for row in found["layers"]) == pytest.approx(1)
+    state = optimizer.state_dict()
+    health = layer_health(state, map_param_ids_to_layers(trained.folder, count(optimizer), state=state))
+    assert [row["gradient"] for row in found["optimizer"]] == [one.gradient for one in health.values()]
 
 
 def test_addresses_of_the_model(tmp_path):

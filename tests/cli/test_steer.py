@@ -58,6 +58,11 @@ def test_a_sweep_writes_numbers_and_a_figure(folder: Path) -> None:
     chosen = grid.choose(limit=2)
     assert f"layer {chosen.layer}, coefficient {chosen.coefficient:g}" in said and "KL" in said
     assert (folder / "swept" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    again = _run(
+        "sweep", "--model", "toy", "--vector", folder / "mood.safetensors", "--prompt", PROMPT, "--answer", "great",
+        "--wrong", "awful", "--out", folder / "swept", code=1,
+    )  # fmt: skip
+    assert "holds sweep.safetensors and figure.png of an earlier run" in again and "another --out" in again
 
 
 def test_generation_is_shown_beside_the_unsteered_text(folder: Path) -> None:

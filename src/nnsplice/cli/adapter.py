@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,9 @@ from nnsplice.errors import BadArgument
 
 if TYPE_CHECKING:
     from nnsplice.adapters import AdapterProfile, ExpertAdapter, Health
+
+#: A row of a table as JSON, with unrounded numbers.
+Values = Mapping[str, Any]
 
 #: The length of the longest bar, and the characters for eighths of a cell.
 CELLS = 24
@@ -68,12 +72,15 @@ def adapter(
         raise BadArgument("--tower is about the optimizer's table", write="--optimizer FILE")
     say(f"{_summary(found)}\n")
     if each:
-        tabulate("weights", _weights(profiled), ("weight", "rank", "energy", "share", ""))
+        rows, values = _weights(profiled)
+        tabulate("weights", rows, ("weight", "rank", "energy", "share", ""), values)
     else:
-        tabulate("layers", _layers(profiled), ("layer", "matrices", "energy", "share", ""))
+        rows, values = _layers(profiled)
+        tabulate("layers", rows, ("layer", "matrices", "energy", "share", ""), values)
     if health is not None:
         say(f"\noptimizer: {_progress(health)}\n")
-        tabulate("optimizer", _health(health), ("layer", "parameters", "gradient", "agreement", "dead", ""))
+        rows, values = _health(health)
+        tabulate("optimizer", rows, ("layer", "parameters", "gradient", "agreement", "dead", ""), values)
 
 
 def _progress(health: Health) -> str:
@@ -96,39 +103,60 @@ def _summary(found: ExpertAdapter) -> str:
     return "\n".join(lines)
 
 
-def _layers(profile: AdapterProfile) -> list[TableRow]:
+def _layers(profile: AdapterProfile) -> tuple[list[TableRow], list[Values]]:
+    """The rows of a table, and their unrounded numbers for JSON."""
     layers = profile.layers()
     total, most = profile.total or 1.0, max(layers.values(), default=0.0) or 1.0
-    matrices = {row: sum(one.row == row for one in profile.energies) for row in layers}
-    return [
-        (row, str(matrices[row]), f"{energy:.3g}", f"{energy / total:.1%}", bar(energy / most))
+    values: list[Values] = [
+        {
+            "layer": row,
+            "matrices": sum(one.row == row for one in profile.energies),
+            "energy": energy,
+            "share": energy / total,
+        }
         for row, energy in layers.items()
     ]
+    rows = [
+        (one["layer"], f"{one['matrices']}", f"{one['energy']:.3g}", f"{one['share']:.1%}", bar(one["energy"] / most))
+        for one in values
+    ]
+    return rows, values
 
 
-def _weights(profile: AdapterProfile) -> list[TableRow]:
+def _weights(profile: AdapterProfile) -> tuple[list[TableRow], list[Values]]:
+    """The rows of a table, and their unrounded numbers for JSON."""
     total = profile.total or 1.0
     most = max((one.energy for one in profile.energies), default=0.0) or 1.0
-    return [
-        (
-            one.path or one.name,
-            str(one.rank),
-            f"{one.energy:.3g}",
-            f"{one.energy / total:.1%}",
-            bar(one.energy / most),
-        )
+    values: list[Values] = [
+        {"weight": one.path or one.name, "rank": one.rank, "energy": one.energy, "share": one.energy / total}
         for one in profile.energies
     ]
+    rows = [
+        (one["weight"], f"{one['rank']}", f"{one['energy']:.3g}", f"{one['share']:.1%}", bar(one["energy"] / most))
+        for one in values
+    ]
+    return rows, values
 
 
-def _health(health: Health) -> list[TableRow]:
-    sizes = {layer: one.gradient for layer, one in health.items()}
-    most = max(sizes.values()) or 1.0
-    return [
-        (str(layer), str(one.params), f"{sizes[layer]:.2e}", f"{one.agreement:.2f}", f"{one.dead_fraction:.1%}",
-         bar(sizes[layer] / most))
+def _health(health: Health) -> tuple[list[TableRow], list[Values]]:
+    """The rows of a table, and their unrounded numbers for JSON."""
+    most = max(one.gradient for one in health.values()) or 1.0
+    values: list[Values] = [
+        {
+            "layer": layer,
+            "parameters": one.params,
+            "gradient": one.gradient,
+            "agreement": one.agreement,
+            "dead": one.dead_fraction,
+        }
         for layer, one in health.items()
+    ]
+    rows = [
+        (f"{one['layer']}", f"{one['parameters']}", f"{one['gradient']:.2e}", f"{one['agreement']:.2f}",
+         f"{one['dead']:.1%}", bar(one["gradient"] / most))
+        for one in values
     ]  # fmt: skip
+    return rows, values
 
 
 def bar(share: float) -> str:

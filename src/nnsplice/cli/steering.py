@@ -153,6 +153,8 @@ def sweep(
     numbers = _numbers(coefficients)
     if local_path(out).exists() and not out.is_dir():
         raise FileError(f"{out} is a file", expected="--out with a folder")
+    if there := [name for name in (SWEEP, FIGURE) if (out / name).exists()]:
+        raise FileError(f"{out} holds {' and '.join(there)} of an earlier run", expected="another --out")
     found, running = _read_for(vector, model, device, dtype, no_cache=no_cache)
     with plain_warnings():
         grid = ns.steering.sweep(
