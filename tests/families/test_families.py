@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import transformers as hf
+from packaging.version import Version
 
 import nnsplice as ns
 from activations.oracle import values
@@ -16,6 +18,8 @@ from families.values_of import Served, judge_values, serve
 from families.weights_of import judge_weights
 
 _EXPECTED = expected.read()
+#: Families whose small models transformers 5.18 cannot make: its own configs and layers raise.
+_LATER = ("cohere_compass_text", "musicgen", "musicgen_melody")
 _BUILT = names()
 
 
@@ -33,6 +37,8 @@ def _case(name: str):
 @pytest.mark.parametrize("family", [_case(name) for name in _BUILT])
 def test_a_family_is_exact_or_refused_by_name(family: str) -> None:
     """Whoever mends a family that is expected to fail records it: `make families ONLY=its-name RECORD=1`."""
+    if family in _LATER and Version(hf.__version__) < Version("5.23"):
+        pytest.skip(f"transformers {hf.__version__} cannot build it small")
     found = judge(family)
     assert found.bad() == []
     known = _EXPECTED.get(family)  # (one that came with a newer transformers is not recorded yet)

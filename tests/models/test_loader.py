@@ -273,9 +273,12 @@ def test_parts_on_the_disk_run_and_a_first_part_there_is_refused(checkpoint: Pat
     place = "layers[2].output[-1]"
     found, here = (ns.capture(model, "w3 w4", place)[place] for model in (offloaded, load(checkpoint)))
     assert torch.equal(found, here)
-    with pytest.raises(BadArgument) as error:
+    with pytest.raises((BadArgument, FileError)) as error:
         load(checkpoint, device_map={"": "disk"}, offload_folder=str(tmp_path / "off"))
-    said(error, "the model's first part on the disk", "the embedding on a device")
+    if isinstance(error.value, FileError):  # accelerate 1.1 itself refuses a model that lies on the disk as a whole
+        said(error, "offload the whole model to the disk")
+    else:
+        said(error, "the model's first part on the disk", "the embedding on a device")
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llava"])
