@@ -1,7 +1,7 @@
 """A process of its own in which writes of a checkpoint end badly; prints what was left, a JSON line a trial.
 
 python checkpoint_faults.py kills FOLDER     SIGKILL at every step of a write, each in a child of its own
-python checkpoint_faults.py timed FOLDER N   SIGKILL after N random times
+python checkpoint_faults.py timed FOLDER N   SIGKILL at once, and after N random times
 python checkpoint_faults.py full FOLDER      a disk of a few kilobytes (FOLDER), and a limit on the size of files
 """
 
@@ -118,8 +118,9 @@ def timed(folder: Path, count: int) -> None:
         in_child(lambda: write(folder / "measured", 1.0))
         times.append(time.perf_counter() - started)
     chance = random.Random(0)
-    for _ in range(count):
-        after = chance.uniform(0, 1) * min(times)
+    # One at once, as on a busy machine all others may come after the write.
+    for share in (0.0, *(chance.uniform(0, 1) for _ in range(count))):
+        after = share * min(times)
 
         def killed(after: float = after) -> int:
             child = os.fork()

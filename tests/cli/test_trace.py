@@ -272,7 +272,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ((*FACT, *SITES, "--executor", "fast"), "expected: auto, packed"),
         ((*FACT, *SITES, "--window", "0"), "expected: at least 1"),
         ((*FACT, *SITES, "--clean", "The Velmar Tower"), "2 clean prompts and 1 corrupted"),
-        ((*FACT[:4], *SITES, *FACT[6:], "--corrupted", "The Bridge is"), 'align="end"'),
+        ((*FACT[:4], *SITES, *FACT[6:], "--corrupted", "The Bridge is"), "--align end"),
         ((*FACT[:-1], "no-such-word", *SITES), "no-such-word"),
         ((*FACT[:2], "--model", "./nowhere", *FACT[2:], *SITES), "there is no such folder"),
     ],

@@ -8,7 +8,7 @@ import re
 IN_A_SHELL: tuple[tuple[str, str], ...] = (
     (r"\n  in: ns\.[\w.]+", ""),
     (r'write: model = ns\.load\("toy"\)', "write: toy"),
-    (r'write: align="end".*', "write: --align end, with nnsplice trace: tokens are counted from the end"),
+    (r'write: align="end".*', "write: --align end of nnsplice trace, which counts tokens from the end"),
     (r"write: Circuit\.top\(result, k\)", "write: --edges N"),
     (r"write: ns\.lens\.direct\(model, prompts, metric, sites\)", "write: nnsplice lens direct"),
     (r"write: ns\.lens\.logit\(model, prompts, sites\)", "write: nnsplice lens logit"),
