@@ -257,11 +257,11 @@ def _plus_one(states: Tensor, token: int) -> Tensor:
 def test_the_hooks_of_a_steering_block_know_their_rows() -> None:
     model = wrap("llama")
     module = model._module.double()
-    assert not engine.has_code_by_row(module.modules())
+    assert not engine.has_code_by_row(module)
     vector = ns.SavedActivation.from_pairs(("layers[1].output[-1]", torch.ones(1, 16, dtype=torch.float64)))
     rows = ns.steering.mask([[True, False, False, False, False], [False, False, True, False, False]])
     with ns.steering.steer(model, vector, 1.0, where=rows):
-        assert not engine.has_code_by_row(module.modules())
+        assert not engine.has_code_by_row(module)
         found = ns.capture(model, CLEAN[:2], "layers[2].output[-1]")["layers[2].output[-1]"]
     for row, token in enumerate((0, 2)):
         with _hooked(module.model.layers[1], lambda out, token=token: _plus_one(out, token)):

@@ -16,7 +16,6 @@ from nnsplice.activations.encoding import encode
 from nnsplice.activations.packs import Pack, Provenance
 from nnsplice.activations.prompts import Prompts, PromptsLike, SpanTexts
 from nnsplice.activations.saved_activation import SavedActivation
-from nnsplice.atlas import unwrap
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.paths import Path, Paths
@@ -150,7 +149,7 @@ def checked(model: engine.Model, given: Prompts, sites: Paths) -> list[Path]:
 
 def rows_at_once(model: engine.Model, given: Prompts, max_tokens: int) -> int:
     """How many of these prompts run at once where there is memory for so many tokens."""
-    if engine.has_code_by_row(unwrap(model).modules()):
+    if engine.has_code_by_row(model):
         return 1
     return max(max_tokens // max(*given.lengths("encoder"), *given.lengths("decoder")), 1)
 

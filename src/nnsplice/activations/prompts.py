@@ -16,7 +16,6 @@ from nnsplice.activations import sounds as sound_values
 from nnsplice.activations.images import PromptImages
 from nnsplice.activations.messages import Chat, Message
 from nnsplice.activations.sounds import Sound
-from nnsplice.atlas import unwrap
 from nnsplice.errors import SpanError
 from nnsplice.paths import Span
 from nnsplice.tokens import Rows, Spans
@@ -159,7 +158,7 @@ class Prompts:
             at_most: how many there is memory for.
         """
         if size is None and self.values is None and not self.inputs_by_name:
-            size = 1 if engine.has_code_by_row(unwrap(model).modules()) else None
+            size = 1 if engine.has_code_by_row(model) else None
         size = min(size or len(self), at_most or len(self))
         groups: dict[object, list[int]] = {}
         for row in range(len(self)):

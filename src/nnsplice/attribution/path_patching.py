@@ -19,7 +19,7 @@ from nnsplice import closures, engine, wire
 from nnsplice.activations import features
 from nnsplice.activations.access import Access, accesses, live_value, site_of
 from nnsplice.activations.prompts import PromptsLike
-from nnsplice.atlas import DERIVED, unwrap
+from nnsplice.atlas import DERIVED
 from nnsplice.attribution.branches import Branch, Branches, branches_of
 from nnsplice.attribution.packed_paths import PackedPaths, PathExecution, chosen, handed
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
@@ -217,7 +217,7 @@ class ReceiversBySender:
 
     def run(self, work: Work, jobs: Sequence[Job]) -> tuple[list[float], Cost]:
         """Jobs -> the metric of each, and what it cost."""
-        if not engine.has_code_by_row(unwrap(work.model).modules()):
+        if not engine.has_code_by_row(work.model):
             return self._together(work, jobs)
         values: list[float] = []
         cost = Cost()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nnsplice.atlas import unwrap
 from nnsplice.engine.tracing import own_body
 
 _registry = nn.modules.module
@@ -46,12 +47,12 @@ def has_own_code(modules: Iterable[nn.Module]) -> bool:
     return has_code_around(found) or any(_is_foreign(type(m).__module__) for m in found)
 
 
-def has_code_by_row(modules: Iterable[nn.Module]) -> bool:
-    """Whether calls of these modules run code of the user's that may tell rows of a batch apart.
+def has_code_by_row(model: Any) -> bool:
+    """Whether a model, in nnsight or bare, runs code of the user's that may tell rows of a batch apart.
 
-    That is code that `has_own_code` finds, but hooks of known libraries, whose steering blocks know their rows.
+    That is code that `has_own_code` finds, except hooks of known libraries, whose steering blocks know their rows.
     """
-    found = list(modules)
+    found = list(unwrap(model).modules())
     around: list[Any] = [*_registry._global_forward_hooks.values(), *_registry._global_forward_pre_hooks.values()]
     for module in found:
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):

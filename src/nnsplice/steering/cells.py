@@ -138,7 +138,7 @@ def run_cells(
         pending = [job for job in jobs if np.isnan(values[(0, *job)])]
         shown = stack.enter_context(bar("steering", len(jobs), "cell", progress, done=len(jobs) - len(pending)))
         # A row of the batch is a cell, and code of the user's may tell rows apart.
-        alone = engine.has_code_by_row(unwrap(model).modules())
+        alone = engine.has_code_by_row(model)
         for chunk in _chunks(plan, pending, 0 if alone else room):
             session = Session(model, _rules(plan, chunk))
             found = measure(plan, chunk, session)

@@ -115,7 +115,7 @@ def crossings(
     ends = np.zeros((2, len(given)))
     cells = len(places) * len(given)
     with bar("crossings", cells, "cell", progress) as shown, engine.locked(base), engine.locked(tuned):
-        alone = any(engine.has_code_by_row(unwrap(one).modules()) for one in (base, tuned))
+        alone = any(engine.has_code_by_row(one) for one in (base, tuned))
         for rows in given.batches(base, at_most=1 if alone else None):
             some = given.take(rows)
             ends[0][rows], ends[1][rows] = (_metric(bound, one, some, rows) for one in (base, tuned))

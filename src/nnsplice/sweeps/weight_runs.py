@@ -52,7 +52,7 @@ class WeightRuns:
             bound = Metric.of(metric).bind(engine.tokenizer_of(base), len(given), texts)
         bound.metric.check_lengths(given.lengths("decoder"))
         taken = inspect.signature(type(unwrap(base)).forward).parameters
-        by_row = not isinstance(tuned, Mapping) and engine.has_code_by_row(unwrap(tuned).modules())
+        by_row = not isinstance(tuned, Mapping) and engine.has_code_by_row(tuned)
         arguments = {"use_cache": False} if "use_cache" in taken else {}
         return cls(base, given, bound, batch_size, arguments, by_row=by_row)
 
