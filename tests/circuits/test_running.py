@@ -238,6 +238,39 @@ def test_hooks_of_the_users_take_part() -> None:
     assert abs(found - plain).max() > 1e-3
 
 
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_hook_of_the_users_that_tells_rows_apart_changes_every_circuit_as_it_does_one_alone(row: int) -> None:
+    model, module = double("llama"), bare("llama")
+    graph = graph_of(model)
+    circuits = [drawn(graph, share, seed=number) for number, share in enumerate((0.4, 0.6, 0.8))]
+
+    def steered(_m: Any, _a: Any, out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[row] += torch.linspace(-2, 3, out.shape[-1])
+        return out
+
+    for one in (model._module, module):
+        one.model.layers[1].mlp.register_forward_hook(steered)
+    clean, corrupted = [CLEAN, "w10 w4 w15 w6 w8"], [CORRUPTED, "w13 w9 w5 w16 w8"]
+    expected = [
+        [by_hooks(module, graph, ids(a), recorded(module, ids(b), graph), edges) for edges in circuits]
+        for a, b in zip(clean, corrupted, strict=True)
+    ]
+    made = [ns.Circuit.of(edges=edges) for edges in circuits]
+    near(ns.sweep_circuits(model, made, clean, corrupted, METRIC, progress=False).table.values, expected, "llama")
+
+
+def test_a_hook_whose_variables_change_between_calls_is_looked_at_anew() -> None:
+    model, share = double("llama"), [0.0]
+    projection = model._module.model.layers[1].self_attn.o_proj
+    projection.register_forward_hook(lambda _m, _a, out: out + share[0] * out.mean(1, keepdim=True))
+    circuit = ns.Circuit.of(edges=drawn(graph_of(model), 0.7, seed=6))
+    circuit.run(model, CLEAN, CORRUPTED, METRIC)
+    share[0] = 0.5  # no head's output goes through the projection's weights alone any more
+    with pytest.raises(ns.errors.RefusedPlace, match="a circuit of all edges gives other logits"):
+        circuit.run(model, CLEAN, CORRUPTED, METRIC)
+
+
 def test_an_adapter_takes_part() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(

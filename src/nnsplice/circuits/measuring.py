@@ -250,7 +250,10 @@ def _measure_group(
         )
         shown.update(len(chosen) * len(rows))
 
-    for numbers in _fitting(wiring, [mask for _, mask in circuits], len(rows) * length, room):
+    chunks = _fitting(wiring, [mask for _, mask in circuits], len(rows) * length, room)
+    if engine.has_code_by_row(model):  # which has one row in a run of the prompt
+        chunks = [[number] for numbers in chunks for number in numbers]
+    for numbers in chunks:
         halving(numbers, run)
     return cost + sum(done, Cost())
 
@@ -321,7 +324,8 @@ def _check_full_circuit(question: Question) -> Cost:
     around = (engine.hooks_of(root.modules()), engine.replaced_in(root.modules()))
     state = (fingerprint(root), around, engine.attention_of(model), next(root.parameters()).dtype)
     known = _checked.setdefault(root, set())
-    if state in known:
+    # What code of the user's does may depend on its variables, so that it is tried anew.
+    if state in known and not engine.has_own_code(root.modules()):
         return Cost()
     own = record(root, model, wiring, question.clean, [0], -1)
     ablated = AblatedStreams.of(root, wiring, own.values.map(torch.zeros_like))
