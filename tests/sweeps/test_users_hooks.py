@@ -311,3 +311,57 @@ def test_small_parts_of_a_plan_under_a_hook_are_right_too() -> None:
     result = run(plan, model, max_tokens=12, progress=False)
     assert result.run.executor == "packed"
     assert np.abs(result.table.values[0] - _in_own_runs(module, LONG, OTHER, plan.targets)).max() < 1e-12
+
+
+def _nth_call(acts: Callable[[int], bool]) -> Callable[[torch.Tensor], torch.Tensor]:
+    calls = [0]
+
+    def change(value: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return value + STEER if acts(calls[0]) else value
+
+    return change
+
+
+#: What hooks do that is not the same in every run.
+UNSTEADY: dict[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "in the first call only": lambda: _nth_call(lambda call: call == 1),
+    "in every other call": lambda: _nth_call(lambda call: call % 2 == 0),
+    "with random numbers": lambda: lambda value: value + torch.randn_like(value),
+}
+SAVED = ns.SavedActivation.from_pairs(("layers[0].output[-1]", torch.zeros(1, 16, dtype=torch.float64)))
+#: Questions about differences between runs.
+ASKED: dict[str, Callable[[Any], Any]] = {
+    "a sweep": lambda m: ns.sweep(m, CLEAN, CORRUPTED, "layers[:].output", METRIC, progress=False),
+    "an ablation": lambda m: ns.ablate(m, CLEAN, "layers[:].heads[:]", METRIC, progress=False),
+    "estimates": lambda m: ns.attribute(m, CLEAN, CORRUPTED, "layers[:].output", METRIC, progress=False),
+    "paths": lambda m: ns.path_patch(m, CLEAN, CORRUPTED, "layers[0].heads[:]", "unembed", METRIC, progress=False),
+    "a circuit": lambda m: ns.Circuit.full(m).run(m, CLEAN, CORRUPTED, METRIC),
+    "a patched run": lambda m: ns.patched_logits(m, CLEAN, SAVED, progress=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ask", ASKED)
+@pytest.mark.parametrize("name", UNSTEADY)
+def test_a_hook_that_does_not_do_the_same_in_every_run_is_refused(name: str, ask: str) -> None:
+    model = wrap("llama")
+    module = model._module.double()
+    ASKED[ask](model)  # whatever is measured once is known
+    change = UNSTEADY[name]()
+    module.model.layers[1].mlp.register_forward_hook(lambda _m, _a, out: change(out))
+    with pytest.raises(BadArgument, match="does not do the same in every run"):
+        ASKED[ask](model)
+
+
+def test_a_hook_that_draws_the_same_numbers_in_every_run_is_a_hook_as_any_other() -> None:
+    model = wrap("llama")
+    module = model._module.double()
+
+    def noised(_m: Any, _a: Any, out: torch.Tensor) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(0)
+        return out + torch.randn(out.shape, generator=draws, dtype=out.dtype)
+
+    module.model.layers[1].mlp.register_forward_hook(noised)
+    plan = plan_sweep(model, LONG, OTHER, "layers[:].output", METRIC)
+    result = run(plan, model, progress=False)
+    assert np.abs(result.table.values[0] - _in_own_runs(module, LONG, OTHER, plan.targets)).max() < 1e-12

@@ -1,8 +1,8 @@
-"""User code around the model that changes values after nnsight has read them.
+"""User code around the model that changes values after nnsight has read them, or does not do the same in every run.
 
 nnsight reads what a module returns before the user's hooks run. So changes of the logits by a hook on the whole model,
 or by a `forward` that was replaced after nnsight had wrapped the model, would be missing in every result. Code that
-changes nothing is accepted; this is measured in one short pass.
+changes nothing is accepted; this is measured in short passes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nnsplice.atlas import unwrap
-from nnsplice.engine.hooks import hooks_of
+from nnsplice.engine.hooks import has_code_by_row, hooks_of
 from nnsplice.engine.model_lock import locked
 from nnsplice.engine.recording import example_of, undisturbed
+from nnsplice.engine.sharding import meshes_of
 from nnsplice.engine.tracing import Body, Model, callable_of, is_passed_by
 from nnsplice.errors import BadArgument
 
@@ -29,7 +30,7 @@ _harmless: weakref.WeakKeyDictionary[nn.Module, set[tuple[int, ...]]] = weakref.
 
 
 def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
-    """Raise if code around the model changes the logits after they are read.
+    """Raise if code around the model changes the logits after they are read, or code in it does from run to run.
 
     Args:
         bare: the bare module will be called, so wrappers around it must not change the logits either.
@@ -37,6 +38,7 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
     Raises:
         BadArgument: with the size of the change.
     """
+    _refuse_unsteady(model)
     outer, root = model._module, unwrap(model)
     around = list(_around(outer, root))
     wrapped, hooks, replaced = bare and outer is not root, hooks_of(around), any(map(is_passed_by, around))
@@ -63,6 +65,32 @@ def refuse_changed_logits(model: Model, *, bare: bool = False) -> None:
         )
     if not replaced:  # the id of a replaced function may be given again
         _harmless.setdefault(root, set()).add(hooks)
+
+
+def _refuse_unsteady(model: Model) -> None:
+    """Raise if user code makes other logits of the same prompt in a second run, so that no two runs can be compared."""
+    # Of a model that several processes share, one alone may have such code, and a run of its own would wait for them.
+    if not has_code_by_row(model) or meshes_of(unwrap(model)):
+        return
+    try:
+        runner, args, kwargs = example_of(model, _TOKENS)
+        if runner is not model:  # a twin has no user code
+            return
+        with locked(model), undisturbed(model) as call:
+            one, other = (_logits(call(*args, **kwargs)) for _ in range(2))
+    except Exception:  # the next run raises it
+        return
+    if one is None or other is None or one.shape != other.shape or not one.is_floating_point():
+        return
+    # Some kernels of a GPU add in another order each time.
+    apart, size = float((one - other).abs().nan_to_num().max()), float(one.abs().nan_to_num().max())
+    if apart > 16 * torch.finfo(one.dtype).eps * size:
+        raise BadArgument(
+            f"a hook or class of yours in the model does not do the same in every run: the logits of one prompt, run "
+            f"twice, are up to {apart:.2g} apart, so a difference between two runs says nothing",
+            expected="code that goes by the values it is given, and not by calls that it counts or by random numbers",
+            write="hook.remove()   (before this call)",
+        )
 
 
 def runs_alone(model: Model) -> bool:
