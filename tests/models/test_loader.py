@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import zoo
 from nnsplice import engine
 from nnsplice.errors import BadArgument, BadType, FileError
 from nnsplice.models import embedded, load, unwrap
+from nnsplice.models.hub import PAUSE, check_reachable
 from nnsplice.models.sources import EMBEDDED
 
 
@@ -145,24 +149,71 @@ def test_an_unknown_name_offline() -> None:
     assert isinstance(error.value.__cause__, OSError)
 
 
-def test_an_unknown_name_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], list[float]]]:
+    """Puts a server that gives every request one answer, or none at all, in the hub's place; returns the pauses."""
+    servers: list[HTTPServer] = []
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    def put(status: int | None) -> list[float]:
+        class Answer(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.send_response(status or 500)
+                self.end_headers()
 
-    def unreachable(*args: Any, **kwargs: Any) -> None:
-        raise OSError("We couldn't connect to the hub")
+            def log_message(self, *_: Any) -> None:
+                pass
 
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+        server = HTTPServer(("127.0.0.1", 0), Answer)
+        if status is None:
+            server.server_close()  # the port is free again, so connections are refused
+        else:
+            servers.append(server)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        pauses: list[float] = []
+        monkeypatch.setattr("time.sleep", pauses.append)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        return pauses
+
+    yield put
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("options", [{}, {"gguf_file": "model.gguf"}])
+def test_an_unknown_name_without_a_connection_is_not_asked_for_again_and_again(hub: Any, options: Any) -> None:
+    pauses = hub(None)
     with pytest.raises(FileError) as error:
-        load("gpt2")
-    said(error, "offline?", 'ns.load("toy")')
+        load("no/body", **options)
+    said(error, "connect" if options else 'ns.load("toy")')
+    assert pauses == [PAUSE]
 
 
-def test_a_name_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+@pytest.mark.parametrize("status", [200, 401, 404, 503])
+def test_any_answer_of_the_hub_is_a_connection(hub: Any, status: int) -> None:
+    pauses = hub(status)
+    check_reachable("no/body", "config.json", {})
+    check_reachable("no hub has/such/names", "config.json", {})
+    assert pauses == []
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+def test_what_is_cached_or_asked_offline_needs_no_connection(hub: Any, tmp_path: Path) -> None:
+    pauses = hub(None)
+    check_reachable("no/body", "config.json", {"local_files_only": True})
+    folder = tmp_path / "models--no--body" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "models--no--body" / "refs").mkdir()
+    (tmp_path / "models--no--body" / "refs" / "main").write_text("abc")
+    check_reachable("no/body", "config.json", {"cache_dir": tmp_path})
+    assert pauses == []
+    with pytest.raises(ConnectionError):
+        check_reachable("no/body", "config.json", {"cache_dir": tmp_path / "other"})
+
+
+def test_a_name_that_the_hub_refuses(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(404)
 
     def refused(*args: Any, **kwargs: Any) -> None:
         raise OSError("no/body is not a valid model identifier\nand more lines")

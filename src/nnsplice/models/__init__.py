@@ -10,6 +10,7 @@ loader                              `load`: which of the files below loads a nam
 folders, modules                    checkpoints by folder or hub name; modules that are already loaded
 dequantise, conversion_cache        GGUF files as checkpoints, and the cache of them
 published, sources                  models in Python packages; which checkpoint a name means
+hub                                 whether the hub can be reached
 toy_words, toy_sentences            the toy language: words, and sentences made of them
 toy_prompts, toy_corpus             its prompts; its training data
 train_toy, toy_accuracy             `python -m nnsplice.models.train_toy` trains a toy model; its accuracies

@@ -21,6 +21,7 @@ import torch
 from nnsplice.errors import FileError, MissingPackage
 from nnsplice.gguf import GgufHeader, read_gguf_header
 from nnsplice.models.conversion_cache import check_room, converted_folder, sha256
+from nnsplice.models.hub import check_reachable
 from nnsplice.progress import bar
 
 #: The key of a converted model's config with the source file and its types.
@@ -230,6 +231,7 @@ def gguf_source(name: str | os.PathLike[str], gguf_file: str | None, where: Mapp
     from transformers.utils.hub import cached_file
 
     try:
+        check_reachable(str(name), gguf_file, where)
         found = cached_file(str(name), gguf_file, **where)
     except OSError as error:
         raise FileError(

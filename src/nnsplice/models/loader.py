@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 
 from nnsplice import engine
 from nnsplice.atlas import unwrap
-from nnsplice.errors import BadArgument, BadType, FileError, closest, named
+from nnsplice.errors import BadArgument, BadType, FileError, named
 from nnsplice.models.dequantise import Quantised, checkpoint
 from nnsplice.models.folders import from_checkpoint, from_folder
+from nnsplice.models.hub import check_reachable
 from nnsplice.models.logs import first_line, no_bar
 from nnsplice.models.modules import from_module, tokenizer_from
 from nnsplice.models.published import PUBLISHED
@@ -186,6 +188,7 @@ def _embedded(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model
 
 def _named(name: str, tokenizer: Any, kwargs: dict[str, Any]) -> engine.Model:
     try:
+        check_reachable(name, "config.json", kwargs)
         return from_checkpoint(name, tokenizer, kwargs)
     except OSError as error:
         raise FileError(
@@ -207,5 +210,5 @@ def _reason_not_found(error: BaseException) -> str:
 
 
 def _suggestion(name: str) -> str:
-    near = closest(name, (*EMBEDDED, *PUBLISHED), n=1)
-    return f'model = ns.load("{near}")' if near in (*EMBEDDED, *PUBLISHED) and near != "toy" else SUGGEST_TOY
+    near = get_close_matches(name, (*EMBEDDED, *PUBLISHED), n=1, cutoff=0.5)
+    return f'model = ns.load("{near[0]}")' if near and near[0] != "toy" else SUGGEST_TOY
