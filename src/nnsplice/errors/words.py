@@ -15,9 +15,16 @@ def named(value: object) -> str:
 
 
 def closest(name: str, names: Iterable[str], n: int = 3) -> str:
-    """The names most like `name`, as text for a message; all of them when there are few and none is close."""
+    """The names most like `name`, as text for a message; all names if there are few.
+
+    >>> from nnsplice.errors import closest
+    >>> closest("outptu", ["input", "output"])
+    'output, input'
+    >>> closest("outptu", ["input", "output", "q", "k", "v", "gate", "pattern"])
+    'output, input, ... (7 in all)'
+    """
     names = list(dict.fromkeys(names))
     near = get_close_matches(name, names, n=n, cutoff=0.5)
-    chosen = near or names[: 2 * n]
-    more = "" if near or len(names) <= 2 * n else f", ... ({len(names)} in all)"
+    chosen = list(dict.fromkeys([*near, *names])) if len(names) <= 2 * n else near or names[: 2 * n]
+    more = f", ... ({len(names)} in all)" if len(chosen) < len(names) else ""
     return ", ".join(map(shown, chosen)) + more if chosen else "nothing"

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, cast
 
-from nnsplice.errors import BadType, PathError, closest, named
+from nnsplice.errors import BadType, PathError, named
 from nnsplice.paths import hooks, mistakes
 from nnsplice.paths.path import ATTRIBUTE_PREFIX, ESCAPES, Dictionary, Index, Path, Position, Slice, Span, Step
 
@@ -255,7 +255,7 @@ def _unexpected(text: str, error: UnexpectedInput) -> PathError:
         f"{word} is not known here",
         path=text,
         column=at,
-        expected=_any_of(words) if len(words) <= 12 else closest(word.lower(), names),
+        expected=_any_of(words),
         write=repaired if repaired and reads(repaired) else None,
     )
 
