@@ -87,13 +87,22 @@ def _part(block: Any, kind: str) -> nn.Module:
 
 
 def _traced(
-    family: str, noise: Tensor, answer: int, kind: str = "residual", window: int = 1
+    family: str,
+    noise: Tensor,
+    answer: int,
+    kind: str = "residual",
+    window: int = 1,
+    read: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[np.ndarray, float, float]:
-    """The oracle: `[layer, position]`, and the ends."""
+    """The oracle: `[layer, position]`, and the ends; of the answer's probability, or of what is read of all."""
     module = build(family).double()
     blocks = BLOCKS[family](module)
     parts = [_part(block, kind) for block in blocks]
     kept: dict[int, Tensor] = {}
+
+    def measured() -> float:
+        found = _probabilities(module, family)
+        return float(found[answer] if read is None else read(found))
 
     def keep(n: int) -> Any:
         return lambda _m, _a, out: kept.__setitem__(n, _first(out).clone())
@@ -107,18 +116,18 @@ def _traced(
         return hook
 
     with _hooked(*((part, keep(n), False) for n, part in enumerate(parts))):
-        high = float(_probabilities(module, family)[answer])
+        high = measured()
     found = np.zeros((len(parts), STOP + 2, len(noise)))
     low = []
     for number, sample in enumerate(noise):
         first = (blocks[0], _noisy(sample), True)
         with _hooked(first):
-            low.append(float(_probabilities(module, family)[answer]))
+            low.append(measured())
         for layer in range(len(parts)):
             layers = range(max(layer - window // 2, 0), min(layer + (window + 1) // 2, len(parts)))
             for position in range(STOP + 2):
                 with _hooked(first, *((parts[n], restore(n, position), False) for n in layers)):
-                    found[layer, position, number] = _probabilities(module, family)[answer]
+                    found[layer, position, number] = measured()
     return found.mean(-1), high, float(np.mean(low))
 
 
@@ -158,6 +167,35 @@ def test_kinds_and_windows(family: str, kind: str, window: int) -> None:
     np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-10, rtol=0)
     assert (result.clean[0], result.corrupted[0]) == (pytest.approx(high, abs=1e-10), pytest.approx(low, abs=1e-10))
     assert (result.run.executor, result.run.note) == ("packed", "")
+
+
+def test_a_trace_measures_any_metric_of_the_noised_runs() -> None:
+    """Differences of logits, and divergences from the run without noise."""
+    model, clean = double("llama"), _probabilities(build("llama").double(), "llama")
+    read = {
+        "difference": lambda found: found[7].log() - found[8].log(),
+        "divergence": lambda found: (clean * (clean / found).log()).sum(),
+        "rank": lambda found: (found > found[7]).sum(),
+    }
+    metrics = {"difference": ns.logit_diff("w7", "w8"), "divergence": ns.kl_divergence(), "rank": ns.rank(7)}
+    several = _trace(model, noise=_noise(), metric=metrics)
+    for name, metric in metrics.items():
+        expected, high, low = _traced("llama", _noise(), 7, read=read[name])
+        for result in (several.only(name), _trace(model, noise=_noise(), metric=metric, executor="reference")):
+            np.testing.assert_allclose(result.grid().values[0], expected, atol=1e-9, rtol=0)
+            ends = result.clean[0], result.corrupted[0]
+            np.testing.assert_allclose(ends, (high, low), atol=1e-9)
+
+
+def test_answers_of_a_metric_are_those_of_their_own_prompts() -> None:
+    model, texts, subjects = double("gpt2"), [TEXT, "w13 w14 w15 w16"], ["w4 w5", "w14"]
+    pairs = [("w7", "w8"), ({"w9", "w10"}, "w11")]
+    both = _trace(model, texts, subjects, samples=2, metric=ns.logit_diff(*map(list, zip(*pairs, strict=True))))
+    for row, (text, subject, pair) in enumerate(zip(texts, subjects, pairs, strict=True)):
+        alone = _trace(model, text, subject, samples=2, metric=ns.logit_diff(*pair))
+        length = len(text.split())
+        np.testing.assert_allclose(both.grid().values[row, :, :length], alone.grid().values[0], atol=1e-12, rtol=0)
+        assert both.clean[row] == pytest.approx(alone.clean[0], abs=1e-12)
 
 
 #: The token embedding's module, as ROME's experiments name it, of the families that the next test is about.
@@ -331,7 +369,10 @@ def test_the_prompts_of_a_result_are_those_that_were_given() -> None:
         ({"noise": float("nan")}, BadArgument, "noise=nan"),
         ({"noise": "3"}, ns.errors.BadType, "noise='3'"),
         ({"subject": None}, ns.errors.BadType, 'span "subject" is None'),
-        ({"answer": ["w7", "w8"]}, ShapeError, "2 answers for 1 prompt"),
+        ({"answer": [["w7"], ["w8"]]}, BadArgument, "2 tokens as answer=, and there are 1 prompts"),
+        ({"metric": ns.rank([["w7"], ["w8"]])}, BadArgument, "2 tokens as answer=, and there are 1 prompts"),
+        ({"metric": ns.rank("w7"), "answer": "w7"}, BadArgument, "answer= beside metric="),
+        ({"metric": ns.sequence_log_probability("w7 w8")}, BadArgument, "one after the other"),
         ({"answer": "w7 w8"}, BadArgument, "is 2 tokens"),
         ({"subject": "w9"}, ns.errors.SpanError, "w9"),
     ],

@@ -33,7 +33,7 @@ from nnsplice.metrics.rules import (
     rank,
     sequence_log_probability,
 )
-from nnsplice.metrics.several import Metrics, Several, bound_of
+from nnsplice.metrics.several import Metrics, Several, bound_of, repeated_metric
 
 __all__ = [
     "Answer",
@@ -53,5 +53,6 @@ __all__ = [
     "logit_diff",
     "probability",
     "rank",
+    "repeated_metric",
     "sequence_log_probability",
 ]

@@ -33,7 +33,7 @@ def ids_of(metric: str, name: str, answer: Any, tokenizer: Any, prompts: int) ->
         raise BadType(
             f"{metric} was given {answer!r} as {name}=", expected="a token's text or id, or one for each prompt"
         )
-    each = _each(answer, prompts)
+    each = per_prompt(answer, prompts)
     if len(each) != prompts:
         raise BadArgument(
             f"{metric} was given {len(each)} tokens as {name}=, and there are {prompts} prompts",
@@ -45,7 +45,7 @@ def ids_of(metric: str, name: str, answer: Any, tokenizer: Any, prompts: int) ->
     return tuple(_ids_of_one(metric, name, one, tokenizer) for one in each)
 
 
-def _each(answer: Any, prompts: int) -> list[Any]:
+def per_prompt(answer: Any, prompts: int) -> list[Any]:
     """The answer of each prompt; the caller checks that there are as many."""
     if isinstance(answer, str | int | AbstractSet):
         return [answer] * prompts
@@ -103,7 +103,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 def _words(answer: Any, ids: Ids) -> Iterator[tuple[int, str, tuple[int, ...]]]:
     """(number of the prompt, answer as text, tokens of all answers of the prompt)."""
-    for prompt, (given, known) in enumerate(zip(_each(answer, len(ids)), ids, strict=True)):
+    for prompt, (given, known) in enumerate(zip(per_prompt(answer, len(ids)), ids, strict=True)):
         for word in [given] if isinstance(given, str | int) else given:
             if isinstance(word, str):
                 yield prompt, word, (known,) if isinstance(known, int) else known

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nnsplice.errors import BadArgument, BadType, named
+from nnsplice.metrics.answers import per_prompt
 from nnsplice.metrics.metric import Bound, Metric, MetricLike
 
 #: A metric, several of them, or several by name.
@@ -91,6 +92,26 @@ def bound_of(given: Metrics, tokenizer: Any, prompts: int, texts: Sequence[str] 
             expected="metrics of one position in a sweep",
         )
     return Several(parts)
+
+
+def repeated_metric(given: Metrics, prompts: int, times: int) -> Metrics:
+    """One metric or several, for prompts that run several times each, one after the other.
+
+    >>> from nnsplice.metrics import repeated_metric
+    >>> repeated_metric(ns.probability(["w3", "w4"]), 2, 2).answers
+    {'answer': ['w3', 'w3', 'w4', 'w4']}
+    """
+
+    def repeated(metric: Metric) -> Metric:
+        answers = {
+            name: [one for one in per_prompt(answer, prompts) for _ in range(times)]
+            for name, answer in metric.answers.items()
+        }
+        return replace(metric, answers=answers)
+
+    if isinstance(given, Metric) or callable(given):
+        return repeated(Metric.of(given))
+    return {name: repeated(metric) for name, metric in _named(given)}
 
 
 def _named(given: Sequence[MetricLike] | Mapping[str, MetricLike]) -> list[tuple[str, Metric]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace as replaced
 from numbers import Real
 from typing import Any
@@ -22,7 +21,7 @@ from nnsplice.activations.saved_activation import SavedActivation
 from nnsplice.atlas import Atlas
 from nnsplice.deprecated import renamed
 from nnsplice.errors import BadArgument, BadType, ShapeError, circumstances
-from nnsplice.metrics import Answer, Metrics, probability
+from nnsplice.metrics import Answer, Metrics, bound_of, probability, repeated_metric
 from nnsplice.paths import Path, parse_path
 from nnsplice.results import SweepResult
 from nnsplice.sweeps.corruption import Corruption
@@ -129,14 +128,15 @@ def causal_trace(
     samples: int = 10,
     replace: bool = False,
     answer: Answer | None = None,
+    metric: Metrics | None = None,
     seed: int = 1,
     **options: Any,
 ) -> SweepResult:
     """Causal tracing (ROME): add noise to the subject's embeddings, restore one state at a time, measure the answer.
 
-    The grid is the probability of the answer after restoring a state, averaged over the noised runs. `clean` is the
-    probability without noise, `corrupted` with noise and nothing restored, and `total_effect` the difference of the
-    two.
+    The grid is the probability of the answer, or another metric, after restoring a state, averaged over the noised
+    runs. `clean` is the metric without noise, `corrupted` with noise and nothing restored, and `total_effect` the
+    difference of the two.
 
     >>> result = ns.causal_trace(model, "w3 w4 w5 w6", "w4 w5", samples=2, progress=False)
     >>> result.grid().sizes
@@ -157,16 +157,19 @@ def causal_trace(
         samples: the number of noised runs of each prompt; all cells share them.
         replace: replace the token embeddings by the noise instead of adding it; position embeddings stay.
         answer: the answer's token, for all prompts or for each; the most probable token of the clean run if left out.
+        metric: the metric in place of the answer's probability, such as `ns.logit_diff(answer, wrong)`; several as for
+            `ns.sweep`.
         seed: the seed of the noise.
         **options: `executor`, `max_tokens`, `journal` and `progress` of `ns.run`.
 
     Returns:
-        The probability of the answer with each state restored, on the axes prompt, layer and position.
+        The metric with each state restored, on the axes prompt, layer and position.
 
     Raises:
         BadType: an option that does not exist, or noise that is neither a number nor a tensor.
-        BadArgument: a `kind`, `noise` or `samples` that is not valid, or `kind` and `sites` together.
-        ShapeError: noise of another shape than the subject, or another number of answers than prompts.
+        BadArgument: a `kind`, `noise` or `samples` that is not valid, `kind` and `sites` together, `answer` and
+            `metric` together, another number of answers than prompts, or a metric of several tokens.
+        ShapeError: noise of another shape than the subject.
         SpanError: a subject that is not found in its prompt.
     """
     check_options("ns.causal_trace", options, known_of(causal_trace, causal_trace))
@@ -187,15 +190,16 @@ def causal_trace(
         raise BadArgument(f"samples={samples}", expected="at least 1")
     with circumstances("ns.causal_trace"):
         given = encode(model, prompts, {"subject": subject}, images=True)
-        answers = _top(model, given) if answer is None else answer
-        each = [answers] * len(given) if isinstance(answers, str | int | AbstractSet) else list(answers)
-        if len(each) != len(given):
-            raise ShapeError(f"{len(each)} answers for {len(given)} prompts", expected="one for each")
+        if metric is None:
+            metric = probability(_top(model, given) if answer is None else answer)
+        elif answer is not None:
+            raise BadArgument("answer= beside metric=", expected="one of them", write="metric=ns.probability(answer)")
+        bound_of(metric, engine.tokenizer_of(model), len(given))  # mistakes, with the number of prompts
         repeated = [row for row in range(len(given)) for _ in range(samples)]
         corruption = _noised(model, given, noise, samples, replace, seed)
     restored = f"{_read_by(model)}{KINDS[kind]}[:]" if sites is None else sites
-    metric = probability([each[row] for row in repeated])
-    plan = plan_sweep(model, given.take(repeated), None, restored, metric, window=window, corruption=corruption)
+    each = repeated_metric(metric, len(given), samples)
+    plan = plan_sweep(model, given.take(repeated), None, restored, each, window=window, corruption=corruption)
     return _averaged(run_fresh(plan, model, **options), plan, samples)
 
 
