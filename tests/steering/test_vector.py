@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import nnsplice as ns
 from nnsplice.errors import FileError, NnspliceError
 from steering.vectors import vector
+from zoo import wrap
 
 GOOD = ["w3 w4 w5", "w6 w4 w8", "w9 w4 w11", "w12 w4 w14"]
 BAD = ["w3 w20 w5", "w6 w20 w8", "w9 w20 w11", "w12 w20 w14"]
@@ -172,3 +174,18 @@ def test_a_tensor_of_ones_own_is_a_vector(model) -> None:
 def test_a_tensor_that_is_no_direction_is_refused(given, layer, message) -> None:
     with pytest.raises(NnspliceError, match=message):
         ns.steering.SteeringVector.from_tensor(given, layer)
+
+
+def test_a_vector_of_another_model_of_the_same_width_warns_once_for_each_line(model, fitted) -> None:
+    other = wrap("llama")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for coefficient in (0.5, 1.0):
+            ns.steering.steer(other, fitted.at(1), coefficient)
+        ns.steering.sweep(other, "w3 w4", fitted.at(1), [1.0], ns.logit_diff("w7", "w8"), progress=False)
+    text = "this vector comes from GPT2LMHeadModel; its directions may mean nothing to LlamaForCausalLM"
+    assert [(one.filename, str(one.message)) for one in told] == [(__file__, text)] * 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ns.steering.steer(model, fitted.at(1))
+        ns.steering.steer(other, ns.steering.SteeringVector.from_tensor(torch.ones(16), layer=1))  # knows no model

@@ -155,7 +155,7 @@ def sweep(
         raise FileError(f"{out} is a file", expected="--out with a folder")
     if there := [name for name in (SWEEP, FIGURE) if (out / name).exists()]:
         raise FileError(f"{out} holds {' and '.join(there)} of an earlier run", expected="another --out")
-    found, running = _read_for(vector, model, device, dtype, no_cache=no_cache)
+    found, running = _read(vector), loaded(model, device, dtype, no_cache=no_cache)
     with plain_warnings():
         grid = ns.steering.sweep(
             running, prompts_of(prompt), found, numbers, ns.logit_diff(answer, wrong),
@@ -218,17 +218,18 @@ def generate(
 
     import nnsplice as ns
 
-    found, running = _read_for(vector, model, device, dtype, no_cache=no_cache)
+    found, running = _read(vector), loaded(model, device, dtype, no_cache=no_cache)
     chosen: Any = found.at(layer) if layer else found
     prompts = prompts_of(prompt)
     strengths = coefficient or [found.coefficient or 1.0]
     torch.manual_seed(seed)
     unsteered = ns.steering.generate(running, prompts, max_new_tokens=max_new_tokens, do_sample=sample)
     steered = [(text, c) for text in prompts for c in strengths]  # rows of one batch, each with its own
-    texts = ns.steering.generate(
-        running, [text for text, _ in steered], chosen, [c for _, c in steered], operator=operator, where=_where(where),
-        max_new_tokens=max_new_tokens, do_sample=sample,
-    )  # fmt: skip
+    with plain_warnings():
+        texts = ns.steering.generate(
+            running, [text for text, _ in steered], chosen, [c for _, c in steered], operator=operator,
+            where=_where(where), max_new_tokens=max_new_tokens, do_sample=sample,
+        )  # fmt: skip
     continuations = iter(texts)
     rows: list[TableRow] = []
     for text, plain in zip(prompts, unsteered, strict=True):
@@ -264,18 +265,6 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileError(f"there is no file {path}", expected="what `nnsplice steer fit` wrote")
     return steering.from_gguf(path) if path.suffix == ".gguf" else steering.SteeringVector.from_file(path)
-
-
-def _read_for(vector: Path, model: str, device: str | None, dtype: str | None, *, no_cache: bool) -> tuple[Any, Any]:
-    """The vector of a file and the model, with a note where the vector was fitted to another one."""
-    from nnsplice import engine
-
-    found = _read(vector)
-    running = loaded(model, device, dtype, no_cache=no_cache)
-    name, _ = engine.name_of(running)
-    if found.model is not None and found.model != name:
-        say(f"{vector} was fitted to {found.model}; its directions may mean nothing to {name}", err=True)
-    return found, running
 
 
 def _write(vector: Any, out: Path) -> None:

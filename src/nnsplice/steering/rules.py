@@ -20,6 +20,7 @@ from nnsplice.paths import Path, parse_path
 from nnsplice.steering.operators import OPERATORS, Operator, rotation
 from nnsplice.steering.sites import LEAVE_OUT, NOT_ZERO, vectors_of
 from nnsplice.steering.where import Where
+from nnsplice.warn import warn_caller
 
 #: A number for every row, or one for each.
 Coefficients = float | tuple[float, ...]
@@ -253,6 +254,9 @@ def rules_of(
         rules.append(Rule(place, direction.detach(), factors, label, own, where, condition, feature))
     closures.require(model, [rule.path for rule in rules] + ([] if condition is None else [condition.path]))
     closures.warn_of_joint_norms(model, (rule.path for rule in rules))
+    steered, _ = engine.name_of(model)
+    if vector.model not in (None, steered):
+        warn_caller(f"this vector comes from {vector.model}; its directions may mean nothing to {steered}")
     return tuple(sorted(rules, key=lambda rule: known.rank(rule.path)))
 
 
