@@ -178,7 +178,7 @@ def test_a_file_keeps_the_rest(model, tmp_path) -> None:
     ("metric", "sites", "text"),
     [
         (ns.probability(7), "layers[:].attn", "no weighted sum|not a weighted sum"),
-        (ns.logit_diff({7, 9}, 8), "layers[:].attn", "not a weighted sum"),
+        (ns.logit_diff({7, 9}, 8), "layers[:].attn", "no weighted sum"),
         (ns.Metric.of(lambda logits: logits.max(-1).values), "layers[:].attn", "not a weighted sum"),
         (ns.kl_divergence(), "layers[:].attn", "one metric of one run"),
         (DIFF, "layers[1].output", "no part of that sum"),
@@ -194,6 +194,21 @@ def test_what_has_no_parts_is_refused(model, metric: Any, sites: Any, text: str)
 class Bent(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         return states * 2 / (1 + states.abs())
+
+
+def test_the_metric_to_write_for_several_wrong_tokens_is_the_difference_of_means(model) -> None:
+    with pytest.raises(RefusedPlace) as refused:
+        ns.lens.direct(model, IDS, ns.logit_diff(7, {8, 9}), progress=False)
+    (line,) = [line for line in str(refused.value).splitlines() if line.startswith("  write: ")]
+    source = line.removeprefix("  write: ").partition("   (")[0]
+    parts = ns.lens.direct(model, IDS, eval(source), progress=False)
+    with torch.no_grad():
+        logits = unwrap(model)(IDS).logits[0, -1]
+    expected = float(logits[7] - (logits[8] + logits[9]) / 2)
+    assert parts.clean[0] == pytest.approx(expected, abs=1e-5)
+    assert parts.table.values.sum() + parts.rest.sum() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(RefusedPlace, match=r"logits\[:, \[answer, ...\]\]"):  # prompts with tokens of their own
+        ns.lens.direct(model, IDS.repeat(2, 1), ns.logit_diff([7, 6], [{8, 9}, {3, 4}]), progress=False)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(7), nn.LayerNorm(8, bias=False), nn.RMSNorm(8)])

@@ -151,6 +151,32 @@ def test_what_is_no_state_of_the_stream_is_refused(site: str) -> None:
         ns.lens.logit(wrap("llama"), PROMPTS, site)
 
 
+def test_a_hook_on_the_final_norm_has_to_treat_every_token_alike() -> None:
+    def halved(_m: Any, _a: Any, out: Tensor) -> Tensor:
+        return out * 0.5
+
+    def at_the_last(_m: Any, _a: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        out[:, -1, :] *= 2
+        return out
+
+    def by_position(_m: Any, _a: Any, out: Tensor) -> Tensor:
+        return out * torch.arange(1.0, 4)[:, None].expand(1, 3, 16)
+
+    model = wrap("llama")
+    norm = model._module.model.norm
+    for hook, takes_any in ((halved, True), (at_the_last, False), (by_position, False)):
+        handle = norm.register_forward_hook(hook)
+        try:
+            if takes_any:
+                assert ns.lens.logit(model, PROMPTS[0], progress=False).result.is_complete
+                continue
+            with pytest.raises(RefusedPlace, match=r"model\.norm|more than a norm"):
+                ns.lens.logit(model, PROMPTS[0], progress=False)
+        finally:
+            handle.remove()
+
+
 @pytest.mark.parametrize("k", [0, -1, True, 1.5])
 def test_a_number_of_tokens_below_one_is_refused(k: Any) -> None:
     with pytest.raises(BadArgument, match="how many tokens"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -158,12 +159,26 @@ def weights_of(metric: Bound, prompts: int, vocabulary: int, device: torch.devic
             for logits in tried
         )
     if found is None or bent or not bool(weights.any(-1).all()):
+        if metric.metric.local and any(isinstance(one, tuple) for ids in metric.ids.values() for one in ids):
+            raise RefusedPlace(
+                f"{metric.metric.name} adds the probabilities of a set of tokens, which is no weighted sum of logits, "
+                "so it has no parts",
+                expected="a difference of logits of single tokens, or of means of logits",
+                write=f"{_difference_of_means(metric)}   (a metric of token ids)",
+            )
         raise RefusedPlace(
             f"{metric.metric.name} is not a weighted sum of logits, so it has no parts",
             expected="a logit, or a difference of logits of single tokens",
             write="ns.logit_diff(answer, wrong), or a token",
         )
     return weights, nothing
+
+
+def _difference_of_means(metric: Bound) -> str:
+    """The source of a metric of means over the sets; of the prompts' own tokens, if all have the same."""
+    same = all(len(set(ids)) == 1 for ids in metric.ids.values())
+    tokens = {name: np.atleast_1d(ids[0]).tolist() if same else f"[{name}, ...]" for name, ids in metric.ids.items()}
+    return "lambda logits: " + " - ".join(f"logits[:, {one}].mean(-1)" for one in tokens.values())
 
 
 # --- between two states of a run --------------------------------------------------------------------------------------

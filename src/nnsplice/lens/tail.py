@@ -46,6 +46,15 @@ class Tail:
                 head = Head.of(unwrap(model), tower, states, _own(run), type(run.returned))
         except NotImplementedError as error:
             raise RefusedPlace(f"states of this model are not read as the last layer's are: {error}") from None
+        except Exception as error:
+            ends = [name for name in (tower.final_norm, tower.unembed) if name]
+            if not engine.has_own_code(map(unwrap(model).get_submodule, ends)):
+                raise
+            raise RefusedPlace(
+                f"a hook or a module of your own at {' or '.join(ends)} does not take states one by one, "
+                f"[state, width], as a lens reads them: {type(error).__name__}: {error}",
+                expected="code there that treats every token alike, whatever its position",
+            ) from error
         tail = Tail(model, tower, head)
         tail.check(run)
         return tail
