@@ -374,3 +374,17 @@ def test_a_part_of_a_sender_is_all_that_is_sent(packed: bool) -> None:
     np.testing.assert_allclose(found.table.values, there.table.values, rtol=0, atol=1e-12)
     whole = ns.path_patch(model, *pair, last, "unembed", metric, progress=False)
     assert np.abs(found.table.values - whole.table.values).min() > 1e-3
+
+
+def test_a_result_its_figure_and_its_page_name_the_receivers(tmp_path) -> None:
+    args = wrap("gpt2"), CLEAN, CORRUPTED, "layers[0].heads[:]"
+    result = ns.path_patch(*args, "layers[2].heads[1].q", METRIC, progress=False)
+    assert "\n  through layers[2].heads[1].q\n" in repr(result)
+    assert "layers[:].heads[:].output through layers[2].heads[1].q" in result.plot().get_title()
+    result.to_html(tmp_path / "page.html")
+    assert "patch through layers[2].heads[1].q" in (tmp_path / "page.html").read_text()
+    many = ns.path_patch(*args, "layers[1:].heads[:].q", METRIC, progress=False)
+    named = ", ".join(f"layers[1].heads[{head}].q" for head in range(4))
+    assert f"through {named}, ... (8 in all)" in repr(many)
+    swept = ns.sweep(*args, METRIC, progress=False)
+    assert "through" not in repr(swept) + swept.plot().get_title()

@@ -14,6 +14,7 @@ import nnsplice as ns
 from nnsplice.errors import BadArgument
 from nnsplice.results import SweepResult
 from results.tables import HEAD, STREAM, TOKENS, head_cells, stream_cells, table
+from zoo import wrap
 
 mpl.use("agg")
 
@@ -45,6 +46,22 @@ def test_a_plot_is_labelled_and_can_be_drawn_into_axes(result: SweepResult) -> N
     ax = SweepResult(table(stream_cells(), other)).plot(of="change")
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "1", "2", "3"]
     plt.close("all")
+
+
+def test_a_title_has_the_indices_that_all_cells_share() -> None:
+    model, pair, metric = wrap("gpt2"), ("w3 w4 w5", "w3 w9 w5"), ns.logit_diff("w7", "w8")
+    for sites, title, rows in (
+        ("layers[2].heads[1].output[:]", "layers[2].heads[1].output", "layer"),
+        ("layers[:].heads[3].output[:]", "layers[:].heads[3].output", "layer"),
+        ("layers[:].heads[:].output[-1]", "layers[:].heads[:].output[-1]", "layer"),
+        ("layers[1].heads[:].output[:]", "layers[1].heads[:].output", "head"),
+        ("layers[:].output", "layers[:].output", "layer"),
+        ('layers[:].output["w"][-1]', 'layers[:].output["w"][-1]', "layer"),
+        (["layers[0].output[1]", "layers[2].output[-1]"], "layers[:].output", "layer"),
+    ):
+        spans = {"clean": {"w": "w4"}, "corrupted": {"w": "w9"}}
+        ax = ns.sweep(model, *pair, sites, metric, spans=spans, progress=False).plot()
+        assert (ax.get_title().splitlines()[0], ax.get_ylabel()) == (title, rows), sites
 
 
 def test_a_plot_of_an_ablation_shows_the_change(result: SweepResult) -> None:

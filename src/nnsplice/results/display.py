@@ -6,7 +6,7 @@ import html as escape
 
 import numpy as np
 
-from nnsplice.results import estimates, measures
+from nnsplice.results import estimates, measures, wording
 from nnsplice.results.kinds import kinds_of
 from nnsplice.results.table import Table
 from nnsplice.shown import counted
@@ -35,6 +35,8 @@ def _lines(table: Table, metric: str) -> list[str]:
     lines = [f"{cells}, {counted(prompts, 'prompt')}, {metric}{part}", *sites]
     if len(kinds) > SHOWN:
         lines.append(f"... and {counted(len(kinds) - SHOWN, 'more kind')} of site")
+    if receivers := wording.receivers(table.asked):
+        lines.append(f"through {receivers}")
     for at, name in enumerate(table.metrics):
         lines.append(f"{name}: clean {_average(table.clean[:, at])}, corrupted {_average(table.corrupted[:, at])}")
     if not table.metrics:

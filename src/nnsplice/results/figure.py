@@ -10,7 +10,7 @@ import numpy as np
 
 from nnsplice import plots
 from nnsplice.results import labelled, measures, wording
-from nnsplice.results.table import AXES, OF_TOKENS, Table
+from nnsplice.results.table import AXES, OF_TOKENS, SETS, Table
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,7 +47,9 @@ def draw(
     prompts = len(table.clean)
     many = f", {'pooled over' if chosen == 'effect' else 'mean of'} {prompts} prompts"
     which = "" if prompts == 1 else many if prompt is None else f", prompt {table.prompts[prompt]}"
-    heading = array.attrs["component"] + which + (f", estimated by {method}" if method else "")
+    through = wording.receivers(table.asked)
+    heading = place_of(table, array.attrs["component"]) + (f" through {through}" if through else "") + which
+    heading += f", estimated by {method}" if method else ""
     pair = [f"{name}: {wording.brief(text)}" for name, text in wording.prompt_lines(table, prompt)]
     title = "\n".join([heading, *([words] if words != metric else []), *pair])
     if len(shown.columns) == 1 and len(shown.rows) > 1:
@@ -73,6 +75,15 @@ def draw(
     )
 
 
+def place_of(table: Table, kind: str) -> str:
+    """A kind of site, with the indices that all of its cells share: `layers[:].heads[4].output[-1]`."""
+    pieces = [re.split(r"(\[[^]]*\])", cell.path) for cell in table.cells if cell.component == kind]
+    if kind == SETS or len(set(map(len, pieces))) != 1 or len({tuple(one[::2]) for one in pieces}) != 1:
+        return kind
+    joined = "".join(column[0] if len(set(column)) == 1 else "[:]" for column in zip(*pieces, strict=True))
+    return joined if kind.endswith("[:]") else joined.removesuffix("[:]")
+
+
 def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
     """Layers as rows; tokens as columns, or heads where there is one position.
 
@@ -94,7 +105,7 @@ def plane(table: Table, grid: xr.DataArray, prompt: int | None) -> Plane:
         values.transpose(order).reshape(len(rows), len(columns)),
         rows,
         columns,
-        ".".join(down) or "site",
+        ".".join(_named(labels, down)) or "site",
         across[0] if len(across) > 1 and grid.sizes[across[-1]] == 1 else ".".join(across) or column_label,
     )
 
@@ -112,12 +123,15 @@ def sides(axes: list[str], sizes: list[int]) -> tuple[list[str], list[str]]:
 def _joined(labels: dict[str, list[str]], axes: list[str]) -> list[str]:
     if not axes:
         return []
-    # An axis with one label is left out of the labels.
-    shown = [axis for axis in axes if len(labels[axis]) > 1] or axes[:1]
     found = [""]
-    for axis in shown:
+    for axis in _named(labels, axes):
         found = [f"{before}.{label}" if before else label for before in found for label in labels[axis]]
     return found
+
+
+def _named(labels: dict[str, list[str]], axes: list[str]) -> list[str]:
+    """The axes whose labels are shown: those with several, or else the first."""
+    return [axis for axis in axes if len(labels[axis]) > 1] or axes[:1]
 
 
 def _labels(table: Table, grid: xr.DataArray, axis: str, prompt: int | None) -> list[str]:
@@ -135,7 +149,7 @@ def _labels(table: Table, grid: xr.DataArray, axis: str, prompt: int | None) -> 
     only = 0 if len(table.clean) == 1 else prompt
 
     def text(n: str, column: Any) -> str:
-        if len(set(column)) > 1 or not column[0]:
+        if len(set(column)) > 1 or not column[0] or not n.lstrip("-").isdigit():  # a span has its name
             return n
         word = str(column[0])
         return wording.visible(word) if only is None else wording.token_label(table, only, int(n), word)

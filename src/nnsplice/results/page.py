@@ -74,11 +74,12 @@ def _data(table: Table, metric: str) -> dict[str, Any]:
         }
         for n, (clean, corrupted) in enumerate(zip(table.clean, table.corrupted, strict=True))
     ]
+    receivers = wording.receivers(table.asked)
     return {
         "metric": metric,
         "words": wording.metric_words(table, metric, None),
         "model": wording.model_name(table.asked),
-        "operation": _name_of(table.asked, "operation"),
+        "operation": " through ".join(filter(None, [_name_of(table.asked, "operation"), receivers])),
         "method": estimates.method_of(table) or "",
         "shown": measures.shown(table),
         "prompts": prompts,

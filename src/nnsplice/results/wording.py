@@ -8,6 +8,9 @@ from typing import Any
 
 from nnsplice.results.table import Table
 
+#: How many receivers are named.
+RECEIVERS = 4
+
 
 def metric_words(table: Table, metric: str, prompt: int | None) -> str:
     """The metric with its answers, `" Paris" - " Berlin" (logit_diff)`, if all shown prompts have the same.
@@ -43,6 +46,19 @@ def _answer(table: Table, rows: Sequence[Any], prompt: int | None) -> str | None
     if table.asked["metric"].get("name") == "sequence_log_probability":  # the tokens of one sequence
         return quoted("".join(words[str(one)] for one in ids))
     return " or ".join(quoted(words[str(one)]) for one in ids)
+
+
+def receivers(asked: Mapping[str, Any]) -> str:
+    """The receivers of a path patch; empty for other results, and if each sender has receivers of its own.
+
+    >>> from nnsplice.results.wording import receivers
+    >>> receivers({"receivers": ["layers[2].heads[1].q"]}), receivers({})
+    ('layers[2].heads[1].q', '')
+    """
+    given = asked.get("receivers") or ()
+    if "method" in asked or not all(isinstance(one, str) for one in given):
+        return ""
+    return ", ".join(given[:RECEIVERS]) + (f", ... ({len(given)} in all)" if len(given) > RECEIVERS else "")
 
 
 def prompt_lines(table: Table, prompt: int | None) -> list[tuple[str, str]]:
