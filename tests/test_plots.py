@@ -273,6 +273,17 @@ def test_lines_may_have_places_of_their_own_and_colours_in_order():
     plt.close(figure)
 
 
+def test_the_legend_of_many_lines_in_order_names_some_from_the_first_to_the_last():
+    many = {f"layer {n}": [n, n + 1] for n in range(30)}
+    axes = plots.lines([0, 1], many, x_label="a", y_label="b", ordered=True)
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(axes.lines) == 30 and len(named) == 8
+    assert (named[0], named[-1]) == ("layer 0", "layer 29")
+    axes.figure.canvas.draw()  # a warning of matplotlib, that the axes have no room, is an error here
+    axes = plots.lines([0, 1], many, x_label="a", y_label="b")
+    assert len(axes.get_legend().get_texts()) == 30  # colours that repeat need all names
+
+
 def test_lines_that_do_not_fit_are_named():
     for x, values in (([0, 1], [1, 2, 3]), ([[0, 1]], [[1, 2]]), ([], [])):
         with pytest.raises(BadArgument, match="second has values of shape"):

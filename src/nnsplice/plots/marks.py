@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
+#: How many of the lines that are coloured by their order the legend names.
+LEGEND = 8
+
 
 def bars(
     values: Sequence[float],
@@ -92,7 +95,7 @@ def lines(
         y_label: the label of the y axis.
         title: a title above the figure.
         level: a number marked by a dashed line, such as chance.
-        ordered: colour the lines by their order, for example by layer.
+        ordered: colour the lines by their order, for example by layer; of many, the legend names some.
         dashed: the names of lines that are drawn dashed, so that an equal line below them is seen.
         ax: axes to draw on; a new figure if left out.
 
@@ -112,11 +115,13 @@ def lines(
     ax = pyplot().subplots(figsize=(6.0, 3.6), layout="constrained", dpi=DPI)[1] if ax is None else ax
     assert ax is not None
     colours = pyplot().get_cmap(SEQUENTIAL)(np.linspace(0, 0.92, len(ys))) if ordered else [None] * len(ys)
-    for (name, values), colour in zip(ys.items(), colours, strict=True):
+    # A legend of many lines would be larger than the figure; colours in order can be read between those it names.
+    some = np.linspace(0, len(ys) - 1, min(len(ys), LEGEND)).round() if ordered else range(len(ys))
+    for number, ((name, values), colour) in enumerate(zip(ys.items(), colours, strict=True)):
         style = "--" if name in dashed else "-"
         ax.plot(
             np.asarray(xs[name], dtype=float), np.asarray(values, dtype=float), style, marker="o", ms=4,
-            label=literal(name), color=colour,
+            label=literal(name) if number in some else None, color=colour,
         )  # fmt: skip
     if level is not None:
         ax.axhline(level, color="0.5", linewidth=1, linestyle="--", zorder=0)

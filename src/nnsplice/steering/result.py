@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -274,7 +274,7 @@ class SteeringSweep:
         lines = "\n".join(
             [
                 head,
-                f"  {counted(layers, 'layer')} {list(self.layers)}, {counted(coefficients, 'coefficient')} "
+                f"  {counted(layers, 'layer')} {_brief(self.layers)}, {counted(coefficients, 'coefficient')} "
                 f"{list(self.coefficients)}" + (f", {asked}" if asked else ""),
                 f"  unsteered {self.baseline.mean():.4g}, highest {best['value']:.4g} at layer {int(best['layer'])}, "
                 f"coefficient {best['coefficient']:g} with KL {best['kl']:.3g}",
@@ -287,6 +287,11 @@ class SteeringSweep:
 
         first, *rest = (html.escape(line.strip()) for line in repr(self).splitlines())
         return f"<div><b>{first}</b>" + "".join(f"<br>&emsp;{line}" for line in rest) + "</div>"
+
+
+def _brief(layers: Sequence[int]) -> str:
+    """The numbers of layers, of many the first and the last."""
+    return str(list(layers)) if len(layers) <= 12 else f"[{layers[0]}, {layers[1]}, ..., {layers[-1]}]"
 
 
 def _is_low(want: str) -> bool:
