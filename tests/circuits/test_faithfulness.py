@@ -126,6 +126,15 @@ def test_ends_that_lie_within_chance_are_told(model: Any) -> None:
     with pytest.warns(UserWarning, match="standard error") as caught:
         report = ns.faithfulness(model, circuit, *near, METRIC, progress=False)
     assert "say little" in report.run.note and len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_a_circuit_without_a_path_is_told(model: Any) -> None:
+    circuit = ns.Circuit.of(edges=[("layers[0].mlp", "layers[1].mlp"), ("layers[1].mlp", "unembed")])
+    with pytest.warns(UserWarning, match="none of the 2 edges") as caught:
+        report = ns.faithfulness(model, circuit, *PAIRS, METRIC, progress=False)
+    assert "path from embed to unembed" in report.run.note and caught[0].filename == __file__
+    np.testing.assert_allclose(report.values[:, 0], report.empty, atol=1e-10)
 
 
 def test_one_circuit_and_several_are_points_without_a_curve(model: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from nnsplice.checkpoints.between.derive import empty_model
 from nnsplice.errors import FileError, MapperError
 from nnsplice.files import from_json
 from nnsplice.shown import shown
+from nnsplice.warn import warn_caller
 
 #: Names of layer counts in configs.
 _COUNT = re.compile(
@@ -158,10 +158,8 @@ def _check(whole: Mapping[str, Any], config: Mapping[str, Any], layers: int) -> 
     if kind is not None and not isinstance(kind, str):
         raise FileError(f"config.json says that model_type is {shown(kind)}", expected="the name of a family")
     if kind not in CONFIG_MAPPING:
-        warnings.warn(
-            f"config.json was cut by the names of its fields, without a check: transformers has no model type {kind!r}",
-            UserWarning,
-            stacklevel=4,
+        warn_caller(
+            f"config.json was cut by the names of its fields, without a check: transformers has no model type {kind!r}"
         )
         return
     old = _described(whole, "as it is")

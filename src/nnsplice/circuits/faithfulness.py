@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from nnsplice.errors import BadArgument, BadType, circumstances, named
 from nnsplice.metrics import Metrics
 from nnsplice.paths import parse_path
 from nnsplice.results import Run, SweepResult
+from nnsplice.warn import warn_caller
 
 #: The shares of all edges that MIB measures at.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -89,12 +89,13 @@ def faithfulness(
         question = Question.of(model, clean, corrupted, metric, ablation, reference, several=True)
         points, masks = circuits_of(circuits, question, shares)
         found = measure(question, masks, max_tokens=max_tokens, progress=progress)
+        lost = _warn_of_lost(points) if ablation == "patch" else ""
         about = Run(
             "circuits",
             time.perf_counter() - start,
             **found.cost.as_dict(),
             gate=closures.passes_spent(question.model),
-            note=found.note,
+            note="; ".join(filter(None, (lost, found.note))),
         )
         return report(points, found.values, found.clean, question.metric.metric.name, question.metrics, about)
 
@@ -185,6 +186,19 @@ def _given(circuits: Any, question: Question) -> tuple[list[Point], list[EdgeMas
     return points, masks
 
 
+def _warn_of_lost(points: Sequence[Point]) -> str:
+    """Warn of a circuit in which nothing leads from the embeddings to the logits, so that it is the empty one."""
+    lost = [point.n for point in points if point.by is None and point.n and not point.connected]
+    if not lost:
+        return ""
+    said = (
+        f"none of the {lost[0]} edges of a circuit is on a path from embed to unembed, so it keeps nothing of the "
+        "metric; a larger circuit may"
+    )
+    warn_caller(said)
+    return said
+
+
 def _check_ends(full: np.ndarray, empty: np.ndarray, metric: str) -> str:
     """Warn where the two ends of the scale are no further apart than chance puts them.
 
@@ -202,6 +216,6 @@ def _check_ends(full: np.ndarray, empty: np.ndarray, metric: str) -> str:
             f"the model and the empty circuit are {apart.mean():.3g} apart in the mean {metric}, with a standard error "
             f"of {error:.3g}: shares of that say little"
         )
-        warnings.warn(said, stacklevel=4)
+        warn_caller(said)
         return said
     return ""

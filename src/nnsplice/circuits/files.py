@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -15,6 +14,7 @@ from nnsplice.circuits.making import CircuitFields
 from nnsplice.circuits.shape import LayerShape, Shape
 from nnsplice.errors import BadArgument, FileError
 from nnsplice.files import from_json, text_of, whole
+from nnsplice.warn import warn_caller
 
 FORMAT = "nnsplice circuit"
 VERSION = 1
@@ -106,10 +106,9 @@ def read_graph(path: str | os.PathLike[str], shape: Shape | None) -> tuple[Shape
     """The edges of a graph of EAP-IG, `(receiver, sender, score)`; warns of groups that only some heads are in."""
     shape, found, partial = from_graph(from_json(text_of(path), path), path, shape)
     if partial:
-        warnings.warn(
+        warn_caller(
             f"{partial} edges lead to the keys or values of some heads of a group, which share them: they are "
-            "taken for edges to the whole group",
-            stacklevel=3,
+            "taken for edges to the whole group"
         )
     return shape, found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +35,7 @@ from nnsplice.results.labelled import By
 from nnsplice.results.roles import Roles, by_role
 from nnsplice.results.table import Cell, Run, Table, settled
 from nnsplice.shown import printable
+from nnsplice.warn import warn_caller
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -466,4 +466,4 @@ class SweepResult:
         for name in self.metrics:
             table = several.one(self.table, name) if self.table.metrics else self.table
             for doubt in measures.doubts(table, name, own=own, prompt=prompt):
-                warnings.warn(doubt, stacklevel=3)
+                warn_caller(doubt)

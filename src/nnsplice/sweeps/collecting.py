@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from nnsplice.progress import bar
 from nnsplice.results import Journal
 from nnsplice.shown import counted
 from nnsplice.sweeps.jobs import Job, Jobs
+from nnsplice.warn import warn_caller
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class CollectedValues:
         lacking = np.isnan(self.values)
         lacking = lacking.any(-1) if lacking.ndim > self.done.ndim else lacking
         if count := int((lacking & self.done).sum()):
-            warnings.warn(f"the metric was NaN in {counted(count, 'cell')}", stacklevel=3)
+            warn_caller(f"the metric was NaN in {counted(count, 'cell')}")
 
 
 @contextmanager

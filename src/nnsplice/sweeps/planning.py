@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +28,7 @@ from nnsplice.sweeps.role_alignment import partner
 from nnsplice.sweeps.sequences import spread
 from nnsplice.sweeps.sets import Sites
 from nnsplice.sweeps.targets import Target
+from nnsplice.warn import warn_caller
 
 
 def plan_sweep(
@@ -246,9 +246,8 @@ def _check_read(metric: Metric, edited: Prompts, source: Prompts | None, align: 
 def _tell_of_sameness(edited: Prompts, source: Prompts | None) -> None:
     """Say so where a question has an answer, and is not likely to be the one that was meant."""
     if source is not None and source is not edited and all(same(edited, source, row) for row in range(len(edited))):
-        warnings.warn(
-            "the corrupted prompts are the clean ones, so nothing can differ: every cell is the corrupted run's value",
-            stacklevel=4,
+        warn_caller(
+            "the corrupted prompts are the clean ones, so nothing can differ: every cell is the corrupted run's value"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from nnsplice.shown import counted
 from nnsplice.sweeps.jobs import Jobs
 from nnsplice.sweeps.plan import Plan
 from nnsplice.sweeps.targets import Target, TargetPart
+from nnsplice.warn import warn_caller
 
 
 def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
@@ -52,10 +52,9 @@ def split(model: engine.Model, plan: Plan) -> tuple[Jobs, Jobs]:
             expected="sites at or before that position, or a metric read later",
         )
     if after:
-        warnings.warn(
+        warn_caller(
             f"{counted(after, 'cell')} after the position that the metric reads: no change there can reach it, so the "
-            "value is that of the corrupted run",
-            stacklevel=4,
+            "value is that of the corrupted run"
         )
     return jobs, known
 

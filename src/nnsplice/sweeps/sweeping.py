@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from os import PathLike
 from typing import Any
@@ -18,6 +17,7 @@ from nnsplice.subspaces import Subspace
 from nnsplice.sweeps.planning import plan_sweep
 from nnsplice.sweeps.running import run_fresh
 from nnsplice.sweeps.sets import Sites
+from nnsplice.warn import warn_caller
 
 
 def sweep(
@@ -112,11 +112,10 @@ def sweep(
     )  # fmt: skip
     unseen = plan.operation.name != "patch" and not plan.metric.metric.compares
     if unseen and clean is not None and corrupted is not None:
-        warnings.warn(
+        warn_caller(
             f"{plan.operation.name} takes nothing from the clean prompts: the corrupted run is edited, and the clean "
             "one is only the upper end of its scale. corrupted=None edits the clean run, clean=None leaves out the "
-            "scale",
-            stacklevel=2,
+            "scale"
         )
     return run_fresh(
         plan, engine.as_model(model, sharded=source is None), executor=executor, max_tokens=max_tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
@@ -17,6 +16,7 @@ from nnsplice.atlas import unwrap
 from nnsplice.errors import BadArgument, circumstances
 from nnsplice.metrics import Metric, accuracy, logit_diff
 from nnsplice.progress import bar
+from nnsplice.warn import warn_caller
 
 #: The number of prompts of one length that run at once.
 _BATCH_SIZE = 32
@@ -177,10 +177,9 @@ class Task:
                 write='by="pair", which asks less' if by == "top" else None,
             )
         if len(kept) < len(self) / 2:
-            warnings.warn(
+            warn_caller(
                 f"this model gets {len(kept)} of {len(self)} pairs of the task {self.name} right; what is found on "
-                "those says little about the task",
-                stacklevel=2,
+                "those says little about the task"
             )
         return replace(self, records=kept, tried=self.tried or len(self))
 

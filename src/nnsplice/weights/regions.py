@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from nnsplice.atlas import Atlas, ParameterSlice, Selection, refuse_sharded, rest_of, unwrap
 from nnsplice.errors import BadArgument, ShapeError, UnknownParameter, closest, named
 from nnsplice.paths import Path
+from nnsplice.warn import warn_caller
 from nnsplice.weights.selecting import Restriction, exact, select
 from nnsplice.weights.shared_heads import notes
 
@@ -85,7 +85,7 @@ def regions(model: Any, selected: Selected) -> list[Region]:
     if isinstance(selected, Mapping | Selection):
         note = next(notes(Atlas.of(model), {region.name: region.part for region in found}), None)
         if note is not None:
-            warnings.warn(f"other heads change with these weights: {note}", stacklevel=4)
+            warn_caller(f"other heads change with these weights: {note}")
     return found
 
 

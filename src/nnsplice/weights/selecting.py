@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ from torch import nn
 from nnsplice.atlas import Atlas, Selection, unwrap
 from nnsplice.errors import BadArgument, BadType, NnspliceError, OutOfRange, PathError, UnknownPath
 from nnsplice.paths import Path, parse_path
+from nnsplice.warn import warn_caller
 from nnsplice.weights import shared_heads
 
 #: An address or the name of a parameter, or a list of them, which is their union.
@@ -197,16 +197,11 @@ def _warn_of_towers_and_ties(atlas: Atlas, texts: Iterable[str]) -> None:
     """Warn, once for all texts, of short forms in a model with two towers, and of tied tensors."""
     texts = list(texts)
     if len(atlas.towers) > 1 and any(_SHORT.match(text) for text in texts):
-        warnings.warn(
-            "this model has two towers, and a short form means the decoder; write encoder.l0 for the encoder's",
-            stacklevel=4,
-        )
+        warn_caller("this model has two towers, and a short form means the decoder; write encoder.l0 for the encoder's")
     for text in texts:
         tied = atlas.tree.aliases.get(text) or ("the embedding" if atlas.tied and _is_unembed(text) else None)
         if tied is not None:
-            warnings.warn(
-                f"{text!r} is tied in this model: it is the same tensor as {tied}, which changes with it", stacklevel=4
-            )
+            warn_caller(f"{text!r} is tied in this model: it is the same tensor as {tied}, which changes with it")
             return
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from nnsplice.checkpoints.mapper.fingerprint import fingerprint
 from nnsplice.errors import BadArgument, MapperError, circumstances
 from nnsplice.files import local_path
 from nnsplice.progress import bar
+from nnsplice.warn import warn_caller
 
 #: Tensors by their names, one after the other.
 States = Iterable[tuple[str, Tensor]]
@@ -212,4 +212,4 @@ def groups_of(mapper: ModelStateMapper, states: States) -> Iterable[tuple[StateG
     if missing:
         raise MapperError(f"missing inputs: {listing(missing)}", expected="every input of the mapper, offered once")
     if unused:
-        warnings.warn(f"offered, and used by no mapper: {listing(unused)}", UserWarning, stacklevel=2)
+        warn_caller(f"offered, and used by no mapper: {listing(unused)}")
