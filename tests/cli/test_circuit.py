@@ -60,6 +60,18 @@ def test_a_run_shows_each_prompt_beside_the_whole_model(file: Path) -> None:
     assert zero != said
 
 
+def test_prompts_are_the_lines_of_files(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "clean.txt").write_text("\n".join(CLEAN))
+    (tmp_path / "corrupted.txt").write_text("\n".join(CORRUPTED))
+    asked = ["--model", "toy", "--clean", f"@{tmp_path}/clean.txt", "--corrupted", f"@{tmp_path}/corrupted.txt"]
+    for pair in PAIRS:
+        asked += ["--answer", pair.answer, "--wrong", pair.wrong]
+    assert _run("run", file, *asked) == _run("run", file, *ASKED)
+    _run("find", *asked, "--method", "eap", "--edges", 40, "--out", tmp_path / "c.json")
+    assert ns.Circuit.from_file(tmp_path / "c.json") == ns.Circuit.from_file(file)
+    assert "cannot be read" in _run("run", file, "--model", "toy", "--clean", "@no.txt", *asked[6:], code=1)
+
+
 def test_a_circuit_is_shown_and_drawn(file: Path, tmp_path: Path) -> None:
     said = _run("show", file, "--edges", 3, "--html", tmp_path / "ioi.html")
     assert len([line for line in said.splitlines() if "layers[" in line or "embed " in line]) == 3

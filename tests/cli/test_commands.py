@@ -300,7 +300,7 @@ def test_every_command_that_prints_a_table_can_print_it_as_json() -> None:
     for group in ("circuit", "lens", "steer"):
         commands |= {f"{group} {name}": command for name, command in commands.pop(group).commands.items()}
     tabular = {name for name, one in commands.items() if any("--json" in p.opts for p in one.params)}
-    assert set(commands) - tabular == {"convert", "merge", "work"}  # which print none
+    assert set(commands) - tabular == {"convert", "work"}  # which print none
 
 
 @pytest.mark.parametrize(

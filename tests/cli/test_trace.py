@@ -201,6 +201,22 @@ def test_sites_joined_by_a_plus_sign_are_changed_together(tmp_path: Path) -> Non
     assert abs(result.table.values[0, 0] - result.table.values[0, 1]) > 1e-3
 
 
+def test_prompts_are_the_lines_of_files(sweep: Path, tmp_path: Path) -> None:
+    facts = ns.models.toy_prompts().facts[:2]
+    clean, corrupted = [fact.clean for fact in facts], [fact.corrupted for fact in facts]
+    (tmp_path / "clean.txt").write_text("\n\n".join(clean))
+    (tmp_path / "corrupted.txt").write_text("\n".join(corrupted))
+    files = f"@{tmp_path / 'clean.txt'}", f"@{tmp_path / 'corrupted.txt'}"
+    _run(sweep, "--clean", files[0], "--corrupted", files[1], "--out", tmp_path / "options")
+    sweep.write_text(TOML.replace(CLEAN, files[0]).replace(CORRUPTED, files[1]))
+    _run(sweep, "--out", tmp_path / "keys")
+    sites = ["layers[:].output[3]", "layers[:].output[-1]"]
+    metric = ns.logit_diff("Athens", "Dublin")
+    expected = ns.sweep(ns.load("toy"), clean, corrupted, sites, metric, progress=False)
+    for name in ("options", "keys"):
+        assert ns.SweepResult.from_file(tmp_path / name / "result.safetensors") == expected
+
+
 def test_several_prompts_are_lists(tmp_path: Path) -> None:
     facts = ns.models.toy_prompts().facts[:3]
     tokens = ns.load("toy").tokenizer.convert_tokens_to_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def test_trace_writes_a_folder_that_others_finish(tmp_path: Path, capsys: Any) -
     code, said, _ = _called(capsys, "merge", out / "run")
     assert code == 0
     assert "cells of 1 prompt," in said
+    code, said, err = _called(capsys, "merge", out / "run", "--json")
+    (row,) = json.loads(said)
+    assert (code, row["prompts"], row["file"]) == (0, 1, str(out / "run" / "result.safetensors"))
+    assert f"{row['cells']} cells of 1 prompt" == row["result"]
+    assert row["result"] in err
     found = ns.SweepResult.from_file(out / "run" / "result.safetensors")
     code, _, _ = _called(capsys, "trace", "--model", "toy", "--out", out, "--on", "folder", "--resume", *ASKED)
     assert code == 0

@@ -10,7 +10,7 @@ import typer
 
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import Commands, WrongUsage, app
-from nnsplice.cli.files import require_writable
+from nnsplice.cli.files import prompts_of, require_writable
 from nnsplice.cli.loading import loaded
 from nnsplice.cli.options import (
     AnswerOption,
@@ -90,6 +90,7 @@ def find(
         raise WrongUsage("acdc finds out how many edges stay: leave out --edges, --share and --greedy")
     require_writable(out, ".json")
     metric = ns.logit_diff(given.single(answer), given.single(wrong))
+    clean, corrupted = prompts_of(clean), prompts_of(corrupted)
     question = (loaded(model, device, dtype, no_cache=no_cache), clean, corrupted)
     progress = sys.stderr.isatty()
     with plain_warnings():
@@ -119,7 +120,7 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="The prompt that gives ablated edges their values, one for each --clean in its order. Default: none.",
+            help="A prompt that gives ablated edges their values, one for each --clean; or @FILE. Default: none.",
         ),
     ] = None,
     ablation: Annotated[
@@ -143,7 +144,9 @@ def run(
     metric = ns.logit_diff(given.single(answer), given.single(wrong))
     options: dict[str, Any] = {"ablation": ablation, "max_tokens": max_tokens, "progress": sys.stderr.isatty()}
     with plain_warnings():
-        report = ns.faithfulness(loaded_model, one, clean, corrupted or None, metric, **options)
+        report = ns.faithfulness(
+            loaded_model, one, prompts_of(clean), prompts_of(corrupted or []) or None, metric, **options
+        )
     rows = [
         (str(n), f"{value: .4g}", f"{full: .4g}", f"{empty: .4g}")
         for n, (value, full, empty) in enumerate(zip(report.values[:, 0], report.full, report.empty, strict=True))
@@ -180,7 +183,7 @@ def show_(
     """Show what is in a circuit, and draw it.
 
     \b
-    nnsplice circuit show ioi.json --html ioi.html
+    nnsplice circuit show ioi.json --page ioi.html
     """
     require_writable(html, ".html", option="--page")
     with plain_warnings():

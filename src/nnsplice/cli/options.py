@@ -50,11 +50,15 @@ PromptsOption = Annotated[
 ]
 CleanOption = Annotated[
     list[str],
-    typer.Option("--clean", metavar="TEXT", help="The prompt that values come from. Repeated: several prompts."),
+    typer.Option(
+        "--clean", metavar="TEXT", help="A prompt that values come from; @FILE is one for each line. May be repeated."
+    ),
 ]
 CorruptedOption = Annotated[
     list[str],
-    typer.Option("--corrupted", metavar="TEXT", help="The prompt that is changed, one for each --clean in its order."),
+    typer.Option(
+        "--corrupted", metavar="TEXT", help="A prompt that is changed, one for each --clean in its order; or @FILE."
+    ),
 ]
 AnswerOption = Annotated[
     list[str],

@@ -12,6 +12,7 @@ import typer
 from nnsplice.cli import estimating
 from nnsplice.cli import settings as given
 from nnsplice.cli.commands import WrongUsage, app
+from nnsplice.cli.files import prompts_of
 from nnsplice.cli.loading import dtype_of, loaded
 from nnsplice.cli.options import DeviceOption, DtypeOption, NoCacheOption
 from nnsplice.cli.table import JsonOption, TableRow, aligned, plain_warnings, say, show, tabulate
@@ -45,14 +46,15 @@ def trace(
     clean: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT", help="The prompt that values come from. Repeated: several prompts. Default: SWEEP.TOML's."
+            metavar="TEXT",
+            help="A prompt that values come from; @FILE is one for each line. May be repeated. Default: SWEEP.TOML's.",
         ),
     ] = None,
     corrupted: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="The prompt that is changed, one for each --clean in its order. Default: --clean itself.",
+            help="A prompt that is changed, one for each --clean in its order; or @FILE. Default: --clean itself.",
         ),
     ] = None,
     sites: Annotated[
@@ -169,6 +171,10 @@ def trace(
     typed = {name: value for name, value in typed.items() if value not in (None, [])}
     settings = {**({} if file is None else given.read(file)), **typed}
     given.check(settings)
+    for name in ("clean", "corrupted"):
+        if name in settings:
+            texts = settings[name]
+            settings[name] = prompts_of([texts] if isinstance(texts, str) else texts)
     _check_complete(settings, typed, plan_only)
     with plain_warnings():
         _trace(settings, resume, plan_only, no_cache)

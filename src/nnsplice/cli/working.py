@@ -46,6 +46,7 @@ def merge(
         bool, typer.Option("--partial", help="Merge although units are missing; their cells have no value.")
     ] = False,
     out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Default: DIR/result.safetensors.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Put the units of a run together into one result file."""
     from nnsplice.results import SweepResult
@@ -54,11 +55,14 @@ def merge(
     target = store_of(folder).at("result.safetensors") if out is None else out
     result = merged(RunFolder.open(folder), partial=partial)
     result.to_file(target)
+    row: dict[str, object] = {"file": str(target), "result": str(result).partition("\n")[0]}
     if isinstance(result, SweepResult):
-        cells, prompts = counted(int(result.table.done.sum()), "cell"), counted(len(result.clean), "prompt")
-        say(f"{cells} of {prompts}, in {target}")
-    else:
-        say(f"{str(result).partition(chr(10))[0]}, in {target}")
+        cells, prompts = int(result.table.done.sum()), len(result.clean)
+        row["result"] = f"{counted(cells, 'cell')} of {counted(prompts, 'prompt')}"
+        row |= {"cells": cells, "prompts": prompts}
+    say(f"{row['result']}, in {target}")
+    if as_json:
+        tabulate("results", [], (), [row])
 
 
 @app.command()
