@@ -147,6 +147,7 @@ def test_rows_of_a_data_set_and_spans(model: Any, tmp_path: Path) -> None:
     held = ns.capture_to(tmp_path, model, rows, 'layers[1].output["subject"][-1]', spans=spans, chunk=2)
     path = 'layers[1].output["subject"][-1]'
     torch.testing.assert_close(held.get(path), ns.capture(model, texts, path, spans=spans).get(path))
+    assert torch.equal(held[path], held.get(path))
 
 
 def test_one_chunk_is_in_memory(model: Any, tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def test_one_span_for_all_prompts(model) -> None:
     assert ns.capture(model, PROMPTS, f'{PLACE}["s"][0]', spans={"s": (1, 2)}).rows == 3
 
 
+def test_a_span_in_other_letters_is_answered_with_those_of_the_prompt(model) -> None:
+    for prompt, span, write in (("The w4 of W5", "w5", "'W5'"), ("w3 w4", "w5", None), ("W5 and W5", "w5", "'W5'")):
+        with pytest.raises(SpanError, match=f"{span!r} does not occur") as refused:
+            ns.capture(model, prompt, f'{PLACE}["s"]', spans={"s": span})
+        assert ("write: " in str(refused.value)) == (write is not None)
+        assert write is None or f"write: {write}" in str(refused.value)
+
+
 def test_a_span_is_written_where_it_stands_in_the_prompts_of_the_run(model) -> None:
     saved = ns.capture(model, PROMPTS, f'{PLACE}["subject"][-1]', spans={"subject": SUBJECTS})
     turned = PROMPTS[::-1]

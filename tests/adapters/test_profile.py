@@ -10,7 +10,7 @@ from torch import nn
 import nnsplice as ns
 import zoo
 from nnsplice.adapters import DomainTable, ExpertAdapter, ExpertManifoldAligner, LoRAMatrices
-from nnsplice.errors import BadArgument
+from nnsplice.errors import BadArgument, BadType
 
 NAMES = ("statute_recall", "logic_reasoning", "style_gutachtenstil")
 
@@ -159,6 +159,18 @@ def test_energies_add_up(twelve):
     assert found == pytest.approx(dict(zip(NAMES, (3 / 5.8, 1 / 5.8, 1.8 / 5.8), strict=True)))
     assert sum(found.values()) == pytest.approx(1.0)
     assert found.layers() == pytest.approx({"0": 2.0, "11": 1.0}) and found.total == pytest.approx(3.0)
+
+
+def test_a_profile_prints_its_layers_and_takes_an_adapter_alone(twelve):
+    adapter = ExpertAdapter(
+        {"model.layers.0.self_attn.q_proj.weight": of_energy(2.0), "model.embed_tokens.weight": of_energy(1.0)}
+    )
+    text = "AdapterProfile: 2 weights, energy 3{}\n  embed  1\n  layer 0  2"
+    assert repr(ns.adapters.profile(adapter)) == text.format("")
+    table = DomainTable(("facts",), {("attn", "early"): (1.0,)})
+    assert repr(ns.adapters.profile(adapter, table, total_layers=6)) == text.format(", {'facts': 1.0}")
+    with pytest.raises(BadType, match="from_peft"):
+        ns.adapters.profile("folder")  # type: ignore[arg-type]
 
 
 def test_nothing_changed(twelve):

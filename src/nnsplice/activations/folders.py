@@ -135,6 +135,10 @@ class ActivationFolder(Generic[CaptureT]):
             raise UnknownPath("no prompt is there yet", path=path)
         return found
 
+    def __getitem__(self, path: str | Path) -> Tensor:
+        """As `get`."""
+        return self.get(path)
+
     def tokens(self, place: str | Path, batch_size: int = 1024, *, seed: int | None = None) -> Iterator[Tensor]:
         """All captured tokens of one site in batches `[token, width]`, to train a probe or an autoencoder on.
 

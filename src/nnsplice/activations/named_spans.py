@@ -48,7 +48,12 @@ def _of_text(
     places = [start for start in range(len(text)) if span and text.startswith(span, start)]
     if len(places) != 1:
         found = "does not occur" if not places else f"occurs {len(places)} times"
-        raise SpanError(f'span "{name}": {span!r} {found} in row {row}: {text!r}', expected="a text that occurs once")
+        near = text[(start := text.lower().find(span.lower())) : start + len(span)]
+        raise SpanError(
+            f'span "{name}": {span!r} {found} in row {row}: {text!r}',
+            expected="a text that occurs once",
+            write=repr(near) if not places and span and near.lower() == span.lower() else None,
+        )
     first, last = places[0], places[0] + len(span)
     tokenizer = engine.tokenizer_of(model)
     if not getattr(tokenizer, "is_fast", False):

@@ -14,8 +14,9 @@ from nnsplice.adapters.domains import Depth, DomainTable, Kind
 from nnsplice.adapters.factors import ExpertAdapter
 from nnsplice.atlas import Atlas
 from nnsplice.atlas.names import layer_of, unwrapped
-from nnsplice.errors import BadArgument, NnspliceError
+from nnsplice.errors import BadArgument, BadType, NnspliceError, named
 from nnsplice.paths import Path
+from nnsplice.shown import counted, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,6 +200,12 @@ class AdapterProfile(dict[str, float]):
         super().__init__(scores)
         self.energies: tuple[WeightEnergy, ...] = tuple(sorted(energies, key=_layer_order))
 
+    def __repr__(self) -> str:
+        shares = f", {dict(self)}" if self else ""
+        lines = [f"AdapterProfile: {counted(len(self.energies), 'weight')}, energy {self.total:.4g}{shares}"]
+        lines += [f"  {'layer ' * row[-1:].isdigit()}{row}  {energy:.4g}" for row, energy in self.layers().items()]
+        return printable("\n".join(lines))
+
     @property
     def total(self) -> float:
         """The energy of the whole adapter."""
@@ -313,8 +320,15 @@ def profile(
         The shares by domain, with the energies behind them.
 
     Raises:
+        BadType: something other than an adapter.
         BadArgument: an energy that is not a number.
     """
+    if not isinstance(adapter, ExpertAdapter):
+        raise BadType(
+            f"{named(adapter)} is no adapter",
+            expected="an ExpertAdapter",
+            write="ns.adapters.profile(ns.adapters.ExpertAdapter.from_peft(folder))",
+        )
     if total_layers is None:
         numbers = [layer.number for name in adapter.layers if (layer := layer_of(name))]
         total_layers = atlas.tower().n_layers if atlas is not None and atlas.towers else max(numbers, default=0) + 1
