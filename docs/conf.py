@@ -26,6 +26,7 @@ extensions = [
 exclude_patterns = ["_build", "README.md", "made.py", "conf.py"]
 # Notebooks are run by the tests; the site shows what they printed there.
 nb_execution_mode = "off"
+nb_merge_streams = True  # the lines of one cell stand in one box
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 suppress_warnings = [

@@ -275,7 +275,7 @@ def test_lines_may_have_places_of_their_own_and_colours_in_order():
 
 def test_the_legend_of_many_lines_in_order_names_some_from_the_first_to_the_last():
     many = {f"layer {n}": [n, n + 1] for n in range(30)}
-    axes = plots.lines([0, 1], many, x_label="a", y_label="b", ordered=True)
+    axes: Any = plots.lines([0, 1], many, x_label="a", y_label="b", ordered=True)
     named = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(axes.lines) == 30 and len(named) == 8
     assert (named[0], named[-1]) == ("layer 0", "layer 29")
