@@ -21,6 +21,7 @@ from nnsplice.atlas import Atlas
 from nnsplice.checks import CHECKS
 from nnsplice.cli import app, native
 from nnsplice.cli.table import aligned
+from nnsplice.cli.wording import in_a_shell
 from zoo import build, tokenizer
 
 
@@ -286,6 +287,21 @@ def test_tables_are_printed_as_json_and_nothing_else_is() -> None:
     checks = _json("check", "toy", "--layers", "0")
     assert {row["result"] for row in checks} <= {"ok", "skipped"}
     assert all(row["difference"] is None or isinstance(row["difference"], float) for row in checks)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("'Athen', given to rank as answer=, is 2 tokens", "'Athen', given to rank as --answer, is 2 tokens"),
+        ("where='end'", "--where end"),
+        ("expected: 'all', 'prompt', 'generated', or ns.steering.from_token(p), span(start, stop), mask(rows)",
+         "expected: all, prompt, generated, or a token N"),
+        ("no parts\n  write: lambda logits: logits[:, 3]   (a metric)", "no parts"),
+        ("another model\n  write: circuit.on(model)   (takes it over)\n  in: ns.faithfulness", "another model"),
+    ],
+)  # fmt: skip
+def test_messages_of_functions_are_in_the_words_of_a_shell(message: str, shown: str) -> None:
+    assert in_a_shell(message) == shown
 
 
 def test_what_is_asked_as_json_once_is_text_the_next_time() -> None:

@@ -190,6 +190,19 @@ def test_an_unknown_name_without_a_connection_is_not_asked_for_again_and_again(h
     assert pauses == [PAUSE]
 
 
+def test_an_adapter_that_is_not_there_is_named(hub: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path, found in ((tmp_path / "empty", "no adapter_config.json"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(FileError) as error:
+            load("toy", peft=str(path))
+        said(error, found, str(path), "save_pretrained")
+    pauses = hub(None)
+    with pytest.raises(FileError) as error:
+        load("toy", peft="no/body")
+    said(error, "the adapter 'no/body'", "cannot be reached")
+    assert pauses == [PAUSE]
+
+
 @pytest.mark.parametrize("status", [200, 401, 404, 503])
 def test_any_answer_of_the_hub_is_a_connection(hub: Any, status: int) -> None:
     pauses = hub(status)

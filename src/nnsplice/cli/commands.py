@@ -148,7 +148,8 @@ def paths(
     nnsplice paths toy --native --under 'model.transformer.h[0]'
 
     A row `heads[0..3]  .output .q  16` under `layers[0..5]` means that `layers[5].heads[3].q[-1]` is an address: 16
-    numbers for the last token. A value that has no honest meaning in this model is listed as refused, with the reason.
+    numbers for the last token. A value that would not be what its name says in this model is listed as refused, with
+    the reason.
     """
     from nnsplice.paths import parse_path
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nnsplice.results import SweepResult
 
 lens: typer.Typer = typer.Typer(
-    cls=Commands, rich_markup_mode=None, no_args_is_help=True, help="What sites would say, and what they say directly."
+    cls=Commands, rich_markup_mode=None, no_args_is_help=True, help="Logit lens, direct attribution, fitted lenses."
 )
 app.add_typer(lens, name="lens")
 

@@ -16,6 +16,10 @@ IN_A_SHELL: tuple[tuple[str, str], ...] = (
     (r"\b(ablation|by|method|operation|operator|executor)=['\"]([\w*-]+)['\"]", r"--\1 \2"),
     (r"write: max_new_tokens=", "write: --max-new-tokens "),
     (r"\b(answer|wrong)=(?=['\"])", r"--\1 "),
+    (r"\bas (answer|wrong)=", r"as --\1"),
+    (r"where=['\"]([\w*-]+)['\"]", r"--where \1"),
+    (r"'all', 'prompt', 'generated', or ns\.steering.*", "all, prompt, generated, or a token N"),
+    (r"\n  write: (lambda logits|circuit\.on\(model\)).*", ""),
 )
 
 

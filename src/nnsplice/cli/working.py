@@ -19,13 +19,13 @@ from nnsplice.stores import store_of
 
 @app.command()
 def work(folder: RunFolderArgument) -> None:
-    """Take units of a run until none is left; on as many machines as see the folder.
+    """Compute units of a run until none is left, on any number of machines that see the folder.
 
     \b
     srun --ntasks=64 --gpus-per-task=1 nnsplice work /shared/run
 
-    It leaves after the unit that it is at when a signal comes (SIGTERM, SIGUSR2, Ctrl-C), and may be killed at any
-    time: another one takes its unit over. It ends with 3 where its model or its versions are not those of the run.
+    On a signal (SIGTERM, SIGUSR2, Ctrl-C) it finishes its unit and exits. It may be killed at any time: another worker
+    takes its unit over. The exit status is 3 if its model or its versions are not those of the run.
     """
     from nnsplice.work import RunFolder, Worker
 

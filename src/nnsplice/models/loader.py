@@ -75,6 +75,7 @@ def load(
     """
     _refuse_address(name_or_module)
     _refuse_address(kwargs.get("peft"), adapter=True)
+    _check_adapter(kwargs.get("peft"))
     quantised = quantised_of(name_or_module, gguf_file, kwargs)
     if not cache and quantised is None:
         raise BadArgument(
@@ -154,6 +155,30 @@ def _refuse_address(name: object, *, adapter: bool = False) -> None:
         expected=f"{what[1]}, or a name on the Hugging Face hub",
         write=call if hub else f"{call}   (with a copy of what is there)",
     )
+
+
+def _check_adapter(peft: object) -> None:
+    """Raise for an adapter that is not there, which transformers takes for a fault of the model's folder.
+
+    Raises:
+        FileError: a folder without an adapter, or a name while the hub cannot be reached.
+    """
+    if not isinstance(peft, str | os.PathLike):
+        return
+    name, expected = os.fspath(peft), "a folder that PEFT's save_pretrained wrote"
+    if _is_local(name):
+        if not (Path(name) / "adapter_config.json").is_file():
+            found = "this folder holds no adapter_config.json" if Path(name).is_dir() else "there is no such folder"
+            raise FileError(found, path=name, expected=expected, write="ns.load(base, peft=folder)")
+        return
+    try:
+        check_reachable(name, "adapter_config.json", {})
+    except ConnectionError as error:
+        raise FileError(
+            f"the adapter {name!r} is neither a folder nor in this machine's cache, and the hub cannot be reached",
+            expected=f"{expected}, or a name on the hub",
+            write="ns.load(base, peft=folder)",
+        ) from error
 
 
 def _refuse_sharding_in_one_process(kwargs: Mapping[str, Any]) -> None:
