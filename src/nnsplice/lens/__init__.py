@@ -1,17 +1,17 @@
 """Lenses: logit lens, direct attribution, fitted lenses, patchscopes.
 
 logit       the model's own norm and head on any state of the stream
-direct      the metric as a sum of what heads, MLPs and embeddings add
-terms       which terms of the sum are requested
-decomposition  the sum of one batch
-linear      norms and heads as linear maps at one run
-lens        what that gives: Lens, a result with the tokens that come first
+direct      direct logit attribution: the metric as a sum over heads, MLPs and embeddings
+terms       the terms of that sum, from the requested sites
+decomposition  the sum for one batch of prompts
+linear      norms and unembeddings as linear maps in one run
+lens        Lens: the result of `logit`, with the top tokens
 fit         tuned and Jacobian lenses, fitted to a model
-fitted      what that gives: FittedLens, a value and a file
-patchscope  what a state says when it is written into another prompt
-diff        what differs between two models, read and steered with
-tail        the norm and the head, tried on the run
-runs        one run, with values kept at the ends of modules
+fitted      FittedLens: the result of `fit`, and its file
+patchscope  states patched into another prompt, and the text generated from there
+diff        DiffLens: the mean difference of two models, as tokens and as a steering vector
+tail        the final norm and the head, checked against the logits of the run
+runs        one forward pass, with the values of module inputs and outputs
 """
 
 from nnsplice.lens.diff import DiffLens, diff_lens

@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DiffLens:
-    """The mean difference of the tuned model's states and the base model's, at each site and each of the first tokens.
+    """The mean difference of the tuned and the base model's states, at each site and each of the first tokens.
 
     >>> saved = ns.SavedActivation.from_pairs(("layers[1].output[0]", torch.ones(1, 16)))
     >>> ns.lens.DiffLens(saved, torch.tensor([[7]]), torch.tensor([[0.5]]), {7: "a"}).tokens()["token"].tolist()
     ['a']
 
     Attributes:
-        differences: one row; the keys are sites with the tokens' numbers.
-        ids: for each key the tokens that its difference says, the likeliest first.
-        shares: their probabilities.
-        texts: the tokens' texts.
+        differences: the mean differences, in one row; a key for each site and token position.
+        ids: `[key, k]`, the top tokens of each difference through the tuned model's norm and head.
+        shares: `[key, k]`, their probabilities.
+        texts: the text of each token id.
     """
 
     differences: SavedActivation
@@ -48,7 +48,7 @@ class DiffLens:
     texts: dict[int, str]
 
     def tokens(self) -> pd.DataFrame:
-        """The likeliest tokens of each difference: a row for each, with its rank and probability."""
+        """The top tokens of each difference: a row for each, with its rank and probability."""
         import pandas as pd
 
         rows = [
@@ -65,11 +65,11 @@ class DiffLens:
             place: one of the sites that were read, without a position.
 
         Returns:
-            The vector, of one site.
+            The vector.
 
         Raises:
             UnknownPath: a site that was not read.
-            BadArgument: several sites, whose mean is a vector of none of them.
+            BadArgument: several sites.
         """
         chosen = self.differences.subset(place)
         places = {str(parse_path(key).place) for key in chosen}
@@ -98,7 +98,8 @@ def diff_lens(
 ) -> DiffLens:
     """Read the mean difference between two models' states on unrelated text, and steer with it.
 
-    A narrow tuning changes the first tokens of any text alike; the tuned model's own norm and head say what that is.
+    A narrow fine-tuning often shifts the states of the first tokens of any text in the same direction. The tuned
+    model's norm and head show the tokens that this direction stands for.
 
     >>> import copy
     >>> tuned = ns.load(copy.deepcopy(ns.models.unwrap(model)), tokenizer=model.tokenizer)
@@ -114,13 +115,13 @@ def diff_lens(
     Args:
         base: the model before tuning.
         tuned: the tuned model, of the same shape and tokenizer.
-        prompts: text that has nothing to do with the tuning.
+        prompts: texts unrelated to the fine-tuning.
         sites: sites of the stream, without positions.
         first: how many of each prompt's first tokens.
-        k: how many tokens of each difference are kept.
+        k: how many top tokens of each difference are kept.
 
     Returns:
-        The mean differences over the prompts, at each site and each of the first tokens, and their likeliest tokens.
+        The mean differences over the prompts, at each site and each of the first tokens, and their top tokens.
 
     Raises:
         BadArgument: models in train mode, with edits of nnsight, of different tokens, or the same model twice; `first`
@@ -151,16 +152,16 @@ def diff_lens(
                 )
         targets = tuple(Target(cell_of(place), (TargetPart(cell_of(place), (place,), None),)) for place in places)
         other_model.check_places(base, tuned, given, targets)
-        theirs = other_model.counterparts(tuned, targets)
+        of_tuned = other_model.counterparts(tuned, targets)
         tail = Tail.of(tuned, lens_run(tuned, given, given.batches(tuned)[0], [last_of(tower)]))
     pairs: list[tuple[str, Tensor]] = []
     before = capture(base, given, [place.at(n) for place in places for n in range(first)])
-    after = capture(tuned, given, [theirs[place].at(n) for place in places for n in range(first)])
+    after = capture(tuned, given, [of_tuned[place].at(n) for place in places for n in range(first)])
     for place in places:
         for number in range(first):
-            change = after.get(theirs[place].at(number)) - before.get(place.at(number)).to(tuned.device or "cpu")
+            change = after.get(of_tuned[place].at(number)) - before.get(place.at(number)).to(tuned.device or "cpu")
             pairs.append((str(place.at(number)), change.reshape(len(given), -1).double().mean(0, keepdim=True)))
-    states = torch.cat([value for _, value in pairs]).to(after.get(theirs[places[0]].at(0)))
+    states = torch.cat([value for _, value in pairs]).to(after.get(of_tuned[places[0]].at(0)))
     tops = [logits.double().softmax(-1).topk(min(k, logits.shape[-1])) for _, logits in tail.each(states)]
     ids, shares = (torch.cat([getattr(top, part) for top in tops]).cpu() for part in ("indices", "values"))
     return DiffLens(SavedActivation.from_pairs(*pairs), ids, shares, texts_of(tuned, ids.unique().tolist()))

@@ -1,8 +1,8 @@
 """`direct`: direct logit attribution, the metric as a sum over heads, MLPs and embeddings.
 
-With the size of the final norm kept constant, the metric is linear in the last state of the stream, and that state is a
-sum. So the metric is a sum too. All terms are computed one by one, those that were not requested as well; where they do
-not add up to the metric of the run, nothing is returned.
+With the size of the final norm kept constant, the metric is linear in the last state of the stream, which is a sum over
+branches. So the metric is a sum too. Every term is computed, also those that were not requested, and a model is refused
+whose terms do not add up to the metric of the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nnsplice.sweeps.identity import model_record, prompts_record
 from nnsplice.sweeps.running import check_mode
 from nnsplice.sweeps.targets import cell_of
 
-#: The sites, if left out.
+#: The default sites.
 ALL = ("embed", "layers[:].heads[:]", "layers[:].mlp")
 
 
@@ -46,10 +46,10 @@ def direct(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> SweepResult:
-    """What every site adds to the metric directly: direct logit attribution, with the final norm's size kept constant.
+    """Direct logit attribution: what each site adds to the metric, with the size of the final norm kept constant.
 
-    The cells of a prompt and `result.rest` (biases, and what was not requested, each computed by itself) are the
-    metric, before a final softcap. That is measured on every job; a model of which it does not hold is refused.
+    The cells of a prompt and `result.rest` (biases and sites that were not requested) add up to the metric, before a
+    final softcap. This is checked in every call, and a model is refused where it does not hold.
 
     >>> metric = ns.logit_diff("w7", "w8")
     >>> parts = ns.lens.direct(model, "w3 w4 w5", metric, ["embed", "layers[:].heads[:]", "layers[:].mlp"])
@@ -76,8 +76,8 @@ def direct(
     Raises:
         BadArgument: a model in train mode or with edits of nnsight, several metrics or one that compares runs, an
             answer of several tokens, no sites, a branch together with its parts, or a position other than the metric's.
-        RefusedPlace: a metric that is not linear in the logits, a site that adds nothing by itself, or a model whose
-            metric is not the sum of the parts.
+        RefusedPlace: a metric that is not linear in the logits, a site that adds nothing to the stream, or a model
+            whose metric is not the sum of its terms.
         ShortRow: a prompt has no token at the metric's position.
     """
     start = time.perf_counter()
@@ -102,7 +102,7 @@ def direct(
                 sums = Decomposition.of(model, given, rows, bound, branches, terms)
                 values[rows], rest[rows], whole[rows] = sums.parts()
                 shown.update(len(rows))
-    asked = {
+    question = {
         **model_record(model), "prompts": prompts_record(given),
         "sites": [str(place) for place in terms.places], "metric": bound.identity, "operation": "direct",
     }  # fmt: skip
@@ -111,7 +111,9 @@ def direct(
     there = np.ones(values.shape, dtype=bool)
     about = Run("direct", time.perf_counter() - start, forwards=len(given))
     texts = engine.token_texts(model, given.ids)
-    return SweepResult(Table(cells, values, there, there, whole, np.zeros_like(whole), texts, asked, about, rest=rest))
+    return SweepResult(
+        Table(cells, values, there, there, whole, np.zeros_like(whole), texts, question, about, rest=rest)
+    )
 
 
 def _bound(metric: Any, tokenizer: Any, given: Prompts) -> Bound:

@@ -16,7 +16,7 @@ from nnsplice.activations.prompts import Prompts, PromptsLike
 from nnsplice.atlas import Site, unwrap
 from nnsplice.attribution.gradients import batches, differentiable
 from nnsplice.errors import BadArgument, RefusedPlace, circumstances
-from nnsplice.lens.fitted import FittedLens, LensKind, freeze
+from nnsplice.lens.fitted import FittedLens, LensKind, detached_copy
 from nnsplice.lens.runs import decoder_of, last_of, lens_run, prompts_of
 from nnsplice.lens.tail import Tail
 from nnsplice.metrics import divergence
@@ -40,12 +40,12 @@ def fit(
     seed: int = 0,
     progress: bool = True,
 ) -> FittedLens:
-    """Fit a lens: what takes each layer's states to where the last layer's stand.
+    """Fit a lens: an affine map from each layer's states to states of the last layer.
 
-    `"tuned"`: an affine map for each layer, trained so that what the model's end makes of it is the model's own
-    distribution (KL); `held_out()` has how near it comes on prompts held out, by layer, beside the logit lens.
-    `"jacobian"`: the mean derivative of the last layer's states by a layer's, over all tokens and the tokens from each
-    on; no training.
+    `"tuned"`: the map is trained to minimise the KL divergence from the model's own distribution to that of the mapped
+    state; `held_out()` has the KL on held-out prompts by layer, beside that of the logit lens. `"jacobian"`: the mean
+    derivative of the last layer's states with respect to a layer's, over all pairs of a token and itself or a later
+    one; no training.
 
     >>> prompts = [f"w{n} w{n + 1} w{n + 2} w{n}" for n in range(3, 13)]
     >>> tuned = ns.lens.fit(model, prompts, steps=50, progress=False)
@@ -54,14 +54,14 @@ def fit(
 
     Args:
         model: a model from `ns.load`, in eval mode.
-        prompts: texts such as the lens will be used on; all their tokens count.
+        prompts: texts like those that the lens will be used on; all their tokens count.
         kind: `"tuned"` or `"jacobian"`.
-        layers: which layers' outputs; all of them if left out.
+        layers: the layers whose outputs are mapped; all of them if left out.
         steps: the number of training steps for each layer.
         rate: the learning rate at the first step; it falls linearly to 0.
         batch: how many tokens are drawn for each step.
         held_out: the share of the prompts that a tuned lens is not trained on.
-        chunk: how many rows of a Jacobian are made at once, each by a run of its own beside the others.
+        chunk: how many rows of a Jacobian are computed at once, as rows of a batch.
         max_tokens: how many tokens run at once.
         seed: the seed of the held-out prompts and of the tokens that each step draws.
         progress: show a bar.
@@ -94,21 +94,21 @@ def fit(
 
         closures.require(model, places)
         job = _FitJob(model, given, tuple(chosen), tuple(site_of(places[n]) for n in chosen))
-        room = engine.tokens_at_once(model, max_tokens)
+        at_once = engine.tokens_at_once(model, max_tokens)
         if kind == "jacobian":
-            matrices, measured = _jacobians(job, room, chunk, progress)
+            matrices, measured = _jacobians(job, at_once, chunk, progress)
             biases = torch.zeros(matrices.shape[:2], dtype=matrices.dtype)
         else:
-            matrices, biases, measured = _tuned(job, room, steps, rate, batch, held_out, seed, progress)
+            matrices, biases, measured = _tuned(job, at_once, steps, rate, batch, held_out, seed, progress)
     about = {
         **model_record(model), "prompts": len(given), "tokens": sum(map(len, given.ids)), **measured,
     }  # fmt: skip
-    return FittedLens(kind, job.layers, freeze(matrices), freeze(biases), about)
+    return FittedLens(kind, job.layers, detached_copy(matrices), detached_copy(biases), about)
 
 
 @dataclass(frozen=True)
 class _FitJob:
-    """What is fitted."""
+    """The model, prompts and sites of a fit."""
 
     model: engine.Model
     prompts: Prompts
@@ -120,7 +120,7 @@ class _FitJob:
 
 
 def _tuned(
-    job: _FitJob, room: int, steps: int, rate: float, batch: int, held_out: float, seed: int, progress: bool
+    job: _FitJob, at_once: int, steps: int, rate: float, batch: int, held_out: float, seed: int, progress: bool
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(job.prompts), generator=generator).tolist()
@@ -130,8 +130,8 @@ def _tuned(
             f"held_out={held_out} of {len(order)} prompts are {kept}, and some have to be trained on and some not",
             expected="more prompts, or another share",
         )
-    tail, test = _states(job, order[:kept], room)
-    _, train = _states(job, order[kept:], room)
+    tail, test = _states(job, order[:kept], at_once)
+    _, train = _states(job, order[kept:], at_once)
     tokens, width = train[0].shape
     matrices = torch.eye(width).repeat(len(job.layers), 1, 1).to(train[0])
     biases = torch.zeros(len(job.layers), width).to(train[0])
@@ -141,9 +141,10 @@ def _tuned(
             optimiser = torch.optim.Adam([change, bias], lr=rate)
             schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
             for _ in range(steps):
-                some = torch.randint(tokens, (min(batch, tokens),), generator=generator).to(states.device)
-                here = states[some]
-                loss = divergence(_logits(tail, train[-1][some]).detach(), _logits(tail, here + here @ change.T + bias))
+                sampled = torch.randint(tokens, (min(batch, tokens),), generator=generator).to(states.device)
+                here = states[sampled]
+                target = _logits(tail, train[-1][sampled]).detach()
+                loss = divergence(target, _logits(tail, here + here @ change.T + bias))
                 optimiser.zero_grad()
                 change.grad, bias.grad = torch.autograd.grad(loss.mean(), [change, bias])
                 optimiser.step()
@@ -167,19 +168,19 @@ def _logits(tail: Tail, states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _kl(tail: Tail, last: Tensor, states: Tensor) -> float:
-    """The mean over tokens of the KL from the model's distribution to what states give."""
+    """The mean over tokens of the KL from the model's distribution to that of `states`, `[token, width]` as `last`."""
     total = 0.0
     for rows, logits in tail.each(states):
         total += float(divergence(tail.logits(last[rows]), logits).double().sum())
     return total / len(states)
 
 
-def _states(job: _FitJob, prompts: Sequence[int], room: int) -> tuple[Tail, list[Tensor]]:
-    """`[token, width]` of each layer, and of the last, over all tokens of some prompts."""
+def _states(job: _FitJob, prompts: Sequence[int], at_once: int) -> tuple[Tail, list[Tensor]]:
+    """The states `[token, width]` of each fitted layer and of the last layer, over all tokens of some prompts."""
     end = last_of(decoder_of(job.model))
     found: list[list[Tensor]] = []
     tail: Tail | None = None
-    for rows in batches(job.model, job.prompts, prompts, room):
+    for rows in batches(job.model, job.prompts, prompts, at_once):
         run = lens_run(job.model, job.prompts, rows, [*job.sites, end])
         tail = tail or Tail.of(job.model, run)
         found.append([run.values[site].flatten(0, 1) for site in (*job.sites, end)])
@@ -190,12 +191,12 @@ def _states(job: _FitJob, prompts: Sequence[int], room: int) -> tuple[Tail, list
 # --- jacobian ---------------------------------------------------------------------------------------------------------
 
 
-def _jacobians(job: _FitJob, room: int, chunk: int, progress: bool) -> tuple[Tensor, dict[str, Any]]:
+def _jacobians(job: _FitJob, at_once: int, chunk: int, progress: bool) -> tuple[Tensor, dict[str, Any]]:
     if not engine.is_causal(job.model):
         raise RefusedPlace("a Jacobian lens is a mean over later tokens, and this model does not read forwards alone")
     end = last_of(decoder_of(job.model))
-    # The law of the logit lens, which this is one of.
-    first = next(batches(job.model, job.prompts, range(len(job.prompts)), room))
+    # The model's norm and head have to reproduce its logits, as for the logit lens.
+    first = next(batches(job.model, job.prompts, range(len(job.prompts)), at_once))
     Tail.of(job.model, lens_run(job.model, job.prompts, first, [end]))
     total: Tensor | None = None
     pairs = 0
@@ -211,27 +212,28 @@ def _jacobians(job: _FitJob, room: int, chunk: int, progress: bool) -> tuple[Ten
 
 
 def _jacobian(job: _FitJob, row: int, end: Site, chunk: int) -> Tensor:
-    """`[layer, width, width]`: the sum over a prompt's tokens, and those from each on, of the derivatives."""
+    """`[layer, width, width]`: the derivatives, summed over all pairs of a token and itself or a later one."""
     root = unwrap(job.model)
     rows: list[Tensor] = []
     width = start = 0
     while start == 0 or start < width:
         inputs = job.prompts.inputs([row] * chunk, job.model.device)
         assert isinstance(inputs, Mapping)
-        with _tied(root, [*job.sites, end]) as seen, engine.locked(job.model):
+        with _in_graph(root, [*job.sites, end]) as seen, engine.locked(job.model):
             root(**{**inputs, "use_cache": False})
         last = seen[end]
         width = last.shape[-1]
-        some = torch.arange(start, min(start + chunk, width), device=last.device)
-        # Row n is the derivative of one number of the last state, of all tokens at once: earlier ones do not depend.
-        chosen = last.reshape(chunk, -1, width)[torch.arange(len(some), device=last.device), :, some].sum()
+        numbers = torch.arange(start, min(start + chunk, width), device=last.device)
+        # Row n of the batch gives the derivative of number n of the last state, summed over tokens: a state depends on
+        # its own and earlier tokens only, so the sum is over the pairs that are counted.
+        chosen = last.reshape(chunk, -1, width)[torch.arange(len(numbers), device=last.device), :, numbers].sum()
         found = torch.autograd.grad(chosen, [seen[site] for site in job.sites], allow_unused=True)
         rows.append(
             torch.stack(
                 [
-                    torch.zeros(len(some), width, dtype=last.dtype, device=last.device)
+                    torch.zeros(len(numbers), width, dtype=last.dtype, device=last.device)
                     if one is None
-                    else one.reshape(chunk, -1, width)[: len(some)].sum(1)
+                    else one.reshape(chunk, -1, width)[: len(numbers)].sum(1)
                     for one in found
                 ]
             ).cpu()
@@ -241,8 +243,8 @@ def _jacobian(job: _FitJob, row: int, end: Site, chunk: int) -> Tensor:
 
 
 @contextmanager
-def _tied(root: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Values of a run, tied to what comes after them; the first to be met is a leaf."""
+def _in_graph(root: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """The values of a run in its autograd graph; the first site that is reached becomes the leaf."""
     seen: dict[Site, Tensor] = {}
 
     def hook(site: Site) -> Callable[..., Any]:
@@ -255,8 +257,8 @@ def _tied(root: Any, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
             value = wire.unpack(out, site.item)
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
-            # A tensor of its own, which nothing writes into before it is read.
-            seen[site] = value.clone() if value.is_leaf is False else value
+            # A copy, as some blocks add into their input in place.
+            seen[site] = value.clone() if not value.is_leaf else value
             return wire.repack(out, site.item, seen[site])
 
         return after

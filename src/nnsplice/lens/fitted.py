@@ -1,4 +1,4 @@
-"""`FittedLens`: affine maps from layers to the last layer, of one model; a value with a file."""
+"""`FittedLens`: affine maps from the states of layers to states of the last layer, of one model; and its file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WRITTEN = "a file that FittedLens.to_file wrote"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FittedLens:
-    """One affine map for each layer: `matrix @ state + bias` is read in the place of the state.
+    """One affine map for each layer: `matrix @ state + bias` is decoded in place of the state.
 
     >>> lens = ns.lens.fit(model, ["w3 w4 w5", "w6 w7 w8", "w9 w3 w5"], kind="jacobian", progress=False)
     >>> lens
@@ -45,10 +45,10 @@ class FittedLens:
 
     Attributes:
         kind: `"tuned"` or `"jacobian"`.
-        layers: whose outputs are read.
+        layers: the layers whose outputs are mapped.
         matrices: `[layer, width, width]`.
         biases: `[layer, width]`.
-        about: the model it was fitted to (name, revision, digest of the weights), prompts, seed, and what came out.
+        about: the model it was fitted to (name, revision, digest of the weights), prompts, seed, and the held-out KL.
     """
 
     kind: LensKind
@@ -59,21 +59,21 @@ class FittedLens:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two of them the same, as plain data."""
+        """The kind and the digest, as plain data."""
         return {"kind": self.kind, "digest": self.digest}
 
     @property
     def digest(self) -> str:
-        """A short text that is another for other numbers."""
+        """A digest of the kind, the layers and all numbers."""
         return digest_of({f"{self.kind} {self.layers}": self.matrices, "biases": self.biases})
 
     def held_out(self) -> pd.DataFrame:
-        """A row for each layer: KL from the model's own distribution, on prompts that were not trained on.
+        """The mean KL from the model's own distribution on held-out prompts: a row for each layer.
 
-        The column `kl` is this lens's, `logit_lens` what the states give as they are.
+        The column `kl` is of this lens, `logit_lens` of the states without a map.
 
         Raises:
-            BadArgument: nothing was held out.
+            BadArgument: a Jacobian lens, for which nothing is held out.
         """
         import pandas as pd
 
@@ -87,14 +87,14 @@ class FittedLens:
         )  # fmt: skip
 
     def check(self, model: engine.Model, places: Sequence[Path]) -> None:
-        """Raise for another model than it was fitted to, or a site that it has no map for.
+        """Raise for a model that the lens was not fitted to, or a site that it has no map for.
 
         Args:
             model: the model to read.
             places: the sites to read.
 
         Raises:
-            BadArgument: the model has other weights, or a site is no output of a fitted layer.
+            BadArgument: the model has other weights, or a site is not the output of a fitted layer.
         """
         if engine.weights_digest(model) != self.about.get("weights"):
             raise BadArgument(
@@ -132,7 +132,7 @@ class FittedLens:
     # --- files
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with everything known of the lens, completely or not at all.
+        """Write the lens to a safetensors file, completely or not at all.
 
         Args:
             path: the file to write.
@@ -195,6 +195,6 @@ class FittedLens:
         return printable(text)
 
 
-def freeze(tensor: Tensor) -> Tensor:
-    """In memory of its own, without gradients."""
+def detached_copy(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, without gradients."""
     return torch.clone(tensor.detach()).cpu()

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-#: The metric where no answers were given.
+#: The metric without answers.
 TOP = "top probability"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Lens:
-    """What every cell would say if its state left the last layer.
+    """The logit lens of every cell: its state, decoded as if it were the output of the last layer.
 
-    `grid()` is the probability of the answers, or of the token that comes first where none were given; `tokens()` has a
-    row for each of the first tokens of every cell.
+    `grid()` is the probability of the answers, or of the top token where none were given; `tokens()` has a row for each
+    of the top tokens of every cell.
 
     >>> lens = ns.lens.logit(model, "w3 w4 w5", "layers[:].output", answers="w7", k=2)
     >>> lens.grid().sizes
@@ -40,10 +40,10 @@ class Lens:
     18
 
     Attributes:
-        results: all that was measured, on an axis `metric`: the answers' `probability`, `log_probability` and `rank`.
-        ids: `[prompt, cell, k]`, the first tokens, the likeliest first; -1 where a prompt has no such cell.
-        shares: their probabilities.
-        texts: the tokens' texts.
+        results: all metrics, on an axis `metric`: the answers' `probability`, `log_probability` and `rank`.
+        ids: `[prompt, cell, k]`, the top tokens; -1 where a prompt has no such cell.
+        shares: `[prompt, cell, k]`, their probabilities.
+        texts: the text of each token id.
     """
 
     results: SweepResult
@@ -53,7 +53,7 @@ class Lens:
 
     @property
     def result(self) -> SweepResult:
-        """The probabilities alone: a result like a sweep's, between 0 and what the model says at its end."""
+        """The probabilities, as the result of a sweep; `clean` is the model's own probability, `corrupted` 0."""
         return self.only(self.results.metrics[0])
 
     def only(self, metric: str) -> SweepResult:
@@ -86,7 +86,7 @@ class Lens:
         return self.result.grid(component)
 
     def frame(self) -> pd.DataFrame:
-        """A row for each prompt and cell, of all that was measured, and the token that comes first (`top`)."""
+        """A row for each prompt and cell, with all metrics and the top token (`top`)."""
         frame = self.results.frame()
         at = {
             (prompt, cell.path): self.texts.get(int(self.ids[prompt, number, 0]), "")
@@ -111,7 +111,7 @@ class Lens:
         return self.result.best(n, prompt=prompt)
 
     def tokens(self) -> pd.DataFrame:
-        """The first tokens of every cell: a row for each, with its rank, text and probability."""
+        """The top tokens of every cell: a row for each, with its rank, text and probability."""
         import pandas as pd
 
         prompts, cells, ranks = np.nonzero(self.ids >= 0)
@@ -128,9 +128,9 @@ class Lens:
     def plot(
         self, component: str | Path | None = None, *, prompt: int | None = None, ax: plots.Axes | None = None
     ) -> plots.Axes:
-        """A heatmap of the probabilities, layer by token, with the first token of every cell written in it.
+        """A heatmap of the probabilities, layer by token, with the top token of every cell written in it.
 
-        With answers the colour is the answer's probability, whichever token is first.
+        With answers the colour is the answer's probability, whatever the top token is.
 
         Args:
             component: the kind of site, if there are several.

@@ -44,10 +44,10 @@ def logit(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Lens:
-    """Read the stream at sites as the model reads it at its end: its own final norm and head (the logit lens).
+    """The logit lens: decode states of the residual stream with the model's own final norm and unembedding.
 
-    At the last layer it says what the model says; that is tried on these prompts, and a model of which it does not
-    hold is refused.
+    At the last layer the logits are the model's own. This is checked on the prompts, and a model is refused where it
+    does not hold.
 
     >>> lens = ns.lens.logit(model, ["w3 w4 w5", "w6 w7"], "layers[:].output[-1]", answers=["w7", "w8"])
     >>> lens.grid().sizes
@@ -60,22 +60,22 @@ def logit(
         prompts: a text, a list of texts, token ids or chat messages.
         sites: sites of the stream: `layers[i].output`, `.input`, `.mid`, `embed`; without positions, every position is
             a cell of its own.
-        answers: a token for all prompts or for each, whose probability and rank every cell tells; a set of tokens
-            counts as one.
-        k: how many of the first tokens each cell keeps.
-        lens: a fitted lens, which takes states to the end of the stream first.
-        spans: where named spans stand, as for `ns.capture`.
+        answers: a token for all prompts or for each, whose probability and rank are measured in every cell; a set of
+            tokens counts as one.
+        k: how many top tokens are kept for each cell.
+        lens: a fitted lens, whose map is applied to the states first.
+        spans: token spans by name, as for `ns.capture`.
         max_tokens: how many tokens run at once.
         progress: show a bar.
 
     Returns:
-        The probabilities and the likeliest tokens of every cell.
+        The probabilities and the top tokens of every cell.
 
     Raises:
         BadArgument: a model in train mode or with edits of nnsight, a set of sites, a span of several tokens, or a
             fitted lens of another model or other layers.
-        RefusedPlace: a site that is no state of the stream, or a model whose norm and head do not make its logits of
-            the last layer's output.
+        RefusedPlace: a site that is not a state of the stream, or a model whose final norm and head do not reproduce
+            its logits from the last layer's output.
     """
     start = time.perf_counter()
     model = engine.as_model(model)
@@ -132,7 +132,7 @@ def logit(
                     shares[(*which, slice(k))] = top.values.cpu().numpy()
             shown.update(len(rows))
     about = Run("lens", time.perf_counter() - start, forwards=2 * len(given))
-    asked = {
+    question = {
         **model_record(model), "prompts": prompts_record(given),
         "sites": [target.cell.path for target in targets], "metric": metric.identity,
         "operation": "logit lens" if lens is None else f"{lens.identity['kind']} lens",
@@ -140,7 +140,7 @@ def logit(
     }  # fmt: skip
     table = Table(
         tuple(target.cell for target in targets), found, there, there, ends, np.zeros_like(ends),
-        engine.token_texts(model, given.ids), asked, about, metrics=metric.names,
+        engine.token_texts(model, given.ids), question, about, metrics=metric.names,
     )  # fmt: skip
     texts = texts_of(model, np.unique(ids[ids >= 0]).tolist())
     return Lens(SweepResult(table), ids[..., :k], shares[..., :k], texts)
@@ -170,7 +170,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def check_state(target: Target, tower: Tower) -> None:
-    """Raise for a cell that is no state of the stream at one token."""
+    """Raise for a cell that is not one state of the stream at one token."""
     path = target.places[0]
     if target.is_set:
         raise BadArgument(
@@ -192,7 +192,7 @@ def check_state(target: Target, tower: Tower) -> None:
 
 
 def is_stream(path: Path, tower: Tower) -> bool:
-    """Whether a site is the stream, before, within or behind a layer."""
+    """Whether a site is the stream: before, within or after a layer."""
     site = site_of(path)
     if site.columns is not None or site.index is not None:
         return False

@@ -1,4 +1,4 @@
-"""`patchscope`: text generated from a state that is patched into another prompt."""
+"""`patchscope`: states patched into another prompt, and the text that the model generates from there."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Patchscope:
     (['prompt', 'layer', 'position', 'text', 'path'], 3)
 
     Attributes:
-        cells: where states were taken from.
-        texts: `[prompt, cell]`; None where a prompt has no such cell.
+        cells: the sites and positions that states were taken from.
+        texts: `[prompt, cell]`, the generated texts; None where a prompt has no such cell.
         tokens: the texts of each source prompt's tokens.
-        unpatched: what the target prompt goes on with by itself.
+        unpatched: the text generated from the target prompt without a patch.
     """
 
     cells: tuple[Cell, ...]
@@ -110,7 +110,7 @@ def patchscope(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Patchscope:
-    """Write states of the source prompts into another prompt, one at a time, and let the model go on (greedily).
+    """Patch states of the source prompts into a target prompt, one at a time, and generate greedily from there.
 
     >>> scope = ns.lens.patchscope(model, ["w3 w4 w5", "w6 w7"], "layers[:].output[-1]", "w8 w8 w8", max_new_tokens=2)
     >>> scope.grid().sizes
@@ -123,19 +123,18 @@ def patchscope(
             cell of its own.
         target_prompt: the prompt that they are written into, such as `"cat -> cat; 135 -> 135; hello -> hello; ?"`.
         position: the token of the target prompt whose state is replaced.
-        target: the site where they are written, `"layers[0].output"`; where left out, the site they were taken from.
+        target: the site where they are written, `"layers[0].output"`; the site they were taken from if left out.
         max_new_tokens: how many tokens are generated, at most.
-        spans: where named spans of the source prompts stand.
+        spans: token spans of the source prompts by name, as for `ns.capture`.
         max_tokens: how many tokens run at once.
         progress: show a bar.
 
     Returns:
-        The generated text of every prompt and cell, and of the target prompt without a change.
+        The generated text of every prompt and cell, and that of the target prompt without a patch.
 
     Raises:
         BadArgument: a model without a tokenizer, in train mode or with edits of nnsight, or several target prompts.
-        RefusedPlace: a site that is no state of the stream, or a target that is not where the stream enters or leaves
-            a layer.
+        RefusedPlace: a site that is not a state of the stream, or a target that is not the input or output of a layer.
         ShortRow: the target prompt has no such position.
     """
     model = engine.as_model(model)
@@ -156,13 +155,13 @@ def patchscope(
         for one in targets:
             check_state(one, tower)
         places = list(dict.fromkeys(one.places[0] for one in targets))
-        written = {place: _where(model, place if target is None else target) for place in places}
+        written = {place: _target_site(model, place if target is None else target) for place in places}
         arguments = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        alone = tokenizer.batch_decode(continued(model, into, arguments), skip_special_tokens=True)[0]
+        unpatched = tokenizer.batch_decode(continued(model, into, arguments), skip_special_tokens=True)[0]
     texts = np.full((len(given), len(targets)), None, dtype=object)
-    room = engine.tokens_at_once(model, max_tokens)
+    at_once = engine.tokens_at_once(model, max_tokens)
     with bar("patchscope", len(given), "prompt", progress) as shown:
-        for rows in batches(model, given, range(len(given)), room):
+        for rows in batches(model, given, range(len(given)), at_once):
             saved = capture(model, given.take(rows), [place.at(Slice()) for place in places])
             for place in places:
                 jobs: list[tuple[int, int]] = []
@@ -174,10 +173,10 @@ def patchscope(
                             token = own_tokens(one.parts[0].position, given, row, size)[0]
                             jobs.append((row, number))
                             states.append(saved.get(place.at(Slice()))[at, token])
-                step = max(room // (length + max_new_tokens), 1)
+                step = max(at_once // (length + max_new_tokens), 1)
                 for start in range(0, len(jobs), step):
                     some = jobs[start : start + step]
-                    new = _written(
+                    new = _generated(
                         model, into, written[place], position % length, states[start : start + step], arguments
                     )
                     for (row, number), text in zip(
@@ -186,14 +185,14 @@ def patchscope(
                         texts[row, number] = text
             shown.update(len(rows))
     names = engine.token_texts(model, given.ids)
-    return Patchscope(tuple(one.cell for one in targets), texts, names, alone)
+    return Patchscope(tuple(one.cell for one in targets), texts, names, unpatched)
 
 
-def _where(model: engine.Model, place: str | Path) -> Site:
-    """Where a state is written: at an end of a layer.
+def _target_site(model: engine.Model, place: str | Path) -> Site:
+    """The site that states are written to.
 
     Raises:
-        RefusedPlace: elsewhere.
+        RefusedPlace: it is not the input or output of a layer.
     """
     found = engine.expand(model, place)
     ends = {
@@ -210,7 +209,7 @@ def _where(model: engine.Model, place: str | Path) -> Site:
     return site_of(found[0])
 
 
-def _written(
+def _generated(
     model: engine.Model, into: Prompts, site: Site, position: int, states: Sequence[Tensor], arguments: dict[str, Any]
 ) -> Tensor:
     """The new tokens of the target prompt, a row for each state."""
@@ -218,11 +217,13 @@ def _written(
     visits: list[None] = []
 
     def put(value: Tensor) -> Tensor:
-        """The state in its place, in every pass that runs the whole prompt."""
+        """Replace the token's state, in every pass that runs the whole prompt."""
         visits.append(None)
         if len(visits) > 1 and value.shape[1] <= length:
-            return value  # a step with what came before in a cache
-        first = value.shape[1] - length if len(visits) == 1 else 0  # tokens that a family puts before the prompt's own
+            return value  # a decoding step, with the prompt in the key/value cache
+        first = (
+            value.shape[1] - length if len(visits) == 1 else 0
+        )  # tokens that some families put before the prompt's own
         made = value.clone()
         made[:, first + position] = torch.stack(list(states)).to(made)
         return made

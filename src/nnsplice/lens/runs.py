@@ -1,4 +1,4 @@
-"""The prompts of a lens, and one run of them outside of traces, with module values, layer outputs and logits."""
+"""One forward pass of a lens, outside of traces: values of sites, and logits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nnsplice.errors import BadArgument, RefusedPlace
 
 @dataclass(frozen=True)
 class LensRun:
-    """What one run over prompts of one length left."""
+    """The values of one run over prompts of one length."""
 
     rows: tuple[int, ...]
     #: `[prompt, token, width]`, of the prompts' own tokens.
     values: Mapping[Site, Tensor]
-    #: What the model without its head returned.
+    #: The return value of the model without its head.
     returned: Any
     #: `[prompt, token, vocab]`
     logits: Tensor
@@ -36,7 +36,7 @@ def prompts_of(
     """The prompts of a lens.
 
     Raises:
-        BadArgument: they are values, which have no tokens.
+        BadArgument: they are values instead of tokens.
     """
     given = encode(model, prompts, spans, images=images)
     if given.values is not None:
@@ -54,7 +54,8 @@ def decoder_of(model: engine.Model) -> Tower:
     """The decoder of a model whose head can read states.
 
     Raises:
-        RefusedPlace: it has two towers, no unembedding, or a head that is no part of its own.
+        RefusedPlace: it has two towers, no unembedding, no module that holds all but its head, or layers that share
+            modules.
     """
     towers = Atlas.of(model).towers
     if set(towers) != {"decoder"}:
@@ -73,13 +74,13 @@ def decoder_of(model: engine.Model) -> Tower:
 
 
 def last_of(tower: Tower) -> Site:
-    """Where the stream leaves the last layer."""
+    """The site of the stream at the output of the last layer."""
     last = tower.blocks[-1]
     return Site(last.end or last.module, "output", occurrence=last.occurrence)
 
 
 def lens_run(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: Iterable[Site]) -> LensRun:
-    """Run these prompts, all of one length."""
+    """Run these prompts, all of one length, and keep the values of sites."""
     root, tower = unwrap(model), decoder_of(model)
     inputs = prompts.inputs(rows, model.device)
     assert isinstance(inputs, Mapping)
@@ -100,7 +101,7 @@ def lens_run(model: engine.Model, prompts: Prompts, rows: Sequence[int], sites: 
 
 @contextmanager
 def _keeping(root: nn.Module, site: Site, rows: int, into: dict[Site, Tensor]) -> Iterator[None]:
-    """Keep what stands at an end of a module, in memory of its own, as some blocks add into tensors in place."""
+    """Keep a copy of the value of a site; a copy, as some blocks add into tensors in place."""
     visits: list[None] = []
 
     def keep(value: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The final norm and unembedding, checked against the model's logits on the job's own run.
 
-Nothing of the head is written down anew: whatever stands there, norms, scales, caps and tied weights, is code of the
-model's own forward, and that runs. What the last layer put out has to come back as the model's own logits.
+The head is the code of the model's own forward, with its norms, scales, caps and tied weights; nothing of it is
+implemented again here. Applied to the output of the last layer it has to reproduce the model's logits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from nnsplice.errors import RefusedPlace
 from nnsplice.lens.runs import LensRun, decoder_of, last_of
 from nnsplice.packed import LOGITS, Head
 
-#: Tokens of a run whose logits are made again.
+#: How many tokens of a run the check covers.
 TRIED = 64
 
 
 @dataclass(frozen=True)
 class Tail:
-    """What stands behind the last layer."""
+    """The part of a model after its last layer."""
 
     model: engine.Model
     tower: Tower
@@ -32,10 +32,10 @@ class Tail:
 
     @staticmethod
     def of(model: engine.Model, run: LensRun) -> Tail:
-        """The tail of a model, from a run in which the stream that leaves the last layer was kept.
+        """The tail of a model, from a run with the value of `last_of(tower)`.
 
         Raises:
-            RefusedPlace: more than a norm and a head stands there.
+            RefusedPlace: there is more than a norm and a head after the last layer.
         """
         tower = decoder_of(model)
         states = run.values[last_of(tower)].flatten(0, 1)
@@ -60,10 +60,10 @@ class Tail:
         return tail
 
     def check(self, run: LensRun) -> None:
-        """Make the logits of a run again, of what left its last layer.
+        """Compare the logits of a run with those computed from the output of its last layer.
 
         Raises:
-            RefusedPlace: they are others.
+            RefusedPlace: they differ.
         """
         states, logits = run.values[last_of(self.tower)].flatten(0, 1), run.logits.flatten(0, 1)
         tried = torch.linspace(0, len(states) - 1, min(TRIED, len(states)), device=states.device).round().long()
@@ -78,14 +78,14 @@ class Tail:
             )
 
     def logits(self, states: Tensor) -> Tensor:
-        """`[row, vocab]` of states `[row, width]`, as if they left the last layer."""
+        """The logits `[row, vocab]` of states `[row, width]`, taken as outputs of the last layer."""
         with engine.locked(self.model):
             return self.head.logits(states)
 
     def each(
         self, states: Tensor, translate: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The logits of as many states at once as there is room for."""
+        """The logits of slices of states, as many at once as fit into memory."""
         step = max(LOGITS // max(self.head.vocabulary, 1), 1)
         for start in range(0, len(states), step):
             rows = slice(start, start + step)
@@ -93,14 +93,14 @@ class Tail:
 
 
 def allowed(model: engine.Model, logits: Tensor) -> float:
-    """What another number of rows may do to logits by rounding, relative to the largest of them."""
+    """The largest rounding difference between logits of batches of another size, relative to the largest logit."""
     numbers = [p.dtype for p in unwrap(model).parameters() if p.is_floating_point()]
     eps = max(torch.finfo(dtype).eps for dtype in (logits.dtype, *numbers))
     return max(1e-12, 1e3 * eps if eps < 1e-3 else 8 * eps)
 
 
 def _own(run: LensRun) -> Tensor:
-    """What the model without its head returned, of the prompts' own tokens: `[token, width]`."""
+    """The last hidden state that the model returned, of the prompts' own tokens: `[token, width]`."""
     state: Tensor = run.returned.last_hidden_state
     length = run.logits.shape[1]
     return (state[:, state.shape[1] - length :] if state.dim() == 3 else state).flatten(0, -2)

@@ -1,4 +1,4 @@
-"""The terms of direct attribution that a job requests."""
+"""The terms of direct attribution, from the requested sites."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class BranchTerms:
     """The requested terms of one branch: itself, or its heads, neurons or experts."""
 
     branch: Branch
-    #: Site -> the number of its cell.
+    #: Site -> the number of its cell in the result.
     cells: dict[Path, int]
-    #: Every expert of the layer, where experts are requested.
+    #: All experts of the layer, if some are requested: the others are part of the rest.
     experts: tuple[Path, ...] = ()
 
     @property
     def whole(self) -> int | None:
-        """The cell of the whole branch."""
+        """The cell of the branch itself; None if its parts are requested instead."""
         return next((n for path, n in self.cells.items() if site_of(path) == site_of(self.branch.added)), None)
 
     @property
     def projection(self) -> str:
-        """The module at the branch's end that heads or neurons go through."""
+        """The projection at the branch's end that heads or neurons are the input of."""
         name = self.branch.block.o if self.branch.name == "attn" else self.branch.block.down
         assert name is not None
         return name
@@ -36,12 +36,12 @@ class BranchTerms:
 
 @dataclass(frozen=True)
 class Terms:
-    """All cells of a job, in the order of the forward pass."""
+    """All requested terms, in the order of the forward pass."""
 
     places: tuple[Path, ...]
-    #: The cell of the embeddings.
+    #: The cell of the embeddings; None if they are not requested.
     embed: int | None
-    #: By the branch's number among all.
+    #: By the index of the branch in `Branches.all`.
     by_branch: dict[int, BranchTerms]
 
 
@@ -49,8 +49,8 @@ def terms_of(model: engine.Model, branches: Branches, sites: Paths) -> Terms:
     """The terms that sites stand for.
 
     Raises:
-        RefusedPlace: a site that is no part of the sum.
-        BadArgument: a branch and its own parts, which would count twice.
+        RefusedPlace: a site that is no term of the sum.
+        BadArgument: no sites, or a branch together with its parts, which would count twice.
     """
     wanted = engine.listed(sites)
     if not wanted:
@@ -117,7 +117,7 @@ def _kind_of(path: Path) -> tuple[object, ...]:
 
 
 def check_positions(sites: Paths, reads: int) -> None:
-    """Raise for a position other than the metric's: nothing there is added to what the metric reads."""
+    """Raise for a position other than the metric's: the direct effect of other tokens is 0."""
     for pattern in map(parse_path, engine.listed(sites)):
         if pattern.position is not None and pattern.position != reads:
             raise BadArgument(
